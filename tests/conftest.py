@@ -1,0 +1,11 @@
+"""Lets `pytest` from the root import the top-level modules, and keeps torch from fighting over two cores."""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the scripts that tests start
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
