@@ -20,7 +20,7 @@ def good(text="hi", finish="stop", **more):
 
 
 class Server:
-    """Answers with the scripted (status, headers, body), in order, the last one for ever; a callable gets the handler."""
+    """Answers with each (status, headers, body) of the script in turn, the last for ever; a callable gets the handler."""
 
     def __init__(self, *script):
         self.script, self.seen, self.lock = list(script), [], threading.Lock()
