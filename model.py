@@ -1,0 +1,382 @@
+"""Qwen2.5 in plain PyTorch: the architecture, and its published safetensors folders in and out.
+
+    model = Qwen2.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")     # a hub id, or a folder
+    logits = model(tokens)                                          # (B, T) int64 -> (B, T, V)
+    model.save_pretrained("my-folder")                              # opens in transformers and vLLM
+
+The network (Qwen2.5 report, arXiv 2412.15115, section 2): L blocks of pre-norm attention and SwiGLU. RMSNorm, rotary
+positions, grouped-query attention with biases on q, k and v only, output head tied to the embedding in the small sizes.
+Parameters carry the names of the published checkpoints, so loading is an identity map.
+
+Letters: B rows, T tokens in a row, C model width, H query heads, K key/value heads, D head width, F feed-forward width,
+V vocabulary, L layers, S positions of the key/value cache that a pass can see.
+"""
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass
+class Config:
+    """The shape of a model, under the names of its published config.json."""
+    vocab_size: int = 512
+    hidden_size: int = 128                  # C
+    intermediate_size: int = 384            # F
+    num_hidden_layers: int = 4              # L
+    num_attention_heads: int = 4            # H
+    num_key_value_heads: int = 2            # K
+    max_position_embeddings: int = 4096     # the longest row the model was made for, in tokens
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = True        # the output head is the embedding matrix
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def preset(cls, name):
+        """The shape of a published size ("0.5b" ... "32b"), or "tiny", small enough to train on a laptop's CPU."""
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
+        return cls(**dict(zip(keys, PRESETS[name])))
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read config.json. Raises ValueError for a missing file, another architecture, or an unsupported variant."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no config.json; expected the folder of a Qwen2.5 checkpoint")
+        try:
+            raw = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+        if raw.get("model_type") != "qwen2":
+            raise ValueError(f"{path} says model_type {raw.get('model_type')!r}; this program reads 'qwen2' (Qwen2, Qwen2.5)")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}      # newer files nest rope_theta here
+        if rope.get("rope_type", rope.get("type", "default")) != "default" or raw.get("use_sliding_window"):
+            raise ValueError(f"{path} asks for scaled rotary positions or a sliding window; only the plain form is built here")
+        raw = {"rope_theta": rope.get("rope_theta", 1e6), **raw}
+        missing = [f.name for f in fields(cls) if f.name not in raw]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        config = cls(**{f.name: raw[f.name] for f in fields(cls)})
+        if config.head_dim * config.num_attention_heads != config.hidden_size or "head_dim" in raw \
+                and raw["head_dim"] not in (None, config.head_dim):
+            raise ValueError(f"{path}: hidden_size {config.hidden_size} must be num_attention_heads "
+                             f"{config.num_attention_heads} times the head width")
+        return config
+
+    def save(self, folder, dtype):
+        """Write config.json as transformers and vLLM expect it."""
+        text = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False,
+                "torch_dtype": str(dtype).removeprefix("torch."), **asdict(self)}
+        (Path(folder) / "config.json").write_text(json.dumps(text, indent=2) + "\n")
+
+
+PRESETS = {  # V, C, F, L, H, K, longest row, tied head
+    "tiny": (512, 128, 384, 4, 4, 2, 4096, True),
+    "0.5b": (151936, 896, 4864, 24, 14, 2, 32768, True),
+    "1.5b": (151936, 1536, 8960, 28, 12, 2, 32768, True),
+    "3b": (151936, 2048, 11008, 36, 16, 2, 32768, True),
+    "7b": (152064, 3584, 18944, 28, 28, 4, 32768, False),
+    "14b": (152064, 5120, 13824, 48, 40, 8, 32768, False),
+    "32b": (152064, 5120, 27648, 64, 40, 8, 32768, False),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+
+class Linear(nn.Linear):
+    """y = x W^T + b, by whichever form of the product is fast for the few rows of a decoding step on a CPU.
+
+    Training, CUDA and long prefills use F.linear. On a CPU without gradients, measured on two cores at the 0.5B shapes
+    (share of the memory's read bandwidth, fp32): 4 to 64 rows F.linear 24 to 50 %, W @ x^T 22 to 47 %, weights in
+    oneDNN's blocked layout 24 to 87 %. In bf16 with AMX, W @ x^T does about twice the work of F.linear.
+    """
+    packed = None       # the weight in oneDNN's layout: a second copy, made by Engine for fp32 sampling on a CPU
+
+    def pack(self):
+        """Make, or make again after the weight has changed, the copy that forward uses for 4 to 64 rows."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 8)
+
+    def forward(self, x):
+        rows = x.numel() // x.shape[-1]
+        if x.device.type != "cpu" or torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        if x.dtype is torch.bfloat16:
+            flat = x.reshape(rows, -1)
+            y = torch.mv(self.weight, flat[0])[None] if rows == 1 else (self.weight @ flat.T).T
+            y = y if self.bias is None else y + self.bias
+            return y.reshape(*x.shape[:-1], -1)
+        if self.packed is not None and 4 <= rows <= 64:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)).to(x.dtype) * self.weight
+
+
+def rotary(positions, head_dim, theta):
+    """cos and sin of position * theta^(-2i/D) for i < D/2, fp32, each (B, 1, T, D/2). positions: (B, T) integers.
+
+    RoFormer (arXiv 2104.09864), equation 15. Computed at each pass and never stored: a buffer would be one more thing
+    that the meta device leaves uninitialised.
+    """
+    frequency = theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / -head_dim)
+    angle = positions[:, None, :, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_{i + D/2}) by its angle, in fp32. x: (B, heads, T, D)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.H, self.K, self.D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = Linear(c.hidden_size, self.H * self.D, bias=True)
+        self.k_proj = Linear(c.hidden_size, self.K * self.D, bias=True)
+        self.v_proj = Linear(c.hidden_size, self.K * self.D, bias=True)
+        self.o_proj = Linear(self.H * self.D, c.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, window, layer):
+        B, T, C = x.shape
+        q = rotate(self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2), cos, sin)     # (B, H, T, D)
+        k = rotate(self.k_proj(x).view(B, T, self.K, self.D).transpose(1, 2), cos, sin)     # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, self.K, self.D).transpose(1, 2)
+        if window is not None:
+            k, v = window.append(layer, k, v)                                               # (B, K, S, D)
+        if window is None or window.mask is None:       # a row's whole past is in this pass: plain causal attention
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:                                           # the H / K query heads that share a key stand as extra queries
+            q = q.reshape(B, self.K, -1, self.D)        # (B, K, H/K * T, D): no copy of the cache for each query head
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=window.mask.repeat(1, 1, self.H // self.K, 1))
+            y = y.view(B, self.H, T, self.D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, cos, sin, window, layer):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, window, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Qwen2(nn.Module):
+    """The language model. Build it with from_pretrained or from_scratch; the bare constructor leaves weights unset."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self):
+        """Make head and embedding one parameter again where the config says so (moving off the meta device parts them)."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def hidden(self, tokens, window=None):
+        """The last normalised hidden states, (B, T, C), of `tokens`, (B, T) int64.
+
+        Without a window each row is a text from its first token, and token t sees tokens 0..t. With one (see
+        sample.Cache) the rows continue what is cached, at the window's positions.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if window is None else window.positions
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.model.embed_tokens(tokens)
+        for i, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, window, i)
+        return self.model.norm(x)
+
+    def forward(self, tokens, window=None):
+        """Logits of the next token at every position: (B, T) int64 -> (B, T, V)."""
+        return self.lm_head(self.hidden(tokens, window))
+
+    @classmethod
+    def from_scratch(cls, config, seed=0, dtype=torch.float32, device="cpu"):
+        """Random weights: normal with deviation 0.02, unit norms, zero biases."""
+        model = cls._empty(config, dtype, device)
+        generator = torch.Generator(device).manual_seed(seed)
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif "norm" in name:
+                nn.init.ones_(p)
+            else:
+                nn.init.normal_(p, std=0.02, generator=generator)
+        return model
+
+    @classmethod
+    def _empty(cls, config, dtype, device):
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        model.to_empty(device=device)
+        model.tie()
+        return model.requires_grad_(True)
+
+    @classmethod
+    def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
+        """Load a published checkpoint: a folder, or a hub id such as "Qwen/Qwen2.5-7B".
+
+        Built on the meta device, then filled tensor by tensor, each read once and converted to `dtype` on its way into
+        place, so the peak of memory is the model itself and one slice. Raises ValueError naming every tensor that is
+        missing, unexpected or of another shape.
+        """
+        folder = find_folder(path)
+        model = cls._empty(Config.from_pretrained(folder), dtype, device)
+        load_tensors(folder, dict(model.named_parameters()))
+        return model
+
+    def save_pretrained(self, folder, max_shard_bytes=5 * 10**9):
+        """Write config.json and model.safetensors, or shards of at most max_shard_bytes with their index.
+
+        The config comes last: a folder whose writing broke off does not load. The tokenizer's files are not written
+        here (Tokenizer.save).
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        for old in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
+            old.unlink()
+        shards, size = [{}], 0
+        for name, p in self.named_parameters():         # a tied head is listed once, under the embedding's name
+            if size and size + p.nbytes > max_shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][name] = p.detach()
+            size += p.nbytes
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        if len(shards) == 1:
+            names = ["model.safetensors"]
+        for name, shard in zip(names, shards):
+            save_file({k: p.contiguous().cpu() for k, p in shard.items()}, folder / name, metadata={"format": "pt"})
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(p.nbytes for p in self.parameters())},
+                     "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        self.config.save(folder, next(self.parameters()).dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading checkpoints
+
+def find_folder(path):
+    """The local folder of a checkpoint; a hub id ("owner/name") is downloaded once into the hub's cache."""
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise ValueError(f"no model folder {str(path)!r}, and it is not a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {str(error).splitlines()[0]}") from None
+
+
+def checkpoint_files(folder):
+    """{tensor name: safetensors file that holds it}, from the index or from the single file's header."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        where = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        absent = sorted({file.name for file in where.values() if not file.is_file()})
+        if absent:
+            raise ValueError(f"{folder} lacks {', '.join(absent)}, named in {index.name}; download the checkpoint again")
+    elif single.is_file():
+        where = {}
+    else:
+        raise ValueError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
+    held = {}
+    for file in sorted(set(where.values()) or {single}):
+        try:
+            with safe_open(file, framework="pt") as f:
+                held.update(dict.fromkeys(f.keys(), file))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); download it again") from None
+    return held
+
+
+def load_tensors(folder, parameters, slice_bytes=32 * 2**20):
+    """Fill `parameters`, {name: tensor}, from the checkpoint in `folder`, a slice of rows at a time.
+
+    The file is opened anew for each slice: the library maps it into memory, and pages once read would count until it is
+    closed. Raises ValueError naming missing, unexpected and mis-shaped tensors together, before anything is copied.
+    """
+    where = checkpoint_files(folder)
+    shapes = {}
+    for file in sorted(set(where.values())):
+        with safe_open(file, framework="pt") as f:
+            shapes.update({name: tuple(f.get_slice(name).get_shape()) for name in f.keys()})
+    faults = {
+        "missing": sorted(parameters.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - parameters.keys()),
+        "of another shape": [f"{name} (expected {tuple(parameters[name].shape)}, found {shapes[name]})"
+                             for name in sorted(parameters.keys() & shapes.keys())
+                             if tuple(parameters[name].shape) != shapes[name]],
+    }
+    if any(faults.values()):
+        text = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+                         for kind, names in faults.items() if names)
+        raise ValueError(f"{folder} does not fit its config.json: {text}")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            step = max(1, slice_bytes // max(1, p.nbytes // p.shape[0]))
+            for start in range(0, p.shape[0], step):
+                with safe_open(where[name], framework="pt") as f:
+                    p[start:start + step].copy_(f.get_slice(name)[start:start + step])

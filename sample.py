@@ -1,0 +1,777 @@
+"""Sampling: tokenizer and chat template, a continuously batched engine, and a client for OpenAI-compatible servers.
+
+    python sample.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "Write a haiku about gradient descent."
+
+    engine = load("Qwen/Qwen2.5-0.5B-Instruct")                         # or a folder, "tiny", "http://host:8000/v1#name"
+    reply = engine.chat([{"role": "user", "content": "Hello"}])         # thread-safe; many threads share one batch
+    groups = engine.generate(["1 + 1 =", "def f("], n=4)                # 4 samples of each prompt, one prefill each
+
+The letters B, T, K, D, S, V, L are those of model.py; R is the number of rows of the cache.
+"""
+import argparse
+import codecs
+import dataclasses
+import difflib
+import email.utils
+import http.client
+import inspect
+import json
+import os
+import random
+import re
+import sys
+import threading
+import time
+import typing
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+
+from model import Config, Linear, Qwen2, find_folder
+
+
+class ContextFull(ValueError):
+    """The prompt and the reply asked for do not fit the model's context."""
+
+
+@dataclass
+class Completion:
+    """One sampled reply. `tokens` hold the end-of-turn token, or the last token of a stop string, where one ended it;
+    `text` does not. `logps[i]` is the log-probability of `tokens[i]` under the distribution it was drawn from."""
+    text: str
+    tokens: list        # of int
+    logps: list         # of float, in nats
+    finish: str         # "stop": end of turn or stop string; "length": max_new_tokens reached
+    prompt_tokens: int = 0
+    cached_tokens: int = 0      # of the prompt's tokens, how many needed no computation
+    seconds: float = 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+class Tokenizer:
+    """A byte-level BPE tokenizer (tokenizer.json) with Qwen's chat format.
+
+    size: number of token ids; the model's vocabulary may be larger, and its spare ids are never sampled.
+    eos: ids that end a turn.
+    """
+    TURN, END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+    def __init__(self, bpe, eos=(), system="You are a helpful assistant.", folder=None):
+        self.bpe, self.system, self.folder = bpe, system, folder
+        self.bpe.encode_special_tokens = True       # "<|im_end|>" in a script's output stays text, and ends no turn
+        self.size = max(bpe.get_vocab(with_added_tokens=True).values()) + 1
+        self.turn, self.end = (bpe.token_to_id(t) for t in (self.TURN, self.END))
+        if self.turn is None or self.end is None:
+            raise ValueError(f"the tokenizer has no {self.TURN} or {self.END}; expected that of a Qwen2.5 checkpoint")
+        self.eos = set(eos) | {self.end}
+        # Byte-level BPE spells each byte as one printable character: the inverse map gives the bytes of every id, so
+        # that text can grow token by token and a stop string is found without decoding from the start.
+        byte_of = {c: b for b, c in enumerate(byte_alphabet())}
+        added = bpe.get_added_tokens_decoder()
+        self.bytes = [b""] * self.size
+        for text, i in bpe.get_vocab(with_added_tokens=True).items():
+            self.bytes[i] = text.encode() if i in added else bytes(byte_of[c] for c in text)
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read a checkpoint folder's tokenizer.json, and from its other files the end-of-turn ids and default system text."""
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder} holds no tokenizer.json; copy it from the checkpoint the model came from")
+        try:
+            bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:      # the library raises bare Exception for every malformed file
+            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None
+        eos = _json(folder / "generation_config.json").get("eos_token_id", [])
+        template = str(_json(folder / "tokenizer_config.json").get("chat_template", ""))
+        if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
+            template = (folder / "chat_template.jinja").read_text()
+        found = re.search(r"<\|im_start\|>system\\n(You are[^'<{]*)<\|im_end\|>", template)
+        return cls(bpe, [eos] if isinstance(eos, int) else eos or [],
+                   *([found[1]] if found else []), folder=folder)
+
+    @classmethod
+    def of_bytes(cls):
+        """One token a byte, and the three special tokens: enough for a model without a checkpoint."""
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bpe.decoder = tokenizers.decoders.ByteLevel()
+        bpe.add_special_tokens([cls.TEXT_END, cls.TURN, cls.END])
+        return cls(bpe)
+
+    def save(self, folder):
+        """Write the tokenizer's files beside a saved model, so that transformers and vLLM open the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt"):
+            if self.folder and (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
+                (folder / name).write_bytes((self.folder / name).read_bytes())
+        self.bpe.save(str(folder / "tokenizer.json"))
+
+    def encode(self, text):
+        """Token ids of plain text."""
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        """Text of token ids; bytes that are no valid UTF-8 become U+FFFD."""
+        return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
+
+    def chat(self, messages, add_generation_prompt=True):
+        """Token ids of a conversation in Qwen's chat format, [{"role", "content"}], ending where the assistant speaks.
+
+        Each message is <|im_start|>role\\ncontent<|im_end|>\\n; without a system message the checkpoint's default one
+        comes first. A message's "tokens", the ids that were sampled for it, stand for its content as they are: a reply
+        that was sampled is never tokenised again. Raises ValueError for another role or a message without content.
+        """
+        if not messages or messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        ids, newline = [], self.encode("\n")
+        for i, message in enumerate(messages):
+            role, content, tokens = message.get("role"), message.get("content"), message.get("tokens")
+            if role not in ("system", "user", "assistant") or not isinstance(content, str):
+                raise ValueError(f"message {i}: expected a role of system, user or assistant and a text as content, "
+                                 f"found role {role!r} and content {str(content)[:40]!r}")
+            if tokens:
+                body = self.encode(role + "\n") + list(tokens[:-1] if tokens[-1] in self.eos else tokens)
+            else:
+                body = self.encode(f"{role}\n{content}")
+            ids += [self.turn, *body, self.end, *newline]
+        return ids + [self.turn, *self.encode("assistant\n")] if add_generation_prompt else ids
+
+
+def byte_alphabet():
+    """GPT-2's character for each of the 256 bytes: printable Latin-1 stands for itself, the rest for U+0100 onwards."""
+    plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
+    spare = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(spare)) for b in range(256)]
+
+
+def _json(path):
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Key/value cache
+
+class Cache:
+    """Keys and values of R conversations of up to S_max tokens: two tensors (L, R, K, S_max, D), allocated once."""
+
+    def __init__(self, config, rows, length, dtype, device):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+
+    def copy(self, source, target, length):
+        """Copy the first `length` positions of one row to another."""
+        for t in (self.k, self.v):
+            t[:, target, :, :length] = t[:, source, :, :length]
+
+    def swap(self, a, b, length):
+        """Exchange the first `length` positions of two rows."""
+        for t in (self.k, self.v):
+            kept = t[:, a, :, :length].clone()
+            t[:, a, :, :length] = t[:, b, :, :length]
+            t[:, b, :, :length] = kept
+
+
+class Window:
+    """What one pass sees: rows first .. first + B - 1 of a cache, each continued by T tokens after its `starts` tokens.
+
+    positions: (B, T), where the new tokens stand. mask: (B, 1, T, S), True where a token may look: at cache positions
+    up to its own. What a row's past leaves beyond that is never read. mask is None for one row from its start, where
+    plain causal attention says the same and is faster.
+    """
+
+    def __init__(self, cache, first, starts, T):
+        B, device = len(starts), cache.k.device
+        self.k, self.v = cache.k[:, first:first + B], cache.v[:, first:first + B]
+        self.first, self.T, self.S = starts[0], T, max(starts) + T
+        self.rows = torch.arange(B, device=device)[:, None]
+        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
+        self.mask = None
+        if B > 1 or starts[0]:
+            self.mask = (torch.arange(self.S, device=device) <= self.positions[:, :, None])[:, None]
+
+    def append(self, layer, k, v):
+        """Store this pass's keys and values, (B, K, T, D), and return those of all S positions, (B, K, S, D)."""
+        for cached, new in ((self.k[layer], k), (self.v[layer], v)):
+            if len(self.rows) == 1:
+                cached[0, :, self.first:self.first + self.T] = new[0]
+            else:
+                cached[self.rows, :, self.positions] = new.transpose(1, 2)
+        return self.k[layer, :, :, :self.S], self.v[layer, :, :, :self.S]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing a token
+
+def draw(logits, temperature, top_p, top_k, uniform):
+    """One token for each row, and its log-probability under the distribution it was drawn from.
+
+    logits: (B, V) fp32. temperature, top_p, uniform: (B,) float64; top_k: (B,) int64, 0 for no limit. uniform in [0, 1).
+    The distribution is softmax(logits / temperature), cut to its top_k tokens, renormalised, cut to the smallest set of
+    most likely tokens whose probability reaches top_p, renormalised; the token is its inverse CDF at `uniform`.
+    Temperature 0 takes the most likely token and reports its log-probability at temperature 1, uncut.
+    Returns (tokens (B,) int64, logps (B,) fp32).
+    """
+    greedy = temperature == 0
+    logp = F.log_softmax(logits / torch.where(greedy, 1.0, temperature).float()[:, None], dim=-1)
+    if greedy.all():
+        tokens = logits.argmax(-1)
+        return tokens, logp.gather(1, tokens[:, None])[:, 0]
+    limited = ((top_p < 1) | (top_k > 0)) & ~greedy
+    if limited.any():
+        logp[limited] = truncate(logp[limited], top_p[limited], top_k[limited])
+    cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+    tokens = torch.where(greedy, logits.argmax(-1), tokens)
+    return tokens, logp.gather(1, tokens[:, None])[:, 0]
+
+
+def truncate(logp, top_p, top_k, width=1024):
+    """Log-probabilities, (B, V), after top-k and then nucleus truncation, renormalised; -inf outside.
+
+    Sorting 152,064 values a row costs more than a decoding step of a small model, so only the `width` most likely are
+    sorted first, and all of them only where these do not settle it.
+    """
+    V = logp.shape[-1]
+    value, index = logp.topk(min(width, V), dim=-1)
+    unsettled = torch.where(top_k == 0, value.double().exp().sum(-1) < top_p, top_k > width)
+    if width < V and unsettled.any():
+        return truncate(logp, top_p, top_k, V)
+    rank = torch.arange(value.shape[1], device=logp.device)
+    p = torch.where((top_k == 0)[:, None] | (rank < top_k[:, None]), value.double().exp(), 0.0)
+    p = p / torch.where(top_k == 0, 1.0, p.sum(-1))[:, None]         # without a top-k the mass is 1 already
+    keep = (p > 0) & (p.cumsum(-1) - p < top_p[:, None])
+    kept = torch.where(keep, value, -torch.inf)
+    return torch.full_like(logp, -torch.inf).scatter(1, index, kept - kept.logsumexp(-1, keepdim=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engine
+
+@dataclass
+class Request:
+    """A reply being sampled."""
+    prompt: torch.Tensor        # (P,) int64
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    stop: list                  # of bytes
+    uniform: torch.Tensor       # (max_new_tokens,) float64: all its random numbers, so batching cannot change them
+    stream: typing.Callable     # called with each new piece of text, or None
+    future: Future = field(default_factory=Future)
+    tokens: list = field(default_factory=list)
+    logps: list = field(default_factory=list)
+    text: bytearray = field(default_factory=bytearray)
+    cached: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Engine:
+    """Samples many conversations at once from one model.
+
+    rows: conversations in the cache, which is also the largest batch. context: tokens of one conversation, prompt and
+    reply. A finished row keeps its keys and values: when a prompt comes that begins with the same tokens (the next turn
+    of a conversation, another sample of the same prompt), they are reused. After the model's weights change call
+    refresh(). On a CPU in fp32, pack=True keeps a second copy of the weights in a layout that is about twice as fast
+    for 4 to 64 rows.
+
+    One thread, started at the first request, runs the model; chat, generate and submit may be called from any thread.
+    """
+
+    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=True):
+        weight = model.lm_head.weight
+        self.model, self.tokenizer, self.name, self.rows = model, tokenizer, name, rows
+        self.context = min(context, model.config.max_position_embeddings)
+        self.device = weight.device
+        self.pack = pack and self.device.type == "cpu" and weight.dtype is torch.float32
+        self.cache = Cache(model.config, rows, self.context, weight.dtype, self.device)
+        # Rows 0 .. len(active) - 1 are being sampled; the rest are parked, their cached tokens waiting for reuse.
+        self.active = []
+        self.tokens = torch.zeros(rows, self.context, dtype=torch.int64)    # what each row's cache holds
+        self.lengths = [0] * rows                                           # how many of them
+        self.used = [0] * rows                                              # when each was parked last
+        self.waiting, self.wake, self.thread = deque(), threading.Condition(), None
+        self.sampled_tokens = self.prefilled_tokens = self.reused_tokens = 0
+        self.refresh()
+
+    def refresh(self):
+        """Take notice of changed weights: forget every cached token. Raises RuntimeError while replies are being sampled."""
+        with self.wake:
+            if self.active or self.waiting:
+                raise RuntimeError("refresh() while replies are being sampled; wait for them first")
+            self.lengths = [0] * self.rows
+            if self.pack:
+                for layer in self.model.modules():
+                    if isinstance(layer, Linear):
+                        layer.pack()
+
+    # -- what callers use
+
+    def chat(self, messages, *, stream=None, **options):
+        """The assistant's next reply to a conversation: one Completion (see submit for the options)."""
+        return self.submit(self.tokenizer.chat(messages), stream=stream, **options).result()
+
+    def generate(self, prompts, n=1, seed=0, **options):
+        """n samples of each prompt (a text, a list of ids, or a conversation): a list of n Completions for each.
+
+        The n samples of a prompt share one prefill. Sample j of prompt i draws from seed + i * n + j.
+        """
+        with self.wake:     # all or none are there when the engine looks, so a run can be repeated exactly
+            futures = [[self.submit(self._ids(prompt), seed=seed + i * n + j, **options) for j in range(n)]
+                       for i, prompt in enumerate(prompts)]
+        return [[future.result() for future in group] for group in futures]
+
+    def submit(self, ids, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0, stream=None):
+        """Queue one reply to the token ids of a prompt; returns a Future of its Completion.
+
+        Raises ContextFull when ids and max_new_tokens do not fit the context, ValueError for options out of range.
+        """
+        if not (ids and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
+            raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0; found "
+                             f"{len(ids)} prompt tokens, {max_new_tokens}, {temperature}, {top_p}, {top_k}")
+        if len(ids) + max_new_tokens > self.context:
+            raise ContextFull(f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the context of "
+                              f"{self.context}; shorten the prompt, or give the engine a larger context")
+        generator = torch.Generator().manual_seed(seed)
+        request = Request(torch.tensor(ids), max_new_tokens, temperature, top_p, top_k,
+                          [s.encode() for s in ([stop] if isinstance(stop, str) else stop) if s],
+                          torch.rand(max_new_tokens, generator=generator, dtype=torch.float64), stream)
+        with self.wake:
+            self.waiting.append(request)
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._serve, daemon=True)
+                self.thread.start()
+            self.wake.notify()
+        return request.future
+
+    def _ids(self, prompt):
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.chat(prompt) if prompt and isinstance(prompt[0], dict) else list(prompt)
+
+    # -- what the engine's thread does
+
+    def _serve(self):
+        while True:
+            with self.wake:
+                while not (self.active or self.waiting):
+                    self.wake.wait()
+            try:
+                with torch.no_grad():       # not inference_mode: it would break later training of the same module
+                    self.step()
+            except Exception as error:      # handed to everyone who waits for a reply; nothing is swallowed
+                with self.wake:
+                    failed, self.active, self.waiting = [*self.active, *self.waiting], [], deque()
+                    self.lengths = [0] * self.rows
+                for request in failed:
+                    request.future.set_exception(error)
+
+    def step(self):
+        """Start waiting requests while rows are free, then sample one token for every active row."""
+        while len(self.active) < self.rows:
+            with self.wake:
+                if not self.waiting:
+                    break
+                request = self.waiting.popleft()
+                self.active.append(request)
+            self._prefill(request, row=len(self.active) - 1)
+        B = len(self.active)
+        pending = [r.tokens[-1] if r.tokens else r.prompt[-1].item() for r in self.active]
+        window = Window(self.cache, 0, self.lengths[:B], 1)
+        logits = self.model(torch.tensor(pending, device=self.device)[:, None], window)[:, 0].float()     # (B, V)
+        self.tokens[torch.arange(B), torch.tensor(self.lengths[:B])] = torch.tensor(pending)
+        logits[:, self.tokenizer.size:] = -torch.inf        # rows of the vocabulary that stand for no token
+        settings = torch.tensor([[r.temperature, r.top_p, r.top_k, r.uniform[len(r.tokens)]] for r in self.active],
+                                dtype=torch.float64, device=self.device)
+        tokens, logps = draw(logits, settings[:, 0], settings[:, 1], settings[:, 2].long(), settings[:, 3])
+        self.sampled_tokens += B
+        done = []
+        for row, (request, token, logp) in enumerate(zip(self.active, tokens.tolist(), logps.tolist())):
+            self.lengths[row] += 1
+            if self._take(request, token, logp):
+                done.append(row)
+        for row in reversed(done):
+            self._park(row)
+
+    def _prefill(self, request, row):
+        """Bring all of the prompt but its last token into the cache's row `row`, reusing the longest known prefix."""
+        P = len(request.prompt) - 1
+        length = torch.tensor(self.lengths)
+        same = (self.tokens[:, :P] == request.prompt[:P]) & (torch.arange(P) < length[:, None])     # (R, P)
+        shared = same.long().cumprod(1).sum(1)
+        source = int(shared.argmax())
+        reused = int(shared[source])
+        parked = range(row, self.rows)
+        if source in parked and 2 * reused >= self.lengths[source]:     # a conversation goes on: take its row over
+            home = source
+        else:                           # the beginning belongs to someone else too: copy it to the row unused longest
+            home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))
+            if source != home:
+                self.cache.copy(source, home, reused)
+                self.tokens[home, :reused] = self.tokens[source, :reused]
+        self._exchange(home, row)
+        self.lengths[row], request.cached = reused, reused
+        for start in range(reused, P, PREFILL_TOKENS):
+            part = request.prompt[start:min(start + PREFILL_TOKENS, P)]
+            self.model.hidden(part[None].to(self.device), Window(self.cache, row, [start], len(part)))
+            self.lengths[row] += len(part)
+        self.tokens[row, :P] = request.prompt[:P]
+        self.reused_tokens += reused
+        self.prefilled_tokens += P - reused
+
+    def _take(self, request, token, logp):
+        """Add a sampled token to its reply; True when the reply is complete."""
+        r, ended, cut = request, token in self.tokenizer.eos, None
+        r.tokens.append(token)
+        r.logps.append(logp)
+        if not ended:
+            new = self.tokenizer.bytes[token]
+            r.text += new
+            for stop in r.stop:
+                at = r.text.find(stop, max(0, len(r.text) - len(new) - len(stop) + 1))
+                cut = at if at >= 0 and (cut is None or at < cut) else cut
+            if r.stream:
+                r.stream(bytes(new))
+        if not (ended or cut is not None or len(r.tokens) == r.max_new_tokens):
+            return False
+        r.future.set_result(Completion(
+            bytes(r.text[:cut]).decode("utf-8", "replace"), r.tokens, r.logps,
+            "stop" if ended or cut is not None else "length", len(r.prompt), r.cached, time.perf_counter() - r.started))
+        return True
+
+    def _park(self, row):
+        """Take a finished row out of the batch, keeping what it has cached."""
+        last = len(self.active) - 1
+        self._exchange(row, last)
+        self.active[row] = self.active[last]
+        self.active.pop()
+        self.used[last] = max(self.used) + 1
+
+    def _exchange(self, a, b):
+        if a != b:
+            self.cache.swap(a, b, max(self.lengths[a], self.lengths[b]))
+            self.tokens[[a, b]] = self.tokens[[b, a]]
+            for values in (self.lengths, self.used):
+                values[a], values[b] = values[b], values[a]
+
+
+PREFILL_TOKENS = 512        # of one prompt in one pass: bounds the memory of a long prompt's activations and mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OpenAI-compatible servers
+
+class EndpointError(RuntimeError):
+    """A server that gave no usable answer: the message names the URL, what came back and what to do. `retry_s` is None
+    where asking again cannot help, else the least number of seconds to wait first."""
+
+    def __init__(self, message, retry_s=None):
+        super().__init__(message)
+        self.retry_s = retry_s
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):  # following one would send the prompt and the key to another host
+        return None
+
+
+class Endpoint:
+    """The same blocking, thread-safe `chat` as Engine's, answered by any server that speaks /v1/chat/completions.
+
+    spec is "http://host:port/v1#model-name"; the key, if any, is read from OPENAI_API_KEY. timeout_s bounds a request.
+    Busy servers (429), server errors (5xx), lost connections, timeouts and replies that are no chat completion are
+    tried again `retries` times, after backoff_s, 2 * backoff_s, ... seconds (with jitter) or what Retry-After asks.
+    """
+    context = None            # in tokens: only the server knows
+    max_bytes = 16 * 2**20    # of one reply
+
+    def __init__(self, spec, timeout_s=120.0, retries=5, backoff_s=1.0):
+        address, _, self.name = spec.partition("#")
+        parts = urllib.parse.urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not self.name:
+            raise ValueError(f"expected an endpoint like http://host:port/v1#model-name, found {spec!r}")
+        self.url = address.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.timeout_s, self.retries, self.backoff_s = timeout_s, retries, backoff_s
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not self._key.isascii() or not self._key.isprintable():
+            raise ValueError("OPENAI_API_KEY holds characters that cannot be sent in a header; set it again")
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0):
+        """Completion for `messages` ([{"role", "content"}]); its tokens and logps are empty, the server keeps them.
+        Raises ContextFull where the server says so and EndpointError for everything else that is not a reply."""
+        stop = [stop] if isinstance(stop, str) else [s for s in stop if s]
+        body = {"model": self.name, "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
+                "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        if stop:
+            body["stop"] = stop
+        if top_k:  # not in OpenAI's own interface; vLLM, SGLang, llama.cpp and others take it
+            body["top_k"] = top_k
+        body, start = json.dumps(body).encode(), time.perf_counter()
+        for attempt in range(self.retries + 1):
+            try:
+                text, finish, usage = self._ask(body)
+                break
+            except EndpointError as error:
+                if error.retry_s is None:
+                    raise
+                if attempt == self.retries:
+                    raise EndpointError(f"{error} (gave up after {attempt + 1} attempts)", error.retry_s) from None
+                pause = min(self.backoff_s * 2 ** attempt, 60.0) * random.uniform(0.5, 1.0)
+                time.sleep(max(pause, min(error.retry_s, self.timeout_s)))
+        ends = [at for at in (text.find(s) for s in stop) if at >= 0]
+        if ends:  # a server that ignores `stop`, or returns the string with the text
+            text, finish = text[:min(ends)], "stop"
+        details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        seconds = time.perf_counter() - start
+        return Completion(text, [], [], finish, usage.get("prompt_tokens") or 0, cached or 0, seconds)
+
+    def _ask(self, body):
+        """(text, "stop" | "length", usage) of one request."""
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json", "User-Agent": "ml-agent"})
+        if self._key:
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        try:
+            with self._opener.open(request, timeout=self.timeout_s) as response:
+                raw = self._read(response)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refused(error) from None
+        except TimeoutError:
+            late = f"{self.url} did not answer within {self.timeout_s:g} s; is the server overloaded?"
+            raise EndpointError(late, 0.0) from None
+        except (OSError, http.client.HTTPException) as error:  # refused, reset, unknown host, broken HTTP, cut short
+            why = getattr(error, "reason", None) or error
+            if isinstance(why, TimeoutError):
+                why = f"no connection within {self.timeout_s:g} s"
+            lost = f"{self.url} cannot be reached ({type(why).__name__}: {why}); is the server running there?"
+            raise EndpointError(lost, 0.0) from None
+        try:
+            reply = json.loads(raw)
+            choice = reply["choices"][0]
+            text, usage = choice["message"]["content"], reply.get("usage")
+            finish = "length" if choice.get("finish_reason") == "length" else "stop"
+            if not isinstance(text, str):
+                raise TypeError
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise EndpointError(f"{self.url} answered, but not with a chat completion: {self._excerpt(raw)}; "
+                                "is this the address of an OpenAI-compatible /v1?", 0.0) from None
+        return text, finish, usage if isinstance(usage, dict) else {}
+
+    def _read(self, response):
+        """The body; TimeoutError when it is not whole in time (a slow drip passes the socket's own timeout)."""
+        raw, deadline = bytearray(), time.monotonic() + self.timeout_s
+        while part := response.read1(65536):
+            raw += part
+            if len(raw) > self.max_bytes:
+                raise EndpointError(f"{self.url} sent more than {self.max_bytes} bytes for one reply", 0.0)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+        return bytes(raw)
+
+    def _refused(self, error):
+        """The exception for an HTTP status other than 2xx."""
+        try:
+            said = error.read(4096)
+        except (OSError, http.client.HTTPException):
+            said = b""
+        code, message = error.code, f"{self.url} answered {error.code}: {self._excerpt(said)}"
+        over = re.search(rb"context.{0,12}(length|window|size)|too long|too many tokens", said, re.I)
+        if over and code in (400, 413, 422):
+            return ContextFull(f"{message}; the conversation is longer than {self.name!r} takes")
+        if code in (408, 409, 425, 429) or code >= 500:
+            advice = "ask less in parallel, or later" if code == 429 else "see the server's log"
+            return EndpointError(f"{message}; {advice}", _retry_after(error.headers.get("Retry-After")))
+        advice = {401: "set OPENAI_API_KEY to a key it accepts" if self._key else "set OPENAI_API_KEY",
+                  403: "the key in OPENAI_API_KEY may not use this model" if self._key else "set OPENAI_API_KEY",
+                  404: f"check the address (it usually ends in /v1) and the model's name, {self.name!r}"}
+        if 300 <= code < 400:
+            advice[code] = f"give the address it points to ({error.headers.get('Location')}) instead"
+        return EndpointError(f"{message}; {advice.get(code, 'it does not accept this request')}")
+
+    def _excerpt(self, raw):
+        text = " ".join(raw[:4096].decode("utf-8", "replace").split())
+        text = text.replace(self._key, "***") if self._key else text
+        return repr(text[:300]) if text else "an empty body"
+
+
+def _retry_after(value):
+    """Seconds that a Retry-After header asks for (a number or a date), 0 where it says nothing usable."""
+    try:
+        return max(0.0, float(value))
+    except (TypeError, ValueError):
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, AttributeError):
+        return 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def parse(cls, argv=None):
+    """An instance of the dataclass `cls`, filled from the command line (`argv`, by default sys.argv[1:]).
+
+    A field reads `name: type = default  # help text`; comment lines below it, indented deeper, continue the text.
+    Types: int, float, str, bool (--name / --no-name), X | None (the word `none`) and tuple[X, ...] (a comma list).
+    --max-new-tokens and --max_new_tokens are one flag and --x=1 works. A name that does not exist (near ones are
+    listed), a value of the wrong type or a ValueError of the class's own __post_init__ ends the program with status 2.
+    """
+    about, name = {}, None  # field -> its trailing comment
+    for line in inspect.getsource(cls).splitlines():
+        if found := re.match(r"    (\w+)\s*:\s*\S.*?(?:  # (.*))?$", line):
+            name, about[found[1]] = found[1], found[2] or ""
+        elif name and (found := re.match(r"     +# ?(.*)", line)):
+            about[name] += " " + found[1]
+        else:
+            name = None
+
+    def convert(text, kind):
+        inner = typing.get_args(kind)
+        if typing.get_origin(kind) is tuple:
+            return tuple(convert(word.strip(), inner[0]) for word in text.split(",") if word.strip())
+        if inner:  # X | None
+            return None if text.lower() == "none" else convert(text, inner[0])
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, found {text!r}") from None
+
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind, default = kinds[field.name], field.default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        needed = default is dataclasses.MISSING
+        text = (about.get(field.name, "") + (" (required)" if needed else f" (default: {shown})")).replace("%", "%%")
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            letters = re.findall("int|float|str", str(kind))[0].upper() + ",..." * (typing.get_origin(kind) is tuple)
+            how = {"type": lambda text, kind=kind: convert(text, kind), "metavar": letters}
+        parser.add_argument("--" + field.name.replace("_", "-"), required=needed, default=default, help=text, **how)
+
+    argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
+            for word in (sys.argv[1:] if argv is None else argv)]
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(flag, ["--" + name.replace("_", "-") for name in vars(values)], n=3)
+        parser.error(f"there is no {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
+    try:
+        return cls(**vars(values))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading what --model names, and the command line
+
+def load(spec, dtype="auto", device="auto", rows=8, context=16384):
+    """The Engine or Endpoint that a --model value names.
+
+    spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
+    out), or "http://host:port/v1#name". device "auto": CUDA if there is one. dtype "auto": bfloat16 where the hardware
+    multiplies it (CUDA, or a CPU with AMX), else float32. Raises ValueError for what cannot be loaded.
+    """
+    if str(spec).startswith(("http://", "https://")):
+        return Endpoint(spec)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        fast = device != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
+        dtype = "bfloat16" if fast and spec != "tiny" else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"expected dtype auto, float32 or bfloat16, found {dtype!r}")
+    kind = getattr(torch, dtype)
+    if spec == "tiny":
+        tokenizer, model = Tokenizer.of_bytes(), Qwen2.from_scratch(Config.preset("tiny"), dtype=kind, device=device)
+    else:
+        folder = find_folder(spec)
+        tokenizer, model = Tokenizer.from_pretrained(folder), Qwen2.from_pretrained(folder, kind, device)
+    if tokenizer.size > model.config.vocab_size:
+        raise ValueError(f"{spec}: the tokenizer has {tokenizer.size} ids and the model rows for {model.config.vocab_size}; "
+                         "they are not of one checkpoint")
+    return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec))
+
+
+def read_bandwidth(device="cpu", num_bytes=2**28):
+    """Bytes a second at which this device reads its memory: the best of five sums over a large tensor."""
+    x, best = torch.ones(num_bytes // 4, device=device), 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        x.sum().item()
+        best = max(best, x.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def streamed_bytes(model):
+    """Bytes of weights that one decoding step reads: every matrix product's, not the embedding's single rows."""
+    return sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, Linear))
+
+
+@dataclass
+class Settings:
+    """Command line of sample.py."""
+    prompt: str                         # what to say to the model
+    model: str = "tiny"                 # a folder, a hub id, "tiny" (random weights), or http://host:port/v1#name
+    system: str = ""                    # system message; empty: the checkpoint's own
+    max_new_tokens: int = 256           # the longest reply, in tokens
+    temperature: float = 0.7            # 0 always takes the most likely token
+    top_p: float = 1.0                  # sample from the most likely tokens that together reach this probability
+    top_k: int = 0                      # sample from this many most likely tokens; 0: all
+    seed: int = 0                       # of the random numbers
+    dtype: str = "auto"                 # auto, float32 or bfloat16
+    device: str = "auto"                # auto, cpu or cuda
+
+
+def main(s):
+    start = time.perf_counter()
+    policy = load(s.model, s.dtype, s.device, rows=1)
+    options = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, seed=s.seed)
+    messages = [{"role": "system", "content": s.system}] * bool(s.system) + [{"role": "user", "content": s.prompt}]
+    if isinstance(policy, Endpoint):
+        print(policy.chat(messages, **options).text)
+        return
+    weight = policy.model.lm_head.weight
+    print(f"{s.model}: {sum(p.numel() for p in policy.model.parameters()) / 1e6:,.0f}M parameters, "
+          f"{str(weight.dtype).removeprefix('torch.')}, {weight.device}, loaded in {time.perf_counter() - start:.1f} s",
+          file=sys.stderr)
+    decoder, times = codecs.getincrementaldecoder("utf-8")("replace"), []
+
+    def show(piece):
+        times.append(time.perf_counter())
+        print(decoder.decode(piece), end="", flush=True)
+
+    reply = policy.chat(messages, stream=show, **options)
+    print(decoder.decode(b"", final=True))
+    steps = len(times) - 1
+    if steps > 0:
+        rate = steps / (times[-1] - times[0])
+        share = rate * streamed_bytes(policy.model) / read_bandwidth(policy.device)
+        print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled, {rate:.1f} tokens/s after the first: "
+              f"{share:.0%} of the memory's read bandwidth", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    settings = parse(Settings)
+    try:
+        main(settings)
+    except (ValueError, EndpointError) as error:
+        sys.exit(f"sample.py: {error}")
