@@ -51,7 +51,7 @@ def miniature(raw, seed):
         turned = angle + rng.normal(0, 0.25)
         radius = 1 + sum(wave[h, 0] * np.cos((h + 1) * turned) + wave[h, 1] * np.sin((h + 1) * turned) for h in range(6))
         radius = np.maximum(radius, 0.1)
-        margin, texture = (_histogram(rng, logits[k] + rng.normal(0, 1.4, 64), count) for logits, count in ((margins, 512), (textures, 1024)))
+        margin, texture = (_histogram(rng, logits[k] + rng.normal(0, 1.0, 64), count) for logits, count in ((margins, 512), (textures, 1024)))
         rows.append([id, SPECIES[k], *margin, *(radius / radius.sum() * rng.normal(0.04, 0.005)).round(8), *texture])
         images[f"images/{id}.jpg"] = jpeg(_silhouette(radius), size=4096)
     frame = pd.DataFrame(rows, columns=["id", "species", *FEATURES])
