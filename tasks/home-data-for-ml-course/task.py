@@ -104,8 +104,8 @@ TASK = Task(
     id="home-data-for-ml-course", modality="tabular", kind="regression", metric="MAE", direction="down", split="held-in", source="MLAgentBench",
     download="train.csv and data_description.txt of the Kaggle competition home-data-for-ml-course, or its whole zip", size="1 MB",
     prepare=prepare, miniature=miniature, score=score, key="Id", variants=("mlagentbench",),
-    m_init=None, m_best=18440.0, m_best_source="Table 1, ML-Agent's best of 8",
-    m_best_miniature=1.0, m_best_miniature_source="",
+    m_init=21896.0, m_best=18440.0, m_best_source="Table 1, ML-Agent's best of 8",
+    m_best_miniature=7737.0, m_best_miniature_source="lasso of the log price on all features, sizes by their logarithm",
     published={"Qwen-7B-Instruct": (21626, 21412), "Qwen-32B-Instruct": (21134, 20440), "GPT-4o-mini": (20671, 19905),
                "GPT-4o": (20850, 20441), "DeepSeek-R1": (20929, 20234), "ML-Agent": (20209, 18440)},
 )
