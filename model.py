@@ -129,7 +129,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight; the mean is taken in fp32 whatever the dtype."""
 
     def __init__(self, width, eps):
         super().__init__()
@@ -137,7 +137,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def rotary(positions, head_dim, theta):
@@ -177,7 +177,8 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:                                           # the H / K query heads that share a key stand as extra queries
             q = q.reshape(B, self.K, -1, self.D)        # (B, K, H/K * T, D): no copy of the cache for each query head
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=window.mask.repeat(1, 1, self.H // self.K, 1))
+            mask = window.mask if T == 1 else window.mask.repeat(1, 1, self.H // self.K, 1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             y = y.view(B, self.H, T, self.D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 

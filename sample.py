@@ -16,6 +16,7 @@ import email.utils
 import http.client
 import inspect
 import json
+import math
 import os
 import random
 import re
@@ -168,8 +169,9 @@ class Cache:
 
     def __init__(self, config, rows, length, dtype, device):
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, not empty: a masked position has weight 0, and 0 times a stray NaN would still be NaN.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def copy(self, source, target, length):
         """Copy the first `length` positions of one row to another."""
@@ -233,7 +235,7 @@ def draw(logits, temperature, top_p, top_k, uniform):
     if limited.any():
         logp[limited] = truncate(logp[limited], top_p[limited], top_k[limited])
     cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+    tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     tokens = torch.where(greedy, logits.argmax(-1), tokens)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
@@ -307,16 +309,20 @@ class Engine:
         self.sampled_tokens = self.prefilled_tokens = self.reused_tokens = 0
         self.refresh()
 
-    def refresh(self):
-        """Take notice of changed weights: forget every cached token. Raises RuntimeError while replies are being sampled."""
+    def forget(self):
+        """Drop every cached token. Raises RuntimeError while replies are being sampled."""
         with self.wake:
             if self.active or self.waiting:
-                raise RuntimeError("refresh() while replies are being sampled; wait for them first")
+                raise RuntimeError("the cache cannot be dropped while replies are being sampled; wait for them first")
             self.lengths = [0] * self.rows
-            if self.pack:
-                for layer in self.model.modules():
-                    if isinstance(layer, Linear):
-                        layer.pack()
+
+    def refresh(self):
+        """Take notice of changed weights: drop what the old ones cached, and pack anew."""
+        self.forget()
+        if self.pack:
+            for layer in self.model.modules():
+                if isinstance(layer, Linear):
+                    layer.pack()
 
     # -- what callers use
 
@@ -397,9 +403,12 @@ class Engine:
         settings = torch.tensor([[r.temperature, r.top_p, r.top_k, r.uniform[len(r.tokens)]] for r in self.active],
                                 dtype=torch.float64, device=self.device)
         tokens, logps = draw(logits, settings[:, 0], settings[:, 1], settings[:, 2].long(), settings[:, 3])
+        tokens, logps = tokens.tolist(), logps.tolist()
+        if not all(map(math.isfinite, logps)):
+            raise FloatingPointError(f"{self.name}: the model's logits are not finite; its weights or its dtype are damaged")
         self.sampled_tokens += B
         done = []
-        for row, (request, token, logp) in enumerate(zip(self.active, tokens.tolist(), logps.tolist())):
+        for row, (request, token, logp) in enumerate(zip(self.active, tokens, logps)):
             self.lengths[row] += 1
             if self._take(request, token, logp):
                 done.append(row)
@@ -415,9 +424,9 @@ class Engine:
         source = int(shared.argmax())
         reused = int(shared[source])
         parked = range(row, self.rows)
-        if source in parked and 2 * reused >= self.lengths[source]:     # a conversation goes on: take its row over
+        if source in parked and reused + 16 >= self.lengths[source]:    # a conversation goes on: take its row over
             home = source
-        else:                           # the beginning belongs to someone else too: copy it to the row unused longest
+        else:                           # another conversation begins alike: copy that to an empty row, or the oldest
             home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))
             if source != home:
                 self.cache.copy(source, home, reused)

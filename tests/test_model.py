@@ -1,0 +1,219 @@
+"""The architecture and its checkpoints: against transformers where it is installed, and against plain restatements."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import PRESETS, Config, Linear, Qwen2, find_folder
+from sample import Tokenizer
+
+ODD = Config(vocab_size=301, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
+             num_key_value_heads=2, tie_word_embeddings=False)
+REAL = os.environ.get("MLAGENT_MODEL", "")
+
+
+@pytest.fixture
+def real():
+    if not Path(REAL or "-").is_dir():
+        pytest.skip("set MLAGENT_MODEL to the folder of a real Qwen2.5 checkpoint to run this")
+    return REAL
+
+
+@pytest.fixture
+def peer():
+    return pytest.importorskip("transformers", reason="transformers is the peer this is compared with; pip install it")
+
+
+def tokens_of(config, B, T, seed=0):
+    return torch.randint(config.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name, count", [           # the counts published with each size
+    ("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("3b", 3_085_938_688), ("7b", 7_615_616_512),
+    ("14b", 14_770_033_664), ("32b", 32_763_876_352)])
+def test_presets_have_the_published_number_of_parameters(name, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Qwen2(Config.preset(name)).parameters()) == count
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_transformers_on_random_weights(peer, tmp_path, tied):
+    config = Config(**{**vars(ODD), "tie_word_embeddings": tied})
+    model = Qwen2.from_scratch(config, seed=1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():       # biases and norms too, so that none can be forgotten
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+    model.save_pretrained(tmp_path)
+    theirs = peer.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = tokens_of(config, 3, 70)
+    with torch.no_grad():
+        assert (model(tokens) - theirs(tokens).logits).abs().max() < 2e-5
+
+
+def test_a_token_sees_no_later_one():
+    model = Qwen2.from_scratch(ODD)
+    tokens = tokens_of(ODD, 1, 12)
+    changed = tokens.clone()
+    changed[0, 8] = (changed[0, 8] + 1) % ODD.vocab_size
+    with torch.no_grad():
+        before, after = model(tokens)[0], model(changed)[0]
+    assert torch.equal(before[:8], after[:8]) and not torch.allclose(before[8:], after[8:])
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 40_000])
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load_give_the_same_model(tmp_path, tied, shard_bytes):
+    config = Config(**{**vars(ODD), "tie_word_embeddings": tied})
+    model = Qwen2.from_scratch(config, seed=3)
+    model.save_pretrained(tmp_path, max_shard_bytes=10_000)         # shards of an earlier save must not stay behind
+    model.save_pretrained(tmp_path, max_shard_bytes=shard_bytes)
+    again = Qwen2.from_pretrained(tmp_path)
+    files = sorted(f.name for f in tmp_path.glob("*.safetensors"))
+    assert again.config == config and all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    if shard_bytes == 10**9:
+        assert files == ["model.safetensors"]
+    else:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert len(files) > 1 and set(index["weight_map"].values()) == set(files)
+        assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+        largest = max(p.nbytes for p in model.parameters())
+        assert all(sum(t.nbytes for t in load_file(tmp_path / f).values()) <= max(shard_bytes, largest) for f in files)
+
+
+def test_loading_converts_to_the_dtype_asked_for_and_leaves_nothing_on_meta(tmp_path):
+    Qwen2.from_scratch(ODD).save_pretrained(tmp_path)
+    model = Qwen2.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "cpu")}
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+K, EMBED = "model.layers.1.self_attn.k_proj.bias", "model.embed_tokens.weight"
+DAMAGES = {
+    "missing": (lambda f: edit_tensors(f, lambda t: t.pop(K)), ["1 missing", K]),
+    "extra": (lambda f: edit_tensors(f, lambda t: t.update(bonus=torch.zeros(2))), ["1 unexpected: bonus"]),
+    "shape": (lambda f: edit_tensors(f, lambda t: t.update({K: torch.zeros(9)})), [K, "expected (16,), found (9,)"]),
+    "two at once": (lambda f: edit_tensors(f, lambda t: (t.pop(K), t.update({EMBED: torch.zeros(2, 2)}))),
+                    ["1 missing", K, "1 of another shape", EMBED]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["holds no config.json"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["neither model.safetensors nor"]),
+    "torn file": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
+                  ["model.safetensors is damaged"]),
+    "config no JSON": (lambda f: (f / "config.json").write_text("{"), ["is not JSON"]),
+    "other family": (lambda f: edit_config(f, model_type="llama"), ["'llama'", "'qwen2'"]),
+    "scaled rope": (lambda f: edit_config(f, rope_scaling={"type": "yarn", "factor": 4}), ["scaled rotary"]),
+    "lost shard": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+                   ["lacks b.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_one_clear_error(tmp_path, damage):
+    Qwen2.from_scratch(ODD).save_pretrained(tmp_path)
+    spoil, said = DAMAGES[damage]
+    spoil(tmp_path)
+    with pytest.raises(ValueError) as error:
+        Qwen2.from_pretrained(tmp_path)
+    assert all(words in str(error.value) for words in said), str(error.value)
+
+
+def test_a_name_that_is_neither_folder_nor_hub_id_is_refused():
+    with pytest.raises(ValueError, match="no model folder"):
+        find_folder("/nowhere/at/all")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 64, 65])
+def test_every_form_of_the_linear_layer_is_the_same_product(dtype, tolerance, rows):
+    g = torch.Generator().manual_seed(rows)
+    layer = Linear(123, 41, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(41, 123, generator=g))
+        layer.bias.copy_(torch.randn(41, generator=g))
+    x = torch.randn(rows, 1, 123, generator=g).to(dtype)
+    plain = x.double() @ layer.weight.double().T + layer.bias.double()
+    with torch.no_grad():
+        unpacked = layer(x)
+        if dtype is torch.float32:
+            layer.pack()
+        packed = layer(x)
+    for y in (unpacked, packed):
+        assert y.shape == (rows, 1, 41) and (y - plain).abs().max() <= tolerance * plain.abs().max()
+    assert layer(x).requires_grad       # with gradients on, the differentiable form
+
+
+# -- the real checkpoint
+
+TEXTS = ["The capital of France is", "def fibonacci(n):\n    if n < 2:\n        return n\n" * 4,
+         "Machine learning engineering is a loop: read, edit, run, look at the score, again. " * 8,
+         "漢字とかな、emoji 🙂 and ASCII in one line. " * 9, "import pandas as pd\ntrain = pd.read_csv('data/train.csv')\n" * 30]
+
+
+def test_real_checkpoint_has_the_logits_and_greedy_tokens_of_transformers(real, peer, tmp_path):
+    """Five prompts of 50 to 500 tokens: logits within 1e-3; 64 greedy tokens identical; the folder we save has identical logits."""
+    from sample import Engine
+    model, tokenizer = Qwen2.from_pretrained(real), Tokenizer.from_pretrained(real)
+    theirs = peer.AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32).eval()
+    prompts = [tokenizer.encode(TEXTS[2] + text)[:500] for text in TEXTS]
+    assert all(50 <= len(ids) <= 500 for ids in prompts)
+    with torch.no_grad():
+        worst = max((model(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits).abs().max().item() for ids in prompts)
+    assert worst < 1e-3, worst
+    shorter = [tokenizer.encode(text)[-50:] for text in TEXTS]
+    engine = Engine(model.requires_grad_(False), tokenizer, rows=5, context=1024)
+    ours = [group[0].tokens for group in engine.generate(shorter, max_new_tokens=64, temperature=0)]
+    for ids, mine in zip(shorter, ours):
+        reply = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, repetition_penalty=1.0,
+                                eos_token_id=sorted(tokenizer.eos))[0, len(ids):].tolist()
+        assert mine == reply
+    model.save_pretrained(tmp_path, max_shard_bytes=10**9)
+    tokenizer.save(tmp_path)
+    reopened = peer.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert peer.AutoTokenizer.from_pretrained(tmp_path).encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
+    with torch.no_grad():
+        ids = torch.tensor([prompts[0]])
+        assert torch.equal(reopened(ids).logits, theirs(ids).logits)
+
+
+def test_real_chat_template_gives_the_ids_of_transformers(real, peer):
+    theirs, ours = peer.AutoTokenizer.from_pretrained(real), Tokenizer.from_pretrained(real)
+    talk = [{"role": "user", "content": "\n Improve `train.py`.\n\n"}, {"role": "assistant", "content": "Thought: I look.\nAction: x"},
+            {"role": "user", "content": "Observation:\n```\n1.5e-3 \t 漢字 🙂\n```"}]
+    for messages in (talk, talk[:1], [{"role": "system", "content": "You edit scripts."}, *talk]):
+        for prompt in (True, False):
+            text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            assert ours.chat(messages, prompt) == theirs.encode(text, add_special_tokens=False)
+    for text in TEXTS:
+        assert ours.decode(ours.encode(text)) == text == theirs.decode(ours.encode(text))
+
+
+LOAD = """
+import resource, sys, torch
+from model import Qwen2
+kib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = kib()
+model = Qwen2.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print((kib() - before) * 1024 / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_real_loading_peaks_below_1_15_times_the_weights(real, dtype):
+    out = subprocess.run([sys.executable, "-c", LOAD, real, dtype], capture_output=True, text=True, check=True,
+                         cwd=Path(__file__).parent.parent)
+    assert float(out.stdout) < 1.15
