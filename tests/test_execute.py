@@ -1,0 +1,295 @@
+"""The executor: one test a promise. Linux only, like the executor."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import env
+from env import OUTCOMES, execute
+from reward import KINDS
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
+ROOT = Path(__file__).parent.parent
+DAEMON = """
+import os, signal, sys, time
+def daemon():
+    "Starts a process that leaves session and group, ignores every polite signal, and keeps writing."
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(name, signal.SIG_IGN)
+        os.closerange(0, 3)
+        while True:
+            with open("pulse", "a") as file:
+                file.write(f"{os.getpid()}\\n")
+            time.sleep(0.01)
+    while not os.path.exists("pulse"):
+        time.sleep(0.01)
+"""
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """Temporary folders of the runs are made here, so that a test sees what is left of them."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def run(folder, text, timeout_s=30, memory_bytes=1 << 30, **options):
+    """Runs a script of that text under a name nothing else has, and checks what holds after every run: nothing of it is left."""
+    name = f"script_{uuid.uuid4().hex}.py"
+    (folder / name).write_text(textwrap.dedent(text))
+    result = execute(name, folder, timeout_s=timeout_s, memory_bytes=memory_bytes, **options)
+    assert result.outcome in OUTCOMES and result.sandbox == "off"
+    assert processes(name) == []
+    return result
+
+
+def processes(word):
+    """The ids of living processes with that word in their command line."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if word.encode() in Path(f"/proc/{entry}/cmdline").read_bytes():
+                found.append(int(entry))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_every_outcome_leads_to_one_reward_kind():
+    assert set(OUTCOMES.values()) == {"scored", "failed", "limit"} < set(KINDS)
+
+
+def test_both_streams_exit_code_and_figures(tmp_path):
+    result = run(tmp_path, "import sys, time; print('out'); print('err', file=sys.stderr); time.sleep(0.2); sys.exit(0)")
+    assert (result.outcome, result.exit_code, result.stdout, result.stderr) == ("ok", 0, "out\n", "err\n")
+    assert 0.2 <= result.seconds < 30 and 1 << 20 < result.peak_bytes < 1 << 28
+
+
+def test_environment_is_clean_and_private(tmp_path, temporary, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-word")
+    monkeypatch.setenv("PYTHONPATH", "/secret-path")
+    result = run(tmp_path, """
+        import os, sys
+        for pid in ("self", os.getppid()):
+            print(open(f"/proc/{pid}/environ").read(), open(f"/proc/{pid}/cmdline").read())
+        print(sys.path, repr(sys.stdin.read()), os.environ["HOME"] == os.environ["TMPDIR"], os.listdir(os.environ["TMPDIR"]))
+        open(os.environ["TMPDIR"] + "/left", "w").write("x")
+        os.mkdir(os.environ["TMPDIR"] + "/locked", 0)
+        print(os.environ["OMP_NUM_THREADS"], repr(os.environ["CUDA_VISIBLE_DEVICES"]), os.environ["TMPDIR"])
+    """, threads=3)
+    assert result.outcome == "ok" and "secret" not in result.stdout
+    assert "'' True []" in result.stdout and f"3 '' {temporary}" in result.stdout
+    assert list(temporary.iterdir()) == []
+
+
+def test_gpu_is_shown_when_given(tmp_path):
+    code = "import os, resource; print(os.environ['CUDA_VISIBLE_DEVICES'], resource.getrlimit(resource.RLIMIT_AS)[0])"
+    assert run(tmp_path, code, gpu="1").stdout == "1 -1\n"  # no limit on addresses: CUDA reserves far more than it uses
+    assert run(tmp_path, code).stdout == f" {(1 << 30) + (4 << 30)}\n"
+
+
+def test_script_that_never_ends(tmp_path):
+    result = run(tmp_path, "print('before')\nwhile True: pass", timeout_s=0.5)
+    assert (result.outcome, result.stdout) == ("timeout", "before\n") and 0.5 <= result.seconds < 20
+    assert "limit of 0 s" not in result.detail and "0.5 s" in result.detail
+
+
+def test_gigabyte_of_output_costs_neither_memory_nor_time(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = run(tmp_path, """
+        import os
+        print("first words")
+        for _ in range(1024):
+            os.write(1, b"x" * (1 << 20))
+        print("last words")
+    """, timeout_s=120, output_bytes=10_000)
+    assert result.outcome == "ok" and result.stdout.startswith("first words\nxx") and result.stdout.endswith("xx\nlast words\n".replace("\n", "", 1))
+    assert len(result.stdout) < 10_200 and f"{(1 << 30) + 12 + 11 - 10_000} bytes of output cut" in result.stdout
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10  # KiB
+
+
+def test_flood_on_both_streams_until_the_limit(tmp_path):
+    result = run(tmp_path, "import os\nwhile True: os.write(1, b'o' * 65536); os.write(2, b'e' * 65536)", timeout_s=1)
+    assert result.outcome == "timeout" and result.stdout.strip("o\n")[:3] == result.stderr.strip("e\n")[:3] == "..."
+
+
+@pytest.mark.parametrize("end, outcome", [("sys.exit(0)", "ok"), ("time.sleep(60)", "timeout"), ("os.kill(os.getpid(), 9)", "killed"), ("1 / 0", "error")])
+def test_daemons_do_not_outlive_the_script(tmp_path, end, outcome):
+    result = run(tmp_path, f"{DAEMON}\nfor _ in range(3): daemon()\n{end}", timeout_s=3)
+    assert result.outcome == outcome
+    pulse = (tmp_path / "pulse").read_text()
+    assert pulse and not any(os.path.exists(f"/proc/{pid}") for pid in set(pulse.split()))
+    time.sleep(0.1)
+    assert (tmp_path / "pulse").read_text() == pulse
+
+
+def test_process_that_keeps_moving_is_caught(tmp_path):
+    """A chain of processes, each of which forks the next and ends: no list of processes is ever up to date."""
+    result = run(tmp_path, """
+        import os
+        if os.fork() == 0:
+            os.setsid()
+            while True:
+                if os.fork():
+                    os._exit(0)
+    """)
+    assert result.outcome == "ok"
+
+
+def test_script_that_kills_its_supervisor_is_killed_too(tmp_path, temporary):
+    result = run(tmp_path, f"{DAEMON}\ndaemon()\nos.kill(os.getppid(), 9)\ntime.sleep(60)")
+    assert result.outcome == "killed" and "supervisor" in result.detail
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in set((tmp_path / "pulse").read_text().split()))
+    assert list(temporary.iterdir()) == []
+
+
+def test_memory_hog(tmp_path):
+    result = run(tmp_path, "hoard = []\nwhile True: hoard.append(bytearray(8 << 20))", memory_bytes=200 << 20)
+    assert result.outcome == "out of memory" and 150 << 20 < result.peak_bytes < 1 << 30 and "0.20 GiB" in result.detail
+
+
+def test_memory_of_all_processes_counts_together(tmp_path):
+    hog = """
+        import os, time
+        for _ in range(3):
+            if os.fork() == 0:
+                hoard = bytearray(120 << 20)
+                time.sleep(60)
+        time.sleep({})
+    """
+    assert run(tmp_path, hog.format(60), memory_bytes=300 << 20).outcome == "out of memory"
+    assert run(tmp_path, hog.format(0.7), memory_bytes=600 << 20).outcome == "ok"
+
+
+def test_memory_shared_by_forked_workers_counts_once(tmp_path):
+    result = run(tmp_path, """
+        import os, time
+        hoard = bytearray(120 << 20)
+        for _ in range(4):
+            if os.fork() == 0:
+                time.sleep(60)
+        time.sleep(0.7)
+    """, memory_bytes=300 << 20)
+    assert result.outcome == "ok"
+
+
+@pytest.mark.parametrize("code, outcome", [
+    ("bytearray(1 << 40)", "out of memory"),                                              # beyond the address space: MemoryError
+    ("raise OSError(12, 'Cannot allocate memory')", "out of memory"),
+    ("class OutOfMemoryError(RuntimeError): pass\nOutOfMemoryError.__module__ = 'torch'\nraise OutOfMemoryError('CUDA out of memory. Tried\\nto')", "out of memory"),
+    ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "out of memory"),
+    ("raise OSError(28, 'No space left on device')", "disk full"),
+    ("open('big', 'wb').write(b'x' * (2 << 20))", "disk full"),
+    ("import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL); open('big', 'wb').write(b'x' * (2 << 20))", "disk full"),
+    ("import numpy; numpy.zeros(1 << 20).tofile('big')", "disk full"),
+    ("import sys; sys.exit('MemoryError')", "error"),                                     # words are not an outcome ...
+    ("import sys; print('MemoryError', file=sys.stderr); sys.exit(1)", "error"),
+    ("print('OSError: [Errno 28] No space left on device'); 1 / 0", "error"),
+    ("import sys; print('CUDA out of memory', file=sys.stderr); raise ValueError('MemoryError: no')", "error"),
+    ("try:\n    raise MemoryError\nexcept MemoryError:\n    raise ValueError('x')", "error"),  # ... and the last exception decides
+    ("try:\n    raise ValueError\nexcept ValueError:\n    raise MemoryError", "out of memory"),
+    ("import os; os._exit(3)", "error"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "killed"),
+    ("this is not Python", "error"),
+    ("import sys; sys.exit(0)", "ok"),
+])
+def test_outcomes(tmp_path, code, outcome):
+    assert run(tmp_path, code, file_bytes=1 << 20).outcome == outcome
+
+
+def test_what_was_printed_before_an_error_is_kept(tmp_path):
+    result = run(tmp_path, "print('epoch 1')\nraise KeyError('column')")
+    assert result.stdout == "epoch 1\n" and result.detail == "KeyError: 'column'" and "Traceback" in result.stderr
+
+
+def test_too_many_processes(tmp_path):
+    result = run(tmp_path, "import os, time\nfor _ in range(60):\n    if os.fork() == 0: time.sleep(60)\ntime.sleep(60)", processes=40)
+    assert result.outcome == "too many processes" and "40 processes" in result.detail
+
+
+def test_progress_bars_leave_their_last_state(tmp_path):
+    assert run(tmp_path, r"print('10%\r50%\r100%\r\ndone', end='')").stdout == "100%\ndone"
+
+
+def test_bytes_that_are_not_text(tmp_path):
+    assert run(tmp_path, r"import os; os.write(1, b'\xff\x00ok\n')").stdout == "\ufffd\x00ok\n"
+
+
+def test_four_threads_at_once(tmp_path, temporary):
+    folders = [tmp_path / str(i) for i in range(12)]
+    for folder in folders:
+        folder.mkdir()
+    execute_one = lambda i: run(folders[i], f"{DAEMON}\nprint({i})\n" + ("daemon()" if i % 3 else "time.sleep(60)"), timeout_s=30 if i % 3 else 0.5)
+    execute_one(0)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(execute_one, range(12)))
+    assert [result.stdout for result in results] == [f"{i}\n" for i in range(12)]
+    assert [result.outcome for result in results] == ["ok" if i % 3 else "timeout" for i in range(12)]
+    assert len(os.listdir("/proc/self/fd")) == descriptors and list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_survives_its_parent(tmp_path, sent):
+    name = f"script_{uuid.uuid4().hex}.py"
+    (tmp_path / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)")
+    caller = subprocess.Popen([sys.executable, "-c", f"import env; env.execute({name!r}, {str(tmp_path)!r}, timeout_s=60, memory_bytes=1 << 30)"],
+                              cwd=ROOT, stderr=subprocess.DEVNULL)
+    assert wait_until((tmp_path / "pulse").exists, 60) and len(processes(name)) >= 2
+    caller.send_signal(sent)
+    caller.wait(30)
+    assert wait_until(lambda: not processes(name))
+    pulse = (tmp_path / "pulse").read_text()
+    time.sleep(0.1)
+    assert (tmp_path / "pulse").read_text() == pulse
+
+
+def test_an_interrupted_thread_of_ours_is_not_needed(tmp_path):
+    """execute works in a thread that is not the main one, where signals and preexec functions cannot be used."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(tmp_path, "print(1)")))
+    thread.start()
+    thread.join(60)
+    assert results[0].outcome == "ok"
+
+
+def test_mistakes_of_the_caller_are_errors_and_not_outcomes(tmp_path, monkeypatch):
+    limits = dict(timeout_s=5, memory_bytes=1 << 30)
+    with pytest.raises(ValueError, match="no script 'absent.py'"):
+        execute("absent.py", tmp_path, **limits)
+    (tmp_path / "there.py").write_text("")
+    with pytest.raises(ValueError, match="interpreter"):
+        execute("there.py", tmp_path, python="/absent/python", **limits)
+    broken = tmp_path / "python"
+    broken.write_text("not a program")
+    broken.chmod(0o755)
+    with pytest.raises(RuntimeError, match="could not be started"):
+        execute("there.py", tmp_path, python=str(broken), **limits)
+    monkeypatch.setattr(env.sys, "platform", "darwin")
+    with pytest.raises(RuntimeError, match="Linux only"):
+        execute("there.py", tmp_path, **limits)
