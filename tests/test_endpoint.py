@@ -20,7 +20,7 @@ def good(text="hi", finish="stop", **more):
 
 
 class Server:
-    """Answers with each (status, headers, body) of the script in turn, the last for ever; a callable gets the handler."""
+    """Answers with each (status, headers, body) scripted in turn, the last for ever. Callables get the handler."""
 
     def __init__(self, *script):
         self.script, self.seen, self.lock = list(script), [], threading.Lock()

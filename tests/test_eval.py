@@ -1,0 +1,455 @@
+"""eval.py: the arithmetic of the table, and that no interruption loses or changes anything. The task runs in a moment
+and the policy follows a script, so every score is known beforehand."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import sample
+import tasks
+from env import replay
+
+ROOT = Path(__file__).parent.parent
+
+# The answers are all 10, so a script that predicts VALUE scores |VALUE - 10| (the starter 7); it prints |VALUE - 9.5|.
+TASK = '''
+from tasks import Task, mae, matched, numbers
+
+def prepare(raw, public, private, variant):
+    (public / "sample_submission.csv").write_text("id,y\\n1,0\\n2,0\\n")
+    (private / "test.csv").write_text((raw / "truth.csv").read_text())
+
+def miniature(raw, seed):
+    (raw / "truth.csv").write_text("id,y\\n1,10\\n2,10\\n")
+
+def score(answers, submission):
+    return mae(numbers(answers, ["y"]), numbers(matched(submission, answers, "id", ["y"]), ["y"]))
+
+TASK = Task(
+    id="NAME", modality="tabular", kind="regression", metric="MAE", direction="down", split="held-out", source="us",
+    download="truth.csv from nowhere", size="1 kB", prepare=prepare, miniature=miniature, score=score,
+    m_init=7.0, m_best=0.0, m_best_source="by hand", m_best_miniature=0.0, m_best_miniature_source="by hand",
+    published={"ML-Agent": (0.5, 0.25)})
+'''
+STARTER = '''VALUE = 3
+print("validation MAE:", abs(VALUE - 9.5))
+open("submission.csv", "w").write("id,y\\n" + "".join(f"{i},{VALUE}\\n" for i in (1, 2)))
+'''
+
+
+def act(action, **args):
+    fields = ("Reflection", "Research Plan and Status", "Fact Check", "Thought")
+    return "".join(f"{name}: x\n" for name in fields) + f"Action: {action}\nAction Input: {json.dumps(args)}"
+
+
+def edit(old, new):
+    return act("Replace In Script", script_name="train.py", find=f"VALUE = {old}", replace=f"VALUE = {new}")
+
+
+RUN, END = act("Execute Script", script_name="train.py"), act("Final Answer", final_answer="done")
+SCRIPTS = [  # of four trajectories
+    [edit(3, 8), edit(8, 9), RUN, END],         # scores 2, 1, 1
+    ["no format at all", edit(3, "1 / 0"), END],    # none: failed
+    [edit(3, "9.5"), edit("9.5", 6), END],      # 0.5 (prints 0), 4 (prints 3.5)
+    [END],                                      # none: failed
+]
+STEPS = 4 + 3 + 3 + 1
+
+
+class Scripted:
+    """A policy that follows SCRIPTS; it knows the trajectory and the step from the seed it is given."""
+
+    def __init__(self, scripts=SCRIPTS, fail_at=None, error=None, task="tiny-task"):
+        self.calls, self.fail_at, self.error, self.lock = 0, fail_at, error, threading.Lock()
+        self.replies = {zlib.crc32(f"0 {task} {k} {turn} policy".encode()): reply
+                        for k, script in enumerate(scripts) for turn, reply in enumerate(script)}
+
+    def chat(self, messages, *, seed, max_new_tokens, temperature, top_p, stop):
+        with self.lock:
+            if self.calls == self.fail_at:
+                raise self.error
+            self.calls += 1
+        return sample.Completion(self.replies[seed], [1, 2, 3], [0.0] * 3, "stop", 100, 50, 0.01)
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """The folder that holds the task; also what a started eval.py needs in its environment."""
+    folder = tmp_path / "tasks" / "tiny-task"
+    folder.mkdir(parents=True)
+    (folder / "task.py").write_text(TASK.replace("NAME", "tiny-task"))
+    (folder / "train.py").write_text(STARTER)
+    (folder / "problem.md").write_text("Predict y.\n")
+    monkeypatch.setattr(tasks, "FOLDERS", [*tasks.FOLDERS, folder.parent])
+    monkeypatch.setenv("ML_AGENT_TASKS", str(folder.parent))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    return folder
+
+
+def settings(tmp_path, out="out", **more):
+    more = {"task": "tiny-task", "model": "scripted", "coder": "none", "trajectories": 4, "steps": 5, **more}
+    return evaluation.Settings(data=str(tmp_path / "data"), out=str(tmp_path / out), **more)
+
+
+def play(s, policy):
+    return evaluation.evaluate(s, load=lambda spec, **options: policy)
+
+
+def masked(out):
+    """results.json with what depends on the clock taken out."""
+    def mask(value):
+        if isinstance(value, dict):
+            return {key: mask(each) for key, each in value.items() if key != "seconds" or not isinstance(each, float)}
+        return [mask(each) for each in value] if isinstance(value, list) else value
+    return mask(json.loads(Path(out, "results.json").read_text()))
+
+
+# ---- the table
+
+def test_table_by_hand(tmp_path, task):
+    found = play(settings(tmp_path), Scripted())["tasks"]["tiny-task"]
+    # 1, failed: 7, 4, failed: 7. Squared distances from 4.75: 14.0625 + 5.0625 + 0.5625 + 5.0625 = 24.75
+    a = found["score_summary"]
+    assert [one["score"] for one in found["trajectories"]] == [1, None, 4, None]
+    assert (a["average"], a["best"], a["failed"], a["trajectories"]) == (4.75, 1, 2, 4)
+    assert a["gain"] == pytest.approx(100 * 2.25 / 7) and a["best_gain"] == pytest.approx(100 * 6 / 7)
+    assert a["standard_error"] == pytest.approx((24.75 / 3) ** 0.5 / 2)
+    # the average of 4 draws from 1, 7, 4, 7 is at most 1.75 with probability 5/256, at most 2.5 with 19/256, 7 with 1/16
+    assert a["interval"] == [2.5, 7.0]
+    oracle = found["oracle_summary"]
+    assert [one["oracle"] for one in found["trajectories"]] == [1, None, 0.5, None]
+    assert (oracle["average"], oracle["best"]) == (3.875, 0.5)
+    assert [one["ended"] for one in found["trajectories"]] == ["final answer"] * 4
+    assert [one["valid_replies"] for one in found["trajectories"]] == [4, 2, 3, 1]
+    assert found["starter"] == 7 and found["miniature"] and found["published"] == {}
+
+
+def test_best_validation_takes_the_printed_score(tmp_path, task):
+    found = play(settings(tmp_path, final="best-validation"), Scripted())["tasks"]["tiny-task"]
+    assert [one["score"] for one in found["trajectories"]] == [1, None, 0.5, None]
+
+
+def test_how_it_is_counted_may_change_afterwards_without_playing_again(tmp_path, task):
+    play(settings(tmp_path), Scripted())
+    again = play(settings(tmp_path, final="best-validation"), None)
+    assert [one["score"] for one in again["tasks"]["tiny-task"]["trajectories"]] == [1, None, 0.5, None]
+
+
+@pytest.mark.parametrize("direction, best, gain, best_gain", [("up", 6, 50, 200), ("down", 1, -50, 50)])
+def test_summary_in_both_directions(direction, best, gain, best_gain):
+    a = evaluation.summary([1, 6, None], 2, direction)      # 1, 6, 2: average 3
+    assert (a["average"], a["best"], a["failed"]) == (3, best, 1)
+    assert (a["gain"], a["best_gain"]) == (gain, best_gain)
+    assert a["standard_error"] == pytest.approx(((4 + 9 + 1) / 2) ** 0.5 / 3 ** 0.5)
+
+
+def test_summary_of_one_and_of_a_starter_at_zero():
+    a = evaluation.summary([3], 0, "up")
+    assert (a["average"], a["gain"], a["standard_error"], a["interval"]) == (3, None, None, None)
+    assert evaluation.gain(-1, -2, "up") == 50      # better is positive, below zero too
+    assert str(evaluation.gain(5, 5, "down")) == "0.0"
+
+
+def test_the_interval_is_seeded_and_about_right():
+    scores = [float(i % 10) for i in range(400)]        # average 4.5, standard deviation 2.872
+    low, high = evaluation.summary(scores, 0.5, "up", seed=3)["interval"]
+    assert [low, high] == evaluation.summary(scores, 0.5, "up", seed=3)["interval"]
+    assert low == pytest.approx(4.5 - 1.96 * 2.872 / 20, abs=0.02)
+    assert high == pytest.approx(4.5 + 1.96 * 2.872 / 20, abs=0.02)
+
+
+def test_the_report_says_what_was_measured(tmp_path, task):
+    results = play(settings(tmp_path), Scripted())
+    text = evaluation.report(results)
+    row = next(line for line in text.splitlines() if line.startswith("tiny-task (miniature)"))
+    assert row.split("  ")[0:2] == ["tiny-task (miniature)", "MAE (down)"]
+    assert re.split(r" {2,}", row)[2:] == ["7.0000", "4.7500", "1.0000", "+32.1", "+85.7", "1.4361", "2.5000 to 7.0000",
+                                           "2/4"]
+    assert "Miniature data" in text and "the last valid submission" in text and "3.8750" in text.split("Not a result")[1]
+    assert "Published" not in text
+
+
+def test_published_columns_stand_beside_real_data_only(tmp_path, task):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "truth.csv").write_text("id,y\n1,10\n2,10\n")
+    results = play(settings(tmp_path, raw=str(raw)), Scripted())
+    text = evaluation.report(results)
+    assert "0.5000 / 0.2500" in text and "iniature" not in text and "iniature" not in json.dumps(results["settings"])
+
+
+# ---- nothing is lost
+
+@pytest.mark.parametrize("at", range(STEPS))
+def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task):
+    play(settings(tmp_path, "whole"), Scripted())
+    s = settings(tmp_path, parallel=1 + at % 4)
+    down = sample.EndpointError("http://there is down")
+    with pytest.raises(sample.EndpointError):
+        play(s, Scripted(fail_at=at, error=down))
+    half = masked(s.out)
+    assert not half["complete"]
+    again = Scripted()
+    play(s, again)
+    assert again.calls <= STEPS - at + s.parallel       # what was recorded was not played again
+    assert masked(s.out) == masked(tmp_path / "whole")
+    for file in Path(s.out, "trajectories").iterdir():
+        assert replay(file, say=print) == 0
+
+
+def test_a_line_cut_short_is_dropped_and_its_step_played_again(tmp_path, task):
+    s = settings(tmp_path, trajectories=1)
+    play(s, Scripted())
+    whole, path = masked(s.out), evaluation.file_of(s, "tiny-task", 0)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for keep in range(len(lines)):
+        path.write_bytes(b"".join(lines[:keep]) + lines[keep][:-1])
+        policy = Scripted()
+        play(s, policy)
+        assert policy.calls == len(lines) - max(keep, 1)
+        assert masked(s.out) == whole
+
+
+def test_a_damaged_line_is_named(tmp_path, task):
+    s = settings(tmp_path, trajectories=1)
+    play(s, Scripted())
+    path = evaluation.file_of(s, "tiny-task", 0)
+    path.write_text("not json\n" + path.read_text())
+    with pytest.raises(ValueError, match="tiny-task-0.jsonl, line 1 is not JSON"):
+        play(s, Scripted())
+
+
+def test_a_finished_run_needs_no_model(tmp_path, task):
+    play(settings(tmp_path), Scripted())
+    assert play(settings(tmp_path), None)["complete"]
+
+
+def test_more_trajectories_extend_a_run(tmp_path, task):
+    play(settings(tmp_path, trajectories=2), Scripted())
+    policy = Scripted()
+    play(settings(tmp_path), policy)
+    assert policy.calls == len(SCRIPTS[2]) + len(SCRIPTS[3])
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"temperature": 0.1}, "temperature was 0.7 and is 0.1"), ({"steps": 6}, "steps was 5 and is 6"),
+    ({"model": "other"}, "model was 'scripted' and is 'other'"), ({"seed": 1}, "seed was 0 and is 1")])
+def test_other_settings_in_the_same_folder_are_refused(change, words, tmp_path, task):
+    play(settings(tmp_path), Scripted())
+    before = Path(tmp_path, "out", "results.json").read_text()
+    with pytest.raises(ValueError, match=re.escape(words)):
+        play(settings(tmp_path, **change), Scripted())
+    assert Path(tmp_path, "out", "results.json").read_text() == before
+
+
+def test_other_data_or_weights_under_the_same_name_are_refused(tmp_path, task):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_text("weights")
+    play(settings(tmp_path, model=str(model)), Scripted())
+    (model / "model.safetensors").write_text("other weights")
+    with pytest.raises(ValueError, match=f"files of {model}"):
+        play(settings(tmp_path, model=str(model)), Scripted())
+    (model / "model.safetensors").write_text("weights")
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "truth.csv").write_text("id,y\n1,10\n2,11\n")
+    with pytest.raises(ValueError, match="data of tiny-task was 'miniature .*' and is 'real "):
+        play(settings(tmp_path, model=str(model), raw=str(raw)), Scripted())
+
+
+def test_a_baseline_is_no_run_that_could_be_in_the_way(tmp_path, task):
+    results = evaluation.evaluate(settings(tmp_path, model=""))
+    assert results["tasks"]["tiny-task"]["starter"] == 7 and results["tasks"]["tiny-task"]["printed"] == 6.5
+    assert play(settings(tmp_path), Scripted())["complete"]
+
+
+def test_a_second_process_on_the_same_folder_is_refused(tmp_path, task):
+    import fcntl
+    s = settings(tmp_path)
+    Path(s.out).mkdir()
+    with Path(s.out, "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another eval.py"):
+            play(s, Scripted())
+
+
+# ---- ends and errors
+
+def test_a_conversation_that_outgrows_the_context_ends_and_keeps_its_score(tmp_path, task):
+    s = settings(tmp_path, trajectories=1)
+    result = play(s, Scripted(fail_at=2, error=sample.ContextFull("5000 tokens")))
+    one = result["tasks"]["tiny-task"]["trajectories"][0]
+    assert (one["ended"], one["score"], one["steps"]) == ("context full", 1, 2)
+    assert play(s, None)["complete"]        # it is over: nothing is asked again
+
+
+def test_the_step_limit_ends_a_trajectory(tmp_path, task):
+    one = play(settings(tmp_path, trajectories=1, steps=2), Scripted())["tasks"]["tiny-task"]["trajectories"][0]
+    assert (one["ended"], one["score"], one["steps"]) == ("steps", 1, 2)
+
+
+def test_time_spent_before_an_interruption_counts(tmp_path, task):
+    s = settings(tmp_path, trajectories=1, seconds=1000)
+    with pytest.raises(sample.EndpointError):
+        play(s, Scripted(fail_at=1, error=sample.EndpointError("down")))
+    path = evaluation.file_of(s, "tiny-task", 0)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert 900 < lines[1]["seconds_left"] < 1000
+    lines[1]["seconds_left"] = 0.0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one = play(s, Scripted())["tasks"]["tiny-task"]["trajectories"][0]
+    assert (one["ended"], one["steps"]) == ("time", 2)
+
+
+def test_our_own_bugs_are_raised_not_scored(tmp_path, task):
+    with pytest.raises(ZeroDivisionError):
+        play(settings(tmp_path), Scripted(fail_at=3, error=ZeroDivisionError("a bug")))
+
+
+def test_the_coder_is_asked_with_its_own_seed(tmp_path, task):
+    asked = []
+
+    class Coder(Scripted):
+        def chat(self, messages, **options):
+            if len(messages) == 1:
+                asked.append(options["seed"])
+                script = STARTER.replace("VALUE = 3", "VALUE = 9")
+                return sample.Completion(f"```python\n{script}```", [], [], "stop")
+            return super().chat(messages, **options)
+    ai = act("Edit Script (AI)", script_name="train.py", edit_instruction="use 9", save_name="train.py")
+    results = play(settings(tmp_path, coder="model", trajectories=1), Coder([[ai, END]]))
+    assert results["tasks"]["tiny-task"]["trajectories"][0]["score"] == 1
+    assert asked == [zlib.crc32(b"0 tiny-task 0 0 coder")]
+
+
+def test_progress_line():
+    run = evaluation.Run({Path("a"): [], Path("b"): [{"type": "header"}, {"type": "step", "ended": ""}]}, num_steps=4)
+    assert run.line() == "0/2 trajectories, 1 steps, 0:00:00 elapsed"
+    run.steps[Path("a")], run.tokens = 3, 600
+    run.start = time.monotonic() - 60.5       # 3 of 8 steps took a minute, 4 are left
+    assert run.line() == "0/2 trajectories, 4 steps, 9.9 tokens/s, 0:01:00 elapsed, ETA 0:01:20"
+    run.over = {Path("a"), Path("b")}
+    assert run.line().startswith("2/2 trajectories") and run.line().endswith("ETA 0:00:00")
+
+
+# ---- the command
+
+class Speaker(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server that answers with SCRIPTS[0]; `server.hold_at` replies are given before it hangs."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        turn = sum(message["role"] == "assistant" for message in body["messages"])
+        self.server.turns.append(turn)
+        if turn == self.server.hold_at:
+            self.server.held.set()
+            self.server.go.wait(20)
+        choice = {"message": {"content": self.server.script[turn]}, "finish_reason": "stop"}
+        data = json.dumps({"choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Speaker)
+    http.daemon_threads, http.script, http.hold_at, http.turns = True, SCRIPTS[0], None, []
+    http.held, http.go = threading.Event(), threading.Event()
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield http
+    http.go.set()
+    http.shutdown()
+    http.server_close()
+
+
+def command(tmp_path, *more, port=None):
+    model = ["--model", f"http://127.0.0.1:{port}/v1#scripted", "--coder", "none"] if port else []
+    return [sys.executable, str(ROOT / "eval.py"), "--task", "tiny-task", "--data", str(tmp_path / "data"),
+            "--out", str(tmp_path / "out"), "--trajectories", "1", "--steps", "5", *model, *more]
+
+
+def run_command(*args, **more):
+    return subprocess.run(command(*args, **more), capture_output=True, text=True, timeout=60)
+
+
+def test_without_a_model_the_command_scores_the_starter_and_says_how_to_get_one(tmp_path, task):
+    run = run_command(tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "tiny-task (miniature)" in run.stdout and "7.0000" in run.stdout and "--model" in run.stdout
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--task", "tiny-tusk"], "tiny-task"), (["--modle", "x"], "did you mean --model"),
+    (["--steps", "0"], "--steps must be above 0"), (["--final", "best"], "last-valid or best-validation"),
+    (["--actions", "Fly"], "no action 'Fly'"), (["--raw", "/nowhere"], "truth.csv from nowhere"),
+    (["--model", "/no/such/model"], "/no/such/model")])
+def test_bad_arguments_end_with_status_2_and_a_reason(flags, words, tmp_path, task):
+    run = run_command(tmp_path, *flags)
+    assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr
+
+
+def test_ctrl_c_while_waiting_for_a_reply_leaves_what_can_be_continued(tmp_path, task, server):
+    server.hold_at = 2
+    with subprocess.Popen(command(tmp_path, port=server.server_port), stderr=subprocess.PIPE, text=True) as run:
+        assert server.held.wait(30)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=20)
+    assert run.returncode == 1 and "interrupted" in said and "the same command goes on" in said
+    lines = evaluation.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
+    assert [line["type"] for line in lines] == ["header", "step", "step"]
+    server.hold_at = None
+    server.turns.clear()
+    again = run_command(tmp_path, port=server.server_port)
+    assert again.returncode == 0 and server.turns == [2, 3]
+    assert "0 of 1 trajectories are done; going on" in again.stderr and "1/1 trajectories, 4 steps" in again.stderr
+    assert "1.0000" in again.stdout and "Traceback" not in again.stderr
+
+
+def test_ctrl_c_while_a_script_runs_ends_the_script(tmp_path, task, server):
+    pid_file = tmp_path / "pid"
+    endless = f"3\nimport os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    server.script = [edit(3, 8), edit(8, endless), END]
+    with subprocess.Popen(command(tmp_path, port=server.server_port), stderr=subprocess.PIPE, text=True) as run:
+        until = time.monotonic() + 30
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+        pid = int(pid_file.read_text())
+        run.send_signal(signal.SIGTERM)     # ends it as Ctrl-C does
+        run.communicate(timeout=20)
+    assert run.returncode == 1
+    until = time.monotonic() + 5
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{pid}")
+    lines = evaluation.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
+    assert [line.get("score") for line in lines] == [None, 2.0]
+
+
+def test_an_endpoint_that_stays_down_ends_the_command_clearly(tmp_path, task, server, monkeypatch, capsys):
+    monkeypatch.setattr(sample.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.05)))
+    server.script = [*SCRIPTS[0][:2], None, None]        # a reply without content is none
+    argv = command(tmp_path, port=server.server_port)[2:]
+    assert evaluation.main(argv) == 1
+    said = capsys.readouterr()
+    assert f"http://127.0.0.1:{server.server_port}/v1/chat/completions answered, but not with" in said.err
+    assert "the same command goes on" in said.err and "1.0000" not in said.out
+    server.script = SCRIPTS[0]
+    assert evaluation.main(argv) == 0
+    assert "1.0000" in capsys.readouterr().out
