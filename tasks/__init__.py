@@ -7,14 +7,15 @@ A task is a folder `tasks/<id>/` with three files:
 More folders of tasks can be named in the environment variable ML_AGENT_TASKS, separated by ":".
 
 Prepared data lie in `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (what was
-prepared, from what, with row counts, hashes and the starter's measured score). Without the publisher's files a *miniature* is
-prepared: data of the same form, made up from a seed. Scores on a miniature do not compare with published ones.
+prepared, from what, with row counts, hashes and the starter's measured score). Without the publisher's files a
+*miniature* is prepared: data of the same form, made up from a seed. Scores on a miniature do not compare with
+published ones.
 
     import tasks
     tasks.prepare("leaf-classification")                           # the miniature; raw="DIR" for the real data
     tasks.grade("leaf-classification", "submission.csv")           # a float, or tasks.InvalidSubmission with the reason
-On the command line: `python -m tasks list | prepare | grade | check`. The metrics are in metrics.py, the publisher's files and
-the split in raw.py, the reading of submissions in submission.py; all their names are here too.
+On the command line: `python -m tasks list | prepare | grade | check`. The metrics are in metrics.py, the publisher's
+files and the split in raw.py, the reading of submissions in submission.py; all their names are here too.
 """
 import csv
 import difflib
@@ -42,7 +43,7 @@ import pandas as pd
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
     MissingRaw, copy_raw, copy_raw_folder, progress, raw_csv, raw_files, read_csv, train_test_split, write_csv)
-from tasks.submission import InvalidSubmission, matched, numbers, read_submission
+from tasks.submission import InvalidSubmission, matched, numbers, read_submission, show
 
 FOLDERS = [Path(__file__).parent, *map(Path, filter(None, os.environ.get("ML_AGENT_TASKS", "").split(":")))]
 
@@ -58,10 +59,10 @@ class Task:
     source: str                     # whose split and grader this follows: "MLE-bench" or "MLAgentBench"
     download: str                   # what to get, from where
     size: str                       # how large the download is
-    prepare: Callable               # (raw, public, private, variant): publisher's files -> what the agent sees, and answers
+    prepare: Callable               # (raw, public, private, variant): the publisher's files -> public and private
     miniature: Callable             # (raw, seed): writes files as the publisher ships them, 50 to 500 rows
     score: Callable                 # (answers, submission): two tables {column: [text]} -> float, or InvalidSubmission
-    m_init: float | None            # the starter's score on the real data, default variant, measured; None: not measured
+    m_init: float | None            # the starter's measured score on the real data, first variant; None: not measured
     m_best: float                   # the best known score on the real data ...
     m_best_source: str              # ... and where that figure comes from
     m_best_miniature: float         # a good model's score on the miniature of seed 0, measured ...
@@ -72,10 +73,10 @@ class Task:
     answers: str = "test.csv"       # the answers, a file in private
     sample: str = "sample_submission.csv"   # a valid, poor submission, a file in public
     test_file: str = ""             # the file that belongs to a test row, from the row's id: "images/{}.jpg"
-    known_signal: str = ""          # why ids or their order tell of the target in the publisher's own data, where they do
+    known_signal: str = ""          # why the publisher's own ids tell of the target, where they do
     variants: tuple = ("default",)  # names of splits; the first is the default
     published: dict = field(default_factory=dict)   # Table 1: model -> (average, best) of 8, accuracies from 0 to 1
-    medals: dict = field(default_factory=dict)      # gold, silver, bronze, median -> score on Kaggle's private leaderboard
+    medals: dict = field(default_factory=dict)      # gold, silver, bronze, median -> score on Kaggle's leaderboard
     alpha: float = 8.0              # the reward's slope
     time_limit_s: float = 600.0     # one script, seconds
     memory_limit_bytes: int = 4 << 30   # one script, bytes
@@ -103,13 +104,13 @@ class Task:
         return (min if self.direction == "up" else max)(averages) if averages else None
 
 
-# ------------------------------------------------------------------------------------------------------------ the registry
+# -------------------------------------------------------------------------------------------------------- the registry
 
 def load(id):
     """The task with this id. ValueError with the nearest ids where there is none."""
     folders = _folders()
     if id not in folders:
-        near = difflib.get_close_matches(str(id), folders, n=3, cutoff=0.4)
+        near = [name for name in folders if str(id) in name] or difflib.get_close_matches(str(id), folders, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(folders)}."
         raise ValueError(f"There is no task {str(id)!r}. {hint}")
     return _load(folders[id])
@@ -141,16 +142,16 @@ def _load(folder):
     return replace(module.TASK, folder=folder)
 
 
-# ----------------------------------------------------------------------------------------------------------------- prepare
+# ------------------------------------------------------------------------------------------------------------- prepare
 
 def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=print, python=sys.executable):
     """Prepares a task into data/id and returns that path; does nothing where that is done already.
 
     raw is the folder with the publisher's files; None makes the miniature of this seed, unless real data are prepared
-    already: those are kept. variant names one of the task's splits; None takes the one that is there, else the first. The
-    folder is built aside and renamed when whole, so it is complete or not there. The starter is run once with the interpreter
-    `python` and its score recorded. say is called with each line of progress.
-    ValueError: unknown task or variant, or a raw folder that lacks a file. RuntimeError: the starter fails.
+    already: those are kept. variant names one of the task's splits; None takes the one that is there, else the first.
+    The folder is built aside and renamed when whole, so it is complete or not there. The starter is run once with the
+    interpreter `python` and its score recorded. say is called with each line of progress. ValueError: unknown task or
+    variant, or a raw folder that lacks a file. RuntimeError: the starter fails.
     """
     task, home = load(id), Path(data).resolve() / id
     if variant is not None and variant not in task.variants:
@@ -158,14 +159,15 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
     if raw is not None and not Path(raw).is_dir():
         raise ValueError(f"The raw folder {raw} is not there. It should hold {task.download} ({task.size}).")
     facts = {"id": id, "miniature": raw is None, "variant": variant, "seed": seed if raw is None else None,
-             "raw": None if raw is None else _fingerprint(raw), "code": _hash(task.folder / "task.py", task.folder / task.entry)}
+             "raw": None if raw is None else _fingerprint(raw),
+             "code": hash_files(task.folder / "task.py", task.folder / task.entry)}
     if _prepared(task, home, facts, force, say):
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
     part, old = home.with_name(f".{id}.part"), home.with_name(f".{id}.old")
     with open(home.with_name(f".{id}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)        # several processes may want the same task: the others wait, then find it done
-        _tidy(home, part, old)                  # what a process that was killed left behind
+        fcntl.flock(lock, fcntl.LOCK_EX)    # several processes may want the same task: the others wait and find it done
+        _tidy(home, part, old)              # what a process that was killed left behind
         if _prepared(task, home, facts, force, say):
             return home
         try:
@@ -194,11 +196,12 @@ def _prepared(task, home, wanted, force, say):
     found = json.loads((home / "task.json").read_text())
     if wanted["miniature"] and not found["miniature"]:
         if force:
-            raise ValueError(f"{home} holds real data. Give --raw to prepare them again, or delete it to get the miniature.")
-        stale = found["code"] != wanted["code"]
-        say(f"{task.id}: keeping the real data in {home}" + ("; the task has changed since, so prepare it again with --raw" if stale else ""))
+            raise ValueError(f"{home} holds real data. Give --raw to prepare it again, or delete it first.")
+        stale = "" if found["code"] == wanted["code"] else "; the task has changed since: prepare it again with --raw"
+        say(f"{task.id}: keeping the real data in {home}{stale}")
         return True
-    return not force and all(found[name] == value for name, value in wanted.items() if (name, value) != ("variant", None))
+    wanted = {name: value for name, value in wanted.items() if name != "variant" or value is not None}
+    return not force and all(found[name] == value for name, value in wanted.items())
 
 
 def _build(task, part, raw, facts, say, python):
@@ -229,23 +232,27 @@ def _build(task, part, raw, facts, say, python):
              "m_best_source": task.m_best_miniature_source if raw is None else task.m_best_source,
              "starter_seconds": round(seconds, 2),
              "rows": {str(path.relative_to(part)): _num_rows(path) for path in files if path.suffix == ".csv"},
-             "sha256": {str(path.relative_to(part)): _hash(path) for path in files}}
+             "sha256": {str(path.relative_to(part)): hash_files(path) for path in files}}
     (part / "task.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def run_starter(task, home, python=sys.executable):
-    """Runs the starter on home/public in a temporary folder: (graded score, seconds, stdout). RuntimeError where it fails."""
+    """Runs the starter on home/public in a temporary folder: (graded score, seconds, stdout).
+
+    RuntimeError where it fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(task.folder / task.entry, folder)
         os.symlink(home / "public", Path(folder) / "data")
         start = time.monotonic()
         try:
-            run = subprocess.run([python, task.entry], cwd=folder, capture_output=True, text=True, timeout=task.time_limit_s)
+            run = subprocess.run([python, task.entry], cwd=folder, timeout=task.time_limit_s, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"The starter of {task.id} takes longer than its limit of {task.time_limit_s:g} s.") from None
+            raise RuntimeError(f"The starter of {task.id} takes over {task.time_limit_s:g} s, its limit.") from None
         seconds = time.monotonic() - start
         if run.returncode != 0:
-            raise RuntimeError(f"The starter of {task.id} failed with exit status {run.returncode}:\n{run.stderr[-2000:]}")
+            raise RuntimeError(f"The starter of {task.id} exits with {run.returncode}:\n{run.stderr[-2000:]}")
         try:
             return _finite(score_file(task, home, Path(folder) / "submission.csv")), seconds, run.stdout
         except InvalidSubmission as error:
@@ -260,7 +267,8 @@ def info(id, data="data"):
     return json.loads(path.read_text())
 
 
-def _hash(*paths):
+def hash_files(*paths):
+    """SHA-256 of the files' bytes, one after the other, in hexadecimal."""
     sha = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as stream:
@@ -270,9 +278,12 @@ def _hash(*paths):
 
 
 def _fingerprint(raw):
-    """Text that changes when a file under raw appears, goes or changes its size. Hashing gigabytes each time is too slow."""
-    files = (path for path in Path(raw).rglob("*") if path.is_file())
-    return hashlib.sha256(json.dumps(sorted((str(path.relative_to(raw)), path.stat().st_size) for path in files)).encode()).hexdigest()
+    """Text that changes when a file under raw appears, goes or changes its size.
+
+    Hashing gigabytes each time is too slow.
+    """
+    files = sorted((str(path.relative_to(raw)), path.stat().st_size) for path in Path(raw).rglob("*") if path.is_file())
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def _num_rows(path):
@@ -280,12 +291,13 @@ def _num_rows(path):
         return sum(1 for _ in csv.reader(stream)) - 1
 
 
-# ----------------------------------------------------------------------------------------------------------------- grading
+# ------------------------------------------------------------------------------------------------------------- grading
 
 def grade(id, path, data="data"):
     """The score of the submission file at path by the prepared task's answers.
 
-    InvalidSubmission, with the reason in one sentence, for anything at path that cannot be scored, whatever its bytes are.
+    InvalidSubmission, with the reason in one sentence, for anything at path that cannot be scored, whatever its bytes
+    are.
     """
     info(id, data)
     return _finite(score_file(load(id), Path(data) / id, path))
@@ -293,17 +305,17 @@ def grade(id, path, data="data"):
 
 def score_file(task, home, path):
     """As grade, for a task prepared in home; NaN or infinity where the metric is not defined for these predictions."""
-    limit = (home / "public" / task.sample).stat().st_size * 8 + (4 << 20)      # no honest file is 8 times the sample's size
+    limit = (home / "public" / task.sample).stat().st_size * 8 + (4 << 20)  # no honest file is 8 times the sample
     submission = read_submission(path, limit)
     answers = home / "private" / task.answers
     answers = _answers(answers, answers.stat().st_mtime_ns, task.key, task.targets)
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):         # predictions near 1e308 overflow: not finite
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # predictions near 1e308 may overflow
         return float(task.score(answers, submission))
 
 
 def _finite(score):
     if not math.isfinite(score):
-        raise InvalidSubmission("The metric is not a finite number for these predictions: they are constant or too large.")
+        raise InvalidSubmission("The metric is not a finite number: the predictions are constant or too large.")
     return score
 
 

@@ -1,6 +1,7 @@
 """The metrics of the tasks, as MLE-bench and MLAgentBench compute them.
 
-y is the truth and p the prediction, arrays of one shape. ValueError where they are empty, differ in shape or hold NaN or infinity.
+y is the truth and p the prediction, arrays of one shape. ValueError where they are empty, differ in shape or hold NaN
+or infinity.
 """
 import math
 
@@ -10,14 +11,17 @@ import numpy as np
 def _same(y, p):
     y, p = np.asarray(y, np.float64), np.asarray(p, np.float64)
     if y.shape != p.shape or y.size == 0:
-        raise ValueError(f"The truth has shape {y.shape} and the prediction {p.shape}; they must be the same and not empty.")
+        raise ValueError(f"The truth has shape {y.shape}, the prediction {p.shape}; they must be equal and not empty.")
     if not (np.isfinite(y).all() and np.isfinite(p).all()):
         raise ValueError("The truth or the prediction holds NaN or infinity.")
     return y, p
 
 
 def log_loss(y, p):
-    """Mean over rows of -sum y ln p, p clipped to [eps, 1 - eps]. y one-hot (N, K), or 0/1 (N,) with p the probability of 1. Rows are not rescaled."""
+    """Mean over rows of -sum y ln p, p clipped to [eps, 1 - eps].
+
+    y one-hot (N, K), or 0/1 (N,) with p the probability of 1. Rows are not rescaled.
+    """
     y, p = _same(y, p)
     if y.ndim == 1:
         y, p = np.stack([1 - y, y], 1), np.stack([1 - p, p], 1)
@@ -26,7 +30,10 @@ def log_loss(y, p):
 
 
 def auc(y, p):
-    """Area under the ROC curve, ties counted half; of 0/1 labels (N,), or the mean over the columns of (N, K). ValueError where a column has one class."""
+    """Area under the ROC curve, ties counted half; of 0/1 labels (N,), or the mean over the columns of (N, K).
+
+    ValueError where a column has one class.
+    """
     y, p = _same(y, p)
     if y.ndim == 2:
         return float(np.mean([auc(y[:, k], p[:, k]) for k in range(y.shape[1])]))
@@ -42,7 +49,7 @@ def accuracy(y, p):
     """Fraction equal, of any values."""
     y, p = np.asarray(y), np.asarray(p)
     if y.shape != p.shape or y.size == 0:
-        raise ValueError(f"The truth has shape {y.shape} and the prediction {p.shape}; they must be the same and not empty.")
+        raise ValueError(f"The truth has shape {y.shape}, the prediction {p.shape}; they must be equal and not empty.")
     return float((y == p).mean())
 
 
@@ -73,8 +80,8 @@ def mcrmse(y, p):
 
 
 def qwk(y, p):
-    """Quadratic weighted kappa of two ratings (N,). The grid is the union of the labels present, so a rating absent from both closes the gap;
-    NaN where only one label is present."""
+    """Quadratic weighted kappa of two ratings (N,). The grid is the union of the labels present, so a rating absent
+    from both closes the gap; NaN where only one label is present."""
     y, p = _same(y, p)
     labels, place = np.unique(np.concatenate([y, p]), return_inverse=True)
     i, j = place[:len(y)], place[len(y):]
@@ -93,8 +100,10 @@ def pearson(y, p):
 
 
 def map5(y, p):
-    """Mean over rows of 1 / rank of the true label y[i] among the first five of the space-separated labels p[i]; 0 where it is not there."""
+    """Mean over rows of 1 / rank of the true label y[i] among the first five of the space-separated labels p[i]; 0
+    where it is not there.
+    """
     if len(y) != len(p) or len(y) == 0:
-        raise ValueError(f"There are {len(y)} true labels and {len(p)} predictions; they must be as many, and not none.")
+        raise ValueError(f"There are {len(y)} true labels and {len(p)} predictions; there must be as many, and some.")
     ranked = [labels.split(" ")[:5] for labels in p]
-    return float(np.mean([1 / (labels.index(truth) + 1) if truth in labels else 0.0 for truth, labels in zip(y, ranked)]))
+    return float(np.mean([1 / (1 + five.index(truth)) if truth in five else 0.0 for truth, five in zip(y, ranked)]))

@@ -1,4 +1,4 @@
-"""The publisher's files: found and streamed wherever they lie, read and written so that the recorded MD5 sums hold, and split."""
+"""The publisher's files: found wherever they lie, streamed, split, and written so that the recorded MD5 sums hold."""
 import functools
 import math
 import shutil
@@ -26,10 +26,11 @@ def write_csv(frame, path):
 
 
 def train_test_split(n, fraction, seed=0):
-    """Positions of the train rows and of the test rows, int64 (n - ceil(fraction n),) and (ceil(fraction n),), in the order
-    both are written.
+    """Positions of the train rows and of the test rows, int64 (n - ceil(fraction n),) and (ceil(fraction n),), in the
+    order both are written.
 
-    This is scikit-learn's shuffled, unstratified split restated, so that it stays the same whatever version is installed.
+    This is scikit-learn's shuffled, unstratified split restated, so that it stays the same whatever version is
+    installed.
     """
     num_test = math.ceil(fraction * n)
     order = np.random.RandomState(seed).permutation(n)
@@ -37,10 +38,11 @@ def train_test_split(n, fraction, seed=0):
 
 
 def raw_files(raw):
-    """Yields (path, open) for every file under raw: loose ones first, then members of zips, each followed by zips inside it.
+    """Yields (path, open) for every file under raw: loose ones first, then members of zips, each followed by zips
+    inside it.
 
-    path is text with "/" between parts, zips included ("train.csv.zip/train.csv"). open() gives a binary stream and must be
-    called before the next pair is asked for, because archives are closed behind it.
+    path is text with "/" between parts, zips included ("train.csv.zip/train.csv"). open() gives a binary stream and
+    must be called before the next pair is asked for, because archives are closed behind it.
     """
     loose = sorted(path for path in Path(raw).rglob("*") if path.is_file())
     for path in loose:
@@ -58,7 +60,7 @@ def _zip_files(name, stream):
             yield f"{name}/{member}", functools.partial(archive.open, member)
         for member in members:
             if member.endswith(".zip"):
-                with tempfile.TemporaryFile() as inner:     # a copy: each seek in a deflated member would unpack it anew
+                with tempfile.TemporaryFile() as inner:     # a copy: seeking in a packed member would unpack it anew
                     with archive.open(member) as packed:
                         shutil.copyfileobj(packed, inner)
                     yield from _zip_files(f"{name}/{member}", inner)
@@ -79,7 +81,8 @@ def copy_raw(raw, name, target):
 
 
 def copy_raw_folder(raw, folder, target, wanted):
-    """Streams the files `wanted` (names, or {name: new name}) of a folder called `folder` under raw to the folder target.
+    """Streams the files `wanted` (names, or {name: new name}) of a folder called `folder` under raw to the folder
+    target.
 
     folder None takes files from anywhere. MissingRaw names the first files that were not there.
     """

@@ -1,4 +1,5 @@
-"""Submissions: reading whatever bytes are there as plain text cells, matching rows with the answers', turning cells into numbers.
+"""Submissions: reading whatever bytes are there as plain text cells, matching rows with the answers', turning cells
+into numbers.
 
 A table is a dict {column: [text]}. Everything that can be wrong raises InvalidSubmission with a reason of one sentence.
 """
@@ -20,7 +21,7 @@ class InvalidSubmission(ValueError):
 def read_submission(path, limit_bytes):
     """The table in the CSV file at path. No symbolic link is followed and no more than limit_bytes are read."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)     # a pipe must not block us
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)     # a pipe must not block
     except OSError as error:
         reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror.lower()
         raise InvalidSubmission(f"The submission cannot be opened: {reason}.") from None
@@ -48,7 +49,7 @@ def read_submission(path, limit_bytes):
         columns = [[] for _ in header]
         for row in rows:
             if len(row) != len(header) and row:
-                raise InvalidSubmission(f"Line {rows.line_num} has {len(row)} fields; the first line has {len(header)}.")
+                raise InvalidSubmission(f"Line {rows.line_num} has {len(row)} fields; the first has {len(header)}.")
             for column, value in zip(columns, row):
                 column.append(value)
     except csv.Error as error:
@@ -59,8 +60,8 @@ def read_submission(path, limit_bytes):
 def matched(submission, answers, key, columns, extra=True):
     """The table of `columns` of the submission, its rows in the order of the answers' ids.
 
-    key is the id column, or None to take the rows as they stand. extra says whether further columns are allowed. Ids may
-    occur more than once where the answers' do; such rows are taken in the order they come.
+    key is the id column, or None to take the rows as they stand. extra says whether further columns are allowed. Ids
+    may occur more than once where the answers' do; such rows are taken in the order they come.
     """
     needed = [key, *columns] if key else list(columns)
     if lacking := [name for name in needed if name not in submission]:
@@ -77,7 +78,7 @@ def matched(submission, answers, key, columns, extra=True):
                      for table in (submission, answers))
     if unknown := sorted(set(found) - set(wanted)):
         raise InvalidSubmission(f"{_some(unknown, key)} not in the test set.")
-    by_found, by_wanted = sorted(range(num_rows), key=found.__getitem__), sorted(range(num_rows), key=wanted.__getitem__)
+    by_found, by_wanted = (sorted(range(num_rows), key=ids.__getitem__) for ids in (found, wanted))
     place = [0] * num_rows          # place[j]: the row of the submission that answers' row j asks for
     for i, j in zip(by_found, by_wanted):
         if found[i] != wanted[j]:
@@ -89,8 +90,8 @@ def matched(submission, answers, key, columns, extra=True):
 def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_one=False):
     """The columns of a table as float64 (rows, columns).
 
-    InvalidSubmission for text, NaN and infinity, values outside [low, high], values that are not whole where they must be,
-    and rows that do not sum to one where they must (within 1.1e-5, MLE-bench's tolerance).
+    InvalidSubmission for text, NaN and infinity, values outside [low, high], values that are not whole where they
+    must be, and rows that do not sum to one where they must (within 1.1e-5, MLE-bench's tolerance).
     """
     values = np.empty((len(table[columns[0]]), len(columns)))
     for j, name in enumerate(columns):
@@ -125,4 +126,5 @@ def _cell(row, column):
 
 
 def _some(items, what):
-    return f"The {what} {show(items[0])} is" if len(items) == 1 else f"{len(items)} {what}s (such as {show(items[0])}) are"
+    first = show(items[0])
+    return f"The {what} {first} is" if len(items) == 1 else f"{len(items)} {what}s (such as {first}) are"

@@ -1,4 +1,7 @@
-"""Leaf classification: 99 plant species from measurements of a leaf. Split, files and grader follow MLE-bench, byte for byte."""
+"""Leaf classification: 99 plant species from measurements of a leaf.
+
+Split, files and grader are MLE-bench's, to the byte.
+"""
 import io
 import zipfile
 
@@ -12,14 +15,15 @@ FEATURES = [f"{group}{i}" for group in ("margin", "shape", "texture") for i in r
 
 
 def prepare(raw, public, private, variant):
-    """990 labelled rows become 891 for training and 99 for testing; the publisher's own unlabelled test rows are left out."""
+    """990 labelled rows become 891 to train on and 99 to test on; the publisher's own unlabelled rows are left out."""
     rows = raw_csv(raw, "train.csv")
     train, test = (rows.iloc[side] for side in train_test_split(len(rows), 0.1))
     species = sorted(rows["species"].unique())
+    sample = pd.DataFrame({"id": test["id"], **{name: 1 / len(species) for name in species}})
     answers = pd.DataFrame({"id": test["id"], **{name: (test["species"] == name).astype(int) for name in species}})
     write_csv(train, public / "train.csv")
     write_csv(test.drop(columns="species"), public / "test.csv")
-    write_csv(pd.DataFrame({"id": test["id"], **{name: 1 / len(species) for name in species}}), public / "sample_submission.csv")
+    write_csv(sample, public / "sample_submission.csv")
     write_csv(answers, private / "test.csv")
     copy_raw_folder(raw, "images", public / "images", [f"{id}.jpg" for id in rows["id"]])
 
@@ -27,21 +31,26 @@ def prepare(raw, public, private, variant):
 def score(answers, submission):
     """Log loss over the species; exactly the columns of the sample, each row a distribution."""
     species = [name for name in answers if name != "id"]
-    predicted = numbers(matched(submission, answers, "id", species, extra=False), species, low=0, high=1, sum_to_one=True)
-    return log_loss(numbers(answers, species), predicted)
+    predicted = matched(submission, answers, "id", species, extra=False)
+    return log_loss(numbers(answers, species), numbers(predicted, species, low=0, high=1, sum_to_one=True))
 
 
 def miniature(raw, seed):
-    """5 labelled leaves of each species, and 99 unlabelled ones. A species has an outline (a few harmonics), and a histogram each of its margin
-    and its texture; a leaf varies all three and is turned a little, which shifts its 64 shape values. The images show the same outlines."""
+    """5 labelled leaves of each species, and 99 unlabelled ones.
+
+    A species has an outline (six harmonics) and a histogram each of its margin and its texture. A leaf varies all
+    three and is turned a little, which shifts its 64 shape values. The images show the same outlines, in files of one
+    length.
+    """
     rng = np.random.default_rng(seed)
     num_species, angle = len(SPECIES), np.arange(64) * np.pi / 32
-    waves = rng.normal(0, 1, (num_species, 6, 2)) * 0.16 / np.arange(1, 7)[:, None] ** 0.5     # (species, harmonic, cos and sin)
+    waves = rng.normal(0, 1, (num_species, 6, 2)) * 0.16 / np.arange(1, 7)[:, None] ** 0.5  # (species, wave, cos / sin)
     margins, textures = rng.normal(0, 1.0, (num_species, 64)), rng.normal(0, 1.0, (num_species, 64))
     label = np.empty(5 * num_species + 99, int)
     train, test = train_test_split(5 * num_species, 0.1)
-    label[test] = rng.permutation(num_species)[:len(test)]      # one leaf each at most, so that every species is left with four to learn from
-    label[train] = rng.permutation(np.repeat(np.arange(num_species), 5 - np.bincount(label[test], minlength=num_species)))
+    label[test] = rng.permutation(num_species)[:len(test)]      # one leaf each at most: four are left to learn from
+    num_left = 5 - np.bincount(label[test], minlength=num_species)
+    label[train] = rng.permutation(np.repeat(np.arange(num_species), num_left))
     label[-99:] = rng.integers(0, num_species, 99)
     ids = rng.permutation(len(label)) + 1
     ids = np.concatenate([np.sort(ids[:-99]), np.sort(ids[-99:])])
@@ -49,10 +58,12 @@ def miniature(raw, seed):
     for id, k in zip(ids, label):
         wave = waves[k] + rng.normal(0, 0.045, (6, 2))
         turned = angle + rng.normal(0, 0.25)
-        radius = 1 + sum(wave[h, 0] * np.cos((h + 1) * turned) + wave[h, 1] * np.sin((h + 1) * turned) for h in range(6))
-        radius = np.maximum(radius, 0.1)
-        margin, texture = (_histogram(rng, logits[k] + rng.normal(0, 1.0, 64), count) for logits, count in ((margins, 512), (textures, 1024)))
-        rows.append([id, SPECIES[k], *margin, *(radius / radius.sum() * rng.normal(0.04, 0.005)).round(8), *texture])
+        phase = np.arange(1, 7)[:, None] * turned                  # (harmonic, angle)
+        radius = np.maximum(0.1, 1 + wave[:, 0] @ np.cos(phase) + wave[:, 1] @ np.sin(phase))
+        shape = (radius / radius.sum() * rng.normal(0.04, 0.005)).round(8)
+        margin = _histogram(rng, margins[k] + rng.normal(0, 1.0, 64), 512)
+        texture = _histogram(rng, textures[k] + rng.normal(0, 1.0, 64), 1024)
+        rows.append([id, SPECIES[k], *margin, *shape, *texture])
         images[f"images/{id}.jpg"] = jpeg(_silhouette(radius), size=4096)
     frame = pd.DataFrame(rows, columns=["id", "species", *FEATURES])
     train, test = frame[:-99], frame[-99:].drop(columns="species")
@@ -83,30 +94,36 @@ def _write_zip(path, members):
             archive.writestr(name, data)
 
 
-SPECIES = """Acer_Capillipes Acer_Circinatum Acer_Mono Acer_Opalus Acer_Palmatum Acer_Pictum Acer_Platanoids Acer_Rubrum Acer_Rufinerve
-Acer_Saccharinum Alnus_Cordata Alnus_Maximowiczii Alnus_Rubra Alnus_Sieboldiana Alnus_Viridis Arundinaria_Simonii
-Betula_Austrosinensis Betula_Pendula Callicarpa_Bodinieri Castanea_Sativa Celtis_Koraiensis Cercis_Siliquastrum Cornus_Chinensis
-Cornus_Controversa Cornus_Macrophylla Cotinus_Coggygria Crataegus_Monogyna Cytisus_Battandieri Eucalyptus_Glaucescens
-Eucalyptus_Neglecta Eucalyptus_Urnigera Fagus_Sylvatica Ginkgo_Biloba Ilex_Aquifolium Ilex_Cornuta Liquidambar_Styraciflua
-Liriodendron_Tulipifera Lithocarpus_Cleistocarpus Lithocarpus_Edulis Magnolia_Heptapeta Magnolia_Salicifolia Morus_Nigra
-Olea_Europaea Phildelphus Populus_Adenopoda Populus_Grandidentata Populus_Nigra Prunus_Avium Prunus_X_Shmittii
-Pterocarya_Stenoptera Quercus_Afares Quercus_Agrifolia Quercus_Alnifolia Quercus_Brantii Quercus_Canariensis Quercus_Castaneifolia
-Quercus_Cerris Quercus_Chrysolepis Quercus_Coccifera Quercus_Coccinea Quercus_Crassifolia Quercus_Crassipes Quercus_Dolicholepis
-Quercus_Ellipsoidalis Quercus_Greggii Quercus_Hartwissiana Quercus_Ilex Quercus_Imbricaria Quercus_Infectoria_sub Quercus_Kewensis
-Quercus_Nigra Quercus_Palustris Quercus_Phellos Quercus_Phillyraeoides Quercus_Pontica Quercus_Pubescens Quercus_Pyrenaica
-Quercus_Rhysophylla Quercus_Rubra Quercus_Semecarpifolia Quercus_Shumardii Quercus_Suber Quercus_Texana Quercus_Trojana
-Quercus_Variabilis Quercus_Vulcanica Quercus_x_Hispanica Quercus_x_Turneri Rhododendron_x_Russellianum Salix_Fragilis
-Salix_Intergra Sorbus_Aria Tilia_Oliveri Tilia_Platyphyllos Tilia_Tomentosa Ulmus_Bergmanniana Viburnum_Tinus
-Viburnum_x_Rhytidophylloides Zelkova_Serrata""".split()
+SPECIES = """Acer_Capillipes Acer_Circinatum Acer_Mono Acer_Opalus Acer_Palmatum Acer_Pictum Acer_Platanoids Acer_Rubrum
+Acer_Rufinerve Acer_Saccharinum Alnus_Cordata Alnus_Maximowiczii Alnus_Rubra Alnus_Sieboldiana Alnus_Viridis
+Arundinaria_Simonii Betula_Austrosinensis Betula_Pendula Callicarpa_Bodinieri Castanea_Sativa Celtis_Koraiensis
+Cercis_Siliquastrum Cornus_Chinensis Cornus_Controversa Cornus_Macrophylla Cotinus_Coggygria Crataegus_Monogyna
+Cytisus_Battandieri Eucalyptus_Glaucescens Eucalyptus_Neglecta Eucalyptus_Urnigera Fagus_Sylvatica Ginkgo_Biloba
+Ilex_Aquifolium Ilex_Cornuta Liquidambar_Styraciflua Liriodendron_Tulipifera Lithocarpus_Cleistocarpus
+Lithocarpus_Edulis Magnolia_Heptapeta Magnolia_Salicifolia Morus_Nigra Olea_Europaea Phildelphus Populus_Adenopoda
+Populus_Grandidentata Populus_Nigra Prunus_Avium Prunus_X_Shmittii Pterocarya_Stenoptera Quercus_Afares
+Quercus_Agrifolia Quercus_Alnifolia Quercus_Brantii Quercus_Canariensis Quercus_Castaneifolia Quercus_Cerris
+Quercus_Chrysolepis Quercus_Coccifera Quercus_Coccinea Quercus_Crassifolia Quercus_Crassipes Quercus_Dolicholepis
+Quercus_Ellipsoidalis Quercus_Greggii Quercus_Hartwissiana Quercus_Ilex Quercus_Imbricaria Quercus_Infectoria_sub
+Quercus_Kewensis Quercus_Nigra Quercus_Palustris Quercus_Phellos Quercus_Phillyraeoides Quercus_Pontica
+Quercus_Pubescens Quercus_Pyrenaica Quercus_Rhysophylla Quercus_Rubra Quercus_Semecarpifolia Quercus_Shumardii
+Quercus_Suber Quercus_Texana Quercus_Trojana Quercus_Variabilis Quercus_Vulcanica Quercus_x_Hispanica
+Quercus_x_Turneri Rhododendron_x_Russellianum Salix_Fragilis Salix_Intergra Sorbus_Aria Tilia_Oliveri
+Tilia_Platyphyllos Tilia_Tomentosa Ulmus_Bergmanniana Viburnum_Tinus Viburnum_x_Rhytidophylloides
+Zelkova_Serrata""".split()
 
 TASK = Task(
-    id="leaf-classification", modality="image", kind="classification", metric="log loss", direction="down", split="held-out", source="MLE-bench",
-    download="train.csv.zip and images.zip of the Kaggle competition leaf-classification, or its whole zip", size="40 MB",
-    prepare=prepare, miniature=miniature, score=score, variants=("mle-bench",), test_file="images/{}.jpg",
-    m_init=0.077067, m_best=0.0, m_best_source="Kaggle's gold medal",
-    m_best_miniature=0.146,
-    m_best_miniature_source="logistic regression (C 100) on roots of the histograms and Fourier magnitudes of the outline",
-    published={"Qwen-7B-Instruct": (0.0780, 0.0653), "Qwen-32B-Instruct": (0.0786, 0.0473), "GPT-4o-mini": (0.0747, 0.0601),
-               "GPT-4o": (0.0785, 0.0499), "DeepSeek-R1": (0.0761, 0.0540), "ML-Agent": (0.0689, 0.0373)},
+    id="leaf-classification", modality="image", kind="classification", metric="log loss", direction="down",
+    split="held-out", source="MLE-bench", variants=("mle-bench",), test_file="images/{}.jpg",
+    prepare=prepare, miniature=miniature, score=score,
+    download="train.csv.zip and images.zip of the Kaggle competition leaf-classification, or its whole zip",
+    size="40 MB",
+    m_init=0.077067,
+    m_best=0.0, m_best_source="Kaggle's gold medal",
+    m_best_miniature=0.122,
+    m_best_miniature_source="logistic regression on roots of the histograms and Fourier magnitudes of the outline",
+    published={"Qwen-7B-Instruct": (0.0780, 0.0653), "Qwen-32B-Instruct": (0.0786, 0.0473),
+               "GPT-4o-mini": (0.0747, 0.0601), "GPT-4o": (0.0785, 0.0499), "DeepSeek-R1": (0.0761, 0.0540),
+               "ML-Agent": (0.0689, 0.0373)},
     medals={"gold": 0.0, "silver": 0.00791, "bronze": 0.01526, "median": 0.108345},
 )

@@ -13,7 +13,7 @@ NUMBERS = ["Age", "RoomService", "FoodCourt", "ShoppingMall", "Spa", "VRDeck"]
 
 
 def load(path):
-    """The rows of a file and their features: one column for each value of a category, and the numbers with 0 for blanks."""
+    """The rows of a file and their features: a column for each value of a category, and the numbers, 0 for blanks."""
     rows = pd.read_csv(path)
     features = pd.get_dummies(rows[CATEGORIES].astype(str), dtype=float).join(rows[NUMBERS].fillna(0))
     return rows, features
