@@ -4,13 +4,14 @@
     reward = 0.5                                          kind "not an edit" or "limit"
     reward = sigmoid(alpha * sign * (m_after - m_before) / |m_best - m_init|)     kind "scored"
 
-This is the reward module of the ML-Agent paper (arXiv 2505.23723). `m` is the task's metric as graded, sign is +1 where higher is better. The paper
-does not give alpha; 8 is ours: an edit that closes a tenth of the gap between the starter and the best known score earns 0.69, half of it 0.98.
+This is the reward module of the ML-Agent paper (arXiv 2505.23723). `m` is the task's metric as graded, sign is +1 where
+higher is better. The paper does not give alpha; 8 is ours: an edit that closes a tenth of the gap between the starter
+and the best known score earns 0.69, one that closes half of it 0.98.
 
 Every call has an answer, also where the formula has none:
 
     m_after missing or NaN             0      an edit whose score is unknown is an edit that failed
-    m_before missing or NaN            m_init stands in for it; if that is missing too: 0.5, there is nothing to compare with
+    m_before missing or NaN            m_init stands in; if that is missing too, 0.5: there is nothing to compare with
     m_after equal to m_before          0.5    also when both are the same infinity
     gap zero, missing, NaN, infinite   the scale is unknown, so the direction alone counts: 1 for better, 0 for worse
 """
@@ -33,9 +34,10 @@ def known(value):
 def reward(kind, m_before=None, m_after=None, *, m_init=None, m_best=None, direction="up", alpha=8.0):
     """The reward, a float in [0, 1]; never falls when m_after gets better, is 0.5 at no change.
 
-    kind: one of KINDS; the rest matters for "scored" only. m_before, m_after: graded score before and after the edit. m_init, m_best: the starter's score
-    and the best known one. direction: "up" where higher is better, else "down". alpha: steepness, positive and finite. ValueError: an unknown kind or
-    direction, a bad alpha (mistakes in the calling code; no value of the four scores raises).
+    kind: one of KINDS; the rest matters for "scored" only. m_before, m_after: graded score before and after the edit.
+    m_init, m_best: the starter's score and the best known one. direction: "up" where higher is better, else "down".
+    alpha: steepness, positive and finite. ValueError: an unknown kind or direction, a bad alpha (mistakes in the
+    calling code; no value of the four scores raises).
     """
     if kind not in KINDS:
         raise ValueError(f"reward kind must be one of {', '.join(KINDS)}; found {kind!r}")

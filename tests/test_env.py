@@ -1,13 +1,6 @@
 """The environment on a task made by hand: its script needs no library, and its grader reads one number."""
 
-import dataclasses
-import json
-import os
-import random
-import re
-import sys
-import threading
-import time
+import dataclasses, json, os, random, re, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +8,7 @@ import pytest
 
 import env as env_module
 import tasks
-from env import ACTIONS, DEFAULT_ACTIONS, FIELDS, Env, clip, header, parse, printed_metric, record, replay, system_prompt
+from env import ACTIONS, FIELDS, Env, clip, header, parse, printed_metric, record, system_prompt
 from reward import KINDS
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
@@ -48,10 +41,12 @@ def task(tmp_path, monkeypatch):
     (data / "public" / "images" / "1.bin").write_bytes(b"\x89PNG\0\0")
     (data / "private" / "answers.csv").write_text("the secret answers")
     (data / "public" / "link.csv").symlink_to(data / "private" / "answers.csv")
-    task = SimpleNamespace(id="made", folder=folder, problem="Raise VALUE.\n", entry="train.py", metric="accuracy", direction="up", alpha=8.0,
-                           time_limit_s=20.0, memory_limit_bytes=1 << 30, read_only=("data",))
+    task = SimpleNamespace(id="made", folder=folder, problem="Raise VALUE.\n", entry="train.py", metric="accuracy",
+                           direction="up", alpha=8.0, time_limit_s=20.0, memory_limit_bytes=1 << 30,
+                           read_only=("data",))
+    info = {"id": "made", "m_init": 0.5, "m_best": 0.9, "miniature": True}
     monkeypatch.setattr(tasks, "load", lambda id: task)
-    monkeypatch.setattr(tasks, "info", lambda id, data="data": {"id": "made", "m_init": 0.5, "m_best": 0.9, "miniature": True})
+    monkeypatch.setattr(tasks, "info", lambda id, data="data": info)
     monkeypatch.setattr(tasks, "grade", grade)
     return task
 
@@ -69,6 +64,26 @@ def do(env, action, **args):
     return env.step(say(action, **args))
 
 
+def edit(env, find, replace):
+    return do(env, "Replace In Script", script_name="train.py", find=find, replace=replace)
+
+
+def undo(env):
+    return do(env, "Undo Edit Script", script_name="train.py")
+
+
+def run(env, name="train.py"):
+    return do(env, "Execute Script", script_name=name)
+
+
+def show(env, name, first, last):
+    return do(env, "Inspect Script Lines", script_name=name, start_line_number=first, end_line_number=last)
+
+
+def files(env, folder):
+    return do(env, "List Files", dir_path=folder)
+
+
 def put(env, **files):
     """Files straight into the workspace: put(env, train='...') writes train.py."""
     for name, text in files.items():
@@ -79,7 +94,7 @@ def text_of(env, path):
     return env.blobs.path(env.files[path]).read_text()
 
 
-# ---------------------------------------------------------------------------------------------------------------- replies
+# -------------------------------------------------------------------------------------------------------------- replies
 
 GOOD = say("Inspect Script Lines", script_name="train.py", start_line_number=1, end_line_number="9")
 
@@ -126,21 +141,24 @@ def test_bad_reply(make, reply, word):
     lambda reply: reply,
     lambda reply: "Sure, here is the next step.\n\n" + reply,
     lambda reply: reply.replace("Action Input: ", "Action Input:\n```json\n") + "\n```",
-    lambda reply: reply + "\n\nObservation: Lines 1 to 9\nThought: next\nAction: Final Answer\nAction Input: {\"final_answer\": \"x\"}",
+    lambda reply: reply + "\n\nObservation: Lines 1 to 9\n" + say("Final Answer", final_answer="x"),
+    lambda reply: reply + "\n\n" + say("Final Answer", final_answer="x"),
     lambda reply: reply + "\nI hope that {this} helps.",
-    lambda reply: reply.replace("Thought:", "**Thought:**").replace("Action:", "**Action**:").replace("Action Input:", "## action input :"),
+    lambda reply: reply.replace("Thought:", "**Thought:**").replace("Action:", "**Action**:"),
+    lambda reply: reply.replace("Action Input:", "## action input :"),
     lambda reply: reply.replace("Inspect Script Lines", '`Inspect Script Lines`'),
     lambda reply: reply.replace("\n", "\r\n"),
 ])
 def test_what_passes(change):
     fields, action, args, error = parse(change(GOOD), SHORT)
-    assert (action, args, error) == ("Inspect Script Lines", {"script_name": "train.py", "start_line_number": "1", "end_line_number": "9"}, "")
+    assert (action, error) == ("Inspect Script Lines", "")
+    assert args == {"script_name": "train.py", "start_line_number": "1", "end_line_number": "9"}
     assert fields["Thought"] == "go on" and set(fields) == {"Thought", "Action"}
 
 
 def test_raw_line_breaks_in_texts_pass():
-    reply = 'Thought: t\nAction: Replace In Script\nAction Input: {"script_name": "train.py", "find": "a\n\tb", "replace": "c"}'
-    assert parse(reply, SHORT)[2] == {"script_name": "train.py", "find": "a\n\tb", "replace": "c"}
+    reply = say("Replace In Script", script_name="train.py", find="LINES", replace="c").replace("LINES", "a\n\tb")
+    assert parse(reply, SHORT)[2:] == ({"script_name": "train.py", "find": "a\n\tb", "replace": "c"}, "")
 
 
 def test_six_fields_are_all_expected_and_kept():
@@ -148,12 +166,12 @@ def test_six_fields_are_all_expected_and_kept():
     fields, action, _, error = parse(reply)
     assert error == "" and action == "Inspect Script Lines" and fields["Fact Check"] == "about Fact Check\nmore"
     for name in FIELDS:
-        assert f'"{name}:" is missing' in parse(reply.replace(f"{name}:", "Other:", 1) if name != "Action" else reply.replace("Action:", "Other:"))[3]
+        assert f'"{name}:" is missing' in parse(reply.replace(f"{name}:", "Other:"))[3]
 
 
 def test_a_reply_of_megabytes_is_refused_fast_and_kept_short(make):
     env = make(steps=4)
-    for reply in ("Action:" * 2_000_000, " " * 5_000_000, "Thought: t\nAction: List Files\nAction Input: " + "{" * 3_000_000):
+    for reply in ("Action:" * 2_000_000, " " * 5_000_000, say("List Files") + "{" * 3_000_000):
         began = time.process_time()
         step = env.step(reply)
         assert time.process_time() - began < 5 and not step.valid and len(json.dumps(record(step))) < 200_000
@@ -161,8 +179,8 @@ def test_a_reply_of_megabytes_is_refused_fast_and_kept_short(make):
 
 
 def test_long_replies_take_linear_time():
-    for reply in ("Thought: " * 5_000, "\n" * 49_000, "Thought:\n" + "\t" * 49_000, "*>#-" * 12_000, GOOD + "\nObservation" * 4_000,
-                  GOOD.replace("{", "{" + " " * 49_000)):
+    for reply in ("Thought: " * 5_000, "\n" * 49_000, "Thought:\n" + "\t" * 49_000, "*>#-" * 12_000,
+                  GOOD + "\nObservation" * 4_000, GOOD.replace("{", "{" + " " * 49_000)):
         began = time.process_time()
         parse(reply, SHORT)
         assert time.process_time() - began < 2
@@ -172,29 +190,35 @@ def test_garbage_never_raises(make):
     draw = random.Random(0)
     env = make(steps=10 ** 9, coder=lambda messages: draw.choice(["", "```python\nprint(1)\n```", "no"]))
     env.task.time_limit_s = 1.0
-    pieces = list(ACTIONS) + list(FIELDS) + ["\n", ":", "{", "}", '"', "\\", "```", "train.py", "data/train.csv", "../x", "/etc/passwd", "\0", "\ud83d", "é", "1",
-                                             "script_name", "\\u0000", "Observation:", " ", "[" * 50]
-    values = [".", "train.py", "data", "data/images/1.bin", "", "\0", "a/b", "train.py/x", "..", "é" * 200, "x" * 99, "1", "-1", "0", "9" * 9, 3, None, [], "submission.csv"]
+    pieces = [f"\nAction: {name}\n" for name in ACTIONS] + [f"{name}:" for name in FIELDS] + [
+        "\n", ":", "{", "}", '"', "\\", "```", "\0", "\ud83d", "é", "1", "\nThought: ", "\nThought: ", "Observation:",
+        "\nObservation:", " ", "[" * 50, "\\u0000", '\nAction Input: {"dir_path": "."}',
+        '\nAction Input: {"script_name": "../x"}']
+    values = ["train.py"] * 12 + ["1"] * 12 + [
+        ".", "data", "data/images/1.bin", "", "\0", "a/b", "train.py/x", "..", "0", "é" * 200, "x" * 99, "-1", 9, None, [],
+        "VALUE = 0.50"]
     seen = set()
     for i in range(300):
-        if i % 2:
+        if i % 3 == 0:
             reply = "".join(draw.choice(pieces) for _ in range(draw.randint(0, 60)))
         else:  # the form is right and the values are not
             name = draw.choice([name for name in ACTIONS if name not in ("Final Answer", "Execute Script")])
-            reply = f"Thought: t\nAction: {name}\nAction Input: " + json.dumps({key: draw.choice(values) for key in ACTIONS[name][0]})
+            reply = say(name, **{key: draw.choice(values) for key in ACTIONS[name][0]})
             reply = reply if draw.random() < 0.8 else reply[:draw.randint(0, len(reply))]
         step = env.step(reply)
         assert step.kind in KINDS and 0 <= step.reward <= 1 and step.valid == (not step.error)
         assert json.loads(json.dumps(record(step)))["index"] == i
         seen.add((step.action, step.valid))
-    assert sum(valid for _, valid in seen) >= 4 and (None, False) in seen
-    env.restore(env.snapshot())
+    worked, refused = ({action for action, valid in seen if valid == wanted} for wanted in (True, False))
+    assert worked >= set(ACTIONS) - {"Replace In Script", "Final Answer", "Execute Script"}  # they were really tried
+    assert refused >= {None, "List Files", "Replace In Script", "Edit Script (AI)"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- paths
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../private/answers.csv", "data/../../private/answers.csv", "a/../../x", "~/x", "..", "data/link.csv", ".undo/1/train.py",
-                                  "x\0y", "x\ny", "a" * 101, "a/" * 200 + "b", "", ".", "absent.py"])
+@pytest.mark.parametrize("path", [
+    "/etc/passwd", "../private/answers.csv", "data/../../private/answers.csv", "a/../../x", "~/x", "..",
+    "data/link.csv", ".undo/1/train.py", "x\0y", "x\ny", "a" * 101, "a/" * 200 + "b", "", ".", "absent.py"])
 def test_no_action_reads_outside(make, path):
     env = make(coder=lambda messages: pytest.fail("the coder was asked about a file that must not be read"))
     for action, args in {"Inspect Script Lines": dict(script_name=path, start_line_number="1", end_line_number="9"),
@@ -209,7 +233,9 @@ def test_no_action_reads_outside(make, path):
         assert "secret" not in step.observation and "root:" not in step.observation
 
 
-@pytest.mark.parametrize("path", ["/tmp/x", "../x", "data", "data/train.csv", "data/new.csv", "./data/train.csv", "data//x", ".undo/9/x", "", ".", "x/", "folder", "train.py/x", "x\0"])
+@pytest.mark.parametrize("path", [
+    "/tmp/x", "../x", "data", "data/train.csv", "data/new.csv", "./data/train.csv", "data//x", ".undo/9/x", "", ".",
+    "x/", "folder", "train.py/x", "x\0"])
 def test_no_action_writes_outside_or_to_data(make, task, tmp_path, path):
     env = make(coder=lambda messages: "```python\nVALUE = 1\n```")
     env.files["folder/file.py"] = env.files["train.py"]
@@ -225,25 +251,36 @@ def test_no_action_writes_outside_or_to_data(make, task, tmp_path, path):
 
 def test_links_that_a_script_leaves_are_not_followed(make, tmp_path):
     env = make()
-    put(env, links=f"import os\nos.symlink('{tmp_path}/data/made/private/answers.csv', 'a.csv')\nos.symlink('/etc', 'etc')\nos.mkfifo('pipe')\nopen('real', 'w').write('x')")
-    step = do(env, "Execute Script", script_name="links.py")
+    put(env, links=f"""
+import os
+os.symlink('{tmp_path}/data/made/private/answers.csv', 'a.csv')
+os.symlink('/etc', 'etc')
+os.mkfifo('pipe')
+open('real', 'w').write('x')
+""")
+    step = run(env, "links.py")
     assert step.outcome == "ok" and set(env.files) == {"train.py", "links.py", "real"}
-    assert not do(env, "Inspect Script Lines", script_name="a.csv", start_line_number="1", end_line_number="2").valid
-    assert not do(env, "List Files", dir_path="etc").valid
+    assert not show(env, "a.csv", "1", "2").valid
+    assert not files(env, "etc").valid
 
 
 def test_submission_that_is_a_link_is_not_graded(make, tmp_path):
     (tmp_path / "perfect").write_text("1.0")
     env = make()
     put(env, train=f"import os\nos.symlink('{tmp_path}/perfect', 'submission.csv')")
-    step = do(env, "Execute Script", script_name="train.py")
+    step = run(env)
     assert (step.outcome, step.score, step.kind) == ("invalid submission", None, "failed")
 
 
 def test_script_that_adds_to_data_shares_nothing(make, tmp_path):
     env = make()
-    put(env, extra="open('data/new.csv', 'w').write('x')\nimport os\nos.remove('data/train.csv')\nprint(sorted(os.listdir('data')))")
-    step = do(env, "Execute Script", script_name="extra.py")
+    put(env, extra="""
+import os
+open('data/new.csv', 'w').write('x')
+os.remove('data/train.csv')
+print(sorted(os.listdir('data')))
+""")
+    step = run(env, "extra.py")
     assert step.outcome == "ok" and "'new.csv'" in step.observation and set(env.files) == {"train.py", "extra.py"}
     assert sorted(os.listdir(tmp_path / "data" / "made" / "public")) == ["images", "link.csv", "train.csv"]
 
@@ -252,92 +289,95 @@ def test_script_that_changes_public_data_stops_us(make, tmp_path):
     env = make()
     put(env, spoil="open('data/train.csv', 'w').write('spoiled')")
     with pytest.raises(RuntimeError, match="changed the public data"):
-        do(env, "Execute Script", script_name="spoil.py")
+        run(env, "spoil.py")
 
 
-# ---------------------------------------------------------------------------------------------------------------- actions
+# -------------------------------------------------------------------------------------------------------------- actions
 
 def test_list_and_inspect(make):
     env = make()
-    assert do(env, "List Files", dir_path=".").observation.startswith(f"data/\ntrain.py  {len(STARTER)} bytes\n[14 steps and 30 min left]")
-    assert do(env, "List Files", dir_path="data").observation.startswith("images/\nlink.csv  18 bytes\ntrain.csv  6 bytes\n[")
-    assert "1.bin" in do(env, "List Files", dir_path="./data/images/").observation
-    assert not do(env, "List Files", dir_path="absent").valid
-    step = do(env, "Inspect Script Lines", script_name="train.py", start_line_number="2", end_line_number="3")
-    assert step.observation.startswith("Lines 2 to 3 of 6 of train.py:\n" + "\n".join(STARTER.splitlines()[1:3]) + "\n[")
+    assert files(env, ".").observation.startswith(f"data/\ntrain.py  {len(STARTER)} bytes\n[14 steps and 30 min left]")
+    assert files(env, "data").observation.startswith("images/\nlink.csv  18 bytes\ntrain.csv  6 bytes\n[")
+    assert "1.bin" in files(env, "./data/images/").observation
+    assert not files(env, "absent").valid
+    step = show(env, "train.py", "2", "3")
+    assert step.observation.startswith("\n".join(["Lines 2 to 3 of 6 of train.py:", *STARTER.splitlines()[1:3], "["]))
     assert (step.kind, step.reward, step.valid) == ("not an edit", 0.5, True)
-    assert "Lines 5 to 6 of 6" in do(env, "Inspect Script Lines", script_name="train.py", start_line_number="5", end_line_number="900").observation
+    assert "Lines 5 to 6 of 6" in show(env, "train.py", "5", "900").observation
     for first, last in ((0, 5), (7, 9), (5, 4)):
-        assert "6 lines" in do(env, "Inspect Script Lines", script_name="train.py", start_line_number=first, end_line_number=last).error
-    assert do(env, "Inspect Script Lines", script_name="data/train.csv", start_line_number="1", end_line_number="1").observation.startswith("Lines 1 to 1 of 1 of data/train.csv:\na b c\n")
-    step = do(env, "Inspect Script Lines", script_name="data/images/1.bin", start_line_number="1", end_line_number="1")
+        assert "6 lines" in show(env, "train.py", first, last).error
+    assert show(env, "data/train.csv", "1", "1").observation.startswith("Lines 1 to 1 of 1 of data/train.csv:\na b c\n")
+    step = show(env, "data/images/1.bin", "1", "1")
     assert not step.valid and "binary file of 6 bytes" in step.observation and "89 50 4e 47" in step.observation
 
 
 def test_a_long_file_is_shown_in_whole_lines(make):
     env = make()
     put(env, long="\n".join(f"line {i} " + "x" * 90 for i in range(1, 1001)))
-    shown = do(env, "Inspect Script Lines", script_name="long.py", start_line_number="11", end_line_number="900").observation.splitlines()
+    shown = show(env, "long.py", "11", "900").observation.splitlines()
     first, last = map(int, re.match(r"Lines (\d+) to (\d+) of 1,000", shown[0]).groups())
-    assert first == 11 and 30 < last < 70 and shown[1].startswith("line 11 ") and shown[-2] == f"line {last} " + "x" * 90
+    assert first == 11 and 30 < last < 70 and shown[1].startswith("line 11 ")
+    assert shown[-2] == f"line {last} " + "x" * 90
     put(env, wide="x" * 200_000)
-    assert len(do(env, "Inspect Script Lines", script_name="wide.py", start_line_number="1", end_line_number="1").observation) < 5_100
+    assert len(show(env, "wide.py", "1", "1").observation) < 5_100
 
 
 def test_replace_edits_scores_and_rewards(make):
     env = make()
-    step = do(env, "Replace In Script", script_name="train.py", find="VALUE = 0.50", replace="VALUE = 0.60")
+    step = edit(env, "VALUE = 0.50", "VALUE = 0.60")
     assert text_of(env, "train.py") == STARTER.replace("0.50", "0.60")
-    assert (step.kind, step.outcome, step.m_before, step.score, step.m_after, step.printed) == ("scored", "ok", 0.5, 0.6, 0.6, 0.6)
+    assert (step.kind, step.outcome, step.printed) == ("scored", "ok", 0.6)
+    assert (step.m_before, step.score, step.m_after) == (0.5, 0.6, 0.6)
     assert step.reward == pytest.approx(0.8807970780)  # x = 8 * 0.1 / 0.4 = 2
-    assert "-VALUE = 0.50\n+VALUE = 0.60" in step.observation and "validation" not in step.observation  # no word of the hidden run
+    assert "-VALUE = 0.50\n+VALUE = 0.60" in step.observation
+    assert "validation" not in step.observation
     assert "submission.csv" not in env.files
-    step = do(env, "Replace In Script", script_name="train.py", find="VALUE = 0.60", replace="VALUE = 0.55")
+    step = edit(env, "VALUE = 0.60", "VALUE = 0.55")
     assert (step.m_before, step.score) == (0.6, 0.55) and step.reward == pytest.approx(0.2689414214)  # x = -1
-    step = do(env, "Replace In Script", script_name="train.py", find="VALUE = 0.55", replace="VALUE = 1/0")
+    step = edit(env, "VALUE = 0.55", "VALUE = 1/0")
     assert (step.kind, step.outcome, step.reward, step.score, step.m_after) == ("failed", "error", 0.0, None, 0.55)
-    step = do(env, "Replace In Script", script_name="train.py", find="VALUE = 1/0", replace="VALUE = 0.70")
+    step = edit(env, "VALUE = 1/0", "VALUE = 0.70")
     assert (step.m_before, step.score) == (0.55, 0.7)
 
 
 def test_the_printed_metric_is_not_believed(make):
-    step = do(make(), "Replace In Script", script_name="train.py", find="{VALUE:.2f}", replace="0.99")
+    step = edit(make(), "{VALUE:.2f}", "0.99")
     assert (step.printed, step.score, step.reward) == (0.99, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("find, replace, word", [("absent", "x", "does not occur"), ("", "x", "does not occur"), ("VALUE", "x", "3 times")])
-def test_find_must_occur_once(make, find, replace, word):
+@pytest.mark.parametrize("find, word", [("absent", "does not occur"), ("", "does not occur"), ("VALUE", "3 times")])
+def test_find_must_occur_once(make, find, word):
     env = make()
-    step = do(env, "Replace In Script", script_name="train.py", find=find, replace=replace)
+    step = edit(env, find, "x")
     assert (step.kind, step.valid) == ("invalid", False) and word in step.error and text_of(env, "train.py") == STARTER
 
 
 def test_an_edit_that_changes_nothing_is_no_edit(make):
     env = make()
-    step = do(env, "Replace In Script", script_name="train.py", find="VALUE = 0.50", replace="VALUE = 0.50")
+    step = edit(env, "VALUE = 0.50", "VALUE = 0.50")
     assert (step.kind, step.valid, step.outcome) == ("not an edit", True, None) and list(env.files) == ["train.py"]
 
 
 def test_undo_goes_back_step_by_step_also_after_restore(make):
     env = make()
     for old, new in (("0.50", "0.60"), ("0.60", "0.70")):
-        do(env, "Replace In Script", script_name="train.py", find=old, replace=new)
+        edit(env, old, new)
     other = make()
     other.restore(env.snapshot(), env.messages, index=2, m_before=0.7)
     for one in (env, other):
-        step = do(one, "Undo Edit Script", script_name="train.py")
+        step = undo(one)
         assert (step.kind, step.score, step.m_before) == ("scored", 0.6, 0.7) and "+VALUE = 0.60" in step.observation
-        step = do(one, "Undo Edit Script", script_name="train.py")
+        step = undo(one)
         assert text_of(one, "train.py") == STARTER and step.score == 0.5 and one.snapshot().keys() == {"train.py"}
-        assert "no edit" in do(one, "Undo Edit Script", script_name="train.py").error
+        assert "no edit" in undo(one).error
 
 
 def test_what_edits_replaced_is_hidden_from_agent_and_scripts(make):
     env = make()
-    do(env, "Replace In Script", script_name="train.py", find="0.50", replace="0.60")
+    edit(env, "0.50", "0.60")
     put(env, walk="import os\nfor each in os.walk('.'): print(each)")
-    assert "undo" not in do(env, "List Files", dir_path="").observation
-    assert "undo" not in do(env, "Execute Script", script_name="walk.py").observation
+    assert "undo" not in files(env, "").observation
+    assert "undo" not in run(env, "walk.py").observation
     assert sum(name.startswith(".undo/") for name in env.files) == 1
 
 
@@ -348,40 +388,43 @@ def test_copy(make):
     put(env, better=STARTER.replace("0.50", "0.80"))
     step = do(env, "Copy File", source="better.py", destination="train.py")
     assert (step.kind, step.score) == ("scored", 0.8) and env.m_before == 0.8
-    assert do(env, "Undo Edit Script", script_name="train.py").score == 0.5
+    assert undo(env).score == 0.5
 
 
 def test_execute_grades_the_submission_and_keeps_the_files(make):
     env = make()
-    step = do(env, "Execute Script", script_name="train.py")
-    assert step.observation.startswith("train.py ran to the end in ") and "\nrows: 3\nvalidation accuracy: 0.50\n[" in step.observation
-    assert (step.kind, step.outcome, step.score, step.printed, step.reward, step.sandbox) == ("not an edit", "ok", 0.5, 0.5, 0.5, "off")
+    step = run(env)
+    assert step.observation.startswith("train.py ran to the end in ")
+    assert "\nrows: 3\nvalidation accuracy: 0.50\n[" in step.observation
+    assert (step.kind, step.outcome, step.sandbox) == ("not an edit", "ok", "off")
+    assert (step.score, step.printed, step.reward) == (0.5, 0.5, 0.5)
     assert text_of(env, "submission.csv") == "0.5" and step.peak_bytes > 1 << 20
 
 
 def test_an_old_submission_is_never_graded(make):
     env = make()
-    do(env, "Execute Script", script_name="train.py")
+    run(env)
     put(env, train="print('validation accuracy: 0.99')")
-    step = do(env, "Execute Script", script_name="train.py")
-    assert (step.outcome, step.kind, step.score, step.printed, step.reward) == ("no submission", "failed", None, 0.99, 0.0)
+    step = run(env)
+    assert (step.outcome, step.kind) == ("no submission", "failed")
+    assert (step.score, step.printed, step.reward) == (None, 0.99, 0.0)
     assert "must write submission.csv" in step.observation and "submission.csv" not in env.files
 
 
 def test_other_scripts_are_graded_only_for_a_new_submission(make):
     env = make()
-    do(env, "Execute Script", script_name="train.py")
+    run(env)
     put(env, look="print(open('submission.csv').read())", blend="open('submission.csv', 'w').write('0.85')")
-    step = do(env, "Execute Script", script_name="look.py")
+    step = run(env, "look.py")
     assert (step.outcome, step.kind, step.score) == ("ok", "not an edit", None) and "\n0.5\n" in step.observation
-    step = do(env, "Execute Script", script_name="blend.py")
+    step = run(env, "blend.py")
     assert (step.score, step.m_after, step.reward) == (0.85, 0.5, 0.5)  # the entry script still scores 0.5
 
 
 @pytest.mark.parametrize("code, outcome, kind, word", [
     ("print('before'); import absent_package", "error", "failed", "The package absent_package is not installed"),
     ("print('before'); {}['key']", "error", "failed", "KeyError: 'key'"),
-    ("print('before'); open('submission.csv', 'w').write('many')", "invalid submission", "failed", "expected one number from 0 to 1"),
+    ("print('before'); open('submission.csv', 'w').write('many')", "invalid submission", "failed", "expected one numb"),
     ("print('before', flush=True)\nwhile True: pass", "timeout", "limit", "faster"),
     ("print('before'); bytearray(1 << 45)", "out of memory", "limit", "less memory"),
     ("print('before'); import os; os.abort()", "killed", "failed", "signal 6"),
@@ -392,20 +435,27 @@ def test_bad_scripts_tell_what_to_do_and_keep_what_they_printed(make, task, code
     env = make()
     put(env, train=code)
     before = env.snapshot()
-    step = do(env, "Execute Script", script_name="train.py")
-    assert (step.outcome, step.kind, step.score) == (outcome, kind, None) and step.reward == (0.0 if kind == "failed" else 0.5)
-    assert "\nbefore\n" in step.observation and word in step.observation and step.valid and "ml-agent" not in step.observation
+    step = run(env)
+    assert (step.outcome, step.kind, step.score) == (outcome, kind, None)
+    assert step.reward == (0.0 if kind == "failed" else 0.5)
+    assert "\nbefore\n" in step.observation and word in step.observation and step.valid
+    assert "ml-agent" not in step.observation
     if outcome not in ("invalid submission", "error"):
         assert env.snapshot() == before
-    step = do(env, "Replace In Script", script_name="train.py", find="'before'", replace="'other'")
-    assert (step.outcome, step.kind) == (outcome, kind) and word not in step.observation  # an edit leads to the same, in silence
+    step = edit(env, "'before'", "'other'")
+    assert (step.outcome, step.kind) == (outcome, kind)
+    assert word not in step.observation  # an edit leads to the same, in silence
 
 
 def test_long_output_is_cut_in_the_middle(make):
     env = make()
-    put(env, train="print('first'); print('x' * 100000); print('validation accuracy: 0.25'); open('submission.csv', 'w').write('0.5')")
-    step = do(env, "Execute Script", script_name="train.py")
-    assert len(step.observation) < 5_100 and "\nfirst\n" in step.observation and "validation accuracy: 0.25" in step.observation
+    put(env, train="""
+print('first', 'x' * 100000, 'validation accuracy: 0.25', sep='\\n')
+open('submission.csv', 'w').write('0.5')
+""")
+    step = run(env)
+    assert len(step.observation) < 5_100 and "\nfirst\n" in step.observation
+    assert "validation accuracy: 0.25" in step.observation
     assert "characters cut" in step.observation and step.printed == 0.25
 
 
@@ -415,12 +465,12 @@ def test_results_are_kept_so_a_scored_edit_runs_at_once(make, monkeypatch):
     monkeypatch.setattr(env_module, "execute", lambda *args, **options: runs.append(args) or execute(*args, **options))
     cache = {}
     env = make(cache=cache)
-    do(env, "Replace In Script", script_name="train.py", find="0.50", replace="0.60")
-    step = do(env, "Execute Script", script_name="train.py")
+    edit(env, "0.50", "0.60")
+    step = run(env)
     assert len(runs) == 1 and step.score == 0.6 and text_of(env, "submission.csv") == "0.6"
     assert env.score()[0] == 0.6 and env.score()[1].outcome == "ok" and len(runs) == 1
     other = make(cache=cache)
-    do(other, "Replace In Script", script_name="train.py", find="0.50", replace="0.60")
+    edit(other, "0.50", "0.60")
     assert len(runs) == 1
     put(other, helper="x = 1")
     assert other.score()[0] == 0.6 and len(runs) == 2
@@ -428,7 +478,8 @@ def test_results_are_kept_so_a_scored_edit_runs_at_once(make, monkeypatch):
 
 def test_ai_actions_use_the_coder(make):
     asked = []
-    replies = ["Here:\n```python\n" + STARTER.replace("0.50", "0.75") + "```\nDone.", "no code", "```python\nVALUE = 1", "it has six lines", ValueError("5000 tokens do not fit")]
+    replies = ["Here:\n```python\n" + STARTER.replace("0.50", "0.75") + "```\nDone.", "no code", "```python\nVALUE = 1",
+               "it has six lines", ValueError("5000 tokens do not fit")]
 
     def coder(messages):
         asked.append(messages)
@@ -438,8 +489,10 @@ def test_ai_actions_use_the_coder(make):
     env = make(coder=coder)
     args = dict(script_name="train.py", edit_instruction="Raise VALUE to 0.75.", save_name="train.py")
     step = do(env, "Edit Script (AI)", **args)
-    assert (step.kind, step.score, len(step.coder)) == ("scored", 0.75, 1) and text_of(env, "train.py") == STARTER.replace("0.50", "0.75")
-    assert STARTER in asked[0][0]["content"] and "Raise VALUE to 0.75." in asked[0][0]["content"] and "+VALUE = 0.75" in step.observation
+    assert (step.kind, step.score, len(step.coder)) == ("scored", 0.75, 1)
+    assert text_of(env, "train.py") == STARTER.replace("0.50", "0.75")
+    assert STARTER in asked[0][0]["content"] and "Raise VALUE to 0.75." in asked[0][0]["content"]
+    assert "+VALUE = 0.75" in step.observation
     for _ in range(2):
         step = do(env, "Edit Script (AI)", **args)
         assert (step.kind, step.valid) == ("not an edit", True) and "nothing was changed" in step.observation
@@ -452,7 +505,8 @@ def test_ai_actions_use_the_coder(make):
 def test_ai_edit_can_be_saved_elsewhere(make):
     env = make(coder=lambda messages: "```python\nprint(2)\n```")
     step = do(env, "Edit Script (AI)", script_name="train.py", edit_instruction="x", save_name="lib/second.py")
-    assert text_of(env, "lib/second.py") == "print(2)\n" and text_of(env, "train.py") == STARTER and (step.kind, step.score) == ("scored", 0.5)
+    assert text_of(env, "lib/second.py") == "print(2)\n" and text_of(env, "train.py") == STARTER
+    assert (step.kind, step.score) == ("scored", 0.5)
 
 
 def test_without_a_coder_its_actions_are_not_offered_and_refused(make):
@@ -464,14 +518,14 @@ def test_without_a_coder_its_actions_are_not_offered_and_refused(make):
 
 def test_only_chosen_actions(make):
     env = make(actions=["List Files", "Final Answer"])
-    assert env.actions == ("List Files", "Final Answer") and not do(env, "Execute Script", script_name="train.py").valid
+    assert env.actions == ("List Files", "Final Answer") and not run(env).valid
     with pytest.raises(ValueError, match="Delete"):
         make(actions=["Delete"])
     with pytest.raises(ValueError, match="fields"):
         make(fields=("Action", "Thought"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- the trajectory
+# ------------------------------------------------------------------------------------------------------- the trajectory
 
 def test_prompt_names_every_tool_and_argument():
     prompt = system_prompt()
@@ -487,7 +541,8 @@ def test_messages_grow_by_reply_and_observation(make):
     first = env.reset()
     assert [message["role"] for message in first] == ["system", "user"] and "Raise VALUE." in first[1]["content"]
     step = env.step(GOOD, tokens=[1, 2, 3])
-    assert env.messages[2:] == [{"role": "assistant", "content": GOOD, "tokens": [1, 2, 3]}, {"role": "user", "content": step.observation}]
+    assert env.messages[2] == {"role": "assistant", "content": GOOD, "tokens": [1, 2, 3]}
+    assert env.messages[3:] == [{"role": "user", "content": step.observation}]
     assert step.messages == env.messages[2:]
     invented = GOOD + "\nObservation: all is well"
     step = env.step(invented, tokens=[4])
@@ -496,46 +551,49 @@ def test_messages_grow_by_reply_and_observation(make):
 
 def test_limits_of_steps_and_the_final_answer(make):
     env = make(steps=2)
-    assert do(env, "List Files", dir_path=".").ended == "" and not env.done and not env.failed
+    assert files(env, ".").ended == "" and not env.done and not env.failed
     assert env.step("nonsense").ended == "steps" and env.done and env.failed
     env.reset()
-    do(env, "Execute Script", script_name="train.py")
+    run(env)
     step = do(env, "Final Answer", final_answer="0.5")
-    assert (step.ended, step.kind, step.reward, env.failed) == ("final answer", "not an edit", 0.5, False) and "left]" not in step.observation
+    assert (step.ended, step.kind, step.reward, env.failed) == ("final answer", "not an edit", 0.5, False)
+    assert "left]" not in step.observation
     before = list(env.messages)
     again = do(env, "Final Answer", final_answer="more")
-    assert (again.kind, again.valid, again.ended) == ("invalid", False, "final answer") and env.messages == before and env.index == 2
+    assert (again.kind, again.valid, again.ended) == ("invalid", False, "final answer") and env.messages == before
+    assert env.index == 2
 
 
 def test_limit_of_time(make, task):
     env = make(seconds=1.0)
     put(env, train="while True: pass")
-    step = do(env, "Execute Script", script_name="train.py")  # the task would give it 20 s
+    step = run(env)  # the task would give it 20 s
     assert (step.outcome, step.kind, step.ended) == ("timeout", "limit", "time") and step.script_seconds < 15
     env = make(seconds=0.0)
-    step = do(env, "List Files", dir_path=".")
-    assert (step.kind, step.reward, step.valid, step.ended) == ("limit", 0.5, False, "time") and "over" in step.observation
+    step = files(env, ".")
+    assert (step.kind, step.reward, step.valid, step.ended) == ("limit", 0.5, False, "time")
+    assert "over" in step.observation
 
 
 def test_a_timeout_for_lack_of_time_is_not_remembered(make, task):
     env = make(seconds=0.5)
     put(env, train="import time; time.sleep(1); open('submission.csv', 'w').write('0.6')")
-    assert do(env, "Execute Script", script_name="train.py").outcome == "timeout"
+    assert run(env).outcome == "timeout"
     assert env.score()[0] == 0.6
 
 
 def test_snapshot_and_restore(make):
     env = make()
-    do(env, "Execute Script", script_name="train.py")
-    do(env, "Replace In Script", script_name="train.py", find="0.50", replace="0.60")
+    run(env)
+    edit(env, "0.50", "0.60")
     state, messages = env.snapshot(), list(env.messages)
-    first = do(env, "Replace In Script", script_name="train.py", find="0.60", replace="0.70")
+    first = edit(env, "0.60", "0.70")
     put(env, extra="print(1)")
     env.restore(state, messages, index=2, m_before=0.6)
     assert env.snapshot() == state and env.messages == messages and "extra.py" not in env.files
-    second = do(env, "Replace In Script", script_name="train.py", find="0.60", replace="0.70")
-    plain = lambda step: {key: value for key, value in record(step).items() if "seconds" not in key and key != "time_left_s"}
-    assert plain(first) == plain(second)
+    second = edit(env, "0.60", "0.70")
+    times = dict(seconds=0, script_seconds=0, time_left_s=0)
+    assert record(first, **times) == record(second, **times)
     missing = dict(state, absent="0" * 64)
     with pytest.raises(ValueError, match="0000 is missing"):
         env.restore(missing)
@@ -546,8 +604,8 @@ def test_no_folder_is_left(make, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     env = make()
     put(env, locked="import os\nos.makedirs('a/b')\nos.chmod('a/b', 0)\nos.chmod('a', 0)")
-    do(env, "Execute Script", script_name="locked.py")
-    do(env, "Execute Script", script_name="train.py")
+    run(env, "locked.py")
+    run(env)
     assert list((tmp_path / "temporary").iterdir()) == []
     assert not [path for path in (tmp_path / "out" / "blobs").iterdir() if path.is_file()]
 
@@ -559,7 +617,7 @@ def test_four_trajectories_in_threads(make):
         env = make()
         for j in range(3):
             old, new = (f"0.{50 + 4 * (j - 1) + i}" if j else "0.50"), f"0.{50 + 4 * j + i}"
-            results[i, j] = do(env, "Replace In Script", script_name="train.py", find=old, replace=new).score
+            results[i, j] = edit(env, old, new).score
     threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
     for thread in threads:
         thread.start()
@@ -569,18 +627,20 @@ def test_four_trajectories_in_threads(make):
 
 
 @pytest.mark.parametrize("text, value", [
-    ("validation log loss: 0.0812", 0.0812), ("Validation accuracy 90.5 %", 90.5), ("epoch 1 validation 0.3\nepoch 2 validation 0.2\nsaved 7 files", 0.2),
-    ("accuracy = 1e-3.", 1e-3), ("loss 0.4", None), ("validation: nan", None), ("validation score of fold3x", None), ("", None), ("validation -.5", -0.5),
+    ("validation log loss: 0.0812", 0.0812), ("Validation accuracy 90.5 %", 90.5), ("accuracy = 1e-3.", 1e-3),
+    ("epoch 1 validation 0.3\nepoch 2 validation 0.2\nsaved 7 files", 0.2), ("loss 0.4", None), ("", None),
+    ("validation: nan", None), ("validation score of fold3x", None), ("validation -.5", -0.5),
     ("validation 1e999", None)])
 def test_printed_metric(text, value):
     assert printed_metric(text, "accuracy") == value
 
 
 def test_clip_keeps_head_and_tail():
-    assert clip("abc", 3) == "abc" and clip("a" * 10 + "b" * 90, 20) == "a" * 10 + " ... 80 characters cut ... " + "b" * 10
+    assert clip("abc", 3) == "abc"
+    assert clip("a" * 10 + "b" * 90, 20) == "a" * 10 + " ... 80 characters cut ... " + "b" * 10
 
 
-# ---------------------------------------------------------------------------------------------------------------- replay
+# --------------------------------------------------------------------------------------------------------------- replay
 
 @pytest.fixture
 def recorded(make, tmp_path):
@@ -590,12 +650,13 @@ def recorded(make, tmp_path):
     for reply in (say("List Files", dir_path="."), say("Execute Script", script_name="train.py"),
                   say("Replace In Script", script_name="train.py", find="0.50", replace="0.60"), "nonsense",
                   say("Edit Script (AI)", script_name="train.py", edit_instruction="Raise it.", save_name="train.py"),
-                  say("Undo Edit Script", script_name="train.py"), say("Replace In Script", script_name="train.py", find="VALUE = 0.60", replace="VALUE = oh"),
+                  say("Undo Edit Script", script_name="train.py"),
+                  say("Replace In Script", script_name="train.py", find="VALUE = 0.60", replace="VALUE = oh"),
                   say("Execute Script", script_name="train.py")):
         lines.append(record(env.step(reply), tokens=7))
     path = tmp_path / "out" / "trajectories" / "made-0.jsonl"
     path.parent.mkdir()
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + json.dumps({"type": "end", "ended": "context full"}) + "\n")
+    path.write_text("\n".join(map(json.dumps, [*lines, {"type": "end", "ended": "context full"}])) + "\n")
     return path
 
 
@@ -604,10 +665,10 @@ def test_replay_reproduces(recorded, capsys):
     assert "8 steps replayed, 0 differences" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("index, name, value, shown", [
-    (2, "observation", "rows: 4", "observation"), (3, "score", 0.61, "score"), (3, "reward", 0.5, "reward"), (5, "outcome", "error", "outcome"), (8, "kind", "limit", "kind"),
-    (1, "snapshot", {"train.py": "f" * 64}, "snapshot")])
-def test_replay_detects_a_planted_difference(recorded, capsys, index, name, value, shown):
+@pytest.mark.parametrize("index, name, value", [
+    (2, "observation", "rows: 4"), (3, "score", 0.61), (3, "reward", 0.5), (5, "outcome", "error"),
+    (8, "kind", "limit"), (1, "snapshot", {"train.py": "f" * 64})])
+def test_replay_detects_a_planted_difference(recorded, capsys, index, name, value):
     lines = [json.loads(line) for line in recorded.read_text().splitlines()]
     assert lines[index][name] != value
     lines[index][name] = value
@@ -616,7 +677,7 @@ def test_replay_detects_a_planted_difference(recorded, capsys, index, name, valu
         assert env_module.main(["replay", str(recorded)]) == 2 and "missing" in capsys.readouterr().err
     else:
         assert env_module.main(["replay", str(recorded)]) == 1
-        assert f"step {index - 1}, {shown}" in capsys.readouterr().out
+        assert f"step {index - 1}, {name}" in capsys.readouterr().out
 
 
 def test_replay_says_what_is_wrong_with_a_file(recorded, tmp_path, capsys):
@@ -629,4 +690,4 @@ def test_replay_says_what_is_wrong_with_a_file(recorded, tmp_path, capsys):
 
 def test_a_step_is_a_line_of_json(recorded):
     line = json.loads(recorded.read_text().splitlines()[1])
-    assert line["type"] == "step" and {each.name for each in dataclasses.fields(env_module.Step)} <= set(line) and DEFAULT_ACTIONS == tuple(ACTIONS)
+    assert line["type"] == "step" and {each.name for each in dataclasses.fields(env_module.Step)} <= set(line)
