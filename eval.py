@@ -184,7 +184,7 @@ class Run:
 
 
 def play(s, jobs, policy, coder, run):
-    """Plays the trajectories `jobs`, [(task, k)], s.parallel at a time. The first error stops all, and is raised."""
+    """Plays the trajectories `jobs`, [(task, k)], s.parallel at a time. The first error stops all and is raised."""
     waiting, errors, cache = queue.SimpleQueue(), [], {}
     for job in jobs:
         waiting.put(job)
@@ -214,8 +214,10 @@ def play(s, jobs, policy, coder, run):
         with run.lock:      # not in the middle of a line
             run.stop.set()
         print(before + run.line(), end=after.strip() + "\n", file=sys.stderr, flush=True)
-    if errors:
+    if errors and isinstance(errors[0], sample.EndpointError):
         raise errors[0]
+    if errors:      # with its traceback: it is nothing that settings could put right
+        raise RuntimeError("a trajectory could not be played") from errors[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,6 +320,11 @@ def report(results):
         gains = [a["gain"] for one in found.values() if (a := one[f"{name}_summary"])["gain"] is not None]
         if len(gains) > 1:
             parts[-1] += f"\nMean gain over {len(gains)} tasks: {sum(gains) / len(gains):+.1f} %"
+    played = [each for one in found.values() for each in one["trajectories"]]
+    ends = Counter(each["ended"] for each in played)
+    valid, steps = (sum(each[name] for each in played) for name in ("valid_replies", "steps"))
+    parts.append("How they ended: " + ", ".join(f"{end} {count}" for end, count in ends.most_common())
+                 + f". Valid replies: {valid} of {steps}.")
     if published := {id: one["published"] for id, one in found.items() if one["published"]}:
         models = list(next(iter(published.values())))
         rows = [(*first[id][:2], *(" / ".join(map(number, figures[model])) for model in models))
@@ -424,6 +431,8 @@ def evaluate(s, load=sample.load):
         if jobs:
             options = dict(dtype=s.dtype, device=s.device, rows=min(s.parallel, len(jobs)), context=s.context)
             policy = load(s.model, **options)
+            if policy.context and s.max_new_tokens >= policy.context:
+                raise ValueError(f"--max-new-tokens {s.max_new_tokens} leaves no room in a context of {policy.context}")
             coder = policy if s.coder == "model" else None if s.coder == "none" else load(s.coder, **options)
             try:
                 play(s, jobs, policy, coder, run)

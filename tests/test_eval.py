@@ -68,6 +68,7 @@ STEPS = 4 + 3 + 3 + 1
 
 class Scripted:
     """A policy that follows SCRIPTS; it knows the trajectory and the step from the seed it is given."""
+    context = 4096
 
     def __init__(self, scripts=SCRIPTS, fail_at=None, error=None, task="tiny-task"):
         self.calls, self.fail_at, self.error, self.lock = 0, fail_at, error, threading.Lock()
@@ -177,7 +178,7 @@ def test_the_report_says_what_was_measured(tmp_path, task):
     assert re.split(r" {2,}", row)[2:] == ["7.0000", "4.7500", "1.0000", "+32.1", "+85.7", "1.4361", "2.5000 to 7.0000",
                                            "2/4"]
     assert "Miniature data" in text and "the last valid submission" in text and "3.8750" in text.split("Not a")[1]
-    assert "Published" not in text
+    assert "Published" not in text and "How they ended: final answer 4. Valid replies: 10 of 11." in text
 
 
 def test_published_columns_stand_beside_real_data_only(tmp_path, task):
@@ -191,9 +192,17 @@ def test_published_columns_stand_beside_real_data_only(tmp_path, task):
 
 # ---- nothing is lost
 
-@pytest.mark.parametrize("at", range(STEPS))
-def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task):
-    play(settings(tmp_path, "whole"), Scripted())
+@pytest.fixture
+def whole(tmp_path, task, _found=[]):
+    """The masked results.json of a run that nothing has interrupted, made once."""
+    if not _found:
+        play(settings(tmp_path, "whole"), Scripted())
+        _found.append(masked(tmp_path / "whole"))
+    return _found[0]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 5, 8, STEPS - 1])
+def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task, whole):
     s = settings(tmp_path, parallel=1 + at % 4)
     down = sample.EndpointError("http://there is down")
     with pytest.raises(sample.EndpointError):
@@ -203,7 +212,7 @@ def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task
     again = Scripted()
     play(s, again)
     assert again.calls <= STEPS - at + s.parallel       # what was recorded was not played again
-    assert masked(s.out) == masked(tmp_path / "whole")
+    assert masked(s.out) == whole
     for file in Path(s.out, "trajectories").iterdir():
         assert replay(file, say=print) == 0
 
@@ -295,6 +304,11 @@ def test_a_conversation_that_outgrows_the_context_ends_and_keeps_its_score(tmp_p
     assert play(s, None)["complete"]        # it is over: nothing is asked again
 
 
+def test_a_reply_longer_than_the_context_is_refused(tmp_path, task):
+    with pytest.raises(ValueError, match="leaves no room in a context of 4096"):
+        play(settings(tmp_path, max_new_tokens=4096), Scripted())
+
+
 def test_the_step_limit_ends_a_trajectory(tmp_path, task):
     one = play(settings(tmp_path, trajectories=1, steps=2), Scripted())["tasks"]["tiny-task"]["trajectories"][0]
     assert (one["ended"], one["score"], one["steps"]) == ("steps", 1, 2)
@@ -314,8 +328,9 @@ def test_time_spent_before_an_interruption_counts(tmp_path, task):
 
 
 def test_our_own_bugs_are_raised_not_scored(tmp_path, task):
-    with pytest.raises(ZeroDivisionError):
-        play(settings(tmp_path), Scripted(fail_at=3, error=ZeroDivisionError("a bug")))
+    with pytest.raises(RuntimeError) as error:
+        play(settings(tmp_path), Scripted(fail_at=3, error=ValueError("a bug")))
+    assert str(error.value.__cause__) == "a bug" and not isinstance(error.value, evaluation.Failed)
 
 
 def test_the_coder_is_asked_with_its_own_seed(tmp_path, task):
@@ -400,9 +415,17 @@ def test_without_a_model_the_command_scores_the_starter_and_says_how_to_get_one(
     (["--steps", "0"], "--steps must be above 0"), (["--final", "best"], "last-valid or best-validation"),
     (["--actions", "Fly"], "no action 'Fly'"), (["--raw", "/nowhere"], "truth.csv from nowhere"),
     (["--model", "/no/such/model"], "/no/such/model")])
-def test_bad_arguments_end_with_status_2_and_a_reason(flags, words, tmp_path, task):
-    run = run_command(tmp_path, *flags)
-    assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr
+def test_bad_arguments_end_with_status_2_and_a_reason(flags, words, tmp_path, task, capsys):
+    try:
+        status = evaluation.main([*command(tmp_path)[2:], *flags])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2 and words in capsys.readouterr().err
+
+
+def test_the_process_ends_with_that_status(tmp_path, task):
+    run = run_command(tmp_path, "--steps", "0")
+    assert run.returncode == 2 and "Traceback" not in run.stderr
 
 
 def test_ctrl_c_while_waiting_for_a_reply_leaves_what_can_be_continued(tmp_path, task, server):
