@@ -148,10 +148,10 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
     """Prepares a task into data/id and returns that path; does nothing where that is done already.
 
     raw is the folder with the publisher's files; None makes the miniature of this seed, unless real data are prepared
-    already: those are kept. variant names one of the task's splits; None takes the one that is there, else the first.
-    The folder is built aside and renamed when whole, so it is complete or not there. The starter is run once with the
-    interpreter `python` and its score recorded. say is called with each line of progress. ValueError: unknown task or
-    variant, or a raw folder that lacks a file. RuntimeError: the starter fails.
+    already: those are kept. variant names one of the task's splits; None keeps the one that is there, else takes the
+    first. The folder is built aside and renamed when whole, so it is complete or not there. The starter is run once
+    with the interpreter `python` and its score recorded. say is called with each line of progress.
+    ValueError: unknown task or variant, or a raw folder that lacks a file. RuntimeError: the starter fails.
     """
     task, home = load(id), Path(data).resolve() / id
     if variant is not None and variant not in task.variants:
@@ -243,7 +243,7 @@ def run_starter(task, home, python=sys.executable):
     """
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(task.folder / task.entry, folder)
-        os.symlink(home / "public", Path(folder) / "data")
+        os.symlink((home / "public").resolve(), Path(folder) / "data")
         start = time.monotonic()
         try:
             run = subprocess.run([python, task.entry], cwd=folder, timeout=task.time_limit_s, text=True,

@@ -7,7 +7,7 @@
   are refused with a reason.
 - The public test file lacks the targets, and no row (nor file of a row) is both in train and in test.
 - The position in the test file and the id tell nothing of the target, and in miniatures nor does the size of a row's
-  file: neither its rank correlation with a target nor the likeness of neighbours is beyond 6 standard deviations of 50
+  file: neither its rank correlation with a target nor the likeness of neighbours is beyond 5 standard deviations of 50
   shuffles. (Where the publisher's own ids tell something the task says so in known_signal; sizes of real images do.)
 - The starter prints a validation score and gets the score that was recorded when it was prepared; on real data also the
   task's m_init.
@@ -24,7 +24,7 @@ import pandas as pd
 
 import tasks
 
-SIGMAS = 6              # a signal: so many standard deviations beyond what shuffled targets give
+SIGMAS = 5              # a signal: so many standard deviations beyond what shuffled targets give
 MAX_ROWS = 20_000       # rows that are searched for signals
 VALIDATION_LINE = re.compile(r"^validation .+: -?\d+(\.\d+)?\s*$", re.MULTILINE)
 

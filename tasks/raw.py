@@ -15,9 +15,13 @@ class MissingRaw(ValueError):
     """A file of the publisher is not in the raw folder."""
 
 
+# From pandas 3.1 on every float is read exactly and the option is deprecated.
+EXACT_FLOATS = {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
+
+
 def read_csv(source, **options):
     """A data frame whose floats are written back exactly as they were read."""
-    return pd.read_csv(source, float_precision="round_trip", **options)
+    return pd.read_csv(source, **EXACT_FLOATS, **options)
 
 
 def write_csv(frame, path):

@@ -1,0 +1,676 @@
+"""The tasks: registry, preparation, grading of whatever is handed in, the proofs of `check`, the command line.
+
+Tests on real data need the publisher's files in ../shared/data beside the checkout and are skipped where they are not.
+"""
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import tasks
+from tasks import InvalidSubmission
+from tasks.__main__ import main
+from tasks.check import check
+from tasks.images import jpeg
+
+ROOT = Path(__file__).parent.parent
+REAL = ROOT.parent / "shared" / "data"
+IDS = ["home-data-for-ml-course", "spaceship-titanic", "leaf-classification"]
+MD5 = {     # recorded by MLE-bench: public train, public test, sample submission, private answers
+    "leaf-classification": ("02920a969976f89192a3d1c03a30cd2c", "52a1b1a2b6fb392986b9579dd52036c7",
+                            "e9fbff4eafce74b4905feffdaa9e5859", "028b4798af4eeafc69ab98b22dc2c70a"),
+    "spaceship-titanic": ("564a1614ecef9d9611cec4efdce4c412", "8186bd4048aece25f1ed45708f8f34e1",
+                          "5414b5da6ebcff454de1c9ed39b73774", "1cb99c65efecaba968128577722a83ef"),
+}
+FILES = "public/train.csv", "public/test.csv", "public/sample_submission.csv", "private/test.csv"
+
+
+def quiet(line):
+    pass
+
+
+def real(id):
+    if not (REAL / id).is_dir():
+        pytest.skip(f"the publisher's files of {id} are not in {REAL / id}")
+    return REAL / id
+
+
+def sides(task, raw, folder, variant=None):
+    """Runs the task's own prepare without the starter: (public, private)."""
+    public, private = folder / "public", folder / "private"
+    public.mkdir(parents=True)
+    private.mkdir()
+    task.prepare(raw, public, private, variant or task.variants[0])
+    return public, private
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A data folder with the three miniatures."""
+    folder = tmp_path_factory.mktemp("data")
+    for id in IDS:
+        tasks.prepare(id, data=folder, say=quiet)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ a task from elsewhere
+
+TOY_TASK = '''
+import csv
+import numpy as np
+import pandas as pd
+from tasks import Task, mae, matched, numbers, raw_csv, write_csv
+
+def prepare(raw, public, private, variant):
+    rows = raw_csv(raw, "all.csv")
+    train, test = (rows[20:], rows[:20]) if variant == "first" else (rows[:-20], rows[-20:])
+    write_csv(train, public / "train.csv")
+    write_csv(test[["id", "x"]], public / "test.csv")
+    write_csv(test[["id"]].assign(y=50.0), public / "sample_submission.csv")
+    write_csv(test[["id", "y"]], private / "test.csv")
+
+def score(answers, submission):
+    return mae(numbers(answers, ["y"]), numbers(matched(submission, answers, "id", ["y"]), ["y"]))
+
+def miniature(raw, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.random(80).round(6)
+    write_csv(pd.DataFrame({"id": rng.permutation(80), "x": x, "y": 3 * x + 1}), raw / "all.csv")
+
+TASK = Task(
+    id="toy", modality="tabular", kind="regression", metric="MAE", direction="down", split="held-in", source="us",
+    download="all.csv of the toy competition", size="1 kB", prepare=prepare, miniature=miniature, score=score,
+    m_init=None, m_best=0.0, m_best_source="algebra", m_best_miniature=0.0, m_best_miniature_source="algebra",
+    variants=("first", "last"))
+'''
+TOY_STARTER = '''
+import csv
+rows = list(csv.DictReader(open("data/train.csv")))
+mean = sum(float(row["y"]) for row in rows) / len(rows)
+print(f"validation MAE: {mean:.3f}")
+with open("submission.csv", "w") as out:
+    print("id,y", file=out)
+    for row in csv.DictReader(open("data/test.csv")):
+        print(f"{row['id']},{mean}", file=out)
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A task in a folder of its own; returns that folder, whose files a test may change."""
+    folder = tmp_path / "more" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "task.py").write_text(TOY_TASK)
+    (folder / "train.py").write_text(TOY_STARTER)
+    (folder / "problem.md").write_text("# Toy\n\nDraw the line.\n")
+    monkeypatch.setattr(tasks, "FOLDERS", [*tasks.FOLDERS, folder.parent])
+    return folder
+
+
+@pytest.fixture
+def toy_raw(toy, tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    tasks.load("toy").miniature(raw, 7)
+    return raw
+
+
+def test_a_folder_is_all_a_new_task_needs(toy, tmp_path):
+    environment = {**os.environ, "ML_AGENT_TASKS": str(toy.parent), "PYTHONPATH": str(ROOT)}
+
+    def command(*words):
+        words = [sys.executable, "-m", "tasks", *words]
+        run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+    assert "toy" in command("list")
+    command("prepare", "toy")
+    assert "MAE 0 " in command("grade", "toy", "data/toy/private/test.csv")
+    assert "All 1 are sound." in command("check", "toy")
+    assert tasks.load("toy").problem.startswith("# Toy")
+
+
+def test_a_folder_must_be_named_for_its_task(toy):
+    toy.rename(toy.parent / "other")
+    with pytest.raises(ValueError, match="'toy'; the id must be the folder's name"):
+        tasks.load("other")
+
+
+# ------------------------------------------------------------------------------------------------------------- registry
+
+def test_groups_of_tasks():
+    assert tasks.names() == tasks.names("held-in") + tasks.names("held-out") and set(IDS) <= set(tasks.names("all"))
+    assert {"home-data-for-ml-course", "leaf-classification"} <= set(tasks.names("paper"))
+    assert "spaceship-titanic" not in tasks.names("paper")          # Table 1 does not have it
+    assert tasks.names("spaceship-titanic") == ["spaceship-titanic"] and "spaceship-titanic" in tasks.names("held-in")
+
+
+def test_an_unknown_task_is_answered_with_near_matches():
+    with pytest.raises(ValueError, match="no task 'leaf-clasification'. Did you mean leaf-classification"):
+        tasks.load("leaf-clasification")
+    with pytest.raises(ValueError, match="Did you mean spaceship-titanic"):
+        tasks.names("titanic")
+
+
+def test_table_1_and_medals():
+    leaf = tasks.load("leaf-classification")
+    assert leaf.weakest() == 0.0786 and leaf.published["ML-Agent"] == (0.0689, 0.0373) and leaf.medals["gold"] == 0.0
+    assert tasks.load("home-data-for-ml-course").weakest() == 21626
+    assert tasks.load("spaceship-titanic").weakest() is None
+
+
+# -------------------------------------------------------------------------------------------------------------- prepare
+
+def test_prepare_is_a_no_op_until_forced(toy, tmp_path):
+    home = tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+    before, said = (home / "task.json").stat().st_mtime_ns, []
+    assert tasks.prepare("toy", data=tmp_path / "data", say=said.append) == home and said == []
+    assert (home / "task.json").stat().st_mtime_ns == before
+    tasks.prepare("toy", data=tmp_path / "data", force=True, say=quiet)
+    assert (home / "task.json").stat().st_mtime_ns != before
+    assert tasks.info("toy", tmp_path / "data")["rows"] == {
+        "public/sample_submission.csv": 20, "public/test.csv": 20, "public/train.csv": 60, "private/test.csv": 20}
+
+
+def test_another_seed_or_a_changed_starter_makes_the_miniature_anew(toy, tmp_path):
+    def facts(**options):
+        tasks.prepare("toy", data=tmp_path / "data", say=quiet, **options)
+        return tasks.info("toy", tmp_path / "data")
+    first, second = facts(), facts(seed=1)
+    assert first["sha256"] != second["sha256"] and facts()["sha256"] == first["sha256"]
+    (toy / "train.py").write_text(TOY_STARTER.replace("/ len(rows)", "/ len(rows) + 9"))
+    assert facts()["m_init"] > first["m_init"] + 5
+
+
+def test_real_data_replace_a_miniature_and_are_kept(toy, toy_raw, tmp_path):
+    data, said = tmp_path / "data", []
+    tasks.prepare("toy", data=data, say=quiet)
+    tasks.prepare("toy", raw=toy_raw, data=data, variant="last", say=quiet)
+    assert not tasks.info("toy", data)["miniature"]
+    tasks.prepare("toy", data=data, say=said.append)
+    assert not tasks.info("toy", data)["miniature"] and "keeping the real data" in said[0]
+    with pytest.raises(ValueError, match="holds real data"):
+        tasks.prepare("toy", data=data, force=True, say=quiet)
+    tasks.prepare("toy", raw=toy_raw, data=data, say=quiet)
+    assert tasks.info("toy", data)["variant"] == "last"             # no variant asked for: what is there may stay
+    tasks.prepare("toy", raw=toy_raw, data=data, variant="first", say=quiet)
+    assert tasks.info("toy", data)["variant"] == "first"
+    with pytest.raises(ValueError, match="no variant 'middle'; it has first, last"):
+        tasks.prepare("toy", raw=toy_raw, data=data, variant="middle")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_interrupted_preparation_leaves_what_was_there_or_nothing(toy, toy_raw, tmp_path, monkeypatch, error):
+    data = tmp_path / "data"
+    def fail(*args):
+        raise error
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "run_starter", fail)
+        with pytest.raises(error):
+            tasks.prepare("toy", data=data, say=quiet)
+    assert not (data / "toy").exists() and not (data / ".toy.part").exists()
+    home = tasks.prepare("toy", data=data, say=quiet)
+    before = (home / "task.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "run_starter", fail)
+        with pytest.raises(error):
+            tasks.prepare("toy", raw=toy_raw, data=data, say=quiet)
+    assert (home / "task.json").read_text() == before and (home / "public" / "train.csv").exists()
+
+
+def test_what_a_killed_process_left_is_cleared_or_put_back(toy, tmp_path):
+    data = tmp_path / "data"
+    home = tasks.prepare("toy", data=data, say=quiet)
+    before = (home / "task.json").stat().st_mtime_ns
+    home.rename(data / ".toy.old")                                  # killed between the two renames
+    (data / ".toy.part" / "public").mkdir(parents=True)
+    tasks.prepare("toy", data=data, say=quiet)
+    assert (home / "task.json").stat().st_mtime_ns == before and not (data / ".toy.part").exists()
+
+
+def test_two_processes_prepare_a_task_once(toy, tmp_path):
+    code = f"import tasks; tasks.prepare('toy', data={str(tmp_path / 'data')!r})"
+    environment = {**os.environ, "ML_AGENT_TASKS": str(toy.parent)}
+    runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+            for _ in range(2)]
+    said = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and sum("ready" in text for text in said) == 1
+
+
+def test_a_missing_raw_file_is_named_with_where_to_get_it(toy, toy_raw, tmp_path):
+    (toy_raw / "all.csv").unlink()
+    with pytest.raises(ValueError, match="all.csv is not in .* Get all.csv of the toy competition"):
+        tasks.prepare("toy", raw=toy_raw, data=tmp_path / "data", say=quiet)
+    with pytest.raises(ValueError, match="nowhere is not there. It should hold all.csv of the toy competition"):
+        tasks.prepare("toy", raw=tmp_path / "nowhere", data=tmp_path / "data")
+    (toy_raw / "all.zip").write_bytes(b"not a zip")
+    with pytest.raises(ValueError, match="damaged"):
+        tasks.prepare("toy", raw=toy_raw, data=tmp_path / "data", say=quiet)
+    assert not (tmp_path / "data" / "toy").exists()
+
+
+@pytest.mark.parametrize("starter, reason", [
+    ("raise SystemExit('no luck')", "exits with 1:\nno luck"), ("pass", "not valid. The submission cannot be opened"),
+    ("open('submission.csv', 'w').write('id\\n')", "not valid. The column 'y' is missing")])
+def test_a_starter_that_fails_is_reported(toy, tmp_path, starter, reason):
+    (toy / "train.py").write_text(starter)
+    with pytest.raises(RuntimeError, match=reason):
+        tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+
+
+def test_raw_files_are_found_loose_in_zips_and_in_zips_inside_zips(tmp_path):
+    (tmp_path / "whole").mkdir()
+    with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
+        archive.writestr("__MACOSX/._deep.csv", "junk")
+        archive.writestr("images/1.jpg", b"one")
+        archive.writestr("other/1.jpg", b"not this one")
+        archive.writestr("images/2.jpg", b"two")
+        archive.writestr("deep.csv", "a\n0.1\n")
+    with zipfile.ZipFile(tmp_path / "whole" / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "inner.zip", "nested/inner.zip")
+    (tmp_path / "inner.zip").unlink()
+    (tmp_path / "whole" / "loose.csv").write_text("b\n1\n")
+    assert tasks.raw_csv(tmp_path / "whole", "deep.csv")["a"].tolist() == [0.1]
+    assert tasks.raw_csv(tmp_path / "whole", "loose.csv")["b"].tolist() == [1]
+    tasks.copy_raw_folder(tmp_path / "whole", "images", tmp_path / "out", {"1.jpg": "a.jpg", "2.jpg": "b.jpg"})
+    assert (tmp_path / "out" / "a.jpg").read_bytes() == b"one" and (tmp_path / "out" / "b.jpg").read_bytes() == b"two"
+    with pytest.raises(tasks.MissingRaw, match=r"2 of 3 files \(such as 3.jpg\) are not in a folder images of"):
+        tasks.copy_raw_folder(tmp_path / "whole", "images", tmp_path / "out", ["1.jpg", "3.jpg", "4.jpg"])
+
+
+# ------------------------------------------------------------------------------------------------------ the three tasks
+
+@pytest.mark.parametrize("id", IDS)
+def test_a_miniature_is_the_same_each_time(id, data, tmp_path):
+    (tmp_path / "raw").mkdir()
+    tasks.load(id).miniature(tmp_path / "raw", 0)
+    sides(tasks.load(id), tmp_path / "raw", tmp_path)
+    recorded = tasks.info(id, data)["sha256"]
+    assert {name: tasks.hash_files(tmp_path / name) for name in recorded} == recorded
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_miniatures_have_the_publishers_files_and_columns(id, tmp_path):
+    raw = real(id)
+    tasks.load(id).miniature(tmp_path, 3)
+    ours = {path.name for path in tmp_path.iterdir() if path.suffix != ".gz"}
+    assert ours == {path.name for path in raw.iterdir()}
+    for name in ("train.csv", "test.csv", "sample_submission.csv"):
+        mini, full = tasks.raw_csv(tmp_path, name), tasks.raw_csv(raw, name)
+        assert list(mini) == list(full) and len(mini) <= 500
+        if name == "train.csv":
+            texts = [column for column in mini if pd.api.types.is_string_dtype(full[column])]
+            assert texts == [column for column in mini if pd.api.types.is_string_dtype(mini[column])]
+
+
+def test_home_data_hides_the_copies_that_hold_the_answers(data, tmp_path):
+    tasks.load("home-data-for-ml-course").miniature(tmp_path, 0)
+    public = data / "home-data-for-ml-course" / "public"
+    shown = {path.name for path in public.iterdir()}
+    assert (tmp_path / "train.csv.gz").exists()
+    assert shown == {"train.csv", "test.csv", "sample_submission.csv", "data_description.txt"}
+    with gzip.open(tmp_path / "train.csv.gz", "rt") as stream:
+        assert (public / "train.csv").read_text() == "".join(stream.readlines()[:361])      # to the byte, "NA" and all
+    assert len(pd.read_csv(public / "sample_submission.csv")) == len(pd.read_csv(public / "test.csv")) == 90
+
+
+def test_public_files_cannot_be_written_by_mistake(data):
+    assert all(path.stat().st_mode & 0o222 == 0 for path in data.glob("*/public/**/*") if path.is_file())
+
+
+def good_models(data):
+    """Predictions by better models than the starters': id -> submission."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.linear_model import LassoCV, LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    def read(id):
+        public = data / id / "public"
+        return pd.read_csv(public / "train.csv"), pd.read_csv(public / "test.csv")
+
+    train, test = read("leaf-classification")
+    def leaf(rows):
+        margin, shape, texture = (rows.filter(regex=f"^{group}").to_numpy() for group in ("margin", "shape", "texture"))
+        outline = np.abs(np.fft.rfft(shape / shape.mean(1, keepdims=True)))[:, 1:10]
+        return np.hstack([np.sqrt(margin), outline, np.sqrt(texture)])
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=100, max_iter=1000)).fit(leaf(train), train["species"])
+    leaves = pd.DataFrame(model.predict_proba(leaf(test)), columns=model.classes_).assign(id=test["id"])
+
+    train, test = read("home-data-for-ml-course")
+    rows = pd.concat([train.drop(columns="SalePrice"), test]).drop(columns="Id")
+    for name in ("LotArea", "GrLivArea", "1stFlrSF"):
+        rows[name] = np.log(rows[name])
+    rows = pd.get_dummies(rows, dtype=float).fillna(0).to_numpy()
+    model = make_pipeline(StandardScaler(), LassoCV(cv=5)).fit(rows[:len(train)], np.log(train["SalePrice"]))
+    homes = pd.DataFrame({"Id": test["Id"], "SalePrice": np.exp(model.predict(rows[len(train):]))})
+
+    train, test = read("spaceship-titanic")
+    rows = pd.concat([train, test])
+    kinds = rows[["HomePlanet", "CryoSleep", "Destination", "VIP"]].astype(str)
+    kinds = kinds.assign(Deck=rows["Cabin"].str[0], Side=rows["Cabin"].str[-1])
+    rows = pd.concat([pd.get_dummies(kinds, dtype=float), rows.select_dtypes("number").fillna(0)], axis=1).to_numpy()
+    model = HistGradientBoostingClassifier(random_state=0).fit(rows[:len(train)], train["Transported"])
+    ships = pd.DataFrame({"PassengerId": test["PassengerId"], "Transported": model.predict(rows[len(train):])})
+    return {"leaf-classification": leaves, "home-data-for-ml-course": homes, "spaceship-titanic": ships}
+
+
+def test_better_models_beat_the_starters_and_m_best_is_one_of_them(data, tmp_path):
+    for id, submission in good_models(data).items():
+        submission.to_csv(tmp_path / "submission.csv", index=False)
+        task, m_init = tasks.load(id), tasks.info(id, data)["m_init"]
+        score = tasks.grade(id, tmp_path / "submission.csv", data)
+        assert abs(score - task.m_best_miniature) < 0.1 * abs(task.m_best_miniature - m_init), id
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_real_data_and_the_starter_reproduce_what_is_recorded(id, tmp_path):
+    task = tasks.load(id)
+    home = tasks.prepare(id, raw=real(id), data=tmp_path, say=quiet)
+    facts = tasks.info(id, tmp_path)
+    assert not facts["miniature"]
+    assert facts["m_init"] == pytest.approx(task.m_init, abs=0.01 * abs(task.m_best - task.m_init))
+    if task.published:
+        assert abs(task.m_init - task.weakest()) < 0.1 * task.weakest()
+    num_rows = dict(zip(IDS, ((1168, 292), (6954, 1739), (891, 99))))[id]
+    assert (facts["rows"]["public/train.csv"], facts["rows"]["public/test.csv"]) == num_rows
+    if id != "leaf-classification":             # split by position: the publisher's lines themselves
+        lines = (real(id) / "train.csv").read_text().splitlines(keepends=True)
+        assert (home / "public" / "train.csv").read_text() == "".join(lines[:num_rows[0] + 1])
+    else:
+        assert len(list((home / "public" / "images").iterdir())) == 990
+
+
+@pytest.mark.parametrize("id", MD5)
+def test_the_mle_bench_splits_have_the_recorded_md5_sums(id, tmp_path):
+    task, raw = tasks.load(id), real(id)
+    if id == "leaf-classification":             # the images take most of the time and have no sum
+        raw = tmp_path / "raw"
+        raw.mkdir()
+        shutil.copy(real(id) / "train.csv.zip", raw)
+        with pytest.raises(tasks.MissingRaw, match="990 of 990 files"):
+            sides(task, raw, tmp_path, "mle-bench")
+    else:
+        sides(task, raw, tmp_path, "mle-bench")
+    assert tuple(hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in FILES) == MD5[id]
+
+
+# -------------------------------------------------------------------------------------------------------------- grading
+
+def gold(id, data, **changes):
+    """The answers in the sample's columns, as text cells."""
+    home = data / id
+    columns = pd.read_csv(home / "public" / "sample_submission.csv", nrows=0).columns
+    return pd.read_csv(home / "private" / "test.csv", dtype=str, usecols=columns)[list(columns)].assign(**changes)
+
+
+def test_graders_go_by_id_and_by_column_name(data, tmp_path):
+    for id in IDS:
+        rows = gold(id, data)
+        rows.sample(frac=1, random_state=0)[list(rows)[::-1]].to_csv(tmp_path / "s.csv", index=False)
+        assert tasks.grade(id, tmp_path / "s.csv", data) == pytest.approx(tasks.load(id).perfect, abs=1e-9)
+
+
+def test_spellings_that_mean_the_same(data, tmp_path):
+    rows = gold("spaceship-titanic", data)
+    for yes, no in (("1", "0"), ("1.0", "0.0"), ("true", "FALSE")):
+        rows.replace({"True": yes, "False": no}).to_csv(tmp_path / "s.csv", index=False)
+        assert tasks.grade("spaceship-titanic", tmp_path / "s.csv", data) == 1.0
+    rows = gold("home-data-for-ml-course", data)
+    rows = rows.assign(Id=rows["Id"] + ".0", note="")
+    rows.to_csv(tmp_path / "s.csv", index=False, lineterminator="\r\n", encoding="utf-8-sig")
+    assert tasks.grade("home-data-for-ml-course", tmp_path / "s.csv", data) == 0.0
+
+
+def test_scores_agree_with_the_metric_worked_out_apart(data, tmp_path):
+    prices = gold("home-data-for-ml-course", data)["SalePrice"].astype(float)
+    gold("home-data-for-ml-course", data, SalePrice=100_000).to_csv(tmp_path / "s.csv", index=False)
+    score = tasks.grade("home-data-for-ml-course", tmp_path / "s.csv", data)
+    assert score == pytest.approx(abs(prices - 100_000).mean())
+    sample = data / "leaf-classification" / "public" / "sample_submission.csv"
+    assert tasks.grade("leaf-classification", sample, data) == pytest.approx(np.log(99))
+
+
+def put(column, value, row=0):
+    def change(rows):
+        rows.loc[row, column] = value
+        return rows
+    return change
+
+
+@pytest.mark.parametrize("id, change, reason", [
+    ("leaf-classification", lambda rows: rows.drop(columns="Acer_Mono"), "column 'Acer_Mono' is missing"),
+    ("leaf-classification", lambda rows: rows.rename(columns={"id": "ID"}), "column 'id' is missing"),
+    ("leaf-classification", lambda rows: rows.assign(extra="1"), "column 'extra' is not expected"),
+    ("leaf-classification", lambda rows: rows[:-1], "49 rows; 50 were expected"),
+    ("leaf-classification", lambda rows: pd.concat([rows, rows[:1]]), "51 rows; 50 were expected"),
+    ("leaf-classification", lambda rows: rows[:0], "0 rows; 50 were expected"),
+    ("leaf-classification", put("id", "999999"), "id '999999' is not in the test set"),
+    ("leaf-classification", lambda rows: rows.assign(id=range(5000, 5050)), r"50 ids \(such as '5000'\) are not in"),
+    ("leaf-classification", lambda rows: put("id", rows.loc[1, "id"])(rows), "occurs too often"),
+    ("leaf-classification", put("Acer_Mono", "nan", 3), "Row 4 of column 'Acer_Mono' holds nan"),
+    ("leaf-classification", put("Acer_Mono", "inf"), "holds inf; it must be a finite number from 0 to 1"),
+    ("leaf-classification", put("Acer_Mono", "1e999"), "holds inf"),
+    ("leaf-classification", put("Acer_Mono", ""), "holds '', which is not a number"),
+    ("leaf-classification", put("Acer_Mono", "very likely"), "holds 'very likely', which is not a number"),
+    ("leaf-classification", put("Acer_Mono", "\x1b[31m" + "9" * 90), r"holds '\\x1b\[31m9+...', which is not a number"),
+    ("leaf-classification", put("Acer_Mono", "-0.5"), "holds -0.5; it must be a finite number from 0 to 1"),
+    ("leaf-classification", put("Acer_Mono", "0.5"), "row 1 sum to 1.5; each row must sum to 1"),
+    ("home-data-for-ml-course", lambda rows: rows.drop(columns="SalePrice"), "column 'SalePrice' is missing"),
+    ("home-data-for-ml-course", put("SalePrice", "1e308"), None),
+    ("home-data-for-ml-course", lambda rows: rows.assign(SalePrice="1.7e308"), "The metric is not a finite number"),
+    ("home-data-for-ml-course", put("SalePrice", "$200,000"), "which is not a number"),
+    ("spaceship-titanic", put("Transported", "yes"), "holds 'yes'; it must be True or False"),
+    ("spaceship-titanic", put("Transported", ""), "holds ''; it must be True or False"),
+    ("spaceship-titanic", put("PassengerId", "0001_01"), "PassengerId '0001_01' is not in the test set"),
+])
+def test_a_spoilt_submission_is_refused_with_its_reason(data, tmp_path, id, change, reason):
+    change(gold(id, data)).to_csv(tmp_path / "s.csv", index=False)
+    if reason is None:
+        assert tasks.grade(id, tmp_path / "s.csv", data) > 1e300
+        return
+    with pytest.raises(InvalidSubmission, match=reason) as caught:
+        tasks.grade(id, tmp_path / "s.csv", data)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def sparse(path):
+    with open(path, "wb") as stream:
+        stream.truncate(1 << 30)
+
+
+@pytest.mark.parametrize("write, reason", [
+    (lambda path: None, "no such file"),
+    (lambda path: path.mkdir(), "not an ordinary file"),
+    (lambda path: os.mkfifo(path), "not an ordinary file"),
+    (lambda path: path.symlink_to("/dev/zero"), "symbolic link"),
+    (lambda path: path.symlink_to(path.parent / "nowhere"), "symbolic link"),
+    (lambda path: path.write_bytes(b""), "empty"),
+    (lambda path: path.write_bytes(b"\n\n"), "empty"),
+    (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "not UTF-8 text"),
+    (lambda path: path.write_bytes(b"\x80\x04\x95pickle"), "not UTF-8 text"),
+    (lambda path: path.write_bytes(b"id,a\n\0,1\n"), "zero bytes"),
+    (sparse, "1073741824 bytes; at most"),
+    (lambda path: path.write_text("id,a\n" + "9" * 200_000 + ",1\n"), "field larger than"),
+    (lambda path: path.write_text('id,a\n"1,2\n'), "not CSV at line"),
+    (lambda path: path.write_text("id,a\n1,2,3\n"), "Line 2 has 3 fields; the first has 2"),
+    (lambda path: path.write_text("id,id\n1,2\n"), "column name occurs twice"),
+    (lambda path: path.write_text("," * 100_000), "column name occurs twice"),
+    (lambda path: path.write_text("{}"), "columns .* are missing"),
+])
+def test_whatever_bytes_are_there_are_an_invalid_submission(data, tmp_path, write, reason):
+    write(tmp_path / "submission.csv")
+    with pytest.raises(InvalidSubmission, match=reason):
+        tasks.grade("leaf-classification", tmp_path / "submission.csv", data)
+
+
+def test_random_edits_of_a_good_file_give_a_score_or_a_reason(data, tmp_path):
+    rng = np.random.default_rng(0)
+    whole = (data / "spaceship-titanic" / "public" / "sample_submission.csv").read_bytes()
+    for _ in range(300):
+        junk = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            at, kind = rng.integers(len(junk)), rng.integers(3)
+            junk[at:at + kind] = rng.choice(list(b'",\n\r\0 x0-\xff'), rng.integers(0, 3)).astype(np.uint8).tobytes()
+        (tmp_path / "s.csv").write_bytes(junk)
+        try:
+            assert 0 <= tasks.grade("spaceship-titanic", tmp_path / "s.csv", data) <= 1
+        except InvalidSubmission as error:
+            assert str(error)
+
+
+def test_grading_what_is_not_prepared_says_how_to_prepare_it(tmp_path):
+    with pytest.raises(ValueError, match="python -m tasks prepare leaf-classification --data"):
+        tasks.grade("leaf-classification", "submission.csv", tmp_path)
+
+
+def test_undefined_metrics_are_refused(toy, tmp_path):
+    (toy / "task.py").write_text(TOY_TASK.replace("return mae(", "return float('nan') * mae("))
+    with pytest.raises(RuntimeError, match="not a finite number"):
+        tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+
+
+# ---------------------------------------------------------------------------------------------------------------- check
+
+@pytest.mark.parametrize("id", IDS)
+def test_the_miniatures_are_sound(id, data):
+    row, failures = check(id, data, sys.executable)
+    assert failures == [] and row["verdict"] == "ok" and row["data"] == "miniature"
+
+
+def rewrite(path, change):
+    path.chmod(0o644)
+    frame = pd.read_csv(path)
+    change(frame).to_csv(path, index=False)
+
+
+def leak_a_row(home):
+    test = pd.read_csv(home / "public" / "test.csv")
+    rewrite(home / "public" / "train.csv", lambda train: pd.concat([train, test[:1].assign(id=999, y=0.0)]))
+
+
+def show_the_target(home):
+    rewrite(home / "public" / "test.csv", lambda test: test.assign(y=1.0))
+
+
+def renumber_by_target(home):
+    answers = pd.read_csv(home / "private" / "test.csv")
+    ids = dict(zip(answers["id"], answers["y"].rank().astype(int)))
+    for name in FILES[1:]:
+        rewrite(home / name, lambda frame: frame.assign(id=frame["id"].map(ids)))
+
+
+def sort_by_target(home):
+    order = pd.read_csv(home / "private" / "test.csv")["y"].argsort()
+    for name in FILES[1:]:
+        rewrite(home / name, lambda frame: frame.iloc[order])
+
+
+def good_sample(home):
+    answers = pd.read_csv(home / "private" / "test.csv")
+    rewrite(home / "public" / "sample_submission.csv", lambda frame: frame.assign(y=answers["y"]))
+
+
+def lose_the_training_rows(home):
+    (home / "public" / "train.csv").unlink()
+
+
+@pytest.mark.parametrize("harm, found", [
+    (leak_a_row, "1 rows are in train and in test"), (show_the_target, "has the target's column"),
+    (renumber_by_target, "The id tells of the target"),
+    (sort_by_target, "The position in the test file tells of the target"),
+    (good_sample, "sample submission scores 0, no worse"), (lose_the_training_rows, "The starter of toy exits with 1")])
+def test_check_finds_what_is_wrong_with_the_data(toy, tmp_path, harm, found):
+    home = tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+    harm(home)
+    try:
+        failures = check("toy", tmp_path / "data", sys.executable)[1]
+        assert any("is not what was prepared" in failure for failure in failures)
+    except RuntimeError as error:
+        failures = [str(error)]
+    assert any(found in failure for failure in failures), failures
+
+
+@pytest.mark.parametrize("old, new, found", [
+    ("matched(submission,", "matched({name: cells[:20] for name, cells in submission.items()},",
+     "a surplus row is not refused"),
+    ("return mae(", "return 1 + mae(", "The answers score 1.0, not 0.0"),
+    ("return mae(", "return 0 * mae(", "no worse than the starter's 0")])
+def test_check_finds_what_is_wrong_with_a_grader(toy, tmp_path, old, new, found):
+    (toy / "task.py").write_text(TOY_TASK.replace(old, new))
+    tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+    failures = check("toy", tmp_path / "data", sys.executable)[1]
+    assert any(found in failure for failure in failures), failures
+
+
+def test_check_finds_a_starter_that_changes_its_score(toy, tmp_path):
+    starter = TOY_STARTER.replace("validation MAE", "MAE").replace("/ len(rows)", "* random.random()")
+    (toy / "train.py").write_text("import random\n" + starter)
+    tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+    failures = " ".join(check("toy", tmp_path / "data", sys.executable)[1])
+    assert "task.json records" in failures and "prints no line such as" in failures
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+def test_command_line(data, tmp_path, capsys):
+    assert main(["list", "--data", str(data)]) == 0
+    table = capsys.readouterr().out
+    assert all(text in table for text in [*IDS, "0.0786", "0/0.00791/0.01526", "miniature"])
+    assert main(["prepare", "spaceship-titanic", "--data", str(data)]) == 0
+    assert "scores do not compare with published ones" in capsys.readouterr().out
+    sample = data / "spaceship-titanic" / "public" / "sample_submission.csv"
+    assert main(["grade", "spaceship-titanic", str(sample), "--data", str(data)]) == 0
+    assert "spaceship-titanic (miniature): accuracy 0.4" in capsys.readouterr().out
+    assert main(["grade", "spaceship-titanic", str(tmp_path), "--data", str(data)]) == 1
+    assert "not valid. The submission is not an ordinary file." in capsys.readouterr().err
+    assert main(["prepare", "spaceship-titanic", "--data", str(data), "--raw", str(tmp_path / "no")]) == 1
+    assert "is not there" in capsys.readouterr().err
+
+
+def test_check_on_the_command_line_fails_when_something_is_wrong(toy, tmp_path, capsys):
+    home = tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+    assert main(["check", "toy", "--data", str(tmp_path / "data")]) == 0
+    facts = json.loads((home / "task.json").read_text())
+    (home / "task.json").write_text(json.dumps({**facts, "m_init": 0.25}))
+    assert main(["check", "toy", "--data", str(tmp_path / "data")]) == 1
+    assert "task.json records 0.25" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, hint", [
+    (["prepare", "spaceship"], "Did you mean spaceship-titanic"), (["check", "everything"], "Groups of tasks are all"),
+    (["check", "--dta", "x"], "did you mean --data"), (["prepare", "all", "--raw", "x"], "needs one task"),
+    (["grade", "all", "x"], "needs one task"), (["grade"], "required"), ([], "required")])
+def test_bad_arguments_exit_with_2(words, hint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2 and hint in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+def test_a_jpeg_of_ours_opens_and_shows_what_was_drawn():
+    image = pytest.importorskip("PIL.Image", reason="pillow, which is no core dependency, reads the images back")
+    import io
+    y, x = np.mgrid[:37, :50]
+    gray = 128 + 90 * np.sin(x / 5) * np.cos(y / 7)
+    for pixels in (gray, np.stack([gray, 255 - gray, gray / 2], -1)):
+        read = image.open(io.BytesIO(jpeg(pixels.astype(np.uint8), step=2)))
+        assert read.format == "JPEG" and read.size == (50, 37)
+        assert np.abs(np.asarray(read, float) - pixels).mean() < 2
+
+
+def test_jpegs_are_padded_to_one_length():
+    noise = np.random.default_rng(0).integers(0, 255, (5, 16, 16)).astype(np.uint8)
+    assert {len(jpeg(pixels, size=2000)) for pixels in noise} == {2000} != {len(jpeg(pixels)) for pixels in noise}
+    with pytest.raises(ValueError, match="cannot be padded to 300"):
+        jpeg(np.zeros((64, 64), np.uint8), size=300)
