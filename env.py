@@ -100,8 +100,11 @@ def _supervise(job):
                 os.dup2(source, target)
             for name in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two; a new program expects the default
                 signal.signal(name, signal.SIG_DFL)
-            with open("/proc/self/oom_score_adj", "w") as file:
-                file.write("1000")  # when the machine runs out of memory, this goes first
+            try:
+                with open("/proc/self/oom_score_adj", "w") as file:
+                    file.write("1000")  # when the machine runs out of memory, this goes first
+            except OSError:
+                pass  # a container may forbid it
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
             if job["address_bytes"]:
@@ -155,14 +158,18 @@ def _supervise(job):
         return total
 
     def oom_kills():
-        with open("/proc/vmstat", "rb") as file:
-            return int((file.read().partition(b"\noom_kill ")[2].split() or [0])[0])
+        """How often the kernel has killed a process for lack of memory; 0 where it does not tell."""
+        try:
+            with open("/proc/vmstat", "rb") as file:
+                return int(file.read().partition(b"\noom_kill ")[2].split()[0])
+        except (OSError, IndexError):
+            return 0
 
     status, why, peak, kills = None, "", 0, oom_kills()
     poll, exited = select.poll(), os.pidfd_open(child)
     for descriptor in (0, exited, out[0], err[0]):
         poll.register(descriptor, select.POLLIN)
-    deadline, look = started + job["timeout_s"], 0.0
+    deadline, look = started + job["timeout_s"], started + 0.05
     while status is None and not why:
         for descriptor, _ in poll.poll(max(0.0, min(look, deadline) - time.monotonic()) * 1000 + 1):
             if descriptor == 0:
@@ -561,8 +568,8 @@ class Step:
     ended: str = ""                 # why the trajectory is over now: "final answer", "steps", "time"; "" if it goes on
 
 
-_slots = threading.BoundedSemaphore(os.cpu_count() or 1)  # scripts at once, all Envs together: more would make timeouts
-#                                                           depend on the load
+# how many scripts run at once, of all Envs together: with more of them, timeouts would depend on the load
+_slots = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
 class Env:
@@ -728,7 +735,7 @@ class Env:
         return text, size
 
     def _write(self, path, content):
-        """Puts a text at a path; what was there is kept for Undo Edit Script."""
+        """Puts bytes, or a file's contents, at a path; what was there is kept for Undo Edit Script."""
         if path in self.files:
             number = 1 + max([int(name.split("/")[1]) for name in self.files if name.startswith(UNDO)], default=0)
             self.files[f"{UNDO}{number}/{path}"] = self.files[path]
