@@ -681,12 +681,12 @@ class Env:
 
     def _path(self, text, write=False):
         """The normalised path, "" for the workspace itself; Refused if it leads out of it or must not be written."""
-        shown = clip(repr(text), 80)
+        text, shown = text.strip(), clip(repr(text), 80)
         if not text.isprintable() or len(text) > 300 or any(len(part.encode()) > 100 for part in text.split("/")):
             raise Refused(f"{shown} is not a usable file name.")
         if text.startswith(("/", "~")) or ".." in text.split("/"):
             raise Refused(f"{shown} is outside the workspace; name files relative to it, such as {self.task.entry}.")
-        path = "/".join(part for part in text.strip().split("/") if part not in ("", "."))
+        path = "/".join(part for part in text.split("/") if part not in ("", "."))
         if write and (not path or text.endswith("/") or any(name.startswith(path + "/") for name in self.files)):
             raise Refused(f"{shown} is a folder, not a file.")
         if f"{path}/".startswith(UNDO) or write and self._read_only(path):

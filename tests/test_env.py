@@ -218,7 +218,8 @@ def test_garbage_never_raises(make):
 
 @pytest.mark.parametrize("path", [
     "/etc/passwd", "../private/answers.csv", "data/../../private/answers.csv", "a/../../x", "~/x", "..",
-    "data/link.csv", ".undo/1/train.py", "x\0y", "x\ny", "a" * 101, "a/" * 200 + "b", "", ".", "absent.py"])
+    " ..", " ../private/answers.csv", "./ /../..", "data/link.csv", ".undo/1/train.py", "x\0y", "x\ny", "a" * 101,
+    "a/" * 200 + "b", "", ".", "absent.py"])
 def test_no_action_reads_outside(make, path):
     env = make(coder=lambda messages: pytest.fail("the coder was asked about a file that must not be read"))
     for action, args in {"Inspect Script Lines": dict(script_name=path, start_line_number="1", end_line_number="9"),
@@ -234,8 +235,8 @@ def test_no_action_reads_outside(make, path):
 
 
 @pytest.mark.parametrize("path", [
-    "/tmp/x", "../x", "data", "data/train.csv", "data/new.csv", "./data/train.csv", "data//x", ".undo/9/x", "", ".",
-    "x/", "folder", "train.py/x", "x\0"])
+    "/tmp/x", " /tmp/x", "../x", " ../x", ".. ", "data", "data/train.csv", "data/new.csv", "./data/train.csv", "data//x",
+    ".undo/9/x", "", ".", "x/", "folder", "train.py/x", "x\0"])
 def test_no_action_writes_outside_or_to_data(make, task, tmp_path, path):
     env = make(coder=lambda messages: "```python\nVALUE = 1\n```")
     env.files["folder/file.py"] = env.files["train.py"]
