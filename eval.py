@@ -365,8 +365,8 @@ def conditions(s, infos):
     for task, info in infos:
         kind = "miniature" if info["miniature"] else "real"
         same[f"data of {task.id}"] = f"{kind} {short([info['sha256'], info['m_init']])}"
-    for name in (s.model, s.coder):      # a model trained anew in the same folder is another model
-        if name and Path(name).is_dir():
+    for name in [s.model, s.coder][:1 if s.coder in ("model", "none") else 2]:
+        if name and Path(name).is_dir():    # a model trained anew in the same folder is another model
             stats = {file.name: file.stat() for file in Path(name).glob("*.safetensors")}
             same[f"files of {name}"] = short({file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()})
     return same
