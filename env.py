@@ -439,13 +439,25 @@ validation scores.
 is read-only.
 - Nothing can be installed or downloaded.
 
-Answer in exactly this form, every entry on its own line and nothing after the JSON:
+Answer in exactly this form, every entry on its own line and nothing after the JSON. In JSON a line break inside a \
+text is written \\n, a double quote \\", a backslash \\\\.
 {entries}
 
-Example of the last two entries:
-Action: Execute Script
-Action Input: {{"script_name": "train.py"}}
-In JSON a line break inside a text is written \\n, a double quote \\", a backslash \\\\."""
+Examples of a reply:
+
+{examples}"""
+EXAMPLES = (    # whole ones: a small model copies the form it sees
+    {"Reflection": "The work begins; there is no observation yet.",
+     "Research Plan and Status": "1. Run train.py as it is. 2. Change one thing, run, compare. Nothing is done yet.",
+     "Fact Check": "Nothing is confirmed yet.",
+     "Thought": "I run the script as it is, to know the score to beat.",
+     "Action": "Execute Script", "Action Input": '{"script_name": "train.py"}'},
+    {"Reflection": "The script runs; its validation score is the one to beat.",
+     "Research Plan and Status": "1. Run train.py: done. 2. **Train for more epochs.** 3. Run it again and compare.",
+     "Fact Check": "The score is confirmed by the last observation. That more epochs help is guessed.",
+     "Thought": "The loss was still falling at the end, so I train longer.",
+     "Action": "Replace In Script",
+     "Action Input": '{"script_name": "train.py", "find": "EPOCHS = 5\\n", "replace": "EPOCHS = 10\\n"}'})
 PROBLEM = """Task: {task.id}
 
 {problem}
@@ -458,7 +470,9 @@ The workspace holds {task.entry} (the script to improve) and data/ (read-only). 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS):
     """The first message: tools, rules, format. The same for all tasks, so that its cache can be shared."""
     tools = "\n".join(f"- {name} {json.dumps(ACTIONS[name][0])}: {ACTIONS[name][1]}" for name in actions)
-    return SYSTEM.format(tools=tools, entries="\n".join(f"{name}: ({EXPLAIN[name]})" for name in fields))
+    examples = ["\n".join(f"{name}: {each[name]}" for name in fields) for each in EXAMPLES if each["Action"] in actions]
+    return SYSTEM.format(tools=tools, entries="\n".join(f"{name}: ({EXPLAIN[name]})" for name in fields),
+                         examples="\n\n".join(examples))
 
 
 def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
@@ -563,7 +577,8 @@ class Step:
     peak_bytes: int = 0             # of the run
     sandbox: str = ""               # the layers that were active in the run
     coder: list = field(default_factory=list)       # what the coder replied, for replay
-    messages: list = field(default_factory=list)    # the two chat messages that this step added
+    messages: list = field(default_factory=list)    # the chat messages that this step added: reply and observation,
+#                                                     or the observation alone after a reply that could not be read
     snapshot: dict = field(default_factory=dict)    # the workspace after the step
     ended: str = ""                 # why the trajectory is over now: "final answer", "steps", "time"; "" if it goes on
 
@@ -646,10 +661,10 @@ class Env:
             step.kind, step.error, step.ended = "invalid", "The trajectory is over; nothing was done.", self.ended
             step.observation, step.m_after, step.snapshot = step.error, self.m_before, self.snapshot()
             return step
-        step.fields, step.action, step.args, step.error = parse(reply, self.fields, self.actions)
+        step.fields, step.action, step.args, unread = parse(reply, self.fields, self.actions)
         try:
-            if step.error:
-                raise Refused(step.error)
+            if unread:
+                raise Refused(unread)
             if step.time_left_s > 0:
                 name = step.action.lower().replace(" (ai)", "_ai").replace(" ", "_")
                 step.observation, step.valid = getattr(self, f"_{name}")(step, **step.args), True
@@ -668,11 +683,13 @@ class Env:
             step.observation += f"\n[{self.steps - self.index} steps and {left / 60:.0f} min left]"
         step.reward = reward(step.kind, step.m_before, step.score, m_init=self.info["m_init"],
                              m_best=self.info["m_best"], direction=self.task.direction, alpha=self.task.alpha)
-        kept = reply if len(reply) <= MAX_REPLY else clip(reply, MAX_OBSERVATION)
-        said = {"role": "assistant", "content": cut_observation(kept)}
-        if tokens is not None and said["content"] == reply:
-            said["tokens"] = list(tokens)
-        step.messages = [said, {"role": "user", "content": step.observation}]
+        step.messages = [{"role": "user", "content": step.observation}]
+        if unread:      # as in MLAgentBench it is not kept: a model that sees its own slips repeats them
+            step.messages[0]["content"] += "\nYour last reply is dropped. Reply again in the form of the examples."
+        else:
+            step.messages.insert(0, {"role": "assistant", "content": cut_observation(reply)})
+            if tokens is not None and step.messages[0]["content"] == reply:
+                step.messages[0]["tokens"] = list(tokens)
         self.messages += step.messages
         step.snapshot, step.ended, step.seconds = self.snapshot(), self.ended, time.monotonic() - started
         return step
@@ -863,7 +880,9 @@ class Env:
             parts.append(f"The package {missing[1]} is not installed and cannot be; do without it.")
         elif result.outcome != "ok":
             parts.append(f"{clip(result.detail, 300)} {ADVICE[result.outcome]}".strip())
-        return "\n".join(parts)
+        text = "\n".join(parts)
+        known = any(text in message["content"] for message in self.messages)
+        return text + "\nYou have seen this result: nothing has changed since. Edit the script first." * known
 
     def _final_answer(self, step, final_answer):
         self.ended = "final answer"

@@ -23,7 +23,7 @@ import numpy as np
 
 import sample
 import tasks
-from env import DEFAULT_ACTIONS, Env, header, printed_metric, record
+from env import DEFAULT_ACTIONS, FIELDS, Env, header, printed_metric, record
 
 FINAL = {"last-valid": "the last valid submission",
          "best-validation": "the valid submission whose script printed the best score"}
@@ -49,6 +49,7 @@ class Settings:
     steps: int = 15  # replies a trajectory may have
     seconds: float = 1800.0  # a trajectory may take
     actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the agent may do
+    fields: tuple[str, ...] = FIELDS  # entries of a reply; a weak model does better with "Thought,Action,Action Input"
     final: str = "last-valid"  # what counts of a trajectory: last-valid, or best-validation (by the printed score)
     parallel: int = 8  # trajectories that run at the same time
     max_new_tokens: int = 1024  # a reply may have
@@ -73,6 +74,8 @@ class Settings:
             raise ValueError(f"--final must be {' or '.join(FINAL)}, found {self.final!r}")
         if unknown := set(self.actions) - set(DEFAULT_ACTIONS):
             raise ValueError(f"there is no action {min(unknown)!r}; the actions are: {','.join(DEFAULT_ACTIONS)}")
+        if not set(self.fields) <= set(FIELDS) or self.fields[-2:] != FIELDS[-2:]:
+            raise ValueError(f"--fields must be taken from {','.join(FIELDS)} and end in the last two")
 
 
 class Failed(RuntimeError):
@@ -120,8 +123,8 @@ def trajectory(s, task, k, policy, coder, cache, run):
     def ask_coder(messages):
         return coder.chat(messages, max_new_tokens=CODER_TOKENS, seed=seed("coder"), **sampling).text
 
-    env = Env(task, s.data, out=s.out, actions=s.actions, steps=s.steps, seconds=s.seconds, coder=coder and ask_coder,
-              python=s.python, gpu=s.gpu or None, threads=s.threads, cache=cache)
+    env = Env(task, s.data, out=s.out, actions=s.actions, fields=s.fields, steps=s.steps, seconds=s.seconds,
+              coder=coder and ask_coder, python=s.python, gpu=s.gpu or None, threads=s.threads, cache=cache)
     if lines:
         last = lines[-1]
         messages = [message for line in lines for message in line["messages"]]

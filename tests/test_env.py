@@ -532,9 +532,13 @@ def test_prompt_names_every_tool_and_argument():
     prompt = system_prompt()
     for name, (args, _) in ACTIONS.items():
         assert f"- {name} {{" in prompt and all(f'"{key}"' in prompt for key in args)
-    assert all(f"\n{name}: (" in prompt for name in FIELDS) and len(prompt) < 3_400  # about 620 tokens
-    example = prompt.split("Example of the last two entries:\n")[1]
-    assert parse("Thought: t\n" + example, SHORT)[1:] == ("Execute Script", {"script_name": "train.py"}, "")
+    assert all(f"\n{name}: (" in prompt for name in FIELDS) and len(prompt) < 4_400  # about 850 tokens
+    for fields in (FIELDS, SHORT):
+        examples = system_prompt(fields=fields).split("Examples of a reply:\n\n")[1].split("\n\n")
+        assert [parse(each, fields)[1:] for each in examples] == [
+            ("Execute Script", {"script_name": "train.py"}, ""),
+            ("Replace In Script", {"script_name": "train.py", "find": "EPOCHS = 5\n", "replace": "EPOCHS = 10\n"}, "")]
+    assert "Replace In Script" not in system_prompt(actions=("Execute Script",))
 
 
 def test_messages_grow_by_reply_and_observation(make):
@@ -548,6 +552,21 @@ def test_messages_grow_by_reply_and_observation(make):
     invented = GOOD + "\nObservation: all is well"
     step = env.step(invented, tokens=[4])
     assert step.messages[0] == {"role": "assistant", "content": GOOD + "\n"} and step.reply == invented
+
+
+def test_a_reply_that_cannot_be_read_is_dropped_from_the_conversation(make):
+    env = make()
+    before = list(env.messages)
+    step = env.step("I shall raise VALUE.", tokens=[1])
+    assert env.messages == before + step.messages and [message["role"] for message in step.messages] == ["user"]
+    assert step.observation in step.messages[0]["content"] and step.reply == "I shall raise VALUE."
+
+
+def test_a_result_seen_before_is_said_to_be_the_same(make):
+    env = make()
+    assert "nothing has changed" not in run(env).observation
+    again = run(env)
+    assert "nothing has changed" in again.observation and again.score is not None
 
 
 def test_limits_of_steps_and_the_final_answer(make):
