@@ -1,0 +1,35 @@
+"""Trains a classifier of comments on the words in them and writes submission.csv."""
+import pandas as pd
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+
+SEED = 0
+VALID_FRACTION = 0.2    # share of the training rows held back to measure the accuracy
+MIN_COMMENTS = 2        # words found in fewer comments are left out
+C = 0.5                 # inverse strength of the regularisation
+
+train = pd.read_csv("data/train.csv")
+test = pd.read_csv("data/test.csv")
+
+
+def clean(comments):
+    """The comments as the model reads them."""
+    return comments.str.lower()
+
+
+def build_model():
+    words = TfidfVectorizer(min_df=MIN_COMMENTS)
+    return make_pipeline(words, LogisticRegression(C=C, max_iter=300, random_state=SEED))
+
+
+fit, valid = train_test_split(train, test_size=VALID_FRACTION, random_state=SEED)
+model = build_model().fit(clean(fit["Comment"]), fit["Insult"])
+print(f"validation accuracy: {accuracy_score(valid['Insult'], model.predict(clean(valid['Comment']))):.4f}")
+
+model = build_model().fit(clean(train["Comment"]), train["Insult"])
+submission = test[["Date", "Comment"]]
+submission.insert(0, "Insult", model.predict_proba(clean(test["Comment"]))[:, 1])
+submission.to_csv("submission.csv", index=False)
