@@ -1,0 +1,112 @@
+"""Essay scoring: whole scores from 1 to 6 of essays by students.
+
+Split, files and grader are MLE-bench's.
+"""
+import random
+
+import numpy as np
+import pandas as pd
+
+from tasks import Task, matched, numbers, qwk, raw_csv, train_test_split, write_csv
+
+
+def prepare(raw, public, private, variant):
+    """17307 labelled essays become 15576 to train on and 1731 to test on; the three unlabelled ones are left out."""
+    rows = raw_csv(raw, "train.csv", dtype=str, keep_default_na=False)
+    train, test = (rows.iloc[side] for side in train_test_split(len(rows), 0.1))
+    drawn = np.random.RandomState(42).randint(1, 7, size=len(test))
+    write_csv(train, public / "train.csv")
+    write_csv(test[["essay_id", "full_text"]], public / "test.csv")
+    write_csv(test[["essay_id"]].assign(score=drawn), public / "sample_submission.csv")
+    write_csv(test, private / "answers.csv")
+
+
+def score(answers, submission):
+    """Quadratic weighted kappa. Scores must be whole; those outside 1 to 6 count as further classes."""
+    predicted = matched(submission, answers, "essay_id", ["score"])
+    return qwk(numbers(answers, ["score"])[:, 0], numbers(predicted, ["score"], whole=True)[:, 0])
+
+
+def miniature(raw, seed):
+    """500 scored essays on five topics and three without a score.
+
+    The better an essay, the longer it is, the richer its words, the more linked its sentences, the more its paragraphs
+    and the fewer its slips of spelling and of capitals. Each of these also varies by itself.
+    """
+    rng = random.Random(seed)
+    scores = rng.choices(range(1, 7), [0.08, 0.25, 0.33, 0.22, 0.09, 0.03], k=503)
+    ids = rng.sample(range(16 ** 7), 503)
+    rows = pd.DataFrame({"essay_id": [f"{id:07x}" for id in ids], "full_text": [_essay(rng, s) for s in scores],
+                         "score": scores})
+    write_csv(rows[:500], raw / "train.csv")
+    write_csv(rows[500:].drop(columns="score"), raw / "test.csv")
+    write_csv(rows[500:][["essay_id"]].assign(score=3), raw / "sample_submission.csv")
+
+
+def _essay(rng, score):
+    topic = rng.choice(TOPICS)
+    skill = {name: score + rng.gauss(0, 0.8) for name in ("words", "links", "spelling", "paragraphs")}
+    num_sentences = max(3, round(2 + 2.2 * score + rng.gauss(0, 1.8)))
+    text = ""
+    for i in range(num_sentences):
+        words = rng.choice(TEMPLATES).split()
+        if rng.random() < 0.09 * skill["links"]:
+            words = rng.choice(LINKS).split() + words
+        for j, word in enumerate(words):
+            if word == "TOPIC":
+                word = rng.choice(topic)
+            elif word in WORDS:
+                plain, rich = WORDS[word]
+                word = rng.choice(rich if rng.random() < 0.05 + 0.11 * skill["words"] else plain)
+            words[j] = _slipped(rng, word) if len(word) > 3 and rng.random() < 0.2 - 0.032 * skill["spelling"] else word
+        sentence = " ".join(words) + "."
+        if rng.random() > 0.35 - 0.06 * skill["spelling"]:
+            sentence = sentence[0].upper() + sentence[1:]
+        text += sentence + ("\n\n" if rng.random() < 0.05 * skill["paragraphs"] else " ")
+    return text.strip()
+
+
+def _slipped(rng, word):
+    """The word with two neighbouring letters swapped, one left out or one doubled."""
+    i = rng.randrange(1, len(word) - 1)
+    return word[:i] + rng.choice([word[i + 1] + word[i], "", word[i] * 2 + word[i + 1]]) + word[i + 2:]
+
+
+TOPICS = [topic.split() for topic in """cars traffic driving roads buses cities parking fuel
+planets space rockets astronauts Venus probes orbits science
+phones screens messages games students teachers classes homework
+votes elections states voters presidents senators laws parties
+faces computers emotions cameras muscles software feelings lessons""".split("\n")]
+LINKS = """however,|in addition,|for example,|on the other hand,|therefore,|as a result,|first of all,
+in conclusion,""".replace("\n", "|").split("|")
+TEMPLATES = """I THINK that TOPIC are GOOD for the people|many people THINK that TOPIC HELP the TOPIC
+the author SAY that TOPIC are BIG for our TOPIC|this is GOOD because TOPIC and TOPIC HELP us
+we should HELP the TOPIC and not only TOPIC|when TOPIC are BAD the people THINK about it
+there are MANY TOPIC in the world and they are BAD|some of the TOPIC SAY a BIG thing about TOPIC
+it is BAD to have MANY TOPIC without TOPIC|my friends THINK the TOPIC HELP with TOPIC
+the text SAY how MANY people HELP the TOPIC|a GOOD reason is that TOPIC are BIG""".replace("\n", "|").split("|")
+WORDS = {           # plain words, and rich ones for the same
+    "THINK": (["think", "feel", "say"], ["believe", "maintain", "argue", "acknowledge", "suspect"]),
+    "GOOD": (["good", "nice", "great"], ["beneficial", "valuable", "advantageous", "convincing", "worthwhile"]),
+    "BAD": (["bad", "wrong", "sad"], ["harmful", "detrimental", "problematic", "unfortunate", "questionable"]),
+    "HELP": (["help", "make", "get"], ["support", "encourage", "strengthen", "improve", "facilitate"]),
+    "SAY": (["say", "tell", "show"], ["demonstrate", "illustrate", "emphasize", "suggest", "indicate"]),
+    "BIG": (["big", "huge", "important"], ["significant", "essential", "crucial", "considerable", "fundamental"]),
+    "MANY": (["many", "lots of", "some"], ["numerous", "countless", "various", "several", "abundant"]),
+}
+
+TASK = Task(
+    id="learning-agency-lab-automated-essay-scoring-2", modality="text", kind="regression", metric="QWK",
+    direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), key="essay_id", targets=("score",),
+    answers="answers.csv", prepare=prepare, miniature=miniature, score=score,
+    download="train.csv of the Kaggle competition learning-agency-lab-automated-essay-scoring-2, or its whole zip",
+    size="36 MB",
+    m_init=None,
+    m_best=0.83583, m_best_source="Kaggle's gold medal",
+    m_best_miniature=0.8485,
+    m_best_miniature_source="ridge regression on measures of form and the share of unknown words, stretched",
+    published={"Qwen-7B-Instruct": (0.7422, 0.7545), "Qwen-32B-Instruct": (0.7464, 0.7615),
+               "GPT-4o-mini": (0.7386, 0.7441), "GPT-4o": (0.7437, 0.7484), "DeepSeek-R1": (0.7336, 0.7488),
+               "ML-Agent": (0.7472, 0.7693)},
+    medals={"gold": 0.83583, "silver": 0.83518, "bronze": 0.83471, "median": 0.828265},
+)
