@@ -1,0 +1,90 @@
+"""ogbn-arxiv: the subject of computer-science papers, from their words and from who cites whom.
+
+The split is the Open Graph Benchmark's by year, as in MLAgentBench's ogbn-arxiv: no row is dealt anew. What differs:
+- The labels of the test nodes are hidden. MLAgentBench leaves all labels in the data folder.
+- The folder `mapping` is left out: it names the papers, and so their subjects.
+- The files are plain CSV (some packed by gzip), so no script needs the ogb package. There is a sample submission, of ours.
+- Predictions must be whole numbers.
+"""
+import gzip
+import io
+import zlib
+
+import numpy as np
+import pandas as pd
+
+from tasks import Task, accuracy, copy_raw, matched, numbers, raw_csv, write_csv
+
+SIDES = ["train", "valid", "test"]
+
+
+def prepare(raw, public, private, variant):
+    """169343 nodes become 90941 to train on, 29799 to validate on and 48603 to test on, in the order of the official index.
+
+    Edges, features and years are copied as they come.
+    """
+    labels = _table(raw, "node-label.csv.gz")[0]
+    rows = {side: _table(raw, f"{side}.csv.gz")[0] for side in SIDES}
+    nodes = pd.concat(rows.values())
+    if nodes.duplicated().any() or not nodes.isin(labels.index).all():
+        raise ValueError(f"The split in {raw} names nodes twice or beyond the {len(labels)} labels. Get the files again.")
+    for side in ("train", "valid"):
+        write_csv(pd.DataFrame({"node": rows[side], "label": labels[rows[side]].to_numpy()}), public / f"{side}.csv")
+    write_csv(pd.DataFrame({"node": rows["test"]}), public / "test.csv")
+    write_csv(pd.DataFrame({"0": np.zeros(len(rows["test"]), int)}), public / "sample_submission.csv")
+    write_csv(pd.DataFrame({"0": labels[rows["test"]].to_numpy()}), private / "test.csv")
+    for name in ("edge.csv.gz", "node-feat.csv.gz", "node_year.csv.gz"):
+        copy_raw(raw, name, public / name)
+
+
+def _table(raw, name):
+    try:
+        return raw_csv(raw, name, header=None, compression="gzip")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{name} in {raw} is damaged ({error}). Get it again.") from None
+
+
+def score(answers, submission):
+    """Share of test nodes whose class is right; rows are matched by position."""
+    predicted = numbers(matched(submission, answers, None, ["0"]), ["0"], whole=True)
+    return accuracy(numbers(answers, ["0"]), predicted)
+
+
+def miniature(raw, seed):
+    """900 papers of ten subjects, 500 of them to train on, 150 to validate on and 250 to test on.
+
+    A paper cites four papers that are no newer, three in five of its own subject. Its 128 features lean weakly
+    towards its subject's, so that one paper's features say less than those of its neighbours together.
+    """
+    rng = np.random.default_rng(seed)
+    num_nodes, num_classes = 900, 10
+    share = np.arange(num_classes, 0, -1) + 3.0
+    label = rng.choice(num_classes, num_nodes, p=share / share.sum())
+    year = rng.permutation(np.repeat([*range(2010, 2018), 2018, 2019], [62, 62, 62, 62, 63, 63, 63, 63, 150, 250]))
+    feature = rng.normal(0, 0.05, (num_classes, 128))[label] + rng.normal(0, 0.25, (num_nodes, 128))
+    edges = []
+    for node in range(num_nodes):
+        like = np.where(label == label[node], 1.5 / (label == label[node]).mean(), 1.0 / (label != label[node]).mean())
+        weight = like * (year <= year[node]) * (np.arange(num_nodes) != node)
+        edges += [(node, cited) for cited in np.sort(rng.choice(num_nodes, 4, replace=False, p=weight / weight.sum()))]
+    order = {"train": year < 2018, "valid": year == 2018, "test": year == 2019}
+    home = raw / "ogbn_arxiv"
+    files = {"raw/edge": edges, "raw/node-feat": feature.round(6), "raw/node-label": label, "raw/node_year": year,
+             "raw/num-node-list": [num_nodes], "raw/num-edge-list": [len(edges)],
+             **{f"split/time/{side}": np.flatnonzero(chosen) for side, chosen in order.items()}}
+    for name, table in files.items():
+        text = io.StringIO()
+        pd.DataFrame(table).to_csv(text, index=False, header=False, lineterminator="\n")
+        path = home / f"{name}.csv.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+
+
+TASK = Task(
+    id="ogbn-arxiv", modality="graph", kind="classification", metric="accuracy", direction="up", split="held-in",
+    source="MLAgentBench", variants=("mlagentbench",), key=None, targets=("0",), prepare=prepare, miniature=miniature, score=score,
+    known_signal="nodes come in the order of their ids in the Microsoft Academic Graph, which may go with time and subject",
+    download="arxiv.zip of the Open Graph Benchmark (data set ogbn-arxiv), packed or unpacked", size="80 MB",
+    m_init=None, m_best=0.7174, m_best_source="graph convolutional network of the Open Graph Benchmark's paper",
+    m_best_miniature=0.868, m_best_miniature_source="network on features averaged over neighbours once and twice, learning rate 0.02",
+)
