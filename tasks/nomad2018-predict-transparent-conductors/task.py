@@ -1,0 +1,138 @@
+"""Transparent conductors: formation energy and band gap of (Al, Ga, In) oxides. Split, files and grader are
+MLE-bench's, to the byte.
+
+Both sides get new ids 1, 2, 3, ... in the order of the split, so a number names one material in train and another in
+test; the geometry files are copied under the new ids. Rows are compared by position: the grader looks at no ids.
+"""
+import io
+import shutil
+import zipfile
+
+import numpy as np
+import pandas as pd
+
+from tasks import MissingRaw, Task, matched, numbers, progress, raw_csv, raw_files, rmsle, train_test_split, write_csv
+
+TARGETS = ["formation_energy_ev_natom", "bandgap_energy_ev"]
+
+
+def prepare(raw, public, private, variant):
+    """2400 labelled materials become 2160 and 240; the publisher's own unlabelled ones are left out."""
+    rows = raw_csv(raw, "train.csv")
+    places = {}     # old id -> where its geometry goes
+    for name, side in zip(("train", "test"), train_test_split(len(rows), 0.1)):
+        part = rows.iloc[side]
+        places |= {str(old): public / name / str(new) / "geometry.xyz" for new, old in enumerate(part["id"], start=1)}
+        part = part.assign(id=np.arange(1, len(part) + 1))
+        if name == "train":
+            write_csv(part, public / "train.csv")
+    write_csv(part, private / "test.csv")
+    write_csv(part.drop(columns=TARGETS), public / "test.csv")
+    write_csv(_sample(part), public / "sample_submission.csv")
+    _copy_geometries(raw, places)
+
+
+def _sample(rows):
+    return rows[["id"]].assign(formation_energy_ev_natom=0.1779, bandgap_energy_ev=1.8892)
+
+
+def _copy_geometries(raw, places):
+    """Streams train/<old id>/geometry.xyz under raw to places[old id]. MissingRaw names one that is not there."""
+    total = len(places)
+    for path, opened in raw_files(raw):
+        folder, id, name = ["", "", *path.split("/")][-3:]
+        if folder == "train" and name == "geometry.xyz" and id in places:
+            target = places.pop(id)
+            target.parent.mkdir(parents=True)
+            with opened() as source, open(target, "wb") as sink:
+                shutil.copyfileobj(source, sink)
+            progress(total - len(places), total, "geometries copied")
+    if places:
+        raise MissingRaw(f"{len(places)} of {total} geometries (such as train/{min(places)}/geometry.xyz) are not in "
+                         f"{raw}, neither loose nor inside a zip.")
+
+
+def score(answers, submission):
+    """Mean of the two RMSLEs. Rows in the order of test.csv; ids may be there or not."""
+    y, p = (numbers(table, TARGETS, low=0) for table in (answers, matched(submission, answers, None, TARGETS)))
+    return (rmsle(y[:, 0], p[:, 0]) + rmsle(y[:, 1], p[:, 1])) / 2
+
+
+def miniature(raw, seed):
+    """500 labelled materials and 40 unlabelled ones, each with a geometry.
+
+    Both targets are products of effects of the mixture, the crystal's symmetry and the volume an atom has, and of how
+    far the atoms are moved from a regular grid, which only the geometry file tells.
+    """
+    rng = np.random.default_rng(seed)
+    n = 540
+    mixture = rng.dirichlet([1.1, 1.1, 0.8], n)
+    groups = rng.choice(6, n, p=[0.15, 0.17, 0.17, 0.17, 0.17, 0.17])
+    num_atoms = np.array([[20, 80], [40, 80], [10, 30], [20, 80], [40, 80], [30, 60]])[groups, rng.integers(0, 2, n)]
+    tensed, stirred = rng.normal(0, 1, n), rng.uniform(0.02, 0.3, n)    # the volume's excess, the atoms' displacement
+    volume = num_atoms * (9.0 + 1.2 * mixture[:, 1] + 4.0 * mixture[:, 2]) * np.exp(0.05 * tensed)
+    volume *= np.array([1.0, 1.05, 0.97, 1.1, 1.08, 1.0])[groups]
+    shape = np.array([[3.0, 0.7, 1.3], [1.0, 1.2, 0.9], [0.8, 0.8, 2.2], [1, 1, 1], [1.4, 1.0, 0.9], [1.0, 1.7, 1.1]])
+    shape = shape[groups] * np.exp(rng.normal(0, 0.03, (n, 3)))
+    beta = np.array([104.0, 90, 90, 90, 90, 97])[groups] + rng.normal(0, 0.3, n)
+    lattice = shape * (volume / shape.prod(1) / np.sin(np.radians(beta)))[:, None] ** (1 / 3)
+    shared = mixture[:, 0] * mixture[:, 2] - 0.1
+    energy = np.exp(-2.0 + 2.2 * shared + np.array([0.5, -0.3, 0.3, -0.6, 0.1, 0.0])[groups] + 0.35 * tensed
+                    + 4 * (stirred - 0.16) + rng.normal(0, 0.1, n)) - 0.02
+    gap = 0.3 + np.exp(1.5 - 1.6 * mixture[:, 2] + 0.25 * mixture[:, 0] - 1.1 * (stirred - 0.16) - 0.12 * tensed
+                       + np.array([0.1, 0.0, -0.25, 0.12, -0.1, 0.0])[groups] + rng.normal(0, 0.03, n)) - 0.5
+    percent = np.floor(mixture[:, :2] * 32) / 32
+    frame = pd.DataFrame({
+        "id": 0, "spacegroup": np.array([12, 33, 167, 194, 206, 227])[groups],
+        "number_of_total_atoms": num_atoms.astype(float),
+        "percent_atom_al": percent[:, 0], "percent_atom_ga": percent[:, 1], "percent_atom_in": 1 - percent.sum(1),
+        **{f"lattice_vector_{i + 1}_ang": lattice[:, i] for i in range(3)},
+        "lattice_angle_alpha_degree": 90 + rng.normal(0, 0.01, n), "lattice_angle_beta_degree": beta,
+        "lattice_angle_gamma_degree": np.where(groups == 2, 120.0, 90.0) + rng.normal(0, 0.01, n),
+        TARGETS[0]: energy.clip(0), TARGETS[1]: gap.clip(0.01)})
+    for name, part in (("train", frame[:500]), ("test", frame[500:].drop(columns=TARGETS))):
+        part = part.assign(id=np.arange(1, len(part) + 1))
+        with zipfile.ZipFile(raw / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for id, i in zip(part["id"], part.index):
+                text = _geometry(rng, lattice[i], beta[i], num_atoms[i], percent[i], stirred[i])
+                archive.writestr(f"{name}/{id}/geometry.xyz", text)
+        tables = {name: part} if name == "train" else {name: part, "sample_submission": _sample(part)}
+        for table, rows in tables.items():
+            text = io.StringIO()
+            rows.to_csv(text, index=False, lineterminator="\n", float_format="%.4f")
+            with zipfile.ZipFile(raw / f"{table}.csv.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(f"{table}.csv", text.getvalue())
+
+
+def _geometry(rng, lengths, beta, num_atoms, percent, stirred):
+    """The text of a geometry file: a cell, and atoms on a grid, each moved by normal draws of `stirred` spacings."""
+    turn = np.radians(beta)
+    cell = np.array([[lengths[0], 0, 0], [0, lengths[1], 0], [lengths[2] * np.cos(turn), 0, lengths[2] * np.sin(turn)]])
+    sides = np.maximum(1, np.rint((lengths / lengths.prod() ** (1 / 3)) * num_atoms ** (1 / 3))).astype(int)
+    while sides.prod() < num_atoms:
+        sides[np.argmax(lengths / sides)] += 1
+    grid = np.indices(sides).reshape(3, -1).T[:num_atoms]
+    places = (grid + rng.normal(0, stirred, grid.shape)) / sides @ cell
+    num_metals = num_atoms * 2 // 5
+    num_each = np.rint(np.array([percent[0], percent[1]]) * num_metals).astype(int)
+    metals = (["Al"] * num_each[0] + ["Ga"] * num_each[1] + ["In"] * num_metals)[:num_metals]
+    elements = rng.permutation(metals + ["O"] * (num_atoms - num_metals))
+    lines = ["#" + "=" * 55, "# one cell of a crystal, lengths in Angstrom", "#" + "=" * 55]
+    lines += ["lattice_vector " + " ".join(f"{value:.6f}" for value in vector) for vector in cell]
+    lines += ["atom " + " ".join(f"{value:.6f}" for value in place) + f" {element}"
+              for place, element in zip(places, elements)]
+    return "\n".join(lines) + "\n"
+
+
+TASK = Task(
+    id="nomad2018-predict-transparent-conductors", modality="tabular", kind="regression", metric="mean RMSLE",
+    direction="down", split="held-in", source="MLE-bench", variants=("mle-bench",), key=None, targets=tuple(TARGETS),
+    prepare=prepare, miniature=miniature, score=score,
+    download="train.csv.zip and train.zip of the Kaggle competition nomad2018-predict-transparent-conductors, "
+             "or its whole zip", size="6 MB",
+    m_init=None,
+    m_best=0.05589, m_best_source="Kaggle's gold medal",
+    m_best_miniature=0.0333,
+    m_best_miniature_source="ridge regression of logarithms on products of mixture, symmetry, volume and distances",
+    medals={"gold": 0.05589, "silver": 0.06229, "bronze": 0.06582, "median": 0.06988},
+)
