@@ -1,0 +1,110 @@
+"""Phrase matching in patents: how alike two phrases are in meaning. Split, files and grader are MLE-bench's, to the
+byte.
+
+The correlation of a constant prediction is not defined, so it is refused; MLE-bench lets it pass with NaN. The sample
+submission is constant.
+"""
+import numpy as np
+import pandas as pd
+
+from tasks import Task, matched, numbers, pearson, raw_csv, train_test_split, write_csv
+
+
+def prepare(raw, public, private, variant):
+    """36,473 labelled pairs become 32,825 and 3648; the publisher's own unlabelled ones are left out.
+
+    Pairs are drawn one by one, so the same anchor is on both sides.
+    """
+    rows = raw_csv(raw, "train.csv")
+    train, test = (rows.iloc[side] for side in train_test_split(len(rows), 0.1))
+    write_csv(train, public / "train.csv")
+    write_csv(test.drop(columns="score"), public / "test.csv")
+    write_csv(test[["id"]].assign(score=0), public / "sample_submission.csv")
+    write_csv(test, private / "test.csv")
+
+
+def score(answers, submission):
+    """Pearson's correlation; NaN, which is refused, for a constant prediction."""
+    predicted = matched(submission, answers, "id", ["score"])
+    return pearson(numbers(answers, ["score"])[:, 0], numbers(predicted, ["score"])[:, 0])
+
+
+def miniature(raw, seed):
+    """500 labelled pairs of 20 anchors, and 36 unlabelled ones.
+
+    An anchor is a quality and a thing. Targets that say the same in another form score 1, with a synonym of one word
+    0.75, of a wider or narrower kind 0.5, with one word in common 0.25, of other things 0. One in seven scores is a
+    step off.
+    """
+    rng = np.random.default_rng(seed)
+    qualities, things = ([group.split("/") for group in text.split()] for text in (QUALITIES, THINGS))
+    pairs = rng.permutation(len(qualities) * len(things))[:20]
+    anchors = [(pair // len(things), pair % len(things)) for pair in pairs]
+    contexts = rng.choice(CONTEXTS, 20)
+    seen, rows = set(), []
+    while len(rows) < 536:
+        k, level = rng.integers(20), rng.choice(5, p=[0.2, 0.3, 0.3, 0.12, 0.08])
+        target = _target(rng, *anchors[k], level, qualities, things)
+        if (k, target) in seen:
+            continue
+        seen.add((k, target))
+        level = np.clip(level + rng.choice([-1, 0, 1], p=[0.07, 0.86, 0.07]), 0, 4)
+        anchor = f"{qualities[anchors[k][0]][0]} {things[anchors[k][1]][0]}"
+        rows.append([f"{rng.integers(1 << 62):016x}", anchor, target, contexts[k], level / 4])
+    frame = pd.DataFrame(rows, columns=["id", "anchor", "target", "context", "score"])
+    write_csv(frame[:500], raw / "train.csv")
+    write_csv(frame[500:].drop(columns="score"), raw / "test.csv")
+    write_csv(frame[500:][["id"]].assign(score=0), raw / "sample_submission.csv")
+
+
+def _target(rng, quality, thing, level, qualities, things):
+    """A phrase that is as near to the anchor as level says, from 0 to 4."""
+    def other(groups, one):
+        return (one + rng.integers(1, len(groups))) % len(groups)
+    def word(group, same=False):
+        return group[0] if same else group[rng.integers(len(group))]
+    if level == 0:
+        phrase = [word(qualities[other(qualities, quality)]), word(things[other(things, thing)])]
+    elif level == 1:
+        phrase = [word(qualities[quality], True), word(things[other(things, thing)])] if rng.random() < 0.6 else [
+            word(qualities[other(qualities, quality)]), word(things[thing], True)]
+    elif level == 2:
+        wider = [word(qualities[quality], True), rng.choice(WIDER)]
+        narrower = [rng.choice(NARROWER), word(qualities[quality]), word(things[thing])]
+        phrase = wider if rng.random() < 0.5 else narrower
+    elif level == 3:
+        synonyms = [[word(qualities[quality], True), word(things[thing][1:])],
+                    [word(qualities[quality][1:]), word(things[thing], True)]]
+        phrase = synonyms[rng.integers(2)]
+    else:
+        phrase = [word(qualities[quality], True), word(things[thing], True)]
+        phrase = phrase[::-1] if rng.random() < 0.3 else phrase
+    ending = rng.choice(["", "s", " of the", " for use"]) if level == 4 else rng.choice(["", "", "", "s", " thereof"])
+    return " ".join([*rng.choice(["a", "the", "said"], int(rng.random() < 0.2)), *phrase]) + ending
+
+
+# a word and its synonyms
+QUALITIES = """optical/photonic/lightwave thermal/heat/caloric hydraulic/fluidic/liquid flexible/pliable/bendable
+rotating/revolving/spinning wireless/radio/cordless magnetic/ferrous/magnetised porous/perforated/permeable
+insulating/dielectric/nonconductive adhesive/sticky/bonding"""
+THINGS = """sensor/detector/probe valve/stopcock/gate container/vessel/receptacle cable/cord/wire fastener/clip/clamp
+blade/cutter/knife filter/strainer/sieve display/screen/monitor pump/compressor/impeller coating/layer/film
+bearing/bushing/journal housing/casing/enclosure"""
+WIDER = ["device", "apparatus", "unit", "component", "system", "means"]
+NARROWER = ["miniature", "dual", "portable", "annular", "coaxial", "disposable"]
+CONTEXTS = ["A47", "B01", "B29", "C08", "F16", "G01", "G06", "H01", "H04"]
+
+TASK = Task(
+    id="us-patent-phrase-to-phrase-matching", modality="tabular", kind="regression", metric="Pearson correlation",
+    direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), targets=("score",), prepare=prepare,
+    miniature=miniature, score=score,
+    download="train.csv of the Kaggle competition us-patent-phrase-to-phrase-matching, or its whole zip", size="2 MB",
+    m_init=None,
+    m_best=0.87, m_best_source="Kaggle's gold medal",
+    m_best_miniature=0.793,
+    m_best_miniature_source="extra trees on a ridge regression of word pairs, words in common and letters in common",
+    published={"Qwen-7B-Instruct": (0.4700, 0.4859), "Qwen-32B-Instruct": (0.4725, 0.4908),
+               "GPT-4o-mini": (0.4695, 0.4905), "GPT-4o": (0.4882, 0.5599), "DeepSeek-R1": (0.4651, 0.4813),
+               "ML-Agent": (0.5117, 0.5791)},
+    medals={"gold": 0.87, "silver": 0.863, "bronze": 0.8616, "median": 0.851},
+)
