@@ -21,8 +21,8 @@ Sandbox: off. A script gets a clean environment, and limits on time, memory, fil
 started survives it. Not protected yet: it may read whatever this user may read (the answers too), write outside its
 folder (a change of the public data is noticed and stops us) and use the network. Linux only; the rest works anywhere.
 """
-import ast, dataclasses, difflib, hashlib, io, json, marshal, math, os, re, shutil, subprocess, sys, tempfile, threading
-import time, uuid
+import ast, dataclasses, difflib, functools, glob, hashlib, inspect, io, itertools, json, marshal, math, os, re, select
+import shutil, socket, subprocess, sys, tempfile, threading, time, uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,47 +73,167 @@ class Result:
     stderr: str
     seconds: float      # wall time
     peak_bytes: int     # largest resident memory of all its processes together
-    sandbox: str        # the layers that were active
+    sandbox: str        # the layers that were active, such as "namespaces+landlock7", or "off"
     detail: str = ""    # one sentence about the outcome
 
 
+class Stopped(RuntimeError):
+    """A run was called off; it has no outcome."""
+
+
+class Unprotected(RuntimeError):
+    """This machine cannot keep scripts from the answers; the message says why."""
+
+
 def _supervise(job):
-    """The whole program of the small process that stands between us and one script. Its code object is sent to a bare
-    interpreter, so it imports for itself, and only what starts fast. It adopts every orphan below it (a child
-    subreaper): who double-forks or calls setsid stays its descendant, and the kernel's "no child left" is the proof
-    that nothing survived. Its standard input is a pipe nobody writes to: its end means that our parent is gone.
+    """The work of the small process that stands between us and one script: runs it and returns (exit code, why it was
+    stopped or "", seconds, peak bytes, whether the kernel killed for lack of memory, stdout, stderr), or None when our
+    parent is gone, which the end of its standard input tells. Its source is sent to a bare interpreter (_serve), so it
+    imports for itself. RuntimeError: the script could not be started, or a layer not be put up.
+
+    Two layers keep the script in, each enough to hide the answers, and job["layers"] names those to put up.
+    namespaces: the script's parent is process 1 of a world of its own: no other processes, no network, and a file tree
+    in which job["shown"] is all there is. When process 1 ends, the kernel ends all others with it.
+    landlock: the script may open what lies below job["shown"] and nothing else, may not connect, and may not signal
+    anyone outside. It holds for root too. Either way it has no capability and cannot gain one.
+
+    Without namespaces this process adopts every orphan below it (a child subreaper): who double-forks or calls setsid
+    stays its descendant, and the kernel's "no child left" is the proof that nothing survived.
     """
     import _signal as signal, ctypes, os, resource, select, sys, time  # _signal: the signal module costs 4 ms for enums
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
-    if prctl(36, 1, 0, 0, 0):  # PR_SET_CHILD_SUBREAPER
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
-    out, err, ready = os.pipe(), os.pipe(), os.pipe()
+    libc, boxed, locked = ctypes.CDLL(None, use_errno=True), "namespaces" in job["layers"], "landlock" in job["layers"]
+    NO_SUCH_FOLDER = -100   # AT_FDCWD; the paths are absolute
+
+    def call(function, *values):
+        """Calls the C function of that name or the system call of that number; OSError if it fails."""
+        values = [ctypes.c_long(each) if isinstance(each, int) else os.fsencode(each) if isinstance(each, str) else each
+                  for each in values]
+        done = libc.syscall(ctypes.c_long(function), *values) if isinstance(function, int) else (
+            getattr(libc, function)(*values))
+        if done < 0:
+            raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
+        return done
+
+    def put(path, text):
+        with open(path, "w") as file:
+            file.write(text)
+
+    def enter_namespaces():
+        """User, network and IPC namespaces for this process, and a PID namespace for its children."""
+        uid, gid = os.geteuid(), os.getegid()
+        call("unshare", 0x10000000 | 0x40000000 | 0x08000000 | 0x20000000)
+        put("/proc/self/setgroups", "deny")
+        put("/proc/self/uid_map", f"{uid} {uid} 1")
+        put("/proc/self/gid_map", f"{gid} {gid} 1")
+
+    def build_root():
+        """Makes the file tree in a mount namespace of our own and enters it. Returns whether /proc is a fresh one."""
+        root, bind = job["root"], 0x1000 | 0x4000                           # MS_BIND | MS_REC
+        call("unshare", 0x20000)                                            # CLONE_NEWNS
+        call("mount", None, "/", None, 0x4000 | 0x40000, None)              # MS_REC | MS_PRIVATE: nothing comes or goes
+        call("mount", "tmpfs", root, "tmpfs", 2 | 4, "mode=755,size=1m")    # MS_NOSUID | MS_NODEV
+
+        def show(path):
+            target = root + path
+            if os.path.isdir(path):
+                os.makedirs(target, exist_ok=True)
+            elif not os.path.exists(target):
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                put(target, "")
+            call("mount", path, target, None, bind, None)
+
+        def protect(target, add, clear):
+            call(442, NO_SUCH_FOLDER, target, 0x8000, (ctypes.c_uint64 * 4)(add, clear), 32)   # mount_setattr, recursive
+
+        for path, _ in job["shown"]:
+            show(path)
+        os.makedirs(f"{root}/proc", exist_ok=True)
+        fresh = True
+        try:
+            call("mount", "proc", f"{root}/proc", "proc", 2 | 4 | 8, None)
+        except OSError:     # inside a container whose own /proc is masked
+            fresh = False
+            for path in job["proc"]:
+                show(path)
+        os.makedirs(f"{root}/dev/shm", exist_ok=True)
+        protect(root, 1 | 2, 0)                                             # read-only, no set-uid programs
+        call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", 2 | 4, f"mode=1777,size={job['shared_bytes']}")
+        for path, rights in job["shown"]:
+            if rights == "write":
+                protect(root + path, 0, 1)
+        os.chroot(root)     # this also forbids namespaces below this one
+        return fresh
+
+    def lock(fresh):
+        """Landlock, as far as this kernel knows it. Raises OSError where it does not."""
+        abi = call(444, None, 0, 1)                                         # landlock_create_ruleset: the version
+        every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
+        rights = {"read": 1 | 4 | 8, "device": 2 | 4 | 8 | 1 << 14 | 1 << 15, "write": every & ~(1 << 6 | 1 << 11)}
+        of_files = 1 | 2 | 4 | 1 << 14 | 1 << 15                            # the others have a meaning for folders only
+        handled = (ctypes.c_uint64 * 3)(every, 3, 3)                        # TCP; signals and abstract sockets
+        rules = call(444, handled, 24 if abi >= 6 else 16 if abi >= 4 else 8, 0)
+        own = ["/proc"] if fresh else ["/proc/self", *job["proc"]]
+        for path, right in [*job["shown"], *((path, "read") for path in own), ("/dev/shm", "write" if boxed else "")]:
+            if right and os.path.exists(path):
+                allowed, file = rights[right] & every, os.open(path, os.O_PATH | os.O_CLOEXEC)
+                allowed &= every if os.path.isdir(path) else of_files
+                call(445, rules, 1, allowed.to_bytes(8, sys.byteorder) + file.to_bytes(4, sys.byteorder), 0)
+        call(446, rules, 0)                                                 # landlock_restrict_self
+
+    def be_first(script):
+        """Process 1: adopts orphans, tells the script's status and ends, and all others with it."""
+        call("prctl", 4, 0, 0, 0, 0)                                        # PR_SET_DUMPABLE: nobody traces us
+        os.closerange(0, ended[0])
+        os.closerange(ended[1] + 1, 1 << 16)
+        while True:
+            pid, status = os.wait()
+            if pid == script:
+                os.write(ended[1], b"%d" % status)
+                os._exit(0)
+
+    def become_script():
+        fresh = False
+        call("prctl", 1, signal.SIGKILL, 0, 0, 0)                           # PR_SET_PDEATHSIG: dies with its parent
+        if boxed:
+            fresh = build_root()
+            if script := os.fork():
+                be_first(script)
+        os.setsid()
+        os.chdir(job["cwd"])
+        for target, source in enumerate((os.open(os.devnull, os.O_RDONLY), out[1], err[1])):
+            os.dup2(source, target)
+        for name in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two; a new program expects the default
+            signal.signal(name, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
+        if boxed:   # counts this run's threads alone; the kernel ignores it for root
+            resource.setrlimit(resource.RLIMIT_NPROC, (4 * job["processes"],) * 2)
+        if job["address_bytes"]:
+            resource.setrlimit(resource.RLIMIT_AS, (job["address_bytes"],) * 2)
+        if job["layers"]:
+            call("prctl", 38, 1, 0, 0, 0)                                   # PR_SET_NO_NEW_PRIVS
+            if locked:
+                lock(fresh)
+            call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+        os.execve(job["command"][0], job["command"], job["env"])
+
+    call("prctl", 36, 1, 0, 0, 0)                                           # PR_SET_CHILD_SUBREAPER
+    try:
+        put("/proc/self/oom_score_adj", "1000")  # when the machine runs out of memory, the scripts go first
+    except OSError:
+        pass  # a container may forbid it
+    if boxed:
+        enter_namespaces()
+    out, err, ready, ended = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     started = time.monotonic()
     child = os.fork()
     if child == 0:
         try:
-            os.setsid()
-            prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: dies with its supervisor
-            os.chdir(job["cwd"])
-            for target, source in enumerate((os.open(os.devnull, os.O_RDONLY), out[1], err[1])):
-                os.dup2(source, target)
-            for name in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two; a new program expects the default
-                signal.signal(name, signal.SIG_DFL)
-            try:
-                with open("/proc/self/oom_score_adj", "w") as file:
-                    file.write("1000")  # when the machine runs out of memory, this goes first
-            except OSError:
-                pass  # a container may forbid it
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
-            if job["address_bytes"]:
-                resource.setrlimit(resource.RLIMIT_AS, (job["address_bytes"],) * 2)
-            os.execve(job["command"][0], job["command"], job["env"])
+            become_script()
         except BaseException as error:
             os.write(ready[1], repr(error).encode())
         os._exit(127)
-    for pipe in (out, err, ready):
+    for pipe in (out, err, ready, ended):
         os.close(pipe[1])
     if failure := os.read(ready[0], 1000):  # empty once exec has closed the pipe
         raise RuntimeError(f"{job['command'][0]} could not be started: {failure.decode()}")
@@ -143,6 +263,8 @@ def _supervise(job):
         while ring:
             ring = {pid for pid, parent in parents.items() if parent in ring}
             found |= {pid: resident[pid] for pid in ring}
+        if boxed:
+            found.pop(child, None)  # process 1 is ours
         return found
 
     def shared_once(pids):
@@ -193,13 +315,16 @@ def _supervise(job):
             look = time.monotonic() + max(0.05, 20 * (time.monotonic() - now))  # at most a twentieth of one core
     seconds = time.monotonic() - started
 
+    if boxed and status is None:
+        os.kill(child, signal.SIGKILL)      # process 1 is gone only after all others are
+        status = os.waitpid(child, 0)[1]
     while True:  # end all that is left, until the kernel says there is no child
         try:
-            pid, ended = os.waitpid(-1, os.WNOHANG)
+            pid, code = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             break
         if pid:
-            status = ended if pid == child else status
+            status = code if pid == child else status
             continue
         frozen = None
         while frozen != (frozen := set(descendants())):  # freeze first: what is frozen does not fork while we kill
@@ -219,32 +344,230 @@ def _supervise(job):
             pass
     if why == "parent":
         import shutil
-        shutil.rmtree(job["env"]["TMPDIR"], ignore_errors=True)
+        shutil.rmtree(os.path.dirname(job["root"]), ignore_errors=True)
         return
+    status = int(os.read(ended[0], 20) or status)
     peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
     streams = []
     for head, tail, seen in kept.values():
         cut = seen - len(head) - len(tail)
         streams.append(head + (b"\n... %d bytes of output cut ...\n" % cut if cut else b"") + tail)
-    sys.stdout.write(repr((os.waitstatus_to_exitcode(status), why, seconds, peak, oom_kills() > kills, *streams)))
+    return os.waitstatus_to_exitcode(status), why, seconds, peak, oom_kills() > kills, *streams
 
 
-LAUNCH = """import marshal, sys
-code, job = marshal.loads(bytes.fromhex(sys.argv[1]))
-type(lambda: 0)(code, globals())(job)"""
+def _serve():
+    """The whole program of the process that supervisors are forked from: to start an interpreter for each would take
+    longer than all the rest. A request holds a job and two pipes: the supervisor's standard input and where its report
+    goes. The end of the requests means that our parent is gone."""
+    import _signal as signal, ctypes, marshal, os, resource, select, socket, sys, time  # also what _supervise imports
+    requests = socket.socket(fileno=0)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel clears away who ends
+    while True:
+        message, pipes, _, _ = socket.recv_fds(requests, 1 << 20, 2)
+        if not message:
+            return
+        if os.fork() == 0:
+            requests.detach()
+            os.setsid()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.dup2(pipes[0], 0)
+            os.write(pipes[1], b"%d\n" % os.getpid())
+            try:
+                report = _supervise(marshal.loads(message))
+            except Exception as error:
+                report = str(error)
+            with open(pipes[1], "w") as file:
+                file.write(repr(report))
+            os._exit(0)
+        for pipe in pipes:
+            os.close(pipe)
+
+
+_warned, _server, _server_lock = set(), None, threading.Lock()
+
+
+def _request(job, pipes):
+    """Has the server start a supervisor; starts the server if there is none."""
+    global _server
+    message = marshal.dumps(job)
+    with _server_lock:
+        for _ in range(2):
+            if _server is None:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                source = "\n".join([inspect.getsource(_supervise), inspect.getsource(_serve), "_serve()"])
+                with theirs:
+                    subprocess.Popen([sys.executable, "-I", "-S", "-c", source], stdin=theirs, env={},
+                                     start_new_session=True)
+                _server = ours
+            try:
+                socket.send_fds(_server, [message], pipes)
+                return
+            except (BrokenPipeError, ConnectionResetError):  # it was killed
+                _server.close()
+                _server = None
+    raise RuntimeError("the process that starts scripts cannot be started")
+
+
+LIBRARIES = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32", "/usr/lib64",
+          "/usr/libexec", "/usr/include", "/usr/share", "/usr/local/bin", "/usr/local/lib", "/usr/local/lib64",
+          "/usr/local/share", "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts", "/etc/alternatives",
+          "/sys/devices/system")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+GPU_LIBRARIES = ("/sys", "/usr/local/cuda*", "/opt/rocm*", "/etc/OpenCL", "/run/opengl-driver")
+GPU_DEVICES = ("/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg")
+PROC = tuple(f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg", "version", "filesystems", "devices",
+                                          "driver", "sys/vm", "sys/kernel/osrelease"))    # what tells of no process
+LAYERS = ("namespaces", "landlock")
 _warned = set()
+ABOUT_PYTHON = """import importlib.metadata as metadata, json, sys
+found = sorted({f"{each.name}=={each.version}" for each in metadata.distributions()})
+print(json.dumps([sys.executable, [sys.prefix, sys.base_prefix, sys.exec_prefix], [sys.version, *found]]))"""
+PROBE = """import os, socket, sys
+answers, parent, port = sys.argv[1:]
+def tries(name, action):
+    try:
+        action()
+        print(name)
+    except OSError:
+        pass
+tries("work", lambda: open("work", "w").close())
+tries("read files", lambda: open(answers).read())
+tries("write files", lambda: open(answers, "a").close())
+tries("read another process's environment", lambda: open(f"/proc/{parent}/environ").read())
+tries("signal other processes", lambda: os.kill(int(parent), 0))
+tries("use the network", lambda: socket.create_connection(("127.0.0.1", int(port)), 5))
+"""
 
 
-def execute(script, cwd, *, python=None, timeout_s, memory_bytes, output_bytes=1 << 16, file_bytes=4 << 30,
-            processes=256, threads=1, gpu=None):
+@functools.lru_cache(maxsize=None)
+def describe(python):
+    """(executable, all it needs to read, versions of itself and of its packages) of an interpreter. ValueError: it
+    cannot be run."""
+    program = shutil.which(python)
+    try:
+        done = subprocess.run([program or python, "-c", ABOUT_PYTHON], env={"PYTHONNOUSERSITE": "1"}, cwd="/",
+                              capture_output=True, text=True, check=True, timeout=60)
+        program, folders, versions = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise ValueError(f"python must be an interpreter that can be run; {python!r} cannot: {error}") from None
+    folders = [each for each in folders if each not in ("/usr", "/usr/local")]      # of those LIBRARIES has what is needed
+    folders += [os.path.realpath(each) for each in folders] + [os.path.dirname(os.path.realpath(program))]
+    libraries = filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
+    return program, (*folders, *libraries, *LIBRARIES), versions
+
+
+@functools.lru_cache(maxsize=None)
+def protection():
+    """The layers that hold on this machine, such as ("namespaces", "landlock"). Each is tried by a script that attempts
+    what it must be denied. Unprotected: there is none; the message says why, and what can be done."""
+    held, trouble, (program, folders, _) = [], [], describe(sys.executable)
+    with tempfile.TemporaryDirectory(prefix="ml-agent-probe-") as folder, socket.create_server(("127.0.0.1", 0)) as own:
+        answers, work = os.path.join(folder, "answers"), os.path.join(folder, "work")
+        Path(answers).write_text("secret")
+        os.mkdir(work)
+        Path(work, "probe.py").write_text(PROBE)
+        for layer in LAYERS:
+            try:
+                report = _run([program, "-S", "probe.py", answers, str(os.getpid()), str(own.getsockname()[1])], work,
+                              (layer,), timeout_s=30, memory_bytes=1 << 30, readable=folders)
+            except RuntimeError as error:
+                trouble.append(f"{layer}: {error}")
+                continue
+            done = set(report[5].decode().splitlines()) - ({"signal other processes", "use the network"} if
+                                                           layer == "landlock" else set())     # old kernels allow them
+            if done == {"work"}:
+                held.append(layer)
+            else:
+                trouble.append(f"{layer}: a script could {', '.join(sorted(done - {'work'})) or 'not work'}")
+    if not held:
+        raise Unprotected(
+            f"scripts cannot be kept from the answers on this machine ({'; '.join(trouble)}). One of two layers is needed: "
+            "user namespaces (in a container allow them, as with `docker run --security-opt seccomp=unconfined`; on "
+            "Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or Landlock (Linux 5.13 or later with "
+            "landlock in /sys/kernel/security/lsm). With `--sandbox off` scripts run unprotected: they can read the "
+            "answers and all your files, write where you can write and use the network, and every result says so.")
+    print(f"sandbox: {'+'.join(held)}{' without ' * bool(trouble)}{'; '.join(trouble)}", file=sys.stderr)
+    return tuple(held)
+
+
+def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16, file_bytes=4 << 30, processes=256,
+         threads=1, gpu=None, readable=(), stop=None):
+    """Runs a command under a supervisor and returns its report, None if the script has killed it. For the arguments
+    see execute; layers: those of LAYERS to put up."""
+    base, token = tempfile.mkdtemp(prefix="ml-agent-tmp-"), uuid.uuid4().hex
+    private, root = os.path.join(base, "tmp"), os.path.join(base, "root")
+    os.mkdir(private)
+    os.mkdir(root)
+    inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some CUDA set-ups
+    env = dict(inherited, ML_AGENT_RUN=token, PATH=f"{os.path.dirname(command[0])}:/usr/local/bin:/usr/bin:/bin",
+               HOME=private, TMPDIR=private, USER="agent", LANG="C.UTF-8", MPLBACKEND="Agg",
+               CUDA_VISIBLE_DEVICES=gpu or "", PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1",
+               PYTHONNOUSERSITE="1", PYTHONHASHSEED="0", PYTHONUTF8="1", OMP_NUM_THREADS=str(threads),
+               OPENBLAS_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), NUMEXPR_NUM_THREADS=str(threads),
+               LOKY_MAX_CPU_COUNT=str(threads))
+    shown = [(path, "read") for path in readable] + [(path, "device") for path in DEVICES]
+    if gpu:
+        shown += [(path, "read") for pattern in GPU_LIBRARIES for path in glob.glob(pattern)]
+        shown += [(path, "device") for pattern in GPU_DEVICES for path in glob.glob(pattern)]
+    shown = {path: right for path, right in [*shown, (cwd, "write"), (private, "write")] if os.path.exists(path)}
+    job = dict(command=command, cwd=cwd, env=env, timeout_s=float(timeout_s), memory_bytes=int(memory_bytes),
+               file_bytes=file_bytes, address_bytes=0 if gpu else int(memory_bytes) + (4 << 30), layers=layers,
+               output_bytes=output_bytes, processes=processes, root=root, proc=PROC,
+               shared_bytes=int(memory_bytes) // 2, shown=sorted(shown.items()))    # a folder before what is in it
+    alive, hold = os.pipe()  # `hold` stays open here; the supervisor sees it close when we die
+    result, theirs = os.pipe()
+    report, end, poll = b"", time.monotonic() + timeout_s + 30, select.poll()
+    poll.register(result, select.POLLIN)
+
+    def read_until(end):
+        """Reads the report; True if it is whole, False if `end` comes before."""
+        nonlocal report
+        while (left := end - time.monotonic()) > 0:
+            if stop and stop.is_set():
+                raise Stopped("the run was called off")
+            if poll.poll(1000 * min(left, 0.1 if stop else left)):
+                if not (chunk := os.read(result, 1 << 16)):
+                    return True
+                report += chunk
+        return False
+
+    try:
+        try:
+            _request(job, [alive, theirs])
+        finally:
+            os.close(alive)
+            os.close(theirs)
+        read_until(end)  # if it is not whole then, something has stopped the supervisor
+    finally:
+        os.close(hold)
+        stop = None
+        if not read_until(time.monotonic() + 10):
+            os.kill(int(report.partition(b"\n")[0]), 9)
+        os.close(result)
+        if not report.endswith((b")", b"'", b'"', b"None")):    # it was killed before it had ended all
+            _kill_marked(f"ML_AGENT_RUN={token}".encode())
+        if os.path.exists(base):  # a supervisor whose parent goes away has deleted it
+            _remove(base)
+    report = report.partition(b"\n")[2].decode()
+    if (report := ast.literal_eval(report or "None")) and isinstance(report, str):
+        raise RuntimeError(report)
+    return report
+
+
+def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), timeout_s, memory_bytes,
+            output_bytes=1 << 16, file_bytes=4 << 30, processes=256, threads=1, gpu=None, stop=None):
     """Runs `python script` in the folder `cwd` and returns its Result. When it returns, also by an exception, nothing
     that the script started is alive. Safe to call from many threads.
 
-    python: the interpreter (default: this one). timeout_s: wall seconds. memory_bytes: resident memory of all its
+    python: the interpreter (default: this one). sandbox: "on" uses every layer that holds here; "off" none. readable:
+    files and folders that the script may read beside the interpreter and the system's libraries; it may write to cwd
+    and to its TMPDIR. hidden: what it must not reach. timeout_s: wall seconds. memory_bytes: resident memory of all its
     processes together; without a GPU each address space is limited too, 4 GiB above it, so that one huge allocation
     fails inside the script. output_bytes: kept of each stream, half from the start, half from the end. file_bytes: the
-    largest file it may write. threads: for OpenMP and BLAS. gpu: value of CUDA_VISIBLE_DEVICES; None hides all.
-    ValueError: no such script, folder or interpreter. RuntimeError: not on Linux, or the interpreter does not start.
+    largest file it may write. threads: for OpenMP and BLAS. gpu: value of CUDA_VISIBLE_DEVICES; None hides all. stop: a
+    threading.Event that calls the run off.
+    ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
+    not on Linux, or the interpreter does not start. Unprotected: see protection. Stopped: stop was set.
 
     The outcome is told from what the kernel reports and, for exit code 1, from the exception's own line at the end of
     the error stream (_exception). A script can raise MemoryError for no reason and be "out of memory"; that is worth
@@ -253,57 +576,36 @@ def execute(script, cwd, *, python=None, timeout_s, memory_bytes, output_bytes=1
     if not sys.platform.startswith("linux"):
         raise RuntimeError(f"scripts can be executed on Linux only (they are supervised through /proc); "
                            f"this is {sys.platform}")
-    cwd = os.path.abspath(cwd)
+    if sandbox not in ("on", "off"):
+        raise ValueError(f"sandbox must be 'on' or 'off'; found {sandbox!r}")
+    cwd = os.path.realpath(cwd)
     if not os.path.isfile(os.path.join(cwd, script)):
         raise ValueError(f"there is no script {script!r} in {cwd}")
-    if not (program := shutil.which(python or sys.executable)):
-        raise ValueError(f"python must be an interpreter that can be run; found {python!r}")
-    if "off" not in _warned:
+    program, folders, _ = describe(python or sys.executable)
+    folders = [*folders, *map(str, readable)]
+    layers = protection() if sandbox == "on" else ()
+    if not layers and "off" not in _warned:
         _warned.add("off")
-        print("sandbox off: scripts run as this user, with its files and the network in reach", file=sys.stderr)
-    program, private, token = os.path.abspath(program), tempfile.mkdtemp(prefix="ml-agent-tmp-"), uuid.uuid4().hex
-    inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some CUDA set-ups
-    env = dict(inherited, ML_AGENT_RUN=token, PATH=f"{os.path.dirname(program)}:/usr/local/bin:/usr/bin:/bin",
-               HOME=private, TMPDIR=private, LANG="C.UTF-8", MPLBACKEND="Agg", CUDA_VISIBLE_DEVICES=gpu or "",
-               PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1", PYTHONNOUSERSITE="1", PYTHONHASHSEED="0",
-               PYTHONUTF8="1", OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS=str(threads),
-               MKL_NUM_THREADS=str(threads), NUMEXPR_NUM_THREADS=str(threads), LOKY_MAX_CPU_COUNT=str(threads))
-    job = dict(command=[program, script], cwd=cwd, env=env, timeout_s=float(timeout_s), memory_bytes=int(memory_bytes),
-               file_bytes=file_bytes, address_bytes=0 if gpu else int(memory_bytes) + (4 << 30),
-               output_bytes=output_bytes, processes=processes)
-    command = [sys.executable, "-I", "-S", "-c", LAUNCH, marshal.dumps((_supervise.__code__, job)).hex()]
-    alive, hold = os.pipe()  # `hold` stays open here; the supervisor sees it close when we die
-    supervisor, report, started = None, b"", time.monotonic()
-    try:
-        supervisor = subprocess.Popen(command, stdin=alive, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                      env=inherited, start_new_session=True)
-        try:
-            report, trouble = supervisor.communicate(timeout=timeout_s + 30)
-            if trouble and not report:
-                raise RuntimeError("a script's supervisor failed: " + trouble.decode(errors="replace").splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            pass  # something has stopped the supervisor
-    finally:
-        os.close(alive)
-        os.close(hold)
-        if supervisor:
-            try:
-                supervisor.communicate(timeout=10)
-            except subprocess.TimeoutExpired:
-                supervisor.kill()
-                supervisor.communicate()
-            if supervisor.returncode:
-                _kill_marked(f"ML_AGENT_RUN={token}".encode())
-        _remove(private)
+        print("sandbox off: scripts run as this user, with its files, the answers and the network in reach",
+              file=sys.stderr)
+    for secret, folder in itertools.product(hidden if layers else (), [*folders, cwd]):
+        if Path(secret).resolve().is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"{secret} must be kept from scripts, but lies below {folder}, which they may read; keep the "
+                             "prepared data (--data) somewhere else")
+    started = time.monotonic()
+    report = _run([program, script], cwd, layers, timeout_s=timeout_s, memory_bytes=memory_bytes, readable=folders,
+                  output_bytes=output_bytes, file_bytes=file_bytes, processes=processes, threads=threads, gpu=gpu,
+                  stop=stop)
+    layers = "+".join(layers) or "off"
     if not report:
-        return Result("killed", -9, "", "", time.monotonic() - started, 0, "off", "It attacked its supervisor.")
-    exit_code, why, seconds, peak, oom, stdout, stderr = ast.literal_eval(report.decode())
+        return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.")
+    exit_code, why, seconds, peak, oom, stdout, stderr = report
     stdout, stderr = (_tidy(stream.decode("utf-8", "replace")) for stream in (stdout, stderr))
     limits = {"timeout": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
               "memory": ("out of memory", f"It used more than its limit of {memory_bytes / 2**30:.2f} GiB."),
               "processes": ("too many processes", f"It had more than {processes} processes.")}
     outcome, detail = limits[why] if why else _outcome(exit_code, oom, stderr)
-    return Result(outcome, exit_code, stdout, stderr, seconds, peak, "off", detail)
+    return Result(outcome, exit_code, stdout, stderr, seconds, peak, layers, detail)
 
 
 def _outcome(exit_code, oom, stderr):
@@ -446,18 +748,25 @@ text is written \\n, a double quote \\", a backslash \\\\.
 Examples of a reply:
 
 {examples}"""
-EXAMPLES = (    # whole ones: a small model copies the form it sees
-    {"Reflection": "The work begins; there is no observation yet.",
-     "Research Plan and Status": "1. Run train.py as it is. 2. Change one thing, run, compare. Nothing is done yet.",
-     "Fact Check": "Nothing is confirmed yet.",
-     "Thought": "I run the script as it is, to know the score to beat.",
-     "Action": "Execute Script", "Action Input": '{"script_name": "train.py"}'},
+EXAMPLES = (    # whole ones, since a small model copies the form it sees; of the two edits the first that is offered
+    {"Reflection": "The script runs; its validation score is the one to beat.",
+     "Research Plan and Status": "1. Run train.py: done. 2. **Have the features scaled.** 3. Run it again and compare.",
+     "Fact Check": "The score is confirmed by the last observation. That scaling helps is guessed.",
+     "Thought": "The features have very different ranges, so I have them scaled before training.",
+     "Action": "Edit Script (AI)",
+     "Action Input": '{"script_name": "train.py", "edit_instruction": "Scale all features with StandardScaler, fitted on '
+                     'the training part, before the model is trained.", "save_name": "train.py"}'},
     {"Reflection": "The script runs; its validation score is the one to beat.",
      "Research Plan and Status": "1. Run train.py: done. 2. **Train for more epochs.** 3. Run it again and compare.",
      "Fact Check": "The score is confirmed by the last observation. That more epochs help is guessed.",
      "Thought": "The loss was still falling at the end, so I train longer.",
      "Action": "Replace In Script",
-     "Action Input": '{"script_name": "train.py", "find": "EPOCHS = 5\\n", "replace": "EPOCHS = 10\\n"}'})
+     "Action Input": '{"script_name": "train.py", "find": "EPOCHS = 5\\n", "replace": "EPOCHS = 10\\n"}'},
+    {"Reflection": "The work begins; there is no observation yet.",
+     "Research Plan and Status": "1. Run train.py as it is. 2. Change one thing, run, compare. Nothing is done yet.",
+     "Fact Check": "Nothing is confirmed yet.",
+     "Thought": "I run the script as it is, to know the score to beat.",
+     "Action": "Execute Script", "Action Input": '{"script_name": "train.py"}'})
 PROBLEM = """Task: {task.id}
 
 {problem}
@@ -470,7 +779,8 @@ The workspace holds {task.entry} (the script to improve) and data/ (read-only). 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS):
     """The first message: tools, rules, format. The same for all tasks, so that its cache can be shared."""
     tools = "\n".join(f"- {name} {json.dumps(ACTIONS[name][0])}: {ACTIONS[name][1]}" for name in actions)
-    examples = ["\n".join(f"{name}: {each[name]}" for name in fields) for each in EXAMPLES if each["Action"] in actions]
+    offered = [each for each in EXAMPLES if each["Action"] in actions]
+    examples = ["\n".join(f"{name}: {each[name]}" for name in fields) for each in offered[:1] + offered[1:][-1:]]
     return SYSTEM.format(tools=tools, entries="\n".join(f"{name}: ({EXPLAIN[name]})" for name in fields),
                          examples="\n\n".join(examples))
 

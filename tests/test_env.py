@@ -532,12 +532,12 @@ def test_prompt_names_every_tool_and_argument():
     prompt = system_prompt()
     for name, (args, _) in ACTIONS.items():
         assert f"- {name} {{" in prompt and all(f'"{key}"' in prompt for key in args)
-    assert all(f"\n{name}: (" in prompt for name in FIELDS) and len(prompt) < 4_400  # about 850 tokens
-    for fields in (FIELDS, SHORT):
-        examples = system_prompt(fields=fields).split("Examples of a reply:\n\n")[1].split("\n\n")
-        assert [parse(each, fields)[1:] for each in examples] == [
-            ("Execute Script", {"script_name": "train.py"}, ""),
-            ("Replace In Script", {"script_name": "train.py", "find": "EPOCHS = 5\n", "replace": "EPOCHS = 10\n"}, "")]
+    assert all(f"\n{name}: (" in prompt for name in FIELDS) and len(prompt) < 4_800  # about 850 tokens
+    for without, first in ((None, "Edit Script (AI)"), ("Edit Script (AI)", "Replace In Script")):
+        actions = [name for name in ACTIONS if name != without]
+        for fields in (FIELDS, SHORT):
+            examples = system_prompt(actions, fields).split("Examples of a reply:\n\n")[1].split("\n\n")
+            assert [parse(each, fields)[1::2] for each in examples] == [(first, ""), ("Execute Script", "")]
     assert "Replace In Script" not in system_prompt(actions=("Execute Script",))
 
 
