@@ -1,9 +1,11 @@
 """The machine-learning tasks: one folder a task, found by scanning; how they are prepared and graded.
 
-A task is a folder `tasks/<id>/` with three files:
+A task is a folder `tasks/<id>/` with three files
     problem.md   the statement the agent reads
     train.py     the starter script the agent improves; reads `data/`, writes `submission.csv`
     task.py      `TASK = Task(...)`: the figures, and three functions: prepare, miniature, score
+and, where it has some,
+    ideas.json   ways to change the starter, each told in words and as edits; see `ideas`
 More folders of tasks can be named in the environment variable ML_AGENT_TASKS, separated by ":".
 
 Prepared data lie in `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (what was
@@ -17,6 +19,7 @@ published ones.
 On the command line: `python -m tasks list | prepare | grade | check`. The metrics are in metrics.py, the publisher's
 files and the split in raw.py, the reading of submissions in submission.py; all their names are here too.
 """
+import contextlib
 import csv
 import difflib
 import fcntl
@@ -31,6 +34,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from dataclasses import dataclass, field, replace
@@ -43,8 +47,14 @@ import pandas as pd
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
     MissingRaw, copy_raw, copy_raw_folder, progress, raw_csv, raw_files, read_csv, train_test_split, write_csv)
-from tasks.submission import InvalidSubmission, matched, numbers, read_submission, show
+from tasks.submission import InvalidSubmission, matched, numbers, plain_columns, read_submission, show
 
+# What an idea may be about: the closed set of "kind" in ideas.json.
+IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentation", "ensembling", "calibration",
+              "validation")
+INSTALL = "Install what the tasks' scripts use: pip install -r tasks/requirements.txt"
+LARGE_BYTES = 32 << 20      # answers beyond this are read each time and graded one at a time, to save memory
+ONE_LARGE = threading.Lock()
 FOLDERS = [Path(__file__).parent, *map(Path, filter(None, os.environ.get("ML_AGENT_TASKS", "").split(":")))]
 
 
@@ -74,9 +84,13 @@ class Task:
     sample: str = "sample_submission.csv"   # a valid, poor submission, a file in public
     test_file: str = ""             # the file that belongs to a test row, from the row's id: "images/{}.jpg"
     known_signal: str = ""          # why the publisher's own ids tell of the target, where they do
+    known_twins: str = ""           # why train and test share rows or files in the publisher's own data, where they do
+    key_is_feature: bool = False    # the id is what is judged, such as the text itself, and is shown in train too
+    also: dict = field(default_factory=dict)    # further metrics: name -> a function as score
     variants: tuple = ("default",)  # names of splits; the first is the default
     published: dict = field(default_factory=dict)   # Table 1: model -> (average, best) of 8, accuracies from 0 to 1
     medals: dict = field(default_factory=dict)      # gold, silver, bronze, median -> score on Kaggle's leaderboard
+    medals_metric: str = ""         # the metric of the medals, where it is another
     alpha: float = 8.0              # the reward's slope
     time_limit_s: float = 600.0     # one script, seconds
     memory_limit_bytes: int = 4 << 30   # one script, bytes
@@ -137,9 +151,68 @@ def _load(folder):
     spec = importlib.util.spec_from_file_location("tasks." + re.sub(r"\W", "_", folder.name), folder / "task.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "TASK"):
+        raise ValueError(f"{folder / 'task.py'} must define TASK, a tasks.Task.")
     if module.TASK.id != folder.name:
         raise ValueError(f"{folder / 'task.py'} calls its task {module.TASK.id!r}; the id must be the folder's name.")
     return replace(module.TASK, folder=folder)
+
+
+# --------------------------------------------------------------------------------------------------------------- ideas
+
+def ideas(id):
+    """The ideas of the task's ideas.json, in its order; [] where there is no such file.
+
+    An idea is a dict: "title", "kind" (one of IDEA_KINDS), "instruction" (what to do, in words) and "edits", a list of
+    {"find": text, "replace": text} for `apply`. ValueError names the file and the entry that is not like that.
+    """
+    path = load(id).folder / "ideas.json"
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(found, list):
+        raise ValueError(f"{path} must hold a list of ideas.")
+    titles = set()
+    for number, idea in enumerate(found, 1):
+        if wrong := _wrong_with(idea, titles):
+            raise ValueError(f"{path}, entry {number}: {wrong}")
+        titles.add(idea["title"])
+    return found
+
+
+def _wrong_with(idea, titles):
+    """What is wrong with an entry of ideas.json, or None. titles are those of the entries before it."""
+    def fields(entry, *names):
+        return isinstance(entry, dict) and set(entry) == set(names)
+    if not fields(idea, "title", "kind", "instruction", "edits"):
+        return "it must have exactly the fields title, kind, instruction and edits."
+    if not all(isinstance(idea[name], str) and idea[name].strip() for name in ("title", "kind", "instruction")):
+        return "its title, kind and instruction must be text, and not blank."
+    if idea["title"] in titles:
+        return f"the title {idea['title']!r} occurs twice."
+    if idea["kind"] not in IDEA_KINDS:
+        return f"its kind is {idea['kind']!r}; it must be one of {', '.join(IDEA_KINDS)}."
+    edits = idea["edits"]
+    if not (isinstance(edits, list) and edits and all(
+            fields(edit, "find", "replace") and all(isinstance(text, str) for text in edit.values()) and edit["find"]
+            for edit in edits)):
+        return 'its edits must be a list, not empty, of {"find": text, "replace": text}, with something to find.'
+
+
+def apply(script, idea):
+    """The text `script` after the idea's edits, one after the other.
+
+    ValueError where the text to find is not there exactly once when its turn comes.
+    """
+    for number, edit in enumerate(idea["edits"], 1):
+        if (times := script.count(edit["find"])) != 1:
+            raise ValueError(f"Edit {number} of the idea {idea['title']!r} must find its text once in the script; "
+                             f"it is there {times} times: {show(edit['find'])}.")
+        script = script.replace(edit["find"], edit["replace"])
+    return script
 
 
 # ------------------------------------------------------------------------------------------------------------- prepare
@@ -241,22 +314,32 @@ def run_starter(task, home, python=sys.executable):
 
     RuntimeError where it fails.
     """
+    return run_script(task, home, (task.folder / task.entry).read_text(), python, f"The starter of {task.id}")
+
+
+def run_script(task, home, script, python=sys.executable, name="The script"):
+    """As run_starter, for a script given as text. Unlike env.execute it keeps nothing from a script: for our own only.
+
+    name is how messages call it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(task.folder / task.entry, folder)
+        (Path(folder) / task.entry).write_text(script)
         os.symlink((home / "public").resolve(), Path(folder) / "data")
         start = time.monotonic()
         try:
             run = subprocess.run([python, task.entry], cwd=folder, timeout=task.time_limit_s, text=True,
                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"The starter of {task.id} takes over {task.time_limit_s:g} s, its limit.") from None
+            raise RuntimeError(f"{name} takes over {task.time_limit_s:g} s, its limit.") from None
         seconds = time.monotonic() - start
+        if missing := re.search(r"^ModuleNotFoundError: No module named '(\w+)", run.stderr, re.MULTILINE):
+            raise RuntimeError(f"{name} needs the module {missing[1]}, which {python} lacks. {INSTALL}")
         if run.returncode != 0:
-            raise RuntimeError(f"The starter of {task.id} exits with {run.returncode}:\n{run.stderr[-2000:]}")
+            raise RuntimeError(f"{name} exits with {run.returncode}:\n{run.stderr[-2000:]}")
         try:
             return _finite(score_file(task, home, Path(folder) / "submission.csv")), seconds, run.stdout
         except InvalidSubmission as error:
-            raise RuntimeError(f"The starter of {task.id} writes a submission that is not valid. {error}") from None
+            raise RuntimeError(f"{name} writes a submission that is not valid. {error}") from None
 
 
 def info(id, data="data"):
@@ -303,14 +386,31 @@ def grade(id, path, data="data"):
     return _finite(score_file(load(id), Path(data) / id, path))
 
 
+def also(id, path, data="data"):
+    """The further metrics of the submission at path: {name: float}, in the order of Task.also; errors as grade's.
+
+    They are shown and used for nothing else; NaN where one is not defined for these predictions.
+    """
+    info(id, data)
+    task = load(id)
+    return _scores(task, Path(data) / id, path, task.also)
+
+
 def score_file(task, home, path):
     """As grade, for a task prepared in home; NaN or infinity where the metric is not defined for these predictions."""
+    return _scores(task, home, path, {task.metric: task.score})[task.metric]
+
+
+def _scores(task, home, path, functions):
     limit = (home / "public" / task.sample).stat().st_size * 8 + (4 << 20)  # no honest file is 8 times the sample
-    submission = read_submission(path, limit)
-    answers = home / "private" / task.answers
-    answers = _answers(answers, answers.stat().st_mtime_ns, task.key, task.targets)
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # predictions near 1e308 may overflow
-        return float(task.score(answers, submission))
+    facts = (home / "private" / task.answers).stat()
+    large = facts.st_size > LARGE_BYTES
+    with ONE_LARGE if large else contextlib.nullcontext():      # threads grade at once; text takes 5 times the file
+        submission = read_submission(path, limit)
+        answers = (_read_answers if large else _kept_answers)(
+            home / "private" / task.answers, facts.st_mtime_ns, task.key, task.targets)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # predictions near 1e308 may overflow
+            return {name: float(function(answers, submission)) for name, function in functions.items()}
 
 
 def _finite(score):
@@ -319,8 +419,18 @@ def _finite(score):
     return score
 
 
-@functools.lru_cache(maxsize=8)
-def _answers(path, mtime, key, targets):
+def _read_answers(path, mtime, key, targets):
     """The answers as a table; only the columns that are needed, since others can be many."""
-    columns = None if not targets else [key, *targets] if key else list(targets)
-    return pd.read_csv(path, dtype=str, keep_default_na=False, usecols=columns).to_dict("list")
+    table = read_table(path)
+    columns = list(table) if not targets else [key, *targets] if key else list(targets)
+    return {name: table[name] for name in columns}
+
+
+_kept_answers = functools.lru_cache(maxsize=8)(_read_answers)
+
+
+def read_table(path):
+    """A table {column: [text]} in a CSV file of ours."""
+    if plain := plain_columns(Path(path).read_bytes()):
+        return dict(zip(*plain))
+    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("list")

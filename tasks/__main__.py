@@ -1,21 +1,24 @@
 """The command line of the tasks.
 
-    python -m tasks list
+    python -m tasks list [ID ...]
     python -m tasks prepare ID [--raw DIR] [--variant NAME] [--force]      without --raw: a miniature made from a seed
     python -m tasks grade ID submission.csv
-    python -m tasks check [ID ...]
+    python -m tasks check [ID ...] [--ideas] [--jobs N]
 
 ID may also be held-in, held-out, paper or all (with prepare only where no --raw is given, and not with grade).
 Exit status: 0 done, 1 failed, 2 bad arguments.
 """
 import argparse
 import difflib
+import os
 import sys
 import tempfile
+import textwrap
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import tasks
-from tasks.check import check
+from tasks.check import check, check_ideas
 
 
 def main(argv=None):
@@ -33,7 +36,11 @@ def main(argv=None):
     at["prepare"].add_argument("--seed", type=int, default=0, help="of the miniature (default: 0)")
     at["prepare"].add_argument("--force", action="store_true", help="prepare again what is prepared already")
     at["grade"].add_argument("file")
-    at["check"].add_argument("ids", metavar="ID", nargs="*", default=["all"])
+    for one in (at["list"], at["check"]):
+        one.add_argument("ids", metavar="ID", nargs="*", default=["all"])
+    at["check"].add_argument("--ideas", action="store_true", help="run each task's ideas on its miniature instead")
+    at["check"].add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                             help="tasks checked at a time (default: the number of cores)")
     for one in (at["prepare"], at["check"]):
         one.add_argument("--python", default=sys.executable, help="interpreter that runs the starters")
     args, unknown = parser.parse_known_args(argv)
@@ -42,7 +49,7 @@ def main(argv=None):
         near = difflib.get_close_matches(unknown[0].split("=")[0], one._option_string_actions, n=2)
         one.error(f"unknown argument {unknown[0]}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     try:
-        ids = [id for which in getattr(args, "ids", ["all"]) for id in tasks.names(which)]
+        ids = [id for which in args.ids for id in tasks.names(which)]
     except ValueError as error:
         one.error(str(error))
     if len(ids) > 1 and (args.command == "grade" or getattr(args, "raw", None)):
@@ -51,25 +58,38 @@ def main(argv=None):
         return commands[args.command](args, ids)
     except tasks.InvalidSubmission as error:
         print(f"The submission is not valid. {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(f"The module {error.name} is missing. {tasks.INSTALL}", file=sys.stderr)
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
     return 1
 
 
 def run_list(args, ids):
-    """One row a task. The weakest and ML-Agent are averages of the paper's Table 1; m_init is our starter's score."""
-    rows = []
-    for task in map(tasks.load, ids):
+    """A row of figures a task, then what to get and where the figures come from.
+
+    aim: whether the metric should go up or down. m_init is our starter's score on the real data, m_best the best known
+    one; the weakest and ML-Agent are averages of the paper's Table 1. "-": not measured, or not in that table.
+    """
+    chosen = [tasks.load(id) for id in ids]
+    figures = {"m_init": ">8", "m_best": ">7", "weakest": ">7", "ML-Agent": ">8"}
+    for split in ("held-in", "held-out"):
+        rows = [{split: task.id, "modality": task.modality, "metric": task.metric, "aim": task.direction,
+                 "m_init": task.m_init, "m_best": task.m_best, "weakest": task.weakest(),
+                 "ML-Agent": task.published["ML-Agent"][0] if task.published else None}
+                for task in chosen if task.split == split]
+        if rows:
+            width = max(map(len, ids))
+            print_table({split: f"<{width}", "modality": "<8", "metric": "<19", "aim": "<4", **figures}, rows)
+            print()
+    for task in chosen:
         prepared = (Path(args.data) / task.id / "task.json").exists()
+        state = kind(tasks.info(task.id, args.data)) if prepared else "not prepared"
         medals = "/".join(f"{task.medals[name]:g}" for name in ("gold", "silver", "bronze") if name in task.medals)
-        rows.append({
-            "task": task.id, "modality": task.modality, "metric": task.metric, "better": task.direction,
-            "split": task.split, "follows": task.source, "m_init": task.m_init, "m_best": task.m_best,
-            "m_best from": task.m_best_source, "weakest": task.weakest(),
-            "ML-Agent": task.published["ML-Agent"][0] if task.published else None, "gold/silver/bronze": medals or None,
-            "prepared": kind(tasks.info(task.id, args.data)) if prepared else None,
-            "size": task.size, "download": task.download})
-    print_table(rows)
+        medals += f" ({task.medals_metric})" if task.medals_metric else ""
+        facts = [f"{task.id} ({state}): get {task.download}, {task.size}.", f"Follows {task.source}.",
+                 f"m_best: {task.m_best_source}.", f"Gold/silver/bronze: {medals}." if medals else ""]
+        print(textwrap.fill(" ".join(filter(None, facts)), 120, subsequent_indent="    ", break_on_hyphens=False))
     return 0
 
 
@@ -91,26 +111,58 @@ def run_grade(args, ids):
     score = tasks.grade(task.id, args.file, args.data)
     print(f"{task.id} ({kind(facts)}): {task.metric} {score:.6g} "
           f"(the starter has {facts['m_init']:.6g}, the best known is {facts['m_best']:.6g})")
+    for name, value in tasks.also(task.id, args.file, args.data).items():
+        print(f"{name} {value:.6g}")
     return 0
 
 
 def run_check(args, ids):
     """Proves tasks sound: always the miniature, made aside where --data lacks it; and real data prepared in --data."""
-    rows, failures = [], []
+    columns = {"task": f"<{max(map(len, ids))}", **(IDEA_COLUMNS if args.ideas else CHECK_COLUMNS)}
+    num_rows, failures = 0, []
+
+    def results():
+        jobs = min(args.jobs, len(ids))
+        if jobs <= 1:
+            for id in ids:
+                yield id, check_one(id, args.data, args.python, args.ideas)
+            return
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs)      # of one starter: more would fight over the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        with ProcessPoolExecutor(jobs) as pool:
+            runs = {pool.submit(check_one, id, args.data, args.python, args.ideas): id for id in ids}
+            for run in as_completed(runs):
+                yield runs[run], run.result()
+
+    def rows():
+        nonlocal num_rows
+        for id, checked in results():
+            for row, failed in checked:
+                failures.extend(f"{id} ({row['data']}): {failure}" for failure in failed)
+                num_rows += 1
+                yield row
+    print_table(columns, rows())
+    print("\n".join(failures) or f"All {num_rows} are sound.")
+    return 1 if failures else 0
+
+
+def check_one(id, data, python, ideas):
+    """[(row, failures)] of checking one task: its miniature, and unless ideas are run its real data in `data` too."""
+    places, checked = [], []
+    if (Path(data) / id / "task.json").exists():
+        places = [data] if tasks.info(id, data)["miniature"] or not ideas else []
     with tempfile.TemporaryDirectory() as aside:
-        for id in ids:
-            places = [args.data] if (Path(args.data) / id / "task.json").exists() else []
-            if not places or not tasks.info(id, args.data)["miniature"]:
-                tasks.prepare(id, data=aside, say=lambda line: None, python=args.python)
+        try:
+            if not places or not tasks.info(id, data)["miniature"]:
+                tasks.prepare(id, data=aside, say=lambda line: None, python=python)
                 places.insert(0, aside)
             for place in places:
-                row, failed = check(id, place, args.python)
-                rows.append(row)
-                failures += [f"{id} ({row['data']}): {failure}" for failure in failed]
-                tasks.progress(ids.index(id) + 1, len(ids), "tasks checked")
-    print_table(rows)
-    print("\n".join(failures) or f"All {len(rows)} are sound.")
-    return 1 if failures else 0
+                row, failed = (check_ideas if ideas else check)(id, place, python)
+                checked.append(({**row, "data": kind(tasks.info(id, place))}, failed))
+        except (ValueError, RuntimeError, ModuleNotFoundError) as error:
+            lacks = f". {tasks.INSTALL}" if isinstance(error, ModuleNotFoundError) else ""
+            checked.append(({"task": id, "data": "-", "verdict": "FAILED"}, [f"{error}{lacks}"]))
+    return checked
 
 
 def kind(facts):
@@ -118,15 +170,19 @@ def kind(facts):
     return "miniature" if facts["miniature"] else f"real, {facts['variant']}"
 
 
-def print_table(rows):
-    """Prints dicts with the same keys as aligned columns, numbers to the right, None as "-"."""
-    names = list(rows[0])
-    cells = [[f"{value:.5g}" if isinstance(value, float) else "-" if value is None else str(value)
-              for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(names, *cells)]
-    right = [any(isinstance(row[name], (int, float)) for row in rows) for name in names]
-    for line in [names, *cells]:
-        print("  ".join(f"{text:>{w}}" if r else f"{text:<{w}}" for text, w, r in zip(line, widths, right)).rstrip())
+def print_table(columns, rows):
+    """Prints a line for each row, a dict, as soon as it comes. columns: {name: format such as "<8" or ">8"}."""
+    print("  ".join(format(name, align) for name, align in columns.items()).rstrip())
+    for row in rows:
+        cells = {name: "-" if row.get(name) is None else row[name] for name in columns}
+        texts = {name: f"{cell:.5g}" if isinstance(cell, float) else str(cell) for name, cell in cells.items()}
+        print("  ".join(format(texts[name], align) for name, align in columns.items()).rstrip(), flush=True)
+
+
+CHECK_COLUMNS = {"data": "<9", "train": ">7", "test": ">7", **dict.fromkeys(
+    ["answers", "sample", "shuffled", "starter", "recorded", "m_best", "seconds"], ">8"), "verdict": "<7"}
+IDEA_COLUMNS = {"starter": ">8", "best": ">8", "better": ">6", "same": ">6", "worse": ">6", "seconds": ">7",
+                "verdict": "<7", "best idea": ""}
 
 
 if __name__ == "__main__":

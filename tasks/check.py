@@ -5,12 +5,16 @@
 - The sample submission is valid and worse than the starter; so are the answers dealt out to the wrong rows.
 - A missing column, missing and surplus rows, an unknown and a doubled id, a blank, NaN, text, no rows and an empty file
   are refused with a reason.
-- The public test file lacks the targets, and no row (nor file of a row) is both in train and in test.
+- The public test file lacks the targets, and no row (nor file of a row) is both in train and in test. (Where the
+  publisher's own data have such twins, the task says so in known_twins.)
 - The position in the test file and the id tell nothing of the target, and in miniatures nor does the size of a row's
   file: neither its rank correlation with a target nor the likeness of neighbours is beyond 5 standard deviations of 50
-  shuffles. (Where the publisher's own ids tell something the task says so in known_signal; sizes of real images do.)
+  shuffles. (Where the publisher's own ids tell something the task says so in known_signal, which excuses positions too
+  where rows lie in the order of the ids; sizes of real images do tell.)
 - The starter prints a validation score and gets the score that was recorded when it was prepared; on real data also the
   task's m_init.
+- Where there are ideas: at least 10 of at least 5 kinds, and each applies to the starter and compiles. `--ideas` runs
+  them too: on the miniature at least half must improve the starter's score and at least one must make it worse.
 """
 import csv
 import math
@@ -25,6 +29,7 @@ import pandas as pd
 import tasks
 
 SIGMAS = 5              # a signal: so many standard deviations beyond what shuffled targets give
+MIN_IDEAS, MIN_KINDS = 10, 5
 MAX_ROWS = 20_000       # rows that are searched for signals
 VALIDATION_LINE = re.compile(r"^validation .+: -?\d+(\.\d+)?\s*$", re.MULTILINE)
 
@@ -32,7 +37,7 @@ VALIDATION_LINE = re.compile(r"^validation .+: -?\d+(\.\d+)?\s*$", re.MULTILINE)
 def check(id, data, python):
     """(row, failures) of the task prepared in data/id: a dict of figures, and a sentence for each proof that failed."""
     start, task, home, facts = time.monotonic(), tasks.load(id), Path(data) / id, tasks.info(id, data)
-    sample, answers = _table(home / "public" / task.sample), _table(home / "private" / task.answers)
+    sample, answers = tasks.read_table(home / "public" / task.sample), tasks.read_table(home / "private" / task.answers)
     targets = list(task.targets or [name for name in sample if name != task.key])
     gold = {**sample, **tasks.matched(answers, sample, task.key, targets)}
     num_rows = len(gold[targets[0]])
@@ -52,7 +57,8 @@ def check(id, data, python):
         if not (math.isnan(score) or task.better(starter, score)):
             failures.append(f"The {what} scores {score:.5g}, no worse than the starter's {starter:.5g}.")
     failures += not_refused(task, home, gold, targets)
-    failures += in_sight(task, home, targets, answers)
+    failures += in_sight(task, home, targets, answers, facts["miniature"])
+    failures += unfit_ideas(task)
     failures += signals(task, home, gold, targets, facts["miniature"])
     if not VALIDATION_LINE.search(printed):
         failures.append("The starter prints no line such as 'validation accuracy: 0.9'.")
@@ -69,8 +75,47 @@ def check(id, data, python):
             "seconds": round(time.monotonic() - start, 1), "verdict": "FAILED" if failures else "ok"}, failures
 
 
-def _table(path):
-    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("list")
+def check_ideas(id, data, python):
+    """(row, failures) as check, of running each of the task's ideas on what is prepared in data/id."""
+    start, task, home = time.monotonic(), tasks.load(id), Path(data) / id
+    script, failures = (task.folder / task.entry).read_text(), unfit_ideas(task)
+    starter = tasks.info(id, data)["m_init"]
+    scores = {}
+    for idea in [] if failures else tasks.ideas(id):
+        name = f"The idea {idea['title']!r}"
+        try:
+            scores[idea["title"]] = tasks.run_script(task, home, tasks.apply(script, idea), python, name)[0]
+        except RuntimeError as error:
+            failures.append(str(error))
+    same = [title for title, score in scores.items() if math.isclose(score, starter, rel_tol=1e-9)]
+    better = [title for title, score in scores.items() if title not in same and task.better(score, starter)]
+    num_worse = len(scores) - len(same) - len(better)
+    if scores and 2 * len(better) < len(scores):
+        failures.append(f"Only {len(better)} of {len(scores)} ideas improve the score.")
+    if scores and not num_worse:
+        failures.append("No idea makes the score worse; some should, as with anyone's ideas.")
+    best = max(scores, key=lambda title: scores[title] if task.direction == "up" else -scores[title], default=None)
+    return {"task": id, "starter": starter, "best": scores.get(best), "better": len(better), "same": len(same),
+            "worse": num_worse, "seconds": round(time.monotonic() - start, 1),
+            "verdict": "FAILED" if failures else "ok", "best idea": best}, failures
+
+
+def unfit_ideas(task):
+    """What is wrong with the task's ideas as they stand, without running them. A task may have none."""
+    try:
+        found = tasks.ideas(task.id)
+    except ValueError as error:
+        return [str(error)]
+    kinds, script, failures = {idea["kind"] for idea in found}, (task.folder / task.entry).read_text(), []
+    if found and (len(found) < MIN_IDEAS or len(kinds) < MIN_KINDS):
+        failures.append(f"There are {len(found)} ideas of {len(kinds)} kinds; at least {MIN_IDEAS} of {MIN_KINDS} are "
+                        f"wanted.")
+    for idea in found:
+        try:
+            compile(tasks.apply(script, idea), task.entry, "exec")
+        except (ValueError, SyntaxError) as error:
+            failures.append(f"The idea {idea['title']!r} does not fit the starter: {error}")
+    return failures
 
 
 def _score(task, home, table):
@@ -106,26 +151,41 @@ def not_refused(task, home, gold, targets):
     return failures
 
 
-def in_sight(task, home, targets, answers):
+def in_sight(task, home, targets, answers, miniature):
     """What the public folder gives away: targets in the test file, test rows or their files among the training ones."""
-    public, failures = home / "public", []
+    public, failures, twins = home / "public", [], []
     train, test = public / "train.csv", public / "test.csv"
-    if test.exists() and set(targets) & set(_table(test)):
+    trained_on, shown = (_header(path) if path.exists() else [] for path in (train, test))
+    if set(targets) & set(shown):
         failures.append("The public test file has the target's column.")
-    if train.exists() and test.exists():
-        train, test = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in (train, test))
-        features = [name for name in test if name in train and name != task.key]
-        train, test = (set(rows[features].itertuples(index=False, name=None)) for rows in (train, test))
-        if features and (shared := train & test):
-            failures.append(f"{len(shared)} rows are in train and in test, such as {tasks.show(str(min(shared)))}.")
+    features = [name for name in shown if name in trained_on and (name != task.key or task.key_is_feature)]
+    if features:
+        tested = {row: number for number, row in enumerate(_hash_rows(test, features), 1)}
+        shared = {tested[row] for row in _hash_rows(train, features) if row in tested}
+        twins += [f"{len(shared)} rows are in train and in test, such as row {min(shared)} of test."] if shared else []
     if task.test_file:
         tested = [public / task.test_file.format(id) for id in answers[task.key]]
         failures += [f"{path} is missing." for path in tested if not path.exists()][:1]
         hashes = {tasks.hash_files(path) for path in tested if path.exists()}
-        others = set(public.rglob(f"*{Path(task.test_file).suffix}")) - set(tested)
+        others = {path for path in public.rglob(f"*{Path(task.test_file).suffix}") if path.is_file()} - set(tested)
         same = [path for path in sorted(others) if tasks.hash_files(path) in hashes]
-        failures += [f"{len(same)} files of train are in test too, such as {path}." for path in same[:1]]
-    return failures
+        twins += [f"{len(same)} files of train are in test too, such as {path}." for path in same[:1]]
+    return failures + ([] if task.known_twins and not miniature else twins)
+
+
+def _header(path):
+    with open(path, newline="", encoding="utf-8-sig") as stream:
+        return next(csv.reader(stream))
+
+
+def _hash_rows(path, columns):
+    """Yields a hash of each row's cells in these columns: train files may be larger than the memory."""
+    with open(path, newline="", encoding="utf-8-sig") as stream:
+        rows = csv.reader(stream)
+        header = next(rows)
+        places = [header.index(name) for name in columns]
+        for row in filter(None, rows):
+            yield hash(tuple([row[place] for place in places]))
 
 
 def signals(task, home, gold, targets, miniature):
@@ -139,13 +199,13 @@ def signals(task, home, gold, targets, miniature):
         columns += [number] if number.notna().all() else [values == value for value in classes]
     y = np.stack([np.asarray(column, float) for column in columns], 1)
     y = (y - y.mean(0)) / np.where(y.std(0) > 0, y.std(0), 1)           # (rows, columns), each with mean 0, deviation 1
-    tells = {}
-    if not task.known_signal:
-        tells["position in the test file"] = np.arange(rows)
-        if task.key:
-            ids = pd.Series(gold[task.key][:rows])
-            number = pd.to_numeric(ids, errors="coerce")
-            tells["id"] = (number if number.notna().all() else ids).rank().to_numpy()
+    tells = {"position in the test file": np.arange(rows)}
+    if task.key:
+        ids = pd.Series(gold[task.key][:rows])
+        number = pd.to_numeric(ids, errors="coerce")
+        tells["id"] = (number if number.notna().all() else ids).rank().to_numpy()
+        if task.known_signal and (np.diff(tells.pop("id")) > 0).all():
+            tells = {}
     if task.test_file and miniature:
         paths = [home / "public" / task.test_file.format(id) for id in gold[task.key][:rows]]
         tells["size of the file"] = np.array([path.stat().st_size if path.exists() else 0 for path in paths])
