@@ -1,0 +1,110 @@
+"""Dogs versus cats: the probability that a photograph shows a dog.
+
+Split, names and grader are MLE-bench's. What differs: the pictures lie loose in the folders train and test only, where
+MLE-bench ships them a second time as zips.
+"""
+import zipfile
+
+import numpy as np
+import pandas as pd
+
+from tasks import (
+    MissingRaw, Task, copy_raw_folder, log_loss, matched, numbers, raw_files, train_test_split, write_csv)
+from tasks.images import jpeg
+
+
+def prepare(raw, public, private, variant):
+    """25000 labelled pictures become 22500 to train on and 2500 to test on; the unlabelled ones are left out.
+
+    The pictures are split in the order of their names as text, then named anew in the order of the split:
+    train/cat.0.jpg, train/cat.1.jpg, ... and train/dog.0.jpg, ... each with a count of its own, test/1.jpg, ...
+    """
+    paths = (path.split("/") for path, _ in raw_files(raw) if path.endswith(".jpg"))
+    names = sorted({path[-1] for path in paths if path[-2:-1] == ["train"]})
+    if not names:
+        raise MissingRaw(f"There are no pictures in a folder train of {raw}, neither loose nor inside a zip.")
+    train, test = ([names[i] for i in side] for side in train_test_split(len(names), 0.1))
+    counts, places = {"cat": 0, "dog": 0}, {}
+    for name in train:
+        kind = "dog" if "dog" in name else "cat"
+        places[name] = f"train/{kind}.{counts[kind]}.jpg"
+        counts[kind] += 1
+    places.update({name: f"test/{i}.jpg" for i, name in enumerate(test, 1)})
+    answers = pd.DataFrame({"id": range(1, len(test) + 1), "label": [int("dog" in name) for name in test]})
+    write_csv(answers.assign(label=0.5), public / "sample_submission.csv")
+    write_csv(answers, private / "answers.csv")
+    for folder in ("train", "test"):
+        (public / folder).mkdir()
+    copy_raw_folder(raw, "train", public, places)
+
+
+def score(answers, submission):
+    """Log loss of the probability of a dog."""
+    predicted = matched(submission, answers, "id", ["label"])
+    return log_loss(numbers(answers, ["label"])[:, 0], numbers(predicted, ["label"], low=0, high=1)[:, 0])
+
+
+def miniature(raw, seed):
+    """250 cats, 250 dogs and 20 unlabelled pictures, as zips of JPEGs of many sizes and one length.
+
+    Each shows a face near the middle, of any colour before any other. Cats have whiskers and pointed ears that stand,
+    dogs have a long snout and round ears that hang.
+    """
+    rng = np.random.default_rng(seed)
+    names = [f"train/{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(250)]
+    names += [f"test/{i}.jpg" for i in range(1, 21)]
+    is_dog = [name.startswith("train/dog") or (name.startswith("test/") and rng.random() < 0.5) for name in names]
+    images = {name: jpeg(_picture(rng, dog), step=16, size=8192) for name, dog in zip(names, is_dog)}
+    for folder in ("train", "test"):
+        with zipfile.ZipFile(raw / f"{folder}.zip", "w") as archive:
+            for name in sorted(images):
+                if name.startswith(folder):
+                    archive.writestr(name, images[name])
+    write_csv(pd.DataFrame({"id": range(1, 21), "label": 0.5}), raw / "sample_submission.csv")
+
+
+def _picture(rng, dog):
+    """uint8 (height, width, 3), 40 to 64 pixels a side."""
+    height, width = rng.integers(40, 65, 2)
+    y, x = np.mgrid[:height, :width] / min(height, width)
+    y, x = y - y.mean() + rng.normal(0, 0.06), x - x.mean() + rng.normal(0, 0.06)
+    size, tilt = rng.uniform(0.75, 1.05), rng.normal(0, 0.12)
+    y, x = (y * np.cos(tilt) + x * np.sin(tilt)) / size, (x * np.cos(tilt) - y * np.sin(tilt)) / size
+    side = np.abs(x)
+    fur, backdrop = rng.uniform([[50], [40]], [[230], [220]]) * rng.normal([1, 0.88, 0.74], 0.08, (2, 3))
+    pixels = backdrop + (y * rng.normal(0, 40))[..., None]
+
+    def paint(distance, colour):
+        """Colours what lies within a negative distance, in parts of the picture."""
+        nonlocal pixels
+        cover = np.clip(0.5 - distance * 40, 0, 1)[..., None]
+        pixels = pixels + cover * (colour - pixels)
+    paint(np.hypot(x / 0.3, y / 0.27) * 0.28 - 0.28, fur)
+    ear = fur * rng.uniform(0.6, 0.9)
+    if dog:
+        length = rng.uniform(0.13, 0.2)
+        paint(np.hypot((side - 0.29) / 0.075, (y + 0.02) / length) * 0.09 - 0.09, ear)
+        paint(np.hypot(x / 0.13, (y - 0.14) / 0.15) * 0.14 - 0.14, fur * 1.12 + 8)
+    else:
+        tip = rng.uniform(0.36, 0.44)
+        paint(np.maximum(np.abs(side - 0.19) - (y + tip) * 0.5, y + 0.12), ear)
+        for slope in (-0.25, 0, 0.25):
+            whisker = np.maximum(np.abs(y - 0.1 - slope * (side - 0.1)) - 0.004, np.abs(side - 0.22) - 0.12)
+            paint(whisker, np.full(3, 235.0))
+    for at in (-0.11, 0.11):
+        paint(np.hypot(x - at, y + 0.05) - 0.035, np.array([25, 25, 20]) + 60 * rng.random(3))
+    paint(np.hypot(x, (y - 0.08 - 0.06 * dog) * 1.4) - (0.03 + 0.015 * dog), np.array([45, 30, 30]))
+    return np.clip(pixels + rng.normal(0, 9, pixels.shape), 0, 255).astype(np.uint8)
+
+
+TASK = Task(
+    id="dogs-vs-cats-redux-kernels-edition", modality="image", kind="classification", metric="log loss",
+    direction="down", split="held-in", source="MLE-bench", variants=("mle-bench",), prepare=prepare,
+    miniature=miniature, score=score, answers="answers.csv", test_file="test/{}.jpg",
+    download="train.zip of the Kaggle competition dogs-vs-cats-redux-kernels-edition, or its whole zip", size="850 MB",
+    m_init=None,
+    m_best=0.03882, m_best_source="Kaggle's gold medal",
+    m_best_miniature=0.0087,
+    m_best_miniature_source="batch-normalised network on grey pictures and their edges, 16 epochs, mirrored at random",
+    medals={"gold": 0.03882, "silver": 0.05038, "bronze": 0.06127, "median": 0.12216},
+)
