@@ -445,22 +445,39 @@ def test_ctrl_c_while_waiting_for_a_reply_leaves_what_can_be_continued(tmp_path,
     assert "1.0000" in again.stdout and "Traceback" not in again.stderr
 
 
+def scripts_below(pid):
+    """Process ids of the train.py that run below a process, seen through /proc."""
+    parents, found = {}, set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parents[int(name)] = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
+            if Path(f"/proc/{name}/cmdline").read_bytes().endswith(b"train.py\0"):
+                found.add(int(name))
+        except OSError:
+            continue    # ended meanwhile
+
+    def below(child):
+        return child == pid or child in parents and below(parents[child])
+    return {child for child in found if below(child)}
+
+
+def wait_for(condition, seconds=30):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert condition()
+
+
 def test_ctrl_c_while_a_script_runs_ends_the_script(tmp_path, task, server):
-    pid_file = tmp_path / "pid"
-    endless = f"3\nimport os, time\nopen({str(pid_file)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
-    server.script = [edit(3, 8), edit(8, endless), END]
+    server.script = [edit(3, 8), edit(8, "3\nimport time\ntime.sleep(600)"), END]
     with subprocess.Popen(command(tmp_path, port=server.server_port), stderr=subprocess.PIPE, text=True) as run:
-        until = time.monotonic() + 30
-        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < until:
-            time.sleep(0.05)
-        pid = int(pid_file.read_text())
+        wait_for(lambda: server.turns == [0, 1])
+        wait_for(lambda: scripts_below(run.pid))
+        script = scripts_below(run.pid)
         run.send_signal(signal.SIGTERM)     # ends it as Ctrl-C does
         run.communicate(timeout=20)
     assert run.returncode == 1
-    until = time.monotonic() + 5
-    while os.path.exists(f"/proc/{pid}") and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{pid}")
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in script), 10)
     lines = evaluation.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
     assert [line.get("score") for line in lines] == [None, 2.0]
 
