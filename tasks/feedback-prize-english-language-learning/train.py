@@ -1,0 +1,36 @@
+"""Trains a regression of six ratings on the words of an essay and writes submission.csv."""
+import numpy as np
+import pandas as pd
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+
+SEED = 0
+VALID_FRACTION = 0.1    # share of the training rows held back to measure the error
+MIN_ESSAYS = 1          # words found in fewer essays are left out
+ALPHA = 20.0            # strength of the regularisation
+RATINGS = ["cohesion", "syntax", "vocabulary", "phraseology", "grammar", "conventions"]
+
+train = pd.read_csv("data/train.csv")
+test = pd.read_csv("data/test.csv")
+
+
+def build_model():
+    words = TfidfVectorizer(min_df=MIN_ESSAYS)
+    return make_pipeline(words, Ridge(alpha=ALPHA, random_state=SEED))
+
+
+def mcrmse(truth, predicted):
+    """The root mean squared error of each column, averaged over the columns."""
+    return np.sqrt(((truth - predicted) ** 2).mean(axis=0)).mean()
+
+
+fit, valid = train_test_split(train, test_size=VALID_FRACTION, random_state=SEED)
+model = build_model().fit(fit["full_text"], fit[RATINGS])
+print(f"validation MCRMSE: {mcrmse(valid[RATINGS].to_numpy(), model.predict(valid['full_text'])):.4f}")
+
+model = build_model().fit(train["full_text"], train[RATINGS])
+submission = pd.DataFrame(model.predict(test["full_text"]), columns=RATINGS)
+submission.insert(0, "text_id", test["text_id"])
+submission.to_csv("submission.csv", index=False)
