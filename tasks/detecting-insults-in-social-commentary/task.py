@@ -1,8 +1,8 @@
 """Insults in comments: whether a comment is meant to insult someone in the conversation.
 
 Files and split are MLE-bench's: no split is made, the publisher's first test set and its solutions are the test. The
-score is the paper's accuracy, with probabilities above 0.5 taken as insults; MLE-bench's own metric is the AUC, which
-`area` computes. No row has an id: the comment itself is the key, so it must come back unchanged.
+score is the paper's accuracy, with probabilities above 0.5 taken as insults; MLE-bench's own metric, the AUC, is shown
+beside it. No row has an id: the comment itself is the key, so it must come back unchanged.
 """
 import random
 
@@ -54,7 +54,7 @@ def miniature(raw, seed):
             seen.add(text)
             date = f"2012{rng.randint(3, 9):02d}{rng.randint(1, 28):02d}"
             date += f"{rng.randint(0, 23):02d}{rng.randint(0, 59):02d}{rng.randint(0, 59):02d}Z"
-            rows.append([int(insult), "" if len(rows) < 320 and rng.random() < 0.2 else date, f'"{text}"'])
+            rows.append([int(insult), "" if rng.random() < 0.2 else date, f'"{text}"'])
     rows = pd.DataFrame(rows, columns=["Insult", "Date", "Comment"])
     train, test = rows[:320], rows[320:]
     write_csv(train, raw / "train.csv")
@@ -119,7 +119,9 @@ TASK = Task(
     id="detecting-insults-in-social-commentary", modality="text", kind="classification", metric="accuracy",
     direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), key="Comment",
     targets=("Insult",), sample="sample_submission_null.csv", prepare=prepare, miniature=miniature, score=score,
+    also={"AUC": area}, key_is_feature=True,
     known_signal="the comment itself is the key, and how it begins tells of the target",
+    known_twins="comments have no ids, so the same short one may have been written in both files",
     download="train.csv and test_with_solutions.csv of the Kaggle competition detecting-insults-in-social-commentary, "
              "or its whole zip", size="2 MB",
     m_init=None,
@@ -129,5 +131,5 @@ TASK = Task(
     published={"Qwen-7B-Instruct": (0.8013, 0.8075), "Qwen-32B-Instruct": (0.8089, 0.8201),
                "GPT-4o-mini": (0.8006, 0.8044), "GPT-4o": (0.8033, 0.8170), "DeepSeek-R1": (0.7992, 0.8041),
                "ML-Agent": (0.8111, 0.8273)},
-    # Kaggle's medals are in AUC, not accuracy: gold 0.83321, silver 0.82307, bronze 0.79111, median 0.77842
+    medals={"gold": 0.83321, "silver": 0.82307, "bronze": 0.79111, "median": 0.77842}, medals_metric="AUC",
 )
