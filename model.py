@@ -36,7 +36,7 @@ class Config:
     num_hidden_layers: int = 4              # L
     num_attention_heads: int = 4            # H
     num_key_value_heads: int = 2            # K
-    max_position_embeddings: int = 4096     # the longest row the model was made for, in tokens
+    max_position_embeddings: int = 32768    # the longest row the model was made for, in tokens
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     tie_word_embeddings: bool = True        # the output head is the embedding matrix
@@ -65,10 +65,10 @@ class Config:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON ({error}); download it again") from None
         if raw.get("model_type") != "qwen2":
-            raise ValueError(f"{path} says model_type {raw.get('model_type')!r}; this program reads 'qwen2' (Qwen2, Qwen2.5)")
+            raise ValueError(f"{path} says model_type {raw.get('model_type')!r}; expected 'qwen2' (Qwen2, Qwen2.5)")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}      # newer files nest rope_theta here
         if rope.get("rope_type", rope.get("type", "default")) != "default" or raw.get("use_sliding_window"):
-            raise ValueError(f"{path} asks for scaled rotary positions or a sliding window; only the plain form is built here")
+            raise ValueError(f"{path} asks for scaled rotary positions or a sliding window; only plain ones are built")
         raw = {"rope_theta": rope.get("rope_theta", 1e6), **raw}
         missing = [f.name for f in fields(cls) if f.name not in raw]
         if missing:
@@ -82,13 +82,13 @@ class Config:
 
     def save(self, folder, dtype):
         """Write config.json as transformers and vLLM expect it."""
-        text = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False,
-                "torch_dtype": str(dtype).removeprefix("torch."), **asdict(self)}
+        text = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+                "use_sliding_window": False, "torch_dtype": str(dtype).removeprefix("torch."), **asdict(self)}
         (Path(folder) / "config.json").write_text(json.dumps(text, indent=2) + "\n")
 
 
 PRESETS = {  # V, C, F, L, H, K, longest row, tied head
-    "tiny": (512, 128, 384, 4, 4, 2, 4096, True),
+    "tiny": (512, 128, 384, 4, 4, 2, 32768, True),
     "0.5b": (151936, 896, 4864, 24, 14, 2, 32768, True),
     "1.5b": (151936, 1536, 8960, 28, 12, 2, 32768, True),
     "3b": (151936, 2048, 11008, 36, 16, 2, 32768, True),
@@ -228,7 +228,7 @@ class Qwen2(nn.Module):
         self.tie()
 
     def tie(self):
-        """Make head and embedding one parameter again where the config says so (moving off the meta device parts them)."""
+        """Make head and embedding one parameter where the config says so; moving off the meta device parts them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -328,7 +328,8 @@ def find_folder(path):
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {why}") from None
 
 
 def checkpoint_files(folder):
@@ -338,7 +339,7 @@ def checkpoint_files(folder):
         where = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         absent = sorted({file.name for file in where.values() if not file.is_file()})
         if absent:
-            raise ValueError(f"{folder} lacks {', '.join(absent)}, named in {index.name}; download the checkpoint again")
+            raise ValueError(f"{folder} lacks {', '.join(absent)}, named in {index.name}; download it again")
     elif single.is_file():
         where = {}
     else:

@@ -2,9 +2,9 @@
 
     python sample.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "Write a haiku about gradient descent."
 
-    engine = load("Qwen/Qwen2.5-0.5B-Instruct")                         # or a folder, "tiny", "http://host:8000/v1#name"
-    reply = engine.chat([{"role": "user", "content": "Hello"}])         # thread-safe; many threads share one batch
-    groups = engine.generate(["1 + 1 =", "def f("], n=4)                # 4 samples of each prompt, one prefill each
+    engine = load("Qwen/Qwen2.5-0.5B-Instruct")                     # or a folder, "tiny", "http://host:8000/v1#name"
+    reply = engine.chat([{"role": "user", "content": "Hello"}])     # thread-safe; many threads share one batch
+    groups = engine.generate(["1 + 1 =", "def f("], n=4)            # 4 samples of each prompt, one prefill each
 
 The letters B, T, K, D, S, V, L are those of model.py; R is the number of rows of the cache.
 """
@@ -85,7 +85,8 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read a checkpoint folder's tokenizer.json, and from its other files the end-of-turn ids and default system text."""
+        """Read tokenizer.json of a checkpoint folder, and from its other files the ids that end a turn and the default
+        system text. Raises ValueError for a missing or damaged file."""
         folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder} holds no tokenizer.json; copy it from the checkpoint the model came from")
@@ -114,7 +115,7 @@ class Tokenizer:
         """Write the tokenizer's files beside a saved model, so that transformers and vLLM open the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt"):
+        for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
             if self.folder and (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 (folder / name).write_bytes((self.folder / name).read_bytes())
         self.bpe.save(str(folder / "tokenizer.json"))
@@ -220,7 +221,7 @@ class Window:
 def draw(logits, temperature, top_p, top_k, uniform):
     """One token for each row, and its log-probability under the distribution it was drawn from.
 
-    logits: (B, V) fp32. temperature, top_p, uniform: (B,) float64; top_k: (B,) int64, 0 for no limit. uniform in [0, 1).
+    logits: (B, V) fp32. temperature, top_p, uniform in [0, 1): (B,) float64; top_k: (B,) int64, 0 for no limit.
     The distribution is softmax(logits / temperature), cut to its top_k tokens, renormalised, cut to the smallest set of
     most likely tokens whose probability reaches top_p, renormalised; the token is its inverse CDF at `uniform`.
     Temperature 0 takes the most likely token and reports its log-probability at temperature 1, uncut.
@@ -346,8 +347,8 @@ class Engine:
         Raises ContextFull when ids and max_new_tokens do not fit the context, ValueError for options out of range.
         """
         if not (ids and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
-            raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0; found "
-                             f"{len(ids)} prompt tokens, {max_new_tokens}, {temperature}, {top_p}, {top_k}")
+            raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0; "
+                             f"found {len(ids)} prompt tokens, {max_new_tokens}, {temperature}, {top_p}, {top_k}")
         if len(ids) + max_new_tokens > self.context:
             raise ContextFull(f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the context of "
                               f"{self.context}; shorten the prompt, or give the engine a larger context")
@@ -405,15 +406,17 @@ class Engine:
         tokens, logps = draw(logits, settings[:, 0], settings[:, 1], settings[:, 2].long(), settings[:, 3])
         tokens, logps = tokens.tolist(), logps.tolist()
         if not all(map(math.isfinite, logps)):
-            raise FloatingPointError(f"{self.name}: the model's logits are not finite; its weights or its dtype are damaged")
+            raise FloatingPointError(f"{self.name} gives logits that are not finite; its weights are damaged")
         self.sampled_tokens += B
         done = []
         for row, (request, token, logp) in enumerate(zip(self.active, tokens, logps)):
             self.lengths[row] += 1
-            if self._take(request, token, logp):
-                done.append(row)
-        for row in reversed(done):
+            if completion := self._take(request, token, logp):
+                done.append((row, request, completion))
+        for row, _, _ in reversed(done):
             self._park(row)
+        for _, request, completion in done:     # last, so that who waits for a reply finds its row free
+            request.future.set_result(completion)
 
     def _prefill(self, request, row):
         """Bring all of the prompt but its last token into the cache's row `row`, reusing the longest known prefix."""
@@ -442,7 +445,7 @@ class Engine:
         self.prefilled_tokens += P - reused
 
     def _take(self, request, token, logp):
-        """Add a sampled token to its reply; True when the reply is complete."""
+        """Add a sampled token to its reply; its Completion when that ends it, else None."""
         r, ended, cut = request, token in self.tokenizer.eos, None
         r.tokens.append(token)
         r.logps.append(logp)
@@ -454,12 +457,11 @@ class Engine:
                 cut = at if at >= 0 and (cut is None or at < cut) else cut
             if r.stream:
                 r.stream(bytes(new))
-        if not (ended or cut is not None or len(r.tokens) == r.max_new_tokens):
-            return False
-        r.future.set_result(Completion(
-            bytes(r.text[:cut]).decode("utf-8", "replace"), r.tokens, r.logps,
-            "stop" if ended or cut is not None else "length", len(r.prompt), r.cached, time.perf_counter() - r.started))
-        return True
+        stopped = ended or cut is not None
+        if not stopped and len(r.tokens) < r.max_new_tokens:
+            return None
+        return Completion(bytes(r.text[:cut]).decode("utf-8", "replace"), r.tokens, r.logps,
+                          "stop" if stopped else "length", len(r.prompt), r.cached, time.perf_counter() - r.started)
 
     def _park(self, row):
         """Take a finished row out of the batch, keeping what it has cached."""
@@ -715,8 +717,8 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384):
         folder = find_folder(spec)
         tokenizer, model = Tokenizer.from_pretrained(folder), Qwen2.from_pretrained(folder, kind, device)
     if tokenizer.size > model.config.vocab_size:
-        raise ValueError(f"{spec}: the tokenizer has {tokenizer.size} ids and the model rows for {model.config.vocab_size}; "
-                         "they are not of one checkpoint")
+        raise ValueError(f"{spec}: the tokenizer has {tokenizer.size} ids and the model rows for "
+                         f"{model.config.vocab_size}; they are not of one checkpoint")
     return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec))
 
 
@@ -753,7 +755,7 @@ class Settings:
 def main(s):
     start = time.perf_counter()
     policy = load(s.model, s.dtype, s.device, rows=1)
-    options = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, seed=s.seed)
+    options = {name: getattr(s, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
     messages = [{"role": "system", "content": s.system}] * bool(s.system) + [{"role": "user", "content": s.prompt}]
     if isinstance(policy, Endpoint):
         print(policy.chat(messages, **options).text)

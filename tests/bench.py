@@ -61,7 +61,8 @@ def decode(s):
     limit = read_bandwidth(engine.device) / streamed_bytes(engine.model)       # decoding steps a second
     peer = None
     if transformers and s.model != "tiny":
-        peer = transformers.AutoModelForCausalLM.from_pretrained(s.model, dtype=getattr(torch, s.dtype)).to(engine.device).eval()
+        peer = transformers.AutoModelForCausalLM.from_pretrained(s.model, dtype=getattr(torch, s.dtype))
+        peer = peer.to(engine.device).eval()
         peer.generation_config.eos_token_id = None
     for B in s.batches:
         prompts = torch.randint(1000 if engine.tokenizer.size > 1000 else 256, (B, s.prompt_tokens),
@@ -89,8 +90,8 @@ def decode(s):
 
 
 LOADS = {
-    "ours": "from model import Qwen2; m = Qwen2.from_pretrained(sys.argv[1], dtype=dtype)",
-    "transformers": "from transformers import AutoModelForCausalLM as A; m = A.from_pretrained(sys.argv[1], dtype=dtype)",
+    "ours": "from model import Qwen2\nm = Qwen2.from_pretrained(sys.argv[1], dtype=dtype)",
+    "transformers": "from transformers import AutoModelForCausalLM as M\nm = M.from_pretrained(sys.argv[1], dtype=dtype)",
 }
 
 
@@ -102,11 +103,16 @@ def load_checkpoint(s):
         program = (f"import resource, sys, time, torch\nimport {'model' if name == 'ours' else 'transformers'}\n"
                    f"dtype = torch.{s.dtype}\nkib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
                    f"before, start = kib(), time.perf_counter()\n{code}\n"
-                   "print(time.perf_counter() - start, (kib() - before) * 1024 / sum(p.nbytes for p in m.parameters()))")
+                   "seconds, size = time.perf_counter() - start, sum(p.nbytes for p in m.parameters())\n"
+                   "print(seconds, (kib() - before) * 1024 / size)")
         out = [subprocess.run([sys.executable, "-c", program, s.model], capture_output=True, text=True, check=True,
                               cwd=Path(__file__).parent.parent).stdout.split()[-2:] for _ in range(s.repeats)]
         yield {"loader": name, "seconds": statistics.median(float(o[0]) for o in out),
                "peak over weights": statistics.median(float(o[1]) for o in out)}
+
+
+def line(figures):
+    return "  ".join(f"{k}: {v:.3g}" if isinstance(v, float) else f"{k}: {v}" for k, v in figures.items())
 
 
 MEASUREMENTS = {"decode": decode, "load": load_checkpoint}
@@ -120,16 +126,16 @@ def main():
     if unknown or not names:
         sys.exit(f"bench.py: expected one or more of {', '.join(MEASUREMENTS)}, found {' '.join(unknown) or 'none'}")
     s = parse(Settings)
-    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__,
-               "threads": torch.get_num_threads(), "model": s.model, "dtype": s.dtype,
+    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+               "torch": torch.__version__, "threads": torch.get_num_threads(), "model": s.model, "dtype": s.dtype,
                "read GB/s": read_bandwidth("cuda" if torch.cuda.is_available() and s.device != "cpu" else "cpu") / 1e9}
-    print("  ".join(f"{k}: {v:.1f}" if isinstance(v, float) else f"{k}: {v}" for k, v in machine.items()))
+    print(line(machine))
     report = {"machine": machine}
     for name in names:
         report[name] = []
         for figures in MEASUREMENTS[name](s):
             report[name].append(figures)
-            print(name, "  ".join(f"{k}: {v:.3g}" if isinstance(v, float) else f"{k}: {v}" for k, v in figures.items()), flush=True)
+            print(name, line(figures), flush=True)
     if s.json:
         Path(s.json).write_text(json.dumps(report, indent=2) + "\n")
 

@@ -161,38 +161,39 @@ def test_every_form_of_the_linear_layer_is_the_same_product(dtype, tolerance, ro
 
 TEXTS = ["The capital of France is", "def fibonacci(n):\n    if n < 2:\n        return n\n" * 4,
          "Machine learning engineering is a loop: read, edit, run, look at the score, again. " * 8,
-         "漢字とかな、emoji 🙂 and ASCII in one line. " * 9, "import pandas as pd\ntrain = pd.read_csv('data/train.csv')\n" * 30]
+         "漢字とかな、emoji 🙂 and ASCII in one line. " * 9,
+         "import pandas as pd\ntrain = pd.read_csv('data/train.csv')\n" * 30]
 
 
 def test_real_checkpoint_has_the_logits_and_greedy_tokens_of_transformers(real, peer, tmp_path):
-    """Five prompts of 50 to 500 tokens: logits within 1e-3; 64 greedy tokens identical; the folder we save has identical logits."""
+    """Logits of five prompts of 50 to 500 tokens within 1e-3, 64 greedy tokens identical, and a folder that we save has
+    the same logits there."""
     from sample import Engine
     model, tokenizer = Qwen2.from_pretrained(real), Tokenizer.from_pretrained(real)
     theirs = peer.AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32).eval()
-    prompts = [tokenizer.encode(TEXTS[2] + text)[:500] for text in TEXTS]
-    assert all(50 <= len(ids) <= 500 for ids in prompts)
+    prompts = [tokenizer.encode(text * 9)[:length] for text, length in zip(TEXTS, (50, 90, 160, 280, 500))]
+    assert [len(ids) for ids in prompts] == [50, 90, 160, 280, 500]
     with torch.no_grad():
-        worst = max((model(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits).abs().max().item() for ids in prompts)
-    assert worst < 1e-3, worst
-    shorter = [tokenizer.encode(text)[-50:] for text in TEXTS]
-    engine = Engine(model.requires_grad_(False), tokenizer, rows=5, context=1024)
-    ours = [group[0].tokens for group in engine.generate(shorter, max_new_tokens=64, temperature=0)]
-    for ids, mine in zip(shorter, ours):
+        for ids in prompts:
+            assert (model(torch.tensor([ids])) - theirs(torch.tensor([ids])).logits).abs().max() < 1e-3
+    engine = Engine(model.requires_grad_(False), tokenizer, rows=2, context=256)
+    ours = [group[0].tokens for group in engine.generate(prompts[:2], max_new_tokens=64, temperature=0)]
+    for ids, mine in zip(prompts[:2], ours):
         reply = theirs.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, repetition_penalty=1.0,
                                 eos_token_id=sorted(tokenizer.eos))[0, len(ids):].tolist()
         assert mine == reply
-    model.save_pretrained(tmp_path, max_shard_bytes=10**9)
+    model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_bytes=10**9)       # the checkpoint's own precision
     tokenizer.save(tmp_path)
     reopened = peer.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert peer.AutoTokenizer.from_pretrained(tmp_path).encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
     with torch.no_grad():
-        ids = torch.tensor([prompts[0]])
-        assert torch.equal(reopened(ids).logits, theirs(ids).logits)
+        assert torch.equal(reopened(torch.tensor([prompts[0]])).logits, theirs(torch.tensor([prompts[0]])).logits)
 
 
 def test_real_chat_template_gives_the_ids_of_transformers(real, peer):
     theirs, ours = peer.AutoTokenizer.from_pretrained(real), Tokenizer.from_pretrained(real)
-    talk = [{"role": "user", "content": "\n Improve `train.py`.\n\n"}, {"role": "assistant", "content": "Thought: I look.\nAction: x"},
+    talk = [{"role": "user", "content": "\n Improve `train.py`.\n\n"},
+            {"role": "assistant", "content": "Thought: I look.\nAction: x"},
             {"role": "user", "content": "Observation:\n```\n1.5e-3 \t 漢字 🙂\n```"}]
     for messages in (talk, talk[:1], [{"role": "system", "content": "You edit scripts."}, *talk]):
         for prompt in (True, False):

@@ -46,9 +46,11 @@ def assert_plain(model, prompt, completion, temperature=1.0):
 def test_chat_format_by_hand():
     t = Tokenizer.of_bytes()
     turn, end, nl = t.bpe.token_to_id("<|im_start|>"), t.bpe.token_to_id("<|im_end|>"), t.encode("\n")
-    expected = [turn, *t.encode("system\nS"), end, *nl, turn, *t.encode("user\nhé"), end, *nl, turn, *t.encode("assistant\n")]
+    expected = [turn, *t.encode("system\nS"), end, *nl, turn, *t.encode("user\nhé"), end, *nl,
+                turn, *t.encode("assistant\n")]
     assert t.chat([{"role": "system", "content": "S"}, {"role": "user", "content": "hé"}]) == expected
-    assert t.decode(t.chat([{"role": "user", "content": "x"}])).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>")
+    default = t.decode(t.chat([{"role": "user", "content": "x"}]))
+    assert default.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nx")
 
 
 def test_special_tokens_in_a_message_stay_text():
@@ -59,11 +61,11 @@ def test_special_tokens_in_a_message_stay_text():
 
 def test_sampled_tokens_stand_in_the_next_prompt_as_they_are():
     t = Tokenizer.of_bytes()
-    sampled = [*t.encode("ab"), t.end]
-    plain = t.chat([{"role": "user", "content": "q"}, {"role": "assistant", "content": "ab"}])
-    assert t.chat([{"role": "user", "content": "q"}, {"role": "assistant", "content": "ab", "tokens": sampled}]) == plain
-    other = t.chat([{"role": "user", "content": "q"}, {"role": "assistant", "content": "ab", "tokens": [7, 8, 9]}])
-    assert [7, 8, 9] == other[-3 - 2 - 1 - len(t.encode("assistant\n")):][:3]
+    talk = lambda **more: t.chat([{"role": "user", "content": "q"}, {"role": "assistant", "content": "ab", **more}])
+    assert talk(tokens=[*t.encode("ab"), t.end]) == talk()
+    plain, other = talk(), talk(tokens=[7, 8, 9])
+    start = len(t.chat([{"role": "user", "content": "q"}]))
+    assert other == plain[:start] + [7, 8, 9] + plain[start + 2:]
 
 
 def test_a_message_of_another_role_or_without_text_is_refused():
@@ -108,7 +110,8 @@ def plain_truncated(logits, temperature, top_p, top_k):
     return out
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1, 1, 0), (0.7, 0.8, 0), (1.3, 1, 5), (0.9, 0.6, 7), (1, 0.999, 0), (2, 0.5, 5000)])
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1, 1, 0), (0.7, 0.8, 0), (1.3, 1, 5), (0.9, 0.6, 7),
+                                                       (1, 0.999, 0), (2, 0.5, 5000)])
 @pytest.mark.parametrize("V", [11, 3000])
 def test_draw_has_the_promised_distribution(V, temperature, top_p, top_k):
     """Inverse CDF on an even grid of uniforms: counts equal n * p within one, and logps are those of the plain loop."""
@@ -153,7 +156,7 @@ def test_a_token_of_zero_probability_is_never_drawn():
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_ragged_refilled_batches_have_the_logps_of_a_full_forward(model, order, pack):
-    """Twelve requests of different lengths through three rows, in three orders: every reply is the same, and is plain."""
+    """Twelve requests of different lengths through three rows, in three orders: each reply is what it is alone."""
     prompts = prompts_of([1, 2, 3, 5, 9, 17, 33, 60, 90, 4, 4, 120])
     limits = [7, 1, 12, 30, 3, 9, 20, 2, 15, 40, 5, 11]
     shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(order)).tolist()
@@ -162,7 +165,8 @@ def test_ragged_refilled_batches_have_the_logps_of_a_full_forward(model, order, 
     for i, future in futures.items():
         reply = future.result()
         assert_plain(model, prompts[i], reply, temperature=0.8)
-        alone = engine_of(model, rows=1, pack=False).submit(prompts[i], max_new_tokens=limits[i], temperature=0.8, seed=i).result()
+        alone = engine_of(model, rows=1, pack=False)
+        alone = alone.submit(prompts[i], max_new_tokens=limits[i], temperature=0.8, seed=i).result()
         assert reply.tokens == alone.tokens and reply.text == alone.text
         assert reply.prompt_tokens == len(prompts[i]) and (len(reply.tokens) == limits[i]) == (reply.finish == "length")
 
@@ -171,7 +175,8 @@ def test_what_a_row_held_before_is_never_read(model):
     engine = engine_of(model, rows=2)
     engine.cache.k.fill_(1e4)
     engine.cache.v.fill_(1e4)
-    for (reply,), prompt in zip(engine.generate(prompts_of([40, 7, 3, 50]), max_new_tokens=20), prompts_of([40, 7, 3, 50])):
+    prompts = prompts_of([40, 7, 3, 50])
+    for (reply,), prompt in zip(engine.generate(prompts, max_new_tokens=20), prompts):
         assert_plain(model, prompt, reply)
 
 
@@ -185,20 +190,22 @@ def test_samples_of_one_prompt_share_one_prefill(model):
 
 
 def test_the_next_turn_reuses_what_is_cached(model):
-    """Two conversations alternate over three turns; each turn computes only what is new, and equals a fresh engine's."""
-    engine, t = engine_of(model, rows=2), Tokenizer.of_bytes()
+    """Two conversations alternate over three turns; each computes only what is new, and equals a fresh engine's."""
+    engine, t, last = engine_of(model, rows=2), Tokenizer.of_bytes(), {}
     talks = [[{"role": "user", "content": "A" * 20}], [{"role": "user", "content": "B" * 25}]]
     for turn in range(3):
         for i, talk in enumerate(talks):
             before, known = engine.prefilled_tokens, len(t.chat(talk))
             reply = engine.chat(talk, max_new_tokens=8, seed=turn)
             fresh = engine_of(model, rows=1).chat(talk, max_new_tokens=8, seed=turn)
-            assert reply.tokens == fresh.tokens and torch.allclose(torch.tensor(reply.logps), torch.tensor(fresh.logps), atol=1e-5)
+            assert reply.tokens == fresh.tokens
+            assert torch.allclose(torch.tensor(reply.logps), torch.tensor(fresh.logps), atol=1e-5)
             assert_plain(model, t.chat(talk), reply)
             if turn:
                 assert reply.cached_tokens >= last[i] and engine.prefilled_tokens - before <= known - last[i]
-            talk += [{"role": "assistant", "content": reply.text, "tokens": reply.tokens}, {"role": "user", "content": "go on"}]
-            last = {**(last if turn or i else {}), i: known + len(reply.tokens) - 2}
+            talk += [{"role": "assistant", "content": reply.text, "tokens": reply.tokens},
+                     {"role": "user", "content": "go on"}]
+            last[i] = known + len(reply.tokens) - 2     # the last token was never fed, and an end of turn is not shared
 
 
 def test_chunked_prefill_is_the_whole_prefill(model, monkeypatch):
@@ -217,7 +224,8 @@ def test_appending_several_tokens_to_ragged_rows_is_the_full_forward(model):
             model.hidden(torch.tensor([ids]), Window(engine.cache, r, [0], len(ids)))
         logits = model(more, Window(engine.cache, 0, [11, 30, 2], 5))
         for r, ids in enumerate(rows):
-            assert torch.allclose(logits[r], model(torch.tensor([ids + more[r].tolist()]))[0, -5:], atol=1e-4, rtol=1e-5)
+            whole = model(torch.tensor([ids + more[r].tolist()]))[0, -5:]
+            assert torch.allclose(logits[r], whole, atol=1e-4, rtol=1e-5)
 
 
 def test_seeds_reproduce_and_differ(model):
@@ -228,7 +236,7 @@ def test_seeds_reproduce_and_differ(model):
 
 
 def test_sampled_frequencies_are_the_models(model):
-    """Chi-square of 3,000 first tokens under top-k 8 against the softmax of a full forward; 7 degrees, p = 1e-4 at 29.9."""
+    """Chi-square of 3,000 tokens under top-k 8 against a full forward's softmax: 7 degrees, p = 1e-4 at 29.9."""
     (prompt,) = prompts_of([6])
     with torch.no_grad():
         p = plain_truncated(model(torch.tensor([prompt]))[0, -1, :259], 1.0, 1.0, 8)
@@ -280,7 +288,8 @@ def test_the_end_of_turn_is_an_action_and_not_part_of_the_text():
 
 def test_a_stop_string_over_several_tokens_ends_the_reply_and_is_left_out():
     reply = scripted("Action: x\nObservation: y", max_new_tokens=40, stop=("Observation:", "nothing"))
-    assert reply.text == "Action: x\n" and reply.finish == "stop" and len(reply.tokens) == len("Action: x\nObservation:")
+    assert reply.text == "Action: x\n" and reply.finish == "stop"
+    assert len(reply.tokens) == len("Action: x\nObservation:")
     assert scripted("abcabd", max_new_tokens=40, stop="abd").text == "abc"
 
 
@@ -348,7 +357,8 @@ def test_refresh_takes_notice_of_changed_weights(model):
 
 def test_load_names_what_is_wrong(tmp_path):
     assert load("tiny").chat([{"role": "user", "content": "hi"}], max_new_tokens=2).tokens
-    Qwen2.from_scratch(Config(vocab_size=100, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)).save_pretrained(tmp_path)
+    small = Config(vocab_size=100, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    Qwen2.from_scratch(small).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds no tokenizer.json"):
         load(str(tmp_path))
     Tokenizer.of_bytes().save(tmp_path)
