@@ -21,8 +21,8 @@ Sandbox: off. A script gets a clean environment, and limits on time, memory, fil
 started survives it. Not protected yet: it may read whatever this user may read (the answers too), write outside its
 folder (a change of the public data is noticed and stops us) and use the network. Linux only; the rest works anywhere.
 """
-import ast, dataclasses, difflib, functools, glob, hashlib, inspect, io, itertools, json, marshal, math, os, re, select
-import shutil, socket, subprocess, sys, tempfile, threading, time, uuid
+import ast, contextlib, dataclasses, difflib, functools, glob, hashlib, inspect, io, itertools, json, marshal, math, os, re
+import select, shutil, socket, subprocess, sys, tempfile, threading, time, uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -366,6 +366,8 @@ def _serve():
         message, pipes, _, _ = socket.recv_fds(requests, 1 << 20, 2)
         if not message:
             return
+        for pipe in pipes:
+            os.set_inheritable(pipe, False)  # a script that could write to the report would be its own judge
         if os.fork() == 0:
             requests.detach()
             os.setsid()
@@ -542,7 +544,8 @@ def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16,
         os.close(hold)
         stop = None
         if not read_until(time.monotonic() + 10):
-            os.kill(int(report.partition(b"\n")[0]), 9)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(report.partition(b"\n")[0]), 9)
         os.close(result)
         if not report.endswith((b")", b"'", b'"', b"None")):    # it was killed before it had ended all
             _kill_marked(f"ML_AGENT_RUN={token}".encode())
@@ -904,12 +907,12 @@ class Env:
     actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
     steps, seconds: limits of the trajectory; waiting for a free slot to run a script does not count. coder:
     callable(messages) -> str, a second model for the (AI) actions; its ValueError (a text that does not fit) goes to
-    the agent, other errors to the caller. python, gpu, threads: see execute. cache: a dict that Envs may share, so that
+    the agent, other errors to the caller. python, gpu, threads, sandbox: see execute. cache: a dict that Envs may share, so that
     one state is run once.
     """
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
-                 coder=None, python=None, gpu=None, threads=1, cache=None):
+                 coder=None, python=None, gpu=None, threads=1, sandbox="on", cache=None):
         if unknown := [name for name in actions if name not in ACTIONS]:
             raise ValueError(f"unknown actions {unknown}; known are: {', '.join(ACTIONS)}")
         if not set(fields) <= set(FIELDS) or tuple(fields[-2:]) != FIELDS[-2:]:
@@ -920,7 +923,7 @@ class Env:
         self.blobs = Blobs(Path(out) / "blobs")
         self.actions = tuple(name for name in actions if coder or name not in NEEDS_CODER)
         self.fields, self.steps, self.seconds, self.coder = tuple(fields), steps, seconds, coder
-        self.python, self.gpu, self.threads = python, gpu, threads
+        self.python, self.gpu, self.threads, self.sandbox = python, gpu, threads, sandbox
         self.cache = {} if cache is None else cache
         self.reset()
 
@@ -1241,7 +1244,8 @@ class Env:
                 public = _stamps(self.public)
                 self._build(folder, before)
                 result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=self.gpu,
-                                 memory_bytes=self.task.memory_limit_bytes, threads=self.threads)
+                                 memory_bytes=self.task.memory_limit_bytes, threads=self.threads,
+                                 sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"])
                 if _stamps(self.public) != public:
                     raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
                                        f"python -m tasks prepare {self.task.id} --force")
@@ -1310,8 +1314,8 @@ def header(env, **more):
     """The first line, to be written right after reset(). more: the caller's own entries (model, seed)."""
     return {"type": "header", "task": env.task.id, "data": str(env.data), "actions": list(env.actions),
             "fields": list(env.fields), "steps": env.steps, "seconds": env.seconds, "python": env.python,
-            "gpu": env.gpu, "threads": env.threads, "miniature": bool(env.info.get("miniature")),
-            "m_init": env.info["m_init"], "m_best": env.info["m_best"], "snapshot": env.snapshot(),
+            "gpu": env.gpu, "threads": env.threads, "sandbox": env.sandbox, "m_init": env.info["m_init"],
+            "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")), "snapshot": env.snapshot(),
             "messages": list(env.messages), **more}
 
 
@@ -1350,7 +1354,7 @@ def replay(path, say=print):
     answers, count = [], 0
     coder = (lambda messages: answers.pop(0)) if set(NEEDS_CODER) & set(head["actions"]) else None
     env = Env(head["task"], head["data"], out=out, coder=coder,
-              **{name: head[name] for name in ("actions", "fields", "steps", "seconds", "python", "gpu", "threads")})
+              **{name: head[name] for name in ("actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")})
     snapshot, messages = head["snapshot"], head["messages"]
     for old in steps:
         env.restore(snapshot, messages, index=old["index"], m_before=old["m_before"], seconds=old["time_left_s"])

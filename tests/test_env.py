@@ -287,8 +287,13 @@ print(sorted(os.listdir('data')))
 
 
 def test_script_that_changes_public_data_stops_us(make, tmp_path):
+    spoil = "open('data/train.csv', 'w').write('spoiled')"
     env = make()
-    put(env, spoil="open('data/train.csv', 'w').write('spoiled')")
+    put(env, spoil=spoil)
+    step = run(env, "spoil.py")
+    assert step.outcome == "error" and "Errno" in step.observation
+    env = make(sandbox="off")
+    put(env, spoil=spoil)
     with pytest.raises(RuntimeError, match="changed the public data"):
         run(env, "spoil.py")
 
@@ -397,7 +402,7 @@ def test_execute_grades_the_submission_and_keeps_the_files(make):
     step = run(env)
     assert step.observation.startswith("train.py ran to the end in ")
     assert "\nrows: 3\nvalidation accuracy: 0.50\n[" in step.observation
-    assert (step.kind, step.outcome, step.sandbox) == ("not an edit", "ok", "off")
+    assert (step.kind, step.outcome, step.sandbox) == ("not an edit", "ok", "namespaces+landlock")
     assert (step.score, step.printed, step.reward) == (0.5, 0.5, 0.5)
     assert text_of(env, "submission.csv") == "0.5" and step.peak_bytes > 1 << 20
 

@@ -1,6 +1,6 @@
 """The executor: one test a promise. Linux only, like the executor."""
 
-import os, resource, signal, subprocess, sys, tempfile, textwrap, threading, time, uuid
+import functools, os, resource, signal, subprocess, sys, tempfile, textwrap, threading, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,12 +41,19 @@ def temporary(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture(autouse=True, params=["on", "off"])
+def sandbox(request, monkeypatch):
+    """Every promise holds with and without the sandbox."""
+    monkeypatch.setattr(sys.modules[__name__], "execute", functools.partial(execute, sandbox=request.param))
+    return request.param
+
+
 def run(folder, text, timeout_s=30, memory_bytes=1 << 30, **options):
     """Runs a script of that text under a name nothing else has; after every run no process of it may be left."""
     name = f"script_{uuid.uuid4().hex}.py"
     (folder / name).write_text(textwrap.dedent(text))
     result = execute(name, folder, timeout_s=timeout_s, memory_bytes=memory_bytes, **options)
-    assert result.outcome in OUTCOMES and result.sandbox == "off"
+    assert result.outcome in OUTCOMES and result.sandbox in ("off", "namespaces+landlock")
     assert processes(name) == []
     return result
 
@@ -96,8 +103,12 @@ def test_environment_is_clean_and_private(tmp_path, temporary, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/secret-path")
     result = run(tmp_path, """
         import os, sys
-        for pid in ("self", os.getppid()):
-            print(open(f"/proc/{pid}/environ").read(), open(f"/proc/{pid}/cmdline").read())
+        for name in ("self/environ", f"{os.getppid()}/environ", "self/cmdline", f"{os.getppid()}/cmdline"):
+            try:
+                print(open("/proc/" + name).read())
+            except PermissionError:
+                print("denied")
+        print("open files:", sorted(os.listdir("/proc/self/fd")))
         private = os.environ["TMPDIR"]
         print(sys.path, repr(sys.stdin.read()), os.environ["HOME"] == private, os.listdir(private))
         open(private + "/left", "w").write("x")
@@ -105,6 +116,7 @@ def test_environment_is_clean_and_private(tmp_path, temporary, monkeypatch):
         print(os.environ["OMP_NUM_THREADS"], repr(os.environ["CUDA_VISIBLE_DEVICES"]), private)
     """, threads=3)
     assert result.outcome == "ok" and "secret" not in result.stdout
+    assert "open files: ['0', '1', '2', '3']" in result.stdout      # the last one is for the listing
     assert "'' True []" in result.stdout and f"3 '' {temporary}" in result.stdout
     assert list(temporary.iterdir()) == []
 
@@ -143,11 +155,11 @@ def test_flood_on_both_streams_until_the_limit(tmp_path):
 
 @pytest.mark.parametrize("end, outcome", [("sys.exit(0)", "ok"), ("time.sleep(60)", "timeout"), ("1 / 0", "error"),
                                           ("os.kill(os.getpid(), 9)", "killed")])
-def test_daemons_do_not_outlive_the_script(tmp_path, end, outcome):
+def test_daemons_do_not_outlive_the_script(tmp_path, end, outcome, sandbox):
     result = run(tmp_path, f"{DAEMON}\nfor _ in range(3): daemon()\n{end}", timeout_s=3)
     assert result.outcome == outcome
     pulse = (tmp_path / "pulse").read_text()
-    assert pulse and living(pulse.split()) == []
+    assert pulse and (sandbox == "on" or living(pulse.split()) == [])       # the sandbox has ids of its own
     time.sleep(0.1)
     assert (tmp_path / "pulse").read_text() == pulse
 
@@ -165,8 +177,11 @@ def test_process_that_keeps_moving_is_caught(tmp_path):
     assert result.outcome == "ok"
 
 
-def test_script_that_kills_its_supervisor_is_killed_too(tmp_path, temporary):
+def test_script_that_kills_its_supervisor_is_killed_too(tmp_path, temporary, sandbox):
     result = run(tmp_path, f"{DAEMON}\ndaemon()\nos.kill(os.getppid(), 9)\ntime.sleep(60)")
+    if sandbox == "on":     # its parent is process 1 of its world, which nobody in there can kill
+        assert result.outcome == "error" and "PermissionError" in result.detail
+        return
     assert result.outcome == "killed" and "supervisor" in result.detail
     assert living((tmp_path / "pulse").read_text().split()) == []
     assert list(temporary.iterdir()) == []
@@ -303,8 +318,10 @@ def test_mistakes_of_the_caller_are_errors_and_not_outcomes(tmp_path, monkeypatc
     broken = tmp_path / "python"
     broken.write_text("not a program")
     broken.chmod(0o755)
-    with pytest.raises(RuntimeError, match="could not be started"):
+    with pytest.raises(ValueError, match="Exec format error"):
         execute("there.py", tmp_path, python=str(broken), **limits)
+    with pytest.raises(ValueError, match="must be kept from scripts"):
+        env.execute("there.py", tmp_path, hidden=[tmp_path / "answers"], **limits)
     monkeypatch.setattr(env.sys, "platform", "darwin")
     with pytest.raises(RuntimeError, match="Linux only"):
         execute("there.py", tmp_path, **limits)
