@@ -49,12 +49,12 @@ def main(argv=None):
         near = difflib.get_close_matches(unknown[0].split("=")[0], one._option_string_actions, n=2)
         one.error(f"unknown argument {unknown[0]}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     try:
-        ids = [id for which in args.ids for id in tasks.names(which)]
-    except ValueError as error:
-        one.error(str(error))
-    if len(ids) > 1 and (args.command == "grade" or getattr(args, "raw", None)):
-        one.error("this needs one task")
-    try:
+        try:
+            ids = [id for which in args.ids for id in tasks.names(which)]
+        except ValueError as error:
+            one.error(str(error))
+        if len(ids) > 1 and (args.command == "grade" or getattr(args, "raw", None)):
+            one.error("this needs one task")
         return commands[args.command](args, ids)
     except tasks.InvalidSubmission as error:
         print(f"The submission is not valid. {error}", file=sys.stderr)

@@ -2,10 +2,12 @@
 
 Tests on real data need the publisher's files in ../shared/data beside the checkout and are skipped where they are not.
 """
+import ast
 import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +21,9 @@ import pytest
 import tasks
 from tasks import InvalidSubmission
 from tasks.__main__ import main
-from tasks.check import check
+from tasks.check import check, check_ideas
 from tasks.images import jpeg
+from tasks.submission import _any_columns, plain_columns
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data"
@@ -132,16 +135,17 @@ def test_a_folder_is_all_a_new_task_needs(toy, tmp_path):
         run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         return run.stdout
-    assert "toy" in command("list")
-    command("prepare", "toy")
-    assert "MAE 0 " in command("grade", "toy", "data/toy/private/test.csv")
-    assert "All 1 are sound." in command("check", "toy")
+    assert "toy" in command("list", "held-in") and "toy" not in command("list", "held-out")
+    assert "All 2 are sound." in command("check", "toy", "toy", "--jobs", "2")      # in processes of their own
     assert tasks.load("toy").problem.startswith("# Toy")
 
 
 def test_a_folder_must_be_named_for_its_task(toy):
-    toy.rename(toy.parent / "other")
+    toy = toy.rename(toy.parent / "other")
     with pytest.raises(ValueError, match="'toy'; the id must be the folder's name"):
+        tasks.load("other")
+    (toy / "task.py").write_text("")
+    with pytest.raises(ValueError, match="must define TASK"):
         tasks.load("other")
 
 
@@ -166,6 +170,97 @@ def test_table_1_and_medals():
     assert leaf.weakest() == 0.0786 and leaf.published["ML-Agent"] == (0.0689, 0.0373) and leaf.medals["gold"] == 0.0
     assert tasks.load("home-data-for-ml-course").weakest() == 21626
     assert tasks.load("spaceship-titanic").weakest() is None
+
+
+# ---------------------------------------------------------------------------------------------------------------- ideas
+
+def idea(number, find, replace):
+    return {"title": f"Idea {number}", "kind": tasks.IDEA_KINDS[number % 5], "instruction": "Change the line.",
+            "edits": [{"find": find, "replace": replace}]}
+
+
+BETTER = [idea(number, "{mean}\"", f"{{1 + (3 + 0.1 * {number}) * float(row['x'])}}\"") for number in range(6)]
+WORSE = [idea(number, "{mean}\"", "{-mean}\"") for number in (7, 8, 9)]
+IDEAS = [*BETTER, idea(6, "{mean}\"", "{mean + 0}\""), *WORSE]
+
+
+def with_ideas(toy, ideas):
+    (toy / "ideas.json").write_text(json.dumps(ideas))
+
+
+def test_ideas_are_read_and_applied(toy):
+    assert tasks.ideas("toy") == []
+    with_ideas(toy, IDEAS)
+    assert tasks.ideas("toy") == IDEAS
+    assert tasks.apply(TOY_STARTER, WORSE[0]) == TOY_STARTER.replace("{mean}", "{-mean}")
+    twice = {**IDEAS[0], "edits": [{"find": "a", "replace": "bc"}, {"find": "c", "replace": "d"}]}
+    assert tasks.apply("a", twice) == "bd"                          # each edit sees what the one before it left
+    with pytest.raises(ValueError, match="Edit 2 of the idea 'Idea 0' must find its text once .* there 2 times: 'c'"):
+        tasks.apply("ac", twice)
+    with pytest.raises(ValueError, match="Edit 1 .* there 0 times"):
+        tasks.apply("x", twice)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"kind": "magic"}, "its kind is 'magic'; it must be one of features, model"), ({"title": " "}, "not blank"),
+    ({"title": "Idea 0"}, "the title 'Idea 0' occurs twice"), ({"instruction": 3}, "must be text"),
+    ({"note": "x"}, "exactly the fields title"), ({"edits": []}, "not empty"),
+    ({"edits": [{"find": "", "replace": ""}]}, "something to find"), ({"edits": [{"find": "x"}]}, "a list"),
+    ({"edits": "x"}, "a list")])
+def test_an_idea_that_is_not_one_is_named_with_its_file(toy, change, reason):
+    with_ideas(toy, [IDEAS[0], {**IDEAS[1], **change}])
+    with pytest.raises(ValueError, match=f"ideas.json, entry 2: .*{reason}"):
+        tasks.ideas("toy")
+
+
+def test_a_file_that_is_no_list_of_ideas(toy):
+    for text, reason in (("{}", "must hold a list"), ("[", "is not JSON"), ("[3]", "entry 1: it must have")):
+        (toy / "ideas.json").write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            tasks.ideas("toy")
+
+
+@pytest.mark.parametrize("ideas, found", [
+    (IDEAS[:9], "9 ideas of 5 kinds; at least 10 of 5"),
+    ([{**one, "kind": "model"} for one in IDEAS], "10 ideas of 1 kinds"),
+    ([*IDEAS, idea(10, "no such text", "")], "'Idea 10' does not fit the starter: Edit 1"),
+    ([*IDEAS, idea(10, "import csv", "import")], "'Idea 10' does not fit the starter: .*line 2"),
+    ([3], "entry 1")])
+def test_check_finds_ideas_that_do_not_fit(toy, tmp_path, ideas, found):
+    with_ideas(toy, ideas)
+    tasks.prepare("toy", data=tmp_path, say=quiet)
+    failures = check("toy", tmp_path, sys.executable)[1]
+    assert len(failures) == 1 and re.search(found, failures[0])
+
+
+def test_running_the_ideas(toy, tmp_path, capsys):
+    with_ideas(toy, IDEAS)
+    assert main(["check", "--ideas", "toy", "--data", str(tmp_path)]) == 0
+    assert "Idea 0" in capsys.readouterr().out
+    tasks.prepare("toy", data=tmp_path, say=quiet)
+    row, failures = check_ideas("toy", tmp_path, sys.executable)
+    assert (row["better"], row["same"], row["worse"], row["best"]) == (6, 1, 3, pytest.approx(0)) and failures == []
+    with_ideas(toy, [*IDEAS[:4], *IDEAS[6:], idea(10, "import csv", "import cvs"), idea(11, "{mean}", "{'x'}")])
+    failures = " ".join(check_ideas("toy", tmp_path, sys.executable)[1])
+    assert "'Idea 10' needs the module cvs" in failures
+    assert "'Idea 11' writes a submission that is not valid" in failures
+    with_ideas(toy, [*IDEAS[:4], *(idea(number, "{mean}", "{mean + 0}") for number in range(4, 10))])
+    failures = " ".join(check_ideas("toy", tmp_path, sys.executable)[1])
+    assert "Only 4 of 10 ideas improve" in failures and "No idea makes the score worse" in failures
+
+
+def test_scripts_import_what_the_requirements_name():
+    lines = (ROOT / "tasks" / "requirements.txt").read_text().splitlines()
+    packages = {line.split(">")[0] for line in lines if line[0] != "#"}
+    modules = {"scikit-learn": "sklearn", "pillow": "PIL"}              # where a package is imported by another name
+    allowed = {modules.get(package, package) for package in packages} | sys.stdlib_module_names
+    for id in tasks.names():
+        starter = (tasks.load(id).folder / "train.py").read_text()
+        for script in [starter, *(tasks.apply(starter, one) for one in tasks.ideas(id))]:
+            nodes = list(ast.walk(ast.parse(script)))
+            found = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+            found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+            assert {name.split(".")[0] for name in found} <= allowed, id
 
 
 # -------------------------------------------------------------------------------------------------------------- prepare
@@ -259,6 +354,7 @@ def test_a_missing_raw_file_is_named_with_where_to_get_it(toy, toy_raw, tmp_path
 
 
 @pytest.mark.parametrize("starter, reason", [
+    ("import no_such.thing", "needs the module no_such, .* pip install -r tasks/requirements.txt"),
     ("raise SystemExit('no luck')", "exits with 1:\nno luck"), ("pass", "not valid. The submission cannot be opened"),
     ("open('submission.csv', 'w').write('id\\n')", "not valid. The column 'y' is missing")])
 def test_a_starter_that_fails_is_reported(toy, tmp_path, starter, reason):
@@ -372,22 +468,27 @@ def test_better_models_beat_the_starters_and_m_best_is_one_of_them(data, tmp_pat
         assert abs(score - task.m_best_miniature) < 0.1 * abs(task.m_best_miniature - m_init), id
 
 
-@pytest.mark.parametrize("id", IDS)
-def test_real_data_and_the_starter_reproduce_what_is_recorded(id, tmp_path):
-    task = tasks.load(id)
-    home = tasks.prepare(id, raw=real(id), data=tmp_path, say=quiet)
-    facts = tasks.info(id, tmp_path)
-    assert not facts["miniature"]
+@pytest.mark.parametrize("id, num_rows", [
+    ("home-data-for-ml-course", (1168, 292)), ("spaceship-titanic", (6954, 1739))])
+def test_splits_by_position_are_the_publishers_lines(id, num_rows, tmp_path):
+    public, private = sides(tasks.load(id), real(id), tmp_path)
+    lines = (real(id) / "train.csv").read_text().splitlines(keepends=True)
+    assert (public / "train.csv").read_text() == "".join(lines[:num_rows[0] + 1])
+    assert len(pd.read_csv(public / "test.csv")) == len(pd.read_csv(private / "test.csv")) == num_rows[1]
+
+
+def test_real_data_and_the_starter_reproduce_what_is_recorded(tmp_path):
+    task = tasks.load("spaceship-titanic")      # `check` does the same for all tasks whose real data are prepared
+    tasks.prepare(task.id, raw=real(task.id), data=tmp_path, say=quiet)
+    facts = tasks.info(task.id, tmp_path)
+    assert not facts["miniature"] and facts["variant"] == "mlagentbench"
     assert facts["m_init"] == pytest.approx(task.m_init, abs=0.01 * abs(task.m_best - task.m_init))
-    if task.published:
+
+
+def test_starters_are_pitched_near_the_weakest_average_of_table_1():
+    for id in ("home-data-for-ml-course", "leaf-classification"):
+        task = tasks.load(id)
         assert abs(task.m_init - task.weakest()) < 0.1 * task.weakest()
-    num_rows = dict(zip(IDS, ((1168, 292), (6954, 1739), (891, 99))))[id]
-    assert (facts["rows"]["public/train.csv"], facts["rows"]["public/test.csv"]) == num_rows
-    if id != "leaf-classification":             # split by position: the publisher's lines themselves
-        lines = (real(id) / "train.csv").read_text().splitlines(keepends=True)
-        assert (home / "public" / "train.csv").read_text() == "".join(lines[:num_rows[0] + 1])
-    else:
-        assert len(list((home / "public" / "images").iterdir())) == 990
 
 
 @pytest.mark.parametrize("id", MD5)
@@ -528,6 +629,43 @@ def test_random_edits_of_a_good_file_give_a_score_or_a_reason(data, tmp_path):
             assert str(error)
 
 
+def test_plain_files_are_split_as_csv_reader_would_read_them():
+    assert plain_columns(b"a, b\r\n1,2\r\n3,x y") == (["a", " b"], [["1", "3"], ["2", "x y"]])
+    assert plain_columns("\ufeffa\né\n".encode()) == (["a"], [["é"]])
+    assert plain_columns(b"a,b\n") == (["a", "b"], [[], []])
+    rng, num_plain = np.random.default_rng(0), 0
+    for _ in range(5000):
+        text = "".join(rng.choice(list(',,,\n\n\n"\r ab1é\u2028'), rng.integers(0, 14)))
+        plain = plain_columns(text.encode())
+        if plain is not None:
+            num_plain += 1
+            header, columns = _any_columns(text)
+            assert (header, columns) == plain, text
+    assert num_plain > 500
+    assert plain_columns(b"a\n" + b"9" * 200_000) is None
+
+
+def test_large_answers_are_not_kept(data, monkeypatch):
+    monkeypatch.setattr(tasks, "LARGE_BYTES", 0)
+    kept = tasks._kept_answers.cache_info()
+    sample = data / "leaf-classification" / "public" / "sample_submission.csv"
+    assert tasks.grade("leaf-classification", sample, data) == pytest.approx(np.log(99))
+    assert tasks._kept_answers.cache_info() == kept
+
+
+def test_further_metrics_are_shown_beside_the_score(toy, tmp_path, capsys):
+    also = 'also={"ten times": lambda answers, submission: 10 * score(answers, submission)}, variants='
+    (toy / "task.py").write_text(TOY_TASK.replace("variants=", also))
+    home = tasks.prepare("toy", data=tmp_path, say=quiet)
+    sample = home / "public" / "sample_submission.csv"
+    score = tasks.grade("toy", sample, tmp_path)
+    assert tasks.also("toy", sample, tmp_path) == {"ten times": pytest.approx(10 * score)}
+    assert main(["grade", "toy", str(sample), "--data", str(tmp_path)]) == 0
+    assert f"ten times {10 * score:.6g}" in capsys.readouterr().out
+    with pytest.raises(InvalidSubmission, match="no such file"):
+        tasks.also("toy", tmp_path / "none.csv", tmp_path)
+
+
 def test_grading_what_is_not_prepared_says_how_to_prepare_it(tmp_path):
     with pytest.raises(ValueError, match="python -m tasks prepare leaf-classification --data"):
         tasks.grade("leaf-classification", "submission.csv", tmp_path)
@@ -541,9 +679,8 @@ def test_undefined_metrics_are_refused(toy, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- check
 
-@pytest.mark.parametrize("id", IDS)
-def test_the_miniatures_are_sound(id, data):
-    row, failures = check(id, data, sys.executable)
+def test_a_miniature_is_sound(data):              # `python -m tasks check` goes through all of them
+    row, failures = check("leaf-classification", data, sys.executable)
     assert failures == [] and row["verdict"] == "ok" and row["data"] == "miniature"
 
 
@@ -600,6 +737,28 @@ def test_check_finds_what_is_wrong_with_the_data(toy, tmp_path, harm, found):
     assert any(found in failure for failure in failures), failures
 
 
+def test_what_the_publishers_own_data_tell_can_be_declared(toy, toy_raw, tmp_path):
+    def failures(raw, field="", harm=None):
+        (toy / "task.py").write_text(TOY_TASK.replace("variants=", f"{field}variants="))
+        tasks._load.cache_clear()
+        home = tasks.prepare("toy", raw=raw, data=tmp_path / "data", force=True, say=quiet)
+        if harm:
+            harm(home)
+        found = check("toy", tmp_path / "data", sys.executable)[1]
+        return " ".join(failure for failure in found if "what was prepared" not in failure and "records" not in failure)
+    ids = "known_signal='ids by size', "
+    assert "The id tells" in failures(None, harm=renumber_by_target)
+    assert failures(None, ids, harm=renumber_by_target) == ""
+    assert "position in the test file tells" in failures(None, ids, harm=sort_by_target)    # the ids are in no order
+    both = [renumber_by_target, sort_by_target]
+    assert failures(None, ids, harm=lambda home: [harm(home) for harm in both]) == ""
+    assert failures(None, "key_is_feature=True, ", harm=leak_a_row) == ""                   # the id is another
+    rows = pd.read_csv(toy_raw / "all.csv")
+    pd.concat([rows, rows[:1].assign(id=500)]).to_csv(toy_raw / "all.csv", index=False)
+    assert "1 rows are in train and in test, such as row 1 of test" in failures(toy_raw)
+    assert failures(toy_raw, "known_twins='so they are', ") == ""
+
+
 @pytest.mark.parametrize("old, new, found", [
     ("matched(submission,", "matched({name: cells[:20] for name, cells in submission.items()},",
      "a surplus row is not refused"),
@@ -626,6 +785,7 @@ def test_command_line(data, tmp_path, capsys):
     assert main(["list", "--data", str(data)]) == 0
     table = capsys.readouterr().out
     assert all(text in table for text in [*IDS, "0.0786", "0/0.00791/0.01526", "miniature"])
+    assert max(map(len, table.splitlines())) <= 120
     assert main(["prepare", "spaceship-titanic", "--data", str(data)]) == 0
     assert "scores do not compare with published ones" in capsys.readouterr().out
     sample = data / "spaceship-titanic" / "public" / "sample_submission.csv"
@@ -644,6 +804,16 @@ def test_check_on_the_command_line_fails_when_something_is_wrong(toy, tmp_path, 
     (home / "task.json").write_text(json.dumps({**facts, "m_init": 0.25}))
     assert main(["check", "toy", "--data", str(tmp_path / "data")]) == 1
     assert "task.json records 0.25" in capsys.readouterr().out
+
+
+def test_one_task_that_cannot_be_prepared_does_not_hide_the_others(toy, tmp_path, capsys):
+    (toy / "train.py").write_text("import no_such_module")
+    assert main(["check", "toy", "toy", "--data", str(tmp_path), "--jobs", "1"]) == 1
+    assert capsys.readouterr().out.count("toy (-): The starter of toy needs the module no_such_module") == 2
+    (toy / "task.py").write_text("import no_such_module")
+    tasks._load.cache_clear()
+    assert main(["list"]) == 1
+    assert "no_such_module is missing. Install what the tasks' scripts use: pip" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, hint", [
