@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,6 +129,63 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
+IGNORE = -100       # the target of a token that has none: padding, and what the policy did not choose
+
+
+class LinearLogProb(torch.autograd.Function):
+    """log softmax(x W^T / temperature)[target] and the softmax's entropy, without ever holding (N, V) logits.
+
+    Logits are made for a few rows at a time, in fp32, and made again in backward, where each row is scaled by its own
+    upstream gradient: with p the softmax and E its entropy, d logp / d logits = 1[target] - p and
+    d E / d logits = -p (log p + E), both over the temperature.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, temperature, size, rows):
+        exact = torch.promote_types(x.dtype, torch.float32)
+        logp, entropy, lse = (torch.empty(len(x), dtype=exact, device=x.device) for _ in range(3))
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            logits = (x[part] @ weight[:size].T).to(exact) / temperature                            # (rows, V)
+            lse[part] = logits.logsumexp(-1)
+            logp[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
+            entropy[part] = lse[part] - torch.linalg.vecdot((logits - lse[part, None]).exp_(), logits)
+        ctx.save_for_backward(x, weight, targets, lse, entropy)
+        ctx.settings = temperature, size, rows
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, d_logp, d_entropy):
+        (x, weight, targets, lse, entropy), (temperature, size, rows) = ctx.saved_tensors, ctx.settings
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            logq = ((x[part] @ weight[:size].T).to(lse.dtype) / temperature).sub_(lse[part, None])    # log p
+            p = logq.exp()
+            d = p * -d_logp[part, None]
+            d -= p * (logq + entropy[part, None]) * d_entropy[part, None]
+            d.scatter_add_(1, targets[part, None], d_logp[part, None])
+            d = (d / temperature).to(x.dtype)
+            dx[part] = d @ weight[:size]
+            dw[:size].addmm_(d.T, x[part])
+        return dx, dw, None, None, None, None
+
+
+class Head(Linear):
+    """The output layer: logits, or with targets the log-prob of each target and the entropy of its distribution."""
+
+    def forward(self, x, targets=None, temperature=1.0, size=None):
+        """x (..., C) -> logits (..., V); with targets (N,) int64: x (N, C) -> logp (N,), entropy (N,), fp32.
+
+        size: the number of token ids; rows of the vocabulary beyond it get no probability, as in sampling.
+        """
+        if targets is None:
+            return super().forward(x)
+        size = size or self.out_features
+        budget = 2**24 if x.device.type == "cpu" else 2**27         # logits at a time: 64 MiB, 512 MiB
+        return LinearLogProb.apply(x, self.weight, targets, temperature, size, max(1, budget // size))
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight; the mean is taken in fp32 whatever the dtype."""
 
@@ -166,15 +224,16 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, self.K * self.D, bias=True)
         self.o_proj = Linear(self.H * self.D, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, window, layer):
+    def forward(self, x, cos, sin, window, layer, lengths):
         B, T, C = x.shape
         q = rotate(self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2), cos, sin)     # (B, H, T, D)
         k = rotate(self.k_proj(x).view(B, T, self.K, self.D).transpose(1, 2), cos, sin)     # (B, K, T, D)
         v = self.v_proj(x).view(B, T, self.K, self.D).transpose(1, 2)
         if window is not None:
             k, v = window.append(layer, k, v)                                               # (B, K, S, D)
-        if window is None or window.mask is None:       # a row's whole past is in this pass: plain causal attention
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if window is None or window.mask is None:       # a text's whole past is in this pass: plain causal attention
+            y = torch.cat([F.scaled_dot_product_attention(*text, is_causal=True, enable_gqa=True) for text in zip(
+                *(x.split(lengths or [T], dim=2) for x in (q, k, v)))], dim=2)
         else:                                           # the H / K query heads that share a key stand as extra queries
             q = q.reshape(B, self.K, -1, self.D)        # (B, K, H/K * T, D): no copy of the cache for each query head
             mask = window.mask if T == 1 else window.mask.repeat(1, 1, self.H // self.K, 1)
@@ -197,6 +256,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    recompute = False       # activation checkpointing: backward computes the block again, from its input alone
+
     def __init__(self, c):
         super().__init__()
         self.self_attn = Attention(c)
@@ -204,8 +265,13 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, window, layer):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, window, layer)
+    def forward(self, x, cos, sin, window, layer, lengths):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, cos, sin, window, layer, lengths, use_reentrant=False)
+        return self.compute(x, cos, sin, window, layer, lengths)
+
+    def compute(self, x, cos, sin, window, layer, lengths):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, window, layer, lengths)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -224,7 +290,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
 
     def tie(self):
@@ -232,22 +298,35 @@ class Qwen2(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden(self, tokens, window=None):
+    def hidden(self, tokens, window=None, lengths=None):
         """The last normalised hidden states, (B, T, C), of `tokens`, (B, T) int64.
 
-        Without a window each row is a text from its first token, and token t sees tokens 0..t. With one (see
-        sample.Cache) the rows continue what is cached, at the window's positions.
+        Without a window each row is a text from its first token, and token t sees tokens 0..t. With lengths, a list that
+        sums to T, each row is such texts back to back, none of which sees another. With a window (sample.Window) the
+        rows continue what is cached, at the window's positions.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] if window is None else window.positions
+        if window is not None:
+            positions = window.positions
+        else:
+            parts = [torch.arange(n, device=tokens.device) for n in lengths or [tokens.shape[1]]]
+            positions = torch.cat(parts)[None]
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(tokens)
         for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, window, i)
+            x = block(x, cos, sin, window, i, lengths)
         return self.model.norm(x)
 
-    def forward(self, tokens, window=None):
-        """Logits of the next token at every position: (B, T) int64 -> (B, T, V)."""
-        return self.lm_head(self.hidden(tokens, window))
+    def forward(self, tokens, window=None, lengths=None, targets=None, temperature=1.0, size=None):
+        """Logits of the next token at every position: (B, T) int64 -> (B, T, V).
+
+        With targets, (B, T) int64 and IGNORE where there is none: the log-probs of the N targets in the order of the
+        rows, and the entropies of their distributions, both (N,) fp32. See hidden for the rest, and Head for size.
+        """
+        x = self.hidden(tokens, window, lengths)
+        if targets is None:
+            return self.lm_head(x)
+        kept = targets != IGNORE
+        return self.lm_head(x[kept], targets[kept], temperature, size)
 
     @classmethod
     def from_scratch(cls, config, seed=0, dtype=torch.float32, device="cpu"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import PRESETS, Config, Linear, Qwen2, find_folder
+from model import IGNORE, Config, Linear, LinearLogProb, Qwen2, find_folder
 from sample import Tokenizer
 
 ODD = Config(vocab_size=301, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
@@ -155,6 +155,57 @@ def test_every_form_of_the_linear_layer_is_the_same_product(dtype, tolerance, ro
     for y in (unpacked, packed):
         assert y.shape == (rows, 1, 41) and (y - plain).abs().max() <= tolerance * plain.abs().max()
     assert layer(x).requires_grad       # with gradients on, the differentiable form
+
+
+# -- what training needs
+
+@pytest.mark.parametrize("N, C, V, size, rows", [(5, 7, 41, 41, 3), (9, 3, 23, 19, 4), (1, 2, 5, 5, 1), (0, 3, 7, 7, 2)])
+def test_fused_log_probs_and_entropies_are_those_of_a_softmax(N, C, V, size, rows):
+    """Forward against log_softmax; backward by finite differences, each row with an upstream gradient of its own."""
+    g = torch.Generator().manual_seed(N)
+    x = torch.randn(N, C, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(V, C, generator=g, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(size, (N,), generator=g)
+    logp, entropy = LinearLogProb.apply(x, weight, targets, 0.7, size, rows)
+    logq = (x @ weight[:size].T / 0.7).log_softmax(-1)
+    assert torch.allclose(logp, logq.gather(1, targets[:, None])[:, 0])
+    assert torch.allclose(entropy, -(logq.exp() * logq).sum(-1))
+    if N:
+        assert torch.autograd.gradcheck(lambda *p: LinearLogProb.apply(*p, targets, 0.7, size, rows), (x, weight))
+    else:       # a process without a token still takes part in the backward pass
+        (logp.sum() + entropy.sum()).backward()
+        assert weight.grad.abs().sum() == 0
+
+
+def loss_and_gradients(model, *batches):
+    model.zero_grad()
+    loss = torch.zeros(())
+    for tokens, lengths, targets in batches:
+        logp, entropy = model(tokens, lengths=lengths, targets=targets, size=290)
+        loss = loss - logp.sum() - 0.1 * entropy.sum()
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(one, other):
+    assert torch.allclose(one[0], other[0], rtol=1e-6)
+    for name, grad in one[1].items():
+        assert (grad - other[1][name]).abs().max() <= 1e-5 * grad.abs().max(), name
+
+
+def test_texts_packed_in_one_row_are_the_texts_apart_and_blocks_can_be_computed_again():
+    model, lengths = Qwen2.from_scratch(ODD, seed=2), [3, 11, 1, 7]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    tokens, targets = tokens_of(ODD, 1, 22), torch.randint(290, (1, 22), generator=torch.Generator().manual_seed(7))
+    targets[0, [0, 5, 14, 21]] = IGNORE
+    packed = loss_and_gradients(model, (tokens, lengths, targets))
+    apart = [(t, None, u) for t, u in zip(tokens.split(lengths, 1), targets.split(lengths, 1))]
+    assert_same(packed, loss_and_gradients(model, *apart))
+    for block in model.model.layers:
+        block.recompute = True
+    assert_same(packed, loss_and_gradients(model, (tokens, lengths, targets)))
 
 
 # -- the real checkpoint
