@@ -21,8 +21,9 @@ Sandbox: off. A script gets a clean environment, and limits on time, memory, fil
 started survives it. Not protected yet: it may read whatever this user may read (the answers too), write outside its
 folder (a change of the public data is noticed and stops us) and use the network. Linux only; the rest works anywhere.
 """
-import ast, contextlib, dataclasses, difflib, functools, glob, hashlib, inspect, io, itertools, json, marshal, math, os, re
-import select, shutil, socket, subprocess, sys, tempfile, threading, time, uuid
+import ast, contextlib, dataclasses, difflib, functools, glob, hashlib, inspect, io, itertools, json, marshal, math, os
+import random, re, select, shutil, socket, subprocess, sys, tempfile, threading, time, uuid
+from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -670,6 +671,97 @@ def _remove(folder):
     shutil.rmtree(folder)
 
 
+class Slots:
+    """Who may run now. With more scripts at once than the machine has cores, timeouts would depend on the load."""
+
+    def __init__(self, cpus):
+        self.cpus, self.free, self.busy, self.changed = cpus, cpus, set(), threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, threads=1, gpus=None, stop=None):
+        """Waits for as many cores as the script has threads and for one of the GPUs, "0,1" say; gives the GPU's name,
+        None without GPUs. Stopped: stop was set meanwhile."""
+        threads, names = min(threads, self.cpus), [name for name in (gpus or "").split(",") if name]
+        with self.changed:
+            while self.free < threads or names and self.busy.issuperset(names):
+                if stop and stop.is_set():
+                    raise Stopped("the run was called off before it began")
+                self.changed.wait(0.1 if stop else None)
+            gpu = next((name for name in names if name not in self.busy), None)
+            self.free -= threads
+            self.busy |= {gpu} - {None}
+        try:
+            yield gpu
+        finally:
+            with self.changed:
+                self.free += threads
+                self.busy -= {gpu}
+                self.changed.notify_all()
+
+
+SLOTS = Slots(os.cpu_count() or 1)      # of this process, for all Envs and pools together
+
+
+def execute_many(jobs, gpus=None, stop=None):
+    """Runs many scripts, as many at once as there are slots, and yields (index, Result) as they end. jobs: dicts with
+    the arguments of execute; taken from the iterable as slots come free, so it may be endless. gpus: "0,1", of which
+    each script gets one. To close the generator, or to set the threading.Event `stop`, ends what runs; then Stopped is
+    raised. What execute raises for one job ends the others too."""
+    stop, jobs, running = stop or threading.Event(), enumerate(jobs), set()
+
+    def run(index, job):
+        with SLOTS.take(job.get("threads", 1), gpus, stop) as gpu:
+            return index, execute(**job, gpu=gpu, stop=stop)
+    with futures.ThreadPoolExecutor(SLOTS.cpus) as pool:
+        try:
+            while True:
+                running |= {pool.submit(run, *each) for each in itertools.islice(jobs, SLOTS.cpus - len(running))}
+                if not running:
+                    return
+                done, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
+                for each in done:
+                    yield each.result()
+        finally:
+            stop.set()
+
+
+def _write_aside(path, content):
+    """Writes a file so that it is there whole or not at all, also with many writers and kill -9."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+class Cache:
+    """What runs gave, on disk, so that one state is run once: <folder>/<aa>/<key>. An entry is a line with the sha256
+    of the rest, and the rest, JSON; a damaged one counts as absent. Safe for many writers. recheck: the share of hits,
+    0 to 1, that are run again; `moved` lists those whose score is another now."""
+
+    def __init__(self, folder, recheck=0.0):
+        self.folder, self.recheck, self.moved, self.lock = Path(folder), recheck, [], threading.Lock()
+        self.counts = {"runs": 0, "hits": 0, "rechecked": 0}
+
+    def count(self, what):
+        with self.lock:
+            self.counts[what] += 1
+
+    def get(self, key):
+        """The entry, None if there is none."""
+        try:
+            digest, text = (self.folder / key[:2] / key).read_bytes().split(b"\n", 1)
+        except (FileNotFoundError, ValueError):
+            return None
+        return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else None
+
+    def put(self, key, entry):
+        text = json.dumps(entry).encode()
+        _write_aside(self.folder / key[:2] / key, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+
+
 class Blobs:
     """Contents by their sha256, in <folder>/<aa>/<sha256>. Written aside and renamed, so a blob that is there is whole;
     safe for many writers."""
@@ -678,23 +770,28 @@ class Blobs:
         self.folder = Path(folder)
 
     def path(self, sha):
-        path = self.folder / sha[:2] / sha
-        if not path.is_file():
+        if not self.has(sha):
             raise ValueError(f"the blob {sha} is missing in {self.folder}: this state cannot be restored")
-        return path
+        return self.folder / sha[:2] / sha
+
+    def has(self, sha):
+        return (self.folder / sha[:2] / sha).is_file()
 
     def put(self, content):
         """Stores bytes, or the file at a path; returns the sha256."""
         self.folder.mkdir(parents=True, exist_ok=True)
         digest, aside = hashlib.sha256(), self.folder / uuid.uuid4().hex
-        with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as source:
-            with open(aside, "wb") as file:
-                while chunk := source.read(1 << 20):
-                    digest.update(chunk)
-                    file.write(chunk)
-        path = self.folder / digest.hexdigest()[:2] / digest.hexdigest()
-        path.parent.mkdir(exist_ok=True)
-        os.replace(aside, path)
+        try:
+            with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as source:
+                with open(aside, "wb") as file:
+                    while chunk := source.read(1 << 20):
+                        digest.update(chunk)
+                        file.write(chunk)
+            path = self.folder / digest.hexdigest()[:2] / digest.hexdigest()
+            path.parent.mkdir(exist_ok=True)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
         return path.name
 
 
@@ -896,10 +993,6 @@ class Step:
     ended: str = ""                 # why the trajectory is over now: "final answer", "steps", "time"; "" if it goes on
 
 
-# how many scripts run at once, of all Envs together: with more of them, timeouts would depend on the load
-_slots = threading.BoundedSemaphore(os.cpu_count() or 1)
-
-
 class Env:
     """One trajectory on one task.
 
@@ -907,8 +1000,8 @@ class Env:
     actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
     steps, seconds: limits of the trajectory; waiting for a free slot to run a script does not count. coder:
     callable(messages) -> str, a second model for the (AI) actions; its ValueError (a text that does not fit) goes to
-    the agent, other errors to the caller. python, gpu, threads, sandbox: see execute. cache: a dict that Envs may share, so that
-    one state is run once.
+    the agent, other errors to the caller. python, threads, sandbox: see execute. gpu: "0,1" gives each script one of
+    these GPUs. cache: a Cache that Envs may share; the default lies in out.
     """
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
@@ -924,7 +1017,7 @@ class Env:
         self.actions = tuple(name for name in actions if coder or name not in NEEDS_CODER)
         self.fields, self.steps, self.seconds, self.coder = tuple(fields), steps, seconds, coder
         self.python, self.gpu, self.threads, self.sandbox = python, gpu, threads, sandbox
-        self.cache = {} if cache is None else cache
+        self.cache = cache or Cache(Path(out) / "cache")
         self.reset()
 
     def reset(self):
@@ -1233,17 +1326,42 @@ class Env:
         before = {path: sha for path, sha in self.files.items() if not path.startswith(UNDO)}
         if script == self.task.entry:
             before.pop("submission.csv", None)
-        key = (self.public, self.python, self.gpu, self.threads, script, *sorted(before.items()))
-        if key in self.cache:
-            return self.cache[key]
+        key = self._key(script, before)
+        if (known := self.cache.get(key)) and all(map(self.blobs.has, (known["after"] or {}).values())):
+            self.cache.count("hits")
+            if random.random() < self.cache.recheck:
+                self.cache.count("rechecked")
+                result, score, _ = self._run_now(script, before, self.task.time_limit_s)
+                if (result.outcome, score) != (known["result"]["outcome"], known["score"]):
+                    self.cache.moved.append({
+                        "task": self.task.id, "script": before[script], "outcome": [known["result"]["outcome"],
+                        result.outcome], "score": [known["score"], score]})
+            return Result(**known["result"]), known["score"], known["after"]
+        self.cache.count("runs")
+        result, score, after = self._run_now(script, before, timeout_s)
+        if result.outcome not in ("killed", "disk full") and (   # these, and a shorter limit, may be gone the next time
+                result.outcome != "timeout" or timeout_s >= self.task.time_limit_s):
+            self.cache.put(key, {"result": dataclasses.asdict(result), "score": score, "after": after})
+        return result, score, after
+
+    def _key(self, script, before):
+        """Stands for all that a run depends on: files, data, grader, limits, versions, what it runs on."""
+        data = {name: value for name, value in self.info.items() if name not in ("m_init", "starter_seconds")}
+        parts = [script, sorted(before.items()), data, _graders(), self.task.time_limit_s, self.task.memory_limit_bytes,
+                 describe(self.python or sys.executable)[2], self.threads, bool(self.gpu),
+                 protection() if self.sandbox == "on" else ()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _run_now(self, script, before, timeout_s):
+        """As _run, for a workspace that holds the files `before`, whatever is known already."""
         score, after, waiting = None, None, time.monotonic()
-        with _slots:
+        with SLOTS.take(self.threads, self.gpu) as gpu:
             self.deadline += time.monotonic() - waiting
             folder = Path(tempfile.mkdtemp(prefix="ml-agent-run-"))
             try:
                 public = _stamps(self.public)
                 self._build(folder, before)
-                result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=self.gpu,
+                result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=gpu,
                                  memory_bytes=self.task.memory_limit_bytes, threads=self.threads,
                                  sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"])
                 if _stamps(self.public) != public:
@@ -1262,8 +1380,6 @@ class Env:
                     result = dataclasses.replace(result, outcome=outcome, detail=detail)
             finally:
                 _remove(folder)
-        if result.outcome != "timeout" or timeout_s >= self.task.time_limit_s:
-            self.cache[key] = result, score, after
         return result, score, after
 
     def _grade(self, submission):
@@ -1300,6 +1416,12 @@ class Env:
                     return None
         same = {path: sha for path, sha in before.items() if self._read_only(path)}
         return {path: self.blobs.put(Path(place)) for path, place in found.items()} | same
+
+
+@functools.lru_cache(maxsize=None)
+def _graders():
+    """Stands for the code that grades."""
+    return tasks.hash_files(*sorted(Path(tasks.__file__).parent.glob("*.py")))
 
 
 def _stamps(folder):
@@ -1353,20 +1475,21 @@ def replay(path, say=print):
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
     answers, count = [], 0
     coder = (lambda messages: answers.pop(0)) if set(NEEDS_CODER) & set(head["actions"]) else None
-    env = Env(head["task"], head["data"], out=out, coder=coder,
-              **{name: head[name] for name in ("actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")})
+    same = {name: head[name] for name in ("actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")}
     snapshot, messages = head["snapshot"], head["messages"]
-    for old in steps:
-        env.restore(snapshot, messages, index=old["index"], m_before=old["m_before"], seconds=old["time_left_s"])
-        answers[:] = old["coder"]
-        new = json.loads(json.dumps(record(env.step(old["reply"]))))
-        for name in COMPARED:
-            before, now = _masked(old[name]), _masked(new[name])
-            if before != now:
-                count += 1
-                say(f"step {old['index']}, {name}:\n  recorded: {clip(repr(before), 1000)}\n"
-                    f"  replayed: {clip(repr(now), 1000)}")
-        snapshot, messages = old["snapshot"], messages + old["messages"]
+    with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
+        env = Env(head["task"], head["data"], out=out, coder=coder, cache=Cache(empty), **same)
+        for old in steps:
+            env.restore(snapshot, messages, index=old["index"], m_before=old["m_before"], seconds=old["time_left_s"])
+            answers[:] = old["coder"]
+            new = json.loads(json.dumps(record(env.step(old["reply"]))))
+            for name in COMPARED:
+                before, now = _masked(old[name]), _masked(new[name])
+                if before != now:
+                    count += 1
+                    say(f"step {old['index']}, {name}:\n  recorded: {clip(repr(before), 1000)}\n"
+                        f"  replayed: {clip(repr(now), 1000)}")
+            snapshot, messages = old["snapshot"], messages + old["messages"]
     say(f"{len(steps)} steps replayed, {count} differences")
     return count
 

@@ -23,7 +23,7 @@ import numpy as np
 
 import sample
 import tasks
-from env import DEFAULT_ACTIONS, FIELDS, Env, header, printed_metric, record
+from env import DEFAULT_ACTIONS, FIELDS, Cache, Env, Unprotected, header, printed_metric, record
 
 FINAL = {"last-valid": "the last valid submission",
          "best-validation": "the valid submission whose script printed the best score"}
@@ -59,8 +59,10 @@ class Settings:
     dtype: str = "auto"  # of the weights: auto, float32 or bfloat16
     device: str = "auto"  # of the model: auto, cpu or cuda
     python: str = sys.executable  # the interpreter that runs the tasks' scripts
-    gpu: str = ""  # CUDA_VISIBLE_DEVICES of the scripts; empty hides all GPUs from them
+    gpu: str = ""  # GPUs for the scripts, such as 0 or 0,1: each script gets one of them; empty hides all
     threads: int = 1  # that a script may use for numerics
+    sandbox: str = "on"  # on, or off: scripts can then read the answers and your files; every row of the results says so
+    recheck: float = 0.0  # share of the results known from an earlier run that are run again and compared, 0 to 1
     seed: int = 0  # of sampling and of the bootstrap
 
     def __post_init__(self):
@@ -70,6 +72,9 @@ class Settings:
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):
             raise ValueError("expected --temperature of at least 0 and --top-p above 0 and up to 1, found "
                              f"{self.temperature} and {self.top_p}")
+        if self.sandbox not in ("on", "off") or not 0 <= self.recheck <= 1:
+            raise ValueError("expected --sandbox on or off and --recheck from 0 to 1, found "
+                             f"{self.sandbox} and {self.recheck}")
         if self.final not in FINAL:
             raise ValueError(f"--final must be {' or '.join(FINAL)}, found {self.final!r}")
         if unknown := set(self.actions) - set(DEFAULT_ACTIONS):
@@ -124,7 +129,8 @@ def trajectory(s, task, k, policy, coder, cache, run):
         return coder.chat(messages, max_new_tokens=CODER_TOKENS, seed=seed("coder"), **sampling).text
 
     env = Env(task, s.data, out=s.out, actions=s.actions, fields=s.fields, steps=s.steps, seconds=s.seconds,
-              coder=coder and ask_coder, python=s.python, gpu=s.gpu or None, threads=s.threads, cache=cache)
+              coder=coder and ask_coder, python=s.python, gpu=s.gpu or None, threads=s.threads,
+              sandbox=s.sandbox, cache=cache)
     if lines:
         last = lines[-1]
         messages = [message for line in lines for message in line["messages"]]
@@ -186,9 +192,9 @@ class Run:
                 + (f", ETA {timedelta(seconds=int(seconds * (1 - share) / won))}" if won > 0 else ""))
 
 
-def play(s, jobs, policy, coder, run):
+def play(s, jobs, policy, coder, cache, run):
     """Plays the trajectories `jobs`, [(task, k)], s.parallel at a time. The first error stops all and is raised."""
-    waiting, errors, cache = queue.SimpleQueue(), [], {}
+    waiting, errors = queue.SimpleQueue(), []
     for job in jobs:
         waiting.put(job)
 
@@ -217,7 +223,7 @@ def play(s, jobs, policy, coder, run):
         with run.lock:      # not in the middle of a line
             run.stop.set()
         print(before + run.line(), end=after.strip() + "\n", file=sys.stderr, flush=True)
-    if errors and isinstance(errors[0], sample.EndpointError):
+    if errors and isinstance(errors[0], (sample.EndpointError, Unprotected)):
         raise errors[0]
     if errors:      # with its traceback: it is nothing that settings could put right
         raise RuntimeError("a trajectory could not be played") from errors[0]
@@ -239,6 +245,7 @@ def outcome(lines, direction, final):
             "printed": chosen.get("printed"), "oracle": oracle.get("score"), "oracle_step": oracle.get("index"),
             "ended": ended(lines), "steps": len(steps), "valid_replies": sum(step["valid"] for step in steps),
             "kinds": dict(Counter(step["kind"] for step in steps)),
+            "outcomes": dict(Counter(step["outcome"] for step in steps if step["outcome"])),
             "mean_reward": sum(step["reward"] for step in steps) / len(steps) if steps else None,
             "sandbox": sorted({step["sandbox"] for step in steps if step["sandbox"]}),
             "tokens": sum(step["tokens"] for step in steps),
@@ -301,10 +308,13 @@ def layout(rows):
 def report(results):
     """The tables, as text, of what results.json holds."""
     found, s, parts = results["tasks"], results["settings"], []
-    first = {id: (id + " (miniature)" * one["miniature"], f"{one['metric']} ({one['direction']})",
+    bare = " (sandbox off)" * (s.get("sandbox") == "off")
+    first = {id: (id + " (miniature)" * one["miniature"] + bare, f"{one['metric']} ({one['direction']})",
                   number(one["starter"])) for id, one in found.items()}
     if any(one["miniature"] for one in found.values()):
         parts.append("Miniature data are made up from a seed: scores on them do not compare with published ones.")
+    if moved := results.get("cache", {}).get("moved"):
+        parts.append(f"{len(moved)} scripts did not score again what they had scored: see cache.moved in results.json.")
     if not s["model"]:
         rows = [(*first[id], number(one["printed"]), f"{one['seconds']:.1f}") for id, one in found.items()]
         return "\n\n".join([*parts, layout([("task", "metric", "starter", "it printed", "seconds"), *rows])])
@@ -360,7 +370,7 @@ def prepare(s):
 
 def conditions(s, infos):
     """All that the trajectories depend on, {name: value}: a run is continued only under the same."""
-    free = ("out", "data", "raw", "parallel", "final", "trajectories")      # say where, how many, or how it is counted
+    free = ("out", "data", "raw", "parallel", "final", "trajectories", "recheck")   # say where, how many, or how it is counted
     same = {name: value for name, value in json.loads(json.dumps(asdict(s))).items() if name not in free}
 
     def short(value):
@@ -388,17 +398,23 @@ def check_same(s, now):
                          "Give another --out, or delete that folder.")
 
 
-def baseline(s, infos):
+def baseline(s, infos, cache):
     """Runs each starter once; what results.json says of each task."""
     found = {}
     for task, info in infos:
-        env = Env(task, s.data, out=s.out, python=s.python, gpu=s.gpu or None, threads=s.threads)
+        env = Env(task, s.data, out=s.out, python=s.python, gpu=s.gpu or None, threads=s.threads,
+                  sandbox=s.sandbox, cache=cache)
         score, result = env.score()
         if score is None:
             raise Failed(f"the starter of {task.id}: {result.outcome}. {result.detail}\n{result.stderr}")
         found[task.id] = {**about(task, info), "starter": score, "printed": printed_metric(result.stdout, task.metric),
                           "seconds": result.seconds, "sandbox": result.sandbox}
     return found
+
+
+def about_cache(cache):
+    """How many scripts were run, known or run again, and those whose score was another then."""
+    return {**cache.counts, "moved": cache.moved}
 
 
 def evaluate(s, load=sample.load):
@@ -422,8 +438,9 @@ def evaluate(s, load=sample.load):
             part.replace(path)
 
         save()
+        cache = Cache(Path(s.out, "cache"), s.recheck)
         if not s.model:
-            save(tasks=baseline(s, infos), complete=True)
+            save(tasks=baseline(s, infos, cache), complete=True, cache=about_cache(cache))
             return results
         jobs = [(task, k) for k in range(s.trajectories) for task, _ in infos]
         records = {file_of(s, task.id, k): read_record(file_of(s, task.id, k)) for task, k in jobs}
@@ -438,9 +455,9 @@ def evaluate(s, load=sample.load):
                 raise ValueError(f"--max-new-tokens {s.max_new_tokens} leaves no room in a context of {policy.context}")
             coder = policy if s.coder == "model" else None if s.coder == "none" else load(s.coder, **options)
             try:
-                play(s, jobs, policy, coder, run)
+                play(s, jobs, policy, coder, cache, run)
             finally:
-                save(tasks=collect(s, infos))
+                save(tasks=collect(s, infos), cache=about_cache(cache))
         save(tasks=collect(s, infos), complete=True)
         return results
 
@@ -454,7 +471,7 @@ def main(argv=None):
     except ValueError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
-    except (Failed, sample.EndpointError) as error:
+    except (Failed, Unprotected, sample.EndpointError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("eval.py: interrupted", file=sys.stderr)

@@ -469,13 +469,12 @@ def test_results_are_kept_so_a_scored_edit_runs_at_once(make, monkeypatch):
     runs = []
     execute = env_module.execute
     monkeypatch.setattr(env_module, "execute", lambda *args, **options: runs.append(args) or execute(*args, **options))
-    cache = {}
-    env = make(cache=cache)
+    env = make()
     edit(env, "0.50", "0.60")
     step = run(env)
     assert len(runs) == 1 and step.score == 0.6 and text_of(env, "submission.csv") == "0.6"
     assert env.score()[0] == 0.6 and env.score()[1].outcome == "ok" and len(runs) == 1
-    other = make(cache=cache)
+    other = make()
     edit(other, "0.50", "0.60")
     assert len(runs) == 1
     put(other, helper="x = 1")
