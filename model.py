@@ -360,37 +360,50 @@ class Qwen2(nn.Module):
         """
         folder = find_folder(path)
         model = cls._empty(Config.from_pretrained(folder), dtype, device)
-        load_tensors(folder, dict(model.named_parameters()))
+        load_tensors(folder, {name: (p, 0, tuple(p.shape)) for name, p in model.named_parameters()})
         return model
 
     def save_pretrained(self, folder, max_shard_bytes=5 * 10**9):
-        """Write config.json and model.safetensors, or shards of at most max_shard_bytes with their index.
+        """Write config.json and model.safetensors, or shards of at most max_shard_bytes with their index. The
+        tokenizer's files are not written here (Tokenizer.save)."""
+        tensors = ((name, p.detach()) for name, p in self.named_parameters())   # a tied head comes once, as embedding
+        write_checkpoint(folder, self.config, tensors, next(self.parameters()).dtype, max_shard_bytes)
 
-        The config comes last: a folder whose writing broke off does not load. The tokenizer's files are not written
-        here (Tokenizer.save).
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").unlink(missing_ok=True)
-        for old in (*folder.glob("model*.safetensors"), *folder.glob("model.safetensors.index.json")):
-            old.unlink()
-        shards, size = [{}], 0
-        for name, p in self.named_parameters():         # a tied head is listed once, under the embedding's name
-            if size and size + p.nbytes > max_shard_bytes:
-                shards.append({})
-                size = 0
-            shards[-1][name] = p.detach()
-            size += p.nbytes
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        if len(shards) == 1:
-            names = ["model.safetensors"]
-        for name, shard in zip(names, shards):
-            save_file({k: p.contiguous().cpu() for k, p in shard.items()}, folder / name, metadata={"format": "pt"})
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": sum(p.nbytes for p in self.parameters())},
-                     "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        self.config.save(folder, next(self.parameters()).dtype)
+
+def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=5 * 10**9):
+    """Write an ordinary checkpoint folder from an iterable of (name, tensor), converted to dtype, a shard at a time.
+
+    The config is removed first and written last: a folder whose writing broke off does not load.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    shards, shard, size, total = [], {}, 0, 0       # shards: the names in each file
+
+    def write():
+        save_file(shard, folder / f"model-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        tensor = tensor.to("cpu", dtype).contiguous()
+        if shard and size + tensor.nbytes > max_shard_bytes:
+            write()
+            size = 0
+        shard[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    write()
+    index = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        (folder / f"model-{i}.safetensors").rename(folder / file)
+        index.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+        (folder / "model.safetensors.index.json").write_text(text + "\n")
+    config.save(folder, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,10 +447,12 @@ def checkpoint_files(folder):
 
 
 def load_tensors(folder, parameters, slice_bytes=32 * 2**20):
-    """Fill `parameters`, {name: tensor}, from the checkpoint in `folder`, a slice of rows at a time.
+    """Fill parameters from the checkpoint in `folder`, a slice of rows at a time.
 
-    The file is opened anew for each slice: the library maps it into memory, and pages once read would count until it is
-    closed. Raises ValueError naming missing, unexpected and mis-shaped tensors together, before anything is copied.
+    parameters: {name: (tensor, first, shape)}; the tensor receives the rows from `first` on of one of this shape, so
+    that a process which holds a part reads only that part. The file is opened anew for each slice: the library maps it
+    into memory, and pages once read would count until it is closed. Raises ValueError naming missing, unexpected and
+    mis-shaped tensors together, before anything is copied.
     """
     where = checkpoint_files(folder)
     shapes = {}
@@ -447,17 +462,18 @@ def load_tensors(folder, parameters, slice_bytes=32 * 2**20):
     faults = {
         "missing": sorted(parameters.keys() - shapes.keys()),
         "unexpected": sorted(shapes.keys() - parameters.keys()),
-        "of another shape": [f"{name} (expected {tuple(parameters[name].shape)}, found {shapes[name]})"
+        "of another shape": [f"{name} (expected {parameters[name][2]}, found {shapes[name]})"
                              for name in sorted(parameters.keys() & shapes.keys())
-                             if tuple(parameters[name].shape) != shapes[name]],
+                             if parameters[name][2] != shapes[name]],
     }
     if any(faults.values()):
         text = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
                          for kind, names in faults.items() if names)
         raise ValueError(f"{folder} does not fit its config.json: {text}")
     with torch.no_grad():
-        for name, p in parameters.items():
-            step = max(1, slice_bytes // max(1, p.nbytes // p.shape[0]))
-            for start in range(0, p.shape[0], step):
+        for name, (rows, first, _) in parameters.items():
+            step = max(1, slice_bytes // max(1, rows[:1].nbytes))
+            for start in range(0, len(rows), step):
+                stop = min(start + step, len(rows))
                 with safe_open(where[name], framework="pt") as f:
-                    p[start:start + step].copy_(f.get_slice(name)[start:start + step])
+                    rows[start:stop].copy_(f.get_slice(name)[first + start:first + stop])

@@ -129,26 +129,33 @@ class Tokenizer:
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
 
     def chat(self, messages, add_generation_prompt=True):
-        """Token ids of a conversation in Qwen's chat format, [{"role", "content"}], ending where the assistant speaks.
+        """Token ids of a conversation in Qwen's chat format, ending where the assistant speaks; see conversation."""
+        ids = self.conversation(messages)[0]
+        return ids + [self.turn, *self.encode("assistant\n")] if add_generation_prompt else ids
 
-        Each message is <|im_start|>role\\ncontent<|im_end|>\\n; without a system message the checkpoint's default one
-        comes first. A message's "tokens", the ids that were sampled for it, stand for its content as they are: a reply
-        that was sampled is never tokenised again. Raises ValueError for another role or a message without content.
+    def conversation(self, messages):
+        """(ids, chosen) of a conversation, [{"role", "content"}]: its token ids in Qwen's chat format, and for each
+        whether the assistant chose it, which holds for its replies and the token that ends each.
+
+        A message is <|im_start|>role\\ncontent<|im_end|>\\n; without a system message the checkpoint's default one comes
+        first. A message's "tokens", the ids that were sampled for it, stand for its content as they are: a reply that
+        was sampled is never tokenised again. Raises ValueError for another role or a message without content.
         """
         if not messages or messages[0].get("role") != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        ids, newline = [], self.encode("\n")
+        ids, chosen, newline = [], [], self.encode("\n")
         for i, message in enumerate(messages):
             role, content, tokens = message.get("role"), message.get("content"), message.get("tokens")
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise ValueError(f"message {i}: expected a role of system, user or assistant and a text as content, "
                                  f"found role {role!r} and content {str(content)[:40]!r}")
-            if tokens:
-                body = self.encode(role + "\n") + list(tokens[:-1] if tokens[-1] in self.eos else tokens)
-            else:
-                body = self.encode(f"{role}\n{content}")
-            ids += [self.turn, *body, self.end, *newline]
-        return ids + [self.turn, *self.encode("assistant\n")] if add_generation_prompt else ids
+            head, reply = self.encode(f"{role}\n{content}"), []
+            if role == "assistant":     # apart, as when it was sampled
+                head, reply = self.encode("assistant\n"), list(tokens or self.encode(content))
+                reply = reply[:-1] if reply and reply[-1] in self.eos else reply
+            ids += [self.turn, *head, *reply, self.end, *newline]
+            chosen += [False] * (1 + len(head)) + [True] * len(reply) + [role == "assistant"] + [False] * len(newline)
+        return ids, chosen
 
 
 def byte_alphabet():

@@ -68,6 +68,15 @@ def test_sampled_tokens_stand_in_the_next_prompt_as_they_are():
     assert other == plain[:start] + [7, 8, 9] + plain[start + 2:]
 
 
+def test_what_the_assistant_chose_is_its_replies_and_their_ends():
+    t = Tokenizer.of_bytes()
+    ids, chosen = t.conversation([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"},
+                                  {"role": "user", "content": "e"}, {"role": "assistant", "content": "fg", "tokens": [7]}])
+    assert t.decode([i for i, c in zip(ids, chosen) if c]) == "cd<|im_end|>" + t.decode([7]) + "<|im_end|>"
+    assert ids == t.chat([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"},
+                          {"role": "user", "content": "e"}, {"role": "assistant", "content": "fg", "tokens": [7]}], False)
+
+
 def test_a_message_of_another_role_or_without_text_is_refused():
     for bad in ({"role": "tool", "content": "x"}, {"role": "user"}, {"content": "x"}, {"role": "user", "content": 3}):
         with pytest.raises(ValueError, match="message 1"):
