@@ -66,7 +66,7 @@ def main(argv=None):
 
 
 def run_list(args, ids):
-    """A row of figures a task, then what to get and where the figures come from.
+    """A row of figures a task, then what to get and where the figures come from, a paragraph each.
 
     aim: whether the metric should go up or down. m_init is our starter's score on the real data, m_best the best known
     one; the weakest and ML-Agent are averages of the paper's Table 1. "-": not measured, or not in that table.
@@ -87,8 +87,10 @@ def run_list(args, ids):
         state = kind(tasks.info(task.id, args.data)) if prepared else "not prepared"
         medals = "/".join(f"{task.medals[name]:g}" for name in ("gold", "silver", "bronze") if name in task.medals)
         medals += f" ({task.medals_metric})" if task.medals_metric else ""
+        published = ", ".join(f"{model} {average:g}/{best:g}" for model, (average, best) in task.published.items())
         facts = [f"{task.id} ({state}): get {task.download}, {task.size}.", f"Follows {task.source}.",
-                 f"m_best: {task.m_best_source}.", f"Gold/silver/bronze: {medals}." if medals else ""]
+                 f"m_best: {task.m_best_source}.", f"Gold/silver/bronze: {medals}." if medals else "",
+                 f"Table 1, average/best of 8: {published}." if published else ""]
         print(textwrap.fill(" ".join(filter(None, facts)), 120, subsequent_indent="    ", break_on_hyphens=False))
     return 0
 
@@ -111,7 +113,8 @@ def run_grade(args, ids):
     score = tasks.grade(task.id, args.file, args.data)
     print(f"{task.id} ({kind(facts)}): {task.metric} {score:.6g} "
           f"(the starter has {facts['m_init']:.6g}, the best known is {facts['m_best']:.6g})")
-    for name, value in tasks.also(task.id, args.file, args.data).items():
+    further = tasks.also(task.id, args.file, args.data) if task.also else {}
+    for name, value in further.items():
         print(f"{name} {value:.6g}")
     return 0
 

@@ -132,16 +132,23 @@ def not_refused(task, home, gold, targets):
     """What is wrong with the submissions that ought to be refused and are not."""
     def cell(name, value):
         return {**gold, name: [value, *gold[name][1:]]}
-    spoilt = {"a missing column": {name: column for name, column in gold.items() if name != targets[-1]},
-              "a missing row": {name: column[:-1] for name, column in gold.items()},
-              "a surplus row": {name: [*column, column[-1]] for name, column in gold.items()},
-              "no rows": {name: [] for name in gold}, "an empty file": {}, "a blank": cell(targets[0], "")}
-    if task.key:
-        spoilt |= {"an unknown id": cell(task.key, "no-such-id"), "a doubled id": cell(task.key, gold[task.key][1])}
-    if not task.text_targets:
-        spoilt |= {"NaN": cell(targets[0], "nan"), "text": cell(targets[0], "text")}
+
+    def spoilt():       # one after the other: tables may be large
+        yield "a missing column", {name: column for name, column in gold.items() if name != targets[-1]}
+        yield "a missing row", {name: column[:-1] for name, column in gold.items()}
+        yield "a surplus row", {name: [*column, column[-1]] for name, column in gold.items()}
+        yield "no rows", {name: [] for name in gold}
+        yield "an empty file", {}
+        yield "a blank", cell(targets[0], "")
+        if task.key:
+            yield "an unknown id", cell(task.key, "no-such-id")
+            yield "a doubled id", cell(task.key, gold[task.key][1])
+        if not task.text_targets:
+            yield "NaN", cell(targets[0], "nan")
+            yield "text", cell(targets[0], "text")
+
     failures = []
-    for what, table in spoilt.items():
+    for what, table in spoilt():
         try:
             _score(task, home, table)
             failures.append(f"A submission with {what} is not refused.")
