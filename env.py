@@ -144,7 +144,7 @@ def _supervise(job):
             call("mount", path, target, None, bind, None)
 
         def protect(target, add, clear):
-            call(442, NO_SUCH_FOLDER, target, 0x8000, (ctypes.c_uint64 * 4)(add, clear), 32)   # mount_setattr, recursive
+            call(442, NO_SUCH_FOLDER, target, 0x8000, (ctypes.c_uint64 * 4)(add, clear), 32)  # mount_setattr, recursive
 
         for path, _ in job["shown"]:
             show(path)
@@ -411,10 +411,11 @@ def _request(job, pipes):
     raise RuntimeError("the process that starts scripts cannot be started")
 
 
-LIBRARIES = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32", "/usr/lib64",
-          "/usr/libexec", "/usr/include", "/usr/share", "/usr/local/bin", "/usr/local/lib", "/usr/local/lib64",
-          "/usr/local/share", "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts", "/etc/alternatives",
-          "/sys/devices/system")
+# what scripts may see beside the interpreter: not all of /usr, since some keep their own work there
+LIBRARIES = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32",
+             "/usr/lib64", "/usr/libexec", "/usr/include", "/usr/share", "/usr/local/bin", "/usr/local/lib",
+             "/usr/local/lib64", "/usr/local/share", "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts",
+             "/etc/alternatives", "/sys/devices/system")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 GPU_LIBRARIES = ("/sys", "/usr/local/cuda*", "/opt/rocm*", "/etc/OpenCL", "/run/opengl-driver")
 GPU_DEVICES = ("/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg")
@@ -453,7 +454,7 @@ def describe(python):
         program, folders, versions = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise ValueError(f"python must be an interpreter that can be run; {python!r} cannot: {error}") from None
-    folders = [each for each in folders if each not in ("/usr", "/usr/local")]      # of those LIBRARIES has what is needed
+    folders = [each for each in folders if each not in ("/usr", "/usr/local")]  # of those LIBRARIES has what it needs
     folders += [os.path.realpath(each) for each in folders] + [os.path.dirname(os.path.realpath(program))]
     libraries = filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
     return program, (*folders, *libraries, *LIBRARIES), versions
@@ -484,11 +485,12 @@ def protection():
                 trouble.append(f"{layer}: a script could {', '.join(sorted(done - {'work'})) or 'not work'}")
     if not held:
         raise Unprotected(
-            f"scripts cannot be kept from the answers on this machine ({'; '.join(trouble)}). One of two layers is needed: "
-            "user namespaces (in a container allow them, as with `docker run --security-opt seccomp=unconfined`; on "
-            "Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or Landlock (Linux 5.13 or later with "
-            "landlock in /sys/kernel/security/lsm). With `--sandbox off` scripts run unprotected: they can read the "
-            "answers and all your files, write where you can write and use the network, and every result says so.")
+            f"scripts cannot be kept from the answers on this machine ({'; '.join(trouble)}). One of two layers is "
+            "needed: user namespaces (in a container allow them, as with `docker run --security-opt "
+            "seccomp=unconfined`; on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or "
+            "Landlock (Linux 5.13 or later with landlock in /sys/kernel/security/lsm). With `--sandbox off` scripts "
+            "run unprotected: they can read the answers and all your files, write where you can write and use the "
+            "network, and every result says so.")
     print(f"sandbox: {'+'.join(held)}{' without ' * bool(trouble)}{'; '.join(trouble)}", file=sys.stderr)
     return tuple(held)
 
@@ -594,8 +596,8 @@ def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), t
               file=sys.stderr)
     for secret, folder in itertools.product(hidden if layers else (), [*folders, cwd]):
         if Path(secret).resolve().is_relative_to(os.path.realpath(folder)):
-            raise ValueError(f"{secret} must be kept from scripts, but lies below {folder}, which they may read; keep the "
-                             "prepared data (--data) somewhere else")
+            raise ValueError(f"{secret} must be kept from scripts, but lies below {folder}, which they may read; keep "
+                             "the prepared data (--data) somewhere else")
     started = time.monotonic()
     report = _run([program, script], cwd, layers, timeout_s=timeout_s, memory_bytes=memory_bytes, readable=folders,
                   output_bytes=output_bytes, file_bytes=file_bytes, processes=processes, threads=threads, gpu=gpu,
@@ -1475,7 +1477,8 @@ def replay(path, say=print):
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
     answers, count = [], 0
     coder = (lambda messages: answers.pop(0)) if set(NEEDS_CODER) & set(head["actions"]) else None
-    same = {name: head[name] for name in ("actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")}
+    same = {name: head[name]
+            for name in ("actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")}
     snapshot, messages = head["snapshot"], head["messages"]
     with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
         env = Env(head["task"], head["data"], out=out, coder=coder, cache=Cache(empty), **same)

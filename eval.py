@@ -61,7 +61,7 @@ class Settings:
     python: str = sys.executable  # the interpreter that runs the tasks' scripts
     gpu: str = ""  # GPUs for the scripts, such as 0 or 0,1: each script gets one of them; empty hides all
     threads: int = 1  # that a script may use for numerics
-    sandbox: str = "on"  # on, or off: scripts can then read the answers and your files; every row of the results says so
+    sandbox: str = "on"  # on, or off: scripts can then read the answers and your files; every row says so
     recheck: float = 0.0  # share of the results known from an earlier run that are run again and compared, 0 to 1
     seed: int = 0  # of sampling and of the bootstrap
 
@@ -313,8 +313,8 @@ def report(results):
                   number(one["starter"])) for id, one in found.items()}
     if any(one["miniature"] for one in found.values()):
         parts.append("Miniature data are made up from a seed: scores on them do not compare with published ones.")
-    if moved := results.get("cache", {}).get("moved"):
-        parts.append(f"{len(moved)} scripts did not score again what they had scored: see cache.moved in results.json.")
+    if again := results.get("rechecked"):
+        parts.append(f"{again['runs']} known results were run again; {len(again['moved'])} came out differently.")
     if not s["model"]:
         rows = [(*first[id], number(one["printed"]), f"{one['seconds']:.1f}") for id, one in found.items()]
         return "\n\n".join([*parts, layout([("task", "metric", "starter", "it printed", "seconds"), *rows])])
@@ -370,7 +370,8 @@ def prepare(s):
 
 def conditions(s, infos):
     """All that the trajectories depend on, {name: value}: a run is continued only under the same."""
-    free = ("out", "data", "raw", "parallel", "final", "trajectories", "recheck")   # say where, how many, or how it is counted
+    # these say where, how many, or how it is counted
+    free = ("out", "data", "raw", "parallel", "final", "trajectories", "recheck")
     same = {name: value for name, value in json.loads(json.dumps(asdict(s))).items() if name not in free}
 
     def short(value):
@@ -412,9 +413,10 @@ def baseline(s, infos, cache):
     return found
 
 
-def about_cache(cache):
-    """How many scripts were run, known or run again, and those whose score was another then."""
-    return {**cache.counts, "moved": cache.moved}
+def rechecked(cache):
+    """What results.json says of --recheck: how many known results were run again, and those that came out
+    differently."""
+    return {"rechecked": {"runs": cache.counts["rechecked"], "moved": cache.moved}} if cache.recheck else {}
 
 
 def evaluate(s, load=sample.load):
@@ -440,7 +442,7 @@ def evaluate(s, load=sample.load):
         save()
         cache = Cache(Path(s.out, "cache"), s.recheck)
         if not s.model:
-            save(tasks=baseline(s, infos, cache), complete=True, cache=about_cache(cache))
+            save(tasks=baseline(s, infos, cache), complete=True, **rechecked(cache))
             return results
         jobs = [(task, k) for k in range(s.trajectories) for task, _ in infos]
         records = {file_of(s, task.id, k): read_record(file_of(s, task.id, k)) for task, k in jobs}
@@ -457,7 +459,7 @@ def evaluate(s, load=sample.load):
             try:
                 play(s, jobs, policy, coder, cache, run)
             finally:
-                save(tasks=collect(s, infos), cache=about_cache(cache))
+                save(tasks=collect(s, infos), **rechecked(cache))
         save(tasks=collect(s, infos), complete=True)
         return results
 
