@@ -133,7 +133,8 @@ IGNORE = -100       # the target of a token that has none: padding, and what the
 
 
 class LinearLogProb(torch.autograd.Function):
-    """log softmax(x W^T / temperature)[target] and the softmax's entropy, without ever holding (N, V) logits.
+    """log softmax(x W^T / temperature)[target], the entropy of the softmax, and whether the target is its likeliest token,
+    without ever holding (N, V) logits.
 
     Logits are made for a few rows at a time, in fp32, and made again in backward, where each row is scaled by its own
     upstream gradient: with p the softmax and E its entropy, d logp / d logits = 1[target] - p and
@@ -144,18 +145,21 @@ class LinearLogProb(torch.autograd.Function):
     def forward(ctx, x, weight, targets, temperature, size, rows):
         exact = torch.promote_types(x.dtype, torch.float32)
         logp, entropy, lse = (torch.empty(len(x), dtype=exact, device=x.device) for _ in range(3))
+        first = torch.empty(len(x), dtype=torch.bool, device=x.device)
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
             logits = (x[part] @ weight[:size].T).to(exact) / temperature                            # (rows, V)
             lse[part] = logits.logsumexp(-1)
-            logp[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
+            target = logits.gather(1, targets[part, None])[:, 0]
+            logp[part], first[part] = target - lse[part], target >= logits.amax(-1)
             entropy[part] = lse[part] - torch.linalg.vecdot((logits - lse[part, None]).exp_(), logits)
         ctx.save_for_backward(x, weight, targets, lse, entropy)
         ctx.settings = temperature, size, rows
-        return logp, entropy
+        ctx.mark_non_differentiable(first)
+        return logp, entropy, first
 
     @staticmethod
-    def backward(ctx, d_logp, d_entropy):
+    def backward(ctx, d_logp, d_entropy, _):
         (x, weight, targets, lse, entropy), (temperature, size, rows) = ctx.saved_tensors, ctx.settings
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         for start in range(0, len(x), rows):
@@ -172,10 +176,10 @@ class LinearLogProb(torch.autograd.Function):
 
 
 class Head(Linear):
-    """The output layer: logits, or with targets the log-prob of each target and the entropy of its distribution."""
+    """The output layer: logits, or what LinearLogProb says of given targets."""
 
     def forward(self, x, targets=None, temperature=1.0, size=None):
-        """x (..., C) -> logits (..., V); with targets (N,) int64: x (N, C) -> logp (N,), entropy (N,), fp32.
+        """x (..., C) -> logits (..., V); with targets (N,) int64: x (N, C) -> logp, entropy, first, each (N,).
 
         size: the number of token ids; rows of the vocabulary beyond it get no probability, as in sampling.
         """
@@ -301,7 +305,7 @@ class Qwen2(nn.Module):
     def hidden(self, tokens, window=None, lengths=None):
         """The last normalised hidden states, (B, T, C), of `tokens`, (B, T) int64.
 
-        Without a window each row is a text from its first token, and token t sees tokens 0..t. With lengths, a list that
+        Without a window each row is a text from its first token, and token t sees 0..t. With lengths, a list that
         sums to T, each row is such texts back to back, none of which sees another. With a window (sample.Window) the
         rows continue what is cached, at the window's positions.
         """
@@ -319,8 +323,9 @@ class Qwen2(nn.Module):
     def forward(self, tokens, window=None, lengths=None, targets=None, temperature=1.0, size=None):
         """Logits of the next token at every position: (B, T) int64 -> (B, T, V).
 
-        With targets, (B, T) int64 and IGNORE where there is none: the log-probs of the N targets in the order of the
-        rows, and the entropies of their distributions, both (N,) fp32. See hidden for the rest, and Head for size.
+        With targets, (B, T) int64 and IGNORE where there is none: of the N targets in the order of the rows the
+        log-probs, the entropies of their distributions, both (N,) fp32, and whether each is the likeliest token, (N,)
+        bool. See hidden for the rest, and Head for size.
         """
         x = self.hidden(tokens, window, lengths)
         if targets is None:

@@ -166,12 +166,13 @@ def test_fused_log_probs_and_entropies_are_those_of_a_softmax(N, C, V, size, row
     x = torch.randn(N, C, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, C, generator=g, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(size, (N,), generator=g)
-    logp, entropy = LinearLogProb.apply(x, weight, targets, 0.7, size, rows)
+    logp, entropy, first = LinearLogProb.apply(x, weight, targets, 0.7, size, rows)
     logq = (x @ weight[:size].T / 0.7).log_softmax(-1)
     assert torch.allclose(logp, logq.gather(1, targets[:, None])[:, 0])
     assert torch.allclose(entropy, -(logq.exp() * logq).sum(-1))
+    assert torch.equal(first, logq.argmax(-1) == targets)
     if N:
-        assert torch.autograd.gradcheck(lambda *p: LinearLogProb.apply(*p, targets, 0.7, size, rows), (x, weight))
+        assert torch.autograd.gradcheck(lambda *p: LinearLogProb.apply(*p, targets, 0.7, size, rows)[:2], (x, weight))
     else:       # a process without a token still takes part in the backward pass
         (logp.sum() + entropy.sum()).backward()
         assert weight.grad.abs().sum() == 0
@@ -181,7 +182,7 @@ def loss_and_gradients(model, *batches):
     model.zero_grad()
     loss = torch.zeros(())
     for tokens, lengths, targets in batches:
-        logp, entropy = model(tokens, lengths=lengths, targets=targets, size=290)
+        logp, entropy, _ = model(tokens, lengths=lengths, targets=targets, size=290)
         loss = loss - logp.sum() - 0.1 * entropy.sum()
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
