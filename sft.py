@@ -1,0 +1,738 @@
+"""Exploration-enriched fine-tuning: collects trajectories of a diverse expert, for a model to be trained on.
+
+    python sft.py --collect                                     # no model, no data: the scripted expert, on miniatures
+    python sft.py --collect --expert http://host:8000/v1#name   # an expert behind an OpenAI-compatible server
+    python env.py replay runs/trajectories/spaceship-titanic-0.jsonl    # runs one of them again
+
+Collecting, for each held-in task. 1. Candidates: ideas that the expert writes (100 by default), or those shipped with
+the task. 2. Of these the 10 that differ most from each other (farthest-point selection on their embeddings). 3. For
+each trajectory 1 to 3 of them stand in the expert's first prompt. The recorded prompt does not have them, so that the
+model learns to have the idea itself. Held-out tasks are refused, by name and by the hashes of their data.
+
+The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), blobs/ (the files of every state),
+ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, counts). A run that was killed goes on with
+the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
+"""
+import fcntl, hashlib, json, math, os, random, re, signal, sys, tempfile, threading, time, traceback, zlib
+from collections import Counter, defaultdict
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+import sample
+import tasks
+from env import DEFAULT_ACTIONS, FIELDS, Env, Unprotected, clip, header, printed_metric, read_trajectory, record
+from eval import CODER_TOKENS, Failed, Run, ended, prepare, read_record
+
+
+@dataclass
+class Settings:
+    collect: bool = False  # collect trajectories of an expert
+    expert: str = "scripted"  # who acts: scripted (no model: it tries the ideas shipped with a task and writes down
+        # what it saw), a folder, a hub id, tiny, or http://host:port/v1#name
+    task: str = "held-in"  # a task's id, or held-in for all that may be trained on
+    trajectories: str = "runs/trajectories"  # folder that trajectories are collected in
+    num: int = 8  # trajectories per task
+    steps: int | None = None  # replies that a collected trajectory may have; none: 15
+    seconds: float = 1800.0  # that a collected trajectory may take
+    ideas: int = 100  # candidates that the expert writes for each task; 0: the ideas shipped with it
+    keep: int = 10  # most distant of a task's candidates that are used
+    embed: str = ""  # local model whose mean hidden state tells how far ideas are apart; empty: their words (TF-IDF)
+    coder: str = "expert"  # who carries out the (AI) actions: expert (the same model), or none
+    actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the expert may do
+    fields: tuple[str, ...] = FIELDS  # entries of a reply
+    parallel: int = 8  # trajectories collected at the same time
+    max_new_tokens: int = 1024  # a reply of the expert may have
+    temperature: float = 1.0  # of the expert
+    top_p: float = 1.0  # of the expert
+    context: int = 16384  # tokens of one conversation; a trajectory that outgrows it ends
+    data: str = "data"  # where prepared tasks are kept
+    raw: str = ""  # folder of the publisher's files, as in eval.py; empty: the data prepared before, else the miniature
+    python: str = sys.executable  # the interpreter that runs the tasks' scripts
+    gpu: str = ""  # CUDA_VISIBLE_DEVICES of the scripts; empty hides all GPUs from them
+    threads: int = 1  # that a script may use for numerics
+    sandbox: str = "on"  # on, or off: scripts can then read the answers and all your files
+    parsed: bool = True  # train on the replies that were carried out alone
+    rose: bool = False  # train on trajectories alone whose last score is better than the starter's
+    per_idea: int = 0  # train on at most so many trajectories of one idea; 0: no limit
+    dtype: str = "auto"  # of the weights: auto, float32 or bfloat16
+    device: str = "auto"  # auto, cpu or cuda
+    seed: int = 0  # of the ideas' choice and of sampling
+
+    def __post_init__(self):
+        for name in ("num", "seconds", "keep", "parallel", "max_new_tokens", "context", "threads"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1 or self.ideas < 0 or self.per_idea < 0:
+            raise ValueError("expected --steps of at least 1, and no --ideas or --per-idea below 0, found "
+                             f"{self.steps}, {self.ideas}, {self.per_idea}")
+        if self.coder not in ("expert", "none") or self.sandbox not in ("on", "off"):
+            raise ValueError("expected --coder expert or none, and --sandbox on or off, found "
+                             f"{self.coder!r} and {self.sandbox!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ideas
+
+ASK = """{problem}
+
+This is {entry}, the script to improve; its metric is {metric}, {better} is better.
+```python
+{script}
+```
+Write {count} ideas for changing it, each different from the others{about}. They must work without installing or \
+downloading anything. One idea a line, in this form and nothing else:
+- short title: what to change in the script, in one or two sentences{avoid}"""
+A_PROMPT = 15       # ideas asked for at once; longer lists repeat themselves
+
+
+def parse_ideas(text):
+    """[{"title", "instruction"}] of the lines "- title: instruction" in a model's answer."""
+    form = r"^[ \t]*(?:[-*•]|\d{1,3}[.)])[ \t]*\**([^:\n]{3,100}?)\**[ \t]*(?:[:–—]| - )[ \t*]*(\S[^\n]{9,600})$"
+    return [{"title": title.strip(), "instruction": what.strip()} for title, what in re.findall(form, text, re.M)]
+
+
+def distinct(ideas):
+    """The ideas without those whose title or instruction has the words of an earlier one."""
+    seen, found = set(), []
+    for idea in ideas:
+        words = {" ".join(re.findall(r"\w+", idea[name].lower())) for name in ("title", "instruction")}
+        if not words & seen:
+            found.append(idea)
+        seen |= words
+    return found
+
+
+def candidates(s, task, expert):
+    """The ideas of a task: at least s.ideas that the expert has written, or those shipped with it. The answers are kept
+    in the folder's ideas/TASK.json, so that none is asked for again. Failed: the expert writes none."""
+    if expert is None or s.ideas == 0:
+        if not (found := tasks.ideas(task.id)):
+            raise ValueError(f"{task.id} has no ideas.json; let an expert model write ideas (--expert MODEL --ideas 100)")
+        return found
+    path = Path(s.trajectories, "ideas", f"{task.id}.json")
+    answers = json.loads(path.read_text())["answers"] if path.exists() else []
+    while True:
+        found = distinct([idea for answer in answers for idea in parse_ideas(answer)])
+        if len(found) >= s.ideas or len(answers) >= 3 * math.ceil(s.ideas / A_PROMPT) + len(tasks.IDEA_KINDS):
+            break
+        kind = (None, *tasks.IDEA_KINDS)[len(answers) % (1 + len(tasks.IDEA_KINDS))]
+        known = "".join(f"\n- {idea['title']}" for idea in found[-40:])
+        ask = ASK.format(problem=task.problem.strip(), entry=task.entry, metric=task.metric, count=A_PROMPT,
+                         better="higher" if task.direction == "up" else "lower",
+                         script=(task.folder / task.entry).read_text(), about=f", all about {kind}" if kind else "",
+                         avoid=f"\n\nThese are known already:{known}" if known else "")
+        answers.append(expert.chat([{"role": "user", "content": ask}], temperature=1.0, max_new_tokens=1024,
+                                   seed=zlib.crc32(f"{s.seed} {task.id} {len(answers)} ideas".encode())).text)
+        write(path, {"task": task.id, "expert": s.expert, "answers": answers})
+    if not found:
+        raise Failed(f"{s.expert} has written no idea for {task.id} that could be read in {len(answers)} answers, kept "
+                     f"in {path}. Take the shipped ideas with --ideas 0, or another --expert.")
+    if len(found) < s.ideas:
+        print(f"{task.id}: {len(found)} different ideas in {len(answers)} answers; {s.ideas} were asked for",
+              file=sys.stderr)
+    return found
+
+
+def words(texts):
+    """TF-IDF vectors of the texts, of length 1: a sparse matrix, a row a text."""
+    return TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts)
+
+
+def mean_states(texts, engine):
+    """A model's last hidden states, averaged over each text's tokens, of length 1: (N, C) float64."""
+    rows = [torch.tensor(engine.tokenizer.encode(text), device=engine.device) for text in texts]
+    with torch.no_grad():
+        vectors = np.stack([engine.model.hidden(row[None])[0].double().mean(0).cpu().numpy() for row in rows])
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def farthest(vectors, k):
+    """Indices of k rows far apart: first the two most distant, then again and again the row whose nearest chosen one is
+    farthest. Ties go to the first row. vectors: (N, C), rows of length 1, sparse or not; the distance is Euclidean. The
+    smallest distance among the chosen is at least half the best possible (Gonzalez 1985)."""
+    products = vectors @ vectors.T
+    products = products.toarray() if hasattr(products, "toarray") else products
+    distance = np.sqrt(np.maximum(2 - 2 * products, 0))     # |a - b|^2 = 2 - 2ab
+    distance[distance < 1e-7] = 0                           # equal rows: what rounding leaves must not choose
+    chosen = list(np.unravel_index(distance.argmax(), distance.shape))[:min(k, len(distance))]
+    while len(chosen) < min(k, len(distance)):
+        nearest = distance[:, chosen].min(1)
+        nearest[chosen] = -1
+        chosen.append(nearest.argmax())
+    return [int(i) for i in dict.fromkeys(chosen)]          # rows that are all equal give the pair (0, 0)
+
+
+def pool(s, task, expert, embedder):
+    """The ideas that a task's trajectories draw from."""
+    found = candidates(s, task, expert)
+    texts = [f"{idea['title']}. {idea['instruction']}" for idea in found]
+    return [found[i] for i in farthest(mean_states(texts, embedder) if embedder else words(texts), s.keep)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripted expert. It writes of nothing but what its observations have shown, in sentences chosen at random.
+
+SAY = {
+    "begin": ("The work begins; there is no observation yet.", "I have the task and have seen nothing of the script yet.",
+              "Nothing has been run so far."),
+    "run first": ("I run {entry} as it is, to know the score to beat.", "First I need the starter's own {metric}.",
+                  "Before any change I want to see what {entry} prints."),
+    "list": ("I look at which files there are.", "Let me see the workspace before I go on."),
+    "listed": ("The workspace holds {seen}.", "There are these files: {seen}."),
+    "read": ("I read the script before I change it.", "To edit it I must see its exact lines.",
+             "Next I look at how {entry} works."),
+    "ran": ("{entry} runs and prints a validation {metric} of {value}; that is the score to beat.",
+            "The run went through. The {metric} is {value} before any change.", "The score to beat is a {metric} of {value}."),
+    "have read": ("I have seen lines {first} to {last} of {total}.", "Lines {first} to {last} of the script's {total} are "
+                  "known now.", "The script has {total} lines; I have read {first} to {last} of them."),
+    "try": ("{idea}", "What I try now is this: {idea}", "It may help to do the following. {idea}"),
+    "part": ("This is change {i} of {n} for it: I replace {line}.", "Part {i} of {n}: {line} has to change."),
+    "copy": ("It takes {n} edits, so I keep a copy of the script first.", "Before these {n} edits I save {entry} as "
+             "{backup}, to be able to go back at once."),
+    "copied": ("The copy {backup} is there.", "{entry} is saved as {backup}."),
+    "edited": ("The difference shows {plus} and {minus}, as meant.", "The edit is saved: {plus}, {minus}.",
+               "The script now differs by {plus} and {minus}."),
+    "look": ("I look at the changed place once more before the run.", "Let me check these lines."),
+    "run": ("All of it is in the script, so I run it.", "Now I run {entry} and compare with {value}.",
+            "The run will show whether the {metric} of {value} is beaten."),
+    "better": ("The {metric} went from {old} to {new}, which is better, so the change stays.", "{new} after {old}: the change "
+               "helped and is kept.", "With {title} the {metric} is {new} instead of {old}. It stays."),
+    "worse": ("The {metric} went from {old} to {new}, which is worse.", "{new} is no gain over {old}.",
+              "With {title} the {metric} is {new}; {old} was better."),
+    "equal": ("The {metric} is {new} as before, so the change does nothing.", "Nothing has changed: {new} again."),
+    "failed": ("The script failed: {detail}", "This did not run. {detail}"),
+    "undo": ("I take the change back.", "The last edit goes.", "I undo it, so that {entry} is what scored {value}."),
+    "restore": ("I copy {backup} back over {entry}.", "The saved script comes back in one step."),
+    "undone": ("{entry} is as it was before {title}.", "{title} is taken out again."),
+    "still": ("One of the edits is taken back, there is more to undo.", "Part of {title} is still in the script."),
+    "end": ("There is nothing left on my list.", "I stop here with the best script.", "The plan is done; I end the work."),
+}
+
+
+def fitting(idea, script):
+    """The idea's edits for this script as [(find, replace)], [] where one would not find its text once. An import that
+    gives way to another is kept beside it until the end, so that the script runs between the edits where it can."""
+    for keep_imports in (True, False):
+        text, edits = script, []
+        for number, edit in enumerate(idea["edits"], 1):
+            find, put = edit["find"], edit["replace"]
+            imports = all(line.startswith(("import ", "from ")) for line in find.splitlines())
+            if keep_imports and imports and find.endswith("\n") and find not in put and number < len(idea["edits"]):
+                put = find + put
+            if text.count(find) != 1:
+                break
+            if find != put:
+                edits.append((find, put))
+            text = text.replace(find, put)
+        else:
+            return edits
+    return []
+
+
+def scripted(task, fields, steps, ideas, rng):
+    """Generator of the scripted expert's replies; send it the record of each step. It runs the script, reads it, and
+    tries the ideas one after the other: edits, run, and back where the printed score is no better."""
+    entry, backup, done, left = task.entry, "before.py", [], steps
+    script = (task.folder / entry).read_text()
+    reflection, fact = rng.choice(SAY["begin"]), "Nothing is confirmed yet."
+    say = {"entry": entry, "metric": task.metric, "backup": backup}
+
+    def tell(what, **more):
+        text = rng.choice(SAY[what]).format(**say, **more)
+        return text[:1].upper() + text[1:]
+
+    def reply(now, thought, action, **args):
+        plan = " ".join(f"{i}. {part}" for i, part in enumerate([*done, f"**{now}.**"], 1))
+        values = (reflection, plan, fact, thought, action, json.dumps(args, ensure_ascii=False))
+        return "\n".join(f"{name}: {value}" for name, value in zip(FIELDS, values) if name in fields)
+
+    def score(step):
+        return printed_metric(step["observation"], task.metric) if step["outcome"] == "ok" else None
+
+    def show(value):
+        return "none" if value is None else f"{value:.6g}"
+
+    def lines_of(step):     # "Lines 1 to 37 of 37 of train.py:"
+        return map(int, re.match(r"Lines (\d+) to (\d+) of (\d+)", step["observation"]).groups())
+
+    step = yield reply(f"Run {entry} as it is", tell("run first"), "Execute Script", script_name=entry)
+    best = start = score(step)
+    done.append(f"Run {entry} as it is: {task.metric} {show(best)}.")
+    reflection = tell("ran", value=show(best)) if step["outcome"] == "ok" else tell("failed", detail=step["detail"])
+    fact = f"The {task.metric} of {show(best)} is confirmed by the last observation."
+    if rng.random() < 0.2:
+        step = yield reply("Look at the files", tell("list"), "List Files", dir_path=".")
+        reflection = tell("listed", seen=", ".join(re.findall(r"^[\w./-]+", step["observation"], re.M)[:6]))
+    last, total = 0, 1
+    while last < total:
+        reach = last + rng.choice((100, 150, 200))
+        step = yield reply(f"Read {entry}", tell("read"), "Inspect Script Lines", script_name=entry,
+                           start_line_number=str(last + 1), end_line_number=str(reach))
+        first, last, total = lines_of(step)
+        reflection = tell("have read", first=first, last=last, total=total)
+    done.append(f"Read {entry}.")
+    for idea in ideas:
+        left, edits, title = steps - step["index"] - 1, fitting(idea, script), idea["title"]
+        name = title if title[:2].isupper() else title[:1].lower() + title[1:]
+        whole = len(edits) > 2      # so many that a copy is the shorter way back
+        spare = left - (1 + len(edits) + (2 if whole else len(edits)) + 1)
+        if not edits or spare < 0:
+            continue
+        fact = f"The {task.metric} of {show(best)} is confirmed by its run. That {name} will help is guessed."
+        thought, before = tell("try", idea=idea["instruction"]), script
+        if whole:
+            step = yield reply(f"Copy {entry}, then try {name}", f"{thought} {tell('copy', n=len(edits))}", "Copy File",
+                               source=entry, destination=backup)
+            reflection = tell("copied")
+        for i, (find, put) in enumerate(edits, 1):
+            old = next((line.strip() for line in find.splitlines() if line.strip() and line not in put.splitlines()),
+                       find.strip())
+            part = f" {tell('part', i=i, n=len(edits), line=f'`{clip(old, 120)}`')}" if len(edits) > 1 else ""
+            step = yield reply(f"Try {name}", (thought if i == 1 else "") + part or thought, "Replace In Script",
+                               script_name=entry, find=find, replace=put)
+            script = script.replace(find, put)
+            changed = Counter(line[:1] for line in step["observation"].splitlines())
+            plus, minus = (f"{n} line{'s' * (n != 1)} {how}" for n, how in ((changed["+"], "more"), (changed["-"], "less")))
+            reflection = tell("edited", plus=plus, minus=minus)
+        if spare > 0 and rng.random() < 0.25:
+            line = before[:before.find(edits[-1][0])].count("\n") + 1
+            step = yield reply(f"Try {name}: check the edit", tell("look"), "Inspect Script Lines", script_name=entry,
+                               start_line_number=str(max(1, line - 3)), end_line_number=str(line + 12))
+            first, last, total = lines_of(step)
+            reflection = tell("have read", first=first, last=last, total=total)
+        step = yield reply(f"Try {name}: run {entry}", tell("run", value=show(best)), "Execute Script", script_name=entry)
+        new, values = score(step), {"title": name, "old": show(best), "new": show(score(step))}
+        if new is None:
+            reflection = tell("failed", detail=clip(step["detail"] or "It printed no score.", 300))
+            fact = f"That {name} does not work like this is confirmed by the last observation."
+            result = "failed"
+        else:
+            good = best is None or task.better(new, best)
+            reflection = tell("better" if good else "equal" if new == best else "worse", **values)
+            fact = f"The {task.metric} of {show(new)} is confirmed by the last observation."
+            result = f"{task.metric} {show(new)}"
+            if good:
+                best = new
+                done.append(f"{title}: {result}, kept.")
+                continue
+        for i in range(1 if whole else len(edits)):
+            if whole:
+                step = yield reply(f"Take {name} back", tell("restore"), "Copy File", source=backup, destination=entry)
+            else:
+                step = yield reply(f"Take {name} back", tell("undo", value=show(best)), "Undo Edit Script",
+                                   script_name=entry)
+            reflection = tell("undone" if whole or i == len(edits) - 1 else "still", title=name)
+        script = before
+        done.append(f"{title}: {result}, taken back.")
+    kept = [part.split(":")[0] for part in done if part.endswith("kept.")]
+    fact = f"The {task.metric} of {show(best)} is confirmed by the run of the script as it is now."
+    answer = (f"The validation {task.metric} went from {show(start)} to {show(best)} with: {'; '.join(kept)}." if kept else
+              f"No change that I tried beat the starter's {task.metric} of {show(start)}; {entry} is as it was.")
+    yield reply("End the work", tell("end"), "Final Answer", final_answer=answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collecting
+
+SAME = ("expert", "coder", "actions", "fields", "steps", "seconds", "ideas", "keep", "embed", "max_new_tokens",
+        "temperature", "top_p", "context", "threads", "gpu", "sandbox", "seed")    # a folder's trajectories agree in these
+NUM_STEPS = 15
+
+
+def write(path, value):
+    """Writes JSON aside and renames it: the file is whole, or the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
+
+
+def digest(value):
+    return hashlib.sha256((value if isinstance(value, str) else json.dumps(value, sort_keys=True)).encode()).hexdigest()
+
+
+def fingerprint(tokenizer):
+    """Tells tokenizers apart: sampled token ids are of use to a model with the same one alone."""
+    return digest(tokenizer.bpe.to_str())[:16]
+
+
+def refuse_held_out(head, data):
+    """ValueError if the header of a trajectory names a held-out task or holds the hash of one of its files, as far as
+    these are prepared in `data`; also if its task is not known here, as nothing can be said about that."""
+    task = tasks.load(head["task"])
+    if task.split != "held-in":
+        raise ValueError(f"{task.id} is held out: it is for evaluation, and nothing of it may be trained on")
+    ours = set(head.get("data_sha256", {}).values())
+    for id in tasks.names("held-out"):
+        path = Path(data, id, "task.json")
+        if path.exists() and (same := ours & set(json.loads(path.read_text())["sha256"].values())):
+            raise ValueError(f"{task.id} holds data of {id}, which is held out (sha256 {min(same)[:16]}...): nothing of "
+                             "it may be trained on")
+
+
+def trajectory(s, task, k, ideas, expert, cache, run):
+    """Plays trajectory k of a task to its end, from the last step in its file, where it adds a line for each step.
+    expert: what sample.load gave, None for the scripted one. cache: what scripts gave before, shared by all."""
+    path, steps, rng = file_of(s, task.id, k), s.steps or NUM_STEPS, random.Random(f"{s.seed} {task.id} {k}")
+    lines, drawn = read_record(path), rng.sample(ideas, min(rng.randint(1, 3), len(ideas)))
+    sampling = dict(temperature=s.temperature, top_p=s.top_p)
+
+    def seed(speaker):  # differs between trajectories, steps and speakers; the same again after an interruption
+        return zlib.crc32(f"{s.seed} {task.id} {k} {env.index} {speaker}".encode())
+
+    def ask_coder(messages):
+        return expert.chat(messages, max_new_tokens=CODER_TOKENS, seed=seed("coder"), **sampling).text
+
+    env = Env(task, s.data, out=s.trajectories, actions=s.actions, fields=s.fields, steps=steps, seconds=s.seconds,
+              coder=ask_coder if expert and s.coder == "expert" else None, python=s.python, gpu=s.gpu or None,
+              threads=s.threads, sandbox=s.sandbox, cache=cache)
+    if not lines:
+        tokenizer = getattr(expert, "tokenizer", None)
+        lines = [header(env, k=k, expert=s.expert, seed=s.seed, ideas=[idea["title"] for idea in drawn],
+                        data_sha256=env.info["sha256"], tokenizer=tokenizer and fingerprint(tokenizer),
+                        m_after=env.m_before, seconds_left=s.seconds, max_new_tokens=s.max_new_tokens, **sampling)]
+        run.write(path, lines[0])
+    else:
+        messages = [message for line in lines for message in line["messages"]]
+        env.restore(lines[-1]["snapshot"], messages, index=len(lines) - 1, m_before=lines[-1]["m_after"],
+                    seconds=lines[-1]["seconds_left"])
+    if expert is None:
+        speaker = scripted(task, s.fields, steps, drawn, rng)
+        said = next(speaker)
+        for line in lines[1:]:      # what is recorded brings the script to where it was
+            if line["reply"] != said:
+                raise ValueError(f"{path} was collected by another version of the scripted expert; give another "
+                                 "--trajectories, or delete that file")
+            said = speaker.send(line)
+    hint = "\n\nIdeas that may be worth trying:" + "".join(f"\n- {i['title']}: {i['instruction']}" for i in drawn)
+    while not (env.done or run.stop.is_set()):
+        more, tokens = {}, None
+        if expert:
+            prompt = [dict(message) for message in env.messages]
+            prompt[1]["content"] += hint        # what is recorded stays without it
+            try:
+                reply = expert.chat(prompt, max_new_tokens=s.max_new_tokens, stop=("\nObservation:",),
+                                    seed=seed("expert"), **sampling)
+            except sample.ContextFull as error:
+                run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
+                return
+            said, tokens = reply.text, reply.tokens or None
+            more = {"finish": reply.finish, "tokens": len(reply.tokens), "sample_seconds": reply.seconds}
+        step = record(env.step(said, tokens=tokens), seconds_left=env.deadline - time.monotonic(), **more)
+        run.write(path, step)
+        if expert is None and not env.done:
+            said = speaker.send(step)
+
+
+def file_of(s, id, k):
+    return Path(s.trajectories, f"{id}-{k}.jsonl")
+
+
+def together(jobs, work, s, run=None):
+    """[work(*job) for each job], s.parallel at a time. The first error stops all and is raised."""
+    threads = ThreadPoolExecutor(s.parallel)
+    futures = [threads.submit(work, *job) for job in jobs]
+    # a terminal's line is rewritten in place; a log gets a line a minute
+    before, after, pause = ("\r", "\033[K", 0.5) if sys.stderr.isatty() else ("", "\n", 60.0)
+    try:
+        open_ = set(futures)
+        while open_:
+            over, open_ = wait(open_, pause, FIRST_EXCEPTION)
+            for future in over:
+                future.result()
+            if run and open_:
+                print(before + run.line(), end=after, file=sys.stderr, flush=True)
+    finally:
+        if run:
+            run.stop.set()
+            print(before + run.line(), end=after.strip() + "\n", file=sys.stderr, flush=True)
+        threads.shutdown(wait=False, cancel_futures=True)
+    return [future.result() for future in futures]
+
+
+def entropy(counts):
+    """Of the distribution with these counts, in bits."""
+    total = sum(counts)
+    return -sum(n / total * math.log2(n / total) for n in counts if n) + 0.0
+
+
+def diversity(actions):
+    """How much a set of actions, [(name, args)], differs: "distance", the mean cosine distance over all pairs of their
+    TF-IDF vectors (0: all the same, 1: no word in common; None for fewer than two), "edits" that change a script and
+    how many "distinct_edits" of them differ, and "entropy" of the action names in bits."""
+    edits = [json.dumps([name, args], sort_keys=True) for name, args in actions
+             if name in ("Replace In Script", "Edit Script (AI)")]
+    n, distance = len(actions), None
+    if n > 1:   # for rows of length 1 the sum over pairs follows from |sum of rows|^2, without n^2 products
+        total = np.asarray(words([f"{name} {' '.join(args.values())}" for name, args in actions]).sum(0))
+        distance = float(1 - ((total ** 2).sum() - n) / (n * (n - 1)))
+    return {"actions": n, "distance": distance, "edits": len(edits), "distinct_edits": len(set(edits)),
+            "entropy": entropy(Counter(name for name, _ in actions).values())}
+
+
+def counted(s, task):
+    """What manifest.json says of the finished trajectories in a task's files, and all their valid actions."""
+    records = [read_record(path) for path in Path(s.trajectories).glob(f"{task.id}-*.jsonl")]
+    records = [lines for lines in records if ended(lines)]
+    steps = [line for lines in records for line in lines if line["type"] == "step"]
+    last = [([line["m_after"] for line in lines if "m_after" in line][-1], lines[0]["m_init"]) for lines in records]
+    return {"trajectories": len(records), "steps": len(steps), "valid": sum(step["valid"] for step in steps),
+            "rose": sum(task.better(score, start) for score, start in last),
+            "ended": dict(Counter(map(ended, records))), "kinds": dict(Counter(step["kind"] for step in steps))
+            }, [(step["action"], step["args"]) for step in steps if step["valid"]]
+
+
+def collect(s, load=sample.load):
+    """Collects s.num trajectories of each task of s.task and returns what manifest.json then holds. ValueError:
+    something is wrong with the settings. Failed: the expert is of no use."""
+    if refused := [id for id in tasks.names(s.task) if tasks.load(id).split != "held-in"]:
+        raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. Held-in tasks "
+                         f"are: {', '.join(tasks.names('held-in'))}")
+    folder = Path(s.trajectories)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:       # let go however this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process collects in {folder}; wait for it, or give another folder") from None
+        infos = prepare(s)
+        for task, info in infos:
+            refuse_held_out({"task": task.id, "data_sha256": info["sha256"]}, s.data)
+        path = folder / "manifest.json"
+        same = {name: value for name, value in json.loads(json.dumps(asdict(s))).items() if name in SAME}
+        manifest = json.loads(path.read_text()) if path.exists() else {"settings": same, "tasks": {}}
+        then = manifest["settings"]
+        found = [f"--{name.replace('_', '-')} was {then.get(name)} and is {same[name]}"
+                 for name in SAME if then.get(name) != same[name]]
+        found += [f"the data of {task.id} were others" for task, info in infos if manifest["tasks"].get(
+            task.id, info)["sha256"] != info["sha256"]]
+        records = {file_of(s, task.id, k): read_record(file_of(s, task.id, k)) for task, _ in infos for k in range(s.num)}
+        if not path.exists() and any(records.values()):
+            found.append("its manifest.json is missing")
+        if found:
+            raise ValueError(f"{folder} holds trajectories of another kind: {'; '.join(found)}. Give another "
+                             "--trajectories, or delete that folder")
+        jobs = [(task, k) for k in range(s.num) for task, _ in infos if not ended(records[file_of(s, task.id, k)])]
+        pools = {}
+        if jobs:
+            options = dict(dtype=s.dtype, device=s.device, rows=min(s.parallel, len(jobs)), context=s.context)
+            expert = None if s.expert == "scripted" else load(s.expert, **options)
+            if expert and expert.context and s.max_new_tokens >= expert.context:
+                raise ValueError(f"--max-new-tokens {s.max_new_tokens} leaves no room in a context of {expert.context}")
+            embedder = load(s.embed, **options) if s.embed else None
+            if embedder and not hasattr(embedder, "model"):
+                raise ValueError("--embed needs a local model; a server does not give hidden states")
+            wanted = sorted({task.id for task, _ in jobs})
+            pools = dict(zip(wanted, together([(tasks.load(id), expert) for id in wanted],
+                                              lambda task, expert: pool(s, task, expert, embedder), s)))
+        for task, info in infos:
+            now = {"miniature": info["miniature"], "sha256": info["sha256"], "m_init": info["m_init"],
+                   "m_best": info["m_best"], "versions": digest((task.folder / task.entry).read_text())[:16]}
+            old = manifest["tasks"].setdefault(task.id, now)
+            if task.id in pools and old.setdefault("ideas", pools[task.id]) != pools[task.id]:
+                raise ValueError(f"the ideas for {task.id} have changed since {folder} was begun; give another folder")
+        write(path, {**manifest, "complete": False})
+        run = Run(records, s.steps or NUM_STEPS)
+        if any(records.values()):
+            print(f"{folder}: {len(run.over)} of {len(records)} trajectories are done; going on", file=sys.stderr)
+        cache = {}
+        together(jobs, lambda task, k: trajectory(s, task, k, pools[task.id], expert, cache, run), s, run)
+        actions = []
+        for id, about in manifest["tasks"].items():
+            counts, some = counted(s, tasks.load(id))
+            about["counts"], actions = counts, actions + some
+        manifest.update(complete=True, diversity=diversity(actions))
+        write(path, manifest)
+        return manifest
+
+
+def report(manifest):
+    """The manifest's counts as text."""
+    rows = [f"{'task':44}{'trajectories':>13}{'steps':>7}{'valid':>7}{'score rose':>12}{'ideas':>7}"]
+    for id, one in manifest["tasks"].items():
+        c, name = one["counts"], id + " (miniature)" * one["miniature"]
+        rows.append(f"{name:60}"[:max(44, len(name))] + f"{c['trajectories']:13}{c['steps']:7}{c['valid']:7}{c['rose']:12}"
+                    f"{len(one['ideas']):7}")
+    d = manifest["diversity"]
+    mean = "-" if d["distance"] is None else f"{d['distance']:.3f}"
+    rows.append(f"\nDiversity: mean distance of two actions {mean} (0 the same, 1 no word in common), {d['distinct_edits']} "
+                f"distinct edits of {d['edits']}, entropy of the action names {d['entropy']:.2f} bits.")
+    return "\n".join(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading conversations for training
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+
+
+@dataclass
+class Conversation:
+    """What one training sequence is made of."""
+    messages: list      # [{"role", "content"}], and "tokens" where the sampled ids are to be used; ends with a trained one
+    trained: list       # of int: indices of the messages that are learned, all of the assistant
+    source: str         # file, and line or entry, for messages to the user
+    task: str = ""      # of a trajectory: its task ...
+    ideas: tuple = ()   # ... and the titles of the ideas that its expert was given
+
+
+class Bad(ValueError):
+    """A conversation that cannot be used; the message says why."""
+
+
+def conversations(path, *, parsed=True, rose=False, per_idea=0, data="data", tokenizer=None, say=print):
+    """([Conversation, ...], {why left out: [source, ...]}) of a path, and says what was left out.
+
+    path: a folder of trajectories (*.jsonl), or a file. A file holds a trajectory, or a user's own conversations: JSON
+    (a list, or one) or JSON lines of {"messages": [{"role", "content"}]} or ShareGPT's {"conversations": [{"from",
+    "value"}]} with an optional "system". parsed, rose, per_idea: the filters of Settings, for trajectories. data: where
+    prepared tasks are, for the hashes of the held-out ones. tokenizer: that of the model to be trained; sampled token
+    ids stay in the messages if the expert had the same one, and are dropped if not.
+    ValueError: something held out, no such path, a JSON file that is broken as a whole, or nothing to train on.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"there is no {path}; collect trajectories with: python sft.py --collect --trajectories {path}")
+    found, left_out, times = [], defaultdict(list), Counter()
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text ({error})") from None
+        first = text.lstrip().partition("\n")[0]
+        played = file.suffix == ".jsonl" and '"type": "header"' in first[:200]
+        for source, load in [(str(file), None)] if played else entries(file, text):
+            try:
+                one = (read_played(file, parsed, rose, data, tokenizer) if played else read_own(load(), source))
+                if per_idea and any(times[one.task, idea] >= per_idea for idea in one.ideas):
+                    raise Bad("filter: more than --per-idea trajectories of one of its ideas")
+            except Bad as error:
+                left_out[str(error)].append(source)
+                continue
+            for message in one.messages:
+                named = re.match(r"Task: (\S+)\n", message["content"]) if message["role"] == "user" else None
+                if named and named[1] in tasks.names("held-out"):
+                    raise ValueError(f"{source} is about {named[1]}, which is held out: nothing of it may be trained on")
+            times.update((one.task, idea) for idea in one.ideas)
+            found.append(one)
+    turns = sum(len(one.trained) for one in found)
+    lines = [f"{path}: {len(found)} conversations with {turns} replies to learn"]
+    lines += [f"  left out, {why}: {len(where)} ({', '.join(where[:5])}{', ...' * (len(where) > 5)})"
+              for why, where in left_out.items()]
+    if not found:
+        raise ValueError("there is nothing to train on. " + "\n".join(lines))
+    say("\n".join(lines))
+    return found, dict(left_out)
+
+
+def entries(file, text):
+    """[(source, a function that returns the entry or raises Bad)] of a user's file."""
+    def line(text):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise Bad("not JSON") from error
+    try:
+        whole = json.loads(text) if file.suffix != ".jsonl" else None
+    except ValueError as error:
+        if "Extra data" not in str(error):      # that is what JSON lines look like
+            raise ValueError(f"{file} is not JSON: {error}. Expected a list of conversations, or one a line") from None
+        whole = None
+    if whole is None:
+        return [(f"{file}, line {number}", lambda each=each: line(each))
+                for number, each in enumerate(text.splitlines(), 1) if each.strip()]
+    return [(f"{file}, entry {number}", lambda each=each: each)
+            for number, each in enumerate(whole if isinstance(whole, list) else [whole], 1)]
+
+
+def read_own(entry, source):
+    """The Conversation in an entry of a user's file. Every turn of the assistant is learned."""
+    turns = entry.get("messages", entry.get("conversations")) if isinstance(entry, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise Bad('no list "messages" or "conversations"')
+    messages = [{"role": "system", "content": entry["system"]}] if entry.get("system") else []
+    for turn in turns:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role not in ROLES:
+            raise Bad(f"unknown role {clip(repr(role), 40)}")
+        messages.append({"role": ROLES[role], "content": content})
+    if not all(isinstance(message["content"], str) for message in messages):
+        raise Bad("a content that is no text")
+    trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
+    if not trained:
+        raise Bad("no turn of the assistant")
+    return Conversation(messages[:trained[-1] + 1], trained, source)
+
+
+def read_played(file, parsed, rose, data, tokenizer):
+    """The Conversation in a trajectory's file. ValueError if it is of a held-out task."""
+    try:
+        head, steps = read_trajectory(file)
+    except ValueError as error:
+        raise Bad(f"broken line {found[1]}" if (found := re.search(r"line (\d+)", str(error))) else "no record") from error
+    try:
+        refuse_held_out(head, data)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if not steps or not (steps[-1]["ended"] or '"type": "end"' in file.read_text().splitlines()[-1]):
+        raise Bad("not finished: collect again to go on with it")
+    folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
+    for sha in {sha for line in (head, *steps) for sha in line["snapshot"].values()}:
+        if not (folder / "blobs" / sha[:2] / sha).is_file():
+            raise Bad("a missing blob")
+    task, messages, trained = tasks.load(head["task"]), [dict(message) for message in head["messages"]], []
+    if rose and not task.better(steps[-1]["m_after"], head["m_init"]):
+        raise Bad("filter: its score did not rise")
+    for step in steps:      # a reply that could not be read is not in the messages, so it is never learned
+        if step["messages"][0]["role"] == "assistant" and (step["valid"] or not parsed):
+            trained.append(len(messages))
+        messages += [dict(message) for message in step["messages"]]
+    if not trained:
+        raise Bad("no turn of the assistant")
+    if not (tokenizer and head.get("tokenizer") == fingerprint(tokenizer)):
+        for message in messages:
+            message.pop("tokens", None)
+    return Conversation(messages[:trained[-1] + 1], trained, str(file), task.id, tuple(head.get("ideas", ())))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+def main(argv=None):
+    s = sample.parse(Settings, argv)
+    if not s.collect:
+        print("sft.py: training is not there yet; --collect collects trajectories for it", file=sys.stderr)
+        return 2
+    try:
+        print("\n" + report(collect(s)))
+        print(f"Written to {s.trajectories}: manifest.json, trajectories, blobs")
+        return 0
+    except ValueError as error:
+        print(f"sft.py: {error}", file=sys.stderr)
+        return 2
+    except (Failed, Unprotected, sample.EndpointError) as error:
+        print(f"sft.py: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("sft.py: interrupted", file=sys.stderr)
+    print(f"What was collected is kept in {s.trajectories}; the same command goes on from there.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # a batch system's request to end is a Ctrl-C
+    code = 1
+    with tempfile.TemporaryDirectory(prefix="ml-agent-sft-", ignore_cleanup_errors=True) as tempfile.tempdir:
+        try:        # the scripts' folders lie below this one, so none is left behind
+            code = main()
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)      # threads may still wait for a reply or a script; the scripts end when we do
