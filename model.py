@@ -133,7 +133,7 @@ IGNORE = -100       # the target of a token that has none: padding, and what the
 
 
 class LinearLogProb(torch.autograd.Function):
-    """log softmax(x W^T / temperature)[target], the entropy of the softmax, and whether the target is its likeliest token,
+    """log softmax(x W^T / temperature)[target], the entropy of the softmax, and if the target is its likeliest token,
     without ever holding (N, V) logits.
 
     Logits are made for a few rows at a time, in fp32, and made again in backward, where each row is scaled by its own
