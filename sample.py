@@ -133,18 +133,20 @@ class Tokenizer:
         ids = self.conversation(messages)[0]
         return ids + [self.turn, *self.encode("assistant\n")] if add_generation_prompt else ids
 
-    def conversation(self, messages):
+    def conversation(self, messages, trained=None):
         """(ids, chosen) of a conversation, [{"role", "content"}]: its token ids in Qwen's chat format, and for each
-        whether the assistant chose it, which holds for its replies and the token that ends each.
+        whether the assistant chose it, which holds for its replies and the token that ends each. trained: indices of
+        the messages that count as chosen; None: all of the assistant's.
 
         A message is <|im_start|>role\\ncontent<|im_end|>\\n; without a system message the checkpoint's default one comes
         first. A message's "tokens", the ids that were sampled for it, stand for its content as they are: a reply that
         was sampled is never tokenised again. Raises ValueError for another role or a message without content.
         """
+        numbered = list(enumerate(messages))
         if not messages or messages[0].get("role") != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
+            numbered.insert(0, (-1, {"role": "system", "content": self.system}))
         ids, chosen, newline = [], [], self.encode("\n")
-        for i, message in enumerate(messages):
+        for i, message in numbered:
             role, content, tokens = message.get("role"), message.get("content"), message.get("tokens")
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise ValueError(f"message {i}: expected a role of system, user or assistant and a text as content, "
@@ -154,7 +156,8 @@ class Tokenizer:
                 head, reply = self.encode("assistant\n"), list(tokens or self.encode(content))
                 reply = reply[:-1] if reply and reply[-1] in self.eos else reply
             ids += [self.turn, *head, *reply, self.end, *newline]
-            chosen += [False] * (1 + len(head)) + [True] * len(reply) + [role == "assistant"] + [False] * len(newline)
+            counts = role == "assistant" and (trained is None or i in trained)
+            chosen += [False] * (1 + len(head)) + [counts] * (len(reply) + 1) + [False] * len(newline)
         return ids, chosen
 
 

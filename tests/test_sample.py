@@ -70,11 +70,13 @@ def test_sampled_tokens_stand_in_the_next_prompt_as_they_are():
 
 def test_what_the_assistant_chose_is_its_replies_and_their_ends():
     t = Tokenizer.of_bytes()
-    ids, chosen = t.conversation([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"},
-                                  {"role": "user", "content": "e"}, {"role": "assistant", "content": "fg", "tokens": [7]}])
+    talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"},
+            {"role": "user", "content": "e"}, {"role": "assistant", "content": "fg", "tokens": [7]}]
+    ids, chosen = t.conversation(talk)
     assert t.decode([i for i, c in zip(ids, chosen) if c]) == "cd<|im_end|>" + t.decode([7]) + "<|im_end|>"
-    assert ids == t.chat([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"},
-                          {"role": "user", "content": "e"}, {"role": "assistant", "content": "fg", "tokens": [7]}], False)
+    assert ids == t.chat(talk, add_generation_prompt=False)
+    ids, chosen = t.conversation(talk, trained=[1])
+    assert t.decode([i for i, c in zip(ids, chosen) if c]) == "cd<|im_end|>"
 
 
 def test_a_message_of_another_role_or_without_text_is_refused():
