@@ -1,4 +1,5 @@
 """Trains a classifier of forest cover on all columns and writes submission.csv."""
+import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
@@ -18,7 +19,7 @@ def load(path):
     """The rows of a file and their features, as float32 to save memory: there can be millions of rows."""
     rows = pd.read_csv(path, dtype="int32")
     features = rows.drop(columns=["Id", "Cover_Type"], errors="ignore")
-    return rows, features.to_numpy("float32")
+    return rows, np.ascontiguousarray(features, dtype="float32")     # a row in one piece: faster by far
 
 
 def build_model(num_rows):
