@@ -121,7 +121,9 @@ def run_grade(args, ids):
 
 def run_check(args, ids):
     """Proves tasks sound: always the miniature, made aside where --data lacks it; and real data prepared in --data."""
-    columns = {"task": f"<{max(map(len, ids))}", **(IDEA_COLUMNS if args.ideas else CHECK_COLUMNS)}
+    kinds = [kind(tasks.info(id, args.data)) for id in ids if (Path(args.data) / id / "task.json").exists()]
+    columns = {"task": f"<{max(map(len, ids))}", "data": f"<{max(map(len, ['miniature', *kinds]))}",
+               **(IDEA_COLUMNS if args.ideas else CHECK_COLUMNS)}
     num_rows, failures = 0, []
 
     def results():
@@ -182,9 +184,9 @@ def print_table(columns, rows):
         print("  ".join(format(texts[name], align) for name, align in columns.items()).rstrip(), flush=True)
 
 
-CHECK_COLUMNS = {"data": "<9", "train": ">7", "test": ">7", **dict.fromkeys(
-    ["answers", "sample", "shuffled", "starter", "recorded", "m_best", "seconds"], ">8"), "verdict": "<7"}
-IDEA_COLUMNS = {"starter": ">8", "best": ">8", "better": ">6", "same": ">6", "worse": ">6", "seconds": ">7",
+CHECK_COLUMNS = {"train": ">7", "test": ">7", **dict.fromkeys(["sample", "shuffled", "starter", "m_best"], ">8"),
+                 "seconds": ">7", "verdict": "<7"}
+IDEA_COLUMNS = {"starter": ">8", "best": ">8", **dict.fromkeys(["better", "same", "worse"], ">6"), "seconds": ">7",
                 "verdict": "<7", "best idea": ""}
 
 

@@ -70,8 +70,8 @@ def check(id, data, python):
     if not task.better(facts["m_best"], starter):
         failures.append(f"m_best ({facts['m_best']:.5g}) is no better than the starter ({starter:.5g}).")
     return {"task": id, "data": "miniature" if facts["miniature"] else f"real, {facts['variant']}",
-            "train": facts["rows"].get("public/train.csv"), "test": num_rows, "answers": best, "sample": poor,
-            "shuffled": chance, "starter": starter, "recorded": facts["m_init"], "m_best": facts["m_best"],
+            "train": facts["rows"].get("public/train.csv"), "test": num_rows, "sample": poor, "shuffled": chance,
+            "starter": starter, "m_best": facts["m_best"],
             "seconds": round(time.monotonic() - start, 1), "verdict": "FAILED" if failures else "ok"}, failures
 
 
