@@ -233,7 +233,7 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
         raise ValueError(f"The raw folder {raw} is not there. It should hold {task.download} ({task.size}).")
     facts = {"id": id, "miniature": raw is None, "variant": variant, "seed": seed if raw is None else None,
              "raw": None if raw is None else _fingerprint(raw),
-             "code": hash_files(task.folder / "task.py", task.folder / task.entry)}
+             "code": hash_code(task)}
     if _prepared(task, home, facts, force, say):
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -358,6 +358,11 @@ def hash_files(*paths):
             while block := stream.read(1 << 20):
                 sha.update(block)
     return sha.hexdigest()
+
+
+def hash_code(task):
+    """The hash that task.json has as "code": what is prepared is stale when the task's has become another."""
+    return hash_files(task.folder / "task.py", task.folder / task.entry)
 
 
 def _fingerprint(raw):

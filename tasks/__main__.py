@@ -120,7 +120,8 @@ def run_grade(args, ids):
 
 
 def run_check(args, ids):
-    """Proves tasks sound: always the miniature, made aside where --data lacks it; and real data prepared in --data."""
+    """Proves tasks sound: always the miniature, made aside where --data has none or a stale one; and the real data
+    prepared in --data."""
     kinds = [kind(tasks.info(id, args.data)) for id in ids if (Path(args.data) / id / "task.json").exists()]
     columns = {"task": f"<{max(map(len, ids))}", "data": f"<{max(map(len, ['miniature', *kinds]))}",
                **(IDEA_COLUMNS if args.ideas else CHECK_COLUMNS)}
@@ -153,14 +154,15 @@ def run_check(args, ids):
 
 def check_one(id, data, python, ideas):
     """[(row, failures)] of checking one task: its miniature, and unless ideas are run its real data in `data` too."""
-    places, checked = [], []
-    if (Path(data) / id / "task.json").exists():
-        places = [data] if tasks.info(id, data)["miniature"] or not ideas else []
+    checked = []
     with tempfile.TemporaryDirectory() as aside:
         try:
-            if not places or not tasks.info(id, data)["miniature"]:
+            facts = tasks.info(id, data) if (Path(data) / id / "task.json").exists() else None
+            if facts and facts["miniature"] and facts["code"] == tasks.hash_code(tasks.load(id)):
+                places = [data]
+            else:               # none there, a stale one, or real data
                 tasks.prepare(id, data=aside, say=lambda line: None, python=python)
-                places.insert(0, aside)
+                places = [aside, data] if facts and not facts["miniature"] and not ideas else [aside]
             for place in places:
                 row, failed = (check_ideas if ideas else check)(id, place, python)
                 checked.append(({**row, "data": kind(tasks.info(id, place))}, failed))

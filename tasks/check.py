@@ -1,6 +1,6 @@
 """Proofs that a prepared task is sound: what would be wrong is found by trying it. `python -m tasks check` runs them.
 
-- The files are those that were prepared (SHA-256).
+- The files are those that were prepared (SHA-256), by the task.py and the starter that are there now.
 - The answers get the perfect score, in any order of their rows where rows have ids.
 - The sample submission is valid and worse than the starter; so are the answers dealt out to the wrong rows.
 - A missing column, missing and surplus rows, an unknown and a doubled id, a blank, NaN, text, no rows and an empty file
@@ -49,6 +49,8 @@ def check(id, data, python):
 
     failures = [f"{name} is not what was prepared." for name, sha in facts["sha256"].items()
                 if not (home / name).exists() or tasks.hash_files(home / name) != sha]
+    if facts["code"] != tasks.hash_code(task):
+        failures.append(f"It was prepared by an older task.py or {task.entry}; prepare it again.")
     if not math.isclose(best, task.perfect, abs_tol=1e-9):
         failures.append(f"The answers score {best}, not {task.perfect}.")
     if task.key and not math.isclose(_score(task, home, dealt), best, abs_tol=1e-9):

@@ -806,6 +806,14 @@ def test_check_on_the_command_line_fails_when_something_is_wrong(toy, tmp_path, 
     assert "task.json records 0.25" in capsys.readouterr().out
 
 
+def test_a_stale_miniature_is_made_anew_and_stale_data_are_reported(toy, tmp_path, capsys):
+    tasks.prepare("toy", data=tmp_path, say=quiet)
+    (toy / "train.py").write_text(TOY_STARTER.replace("mean = sum", "mean = 0.1 + sum"))
+    assert any("older task.py or train.py" in failure for failure in check("toy", tmp_path, sys.executable)[1])
+    assert main(["check", "toy", "--data", str(tmp_path)]) == 0
+    assert "All 1 are sound" in capsys.readouterr().out
+
+
 def test_one_task_that_cannot_be_prepared_does_not_hide_the_others(toy, tmp_path, capsys):
     (toy / "train.py").write_text("import no_such_module")
     assert main(["check", "toy", "toy", "--data", str(tmp_path), "--jobs", "1"]) == 1
