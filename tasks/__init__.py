@@ -84,6 +84,7 @@ class Task:
     sample: str = "sample_submission.csv"   # a valid, poor submission, a file in public
     test_file: str = ""             # the file that belongs to a test row, from the row's id: "images/{}.jpg"
     known_signal: str = ""          # why the publisher's own ids tell of the target, where they do
+    known_order: str = ""           # why neighbouring rows of the test file have like targets, where they do
     known_twins: str = ""           # why train and test share rows or files in the publisher's own data, where they do
     key_is_feature: bool = False    # the id is what is judged, such as the text itself, and is shown in train too
     also: dict = field(default_factory=dict)    # further metrics: name -> a function as score

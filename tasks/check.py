@@ -10,7 +10,7 @@
 - The position in the test file and the id tell nothing of the target, and in miniatures nor does the size of a row's
   file: neither its rank correlation with a target nor the likeness of neighbours is beyond 5 standard deviations of 50
   shuffles. (Where the publisher's own ids tell something the task says so in known_signal, which excuses positions too
-  where rows lie in the order of the ids; sizes of real images do tell.)
+  where rows lie in the order of the ids; where only positions tell, in known_order. Sizes of real images do tell.)
 - The starter prints a validation score and gets the score that was recorded when it was prepared; on real data also the
   task's m_init.
 - Where there are ideas: at least 10 of at least 5 kinds, and each applies to the starter and compiles. `--ideas` runs
@@ -208,7 +208,7 @@ def signals(task, home, gold, targets, miniature):
         columns += [number] if number.notna().all() else [values == value for value in classes]
     y = np.stack([np.asarray(column, float) for column in columns], 1)
     y = (y - y.mean(0)) / np.where(y.std(0) > 0, y.std(0), 1)           # (rows, columns), each with mean 0, deviation 1
-    tells = {"position in the test file": np.arange(rows)}
+    tells = {} if task.known_order else {"position in the test file": np.arange(rows)}
     if task.key:
         ids = pd.Series(gold[task.key][:rows])
         number = pd.to_numeric(ids, errors="coerce")

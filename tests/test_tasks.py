@@ -750,6 +750,7 @@ def test_what_the_publishers_own_data_tell_can_be_declared(toy, toy_raw, tmp_pat
     assert "The id tells" in failures(None, harm=renumber_by_target)
     assert failures(None, ids, harm=renumber_by_target) == ""
     assert "position in the test file tells" in failures(None, ids, harm=sort_by_target)    # the ids are in no order
+    assert failures(None, "known_order='as drawn', ", harm=sort_by_target) == ""
     both = [renumber_by_target, sort_by_target]
     assert failures(None, ids, harm=lambda home: [harm(home) for harm in both]) == ""
     assert failures(None, "key_is_feature=True, ", harm=leak_a_row) == ""                   # the id is another
