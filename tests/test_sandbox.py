@@ -250,6 +250,337 @@ def test_each_layer_alone_hides_the_answers(layer, tmp_path, monkeypatch):
         assert won == (name == CONTROL), name
 
 
+# ------------------------------------------------------------------------------------------------------- fail closed
+
+def test_without_a_layer_that_holds_scripts_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("print(1)")
+    monkeypatch.setattr(env, "protection", env.functools.lru_cache(env.protection.__wrapped__))
+    start = env._run
+
+    def without_layers(command, cwd, layers, **options):    # as a kernel that says yes and does nothing
+        return start(command, cwd, (), **options)
+    monkeypatch.setattr(env, "_run", without_layers)
+    with pytest.raises(Unprotected, match="a script could read another process's environment, read files.*--sandbox off"):
+        execute("a.py", tmp_path, timeout_s=9, memory_bytes=1 << 30)
+
+    def refused(*args, **options):                          # as a container without namespaces
+        raise RuntimeError("unshare: Operation not permitted")
+    monkeypatch.setattr(env, "_run", refused)
+    with pytest.raises(Unprotected, match="namespaces: unshare: Operation not permitted; landlock: .*user namespaces"):
+        execute("a.py", tmp_path, timeout_s=9, memory_bytes=1 << 30)
+
+
+def test_off_is_said_in_every_step(make):
+    trajectory = make(sandbox="off")
+    assert run(trajectory).sandbox == edit(trajectory, "0.50", "0.60").sandbox == "off"
+    assert run(make()).sandbox == "+".join(env.protection())
+
+
+# ------------------------------------------------------------------------------------------------- nothing is left over
+
+def test_daemons_by_the_hundred_leave_nothing(tmp_path, monkeypatch):
+    """Double forks, sessions of their own, ignored signals, files written for ever, RUNS times, two at once."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    word = f"daemon-{os.urandom(4).hex()}.py"
+
+    def one(number):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / word).write_text(f"{DAEMON}\nfor _ in range(3): daemon()\n" + ("time.sleep(60)" if number % 2 else ""))
+        result = execute(word, folder, timeout_s=0.5, memory_bytes=1 << 30)
+        pulse = (folder / "pulse").read_bytes() if (folder / "pulse").exists() else b""
+        return result.outcome, folder, pulse
+    one(-1)
+    memory, mounts = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, Path("/proc/self/mountinfo").read_text()
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(one, range(RUNS)))
+    time.sleep(0.2)
+    assert processes(word) == [] and list((tmp_path / "temporary").iterdir()) == []
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 10 << 10   # KiB
+    for outcome, folder, pulse in ended:
+        assert outcome in ("ok", "timeout")
+        assert ((folder / "pulse").read_bytes() if pulse else b"") == pulse     # nobody writes any more
+
+
+# ---------------------------------------------------------------------------------------------------------- many at once
+
+def test_results_come_as_they_end_and_a_slow_script_blocks_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(env, "SLOTS", Slots(2))
+    taken = []
+
+    def jobs():
+        for i in range(6):
+            (tmp_path / str(i)).mkdir()
+            (tmp_path / str(i) / "a.py").write_text(f"import os, time\nprint({i}, os.environ['CUDA_VISIBLE_DEVICES'])\n"
+                                                    f"time.sleep({2 if i == 0 else 0})")
+            taken.append(i)
+            yield dict(script="a.py", cwd=tmp_path / str(i), timeout_s=20, memory_bytes=1 << 30)
+    many = execute_many(jobs(), gpus="3,5")
+    first = [next(many)]
+    assert len(taken) <= 3      # no more is asked for than can run
+    results = first + list(many)
+    assert sorted(index for index, _ in results) == list(range(6)) and results[-1][0] == 0
+    assert all(result.outcome == "ok" and result.stdout.split()[0] == str(index) for index, result in results)
+    assert {result.stdout.split()[1] for _, result in results} == {"3", "5"}
+
+
+def test_what_is_called_off_ends_at_once(tmp_path):
+    word = f"slow-{os.urandom(4).hex()}.py"
+    (tmp_path / word).write_text("import time; time.sleep(60)")
+    job, stop, began = dict(script=word, cwd=tmp_path, timeout_s=60, memory_bytes=1 << 30), threading.Event(), time.monotonic()
+    threading.Timer(0.5, stop.set).start()
+    with pytest.raises(Stopped):
+        list(execute_many([job] * 5, stop=stop))
+    assert processes(word) == [] and time.monotonic() - began < 15
+
+
+def test_threads_and_gpus_are_counted():
+    slots, order = Slots(3), []
+    with slots.take(2), slots.take(1, "7") as gpu:
+        assert gpu == "7" and slots.free == 0
+
+        def wait(threads, gpus):
+            with slots.take(threads, gpus):
+                order.append(threads)
+        waiting = threading.Thread(target=wait, args=(9, "7"))      # more than there are: as many as there are
+        waiting.start()
+        time.sleep(0.1)
+        assert order == []
+    waiting.join(5)
+    assert order == [9] and slots.free == 3 and not slots.busy
+
+
+# ------------------------------------------------------------------------------------------------------ what is kept
+
+def entries(trajectory):
+    return [path for path in trajectory.cache.folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 65, 200, -1])
+def test_half_an_entry_is_none(make, keep):
+    trajectory = make()
+    first = trajectory.score()
+    path, = entries(trajectory)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    assert trajectory.cache.get(path.name) is None
+    again = trajectory.score()
+    assert again[0] == first[0] == 0.5 and trajectory.cache.counts["runs"] == 2
+    assert trajectory.cache.get(path.name) and trajectory.score()[0] == 0.5 and trajectory.cache.counts["runs"] == 2
+
+
+def test_an_entry_whose_files_are_gone_is_none(make):
+    trajectory = make()
+    run(trajectory)
+    trajectory.blobs.path(trajectory.files["submission.csv"]).unlink()
+    del trajectory.files["submission.csv"]
+    step = run(trajectory)
+    assert step.score == 0.5 and trajectory.cache.counts["runs"] == 2 and trajectory.blobs.has(step.snapshot["submission.csv"])
+
+
+def test_what_a_run_depends_on_is_in_its_key(make, task, monkeypatch):
+    trajectory = make()
+    keys = {trajectory._key("train.py", {"train.py": "1"})}
+    for change in (lambda: setattr(task, "time_limit_s", 21.0), lambda: setattr(task, "memory_limit_bytes", 2 << 30),
+                   lambda: setattr(trajectory, "threads", 2), lambda: setattr(trajectory, "gpu", "0"),
+                   lambda: setattr(trajectory, "sandbox", "off"),
+                   lambda: trajectory.info.update(sha256={"public/train.csv": "2"}),
+                   lambda: monkeypatch.setattr(env, "describe", lambda python: ("", (), ["3.99"])),
+                   lambda: monkeypatch.setattr(env, "_graders", lambda: "other")):
+        change()
+        keys.add(trajectory._key("train.py", {"train.py": "1"}))
+    keys |= {trajectory._key("train.py", {"train.py": "2"}), trajectory._key("b.py", {"train.py": "1"})}
+    assert len(keys) == 11
+
+
+def test_rechecking_finds_scores_that_moved(make, tmp_path):
+    cache = Cache(tmp_path / "kept", recheck=1.0)
+    trajectory = make(cache=cache)
+    trajectory.score()
+    assert trajectory.score()[0] == 0.5 and cache.counts == {"runs": 1, "hits": 1, "rechecked": 1} and cache.moved == []
+    path, = entries(trajectory)
+    cache.put(path.name, {**cache.get(path.name), "score": 0.9})
+    assert trajectory.score()[0] == 0.9 and cache.moved[0]["score"] == [0.9, 0.5]
+
+
+def test_writers_that_are_killed_leave_whole_entries(tmp_path):
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(env.__file__).parent)!r})
+        from env import Cache
+        cache = Cache({str(tmp_path)!r})
+        print(flush=True)
+        while True:
+            for key in ("aa1", "aa2"):
+                cache.put(key, {{"score": 1, "filler": "x" * 300_000}})
+    """
+    writers = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE) for _ in range(2)]
+    cache, seen = Cache(tmp_path), 0
+    for writer in writers:
+        writer.stdout.readline()
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        seen += cache.get("aa1") is not None
+    for writer in writers:
+        writer.kill()
+        writer.wait()
+    assert seen and cache.get("aa1")["score"] == cache.get("aa2")["score"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- faults
+
+def test_full_disk_of_a_script(make):
+    trajectory = make()
+    put(trajectory, train="with open('/dev/full', 'w') as file: file.write('x')")
+    step = run(trajectory)
+    assert (step.outcome, step.kind, step.reward) == ("disk full", "limit", 0.5) and "No space left" in step.observation
+
+
+def test_full_disk_of_ours_is_an_error_and_leaves_nothing_half(tmp_path):
+    code = f"""
+        import resource, sys
+        sys.path.insert(0, {str(Path(env.__file__).parent)!r})
+        from env import Blobs, Cache
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        for write in (lambda: Blobs({str(tmp_path)!r}).put(b"x" * 5000), lambda: Cache({str(tmp_path)!r}).put("aa1", "x" * 5000)):
+            try:
+                write()
+            except OSError as error:
+                print(error.errno)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.stdout.split() == ["27", "27"] and not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_clock_that_jumps_changes_nothing(make, monkeypatch):
+    trajectory = make(seconds=100)
+    now = iter([0, 1e12, -1e12] * 100_000)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    step = run(trajectory)
+    assert step.outcome == "ok" and 0 < step.script_seconds < 60 and 0 < step.time_left_s <= 100 and not step.ended
+
+
+def test_the_server_is_started_again_when_somebody_kills_it(tmp_path):
+    (tmp_path / "a.py").write_text("import os; print(os.getppid())")
+    limits = dict(timeout_s=20, memory_bytes=1 << 30)
+    supervisor = execute("a.py", tmp_path, sandbox="off", **limits).stdout
+    assert not Path(f"/proc/{supervisor.strip()}").exists()
+    for pid in processes("_serve()"):
+        if int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
+            os.kill(pid, signal.SIGKILL)
+    assert execute("a.py", tmp_path, **limits).outcome == "ok"
+
+
+# --------------------------------------------------------------------------------------- whatever a model may come up with
+
+TRICKS = ["/etc/passwd", "../x", "data/../../private/answers.csv", "~/x", "a\0b", "..", ".undo/1/train.py", "data/link.csv",
+          "/proc/self/environ", "x" * 101, "a/" * 200, "\u202egpj.exe", "C:\\x", "file:///etc/passwd", "train.py/x", "\n"]
+
+
+def replies(draw):
+    """(reply, whether it is valid) for ever."""
+    good = say("List Files", dir_path=".")
+    while True:
+        trick = draw.choice(TRICKS)
+        yield draw.choice([
+            lambda: (good, True),
+            lambda: (say("Inspect Script Lines", script_name="train.py", start_line_number=1, end_line_number=9), True),
+            lambda: ("\u4e2d\U0001f600 " * draw.randint(0, 99) + "\n" + good + "\nObservation: " + draw.choice(TRICKS), True),
+            lambda: (good[:draw.randrange(len(good))], False),
+            lambda: (bytes(draw.randrange(256) for _ in range(draw.randint(0, 300))).decode("latin-1"), False),
+            lambda: ("Thought: x\nAction: List Files\nAction Input: " + '{"dir_path": ' + "[" * draw.randint(1, 40_000), False),
+            lambda: ("Thought: " + "x" * draw.randint(50_001, 200_000) + good, False),
+            lambda: (good.replace('"."', draw.choice(["NaN", "Infinity", "1e999", "null", "[]", "{}", "true", '"\\ud800"'])), False),
+            lambda: (say("Inspect Script Lines", script_name=trick, start_line_number=1, end_line_number=1), False),
+            lambda: (say("Copy File", source="train.py", destination=draw.choice(TRICKS[:8])), False),
+            lambda: (say("Execute Script", script_name=trick), False),
+            lambda: (say("Replace In Script", script_name=trick, find="a", replace="b"), False),
+            lambda: (say("Undo Edit Script", script_name="train.py"), False),
+            lambda: (say(draw.choice(["rm", "Execute Script\0", "list files", ""]), dir_path="."), False)])()
+
+
+def test_a_thousand_replies_give_what_the_rules_say(make):
+    trajectory, draw = make(steps=10 ** 9), random.Random(1)
+    before, made = trajectory.snapshot(), replies(draw)
+    for _ in range(1000):
+        reply, valid = next(made)
+        step = trajectory.step(reply)
+        assert (step.valid, step.kind, step.reward) == ((True, "not an edit", 0.5) if valid else (False, "invalid", 0.0)), reply
+        assert trajectory.snapshot() == before and "secret" not in step.observation
+        json.dumps(env.record(step))
+        if len(trajectory.messages) > 100:
+            del trajectory.messages[2:]
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch payload-ran",)
+
+
+def submissions(draw, sample):
+    """(what it is, bytes, whether it is valid) of a good submission changed in some way."""
+    lines = sample.decode().splitlines()
+
+    def cell(text):
+        row = draw.randrange(1, len(lines))
+        cells = lines[row].split(",")
+        cells[-1] = text
+        return "\n".join([*lines[:row], ",".join(cells), *lines[row + 1:]]).encode()
+    ways = {
+        "as it is": lambda: (sample, True),
+        "shuffled": lambda: ("\n".join([lines[0], *draw.sample(lines[1:], len(lines) - 1)]).encode(), True),
+        "cut": lambda: (sample[:draw.randrange(len(sample) - len(lines[-1]) - 2)], False),
+        "binary": lambda: (draw.randbytes(draw.randint(0, 2000)), False),
+        "pickle": lambda: (pickle.dumps(Payload()), False),
+        "code": lambda: (cell("__import__('os').system('touch payload-ran')"), False),
+        "NaN": lambda: (cell(draw.choice(["nan", "NaN", "inf", "-inf", "1e999", "", "None", "\u0660x"])), False),
+        "quote": lambda: (cell('"' * draw.choice([1, 3])), False),
+        "enormous": lambda: (sample + b"9" * (5 << 20), False),
+        "twice": lambda: ("\n".join([*lines, lines[draw.randrange(1, len(lines))]]).encode(), False),
+        "no header": lambda: ("\n".join(lines[1:]).encode(), False),
+        "unicode": lambda: (("\u4e2d" + sample.decode()).encode("utf-16"), False),
+    }
+    while True:
+        what = draw.choice(sorted(ways))
+        yield (what, *ways[what]())
+
+
+def test_three_hundred_submissions_are_graded_or_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    id = "leaf-classification"
+    home, draw = tasks.prepare(id, data=tmp_path / "data", say=lambda line: None), random.Random(2)
+    made = submissions(draw, (home / "public" / tasks.load(id).sample).read_bytes())
+    for _ in range(300):
+        what, content, valid = next(made)
+        Path("submission.csv").write_bytes(content)
+        try:
+            score = tasks.grade(id, "submission.csv", data=tmp_path / "data")
+            assert valid and score == score, what
+        except tasks.InvalidSubmission as error:
+            assert not valid and len(str(error)) < 300, (what, error)
+    for unreadable in (tmp_path / "data", tmp_path / "absent"):
+        with pytest.raises(tasks.InvalidSubmission):
+            tasks.grade(id, unreadable, data=tmp_path / "data")
+    os.mkfifo("pipe")
+    Path("link").symlink_to(home / "public" / tasks.load(id).sample)
+    for odd in ("pipe", "link", "/dev/zero"):
+        with pytest.raises(tasks.InvalidSubmission):
+            tasks.grade(id, odd, data=tmp_path / "data")
+    assert not Path("payload-ran").exists()
+    pickle.loads(pickle.dumps(Payload()))       # a grader that unpickles would have been caught
+    assert Path("payload-ran").exists()
+
+
+def test_printed_metrics_in_any_format_earn_nothing(make):
+    for text in ("validation accuracy: 1.0", '{"validation accuracy": 1.0}', "final score 1.0", "validation accuracy 100 %"):
+        trajectory = make()
+        step = edit(trajectory, 'print(f"validation accuracy: {VALUE:.2f}")', f"print({text!r})")
+        assert (step.score, step.reward) == (0.5, 0.5)
+    assert step.printed == 100 and env.printed_metric('validation accuracy: 1.0') == 1.0     # who believes it is fooled
+
+
 if __name__ == "__main__":
     found = table("nobody" in sys.argv)
     if "--json" in sys.argv:
