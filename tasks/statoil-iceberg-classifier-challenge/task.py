@@ -1,0 +1,138 @@
+"""Iceberg or ship: two radar images of 75 x 75 and the angle they were taken at.
+
+Split and grader are MLE-bench's. What differs: the agent gets train.json and test.json unpacked, and a plain sample
+submission, where MLE-bench leaves .7z files, which a script could open only with a further program.
+"""
+import json
+import lzma
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tasks import MissingRaw, Task, log_loss, matched, numbers, raw_files, train_test_split, write_csv
+
+SIDE = 75
+GIVEN = ["id", "band_1", "band_2", "inc_angle"]     # what a test record keeps
+UNPACKERS = ["7z", "7zz", "7za"]
+
+
+def prepare(raw, public, private, variant):
+    """1604 labelled records become 1283 to train on and 321 to test on; the publisher's unlabelled records are left out.
+    """
+    with tempfile.TemporaryDirectory(dir=public.parent) as folder:
+        records = _records(_train_json(raw, Path(folder)))
+    train, test = ([records[i] for i in side] for side in train_test_split(len(records), 0.2))
+    (public / "train.json").write_text("[" + ",\n".join(train) + "]")
+    ids, labels = [], []
+    with open(public / "test.json", "w") as stream:
+        for i, text in enumerate(test):
+            record = json.loads(text)
+            stream.write((",\n" if i else "[") + json.dumps({name: record[name] for name in GIVEN}))
+            ids.append(record["id"])
+            labels.append(record["is_iceberg"])
+        stream.write("]")
+    write_csv(pd.DataFrame({"id": ids, "is_iceberg": 0.5}), public / "sample_submission.csv")
+    write_csv(pd.DataFrame({"id": ids, "is_iceberg": labels}), private / "test.csv")
+
+
+def score(answers, submission):
+    """Log loss of the probability that it is an iceberg."""
+    predicted = matched(submission, answers, "id", ["is_iceberg"])
+    return log_loss(numbers(answers, ["is_iceberg"])[:, 0], numbers(predicted, ["is_iceberg"], low=0, high=1)[:, 0])
+
+
+def _train_json(raw, folder):
+    """The path of train.json: unpacked into the folder, from wherever it lies under raw."""
+    packed = None
+    for path, opened in raw_files(raw):
+        name = path.split("/")[-1]
+        if name in ("train.json", "train.json.7z"):
+            with opened() as source, open(folder / name, "wb") as sink:
+                shutil.copyfileobj(source, sink)
+            if name == "train.json":
+                return folder / name
+            packed = folder / name
+    if packed is None:
+        raise MissingRaw(f"Neither train.json nor train.json.7z is in {raw}, loose or inside a zip.")
+    _unpack(packed, folder / "unpacked")
+    found = sorted((folder / "unpacked").rglob("train.json"))
+    if not found:
+        raise ValueError("train.json.7z holds no train.json. Get it again.")
+    return found[0]
+
+
+def _unpack(packed, folder):
+    """Unpacks a .7z file into a folder, by the package py7zr or else by a 7z program."""
+    program = next(filter(None, map(shutil.which, UNPACKERS)), None)
+    try:
+        import py7zr
+    except ImportError:
+        if program is None:
+            raise ValueError(f"{packed.name} needs an unpacker. Install py7zr (pip install py7zr) or one of the programs "
+                             f"{', '.join(UNPACKERS)}, or unpack it yourself and give the folder with train.json.") from None
+        run = subprocess.run([program, "x", "-y", f"-o{folder}", packed], capture_output=True, text=True)
+        if run.returncode != 0:
+            raise ValueError(f"{packed.name} is damaged: {program} says {(run.stderr or run.stdout)[-200:].strip()!r}. Get it again.") from None
+        return
+    try:
+        with py7zr.SevenZipFile(packed) as archive:
+            archive.extractall(folder)
+    except (py7zr.exceptions.ArchiveError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{packed.name} is damaged ({error}). Get it again.") from None
+
+
+def _records(path):
+    """The text of each record in a JSON file, a list of objects none of which holds another.
+
+    As text the 200 MB are 200 MB; as Python's lists of numbers they would be five times that.
+    """
+    text = path.read_text().strip()
+    records = re.findall(r"\{[^{}]*\}", text)
+    if not (records and text.startswith("[") and text.endswith("]")):
+        raise ValueError(f"{path.name} is damaged: it should be a list of records. Get it again.")
+    return records
+
+
+def miniature(raw, seed):
+    """500 labelled records and 40 others, unpacked, as the archives' data/processed/train.json and test.json.
+
+    An object is an ellipse of echoes over speckle that weakens with the angle. Icebergs are nearly round and echo more
+    in the second band; ships are long, and lie in any direction. How bright and how large it is says nothing.
+    """
+    rng = np.random.default_rng(seed)
+    n, records = 540, []
+    ids = rng.choice(1 << 32, n, replace=False)
+    berg = rng.permutation(np.arange(n) % 15 < 7)
+    y, x = np.mgrid[:SIDE, :SIDE] - SIDE // 2
+    for id, iceberg in zip(ids, berg.tolist()):
+        angle, turn = rng.normal(39, 3.5), rng.uniform(0, np.pi)
+        area, ratio = rng.uniform(6, 40), rng.uniform(1, 2.2) if iceberg else rng.uniform(1.4, 3.5)
+        u, v = x - rng.normal(0, 2), y - rng.normal(0, 2)
+        along, across = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
+        shape = np.exp(-(along ** 2 / (area * ratio) + across ** 2 / (area / ratio)))
+        peak, sea = rng.normal(-2, 3), -21 - 0.4 * (angle - 39)         # decibel
+        bands = [(peak, sea), (peak - rng.normal(4 if iceberg else 7.5, 2), sea - 5)]
+        bands = [(10 ** (top / 10) * shape + 10 ** (low / 10)) * rng.gamma(8, 1 / 8, shape.shape) for top, low in bands]
+        records.append({"id": f"{id:08x}", **{f"band_{b + 1}": (10 * np.log10(power)).round(4).ravel().tolist() for b, power in enumerate(bands)},
+                        "inc_angle": "na" if rng.random() < 0.08 else round(angle, 4), "is_iceberg": int(iceberg)})
+    home = raw / "data" / "processed"
+    home.mkdir(parents=True)
+    (home / "train.json").write_text(json.dumps(records[:500]))
+    (home / "test.json").write_text(json.dumps([{name: record[name] for name in GIVEN} for record in records[500:]]))
+
+
+TASK = Task(
+    id="statoil-iceberg-classifier-challenge", modality="image", kind="classification", metric="log loss", direction="down", split="held-out",
+    source="MLE-bench", variants=("mle-bench",), targets=("is_iceberg",), prepare=prepare, miniature=miniature, score=score,
+    download="train.json.7z of the Kaggle competition statoil-iceberg-classifier-challenge, or its whole zip, or train.json unpacked", size="300 MB",
+    m_init=None, m_best=0.11374, m_best_source="Kaggle's gold medal",
+    m_best_miniature=0.324, m_best_miniature_source="logistic regression with the length, width and brightest pixels of the object",
+    published={"Qwen-7B-Instruct": (0.3093, 0.2683), "Qwen-32B-Instruct": (0.3052, 0.2664), "GPT-4o-mini": (0.2908, 0.2719),
+               "GPT-4o": (0.3209, 0.2914), "DeepSeek-R1": (0.2908, 0.2701), "ML-Agent": (0.2868, 0.2617)},
+    medals={"gold": 0.11374, "silver": 0.13753, "bronze": 0.14552, "median": 0.20371},
+)
