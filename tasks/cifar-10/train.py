@@ -9,7 +9,7 @@ SEED = 0
 VALID_FRACTION = 0.1    # share of the training images held back to measure the accuracy
 EPOCHS = 5              # passes over the training images; at most 10 are allowed
 BATCH_SIZE = 16
-LEARNING_RATE = 0.02
+LEARNING_RATE = 0.015
 MOMENTUM = 0.9
 WEIGHT_DECAY = 0.0
 
