@@ -167,7 +167,8 @@ def in_sight(task, home, targets, answers, miniature):
     trained_on, shown = (_header(path) if path.exists() else [] for path in (train, test))
     if set(targets) & set(shown):
         failures.append("The public test file has the target's column.")
-    features = [name for name in shown if name in trained_on and (name != task.key or task.key_is_feature)]
+    ids = set() if task.key_is_feature else set(_header(public / task.sample)) - set(targets)      # say which row it is
+    features = [name for name in shown if name in trained_on and name not in ids]
     if features:
         tested = {row: number for number, row in enumerate(_hash_rows(test, features), 1)}
         shared = {tested[row] for row in _hash_rows(train, features) if row in tested}

@@ -3,6 +3,7 @@
 Tests on real data need the publisher's files in ../shared/data beside the checkout and are skipped where they are not.
 """
 import ast
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -21,7 +22,7 @@ import pytest
 import tasks
 from tasks import InvalidSubmission
 from tasks.__main__ import main
-from tasks.check import check, check_ideas
+from tasks.check import check, check_ideas, in_sight
 from tasks.images import jpeg
 from tasks.submission import _any_columns, plain_columns
 
@@ -758,6 +759,8 @@ def test_what_the_publishers_own_data_tell_can_be_declared(toy, toy_raw, tmp_pat
     pd.concat([rows, rows[:1].assign(id=500)]).to_csv(toy_raw / "all.csv", index=False)
     assert "1 rows are in train and in test, such as row 1 of test" in failures(toy_raw)
     assert failures(toy_raw, "known_twins='so they are', ") == ""
+    by_position = dataclasses.replace(tasks.load("toy"), key=None, known_twins="")
+    assert in_sight(by_position, tmp_path / "data" / "toy", ["y"], {}, False) != []         # its id is an id still
 
 
 @pytest.mark.parametrize("old, new, found", [
