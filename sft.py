@@ -7,7 +7,7 @@
 Collecting, for each held-in task. 1. Candidates: ideas that the expert writes (100 by default), or those shipped with
 the task. 2. Of these the 10 that differ most from each other (farthest-point selection on their embeddings). 3. For
 each trajectory 1 to 3 of them stand in the expert's first prompt. The recorded prompt does not have them, so that the
-model learns to have the idea itself. Held-out tasks are refused, by name and by the hashes of their data.
+model learns to have the idea itself. Held-out tasks are refused, by name and by the hashes of those prepared in --data.
 
 The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), blobs/ (the files of every state),
 ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, counts). A run that was killed goes on with
@@ -25,8 +25,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 import sample
 import tasks
-from env import DEFAULT_ACTIONS, FIELDS, Env, Unprotected, clip, header, printed_metric, read_trajectory, record
-from eval import CODER_TOKENS, Failed, Run, ended, prepare, read_record
+from env import DEFAULT_ACTIONS, FIELDS, Env, Unprotected, clip, header, printed_metric, record
+from eval import CODER_TOKENS, Failed, Run, ended, layout, prepare, read_record
 
 
 @dataclass
@@ -112,7 +112,7 @@ def candidates(s, task, expert):
     in the folder's ideas/TASK.json, so that none is asked for again. Failed: the expert writes none."""
     if expert is None or s.ideas == 0:
         if not (found := tasks.ideas(task.id)):
-            raise ValueError(f"{task.id} has no ideas.json; let an expert model write ideas (--expert MODEL --ideas 100)")
+            raise ValueError(f"{task.id} has no ideas.json; let an expert write ideas: --expert MODEL --ideas 100")
         return found
     path = Path(s.trajectories, "ideas", f"{task.id}.json")
     answers = json.loads(path.read_text())["answers"] if path.exists() else []
@@ -159,12 +159,12 @@ def farthest(vectors, k):
     products = products.toarray() if hasattr(products, "toarray") else products
     distance = np.sqrt(np.maximum(2 - 2 * products, 0))     # |a - b|^2 = 2 - 2ab
     distance[distance < 1e-7] = 0                           # equal rows: what rounding leaves must not choose
-    chosen = list(np.unravel_index(distance.argmax(), distance.shape))[:min(k, len(distance))]
+    chosen = list(dict.fromkeys(np.unravel_index(distance.argmax(), distance.shape)))[:k]     # rows all equal: only 0
     while len(chosen) < min(k, len(distance)):
         nearest = distance[:, chosen].min(1)
         nearest[chosen] = -1
         chosen.append(nearest.argmax())
-    return [int(i) for i in dict.fromkeys(chosen)]          # rows that are all equal give the pair (0, 0)
+    return [int(i) for i in chosen]
 
 
 def pool(s, task, expert, embedder):
@@ -177,9 +177,11 @@ def pool(s, task, expert, embedder):
 # ---------------------------------------------------------------------------------------------------------------------
 # The scripted expert. It writes of nothing but what its observations have shown, in sentences chosen at random.
 
+SCRIPTED = ("List Files", "Inspect Script Lines", "Replace In Script", "Undo Edit Script", "Copy File",
+            "Execute Script", "Final Answer")       # what it does
 SAY = {
-    "begin": ("The work begins; there is no observation yet.", "I have the task and have seen nothing of the script yet.",
-              "Nothing has been run so far."),
+    "begin": ("The work begins; there is no observation yet.", "Nothing has been run so far.",
+              "I have the task and have seen nothing of the script yet."),
     "run first": ("I run {entry} as it is, to know the score to beat.", "First I need the starter's own {metric}.",
                   "Before any change I want to see what {entry} prints."),
     "list": ("I look at which files there are.", "Let me see the workspace before I go on."),
@@ -187,9 +189,10 @@ SAY = {
     "read": ("I read the script before I change it.", "To edit it I must see its exact lines.",
              "Next I look at how {entry} works."),
     "ran": ("{entry} runs and prints a validation {metric} of {value}; that is the score to beat.",
-            "The run went through. The {metric} is {value} before any change.", "The score to beat is a {metric} of {value}."),
-    "have read": ("I have seen lines {first} to {last} of {total}.", "Lines {first} to {last} of the script's {total} are "
-                  "known now.", "The script has {total} lines; I have read {first} to {last} of them."),
+            "The run went through. The {metric} is {value} before any change.", "The {metric} to beat is {value}."),
+    "have read": ("I have seen lines {first} to {last} of {total}.",
+                  "Lines {first} to {last} of the script's {total} are known now.",
+                  "The script has {total} lines; I have read {first} to {last} of them."),
     "try": ("{idea}", "What I try now is this: {idea}", "It may help to do the following. {idea}"),
     "part": ("This is change {i} of {n} for it: I replace {line}.", "Part {i} of {n}: {line} has to change."),
     "copy": ("It takes {n} edits, so I keep a copy of the script first.", "Before these {n} edits I save {entry} as "
@@ -200,8 +203,9 @@ SAY = {
     "look": ("I look at the changed place once more before the run.", "Let me check these lines."),
     "run": ("All of it is in the script, so I run it.", "Now I run {entry} and compare with {value}.",
             "The run will show whether the {metric} of {value} is beaten."),
-    "better": ("The {metric} went from {old} to {new}, which is better, so the change stays.", "{new} after {old}: the change "
-               "helped and is kept.", "With {title} the {metric} is {new} instead of {old}. It stays."),
+    "better": ("The {metric} went from {old} to {new}, which is better, so the change stays.",
+               "{new} after {old}: the change helped and is kept.",
+               "With {title} the {metric} is {new} instead of {old}. It stays."),
     "worse": ("The {metric} went from {old} to {new}, which is worse.", "{new} is no gain over {old}.",
               "With {title} the {metric} is {new}; {old} was better."),
     "equal": ("The {metric} is {new} as before, so the change does nothing.", "Nothing has changed: {new} again."),
@@ -210,7 +214,8 @@ SAY = {
     "restore": ("I copy {backup} back over {entry}.", "The saved script comes back in one step."),
     "undone": ("{entry} is as it was before {title}.", "{title} is taken out again."),
     "still": ("One of the edits is taken back, there is more to undo.", "Part of {title} is still in the script."),
-    "end": ("There is nothing left on my list.", "I stop here with the best script.", "The plan is done; I end the work."),
+    "end": ("There is nothing left on my list.", "I stop here with the best script.",
+            "The plan is done; I end the work."),
 }
 
 
@@ -237,14 +242,15 @@ def fitting(idea, script):
 def scripted(task, fields, steps, ideas, rng):
     """Generator of the scripted expert's replies; send it the record of each step. It runs the script, reads it, and
     tries the ideas one after the other: edits, run, and back where the printed score is no better."""
-    entry, backup, done, left = task.entry, "before.py", [], steps
+    entry, backup, done = task.entry, "before.py", []
     script = (task.folder / entry).read_text()
     reflection, fact = rng.choice(SAY["begin"]), "Nothing is confirmed yet."
     say = {"entry": entry, "metric": task.metric, "backup": backup}
 
     def tell(what, **more):
-        text = rng.choice(SAY[what]).format(**say, **more)
-        return text[:1].upper() + text[1:]
+        text = rng.choice(SAY[what])
+        written = text.format(**say, **more)
+        return written if text.startswith("{entry}") else written[:1].upper() + written[1:]
 
     def reply(now, thought, action, **args):
         plan = " ".join(f"{i}. {part}" for i, part in enumerate([*done, f"**{now}.**"], 1))
@@ -258,7 +264,8 @@ def scripted(task, fields, steps, ideas, rng):
         return "none" if value is None else f"{value:.6g}"
 
     def lines_of(step):     # "Lines 1 to 37 of 37 of train.py:"
-        return map(int, re.match(r"Lines (\d+) to (\d+) of (\d+)", step["observation"]).groups())
+        found = re.match(r"Lines ([\d,]+) to ([\d,]+) of ([\d,]+)", step["observation"]).groups()
+        return (int(number.replace(",", "")) for number in found)
 
     step = yield reply(f"Run {entry} as it is", tell("run first"), "Execute Script", script_name=entry)
     best = start = score(step)
@@ -292,12 +299,13 @@ def scripted(task, fields, steps, ideas, rng):
         for i, (find, put) in enumerate(edits, 1):
             old = next((line.strip() for line in find.splitlines() if line.strip() and line not in put.splitlines()),
                        find.strip())
-            part = f" {tell('part', i=i, n=len(edits), line=f'`{clip(old, 120)}`')}" if len(edits) > 1 else ""
-            step = yield reply(f"Try {name}", (thought if i == 1 else "") + part or thought, "Replace In Script",
+            part = f"{tell('part', i=i, n=len(edits), line=f'`{clip(old, 120)}`')}" if len(edits) > 1 else ""
+            step = yield reply(f"Try {name}", f"{thought * (i == 1)} {part}".strip() or thought, "Replace In Script",
                                script_name=entry, find=find, replace=put)
             script = script.replace(find, put)
             changed = Counter(line[:1] for line in step["observation"].splitlines())
-            plus, minus = (f"{n} line{'s' * (n != 1)} {how}" for n, how in ((changed["+"], "more"), (changed["-"], "less")))
+            plus, minus = (f"{changed[sign]} line{'s' * (changed[sign] != 1)} {how}"
+                           for sign, how in (("+", "more"), ("-", "less")))
             reflection = tell("edited", plus=plus, minus=minus)
         if spare > 0 and rng.random() < 0.25:
             line = before[:before.find(edits[-1][0])].count("\n") + 1
@@ -305,7 +313,8 @@ def scripted(task, fields, steps, ideas, rng):
                                start_line_number=str(max(1, line - 3)), end_line_number=str(line + 12))
             first, last, total = lines_of(step)
             reflection = tell("have read", first=first, last=last, total=total)
-        step = yield reply(f"Try {name}: run {entry}", tell("run", value=show(best)), "Execute Script", script_name=entry)
+        step = yield reply(f"Try {name}: run {entry}", tell("run", value=show(best)), "Execute Script",
+                           script_name=entry)
         new, values = score(step), {"title": name, "old": show(best), "new": show(score(step))}
         if new is None:
             reflection = tell("failed", detail=clip(step["detail"] or "It printed no score.", 300))
@@ -331,16 +340,17 @@ def scripted(task, fields, steps, ideas, rng):
         done.append(f"{title}: {result}, taken back.")
     kept = [part.split(":")[0] for part in done if part.endswith("kept.")]
     fact = f"The {task.metric} of {show(best)} is confirmed by the run of the script as it is now."
-    answer = (f"The validation {task.metric} went from {show(start)} to {show(best)} with: {'; '.join(kept)}." if kept else
-              f"No change that I tried beat the starter's {task.metric} of {show(start)}; {entry} is as it was.")
+    answer = (f"The validation {task.metric} went from {show(start)} to {show(best)} with: {'; '.join(kept)}." if kept
+              else f"No change that I tried beat the starter's {task.metric} of {show(start)}; {entry} is as it was.")
     yield reply("End the work", tell("end"), "Final Answer", final_answer=answer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Collecting
 
+# what the trajectories of one folder agree in
 SAME = ("expert", "coder", "actions", "fields", "steps", "seconds", "ideas", "keep", "embed", "max_new_tokens",
-        "temperature", "top_p", "context", "threads", "gpu", "sandbox", "seed")    # a folder's trajectories agree in these
+        "temperature", "top_p", "context", "threads", "gpu", "sandbox", "seed")
 NUM_STEPS = 15
 
 
@@ -361,18 +371,22 @@ def fingerprint(tokenizer):
     return digest(tokenizer.bpe.to_str())[:16]
 
 
-def refuse_held_out(head, data):
-    """ValueError if the header of a trajectory names a held-out task or holds the hash of one of its files, as far as
-    these are prepared in `data`; also if its task is not known here, as nothing can be said about that."""
-    task = tasks.load(head["task"])
-    if task.split != "held-in":
-        raise ValueError(f"{task.id} is held out: it is for evaluation, and nothing of it may be trained on")
-    ours = set(head.get("data_sha256", {}).values())
-    for id in tasks.names("held-out"):
-        path = Path(data, id, "task.json")
-        if path.exists() and (same := ours & set(json.loads(path.read_text())["sha256"].values())):
-            raise ValueError(f"{task.id} holds data of {id}, which is held out (sha256 {min(same)[:16]}...): nothing of "
-                             "it may be trained on")
+def held_out(data):
+    """{sha256: id} of the files of all held-out tasks that are prepared in the folder `data`. Sample submissions are
+    left out: they hold no answer, and those of two tasks may be alike."""
+    return {sha: id for id in tasks.names("held-out") if Path(data, id, "task.json").exists()
+            for name, sha in tasks.info(id, data)["sha256"].items() if name != f"public/{tasks.load(id).sample}"}
+
+
+def refuse_held_out(id, sha256, forbidden):
+    """ValueError if a task or one of its files, {name: sha256}, is held out; also if there is no such task here, as
+    nothing can then be said about it. forbidden: see held_out."""
+    if tasks.load(id).split != "held-in":
+        raise ValueError(f"{id} is held out: it is for evaluation, and nothing of it may be trained on")
+    for name, sha in sha256.items():
+        if sha in forbidden:
+            raise ValueError(f"{name} of {id} is a file of {forbidden[sha]}, which is held out (sha256 {sha[:16]}...): "
+                             "nothing of it may be trained on")
 
 
 def trajectory(s, task, k, ideas, expert, cache, run):
@@ -478,7 +492,7 @@ def diversity(actions):
 def counted(s, task):
     """What manifest.json says of the finished trajectories in a task's files, and all their valid actions."""
     records = [read_record(path) for path in Path(s.trajectories).glob(f"{task.id}-*.jsonl")]
-    records = [lines for lines in records if ended(lines)]
+    records = [lines for lines in records if ended(lines) and lines[0]["task"] == task.id]
     steps = [line for lines in records for line in lines if line["type"] == "step"]
     last = [([line["m_after"] for line in lines if "m_after" in line][-1], lines[0]["m_init"]) for lines in records]
     return {"trajectories": len(records), "steps": len(steps), "valid": sum(step["valid"] for step in steps),
@@ -491,8 +505,8 @@ def collect(s, load=sample.load):
     """Collects s.num trajectories of each task of s.task and returns what manifest.json then holds. ValueError:
     something is wrong with the settings. Failed: the expert is of no use."""
     if refused := [id for id in tasks.names(s.task) if tasks.load(id).split != "held-in"]:
-        raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. Held-in tasks "
-                         f"are: {', '.join(tasks.names('held-in'))}")
+        raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
+                         f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
     folder = Path(s.trajectories)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:       # let go however this process ends
@@ -501,17 +515,22 @@ def collect(s, load=sample.load):
         except BlockingIOError:
             raise ValueError(f"another process collects in {folder}; wait for it, or give another folder") from None
         infos = prepare(s)
+        forbidden = held_out(s.data)
         for task, info in infos:
-            refuse_held_out({"task": task.id, "data_sha256": info["sha256"]}, s.data)
+            refuse_held_out(task.id, info["sha256"], forbidden)
         path = folder / "manifest.json"
         same = {name: value for name, value in json.loads(json.dumps(asdict(s))).items() if name in SAME}
         manifest = json.loads(path.read_text()) if path.exists() else {"settings": same, "tasks": {}}
         then = manifest["settings"]
         found = [f"--{name.replace('_', '-')} was {then.get(name)} and is {same[name]}"
                  for name in SAME if then.get(name) != same[name]]
-        found += [f"the data of {task.id} were others" for task, info in infos if manifest["tasks"].get(
-            task.id, info)["sha256"] != info["sha256"]]
-        records = {file_of(s, task.id, k): read_record(file_of(s, task.id, k)) for task, _ in infos for k in range(s.num)}
+        found += [f"the data of {task.id} were others" for task, info in infos
+                  if manifest["tasks"].get(task.id, info)["sha256"] != info["sha256"]]
+        if s.expert == "scripted" and (lacking := set(SCRIPTED) - set(s.actions)):
+            raise ValueError(f"the scripted expert needs the actions {','.join(SCRIPTED)}; missing in --actions: "
+                             f"{', '.join(sorted(lacking))}")
+        paths = [file_of(s, task.id, k) for task, _ in infos for k in range(s.num)]
+        records = {path: read_record(path) for path in paths}
         if not path.exists() and any(records.values()):
             found.append("its manifest.json is missing")
         if found:
@@ -532,7 +551,7 @@ def collect(s, load=sample.load):
                                               lambda task, expert: pool(s, task, expert, embedder), s)))
         for task, info in infos:
             now = {"miniature": info["miniature"], "sha256": info["sha256"], "m_init": info["m_init"],
-                   "m_best": info["m_best"], "versions": digest((task.folder / task.entry).read_text())[:16]}
+                   "m_best": info["m_best"]}
             old = manifest["tasks"].setdefault(task.id, now)
             if task.id in pools and old.setdefault("ideas", pools[task.id]) != pools[task.id]:
                 raise ValueError(f"the ideas for {task.id} have changed since {folder} was begun; give another folder")
@@ -553,16 +572,15 @@ def collect(s, load=sample.load):
 
 def report(manifest):
     """The manifest's counts as text."""
-    rows = [f"{'task':44}{'trajectories':>13}{'steps':>7}{'valid':>7}{'score rose':>12}{'ideas':>7}"]
+    rows = [("task", "data", "trajectories", "steps", "valid", "score rose", "ideas")]
     for id, one in manifest["tasks"].items():
-        c, name = one["counts"], id + " (miniature)" * one["miniature"]
-        rows.append(f"{name:60}"[:max(44, len(name))] + f"{c['trajectories']:13}{c['steps']:7}{c['valid']:7}{c['rose']:12}"
-                    f"{len(one['ideas']):7}")
+        numbers = [one["counts"][name] for name in ("trajectories", "steps", "valid", "rose")] + [len(one["ideas"])]
+        rows.append((id, "miniature" if one["miniature"] else "real", *map(str, numbers)))
     d = manifest["diversity"]
     mean = "-" if d["distance"] is None else f"{d['distance']:.3f}"
-    rows.append(f"\nDiversity: mean distance of two actions {mean} (0 the same, 1 no word in common), {d['distinct_edits']} "
-                f"distinct edits of {d['edits']}, entropy of the action names {d['entropy']:.2f} bits.")
-    return "\n".join(rows)
+    return (f"{layout(rows)}\n\nDiversity: mean distance of two actions {mean} (0: the same, 1: no word in common), "
+            f"{d['distinct_edits']} distinct edits of {d['edits']}, entropy of the action names "
+            f"{d['entropy']:.2f} bits.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -574,7 +592,7 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": 
 @dataclass
 class Conversation:
     """What one training sequence is made of."""
-    messages: list      # [{"role", "content"}], and "tokens" where the sampled ids are to be used; ends with a trained one
+    messages: list      # [{"role", "content"}], with "tokens" where the sampled ids are to be used; the last is trained
     trained: list       # of int: indices of the messages that are learned, all of the assistant
     source: str         # file, and line or entry, for messages to the user
     task: str = ""      # of a trajectory: its task ...
@@ -597,18 +615,18 @@ def conversations(path, *, parsed=True, rose=False, per_idea=0, data="data", tok
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"there is no {path}; collect trajectories with: python sft.py --collect --trajectories {path}")
-    found, left_out, times = [], defaultdict(list), Counter()
+        raise ValueError(f"there is no {path}; collect it with: python sft.py --collect --trajectories {path}")
+    found, left_out, times, forbidden = [], defaultdict(list), Counter(), held_out(data)
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error})") from None
-        first = text.lstrip().partition("\n")[0]
-        played = file.suffix == ".jsonl" and '"type": "header"' in first[:200]
+        played = re.search(r'^\{"type": "(header|step|end)"', text, re.M)
         for source, load in [(str(file), None)] if played else entries(file, text):
             try:
-                one = (read_played(file, parsed, rose, data, tokenizer) if played else read_own(load(), source))
+                one = (read_played(file, text, parsed, rose, forbidden, tokenizer) if played else
+                       read_own(load(), source))
                 if per_idea and any(times[one.task, idea] >= per_idea for idea in one.ideas):
                     raise Bad("filter: more than --per-idea trajectories of one of its ideas")
             except Bad as error:
@@ -617,7 +635,7 @@ def conversations(path, *, parsed=True, rose=False, per_idea=0, data="data", tok
             for message in one.messages:
                 named = re.match(r"Task: (\S+)\n", message["content"]) if message["role"] == "user" else None
                 if named and named[1] in tasks.names("held-out"):
-                    raise ValueError(f"{source} is about {named[1]}, which is held out: nothing of it may be trained on")
+                    raise ValueError(f"{source} is about {named[1]}, which is held out: it may not be trained on")
             times.update((one.task, idea) for idea in one.ideas)
             found.append(one)
     turns = sum(len(one.trained) for one in found)
@@ -645,7 +663,7 @@ def entries(file, text):
         whole = None
     if whole is None:
         return [(f"{file}, line {number}", lambda each=each: line(each))
-                for number, each in enumerate(text.splitlines(), 1) if each.strip()]
+                for number, each in enumerate(text.split("\n"), 1) if each.strip()]      # U+2028 ends no line of JSON
     return [(f"{file}, entry {number}", lambda each=each: each)
             for number, each in enumerate(whole if isinstance(whole, list) else [whole], 1)]
 
@@ -658,7 +676,7 @@ def read_own(entry, source):
     messages = [{"role": "system", "content": entry["system"]}] if entry.get("system") else []
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise Bad(f"unknown role {clip(repr(role), 40)}")
         messages.append({"role": ROLES[role], "content": content})
     if not all(isinstance(message["content"], str) for message in messages):
@@ -669,24 +687,34 @@ def read_own(entry, source):
     return Conversation(messages[:trained[-1] + 1], trained, source)
 
 
-def read_played(file, parsed, rose, data, tokenizer):
-    """The Conversation in a trajectory's file. ValueError if it is of a held-out task."""
+NEEDED = ({"task", "messages", "snapshot", "m_init"}, {"messages", "snapshot", "valid", "m_after", "ended"})
+
+
+def read_played(file, text, parsed, rose, forbidden, tokenizer):
+    """The Conversation in a trajectory's file, which holds text. ValueError if it is of a held-out task."""
+    lines = []
+    for number, line in enumerate(text.rstrip().split("\n"), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise Bad(f"broken line {number}") from None
+        kind = lines[-1].get("type") if isinstance(lines[-1], dict) else None
+        if kind not in (("step", "end") if number > 1 else ("header",)) or (
+                kind != "end" and not NEEDED[number > 1] <= set(lines[-1])):
+            raise Bad(f"line {number} is no record of a trajectory")
+    head, steps = lines[0], [line for line in lines[1:] if line["type"] == "step"]
     try:
-        head, steps = read_trajectory(file)
-    except ValueError as error:
-        raise Bad(f"broken line {found[1]}" if (found := re.search(r"line (\d+)", str(error))) else "no record") from error
-    try:
-        refuse_held_out(head, data)
+        refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    if not steps or not (steps[-1]["ended"] or '"type": "end"' in file.read_text().splitlines()[-1]):
+    if not ended(lines):
         raise Bad("not finished: collect again to go on with it")
     folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
     for sha in {sha for line in (head, *steps) for sha in line["snapshot"].values()}:
         if not (folder / "blobs" / sha[:2] / sha).is_file():
             raise Bad("a missing blob")
     task, messages, trained = tasks.load(head["task"]), [dict(message) for message in head["messages"]], []
-    if rose and not task.better(steps[-1]["m_after"], head["m_init"]):
+    if rose and not (steps and task.better(steps[-1]["m_after"], head["m_init"])):
         raise Bad("filter: its score did not rise")
     for step in steps:      # a reply that could not be read is not in the messages, so it is never learned
         if step["messages"][0]["role"] == "assistant" and (step["valid"] or not parsed):

@@ -1,0 +1,519 @@
+"""sft.py --collect: distant ideas, an expert that says only what it saw, nothing lost or doubled, nothing held out, and
+conversations that are read or named. The tasks run in a moment, so every score is known beforehand."""
+import itertools
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import env
+import sample
+import sft
+import tasks
+
+ROOT = Path(__file__).parent.parent
+
+# The answers are all ANSWER, so a script that predicts VALUE scores |VALUE - ANSWER|; it prints nearly the same.
+TASK = '''
+from tasks import Task, mae, matched, numbers
+
+def prepare(raw, public, private, variant):
+    (public / "sample_submission.csv").write_text("id,y\\n1,0\\n2,0\\n")
+    (private / "test.csv").write_text((raw / "truth.csv").read_text())
+
+def miniature(raw, seed):
+    (raw / "truth.csv").write_text("id,y\\n1,ANSWER\\n2,ANSWER\\n")
+
+def score(answers, submission):
+    return mae(numbers(answers, ["y"]), numbers(matched(submission, answers, "id", ["y"]), ["y"]))
+
+TASK = Task(
+    id="NAME", modality="tabular", kind="regression", metric="MAE", direction="down", split="SPLIT", source="us",
+    download="truth.csv from nowhere", size="1 kB", prepare=prepare, miniature=miniature, score=score,
+    m_init=7.0, m_best=0.0, m_best_source="by hand", m_best_miniature=0.0, m_best_miniature_source="by hand")
+'''
+STARTER = '''from math import fabs
+VALUE = 3       # what is predicted
+SHIFT = 0
+GAIN = 1
+value = GAIN * VALUE + SHIFT
+print("validation MAE:", fabs(value - ANSWER))
+open("submission.csv", "w").write("id,y\\n" + "".join(f"{i},{value}\\n" for i in (1, 2)))
+'''
+
+
+def idea(title, *edits):
+    return {"title": title, "kind": "model", "instruction": f"Do this: {title}, which may help.",
+            "edits": [{"find": find, "replace": put} for find, put in edits]}
+
+
+IDEAS = [
+    idea("Predict eight", ("VALUE = 3 ", "VALUE = 8 ")),
+    idea("Predict minus fifty", ("VALUE = 3 ", "VALUE = -50 ")),
+    idea("Divide by zero", ("SHIFT = 0\n", "SHIFT = 1 / 0\n")),
+    idea("Shift by one", ("SHIFT = 0\n", "SHIFT = 1\n")),
+    idea("Another root", ("from math import fabs\n", "from math import sqrt\n"), ("fabs(value", "sqrt(4) * abs(value")),
+    idea("Three at once", ("GAIN = 1\n", "GAIN = 2\n"), ("SHIFT = 0\n", "SHIFT = -90\n"), ("VALUE = 3 ", "VALUE = 4 ")),
+]
+
+
+def add_task(folder, name, answer, split="held-in"):
+    folder = folder / name
+    folder.mkdir(parents=True)
+    words = {"NAME": name, "ANSWER": str(answer), "SPLIT": split}
+    (folder / "task.py").write_text(re.sub("|".join(words), lambda word: words[word[0]], TASK))
+    (folder / "train.py").write_text(STARTER.replace("ANSWER", str(answer)))
+    (folder / "problem.md").write_text("Predict y.\n")
+    (folder / "ideas.json").write_text(json.dumps(IDEAS))
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """Two held-in tasks, toy-a and toy-b, and the held-out toy-out."""
+    for name, answer, split in (("toy-a", 10, "held-in"), ("toy-b", 11, "held-in"), ("toy-out", 12, "held-out")):
+        add_task(tmp_path / "tasks", name, answer, split)
+    monkeypatch.setattr(tasks, "FOLDERS", [tmp_path / "tasks"])
+    return tmp_path
+
+
+def settings(toys, folder="out", **more):
+    return sft.Settings(**{"collect": True, "num": 4, "data": str(toys / "data"), "keep": 6, "parallel": 4,
+                           "trajectories": str(toys / folder), **more})
+
+
+def records(folder):
+    """{file: its records} with what depends on the clock taken out."""
+    def mask(value):
+        if isinstance(value, dict):
+            return {key: mask(each) for key, each in value.items() if not key.endswith(("seconds", "_left", "_left_s"))
+                    and key not in ("peak_bytes", "seconds_left")}
+        if isinstance(value, list):
+            return [mask(each) for each in value]
+        return re.sub(r"\d+\.\d s\b|\d+ min\b", "#", value) if isinstance(value, str) else value
+    return {path.name: [mask(json.loads(line)) for line in path.read_text().splitlines()]
+            for path in Path(folder).glob("*.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder of tasks with 4 trajectories of both toys in "out", collected once without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, answer, split in (("toy-a", 10, "held-in"), ("toy-b", 11, "held-in"), ("toy-out", 12, "held-out")):
+            add_task(folder / "tasks", name, answer, split)
+        patch.setattr(tasks, "FOLDERS", [folder / "tasks"])
+        manifest = sft.collect(settings(folder))
+        yield folder, manifest
+
+
+# ---- ideas
+
+@pytest.mark.parametrize("n, k", [(7, 3), (7, 4), (5, 5), (3, 6), (1, 2)])
+def test_farthest_points_against_brute_force(n, k):
+    for seed in range(5):
+        x = np.random.default_rng(seed).normal(size=(n, 4))
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        d = [[float(np.linalg.norm(a - b)) for b in x] for a in x]
+        chosen = sft.farthest(x, k)
+        assert len(set(chosen)) == len(chosen) == min(n, k)
+        if n > 1:
+            assert d[chosen[0]][chosen[1]] == max(map(max, d))
+        for i in range(2, len(chosen)):     # each is the one whose nearest earlier one is farthest
+            nearest = {j: min(d[j][c] for c in chosen[:i]) for j in range(n) if j not in chosen[:i]}
+            assert nearest[chosen[i]] == pytest.approx(max(nearest.values()))
+        if 2 <= k <= n:     # at least half of the best of all subsets
+            def spread(some):
+                return min(d[a][b] for a, b in itertools.combinations(some, 2))
+            assert spread(chosen) >= max(map(spread, itertools.combinations(range(n), k))) / 2
+
+
+def test_farthest_points_of_equal_rows_and_of_texts():
+    assert sft.farthest(np.ones((3, 1)), 2) == [0, 1]
+    vectors = sft.words(["use a forest", "use a forest of trees", "scale columns", "stack models by ridge"])
+    assert set(sft.farthest(vectors, 3)) in ({0, 2, 3}, {1, 2, 3})
+
+
+def test_mean_hidden_states_tell_texts_apart():
+    engine = sample.load("tiny", rows=1, context=64)
+    vectors = sft.mean_states(["ab", "ab", "xyz!"], engine)
+    states = engine.model.hidden(sft.torch.tensor([engine.tokenizer.encode("xyz!")]))[0].double()
+    by_hand = states.sum(0).detach().numpy() / 4
+    assert np.allclose(vectors[2], by_hand / np.sqrt((by_hand ** 2).sum()), atol=1e-6)
+    assert set(sft.farthest(vectors, 2)) == {0, 2}
+
+
+ANSWER = """Sure, here are ideas:
+- Bigger model: use 500 trees instead of 50.
+2. **Scale the inputs**: put a StandardScaler before the model.
+* Scale the inputs: divide every column by its deviation.
+- too short: no
+no list item: this line is prose and not an idea at all
+"""
+
+
+def test_ideas_are_read_and_made_distinct():
+    ideas = sft.parse_ideas(ANSWER)
+    assert [one["title"] for one in ideas] == ["Bigger model", "Scale the inputs", "Scale the inputs"]
+    assert ideas[1]["instruction"] == "put a StandardScaler before the model."
+    assert [one["title"] for one in sft.distinct(ideas)] == ["Bigger model", "Scale the inputs"]
+
+
+class Expert:
+    """Stands for an Engine. Writes new ideas whenever it is asked for some, and follows `replies` otherwise."""
+    context, name, tokenizer = 100_000, "expert", sample.Tokenizer.of_bytes()
+
+    def __init__(self, replies=(), fail_after=None):
+        self.replies, self.asked, self.prompts, self.fail_after = replies, 0, [], fail_after
+        self.lock = threading.Lock()
+
+    def chat(self, messages, *, max_new_tokens, temperature, seed, top_p=1.0, stop=()):
+        with self.lock:
+            self.prompts.append(messages)
+            turn = sum(message["role"] == "assistant" for message in messages)
+            if "ideas for changing" in messages[0]["content"]:
+                if self.asked == self.fail_after:
+                    raise sample.EndpointError("down")
+                self.asked += 1
+                text = "\n".join(f"- idea {self.asked} {i} {seed}: do thing number {i} of {seed}" for i in range(15))
+            else:
+                text = self.replies[turn]
+        ids = self.tokenizer.encode(text)
+        return sample.Completion(text, ids, [0.0] * len(ids), "stop")
+
+
+def test_a_hundred_ideas_are_asked_for_in_several_prompts_and_never_twice(toys):
+    s, task = settings(toys, expert="model"), tasks.load("toy-a")
+    with pytest.raises(sample.EndpointError):
+        sft.candidates(s, task, Expert(fail_after=4))
+    expert = Expert()
+    found = sft.candidates(s, task, expert)
+    assert expert.asked == 3 and len(found) == 105         # 7 answers of 15, 4 of them kept from before
+    prompts = [messages[0]["content"] for messages in expert.prompts]
+    assert len(set(prompts)) == 3 and all("VALUE = 3" in prompt and "known already" in prompt for prompt in prompts)
+    again = Expert()
+    assert sft.candidates(s, task, again) == found and again.asked == 0
+
+
+def test_an_expert_without_ideas_is_an_error(toys):
+    class Mute(Expert):
+        def chat(self, messages, **options):
+            return sample.Completion("I have none.", [], [], "stop")
+    with pytest.raises(sft.Failed, match="has written no idea for toy-a"):
+        sft.candidates(settings(toys, expert="mute"), tasks.load("toy-a"), Mute())
+
+
+# ---- the scripted expert
+
+def test_scripted_trajectories_are_real(whole):
+    folder, manifest = whole
+    files = sorted((folder / "out").glob("*.jsonl"))
+    assert [file.name for file in files] == [f"toy-{x}-{k}.jsonl" for x in "ab" for k in range(4)]
+    rose, actions = 0, set()
+    for file in files:
+        head, steps = env.read_trajectory(file)
+        assert env.replay(file, say=lambda text: None) == 0
+        assert all(step["valid"] for step in steps) and steps[-1]["ended"] == "final answer"
+        assert 1 <= len(head["ideas"]) <= 3 and set(head["ideas"]) <= {one["title"] for one in IDEAS}
+        assert not any(title in message["content"] for title in head["ideas"] for message in head["messages"])
+        assert steps[-1]["m_after"] <= head["m_init"]       # what did not help was taken back
+        rose += steps[-1]["m_after"] < head["m_init"]
+        actions |= {step["action"] for step in steps}
+    assert manifest["tasks"]["toy-a"]["counts"]["rose"] + manifest["tasks"]["toy-b"]["counts"]["rose"] == rose >= 3
+    assert {"Execute Script", "Inspect Script Lines", "Replace In Script", "Undo Edit Script"} <= actions
+    counts = manifest["tasks"]["toy-a"]["counts"]
+    assert counts["trajectories"] == 4 and counts["ended"] == {"final answer": 4} and counts["steps"] == counts["valid"]
+    assert manifest["tasks"]["toy-a"]["sha256"] == tasks.info("toy-a", folder / "data")["sha256"]
+
+
+def drive(toys, ideas, steps=15, seed=0):
+    """Steps of the scripted expert on toy-a with these ideas."""
+    tasks.prepare("toy-a", data=toys / "data", say=lambda line: None)
+    world = env.Env("toy-a", toys / "data", out=toys / "world", steps=steps)
+    speaker = sft.scripted(world.task, world.fields, steps, ideas, random.Random(seed))
+    found, said = [], next(speaker)
+    while True:
+        found.append(world.step(said))
+        if world.done:
+            return found
+        said = speaker.send(vars(found[-1]))
+
+
+def test_what_helps_stays_and_what_does_not_is_taken_back(toys):
+    worse, broken, better = IDEAS[1], IDEAS[2], IDEAS[0]
+    steps = drive(toys, [worse, broken, better])
+    assert [step.score for step in steps if step.action == "Replace In Script"] == [60, None, 2]
+    assert [step.m_after for step in steps if step.action == "Undo Edit Script"] == [7, 7]
+    assert steps[-1].action == "Final Answer" and steps[-1].m_after == 2
+    assert steps[-1].args["final_answer"] == "The validation MAE went from 7 to 2 with: Predict eight."
+    assert "division by zero" in next(step for step in steps if step.action == "Undo Edit Script" and step.index > 6
+                                      ).fields["Reflection"]
+    plan = steps[-1].fields["Research Plan and Status"]
+    assert "Predict minus fifty: MAE 60, taken back." in plan and "Divide by zero: failed, taken back." in plan
+
+
+def test_an_idea_of_many_edits_goes_back_by_a_copy_and_one_of_imports_runs_between_its_edits(toys):
+    steps = drive(toys, [IDEAS[5], IDEAS[4]])
+    assert [step.action for step in steps if step.action == "Copy File"] == ["Copy File"] * 2
+    assert steps[-1].m_after == 7 and not any(step.outcome == "error" for step in steps)
+    script = env.Blobs(toys / "world" / "blobs").path(steps[-1].snapshot["train.py"]).read_text()
+    assert script == (toys / "tasks" / "toy-a" / "train.py").read_text()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 7])
+def test_an_idea_that_would_not_end_within_the_steps_is_not_begun(steps, toys):
+    found = drive(toys, [IDEAS[1], IDEAS[0]], steps)
+    assert len(found) <= steps and all(step.valid for step in found)
+    assert steps < 3 or found[-1].action == "Final Answer" and found[-1].m_after == 7
+
+
+def test_ideas_fit_a_script_or_not():
+    assert sft.fitting(IDEAS[0], "nothing of it") == []
+    assert sft.fitting(IDEAS[0], "VALUE = 3 VALUE = 3 ") == []
+    kept = sft.fitting(IDEAS[4], STARTER)
+    assert kept[0] == ("from math import fabs\n", "from math import fabs\nfrom math import sqrt\n") and len(kept) == 2
+
+
+# ---- nothing lost, nothing doubled
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cut_off_at_any_byte_the_same_set_is_collected(seed, whole, tmp_path, monkeypatch):
+    folder, _ = whole
+    rng, out = random.Random(seed), tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    for file in sorted(out.glob("*.jsonl")):
+        if rng.random() < 0.5:
+            raw = file.read_bytes()
+            file.write_bytes(raw[:rng.randrange(len(raw))])
+        if rng.random() < 0.2:
+            file.unlink()
+    monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
+    sft.collect(replace(settings(folder), trajectories=str(out)))
+    assert records(out) == records(folder / "out")
+
+
+def test_killed_and_run_again_the_same_set_is_collected(whole, tmp_path, monkeypatch):
+    folder, _ = whole
+    out, data = tmp_path / "out", tmp_path / "data"
+    flags = ["--collect", "--num=4", "--keep=6", "--parallel=4", f"--data={data}", f"--trajectories={out}"]
+    code = ("import sys, tasks, sft; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; "
+            "sys.exit(sft.main(sys.argv[1:]))")
+    run = subprocess.Popen([sys.executable, "-c", code, str(folder / "tasks"), *flags], cwd=ROOT,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while sum(file.read_bytes().count(b"\n") for file in out.glob("*.jsonl")) < 12:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    assert not json.loads((out / "manifest.json").read_text())["complete"]
+    monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
+    manifest = sft.collect(replace(settings(folder), trajectories=str(out), data=str(data)))
+    found, wanted = records(out), records(folder / "out")
+    for lines in (*found.values(), *wanted.values()):
+        lines[0].pop("data")
+    assert manifest["complete"] and found == wanted
+
+
+def test_a_larger_num_and_another_task_add_to_a_folder_and_other_settings_are_refused(toys):
+    s = settings(toys, task="toy-a", num=1)
+    sft.collect(s)
+    before = (toys / "out" / "toy-a-0.jsonl").read_bytes()
+    sft.collect(replace(s, num=2))
+    manifest = sft.collect(replace(s, task="toy-b"))
+    assert {id: one["counts"]["trajectories"] for id, one in manifest["tasks"].items()} == {"toy-a": 2, "toy-b": 1}
+    assert (toys / "out" / "toy-a-0.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="--seed was 0 and is 1"):
+        sft.collect(replace(s, seed=1))
+    (toys / "out" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="its manifest.json is missing"):
+        sft.collect(s)
+
+
+# ---- a model as the expert
+
+def act(action, **args):
+    return "".join(f"{name}: x\n" for name in env.FIELDS[:4]) + f"Action: {action}\nAction Input: {json.dumps(args)}"
+
+
+REPLIES = [act("Replace In Script", script_name="train.py", find="VALUE = 3 ", replace="VALUE = 9 "),
+           act("Undo Edit Script", script_name="no.py"), act("Final Answer", final_answer="done")]
+
+
+def test_a_models_ideas_are_in_its_prompt_alone_and_its_tokens_are_kept(toys):
+    expert, s = Expert(REPLIES), settings(toys, expert="model", task="toy-a", num=2, ideas=30, coder="none")
+    sft.collect(s, load=lambda spec, **options: expert)
+    assert expert.asked == 2
+    played = [messages for messages in expert.prompts if messages[0]["role"] == "system"]
+    assert len(played) == 6 and all("Ideas that may be worth trying:\n- idea" in m[1]["content"] for m in played)
+    found, left_out = sft.conversations(s.trajectories, data=s.data, tokenizer=Expert.tokenizer, say=lambda text: None)
+    assert len(found) == 2 and not left_out
+    for one in found:
+        assert not any("worth trying" in message["content"] for message in one.messages)
+        # the second reply named a file that is not there: in the conversation, but not learned
+        assert [one.messages[i]["content"] for i in one.trained] == [REPLIES[0], REPLIES[2]]
+        assert Expert.tokenizer.decode(one.messages[one.trained[0]]["tokens"]) == REPLIES[0]
+    every, _ = sft.conversations(s.trajectories, parsed=False, data=s.data, say=lambda text: None)
+    assert len(every[0].trained) == 3
+    assert not any("tokens" in message for one in every for message in one.messages)    # another tokenizer
+
+
+# ---- held-out tasks
+
+def test_held_out_tasks_are_refused_by_name(toys):
+    for name in ("toy-out", "all"):
+        with pytest.raises(ValueError, match="toy-out: held out"):
+            sft.collect(settings(toys, task=name))
+
+
+def test_held_out_data_under_another_name_are_refused(toys):
+    tasks.prepare("toy-out", data=toys / "data", say=lambda line: None)
+    add_task(toys / "tasks", "renamed", 12)
+    with pytest.raises(ValueError, match="private/test.csv of renamed is a file of toy-out, which is held out"):
+        sft.collect(settings(toys, task="renamed"))
+
+
+def test_held_out_trajectories_are_refused_when_read(whole, tmp_path, monkeypatch):
+    folder, _ = whole
+    monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
+    tasks.prepare("toy-out", data=folder / "data", say=lambda line: None)
+    file, sha = folder / "out" / "toy-a-0.jsonl", tasks.info("toy-out", folder / "data")["sha256"]["private/test.csv"]
+    head, rest = file.read_text().split("\n", 1)
+    shutil.copytree(folder / "out" / "blobs", tmp_path / "blobs")
+    for change, words in [({"task": "toy-out"}, "toy-out is held out"), ({"task": "unheard-of"}, "There is no task"),
+                          ({"data_sha256": {"private/x.csv": sha}}, "private/x.csv of toy-a is a file of toy-out")]:
+        (tmp_path / "toy-a-0.jsonl").write_text(json.dumps({**json.loads(head), **change}) + "\n" + rest)
+        with pytest.raises(ValueError, match=words):
+            sft.conversations(tmp_path, data=folder / "data")
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps([{"messages": [{"role": "user", "content": "Task: toy-out\n\nPredict."},
+                                             {"role": "assistant", "content": "x"}]}]))
+    with pytest.raises(ValueError, match="own.json, entry 1 is about toy-out, which is held out"):
+        sft.conversations(own, data=folder / "data")
+
+
+# ---- reading
+
+def read(path, **more):
+    said = []
+    found, left_out = sft.conversations(path, say=said.append, data="no data", **more)
+    return found, left_out, "\n".join(said)
+
+
+CHAT = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u\u2028v"},
+                     {"role": "assistant", "content": "a"}, {"role": "user", "content": "bye"}]}
+SHARED = {"system": "s", "conversations": [{"from": "human", "value": "u\u2028v"}, {"from": "gpt", "value": "a"}]}
+
+
+@pytest.mark.parametrize("name, text", [
+    ("list.json", json.dumps([CHAT, SHARED], indent=2)), ("lines.json", f"{json.dumps(CHAT)}\n{json.dumps(SHARED)}\n"),
+    ("lines.jsonl", "\ufeff" + json.dumps(CHAT, ensure_ascii=False) + "\r\n\n" + json.dumps(SHARED))])
+def test_both_formats_of_a_users_file(name, text, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    found, left_out, said = read(tmp_path / name)
+    assert [one.messages for one in found] == [CHAT["messages"][:3]] * 2 and not left_out
+    assert [one.trained for one in found] == [[2], [2]] and "2 conversations with 2 replies" in said
+
+
+def test_bad_entries_of_a_users_file_are_named_and_counted(tmp_path):
+    path = tmp_path / "own.jsonl"
+    user, robot = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+    entries = [CHAT, {"messages": [user]}, {"messages": [user, {"role": "tool", "content": "t"}, robot]}, {"text": "x"},
+               {"messages": [user, {"role": "assistant", "content": None}]}, [1], {"messages": []},
+               {"messages": [user, {"role": "assistant", "content": "  "}]}, {"messages": [{"role": ["x"]}, robot]}]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"messages": [\n')
+    found, left_out, said = read(path)
+    lines = {why: [int(source.rpartition(" ")[2]) for source in where] for why, where in left_out.items()}
+    assert len(found) == 1 and lines == {
+        "no turn of the assistant": [2, 7, 8], "unknown role 'tool'": [3],
+        'no list "messages" or "conversations"': [4, 6], "a content that is no text": [5], "not JSON": [10],
+        "unknown role ['x']": [9]}
+    assert f"left out, no turn of the assistant: 3 ({path}, line 2, {path}, line 7" in said
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("x.json", b"", "is not JSON"), ("x.json", b'[{"messages": [}]', "is not JSON: .* line 1 column"),
+    ("x.jsonl", b"", "nothing to train on"), ("x.jsonl", b"\n{}\n", "nothing to train on(.|\n)*x.jsonl, line 2"),
+    ("x.json", b"[]", "nothing to train on"), ("x.jsonl", b"\xff\xfe", "is not UTF-8"), ("x", None, "there is no"),
+    ("empty", "folder", "nothing to train on")])
+def test_what_cannot_be_read_at_all_is_refused(name, content, words, tmp_path):
+    if content == "folder":
+        (tmp_path / name).mkdir()
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read(tmp_path / name)
+
+
+def test_bad_trajectories_are_named_and_counted(whole, tmp_path, monkeypatch):
+    folder, _ = whole
+    monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    files = sorted(out.glob("*.jsonl"))
+    lines = [file.read_text().splitlines(keepends=True) for file in files]
+    files[0].write_text("".join([*lines[0][:2], lines[0][2][:50] + "\n", *lines[0][3:]]))   # a broken line
+    files[1].write_text("".join(lines[1][:-1]))                                             # its end is missing
+    files[2].write_text("{" + "".join(lines[2]))                                            # a broken header
+    files[3].write_text(lines[3][0] + '{"type": "step", "reply": "x"}\n')
+    last = json.loads(lines[4][-1])
+    files[4].write_text("".join(lines[4][:-1]) + json.dumps({**last, "snapshot": {"train.py": "f" * 64}}) + "\n")
+    files[5].write_text(lines[5][0] + json.dumps({"type": "end", "ended": "context full"}) + "\n")
+    found, left_out, said = read(out)
+    assert [Path(one.source).name for one in found] == [file.name for file in files[6:]]
+    assert {why: [Path(source).name for source in where] for why, where in left_out.items()} == {
+        "broken line 3": [files[0].name], "not finished: collect again to go on with it": [files[1].name],
+        "broken line 1": [files[2].name], "line 2 is no record of a trajectory": [files[3].name],
+        "a missing blob": [files[4].name], "no turn of the assistant": [files[5].name]}
+    assert all(f"{file.name}" in said for file in files[:6])
+
+
+def test_filters_count_what_they_leave_out(whole, monkeypatch):
+    folder, manifest = whole
+    monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
+    rose = sum(one["counts"]["rose"] for one in manifest["tasks"].values())
+    found, left_out, _ = read(folder / "out", rose=True)
+    assert len(found) == rose and len(left_out.get("filter: its score did not rise", ())) == 8 - rose
+    found, left_out, _ = read(folder / "out", per_idea=1)
+    given = [(one.task, title) for one in found for title in one.ideas]
+    assert len(set(given)) == len(given) and len(found) + sum(map(len, left_out.values())) == 8
+    for one in read(folder / "out")[0]:
+        assert one.messages[0]["role"] == "system" and one.trained[-1] == len(one.messages) - 1
+        assert [i for i, m in enumerate(one.messages) if m["role"] == "assistant"] == one.trained
+
+
+# ---- the figures, and the command
+
+def test_diversity_by_hand():
+    a, b = ("List Files", {"dir_path": "x"}), ("Execute Script", {"script_name": "y"})
+    one = sft.diversity([a, a, b, b])       # of 6 pairs 2 are equal and 4 have no word in common
+    assert one["distance"] == pytest.approx(4 / 6) and one["entropy"] == 1 and one["edits"] == 0
+    edit = ("Replace In Script", {"script_name": "t", "find": "a", "replace": "b"})
+    other = ("Replace In Script", {"script_name": "t", "find": "a", "replace": "c"})
+    one = sft.diversity([edit, edit, other, a])
+    assert (one["edits"], one["distinct_edits"]) == (3, 2)
+    assert one["entropy"] == pytest.approx(-(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25)))
+    assert sft.diversity([a, a])["distance"] == pytest.approx(0, abs=1e-12) and sft.diversity([a])["distance"] is None
+    assert sft.diversity([]) == {"actions": 0, "distance": None, "edits": 0, "distinct_edits": 0, "entropy": 0}
+
+
+def test_the_command(whole, capsys, monkeypatch):
+    folder, _ = whole
+    monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
+    assert sft.main([]) == 2 and "training is not there yet" in capsys.readouterr().err
+    flags = ["--collect", f"--data={folder / 'data'}", f"--trajectories={folder / 'out'}", "--num=4", "--keep=6",
+             "--parallel=4"]
+    assert sft.main(flags) == 0         # all is there already
+    out = capsys.readouterr().out
+    assert re.search(r"toy-a +miniature +4 ", out) and "Diversity: mean distance of two actions 0." in out
+    assert sft.main([*flags, "--task=toy-out"]) == 2 and "toy-out: held out" in capsys.readouterr().err
+    assert sft.main([*flags, "--actions=Execute Script,Final Answer"]) == 2
+    assert "the scripted expert needs the actions" in capsys.readouterr().err
