@@ -17,9 +17,10 @@ itself. Every edit is scored by running the entry script in a copy of the worksp
 the parent, against answers that the script is not given. The agent never sees that score. The metric that a script
 prints is noted beside it and not believed.
 
-Sandbox: off. A script gets a clean environment, and limits on time, memory, file size, output and processes; nothing it
-started survives it. Not protected yet: it may read whatever this user may read (the answers too), write outside its
-folder (a change of the public data is noticed and stops us) and use the network. Linux only; the rest works anywhere.
+A script gets a clean environment, and limits on time, memory, file size, output and processes; nothing it started
+survives it. A sandbox of two layers (_supervise) keeps it from the answers, other files, other processes and the
+network; each layer is tried before it is trusted (protection), and where none holds nothing runs, unless told so with
+sandbox="off". Every Result says which layers were up. Linux only; the rest works anywhere.
 """
 import ast, contextlib, dataclasses, difflib, functools, glob, hashlib, inspect, io, itertools, json, marshal, math, os
 import random, re, select, shutil, socket, subprocess, sys, tempfile, threading, time, uuid

@@ -2,6 +2,7 @@
 
     python tests/bench.py decode --model DIR [--json FILE]      # sampling, against transformers' generate
     python tests/bench.py load --model DIR                      # reading a checkpoint, against transformers
+    python tests/bench.py sandbox --repeats 50                  # running a script, against a bare subprocess
 
 Ours and the peer's runs alternate and the medians are compared, so that a busy machine slows both. transformers is
 optional: without it only our figures and the share of the limit are printed.
@@ -12,6 +13,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from env import execute, protection
 from model import Qwen2
 from sample import Engine, Tokenizer, load, parse, read_bandwidth, streamed_bytes
 
@@ -115,7 +118,20 @@ def line(figures):
     return "  ".join(f"{k}: {v:.3g}" if isinstance(v, float) else f"{k}: {v}" for k, v in figures.items())
 
 
-MEASUREMENTS = {"decode": decode, "load": load_checkpoint}
+def sandbox(s):
+    """Milliseconds to run a script that prints one word: a bare subprocess, execute without and with the sandbox."""
+    limits = dict(timeout_s=60, memory_bytes=1 << 30)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "one.py").write_text("print('one')")
+        ways = {"bare": lambda: subprocess.run([sys.executable, "one.py"], cwd=folder, capture_output=True),
+                "sandbox off": lambda: execute("one.py", folder, sandbox="off", **limits),
+                "sandbox on": lambda: execute("one.py", folder, **limits)}
+        seconds = alternate(ways, s.repeats)
+    yield {"layers": "+".join(protection()), **{f"{name} ms": 1000 * t for name, t in seconds.items()},
+           "overhead ms": 1000 * (seconds["sandbox on"] - seconds["bare"])}
+
+
+MEASUREMENTS = {"decode": decode, "load": load_checkpoint, "sandbox": sandbox}
 
 
 def main():

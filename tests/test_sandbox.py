@@ -6,8 +6,8 @@ so that none is vacuous; then it must fail in the sandbox, as root and as an ord
     ML_AGENT_RUNS=200 pytest tests/test_sandbox.py      # the full number of daemon runs
 """
 
-import contextlib, ctypes, hashlib, json, os, pickle, random, resource, shutil, signal, socket, subprocess, sys, tempfile, textwrap
-import threading, time, venv
+import contextlib, ctypes, hashlib, json, os, pickle, random, resource, shutil, signal, socket, subprocess, sys
+import tempfile, textwrap, threading, time, venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,7 +45,8 @@ ATTACKS = {
     """,
     "symlink to the answers": f"os.symlink({ANSWERS}, 'mine'); print(open('mine').read())",
     "hard link to the answers": f"os.link({ANSWERS}, 'mine'); print(open('mine').read())",
-    "answers through another process's root": "print(open(f'/proc/{VICTIM}/root{WORLD}/data/private/answers.csv').read())",
+    "answers through another process's root":
+        "print(open(f'/proc/{VICTIM}/root{WORLD}/data/private/answers.csv').read())",
     "answers through a program": f"import subprocess; subprocess.run(['cat', {ANSWERS}])",
     "mount the answers in namespaces of its own": """
         import ctypes
@@ -81,7 +82,8 @@ ATTACKS = {
     "slow another process down": "os.setpriority(os.PRIO_PROCESS, VICTIM, 19); print('WON')",
     "TCP": "import socket; socket.create_connection(('127.0.0.1', PORT), 2)",
     "UDP": "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', PORT))",
-    "socket in the file system": "import socket; socket.socket(socket.AF_UNIX).connect(f'{WORLD}/socket'); print('WON')",
+    "socket in the file system":
+        "import socket; socket.socket(socket.AF_UNIX).connect(f'{WORLD}/socket'); print('WON')",
     "abstract socket": "import socket; socket.socket(socket.AF_UNIX).connect(f'\\0ml-agent-{VICTIM}'); print('WON')",
     "set the clock (root)": "time.clock_settime(time.CLOCK_REALTIME, time.time()); print('WON')",
     "make a device (root)": "import stat; os.mknod('disk', stat.S_IFBLK | 0o600, os.makedev(1, 0)); print('WON')",
@@ -260,7 +262,7 @@ def test_without_a_layer_that_holds_scripts_are_refused(tmp_path, monkeypatch):
     def without_layers(command, cwd, layers, **options):    # as a kernel that says yes and does nothing
         return start(command, cwd, (), **options)
     monkeypatch.setattr(env, "_run", without_layers)
-    with pytest.raises(Unprotected, match="a script could read another process's environment, read files.*--sandbox off"):
+    with pytest.raises(Unprotected, match="could read another process's environment, read files.*--sandbox off"):
         execute("a.py", tmp_path, timeout_s=9, memory_bytes=1 << 30)
 
     def refused(*args, **options):                          # as a container without namespaces
@@ -287,7 +289,8 @@ def test_daemons_by_the_hundred_leave_nothing(tmp_path, monkeypatch):
     def one(number):
         folder = tmp_path / str(number)
         folder.mkdir()
-        (folder / word).write_text(f"{DAEMON}\nfor _ in range(3): daemon()\n" + ("time.sleep(60)" if number % 2 else ""))
+        ending = "time.sleep(60)" if number % 2 else ""
+        (folder / word).write_text(f"{DAEMON}\nfor _ in range(3): daemon()\n{ending}")
         result = execute(word, folder, timeout_s=0.5, memory_bytes=1 << 30)
         pulse = (folder / "pulse").read_bytes() if (folder / "pulse").exists() else b""
         return result.outcome, folder, pulse
@@ -304,7 +307,7 @@ def test_daemons_by_the_hundred_leave_nothing(tmp_path, monkeypatch):
         assert ((folder / "pulse").read_bytes() if pulse else b"") == pulse     # nobody writes any more
 
 
-# ---------------------------------------------------------------------------------------------------------- many at once
+# --------------------------------------------------------------------------------------------------------- many at once
 
 def test_results_come_as_they_end_and_a_slow_script_blocks_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(env, "SLOTS", Slots(2))
@@ -329,7 +332,8 @@ def test_results_come_as_they_end_and_a_slow_script_blocks_nobody(tmp_path, monk
 def test_what_is_called_off_ends_at_once(tmp_path):
     word = f"slow-{os.urandom(4).hex()}.py"
     (tmp_path / word).write_text("import time; time.sleep(60)")
-    job, stop, began = dict(script=word, cwd=tmp_path, timeout_s=60, memory_bytes=1 << 30), threading.Event(), time.monotonic()
+    job = dict(script=word, cwd=tmp_path, timeout_s=60, memory_bytes=1 << 30)
+    stop, began = threading.Event(), time.monotonic()
     threading.Timer(0.5, stop.set).start()
     with pytest.raises(Stopped):
         list(execute_many([job] * 5, stop=stop))
@@ -377,7 +381,8 @@ def test_an_entry_whose_files_are_gone_is_none(make):
     trajectory.blobs.path(trajectory.files["submission.csv"]).unlink()
     del trajectory.files["submission.csv"]
     step = run(trajectory)
-    assert step.score == 0.5 and trajectory.cache.counts["runs"] == 2 and trajectory.blobs.has(step.snapshot["submission.csv"])
+    assert step.score == 0.5 and trajectory.cache.counts["runs"] == 2
+    assert trajectory.blobs.has(step.snapshot["submission.csv"])
 
 
 def test_what_a_run_depends_on_is_in_its_key(make, task, monkeypatch):
@@ -416,7 +421,8 @@ def test_writers_that_are_killed_leave_whole_entries(tmp_path):
             for key in ("aa1", "aa2"):
                 cache.put(key, {{"score": 1, "filler": "x" * 300_000}})
     """
-    writers = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE) for _ in range(2)]
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
     cache, seen = Cache(tmp_path), 0
     for writer in writers:
         writer.stdout.readline()
@@ -429,7 +435,7 @@ def test_writers_that_are_killed_leave_whole_entries(tmp_path):
     assert seen and cache.get("aa1")["score"] == cache.get("aa2")["score"] == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- faults
+# --------------------------------------------------------------------------------------------------------------- faults
 
 def test_full_disk_of_a_script(make):
     trajectory = make()
@@ -444,9 +450,10 @@ def test_full_disk_of_ours_is_an_error_and_leaves_nothing_half(tmp_path):
         sys.path.insert(0, {str(Path(env.__file__).parent)!r})
         from env import Blobs, Cache
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        for write in (lambda: Blobs({str(tmp_path)!r}).put(b"x" * 5000), lambda: Cache({str(tmp_path)!r}).put("aa1", "x" * 5000)):
+        FOLDER = {str(tmp_path)!r}
+        for write, what in ((Blobs(FOLDER).put, [b"x" * 5000]), (Cache(FOLDER).put, ["aa1", "x" * 5000])):
             try:
-                write()
+                write(*what)
             except OSError as error:
                 print(error.errno)
     """
@@ -473,26 +480,28 @@ def test_the_server_is_started_again_when_somebody_kills_it(tmp_path):
     assert execute("a.py", tmp_path, **limits).outcome == "ok"
 
 
-# --------------------------------------------------------------------------------------- whatever a model may come up with
+# ------------------------------------------------------------------------------------ whatever a model may come up with
 
-TRICKS = ["/etc/passwd", "../x", "data/../../private/answers.csv", "~/x", "a\0b", "..", ".undo/1/train.py", "data/link.csv",
-          "/proc/self/environ", "x" * 101, "a/" * 200, "\u202egpj.exe", "C:\\x", "file:///etc/passwd", "train.py/x", "\n"]
+TRICKS = ["/etc/passwd", "../x", "data/../../private/answers.csv", "~/x", "a\0b", "..", ".undo/1/train.py",
+          "data/link.csv", "/proc/self/environ", "x" * 101, "a/" * 200, "\u202egpj.exe", "C:\\x", "file:///etc/passwd",
+          "train.py/x", "\n"]
 
 
 def replies(draw):
     """(reply, whether it is valid) for ever."""
-    good = say("List Files", dir_path=".")
+    good, begin = say("List Files", dir_path="."), "Thought: x\nAction: List Files\nAction Input: "
+    values = ["NaN", "Infinity", "1e999", "null", "[]", "{}", "true", '"\\ud800"']
     while True:
-        trick = draw.choice(TRICKS)
+        trick, characters = draw.choice(TRICKS), "\u4e2d\U0001f600 " * draw.randint(0, 99)
         yield draw.choice([
             lambda: (good, True),
             lambda: (say("Inspect Script Lines", script_name="train.py", start_line_number=1, end_line_number=9), True),
-            lambda: ("\u4e2d\U0001f600 " * draw.randint(0, 99) + "\n" + good + "\nObservation: " + draw.choice(TRICKS), True),
+            lambda: (f"{characters}\n{good}\nObservation: {trick}", True),
             lambda: (good[:draw.randrange(len(good))], False),
             lambda: (bytes(draw.randrange(256) for _ in range(draw.randint(0, 300))).decode("latin-1"), False),
-            lambda: ("Thought: x\nAction: List Files\nAction Input: " + '{"dir_path": ' + "[" * draw.randint(1, 40_000), False),
+            lambda: (begin + '{"dir_path": ' + "[" * draw.randint(1, 40_000), False),
             lambda: ("Thought: " + "x" * draw.randint(50_001, 200_000) + good, False),
-            lambda: (good.replace('"."', draw.choice(["NaN", "Infinity", "1e999", "null", "[]", "{}", "true", '"\\ud800"'])), False),
+            lambda: (begin + '{"dir_path": %s}' % draw.choice(values), False),
             lambda: (say("Inspect Script Lines", script_name=trick, start_line_number=1, end_line_number=1), False),
             lambda: (say("Copy File", source="train.py", destination=draw.choice(TRICKS[:8])), False),
             lambda: (say("Execute Script", script_name=trick), False),
@@ -507,7 +516,8 @@ def test_a_thousand_replies_give_what_the_rules_say(make):
     for _ in range(1000):
         reply, valid = next(made)
         step = trajectory.step(reply)
-        assert (step.valid, step.kind, step.reward) == ((True, "not an edit", 0.5) if valid else (False, "invalid", 0.0)), reply
+        wanted = (True, "not an edit", 0.5) if valid else (False, "invalid", 0.0)
+        assert (step.valid, step.kind, step.reward) == wanted, reply
         assert trajectory.snapshot() == before and "secret" not in step.observation
         json.dumps(env.record(step))
         if len(trajectory.messages) > 100:
@@ -574,7 +584,7 @@ def test_three_hundred_submissions_are_graded_or_refused(tmp_path, monkeypatch):
 
 
 def test_printed_metrics_in_any_format_earn_nothing(make):
-    for text in ("validation accuracy: 1.0", '{"validation accuracy": 1.0}', "final score 1.0", "validation accuracy 100 %"):
+    for text in ("validation accuracy: 1.0", '{"validation accuracy": 1.0}', "score 1.0", "validation accuracy 100 %"):
         trajectory = make()
         step = edit(trajectory, 'print(f"validation accuracy: {VALUE:.2f}")', f"print({text!r})")
         assert (step.score, step.reward) == (0.5, 0.5)
