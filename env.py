@@ -22,7 +22,7 @@ survives it. A sandbox of two layers (_supervise) keeps it from the answers, oth
 network; each layer is tried before it is trusted (protection), and where none holds nothing runs, unless told so with
 sandbox="off". Every Result says which layers were up. Linux only; the rest works anywhere.
 """
-import ast, contextlib, dataclasses, difflib, functools, glob, hashlib, inspect, io, itertools, json, marshal, math, os
+import contextlib, dataclasses, difflib, functools, glob, hashlib, inspect, io, itertools, json, math, os
 import random, re, select, shutil, socket, subprocess, sys, tempfile, threading, time, uuid
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -353,7 +353,8 @@ def _supervise(job):
     streams = []
     for head, tail, seen in kept.values():
         cut = seen - len(head) - len(tail)
-        streams.append(head + (b"\n... %d bytes of output cut ...\n" % cut if cut else b"") + tail)
+        stream = head + (b"\n... %d bytes of output cut ...\n" % cut if cut else b"") + tail
+        streams.append(stream.decode("utf-8", "replace"))
     return os.waitstatus_to_exitcode(status), why, seconds, peak, oom_kills() > kills, *streams
 
 
@@ -361,7 +362,7 @@ def _serve():
     """The whole program of the process that supervisors are forked from: to start an interpreter for each would take
     longer than all the rest. A request holds a job and two pipes: the supervisor's standard input and where its report
     goes. The end of the requests means that our parent is gone."""
-    import _signal as signal, ctypes, marshal, os, resource, select, socket, sys, time  # also what _supervise imports
+    import _signal as signal, ctypes, json, os, resource, select, socket, sys, time  # also what _supervise imports
     requests = socket.socket(fileno=0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel clears away who ends
     while True:
@@ -375,13 +376,13 @@ def _serve():
             os.setsid()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.dup2(pipes[0], 0)
-            os.write(pipes[1], b"%d\n" % os.getpid())
+            os.write(pipes[1], b"%10d" % os.getpid())
             try:
-                report = _supervise(marshal.loads(message))
+                report = _supervise(json.loads(message))
             except Exception as error:
                 report = str(error)
             with open(pipes[1], "w") as file:
-                file.write(repr(report))
+                file.write(json.dumps(report))
             os._exit(0)
         for pipe in pipes:
             os.close(pipe)
@@ -390,26 +391,36 @@ def _serve():
 _warned, _server, _server_lock = set(), None, threading.Lock()
 
 
-def _request(job, pipes):
-    """Has the server start a supervisor; starts the server if there is none."""
+def _request(job):
+    """Has the server start a supervisor, and starts the server where there is none. Returns the supervisor's id, a
+    descriptor that it sees close when we die, and one to read its report from."""
     global _server
-    message = marshal.dumps(job)
-    with _server_lock:
-        for _ in range(2):
-            if _server is None:
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                source = "\n".join([inspect.getsource(_supervise), inspect.getsource(_serve), "_serve()"])
-                with theirs:
-                    subprocess.Popen([sys.executable, "-I", "-S", "-c", source], stdin=theirs, env={},
-                                     start_new_session=True)
-                _server = ours
-            try:
-                socket.send_fds(_server, [message], pipes)
-                return
-            except (BrokenPipeError, ConnectionResetError):  # it was killed
+    message = json.dumps(job).encode()
+    for _ in range(5):
+        (alive, hold), (report, theirs) = os.pipe(), os.pipe()
+        try:
+            with _server_lock:
+                if _server is None:
+                    _server, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                    source = "\n".join([inspect.getsource(_supervise), inspect.getsource(_serve), "_serve()"])
+                    with other:
+                        subprocess.Popen([sys.executable, "-I", "-S", "-c", source], stdin=other, env={},
+                                         start_new_session=True)
+                server = _server
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    socket.send_fds(server, [message], [alive, theirs])
+        finally:
+            os.close(alive)
+            os.close(theirs)
+        if pid := os.read(report, 10):
+            return int(pid), hold, report
+        os.close(hold)
+        os.close(report)
+        with _server_lock:  # somebody has killed the server
+            if _server is server:
                 _server.close()
                 _server = None
-    raise RuntimeError("the process that starts scripts cannot be started")
+    raise RuntimeError("the process that starts scripts does not stay alive")
 
 
 # what scripts may see beside the interpreter: not all of /usr, since some keep their own work there
@@ -423,7 +434,6 @@ GPU_DEVICES = ("/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg")
 PROC = tuple(f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg", "version", "filesystems", "devices",
                                           "driver", "sys/vm", "sys/kernel/osrelease"))    # what tells of no process
 LAYERS = ("namespaces", "landlock")
-_warned = set()
 ABOUT_PYTHON = """import importlib.metadata as metadata, json, sys
 found = sorted({f"{each.name}=={each.version}" for each in metadata.distributions()})
 print(json.dumps([sys.executable, [sys.prefix, sys.base_prefix, sys.exec_prefix], [sys.version, *found]]))"""
@@ -478,7 +488,7 @@ def protection():
             except RuntimeError as error:
                 trouble.append(f"{layer}: {error}")
                 continue
-            done = set(report[5].decode().splitlines()) - ({"signal other processes", "use the network"} if
+            done = set(report[5].splitlines()) - ({"signal other processes", "use the network"} if
                                                            layer == "landlock" else set())     # old kernels allow them
             if done == {"work"}:
                 held.append(layer)
@@ -520,10 +530,7 @@ def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16,
                file_bytes=file_bytes, address_bytes=0 if gpu else int(memory_bytes) + (4 << 30), layers=layers,
                output_bytes=output_bytes, processes=processes, root=root, proc=PROC,
                shared_bytes=int(memory_bytes) // 2, shown=sorted(shown.items()))    # a folder before what is in it
-    alive, hold = os.pipe()  # `hold` stays open here; the supervisor sees it close when we die
-    result, theirs = os.pipe()
-    report, end, poll = b"", time.monotonic() + timeout_s + 30, select.poll()
-    poll.register(result, select.POLLIN)
+    report, poll = b"", select.poll()
 
     def read_until(end):
         """Reads the report; True if it is whole, False if `end` comes before."""
@@ -538,25 +545,28 @@ def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16,
         return False
 
     try:
-        try:
-            _request(job, [alive, theirs])
-        finally:
-            os.close(alive)
-            os.close(theirs)
-        read_until(end)  # if it is not whole then, something has stopped the supervisor
+        supervisor, hold, result = _request(job)
+    except BaseException:
+        _remove(base)
+        raise
+    try:
+        poll.register(result, select.POLLIN)
+        read_until(time.monotonic() + timeout_s + 30)  # if it is not whole then, something has stopped the supervisor
     finally:
         os.close(hold)
         stop = None
         if not read_until(time.monotonic() + 10):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(report.partition(b"\n")[0]), 9)
+                os.kill(supervisor, 9)
         os.close(result)
-        if not report.endswith((b")", b"'", b'"', b"None")):    # it was killed before it had ended all
+        try:
+            report = json.loads(report)
+        except ValueError:  # it was killed before it had ended all
+            report = None
             _kill_marked(f"ML_AGENT_RUN={token}".encode())
         if os.path.exists(base):  # a supervisor whose parent goes away has deleted it
             _remove(base)
-    report = report.partition(b"\n")[2].decode()
-    if (report := ast.literal_eval(report or "None")) and isinstance(report, str):
+    if isinstance(report, str):
         raise RuntimeError(report)
     return report
 
@@ -607,7 +617,7 @@ def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), t
     if not report:
         return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.")
     exit_code, why, seconds, peak, oom, stdout, stderr = report
-    stdout, stderr = (_tidy(stream.decode("utf-8", "replace")) for stream in (stdout, stderr))
+    stdout, stderr = _tidy(stdout), _tidy(stderr)
     limits = {"timeout": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
               "memory": ("out of memory", f"It used more than its limit of {memory_bytes / 2**30:.2f} GiB."),
               "processes": ("too many processes", f"It had more than {processes} processes.")}
