@@ -13,19 +13,27 @@ The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), 
 ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, counts). A run that was killed goes on with
 the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import fcntl, hashlib, json, math, os, random, re, signal, sys, tempfile, threading, time, traceback, zlib
+import fcntl, hashlib, json, math, os, random, re, resource, shutil, signal, sys, tempfile, threading, time, traceback
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from sklearn.feature_extraction.text import TfidfVectorizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
 from env import DEFAULT_ACTIONS, FIELDS, Env, Unprotected, clip, header, printed_metric, record
+from model import IGNORE, Config, Qwen2, find_folder, load_tensors, write_checkpoint
 from eval import CODER_TOKENS, Failed, Run, ended, layout, prepare, read_record
 
 
@@ -35,9 +43,23 @@ class Settings:
     expert: str = "scripted"  # who acts: scripted (no model: it tries the ideas shipped with a task and writes down
         # what it saw), a folder, a hub id, tiny, or http://host:port/v1#name
     task: str = "held-in"  # a task's id, or held-in for all that may be trained on
-    trajectories: str = "runs/trajectories"  # folder that trajectories are collected in
+    trajectories: str = "runs/trajectories"  # what is collected goes here, and what is trained on comes from here: that
+        # folder, or a JSON or JSON-lines file of your own with "messages" or ShareGPT "conversations"
+    model: str = ""  # what is fine-tuned: a folder, a hub id, or tiny (from scratch)
+    out: str = "runs/sft"  # the model as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
+    epochs: float = 2.0  # times that training sees each conversation
+    batch: int = 64  # conversations of one optimizer step, over all processes
+    length: int = 15000  # tokens of a conversation, which is cut there, and of a packed row
+    lr: float = 2e-5  # peak learning rate; it falls along half a cosine
+    weight_decay: float = 0.0  # of AdamW
+    clip: float = 1.0  # largest norm of a step's gradient
+    valid: float = 0.05  # share of the conversations that is held back to validate
+    validate_every: int = 50  # steps
+    save_every: int = 50  # steps between checkpoints
+    recompute: bool = True  # compute a block's activations again in backward: a third more time, far less memory
     num: int = 8  # trajectories per task
-    steps: int | None = None  # replies that a collected trajectory may have; none: 15
+    steps: int | None = None  # optimizer steps; none: as many as the epochs take. With --collect: replies that a
+        # trajectory may have; none: 15
     seconds: float = 1800.0  # that a collected trajectory may take
     ideas: int = 100  # candidates that the expert writes for each task; 0: the ideas shipped with it
     keep: int = 10  # most distant of a task's candidates that are used
@@ -729,14 +751,347 @@ def read_played(file, text, parsed, rose, forbidden, tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Processes, sharding and checkpoints: shared with rl.py
+
+def processes():
+    """(rank, world size, device) of this process, alone or under torchrun; joins the group of all of them."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized() and (world > 1 or cuda):
+        alone = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if cuda else "gloo", **alone)
+    return rank, world, device
+
+
+def build(config, folder, device, seed=0, recompute=False):
+    """A model to train, with fp32 master weights, sharded over all processes where there are several, or a GPU.
+
+    Made on the meta device; each process then reads its own rows of the checkpoint in `folder`, or draws them where
+    folder is None. The units of FSDP2 are the blocks, and the rest; on a GPU they are gathered in bf16 and gradients
+    reduced in fp32. recompute: activation checkpointing, block by block.
+    """
+    with torch.device("meta"):
+        model = Qwen2(config)
+    for block in model.model.layers:
+        block.recompute = recompute
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+        mesh = init_device_mesh(device.type, (world,))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if device.type == "cuda" else None,
+                                      reduce_dtype=torch.float32)
+        for unit in (*model.model.layers, model):
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)
+    model.tie()
+    own = {}    # name -> (this process's rows, the index of the first, the whole shape)
+    for name, p in model.named_parameters():
+        rows = p.to_local() if isinstance(p, DTensor) else p
+        own[name] = rows, min(rank * -(-p.shape[0] // world), p.shape[0]), tuple(p.shape)
+    if folder:
+        load_tensors(folder, own)
+    else:
+        drawn = dict(Qwen2.from_scratch(config, seed).named_parameters())
+        with torch.no_grad():
+            for name, (rows, first, _) in own.items():
+                rows.copy_(drawn[name][first:first + len(rows)])
+    return model
+
+
+def export(model, tokenizer, folder, dtype):
+    """Write an ordinary Hugging Face folder from a model that may be sharded; every process must call it."""
+    tensors = ((name, p.detach().full_tensor() if isinstance(p, DTensor) else p.detach())
+               for name, p in model.named_parameters())
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_checkpoint(folder, model.config, tensors, dtype)
+        tokenizer.save(folder)
+    else:
+        for _ in tensors:       # gathering takes all of them
+            pass
+    barrier()
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def save_state(out, step, model, optimizer, keep=2, **more):
+    """Write everything a later process needs to go on exactly after `step` steps, each process its own part.
+
+    Written aside and renamed when all are done, so a folder out/checkpoints/step-N is whole. The last `keep` stay.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    final = Path(out, "checkpoints", f"step-{step:06d}")
+    part = final.with_suffix(".part")
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    barrier()
+    local = lambda x: x.to_local() if isinstance(x, DTensor) else x
+    torch.save({"step": step, "world": world, "rng": torch.get_rng_state(), **more,
+                "model": {name: local(p.detach()) for name, p in model.named_parameters()},
+                "optimizer": [{key: local(value) for key, value in optimizer.state[p].items()}
+                              for p in model.parameters()]}, part / f"rank-{rank}.pt")
+    barrier()
+    if rank == 0:
+        part.rename(final)
+        for old in sorted(final.parent.glob("step-??????"))[:-keep]:
+            old.rename(old.with_suffix(".part"))        # a folder that is half deleted must not look whole
+            shutil.rmtree(old.with_suffix(".part"))
+    barrier()
+
+
+def load_state(out, model, optimizer):
+    """The newest complete state below out, put into model and optimizer; None where there is none."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found = sorted(Path(out, "checkpoints").glob("step-??????"))
+    if not found:
+        return None
+    num = len(list(found[-1].glob("rank-*.pt")))
+    if num != world:
+        raise ValueError(f"{found[-1]} was written by {num} processes and this run has {world}; start {num}, or give "
+                         "another --out")
+    state = torch.load(found[-1] / f"rank-{rank}.pt", weights_only=True)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            (p.to_local() if isinstance(p, DTensor) else p).copy_(state["model"][name])
+    for p, values in zip(model.parameters(), state["optimizer"]):
+        for key, value in values.items():
+            if isinstance(p, DTensor) and value.shape:
+                value = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements, shape=p.shape,
+                                           stride=p.stride())
+            optimizer.state[p][key] = value
+    torch.set_rng_state(state["rng"])
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+def pack(lengths, longest):
+    """Indices of texts in rows of at most `longest` tokens: each text goes into the first row with room, in order."""
+    rows, room = [], []
+    for i, n in enumerate(lengths):
+        for r, free in enumerate(room):
+            if n <= free:
+                rows[r].append(i)
+                room[r] -= n
+                break
+        else:
+            rows.append([i])
+            room.append(longest - n)
+    return rows
+
+
+def batch_of(num, step, size, seed):
+    """Indices of the texts, out of `num`, of optimizer step `step`: the epochs' shuffled orders, one after the other,
+    cut into runs of `size`. It depends on nothing else, so a resumed run needs no memory of what it has seen."""
+    places = range(step * size, (step + 1) * size)
+    return [epoch_order(num, seed, place // num)[place % num] for place in places]
+
+
+@lru_cache(maxsize=4)
+def epoch_order(num, seed, epoch):
+    return torch.randperm(num, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def row_of(texts, device):
+    """(tokens (1, T), lengths, targets (1, T)) of one packed row; targets[i] is the token after i if that was chosen.
+
+    An empty list gives a row of one token and no target, for a process that has nothing left to do in a step.
+    """
+    texts = texts or [([0, 0], [False, False])]
+    tokens = [t for ids, _ in texts for t in ids[:-1]]
+    targets = [t if c else IGNORE for ids, chosen in texts for t, c in zip(ids[1:], chosen[1:])]
+    return (torch.tensor([tokens], device=device), [len(ids) - 1 for ids, _ in texts],
+            torch.tensor([targets], device=device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def peak_memory(device):
+    """Bytes: what the GPU has held at most, or the resident set of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def cosine(step, steps, peak):
+    """The learning rate of a step: half a cosine from `peak` at step 0 towards 0 at step `steps`."""
+    return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def rows_of(texts, chosen, rank, world, longest):
+    """The packed rows, lists of texts, of one process for the texts `chosen`; as many for every process, because FSDP
+    gathers and reduces for all of them together."""
+    packed = [pack([len(texts[i][0]) - 1 for i in chosen[r::world]], longest) for r in range(world)]
+    mine, own = chosen[rank::world], packed[rank]
+    rows = [[texts[mine[j]] for j in row] for row in own]
+    return rows + [[]] * (max(map(len, packed)) - len(rows))
+
+
+def add_gradients(model, rows, num_targets, world, device, size):
+    """Add the gradients of the mean negative log-prob over all `num_targets` targets of the step, whatever process and
+    row they are in; returns this process's part of that mean, a tensor.
+
+    FSDP averages the processes' gradients where this sum needs their sum, hence the factor `world`.
+    """
+    total = torch.zeros((), device=device)
+    for row in rows:
+        tokens, lengths, targets = row_of(row, device)
+        logp, _, _ = model(tokens, lengths=lengths, targets=targets, size=size)
+        loss = -logp.sum() / num_targets
+        (loss * world).backward()
+        total += loss.detach()
+    return total
+
+
+@torch.no_grad()
+def validate(model, texts, rank, world, device, size, longest):
+    """(mean negative log-prob, share of targets that were the most likely token) over the chosen tokens of texts."""
+    sums = torch.zeros(3, device=device, dtype=torch.float64)
+    for row in rows_of(texts, list(range(len(texts))), rank, world, longest):
+        tokens, lengths, targets = row_of(row, device)
+        logp, _, first = model(tokens, lengths=lengths, targets=targets, size=size)
+        sums += torch.stack([-logp.double().sum(), first.double().sum(), torch.tensor(float(len(logp)), device=device)])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
+
+
+def peak_flops(device):
+    """Floating-point operations a second this device can do: the vendor's figure for known GPUs, else measured."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = {"H100": 989e12, "H200": 989e12, "A100": 312e12}        # dense bf16
+        return next((flops for key, flops in known.items() if key in name), None)
+    x, best = torch.randn(1024, 1024), 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        x @ x
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
+    return best
+
+
+def flops_of(config, rows):
+    """Floating-point operations of a training step over packed rows: 6 a token for each weight of the products, 12 a
+    pair of tokens that see each other for each unit of width and layer (PaLM, arXiv 2204.02311, appendix B)."""
+    c = config
+    block = c.hidden_size * (2 * c.hidden_size + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
+    lengths = [len(ids) - 1 for row in rows for ids, _ in row]
+    heads = sum(sum(chosen) for row in rows for _, chosen in row)
+    return (6 * sum(lengths) * block * c.num_hidden_layers + 6 * heads * c.vocab_size * c.hidden_size
+            + 12 * sum(n * n / 2 for n in lengths) * c.hidden_size * c.num_hidden_layers)
+
+
+def train(s, texts, valid, tokenizer, config, folder):
+    """Fine-tune on texts, [(ids, chosen)], and write out/: checkpoints, log.jsonl, and the model as a Hugging Face
+    folder. Goes on from the newest checkpoint there. Returns the last validation (loss, accuracy)."""
+    rank, world, device = processes()
+    model = build(config, folder, device, s.seed, recompute=s.recompute)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+    steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)
+    state = load_state(s.out, model, optimizer)
+    first, size, peak = state["step"] if state else 0, tokenizer.size, peak_flops(device)
+    log = open(Path(s.out, "log.jsonl"), "a") if rank == 0 else None
+    started = time.monotonic()
+    for step in range(first, steps):
+        start, chosen = time.monotonic(), batch_of(len(texts), step, s.batch, s.seed)
+        num_targets = sum(sum(texts[i][1]) for i in chosen)
+        rows = rows_of(texts, chosen, rank, world, s.length)
+        loss = add_gradients(model, rows, num_targets, world, device, size)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+        loss, norm = torch.stack([loss, norm]).tolist()         # the step's one wait for the device
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Failed(f"step {step + 1}, rank {rank}: loss {loss}, gradient norm {norm}, in conversations {chosen}. "
+                         f"The checkpoints in {s.out} are from before")
+        lr = optimizer.param_groups[0]["lr"] = cosine(step, steps, s.lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds, tokens = time.monotonic() - start, sum(len(texts[i][0]) - 1 for i in chosen)
+        figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_s": tokens / seconds,
+                   "mfu": flops_of(config, rows) / seconds / peak if peak else None,
+                   "peak_gib": peak_memory(device) / 2**30, "seconds": seconds}
+        last = step + 1 == steps
+        if last or (step + 1) % s.validate_every == 0:
+            loss, right = validate(model, valid, rank, world, device, size, s.length)
+            figures |= {"valid_loss": loss, "valid_accuracy": right}
+        if rank == 0:
+            log.write(json.dumps(figures) + "\n")
+            log.flush()
+            left = (time.monotonic() - started) / (step + 1 - first) * (steps - step - 1)
+            print(f"step {step + 1:>5}/{steps}  loss {figures['loss']:.4f}  norm {norm:7.3f}  lr {lr:.2e}  "
+                  f"{figures['tokens_s']:8,.0f} tokens/s  MFU {figures['mfu'] or 0:4.0%}  {figures['peak_gib']:5.1f} "
+                  f"GiB  {seconds:6.2f} s  ETA {timedelta(seconds=int(left))}"
+                  + (f"  valid {loss:.4f}, {right:.1%} right" if "valid_loss" in figures else ""), flush=True)
+        if last or (step + 1) % s.save_every == 0:
+            save_state(s.out, step + 1, model, optimizer)
+    export(model, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return model
+
+
+def texts_of(s, tokenizer, say=print):
+    """(to train on, to validate with): the conversations in s.trajectories as [(ids, chosen)]. A conversation of more
+    than s.length tokens is cut there. Raises ValueError where nothing is left."""
+    found, _ = conversations(s.trajectories, parsed=s.parsed, rose=s.rose, per_idea=s.per_idea, data=s.data,
+                             tokenizer=tokenizer, say=say)
+    texts, cut, empty = [], [], []
+    for one in found:
+        ids, chosen = tokenizer.conversation(one.messages, set(one.trained))
+        if len(ids) > s.length + 1:
+            cut.append(one.source)
+            ids, chosen = ids[:s.length + 1], chosen[:s.length + 1]
+        if any(chosen):
+            texts.append((ids, chosen))
+        else:
+            empty.append(one.source)
+    for what, sources in ((f"cut at {s.length} tokens", cut), ("left out, no reply before the cut", empty)):
+        if sources:
+            say(f"  {what}: {len(sources)} ({', '.join(sources[:5])}{', ...' * (len(sources) > 5)})")
+    num_valid = max(1, round(s.valid * len(texts)))
+    if len(texts) <= num_valid:
+        raise ValueError(f"{len(texts)} conversations are too few to train on and to validate with; collect more")
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(s.seed)).tolist()
+    return [texts[i] for i in sorted(order[num_valid:])], [texts[i] for i in sorted(order[:num_valid])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
+
+def fine_tune(s):
+    """Trains s.model on s.trajectories and writes s.out."""
+    if not s.model:
+        raise ValueError("give --model, what to fine-tune: a folder, a hub id, or tiny (from scratch); or --collect")
+    rank, world, device = processes()
+    say = print if rank == 0 else lambda line: None
+    if s.model == "tiny":
+        folder, tokenizer, config = None, sample.Tokenizer.of_bytes(), Config.preset("tiny")
+    else:
+        folder = find_folder(s.model)
+        tokenizer, config = sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)
+    texts, valid = texts_of(s, tokenizer, say)
+    Path(s.out).mkdir(parents=True, exist_ok=True)
+    say(f"{s.model}: training on {len(texts)} conversations of {sum(len(ids) for ids, _ in texts):,} tokens, "
+        f"{sum(sum(chosen) for _, chosen in texts):,} of them to learn; {len(valid)} to validate; {world} processes, "
+        f"{device}")
+    train(s, texts, valid, tokenizer, config, folder)
+    say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
+
 
 def main(argv=None):
     s = sample.parse(Settings, argv)
-    if not s.collect:
-        print("sft.py: training is not there yet; --collect collects trajectories for it", file=sys.stderr)
-        return 2
     try:
+        if not s.collect:
+            fine_tune(s)
+            return 0
         print("\n" + report(collect(s)))
         print(f"Written to {s.trajectories}: manifest.json, trajectories, blobs")
         return 0
@@ -761,6 +1116,8 @@ if __name__ == "__main__":
             code = error.code
         except BaseException:
             traceback.print_exc()
+        for name in (signal.SIGINT, signal.SIGTERM):    # a second Ctrl-C must not leave that folder behind
+            signal.signal(name, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)      # threads may still wait for a reply or a script; the scripts end when we do
