@@ -345,9 +345,7 @@ def _supervise(job):
         while keep(pipe):  # all writers are dead, so this ends
             pass
     if why == "parent":
-        import shutil
-        shutil.rmtree(os.path.dirname(job["root"]), ignore_errors=True)
-        return
+        return None
     status = int(os.read(ended[0], 20) or status)
     peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
     streams = []
@@ -362,7 +360,8 @@ def _serve():
     """The whole program of the process that supervisors are forked from: to start an interpreter for each would take
     longer than all the rest. A request holds a job and two pipes: the supervisor's standard input and where its report
     goes. The end of the requests means that our parent is gone."""
-    import _signal as signal, ctypes, json, os, resource, select, socket, sys, time  # also what _supervise imports
+    global os, shutil  # for _remove
+    import _signal as signal, ctypes, json, os, resource, select, shutil, socket, sys, time  # some for _supervise alone
     requests = socket.socket(fileno=0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel clears away who ends
     while True:
@@ -377,12 +376,20 @@ def _serve():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.dup2(pipes[0], 0)
             os.write(pipes[1], b"%10d" % os.getpid())
+            job = json.loads(message)
+            base = os.path.dirname(job["root"])     # made and removed here, so that our parent's death leaves nothing
             try:
-                report = _supervise(json.loads(message))
+                for folder in (base, job["root"], job["env"]["TMPDIR"]):
+                    os.mkdir(folder, 0o700)
+                report = _supervise(job)
             except Exception as error:
                 report = str(error)
-            with open(pipes[1], "w") as file:
-                file.write(json.dumps(report))
+            _remove(base)
+            try:
+                with open(pipes[1], "w") as file:
+                    file.write(json.dumps(report))
+            except BrokenPipeError:
+                pass  # our parent is gone
             os._exit(0)
         for pipe in pipes:
             os.close(pipe)
@@ -402,7 +409,7 @@ def _request(job):
             with _server_lock:
                 if _server is None:
                     _server, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                    source = "\n".join([inspect.getsource(_supervise), inspect.getsource(_serve), "_serve()"])
+                    source = "\n".join([*map(inspect.getsource, (_remove, _supervise, _serve)), "_serve()"])
                     with other:
                         subprocess.Popen([sys.executable, "-I", "-S", "-c", source], stdin=other, env={},
                                          start_new_session=True)
@@ -510,10 +517,9 @@ def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16,
          threads=1, gpu=None, readable=(), stop=None):
     """Runs a command under a supervisor and returns its report, None if the script has killed it. For the arguments
     see execute; layers: those of LAYERS to put up."""
-    base, token = tempfile.mkdtemp(prefix="ml-agent-tmp-"), uuid.uuid4().hex
+    token = uuid.uuid4().hex
+    base = os.path.join(tempfile.gettempdir(), f"ml-agent-tmp-{token}")
     private, root = os.path.join(base, "tmp"), os.path.join(base, "root")
-    os.mkdir(private)
-    os.mkdir(root)
     inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some CUDA set-ups
     env = dict(inherited, ML_AGENT_RUN=token, PATH=f"{os.path.dirname(command[0])}:/usr/local/bin:/usr/bin:/bin",
                HOME=private, TMPDIR=private, USER="agent", LANG="C.UTF-8", MPLBACKEND="Agg",
@@ -525,7 +531,7 @@ def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16,
     if gpu:
         shown += [(path, "read") for pattern in GPU_LIBRARIES for path in glob.glob(pattern)]
         shown += [(path, "device") for pattern in GPU_DEVICES for path in glob.glob(pattern)]
-    shown = {path: right for path, right in [*shown, (cwd, "write"), (private, "write")] if os.path.exists(path)}
+    shown = {path: right for path, right in shown if os.path.exists(path)} | {cwd: "write", private: "write"}
     job = dict(command=command, cwd=cwd, env=env, timeout_s=float(timeout_s), memory_bytes=int(memory_bytes),
                file_bytes=file_bytes, address_bytes=0 if gpu else int(memory_bytes) + (4 << 30), layers=layers,
                output_bytes=output_bytes, processes=processes, root=root, proc=PROC,
@@ -544,11 +550,7 @@ def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16,
                 report += chunk
         return False
 
-    try:
-        supervisor, hold, result = _request(job)
-    except BaseException:
-        _remove(base)
-        raise
+    supervisor, hold, result = _request(job)
     try:
         poll.register(result, select.POLLIN)
         read_until(time.monotonic() + timeout_s + 30)  # if it is not whole then, something has stopped the supervisor
@@ -564,7 +566,7 @@ def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16,
         except ValueError:  # it was killed before it had ended all
             report = None
             _kill_marked(f"ML_AGENT_RUN={token}".encode())
-        if os.path.exists(base):  # a supervisor whose parent goes away has deleted it
+        if os.path.exists(base):  # the supervisor was killed
             _remove(base)
     if isinstance(report, str):
         raise RuntimeError(report)

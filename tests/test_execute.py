@@ -285,15 +285,16 @@ def test_four_threads_at_once(tmp_path, temporary, sandbox):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_nothing_survives_its_parent(tmp_path, sent):
+def test_nothing_survives_its_parent(tmp_path, temporary, sent):
     name = f"script_{uuid.uuid4().hex}.py"
     (tmp_path / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)")
     call = f"import env; env.execute({name!r}, {str(tmp_path)!r}, timeout_s=60, memory_bytes=1 << 30)"
-    caller = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stderr=subprocess.DEVNULL)
+    caller = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stderr=subprocess.DEVNULL,
+                              env={**os.environ, "TMPDIR": str(temporary)})
     assert wait_until((tmp_path / "pulse").exists, 60) and len(processes(name)) >= 2
     caller.send_signal(sent)
     caller.wait(30)
-    assert wait_until(lambda: not processes(name))
+    assert wait_until(lambda: not processes(name) and not list(temporary.iterdir()))
     pulse = (tmp_path / "pulse").read_text()
     time.sleep(0.1)
     assert (tmp_path / "pulse").read_text() == pulse

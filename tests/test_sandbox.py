@@ -473,7 +473,7 @@ def test_the_server_is_started_again_when_somebody_kills_it(tmp_path):
     (tmp_path / "a.py").write_text("import os; print(os.getppid())")
     limits = dict(timeout_s=20, memory_bytes=1 << 30)
     supervisor = execute("a.py", tmp_path, sandbox="off", **limits).stdout
-    assert not Path(f"/proc/{supervisor.strip()}").exists()
+    assert wait_until(lambda: not Path(f"/proc/{supervisor.strip()}").exists())
     for pid in processes("_serve()"):
         if int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
             os.kill(pid, signal.SIGKILL)
