@@ -508,7 +508,6 @@ def test_diversity_by_hand():
 def test_the_command(whole, capsys, monkeypatch):
     folder, _ = whole
     monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
-    assert sft.main([]) == 2 and "training is not there yet" in capsys.readouterr().err
     flags = ["--collect", f"--data={folder / 'data'}", f"--trajectories={folder / 'out'}", "--num=4", "--keep=6",
              "--parallel=4"]
     assert sft.main(flags) == 0         # all is there already
