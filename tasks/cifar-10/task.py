@@ -48,7 +48,7 @@ def score(answers, submission):
     return accuracy(numbers(answers, COLUMNS).argmax(1), predicted.argmax(1))
 
 
-# --------------------------------------------------------------------------------------------------- reading the pickles
+# -------------------------------------------------------------------------------------------------- reading the pickles
 
 class _Array:
     """What a pickled array of bytes is turned into while it is read; `.value` is the array, once its state is set."""
@@ -124,7 +124,8 @@ def _images(name, batch, num_classes):
     """A batch's images, uint8 (rows, 32, 32, 3), and labels, int64 (rows,)."""
     data, labels = getattr(batch.get("data"), "value", None), np.array(batch.get("labels", []))
     if data is None or data.shape != (len(labels), 3 * SIDE * SIDE) or not np.isin(labels, range(num_classes)).all():
-        raise ValueError(f"{name} should hold rows of {3 * SIDE * SIDE} bytes and a label from 0 to {num_classes - 1} for each.")
+        raise ValueError(
+            f"{name} should hold rows of {3 * SIDE * SIDE} bytes and a label from 0 to {num_classes - 1} for each.")
     return data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), labels
 
 
@@ -132,7 +133,7 @@ def _text(value):
     return value.decode() if isinstance(value, bytes) else value
 
 
-# ------------------------------------------------------------------------------------------------------------- miniature
+# ------------------------------------------------------------------------------------------------------------ miniature
 
 def miniature(raw, seed):
     """The archive with 5 x 60 images to train on and 200 to test on.
@@ -162,8 +163,8 @@ def _picture(rng, k):
     turn, r = rng.uniform(-0.3, 0.3), rng.uniform(7.5, 11)
     x, y = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
     away, far, near = np.hypot(x, y), np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
-    inside = [away < r, far < 0.85 * r, (y < 0.7 * r) & (1.7 * abs(x) - y < 0.9 * r), (away < 1.1 * r) & (away > 0.6 * r),
-              (near < 0.3 * r) & (far < 1.1 * r)][k % 5]
+    inside = [away < r, far < 0.85 * r, (y < 0.7 * r) & (1.7 * abs(x) - y < 0.9 * r),
+              (away < 1.1 * r) & (away > 0.6 * r), (near < 0.3 * r) & (far < 1.1 * r)][k % 5]
     colour = np.array([[110, 140, 220], [220, 140, 110]])[k // 5] + rng.normal(0, 25, 3)
     picture = np.where(inside[..., None], colour, rng.uniform(20, 120, 3))
     picture += (rng.uniform(-2, 2) * x + rng.uniform(-2, 2) * y)[..., None] + rng.normal(0, 12, picture.shape)
@@ -172,11 +173,13 @@ def _picture(rng, k):
 
 TASK = Task(
     id="cifar-10", modality="image", kind="classification", metric="accuracy", direction="up", split="held-in",
-    source="MLAgentBench", variants=("mlagentbench",), targets=tuple(COLUMNS), prepare=prepare, miniature=miniature, score=score,
+    source="MLAgentBench", variants=("mlagentbench",), targets=tuple(COLUMNS),
+    prepare=prepare, miniature=miniature, score=score,
     download="cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html", size="170 MB",
     m_init=None, m_best=0.8145, m_best_source="Table 1, ML-Agent's best of 8",
     m_best_miniature=0.925,
-    m_best_miniature_source="three blocks of convolution and batch normalisation, one-cycle AdamW over ten epochs, all images",
-    published={"Qwen-7B-Instruct": (0.5219, 0.6155), "Qwen-32B-Instruct": (0.5912, 0.7605), "GPT-4o-mini": (0.5396, 0.6382),
-               "GPT-4o": (0.6170, 0.8083), "DeepSeek-R1": (0.6639, 0.8034), "ML-Agent": (0.6888, 0.8145)},
+    m_best_miniature_source="three convolutions with batch normalisation, ten epochs of one-cycle AdamW, all images",
+    published={"Qwen-7B-Instruct": (0.5219, 0.6155), "Qwen-32B-Instruct": (0.5912, 0.7605),
+               "GPT-4o-mini": (0.5396, 0.6382), "GPT-4o": (0.6170, 0.8083), "DeepSeek-R1": (0.6639, 0.8034),
+               "ML-Agent": (0.6888, 0.8145)},
 )

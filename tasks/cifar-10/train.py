@@ -43,7 +43,8 @@ def predict(model, images):
     """Class probabilities (N, 10), on the CPU."""
     model.eval()
     with torch.no_grad():
-        return torch.cat([model(to_input(part).to(device)).softmax(1).cpu() for part in np.array_split(images, len(images) // 500 + 1)])
+        parts = np.array_split(images, len(images) // 500 + 1)
+        return torch.cat([model(to_input(part).to(device)).softmax(1).cpu() for part in parts])
 
 
 def train(images, labels):

@@ -1,9 +1,9 @@
 """ogbn-arxiv: the subject of computer-science papers, from their words and from who cites whom.
 
-The split is the Open Graph Benchmark's by year, as in MLAgentBench's ogbn-arxiv: no row is dealt anew. What differs:
+The split is the Open Graph Benchmark's by year, as in MLAgentBench's ogbn-arxiv. What differs:
 - The labels of the test nodes are hidden. MLAgentBench leaves all labels in the data folder.
 - The folder `mapping` is left out: it names the papers, and so their subjects.
-- The files are plain CSV (some packed by gzip), so no script needs the ogb package. There is a sample submission, of ours.
+- The files are plain CSV, some packed by gzip, so no script needs the ogb package. The sample submission is ours.
 - Predictions must be whole numbers.
 """
 import gzip
@@ -19,7 +19,7 @@ SIDES = ["train", "valid", "test"]
 
 
 def prepare(raw, public, private, variant):
-    """169343 nodes become 90941 to train on, 29799 to validate on and 48603 to test on, in the order of the official index.
+    """169343 nodes become 90941 to train on, 29799 to validate on and 48603 to test on, in the official order.
 
     Edges, features and years are copied as they come.
     """
@@ -27,7 +27,8 @@ def prepare(raw, public, private, variant):
     rows = {side: _table(raw, f"{side}.csv.gz")[0] for side in SIDES}
     nodes = pd.concat(rows.values())
     if nodes.duplicated().any() or not nodes.isin(labels.index).all():
-        raise ValueError(f"The split in {raw} names nodes twice or beyond the {len(labels)} labels. Get the files again.")
+        raise ValueError(
+            f"The split in {raw} names nodes twice or beyond the {len(labels)} labels. Get the files again.")
     for side in ("train", "valid"):
         write_csv(pd.DataFrame({"node": rows[side], "label": labels[rows[side]].to_numpy()}), public / f"{side}.csv")
     write_csv(pd.DataFrame({"node": rows["test"]}), public / "test.csv")
@@ -82,9 +83,11 @@ def miniature(raw, seed):
 
 TASK = Task(
     id="ogbn-arxiv", modality="graph", kind="classification", metric="accuracy", direction="up", split="held-in",
-    source="MLAgentBench", variants=("mlagentbench",), key=None, targets=("0",), prepare=prepare, miniature=miniature, score=score,
-    known_signal="nodes come in the order of their ids in the Microsoft Academic Graph, which may go with time and subject",
+    source="MLAgentBench", variants=("mlagentbench",), key=None, targets=("0",),
+    prepare=prepare, miniature=miniature, score=score,
+    known_order="nodes lie in the order of their ids in the Microsoft Academic Graph, which may go with the subject",
     download="arxiv.zip of the Open Graph Benchmark (data set ogbn-arxiv), packed or unpacked", size="80 MB",
     m_init=None, m_best=0.7174, m_best_source="graph convolutional network of the Open Graph Benchmark's paper",
-    m_best_miniature=0.868, m_best_miniature_source="network on features averaged over neighbours once and twice, learning rate 0.02",
+    m_best_miniature=0.868,
+    m_best_miniature_source="network on features averaged over neighbours once and twice, learning rate 0.02",
 )

@@ -22,8 +22,7 @@ UNPACKERS = ["7z", "7zz", "7za"]
 
 
 def prepare(raw, public, private, variant):
-    """1604 labelled records become 1283 to train on and 321 to test on; the publisher's unlabelled records are left out.
-    """
+    """1604 labelled records become 1283 to train on and 321 to test on; the publisher's others are left out."""
     with tempfile.TemporaryDirectory(dir=public.parent) as folder:
         records = _records(_train_json(raw, Path(folder)))
     train, test = ([records[i] for i in side] for side in train_test_split(len(records), 0.2))
@@ -73,11 +72,13 @@ def _unpack(packed, folder):
         import py7zr
     except ImportError:
         if program is None:
-            raise ValueError(f"{packed.name} needs an unpacker. Install py7zr (pip install py7zr) or one of the programs "
-                             f"{', '.join(UNPACKERS)}, or unpack it yourself and give the folder with train.json.") from None
+            raise ValueError(
+                f"{packed.name} needs an unpacker. Install py7zr (pip install py7zr) or one of the programs "
+                f"{', '.join(UNPACKERS)}, or unpack it yourself and give the folder with train.json.") from None
         run = subprocess.run([program, "x", "-y", f"-o{folder}", packed], capture_output=True, text=True)
         if run.returncode != 0:
-            raise ValueError(f"{packed.name} is damaged: {program} says {(run.stderr or run.stdout)[-200:].strip()!r}. Get it again.") from None
+            said = (run.stderr or run.stdout)[-200:].strip()
+            raise ValueError(f"{packed.name} is damaged: {program} says {said!r}. Get it again.") from None
         return
     try:
         with py7zr.SevenZipFile(packed) as archive:
@@ -118,7 +119,8 @@ def miniature(raw, seed):
         peak, sea = rng.normal(-2, 3), -21 - 0.4 * (angle - 39)         # decibel
         bands = [(peak, sea), (peak - rng.normal(4 if iceberg else 7.5, 2), sea - 5)]
         bands = [(10 ** (top / 10) * shape + 10 ** (low / 10)) * rng.gamma(8, 1 / 8, shape.shape) for top, low in bands]
-        records.append({"id": f"{id:08x}", **{f"band_{b + 1}": (10 * np.log10(power)).round(4).ravel().tolist() for b, power in enumerate(bands)},
+        bands = [(10 * np.log10(power)).round(4).ravel().tolist() for power in bands]
+        records.append({"id": f"{id:08x}", "band_1": bands[0], "band_2": bands[1],
                         "inc_angle": "na" if rng.random() < 0.08 else round(angle, 4), "is_iceberg": int(iceberg)})
     home = raw / "data" / "processed"
     home.mkdir(parents=True)
@@ -127,12 +129,16 @@ def miniature(raw, seed):
 
 
 TASK = Task(
-    id="statoil-iceberg-classifier-challenge", modality="image", kind="classification", metric="log loss", direction="down", split="held-out",
-    source="MLE-bench", variants=("mle-bench",), targets=("is_iceberg",), prepare=prepare, miniature=miniature, score=score,
-    download="train.json.7z of the Kaggle competition statoil-iceberg-classifier-challenge, or its whole zip, or train.json unpacked", size="300 MB",
+    id="statoil-iceberg-classifier-challenge", modality="image", kind="classification", metric="log loss",
+    direction="down", split="held-out", source="MLE-bench", variants=("mle-bench",), targets=("is_iceberg",),
+    prepare=prepare, miniature=miniature, score=score,
+    download="train.json.7z of the Kaggle competition statoil-iceberg-classifier-challenge, or its whole zip",
+    size="300 MB",
     m_init=None, m_best=0.11374, m_best_source="Kaggle's gold medal",
-    m_best_miniature=0.324, m_best_miniature_source="logistic regression with the length, width and brightest pixels of the object",
-    published={"Qwen-7B-Instruct": (0.3093, 0.2683), "Qwen-32B-Instruct": (0.3052, 0.2664), "GPT-4o-mini": (0.2908, 0.2719),
-               "GPT-4o": (0.3209, 0.2914), "DeepSeek-R1": (0.2908, 0.2701), "ML-Agent": (0.2868, 0.2617)},
+    m_best_miniature=0.324,
+    m_best_miniature_source="logistic regression with the length, width and brightest pixels of the object",
+    published={"Qwen-7B-Instruct": (0.3093, 0.2683), "Qwen-32B-Instruct": (0.3052, 0.2664),
+               "GPT-4o-mini": (0.2908, 0.2719), "GPT-4o": (0.3209, 0.2914), "DeepSeek-R1": (0.2908, 0.2701),
+               "ML-Agent": (0.2868, 0.2617)},
     medals={"gold": 0.11374, "silver": 0.13753, "bronze": 0.14552, "median": 0.20371},
 )

@@ -16,7 +16,7 @@ SUBSAMPLE = 1.0         # share of the rows that each tree sees
 
 
 def load(path):
-    """Images, float32 (rows, 2, 75, 75) in decibel; angles, NaN where unknown (rows,); and a table of the other fields."""
+    """Images, float32 (rows, 2, 75, 75); angles, NaN where not known (rows,); and a table of the other fields."""
     with open(path) as stream:
         records = json.load(stream)
     images = np.empty((len(records), 2, 75, 75), np.float32)
@@ -36,7 +36,8 @@ def make_features(images, angles):
 
 def build_model():
     return GradientBoostingClassifier(
-        n_estimators=NUM_TREES, max_depth=MAX_DEPTH, learning_rate=LEARNING_RATE, subsample=SUBSAMPLE, random_state=SEED)
+        n_estimators=NUM_TREES, max_depth=MAX_DEPTH, learning_rate=LEARNING_RATE, subsample=SUBSAMPLE,
+        random_state=SEED)
 
 
 images, angles, train = load("data/train.json")
