@@ -12,10 +12,15 @@ Letters: B rows, T tokens in a row, C model width, H query heads, K key/value he
 V vocabulary, L layers, S positions of the key/value cache that a pass can see.
 """
 import json
+import math
 import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+# Read when torch is first imported: threads that wait for each other sleep after so many spins. To spin on, the
+# default, is 3 % faster on an idle machine, but beside a running script a decoding step takes seven times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 import torch.nn as nn
@@ -105,15 +110,30 @@ PRESETS = {  # V, C, F, L, H, K, longest row, tied head
 class Linear(nn.Linear):
     """y = x W^T + b, by whichever form of the product is fast for the few rows of a decoding step on a CPU.
 
-    Training, CUDA and long prefills use F.linear. On a CPU without gradients, measured on two cores at the 0.5B shapes
-    (share of the memory's read bandwidth, fp32): 4 to 64 rows F.linear 24 to 50 %, W @ x^T 22 to 47 %, weights in
-    oneDNN's blocked layout 24 to 87 %. In bf16 with AMX, W @ x^T does about twice the work of F.linear.
+    Training, CUDA and long prefills use F.linear. A step of 1 to 64 rows in fp32 takes its time from reading weights,
+    so pack() keeps a second copy for it. Weights that are exact in fp16 but for a power of two, as those of a published
+    bf16 checkpoint are, are stored so, half the bytes; products and sums stay fp32. Others are stored in oneDNN's
+    blocked layout. Measured on two cores at the 0.5B shapes, in GB/s of fp32 weights (30 is the memory's own rate):
+    F.linear 29, 13, 10 and 5 at 1, 4, 8 and 64 rows; fp16 37 to 42, 31, 25, 7; blocked 23, 22, 20, 8. In bf16 on a CPU
+    with AMX, W @ x^T does about twice the work of F.linear.
     """
-    packed = None       # the weight in oneDNN's layout: a second copy, made by Engine for fp32 sampling on a CPU
+    packed = None       # (numbers of rows, function of x) of the copy; Engine makes it for fp32 sampling on a CPU
 
     def pack(self):
-        """Make, or make again after the weight has changed, the copy that forward uses for 4 to 64 rows."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 8)
+        """Make the copy, or make it again after the weight has changed."""
+        weight = self.weight.detach()
+        scale = 2.0 ** (15 - math.ceil(math.log2(max(weight.abs().max().item(), 1e-30))))
+        if all(torch.equal((rows * scale).half().float(), rows * scale) for rows in weight.split(4096)):
+            bias = None if self.bias is None else self.bias.detach() * scale
+            copy = torch.ops.quantized.linear_prepack_fp16(weight * scale, bias)
+            self.packed = range(1, 65), lambda x: torch.ops.quantized.linear_dynamic_fp16(x, copy).div_(scale)
+        else:
+            copy = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+            self.packed = range(4, 65), lambda x: torch.ops.mkldnn._linear_pointwise(x, copy, self.bias, "none", [], "")
+
+    def step_bytes(self):
+        """Bytes that a product with one row reads: the weight's, or the fp16 copy's."""
+        return self.weight.nbytes // (2 if self.packed and 1 in self.packed[0] else 1)
 
     def forward(self, x):
         rows = x.numel() // x.shape[-1]
@@ -124,8 +144,8 @@ class Linear(nn.Linear):
             y = torch.mv(self.weight, flat[0])[None] if rows == 1 else (self.weight @ flat.T).T
             y = y if self.bias is None else y + self.bias
             return y.reshape(*x.shape[:-1], -1)
-        if self.packed is not None and 4 <= rows <= 64:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if self.packed and rows in self.packed[0]:
+            return self.packed[1](x)
         return F.linear(x, self.weight, self.bias)
 
 

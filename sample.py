@@ -138,8 +138,8 @@ class Tokenizer:
         whether the assistant chose it, which holds for its replies and the token that ends each. trained: indices of
         the messages that count as chosen; None: all of the assistant's.
 
-        A message is <|im_start|>role\\ncontent<|im_end|>\\n; without a system message the checkpoint's default one comes
-        first. A message's "tokens", the ids that were sampled for it, stand for its content as they are: a reply that
+        A message is <|im_start|>role\\ncontent<|im_end|>\\n; without a system message the checkpoint's default one
+        comes first. A message's "tokens", the ids that were sampled for it, stand for its content as they are: a reply that
         was sampled is never tokenised again. Raises ValueError for another role or a message without content.
         """
         numbered = list(enumerate(messages))
@@ -301,7 +301,9 @@ class Engine:
     refresh(). On a CPU in fp32, pack=True keeps a second copy of the weights in a layout that is about twice as fast
     for 4 to 64 rows.
 
-    One thread, started at the first request, runs the model; chat, generate and submit may be called from any thread.
+    chat, generate and submit may be called from any thread. The first chat or submit starts one that runs the model
+    from then on. Until then generate runs it in the caller's thread, which on a CPU is a quarter faster: there is one
+    pool of OpenMP threads, not two that share the cores.
     """
 
     def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=True):
@@ -316,7 +318,7 @@ class Engine:
         self.tokens = torch.zeros(rows, self.context, dtype=torch.int64)    # what each row's cache holds
         self.lengths = [0] * rows                                           # how many of them
         self.used = [0] * rows                                              # when each was parked last
-        self.waiting, self.wake, self.thread = deque(), threading.Condition(), None
+        self.waiting, self.wake, self.thread, self.turn = deque(), threading.Condition(), None, threading.Lock()
         self.sampled_tokens = self.prefilled_tokens = self.reused_tokens = 0
         self.refresh()
 
@@ -347,25 +349,23 @@ class Engine:
         The n samples of a prompt share one prefill. Sample j of prompt i draws from seed + i * n + j.
         """
         with self.wake:     # all or none are there when the engine looks, so a run can be repeated exactly
-            futures = [[self.submit(self._ids(prompt), seed=seed + i * n + j, **options) for j in range(n)]
-                       for i, prompt in enumerate(prompts)]
-        return [[future.result() for future in group] for group in futures]
+            requests = [[self._request(self._ids(prompt), seed=seed + i * n + j, **options) for j in range(n)]
+                        for i, prompt in enumerate(prompts)]
+            for group in requests:
+                self.waiting.extend(group)
+            self.wake.notify()
+        while self.thread is None and not all(request.future.done() for group in requests for request in group):
+            self._advance()
+        return [[request.future.result() for request in group] for group in requests]
 
-    def submit(self, ids, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0, stream=None):
+    def submit(self, ids, **options):
         """Queue one reply to the token ids of a prompt; returns a Future of its Completion.
 
-        Raises ContextFull when ids and max_new_tokens do not fit the context, ValueError for options out of range.
+        Options: max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0, and stream, called with the
+        bytes of each new token. Raises ContextFull when ids and max_new_tokens do not fit the context, ValueError for
+        options out of range.
         """
-        if not (ids and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
-            raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0; "
-                             f"found {len(ids)} prompt tokens, {max_new_tokens}, {temperature}, {top_p}, {top_k}")
-        if len(ids) + max_new_tokens > self.context:
-            raise ContextFull(f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the context of "
-                              f"{self.context}; shorten the prompt, or give the engine a larger context")
-        generator = torch.Generator().manual_seed(seed)
-        request = Request(torch.tensor(ids), max_new_tokens, temperature, top_p, top_k,
-                          [s.encode() for s in ([stop] if isinstance(stop, str) else stop) if s],
-                          torch.rand(max_new_tokens, generator=generator, dtype=torch.float64), stream)
+        request = self._request(ids, **options)
         with self.wake:
             self.waiting.append(request)
             if self.thread is None:
@@ -374,22 +374,39 @@ class Engine:
             self.wake.notify()
         return request.future
 
+    def _request(self, ids, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0, stream=None):
+        if not (ids and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
+            raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0; "
+                             f"found {len(ids)} prompt tokens, {max_new_tokens}, {temperature}, {top_p}, {top_k}")
+        if len(ids) + max_new_tokens > self.context:
+            raise ContextFull(f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the context of "
+                              f"{self.context}; shorten the prompt, or give the engine a larger context")
+        generator = torch.Generator().manual_seed(seed)
+        return Request(torch.tensor(ids), max_new_tokens, temperature, top_p, top_k,
+                       [s.encode() for s in ([stop] if isinstance(stop, str) else stop) if s],
+                       torch.rand(max_new_tokens, generator=generator, dtype=torch.float64), stream)
+
     def _ids(self, prompt):
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         return self.tokenizer.chat(prompt) if prompt and isinstance(prompt[0], dict) else list(prompt)
 
-    # -- what the engine's thread does
+    # -- what runs the model
 
     def _serve(self):
         while True:
             with self.wake:
                 while not (self.active or self.waiting):
                     self.wake.wait()
+            self._advance()
+
+    def _advance(self):
+        """One step, if there is anything to do. What it raises is handed to everyone who waits for a reply."""
+        with self.turn, torch.no_grad():        # not inference_mode: it would break later training of the same module
             try:
-                with torch.no_grad():       # not inference_mode: it would break later training of the same module
+                if self.active or self.waiting:
                     self.step()
-            except Exception as error:      # handed to everyone who waits for a reply; nothing is swallowed
+            except Exception as error:
                 with self.wake:
                     failed, self.active, self.waiting = [*self.active, *self.waiting], [], deque()
                     self.lengths = [0] * self.rows
@@ -743,8 +760,8 @@ def read_bandwidth(device="cpu", num_bytes=2**28):
 
 
 def streamed_bytes(model):
-    """Bytes of weights that one decoding step reads: every matrix product's, not the embedding's single rows."""
-    return sum(layer.weight.nbytes for layer in model.modules() if isinstance(layer, Linear))
+    """Bytes of weights that a decoding step of one row reads: every matrix product's, in the form it is read in."""
+    return sum(layer.step_bytes() for layer in model.modules() if isinstance(layer, Linear))
 
 
 @dataclass
@@ -780,7 +797,7 @@ def main(s):
         times.append(time.perf_counter())
         print(decoder.decode(piece), end="", flush=True)
 
-    reply = policy.chat(messages, stream=show, **options)
+    reply = policy.generate([messages], stream=show, **options)[0][0]
     print(decoder.decode(b"", final=True))
     steps = len(times) - 1
     if steps > 0:

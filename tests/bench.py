@@ -20,11 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
 from env import execute, protection
-from model import Qwen2
-from sample import Engine, Tokenizer, load, parse, read_bandwidth, streamed_bytes
+from sample import load, parse, read_bandwidth, streamed_bytes     # sets how threads wait, so it comes before torch
+
+import torch
 
 try:
     import transformers

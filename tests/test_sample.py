@@ -329,6 +329,19 @@ def test_threads_share_the_engine_and_get_what_they_would_get_alone(model):
     assert got == {i: engine_of(model, rows=1).chat(talks[i], max_new_tokens=15, seed=i).tokens for i in talks}
 
 
+def test_generate_and_chat_may_run_at_the_same_time(model):
+    """generate drives the model itself until a chat starts the engine's thread in the middle of it."""
+    engine, prompts, got = engine_of(model, rows=2), prompts_of([20, 30, 25]), []
+    options = dict(max_new_tokens=40, temperature=0)
+    expected = [g[0].tokens for g in engine_of(model, rows=1).generate(prompts, **options)]
+    chat = threading.Thread(target=lambda: got.append(engine.submit(prompts[1], **options).result(60).tokens))
+    pieces = []
+    stream = lambda piece: (pieces.append(piece), len(pieces) == 5 and chat.start())
+    tokens = engine.generate(prompts, stream=stream, **options)
+    chat.join(60)
+    assert [g[0].tokens for g in tokens] == expected and got == [expected[1]]
+
+
 def test_bad_requests_are_refused(model):
     engine = engine_of(model)
     with pytest.raises(ContextFull, match="250 prompt tokens and 7 new ones exceed the context of 256"):
