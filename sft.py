@@ -1,8 +1,10 @@
-"""Exploration-enriched fine-tuning: collects trajectories of a diverse expert, for a model to be trained on.
+"""Exploration-enriched fine-tuning: collects trajectories of a diverse expert, and trains a model on them.
 
     python sft.py --collect                                     # no model, no data: the scripted expert, on miniatures
     python sft.py --collect --expert http://host:8000/v1#name   # an expert behind an OpenAI-compatible server
     python env.py replay runs/trajectories/spaceship-titanic-0.jsonl    # runs one of them again
+    python sft.py --model DIR                                   # fine-tunes a checkpoint on what was collected
+    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-7B  # the same on eight GPUs
 
 Collecting, for each held-in task. 1. Candidates: ideas that the expert writes (100 by default), or those shipped with
 the task. 2. Of these the 10 that differ most from each other (farthest-point selection on their embeddings). 3. For
