@@ -28,6 +28,7 @@ from env import DEFAULT_ACTIONS, FIELDS, Cache, Env, Unprotected, header, printe
 FINAL = {"last-valid": "the last valid submission",
          "best-validation": "the valid submission whose script printed the best score"}
 CODER_TOKENS = 4096     # a reply of the coder may have: it writes whole scripts
+CODE_END = "\n```\n"    # the line that ends a script in a reply
 NO_MODEL = """
 No --model was given, so only the starter scripts ran. To run an agent, add one of
   --model Qwen/Qwen2.5-0.5B-Instruct       a model on the Hugging Face hub, downloaded when first used
@@ -126,7 +127,8 @@ def trajectory(s, task, k, policy, coder, cache, run):
         return zlib.crc32(f"{s.seed} {task.id} {k} {env.index} {speaker}".encode())
 
     def ask_coder(messages):
-        return coder.chat(messages, max_new_tokens=CODER_TOKENS, seed=seed("coder"), **sampling).text
+        reply = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed("coder"), **sampling)
+        return reply.text + CODE_END * (reply.finish == "stop")     # a whole script, without what is said after it
 
     env = Env(task, s.data, out=s.out, actions=s.actions, fields=s.fields, steps=s.steps, seconds=s.seconds,
               coder=coder and ask_coder, python=s.python, gpu=s.gpu or None, threads=s.threads,

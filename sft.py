@@ -36,7 +36,7 @@ import sample
 import tasks
 from env import DEFAULT_ACTIONS, FIELDS, Env, Unprotected, clip, header, printed_metric, record
 from model import IGNORE, Config, Qwen2, find_folder, load_tensors, write_checkpoint
-from eval import CODER_TOKENS, Failed, Run, ended, layout, prepare, read_record
+from eval import CODE_END, CODER_TOKENS, Failed, Run, ended, layout, prepare, read_record
 
 
 @dataclass
@@ -424,7 +424,8 @@ def trajectory(s, task, k, ideas, expert, cache, run):
         return zlib.crc32(f"{s.seed} {task.id} {k} {env.index} {speaker}".encode())
 
     def ask_coder(messages):
-        return expert.chat(messages, max_new_tokens=CODER_TOKENS, seed=seed("coder"), **sampling).text
+        reply = expert.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed("coder"), **sampling)
+        return reply.text + CODE_END * (reply.finish == "stop")
 
     env = Env(task, s.data, out=s.trajectories, actions=s.actions, fields=s.fields, steps=steps, seconds=s.seconds,
               coder=ask_coder if expert and s.coder == "expert" else None, python=s.python, gpu=s.gpu or None,

@@ -1,5 +1,6 @@
 """Lets `pytest` from the root import the top-level modules, and keeps torch from fighting over two cores."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,3 +10,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+# A shell starts background jobs with Ctrl-C ignored, and children would inherit that; some tests send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
