@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 import os
+import queue
 import random
 import re
 import sys
@@ -343,19 +344,33 @@ class Engine:
         """The assistant's next reply to a conversation: one Completion (see submit for the options)."""
         return self.submit(self.tokenizer.chat(messages), stream=stream, **options).result()
 
-    def generate(self, prompts, n=1, seed=0, **options):
+    def generate(self, prompts, n=1, seed=0, each=None, **options):
         """n samples of each prompt (a text, a list of ids, or a conversation): a list of n Completions for each.
 
-        The n samples of a prompt share one prefill. Sample j of prompt i draws from seed + i * n + j.
+        The n samples of a prompt share one prefill. Sample j of prompt i draws from seed + i * n + j. each(i, j,
+        completion) is called in the caller's thread as soon as that sample is done; the others wait meanwhile, so it
+        should hand longer work to another thread. What it raises ends the call and takes back what is not done.
         """
+        done = queue.SimpleQueue()
         with self.wake:     # all or none are there when the engine looks, so a run can be repeated exactly
             requests = [[self._request(self._ids(prompt), seed=seed + i * n + j, **options) for j in range(n)]
                         for i, prompt in enumerate(prompts)]
-            for group in requests:
+            for i, group in enumerate(requests):
+                for j, request in enumerate(group):
+                    request.future.add_done_callback(lambda _, at=(i, j): done.put(at))
                 self.waiting.extend(group)
             self.wake.notify()
-        while self.thread is None and not all(request.future.done() for group in requests for request in group):
-            self._advance()
+        try:
+            for _ in range(len(requests) * n):
+                while self.thread is None and done.empty():
+                    self._advance()
+                i, j = done.get()
+                reply = requests[i][j].future.result()
+                if each:
+                    each(i, j, reply)
+        except BaseException:
+            self._withdraw({id(request) for group in requests for request in group})
+            raise
         return [[request.future.result() for request in group] for group in requests]
 
     def submit(self, ids, **options):
@@ -406,12 +421,22 @@ class Engine:
             try:
                 if self.active or self.waiting:
                     self.step()
-            except Exception as error:
+            except BaseException as error:      # also Ctrl-C, which may come while a row is half written
                 with self.wake:
                     failed, self.active, self.waiting = [*self.active, *self.waiting], [], deque()
                     self.lengths = [0] * self.rows
                 for request in failed:
                     request.future.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
+
+    def _withdraw(self, requests):
+        """Sample no further what nobody waits for any more. requests: a set of their ids."""
+        with self.turn, self.wake:
+            self.waiting = deque(r for r in self.waiting if id(r) not in requests)
+            for row in reversed(range(len(self.active))):
+                if id(self.active[row]) in requests:
+                    self._park(row)
 
     def step(self):
         """Start waiting requests while rows are free, then sample one token for every active row."""

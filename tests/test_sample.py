@@ -239,6 +239,35 @@ def test_appending_several_tokens_to_ragged_rows_is_the_full_forward(model):
             assert torch.allclose(logits[r], whole, atol=1e-4, rtol=1e-5)
 
 
+def test_each_reply_is_handed_over_as_soon_as_it_is_done(model):
+    """With and without the engine's own thread: every sample once, the short ones while the long ones go on."""
+    prompts = prompts_of([9, 20])
+    for thread in (False, True):
+        engine, seen = engine_of(model, rows=4), []
+        if thread:
+            engine.submit([1], max_new_tokens=1).result()
+        here = threading.get_ident()
+        left = lambda: len(engine.active) + len(engine.waiting)
+        each = lambda i, j, reply: seen.append((i, j, reply, left(), threading.get_ident() == here))
+        groups = engine.generate(prompts, n=3, max_new_tokens=25, seed=1, each=each)
+        assert sorted(s[:2] for s in seen) == [(i, j) for i in range(2) for j in range(3)]
+        assert all(groups[i][j] is reply and mine for i, j, reply, _, mine in seen)
+        assert seen[0][3] > 0 or thread                 # six samples, four rows: the first come while others go on
+
+
+def test_what_each_raises_ends_the_call_and_leaves_a_working_engine(model):
+    engine, prompts = engine_of(model, rows=2), prompts_of([9, 20, 5])
+    expected = [[r.tokens for r in g] for g in engine.generate(prompts, n=2, max_new_tokens=9)]
+
+    def each(i, j, reply):
+        raise KeyError("planted")
+
+    with pytest.raises(KeyError, match="planted"):
+        engine.generate(prompts, n=2, max_new_tokens=9, each=each)
+    assert not engine.active and not engine.waiting
+    assert [[r.tokens for r in g] for g in engine.generate(prompts, n=2, max_new_tokens=9)] == expected
+
+
 def test_seeds_reproduce_and_differ(model):
     (prompt,) = prompts_of([12])
     run = lambda seed: engine_of(model).generate([prompt], n=3, max_new_tokens=12, seed=seed)[0]
