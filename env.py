@@ -59,6 +59,8 @@ MAX_LINES = 200                         # lines shown by one Inspect Script Line
 MAX_READ = 10 << 20                     # bytes of a file that an action looks at
 MAX_SCRIPT = 1 << 20                    # bytes of a file that an action may edit
 MAX_CODER = 20_000                      # characters of a file that Understand File shows to the coder
+PROMPTS = ("full", "short")             # what of a state the policy is shown, see prompt_of
+SHORT_SCRIPT, SHORT_NEWS = 600, 100     # characters of the script and of the news in a short prompt
 MAX_FILES, MAX_BYTES = 1_000, 1 << 30   # what a script may leave in the workspace
 UNDO = ".undo/"
 
@@ -900,6 +902,58 @@ def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS):
                          examples="\n\n".join(examples))
 
 
+SHORT = """Task: {task.id}
+{task.metric}, {better} is better
+Last: {news}
+{script}"""
+
+
+def prompt_of(shown, task, messages, snapshot, blobs):
+    """The chat messages that the policy is shown in a state: its messages and snapshot.
+
+    shown: "full", the messages themselves; "short", one message for a small model: the task, what the last step brought,
+    and the lines of the entry script that matter most.
+    """
+    if shown == "full":
+        return messages
+    sha = snapshot.get(task.entry)
+    script = blobs.path(sha).read_bytes()[:MAX_SCRIPT].decode("utf-8", "replace") if sha else ""
+    better = "higher" if task.direction == "up" else "lower"
+    return [{"role": "user", "content": SHORT.format(task=task, better=better, news=_news(task, messages),
+                                                     script=shown_lines(script))}]
+
+
+def shown_lines(script):
+    """What a short prompt shows of a script: from its first constant on (before it are docstring and imports), as many
+    whole lines as SHORT_SCRIPT characters hold."""
+    first = re.search(r"^[A-Z][A-Z0-9_]* = ", script, re.MULTILINE)
+    lines = script[first.start() if first else 0:]
+    return lines[:lines.rfind("\n", 0, SHORT_SCRIPT + 1) + 1 or SHORT_SCRIPT].rstrip("\n")
+
+
+def _news(task, messages):
+    """One line about the last step. Of a run it tells how the printed score compares with the best before."""
+    seen = [message["content"] for message in messages[2:] if message["role"] == "user"]
+    if not seen:
+        return "nothing"
+    action = re.search(r"^Action: (.+)", messages[-2]["content"], re.MULTILINE)
+    did = f"{action[1][:30]}: " if messages[-2]["role"] == "assistant" and action else ""
+    ran = f"{task.entry} ran to the end"
+    if seen[-1].startswith(ran):
+        value = printed_metric(seen[-1], task.metric)
+        before = [each for text in seen[:-1] if text.startswith(ran)
+                  and (each := printed_metric(text, task.metric)) is not None]
+        best = (max if task.direction == "up" else min)(before, default=None)
+        if value is None or best is None:
+            return did + ("ran" if value is None else f"{value:.4g}")
+        return f"{did}{value:.4g}, {'better' if task.better(value, best) else 'no better'} than {best:.4g}"
+    if seen[-1].startswith(f"{task.entry} is saved."):
+        return did + "saved"
+    lines = [line for line in seen[-1].splitlines() if line.strip() and not re.match(r"\[\d+ steps and ", line)]
+    failed = seen[-1].startswith(f"{task.entry} ended with")
+    return (did + "failed, " * failed + " ".join(" ".join(lines[-1 if failed else 0:][:1]).split()))[:SHORT_NEWS]
+
+
 def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
     """(fields, action, args, error) of a reply, for any string; error is "" if the action may be carried out, else one
     sentence.
@@ -1015,12 +1069,14 @@ class Env:
     actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
     steps, seconds: limits of the trajectory; waiting for a free slot to run a script does not count. coder:
     callable(messages) -> str, a second model for the (AI) actions; its ValueError (a text that does not fit) goes to
-    the agent, other errors to the caller. python, threads, sandbox: see execute. gpu: "0,1" gives each script one of
+    the agent, other errors to the caller. prompt: what prompt() shows of a state, "full" or "short". python, threads, sandbox: see execute. gpu: "0,1" gives each script one of
     these GPUs. cache: a Cache that Envs may share; the default lies in out.
     """
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
-                 coder=None, python=None, gpu=None, threads=1, sandbox="on", cache=None):
+                 coder=None, prompt="full", python=None, gpu=None, threads=1, sandbox="on", cache=None):
+        if prompt not in PROMPTS:
+            raise ValueError(f"prompt must be one of {', '.join(PROMPTS)}; found {prompt!r}")
         if unknown := [name for name in actions if name not in ACTIONS]:
             raise ValueError(f"unknown actions {unknown}; known are: {', '.join(ACTIONS)}")
         if not set(fields) <= set(FIELDS) or tuple(fields[-2:]) != FIELDS[-2:]:
@@ -1030,7 +1086,7 @@ class Env:
         self.data, self.public = Path(data), (Path(data) / self.task.id / "public").resolve()
         self.blobs = Blobs(Path(out) / "blobs")
         self.actions = tuple(name for name in actions if coder or name not in NEEDS_CODER)
-        self.fields, self.steps, self.seconds, self.coder = tuple(fields), steps, seconds, coder
+        self.fields, self.steps, self.seconds, self.coder, self.shown = tuple(fields), steps, seconds, coder, prompt
         self.python, self.gpu, self.threads, self.sandbox = python, gpu, threads, sandbox
         self.cache = cache or Cache(Path(out) / "cache")
         self.reset()
@@ -1058,6 +1114,10 @@ class Env:
         self.m_before = self.info["m_init"] if m_before is None else m_before
         self.deadline = time.monotonic() + (self.seconds if seconds is None else seconds)
         self.ended, self.scores = "", []
+
+    def prompt(self):
+        """The chat messages that the policy is shown for its next reply."""
+        return prompt_of(self.shown, self.task, self.messages, self.files, self.blobs)
 
     @property
     def done(self):
@@ -1450,7 +1510,7 @@ def _stamps(folder):
 def header(env, **more):
     """The first line, to be written right after reset(). more: the caller's own entries (model, seed)."""
     return {"type": "header", "task": env.task.id, "data": str(env.data), "actions": list(env.actions),
-            "fields": list(env.fields), "steps": env.steps, "seconds": env.seconds, "python": env.python,
+            "fields": list(env.fields), "prompt": env.shown, "steps": env.steps, "seconds": env.seconds, "python": env.python,
             "gpu": env.gpu, "threads": env.threads, "sandbox": env.sandbox, "m_init": env.info["m_init"],
             "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")), "snapshot": env.snapshot(),
             "messages": list(env.messages), **more}
@@ -1494,7 +1554,8 @@ def replay(path, say=print):
             for name in ("actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")}
     snapshot, messages = head["snapshot"], head["messages"]
     with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
-        env = Env(head["task"], head["data"], out=out, coder=coder, cache=Cache(empty), **same)
+        env = Env(head["task"], head["data"], out=out, coder=coder, prompt=head.get("prompt", "full"), cache=Cache(empty),
+                  **same)
         for old in steps:
             env.restore(snapshot, messages, index=old["index"], m_before=old["m_before"], seconds=old["time_left_s"])
             answers[:] = old["coder"]

@@ -23,7 +23,7 @@ import numpy as np
 
 import sample
 import tasks
-from env import DEFAULT_ACTIONS, FIELDS, Cache, Env, Unprotected, header, printed_metric, record
+from env import DEFAULT_ACTIONS, FIELDS, PROMPTS, Cache, Env, Unprotected, header, printed_metric, record
 
 FINAL = {"last-valid": "the last valid submission",
          "best-validation": "the valid submission whose script printed the best score"}
@@ -51,6 +51,8 @@ class Settings:
     seconds: float = 1800.0  # a trajectory may take
     actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the agent may do
     fields: tuple[str, ...] = FIELDS  # entries of a reply; a weak model does better with "Thought,Action,Action Input"
+    prompt: str = "full"  # what the model is shown of a state: full (the conversation), or short (a message: the task,
+        # what the last step brought and the head of the script, for a model of a few million weights)
     final: str = "last-valid"  # what counts of a trajectory: last-valid, or best-validation (by the printed score)
     parallel: int = 8  # trajectories that run at the same time
     max_new_tokens: int = 1024  # a reply may have
@@ -76,6 +78,8 @@ class Settings:
         if self.sandbox not in ("on", "off") or not 0 <= self.recheck <= 1:
             raise ValueError("expected --sandbox on or off and --recheck from 0 to 1, found "
                              f"{self.sandbox} and {self.recheck}")
+        if self.prompt not in PROMPTS:
+            raise ValueError(f"--prompt must be {' or '.join(PROMPTS)}, found {self.prompt!r}")
         if self.final not in FINAL:
             raise ValueError(f"--final must be {' or '.join(FINAL)}, found {self.final!r}")
         if unknown := set(self.actions) - set(DEFAULT_ACTIONS):
@@ -131,7 +135,7 @@ def trajectory(s, task, k, policy, coder, cache, run):
         return reply.text + CODE_END * (reply.finish == "stop")     # a whole script, without what is said after it
 
     env = Env(task, s.data, out=s.out, actions=s.actions, fields=s.fields, steps=s.steps, seconds=s.seconds,
-              coder=coder and ask_coder, python=s.python, gpu=s.gpu or None, threads=s.threads,
+              coder=coder and ask_coder, prompt=s.prompt, python=s.python, gpu=s.gpu or None, threads=s.threads,
               sandbox=s.sandbox, cache=cache)
     if lines:
         last = lines[-1]
@@ -143,7 +147,7 @@ def trajectory(s, task, k, policy, coder, cache, run):
                                m_after=env.m_before, seconds_left=s.seconds, **sampling))
     while not (env.done or run.stop.is_set()):
         try:
-            reply = policy.chat(env.messages, max_new_tokens=s.max_new_tokens, stop=("\nObservation:",),
+            reply = policy.chat(env.prompt(), max_new_tokens=s.max_new_tokens, stop=("\nObservation:",),
                                 seed=seed("policy"), **sampling)
         except sample.ContextFull as error:
             run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})

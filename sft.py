@@ -34,7 +34,9 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import DEFAULT_ACTIONS, FIELDS, Env, Unprotected, clip, header, printed_metric, record
+from env import (
+    DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, Env, Unprotected, clip, header, printed_metric, prompt_of, record,
+    shown_lines)
 from model import IGNORE, Config, Qwen2, find_folder, load_tensors, write_checkpoint
 from eval import CODE_END, CODER_TOKENS, Failed, Run, ended, layout, prepare, read_record
 
@@ -69,6 +71,8 @@ class Settings:
     coder: str = "expert"  # who carries out the (AI) actions: expert (the same model), or none
     actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the expert may do
     fields: tuple[str, ...] = FIELDS  # entries of a reply
+    prompt: str = "full"  # what the expert is shown of a state: full (the conversation), or short (one message: the
+        # task, what the last step brought and the head of the script); training then takes each step for itself
     parallel: int = 8  # trajectories collected at the same time
     max_new_tokens: int = 1024  # a reply of the expert may have
     temperature: float = 1.0  # of the expert
@@ -94,6 +98,8 @@ class Settings:
         if self.steps is not None and self.steps < 1 or self.ideas < 0 or self.per_idea < 0:
             raise ValueError("expected --steps of at least 1, and no --ideas or --per-idea below 0, found "
                              f"{self.steps}, {self.ideas}, {self.per_idea}")
+        if self.prompt not in PROMPTS:
+            raise ValueError(f"--prompt must be {' or '.join(PROMPTS)}, found {self.prompt!r}")
         if self.coder not in ("expert", "none") or self.sandbox not in ("on", "off"):
             raise ValueError("expected --coder expert or none, and --sandbox on or off, found "
                              f"{self.coder!r} and {self.sandbox!r}")
@@ -133,7 +139,13 @@ def distinct(ideas):
 
 def candidates(s, task, expert):
     """The ideas of a task: at least s.ideas that the expert has written, or those shipped with it. The answers are kept
-    in the folder's ideas/TASK.json, so that none is asked for again. Failed: the expert writes none."""
+    in the folder's ideas/TASK.json, so that none is asked for again. With short prompts the scripted expert has ideas of
+    one edit, whose text the prompt shows, and the script's own numbers. Failed: the expert writes none."""
+    if expert is None and s.prompt == "short":
+        script = (task.folder / task.entry).read_text()
+        found = [idea for idea in tasks.ideas(task.id) if len(idea["edits"]) == 1
+                 and idea["edits"][0]["find"] in shown_lines(script)]
+        return constants(script) + found
     if expert is None or s.ideas == 0:
         if not (found := tasks.ideas(task.id)):
             raise ValueError(f"{task.id} has no ideas.json; let an expert write ideas: --expert MODEL --ideas 100")
@@ -369,11 +381,60 @@ def scripted(task, fields, steps, ideas, rng):
     yield reply("End the work", tell("end"), "Final Answer", final_answer=answer)
 
 
+SHORT_ACTIONS = ("Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")
+SHORT_FIELDS = ("Thought", "Action", "Action Input")
+
+
+def constants(script):
+    """Ideas made of a script's named numbers, "NAME = 5" at the start of a line: each multiplied and divided."""
+    found = []
+    for name, text in re.findall(r"^([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)(?=\s)", script, re.MULTILINE):
+        old, whole = float(text), text.isdigit()
+        values = [old * factor for factor in (2, 0.5, 3, 10, 0.1)] if old else [1, 2, 5] if whole else [0.1, 0.01, 0.5]
+        for value in dict.fromkeys(max(1, round(value)) if whole else value for value in values):
+            new, find = f"{value:.3g}" if not whole else str(value), f"{name} = {text}"
+            if name != "SEED" and float(new) != old and script.count(find) == 1 and not 0 < old < 1 <= value:
+                found.append({"title": f"{name} {new}", "instruction": f"Set {name} to {new} instead of {text}.",
+                              "edits": [{"find": find, "replace": f"{name} = {new}"}]})
+    return found
+
+
+def scripted_short(task, fields, steps, ideas, rng):
+    """As scripted, for short prompts: they show the script, so it is not read, and the thought is the idea's title."""
+    script, best = (task.folder / task.entry).read_text(), None
+
+    def reply(thought, action, **args):
+        values = {"Thought": thought, "Action": action, "Action Input": json.dumps(args, ensure_ascii=False)}
+        return "\n".join(f"{name}: {values[name]}" for name in fields if name in values)
+
+    def run():
+        return reply("run it", "Execute Script", script_name=task.entry)
+
+    step = yield run()
+    best = printed_metric(step["observation"], task.metric)
+    for idea in ideas:
+        edits = fitting(idea, script)
+        for find, put in edits:
+            step = yield reply(idea["title"], "Replace In Script", script_name=task.entry, find=find, replace=put)
+        if not edits:
+            continue
+        step = yield run()
+        new = printed_metric(step["observation"], task.metric) if step["outcome"] == "ok" else None
+        if new is not None and (best is None or task.better(new, best)):
+            best = new
+            for find, put in edits:
+                script = script.replace(find, put)
+        else:
+            for _ in edits:
+                step = yield reply("take it back", "Undo Edit Script", script_name=task.entry)
+    yield reply("end", "Final Answer", final_answer=f"{task.metric} {best}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Collecting
 
 # what the trajectories of one folder agree in
-SAME = ("expert", "coder", "actions", "fields", "steps", "seconds", "ideas", "keep", "embed", "max_new_tokens",
+SAME = ("expert", "coder", "actions", "fields", "prompt", "steps", "seconds", "ideas", "keep", "embed", "max_new_tokens",
         "temperature", "top_p", "context", "threads", "gpu", "sandbox", "seed")
 NUM_STEPS = 15
 
@@ -417,7 +478,8 @@ def trajectory(s, task, k, ideas, expert, cache, run):
     """Plays trajectory k of a task to its end, from the last step in its file, where it adds a line for each step.
     expert: what sample.load gave, None for the scripted one. cache: what scripts gave before, shared by all."""
     path, steps, rng = file_of(s, task.id, k), s.steps or NUM_STEPS, random.Random(f"{s.seed} {task.id} {k}")
-    lines, drawn = read_record(path), rng.sample(ideas, min(rng.randint(1, 3), len(ideas)))
+    num_ideas = 2 * steps if expert is None and s.prompt == "short" else rng.randint(1, 3)
+    lines, drawn = read_record(path), rng.sample(ideas, min(num_ideas, len(ideas)))
     sampling = dict(temperature=s.temperature, top_p=s.top_p)
 
     def seed(speaker):  # differs between trajectories, steps and speakers; the same again after an interruption
@@ -428,7 +490,7 @@ def trajectory(s, task, k, ideas, expert, cache, run):
         return reply.text + CODE_END * (reply.finish == "stop")
 
     env = Env(task, s.data, out=s.trajectories, actions=s.actions, fields=s.fields, steps=steps, seconds=s.seconds,
-              coder=ask_coder if expert and s.coder == "expert" else None, python=s.python, gpu=s.gpu or None,
+              coder=ask_coder if expert and s.coder == "expert" else None, prompt=s.prompt, python=s.python, gpu=s.gpu or None,
               threads=s.threads, sandbox=s.sandbox, cache=cache)
     if not lines:
         tokenizer = getattr(expert, "tokenizer", None)
@@ -441,7 +503,7 @@ def trajectory(s, task, k, ideas, expert, cache, run):
         env.restore(lines[-1]["snapshot"], messages, index=len(lines) - 1, m_before=lines[-1]["m_after"],
                     seconds=lines[-1]["seconds_left"])
     if expert is None:
-        speaker = scripted(task, s.fields, steps, drawn, rng)
+        speaker = (scripted_short if s.prompt == "short" else scripted)(task, s.fields, steps, drawn, rng)
         said = next(speaker)
         for line in lines[1:]:      # what is recorded brings the script to where it was
             if line["reply"] != said:
@@ -452,8 +514,8 @@ def trajectory(s, task, k, ideas, expert, cache, run):
     while not (env.done or run.stop.is_set()):
         more, tokens = {}, None
         if expert:
-            prompt = [dict(message) for message in env.messages]
-            prompt[1]["content"] += hint        # what is recorded stays without it
+            prompt = [dict(message) for message in env.prompt()]
+            next(one for one in prompt if one["role"] == "user")["content"] += hint     # what is recorded is without it
             try:
                 reply = expert.chat(prompt, max_new_tokens=s.max_new_tokens, stop=("\nObservation:",),
                                     seed=seed("expert"), **sampling)
@@ -551,8 +613,9 @@ def collect(s, load=sample.load):
                  for name in SAME if then.get(name) != same[name]]
         found += [f"the data of {task.id} were others" for task, info in infos
                   if manifest["tasks"].get(task.id, info)["sha256"] != info["sha256"]]
-        if s.expert == "scripted" and (lacking := set(SCRIPTED) - set(s.actions)):
-            raise ValueError(f"the scripted expert needs the actions {','.join(SCRIPTED)}; missing in --actions: "
+        needed = SHORT_ACTIONS if s.prompt == "short" else SCRIPTED
+        if s.expert == "scripted" and (lacking := set(needed) - set(s.actions)):
+            raise ValueError(f"the scripted expert needs the actions {','.join(needed)}; missing in --actions: "
                              f"{', '.join(sorted(lacking))}")
         paths = [file_of(s, task.id, k) for task, _ in infos for k in range(s.num)]
         records = {path: read_record(path) for path in paths}
@@ -584,7 +647,7 @@ def collect(s, load=sample.load):
         run = Run(records, s.steps or NUM_STEPS)
         if any(records.values()):
             print(f"{folder}: {len(run.over)} of {len(records)} trajectories are done; going on", file=sys.stderr)
-        cache = {}
+        cache = Cache(folder / "cache")
         together(jobs, lambda task, k: trajectory(s, task, k, pools[task.id], expert, cache, run), s, run)
         actions = []
         for id, about in manifest["tasks"].items():
@@ -650,19 +713,19 @@ def conversations(path, *, parsed=True, rose=False, per_idea=0, data="data", tok
         played = re.search(r'^\{"type": "(header|step|end)"', text, re.M)
         for source, load in [(str(file), None)] if played else entries(file, text):
             try:
-                one = (read_played(file, text, parsed, rose, forbidden, tokenizer) if played else
-                       read_own(load(), source))
-                if per_idea and any(times[one.task, idea] >= per_idea for idea in one.ideas):
+                ones = (read_played(file, text, parsed, rose, forbidden, tokenizer) if played else
+                        [read_own(load(), source)])
+                if per_idea and any(times[ones[0].task, idea] >= per_idea for idea in ones[0].ideas):
                     raise Bad("filter: more than --per-idea trajectories of one of its ideas")
             except Bad as error:
                 left_out[str(error)].append(source)
                 continue
-            for message in one.messages:
+            for message in (message for one in ones for message in one.messages):
                 named = re.match(r"Task: (\S+)\n", message["content"]) if message["role"] == "user" else None
                 if named and named[1] in tasks.names("held-out"):
                     raise ValueError(f"{source} is about {named[1]}, which is held out: it may not be trained on")
-            times.update((one.task, idea) for idea in one.ideas)
-            found.append(one)
+            times.update((ones[0].task, idea) for idea in ones[0].ideas)
+            found += ones
     turns = sum(len(one.trained) for one in found)
     lines = [f"{path}: {len(found)} conversations with {turns} replies to learn"]
     lines += [f"  left out, {why}: {len(where)} ({', '.join(where[:5])}{', ...' * (len(where) > 5)})"
@@ -716,7 +779,8 @@ NEEDED = ({"task", "messages", "snapshot", "m_init"}, {"messages", "snapshot", "
 
 
 def read_played(file, text, parsed, rose, forbidden, tokenizer):
-    """The Conversation in a trajectory's file, which holds text. ValueError if it is of a held-out task."""
+    """[Conversation, ...] of a trajectory's file, which holds text: one, or with short prompts one for each reply that
+    is learned. ValueError if it is of a held-out task."""
     lines = []
     for number, line in enumerate(text.rstrip().split("\n"), 1):
         try:
@@ -738,19 +802,27 @@ def read_played(file, text, parsed, rose, forbidden, tokenizer):
     for sha in {sha for line in (head, *steps) for sha in line["snapshot"].values()}:
         if not (folder / "blobs" / sha[:2] / sha).is_file():
             raise Bad("a missing blob")
-    task, messages, trained = tasks.load(head["task"]), [dict(message) for message in head["messages"]], []
+    task, messages, trained, single = tasks.load(head["task"]), [dict(m) for m in head["messages"]], [], []
+    snapshot, short, blobs = head["snapshot"], head.get("prompt") == "short", Blobs(folder / "blobs")
     if rose and not (steps and task.better(steps[-1]["m_after"], head["m_init"])):
         raise Bad("filter: its score did not rise")
     for step in steps:      # a reply that could not be read is not in the messages, so it is never learned
         if step["messages"][0]["role"] == "assistant" and (step["valid"] or not parsed):
             trained.append(len(messages))
+            if short:
+                single.append([*prompt_of("short", task, messages, snapshot, blobs), dict(step["messages"][0])])
         messages += [dict(message) for message in step["messages"]]
+        snapshot = step["snapshot"]
     if not trained:
         raise Bad("no turn of the assistant")
-    if not (tokenizer and head.get("tokenizer") == fingerprint(tokenizer)):
-        for message in messages:
+    ideas, same = tuple(head.get("ideas", ())), tokenizer and head.get("tokenizer") == fingerprint(tokenizer)
+    found = [Conversation(one, [len(one) - 1], f"{file}, message {i}", task.id, ideas)
+             for i, one in zip(trained, single)] or [
+        Conversation(messages[:trained[-1] + 1], trained, str(file), task.id, ideas)]
+    for one in () if same else found:
+        for message in one.messages:
             message.pop("tokens", None)
-    return Conversation(messages[:trained[-1] + 1], trained, str(file), task.id, tuple(head.get("ideas", ())))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
