@@ -470,33 +470,50 @@ def evaluate(s, load=sample.load):
         return results
 
 
-def main(argv=None):
-    s = sample.parse(Settings, argv)
+def attempt(program, work, kept):
+    """The exit status of work(): 0 done, 1 failed or interrupted, 2 bad settings, with the message on the error
+    stream. kept: the folder where what was done stays."""
     try:
-        print("\n" + report(evaluate(s)))
-        print(f"{NO_MODEL * (not s.model)}\nWritten to {s.out}: results.json{', trajectories, blobs' * bool(s.model)}")
+        work()
         return 0
     except ValueError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except (Failed, Unprotected, sample.EndpointError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("eval.py: interrupted", file=sys.stderr)
-    print(f"What was done is kept in {s.out}; the same command goes on from there.", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
+    print(f"What was done is kept in {kept}; the same command goes on from there.", file=sys.stderr)
     return 1
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # a batch system's request to end is a Ctrl-C
+def run_program(main):
+    """Ends the process with main()'s status. A batch system's request to end is a Ctrl-C; the scripts' folders lie
+    below one that is removed, and a second Ctrl-C does not leave it behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 1
-    with tempfile.TemporaryDirectory(prefix="ml-agent-eval-", ignore_cleanup_errors=True) as tempfile.tempdir:
-        try:        # the scripts' folders lie below this one, so none is left behind
+    with tempfile.TemporaryDirectory(prefix="ml-agent-", ignore_cleanup_errors=True) as tempfile.tempdir:
+        try:
             code = main()
         except SystemExit as error:
             code = error.code
         except BaseException:
             traceback.print_exc()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)      # threads may still wait for a reply or a script; the scripts end when we do
+
+
+def main(argv=None):
+    s = sample.parse(Settings, argv)
+
+    def work():
+        print("\n" + report(evaluate(s)))
+        print(f"{NO_MODEL * (not s.model)}\nWritten to {s.out}: results.json{', trajectories, blobs' * bool(s.model)}")
+    return attempt("eval.py", work, s.out)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -471,13 +471,13 @@ def checkpoint_files(folder):
     return held
 
 
-def load_tensors(folder, parameters, slice_bytes=32 * 2**20):
+def load_tensors(folder, parameters, slice_bytes=32 * 2**20, unused=()):
     """Fill parameters from the checkpoint in `folder`, a slice of rows at a time.
 
     parameters: {name: (tensor, first, shape)}; the tensor receives the rows from `first` on of one of this shape, so
-    that a process which holds a part reads only that part. The file is opened anew for each slice: the library maps it
-    into memory, and pages once read would count until it is closed. Raises ValueError naming missing, unexpected and
-    mis-shaped tensors together, before anything is copied.
+    that a process which holds a part reads only that part. unused: names in the checkpoint that need no parameter. The
+    file is opened anew for each slice: the library maps it into memory, and pages once read would count until it is
+    closed. Raises ValueError naming missing, unexpected and mis-shaped tensors together, before anything is copied.
     """
     where = checkpoint_files(folder)
     shapes = {}
@@ -486,7 +486,7 @@ def load_tensors(folder, parameters, slice_bytes=32 * 2**20):
             shapes.update({name: tuple(f.get_slice(name).get_shape()) for name in f.keys()})
     faults = {
         "missing": sorted(parameters.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - parameters.keys()),
+        "unexpected": sorted(shapes.keys() - parameters.keys() - set(unused)),
         "of another shape": [f"{name} (expected {parameters[name][2]}, found {shapes[name]})"
                              for name in sorted(parameters.keys() & shapes.keys())
                              if parameters[name][2] != shapes[name]],

@@ -15,8 +15,7 @@ The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), 
 ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, counts). A run that was killed goes on with
 the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import fcntl, hashlib, json, math, os, random, re, resource, shutil, signal, sys, tempfile, threading, time, traceback
-import zlib
+import fcntl, hashlib, json, math, os, random, re, resource, shutil, sys, threading, time, zlib
 from collections import Counter, defaultdict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -38,7 +37,7 @@ from env import (
     DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, Env, Unprotected, clip, header, printed_metric, prompt_of, record,
     shown_lines)
 from model import IGNORE, Config, Qwen2, find_folder, load_tensors, write_checkpoint
-from eval import CODE_END, CODER_TOKENS, Failed, Run, ended, layout, prepare, read_record
+from eval import CODE_END, CODER_TOKENS, Failed, Run, attempt, ended, layout, prepare, read_record, run_program
 
 
 @dataclass
@@ -841,15 +840,16 @@ def processes():
     return rank, world, device
 
 
-def build(config, folder, device, seed=0, recompute=False):
+def build(config, folder, device, seed=0, recompute=False, make=Qwen2):
     """A model to train, with fp32 master weights, sharded over all processes where there are several, or a GPU.
 
     Made on the meta device; each process then reads its own rows of the checkpoint in `folder`, or draws them where
     folder is None. The units of FSDP2 are the blocks, and the rest; on a GPU they are gathered in bf16 and gradients
-    reduced in fp32. recompute: activation checkpointing, block by block.
+    reduced in fp32. recompute: activation checkpointing, block by block. make: the class; a head `score` that it adds
+    begins at zero.
     """
     with torch.device("meta"):
-        model = Qwen2(config)
+        model = make(config)
     for block in model.model.layers:
         block.recompute = recompute
     rank, world = 0, 1
@@ -866,8 +866,11 @@ def build(config, folder, device, seed=0, recompute=False):
     for name, p in model.named_parameters():
         rows = p.to_local() if isinstance(p, DTensor) else p
         own[name] = rows, min(rank * -(-p.shape[0] // world), p.shape[0]), tuple(p.shape)
+    with torch.no_grad():
+        for name in [name for name in own if name.startswith("score.")]:
+            own.pop(name)[0].zero_()
     if folder:
-        load_tensors(folder, own)
+        load_tensors(folder, own, unused=() if hasattr(model, "lm_head") else ("lm_head.weight",))
     else:
         drawn = dict(Qwen2.from_scratch(config, seed).named_parameters())
         with torch.no_grad():
@@ -877,9 +880,10 @@ def build(config, folder, device, seed=0, recompute=False):
 
 
 def export(model, tokenizer, folder, dtype):
-    """Write an ordinary Hugging Face folder from a model that may be sharded; every process must call it."""
+    """Write an ordinary Hugging Face folder from a model that may be sharded, without a critic's head `score`; every
+    process must call it."""
     tensors = ((name, p.detach().full_tensor() if isinstance(p, DTensor) else p.detach())
-               for name, p in model.named_parameters())
+               for name, p in model.named_parameters() if not name.startswith("score."))
     if not dist.is_initialized() or dist.get_rank() == 0:
         write_checkpoint(folder, model.config, tensors, dtype)
         tokenizer.save(folder)
@@ -1001,13 +1005,18 @@ def cosine(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def rows_of(texts, chosen, rank, world, longest):
-    """The packed rows, lists of texts, of one process for the texts `chosen`; as many for every process, because FSDP
-    gathers and reduces for all of them together."""
-    packed = [pack([len(texts[i][0]) - 1 for i in chosen[r::world]], longest) for r in range(world)]
-    mine, own = chosen[rank::world], packed[rank]
-    rows = [[texts[mine[j]] for j in row] for row in own]
+def share(lengths, chosen, rank, world, longest):
+    """The packed rows of one process for the texts `chosen`, as lists of their indices; lengths: tokens of every text.
+    As many rows for every process, because FSDP gathers and reduces for all of them together."""
+    packed = [pack([lengths[i] for i in chosen[r::world]], longest) for r in range(world)]
+    rows = [[chosen[rank::world][j] for j in row] for row in packed[rank]]
     return rows + [[]] * (max(map(len, packed)) - len(rows))
+
+
+def rows_of(texts, chosen, rank, world, longest):
+    """The packed rows, lists of texts, of one process; see share."""
+    rows = share([len(ids) - 1 for ids, _ in texts], chosen, rank, world, longest)
+    return [[texts[i] for i in row] for row in rows]
 
 
 def add_gradients(model, rows, num_targets, world, device, size):
@@ -1163,36 +1172,14 @@ def fine_tune(s):
 
 def main(argv=None):
     s = sample.parse(Settings, argv)
-    try:
+
+    def work():
         if not s.collect:
-            fine_tune(s)
-            return 0
+            return fine_tune(s)
         print("\n" + report(collect(s)))
         print(f"Written to {s.trajectories}: manifest.json, trajectories, blobs")
-        return 0
-    except ValueError as error:
-        print(f"sft.py: {error}", file=sys.stderr)
-        return 2
-    except (Failed, Unprotected, sample.EndpointError) as error:
-        print(f"sft.py: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("sft.py: interrupted", file=sys.stderr)
-    print(f"What was collected is kept in {s.trajectories}; the same command goes on from there.", file=sys.stderr)
-    return 1
+    return attempt("sft.py", work, s.trajectories if s.collect else s.out)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # a batch system's request to end is a Ctrl-C
-    code = 1
-    with tempfile.TemporaryDirectory(prefix="ml-agent-sft-", ignore_cleanup_errors=True) as tempfile.tempdir:
-        try:        # the scripts' folders lie below this one, so none is left behind
-            code = main()
-        except SystemExit as error:
-            code = error.code
-        except BaseException:
-            traceback.print_exc()
-        for name in (signal.SIGINT, signal.SIGTERM):    # a second Ctrl-C must not leave that folder behind
-            signal.signal(name, signal.SIG_IGN)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)      # threads may still wait for a reply or a script; the scripts end when we do
+    run_program(main)
