@@ -486,6 +486,7 @@ class Engine:
             if source != home:
                 self.cache.copy(source, home, reused)
                 self.tokens[home, :reused] = self.tokens[source, :reused]
+            self.lengths[home] = reused         # so that what was copied moves with the row
         self._exchange(home, row)
         self.lengths[row], request.cached = reused, reused
         for start in range(reused, P, PREFILL_TOKENS):

@@ -200,6 +200,17 @@ def test_samples_of_one_prompt_share_one_prefill(model):
         assert_plain(model, prompt, reply)
 
 
+def test_a_copied_prefix_goes_with_its_row(model):
+    """Round after round of groups on an engine that has forgotten all: a copied prefix may first land in a row that
+    held nothing, which is then exchanged for another."""
+    engine, prompts = engine_of(model, rows=8), prompts_of([150, 120, 90, 60])
+    for seed in range(4):
+        for prompt, group in zip(prompts, engine.generate(prompts, n=2, max_new_tokens=5, seed=seed)):
+            for completion in group:
+                assert_plain(model, prompt, completion)
+        engine.forget()
+
+
 def test_the_next_turn_reuses_what_is_cached(model):
     """Two conversations alternate over three turns; each computes only what is new, and equals a fresh engine's."""
     engine, t, last = engine_of(model, rows=2), Tokenizer.of_bytes(), {}
