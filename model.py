@@ -137,6 +137,8 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         rows = x.numel() // x.shape[-1]
+        if x.dtype is not self.weight.dtype:        # Qwen2.compute
+            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if x.device.type != "cpu" or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         if x.dtype is torch.bfloat16:
@@ -156,43 +158,60 @@ class LinearLogProb(torch.autograd.Function):
     """log softmax(x W^T / temperature)[target], the entropy of the softmax, and if the target is its likeliest token,
     without ever holding (N, V) logits.
 
-    Logits are made for a few rows at a time, in fp32, and made again in backward, where each row is scaled by its own
-    upstream gradient: with p the softmax and E its entropy, d logp / d logits = 1[target] - p and
-    d E / d logits = -p (log p + E), both over the temperature.
+    Logits are made for some `words` of the vocabulary at a time, in fp32, with a running maximum and sums; backward
+    makes them again, and scales each row by its own upstream gradient: with p the softmax and E its entropy,
+    d logp / d logits = 1[target] - p and d E / d logits = -p (log p + E), both over the temperature. Going along the
+    vocabulary, each row of the weight and of its gradient is touched once in a pass, however many tokens there are.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, temperature, size, rows):
+    def logits(x, weight, targets, temperature, start, stop):
+        """Logits of the words start..stop, (N, words) in at least fp32, their weights as they were multiplied, and each
+        target's place among them, and if it is there."""
+        part = weight[start:stop].to(x.dtype)
+        logits = (x @ part.T).to(torch.promote_types(x.dtype, torch.float32))
+        return logits.div_(temperature), part, (targets - start).clamp(0, len(part) - 1)[:, None], (
+            (targets >= start) & (targets < stop))
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, temperature, size, words):
         exact = torch.promote_types(x.dtype, torch.float32)
-        logp, entropy, lse = (torch.empty(len(x), dtype=exact, device=x.device) for _ in range(3))
-        first = torch.empty(len(x), dtype=torch.bool, device=x.device)
-        for start in range(0, len(x), rows):
-            part = slice(start, start + rows)
-            logits = (x[part] @ weight[:size].T).to(exact) / temperature                            # (rows, V)
-            lse[part] = logits.logsumexp(-1)
-            target = logits.gather(1, targets[part, None])[:, 0]
-            logp[part], first[part] = target - lse[part], target >= logits.amax(-1)
-            entropy[part] = lse[part] - torch.linalg.vecdot((logits - lse[part, None]).exp_(), logits)
+        total, mean, target = (torch.zeros(len(x), dtype=exact, device=x.device) for _ in range(3))
+        best = torch.full_like(total, -torch.inf)
+        for start in range(0, size, words):
+            logits, _, place, here = LinearLogProb.logits(x, weight, targets, temperature, start,
+                                                          min(start + words, size))         # (N, words)
+            top = torch.maximum(best, logits.amax(-1))
+            p, shrink = (logits - top[:, None]).exp_(), (best - top).exp()
+            total, mean = total * shrink + p.sum(-1), mean * shrink + torch.linalg.vecdot(p, logits)
+            target, best = torch.where(here, logits.gather(1, place)[:, 0], target), top
+        lse = best + total.log()
+        entropy, first = lse - mean / total, target >= best
         ctx.save_for_backward(x, weight, targets, lse, entropy)
-        ctx.settings = temperature, size, rows
+        ctx.settings = temperature, size, words
         ctx.mark_non_differentiable(first)
-        return logp, entropy, first
+        ctx.set_materialize_grads(False)
+        return target - lse, entropy, first
 
     @staticmethod
     def backward(ctx, d_logp, d_entropy, _):
-        (x, weight, targets, lse, entropy), (temperature, size, rows) = ctx.saved_tensors, ctx.settings
-        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
-        for start in range(0, len(x), rows):
-            part = slice(start, start + rows)
-            logq = ((x[part] @ weight[:size].T).to(lse.dtype) / temperature).sub_(lse[part, None])    # log p
-            p = logq.exp()
-            d = p * -d_logp[part, None]
-            d -= p * (logq + entropy[part, None]) * d_entropy[part, None]
-            d.scatter_add_(1, targets[part, None], d_logp[part, None])
-            d = (d / temperature).to(x.dtype)
-            dx[part] = d @ weight[:size]
-            dw[:size].addmm_(d.T, x[part])
-        return dx, dw, None, None, None, None
+        (x, weight, targets, lse, entropy), (temperature, size, words) = ctx.saved_tensors, ctx.settings
+        d_logp = torch.zeros_like(lse) if d_logp is None else d_logp
+        dx, dw = torch.zeros_like(x, dtype=lse.dtype), torch.empty_like(weight)
+        dw[size:] = 0
+        for start in range(0, size, words):
+            stop = min(start + words, size)
+            logq, part, place, here = LinearLogProb.logits(x, weight, targets, temperature, start, stop)
+            logq -= lse[:, None]                                                            # log p
+            if d_entropy is None:
+                d = logq.exp_().mul_(-d_logp[:, None])
+            else:
+                d = logq.exp().mul_(-d_logp[:, None] - (logq + entropy[:, None]) * d_entropy[:, None])
+            d.scatter_add_(1, place, torch.where(here, d_logp, 0)[:, None])
+            d = d.div_(temperature).to(x.dtype)
+            dx += d @ part
+            dw[start:stop] = d.T @ x
+        return dx.to(x.dtype), dw, None, None, None, None
 
 
 class Head(Linear):
@@ -207,7 +226,7 @@ class Head(Linear):
             return super().forward(x)
         size = size or self.out_features
         budget = 2**24 if x.device.type == "cpu" else 2**27         # logits at a time: 64 MiB, 512 MiB
-        return LinearLogProb.apply(x, self.weight, targets, temperature, size, max(1, budget // size))
+        return LinearLogProb.apply(x, self.weight, targets, temperature, size, max(64, budget // max(1, len(x))))
 
 
 class RMSNorm(nn.Module):
@@ -219,7 +238,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 def rotary(positions, head_dim, theta):
@@ -309,6 +328,7 @@ class Backbone(nn.Module):
 
 class Qwen2(nn.Module):
     """The language model. Build it with from_pretrained or from_scratch; the bare constructor leaves weights unset."""
+    compute = None      # the dtype of activations and products where that is not the weights' own: mixed precision
 
     def __init__(self, config):
         super().__init__()
@@ -336,6 +356,7 @@ class Qwen2(nn.Module):
             positions = torch.cat(parts)[None]
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(tokens)
+        x = x.to(self.compute or x.dtype)
         for i, block in enumerate(self.model.layers):
             x = block(x, cos, sin, window, i, lengths)
         return self.model.norm(x)

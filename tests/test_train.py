@@ -30,8 +30,9 @@ def texts_of(num=24, seed=0):
     return texts
 
 
-def gradients(texts, chosen, world, rank, longest):
+def gradients(texts, chosen, world, rank, longest, compute=None):
     model = Qwen2.from_scratch(SMALL, seed=1)
+    model.compute = compute
     rows = sft.rows_of(texts, chosen, rank, world, longest)
     num = sum(sum(texts[i][1]) for i in chosen)
     loss = sft.add_gradients(model, rows, num, 1, torch.device("cpu"), 259)
@@ -86,7 +87,7 @@ torch.manual_seed(0)
 rank, world, device = sft.processes()
 texts = t.texts_of()
 chosen = list({chosen!r})
-model = sft.build(t.SMALL, None, device, seed=1, recompute={recompute})
+model = sft.build(t.SMALL, None, device, seed=1, recompute={recompute}, compute=torch.{compute})
 rows = sft.rows_of(texts, chosen, rank, world, 120)
 num = sum(sum(texts[i][1]) for i in chosen)
 loss = sft.add_gradients(model, rows, num, world, device, 259)
@@ -99,10 +100,21 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("world, chosen, recompute", [(2, range(12), False), (4, range(3), True)])
-def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path, world, chosen, recompute):
+def test_products_in_bf16_leave_weights_and_gradients_in_fp32():
+    """The gradients are those of fp32 within the rounding of bf16 (2^-9 a product), and are not rounded to bf16."""
+    whole, mixed = gradients(texts_of(), range(12), 1, 0, 300), gradients(texts_of(), range(12), 1, 0, 300,
+                                                                          torch.bfloat16)
+    assert_same(whole, mixed, 0.03)
+    assert all(grad.dtype is torch.float32 for grad in mixed[1].values())
+    grad = mixed[1]["model.layers.0.mlp.up_proj.weight"]        # a sum over several rows of texts
+    assert not torch.equal(grad, grad.bfloat16().float())
+
+
+@pytest.mark.parametrize("world, chosen, recompute, compute, tolerance", [
+    (2, range(12), False, "float32", 2e-6), (4, range(3), True, "float32", 2e-6), (2, range(12), True, "bfloat16", 0.03)])
+def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path, world, chosen, recompute, compute, tolerance):
     """Two and four gloo processes with unequal token counts; of four, one has no text at all."""
-    code = WORKER.format(chosen=list(chosen), recompute=recompute)
+    code = WORKER.format(chosen=list(chosen), recompute=recompute, compute=compute)
     (tmp_path / "worker.py").write_text(code)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
                     str(tmp_path / "worker.py"), str(tmp_path / "out.pt")], check=True, timeout=240,
@@ -110,8 +122,8 @@ def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path, world, cho
                    capture_output=True)
     loss, grads, norm = torch.load(tmp_path / "out.pt")
     alone = gradients(texts_of(), list(chosen), 1, 0, 120)
-    assert_same(alone, (loss, grads), 2e-6)
-    assert torch.allclose(norm, torch.stack([g.norm() for g in alone[1].values()]).norm(), rtol=1e-5)
+    assert_same(alone, (loss, grads), tolerance)
+    assert torch.allclose(norm, torch.stack([g.norm() for g in alone[1].values()]).norm(), rtol=5 * tolerance)
 
 
 # -- whole runs
