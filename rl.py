@@ -1,0 +1,707 @@
+"""Step-wise PPO: a state comes from the pool of expert trajectories, the policy takes one action, and is rewarded.
+
+    python rl.py                                        # goes on from runs/sft, on miniatures, on a laptop's CPU
+    torchrun --nproc_per_node 8 rl.py --preset 7b       # the same on eight GPUs
+    python rl.py --rollout episode                      # whole trajectories instead, for comparison
+
+The method is that of ML-Agent (arXiv 2505.23723): sampling whole trajectories is slow, since each step runs a training
+script, and most of what they meet repeats. So the states are recorded ones, and only the action is new. An iteration:
+
+1. Draw --states recorded states, tasks in turn (draw).
+2. Sample --num actions for each. While the engine samples on, each action is carried out in a restored workspace, its
+   script is run and graded, and reward.py makes of all that one number R (start, finish).
+3. Log-probs of the actor and of the reference, the model this run began with, and the critic's values. The reward of a
+   token is -kl * (logp_old - logp_ref), and R more at the action's last token (arXiv 1909.08593, equation 2).
+4. Advantages by GAE (arXiv 1506.02438, equation 16), whitened over all tokens of all processes; or the mean of the
+   state's other actions as baseline (--advantage group, without a critic).
+5. Updates by the clipped objective of PPO (arXiv 1707.06347, equation 7), in fp32 master weights.
+
+--out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl, a line an iteration. A killed run goes
+on exactly with the same command. Exit status: 0 done, 1 failed, 2 bad arguments.
+"""
+import json, math, random, sys, time, zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+
+import sample
+import tasks
+from env import SLOTS, Blobs, Cache, Env, clip, read_trajectory
+from eval import CODE_END, CODER_TOKENS, Failed, attempt, prepare, run_program
+from model import IGNORE, Config, Qwen2, find_folder
+from reward import KINDS
+from sft import (barrier, build, epoch_order, export, flops_of, held_out, load_state, peak_flops, peak_memory,
+                 processes, refuse_held_out, row_of, save_state, share)
+
+
+@dataclass
+class Settings:
+    model: str = "runs/sft"  # what is trained: a folder or a hub id; the reference and the critic begin as it too
+    trajectories: str = "runs/trajectories"  # the pool of states; what new scripts give is added to its blobs and cache
+    out: str = "runs/rl"  # the actor as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
+    task: str = "held-in"  # a task's id, or held-in for all that may be trained on
+    rollout: str = "step"  # step: one action in a recorded state; episode: whole trajectories from the start
+    iterations: int = 40  # rollouts, each followed by --epochs passes of updates
+    states: int = 32  # drawn in an iteration, over all processes; with --rollout episode: trajectories
+    num: int = 4  # actions sampled in each state
+    choose: str = "uniform"  # states of a task: uniform, or learnable (rather those whose actions' rewards differed)
+    steps: int = 15  # replies of a trajectory, with --rollout episode
+    advantage: str = "gae"  # gae: against the critic's values; group: against the mean of the state's actions
+    critic: str = "own"  # own: a second backbone; shared: a second head on the actor's
+    epochs: int = 1  # passes over an iteration's actions
+    minibatches: int = 1  # optimizer steps of a pass
+    value_steps: int = 4  # steps of the critic alone before the first update: its head begins at zero
+    lr: float = 1e-6  # of the actor
+    critic_lr: float = 1e-5  # of the critic
+    value_weight: float = 0.1  # of the value loss, where the critic shares the actor's backbone
+    clip: float = 1.0  # largest norm of a step's gradient, actor and critic apart
+    clip_low: float = 0.2  # the ratio of new to old probability counts from 1 - this ...
+    clip_high: float = 0.2  # ... to 1 + this
+    dual_clip: float = 3.0  # a bad action's loss counts up to this ratio (arXiv 1912.09729)
+    value_clip: float = 0.2  # a value may move this far from the old one within an iteration
+    kl: float = 1e-3  # weight of the divergence from the reference, in the reward
+    gamma: float = 1.0  # discount of a token
+    lam: float = 1.0  # lambda of GAE
+    truncate: float = 2.0  # cap of the weight trainer / sampler probability of a token (arXiv 2510.26788); 0: no weight
+    overlap: bool = False  # sample the next iteration while the last scripts of this one run: one update behind
+    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
+    max_new_tokens: int = 1024  # of an action
+    context: int = 16384  # tokens of prompt and action; states that do not fit are left out
+    rows: int = 64  # actions sampled at the same time, on each process
+    length: int = 16384  # tokens of a packed row in training
+    recompute: bool = True  # compute a block's activations again in backward: a third more time, far less memory
+    coder: str = "none"  # who carries out the (AI) actions: none, model (the policy), or another, as in --model
+    data: str = "data"  # where prepared tasks are kept
+    raw: str = ""  # folder of the publisher's files, as in eval.py
+    python: str = sys.executable  # the interpreter that runs the tasks' scripts
+    gpu: str = ""  # CUDA_VISIBLE_DEVICES of the scripts; empty hides all GPUs from them
+    threads: int = 1  # that a script may use for numerics
+    sandbox: str = "on"  # on, or off: scripts can then read the answers and all your files
+    save_every: int = 10  # iterations between checkpoints
+    show_every: int = 10  # iterations between whole samples that are printed
+    seed: int = 0  # of the states drawn and of sampling
+
+    def __post_init__(self):
+        choices = {"rollout": ("step", "episode"), "advantage": ("gae", "group"), "critic": ("own", "shared"),
+                   "choose": ("uniform", "learnable"), "sandbox": ("on", "off")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name} must be {' or '.join(allowed)}, found {getattr(self, name)!r}")
+        for name in ("iterations", "states", "num", "steps", "epochs", "minibatches", "rows", "max_new_tokens",
+                     "temperature", "save_every", "show_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
+        if self.minibatches > self.states:
+            raise ValueError(f"--minibatches {self.minibatches} are more than --states {self.states}; some would be "
+                             "empty")
+        if self.advantage == "group" and (self.rollout == "episode" or self.num < 2):
+            raise ValueError("--advantage group compares actions of one state: it needs --rollout step and --num of at "
+                             f"least 2, found {self.rollout} and {self.num}")
+        if self.rollout == "episode" and self.overlap:
+            raise ValueError("--overlap is for --rollout step; episodes run and sample at the same time anyway")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pool of states
+
+@dataclass(frozen=True)
+class State:
+    """The state before step `index` of a recorded trajectory."""
+    source: str     # the trajectory's file
+    head: dict      # its header
+    steps: list     # its step records
+    index: int
+
+    @property
+    def snapshot(self):
+        return (self.steps[self.index - 1] if self.index else self.head)["snapshot"]
+
+    @property
+    def messages(self):
+        return [*self.head["messages"], *(each for step in self.steps[:self.index] for each in step["messages"])]
+
+    @property
+    def m_before(self):
+        return self.steps[self.index]["m_before"] if self.steps else self.head["m_init"]
+
+
+def pool(s, say=print):
+    """{task id: [State, ...]}: every prefix of every trajectory in the folder s.trajectories, of the tasks of s.task.
+
+    States whose files are gone, and files that are no trajectory, are left out, named and counted. ValueError: a
+    held-out task, other data than those of the trajectories, or no state at all.
+    """
+    wanted, found, left_out, blobs = set(tasks.names(s.task)), {}, {}, Blobs(Path(s.trajectories, "blobs"))
+    forbidden, there = held_out(s.data), cache(blobs.has)
+    for file in sorted(Path(s.trajectories).glob("*.jsonl")):
+        try:
+            head, steps = read_trajectory(file)
+        except ValueError as error:
+            left_out.setdefault("no record of a trajectory", []).append(str(error))
+            continue
+        if head["task"] not in wanted:
+            continue
+        refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
+        now = tasks.info(head["task"], s.data)["sha256"]
+        if head.get("data_sha256", now) != now:
+            raise ValueError(f"{file} was collected on other data than {Path(s.data, head['task'])} holds; prepare "
+                             "those again, or collect anew")
+        for state in (State(str(file), head, steps, i) for i in range(len(steps))):
+            if all(map(there, state.snapshot.values())):
+                found.setdefault(head["task"], []).append(state)
+            else:
+                left_out.setdefault("a missing blob", []).append(f"{file.name}, step {state.index}")
+    lines = [f"{s.trajectories}: {sum(map(len, found.values()))} states of {len(found)} tasks"]
+    lines += [f"  left out, {why}: {len(where)} ({', '.join(where[:5])}{', ...' * (len(where) > 5)})"
+              for why, where in left_out.items()]
+    if not found:
+        raise ValueError("there is no state to start from; collect trajectories with: python sft.py --collect "
+                         f"--trajectories {s.trajectories}. " + "\n".join(lines))
+    say("\n".join(lines))
+    return found
+
+
+def draw(found, num, rng, weights=None):
+    """num States as (task, index in found[task]): the tasks in turn, in random order, and of each a state with a
+    chance in proportion to its weight. weights: {(task, index): weight}, 1 where there is none."""
+    picks, turn = [], []
+    while len(picks) < num:
+        turn = turn or rng.sample(sorted(found), len(found))
+        task = turn.pop()
+        chances = [1.0 if weights is None else weights.get((task, i), 1.0) for i in range(len(found[task]))]
+        picks.append((task, rng.choices(range(len(found[task])), chances)[0]))
+    return picks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+@dataclass
+class Sample:
+    """One action of the policy, and what came of it."""
+    group: int          # the place of its state among those of the iteration; all its actions share it
+    chain: int          # steps of one trajectory share it, in order; a single action is a chain of its own
+    prompt: list        # token ids that the policy saw
+    tokens: list        # and those it chose, the end of turn included
+    logps: list         # their log-probs when they were sampled
+    step: dict          # env.Step as a dict
+    task: str
+
+    @property
+    def text(self):
+        """(ids, chosen), as training takes them."""
+        return self.prompt + self.tokens, [False] * len(self.prompt) + [True] * len(self.tokens)
+
+
+class Rollout:
+    """Samples actions with an engine and carries them out, on one process of several.
+
+    Every process plays a run of neighbouring states. Seeds depend on the place of state and action alone, so the
+    actions are the same whatever the number of processes.
+    """
+
+    def __init__(self, s, engine, found, rank, world):
+        self.s, self.engine, self.found, self.rank, self.world = s, engine, found, rank, world
+        self.cache, self.pool = Cache(Path(s.trajectories, "cache")), ThreadPoolExecutor(SLOTS.cpus + 2)
+        other = s.coder not in ("none", "model")
+        self.coder = engine if s.coder == "model" else sample.load(s.coder, context=s.context) if other else None
+        self.options = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop=("\nObservation:",))
+
+    def at(self, state, **more):
+        """An Env in this state."""
+        ask = self.coder and (lambda messages: self.coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END)
+                              .text + CODE_END)
+        settings = {name: state.head[name] for name in ("actions", "fields", "prompt", "steps", "seconds")
+                    if name in state.head} | more
+        env = Env(state.head["task"], self.s.data, out=self.s.trajectories, coder=ask, cache=self.cache,
+                  python=self.s.python, gpu=self.s.gpu or None, threads=self.s.threads, sandbox=self.s.sandbox,
+                  **settings)
+        env.restore(state.snapshot, state.messages, index=state.index, m_before=state.m_before)
+        return env
+
+    def prompt(self, env):
+        return self.engine.tokenizer.chat(env.prompt())
+
+    def usable(self, state):
+        """Whether the state can be played: its files are there, and prompt and action fit the context."""
+        try:
+            env = self.at(state)
+        except ValueError as error:
+            return str(error)
+        length = len(self.prompt(env)) + self.s.max_new_tokens
+        return f"{length} tokens with the action, --context is {self.engine.context}" * (length > self.engine.context)
+
+    def draw(self, iteration, weights):
+        """The states of an iteration, drawn by the first process for all. One that has become unusable is dropped from
+        the pool, and said."""
+        rng, picks = random.Random(f"{self.s.seed} {iteration}"), []
+        while self.rank == 0 and len(picks) < self.s.states:
+            for pick in draw(self.found, self.s.states - len(picks), rng, weights):
+                task, i = pick
+                if why := self.usable(state := self.found[task][i]):
+                    print(f"left out: {state.source}, step {state.index}: {why}", file=sys.stderr)
+                    weights[pick] = 0.0
+                    if not any(weights.get((task, j), 1.0) for j in range(len(self.found[task]))):
+                        raise Failed(f"no state of {task} can be played any more; the last: {why}")
+                    break
+                picks.append(pick)
+        return broadcast(picks)
+
+    def start(self, iteration, weights):
+        """Draws states and samples their actions; returns {"picks", "actions": [[group, tokens, logps, text], ...]} and
+        the futures of their Samples, whose scripts may still run."""
+        s, picks = self.s, self.draw(iteration, weights)
+        share = -(-len(picks) // self.world)
+        first = min(self.rank * share, len(picks))
+        mine, actions, futures = picks[first:first + share], {}, {}
+        states = [self.found[task][i] for task, i in mine]
+
+        def each(i, j, completion):
+            actions[i, j] = [first + i, completion.tokens, completion.logps, completion.text]
+            futures[i, j] = self.pool.submit(self.act, states[i], *actions[i, j])
+        if mine:
+            self.engine.generate([self.prompt(self.at(state)) for state in states], n=s.num, each=each,
+                                 seed=zlib.crc32(f"{s.seed} {iteration}".encode()) + first * s.num, **self.options)
+        order = sorted(actions)
+        return {"picks": picks, "actions": [actions[key] for key in order]}, [futures[key] for key in order]
+
+    def again(self, begun):
+        """The futures of what start had sampled before this process ended."""
+        states = [self.found[task][i] for task, i in begun["picks"]]
+        return [self.pool.submit(self.act, states[action[0]], *action) for action in begun["actions"]]
+
+    def act(self, state, group, tokens, logps, text):
+        """The Sample of one action: carried out, run, graded, rewarded."""
+        env = self.at(state)
+        prompt = self.prompt(env)
+        return Sample(group, 0, prompt, list(tokens), list(logps), vars(env.step(text, tokens)), env.task.id)
+
+    def finish(self, futures):
+        """The Samples of all processes, in the order of their states."""
+        return numbered(gather([future.result() for future in futures]))
+
+    def episodes(self, iteration):
+        """The Samples of s.states * s.num whole trajectories: s.states starts, the tasks in turn, s.num of each."""
+        s, starts = self.s, draw(self.found, self.s.states, random.Random(f"{self.s.seed} {iteration}"))
+        share = -(-len(starts) // self.world)
+
+        def play(group, k):
+            head = self.found[starts[group][0]][0].head
+            env = self.at(State("", {**head, "steps": s.steps}, [], 0), steps=s.steps)
+            while not env.done:
+                prompt = self.prompt(env)
+                if len(prompt) + s.max_new_tokens > self.engine.context:
+                    return      # the conversation has outgrown the context
+                seed = zlib.crc32(f"{s.seed} {iteration} {group} {k} {env.index}".encode())
+                reply = self.engine.submit(prompt, seed=seed, **self.options).result()
+                step = env.step(reply.text, reply.tokens)
+                yield Sample(group, k, prompt, list(reply.tokens), list(reply.logps), vars(step), env.task.id)
+
+        mine = range(self.rank * share, min((self.rank + 1) * share, len(starts)))
+        with ThreadPoolExecutor(max(1, len(mine) * s.num)) as threads:      # they wait most of the time
+            chains = threads.map(lambda one: list(play(*one)), [(g, k) for g in mine for k in range(s.num)])
+            return numbered(gather([one for chain in chains for one in chain]))
+
+
+def numbered(samples):
+    """The Samples with chains numbered through: a chain is a run of neighbours with the same group and chain, or, for
+    single actions, each one alone."""
+    for i, one in enumerate(samples):
+        follows = i and one.step["index"] > samples[i - 1].step["index"] and last == (one.group, one.chain)
+        last, one.chain = (one.group, one.chain), (samples[i - 1].chain if follows else i)
+    return samples
+
+
+def broadcast(value):
+    """What the first process has, on all."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather(values):
+    """The lists of all processes, one after the other, on all."""
+    if not dist.is_initialized():
+        return values
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, values)
+    return [value for each in lists for value in each]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PPO
+
+class Critic(Qwen2):
+    """The value of the state before each chosen token: the language model's backbone with a linear head of one row."""
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.config, self.model = config, Qwen2(config).model
+        self.score = nn.Linear(config.hidden_size, 1)
+
+    def tie(self):
+        """There is no output head."""
+
+    def forward(self, tokens, lengths=None, targets=None):
+        """(B, T) int64, as for Qwen2 -> the values at the N targets, (N,) fp32."""
+        return value_of(self.score, self.hidden(tokens, lengths=lengths)[targets != IGNORE])
+
+
+class Shared(Qwen2):
+    """Actor and critic on one backbone: the language model with a second head, of one row."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, tokens, window=None, lengths=None, targets=None, temperature=1.0, size=None):
+        """As Qwen2, with targets also the values at them, (N,) fp32: logp, entropy, first, value."""
+        if targets is None:
+            return super().forward(tokens, window, lengths)
+        x, kept = self.hidden(tokens, window, lengths), targets != IGNORE
+        return *self.lm_head(x[kept], targets[kept], temperature, size), value_of(self.score, x[kept])
+
+
+def value_of(score, x):
+    return F.linear(x.float(), score.weight.float(), score.bias.float())[:, 0]
+
+
+def gae(rewards, values, gamma=1.0, lam=1.0):
+    """(advantages, returns) of one chain of tokens, both (N,), from its rewards and values, (N,).
+
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1} (arXiv 1506.02438, equations 11 and 16), and
+    the return is A_t + V_t. Behind the last token there is nothing, and its value is 0: an action is a whole episode,
+    and a trajectory is told how many steps it has left, so that to end there is part of its task.
+    """
+    advantages, following, after = [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist())):
+        following, after = reward + gamma * after - value + gamma * lam * following, value
+        advantages.append(following)
+    advantages = torch.tensor(advantages[::-1], dtype=rewards.dtype)
+    return advantages, advantages + values
+
+
+def whiten(x):
+    """x less its mean, over its standard deviation. Where that is next to nothing, all rewards being equal, the result
+    is next to nothing too, and no noise is blown up."""
+    return (x - x.mean()) / (x.std(correction=0) + 1e-4)
+
+
+def policy_loss(logp, logp_old, advantage, s):
+    """The loss of each token, (N,), and whether the ratio's clip decided it.
+
+    With r = exp(logp - logp_old): -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and where A < 0 at most
+    -dual_clip A (arXiv 1707.06347, equation 7; arXiv 1912.09729, equation 5). The difference is kept within 10 before
+    exp, which no clip leaves a gradient beyond.
+    """
+    ratio = (logp - logp_old).clamp(-10, 10).exp()
+    plain, clipped = ratio * advantage, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * advantage
+    gain = torch.minimum(plain, clipped)
+    gain = torch.where(advantage < 0, torch.maximum(gain, s.dual_clip * advantage), gain)
+    return -gain, clipped < plain
+
+
+def value_loss(value, value_old, returns, s):
+    """Half the squared error of each value, or of the value moved from the old one by at most value_clip, whichever is
+    larger, (N,)."""
+    moved = value_old + (value - value_old).clamp(-s.value_clip, s.value_clip)
+    return 0.5 * torch.maximum((value - returns) ** 2, (moved - returns) ** 2)
+
+
+class Learner:
+    """The actor, the critic and the reference, and how they are trained; on one process of several."""
+
+    def __init__(self, s, config, folder, size, rank, world, device):
+        self.s, self.config, self.size, self.rank, self.world, self.device = s, config, size, rank, world, device
+        made = dict(device=device, seed=s.seed, recompute=s.recompute)
+        critic = s.critic if s.advantage == "gae" else ""
+        self.actor = build(config, folder, make=Shared if critic == "shared" else Qwen2, **made)
+        self.critic = build(config, folder, make=Critic, **made) if critic == "own" else None
+        self.reference = build(config, folder, **made).requires_grad_(False) if s.kl else None
+        self.models = nn.ModuleDict({name: model for name in ("actor", "critic") if (model := getattr(self, name))})
+        heads = [p for name, p in self.models.named_parameters() if "score." in name]
+        self.slow = [p for p in self.actor.parameters() if not any(p is head for head in heads)]
+        fast = [p for p in self.models.parameters() if not any(p is one for one in self.slow)]
+        groups = [{"params": self.slow, "lr": s.lr}] + [{"params": fast, "lr": s.critic_lr}] * bool(fast)
+        self.optimizer = torch.optim.AdamW(groups, lr=s.lr, weight_decay=0.0)
+
+    def act(self, tokens, lengths, targets):
+        """logp, entropy, and of a shared critic the value, each (N,), of the actor."""
+        logp, entropy, _, *value = self.actor(tokens, lengths=lengths, targets=targets, size=self.size,
+                                              temperature=self.s.temperature)
+        return logp, entropy, *value
+
+    @torch.no_grad()
+    def measure(self, texts, forward):
+        """What forward(tokens, lengths, targets) says of the chosen tokens of each text: a list of (N,) tensors on the
+        CPU, for all texts on all processes, each having computed its share."""
+        found = []
+        for row in share([len(ids) - 1 for ids, _ in texts], range(len(texts)), self.rank, self.world, self.s.length):
+            values = forward(*row_of([texts[i] for i in row], self.device)).float().cpu()
+            found += zip(row, values.split([sum(texts[i][1]) for i in row])) if row else []
+        return [values for _, values in sorted(gather(found), key=lambda one: one[0])]
+
+    def advantages(self, samples, old, ref, values):
+        """(advantages, returns) of every sample's tokens, two lists of (N,), from the sampler's own log-probs of old
+        and of the reference, and the values. The KL penalty is k1 of arXiv 1909.08593, in the reward."""
+        s, chains = self.s, {}
+        rewards = [s.kl * (ref[i] - old[i]) if ref else torch.zeros_like(old[i]) for i in range(len(samples))]
+        for i, one in enumerate(samples):
+            rewards[i][-1] += one.step["reward"]
+            chains.setdefault(one.chain, []).append(i)
+        if s.advantage == "group":      # the mean of the other actions of the state
+            total, count = Counter(), Counter(one.group for one in samples)
+            for one in samples:
+                total[one.group] += one.step["reward"]
+            values = [torch.full_like(old[i], (total[one.group] - one.step["reward"]) / max(1, count[one.group] - 1))
+                      for i, one in enumerate(samples)]
+        advantages, returns = [None] * len(samples), [None] * len(samples)
+        for chain in chains.values():
+            found = gae(torch.cat([rewards[i] for i in chain]), torch.cat([values[i] for i in chain]), s.gamma,
+                        1.0 if s.advantage == "group" else s.lam)
+            for i, a, r in zip(chain, *(x.split([len(old[i]) for i in chain]) for x in found)):
+                advantages[i], returns[i] = a, r
+        if s.advantage == "gae":
+            advantages = list(whiten(torch.cat(advantages)).split([len(a) for a in advantages]))
+        return advantages, returns
+
+    def update(self, texts, old, advantages, returns, values, weights, iteration, policy=True):
+        """The passes over one iteration's actions; policy False: of the critic alone, s.value_steps of them. Returns
+        figures. Failed: a loss or a gradient that is not finite; no parameter has been changed by it."""
+        s, sums, norms = self.s, torch.zeros(6, device=self.device, dtype=torch.float64), []
+        largest = torch.ones((), device=self.device)
+        for number in range(s.epochs * s.minibatches if policy else s.value_steps):
+            epoch, m = divmod(number, s.minibatches) if policy else (number, 0)
+            order = epoch_order(len(texts), s.seed, iteration * s.epochs + epoch)
+            chosen = order[m::s.minibatches] if policy else order
+            num = sum(len(old[i]) for i in chosen)
+            for row in share([len(ids) - 1 for ids, _ in texts], chosen, self.rank, self.world, s.length):
+                tokens, lengths, targets = row_of([texts[i] for i in row], self.device)
+                a, o, r, v, w = (torch.cat([torch.zeros(0), *(x[i] for i in row)]).to(self.device)
+                                 for x in (advantages, old, returns, values, weights))
+                loss, value = torch.zeros((), device=self.device), None
+                if policy or not self.critic:
+                    logp, entropy, *value = self.act(tokens, lengths, targets)
+                    value = value[0] if value else None
+                    each, cut = policy_loss(logp, o, a, s)
+                    loss = (w * each).sum() / num if policy else 0.0 * logp.sum()
+                    sums[:3] += torch.stack([entropy.sum(), cut.sum(), w.mul(each).sum()]).detach() / num
+                    if len(logp):
+                        largest = torch.maximum(largest, (logp.detach() - o).exp().max())
+                if s.advantage == "gae":
+                    value = self.critic(tokens, lengths, targets) if self.critic else value
+                    error = value_loss(value, v, r, s).sum() / num
+                    sums[3] += error.detach()
+                    sums[4] += ((value - v).abs() > s.value_clip).sum() / num
+                    loss = loss + error * (1.0 if self.critic else s.value_weight)
+                (loss * self.world).backward()
+            if not policy:      # of a shared backbone only the critic's head
+                for p in self.slow:
+                    p.grad = None
+            norms.append(torch.stack([full(nn.utils.clip_grad_norm_(model.parameters(), s.clip)) for model in
+                                      ([self.actor] if policy or not self.critic else [])
+                                      + ([self.critic] if self.critic else [])]))
+            if not torch.isfinite(norms[-1]).all():
+                raise Failed(f"iteration {iteration + 1}, step {number + 1}, rank {self.rank}: gradient norms "
+                             f"{norms[-1].tolist()} of actor and critic, in actions {chosen[:20]}. The checkpoints in "
+                             f"{s.out} are from before")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        steps = len(norms)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        entropy, cut, loss, error, cut_value, _ = (sums / steps).tolist()
+        norm = torch.stack(norms).mean(0).tolist()
+        return {"policy_loss": loss, "value_loss": error, "entropy": entropy, "clip_fraction": cut,
+                "value_clip_fraction": cut_value, "ratio_max": largest.item(), "grad_norm": norm[0],
+                "critic_grad_norm": norm[-1]}
+
+
+def full(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+def sampler(s, learner, tokenizer):
+    """(engine, refresh): what samples from the actor, and a function that brings it the actor's present weights. It has
+    the trained module itself where that is whole; else a copy, in bf16 on a GPU, filled in place from the shards."""
+    actor, whole = learner.actor, not any(isinstance(p, DTensor) for p in learner.actor.parameters())
+    dtype = torch.bfloat16 if learner.device.type == "cuda" else torch.float32
+    model = actor if whole else Qwen2._empty(learner.config, dtype, learner.device).requires_grad_(False)
+    copies = dict(model.named_parameters())
+
+    @torch.no_grad()
+    def fill():
+        for name, p in actor.named_parameters() if not whole else ():
+            p = full(p)
+            if name in copies:
+                copies[name].copy_(p)
+
+    def refresh():
+        fill()
+        engine.refresh()
+    fill()
+    engine = sample.Engine(model, tokenizer, s.rows, s.context, name=s.model)
+    return engine, refresh
+
+
+def figures_of(samples, old, ref, values, returns, s):
+    """What the log says of an iteration's samples, as {name: number}."""
+    rewards = torch.tensor([one.step["reward"] for one in samples])
+    kinds = Counter(one.step["kind"] for one in samples)
+    edits = [one.step["reward"] for one in samples if one.step["outcome"] and one.step["action"] != "Execute Script"]
+    groups = {}
+    for one in samples:
+        groups.setdefault(one.group, set()).add(one.step["reward"])
+    gap = (torch.cat(old) - torch.cat([torch.tensor(one.logps) for one in samples])).abs()
+    found = {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
+             "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
+             **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(samples) for kind in KINDS},
+             "valid": sum(one.step["valid"] for one in samples) / len(samples),
+             "reward_edits": sum(edits) / len(edits) if edits else None,
+             "equal_groups": sum(len(each) == 1 for each in groups.values()) / len(groups),
+             "truncated": sum(len(one.tokens) >= s.max_new_tokens for one in samples) / len(samples),
+             "action_tokens": sum(map(len, old)) / len(samples), "gap_mean": gap.mean().item(),
+             "gap_max": gap.max().item()}
+    if ref:
+        d = (torch.cat(ref) - torch.cat(old)).clamp(-10, 10)
+        found |= {"kl": -d.mean().item(), "kl_k3": (d.exp() - 1 - d).mean().item()}
+    if values:
+        value, target = torch.cat(values), torch.cat(returns)
+        spread = target.var(correction=0)
+        found["explained_variance"] = (1 - (target - value).var(correction=0) / spread).item() if spread > 0 else None
+    return found
+
+
+def shown(one):
+    """A sample as text: the state in short, the action, what came of it."""
+    step = one.step
+    score = "" if step["score"] is None else f", score {step['m_before']:.6g} -> {step['score']:.6g}"
+    outcome = f", the script: {step['outcome']}" if step["outcome"] else ""
+    return (f"--- {one.task}, step {step['index']}, {len(one.prompt)} prompt tokens\n"
+            f"{clip(step['reply'].strip(), 1200)}\n--- {step['kind']}{outcome}{score}"
+            f"{', ' * bool(step['error'])}{step['error']}; reward {step['reward']:.3f}")
+
+
+def learn(s):
+    """Trains s.model on the pool and writes s.out."""
+    if refused := [id for id in tasks.names(s.task) if tasks.load(id).split != "held-in"]:
+        raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
+                         f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
+    rank, world, device = processes()
+    say = print if rank == 0 else lambda line, **_: None
+    folder = find_folder(s.model)
+    tokenizer, config = sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)
+    if rank == 0:
+        prepare(s)
+    barrier()
+    found = pool(s, say)
+    Path(s.out).mkdir(parents=True, exist_ok=True)
+    learner = Learner(s, config, folder, tokenizer.size, rank, world, device)
+    state = load_state(s.out, learner.models, learner.optimizer) or {"step": 0, "weights": [], "begun": None}
+    weights = {(task, i): weight for task, i, weight in state["weights"]}
+    engine, refresh = sampler(s, learner, tokenizer)
+    rollout, peak = Rollout(s, engine, found, rank, world), peak_flops(device)
+    if state["step"]:
+        say(f"{s.out}: going on after iteration {state['step']}")
+    log, started = open(Path(s.out, "log.jsonl"), "a") if rank == 0 else None, time.monotonic()
+    begun, futures = state["begun"], None
+    for iteration in range(state["step"], s.iterations):
+        clock, cached, sampled = [time.monotonic()], dict(rollout.cache.counts), engine.sampled_tokens
+        if s.rollout == "episode":
+            samples, begun = rollout.episodes(iteration), None
+            clock += [time.monotonic()] * 2
+        else:
+            if begun is None:
+                begun, futures = rollout.start(iteration, weights)
+            futures, now, begun = futures or rollout.again(begun), begun, None
+            if s.overlap and iteration + 1 < s.iterations:      # with the weights of before this iteration's update
+                begun, following = rollout.start(iteration + 1, weights)
+            clock.append(time.monotonic())
+            samples = rollout.finish(futures)
+            futures = following if begun else None
+            clock.append(time.monotonic())
+        if not samples:
+            raise Failed("no action could be sampled: every conversation outgrew --context")
+        texts = [one.text for one in samples]
+        act = lambda *row: learner.act(*row)[0]
+        old = learner.measure(texts, act)
+        ref = learner.reference and learner.measure(texts, lambda tokens, lengths, targets: learner.reference(
+            tokens, lengths=lengths, targets=targets, size=learner.size, temperature=s.temperature)[0])
+        judge = learner.critic or (lambda *row: learner.act(*row)[2])
+        judge_all = lambda: learner.measure(texts, judge) if s.advantage == "gae" else None
+        values = judge_all()
+        advantages, returns = learner.advantages(samples, old, ref, values)
+        one = [torch.zeros(len(each)) for each in old]
+        importance = [(o - torch.tensor(each.logps)).exp().clamp(max=s.truncate) if s.truncate else torch.ones(len(o))
+                      for o, each in zip(old, samples)]
+        if iteration == 0 and s.advantage == "gae":
+            learner.update(texts, old, advantages, returns, values, one, iteration, policy=False)
+            values = judge_all()
+            advantages, returns = learner.advantages(samples, old, ref, values)
+        found_now = learner.update(texts, old, advantages, returns, values or one, importance, iteration)
+        refresh()
+        clock.append(time.monotonic())
+        if s.choose == "learnable" and s.rollout == "step":
+            for group, pick in enumerate(now["picks"]):
+                rewards = torch.tensor([each.step["reward"] for each in samples if each.group == group])
+                weights[tuple(pick)] = 0.1 + 2 * rewards.std(correction=0).item()
+        counts = {name: rollout.cache.counts[name] - cached[name] for name in cached}
+        tokens, seconds = sum(map(len, old)), clock[-1] - clock[0]
+        passes = 3 * s.epochs * (1 + bool(learner.critic)) + 1 + bool(ref) + bool(learner.critic)      # of a forward
+        flops = flops_of(config, [texts]) / 3 * passes / world
+        figures = {"iteration": iteration + 1, **figures_of(samples, old, ref, values, returns, s), **found_now,
+                   "cache_hits": counts["hits"] / max(1, counts["hits"] + counts["runs"]), "runs": counts["runs"],
+                   "sample_s": clock[1] - clock[0], "execute_s": clock[2] - clock[1], "update_s": clock[3] - clock[2],
+                   "seconds": seconds, "elapsed_s": time.monotonic() - started,
+                   "sampled_tokens_s": (engine.sampled_tokens - sampled) * world / (clock[2] - clock[0]),
+                   "mfu": flops / (clock[3] - clock[2]) / peak if peak else None,
+                   "peak_gib": peak_memory(device) / 2**30}
+        if rank == 0:
+            report(figures, s, log, started, iteration + 1 - state["step"])
+            if (iteration + 1) % s.show_every == 0 or iteration == 0:
+                print(shown(random.Random(iteration).choice(samples)), flush=True)
+        if (iteration + 1) % s.save_every == 0 or iteration + 1 == s.iterations:
+            save_state(s.out, iteration + 1, learner.models, learner.optimizer, begun=begun,
+                       weights=[[*pick, weight] for pick, weight in weights.items()])
+    export(learner.actor, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
+
+
+def report(figures, s, log, started, done):
+    """Writes an iteration's line to the log and to the screen, and warns where not to edit is the best policy."""
+    log.write(json.dumps(figures) + "\n")
+    log.flush()
+    left = timedelta(seconds=int((time.monotonic() - started) / done * (s.iterations - figures["iteration"])))
+    f, optional = figures, lambda name, form: "-" if figures.get(name) is None else format(figures[name], form)
+    print(f"iteration {f['iteration']:>4}/{s.iterations}  reward {f['reward']:.3f}  edits "
+          f"{optional('reward_edits', '.3f')}  valid {f['valid']:4.0%}  kl {optional('kl', '.4f')}  entropy "
+          f"{f['entropy']:.3f}  clip {f['clip_fraction']:.3f}  ev {optional('explained_variance', '.2f')}  "
+          f"gap {f['gap_max']:.1e}  hits {f['cache_hits']:4.0%}  "
+          f"{f['sample_s']:.1f} + {f['execute_s']:.1f} + {f['update_s']:.1f} s  ETA {left}", flush=True)
+    if f["reward_edits"] is not None and f["reward_edits"] < 0.5 and f["iteration"] % s.show_every == 0:
+        print("  edits earn less than 0.5 on average, which is what an action that is no edit earns: the policy learns "
+              "not to edit while this lasts", file=sys.stderr)
+
+
+def main(argv=None):
+    s = sample.parse(Settings, argv)
+    return attempt("rl.py", lambda: learn(s), s.out)
+
+
+if __name__ == "__main__":
+    run_program(main)
