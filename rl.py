@@ -398,12 +398,19 @@ def whiten(x):
     return (x - x.mean()) / (x.std(correction=0) + 1e-4)
 
 
+def importance(old, sampled, cap):
+    """The weight of each token, pi_old / pi_sampler and at most cap (arXiv 2510.26788): it corrects the expectation
+    where sampler and trainer differ, by rounding or by an update (--overlap). cap 0: 1 for all. Lists of (N,)."""
+    return [(o - torch.tensor(each)).exp().clamp(max=cap) if cap else torch.ones(len(o))
+            for o, each in zip(old, sampled)]
+
+
 def policy_loss(logp, logp_old, advantage, s):
     """The loss of each token, (N,), and whether the ratio's clip decided it.
 
     With r = exp(logp - logp_old): -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and where A < 0 at most
     -dual_clip A (arXiv 1707.06347, equation 7; arXiv 1912.09729, equation 5). The difference is kept within 10 before
-    exp, which no clip leaves a gradient beyond.
+    exp, which must not overflow; beyond that no gradient is left but those below A e^-10.
     """
     ratio = (logp - logp_old).clamp(-10, 10).exp()
     plain, clipped = ratio * advantage, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * advantage
@@ -412,10 +419,10 @@ def policy_loss(logp, logp_old, advantage, s):
     return -gain, clipped < plain
 
 
-def value_loss(value, value_old, returns, s):
-    """Half the squared error of each value, or of the value moved from the old one by at most value_clip, whichever is
+def value_loss(value, value_old, returns, clip):
+    """Half the squared error of each value, or of the value moved from the old one by at most clip, whichever is
     larger, (N,)."""
-    moved = value_old + (value - value_old).clamp(-s.value_clip, s.value_clip)
+    moved = value_old + (value - value_old).clamp(-clip, clip)
     return 0.5 * torch.maximum((value - returns) ** 2, (moved - returns) ** 2)
 
 
@@ -476,11 +483,26 @@ class Learner:
             advantages = list(whiten(torch.cat(advantages)).split([len(a) for a in advantages]))
         return advantages, returns
 
+    def step(self, samples, iteration):
+        """Learns from one iteration's samples, after a warm-up of the critic in the first; returns figures."""
+        s, texts = self.s, [one.text for one in samples]
+        old = self.measure(texts, lambda *row: self.act(*row)[0])
+        ref = self.reference and self.measure(texts, lambda tokens, lengths, targets: self.reference(
+            tokens, lengths=lengths, targets=targets, size=self.size, temperature=s.temperature)[0])
+        weights = importance(old, [one.logps for one in samples], s.truncate)
+        judge = self.critic or (lambda *row: self.act(*row)[2])
+        for policy in [False, True] if iteration == 0 and s.advantage == "gae" and s.value_steps else [True]:
+            values = self.measure(texts, judge) if s.advantage == "gae" else None
+            advantages, returns = self.advantages(samples, old, ref, values)
+            found = self.update(texts, old, advantages, returns, values or old, weights, iteration, policy)
+        return figures_of(samples, old, ref, values, returns, s) | found
+
     def update(self, texts, old, advantages, returns, values, weights, iteration, policy=True):
         """The passes over one iteration's actions; policy False: of the critic alone, s.value_steps of them. Returns
         figures. Failed: a loss or a gradient that is not finite; no parameter has been changed by it."""
-        s, sums, norms = self.s, torch.zeros(6, device=self.device, dtype=torch.float64), []
+        s, sums, norms = self.s, torch.zeros(5, device=self.device, dtype=torch.float64), []
         largest = torch.ones((), device=self.device)
+        limit = s.value_clip if policy else math.inf        # the warm-up has no old values worth keeping to
         for number in range(s.epochs * s.minibatches if policy else s.value_steps):
             epoch, m = divmod(number, s.minibatches) if policy else (number, 0)
             order = epoch_order(len(texts), s.seed, iteration * s.epochs + epoch)
@@ -501,9 +523,9 @@ class Learner:
                         largest = torch.maximum(largest, (logp.detach() - o).exp().max())
                 if s.advantage == "gae":
                     value = self.critic(tokens, lengths, targets) if self.critic else value
-                    error = value_loss(value, v, r, s).sum() / num
+                    error = value_loss(value, v, r, limit).sum() / num
                     sums[3] += error.detach()
-                    sums[4] += ((value - v).abs() > s.value_clip).sum() / num
+                    sums[4] += ((value - v).abs() > limit).sum() / num
                     loss = loss + error * (1.0 if self.critic else s.value_weight)
                 (loss * self.world).backward()
             if not policy:      # of a shared backbone only the critic's head
@@ -522,7 +544,7 @@ class Learner:
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        entropy, cut, loss, error, cut_value, _ = (sums / steps).tolist()
+        entropy, cut, loss, error, cut_value = (sums / steps).tolist()
         norm = torch.stack(norms).mean(0).tolist()
         return {"policy_loss": loss, "value_loss": error, "entropy": entropy, "clip_fraction": cut,
                 "value_clip_fraction": cut_value, "ratio_max": largest.item(), "grad_norm": norm[0],
@@ -637,23 +659,7 @@ def learn(s):
             clock.append(time.monotonic())
         if not samples:
             raise Failed("no action could be sampled: every conversation outgrew --context")
-        texts = [one.text for one in samples]
-        act = lambda *row: learner.act(*row)[0]
-        old = learner.measure(texts, act)
-        ref = learner.reference and learner.measure(texts, lambda tokens, lengths, targets: learner.reference(
-            tokens, lengths=lengths, targets=targets, size=learner.size, temperature=s.temperature)[0])
-        judge = learner.critic or (lambda *row: learner.act(*row)[2])
-        judge_all = lambda: learner.measure(texts, judge) if s.advantage == "gae" else None
-        values = judge_all()
-        advantages, returns = learner.advantages(samples, old, ref, values)
-        one = [torch.zeros(len(each)) for each in old]
-        importance = [(o - torch.tensor(each.logps)).exp().clamp(max=s.truncate) if s.truncate else torch.ones(len(o))
-                      for o, each in zip(old, samples)]
-        if iteration == 0 and s.advantage == "gae":
-            learner.update(texts, old, advantages, returns, values, one, iteration, policy=False)
-            values = judge_all()
-            advantages, returns = learner.advantages(samples, old, ref, values)
-        found_now = learner.update(texts, old, advantages, returns, values or one, importance, iteration)
+        learned = learner.step(samples, iteration)
         refresh()
         clock.append(time.monotonic())
         if s.choose == "learnable" and s.rollout == "step":
@@ -661,10 +667,11 @@ def learn(s):
                 rewards = torch.tensor([each.step["reward"] for each in samples if each.group == group])
                 weights[tuple(pick)] = 0.1 + 2 * rewards.std(correction=0).item()
         counts = {name: rollout.cache.counts[name] - cached[name] for name in cached}
-        tokens, seconds = sum(map(len, old)), clock[-1] - clock[0]
-        passes = 3 * s.epochs * (1 + bool(learner.critic)) + 1 + bool(ref) + bool(learner.critic)      # of a forward
-        flops = flops_of(config, [texts]) / 3 * passes / world
-        figures = {"iteration": iteration + 1, **figures_of(samples, old, ref, values, returns, s), **found_now,
+        seconds = clock[-1] - clock[0]
+        both = 1 + bool(learner.critic)
+        passes = (3 * s.epochs + 1) * both + bool(learner.reference)      # of a forward
+        flops = flops_of(config, [[one.text for one in samples]]) / 3 * passes / world
+        figures = {"iteration": iteration + 1, **learned,
                    "cache_hits": counts["hits"] / max(1, counts["hits"] + counts["runs"]), "runs": counts["runs"],
                    "sample_s": clock[1] - clock[0], "execute_s": clock[2] - clock[1], "update_s": clock[3] - clock[2],
                    "seconds": seconds, "elapsed_s": time.monotonic() - started,
