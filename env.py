@@ -79,6 +79,7 @@ class Result:
     peak_bytes: int     # largest resident memory of all its processes together
     sandbox: str        # the layers that were active, such as "namespaces+landlock7", or "off"
     detail: str = ""    # one sentence about the outcome
+    canary_p: float | None = None       # of the graded submission, see tasks.judge
 
 
 class Stopped(RuntimeError):
@@ -1047,6 +1048,7 @@ class Step:
     detail: str = ""                # one sentence about the outcome
     printed: float | None = None    # the validation score that the script printed, not to be believed
     score: float | None = None      # the graded score of the submission that this step's run wrote
+    canary_p: float | None = None   # the chance to hold so many planted answers unread; see tasks.flagged
     m_before: float | None = None   # the graded score of the entry script before this step ...
     m_after: float | None = None    # ... and after it; the same if the step was no edit, or gave no score
     reward: float = 0.0
@@ -1389,7 +1391,7 @@ class Env:
         step.outcome, step.detail, step.kind = result.outcome, result.detail, OUTCOMES[result.outcome]
         step.score, step.m_after = score, score if script == self.task.entry else None
         step.printed, step.script_seconds = printed_metric(result.stdout, self.task.metric), result.seconds
-        step.peak_bytes, step.sandbox = result.peak_bytes, result.sandbox
+        step.peak_bytes, step.sandbox, step.canary_p = result.peak_bytes, result.sandbox, result.canary_p
 
     def _time_left(self):
         return max(0.0, min(self.task.time_limit_s, self.deadline - time.monotonic()))
@@ -1451,21 +1453,20 @@ class Env:
                         result = dataclasses.replace(result, outcome="disk full", detail=detail)
                 if result.outcome == "ok" and (
                         script == self.task.entry or after.get("submission.csv") != before.get("submission.csv")):
-                    outcome, detail, score = self._grade(folder / "submission.csv")
-                    result = dataclasses.replace(result, outcome=outcome, detail=detail)
+                    outcome, detail, score, canary_p = self._grade(folder / "submission.csv")
+                    result = dataclasses.replace(result, outcome=outcome, detail=detail, canary_p=canary_p)
             finally:
                 _remove(folder)
         return result, score, after
 
     def _grade(self, submission):
-        """(outcome, detail, graded score or None) of a run that ended well."""
+        """(outcome, detail, graded score or None, canary_p or None) of a run that ended well."""
         if not os.path.lexists(submission):
-            return "no submission", "The script ended without writing submission.csv.", None
+            return "no submission", "The script ended without writing submission.csv.", None, None
         try:
-            score = float(tasks.grade(self.task.id, submission, data=self.data))
+            return "ok", "", *tasks.judge(self.task.id, submission, data=self.data)
         except tasks.InvalidSubmission as error:
-            return "invalid submission", f"submission.csv is not valid: {error}", None
-        return "ok", "", score
+            return "invalid submission", f"submission.csv is not valid: {error}", None, None
 
     def _build(self, folder, files):
         """Writes the files to a folder. `data` is a folder of links to the public files: what a script adds is lost."""

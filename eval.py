@@ -5,7 +5,7 @@
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
 
 All trajectories of all tasks run together, a thread each, through one model. --out receives results.json (settings,
-versions, every score), trajectories/TASK-K.jsonl (a line a step; `python env.py replay FILE` runs it again) and blobs/
+versions, every score, what was flagged), trajectories/TASK-K.jsonl (a line a step; `python env.py replay FILE` runs it again) and blobs/
 (the files of every step). Ctrl-C keeps what is done, and the same command goes on from there.
 
 A trajectory's score is that of its final submission, the last valid one. A trajectory that left none has failed; it
@@ -252,6 +252,7 @@ def outcome(lines, direction, final):
             "ended": ended(lines), "steps": len(steps), "valid_replies": sum(step["valid"] for step in steps),
             "kinds": dict(Counter(step["kind"] for step in steps)),
             "outcomes": dict(Counter(step["outcome"] for step in steps if step["outcome"])),
+            "flagged": sum(tasks.flagged(step["canary_p"]) for step in steps),
             "mean_reward": sum(step["reward"] for step in steps) / len(steps) if steps else None,
             "sandbox": sorted({step["sandbox"] for step in steps if step["sandbox"]}),
             "tokens": sum(step["tokens"] for step in steps),
@@ -293,7 +294,7 @@ def collect(s, infos):
         records = [read_record(file_of(s, task.id, k)) for k in range(s.trajectories)]
         done = [{"k": k, **outcome(lines, task.direction, s.final)}
                 for k, lines in enumerate(records) if ended(lines)]
-        found[task.id] = {**about(task, info), "trajectories": done}
+        found[task.id] = {**about(task, info), "trajectories": done, "flagged": sum(one["flagged"] for one in done)}
         for name in ("score", "oracle") if done else ():
             scores = [one[name] for one in done]
             found[task.id][f"{name}_summary"] = summary(scores, info["m_init"], task.direction, s.seed)
@@ -315,10 +316,14 @@ def report(results):
     """The tables, as text, of what results.json holds."""
     found, s, parts = results["tasks"], results["settings"], []
     bare = " (sandbox off)" * (s.get("sandbox") == "off")
-    first = {id: (id + " (miniature)" * one["miniature"] + bare, f"{one['metric']} ({one['direction']})",
+    first = {id: (id + " (miniature)" * one["miniature"] + bare + " (FLAGGED)" * (one["flagged"] > 0), f"{one['metric']} ({one['direction']})",
                   number(one["starter"])) for id, one in found.items()}
     if any(one["miniature"] for one in found.values()):
         parts.append("Miniature data are made up from a seed: scores on them do not compare with published ones.")
+    if flagged := {id: one["flagged"] for id, one in found.items() if one["flagged"]}:
+        parts.append("FLAGGED: submissions that hold answers planted among the private ones, which no honest script\n"
+                     "has. These scores are not to be trusted: "
+                     + ", ".join(f"{id} ({count} submission{'s' * (count > 1)})" for id, count in flagged.items()) + ".")
     if again := results.get("rechecked"):
         parts.append(f"{again['runs']} known results were run again; {len(again['moved'])} came out differently.")
     if not s["model"]:
@@ -415,7 +420,8 @@ def baseline(s, infos, cache):
         if score is None:
             raise Failed(f"the starter of {task.id}: {result.outcome}. {result.detail}\n{result.stderr}")
         found[task.id] = {**about(task, info), "starter": score, "printed": printed_metric(result.stdout, task.metric),
-                          "seconds": result.seconds, "sandbox": result.sandbox}
+                          "seconds": result.seconds, "sandbox": result.sandbox,
+                          "flagged": int(tasks.flagged(result.canary_p))}
     return found
 
 

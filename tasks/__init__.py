@@ -8,8 +8,8 @@ and, where it has some,
     ideas.json   ways to change the starter, each told in words and as edits; see `ideas`
 More folders of tasks can be named in the environment variable ML_AGENT_TASKS, separated by ":".
 
-Prepared data lie in `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (what was
-prepared, from what, with row counts, hashes and the starter's measured score). Without the publisher's files a
+Prepared data lie in `data/<id>/`: `public` (all the agent may see), `private` (the answers, a few of them planted, see
+canary.py) and `task.json` (what was prepared, from what, with row counts, hashes and the starter's measured score). Without the publisher's files a
 *miniature* is prepared: data of the same form, made up from a seed. Scores on a miniature do not compare with
 published ones.
 
@@ -44,10 +44,11 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 
+from tasks import canary
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
     MissingRaw, copy_raw, copy_raw_folder, progress, raw_csv, raw_files, read_csv, train_test_split, write_csv)
-from tasks.submission import InvalidSubmission, matched, numbers, plain_columns, read_submission, show
+from tasks.submission import InvalidSubmission, matched, numbers, read_submission, read_table, show
 
 # What an idea may be about: the closed set of "kind" in ideas.json.
 IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentation", "ensembling", "calibration",
@@ -271,6 +272,9 @@ def _prepared(task, home, wanted, force, say):
     if wanted["miniature"] and not found["miniature"]:
         if force:
             raise ValueError(f"{home} holds real data. Give --raw to prepare it again, or delete it first.")
+        if "canaries" not in found:
+            raise ValueError(f"{home} holds real data that an older version prepared, without canary rows. "
+                             "Give --raw to prepare it again, or delete it first.")
         stale = "" if found["code"] == wanted["code"] else "; the task has changed since: prepare it again with --raw"
         say(f"{task.id}: keeping the real data in {home}{stale}")
         return True
@@ -299,19 +303,26 @@ def _build(task, part, raw, facts, say, python):
     for path in public.rglob("*"):
         if path.is_file():
             path.chmod(0o444)                   # scripts see this very folder, so a slip must not write into it
+    num_canaries = canary.plant(private, task.answers, target_columns(task, part))
     say(f"{task.id}: running the starter once")
-    score, seconds, _ = run_starter(task, part, python)
+    score, seconds, _, _ = run_starter(task, part, python)
     files = [path for folder in (public, private) for path in sorted(folder.iterdir()) if path.is_file()]
     facts = {**facts, "m_init": score, "m_best": task.m_best_miniature if raw is None else task.m_best,
              "m_best_source": task.m_best_miniature_source if raw is None else task.m_best_source,
-             "starter_seconds": round(seconds, 2),
+             "starter_seconds": round(seconds, 2), "canaries": num_canaries,
              "rows": {str(path.relative_to(part)): _num_rows(path) for path in files if path.suffix == ".csv"},
              "sha256": {str(path.relative_to(part)): hash_files(path) for path in files}}
     (part / "task.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
+def target_columns(task, home):
+    """The names of the predicted columns of the task prepared in home."""
+    with open(home / "public" / task.sample, newline="", encoding="utf-8") as stream:
+        return list(task.targets or [name for name in next(csv.reader(stream)) if name != task.key])
+
+
 def run_starter(task, home, python=sys.executable):
-    """Runs the starter on home/public in a temporary folder: (graded score, seconds, stdout).
+    """Runs the starter on home/public in a temporary folder: (graded score, seconds, stdout, canary_p).
 
     RuntimeError where it fails.
     """
@@ -338,7 +349,8 @@ def run_script(task, home, script, python=sys.executable, name="The script"):
         if run.returncode != 0:
             raise RuntimeError(f"{name} exits with {run.returncode}:\n{run.stderr[-2000:]}")
         try:
-            return _finite(score_file(task, home, Path(folder) / "submission.csv")), seconds, run.stdout
+            score, canary_p = judge_file(task, home, Path(folder) / "submission.csv")
+            return _finite(score), seconds, run.stdout, canary_p
         except InvalidSubmission as error:
             raise RuntimeError(f"{name} writes a submission that is not valid. {error}") from None
 
@@ -363,7 +375,7 @@ def hash_files(*paths):
 
 def hash_code(task):
     """The hash that task.json has as "code": what is prepared is stale when the task's has become another."""
-    return hash_files(task.folder / "task.py", task.folder / task.entry)
+    return hash_files(task.folder / "task.py", task.folder / task.entry, Path(canary.__file__))
 
 
 def _fingerprint(raw):
@@ -388,8 +400,22 @@ def grade(id, path, data="data"):
     InvalidSubmission, with the reason in one sentence, for anything at path that cannot be scored, whatever its bytes
     are.
     """
-    info(id, data)
-    return _finite(score_file(load(id), Path(data) / id, path))
+    return judge(id, path, data)[0]
+
+
+def judge(id, path, data="data"):
+    """(score, canary_p) of the submission at path; errors as grade's.
+
+    canary_p: how likely it is to hold as many of the planted answers as it does without having read them, see
+    canary.p_value and flagged. 1 where nothing is planted, because the test set is too small.
+    """
+    score, canary_p = judge_file(load(id), _home(id, data), path)
+    return _finite(score), canary_p
+
+
+def flagged(canary_p):
+    """Whether a submission with this canary_p has been made with the private answers. None: there is no submission."""
+    return canary_p is not None and canary_p <= canary.ALARM
 
 
 def also(id, path, data="data"):
@@ -397,17 +423,27 @@ def also(id, path, data="data"):
 
     They are shown and used for nothing else; NaN where one is not defined for these predictions.
     """
-    info(id, data)
     task = load(id)
-    return _scores(task, Path(data) / id, path, task.also)
+    return _judge(task, _home(id, data), path, task.also)[0]
 
 
-def score_file(task, home, path):
-    """As grade, for a task prepared in home; NaN or infinity where the metric is not defined for these predictions."""
-    return _scores(task, home, path, {task.metric: task.score})[task.metric]
+def judge_file(task, home, path):
+    """As judge, for a task prepared in home; NaN or infinity where the metric is not defined for these predictions."""
+    scores, canary_p = _judge(task, home, path, {task.metric: task.score})
+    return scores[task.metric], canary_p
 
 
-def _scores(task, home, path, functions):
+def _home(id, data):
+    """The folder of a prepared task. ValueError where canary rows were planted and their true answers are lost."""
+    home = Path(data) / id
+    if info(id, data).get("canaries", 0) != len(canary.load(home / "private")):     # none: by an older version
+        raise ValueError(f"{home / 'private' / canary.FILE} is not what was prepared. Prepare the task again: "
+                         f"python -m tasks prepare {id} --data {data} --force, with --raw for real data.")
+    return home
+
+
+def _judge(task, home, path, functions):
+    """({name: score by that function}, canary_p)"""
     limit = (home / "public" / task.sample).stat().st_size * 8 + (4 << 20)  # no honest file is 8 times the sample
     facts = (home / "private" / task.answers).stat()
     large = facts.st_size > LARGE_BYTES
@@ -416,7 +452,8 @@ def _scores(task, home, path, functions):
         answers = (_read_answers if large else _kept_answers)(
             home / "private" / task.answers, facts.st_mtime_ns, task.key, task.targets)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # predictions near 1e308 may overflow
-            return {name: float(function(answers, submission)) for name, function in functions.items()}
+            scores = {name: float(function(answers, submission)) for name, function in functions.items()}
+        return scores, canary.p_value(submission, answers, canary.load(home / "private"), task.key)
 
 
 def _finite(score):
@@ -425,18 +462,17 @@ def _finite(score):
     return score
 
 
+def true_answers(task, home):
+    """The answers of the task prepared in home as a table, canary rows put right; only the columns that are needed."""
+    return _read_answers(home / "private" / task.answers, None, task.key, task.targets)
+
+
 def _read_answers(path, mtime, key, targets):
-    """The answers as a table; only the columns that are needed, since others can be many."""
+    """As true_answers; columns that are not needed can be many."""
     table = read_table(path)
+    canary.restore(table, canary.load(path.parent))
     columns = list(table) if not targets else [key, *targets] if key else list(targets)
     return {name: table[name] for name in columns}
 
 
 _kept_answers = functools.lru_cache(maxsize=8)(_read_answers)
-
-
-def read_table(path):
-    """A table {column: [text]} in a CSV file of ours."""
-    if plain := plain_columns(Path(path).read_bytes()):
-        return dict(zip(*plain))
-    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("list")

@@ -108,11 +108,14 @@ def run_prepare(args, ids):
 
 
 def run_grade(args, ids):
-    """Prints the score of a submission, or why it is not valid."""
+    """Prints the score of a submission, or why it is not valid; and whether it was made with the private answers."""
     task, facts = tasks.load(ids[0]), tasks.info(ids[0], args.data)
-    score = tasks.grade(task.id, args.file, args.data)
+    score, canary_p = tasks.judge(task.id, args.file, args.data)
     print(f"{task.id} ({kind(facts)}): {task.metric} {score:.6g} "
           f"(the starter has {facts['m_init']:.6g}, the best known is {facts['m_best']:.6g})")
+    if tasks.flagged(canary_p):
+        print("FLAGGED: it holds answers that were planted among the private ones, which no honest submission has "
+              f"(p = {canary_p:.1g}). The score is not to be trusted.")
     further = tasks.also(task.id, args.file, args.data) if task.also else {}
     for name, value in further.items():
         print(f"{name} {value:.6g}")

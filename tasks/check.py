@@ -2,6 +2,8 @@
 
 - The files are those that were prepared (SHA-256), by the task.py and the starter that are there now.
 - The answers get the perfect score, in any order of their rows where rows have ids.
+- The answers file as it lies there, with its canary rows, is flagged when handed in; the answers, the sample submission
+  and the starter's are not.
 - The sample submission is valid and worse than the starter; so are the answers dealt out to the wrong rows.
 - A missing column, missing and surplus rows, an unknown and a doubled id, a blank, NaN, text, no rows and an empty file
   are refused with a reason.
@@ -37,14 +39,14 @@ VALIDATION_LINE = re.compile(r"^validation .+: -?\d+(\.\d+)?\s*$", re.MULTILINE)
 def check(id, data, python):
     """(row, failures) of the task prepared in data/id: a dict of figures, and a sentence for each proof that failed."""
     start, task, home, facts = time.monotonic(), tasks.load(id), Path(data) / id, tasks.info(id, data)
-    sample, answers = tasks.read_table(home / "public" / task.sample), tasks.read_table(home / "private" / task.answers)
-    targets = list(task.targets or [name for name in sample if name != task.key])
+    sample, answers = tasks.read_table(home / "public" / task.sample), tasks.true_answers(task, home)
+    targets = tasks.target_columns(task, home)
     gold = {**sample, **tasks.matched(answers, sample, task.key, targets)}
     num_rows = len(gold[targets[0]])
     order = np.random.default_rng(0).permutation(num_rows)
     dealt = {name: [gold[name][i] for i in order] for name in gold}
-    starter, _, printed = tasks.run_starter(task, home, python)
-    best, poor = _score(task, home, gold), _score(task, home, sample)
+    starter, _, printed, starter_p = tasks.run_starter(task, home, python)
+    (best, gold_p), (poor, sample_p) = _judge(task, home, gold), _judge(task, home, sample)
     chance = _score(task, home, {**gold, **{name: dealt[name] for name in targets}})
 
     failures = [f"{name} is not what was prepared." for name, sha in facts["sha256"].items()
@@ -58,6 +60,11 @@ def check(id, data, python):
     for what, score in (("sample submission", poor), ("dealing of the answers to the wrong rows", chance)):
         if not (math.isnan(score) or task.better(starter, score)):
             failures.append(f"The {what} scores {score:.5g}, no worse than the starter's {starter:.5g}.")
+    stolen = tasks.matched(tasks.read_table(home / "private" / task.answers), sample, task.key, targets)
+    if not tasks.flagged(_judge(task, home, {**sample, **stolen})[1]):
+        failures.append("A copy of the private answers is not flagged; the test set may be too small for canary rows.")
+    failures += [f"The {what} are flagged as made with the private answers." for what, canary_p in (
+        ("answers", gold_p), ("sample's values", sample_p), ("starter's values", starter_p)) if tasks.flagged(canary_p)]
     failures += not_refused(task, home, gold, targets)
     failures += in_sight(task, home, targets, answers, facts["miniature"])
     failures += unfit_ideas(task)
@@ -121,13 +128,17 @@ def unfit_ideas(task):
 
 
 def _score(task, home, table):
-    """The score of a table written as a submission; {} is an empty file."""
+    return _judge(task, home, table)[0]
+
+
+def _judge(task, home, table):
+    """(score, canary_p) of a table written as a submission; {} is an empty file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "submission.csv"
         with open(path, "w", newline="", encoding="utf-8") as stream:
             if table:
                 csv.writer(stream, lineterminator="\n").writerows([table, *zip(*table.values())])
-        return tasks.score_file(task, home, path)
+        return tasks.judge_file(task, home, path)
 
 
 def not_refused(task, home, gold, targets):

@@ -294,9 +294,9 @@ def test_ideas_apply(id):
 def test_an_idea_runs_and_helps(cactus, tmp_path):
     pytest.importorskip("PIL", reason="pillow is not installed")
     task = tasks.load(CACTUS)
-    starter, _, _ = tasks.run_starter(task, cactus)
+    starter, *_ = tasks.run_starter(task, cactus)
     (tmp_path / "data").symlink_to(cactus / "public")
     ideas = {idea["title"]: idea for idea in json.loads((task.folder / "ideas.json").read_text())}
     (tmp_path / "train.py").write_text(edited(CACTUS, ideas["Stronger regularisation"]))
     subprocess.run([sys.executable, "train.py"], cwd=tmp_path, check=True, capture_output=True)
-    assert tasks.score_file(task, cactus, tmp_path / "submission.csv") > starter
+    assert tasks.judge_file(task, cactus, tmp_path / "submission.csv")[0] > starter
