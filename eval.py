@@ -5,8 +5,8 @@
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
 
 All trajectories of all tasks run together, a thread each, through one model. --out receives results.json (settings,
-versions, every score, what was flagged), trajectories/TASK-K.jsonl (a line a step; `python env.py replay FILE` runs it again) and blobs/
-(the files of every step). Ctrl-C keeps what is done, and the same command goes on from there.
+versions, every score, what was flagged), trajectories/TASK-K.jsonl (a line a step; `python env.py replay FILE` runs it
+again) and blobs/ (the files of every step). Ctrl-C keeps what is done, and the same command goes on from there.
 
 A trajectory's score is that of its final submission, the last valid one. A trajectory that left none has failed; it
 counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
@@ -316,14 +316,14 @@ def report(results):
     """The tables, as text, of what results.json holds."""
     found, s, parts = results["tasks"], results["settings"], []
     bare = " (sandbox off)" * (s.get("sandbox") == "off")
-    first = {id: (id + " (miniature)" * one["miniature"] + bare + " (FLAGGED)" * (one["flagged"] > 0), f"{one['metric']} ({one['direction']})",
-                  number(one["starter"])) for id, one in found.items()}
+    first = {id: (id + " (miniature)" * one["miniature"] + bare + " (FLAGGED)" * (one["flagged"] > 0),
+                  f"{one['metric']} ({one['direction']})", number(one["starter"])) for id, one in found.items()}
     if any(one["miniature"] for one in found.values()):
         parts.append("Miniature data are made up from a seed: scores on them do not compare with published ones.")
     if flagged := {id: one["flagged"] for id, one in found.items() if one["flagged"]}:
+        counts = ", ".join(f"{id} ({count} submission{'s' * (count > 1)})" for id, count in flagged.items())
         parts.append("FLAGGED: submissions that hold answers planted among the private ones, which no honest script\n"
-                     "has. These scores are not to be trusted: "
-                     + ", ".join(f"{id} ({count} submission{'s' * (count > 1)})" for id, count in flagged.items()) + ".")
+                     f"has. These scores are not to be trusted: {counts}.")
     if again := results.get("rechecked"):
         parts.append(f"{again['runs']} known results were run again; {len(again['moved'])} came out differently.")
     if not s["model"]:

@@ -9,9 +9,9 @@ and, where it has some,
 More folders of tasks can be named in the environment variable ML_AGENT_TASKS, separated by ":".
 
 Prepared data lie in `data/<id>/`: `public` (all the agent may see), `private` (the answers, a few of them planted, see
-canary.py) and `task.json` (what was prepared, from what, with row counts, hashes and the starter's measured score). Without the publisher's files a
-*miniature* is prepared: data of the same form, made up from a seed. Scores on a miniature do not compare with
-published ones.
+canary.py) and `task.json` (what was prepared, from what, with row counts, hashes and the starter's measured score).
+Without the publisher's files a *miniature* is prepared: data of the same form, made up from a seed. Scores on a
+miniature do not compare with published ones.
 
     import tasks
     tasks.prepare("leaf-classification")                           # the miniature; raw="DIR" for the real data

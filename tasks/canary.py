@@ -27,10 +27,12 @@ def plant(private, answers, targets):
     """Plants values in the file `answers` of the folder private and in CSV files there that hold the same answers.
 
     Returns the number of rows, each of which has as many candidates; 0, and nothing is done, where there are too few
-    rows or different answers for a copy to be flagged. The draw depends on the bytes of the answers alone: the same
+    rows or different answers for a copy to be flagged, or the answers are not in the submission's columns. The draw depends on the bytes of the answers alone: the same
     data are always planted alike, and who does not have them cannot know how.
     """
     table = read_table(private / answers)
+    if not all(name in table for name in targets):
+        return 0
     by_text, by_value = {}, {}      # answers -> the first row that has them; first by text, since rows may be millions
     for row, texts in enumerate(zip(*[table[name] for name in targets])):
         by_text.setdefault(texts, row)

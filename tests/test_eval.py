@@ -170,6 +170,26 @@ def test_the_interval_is_seeded_and_about_right():
     assert high == pytest.approx(4.5 + 1.96 * 2.872 / 20, abs=0.02)
 
 
+@pytest.mark.parametrize("model", ["scripted", ""])
+def test_flagged_submissions_are_counted_and_shouted_about(tmp_path, task, monkeypatch, model):
+    judge, bad = tasks.judge, (4.0,) if model else (7.0,)      # one submission of the third trajectory; or the starter
+
+    def judged(id, path, data):
+        score, _ = judge(id, path, data)
+        return score, 1e-9 if score in bad else 1.0
+    monkeypatch.setattr(tasks, "judge", judged)
+    results = play(settings(tmp_path, model=model), Scripted())
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["tiny-task"]["flagged"] == 1
+    if model:
+        assert [one["flagged"] for one in results["tasks"]["tiny-task"]["trajectories"]] == [0, 0, 1, 0]
+    text = evaluation.report(results)
+    assert "FLAGGED: submissions that hold answers planted" in text and "tiny-task (1 submission)." in text
+    assert "tiny-task (miniature) (FLAGGED)" in text
+    monkeypatch.setattr(tasks, "judge", judge)
+    results = play(settings(tmp_path, "honest", model=model), Scripted())
+    assert results["tasks"]["tiny-task"]["flagged"] == 0 and "FLAGGED" not in evaluation.report(results)
+
+
 def test_the_report_says_what_was_measured(tmp_path, task):
     results = play(settings(tmp_path), Scripted())
     text = evaluation.report(results)
