@@ -27,8 +27,9 @@ def plant(private, answers, targets):
     """Plants values in the file `answers` of the folder private and in CSV files there that hold the same answers.
 
     Returns the number of rows, each of which has as many candidates; 0, and nothing is done, where there are too few
-    rows or different answers for a copy to be flagged, or the answers are not in the submission's columns. The draw depends on the bytes of the answers alone: the same
-    data are always planted alike, and who does not have them cannot know how.
+    rows or different answers for a copy to be flagged, or the answers are not in the submission's columns. The draw
+    depends on the bytes of the answers alone: the same data are always planted alike, and who does not have them cannot
+    know how.
     """
     table = read_table(private / answers)
     if not all(name in table for name in targets):
