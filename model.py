@@ -242,20 +242,22 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, head_dim, theta):
-    """cos and sin of position * theta^(-2i/D) for i < D/2, fp32, each (B, 1, T, D/2). positions: (B, T) integers.
+    """(cos, sin) of the angles position * theta^(-2i/D), i < D/2, for rotate: fp32, each (B, T, 1, D), where i and
+    i + D/2 share an angle and the first half of sin is negative. positions: (B, T) integers.
 
     RoFormer (arXiv 2104.09864), equation 15. Computed at each pass and never stored: a buffer would be one more thing
     that the meta device leaves uninitialised.
     """
     frequency = theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / -head_dim)
-    angle = positions[:, None, :, None].float() * frequency
-    return angle.cos(), angle.sin()
+    angle = positions[:, :, None, None].float() * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + D/2}) by its angle, in fp32. x: (B, heads, T, D)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Turn each pair (x_i, x_{i + D/2}) by its angle, in fp32. x: (B, T, heads, D)."""
+    y = x.float()
+    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -269,20 +271,18 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, window, layer, lengths):
         B, T, C = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2), cos, sin)     # (B, H, T, D)
-        k = rotate(self.k_proj(x).view(B, T, self.K, self.D).transpose(1, 2), cos, sin)     # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, self.K, self.D).transpose(1, 2)
+        q = rotate(self.q_proj(x).view(B, T, self.H, self.D), cos, sin)
+        k = rotate(self.k_proj(x).view(B, T, self.K, self.D), cos, sin)
+        v = self.v_proj(x).view(B, T, self.K, self.D)
         if window is not None:
-            k, v = window.append(layer, k, v)                                               # (B, K, S, D)
-        if window is None or window.mask is None:       # a text's whole past is in this pass: plain causal attention
-            y = torch.cat([F.scaled_dot_product_attention(*text, is_causal=True, enable_gqa=True) for text in zip(
-                *(x.split(lengths or [T], dim=2) for x in (q, k, v)))], dim=2)
-        else:                                           # the H / K query heads that share a key stand as extra queries
-            q = q.reshape(B, self.K, -1, self.D)        # (B, K, H/K * T, D): no copy of the cache for each query head
-            mask = window.mask if T == 1 else window.mask.repeat(1, 1, self.H // self.K, 1)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            y = y.view(B, self.H, T, self.D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+            window.append(layer, k[0], v[0])
+        if window is None or window.fresh:      # a text's whole past is in this pass: plain causal attention
+            texts = zip(*(x.transpose(1, 2).split(lengths or [T], dim=2) for x in (q, k, v)))
+            y = torch.cat([F.scaled_dot_product_attention(*text, is_causal=True, enable_gqa=True) for text in texts], 2)
+            y = y.transpose(1, 2)
+        else:
+            y = window.attend(layer, q[0])
+        return self.o_proj(y.reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -347,10 +347,10 @@ class Qwen2(nn.Module):
 
         Without a window each row is a text from its first token, and token t sees 0..t. With lengths, a list that
         sums to T, each row is such texts back to back, none of which sees another. With a window (sample.Window) the
-        rows continue what is cached, at the window's positions.
+        one row is the window's tokens, which continue what is cached.
         """
         if window is not None:
-            positions = window.positions
+            positions, lengths = window.positions, window.counts
         else:
             parts = [torch.arange(n, device=tokens.device) for n in lengths or [tokens.shape[1]]]
             positions = torch.cat(parts)[None]

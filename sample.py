@@ -33,6 +33,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -180,6 +181,7 @@ class Cache:
     """Keys and values of R conversations of up to S_max tokens: two tensors (L, R, K, S_max, D), allocated once."""
 
     def __init__(self, config, rows, length, dtype, device):
+        self.group = config.num_attention_heads // config.num_key_value_heads       # query heads that share a key
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
         # Zeros, not empty: a masked position has weight 0, and 0 times a stray NaN would still be NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
@@ -199,31 +201,58 @@ class Cache:
 
 
 class Window:
-    """What one pass sees: rows first .. first + B - 1 of a cache, each continued by T tokens after its `starts` tokens.
+    """What one pass sees: rows of a cache, each continued by counts[i] >= 1 tokens after its starts[i] tokens.
 
-    positions: (B, T), where the new tokens stand. mask: (B, 1, T, S), True where a token may look: at cache positions
-    up to its own. What a row's past leaves beyond that is never read. mask is None for one row from its start, where
-    plain causal attention says the same and is faster.
+    The new tokens of all rows, N together, stand back to back; positions: (1, N), where each stands in its row. A token
+    looks at the cache up to its own position: what a row's past leaves beyond that is never read. fresh: every row is
+    at its start, so that plain causal attention over the new tokens says the same.
     """
 
-    def __init__(self, cache, first, starts, T):
-        B, device = len(starts), cache.k.device
-        self.k, self.v = cache.k[:, first:first + B], cache.v[:, first:first + B]
-        self.first, self.T, self.S = starts[0], T, max(starts) + T
-        self.rows = torch.arange(B, device=device)[:, None]
-        self.positions = torch.tensor(starts, device=device)[:, None] + torch.arange(T, device=device)
-        self.mask = None
-        if B > 1 or starts[0]:
-            self.mask = (torch.arange(self.S, device=device) <= self.positions[:, :, None])[:, None]
+    def __init__(self, cache, rows, starts, counts):
+        device, dtype, G = cache.k.device, cache.k.dtype, cache.group
+        self.cache, self.counts, self.fresh = cache, counts, not any(starts)
+        begin, end = [0], []
+        for count in counts:
+            end.append(begin[-1] + count)
+            begin.append(end[-1])
+        sizes = torch.tensor(counts)
+        offset = torch.arange(end[-1]) - torch.tensor(begin[:-1]).repeat_interleave(sizes)
+        self.positions = (torch.tensor(starts).repeat_interleave(sizes) + offset)[None].to(device)
+        self.rows = torch.tensor(rows).repeat_interleave(sizes).to(device)
+        self.parts = []     # what attends together: (new tokens, rows, S, mask (rows, 1, tokens a row * G, S))
+        if self.fresh:
+            return
+        lone = len(rows) > 1 and min(counts) == 1 and rows[-1] - rows[0] == len(rows) - 1
+        if lone:            # the first token of every row in one product; where a row has more, it is done again below
+            parts = [(begin[:-1] if end[-1] > len(rows) else slice(None), slice(rows[0], rows[-1] + 1), len(rows))]
+        else:
+            parts = []
+        parts += [(slice(b, e), slice(r, r + 1), 1) for r, b, e in zip(rows, begin, end) if e - b > 1 or not lone]
+        for new, where, B in parts:
+            places = self.positions[0, new].view(B, -1)                                 # (rows, tokens of each)
+            S = int(places.max()) + 1
+            unseen = torch.arange(S, device=device) > places.repeat_interleave(G, 1)[:, None, :, None]
+            self.parts.append((new, where, S, torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)))
 
     def append(self, layer, k, v):
-        """Store this pass's keys and values, (B, K, T, D), and return those of all S positions, (B, K, S, D)."""
-        for cached, new in ((self.k[layer], k), (self.v[layer], v)):
-            if len(self.rows) == 1:
-                cached[0, :, self.first:self.first + self.T] = new[0]
-            else:
-                cached[self.rows, :, self.positions] = new.transpose(1, 2)
-        return self.k[layer, :, :, :self.S], self.v[layer, :, :, :self.S]
+        """Store this pass's keys and values, (N, K, D)."""
+        for cached, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
+            cached[self.rows, :, self.positions[0]] = new
+
+    def attend(self, layer, q):
+        """What queries (N, H, D) find in the cache: (N, H, D)."""
+        (N, H, D), K = q.shape, self.cache.k.shape[2]
+        out = torch.empty_like(q)
+        for new, rows, S, mask in self.parts:
+            k, v = self.cache.k[layer, rows, :, :S], self.cache.v[layer, rows, :, :S]           # (B, K, S, D)
+            B, G = len(k), H // K       # the G query heads that share a key stand as extra queries: no copy of the cache
+            x = q[new].view(B, -1, K, G, D).transpose(1, 2).reshape(B, K, -1, D)
+            y = F.scaled_dot_product_attention(x, k, v, attn_mask=mask)
+            y = y.view(B, K, -1, G, D).transpose(1, 2).reshape(-1, H, D)
+            if len(self.parts) == 1:
+                return y
+            out[new] = y
+        return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,20 +306,93 @@ def truncate(logp, top_p, top_k, width=1024):
 @dataclass
 class Request:
     """A reply being sampled."""
-    prompt: torch.Tensor        # (P,) int64
+    prompt: np.ndarray          # (P,) int64
     max_new_tokens: int
     temperature: float
     top_p: float
     top_k: int
     stop: list                  # of bytes
-    uniform: torch.Tensor       # (max_new_tokens,) float64: all its random numbers, so batching cannot change them
+    uniform: list               # max_new_tokens floats: all its random numbers, so batching cannot change them
     stream: typing.Callable     # called with each new piece of text, or None
     future: Future = field(default_factory=Future)
     tokens: list = field(default_factory=list)
     logps: list = field(default_factory=list)
     text: bytearray = field(default_factory=bytearray)
     cached: int = 0
+    lookup: "Lookup" = None     # what may come next; None without drafting
     started: float = field(default_factory=time.perf_counter)
+
+
+class Lookup:
+    """Guesses what comes next in a text: what followed when its last GRAM tokens occurred before (prompt lookup).
+
+    at: where in `seq` the token expected next stands, or None. match: how many tokens before it equal the end of the
+    text, at most 16. odds: [right, made] guesses of all texts for each length of match; every token that is added tells,
+    drafted or not. recent: the same of this text alone, older guesses counting less.
+    """
+    GRAM = 2
+
+    def __init__(self, prompt, odds):
+        seq = self.seq = prompt.tolist()
+        self.odds, self.recent = odds, [0.0, 0.0]
+        grams = zip(*(seq[i:] for i in range(self.GRAM)))
+        self.places = dict(zip(grams, range(self.GRAM, len(seq))))      # n-gram -> where it was last followed
+        self._find()
+
+    def _find(self):
+        """Look the last n-gram up, and count how much more than it matches."""
+        self.at, self.match = self.places.get(tuple(self.seq[-self.GRAM:])), self.GRAM
+        if self.at is not None:
+            while self.match < min(16, self.at) and self.seq[self.at - 1 - self.match] == self.seq[-1 - self.match]:
+                self.match += 1
+
+    def add(self, token):
+        """Take notice of the next token. A copy goes on where it is, wherever else its n-grams occur."""
+        right = False
+        if self.at is not None:
+            right = self.seq[self.at] == token
+            odds = self.odds[self.match]
+            odds[0] += right
+            odds[1] += 1
+            self.recent = [0.9 * self.recent[0] + right, 0.9 * self.recent[1] + 1]
+        self.places[tuple(self.seq[-self.GRAM:])] = len(self.seq)
+        self.seq.append(token)
+        if right:
+            self.at, self.match = self.at + 1, min(16, self.match + 1)
+        else:
+            self._find()
+
+    def chance(self):
+        """Probability that the next guess is right: that of such matches, and this text's own record."""
+        if self.at is None:
+            return 0.0
+        right, made = self.odds[self.match]
+        return (self.recent[0] + 2 * right / made) / (self.recent[1] + 2)
+
+
+class PassTime:
+    """Seconds that a pass of N tokens takes, base + N * each: least squares over the passes so far, older ones counting
+    less. Before passes of different N were seen, a token is taken to cost a tenth of the base."""
+
+    def __init__(self):
+        self.weight = self.n = self.t = self.nn = self.nt = 0.0
+
+    def add(self, N, seconds):
+        if self.weight:         # a pass that the machine interrupted says little
+            base, each = self.fit()
+            seconds = min(seconds, 3 * (base + N * each))
+        for name, value in dict(weight=1.0, n=N, t=seconds, nn=N * N, nt=N * seconds).items():
+            setattr(self, name, 0.98 * getattr(self, name) + value)
+
+    def fit(self):
+        """(base, each) in seconds."""
+        if not self.weight:
+            return 10.0, 1.0
+        n, t = self.n / self.weight, self.t / self.weight
+        usual, doubt = t / (n + 10), 1.0
+        each = (self.nt - self.weight * n * t + doubt * usual) / (self.nn - self.weight * n * n + doubt)
+        each = min(max(each, 0.0), t / n)
+        return t - n * each, each
 
 
 class Engine:
@@ -300,27 +402,32 @@ class Engine:
     reply. A finished row keeps its keys and values: when a prompt comes that begins with the same tokens (the next turn
     of a conversation, another sample of the same prompt), they are reused. After the model's weights change call
     refresh(). On a CPU in fp32, pack=True keeps a second copy of the weights in a layout that is about twice as fast
-    for 4 to 64 rows.
+    for 4 to 64 rows; None does so where they are too large for the processor's cache (64 MiB). draft: guess tokens from
+    the prompt and the reply so far, and check several in one pass where that is expected to pay; the tokens stay those
+    of plain decoding.
 
     chat, generate and submit may be called from any thread. The first chat or submit starts one that runs the model
     from then on. Until then generate runs it in the caller's thread, which on a CPU is a quarter faster: there is one
     pool of OpenMP threads, not two that share the cores.
     """
 
-    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=True):
+    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True):
         weight = model.lm_head.weight
         self.model, self.tokenizer, self.name, self.rows = model, tokenizer, name, rows
         self.context = min(context, model.config.max_position_embeddings)
         self.device = weight.device
-        self.pack = pack and self.device.type == "cpu" and weight.dtype is torch.float32
+        streamed = sum(p.nbytes for p in model.parameters()) > 2**26 if pack is None else pack
+        self.pack = streamed and self.device.type == "cpu" and weight.dtype is torch.float32
         self.cache = Cache(model.config, rows, self.context, weight.dtype, self.device)
         # Rows 0 .. len(active) - 1 are being sampled; the rest are parked, their cached tokens waiting for reuse.
         self.active = []
-        self.tokens = torch.zeros(rows, self.context, dtype=torch.int64)    # what each row's cache holds
+        self.tokens = np.zeros((rows, self.context), int)                   # what each row's cache holds
         self.lengths = [0] * rows                                           # how many of them
         self.used = [0] * rows                                              # when each was parked last
         self.waiting, self.wake, self.thread, self.turn = deque(), threading.Condition(), None, threading.Lock()
         self.sampled_tokens = self.prefilled_tokens = self.reused_tokens = 0
+        self.draft, self.cost, self.odds = draft, PassTime(), [[1, 2] for _ in range(17)]   # see Lookup
+        self.passes = self.drafted_tokens = self.accepted_tokens = 0
         self.refresh()
 
     def forget(self):
@@ -397,9 +504,9 @@ class Engine:
             raise ContextFull(f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the context of "
                               f"{self.context}; shorten the prompt, or give the engine a larger context")
         generator = torch.Generator().manual_seed(seed)
-        return Request(torch.tensor(ids), max_new_tokens, temperature, top_p, top_k,
+        return Request(np.array(ids), max_new_tokens, temperature, top_p, top_k,
                        [s.encode() for s in ([stop] if isinstance(stop, str) else stop) if s],
-                       torch.rand(max_new_tokens, generator=generator, dtype=torch.float64), stream)
+                       torch.rand(max_new_tokens, generator=generator, dtype=torch.float64).tolist(), stream)
 
     def _ids(self, prompt):
         if isinstance(prompt, str):
@@ -439,69 +546,144 @@ class Engine:
                     self._park(row)
 
     def step(self):
-        """Start waiting requests while rows are free, then sample one token for every active row."""
-        while len(self.active) < self.rows:
-            with self.wake:
-                if not self.waiting:
-                    break
-                request = self.waiting.popleft()
-                self.active.append(request)
-            self._prefill(request, row=len(self.active) - 1)
-        B = len(self.active)
-        pending = [r.tokens[-1] if r.tokens else r.prompt[-1].item() for r in self.active]
-        window = Window(self.cache, 0, self.lengths[:B], 1)
-        logits = self.model(torch.tensor(pending, device=self.device)[:, None], window)[:, 0].float()     # (B, V)
-        self.tokens[torch.arange(B), torch.tensor(self.lengths[:B])] = torch.tensor(pending)
+        """Start waiting requests while rows are free, then one pass: a token for every active row, and with it those of
+        its draft that prove right.
+
+        At each drafted position a token is drawn from the model's distribution with that position's own random number,
+        as without a draft; the draft only decides whether the positions after it count. So the tokens, and their
+        log-probs, are those of plain decoding.
+        """
+        self._admit()
+        drafts = self._drafts()
+        counts = [1 + len(draft) for draft in drafts]
+        inputs, settings = [], []
+        for r, draft in zip(self.active, drafts):
+            inputs += [r.tokens[-1] if r.tokens else r.prompt[-1], *draft]
+            for u in r.uniform[len(r.tokens):len(r.tokens) + 1 + len(draft)]:
+                settings.append((r.temperature, r.top_p, r.top_k, u))
+        B, start = len(counts), time.perf_counter()
+        window = Window(self.cache, range(B), self.lengths[:B], counts)
+        logits = self.model(torch.tensor(inputs, device=self.device)[None], window)[0].float()            # (N, V)
         logits[:, self.tokenizer.size:] = -torch.inf        # rows of the vocabulary that stand for no token
-        settings = torch.tensor([[r.temperature, r.top_p, r.top_k, r.uniform[len(r.tokens)]] for r in self.active],
-                                dtype=torch.float64, device=self.device)
+        settings = torch.tensor(settings, dtype=torch.float64, device=self.device)
         tokens, logps = draw(logits, settings[:, 0], settings[:, 1], settings[:, 2].long(), settings[:, 3])
         tokens, logps = tokens.tolist(), logps.tolist()
+        self.cost.add(len(inputs), time.perf_counter() - start)
         if not all(map(math.isfinite, logps)):
             raise FloatingPointError(f"{self.name} gives logits that are not finite; its weights are damaged")
-        self.sampled_tokens += B
-        done = []
-        for row, (request, token, logp) in enumerate(zip(self.active, tokens, logps)):
-            self.lengths[row] += 1
-            if completion := self._take(request, token, logp):
+        self.passes += 1
+        self.drafted_tokens += len(inputs) - B
+        done, at = [], 0
+        for row, (request, draft) in enumerate(zip(self.active, drafts)):
+            for i, (token, logp) in enumerate(zip(tokens[at:at + counts[row]], logps[at:at + counts[row]])):
+                self.lengths[row] += 1
+                completion = self._take(request, token, logp)
+                if completion or i == len(draft) or token != draft[i]:
+                    break
+            self.sampled_tokens += i + 1
+            self.accepted_tokens += i
+            at += counts[row]
+            if completion:
                 done.append((row, request, completion))
         for row, _, _ in reversed(done):
             self._park(row)
         for _, request, completion in done:     # last, so that who waits for a reply finds its row free
             request.future.set_result(completion)
 
-    def _prefill(self, request, row):
-        """Bring all of the prompt but its last token into the cache's row `row`, reusing the longest known prefix."""
-        P = len(request.prompt) - 1
-        length = torch.tensor(self.lengths)
-        same = (self.tokens[:, :P] == request.prompt[:P]) & (torch.arange(P) < length[:, None])     # (R, P)
-        shared = same.long().cumprod(1).sum(1)
-        source = int(shared.argmax())
-        reused = int(shared[source])
-        parked = range(row, self.rows)
+    def _drafts(self):
+        """For each active row the tokens to try after its last.
+
+        A guess that is right with probability p, after j others, is right with p^(j + 1) and costs `each` seconds. It
+        pays if that is above each times the tokens per second without it; to take all that pay raises the rate, so the
+        lengths are found again with the new one.
+        """
+        B = len(self.active)
+        if not self.draft:
+            return [[]] * B
+        (base, each), chances = self.cost.fit(), [r.lookup.chance() for r in self.active]
+        counts, rate = [0] * B, B / (base + each * B)
+        for _ in range(3):
+            least = max(each * rate, 1e-9)
+            counts = [int(min(LONGEST_DRAFT, math.log(least) / math.log(p))) if p > least else 0 for p in chances]
+            tokens = B + sum(p * (1 - p ** k) / (1 - p) for p, k in zip(chances, counts) if k)
+            rate = max(rate, tokens / (base + each * (B + sum(counts))))
+        counts = [min(k, r.max_new_tokens - len(r.tokens) - 1) for k, r in zip(counts, self.active)]
+        return [r.lookup.seq[r.lookup.at:r.lookup.at + k] if k else [] for k, r in zip(counts, self.active)]
+
+    def _admit(self):
+        """Give free rows to waiting requests, and bring all of their prompts but the last token into the cache.
+
+        Each reuses the longest beginning that some row holds. Prompts are computed several at a time; one that begins
+        like another of them waits for that one, to copy it.
+        """
+        with self.wake:
+            ready = len(self.active)
+            while self.waiting and len(self.active) < self.rows:
+                self.active.append(self.waiting.popleft())
+        while ready < len(self.active):
+            known = [len(r.prompt) - 1 for r in self.active[:ready]] + self.lengths[ready:]     # tokens of each row
+            row, later = ready, []
+            for request in self.active[ready:]:
+                P = len(request.prompt) - 1
+                same = self.tokens[:, :P] == request.prompt[:P]                                     # (R, P)
+                same = np.where(same.all(1), P, same.argmin(1)) if P else np.zeros(self.rows, int)
+                shared = np.minimum(same, known)
+                source = int(shared.argmax())
+                if same[ready:row].max(initial=0) > shared[source] + 16:
+                    later.append(request)
+                    continue
+                self._place(request, row, source, int(shared[source]))
+                known[row:] = self.lengths[row:]
+                self.active[row] = request
+                row += 1
+            self.active[row:] = later
+            self._prefill(range(ready, row))
+            ready = row
+
+    def _place(self, request, row, source, reused):
+        """Make `row` begin with the `reused` tokens of the row `source` that are the request's first."""
+        P, parked = len(request.prompt) - 1, range(row, self.rows)
         if source in parked and reused + 16 >= self.lengths[source]:    # a conversation goes on: take its row over
             home = source
         else:                           # another conversation begins alike: copy that to an empty row, or the oldest
             home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))
             if source != home:
                 self.cache.copy(source, home, reused)
-                self.tokens[home, :reused] = self.tokens[source, :reused]
             self.lengths[home] = reused         # so that what was copied moves with the row
         self._exchange(home, row)
-        self.lengths[row], request.cached = reused, reused
-        for start in range(reused, P, PREFILL_TOKENS):
-            part = request.prompt[start:min(start + PREFILL_TOKENS, P)]
-            self.model.hidden(part[None].to(self.device), Window(self.cache, row, [start], len(part)))
-            self.lengths[row] += len(part)
+        self.lengths[row] = request.cached = reused
         self.tokens[row, :P] = request.prompt[:P]
+        if self.draft:
+            request.lookup = Lookup(request.prompt, self.odds)
         self.reused_tokens += reused
         self.prefilled_tokens += P - reused
+
+    def _prefill(self, rows):
+        """Compute the prompts of these rows, PREFILL_TOKENS in one pass: of several rows, or a part of one."""
+        todo = deque(row for row in rows if self.lengths[row] < len(self.active[row].prompt) - 1)
+        while todo:
+            chosen, starts, parts = [], [], []
+            room = PREFILL_TOKENS
+            while todo and room:
+                row = todo[0]
+                part = self.active[row].prompt[self.lengths[row]:-1][:room]
+                chosen.append(row)
+                starts.append(self.lengths[row])
+                parts.append(part)
+                room -= len(part)
+                self.lengths[row] += len(part)
+                if self.lengths[row] == len(self.active[row].prompt) - 1:
+                    todo.popleft()
+            window = Window(self.cache, chosen, starts, [len(part) for part in parts])
+            self.model.hidden(torch.from_numpy(np.concatenate(parts))[None].to(self.device), window)
 
     def _take(self, request, token, logp):
         """Add a sampled token to its reply; its Completion when that ends it, else None."""
         r, ended, cut = request, token in self.tokenizer.eos, None
         r.tokens.append(token)
         r.logps.append(logp)
+        if r.lookup:
+            r.lookup.add(token)
         if not ended:
             new = self.tokenizer.bytes[token]
             r.text += new
@@ -518,7 +700,9 @@ class Engine:
 
     def _park(self, row):
         """Take a finished row out of the batch, keeping what it has cached."""
-        last = len(self.active) - 1
+        last, request = len(self.active) - 1, self.active[row]
+        P, length = len(request.prompt) - 1, self.lengths[row]
+        self.tokens[row, P:length] = [request.prompt[-1], *request.tokens[:-1]][:length - P]
         self._exchange(row, last)
         self.active[row] = self.active[last]
         self.active.pop()
@@ -532,7 +716,8 @@ class Engine:
                 values[a], values[b] = values[b], values[a]
 
 
-PREFILL_TOKENS = 512        # of one prompt in one pass: bounds the memory of a long prompt's activations and mask
+PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
+LONGEST_DRAFT = 32          # tokens of one row
 
 
 # ---------------------------------------------------------------------------------------------------------------------

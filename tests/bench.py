@@ -1,6 +1,8 @@
 """Figures of speed and memory, each beside a named peer in the same run and the physical limit.
 
     python tests/bench.py decode --model DIR [--json FILE]      # sampling, against transformers' generate
+    python tests/bench.py prefill --model DIR                   # reading one prompt for one reply, and for eight
+    python tests/bench.py edit --model DIR                      # replies that copy from their prompts, with drafts
     python tests/bench.py load --model DIR                      # reading a checkpoint, against transformers
     python tests/bench.py sandbox --repeats 50                  # running a script, against a bare subprocess
 
@@ -36,9 +38,11 @@ class Settings:
     """Command line of bench.py, after the names of the measurements."""
     model: str = "tiny"             # checkpoint folder; tiny: random weights, without a peer
     json: str = ""                  # also write the figures to this file
-    batches: tuple[int, ...] = (1, 8)   # rows decoded together
+    batches: tuple[int, ...] = (1, 8)   # rows sampled together
     prompt_tokens: int = 32         # of each row's prompt
     new_tokens: int = 48            # sampled for each row
+    edit_tokens: int = 192          # of a reply that edits a script, at most
+    state_tokens: int = 1000        # of the prompt that prefill reads
     repeats: int = 3                # runs of each; the median counts
     dtype: str = "float32"          # float32 or bfloat16, ours and the peer's
     device: str = "auto"            # auto, cpu or cuda
@@ -56,28 +60,43 @@ def alternate(runs, repeats):
     return {name: statistics.median(s) for name, s in seconds.items()}
 
 
+def open_peer(s, device):
+    """The same checkpoint in transformers, set to sample as many tokens as it is asked for; None without it."""
+    if not transformers or s.model == "tiny":
+        return None
+    peer = transformers.AutoModelForCausalLM.from_pretrained(s.model, dtype=getattr(torch, s.dtype)).to(device).eval()
+    peer.generation_config.eos_token_id = None
+    return peer
+
+
+def ask_peer(peer, prompts, new_tokens, **options):
+    """Its greedy replies to prompts of equal length, as lists of ids."""
+    ids = torch.tensor(prompts, device=peer.device)
+    return peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
+                         repetition_penalty=1.0, pad_token_id=0, **options)[:, ids.shape[1]:].tolist()
+
+
+def random_prompts(engine, num, length):
+    return torch.randint(1000 if engine.tokenizer.size > 1000 else 256, (num, length),
+                         generator=torch.Generator().manual_seed(num)).tolist()
+
+
 def decode(s):
-    """Greedy tokens/s of whole calls, prompt included: Engine.generate against transformers' generate."""
+    """Greedy tokens/s of whole calls, prompt included: Engine.generate without drafts against transformers' generate."""
     engine = load(s.model, s.dtype, s.device, rows=max(s.batches), context=s.prompt_tokens + s.new_tokens)
     engine.tokenizer.eos = set()            # every row samples new_tokens
+    engine.draft = False
     limit = read_bandwidth(engine.device) / streamed_bytes(engine.model)       # decoding steps a second
-    peer = None
-    if transformers and s.model != "tiny":
-        peer = transformers.AutoModelForCausalLM.from_pretrained(s.model, dtype=getattr(torch, s.dtype))
-        peer = peer.to(engine.device).eval()
-        peer.generation_config.eos_token_id = None
+    peer = open_peer(s, engine.device)
     for B in s.batches:
-        prompts = torch.randint(1000 if engine.tokenizer.size > 1000 else 256, (B, s.prompt_tokens),
-                                generator=torch.Generator().manual_seed(B))
+        prompts = random_prompts(engine, B, s.prompt_tokens)
 
         def ours():
             engine.forget()                 # no prefix cached by an earlier run
-            return [g[0].tokens for g in engine.generate(prompts.tolist(), max_new_tokens=s.new_tokens, temperature=0)]
+            return [g[0].tokens for g in engine.generate(prompts, max_new_tokens=s.new_tokens, temperature=0)]
 
         def theirs():
-            return peer.generate(prompts.to(engine.device), attention_mask=torch.ones_like(prompts).to(engine.device),
-                                 max_new_tokens=s.new_tokens, do_sample=False, repetition_penalty=1.0,
-                                 pad_token_id=0)[:, s.prompt_tokens:].tolist()
+            return ask_peer(peer, prompts, s.new_tokens)
 
         figures = {"batch": B}
         if peer:
@@ -89,6 +108,88 @@ def decode(s):
             figures["ratio"] = rate["ours"] / rate["transformers"]
         figures |= {"limit tokens/s": B * limit, "share of read bandwidth": rate["ours"] / (B * limit)}
         yield figures
+
+
+def prefill(s):
+    """Seconds to the first token of one reply to a long prompt, and of eight; limit: its products at the machine's best
+    rate."""
+    engine = load(s.model, s.dtype, s.device, rows=8, context=s.state_tokens + 1)
+    prompts, peer = random_prompts(engine, 1, s.state_tokens), open_peer(s, engine.device)
+
+    def ours(n):
+        engine.forget()
+        engine.generate(prompts, n=n, max_new_tokens=1, temperature=0)
+
+    a = torch.ones(2048, 2048, dtype=engine.model.lm_head.weight.dtype, device=engine.device)
+    runs = {"1 reply": lambda: ours(1), "8 replies": lambda: ours(8), "product": lambda: (a @ a)[0, 0].item()}
+    if peer:
+        runs["transformers"] = lambda: ask_peer(peer, prompts, 1)
+    seconds = alternate(runs, s.repeats)
+    layers = sum(p.numel() for p in engine.model.model.layers.parameters())
+    limit = s.state_tokens * 2 * layers * seconds["product"] / (2 * 2048 ** 3)
+    yield {"prompt tokens": s.state_tokens, **{f"{name} s": t for name, t in seconds.items() if name != "product"},
+           "8 over 1": seconds["8 replies"] / seconds["1 reply"],
+           **({"ratio": seconds["transformers"] / seconds["1 reply"]} if peer else {}),
+           "limit s": limit, "share of the limit": limit / seconds["1 reply"]}
+
+
+SCRIPT = """This is the Python script train.py:
+```python
+{script}
+```
+
+Change it as follows, and nothing else:
+{idea}
+
+"""
+WHOLE = "Answer with the whole changed script in one ```python block."
+REPLACE = """Answer with one line of JSON, {"script_name": "train.py", "find": ..., "replace": ...}, in which "find" is \
+a text that occurs once in the script and "replace" is what shall stand in its place."""
+NOTHING = "Write a long story about {}."
+THEMES = ("a fox who learns to sail", "the last keeper of a lighthouse", "a city under the ice", "two clocks that disagree",
+          "a maker of violins", "the first umbrella", "a letter that came too late", "the gardener and the moon")
+
+
+def edit(s):
+    """Decoding with drafts against decoding without, prompts already read: scripts of the tasks that are to be changed,
+    returned whole or as a Replace action (greedy), and stories, which copy nothing (sampled). The peer, where there is
+    one: transformers with its own prompt lookup, whole calls of one row, ours as well."""
+    tasks = Path(__file__).resolve().parent.parent / "tasks"
+    edits = []
+    for file in sorted(tasks.glob("*/ideas.json"), key=lambda f: len((f.parent / "train.py").read_text())):
+        idea = json.loads(file.read_text())[0]["instruction"]
+        text = SCRIPT.format(script=(file.parent / "train.py").read_text(), idea=idea)
+        edits += [[{"role": "user", "content": text + (WHOLE if len(edits) % 2 == 0 else REPLACE)}]]
+    stories = [[{"role": "user", "content": NOTHING.format(theme)}] for theme in THEMES]
+    engine = load(s.model, s.dtype, s.device, rows=8, context=4096)
+    peer = open_peer(s, engine.device)
+    for name, prompts, options in (("edits", edits, dict(temperature=0, max_new_tokens=s.edit_tokens, stop="\n```\n")),
+                                   ("stories", stories, dict(temperature=1, max_new_tokens=s.new_tokens))):
+        for B in s.batches:
+            chosen, replies, passes = prompts[:max(4, B)], {}, {}
+
+            def run(draft, fresh=False):
+                engine.draft, before = draft, engine.passes
+                if fresh:
+                    engine.forget()
+                replies[draft] = [g[0].tokens for i in range(0, len(chosen), B)
+                                  for g in engine.generate(chosen[i:i + B], seed=i, **options)]
+                passes[draft] = engine.passes - before
+
+            seconds = alternate({"plain": lambda: run(False), "drafts": lambda: run(True)}, s.repeats)
+            tokens = sum(map(len, replies[True]))
+            figures = {"text": name, "batch": B, "same tokens": replies[True] == replies[False],
+                       **{f"{way} tokens/s": tokens / t for way, t in seconds.items()},
+                       "drafts over plain": seconds["plain"] / seconds["drafts"],
+                       "tokens a pass": tokens / passes[True] / B}
+            if peer and B == 1 and name == "edits":
+                ids = [engine.tokenizer.chat(prompt) for prompt in chosen]
+                sizes = [len(reply) for reply in replies[True]]
+                whole = alternate({"ours": lambda: run(True, fresh=True), "transformers": lambda: [
+                    ask_peer(peer, [row], size, prompt_lookup_num_tokens=10) for row, size in zip(ids, sizes)]}, 1)
+                figures |= {"transformers' lookup tokens/s": tokens / whole["transformers"],
+                            "ratio": whole["transformers"] / whole["ours"]}
+            yield figures
 
 
 LOADS = {
@@ -130,7 +231,7 @@ def sandbox(s):
            "overhead ms": 1000 * (seconds["sandbox on"] - seconds["bare"])}
 
 
-MEASUREMENTS = {"decode": decode, "load": load_checkpoint, "sandbox": sandbox}
+MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "load": load_checkpoint, "sandbox": sandbox}
 
 
 def main():

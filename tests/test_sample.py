@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+import sample
 from model import Config, Qwen2
 from sample import ContextFull, Engine, Tokenizer, Window, draw, load
 
@@ -232,7 +233,6 @@ def test_the_next_turn_reuses_what_is_cached(model):
 
 
 def test_chunked_prefill_is_the_whole_prefill(model, monkeypatch):
-    import sample
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 7)
     prompt, = prompts_of([64])
     assert_plain(model, prompt, engine_of(model).generate([prompt], max_new_tokens=6)[0][0])
@@ -244,8 +244,8 @@ def test_appending_several_tokens_to_ragged_rows_is_the_full_forward(model):
     more = torch.randint(256, (3, 5), generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         for r, ids in enumerate(rows):
-            model.hidden(torch.tensor([ids]), Window(engine.cache, r, [0], len(ids)))
-        logits = model(more, Window(engine.cache, 0, [11, 30, 2], 5))
+            model.hidden(torch.tensor([ids]), Window(engine.cache, [r], [0], [len(ids)]))
+        logits = model(more.view(1, -1), Window(engine.cache, [0, 1, 2], [11, 30, 2], [5] * 3)).view(3, 5, -1)
         for r, ids in enumerate(rows):
             whole = model(torch.tensor([ids + more[r].tolist()]))[0, -5:]
             assert torch.allclose(logits[r], whole, atol=1e-4, rtol=1e-5)
@@ -305,6 +305,118 @@ def test_rows_of_the_vocabulary_without_a_token_are_never_sampled():
     assert_plain(flat, [1], replies[0])
 
 
+# -- drafts
+
+@pytest.fixture
+def eager(monkeypatch):
+    """A drafted token is taken to cost next to nothing, so that every guess is tried."""
+    monkeypatch.setattr(sample.PassTime, "fit", lambda self: (1.0, 1e-6))
+
+
+def repeating_prompts(num):
+    """Prompts in which text comes again, as in a script that is to be edited: three to five copies, some cut short."""
+    return [prompt * (3 + i % 3) + prompt[:i % 7] for i, prompt in enumerate(prompts_of([5 + i % 29 for i in range(num)]))]
+
+
+def test_drafted_replies_are_the_plain_ones_on_fifty_prompts(model, eager):
+    """Greedy and sampled, ragged rows, some guesses right and some wrong: the same tokens, with a full forward's logps."""
+    prompts = repeating_prompts(50)
+    plain, drafting = engine_of(model, rows=5, draft=False), engine_of(model, rows=5)
+    for options in (dict(temperature=0), dict(temperature=0.4), dict(temperature=0.7, top_p=0.8, top_k=20)):
+        expected = plain.generate(prompts, max_new_tokens=16, seed=7, **options)
+        got = drafting.generate(prompts, max_new_tokens=16, seed=7, **options)
+        assert [g[0].tokens for g in got] == [g[0].tokens for g in expected]
+        assert [(g[0].text, g[0].finish) for g in got] == [(g[0].text, g[0].finish) for g in expected]
+        if "top_p" not in options:
+            for prompt, (reply,) in zip(prompts, got):
+                assert_plain(model, prompt, reply, options["temperature"] or 1.0)
+    assert 200 < drafting.accepted_tokens < drafting.drafted_tokens - 200
+    assert drafting.passes < plain.passes and plain.drafted_tokens == 0
+    assert drafting.sampled_tokens == plain.sampled_tokens
+
+
+def test_what_was_drafted_in_vain_is_not_reused(model, eager):
+    """A conversation goes on from a row that tried and dropped many drafts: its cache is the full forward's."""
+    engine, prompt = engine_of(model), repeating_prompts(4)[3]
+    for _ in range(4):
+        reply = engine.generate([prompt], max_new_tokens=15, temperature=1.0)[0][0]
+        assert_plain(model, prompt, reply)
+        prompt = prompt + reply.tokens + prompt[:9]
+    assert engine.drafted_tokens > engine.accepted_tokens and reply.cached_tokens > 60
+
+
+def test_frequencies_of_drafted_tokens_are_the_models(model, eager):
+    """Chi-square of 2,000 replies of three tokens from a vocabulary of four against the exact probabilities of all 64:
+    63 degrees, p = 1e-4 at 113.5."""
+    prompt, exact = [0, 1, 2, 3, 0, 1, 1, 2, 0, 3, 3, 0, 1, 2], {(): 1.0}
+    for _ in range(3):
+        rows = list(exact)
+        with torch.no_grad():
+            p = (model(torch.tensor([prompt + list(row) for row in rows]))[:, -1, :4] / 9).softmax(-1).tolist()
+        exact = {(*row, t): exact[row] * p[i][t] for i, row in enumerate(rows) for t in range(4)}
+    engine = engine_of(model, rows=100)
+    engine.tokenizer.size = 4
+    replies = engine.generate([prompt], n=2000, max_new_tokens=3, temperature=9.0)[0]
+    counts = collections.Counter(tuple(r.tokens) for r in replies)
+    assert 600 < engine.accepted_tokens < engine.drafted_tokens - 600 and min(exact.values()) > 0.002
+    assert sum((counts[row] - 2000 * p) ** 2 / (2000 * p) for row, p in exact.items()) < 113.5
+
+
+def test_a_draft_never_passes_the_end_of_a_reply(eager):
+    t = Tokenizer.of_bytes()
+    for said, options, text, finish in (
+            ("ab " * 9, {}, "ab " * 9, "stop"), ("ab " * 9, dict(max_new_tokens=20), ("ab " * 9)[:20], "length"),
+            ("xyz " * 6 + "xyq", dict(stop="q"), "xyz " * 6 + "xy", "stop"),
+            ("xyz " * 6, dict(stop="yz xyz xyz xyz"), "x", "stop")):
+        engine, pieces = Engine(Scripted(said, t), t, rows=1, context=41, pack=False), []
+        reply = engine.generate([[0]], temperature=0, stream=pieces.append, **{"max_new_tokens": 40, **options})[0][0]
+        assert (reply.text, reply.finish) == (text, finish) and len(reply.logps) == len(reply.tokens)
+        assert b"".join(pieces).decode().startswith(text) and engine.accepted_tokens > 5
+
+
+def test_lookup_by_hand():
+    text = sample.Lookup(torch.tensor([1, 2, 3, 4, 1, 2, 5, 6, 1, 2]).numpy(), odds := [[1, 2] for _ in range(17)])
+    draft = lambda k: text.seq[text.at:text.at + k]
+    assert text.match == 2 and draft(3) == [5, 6, 1]        # after "1 2" came 5 the last time
+    assert text.chance() == 0.5
+    text.add(5)
+    assert text.match == 3 and draft(2) == [6, 1] and odds[2] == [2, 3]
+    text.add(7)                                             # a wrong guess, and "5 7" has not been seen
+    assert text.at is None and text.chance() == 0 and odds[3] == [1, 3]
+    text.add(3)
+    text.add(4)
+    assert draft(2) == [1, 2]                               # "3 4" stands at the beginning
+    assert text.chance() == pytest.approx((0.9 * 1 + 0 + 2 * 2 / 3) / (0.9 * 1 + 1 + 2))
+
+
+def test_pass_time_finds_base_and_slope():
+    cost = sample.PassTime()
+    assert cost.fit() == (10, 1)
+    cost.add(4, 0.14)
+    assert cost.fit() == pytest.approx((0.1, 0.01))         # one size: a token costs a tenth of the base
+    for N in [1, 9, 17, 2, 30] * 40:
+        cost.add(N, 0.05 + 0.02 * N)
+    assert cost.fit() == pytest.approx((0.05, 0.02), rel=0.02)
+    cost.add(10, 100.0)                                     # the machine slept
+    assert cost.fit()[0] < 0.1
+
+
+@pytest.mark.parametrize("chance, base, each, length", [
+    (0.9, 1.0, 0.0, 32), (0.9, 1.0, 2.0, 2), (0.5, 1.0, 2.0, 0), (0.5, 1.0, 0.1, 2), (0.05, 1.0, 0.1, 0), (0.0, 1.0, 0.0, 0)])
+def test_a_draft_is_as_long_as_pays(model, chance, base, each, length, monkeypatch):
+    """Tokens per second of one row, (1 - p^(k + 1)) / (1 - p) / (base + each * (k + 1)), is largest at that length."""
+    monkeypatch.setattr(sample.PassTime, "fit", lambda self: (base, each))
+    monkeypatch.setattr(sample.Lookup, "chance", lambda self: chance)
+    engine = engine_of(model)
+    with engine.wake:
+        engine.waiting.append(engine._request([1, 2] * 50, max_new_tokens=100))
+    engine._admit()
+    engine.active[0].lookup.at = 2
+    assert len(engine._drafts()[0]) == length
+    rate = [sum(chance ** i for i in range(k + 1)) / (base + each * (k + 1)) for k in range(33)]
+    assert rate[length] == max(rate)
+
+
 # -- endings
 
 class Scripted(torch.nn.Module):
@@ -322,8 +434,8 @@ class Scripted(torch.nn.Module):
         if self.fail:
             raise MemoryError("planted")
         logits = torch.zeros(*tokens.shape, SMALL.vocab_size)
-        for b in range(len(tokens)):
-            logits[b, 0, self.said[min(int(window.positions[b, 0]), len(self.said) - 1)]] = 50.0
+        for t, position in enumerate(window.positions[0].tolist()):
+            logits[0, t, self.said[min(position, len(self.said) - 1)]] = 50.0
         return logits
 
 
