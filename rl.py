@@ -96,10 +96,16 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} must be {' or '.join(allowed)}, found {getattr(self, name)!r}")
-        for name in ("iterations", "states", "num", "steps", "epochs", "minibatches", "rows", "max_new_tokens",
-                     "temperature", "save_every", "show_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
+        positive = ("iterations", "states", "num", "steps", "epochs", "minibatches", "rows", "max_new_tokens", "length",
+                    "threads", "temperature", "clip", "value_clip", "save_every", "show_every")
+        bounds = {**dict.fromkeys(positive, (1e-9, math.inf)), "dual_clip": (1 + self.clip_high, math.inf),
+                  **dict.fromkeys(("value_steps", "lr", "critic_lr", "value_weight", "clip_high", "kl", "truncate"),
+                                  (0, math.inf)),
+                  **dict.fromkeys(("clip_low", "gamma", "lam"), (0, 1)), "context": (self.max_new_tokens + 1, math.inf)}
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                right = "above 0" if low == 1e-9 else f"{low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+                raise ValueError(f"--{name.replace('_', '-')} must be {right}, found {getattr(self, name)}")
         if self.minibatches > self.states:
             raise ValueError(f"--minibatches {self.minibatches} are more than --states {self.states}; some would be "
                              "empty")
@@ -108,6 +114,9 @@ class Settings:
                              f"least 2, found {self.rollout} and {self.num}")
         if self.rollout == "episode" and self.overlap:
             raise ValueError("--overlap is for --rollout step; episodes run and sample at the same time anyway")
+        if self.choose == "learnable" and (self.rollout == "episode" or self.num < 2):
+            raise ValueError("--choose learnable compares actions of one state: it needs --rollout step and --num of at "
+                             f"least 2, found {self.rollout} and {self.num}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
