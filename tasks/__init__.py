@@ -320,6 +320,11 @@ def target_columns(task, home):
         return list(task.targets or [name for name in next(csv.reader(stream)) if name != task.key])
 
 
+# what a score may depend on is as where the agent's scripts run, or to change nothing would change the score
+AS_JUDGED = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")} | {
+    "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def run_starter(task, home, python=sys.executable):
     """Runs the starter on home/public in a temporary folder: (graded score, seconds, stdout, canary_p).
 
@@ -339,7 +344,7 @@ def run_script(task, home, script, python=sys.executable, name="The script"):
         start = time.monotonic()
         try:
             run = subprocess.run([python, task.entry], cwd=folder, timeout=task.time_limit_s, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **AS_JUDGED})
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"{name} takes over {task.time_limit_s:g} s, its limit.") from None
         seconds = time.monotonic() - start
