@@ -80,6 +80,7 @@ class Result:
     sandbox: str        # the layers that were active, such as "namespaces+landlock7", or "off"
     detail: str = ""    # one sentence about the outcome
     canary_p: float | None = None       # of the graded submission, see tasks.judge
+    warm: bool = False  # it was forked from a process that had the libraries imported already
 
 
 class Stopped(RuntimeError):
@@ -93,8 +94,11 @@ class Unprotected(RuntimeError):
 def _supervise(job):
     """The work of the small process that stands between us and one script: runs it and returns (exit code, why it was
     stopped or "", seconds, peak bytes, whether the kernel killed for lack of memory, stdout, stderr), or None when our
-    parent is gone, which the end of its standard input tells. Its source is sent to a bare interpreter (_serve), so it
+    parent is gone, which the end of its standard input tells. Its source is sent to another interpreter (_serve), so it
     imports for itself. RuntimeError: the script could not be started, or a layer not be put up.
+
+    A script is an interpreter that is started anew or, with job["warm"], a fork of this process: then the function
+    returns in the script's process too, and what it returns there is the job (_be_script).
 
     Two layers keep the script in, each enough to hide the answers, and job["layers"] names those to put up.
     namespaces: the script's parent is process 1 of a world of its own: no other processes, no network, and a file tree
@@ -196,9 +200,19 @@ def _supervise(job):
                 os.write(ended[1], b"%d" % status)
                 os._exit(0)
 
+    def rename():
+        """Shows this fork under the script's command and environment in /proc; _kill_marked goes by the latter."""
+        os.environ.clear()          # what lies in the old place is not used any more
+        os.environ.update(job["env"])
+        for texts, start, end in ((job["command"], *places[:2]), (map("=".join, job["env"].items()), *places[2:])):
+            block = b"".join(os.fsencode(text) + b"\0" for text in texts)[:end - start - 1]
+            ctypes.memmove(start, block.ljust(end - start, b"\0"), end - start)
+
     def become_script():
         fresh = False
         call("prctl", 1, signal.SIGKILL, 0, 0, 0)                           # PR_SET_PDEATHSIG: dies with its parent
+        if job["warm"]:
+            rename()
         if boxed:
             fresh = build_root()
             if script := os.fork():
@@ -207,8 +221,9 @@ def _supervise(job):
         os.chdir(job["cwd"])
         for target, source in enumerate((os.open(os.devnull, os.O_RDONLY), out[1], err[1])):
             os.dup2(source, target)
-        for name in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two; a new program expects the default
-            signal.signal(name, signal.SIG_DFL)
+        if not job["warm"]:
+            for name in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two; a new program expects the default
+                signal.signal(name, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
         if boxed:   # counts this run's threads alone; the kernel ignores it for root
@@ -220,7 +235,10 @@ def _supervise(job):
             if locked:
                 lock(fresh)
             call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
-        os.execve(job["command"][0], job["command"], job["env"])
+        if not job["warm"]:
+            os.execve(job["command"][0], job["command"], job["env"])
+        call("prctl", 4, 1, 0, 0, 0)    # PR_SET_DUMPABLE: exec would do it, so that a script may look into its own /proc
+        os.closerange(3, 1 << 20)       # and this; it also tells our supervisor that all is well
 
     call("prctl", 36, 1, 0, 0, 0)                                           # PR_SET_CHILD_SUBREAPER
     try:
@@ -229,18 +247,22 @@ def _supervise(job):
         pass  # a container may forbid it
     if boxed:
         enter_namespaces()
+    if job["warm"]:     # where the kernel has put arguments and environment: start and end of each
+        with open("/proc/self/stat", "rb") as file:
+            places = list(map(int, file.read().rpartition(b")")[2].split()[45:49]))
     out, err, ready, ended = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     started = time.monotonic()
     child = os.fork()
     if child == 0:
         try:
             become_script()
+            return job
         except BaseException as error:
             os.write(ready[1], repr(error).encode())
         os._exit(127)
     for pipe in (out, err, ready, ended):
         os.close(pipe[1])
-    if failure := os.read(ready[0], 1000):  # empty once exec has closed the pipe
+    if failure := os.read(ready[0], 1000):  # empty once the script has closed the pipe
         raise RuntimeError(f"{job['command'][0]} could not be started: {failure.decode()}")
 
     half = max(1, job["output_bytes"] // 2)
@@ -273,8 +295,8 @@ def _supervise(job):
         return found
 
     def shared_once(pids):
-        """Bytes of memory with shared pages counted once: forked workers share most of theirs. 0 if the kernel does
-        not tell."""
+        """Bytes of memory with shared pages counted once: forked workers share most of theirs, and a warm script the
+        libraries. 0 if the kernel does not tell."""
         total = 0
         for pid in pids:
             try:
@@ -313,7 +335,7 @@ def _supervise(job):
         elif now >= look:
             tree = descendants()
             used = sum(tree.values())
-            if used > job["memory_bytes"] and len(tree) > 1:
+            if used > job["memory_bytes"]:
                 used = shared_once(tree) or used
             peak = max(peak, used)
             why = "memory" if used > job["memory_bytes"] else "processes" if len(tree) > job["processes"] else ""
@@ -359,36 +381,144 @@ def _supervise(job):
     return os.waitstatus_to_exitcode(status), why, seconds, peak, oom_kills() > kills, *streams
 
 
-def _serve():
+def _be_script(job):
+    """Runs the script in this process, a fork of one that has imported libraries, as `python script` would, and ends.
+    What differs: more modules are in sys.modules, and two frames of ours lie below the script's first."""
+    import atexit, ctypes, gc, importlib.machinery, os, sys, threading
+    script, modules, api = job["command"][1], sys.modules, ctypes.pythonapi
+    path, main = os.path.join(job["cwd"], script), modules["__main__"].__dict__
+    main.pop("__warningregistry__", None)   # of a library that warned whoever imports it
+    main.update(__file__=path, __cached__=None, __loader__=importlib.machinery.SourceFileLoader("__main__", path))
+    sys.argv, sys.orig_argv = [script], job["command"]
+    sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
+    sys.setrecursionlimit(sys.getrecursionlimit() + 3)      # our frames
+    # what was drawn or looked up when the libraries were imported; random draws anew after each fork by itself
+    if "numpy.random" in modules:
+        modules["numpy.random"].seed()
+    if "torch" in modules:
+        modules["torch"].default_generator.seed()
+    if "tempfile" in modules:
+        modules["tempfile"].tempdir = None
+    if "multiprocessing.process" in modules:
+        modules["multiprocessing.process"].ORIGINAL_DIR = job["cwd"]
+        modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
+    run, api.fopen.restype = api.PyRun_FileExFlags, ctypes.c_void_p
+    run.restype, run.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.py_object,
+                                                   ctypes.py_object, ctypes.c_int, ctypes.c_void_p)
+    job = error = None
+    try:
+        run(api.fopen(os.fsencode(path), b"rb"), os.fsencode(path), 257, main, main, 1, None)   # Py_file_input
+    except BaseException as caught:
+        error = caught.with_traceback(caught.__traceback__.tb_next)     # without the frame of this function
+    status, interrupted = int(error is not None), type(error) is KeyboardInterrupt
+    if isinstance(error, SystemExit):
+        status = 0 if error.code is None else error.code
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    elif error:
+        sys.last_exc, sys.last_type, sys.last_value, sys.last_traceback = error, *(
+            whole := (type(error), error, error.__traceback__))
+        try:
+            sys.excepthook(*whole)
+        except BaseException as second:
+            print("Error in sys.excepthook:", file=sys.stderr)
+            sys.__excepthook__(type(second), second, second.__traceback__.tb_next)
+            print("\nOriginal exception was:", file=sys.stderr)
+            sys.__excepthook__(*whole)
+    error = whole = None
+    # The end of an interpreter, but for the libraries: to take apart what the fork shares would copy all of it first.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.setswitchinterval(1e6)      # no other thread runs from here on
+    sys.last_exc = sys.last_type = sys.last_value = sys.last_traceback = None
+    own = [main, *(vars(each) for each in list(modules.values()) if os.path.dirname(
+        getattr(each, "__file__", None) or "").startswith(sys.path[0]))]
+    for private in (True, False):   # the order in which Python forgets a module's names; files are closed by that
+        for names in own:
+            for name in [name for name in names if name != "__builtins__"]:
+                if private == (name[:1] == "_" != name[1:2]):
+                    names[name] = None
+    gc.collect()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):   # replaced by the script, a full disk, closed
+            status = status or 120 * (stream is sys.stdout and not getattr(stream, "closed", True))
+    if interrupted:
+        import signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    api.exit(ctypes.c_int(status if abs(status) < 1 << 63 else -1))
+
+
+def _serve(descriptor, libraries=None):
     """The whole program of the process that supervisors are forked from: to start an interpreter for each would take
-    longer than all the rest. A request holds a job and two pipes: the supervisor's standard input and where its report
-    goes. The end of the requests means that our parent is gone."""
+    longer than all the rest. A request holds two pipes, the supervisor's standard input and where its report goes, and
+    a file with the job: so the job of one run is never in the memory of another. The end of the requests means that our
+    parent is gone.
+
+    A warm one imports the libraries that are there and says "up", or why it cannot. In the process of a script it
+    returns the job."""
     global os, shutil  # for _remove
     import _signal as signal, ctypes, json, os, resource, select, shutil, socket, sys, time  # some for _supervise alone
-    requests = socket.socket(fileno=0)
+    requests, warm = socket.socket(fileno=descriptor), libraries is not None
+    requests.set_inheritable(False)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel clears away who ends
+    if warm:
+        import gc, importlib, weakref
+        del sys.path[0]     # the current folder
+        for name in libraries:
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                pass    # a script that needs it will say so
+        for each in list(weakref.finalize._registry):   # what libraries wanted to do at the end, torch for 0.1 s
+            each.atexit = False
+        gc.collect()
+        gc.freeze()         # a collection in a fork would copy every page
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "on_exit"):    # the forks run what C code wants to do at the end, but not these libraries'
+            libc.on_exit(libc._exit, None)
+            libc.on_exit(libc.fcloseall, None)
+        if os.fork() == 0:  # OpenBLAS ends its threads at the first fork, and starts them when they are needed
+            os._exit(0)
+        threads, files = os.listdir("/proc/self/task"), set(os.listdir("/proc/self/fd")) - {"0", "1", "2"}
+        trouble = (f"the libraries keep {len(threads)} threads" if len(threads) > 1 else
+                   f"the libraries keep files open" if len(files) > 2 else "")     # one is for the listing
+        try:
+            requests.send(trouble.encode() or b"up")
+        except OSError:
+            trouble = "our parent is gone"
+        if trouble:
+            os._exit(0)
     while True:
-        message, pipes, _, _ = socket.recv_fds(requests, 1 << 20, 2)
-        if not message:
-            return
+        try:
+            pipes = socket.recv_fds(requests, 16, 3)[1]
+        except ConnectionResetError:
+            pipes = []
+        if not pipes:
+            os._exit(0)
         for pipe in pipes:
             os.set_inheritable(pipe, False)  # a script that could write to the report would be its own judge
         if os.fork() == 0:
-            requests.detach()
+            requests.close()
             os.setsid()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.dup2(pipes[0], 0)
-            os.write(pipes[1], b"%10d" % os.getpid())
-            job = json.loads(message)
+            job = {**json.loads(os.pread(pipes[2], 1 << 24, 0)), "warm": warm}
             base = os.path.dirname(job["root"])     # made and removed here, so that our parent's death leaves nothing
             try:
-                for folder in (base, job["root"], job["env"]["TMPDIR"]):
-                    os.mkdir(folder, 0o700)
-                report = _supervise(job)
-            except Exception as error:
-                report = str(error)
-            _remove(base)
-            try:
+                os.write(pipes[1], b"%10d" % os.getpid())
+                try:
+                    for folder in (base, job["root"], job["env"]["TMPDIR"]):
+                        os.mkdir(folder, 0o700)
+                    report = _supervise(job)
+                    if report is job:
+                        return job
+                except Exception as error:
+                    report = str(error)
+                _remove(base)
                 with open(pipes[1], "w") as file:
                     file.write(json.dumps(report))
             except BrokenPipeError:
@@ -398,38 +528,92 @@ def _serve():
             os.close(pipe)
 
 
-_warned, _server, _server_lock = set(), None, threading.Lock()
+# what a warm process imports, by what a script's text mentions; torch.optim would import the last one when it is used
+TABLES = ("numpy", "pandas", "scipy.sparse", "sklearn.ensemble", "sklearn.linear_model", "sklearn.neural_network",
+          "sklearn.model_selection", "sklearn.pipeline", "sklearn.feature_extraction.text")
+WARM = {rb"\btorch": (*TABLES, "torch", "torch._dynamo"), rb"\b(numpy|pandas|scipy|sklearn)\b": TABLES}
+_server_lock, _warned = threading.Lock(), set()
+_servers = {}   # None for the bare one, or what a warm one is for: (interpreter, libraries, threads) -> its socket
+_up = {}        # of the warm ones: whether they work; absent while they start
+_asked = set()  # who has had a run that a warm one could have taken
 
 
-def _request(job):
-    """Has the server start a supervisor, and starts the server where there is none. Returns the supervisor's id, a
-    descriptor that it sees close when we die, and one to read its report from."""
-    global _server
-    message = json.dumps(job).encode()
+def _start(key):
+    """Starts a server and returns the socket for its requests."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    source = "\n".join([*map(inspect.getsource, (_remove, _supervise, _be_script, _serve)),
+                        f"_be_script(_serve({theirs.fileno()}, {key[1] if key else None!r}))"])
+    # the warm one has the flags of `python script`, its __main__ is empty; it is not to look for a GPU, and has room for
+    # the environment of a run (rename in _supervise)
+    command = [key[0], "-c", f"exec({source!r}, {{}})"] if key else [sys.executable, "-I", "-S", "-c", source]
+    env = {**_environment(key[0], key[2]), "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "ROOM": 999 * " "} if key else {}
+    with theirs:
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=env,
+                         stderr=subprocess.DEVNULL if key else None, pass_fds=[theirs.fileno()], start_new_session=True)
+    return ours
+
+
+def _is_up(key):
+    """Whether the warm process for the key can take a run; None while it starts. What does not work is said once."""
+    with _server_lock:
+        if key not in _up:
+            if key not in _servers:
+                _servers[key] = _start(key)
+            try:
+                answer = _servers[key].recv(1000, socket.MSG_DONTWAIT).decode() or "its process has ended"
+            except BlockingIOError:
+                return None
+            except ConnectionResetError:
+                answer = "its process has ended"
+            _up[key] = answer == "up"
+            if answer != "up":
+                _servers.pop(key).close()
+                print(f"scripts of {key[0]} start cold, each imports its libraries anew: {answer}", file=sys.stderr)
+        return _up[key]
+
+
+def _warm_key(program, text, threads):
+    """What the warm process for a script of that text is for; None if it would gain nothing."""
+    for mention, libraries in WARM.items():
+        if re.search(mention, text):
+            return program, libraries, threads
+    return None
+
+
+def warm_up(text=b"import torch", python=None, threads=1):
+    """Starts the warm process for scripts like that one and waits until it is up; False if it does not work."""
+    key = _warm_key(describe(python or sys.executable)[0], text, threads)
+    while (up := _is_up(key)) is None:
+        time.sleep(0.02)
+    return up
+
+
+def _request(job, key):
+    """Has the server of that key start a supervisor, and starts the server where there is none. If a warm one is gone
+    the bare one does it. Returns the supervisor's id, a descriptor that it sees close when we die, one to read its
+    report from, and whether it is warm."""
     for _ in range(5):
-        (alive, hold), (report, theirs) = os.pipe(), os.pipe()
+        (alive, hold), (report, theirs), file = os.pipe(), os.pipe(), os.memfd_create("job")
         try:
+            os.write(file, json.dumps(job).encode())
             with _server_lock:
-                if _server is None:
-                    _server, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                    source = "\n".join([*map(inspect.getsource, (_remove, _supervise, _serve)), "_serve()"])
-                    with other:
-                        subprocess.Popen([sys.executable, "-I", "-S", "-c", source], stdin=other, env={},
-                                         start_new_session=True)
-                server = _server
+                key = key if key in _servers else None
+                if key not in _servers:
+                    _servers[key] = _start(key)
+                server = _servers[key]
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    socket.send_fds(server, [message], [alive, theirs])
+                    socket.send_fds(server, [b"run"], [alive, theirs, file])
         finally:
-            os.close(alive)
-            os.close(theirs)
+            for each in (alive, theirs, file):
+                os.close(each)
         if pid := os.read(report, 10):
-            return int(pid), hold, report
+            return int(pid), hold, report, key is not None
         os.close(hold)
         os.close(report)
         with _server_lock:  # somebody has killed the server
-            if _server is server:
-                _server.close()
-                _server = None
+            if _servers.get(key) is server:
+                _servers.pop(key).close()
+                _up.pop(key, None)
     raise RuntimeError("the process that starts scripts does not stay alive")
 
 
@@ -481,10 +665,18 @@ def describe(python):
     return program, (*folders, *libraries, *LIBRARIES), versions
 
 
-@functools.lru_cache(maxsize=None)
 def protection():
     """The layers that hold on this machine, such as ("namespaces", "landlock"). Each is tried by a script that attempts
     what it must be denied. Unprotected: there is none; the message says why, and what can be done."""
+    with _probing:      # many threads may ask first
+        return _probe()
+
+
+_probing = threading.Lock()
+
+
+@functools.lru_cache(maxsize=None)
+def _probe():
     held, trouble, (program, folders, _) = [], [], describe(sys.executable)
     with tempfile.TemporaryDirectory(prefix="ml-agent-probe-") as folder, socket.create_server(("127.0.0.1", 0)) as own:
         answers, work = os.path.join(folder, "answers"), os.path.join(folder, "work")
@@ -494,7 +686,7 @@ def protection():
         for layer in LAYERS:
             try:
                 report = _run([program, "-S", "probe.py", answers, str(os.getpid()), str(own.getsockname()[1])], work,
-                              (layer,), timeout_s=30, memory_bytes=1 << 30, readable=folders)
+                              (layer,), timeout_s=30, memory_bytes=1 << 30, readable=folders)[0]
             except RuntimeError as error:
                 trouble.append(f"{layer}: {error}")
                 continue
@@ -516,20 +708,25 @@ def protection():
     return tuple(held)
 
 
+def _environment(program, threads=1, gpu=None, private="/nonexistent", token=""):
+    """The environment variables of a script."""
+    inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some CUDA set-ups
+    return dict(ML_AGENT_RUN=token, **inherited, PATH=f"{os.path.dirname(program)}:/usr/local/bin:/usr/bin:/bin",
+                HOME=private, TMPDIR=private, USER="agent", LANG="C.UTF-8", MPLBACKEND="Agg",
+                CUDA_VISIBLE_DEVICES=gpu or "", PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1",
+                PYTHONNOUSERSITE="1", PYTHONHASHSEED="0", PYTHONUTF8="1", OMP_NUM_THREADS=str(threads),
+                OPENBLAS_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), NUMEXPR_NUM_THREADS=str(threads),
+                LOKY_MAX_CPU_COUNT=str(threads))
+
+
 def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16, file_bytes=4 << 30, processes=256,
-         threads=1, gpu=None, readable=(), stop=None):
-    """Runs a command under a supervisor and returns its report, None if the script has killed it. For the arguments
-    see execute; layers: those of LAYERS to put up."""
+         threads=1, gpu=None, readable=(), stop=None, warm=None):
+    """Runs a command under a supervisor and returns (its report, or None if the script has killed it; whether it was
+    warm). For the arguments see execute; layers: those of LAYERS to put up; warm: the key of a warm process."""
     token = uuid.uuid4().hex
     base = os.path.join(tempfile.gettempdir(), f"ml-agent-tmp-{token}")
     private, root = os.path.join(base, "tmp"), os.path.join(base, "root")
-    inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some CUDA set-ups
-    env = dict(inherited, ML_AGENT_RUN=token, PATH=f"{os.path.dirname(command[0])}:/usr/local/bin:/usr/bin:/bin",
-               HOME=private, TMPDIR=private, USER="agent", LANG="C.UTF-8", MPLBACKEND="Agg",
-               CUDA_VISIBLE_DEVICES=gpu or "", PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1",
-               PYTHONNOUSERSITE="1", PYTHONHASHSEED="0", PYTHONUTF8="1", OMP_NUM_THREADS=str(threads),
-               OPENBLAS_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), NUMEXPR_NUM_THREADS=str(threads),
-               LOKY_MAX_CPU_COUNT=str(threads))
+    env = _environment(command[0], threads, gpu, private, token)
     shown = [(path, "read") for path in readable] + [(path, "device") for path in DEVICES]
     if gpu:
         shown += [(path, "read") for pattern in GPU_LIBRARIES for path in glob.glob(pattern)]
@@ -553,7 +750,7 @@ def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16,
                 report += chunk
         return False
 
-    supervisor, hold, result = _request(job)
+    supervisor, hold, result, warm = _request(job, warm)
     try:
         poll.register(result, select.POLLIN)
         read_until(time.monotonic() + timeout_s + 30)  # if it is not whole then, something has stopped the supervisor
@@ -573,11 +770,11 @@ def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16,
             _remove(base)
     if isinstance(report, str):
         raise RuntimeError(report)
-    return report
+    return report, warm
 
 
 def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), timeout_s, memory_bytes,
-            output_bytes=1 << 16, file_bytes=4 << 30, processes=256, threads=1, gpu=None, stop=None):
+            output_bytes=1 << 16, file_bytes=4 << 30, processes=256, threads=1, gpu=None, stop=None, warm=True):
     """Runs `python script` in the folder `cwd` and returns its Result. When it returns, also by an exception, nothing
     that the script started is alive. Safe to call from many threads.
 
@@ -587,7 +784,8 @@ def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), t
     processes together; without a GPU each address space is limited too, 4 GiB above it, so that one huge allocation
     fails inside the script. output_bytes: kept of each stream, half from the start, half from the end. file_bytes: the
     largest file it may write. threads: for OpenMP and BLAS. gpu: value of CUDA_VISIBLE_DEVICES; None hides all. stop: a
-    threading.Event that calls the run off.
+    threading.Event that calls the run off. warm: from the second script on that mentions numpy, pandas, scikit-learn or
+    torch they are forked from a process that has imported these (_serve), as soon as it has; False starts each anew.
     ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
     not on Linux, or the interpreter does not start. Unprotected: see protection. Stopped: stop was set.
 
@@ -615,19 +813,23 @@ def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), t
             raise ValueError(f"{secret} must be kept from scripts, but lies below {folder}, which they may read; keep "
                              "the prepared data (--data) somewhere else")
     started = time.monotonic()
-    report = _run([program, script], cwd, layers, timeout_s=timeout_s, memory_bytes=memory_bytes, readable=folders,
+    key = _warm_key(program, Path(cwd, script).read_bytes(), threads) if warm else None
+    first = key not in _asked and key not in _up    # one run alone is over before the libraries are imported
+    _asked.add(key)
+    key = None if key is None or first or not _is_up(key) else key
+    report, warm = _run([program, script], cwd, layers, timeout_s=timeout_s, memory_bytes=memory_bytes, readable=folders,
                   output_bytes=output_bytes, file_bytes=file_bytes, processes=processes, threads=threads, gpu=gpu,
-                  stop=stop)
+                  stop=stop, warm=key)
     layers = "+".join(layers) or "off"
     if not report:
-        return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.")
+        return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.", warm=warm)
     exit_code, why, seconds, peak, oom, stdout, stderr = report
     stdout, stderr = _tidy(stdout), _tidy(stderr)
     limits = {"timeout": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
               "memory": ("out of memory", f"It used more than its limit of {memory_bytes / 2**30:.2f} GiB."),
               "processes": ("too many processes", f"It had more than {processes} processes.")}
     outcome, detail = limits[why] if why else _outcome(exit_code, oom, stderr)
-    return Result(outcome, exit_code, stdout, stderr, seconds, peak, layers, detail)
+    return Result(outcome, exit_code, stdout, stderr, seconds, peak, layers, detail, warm=warm)
 
 
 def _outcome(exit_code, oom, stderr):
