@@ -318,7 +318,7 @@ def _supervise(job):
     poll, exited = select.poll(), os.pidfd_open(child)
     for descriptor in (0, exited, out[0], err[0]):
         poll.register(descriptor, select.POLLIN)
-    deadline, look = started + job["timeout_s"], started + 0.05
+    deadline, look, weigh = started + job["timeout_s"], started + 0.05, started
     while status is None and not why:
         for descriptor, _ in poll.poll(max(0.0, min(look, deadline) - time.monotonic()) * 1000 + 1):
             if descriptor == 0:
@@ -335,8 +335,11 @@ def _supervise(job):
         elif now >= look:
             tree = descendants()
             used = sum(tree.values())
-            if used > job["memory_bytes"]:
-                used = shared_once(tree) or used
+            if used > job["memory_bytes"]:      # to tell takes milliseconds a process: at most a sixth of one core
+                begun = time.monotonic()
+                used = 0 if begun < weigh else shared_once(tree) or used
+                weigh = max(weigh, 6 * time.monotonic() - 5 * begun)
+                now += time.monotonic() - begun
             peak = max(peak, used)
             why = "memory" if used > job["memory_bytes"] else "processes" if len(tree) > job["processes"] else ""
             look = time.monotonic() + max(0.05, 20 * (time.monotonic() - now))  # at most a twentieth of one core
@@ -384,14 +387,16 @@ def _supervise(job):
 def _be_script(job):
     """Runs the script in this process, a fork of one that has imported libraries, as `python script` would, and ends.
     What differs: more modules are in sys.modules, and two frames of ours lie below the script's first."""
-    import atexit, ctypes, gc, importlib.machinery, os, sys, threading
-    script, modules, api = job["command"][1], sys.modules, ctypes.pythonapi
-    path, main = os.path.join(job["cwd"], script), modules["__main__"].__dict__
-    main.pop("__warningregistry__", None)   # of a library that warned whoever imports it
-    main.update(__file__=path, __cached__=None, __loader__=importlib.machinery.SourceFileLoader("__main__", path))
+    import atexit, contextlib, ctypes, gc, importlib.machinery, io, os, sys, threading, weakref
+    script, modules, api, main = job["command"][1], sys.modules, ctypes.pythonapi, type(sys)("__main__")
+    path, names = os.path.join(job["cwd"], script), vars(main)
+    names.update({name: value for name, value in vars(modules["__main__"]).items() if name[:2] == "__" and name !=
+                  "__warningregistry__"}, __file__=path, __cached__=None,
+                 __loader__=importlib.machinery.SourceFileLoader("__main__", path))
+    modules.update({name: main for name in ("__main__", "__mp_main__") if name in modules})    # multiprocessing's name
     sys.argv, sys.orig_argv = [script], job["command"]
     sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
-    sys.setrecursionlimit(sys.getrecursionlimit() + 3)      # our frames
+    sys.setrecursionlimit(sys.getrecursionlimit() + 3)      # our two frames and the call between
     # what was drawn or looked up when the libraries were imported; random draws anew after each fork by itself
     if "numpy.random" in modules:
         modules["numpy.random"].seed()
@@ -405,9 +410,9 @@ def _be_script(job):
     run, api.fopen.restype = api.PyRun_FileExFlags, ctypes.c_void_p
     run.restype, run.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.py_object,
                                                    ctypes.py_object, ctypes.c_int, ctypes.c_void_p)
-    job = error = None
+    job = error = main = None
     try:
-        run(api.fopen(os.fsencode(path), b"rb"), os.fsencode(path), 257, main, main, 1, None)   # Py_file_input
+        run(api.fopen(os.fsencode(path), b"rb"), os.fsencode(path), 257, names, names, 1, None)   # Py_file_input
     except BaseException as caught:
         error = caught.with_traceback(caught.__traceback__.tb_next)     # without the frame of this function
     status, interrupted = int(error is not None), type(error) is KeyboardInterrupt
@@ -423,28 +428,37 @@ def _be_script(job):
             sys.excepthook(*whole)
         except BaseException as second:
             print("Error in sys.excepthook:", file=sys.stderr)
-            sys.__excepthook__(type(second), second, second.__traceback__.tb_next)
+            sys.__excepthook__(type(second), second.with_traceback(second.__traceback__.tb_next), second.__traceback__)
             print("\nOriginal exception was:", file=sys.stderr)
             sys.__excepthook__(*whole)
-    error = whole = None
+    error = whole = names = None
     # The end of an interpreter, but for the libraries: to take apart what the fork shares would copy all of it first.
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.setswitchinterval(1e6)      # no other thread runs from here on
-    sys.last_exc = sys.last_type = sys.last_value = sys.last_traceback = None
-    own = [main, *(vars(each) for each in list(modules.values()) if os.path.dirname(
-        getattr(each, "__file__", None) or "").startswith(sys.path[0]))]
-    for private in (True, False):   # the order in which Python forgets a module's names; files are closed by that
-        for names in own:
-            for name in [name for name in names if name != "__builtins__"]:
-                if private == (name[:1] == "_" != name[1:2]):
-                    names[name] = None
-    gc.collect()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (AttributeError, OSError, ValueError):   # replaced by the script, a full disk, closed
-            status = status or 120 * (stream is sys.stdout and not getattr(stream, "closed", True))
+        except (AttributeError, OSError, ValueError) as failure:    # replaced by the script, a full disk, closed
+            if stream is sys.stdout and not getattr(stream, "closed", True):
+                print(f"Exception ignored in: {stream!r}\n{type(failure).__name__}: {failure}", file=sys.stderr)
+                status = 120
+    sys.setswitchinterval(1e6)      # no other thread runs from here on
+    sys.last_exc = sys.last_type = sys.last_value = sys.last_traceback = None
+    for file in [each for each in gc.get_objects() if issubclass(type(each), io.TextIOWrapper)]:
+        with contextlib.suppress(OSError, ValueError):      # a full disk, closed
+            file.flush()    # a collection that comes upon the file below it first would lose what it holds
+    file = None
+    own = [name for name, module in modules.items() if "main__" in name or os.path.dirname(
+        getattr(module, "__file__", None) or "").startswith(sys.path[0])]
+    own = [weakref.ref(modules.pop(name)) for name in own]
+    gc.collect()
+    for private in (True, False):   # of modules that are still in use Python forgets the names, in this order
+        for names in [vars(module()) for module in own if module()]:
+            for name in [name for name in names if name != "__builtins__"]:
+                if private == (name[:1] == "_" != name[1:2]):
+                    names[name] = None
+    names = None
+    gc.collect()
     if interrupted:
         import signal
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -543,9 +557,9 @@ def _start(key):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     source = "\n".join([*map(inspect.getsource, (_remove, _supervise, _be_script, _serve)),
                         f"_be_script(_serve({theirs.fileno()}, {key[1] if key else None!r}))"])
-    # the warm one has the flags of `python script`, its __main__ is empty; it is not to look for a GPU, and has room for
-    # the environment of a run (rename in _supervise)
-    command = [key[0], "-c", f"exec({source!r}, {{}})"] if key else [sys.executable, "-I", "-S", "-c", source]
+    # the warm one has the flags of `python script`; it is not to look for a GPU, and has room for the environment of a
+    # run (rename in _supervise)
+    command = [key[0], "-c", source] if key else [sys.executable, "-I", "-S", "-c", source]
     env = {**_environment(key[0], key[2]), "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "ROOM": 999 * " "} if key else {}
     with theirs:
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=env,

@@ -1,6 +1,6 @@
 """The executor: one test a promise. Linux only, like the executor."""
 
-import functools, os, resource, signal, subprocess, sys, tempfile, textwrap, threading, time, uuid
+import functools, os, re, resource, signal, subprocess, sys, tempfile, textwrap, threading, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -326,3 +326,231 @@ def test_mistakes_of_the_caller_are_errors_and_not_outcomes(tmp_path, monkeypatc
     monkeypatch.setattr(env.sys, "platform", "darwin")
     with pytest.raises(RuntimeError, match="Linux only"):
         execute("there.py", tmp_path, **limits)
+
+
+# ------------------------------------------------------------------------------------- forked from a warm process
+
+LIKE_COLD = {   # every text mentions numpy, so that a warm process takes it
+    "libraries": "import numpy as np, pandas as pd\nprint(np.arange(3), pd.DataFrame({'a': [1.5]}))",
+    "nothing": "",
+    "what a script sees of itself": """
+        import gc, inspect, os, signal, sys, threading, numpy
+        class Here: pass
+        print(__name__, __file__, __doc__, __package__, __spec__, __builtins__, type(__loader__), __loader__.path)
+        print(list(globals()), sys.modules["__main__"].Here is Here, Here.__module__, inspect.getsource(Here))
+        print(sys.argv, sys.orig_argv, sys.path, sys.flags, sys.executable, sys.prefix, sys.warnoptions, sys._xoptions)
+        print(os.getcwd(), sorted(os.listdir("/proc/self/fd")), sys.stdin, sys.stdout, sys.stderr, sys.stdin.read())
+        print({name: signal.getsignal(name) for name in signal.valid_signals()}, signal.pthread_sigmask(0, []))
+        print({name: value for name, value in os.environ.items() if not os.path.isabs(value) and name != "ML_AGENT_RUN"})
+        print(os.popen("env | grep -v /tmp | grep -v RUN= | sort").read(), open("/proc/self/cmdline").read().strip("\\0"))
+        print(threading.current_thread(), threading.active_count(), gc.isenabled(), gc.get_threshold(), hash("numpy"))
+        print([line for line in open("/proc/self/status") if line.startswith(("Sig", "Shd", "Cap", "NoNew", "Threads"))])
+        os.kill(os.getpid(), 0)
+        print(os.access("/proc/self/environ", os.R_OK), oct(os.umask(0)), os.getpgrp() == os.getsid(0) == os.getpid())
+        import resource
+        print([resource.getrlimit(each) for each in range(16)])
+    """,
+    "traceback": "# numpy\ndef f(n):\n    g = {}\n    return g[n]\ntry:\n    f(1)\nexcept KeyError as e:\n"
+                 "    raise ValueError('x\\u00e9') from e",
+    "deep recursion": "# numpy\ndef f(n):\n    return f(n + 1)\nf(0)",
+    "assertion in a library": "import numpy\nnumpy.zeros(3).reshape(2)",
+    "no Python": "# numpy\nthis is not Python\n",
+    "bad indentation": "# numpy\nif 1:\nprint(1)\n",
+    "null byte": "# numpy\nprint(1)\0\n",
+    "another encoding": "# -*- coding: latin-1 -*- numpy\nprint('\u00e9')",
+    "words at the end": "import sys, numpy\nprint('out')\nsys.exit('MemoryError: numpy')",
+    "exit code": "raise SystemExit(3)  # numpy",
+    "exit code none": "raise SystemExit  # numpy",
+    "exit code beyond all": "raise SystemExit(2 ** 70)  # numpy",
+    "exit code negative": "raise SystemExit(-1)  # numpy",
+    "interrupted": "import os, signal, time, numpy\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)",
+    "hard exit": "import os, numpy\nprint(1)\nos._exit(4)",
+    "signal": "import os, numpy\nos.kill(os.getpid(), 11)",
+    "abort": "import os, numpy\nos.abort()",
+    "too much memory": "import numpy\nnumpy.zeros(1 << 40)",
+    "too large a file": "import numpy\nnumpy.zeros(1 << 22).tofile('big')",
+    "warnings": "import warnings, logging, numpy\nwarnings.warn('careful')\nlogging.error('bad')\nlogging.info('no')\n"
+                "def f(): warnings.warn('caller', stacklevel=2)\nf()\nprint(numpy.log(0))",
+    "hooks": "# numpy\nimport sys\nsys.excepthook = lambda *a: print('hook', a[0], a[2].tb_lineno, a[2].tb_next)\n1 / 0",
+    "hook that fails": "# numpy\nimport sys\ndef hook(*a): raise KeyError(1)\nsys.excepthook = hook\n1 / 0",
+    "the end": """
+        import atexit, threading, time, weakref, numpy
+        class Loud:
+            def __init__(self, name): self.name = name
+            def __del__(self): print("gone", self.name, time is not None)
+        loud, ring = Loud("a name"), Loud("a ring")
+        ring.self = ring
+        file = open("unclosed", "w")
+        file.write("kept")
+        atexit.register(print, "first registered")
+        atexit.register(lambda: [] + 1)
+        weakref.finalize(loud, print, "finalized")
+        threading.Timer(0.2, print, ["a thread ends"]).start()
+        open("helper.py", "w").write("file = open('helped', 'w'); file.write('kept')")
+        import helper
+        print("last line")
+        1 / 0
+    """,
+    "full disk at the end": "import sys, numpy\nsys.stdout = open('/dev/full', 'w')\nprint(1)",
+    "closed output": "import sys, numpy\nsys.stdout.close()",
+    "daemon thread": "import threading, time, numpy\nthreading.Thread(target=time.sleep, args=(99,), daemon=True).start()",
+    "output of its own": "# numpy\nimport sys\nsys.stdout = open('log', 'w')\nprint('numpy')",
+    "helper that fails": "# numpy\nopen('helper.py', 'w').write('def f():\\n    return 1 / 0')\nimport helper\nhelper.f()",
+    "workers": """
+        import concurrent.futures, multiprocessing, os, pickle, sys, numpy
+        class Point:
+            def __init__(self, x): self.x = x
+        def double(point): return Point(2 * point.x)
+        if __name__ == "__main__":
+            print(pickle.loads(pickle.dumps(Point(3))).x, pickle.dumps(Point))
+            for method in ("fork", "spawn"):
+                with multiprocessing.get_context(method).Pool(2) as pool:
+                    print([point.x for point in pool.map(double, [Point(1), Point(2)])])
+            with concurrent.futures.ProcessPoolExecutor(2) as pool:
+                print([point.x for point in pool.map(double, [Point(1), Point(2)])])
+            from joblib import Parallel, delayed
+            print([point.x for point in Parallel(2)(delayed(double)(Point(x)) for x in (1, 2))])
+    """,
+    "another program": "import os, sys, numpy\nos.execv(sys.executable, [sys.executable, '-c', 'import sys; print(sys.path[0])'])",
+}
+
+
+def left(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "script.py"}
+
+
+@pytest.mark.parametrize("name", LIKE_COLD)
+def test_warm_is_like_cold(tmp_path, name):
+    """Exit code, both streams to the last letter of a traceback, outcome and files."""
+    found = []
+    for warm in (False, True):
+        folder = tmp_path / "same" / "folder"
+        folder.mkdir(parents=True)
+        text = textwrap.dedent(LIKE_COLD[name])
+        (folder / "script.py").write_bytes((text if "numpy" in text else f"{text}# numpy").encode(
+            "latin-1" if "latin-1" in text else "utf-8"))
+        assert not warm or env.warm_up(b"numpy")
+        result = execute("script.py", folder, timeout_s=60, memory_bytes=2 << 30, file_bytes=1 << 20, warm=warm)
+        assert result.warm == warm
+        shown = [re.sub(r"0x[0-9a-f]{9,}|Thread-?\w* ?\d{9,}|started \d+", "ADDRESS", text)
+                 for text in (result.stdout, result.stderr)]
+        found.append([result.outcome, result.exit_code, *shown, result.detail, result.sandbox, left(folder)])
+        (tmp_path / "same").rename(tmp_path / str(warm))
+    for cold, warm in zip(*found):
+        assert cold == warm
+
+
+def test_random_numbers_of_warm_scripts_are_their_own(tmp_path):
+    text = ("import os, random, numpy, tempfile, uuid, multiprocessing as m\n"
+            "print(random.random(), numpy.random.rand(), bytes(m.current_process().authkey).hex(), uuid.uuid4())\n"
+            "print(*(['same'] if tempfile.gettempdir() == os.environ['TMPDIR'] else []), numpy.random.RandomState(1).rand())")
+    assert env.warm_up(b"numpy")
+    first, second = (run(tmp_path, text).stdout.split() for _ in range(2))
+    assert all(a != b for a, b in zip(first[:4], second[:4])) and first[4:] == second[4:] == ["same", "0.417022004702574"]
+
+
+def test_a_warm_script_leaves_nothing_to_the_next(tmp_path):
+    look = ("import builtins, json, os, signal, sys, numpy\n"
+            "print(hasattr(builtins, 'mine'), hasattr(numpy, 'mine'), json.loads('1'), 'MINE' in os.environ, 'mine' in "
+            "sys.modules, signal.getsignal(signal.SIGTERM), sys.getrecursionlimit(), numpy.get_printoptions()['precision'])")
+    spoil = look + ("\nbuiltins.mine = numpy.mine = 1; json.loads = id; os.environ['MINE'] = '1'; sys.modules['mine'] = os\n"
+                    "signal.signal(signal.SIGTERM, signal.SIG_IGN); sys.setrecursionlimit(9999)\n"
+                    "numpy.set_printoptions(precision=2); os.kill(os.getpid(), 9)")
+    assert env.warm_up(b"numpy")
+    before, spoilt, after = (run(tmp_path, text) for text in (look, spoil, look))
+    assert before.warm and spoilt.warm and after.warm and spoilt.outcome == "killed"
+    assert before.stdout == spoilt.stdout == after.stdout and before.outcome == after.outcome == "ok"
+
+
+def test_job_of_one_warm_script_is_not_in_the_memory_of_the_next(tmp_path):
+    """Searches its own memory for the name of the script that ran before, in pieces so that it does not find itself."""
+    search = """
+        import os, re, sys, numpy
+        left, right = sys.stdin.read(), "PIECES".split("-")
+        found = 0
+        with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as memory:
+            for line in maps.read().splitlines():
+                if " rw" in line:
+                    start, end = (int(each, 16) for each in line.split()[0].split("-"))
+                    memory.seek(start)
+                    try:
+                        found += bytes(memory.read(end - start)).count((right[0] + "_" + right[1]).encode())
+                    except OSError:
+                        pass
+        print(found > 1)
+    """
+    assert env.warm_up(b"numpy")
+    secret, own = uuid.uuid4().hex, uuid.uuid4().hex
+    for name in (f"script_{secret}.py", f"script_{own}.py"):
+        (tmp_path / name).write_text("# numpy")
+    limits = dict(timeout_s=30, memory_bytes=2 << 30)
+    assert execute(f"script_{secret}.py", tmp_path, **limits).warm
+    seen = []
+    for word in (secret, own):
+        (tmp_path / f"script_{own}.py").write_text(textwrap.dedent(search).replace("PIECES", f"script-{word}"))
+        seen.append(execute(f"script_{own}.py", tmp_path, **limits).stdout)
+    assert seen == ["False\n", "True\n"]       # what it looks for is found where it is
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_of_a_warm_script(tmp_path, threads):
+    text = """
+        import threadpoolctl, numpy, sklearn.ensemble, torch
+        a = torch.ones(600, 600) @ torch.ones(600, 600)
+        b = numpy.ones((900, 900)) @ numpy.ones((900, 900))
+        print(a[0, 0].item(), b[0, 0], torch.get_num_threads(), torch.initial_seed() > 0,
+              sorted((each["user_api"], each["num_threads"]) for each in threadpoolctl.threadpool_info()))
+    """
+    assert env.warm_up(b"torch", threads=threads)
+    cold, warm = (run(tmp_path, text, threads=threads, memory_bytes=2 << 30, warm=each) for each in (False, True))
+    assert warm.warm and not cold.warm and warm.outcome == "ok" and warm.stdout == cold.stdout
+    assert f" {threads} True" in warm.stdout
+
+
+def test_torch_trains_and_draws_in_warm_scripts(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")    # its workers put a socket there, whose name must be short
+    text = """
+        import torch
+        print(torch.rand(1).item(), torch.initial_seed())
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+        data = torch.utils.data.TensorDataset(torch.randn(64, 3), torch.randn(64, 1))
+        optimizer = torch.optim.Adam(model.parameters())
+        for x, y in torch.utils.data.DataLoader(data, 16, shuffle=True, num_workers=2):
+            optimizer.zero_grad()
+            (loss := ((model(x) - y) ** 2).mean()).backward()
+            optimizer.step()
+        print(loss.item())
+    """
+    assert env.warm_up(b"torch")
+    cold, first, second = (run(tmp_path, text, memory_bytes=2 << 30, warm=warm) for warm in (False, True, True))
+    assert first.warm and second.warm and first.stderr == cold.stderr and first.outcome == "ok"
+    lines = [result.stdout.splitlines() for result in (cold, first, second)]
+    assert len({line[0] for line in lines}) == 3 and len({line[1] for line in lines}) == 1
+
+
+def test_the_second_script_starts_the_warm_process(tmp_path, monkeypatch):
+    for name in ("_servers", "_up"):
+        monkeypatch.setattr(env, name, {})
+    monkeypatch.setattr(env, "_asked", set())
+    assert not run(tmp_path, "# numpy").warm and set(env._servers) <= {None}
+    assert not run(tmp_path, "# numpy").warm and len(env._servers) == 2     # it is still importing
+    assert env.warm_up(b"numpy") and run(tmp_path, "# numpy").warm and not run(tmp_path, "# numpy", warm=False).warm
+    assert not run(tmp_path, "pass").warm       # nothing to gain
+    for server in env._servers.values():
+        server.close()
+
+
+@pytest.mark.parametrize("code, why", [("import os; os._exit(0)", "has ended"), ("raise RuntimeError", "has ended"),
+                                       ("import threading as t, time; t.Thread(target=time.sleep, args=(9,)).start()",
+                                        "keep 2 threads"), ("file = open('/proc/self/stat')", "keep files open")])
+def test_libraries_that_cannot_be_shared_are_said_once(tmp_path, code, why, capfd):
+    import venv
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = str(tmp_path / "venv/bin/python")
+    next((tmp_path / "venv").glob("lib/python*/site-packages")).joinpath("numpy.py").write_text(code)
+    assert not env.warm_up(b"numpy", python=python) and not env.warm_up(b"numpy", python=python)
+    result = run(tmp_path, "print(1)  # numpy", python=python)
+    assert (result.stdout, result.warm) == ("1\n", False)
+    said = capfd.readouterr().err
+    assert said.count("start cold") == 1 and why in said

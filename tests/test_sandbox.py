@@ -1,7 +1,8 @@
 """The sandbox against scripts that cheat. Each attack first has to succeed without protection, as a plain subprocess,
-so that none is vacuous; then it must fail in the sandbox, as root and as an ordinary user.
+so that none is vacuous; then it must fail in the sandbox, started cold and forked from a warm process, as root and as
+an ordinary user.
 
-    python tests/test_sandbox.py            # the table: attack x {off, on}, as the user who calls it
+    python tests/test_sandbox.py            # the table: attack x {off, cold, warm}, as the user who calls it
     python tests/test_sandbox.py nobody     # the same as an ordinary user, called as root
     ML_AGENT_RUNS=200 pytest tests/test_sandbox.py      # the full number of daemon runs
 """
@@ -11,6 +12,7 @@ import tempfile, textwrap, threading, time, venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -24,6 +26,8 @@ from test_execute import DAEMON, processes, wait_until
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
 RUNS = int(os.environ.get("ML_AGENT_RUNS", 20))
 SECRET = "xyzzy-1729"
+WAYS = ("off", "cold", "warm")
+PACKAGES = str(Path(numpy.__file__).parent.parent)      # which the warm process imports
 CONTROL = "no attack: honest work"
 ANSWERS = "f'{WORLD}/data/private/answers.csv'"
 
@@ -77,6 +81,14 @@ ATTACKS = {
     "leave memory for the next run": "open(f'/dev/shm/ml-agent-{VICTIM}', 'w')",
     "secrets of the environment": "print(os.environ.get('OPENAI_API_KEY'))",
     "secrets of another process's environment": "print(open(f'/proc/{VICTIM}/environ').read())",
+    "secrets of another process's memory": """
+        with open(f"/proc/{VICTIM}/maps") as maps, open(f"/proc/{VICTIM}/mem", "rb", 0) as memory:
+            for line in maps:
+                if "[stack]" in line:       # arguments and environment lie at its end
+                    start, end = (int(each, 16) for each in line.split()[0].split("-"))
+                    memory.seek(start)
+                    print(memory.read(end - start).decode("latin-1"))
+    """,
     "see other processes": "print('WON', open(f'/proc/{VICTIM}/cmdline').read())",
     "kill another process": "os.kill(VICTIM, 9)",
     "slow another process down": "os.setpriority(os.PRIO_PROCESS, VICTIM, 19); print('WON')",
@@ -118,8 +130,8 @@ def fingerprint(folder):
             for path in folder.rglob("*") if path.is_file() and "work" not in path.relative_to(folder).parts[:1]}
 
 
-def attack(name, python, base, protected):
-    """Whether the attack succeeds."""
+def attack(name, python, base, way):
+    """Whether the attack succeeds, in one of three ways: "off", a plain subprocess; "cold" and "warm" in the sandbox."""
     world, key = Path(tempfile.mkdtemp(dir=base)), f"attack-{os.urandom(4).hex()}.py"
     for folder in ("data/public", "data/private", "work/data"):
         (world / folder).mkdir(parents=True)
@@ -134,16 +146,19 @@ def attack(name, python, base, protected):
     for each, address in zip(sockets, (f"{world}/socket", f"\0ml-agent-{victim.pid}")):
         each.bind(address)
         each.listen()
-    (world / "work" / key).write_text(f"import os, sys, time\nWORLD, VICTIM, PORT = {str(world)!r}, {victim.pid}, "
+    (world / "work" / key).write_text(f"{'# numpy' * (way == 'warm')}\nimport os, sys, time\nWORLD, VICTIM, PORT = {str(world)!r}, {victim.pid}, "
                                       f"{tcp.getsockname()[1]}\n" + textwrap.dedent(ATTACKS[name]))
     packages = next(Path(python).parent.parent.glob("lib/python*/site-packages"))
     before = fingerprint(world), fingerprint(packages)
     options = {**dict(timeout_s=20, memory_bytes=1 << 30), **OPTIONS.get(name, {})}
     try:
-        if protected:
-            result = execute(key, world / "work", python=python, readable=[world / "data/public"],
+        if way != "off":
+            if way == "warm":
+                assert env.warm_up(python=python, text=b"numpy")
+            result = execute(key, world / "work", python=python, readable=[world / "data/public", PACKAGES],
                              hidden=[world / "data/private"], **options)
             assert result.outcome in OUTCOMES and result.sandbox == "+".join(env.protection())
+            assert result.warm == (way == "warm")
             out = result.stdout
         else:
             out = subprocess.run([python, key], cwd=world / "work", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -176,6 +191,13 @@ def attack(name, python, base, protected):
         Path(base, "left").unlink(missing_ok=True)
 
 
+def make_venv(folder):
+    """An environment of its own, with the packages of this one; its interpreter."""
+    venv.create(folder, symlinks=True)
+    next(Path(folder).glob("lib/python*/site-packages")).joinpath("ours.pth").write_text(PACKAGES)
+    return f"{folder}/bin/python"
+
+
 def become_ordinary():
     """From root to the user nobody. Where the interpreter or this project lies in a folder that only root may enter, a
     mount namespace of our own shows them there in an open one."""
@@ -204,16 +226,15 @@ def become_ordinary():
 
 
 def table(ordinary=False):
-    """{attack: [succeeds without protection, succeeds in the sandbox]}"""
+    """{attack: [whether it succeeds, for each of WAYS]}"""
     if ordinary:
         become_ordinary()
     base = tempfile.mkdtemp(prefix="ml-agent-attacks-")     # a world is one folder in it
     os.chmod(base, 0o700)
     try:
-        venv.create(f"{base}/venv", symlinks=True)
-        python = f"{base}/venv/bin/python"
+        python = make_venv(f"{base}/venv")
         ours = [name for name in ATTACKS if not (ordinary and "(root)" in name)]
-        return {name: [attack(name, python, tempfile.mkdtemp(dir=base), on) for on in (False, True)] for name in ours}
+        return {name: [attack(name, python, tempfile.mkdtemp(dir=base), way) for way in WAYS] for name in ours}
     finally:
         shutil.rmtree(base, ignore_errors=True)
 
@@ -234,21 +255,23 @@ def results(request):
 def test_attack(results, name):
     if name not in results:
         pytest.skip("the kernel denies it to ordinary users")
-    off, on = results[name]
+    off, cold, warm = results[name]
     assert off, "the attack does not work even without protection"
-    assert on == (name == CONTROL)
+    assert cold == warm == (name == CONTROL)
 
 
+@pytest.mark.parametrize("way", WAYS[1:])
 @pytest.mark.parametrize("layer", env.LAYERS)
-def test_each_layer_alone_hides_the_answers(layer, tmp_path, monkeypatch):
+def test_each_layer_alone_hides_the_answers(layer, way, tmp_path, monkeypatch):
     monkeypatch.setattr(env, "protection", lambda: (layer,))
-    venv.create(tmp_path / "venv", symlinks=True)
+    python = make_venv(tmp_path / "venv")
     (tmp_path / "attacks").mkdir()
     for name in [name for name in ATTACKS if "answers" in name and not (layer == "landlock" and name in (
             "size and time of the answers", "take away the answers' permissions", "change the answers' time",
             "mount the answers in namespaces of its own"))] + [CONTROL, "patch a module that others import", "TCP",
-                                                              "secrets of another process's environment"]:
-        won = attack(name, f"{tmp_path}/venv/bin/python", tmp_path / "attacks", protected=True)
+                                                              "secrets of another process's environment",
+                                                              "secrets of another process's memory"]:
+        won = attack(name, python, tmp_path / "attacks", way)
         assert won == (name == CONTROL), name
 
 
@@ -596,6 +619,6 @@ if __name__ == "__main__":
     if "--json" in sys.argv:
         print(json.dumps(found))
     else:
-        print(f"{'attack':48} off  on")
-        for name, (off, on) in found.items():
-            print(f"{name:48} {'succeeds' if off else 'fails':9} {'SUCCEEDS' if on else 'fails'}")
+        print(f"{'attack':48}" + "".join(f" {way:9}" for way in WAYS))
+        for name, won in found.items():
+            print(f"{name:48}" + "".join(f" {'succeeds' if each else 'fails':9}" for each in won))
