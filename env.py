@@ -396,7 +396,7 @@ def _be_script(job):
     modules.update({name: main for name in ("__main__", "__mp_main__") if name in modules})    # multiprocessing's name
     sys.argv, sys.orig_argv = [script], job["command"]
     sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
-    sys.setrecursionlimit(sys.getrecursionlimit() + 3)      # our two frames and the call between
+    sys.setrecursionlimit(sys.getrecursionlimit() + 2 + (sys.version_info < (3, 12)))   # our frames
     # what was drawn or looked up when the libraries were imported; random draws anew after each fork by itself
     if "numpy.random" in modules:
         modules["numpy.random"].seed()
@@ -498,8 +498,9 @@ def _serve(descriptor, libraries=None):
         if os.fork() == 0:  # OpenBLAS ends its threads at the first fork, and starts them when they are needed
             os._exit(0)
         threads, files = os.listdir("/proc/self/task"), set(os.listdir("/proc/self/fd")) - {"0", "1", "2"}
-        trouble = (f"the libraries keep {len(threads)} threads" if len(threads) > 1 else
-                   f"the libraries keep files open" if len(files) > 2 else "")     # one is for the listing
+        trouble = ("that takes Python 3.10" if sys.version_info < (3, 10) else
+                   f"the libraries keep {len(threads)} threads" if len(threads) > 1 else
+                   "the libraries keep files open" if len(files) > 2 else "")     # one is for the listing
         try:
             requests.send(trouble.encode() or b"up")
         except OSError:
@@ -643,7 +644,7 @@ PROC = tuple(f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg
                                           "driver", "sys/vm", "sys/kernel/osrelease"))    # what tells of no process
 LAYERS = ("namespaces", "landlock")
 ABOUT_PYTHON = """import importlib.metadata as metadata, json, sys
-found = sorted({f"{each.name}=={each.version}" for each in metadata.distributions()})
+found = sorted({f"{each.metadata['Name']}=={each.version}" for each in metadata.distributions()})
 print(json.dumps([sys.executable, [sys.prefix, sys.base_prefix, sys.exec_prefix], [sys.version, *found]]))"""
 PROBE = """import os, socket, sys
 answers, parent, port = sys.argv[1:]

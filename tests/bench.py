@@ -9,9 +9,11 @@
 Ours and the peer's runs alternate and the medians are compared, so that a busy machine slows both. transformers is
 optional: without it only our figures and the share of the limit are printed.
 """
+import functools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from env import execute, protection
+import tasks
+from env import execute, protection, warm_up
 from sample import load, parse, read_bandwidth, streamed_bytes     # sets how threads wait, so it comes before torch
 
 import torch
@@ -214,12 +217,17 @@ def load_checkpoint(s):
                "peak over weights": statistics.median(float(o[1]) for o in out)}
 
 
+STARTERS = ("leaf-classification", "spaceship-titanic", "spooky-author-identification", "home-data-for-ml-course",
+            "whale-categorization-playground", "ogbn-arxiv", "cifar-10")
+
+
 def line(figures):
     return "  ".join(f"{k}: {v:.3g}" if isinstance(v, float) else f"{k}: {v}" for k, v in figures.items())
 
 
 def sandbox(s):
-    """Milliseconds to run a script that prints one word: a bare subprocess, execute without and with the sandbox."""
+    """Milliseconds to run a script that prints one word: a bare subprocess, execute without and with the sandbox. Then
+    seconds to run miniature starters cold and warm: what a warm process saves is the imports."""
     limits = dict(timeout_s=60, memory_bytes=1 << 30)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "one.py").write_text("print('one')")
@@ -229,6 +237,24 @@ def sandbox(s):
         seconds = alternate(ways, s.repeats)
     yield {"layers": "+".join(protection()), **{f"{name} ms": 1000 * t for name, t in seconds.items()},
            "overhead ms": 1000 * (seconds["sandbox on"] - seconds["bare"])}
+    for libraries in (b"numpy", b"torch"):
+        begun = time.perf_counter()
+        if not warm_up(libraries):
+            return
+        yield {"warm process with": libraries.decode(), "seconds until up": time.perf_counter() - begun}
+    ratios = []
+    for id in STARTERS:
+        with tempfile.TemporaryDirectory() as data, tempfile.TemporaryDirectory() as folder:
+            public, task = tasks.prepare(id, data=data, say=lambda line: None) / "public", tasks.load(id)
+            shutil.copy(task.folder / task.entry, folder)
+            os.symlink(public, f"{folder}/data")
+            limits = dict(timeout_s=task.time_limit_s, memory_bytes=task.memory_limit_bytes, readable=[public])
+            ways = {way: functools.partial(execute, task.entry, folder, warm=way == "warm", **limits)
+                    for way in ("cold", "warm")}
+            seconds = alternate(ways, max(3, s.repeats // 10))
+        ratios.append(seconds["cold"] / seconds["warm"])
+        yield {"starter": id, **{f"{way} s": each for way, each in seconds.items()}, "cold / warm": ratios[-1]}
+    yield {"starters": len(ratios), "median cold / warm": statistics.median(ratios)}
 
 
 MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "load": load_checkpoint, "sandbox": sandbox}

@@ -41,11 +41,21 @@ def temporary(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.fixture(params=["on", "off"])
+@pytest.fixture(params=["on", "off", "on, warm", "off, warm"])
 def sandbox(request, monkeypatch):
     """For promises that have to hold without the sandbox too; they are kept by other means then."""
-    monkeypatch.setattr(sys.modules[__name__], "execute", functools.partial(execute, sandbox=request.param))
-    return request.param
+    mode, _, warm = request.param.partition(", ")
+
+    def run_so(script, folder, **options):
+        if warm:
+            with open(folder / script, "a") as file:
+                file.write("\n# numpy")
+            assert env.warm_up(b"numpy", threads=options.get("threads", 1))
+        result = env.execute(script, folder, sandbox=mode, **options)
+        assert result.warm == bool(warm)
+        return result
+    monkeypatch.setattr(sys.modules[__name__], "execute", run_so)
+    return mode
 
 
 def run(folder, text, timeout_s=30, memory_bytes=1 << 30, **options):
@@ -79,6 +89,13 @@ def living(pids):
         except OSError:
             continue
     return found
+
+
+def parent(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def wait_until(condition, seconds=20):
@@ -285,16 +302,20 @@ def test_four_threads_at_once(tmp_path, temporary, sandbox):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_nothing_survives_its_parent(tmp_path, temporary, sent):
+@pytest.mark.parametrize("warm", [False, True])
+def test_nothing_survives_its_parent(tmp_path, temporary, sent, warm):
     name = f"script_{uuid.uuid4().hex}.py"
-    (tmp_path / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)")
-    call = f"import env; env.execute({name!r}, {str(tmp_path)!r}, timeout_s=60, memory_bytes=1 << 30)"
+    (tmp_path / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)  # numpy")
+    call = (f"import env; {warm} and env.warm_up(b'numpy')\n"
+            f"env.execute({name!r}, {str(tmp_path)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm})")
     caller = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stderr=subprocess.DEVNULL,
                               env={**os.environ, "TMPDIR": str(temporary)})
     assert wait_until((tmp_path / "pulse").exists, 60) and len(processes(name)) >= 2
+    servers = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent(pid) == caller.pid]
+    assert len(servers) == 1 + warm
     caller.send_signal(sent)
     caller.wait(30)
-    assert wait_until(lambda: not processes(name) and not list(temporary.iterdir()))
+    assert wait_until(lambda: not processes(name) and not list(temporary.iterdir()) and not living(servers))
     pulse = (tmp_path / "pulse").read_text()
     time.sleep(0.1)
     assert (tmp_path / "pulse").read_text() == pulse
@@ -492,8 +513,7 @@ def test_job_of_one_warm_script_is_not_in_the_memory_of_the_next(tmp_path):
     assert seen == ["False\n", "True\n"]       # what it looks for is found where it is
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_of_a_warm_script(tmp_path, threads):
+def test_threads_of_a_warm_script(tmp_path):
     text = """
         import threadpoolctl, numpy, sklearn.ensemble, torch
         a = torch.ones(600, 600) @ torch.ones(600, 600)
@@ -501,10 +521,10 @@ def test_threads_of_a_warm_script(tmp_path, threads):
         print(a[0, 0].item(), b[0, 0], torch.get_num_threads(), torch.initial_seed() > 0,
               sorted((each["user_api"], each["num_threads"]) for each in threadpoolctl.threadpool_info()))
     """
-    assert env.warm_up(b"torch", threads=threads)
-    cold, warm = (run(tmp_path, text, threads=threads, memory_bytes=2 << 30, warm=each) for each in (False, True))
+    assert env.warm_up(b"torch", threads=2)
+    cold, warm = (run(tmp_path, text, threads=2, memory_bytes=2 << 30, warm=each) for each in (False, True))
     assert warm.warm and not cold.warm and warm.outcome == "ok" and warm.stdout == cold.stdout
-    assert f" {threads} True" in warm.stdout
+    assert " 2 True [('blas', 2), " in warm.stdout and "1)" not in warm.stdout
 
 
 def test_torch_trains_and_draws_in_warm_scripts(tmp_path, monkeypatch):
@@ -522,8 +542,8 @@ def test_torch_trains_and_draws_in_warm_scripts(tmp_path, monkeypatch):
             optimizer.step()
         print(loss.item())
     """
-    assert env.warm_up(b"torch")
-    cold, first, second = (run(tmp_path, text, memory_bytes=2 << 30, warm=warm) for warm in (False, True, True))
+    assert env.warm_up(b"torch", threads=2)
+    cold, first, second = (run(tmp_path, text, memory_bytes=2 << 30, threads=2, warm=warm) for warm in (False, True, True))
     assert first.warm and second.warm and first.stderr == cold.stderr and first.outcome == "ok"
     lines = [result.stdout.splitlines() for result in (cold, first, second)]
     assert len({line[0] for line in lines}) == 3 and len({line[1] for line in lines}) == 1
