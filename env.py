@@ -237,8 +237,8 @@ def _supervise(job):
             call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
         if not job["warm"]:
             os.execve(job["command"][0], job["command"], job["env"])
-        call("prctl", 4, 1, 0, 0, 0)    # PR_SET_DUMPABLE: exec would do it, so that a script may look into its own /proc
-        os.closerange(3, 1 << 20)       # and this; it also tells our supervisor that all is well
+        call("prctl", 4, 1, 0, 0, 0)    # PR_SET_DUMPABLE: so that it may look into its own /proc
+        os.closerange(3, 1 << 20)       # exec would do both; this also tells our supervisor that all is well
 
     call("prctl", 36, 1, 0, 0, 0)                                           # PR_SET_CHILD_SUBREAPER
     try:
@@ -832,12 +832,13 @@ def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), t
     first = key not in _asked and key not in _up    # one run alone is over before the libraries are imported
     _asked.add(key)
     key = None if key is None or first or not _is_up(key) else key
-    report, warm = _run([program, script], cwd, layers, timeout_s=timeout_s, memory_bytes=memory_bytes, readable=folders,
-                  output_bytes=output_bytes, file_bytes=file_bytes, processes=processes, threads=threads, gpu=gpu,
-                  stop=stop, warm=key)
+    report, warm = _run(
+        [program, script], cwd, layers, timeout_s=timeout_s, memory_bytes=memory_bytes, readable=folders, gpu=gpu, stop=stop,
+        output_bytes=output_bytes, file_bytes=file_bytes, processes=processes, threads=threads, warm=key)
     layers = "+".join(layers) or "off"
     if not report:
-        return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.", warm=warm)
+        return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.",
+                      warm=warm)
     exit_code, why, seconds, peak, oom, stdout, stderr = report
     stdout, stderr = _tidy(stdout), _tidy(stderr)
     limits = {"timeout": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
