@@ -833,8 +833,8 @@ def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), t
     _asked.add(key)
     key = None if key is None or first or not _is_up(key) else key
     report, warm = _run(
-        [program, script], cwd, layers, timeout_s=timeout_s, memory_bytes=memory_bytes, readable=folders, gpu=gpu, stop=stop,
-        output_bytes=output_bytes, file_bytes=file_bytes, processes=processes, threads=threads, warm=key)
+        [program, script], cwd, layers, timeout_s=timeout_s, memory_bytes=memory_bytes, output_bytes=output_bytes,
+        file_bytes=file_bytes, processes=processes, threads=threads, gpu=gpu, readable=folders, stop=stop, warm=key)
     layers = "+".join(layers) or "off"
     if not report:
         return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.",

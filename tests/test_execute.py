@@ -366,7 +366,7 @@ LIKE_COLD = {   # every text mentions numpy, so that a warm process takes it
         print(os.popen("env | grep -v /tmp | grep -v RUN= | sort").read())
         print(open("/proc/self/cmdline").read().strip("\\0"))
         print(threading.current_thread(), threading.active_count(), gc.isenabled(), gc.get_threshold(), hash("numpy"))
-        print([line for line in open("/proc/self/status") if line.startswith(("Sig", "Shd", "Cap", "NoNew", "Threads"))])
+        print([line for line in open("/proc/self/status") if line.startswith(("Sig", "Shd", "Cap", "NoNew", "Thr"))])
         os.kill(os.getpid(), 0)
         print(os.access("/proc/self/environ", os.R_OK), oct(os.umask(0)), os.getpgrp() == os.getsid(0) == os.getpid())
         import resource
@@ -393,7 +393,8 @@ LIKE_COLD = {   # every text mentions numpy, so that a warm process takes it
     "too large a file": "import numpy\nnumpy.zeros(1 << 22).tofile('big')",
     "warnings": "import warnings, logging, numpy\nwarnings.warn('careful')\nlogging.error('bad')\nlogging.info('no')\n"
                 "def f(): warnings.warn('caller', stacklevel=2)\nf()\nprint(numpy.log(0))",
-    "hooks": "# numpy\nimport sys\nsys.excepthook = lambda *a: print('hook', a[0], a[2].tb_lineno, a[2].tb_next)\n1 / 0",
+    "hooks": "# numpy\nimport sys\n"
+             "sys.excepthook = lambda *a: print('hook', a[0], a[2].tb_lineno, a[2].tb_next)\n1 / 0",
     "hook that fails": "# numpy\nimport sys\ndef hook(*a): raise KeyError(1)\nsys.excepthook = hook\n1 / 0",
     "the end": """
         import atexit, threading, time, weakref, numpy
@@ -415,9 +416,11 @@ LIKE_COLD = {   # every text mentions numpy, so that a warm process takes it
     """,
     "full disk at the end": "import sys, numpy\nsys.stdout = open('/dev/full', 'w')\nprint(1)",
     "closed output": "import sys, numpy\nsys.stdout.close()",
-    "daemon thread": "import threading, time, numpy\nthreading.Thread(target=time.sleep, args=(99,), daemon=True).start()",
+    "daemon thread": "import threading, time, numpy\n"
+                     "threading.Thread(target=time.sleep, args=(99,), daemon=True).start()",
     "output of its own": "# numpy\nimport sys\nsys.stdout = open('log', 'w')\nprint('numpy')",
-    "helper that fails": "# numpy\nopen('helper.py', 'w').write('def f():\\n    return 1 / 0')\nimport helper\nhelper.f()",
+    "helper that fails": "# numpy\n"
+                         "open('helper.py', 'w').write('def f():\\n    return 1 / 0')\nimport helper\nhelper.f()",
     "workers": """
         import concurrent.futures, multiprocessing, os, pickle, sys, numpy
         class Point:
@@ -433,7 +436,8 @@ LIKE_COLD = {   # every text mentions numpy, so that a warm process takes it
             from joblib import Parallel, delayed
             print([point.x for point in Parallel(2)(delayed(double)(Point(x)) for x in (1, 2))])
     """,
-    "another program": "import os, sys, numpy\nos.execv(sys.executable, [sys.executable, '-c', 'import sys; print(sys.path[0])'])",
+    "another program": "import os, sys, numpy\n"
+                       "os.execv(sys.executable, [sys.executable, '-c', 'import sys; print(sys.path[0])'])",
 }
 
 
@@ -465,17 +469,19 @@ def test_warm_is_like_cold(tmp_path, name):
 def test_random_numbers_of_warm_scripts_are_their_own(tmp_path):
     text = ("import os, random, numpy, tempfile, uuid, multiprocessing as m\n"
             "print(random.random(), numpy.random.rand(), bytes(m.current_process().authkey).hex(), uuid.uuid4())\n"
-            "print(*(['same'] if tempfile.gettempdir() == os.environ['TMPDIR'] else []), numpy.random.RandomState(1).rand())")
+            "print(*['same'] * (tempfile.gettempdir() == os.environ['TMPDIR']), numpy.random.RandomState(1).rand())")
     assert env.warm_up(b"numpy")
     first, second = (run(tmp_path, text).stdout.split() for _ in range(2))
-    assert all(a != b for a, b in zip(first[:4], second[:4])) and first[4:] == second[4:] == ["same", "0.417022004702574"]
+    assert all(a != b for a, b in zip(first[:4], second[:4]))
+    assert first[4:] == second[4:] == ["same", "0.417022004702574"]
 
 
 def test_a_warm_script_leaves_nothing_to_the_next(tmp_path):
     look = ("import builtins, json, os, signal, sys, numpy\n"
             "print(hasattr(builtins, 'mine'), hasattr(numpy, 'mine'), json.loads('1'), 'MINE' in os.environ, 'mine' in "
-            "sys.modules, signal.getsignal(signal.SIGTERM), sys.getrecursionlimit(), numpy.get_printoptions()['precision'])")
-    spoil = look + ("\nbuiltins.mine = numpy.mine = 1; json.loads = id; os.environ['MINE'] = '1'; sys.modules['mine'] = os\n"
+            "sys.modules, signal.getsignal(15), sys.getrecursionlimit(), numpy.get_printoptions()['precision'])")
+    spoil = look + ("\nbuiltins.mine = numpy.mine = 1; json.loads = id\n"
+                    "os.environ['MINE'] = '1'; sys.modules['mine'] = os\n"
                     "signal.signal(signal.SIGTERM, signal.SIG_IGN); sys.setrecursionlimit(9999)\n"
                     "numpy.set_printoptions(precision=2); os.kill(os.getpid(), 9)")
     assert env.warm_up(b"numpy")
@@ -544,7 +550,8 @@ def test_torch_trains_and_draws_in_warm_scripts(tmp_path, monkeypatch):
         print(loss.item())
     """
     assert env.warm_up(b"torch", threads=2)
-    cold, first, second = (run(tmp_path, text, memory_bytes=2 << 30, threads=2, warm=warm) for warm in (False, True, True))
+    cold, first, second = (run(tmp_path, text, memory_bytes=2 << 30, threads=2, warm=warm)
+                           for warm in (False, True, True))
     assert first.warm and second.warm and first.stderr == cold.stderr and first.outcome == "ok"
     lines = [result.stdout.splitlines() for result in (cold, first, second)]
     assert len({line[0] for line in lines}) == 3 and len({line[1] for line in lines}) == 1

@@ -279,7 +279,7 @@ def test_each_layer_alone_hides_the_answers(layer, way, tmp_path, monkeypatch):
 
 def test_without_a_layer_that_holds_scripts_are_refused(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("print(1)")
-    monkeypatch.setattr(env, "protection", env.functools.lru_cache(env.protection.__wrapped__))
+    monkeypatch.setattr(env, "_probe", env.functools.lru_cache(env._probe.__wrapped__))
     start = env._run
 
     def without_layers(command, cwd, layers, **options):    # as a kernel that says yes and does nothing
@@ -293,6 +293,13 @@ def test_without_a_layer_that_holds_scripts_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(env, "_run", refused)
     with pytest.raises(Unprotected, match="namespaces: unshare: Operation not permitted; landlock: .*user namespaces"):
         execute("a.py", tmp_path, timeout_s=9, memory_bytes=1 << 30)
+
+
+def test_many_threads_probe_once(monkeypatch, capfd):
+    monkeypatch.setattr(env, "_probe", env.functools.lru_cache(env._probe.__wrapped__))
+    with ThreadPoolExecutor(4) as pool:
+        assert len({each.result() for each in [pool.submit(env.protection) for _ in range(4)]}) == 1
+    assert capfd.readouterr().err.count("sandbox: ") == 1
 
 
 def test_off_is_said_in_every_step(make):
