@@ -60,7 +60,7 @@ MAX_READ = 10 << 20                     # bytes of a file that an action looks a
 MAX_SCRIPT = 1 << 20                    # bytes of a file that an action may edit
 MAX_CODER = 20_000                      # characters of a file that Understand File shows to the coder
 PROMPTS = ("full", "short")             # what of a state the policy is shown, see prompt_of
-SHORT_SCRIPT, SHORT_NEWS = 600, 100     # characters of the script and of the news in a short prompt
+SHORT_SCRIPT, SHORT_NEWS = 200, 100     # characters of the script and of the news in a short prompt
 MAX_FILES, MAX_BYTES = 1_000, 1 << 30   # what a script may leave in the workspace
 UNDO = ".undo/"
 
@@ -1136,17 +1136,22 @@ def prompt_of(shown, task, messages, snapshot, blobs):
     if shown == "full":
         return messages
     sha = snapshot.get(task.entry)
-    script = blobs.path(sha).read_bytes()[:MAX_SCRIPT].decode("utf-8", "replace") if sha else ""
+    return short_prompt(task, messages, blobs.path(sha).read_bytes()[:MAX_SCRIPT].decode("utf-8", "replace") if sha else "")
+
+
+def short_prompt(task, messages, script):
+    """prompt_of for "short", of the entry script's text."""
     better = "higher" if task.direction == "up" else "lower"
     return [{"role": "user", "content": SHORT.format(task=task, better=better, news=_news(task, messages),
                                                      script=shown_lines(script))}]
 
 
 def shown_lines(script):
-    """What a short prompt shows of a script: from its first constant on (before it are docstring and imports), as many
-    whole lines as SHORT_SCRIPT characters hold."""
+    """What a short prompt shows of a script: from its first constant on (before it are docstring and imports), without
+    comments and empty lines, as many whole lines as SHORT_SCRIPT characters hold."""
     first = re.search(r"^[A-Z][A-Z0-9_]* = ", script, re.MULTILINE)
-    lines = script[first.start() if first else 0:]
+    lines = re.sub(r"[ \t]*(#.*)?$\n?", "\n", script[first.start() if first else 0:], flags=re.MULTILINE)
+    lines = re.sub(r"\n{2,}", "\n", lines).lstrip("\n")
     return lines[:lines.rfind("\n", 0, SHORT_SCRIPT + 1) + 1 or SHORT_SCRIPT].rstrip("\n")
 
 

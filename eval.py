@@ -14,7 +14,7 @@ Exit status: 0 done, 1 failed or interrupted, 2 bad arguments.
 """
 import fcntl, hashlib, json, os, queue, signal, sys, tempfile, threading, time, traceback, zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -90,6 +90,17 @@ class Settings:
 
 class Failed(RuntimeError):
     """The run cannot go on, for a reason that is not a bug; the message is for the user."""
+
+
+def with_agent(s):
+    """The settings, those at their default replaced by what the folder of the model says of how it was trained to act:
+    agent.json, which sft.py writes."""
+    path = Path(s.model, "agent.json")
+    if not (s.model and path.is_file()):
+        return s
+    default, kept = {field.name: field.default for field in fields(s)}, json.loads(path.read_text())
+    return replace(s, **{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()
+                         if name in default and getattr(s, name) == default[name]})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,7 +524,7 @@ def run_program(main):
 
 
 def main(argv=None):
-    s = sample.parse(Settings, argv)
+    s = with_agent(sample.parse(Settings, argv))
 
     def work():
         print("\n" + report(evaluate(s)))

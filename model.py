@@ -376,7 +376,8 @@ class Qwen2(nn.Module):
 
     @classmethod
     def from_scratch(cls, config, seed=0, dtype=torch.float32, device="cpu"):
-        """Random weights: normal with deviation 0.02, unit norms, zero biases."""
+        """Random weights: normal with deviation 0.02 for embeddings and 1 / sqrt(inputs) for products, so that a narrow
+        model learns as fast as a wide one; unit norms, zero biases."""
         model = cls._empty(config, dtype, device)
         generator = torch.Generator(device).manual_seed(seed)
         for name, p in model.named_parameters():
@@ -385,7 +386,8 @@ class Qwen2(nn.Module):
             elif "norm" in name:
                 nn.init.ones_(p)
             else:
-                nn.init.normal_(p, std=0.02, generator=generator)
+                nn.init.normal_(p, std=0.02 if "embed" in name or "head" in name else p.shape[1] ** -0.5,
+                                generator=generator)
         return model
 
     @classmethod

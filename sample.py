@@ -61,6 +61,12 @@ class Completion:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
+SYSTEM_TURN = ("{% if messages[0]['role'] != 'system' %}"       # what transformers and vLLM read of Qwen's chat format
+               r"{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}")
+CHAT_TEMPLATE = (r"{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+                 r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
 class Tokenizer:
     """A byte-level BPE tokenizer (tokenizer.json) with Qwen's chat format.
 
@@ -68,8 +74,10 @@ class Tokenizer:
     eos: ids that end a turn.
     """
     TURN, END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+    SYSTEM = "You are a helpful assistant."
 
-    def __init__(self, bpe, eos=(), system="You are a helpful assistant.", folder=None):
+    def __init__(self, bpe, eos=(), system=SYSTEM, folder=None):
+        """system: the text that stands where a conversation has no system message; None: nothing does."""
         self.bpe, self.system, self.folder = bpe, system, folder
         self.bpe.encode_special_tokens = True       # "<|im_end|>" in a script's output stays text, and ends no turn
         self.size = max(bpe.get_vocab(with_added_tokens=True).values()) + 1
@@ -101,8 +109,8 @@ class Tokenizer:
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
         found = re.search(r"<\|im_start\|>system\\n(You are[^'<{]*)<\|im_end\|>", template)
-        return cls(bpe, [eos] if isinstance(eos, int) else eos or [],
-                   *([found[1]] if found else []), folder=folder)
+        system = found[1] if found else None if template else cls.SYSTEM
+        return cls(bpe, [eos] if isinstance(eos, int) else eos or [], system, folder)
 
     @classmethod
     def of_bytes(cls):
@@ -113,11 +121,34 @@ class Tokenizer:
         bpe.add_special_tokens([cls.TEXT_END, cls.TURN, cls.END])
         return cls(bpe)
 
+    @classmethod
+    def train(cls, texts, size, phrases=()):
+        """A byte-level BPE of `size` ids, learned from texts, without a default system text. A digit is always a token
+        of its own, and a word the same tokens after any punctuation, which both make copying easier to learn. Each of
+        `phrases` is one more token wherever it stands: what many replies have word for word."""
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        words = tokenizers.Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+            tokenizers.pre_tokenizers.Split(words, "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        bpe.decoder = tokenizers.decoders.ByteLevel()
+        bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+            vocab_size=size, special_tokens=[cls.TEXT_END, cls.TURN, cls.END], show_progress=False,
+            initial_alphabet=byte_alphabet()))
+        bpe.add_tokens([tokenizers.AddedToken(phrase, normalized=False) for phrase in phrases])
+        return cls(bpe, system=None)
+
     def save(self, folder):
         """Write the tokenizer's files beside a saved model, so that transformers and vLLM open the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        if not self.folder:
+            template = SYSTEM_TURN.replace("SYSTEM", self.system or "") * (self.system is not None) + CHAT_TEMPLATE
+            for name, value in (("generation_config.json", {"eos_token_id": self.end}), ("tokenizer_config.json", {
+                    "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.END, "pad_token": self.TEXT_END,
+                    "clean_up_tokenization_spaces": False, "chat_template": template})):
+                (folder / name).write_text(json.dumps(value, indent=2) + "\n")
+        for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "agent.json"):
             if self.folder and (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 (folder / name).write_bytes((self.folder / name).read_bytes())
         self.bpe.save(str(folder / "tokenizer.json"))
@@ -141,11 +172,11 @@ class Tokenizer:
         the messages that count as chosen; None: all of the assistant's.
 
         A message is <|im_start|>role\\ncontent<|im_end|>\\n; without a system message the checkpoint's default one
-        comes first. A message's "tokens", the ids that were sampled for it, stand for its content as they are: a reply that
+        comes first, if it has one. A message's "tokens", the ids that were sampled for it, stand for its content as they are: a reply that
         was sampled is never tokenised again. Raises ValueError for another role or a message without content.
         """
         numbered = list(enumerate(messages))
-        if not messages or messages[0].get("role") != "system":
+        if self.system is not None and (not messages or messages[0].get("role") != "system"):
             numbered.insert(0, (-1, {"role": "system", "content": self.system}))
         ids, chosen, newline = [], [], self.encode("\n")
         for i, message in numbered:

@@ -18,7 +18,7 @@ the same command; a larger --num, or another --task, adds to it. Exit status: 0 
 import fcntl, hashlib, json, math, os, random, re, resource, shutil, sys, threading, time, zlib
 from collections import Counter, defaultdict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +35,7 @@ import sample
 import tasks
 from env import (
     DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, Env, Unprotected, clip, header, printed_metric, prompt_of, record,
-    shown_lines)
+    parse, short_prompt, shown_lines)
 from model import IGNORE, Config, Qwen2, find_folder, load_tensors, write_checkpoint
 from eval import CODE_END, CODER_TOKENS, Failed, Run, attempt, ended, layout, prepare, read_record, run_program
 
@@ -48,14 +48,19 @@ class Settings:
     task: str = "held-in"  # a task's id, or held-in for all that may be trained on
     trajectories: str = "runs/trajectories"  # what is collected goes here, and what is trained on comes from here: that
         # folder, or a JSON or JSON-lines file of your own with "messages" or ShareGPT "conversations"
-    model: str = ""  # what is fine-tuned: a folder, a hub id, or tiny (from scratch)
+    model: str = ""  # what is fine-tuned: a folder, a hub id, or tiny (from scratch); empty: the paper in miniature,
+        # which collects with the scripted expert and then trains a tiny model, with settings of its own where none is given
     out: str = "runs/sft"  # the model as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
     epochs: float = 2.0  # times that training sees each conversation
     batch: int = 64  # conversations of one optimizer step, over all processes
     length: int = 15000  # tokens of a conversation, which is cut there, and of a packed row
-    lr: float = 2e-5  # peak learning rate; it falls along half a cosine
+    lr: float = 2e-5  # peak learning rate; it falls along half a cosine ...
+    warmup: int = 0  # ... after it has risen for so many steps
+    beta2: float = 0.999  # of AdamW
     weight_decay: float = 0.0  # of AdamW
     clip: float = 1.0  # largest norm of a step's gradient
+    copies: int = 0  # texts made of each conversation with an edit (of another a quarter), in most of which names and
+        # numbers of the script are drawn anew, so that a small model learns to copy; 0: the conversation itself
     valid: float = 0.05  # share of the conversations that is held back to validate
     validate_every: int = 50  # steps
     save_every: int = 50  # steps between checkpoints
@@ -382,7 +387,7 @@ def scripted(task, fields, steps, ideas, rng):
 
 
 SHORT_ACTIONS = ("Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")
-SHORT_FIELDS = ("Thought", "Action", "Action Input")
+SHORT_FIELDS = ("Action", "Action Input")      # each word more is one more that a model of a million weights gets wrong
 
 
 def constants(script):
@@ -400,7 +405,7 @@ def constants(script):
 
 
 def scripted_short(task, fields, steps, ideas, rng):
-    """As scripted, for short prompts: they show the script, so it is not read, and the thought is the idea's title."""
+    """As scripted, for short prompts: they show the script, so it is not read, and of words there is the idea's title."""
     script, best = (task.folder / task.entry).read_text(), None
 
     def reply(thought, action, **args):
@@ -1086,10 +1091,10 @@ def flops_of(config, rows):
 
 def train(s, texts, valid, tokenizer, config, folder):
     """Fine-tune on texts, [(ids, chosen)], and write out/: checkpoints, log.jsonl, and the model as a Hugging Face
-    folder. Goes on from the newest checkpoint there. Returns the last validation (loss, accuracy)."""
+    folder. Goes on from the newest checkpoint there. Returns the model."""
     rank, world, device = processes()
     model = build(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay)
     steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)
     state = load_state(s.out, model, optimizer)
     first, size, peak = state["step"] if state else 0, tokenizer.size, peak_flops(device)
@@ -1108,7 +1113,8 @@ def train(s, texts, valid, tokenizer, config, folder):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Failed(f"step {step + 1}, rank {rank}: loss {loss}, gradient norm {norm}, in conversations {chosen}. "
                          f"The checkpoints in {s.out} are from before")
-        lr = optimizer.param_groups[0]["lr"] = cosine(step, steps, s.lr)
+        lr = cosine(step, steps, s.lr) * min(1.0, (step + 1) / (s.warmup or 1))
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         seconds, tokens = time.monotonic() - start, sum(len(texts[i][0]) - 1 for i in chosen)
@@ -1123,6 +1129,7 @@ def train(s, texts, valid, tokenizer, config, folder):
             log.write(json.dumps(figures) + "\n")
             log.flush()
             left = (time.monotonic() - started) / (step + 1 - first) * (steps - step - 1)
+        if rank == 0 and (last or "valid_loss" in figures or (step + 1) % max(1, steps // 100) == 0):
             print(f"step {step + 1:>5}/{steps}  loss {figures['loss']:.4f}  norm {norm:7.3f}  lr {lr:.2e}  "
                   f"{figures['tokens_s']:8,.0f} tokens/s  MFU {figures['mfu'] or 0:4.0%}  {figures['peak_gib']:5.1f} "
                   f"GiB  {seconds:6.2f} s  ETA {timedelta(seconds=int(left))}"
@@ -1133,11 +1140,67 @@ def train(s, texts, valid, tokenizer, config, folder):
     return model
 
 
+NUMBER = re.compile(r"([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)")      # a line of a script that gives a constant
+
+
+def redrawn(messages, rng):
+    """A short prompt and its reply in which the constants of the script have other names, other numbers and another
+    order, in both alike, and often most lines of the script are gone. The edit, if it is one, still fits the script:
+    its text occurs in it once."""
+    (prompt, reply), number = (one["content"] for one in messages), rng.random() < 0.7
+    head, lines = prompt.split("\n")[:3], prompt.split("\n")[3:]
+    before, key, args = reply.rpartition("Action Input: ")
+    args = json.loads(args)
+    places = [i for i, line in enumerate(lines) if NUMBER.fullmatch(line)]
+    for i, line in zip(places, rng.sample([lines[i] for i in places], len(places))):
+        lines[i] = line
+
+    def word(_):
+        return "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZEAIOTRSNL", k=rng.choice((1, 2, 3, 4, 5, 6, 8))))
+
+    def other(digits):      # the same form: 0.25 may become 0.73, never 00.1
+        new = re.sub(r"\d", lambda _: rng.choice("123456789"), digits)
+        return digits if re.fullmatch(r"0\.0*", digits) else "0" + new[1:] if digits.startswith("0.") else new
+
+    changed = {}
+    for i in places:
+        name, digits = NUMBER.fullmatch(lines[i]).groups()
+        changed[f"{name} = {digits}"] = f"{name} = {other(digits) if number else digits}"
+    names = {name: "_".join(map(word, range(rng.randint(1, 3)))) for i in places if rng.random() < 0.8
+             for name in [NUMBER.fullmatch(lines[i])[1]]}
+
+    def put(text):
+        for old, new in changed.items():
+            text = re.sub(rf"\b{re.escape(old)}(?![\d.e])", new, text)
+        return re.sub(r"\b[A-Z][A-Z0-9_]*\b", lambda found: names.get(found[0], found[0]), text)
+
+    find, lines = put(args.get("find", "")), put("\n".join(lines)).split("\n")
+    at = "\n".join(lines).find(find)
+    if at >= 0 and rng.random() < 0.5:
+        first = "\n".join(lines)[:at].count("\n")
+        last = first + find.count("\n")
+        lines = lines[rng.randint(0, first):rng.randint(last, min(last + 3, len(lines))) + 1]
+    args |= {name: put(args[name]) for name in ("find", "replace") if name in args}
+    if find and ("\n".join(lines).count(find) != 1 or args["replace"] == find):    # names that happen to be alike
+        return messages
+    return [{**messages[0], "content": "\n".join(head + lines)},
+            {"role": "assistant", "content": before + key + json.dumps(args, ensure_ascii=False)}]
+
+
+def copies_of(one, num, seed):
+    """num copies of the messages of a short prompt and its reply, 7 of 10 of them redrawn; a quarter if no edit."""
+    rng = random.Random(f"{seed} {one.source}")
+    num = num if '"find": ' in one.messages[-1]["content"] else -(-num // 4)
+    return [redrawn(one.messages, rng) if rng.random() < 0.7 else one.messages for _ in range(num)]
+
+
 def texts_of(s, tokenizer, say=print):
     """(to train on, to validate with): the conversations in s.trajectories as [(ids, chosen)]. A conversation of more
     than s.length tokens is cut there. Raises ValueError where nothing is left."""
     found, _ = conversations(s.trajectories, parsed=s.parsed, rose=s.rose, per_idea=s.per_idea, data=s.data,
                              tokenizer=tokenizer, say=say)
+    if s.copies and not all(len(one.messages) == 2 and one.messages[0]["content"].startswith("Task: ") for one in found):
+        raise ValueError("--copies are made of short prompts alone; collect with --prompt short")
     texts, cut, empty = [], [], []
     for one in found:
         ids, chosen = tokenizer.conversation(one.messages, set(one.trained))
@@ -1155,19 +1218,45 @@ def texts_of(s, tokenizer, say=print):
     if len(texts) <= num_valid:
         raise ValueError(f"{len(texts)} conversations are too few to train on and to validate with; collect more")
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(s.seed)).tolist()
-    return [texts[i] for i in sorted(order[num_valid:])], [texts[i] for i in sorted(order[:num_valid])]
+    train, valid = ([texts[i] for i in sorted(part)] for part in (order[num_valid:], order[:num_valid]))
+    if s.copies:
+        train = [tokenizer.conversation(copy) for i in sorted(order[num_valid:])
+                 for copy in copies_of(found[i], s.copies, s.seed)]
+    return train, valid
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
+VOCABULARY = 1024       # ids of the tokenizer that is trained for a model from scratch
+
+
+def own_tokenizer(s):
+    """Makes the tokenizer of s.out, trained on the conversations in s.trajectories if there is none yet. What replies of the
+    same action share is one token, so that a reply is a few decisions: which action, which text, which other text."""
+    if not Path(s.out, "tokenizer.json").exists():
+        found, _ = conversations(s.trajectories, parsed=s.parsed, rose=s.rose, per_idea=s.per_idea, data=s.data,
+                                 say=lambda line: None)
+        replies = [one.messages[i]["content"] for one in found for i in one.trained]
+        # the values of the two arguments that differ are cut out of the JSON
+        pieces = Counter(piece for reply in replies for piece in
+                         re.split(r'(?<="find": ").*?(?=", "replace": ")|(?<=", "replace": ").*?(?="}$)', reply))
+        phrases = [piece for piece, times in pieces.items() if len(piece) > 3 and times * 50 > len(replies)]
+        sample.Tokenizer.train((message["content"] for one in found for message in one.messages), VOCABULARY,
+                               phrases).save(s.out)
+
+
 def fine_tune(s):
     """Trains s.model on s.trajectories and writes s.out."""
-    if not s.model:
-        raise ValueError("give --model, what to fine-tune: a folder, a hub id, or tiny (from scratch); or --collect")
     rank, world, device = processes()
     say = print if rank == 0 else lambda line: None
-    if s.model == "tiny":
+    if s.model == "tiny" and s.prompt == "short":
+        if rank == 0:
+            own_tokenizer(s)
+        barrier()
+        folder, tokenizer = None, sample.Tokenizer.from_pretrained(s.out)
+        config = replace(Config.preset("tiny"), vocab_size=tokenizer.size)
+    elif s.model == "tiny":
         folder, tokenizer, config = None, sample.Tokenizer.of_bytes(), Config.preset("tiny")
     else:
         folder = find_folder(s.model)
@@ -1177,14 +1266,79 @@ def fine_tune(s):
     say(f"{s.model}: training on {len(texts)} conversations of {sum(len(ids) for ids, _ in texts):,} tokens, "
         f"{sum(sum(chosen) for _, chosen in texts):,} of them to learn; {len(valid)} to validate; {world} processes, "
         f"{device}")
-    train(s, texts, valid, tokenizer, config, folder)
+    model = train(s, texts, valid, tokenizer, config, folder)
+    if rank == 0 and s.prompt == "short":       # eval.py and rl.py read it
+        write(Path(s.out, "agent.json"), {name: getattr(s, name) for name in AGENT} | {"steps": AGENT_STEPS})
     say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
+    return model, tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper in miniature: what `python sft.py` does
+
+AGENT = ("prompt", "actions", "fields", "context", "max_new_tokens")
+AGENT_STEPS = 5         # replies of a trajectory of the small model, in evaluation
+TINY = {"model": "tiny", "prompt": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640, "keep": 24,
+        "max_new_tokens": 96, "epochs": 1.0, "batch": 8, "copies": 64, "length": 1024, "lr": 3e-3, "warmup": 50,
+        "beta2": 0.95, "validate_every": 500, "save_every": 500, "recompute": False}
+TINY_STEPS = 8          # replies of a collected trajectory
+
+
+def unseen(split, num, rng):
+    """num states that nobody was in, [(script, prompt)]: the starters of a split's tasks with two numbers changed, just
+    run. Of held-out tasks the scripts are shown to the model here; nothing is learned of them."""
+    found, ids = [], tasks.names(split)
+    while len(found) < num:
+        task = tasks.load(ids[len(found) % len(ids)])
+        script = (task.folder / task.entry).read_text()
+        for _ in range(2):
+            ideas = [idea for idea in constants(script) if idea["edits"][0]["find"] in shown_lines(script)]
+            if ideas:
+                edit, = rng.choice(ideas)["edits"]
+                script = script.replace(edit["find"], edit["replace"])
+        seen = [{"role": "assistant", "content": "Action: Execute Script"},
+                {"role": "user", "content": f"{task.entry} ran to the end in 1 s.\n{task.metric}: {rng.random():.4f}"}]
+        found.append((script, short_prompt(task, [{}, {}, *seen], script)))
+    return found
+
+
+def try_out(s, engine, split, num=64):
+    """(figures, a prompt, its reply) of num sampled replies in unseen states: the shares that can be read, that edit,
+    and of the edits those whose text occurs once in the script; and how many of these differ."""
+    states = unseen(split, num, random.Random(s.seed))
+    replies = engine.generate([prompt for _, prompt in states], max_new_tokens=s.max_new_tokens, seed=s.seed)
+    read = [parse(reply.text, s.fields, s.actions) for reply, in replies]
+    edits = [(args, script) for (_, action, args, error), (script, _) in zip(read, states)
+             if not error and action == "Replace In Script"]
+    fit = [json.dumps(args) + script for args, script in edits
+           if args["find"] and script.count(args["find"]) == 1 and args["replace"] != args["find"]]
+    return {"parsed": sum(not error for *_, error in read) / num, "edits": len(edits) / num,
+            "valid": len(fit) / max(1, len(edits)), "distinct": len(set(fit))}, states[0][1], replies[0][0].text
+
+
+def miniature(s):
+    """Collects with the scripted expert on the miniatures, trains the tiny model from scratch, shows what it says."""
+    default = {field.name: field.default for field in fields(s)}
+    s = replace(s, **{name: value for name, value in TINY.items() if getattr(s, name) == default[name]})
+    print("1. Collecting: a scripted expert edits and runs the starters of the held-in tasks, on miniature data.")
+    print(report(collect(replace(s, steps=TINY_STEPS))))
+    print("\n2. Training a model of a million weights from scratch on what it did.")
+    model, tokenizer = fine_tune(s)
+    engine = sample.Engine(model.requires_grad_(False), tokenizer, rows=32, context=s.context)
+    print("\n3. Its replies in states it has not seen, 64 of each kind:")
+    rows = [("tasks", "can be read", "edits", "of them with text that occurs once", "different ones")]
+    for split in ("held-in", "held-out"):
+        found, prompt, text = try_out(s, engine, split)
+        rows.append((split, *(f"{found[name]:.0%}" for name in ("parsed", "edits", "valid")), str(found["distinct"])))
+    print(layout(rows) + f"\n\nOne state:\n{prompt[-1]['content']}\n\nIts reply:\n{text}\n\nNext: python rl.py")
 
 
 def main(argv=None):
     s = sample.parse(Settings, argv)
 
     def work():
+        if not (s.collect or s.model):
+            return miniature(s)
         if not s.collect:
             return fine_tune(s)
         print("\n" + report(collect(s)))
