@@ -854,14 +854,15 @@ def compute_type(dtype, device):
     return getattr(torch, dtype)
 
 
-def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2):
+def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2,
+          copying=False):
     """A model to train, with fp32 master weights and gradients, sharded over all processes where there are several.
 
     Made on the meta device; each process then reads its own rows of the checkpoint in `folder`, or draws them where
     folder is None. compute: the dtype of the products and activations; None: see compute_type. The units of FSDP2 are
     the blocks, and the rest; they are gathered in that dtype and gradients reduced in fp32. A process alone casts each
     weight where it is used. recompute: activation checkpointing, block by block. make: the class; a head `score` that
-    it adds begins at zero.
+    it adds begins at zero. copying: the weights that are drawn are those of Qwen2.draw_copying.
     """
     with torch.device("meta"):
         model = make(config)
@@ -888,7 +889,8 @@ def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qw
     if folder:
         load_tensors(folder, own, unused=() if hasattr(model, "lm_head") else ("lm_head.weight",))
     else:
-        drawn = dict(Qwen2.from_scratch(config, seed).named_parameters())
+        drawn = Qwen2.from_scratch(config, seed)
+        drawn = dict((drawn.draw_copying(seed) if copying else drawn).named_parameters())
         with torch.no_grad():
             for name, (rows, first, _) in own.items():
                 rows.copy_(drawn[name][first:first + len(rows)])
@@ -1093,11 +1095,13 @@ def train(s, texts, valid, tokenizer, config, folder):
     """Fine-tune on texts, [(ids, chosen)], and write out/: checkpoints, log.jsonl, and the model as a Hugging Face
     folder. Goes on from the newest checkpoint there. Returns the model."""
     rank, world, device = processes()
-    model = build(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device))
+    model = build(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay)
     steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)
     state = load_state(s.out, model, optimizer)
     first, size, peak = state["step"] if state else 0, tokenizer.size, peak_flops(device)
+    if first >= steps and rank == 0:
+        print(f"{s.out} is already trained, for {first} steps; give another --out, or delete that folder, to begin anew")
     log = open(Path(s.out, "log.jsonl"), "a") if rank == 0 else None
     started = time.monotonic()
     for step in range(first, steps):
@@ -1220,8 +1224,10 @@ def texts_of(s, tokenizer, say=print):
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(s.seed)).tolist()
     train, valid = ([texts[i] for i in sorted(part)] for part in (order[num_valid:], order[:num_valid]))
     if s.copies:
-        train = [tokenizer.conversation(copy) for i in sorted(order[num_valid:])
-                 for copy in copies_of(found[i], s.copies, s.seed)]
+        copies = [tokenizer.conversation(copy) for i in sorted(order[num_valid:])
+                  for copy in copies_of(found[i], s.copies, s.seed)]
+        # of every tenth the prompt is learned too: a few names stand in it twice, which is more to learn copying from
+        train = [(ids, [True] * len(ids)) if i % 10 == 0 else (ids, chosen) for i, (ids, chosen) in enumerate(copies)]
     return train, valid
 
 
@@ -1279,7 +1285,7 @@ def fine_tune(s):
 AGENT = ("prompt", "actions", "fields", "context", "max_new_tokens")
 AGENT_STEPS = 5         # replies of a trajectory of the small model, in evaluation
 TINY = {"model": "tiny", "prompt": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640, "keep": 24,
-        "max_new_tokens": 96, "epochs": 1.0, "batch": 8, "copies": 64, "length": 1024, "lr": 3e-3, "warmup": 50,
+        "max_new_tokens": 96, "epochs": 1.0, "batch": 8, "copies": 64, "length": 1024, "lr": 1.5e-3, "warmup": 20,
         "beta2": 0.95, "validate_every": 500, "save_every": 500, "recompute": False}
 TINY_STEPS = 8          # replies of a collected trajectory
 

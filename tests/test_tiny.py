@@ -1,14 +1,23 @@
 """The small agent of `python sft.py`: short prompts that any record can give again, ideas made of a script's numbers, a
 tokenizer of its own, texts whose names are drawn anew, and the whole command in its smallest form."""
 import json
+import os
+import random
 import re
-from dataclasses import replace
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import env
+import eval as evaluation
+import sample
 import sft
 import tasks
+from model import Config, Qwen2
+from sample import Tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
 
 
@@ -30,11 +39,14 @@ def test_a_short_prompt_by_hand(short):
     folder, s = short
     world = env.Env("toy-a", folder / "data", out=folder / "hand", prompt="short", fields=s.fields)
     head = "Task: toy-a\nMAE, lower is better\nLast: {}\n"
-    script = STARTER.split("\n", 1)[1].replace("ANSWER", "10").rstrip("\n")
+    script = ("VALUE = 3\nSHIFT = 0\nGAIN = 1\nvalue = GAIN * VALUE + SHIFT\n"       # no comment, no import, whole lines
+              'print("validation MAE:", fabs(value - 10))\n'
+              'open("submission.csv", "w").write("id,y\\n" + "".join(f"{i},{value}\\n" for i in (1, 2)))')
+    assert script in STARTER.replace("ANSWER", "10").replace("       # what is predicted", "")
     assert world.prompt() == [{"role": "user", "content": head.format("nothing") + script}]
 
     def after(action, **args):
-        world.step(f"Thought: x\nAction: {action}\nAction Input: {json.dumps(args)}")
+        world.step(f"Action: {action}\nAction Input: {json.dumps(args)}")
         return world.prompt()[0]["content"]
 
     assert after("Execute Script", script_name="train.py") == head.format("Execute Script: 7") + script
@@ -50,7 +62,7 @@ def test_a_short_prompt_by_hand(short):
     assert "\nLast: Execute Script: failed, ZeroDivisionError: division by zero" in after(
         "Execute Script", script_name="train.py")
     world.step("nonsense")
-    assert "\nLast: Nothing was done. The entry \"Thought:\" is missing" in world.prompt()[0]["content"]
+    assert "\nLast: Nothing was done. The entry \"Action:\" is missing" in world.prompt()[0]["content"]
 
 
 def test_every_prompt_can_be_made_again_from_the_record(short):
@@ -80,6 +92,8 @@ def test_a_short_prompt_shows_whole_lines_and_never_more_than_its_limit():
     shown = env.shown_lines('"""Doc."""\nimport os\n' + lines)
     assert lines.startswith(shown + "\n") and env.SHORT_SCRIPT - 15 < len(shown) <= env.SHORT_SCRIPT
     assert env.shown_lines("import os\nx = 1\n") == "import os\nx = 1"
+    assert env.shown_lines("A = 1  # one\n\n\n# two\nB = 2\n   # three\ndef f():\n    pass") == (
+        "A = 1\nB = 2\ndef f():\n    pass")
     assert len(env.shown_lines("y" * 5000)) == env.SHORT_SCRIPT and env.shown_lines("") == ""
 
 
@@ -109,3 +123,122 @@ def test_the_short_expert_tries_runs_and_takes_back(short):
                     one["m_after"] for one in steps[:before["index"] - 1])
                 undone = step["action"] == "Undo Edit Script"
                 assert undone == worse and (undone or step["action"] in ("Replace In Script", "Final Answer"))
+
+
+# ---- tokenizer, texts drawn anew, weights that copy
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["EPOCHS = 12345\nC = 0.25 and so on, EPOCHS", "the cat, EPOCHS = 7"] * 9, 300,
+                           ['Action: Go\nAction Input: {"find": "', '"}'])
+
+
+def test_the_trained_tokenizer_gives_every_text_back(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again, rng = Tokenizer.from_pretrained(tmp_path), random.Random(1)
+    texts = ["", " ", "\n\n  x", "naïve 中文 🙂\u2028\x00", "<|im_end|>", 'Action: Go\nAction Input: {"find": "a"}'] + [
+        "".join(map(chr, rng.choices([*range(32, 200), 9, 10, 13, 0x4e2d, 0x1f642, 0x301], k=50))) for _ in range(200)]
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text and again.encode(text) == tokenizer.encode(text)
+    raw = bytes(range(256))     # every byte has a token
+    assert {one for one in tokenizer.bytes if len(one) == 1} == {bytes([b]) for b in raw}
+    assert again.size == tokenizer.size and again.system is None
+
+
+def test_digits_stand_alone_and_a_phrase_is_one_token(tokenizer):
+    pieces = [tokenizer.bytes[i].decode() for i in tokenizer.encode("EPOCHS = 12345, 0.25")]
+    assert [one for one in pieces if any(c.isdigit() for c in one)] == list("12345025") and "EPOCHS" in pieces
+    assert len(tokenizer.encode('Action: Go\nAction Input: {"find": "')) == 1
+    named = tokenizer.encode("EPOCHS")
+    assert tokenizer.encode('Action: Go\nAction Input: {"find": "EPOCHS"}')[1:-1] == named     # the same to be copied
+
+
+def test_a_conversation_has_no_system_message_unless_given_one(tokenizer):
+    ids = tokenizer.chat([{"role": "user", "content": "the cat"}])
+    assert b"".join(tokenizer.bytes[i] for i in ids) == b"<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_transformers_opens_what_was_saved(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = Qwen2.from_scratch(Config(vocab_size=tokenizer.size), seed=1).draw_copying(1)
+    for own in (tokenizer, Tokenizer.of_bytes()):
+        own.save(tmp_path)
+        peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for messages in ([{"role": "user", "content": "EPOCHS = 5 cat\n"}], [
+                {"role": "user", "content": "a"}, {"role": "assistant", "content": 'Action: Go\nAction Input: {"find": "x"}'},
+                {"role": "user", "content": "b 12"}]):
+            ids = peer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            assert list(ids) == own.chat(messages)
+        if own is tokenizer:
+            model.save_pretrained(tmp_path)
+            other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+            assert other.generation_config.eos_token_id == own.end
+            assert torch.allclose(other(torch.tensor([ids])).logits, model(torch.tensor([ids])), atol=2e-5)
+
+
+def test_names_drawn_anew_still_fit():
+    """The edit of every copy fits the script of that copy as it fitted the first, and copies do differ."""
+    script = "EPOCHS = 5\nRATE = 0.25\nSIDE_A = 12\nOFF = 0.0\nfor i in range(EPOCHS):\n    step(RATE, SIDE_A)"
+    prompt = {"role": "user", "content": f"Task: x\nMAE, lower is better\nLast: nothing\n{script}"}
+    names, moved, cropped = set(), 0, 0
+    for seed in range(300):
+        for find, put in (("EPOCHS = 5", "EPOCHS = 50"), ("step(RATE, SIDE_A)", "step(RATE, SIDE_A, 1)")):
+            args = {"script_name": "train.py", "find": find, "replace": put}
+            reply = {"role": "assistant", "content": f"Action: Replace In Script\nAction Input: {json.dumps(args)}"}
+            user, robot = sft.redrawn([prompt, reply], random.Random(seed))
+            shown = user["content"].split("\n", 3)[3]
+            fields, action, new, error = env.parse(robot["content"], sft.SHORT_FIELDS, sft.SHORT_ACTIONS)
+            assert not error and shown.count(new["find"]) == 1 and new["find"] != new["replace"]
+            assert new["replace"].startswith(new["find"][:4]) and user["content"].startswith("Task: x\nMAE, lower")
+            moved += new["find"] != find
+            cropped += len(shown.splitlines()) < 6
+            if find.startswith("EPOCHS"):
+                name = new["find"].split(" = ")[0]
+                assert new["replace"] == f"{name} = 50" and (("range(" in shown) <= (f"range({name})" in shown))
+                names.add(name)
+    assert len(names) > 150 and 100 < cropped < 500 and moved > 300
+
+
+def test_weights_that_copy():
+    """Of random tokens said twice the second time is mostly right before any training; plain weights get none right."""
+    config, g = Config(vocab_size=500), torch.Generator().manual_seed(3)
+    once = torch.randint(500, (8, 50), generator=g)
+    twice = torch.cat([once, once], 1)
+    right = [(model(twice)[:, 50:-1].argmax(-1) == twice[:, 51:]).float().mean().item()
+             for model in (Qwen2.from_scratch(config, 0).draw_copying(0), Qwen2.from_scratch(config, 0))]
+    assert right[0] > 0.5 and right[1] < 0.05
+    with pytest.raises(ValueError, match="copying needs 2 blocks"):
+        Qwen2.from_scratch(Config(num_hidden_layers=1)).draw_copying()
+
+
+# ---- the command
+
+def test_the_command_without_arguments_in_its_smallest_form(whole, tmp_path):
+    """Collects, trains, shows a reply; the second time it does nothing again; eval.py takes its settings from the folder."""
+    folder, _ = whole
+    code = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; import {0}; "
+            "sys.exit({0}.main(sys.argv[1:]))")
+
+    def run(program, *flags):
+        done = subprocess.run([sys.executable, "-c", code.format(program), str(folder / "tasks"), *flags], text=True,
+                              cwd=Path(__file__).parent.parent, capture_output=True, timeout=300,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    out = tmp_path / "sft"
+    flags = [f"--data={folder / 'data'}", f"--trajectories={tmp_path / 'trajectories'}", f"--out={out}", "--num=1",
+             "--copies=2", "--batch=4"]
+    said = run("sft", *flags)
+    assert re.search(r"held-out +\d+%", said) and "One state:\nTask: toy-" in said and "Its reply:" in said
+    before = {path: path.read_bytes() for path in [out / "log.jsonl", out / "model.safetensors",
+                                                   *(tmp_path / "trajectories").glob("*.jsonl")]}
+    again = run("sft", *flags)
+    assert "already trained" in again and again.split("One state:")[1] == said.split("One state:")[1]
+    assert {path: path.read_bytes() for path in before} == before
+    s = evaluation.with_agent(evaluation.Settings(model=str(out), steps=3))
+    assert (s.prompt, s.fields, s.steps, s.context) == ("short", sft.SHORT_FIELDS, 3, sft.TINY["context"])
+    run("eval", f"--model={out}", f"--data={folder / 'data'}", f"--out={tmp_path / 'eval'}", "--task=toy-out",
+        "--trajectories=1")
+    head, steps = env.read_trajectory(tmp_path / "eval" / "trajectories" / "toy-out-0.jsonl")
+    assert head["prompt"] == "short" and len(steps) == sft.AGENT_STEPS
