@@ -1,5 +1,6 @@
 """Exploration-enriched fine-tuning: collects trajectories of a diverse expert, and trains a model on them.
 
+    python sft.py                                               # all in miniature: collects, trains a tiny model
     python sft.py --collect                                     # no model, no data: the scripted expert, on miniatures
     python sft.py --collect --expert http://host:8000/v1#name   # an expert behind an OpenAI-compatible server
     python env.py replay runs/trajectories/spaceship-titanic-0.jsonl    # runs one of them again
