@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 import sample
@@ -115,8 +114,8 @@ class Settings:
         if self.rollout == "episode" and self.overlap:
             raise ValueError("--overlap is for --rollout step; episodes run and sample at the same time anyway")
         if self.choose == "learnable" and (self.rollout == "episode" or self.num < 2):
-            raise ValueError("--choose learnable compares actions of one state: it needs --rollout step and --num of at "
-                             f"least 2, found {self.rollout} and {self.num}")
+            raise ValueError("--choose learnable compares actions of one state: it needs --rollout step and --num of "
+                             f"at least 2, found {self.rollout} and {self.num}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,7 +382,7 @@ class Shared(Qwen2):
 
 
 def value_of(score, x):
-    return F.linear(x.float(), score.weight.float(), score.bias.float())[:, 0]
+    return x.float() @ score.weight[0].float() + score.bias.float()
 
 
 def gae(rewards, values, gamma=1.0, lam=1.0):
@@ -569,9 +568,10 @@ def full(x):
 
 def sampler(s, learner, tokenizer):
     """(engine, refresh): what samples from the actor, and a function that brings it the actor's present weights. It has
-    the trained module itself where that is whole; else a copy, in bf16 on a GPU, filled in place from the shards."""
-    actor, whole = learner.actor, not any(isinstance(p, DTensor) for p in learner.actor.parameters())
-    dtype = torch.bfloat16 if learner.device.type == "cuda" else torch.float32
+    the trained module itself where that is whole and computes in its weights' dtype; else a copy in the dtype that it
+    computes in, bf16 on a GPU, filled in place."""
+    actor, dtype = learner.actor, learner.actor.compute
+    whole = not any(isinstance(p, DTensor) or p.dtype is not dtype for p in actor.parameters())
     model = actor if whole else Qwen2._empty(learner.config, dtype, learner.device).requires_grad_(False)
     copies = dict(model.named_parameters())
 

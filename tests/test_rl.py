@@ -6,6 +6,7 @@ the work is divided. As a program it looks for a planted best reply with each ki
 import ast
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ sys.path.insert(0, str(HERE.parent))
 import rl                                                       # noqa: E402
 from model import Config, Qwen2                                 # noqa: E402
 from sample import Tokenizer                                    # noqa: E402
-from sft import epoch_order, export, processes                 # noqa: E402
+from sft import epoch_order, export, processes, share          # noqa: E402
 
 import torch                                                    # noqa: E402
 from torch.distributed.tensor import DTensor                    # noqa: E402
@@ -519,40 +520,62 @@ def test_sampler_and_trainer_agree_before_and_after_updates(method):
     assert (learner.actor.model.norm.weight - before).abs().max() > 1e-3
 
 
-WORKER = """
-import sys, torch
-import test_rl as t
-rank, world, device = t.processes()
-found = {method: t.steps_of(method, rank, world, device, length=120) for method in sys.argv[3:]}
-learner = found[sys.argv[-1]][2]
-assert any(isinstance(p, t.DTensor) for p in learner.actor.parameters())
-t.export(learner.actor, t.Tokenizer.of_bytes(), sys.argv[2], torch.float32)
-learner = t.rl.Learner(t.rl.Settings(**t.SAMPLING), t.SMALL, None, t.SIZE, rank, world, device)
-gaps = t.gaps_after_updates(learner) if world == 2 else [0.0]
-figures = {method: each[:2] for method, each in found.items()}
-if rank == 0:
-    torch.save((figures, gaps), sys.argv[1])
-torch.distributed.destroy_process_group()
-"""
+def test_an_actor_that_computes_in_bf16_is_sampled_from_a_copy():
+    """As on one GPU; sampler and trainer then differ by the rounding of other kernels, and the copy follows updates."""
+    learner = learner_of(SMALL, SIZE, **SAMPLING)
+    learner.actor.compute = torch.bfloat16
+    assert max(gaps_after_updates(learner)) < 0.05
 
 
-@pytest.mark.parametrize("world, methods", [(2, list(METHODS)), (4, ["shared critic"])])
-def test_nothing_depends_on_the_number_of_processes(tmp_path, world, methods):
-    """Gradients of all steps and all figures; sampling from a whole copy of a sharded actor agrees with training; and
-    what is exported is what one process has, without the critic's head."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
-                    str(tmp_path / "worker.py"), str(tmp_path / "out.pt"), str(tmp_path / "folder"), *methods],
-                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}, check=True,
-                   timeout=240)
-    found, gaps = torch.load(tmp_path / "out.pt")
-    for method in methods:
-        alone = steps_of(method, length=10_000)
-        assert_same(found[method], alone)
-    exported = Qwen2.from_pretrained(tmp_path / "folder")
-    assert_close(dict(exported.named_parameters()), {
-        name: p.detach() for name, p in alone[2].actor.named_parameters() if not name.startswith("score.")})
-    assert max(gaps) < 1e-5
+WORLDS = {2: (120, list(METHODS)), 4: (90, ["shared critic"])}      # tokens of a row, methods
+
+
+def one_of_several(rank, world, port, folder):
+    """What each of `world` processes does; the first saves the figures and the gaps, all of them export the actor."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rank, world, device = processes()
+    length, methods = WORLDS[world]
+    found = {method: steps_of(method, rank, world, device, length=length) for method in methods}
+    actor = found["shared critic"][2].actor
+    assert any(isinstance(p, DTensor) for p in actor.parameters())
+    export(actor, Tokenizer.of_bytes(), Path(folder, str(world)), torch.float32)
+    learner = rl.Learner(rl.Settings(**SAMPLING), SMALL, None, SIZE, rank, world, device)
+    gaps = gaps_after_updates(learner) if world == 2 else []
+    figures = {method: each[:2] for method, each in found.items()}
+    if rank == 0:
+        torch.save((figures, gaps), Path(folder, f"{world}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def several(folder):
+    """Two processes, then four, forked so that torch and the rest are imported once."""
+    torch.set_num_threads(1)
+    for world in WORLDS:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        torch.multiprocessing.start_processes(one_of_several, (world, port, folder), world, start_method="fork")
+
+
+def test_nothing_depends_on_the_number_of_processes(tmp_path):
+    """Gradients of all steps and all figures, some process having fewer rows than another; sampling from a whole copy
+    of a sharded actor agrees with training; and what is exported is what one process has, without the critic's head."""
+    code = "import sys, test_rl; test_rl.several(sys.argv[1])"
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, env={
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"})
+    assert run.returncode == 0 and "Warning" not in run.stderr, run.stderr
+    lengths = [len(one.prompt + one.tokens) - 1 for one in some_samples()]
+    for world, (length, methods) in WORLDS.items():
+        found, gaps = torch.load(tmp_path / f"{world}.pt")
+        rows = [sum(map(bool, share(lengths, epoch_order(12, 0, 0), rank, world, length))) for rank in range(world)]
+        assert len(set(rows)) > 1
+        for method in methods:
+            alone = steps_of(method, length=10_000)
+            assert_same(found[method], alone)
+            if method == "shared critic":
+                exported = Qwen2.from_pretrained(tmp_path / str(world))
+                assert_close(dict(exported.named_parameters()), {
+                    name: p.detach() for name, p in alone[2].actor.named_parameters() if "score." not in name})
+        assert max(gaps, default=0) < 1e-5 and len(gaps) == (3 if world == 2 else 0)
 
 
 def test_an_exported_actor_is_an_ordinary_folder(tmp_path):
