@@ -1033,20 +1033,20 @@ def main(s):
     print(f"{s.model}: {sum(p.numel() for p in policy.model.parameters()) / 1e6:,.0f}M parameters, "
           f"{str(weight.dtype).removeprefix('torch.')}, {weight.device}, loaded in {time.perf_counter() - start:.1f} s",
           file=sys.stderr)
-    decoder, times = codecs.getincrementaldecoder("utf-8")("replace"), []
+    decoder, passes = codecs.getincrementaldecoder("utf-8")("replace"), []
 
     def show(piece):
-        times.append(time.perf_counter())
+        passes.append((policy.passes, time.perf_counter()))
         print(decoder.decode(piece), end="", flush=True)
 
     reply = policy.generate([messages], stream=show, **options)[0][0]
     print(decoder.decode(b"", final=True))
-    steps = len(times) - 1
-    if steps > 0:
-        rate = steps / (times[-1] - times[0])
-        share = rate * streamed_bytes(policy.model) / read_bandwidth(policy.device)
-        print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled, {rate:.1f} tokens/s after the first: "
-              f"{share:.0%} of the memory's read bandwidth", file=sys.stderr)
+    if len(passes) > 1 and passes[-1][0] > passes[0][0]:
+        seconds = passes[-1][1] - passes[0][1]
+        share = (passes[-1][0] - passes[0][0]) / seconds * streamed_bytes(policy.model) / read_bandwidth(policy.device)
+        print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes (drafted "
+              f"{policy.drafted_tokens}, accepted {policy.accepted_tokens}), {(len(passes) - 1) / seconds:.1f} tokens/s "
+              f"after the first: {share:.0%} of the memory's read bandwidth", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tokenizer, sampling distribution and engine: against hand calculations, plain loops and the full forward pass."""
 import collections
+import os
 import threading
 
 import pytest
@@ -333,6 +334,18 @@ def test_drafted_replies_are_the_plain_ones_on_fifty_prompts(model, eager):
     assert 200 < drafting.accepted_tokens < drafting.drafted_tokens - 200
     assert drafting.passes < plain.passes and plain.drafted_tokens == 0
     assert drafting.sampled_tokens == plain.sampled_tokens
+
+
+@pytest.mark.skipif("MLAGENT_MODEL" not in os.environ, reason="MLAGENT_MODEL names no checkpoint")
+def test_a_real_checkpoint_copies_a_script_in_fewer_passes():
+    script = "import pandas as pd\n\ntrain = pd.read_csv('data/train.csv')\nprint(train.describe())\nEPOCHS = 5\n"
+    ask = [{"role": "user", "content": f"```python\n{script}```\nSet EPOCHS to 7. Answer with the whole script."}]
+    story = [{"role": "user", "content": "Write a story about a fox."}]
+    engine = load(os.environ["MLAGENT_MODEL"], "float32", "cpu", rows=2, context=256)
+    drafted = [g[0].tokens for g in engine.generate([ask, story], max_new_tokens=40, temperature=0)]
+    assert engine.accepted_tokens > 5
+    engine.draft = False
+    assert [g[0].tokens for g in engine.generate([ask, story], max_new_tokens=40, temperature=0)] == drafted
 
 
 def test_what_was_drafted_in_vain_is_not_reused(model, eager):
