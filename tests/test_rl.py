@@ -520,6 +520,19 @@ def test_sampler_and_trainer_agree_before_and_after_updates(method):
     assert (learner.actor.model.norm.weight - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_step_on_fresh_samples_has_ratio_1(method):
+    """Nothing is clipped, and there is no divergence from the reference yet; after that step there is some."""
+    learner = learner_of(SMALL, SIZE, **SAMPLING, **METHODS[method])
+    engine, refresh = rl.sampler(learner.s, learner, Tokenizer.of_bytes())
+    first = learner.step(gap(learner, engine)[1], 0)
+    assert first["ratio_max"] == pytest.approx(1, abs=1e-5) and first["clip_fraction"] == 0
+    assert first["kl"] == pytest.approx(0, abs=1e-5) and first["kl_k3"] == pytest.approx(0, abs=1e-9)
+    refresh()
+    later = learner.step(gap(learner, engine, seed=1)[1], 1)
+    assert later["ratio_max"] == pytest.approx(1, abs=1e-5) and later["kl_k3"] > 0.01
+
+
 def test_an_actor_that_computes_in_bf16_is_sampled_from_a_copy():
     """As on one GPU; sampler and trainer then differ by the rounding of other kernels, and the copy follows updates."""
     learner = learner_of(SMALL, SIZE, **SAMPLING)
