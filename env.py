@@ -20,7 +20,8 @@ prints is noted beside it and not believed.
 A script gets a clean environment, and limits on time, memory, file size, output and processes; nothing it started
 survives it. A sandbox of two layers (_supervise) keeps it from the answers, other files, other processes and the
 network; each layer is tried before it is trusted (protection), and where none holds nothing runs, unless told so with
-sandbox="off". Every Result says which layers were up. Linux only; the rest works anywhere.
+sandbox="off". Every Result says which layers were up. Scripts that use numpy or torch are forked from a process that
+has imported them, which saves most of their time; they live under the same limits. Linux only; the rest works anywhere.
 """
 import contextlib, dataclasses, difflib, functools, glob, hashlib, inspect, io, itertools, json, math, os
 import random, re, select, shutil, socket, subprocess, sys, tempfile, threading, time, uuid
@@ -536,8 +537,9 @@ def _serve(descriptor, libraries=None):
                 _remove(base)
                 with open(pipes[1], "w") as file:
                     file.write(json.dumps(report))
-            except BrokenPipeError:
-                pass  # our parent is gone
+            except BrokenPipeError:     # our parent is gone
+                if job["temporary"] and os.path.exists(job["cwd"]):
+                    _remove(job["cwd"])
             os._exit(0)
         for pipe in pipes:
             os.close(pipe)
@@ -735,7 +737,7 @@ def _environment(program, threads=1, gpu=None, private="/nonexistent", token="")
 
 
 def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16, file_bytes=4 << 30, processes=256,
-         threads=1, gpu=None, readable=(), stop=None, warm=None):
+         threads=1, gpu=None, readable=(), stop=None, warm=None, temporary=False):
     """Runs a command under a supervisor and returns (its report, or None if the script has killed it; whether it was
     warm). For the arguments see execute; layers: those of LAYERS to put up; warm: the key of a warm process."""
     token = uuid.uuid4().hex
@@ -749,7 +751,7 @@ def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16,
     shown = {path: right for path, right in shown if os.path.exists(path)} | {cwd: "write", private: "write"}
     job = dict(command=command, cwd=cwd, env=env, timeout_s=float(timeout_s), memory_bytes=int(memory_bytes),
                file_bytes=file_bytes, address_bytes=0 if gpu else int(memory_bytes) + (4 << 30), layers=layers,
-               output_bytes=output_bytes, processes=processes, root=root, proc=PROC,
+               temporary=temporary, output_bytes=output_bytes, processes=processes, root=root, proc=PROC,
                shared_bytes=int(memory_bytes) // 2, shown=sorted(shown.items()))    # a folder before what is in it
     report, poll = b"", select.poll()
 
@@ -789,7 +791,8 @@ def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16,
 
 
 def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), timeout_s, memory_bytes,
-            output_bytes=1 << 16, file_bytes=4 << 30, processes=256, threads=1, gpu=None, stop=None, warm=True):
+            output_bytes=1 << 16, file_bytes=4 << 30, processes=256, threads=1, gpu=None, stop=None, warm=True,
+            temporary=False):
     """Runs `python script` in the folder `cwd` and returns its Result. When it returns, also by an exception, nothing
     that the script started is alive. Safe to call from many threads.
 
@@ -801,6 +804,7 @@ def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), t
     largest file it may write. threads: for OpenMP and BLAS. gpu: value of CUDA_VISIBLE_DEVICES; None hides all. stop: a
     threading.Event that calls the run off. warm: from the second script on that mentions numpy, pandas, scikit-learn or
     torch they are forked from a process that has imported these (_serve), as soon as it has; False starts each anew.
+    temporary: cwd is to be deleted if we are killed meanwhile.
     ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
     not on Linux, or the interpreter does not start. Unprotected: see protection. Stopped: stop was set.
 
@@ -834,7 +838,8 @@ def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), t
     key = None if key is None or first or not _is_up(key) else key
     report, warm = _run(
         [program, script], cwd, layers, timeout_s=timeout_s, memory_bytes=memory_bytes, output_bytes=output_bytes,
-        file_bytes=file_bytes, processes=processes, threads=threads, gpu=gpu, readable=folders, stop=stop, warm=key)
+        file_bytes=file_bytes, processes=processes, threads=threads, gpu=gpu, readable=folders, stop=stop, warm=key,
+        temporary=temporary)
     layers = "+".join(layers) or "off"
     if not report:
         return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.",
@@ -1663,7 +1668,8 @@ class Env:
                 self._build(folder, before)
                 result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=gpu,
                                  memory_bytes=self.task.memory_limit_bytes, threads=self.threads,
-                                 sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"])
+                                 sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"],
+                                 temporary=True)
                 if _stamps(self.public) != public:
                     raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
                                        f"python -m tasks prepare {self.task.id} --force")

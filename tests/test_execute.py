@@ -304,21 +304,25 @@ def test_four_threads_at_once(tmp_path, temporary, sandbox):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("warm", [False, True])
 def test_nothing_survives_its_parent(tmp_path, temporary, sent, warm):
-    name = f"script_{uuid.uuid4().hex}.py"
-    (tmp_path / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)  # numpy")
+    name, folder = f"script_{uuid.uuid4().hex}.py", tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)  # numpy")
     call = (f"import env; {warm} and env.warm_up(b'numpy')\n"
-            f"env.execute({name!r}, {str(tmp_path)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm})")
+            f"env.execute({name!r}, {str(folder)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm}, temporary=True)")
     caller = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stderr=subprocess.DEVNULL,
                               env={**os.environ, "TMPDIR": str(temporary)})
-    assert wait_until((tmp_path / "pulse").exists, 60) and len(processes(name)) >= 2
+    assert wait_until((folder / "pulse").exists, 60) and len(processes(name)) >= 2
     servers = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent(pid) == caller.pid]
     assert len(servers) == 1 + warm
     caller.send_signal(sent)
     caller.wait(30)
     assert wait_until(lambda: not processes(name) and not list(temporary.iterdir()) and not living(servers))
-    pulse = (tmp_path / "pulse").read_text()
+    if sent == signal.SIGKILL:
+        assert wait_until(lambda: not folder.exists())
+        return
+    pulse = (folder / "pulse").read_text()      # who can still tidy up does so itself
     time.sleep(0.1)
-    assert (tmp_path / "pulse").read_text() == pulse
+    assert (folder / "pulse").read_text() == pulse
 
 
 def test_an_interrupted_thread_of_ours_is_not_needed(tmp_path):

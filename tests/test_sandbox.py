@@ -21,7 +21,7 @@ import env
 import tasks
 from env import OUTCOMES, Blobs, Cache, Slots, Stopped, Unprotected, execute, execute_many
 from test_env import edit, make, put, run, say, task  # noqa: F401  (fixtures)
-from test_execute import DAEMON, processes, wait_until
+from test_execute import DAEMON, parent, processes, wait_until
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
 RUNS = int(os.environ.get("ML_AGENT_RUNS", 20))
@@ -131,7 +131,7 @@ def fingerprint(folder):
 
 
 def attack(name, python, base, way):
-    """Whether the attack succeeds, in one of three ways: "off", a plain subprocess; "cold" and "warm" in the sandbox."""
+    """Whether the attack succeeds; "off": as a plain subprocess, "cold" and "warm": in the sandbox."""
     world, key = Path(tempfile.mkdtemp(dir=base)), f"attack-{os.urandom(4).hex()}.py"
     for folder in ("data/public", "data/private", "work/data"):
         (world / folder).mkdir(parents=True)
@@ -146,8 +146,9 @@ def attack(name, python, base, way):
     for each, address in zip(sockets, (f"{world}/socket", f"\0ml-agent-{victim.pid}")):
         each.bind(address)
         each.listen()
-    (world / "work" / key).write_text(f"{'# numpy' * (way == 'warm')}\nimport os, sys, time\nWORLD, VICTIM, PORT = {str(world)!r}, {victim.pid}, "
-                                      f"{tcp.getsockname()[1]}\n" + textwrap.dedent(ATTACKS[name]))
+    (world / "work" / key).write_text(
+        f"import os, sys, time{'  # numpy' * (way == 'warm')}\n"
+        f"WORLD, VICTIM, PORT = {str(world)!r}, {victim.pid}, {tcp.getsockname()[1]}\n" + textwrap.dedent(ATTACKS[name]))
     packages = next(Path(python).parent.parent.glob("lib/python*/site-packages"))
     before = fingerprint(world), fingerprint(packages)
     options = {**dict(timeout_s=20, memory_bytes=1 << 30), **OPTIONS.get(name, {})}
@@ -311,7 +312,8 @@ def test_off_is_said_in_every_step(make):
 # ------------------------------------------------------------------------------------------------- nothing is left over
 
 def test_daemons_by_the_hundred_leave_nothing(tmp_path, monkeypatch):
-    """Double forks, sessions of their own, ignored signals, files written for ever, RUNS times, two at once."""
+    """Double forks, sessions of their own, ignored signals, files written for ever, RUNS times, two at once, half of
+    them warm."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     word = f"daemon-{os.urandom(4).hex()}.py"
@@ -320,18 +322,25 @@ def test_daemons_by_the_hundred_leave_nothing(tmp_path, monkeypatch):
         folder = tmp_path / str(number)
         folder.mkdir()
         ending = "time.sleep(60)" if number % 2 else ""
-        (folder / word).write_text(f"{DAEMON}\nfor _ in range(3): daemon()\n{ending}")
+        (folder / word).write_text(f"{DAEMON}\nfor _ in range(3): daemon()\n{ending}\n{'# numpy' * (number // 2 % 2)}")
         result = execute(word, folder, timeout_s=0.5, memory_bytes=1 << 30)
         pulse = (folder / "pulse").read_bytes() if (folder / "pulse").exists() else b""
         return result.outcome, folder, pulse
-    one(-1)
-    memory, mounts = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, Path("/proc/self/mountinfo").read_text()
+    def memory():
+        """KiB of this process and of those that scripts are forked from."""
+        pids = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent(pid) == os.getpid()]
+        return sum(int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0])
+                   for pid in [os.getpid(), *pids])
+    assert env.warm_up(b"numpy")
+    for number in range(4):
+        one(-1 - number)
+    before, mounts = memory(), Path("/proc/self/mountinfo").read_text()
     with ThreadPoolExecutor(2) as pool:
         ended = list(pool.map(one, range(RUNS)))
     time.sleep(0.2)
     assert processes(word) == [] and list((tmp_path / "temporary").iterdir()) == []
     assert Path("/proc/self/mountinfo").read_text() == mounts
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 10 << 10   # KiB
+    assert memory() - before < 10 << 10
     for outcome, folder, pulse in ended:
         assert outcome in ("ok", "timeout")
         assert ((folder / "pulse").read_bytes() if pulse else b"") == pulse     # nobody writes any more
@@ -472,6 +481,30 @@ def test_full_disk_of_a_script(make):
     put(trajectory, train="with open('/dev/full', 'w') as file: file.write('x')")
     step = run(trajectory)
     assert (step.outcome, step.kind, step.reward) == ("disk full", "limit", 0.5) and "No space left" in step.observation
+
+
+def test_full_file_system(make, tmp_path, monkeypatch):
+    """The workspace lies on a tmpfs of 1 MiB, mounted in a mount namespace of a process that we fork."""
+    small, trajectory = tmp_path / "small", make()
+    small.mkdir()
+    put(trajectory, train="print('begun')\nwith open('model.bin', 'wb') as file: file.write(b'x' * (4 << 20))")
+    if (child := os.fork()) == 0:
+        with contextlib.suppress(BaseException):
+            libc, uid, gid = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
+            assert libc.unshare(0x20000 | 0x10000000) == 0, "unshare"
+            for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+                Path(f"/proc/self/{name}").write_text(text)
+            assert libc.mount(b"tmpfs", str(small).encode(), b"tmpfs", 0, b"size=1m") == 0, "mount"
+            env._servers.clear()    # they see the file tree without it
+            tempfile.tempdir = str(small)
+            step = run(trajectory)
+            (tmp_path / "step").write_text(json.dumps([step.outcome, step.kind, step.reward, step.observation,
+                                                       sorted(step.snapshot), os.listdir(small)]))
+        os._exit(0)
+    os.waitpid(child, 0)
+    outcome, kind, reward, observation, files, left = json.loads((tmp_path / "step").read_text())
+    assert (outcome, kind, reward, files, left) == ("disk full", "limit", 0.5, ["train.py"], [])
+    assert "begun" in observation and "OSError: [Errno 28] No space left on device Write less to disk." in observation
 
 
 def test_full_disk_of_ours_is_an_error_and_leaves_nothing_half(tmp_path):
@@ -619,6 +652,25 @@ def test_printed_metrics_in_any_format_earn_nothing(make):
         step = edit(trajectory, 'print(f"validation accuracy: {VALUE:.2f}")', f"print({text!r})")
         assert (step.score, step.reward) == (0.5, 0.5)
     assert step.printed == 100 and env.printed_metric('validation accuracy: 1.0') == 1.0     # who believes it is fooled
+
+
+@pytest.mark.parametrize("id", sorted(path.parent.name for path in Path(tasks.__file__).parent.glob("*/train.py"))
+                         if RUNS >= 200 else ["leaf-classification", "ogbn-arxiv"])
+def test_starters_score_the_same_cold_and_warm(id, tmp_path):
+    task, public = tasks.load(id), tasks.prepare(id, data=tmp_path, say=lambda line: None) / "public"
+    assert env.warm_up((task.folder / task.entry).read_bytes())
+    found = []
+    for warm in (False, True):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        shutil.copy(task.folder / task.entry, folder)
+        (folder / "data").symlink_to(public)
+        result = execute(task.entry, folder, timeout_s=task.time_limit_s, memory_bytes=task.memory_limit_bytes,
+                         readable=[public], warm=warm)
+        assert result.warm == warm and result.outcome == "ok", result.stderr
+        found.append([result.stdout, result.stderr, tasks.grade(id, folder / "submission.csv", data=tmp_path)])
+        shutil.rmtree(folder)
+    assert found[0] == found[1]
 
 
 if __name__ == "__main__":
