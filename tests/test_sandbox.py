@@ -148,7 +148,7 @@ def attack(name, python, base, way):
         each.listen()
     (world / "work" / key).write_text(
         f"import os, sys, time{'  # numpy' * (way == 'warm')}\n"
-        f"WORLD, VICTIM, PORT = {str(world)!r}, {victim.pid}, {tcp.getsockname()[1]}\n" + textwrap.dedent(ATTACKS[name]))
+        f"WORLD, VICTIM, PORT = {str(world)!r}, {victim.pid}, {tcp.getsockname()[1]}\n{textwrap.dedent(ATTACKS[name])}")
     packages = next(Path(python).parent.parent.glob("lib/python*/site-packages"))
     before = fingerprint(world), fingerprint(packages)
     options = {**dict(timeout_s=20, memory_bytes=1 << 30), **OPTIONS.get(name, {})}
