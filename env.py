@@ -63,6 +63,7 @@ MAX_CODER = 20_000                      # characters of a file that Understand F
 PROMPTS = ("full", "short")             # what of a state the policy is shown, see prompt_of
 SHORT_SCRIPT, SHORT_NEWS = 200, 100     # characters of the script and of the news in a short prompt
 MAX_FILES, MAX_BYTES = 1_000, 1 << 30   # what a script may leave in the workspace
+MINIATURE_S = 30                        # seconds of a run on a miniature, whose starters take one to five
 UNDO = ".undo/"
 
 
@@ -1114,7 +1115,7 @@ PROBLEM = """Task: {task.id}
 
 The workspace holds {task.entry} (the script to improve) and data/ (read-only). The metric is {task.metric}; \
 {better} is better. You have {steps} steps and {minutes:.0f} minutes; one run of a script may take \
-{task.time_limit_s:.0f} s."""
+{limit:.0f} s."""
 
 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS):
@@ -1324,7 +1325,7 @@ class Env:
     def reset(self):
         """Back to the starter; returns the messages."""
         starter = {self.task.entry: self.blobs.put(self.task.folder / self.task.entry)}
-        problem = PROBLEM.format(task=self.task, problem=self.task.problem.strip(), steps=self.steps,
+        problem = PROBLEM.format(task=self.task, limit=self.time_limit_s, problem=self.task.problem.strip(), steps=self.steps,
                                  minutes=self.seconds / 60, better="higher" if self.task.direction == "up" else "lower")
         self.restore(starter, [{"role": "system", "content": system_prompt(self.actions, self.fields)},
                                {"role": "user", "content": problem}])
@@ -1348,6 +1349,11 @@ class Env:
     def prompt(self):
         """The chat messages that the policy is shown for its next reply."""
         return prompt_of(self.shown, self.task, self.messages, self.files, self.blobs)
+
+    @property
+    def time_limit_s(self):
+        """Seconds that one run of a script may take."""
+        return min(self.task.time_limit_s, MINIATURE_S if self.info.get("miniature") else math.inf)
 
     @property
     def done(self):
@@ -1604,7 +1610,7 @@ class Env:
     def score(self):
         """(graded score or None, Result): the entry script, run in a copy of the workspace with the task's own time
         limit. Changes nothing."""
-        result, score, _ = self._run(self.task.entry, self.task.time_limit_s)
+        result, score, _ = self._run(self.task.entry, self.time_limit_s)
         return score, result
 
     def _score_into(self, step):
@@ -1622,7 +1628,7 @@ class Env:
         step.peak_bytes, step.sandbox, step.canary_p = result.peak_bytes, result.sandbox, result.canary_p
 
     def _time_left(self):
-        return max(0.0, min(self.task.time_limit_s, self.deadline - time.monotonic()))
+        return max(0.0, min(self.time_limit_s, self.deadline - time.monotonic()))
 
     def _run(self, script, timeout_s):
         """(Result, graded score or None, files afterwards or None if they stay as they were): one script in a temporary
@@ -1636,7 +1642,7 @@ class Env:
             self.cache.count("hits")
             if random.random() < self.cache.recheck:
                 self.cache.count("rechecked")
-                result, score, _ = self._run_now(script, before, self.task.time_limit_s)
+                result, score, _ = self._run_now(script, before, self.time_limit_s)
                 if (result.outcome, score) != (known["result"]["outcome"], known["score"]):
                     self.cache.moved.append({
                         "task": self.task.id, "script": before[script], "outcome": [known["result"]["outcome"],
@@ -1645,14 +1651,14 @@ class Env:
         self.cache.count("runs")
         result, score, after = self._run_now(script, before, timeout_s)
         if result.outcome not in ("killed", "disk full") and (   # these, and a shorter limit, may be gone the next time
-                result.outcome != "timeout" or timeout_s >= self.task.time_limit_s):
+                result.outcome != "timeout" or timeout_s >= self.time_limit_s):
             self.cache.put(key, {"result": dataclasses.asdict(result), "score": score, "after": after})
         return result, score, after
 
     def _key(self, script, before):
         """Stands for all that a run depends on: files, data, grader, limits, versions, what it runs on."""
         data = {name: value for name, value in self.info.items() if name not in ("m_init", "starter_seconds")}
-        parts = [script, sorted(before.items()), data, _graders(), self.task.time_limit_s, self.task.memory_limit_bytes,
+        parts = [script, sorted(before.items()), data, _graders(), self.time_limit_s, self.task.memory_limit_bytes,
                  describe(self.python or sys.executable)[2], self.threads, bool(self.gpu),
                  protection() if self.sandbox == "on" else ()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
