@@ -36,9 +36,9 @@ import sample
 import tasks
 from env import SLOTS, Blobs, Cache, Env, clip, read_trajectory
 from eval import CODE_END, CODER_TOKENS, Failed, attempt, prepare, run_program
-from model import IGNORE, Config, Qwen2, find_folder
+from model import IGNORE, Config, Linear, Qwen2, find_folder
 from reward import KINDS
-from sft import (barrier, build, epoch_order, export, flops_of, held_out, load_state, peak_flops, peak_memory,
+from sft import (AdamW, barrier, build, epoch_order, export, flops_of, held_out, load_state, peak_flops, peak_memory,
                  processes, refuse_held_out, row_of, save_state, share)
 
 
@@ -356,7 +356,7 @@ class Critic(Qwen2):
     def __init__(self, config):
         nn.Module.__init__(self)
         self.config, self.model = config, Qwen2(config).model
-        self.score = nn.Linear(config.hidden_size, 1)
+        self.score = Linear(config.hidden_size, 1)
 
     def tie(self):
         """There is no output head."""
@@ -371,7 +371,7 @@ class Shared(Qwen2):
 
     def __init__(self, config):
         super().__init__(config)
-        self.score = nn.Linear(config.hidden_size, 1)
+        self.score = Linear(config.hidden_size, 1)
 
     def forward(self, tokens, window=None, lengths=None, targets=None, temperature=1.0, size=None):
         """As Qwen2, with targets also the values at them, (N,) fp32: logp, entropy, first, value."""
@@ -449,7 +449,7 @@ class Learner:
         self.slow = [p for p in self.actor.parameters() if not any(p is head for head in heads)]
         fast = [p for p in self.models.parameters() if not any(p is one for one in self.slow)]
         groups = [{"params": self.slow, "lr": s.lr}] + [{"params": fast, "lr": s.critic_lr}] * bool(fast)
-        self.optimizer = torch.optim.AdamW(groups, lr=s.lr, weight_decay=0.0)
+        self.optimizer = AdamW(groups, lr=s.lr)
 
     def act(self, tokens, lengths, targets):
         """logp, entropy, and of a shared critic the value, each (N,), of the actor."""

@@ -41,6 +41,11 @@ from model import IGNORE, Config, Qwen2, find_folder, load_tensors, write_checkp
 from eval import CODE_END, CODER_TOKENS, Failed, Run, attempt, ended, layout, prepare, read_record, run_program
 
 
+RECIPES = {     # --preset: the paper's section on fine-tuning
+    "7b": dict(model="Qwen/Qwen2.5-7B", lr=2e-5, epochs=2, batch=64, length=15000, weight_decay=0),
+}
+
+
 @dataclass
 class Settings:
     collect: bool = False  # collect trajectories of an expert
@@ -52,6 +57,10 @@ class Settings:
     model: str = ""  # what is fine-tuned: a folder, a hub id, or tiny (from scratch); empty: the paper in miniature,
         # which collects with the scripted expert and then trains a tiny model, with settings of its own where none is given
     out: str = "runs/sft"  # the model as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
+    preset: str = ""  # settings of a published recipe, which other flags override: 7b, the paper's
+    plan: bool = False  # print memory per GPU by part, steps and time for these settings, and end; --model may then be
+        # a size alone, such as 7b
+    gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
     epochs: float = 2.0  # times that training sees each conversation
     batch: int = 64  # conversations of one optimizer step, over all processes
     length: int = 15000  # tokens of a conversation, which is cut there, and of a packed row
@@ -59,6 +68,7 @@ class Settings:
     warmup: int = 0  # ... after it has risen for so many steps
     beta2: float = 0.999  # of AdamW
     weight_decay: float = 0.0  # of AdamW
+    optimizer_state: str = "float32"  # what AdamW's two moments are kept in: float32, bfloat16 or int8
     clip: float = 1.0  # largest norm of a step's gradient
     copies: int = 0  # texts made of each conversation with an edit (of another a quarter), in most of which names and
         # numbers of the script are drawn anew, so that a small model learns to copy; 0: the conversation itself
@@ -98,7 +108,7 @@ class Settings:
     seed: int = 0  # of the ideas' choice and of sampling
 
     def __post_init__(self):
-        for name in ("num", "seconds", "keep", "parallel", "max_new_tokens", "context", "threads"):
+        for name in ("gpus", "num", "seconds", "keep", "parallel", "max_new_tokens", "context", "threads"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
         if self.steps is not None and self.steps < 1 or self.ideas < 0 or self.per_idea < 0:
@@ -106,6 +116,11 @@ class Settings:
                              f"{self.steps}, {self.ideas}, {self.per_idea}")
         if self.prompt not in PROMPTS:
             raise ValueError(f"--prompt must be {' or '.join(PROMPTS)}, found {self.prompt!r}")
+        compute_type(self.dtype, torch.device("cpu"))
+        if self.optimizer_state not in STATES:
+            raise ValueError(f"expected --optimizer-state {', '.join(STATES)}, found {self.optimizer_state!r}")
+        if self.preset and self.preset not in RECIPES:
+            raise ValueError(f"there is no --preset {self.preset}; there is {', '.join(RECIPES)}")
         if self.coder not in ("expert", "none") or self.sandbox not in ("on", "off"):
             raise ValueError("expected --coder expert or none, and --sandbox on or off, found "
                              f"{self.coder!r} and {self.sandbox!r}")
@@ -933,8 +948,7 @@ def save_state(out, step, model, optimizer, keep=2, **more):
     local = lambda x: x.to_local() if isinstance(x, DTensor) else x
     torch.save({"step": step, "world": world, "rng": torch.get_rng_state(), **more,
                 "model": {name: local(p.detach()) for name, p in model.named_parameters()},
-                "optimizer": [{key: local(value) for key, value in optimizer.state[p].items()}
-                              for p in model.parameters()]}, part / f"rank-{rank}.pt")
+                "optimizer": [optimizer.state[p] for p in model.parameters()]}, part / f"rank-{rank}.pt")
     barrier()
     if rank == 0:
         part.rename(final)
@@ -959,13 +973,111 @@ def load_state(out, model, optimizer):
         for name, p in model.named_parameters():
             (p.to_local() if isinstance(p, DTensor) else p).copy_(state["model"][name])
     for p, values in zip(model.parameters(), state["optimizer"]):
-        for key, value in values.items():
-            if isinstance(p, DTensor) and value.shape:
-                value = DTensor.from_local(value.to(p.device), p.device_mesh, p.placements, shape=p.shape,
-                                           stride=p.stride())
-            optimizer.state[p][key] = value
+        optimizer.state[p] = {key: value.to(p.device) if torch.is_tensor(value) else value
+                              for key, value in values.items()}
     torch.set_rng_state(state["rng"])
     return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+STATES = ("float32", "bfloat16", "int8")
+BLOCK = 256     # neighbouring values that share a scale in 8 bits
+
+
+def to_bf16(x, bits):
+    """fp32 x in bf16, rounded up or down at random so that the mean is x. bits: integers, even over 0..2^16 - 1."""
+    return ((x.view(torch.int32) + bits) & -2**16).view(torch.float32).bfloat16()
+
+
+def to_8bit(x, bits, signed):
+    """(codes, scales) of fp32 x, whose length is a multiple of BLOCK: sign and logarithm of each value's share of the
+    largest in its block, in 8 levels an octave down to 2^-15.75 (signed, int8) or 10 down to 2^-25.4 (uint8).
+
+    Rounded up or down at random so that the mean is x. A signed value below the lowest level becomes it or 0, in the
+    mean itself; an unsigned one always becomes it, because a second moment of 0 would make its step huge.
+    """
+    octave, top, kind = (8, 127, torch.int8) if signed else (10, 255, torch.uint8)
+    x, u = x.view(-1, BLOCK), (bits * 2**-16).view(-1, BLOCK)
+    scale = x.abs().amax(1, keepdim=True)
+    share = x.abs() / scale.clamp_min(1e-45)                                    # 0 to 1
+    level = (share.log2() * octave).floor().clamp_min(1 - top)
+    low = (level / octave).exp2()
+    code = (level + top + (u < (share / low - 1) / (2 ** (1 / octave) - 1))).clamp_max(top)
+    if signed:
+        code = torch.where(share < low, (u < share / low).float(), code) * x.sign()
+    return torch.where(share > 0, code, 0).to(kind).view(-1), scale.view(-1)
+
+
+def from_8bit(codes, scales):
+    """The fp32 values that to_8bit has put into codes and scales."""
+    octave, top = (8, 127) if codes.dtype is torch.int8 else (10, 255)
+    code = codes.float().view(-1, BLOCK)
+    return (((code.abs() - top) / octave).exp2() * code.sign() * scales[:, None]).view(-1)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101, algorithm 2) on the rows that this process holds, with its two moments in fp32, bf16 or
+    8 bits: 8, 4 or 2 bytes a weight.
+
+    A step computes in fp32 whatever the state, and applies the new moments before they are rounded. Rounding is to a
+    random neighbour, right in the mean: a second moment moves by a thousandth of itself a step, where bf16 resolves
+    1/256 and 8 bits 1/14, so rounding to the nearest would hold it where it is. The noise this leaves is 9 % of a second
+    moment in bf16 and 20 % in 8 bits (tests/test_train.py), half of that in a single weight's step. The random bits
+    depend on the step and the weight's place alone, so a resumed run draws the same.
+    """
+    def __init__(self, params, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, state="float32"):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+        self.kind = state
+
+    def begin(self, size, device):
+        """The moments of `size` weights before the first step."""
+        if self.kind == "int8":
+            num = -(-size // BLOCK)
+            codes = {"m": torch.int8, "v": torch.uint8, "m_scale": torch.float32, "v_scale": torch.float32}
+            return {"step": 0, **{name: torch.zeros(num * (1 if "_" in name else BLOCK), dtype=dtype, device=device)
+                                  for name, dtype in codes.items()}}
+        return {"step": 0, **{name: torch.zeros(size, dtype=getattr(torch, self.kind), device=device) for name in "mv"}}
+
+    @torch.no_grad()
+    def step(self):
+        place = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                place += 1
+                if p.grad is not None:
+                    weight, grad = (x.to_local() if isinstance(x, DTensor) else x for x in (p, p.grad))
+                    if not self.state[p]:
+                        self.state[p] = self.begin(weight.numel(), weight.device)
+                    self.update(weight.view(-1), grad.reshape(-1), self.state[p], place, group)
+
+    def update(self, weight, grad, state, place, group):
+        state["step"] += 1
+        (b1, b2), step = group["betas"], state["step"]
+        random = torch.Generator(weight.device).manual_seed(step * 1_000_003 + place)
+        some = 2**18 if weight.device.type == "cpu" else 2**24      # at a time: what fits into a cache, or bounds memory
+        for start in range(0, len(weight), some):
+            part, blocks = slice(start, start + some), slice(start // BLOCK, (start + some) // BLOCK)
+            w, g, m, v = (x[part] for x in (weight, grad, state["m"], state["v"]))
+            if self.kind == "int8":
+                now = from_8bit(m, state["m_scale"][blocks]), from_8bit(v, state["v_scale"][blocks])
+                g = torch.nn.functional.pad(g, (0, len(m) - len(g)))
+            else:
+                now = m.float(), v.float()                          # in fp32 the state itself
+            now[0].lerp_(g, 1 - b1)
+            now[1].mul_(b2).addcmul_(g, g, value=1 - b2)
+            root = (now[1].sqrt() / math.sqrt(1 - b2**step)).add_(group["eps"])
+            w.mul_(1 - group["lr"] * group["weight_decay"])
+            w.addcdiv_(now[0][:len(w)], root[:len(w)], value=-group["lr"] / (1 - b1**step))
+            if self.kind != "float32":
+                bits = torch.empty(len(m), dtype=torch.int32, device=w.device).random_(generator=random)
+                for name, x, kept, own in zip("mv", now, (m, v), (bits & 0xFFFF, bits >> 15)):
+                    if self.kind == "int8":
+                        codes, state[f"{name}_scale"][blocks] = to_8bit(x, own, signed=name == "m")
+                        kept.copy_(codes)
+                    else:
+                        kept.copy_(to_bf16(x, own))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1093,12 +1205,75 @@ def flops_of(config, rows):
             + 12 * sum(n * n / 2 for n in lengths) * c.hidden_size * c.num_hidden_layers)
 
 
+def num_weights(config):
+    """(of a block, of the embedding, of the head: 0 where it is the embedding, of all)."""
+    c, kv = config, config.num_key_value_heads * config.head_dim
+    block = c.hidden_size * (2 * c.hidden_size + 2 * kv + 3 * c.intermediate_size) + 3 * c.hidden_size + 2 * kv
+    table = c.vocab_size * c.hidden_size
+    head = 0 if c.tie_word_embeddings else table
+    return block, table, head, c.num_hidden_layers * block + table + head + c.hidden_size
+
+
+def memory_of(config, length, gpus=1, targets=None, optimizer_state="float32", recompute=True, compute=torch.bfloat16,
+              device="cuda"):
+    """{part: bytes} of one process at the peak of a training step of more than one packed row; the sum is the peak.
+
+    length: tokens of a row; targets: how many of them are learned, by default all. Weights, gradients and the optimizer
+    are shared out over `gpus`. "gathered" is what FSDP2 collects of the others' weights, or the copies in `compute` of
+    a process alone. Activations are what autograd keeps, counted operation by operation (Block), and the work of one
+    block's backward. "logits" is what the head takes beyond that work: pieces of the logits, and its new gradient
+    beside the old one. It counts tensors: an allocator's own waste, the CUDA context and NCCL's buffers come on top.
+    """
+    c, size = config, compute.itemsize
+    C, F, kv, L = c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim, c.num_hidden_layers
+    block, table, head, total = num_weights(c)
+    targets = length if targets is None else targets
+    state = {"float32": 8, "bfloat16": 4, "int8": 2 + 8 / BLOCK}[optimizer_state]
+    norm = 2 * size if device == "cuda" else 8 + size       # fused on a GPU; else its input and quotient in fp32
+    token = C * (2 * norm + 3 * size) + size * (2 * kv + 4 * F) + 4 * c.num_attention_heads + 8
+    kept = L * length * (size * C if recompute else token)
+    work = length * size * (2 * F + 2 * C) + (length * token if recompute else 0)       # of a block's backward
+    gathered = size * (table + head + 2 * block) if gpus > 1 else (0 if size == 4 else size * block * (
+        1 if recompute else L))
+    if gpus > 1:        # gradients before they are shared out: of a block, and at the end of embedding and head
+        work = max(work + (size + 4) * block, (size + 4) * (table + head) - kept)
+    piece = targets * max(64, min(c.vocab_size, (2**27 if device == "cuda" else 2**24) // max(1, targets)))
+    logits = piece * (8 + (size if size < 4 else 4)) + targets * C * (size + 4) + length * C * norm
+    new = (size if gpus > 1 else 4) * table
+    work += new if c.tie_word_embeddings else 0             # there it waits for the embedding's gradient, which is dense
+    work = max(work, new * (2 if c.tie_word_embeddings else 1) - kept)
+    return {"weights": 4 * total // gpus, "gradients": 4 * total // gpus, "optimizer": int(state * total) // gpus,
+            "gathered": gathered, "activations": kept + work, "logits": max(0, logits + new - work)}
+
+
+def plan(s):
+    """What --plan prints: memory of one GPU by part, steps, tokens and time. Reads no weights and needs no GPU."""
+    named = re.fullmatch(r"(?:.*/)?Qwen2\.5-(?:Coder-|Math-)?([\d.]+b)(?:-Instruct)?", s.model, re.I)
+    config = (Config.from_pretrained(s.model) if Path(s.model).is_dir() else
+              Config.preset(named[1].lower() if named else s.model or "tiny"))
+    parts = memory_of(config, s.length, s.gpus, None, s.optimizer_state, s.recompute,
+                      compute_type(s.dtype, torch.device("cuda")))
+    num, data = 10_000, "as many as the paper has"
+    if Path(s.trajectories).exists():
+        num, data = len(conversations(s.trajectories, parsed=s.parsed, rose=s.rose, per_idea=s.per_idea, data=s.data,
+                                      say=lambda line: None)[0]), s.trajectories
+    steps = s.steps or math.ceil(s.epochs * num / s.batch)
+    row = [([0] * (s.length + 1), [True] * (s.length + 1))]
+    seconds = steps * s.batch * flops_of(config, [row]) / (s.gpus * 0.4 * 989e12)
+    lines = [f"{s.model or 'tiny'}: {num_weights(config)[-1]:,} weights; {s.gpus} GPUs, rows of {s.length:,} tokens, optimizer "
+             f"state {s.optimizer_state}, recompute {'on' if s.recompute else 'off'}", "", "GiB per GPU"]
+    lines += [f"  {name:<12} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
+    return "\n".join([*lines, "", f"{num:,} conversations ({data}): {steps:,} steps of {s.batch}, at most "
+                      f"{steps * s.batch * s.length:,} tokens", f"about {seconds / 3600:.1f} hours at most, at 40 % of "
+                      "an H100's 989 TFLOP/s per GPU"])
+
+
 def train(s, texts, valid, tokenizer, config, folder):
     """Fine-tune on texts, [(ids, chosen)], and write out/: checkpoints, log.jsonl, and the model as a Hugging Face
     folder. Goes on from the newest checkpoint there. Returns the model."""
     rank, world, device = processes()
     model = build(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay)
+    optimizer = AdamW(model.parameters(), s.lr, s.weight_decay, (0.9, s.beta2), state=s.optimizer_state)
     steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)
     state = load_state(s.out, model, optimizer)
     first, size, peak = state["step"] if state else 0, tokenizer.size, peak_flops(device)
@@ -1113,12 +1288,17 @@ def train(s, texts, valid, tokenizer, config, folder):
         loss = add_gradients(model, rows, num_targets, world, device, size)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        losses = torch.zeros(world, device=device)
+        losses[rank] = loss
         if dist.is_initialized():
-            dist.all_reduce(loss)
-        loss, norm = torch.stack([loss, norm]).tolist()         # the step's one wait for the device
+            dist.all_reduce(losses)
+        *losses, norm = torch.cat([losses, norm[None]]).tolist()        # the step's one wait for the device
+        loss = sum(losses)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Failed(f"step {step + 1}, rank {rank}: loss {loss}, gradient norm {norm}, in conversations {chosen}. "
-                         f"The checkpoints in {s.out} are from before")
+            ill = [r for r in range(world) if not math.isfinite(losses[r])] or range(world)
+            where = "; ".join(f"rank {r}, conversations {chosen[r::world]}" for r in ill)
+            raise Failed(f"step {step + 1}: loss {loss}, gradient norm {norm}; {where}. The checkpoints in {s.out} are "
+                         "from before")
         lr = cosine(step, steps, s.lr) * min(1.0, (step + 1) / (s.warmup or 1))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -1342,9 +1522,14 @@ def miniature(s):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     s = sample.parse(Settings, argv)
+    if s.preset:        # before the flags, so that these win
+        s = sample.parse(Settings, [f"--{name}={value}" for name, value in RECIPES[s.preset].items()] + list(argv))
 
     def work():
+        if s.plan:
+            return print(plan(s))
         if not (s.collect or s.model):
             return miniature(s)
         if not s.collect:

@@ -3,14 +3,14 @@ import json
 import os
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import sft
-from model import Config, Qwen2
+from model import Config, Qwen2, rotary
 from sample import Tokenizer
 
 SMALL = Config(vocab_size=267, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
@@ -111,7 +111,8 @@ def test_products_in_bf16_leave_weights_and_gradients_in_fp32():
 
 
 @pytest.mark.parametrize("world, chosen, recompute, compute, tolerance", [
-    (2, range(12), False, "float32", 2e-6), (4, range(3), True, "float32", 2e-6), (2, range(12), True, "bfloat16", 0.03)])
+    (2, range(12), False, "float32", 2e-6), (4, range(3), True, "float32", 2e-6),
+    (2, range(12), True, "bfloat16", 0.03)])
 def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path, world, chosen, recompute, compute, tolerance):
     """Two and four gloo processes with unequal token counts; of four, one has no text at all."""
     code = WORKER.format(chosen=list(chosen), recompute=recompute, compute=compute)
@@ -126,6 +127,155 @@ def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path, world, cho
     assert torch.allclose(norm, torch.stack([g.norm() for g in alone[1].values()]).norm(), rtol=5 * tolerance)
 
 
+# -- the optimizer
+
+def learned(make, steps=400):
+    """(how far the weights of a small network have moved, its last losses) after noisy regression."""
+    g = torch.Generator().manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 3))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=g)
+    begun, goal = torch.cat([p.detach().flatten().clone() for p in net.parameters()]), torch.randn(20, 3, generator=g)
+    optimizer, losses = make(net.parameters()), []
+    for _ in range(steps):
+        x = torch.randn(32, 20, generator=g)
+        loss = (net(x) - torch.sin(x @ goal) - 0.3 * torch.randn(32, 3, generator=g)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.cat([p.detach().flatten() for p in net.parameters()]) - begun, sum(losses[-50:]) / 50
+
+
+@pytest.mark.parametrize("state, away, worse", [("float32", 1e-4, 1e-5), ("bfloat16", 0.03, 0.005),
+                                                ("int8", 0.2, 0.03)])
+def test_adamw_goes_where_torchs_goes(state, away, worse):
+    """After 400 steps with weight decay: how far from torch's weights, as a share of the way, and the loss."""
+    theirs, loss = learned(lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1))
+    ours, other = learned(lambda p: sft.AdamW(p, 3e-3, 0.1, state=state))
+    assert (ours - theirs).norm() <= away * theirs.norm() and abs(other / loss - 1) <= worse
+
+
+@pytest.mark.parametrize("state, spread", [("bfloat16", 0.12), ("int8", 0.25)])
+def test_second_moments_do_not_stall(state, spread):
+    """Gradients that become ten times smaller after 300 steps: 2,000 steps later v is the exact average, in the mean.
+    Rounded to the nearest it would stay where it was, about 4 times too high."""
+    p, exact = torch.nn.Parameter(torch.zeros(1000)), torch.zeros(1000)
+    optimizer, g = sft.AdamW([p], lr=0.0, state=state), torch.Generator().manual_seed(0)
+    for step in range(2300):
+        p.grad = torch.randn(1000, generator=g) * (10 if step < 300 else 1)
+        optimizer.step()
+        exact.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+    kept = optimizer.state[p]
+    v = sft.from_8bit(kept["v"], kept["v_scale"])[:1000] if state == "int8" else kept["v"].float()
+    ratio = v / exact
+    assert abs(ratio.mean() - 1) < 0.03 and ratio.std() < spread
+
+
+def test_rounding_is_right_in_the_mean_and_to_a_neighbour():
+    """Every 16-bit draw once: the mean is the value itself. In 8 bits 0 stays 0, the largest of a block is exact, an
+    unsigned value that is tiny beside it does not become 0."""
+    bits = torch.arange(2**16, dtype=torch.int32)
+    for value in (1.0, 1.001, -3.1415926, 1e-30):
+        rounded = sft.to_bf16(torch.full((2**16,), value), bits)
+        assert rounded.unique().numel() <= 2 and rounded.double().mean() == pytest.approx(value, rel=1e-6)
+    values = torch.tensor([1.0, 0.7, 0.01, 2.0**-15, 2.0**-20, 0.0] + [0.0] * 250)
+    for signed, x in ((True, values), (True, -values), (False, values)):
+        codes = sft.to_8bit(x.repeat(4096), bits[::16].repeat_interleave(256), signed)     # 4,096 draws of each value
+        many = sft.from_8bit(*codes).view(4096, 256)
+        mean = many.double().mean(0)
+        assert torch.equal(many[:, 0], x[0].expand(len(many))) and (many[:, 5:] == 0).all()
+        assert torch.allclose(mean[1:4], x[1:4].double(), rtol=1e-3, atol=1e-9)
+        assert (many[:, 4] != 0).all() == (not signed)
+        assert ((many[:, 1:3] / x[1:3] - 1).abs() < 0.1).all()
+
+
+# -- the plan
+
+PEAK = """
+import re, sys, torch
+import sft
+from model import Config
+config, length, kinds, recompute, compute, state = eval(sys.argv[1])
+torch.set_num_threads(1)
+now = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+def steps(config, length):
+    model = sft.build(config, None, torch.device("cpu"), recompute=recompute, compute=getattr(torch, compute))
+    optimizer = sft.AdamW(model.parameters(), 1e-4, state=state)
+    text = torch.arange(length // 4 + 1) % 250
+    row = [(text.tolist(), [i % kinds == 0 for i in range(len(text))])] * 4
+    short = [([1, 2, 3], [False, True, True])]
+    for rows in ([short], [short, row]):        # the long one meets the optimizer's state and older gradients
+        sft.add_gradients(model, rows, 1, 1, torch.device("cpu"), config.vocab_size)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+steps(Config(num_hidden_layers=1), 64)      # libraries load what they need
+before = now("VmRSS")
+steps(config, length)
+print(now("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
+@pytest.mark.parametrize("shape, length, every, recompute, compute, state", [
+    (dict(hidden_size=256, intermediate_size=768), 4096, 2, False, "float32", "float32"),
+    (dict(vocab_size=50000, hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_hidden_layers=2),
+     512, 4, True, "bfloat16", "int8")])
+def test_planned_memory_is_what_training_takes(shape, length, every, recompute, compute, state):
+    """A small model with long rows, where activations are nearly all, and two layers of the 0.5B with a third of its
+    vocabulary, where weights are: within 10 % of how far the resident set grows, in a process of its own. glibc is told
+    to give back what is freed at once, since it is tensors that are planned."""
+    config = Config(**shape)
+    out = subprocess.run([sys.executable, "-c", PEAK, repr((config, length, every, recompute, compute, state))],
+                         check=True, capture_output=True, text=True, env={
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "MALLOC_MMAP_THRESHOLD_": "1000000",
+        "MALLOC_TRIM_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"})
+    parts = sft.memory_of(config, length, 1, length // every, state, recompute, getattr(torch, compute), "cpu")
+    assert sum(parts.values()) == pytest.approx(int(out.stdout), rel=0.1), parts
+
+
+def test_a_plan_needs_neither_gpu_nor_weights(capsys):
+    """The 7B's figures by hand: 7,615,616,512 weights of 4 bytes on 8 GPUs are 3.55 GiB; 10,000 conversations twice in
+    steps of 64 are 313 steps of at most 64 rows of 15,000 tokens. Other flags override the preset's."""
+    assert sft.main(["--preset", "7b", "--plan", "--trajectories", "nowhere"]) == 0
+    said = capsys.readouterr().out
+    for part in ("7,615,616,512 weights", "weights          3.55", "optimizer        7.09", "313 steps of 64",
+                 "at most 300,480,000 tokens"):
+        assert part in said
+    assert sft.main(["--gpus", "1", "--optimizer-state=int8", "--preset", "7b", "--plan", "--steps", "10", "--batch=2",
+                     "--trajectories", "nowhere"]) == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("weights         28.37", "optimizer       14.41",
+                                         "10 steps of 2, at most 300,000 tokens"))
+    with pytest.raises(SystemExit):
+        sft.main(["--preset", "8b"])
+    assert "there is no --preset 8b" in capsys.readouterr().err
+    assert sft.main(["--plan", "--model", "9b"]) == 2
+
+
+def test_weights_are_counted_and_activations_are_what_autograd_keeps():
+    """num_weights against the model's own; a block's activations, in fp32 and bf16, against the tensors it saves."""
+    for config in (SMALL, Config(tie_word_embeddings=False)):
+        model = Qwen2.from_scratch(config)
+        assert sft.num_weights(config)[-1] == sum(p.numel() for p in model.parameters())
+    block, own = model.model.layers[0], {p.data_ptr() for p in model.parameters()}
+    angles = rotary(torch.arange(96)[None], config.head_dim, 1e6)       # which all blocks share
+    for compute in (torch.float32, torch.bfloat16):
+        saved = []
+        x = torch.randn(1, 96, config.hidden_size, dtype=compute, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            block(x, *angles, None, 0, [32, 64])
+        kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}     # each storage once
+        tokens = sum(size for at, size in kept.items() if at not in own)
+        if compute is torch.bfloat16:       # the weights' copies
+            tokens -= 2 * sft.num_weights(config)[0] - 2 * sum(p.numel() for name, p in block.named_parameters()
+                                                               if name.endswith("bias"))
+        one, two = (sft.memory_of(replace(config, num_hidden_layers=n), 96, targets=1, recompute=False, compute=compute,
+                                  device="cpu") for n in (8, 9))
+        assert two["activations"] - one["activations"] == tokens - sum(x.nbytes for x in angles)
+
+
 # -- whole runs
 
 def conversations(path, num=12):
@@ -136,53 +286,157 @@ def conversations(path, num=12):
     return path
 
 
-def run(tmp_path, out, *flags, kill_after=None, **options):
-    command = [sys.executable, str(HERE.parent / "sft.py"), "--model", "tiny", "--trajectories",
-               str(tmp_path / "own.jsonl"), "--out", str(tmp_path / out), "--batch", "4", "--steps", "8", "--lr", "1e-3",
-               "--save-every", "1", "--validate-every", "4", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
-    if kill_after is not None:
-        deadline = time.monotonic() + 120
-        while not Path(tmp_path, out, f"checkpoints/step-{kill_after:06d}").exists() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.kill()
-    return process.communicate(timeout=200)[0], process.returncode
+KILLER = """
+import json, os, random, signal, sys, time
+import torch
+import sft
+torch.set_num_threads(1)
+kills, argv, random, save = json.loads(sys.argv[1]), sys.argv[2:], random.Random(0), torch.save
+def begin(tear=None):
+    moment = random.uniform(0, 1.5)     # steps after the beginning of the second save
+    if pid := os.fork():
+        return pid
+    times = []
+    def save_or_die(state, path):
+        times.append(time.process_time())
+        if len(times) == 2 and tear is False:
+            signal.setitimer(signal.ITIMER_PROF, moment * (times[1] - times[0]) + 1e-6)
+        save(state, path)
+        if len(times) == 2 and tear:
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = save_or_die
+    status = sft.main(argv)
+    sys.stdout.flush()
+    os._exit(status)
+for tear in kills:
+    assert os.waitpid(begin(tear), 0)[1] == (signal.SIGKILL if tear else signal.SIGPROF), "it was not killed"
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(begin(), 0)[1]))
+"""
 
 
-def curve(folder):
-    """{step: (loss, norm, lr)} of a log; a step that was done again after a kill counts as it was done last."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if line.endswith("}")]
-    return {line["step"]: (line["loss"], line["grad_norm"], line["lr"]) for line in lines}
+def train(tmp_path, out, *flags, kills=()):
+    """sft.py in a process of its own that dies at its second save, once for each of `kills`, and is started again; the
+    last time it is left alone. True: by kill -9, the file half written. False: by the kernel's timer, up to one and a
+    half steps' processor time later, which nothing in the process can catch. Forked, so that they share the imports."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps(kills), "--model", str(tmp_path / "small"), "--trajectories",
+         str(tmp_path / "own.jsonl"), "--batch", "4", "--lr", "1e-3", "--save-every", "1", "--validate-every", "4",
+         "--out", str(tmp_path / out), *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)})
+    assert done.returncode == 0, done.stdout
+    lines = [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
+    # a step that was done again after a kill counts as it was done last
+    return {line["step"]: [line.get(name) for name in ("loss", "grad_norm", "lr", "valid_loss", "valid_accuracy")]
+            for line in lines}, list(Qwen2.from_pretrained(tmp_path / out).parameters())
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-    """kill -9 as soon as checkpoints 1, 3 and 6 are there, which is in the step after, then to the end: the curve and
-    the weights are those of a run that was left alone; the result loads as an ordinary folder and has learned."""
+@pytest.mark.parametrize("flags, kills", [
+    (("--steps", "34"), [True, False] * 5),
+    (("--steps", "5", "--dtype", "bfloat16", "--optimizer-state", "int8"), [False]),
+    (("--steps", "5", "--dtype", "bfloat16", "--optimizer-state", "bfloat16"), [True])])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, flags, kills):
+    """Ten deaths, half of them in the middle of a save: curve and weights are those of a run left alone."""
     conversations(tmp_path / "own.jsonl")
-    out, code = run(tmp_path, "whole")
-    assert code == 0, out
-    for step in (1, 3, 6):
-        run(tmp_path, "torn", kill_after=step)
-    out, code = run(tmp_path, "torn")
-    assert code == 0, out
-    whole, torn = curve(tmp_path / "whole"), curve(tmp_path / "torn")
-    assert torn == whole and len(whole) == 8 and whole[8][0] < whole[1][0]
-    models = [Qwen2.from_pretrained(tmp_path / name) for name in ("whole", "torn")]
-    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models)))
-    assert Tokenizer.from_pretrained(tmp_path / "whole").size == 259
-    assert sorted(p.name for p in (tmp_path / "whole/checkpoints").iterdir()) == ["step-000007", "step-000008"]
+    Qwen2.from_scratch(SMALL).save_pretrained(tmp_path / "small")
+    Tokenizer.of_bytes().save(tmp_path / "small")
+    whole, weights = train(tmp_path, "whole", *flags)
+    torn, others = train(tmp_path, "torn", *flags, kills=kills)
+    steps = int(flags[1])
+    assert torn == whole and sorted(whole) == list(range(1, steps + 1)) and whole[steps][0] < whole[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(weights, others))
+    assert Tokenizer.from_pretrained(tmp_path / "torn").size == 259
+    assert sorted(p.name for p in (tmp_path / "torn/checkpoints").glob("step-*")) == [
+        f"step-{steps - 1:06d}", f"step-{steps:06d}"]
 
 
-def test_what_cannot_be_trained_is_said(tmp_path):
-    conversations(tmp_path / "own.jsonl", num=1)
-    out, code = run(tmp_path, "out")
-    assert code == 2 and "too few to train on" in out
-    conversations(tmp_path / "own.jsonl", num=9)
-    out, code = run(tmp_path, "out", "--length", "90", "--steps", "1")
-    assert "cut at 90 tokens" in out or "no reply before the cut" in out
-    out, code = run(tmp_path, "out", "--lr", "1e30", "--steps", "3")
-    assert code == 1 and ("rank 0: loss nan" in out or "rank 0: loss inf" in out)
+def fine_tune(tmp_path, *flags):
+    return sft.main(["--model", "tiny", "--trajectories", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "out"),
+                     "--batch", "4", "--steps", "2", *flags])
+
+
+def test_what_cannot_be_trained_is_said(tmp_path, capsys):
+    """Conversations that are cut, that have no reply before the cut, that hold nothing usable, and too few of them."""
+    own = conversations(tmp_path / "own.jsonl", num=1)
+    assert fine_tune(tmp_path) == 2 and "too few to train on" in capsys.readouterr().err
+    conversations(own, num=9)
+    lengths = [len(ids) - 1 for ids, _ in sft.texts_of(sft.Settings(trajectories=str(own), valid=0.01),
+                                                       Tokenizer.of_bytes(), say=lambda line: None)[0]]
+    longest = max(lengths)
+    assert fine_tune(tmp_path, "--length", str(longest - 1)) == 0
+    assert f"cut at {longest - 1} tokens: " in (said := capsys.readouterr().out) and f"{own}, line" in said
+    assert fine_tune(tmp_path, "--length", "70") == 2
+    said = capsys.readouterr()
+    assert "left out, no reply before the cut: " in said.out and "too few" in said.err
+    own.write_text("\n".join(['{"messages": [{"role": "user", "content": "hm"}]}',
+                              '{"messages": [{"role": "tool", "content": "x"}]}', "{"]))
+    assert fine_tune(tmp_path) == 2
+    said = capsys.readouterr().err
+    for why in ("there is nothing to train on", "left out, no turn of the assistant: 1", "unknown role 'tool': 1",
+                "left out, not JSON: 1", f"{own}, line 3"):
+        assert why in said
+    own.write_text("")
+    assert fine_tune(tmp_path) == 2 and "there is nothing to train on" in capsys.readouterr().err
+    for flag, value in (("--dtype", "float16"), ("--optimizer-state", "int4")):
+        with pytest.raises(SystemExit):
+            fine_tune(tmp_path, flag, value)
+        assert f"expected {flag}" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rank_and_batch(tmp_path, capsys):
+    conversations(tmp_path / "own.jsonl")
+    model = Qwen2.from_scratch(Config.preset("tiny"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    model.save_pretrained(tmp_path / "ill")
+    Tokenizer.of_bytes().save(tmp_path / "ill")
+    assert fine_tune(tmp_path, "--model", str(tmp_path / "ill")) == 1
+    said = capsys.readouterr().err
+    batch = sft.batch_of(11, 0, 4, 0)       # 12 conversations, of which one validates
+    assert f"step 1: loss nan, gradient norm nan; rank 0, conversations {batch}" in said
+    assert not (tmp_path / "out/checkpoints").exists()
+
+
+def test_a_step_and_the_folder_are_those_of_transformers(tmp_path):
+    """On a real checkpoint in fp32: loss and gradient norm of three packed conversations against a plain loop over them
+    with transformers and log_softmax; after an update the written folder gives the same logits there."""
+    peer = pytest.importorskip("transformers", reason="transformers is the peer this is compared with; pip install it")
+    real = os.environ.get("MLAGENT_MODEL", "")
+    if not Path(real or "-").is_dir():
+        pytest.skip("set MLAGENT_MODEL to the folder of a real Qwen2.5 checkpoint to run this")
+    tokenizer, device = Tokenizer.from_pretrained(real), torch.device("cpu")
+    texts = [tokenizer.conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+             for question, answer in (("Name a prime.", "7"), ("What is 2 + 2?", "It is 4."), ("Say it.", "It! " * 9))]
+    num = sum(sum(chosen) for _, chosen in texts)
+
+    def theirs(folder):
+        return peer.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def norm_of(model):
+        return torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+
+    model, expected = theirs(real), 0.0
+    for ids, chosen in texts:
+        logp = model(torch.tensor([ids])).logits[0, :, :tokenizer.size].log_softmax(-1)
+        loss = -sum(logp[i, ids[i + 1]] for i in range(len(ids) - 1) if chosen[i + 1]) / num
+        loss.backward()
+        expected += loss.item()
+    norm = norm_of(model)
+    del model, logp, loss
+    model = sft.build(Config.from_pretrained(real), Path(real), device)
+    rows = sft.rows_of(texts, range(3), 0, 1, 1000)
+    assert len(rows) == 1
+    assert sft.add_gradients(model, rows, num, 1, device, tokenizer.size).item() == pytest.approx(expected, rel=1e-4)
+    assert norm_of(model) == pytest.approx(norm, rel=1e-4)
+    sft.AdamW(model.parameters(), 1e-5, state="int8").step()
+    model.zero_grad()
+    sft.export(model, tokenizer, tmp_path / "out", torch.float32)
+    tokens = torch.tensor([texts[2][0]])
+    with torch.no_grad():
+        ours = model(tokens)
+        del model
+        other = theirs(tmp_path / "out")(tokens).logits
+    assert (ours - other).abs().max() <= 1e-4 * other.abs().max()
 
 
 def test_the_cosine_by_hand():
