@@ -1023,7 +1023,7 @@ class AdamW(torch.optim.Optimizer):
 
     A step computes in fp32 whatever the state, and applies the new moments before they are rounded. Rounding is to a
     random neighbour, right in the mean: a second moment moves by a thousandth of itself a step, where bf16 resolves
-    1/256 and 8 bits 1/14, so rounding to the nearest would hold it where it is. The noise this leaves is 9 % of a second
+    1/256 and 8 bits 1/14, so rounding to the nearest would hold it there. The noise that is left is 9 % of a second
     moment in bf16 and 20 % in 8 bits (tests/test_train.py), half of that in a single weight's step. The random bits
     depend on the step and the weight's place alone, so a resumed run draws the same.
     """
@@ -1056,7 +1056,7 @@ class AdamW(torch.optim.Optimizer):
         state["step"] += 1
         (b1, b2), step = group["betas"], state["step"]
         random = torch.Generator(weight.device).manual_seed(step * 1_000_003 + place)
-        some = 2**18 if weight.device.type == "cpu" else 2**24      # at a time: what fits into a cache, or bounds memory
+        some = 2**18 if weight.device.type == "cpu" else 2**24     # at a time: what a cache holds, or bounds memory
         for start in range(0, len(weight), some):
             part, blocks = slice(start, start + some), slice(start // BLOCK, (start + some) // BLOCK)
             w, g, m, v = (x[part] for x in (weight, grad, state["m"], state["v"]))
@@ -1240,7 +1240,7 @@ def memory_of(config, length, gpus=1, targets=None, optimizer_state="float32", r
     piece = targets * max(64, min(c.vocab_size, (2**27 if device == "cuda" else 2**24) // max(1, targets)))
     logits = piece * (8 + (size if size < 4 else 4)) + targets * C * (size + 4) + length * C * norm
     new = (size if gpus > 1 else 4) * table
-    work += new if c.tie_word_embeddings else 0             # there it waits for the embedding's gradient, which is dense
+    work += new if c.tie_word_embeddings else 0             # there it waits for the embedding's, which is dense
     work = max(work, new * (2 if c.tie_word_embeddings else 1) - kept)
     return {"weights": 4 * total // gpus, "gradients": 4 * total // gpus, "optimizer": int(state * total) // gpus,
             "gathered": gathered, "activations": kept + work, "logits": max(0, logits + new - work)}
@@ -1260,8 +1260,8 @@ def plan(s):
     steps = s.steps or math.ceil(s.epochs * num / s.batch)
     row = [([0] * (s.length + 1), [True] * (s.length + 1))]
     seconds = steps * s.batch * flops_of(config, [row]) / (s.gpus * 0.4 * 989e12)
-    lines = [f"{s.model or 'tiny'}: {num_weights(config)[-1]:,} weights; {s.gpus} GPUs, rows of {s.length:,} tokens, optimizer "
-             f"state {s.optimizer_state}, recompute {'on' if s.recompute else 'off'}", "", "GiB per GPU"]
+    lines = [f"{s.model or 'tiny'}: {num_weights(config)[-1]:,} weights; {s.gpus} GPUs, rows of {s.length:,} tokens, "
+             f"optimizer state {s.optimizer_state}, recompute {'on' if s.recompute else 'off'}", "", "GiB per GPU"]
     lines += [f"  {name:<12} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
     return "\n".join([*lines, "", f"{num:,} conversations ({data}): {steps:,} steps of {s.batch}, at most "
                       f"{steps * s.batch * s.length:,} tokens", f"about {seconds / 3600:.1f} hours at most, at 40 % of "
