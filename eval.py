@@ -3,16 +3,18 @@
     python eval.py --task leaf-classification                        # no model, no data: the starter on the miniature
     python eval.py --task leaf-classification --model DIR --raw RAW  # 8 trajectories of 15 steps on the real data
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
+    python eval.py --compare runs/a,runs/b --log runs/rl/log.jsonl   # runs nothing: draws what was run before
 
 All trajectories of all tasks run together, a thread each, through one model. --out receives results.json (settings,
 versions, every score, what was flagged), trajectories/TASK-K.jsonl (a line a step; `python env.py replay FILE` runs it
-again) and blobs/ (the files of every step). Ctrl-C keeps what is done, and the same command goes on from there.
+again), blobs/ (the files of every step) and report.html, a page that shows all of it. Ctrl-C keeps what is done, and
+the same command goes on from there.
 
 A trajectory's score is that of its final submission, the last valid one. A trajectory that left none has failed; it
 counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
 Exit status: 0 done, 1 failed or interrupted, 2 bad arguments.
 """
-import fcntl, hashlib, json, os, queue, signal, sys, tempfile, threading, time, traceback, zlib
+import fcntl, hashlib, html, json, math, os, queue, signal, sys, tempfile, threading, time, traceback, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -23,10 +25,15 @@ import numpy as np
 
 import sample
 import tasks
-from env import DEFAULT_ACTIONS, FIELDS, PROMPTS, Cache, Env, Unprotected, header, printed_metric, record
+from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, Cache, Env, Unprotected, clip, header, printed_metric,
+                 record)
+from reward import KINDS
 
 FINAL = {"last-valid": "the last valid submission",
          "best-validation": "the valid submission whose script printed the best score"}
+MINIATURE = "Miniature data are made up from a seed: scores on them do not compare with published ones."
+FIRST = ("task", "metric", "starter")
+FIGURES = ("average", "best", "gain %", "best gain %", "std. error", "95 % interval", "failed")
 CODER_TOKENS = 4096     # a reply of the coder may have: it writes whole scripts
 CODE_END = "\n```\n"    # the line that ends a script in a reply
 NO_MODEL = """
@@ -67,6 +74,9 @@ class Settings:
     sandbox: str = "on"  # on, or off: scripts can then read the answers and your files; every row says so
     recheck: float = 0.0  # share of the results known from an earlier run that are run again and compared, 0 to 1
     seed: int = 0  # of sampling and of the bootstrap
+    log: tuple[str, ...] = ()  # log.jsonl of training runs, such as runs/rl/log.jsonl, to be drawn in the report
+    compare: tuple[str, ...] = ()  # draws these folders side by side into compare.html in --out, and runs nothing: the
+        # --out of eval.py, of training (its log.jsonl), or collected trajectories
 
     def __post_init__(self):
         for name in ("trajectories", "steps", "seconds", "parallel", "max_new_tokens", "context", "threads"):
@@ -86,6 +96,12 @@ class Settings:
             raise ValueError(f"there is no action {min(unknown)!r}; the actions are: {','.join(DEFAULT_ACTIONS)}")
         if not set(self.fields) <= set(FIELDS) or self.fields[-2:] != FIELDS[-2:]:
             raise ValueError(f"--fields must be taken from {','.join(FIELDS)} and end in the last two")
+        for path in self.log:
+            if not Path(path).is_file():
+                raise ValueError(f"--log: there is no file {path}; rl.py and sft.py write a log.jsonl to their --out")
+        for path in self.compare:
+            if not (any(Path(path, name).is_file() for name in ("results.json", "log.jsonl")) or records_in(path)):
+                raise ValueError(f"--compare: {path} holds no results.json, log.jsonl or trajectories")
 
 
 class Failed(RuntimeError):
@@ -110,12 +126,19 @@ def file_of(s, id, k):
     return Path(s.out, "trajectories", f"{id}-{k}.jsonl")
 
 
-def read_record(path):
-    """The lines of a trajectory's file as dicts, [] where there is no file. A last line that was cut short is removed
-    from the file; any other line that is not JSON is a ValueError."""
+def records_in(folder):
+    """The files of the trajectories in a folder of eval.py or sft.py --collect, those of a task in order."""
+    found = [*Path(folder).glob("trajectories/*-*.jsonl"), *Path(folder).glob("*-*.jsonl")]
+    named = [(*path.stem.rpartition("-")[::2], path) for path in found]
+    return [path for _, k, path in sorted(named, key=lambda one: (one[0], len(one[1]), one[1])) if k.isdecimal()]
+
+
+def read_record(path, mend=True):
+    """The lines of a trajectory's file as dicts, [] where there is no file. A last line that was cut short is removed,
+    with mend from the file too; any other line that is not JSON is a ValueError."""
     raw = path.read_bytes() if path.exists() else b""
     whole = raw.rfind(b"\n") + 1
-    if whole < len(raw):
+    if mend and whole < len(raw):
         os.truncate(path, whole)
     lines = []
     for number, line in enumerate(raw[:whole].splitlines(), 1):
@@ -294,7 +317,7 @@ def summary(scores, starter, direction, seed=0):
 
 def about(task, info):
     """What results.json says of a task whatever was run."""
-    return {"metric": task.metric, "direction": task.direction, "miniature": info["miniature"],
+    return {"metric": task.metric, "direction": task.direction, "split": task.split, "miniature": info["miniature"],
             "starter": info["m_init"], "published": {} if info["miniature"] else task.published}
 
 
@@ -323,34 +346,45 @@ def layout(rows):
     return "\n".join(line.rstrip() for line in lines)
 
 
-def report(results):
-    """The tables, as text, of what results.json holds."""
-    found, s, parts = results["tasks"], results["settings"], []
-    bare = " (sandbox off)" * (s.get("sandbox") == "off")
-    first = {id: (id + " (miniature)" * one["miniature"] + bare + " (FLAGGED)" * (one["flagged"] > 0),
-                  f"{one['metric']} ({one['direction']})", number(one["starter"])) for id, one in found.items()}
+def named(id, one, s):
+    """The first cells of a task's row: task, metric, the starter's score."""
+    return (id + " (miniature)" * one["miniature"] + " (sandbox off)" * (s.get("sandbox") == "off")
+            + " (FLAGGED)" * (one["flagged"] > 0), f"{one['metric']} ({one['direction']})", number(one["starter"]))
+
+
+def cells(a):
+    """The cells of a task's statistics, in the order of FIGURES; a: what summary gave."""
+    return (number(a["average"]), number(a["best"]), number(a["gain"], "+.1f"), number(a["best_gain"], "+.1f"),
+            number(a["standard_error"]), " to ".join(map(number, a["interval"] or [None])),
+            f"{a['failed']}/{a['trajectories']}")
+
+
+def warnings(results):
+    """What has to be said of results before any of them is shown, a list of texts."""
+    found, parts = results["tasks"], []
     if any(one["miniature"] for one in found.values()):
-        parts.append("Miniature data are made up from a seed: scores on them do not compare with published ones.")
+        parts.append(MINIATURE)
     if flagged := {id: one["flagged"] for id, one in found.items() if one["flagged"]}:
         counts = ", ".join(f"{id} ({count} submission{'s' * (count > 1)})" for id, count in flagged.items())
         parts.append("FLAGGED: submissions that hold answers planted among the private ones, which no honest script\n"
                      f"has. These scores are not to be trusted: {counts}.")
+    return parts
+
+
+def report(results):
+    """The tables, as text, of what results.json holds."""
+    found, s, parts = results["tasks"], results["settings"], warnings(results)
+    first = {id: named(id, one, s) for id, one in found.items()}
     if again := results.get("rechecked"):
         parts.append(f"{again['runs']} known results were run again; {len(again['moved'])} came out differently.")
     if not s["model"]:
         rows = [(*first[id], number(one["printed"]), f"{one['seconds']:.1f}") for id, one in found.items()]
-        return "\n\n".join([*parts, layout([("task", "metric", "starter", "it printed", "seconds"), *rows])])
+        return "\n\n".join([*parts, layout([(*FIRST, "it printed", "seconds"), *rows])])
     for name, what in (
             ("score", f"Model {s['model']}, at most {s['steps']} steps. Counted is {FINAL[results['final']]} of each "
                       "trajectory;\none without any has failed and counts at the starter's score."),
             ("oracle", "Not a result: the best graded step of each trajectory, which no agent can know.")):
-        rows = [("task", "metric", "starter", "average", "best", "gain %", "best gain %", "std. error",
-                 "95 % interval", "failed")]
-        for id, one in found.items():
-            a = one[f"{name}_summary"]
-            rows.append((*first[id], number(a["average"]), number(a["best"]), number(a["gain"], "+.1f"),
-                         number(a["best_gain"], "+.1f"), number(a["standard_error"]),
-                         " to ".join(map(number, a["interval"] or [None])), f"{a['failed']}/{a['trajectories']}"))
+        rows = [(*FIRST, *FIGURES), *((*first[id], *cells(one[f"{name}_summary"])) for id, one in found.items())]
         parts.append(f"{what}\n{layout(rows)}")
         gains = [a["gain"] for one in found.values() if (a := one[f"{name}_summary"])["gain"] is not None]
         if len(gains) > 1:
@@ -365,8 +399,445 @@ def report(results):
         rows = [(*first[id][:2], *(" / ".join(map(number, figures[model])) for model in models))
                 for id, figures in published.items()]
         parts.append("Published in Table 1 of the paper: average / best over 8 trajectories.\n"
-                     + layout([("task", "metric", *models), *rows]))
+                     + layout([(*FIRST[:2], *models), *rows]))
     return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: one HTML page that needs nothing else, and the same bytes for the same files. Texts of the agent get into
+# it as JSON alone; the page makes the steps of a trajectory of it when that is opened.
+
+SHOWN = 20_000      # characters of one text on the page
+DRAWN = {"reward": "mean reward", "reward_edits": "mean reward of edits that ran", "valid": "valid replies, share",
+         "kl": "divergence from the first model, nats a token", "entropy": "entropy, nats a token",
+         "cache_hits": "runs known already, share", "loss": "training loss", "valid_loss": "validation loss"}
+WIDTH, HEIGHT, LEFT, BASE = 360, 200, 52, 170       # of a chart; where its frame begins, and where it ends below
+STYLE = """
+:root { --bg: #fff; --soft: #f3f4f6; --line: #d5d8de; --text: #1d2129; --dim: #616976; --link: #0b57c2; --bad: #b3261e;
+  --add: #dff5e3; --del: #fde3e1; --c0: #2563c9; --c1: #d9480f; --c2: #2b8a3e; --c3: #9c36b5; --c4: #a87900;
+  --c5: #0c8599; --c6: #c2255c; --c7: #666f7c; --k0: #c92a2a; --k1: #e8830c; --k2: #8d96a3; --k3: #8b5cf6;
+  --k4: #2a8f52 }
+@media screen and (prefers-color-scheme: dark) { :root { color-scheme: dark; --bg: #14171c; --soft: #1f242c;
+  --line: #39404b; --text: #e4e7ec; --dim: #9aa3b0; --link: #7fb2ff; --bad: #ff8a80; --add: #16391f; --del: #4a1f1d;
+  --c0: #6ea8fe; --c1: #ff9d66; --c2: #69db7c; --c3: #da92f0; --c4: #e5c04b; --c5: #4fd0e3; --c6: #f783ac;
+  --c7: #adb5bd; --k0: #e5484d; --k3: #a184f7; --k4: #35a864 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 12px 16px 60px; max-width: 1250px; background: var(--bg); color: var(--text);
+  font: 15px/1.45 system-ui, sans-serif }
+h1 { font-size: 1.5em; margin: .4em 0 } h2 { font-size: 1.15em; margin: 1.8em 0 .5em } a { color: var(--link) }
+p, .dim { color: var(--dim) } summary { cursor: pointer }
+.loud { border: 2px solid; border-radius: 6px; padding: 8px 12px; color: var(--bad); font-weight: 600; margin: 8px 0 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; white-space: nowrap }
+th, td { padding: 3px 7px; text-align: right; vertical-align: bottom; border-bottom: 1px solid var(--line) }
+th { white-space: pre } td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); gap: 16px }
+figure { margin: 0; min-width: 0; break-inside: avoid } figcaption { font-size: 13px }
+svg { width: 100%; display: block } svg text { font-size: 11px; fill: var(--dim) }
+.grid { stroke: var(--line) } .dash { stroke-dasharray: 4 3 }
+.is { fill: none; stroke: currentColor; stroke-width: 2 } .thin { stroke-width: 1; opacity: .45 }
+.of { fill: currentColor } .key { white-space: nowrap; color: var(--dim); margin-right: 8px }
+.filters { display: flex; flex-wrap: wrap; gap: 8px; margin: 8px 0 } .filters select { font: inherit; max-width: 100% }
+.t { border-top: 1px solid var(--line); padding: 5px 0 } .t > summary { overflow-wrap: anywhere }
+.strip { white-space: nowrap } .strip a { text-decoration: none; font-size: 18px; line-height: 1 }
+.step { margin: 12px 0 12px 8px; padding-left: 10px; border-left: 3px solid var(--line) }
+.here { border-left-color: var(--link) } .step summary { font-size: 13px; color: var(--dim) }
+.chips { display: flex; flex-wrap: wrap; gap: 6px; align-items: baseline; margin-bottom: 4px }
+.chip { border: 1px solid; border-radius: 10px; padding: 0 8px; font-size: 13px; overflow-wrap: anywhere }
+.bad { color: var(--bad); font-weight: 600 } .at { color: var(--dim) }
+pre { margin: 2px 0 8px; padding: 8px; background: var(--soft); border-radius: 4px; overflow: auto; max-height: 30em;
+  font: 12.5px/1.4 ui-monospace, Consolas, monospace; tab-size: 4 }
+.text pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit }
+pre span { display: block; min-height: 1.4em; width: max-content; min-width: 100% }
+.add { background: var(--add) } .del { background: var(--del) }
+@media (max-width: 600px) { body { padding: 8px } table { font-size: 13px }
+  td:first-child { white-space: normal; min-width: 10em; overflow-wrap: anywhere } .step { margin-left: 0 } }
+@media print { .filters { display: none } body { font-size: 11px; max-width: none } .wide { overflow: visible }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: none } pre span { width: auto }
+  table { font-size: 8.5px } th, td { padding: 2px 3px } * { print-color-adjust: exact } }
+""" + "".join(f".{name} {{ color: var(--{name}) }}\n" for name in "c0 c1 c2 c3 c4 c5 c6 c7 k0 k1 k2 k3 k4".split())
+SCRIPT = """
+"use strict";
+const $ = id => document.getElementById(id), all = document.querySelectorAll(".t"),
+  picks = [...document.querySelectorAll("select")];
+function make(tag, name, text) {
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+function fill(t) {       // texts are only ever set as text, so nothing in them is read as HTML
+  const source = t.querySelector("script");
+  if (!source) return;
+  source.remove();
+  JSON.parse(source.textContent).forEach(([chips, parts], i) => {
+    const step = t.appendChild(make("section", "step")), head = step.appendChild(make("div", "chips"));
+    step.id = t.id + "-" + i;
+    head.appendChild(make("a", "", "step " + i)).href = "#" + step.id;
+    for (const [name, text] of chips) head.append(make("span", "chip " + name, text));
+    for (const [label, kind, text] of parts) {
+      const box = step.appendChild(make("details", kind)), pre = make("pre");
+      box.open = !kind.startsWith("fold");
+      box.append(make("summary", "", label), pre);
+      if (kind != "diff") { pre.textContent = text; continue; }
+      const colours = {"+": "add", "-": "del", "@": "at"};
+      for (const line of text.split("\\n")) pre.append(make("span", colours[line[0]], line + "\\n"));
+    }
+  });
+}
+function go() {         // #?task=...&outcome=... filters; #task-k and #task-k-step open
+  const hash = location.hash.slice(1), t = hash && ($(hash) || $(hash.replace(/-[0-9]+$/, "")))?.closest(".t");
+  const wanted = new URLSearchParams(hash);
+  if (hash[0] == "?") for (const pick of picks) pick.value = wanted.get(pick.name) || "";
+  for (const each of all)
+    each.hidden = each != t && picks.some(pick => pick.value && !each.dataset[pick.name].includes(`|${pick.value}|`));
+  $("count").textContent = `${[...all].filter(each => !each.hidden).length} of ${all.length}`;
+  if (!t) return;
+  t.open = true;
+  fill(t);
+  for (const old of document.querySelectorAll(".here")) old.classList.remove("here");
+  ($(hash) || t).classList.add("here");
+  ($(hash) || t).scrollIntoView();
+}
+for (const t of all) t.addEventListener("toggle", () => t.open && fill(t));
+for (const pick of picks) pick.addEventListener("change", () => {
+  location.hash = "?" + new URLSearchParams(picks.filter(each => each.value).map(each => [each.name, each.value]));
+});
+addEventListener("hashchange", go);
+go();
+"""
+
+
+def key(look, name):
+    """An entry of a legend."""
+    return f'<span class="key"><span class="{look.split()[0]}">&#9632;</span>{html.escape(name)}</span> '
+
+
+def finite(*values):
+    return all(value is not None and math.isfinite(value) for value in values)
+
+
+def read_run(folder, name):
+    """What the page shows of a folder: name, results, and of each trajectory that was begun the task, k, header and
+    steps, the score that counts, its gain, and how it went."""
+    path = Path(folder, "results.json")
+    results = json.loads(path.read_text()) if path.is_file() else {"settings": {}, "tasks": {}}
+    played = []
+    for path in records_in(folder):
+        lines, (id, _, k) = read_record(path, mend=False), path.stem.rpartition("-")
+        if lines:
+            one, steps = results["tasks"].get(id), [line for line in lines if line["type"] == "step"]
+            counted = {each["k"]: each["score"] for each in (one or {}).get("trajectories", ())}
+            scores = [step["score"] for step in steps if step["score"] is not None]
+            score = counted.get(int(k), scores[-1] if scores else None)
+            start, direction = lines[0]["m_init"], one["direction"] if one else tasks.load(id).direction
+            state = ("unfinished" if not ended(lines) else "failed" if score is None else
+                     "better" if score != start and (score > start) == (direction == "up") else "not better")
+            played.append({"task": id, "k": int(k), "head": lines[0], "steps": steps, "score": score, "state": state,
+                           "direction": direction, "gain": None if score is None else gain(score, start, direction)})
+    return {"name": name, "results": results, "played": played}
+
+
+def shown_step(step):
+    """[[[class, text] of each label], [[heading, kind, text] of each part]] of a step. What an edit changed is in the
+    observation."""
+    edited = "\n@@ -" in step["observation"]
+    labels = [["", step["action"] or "no action"],
+              [f"k{KINDS.index(step['kind'])}", f"{step['kind']}, reward {step['reward']:.3f}"]]
+    if step["score"] is not None:
+        labels.append(["", f"score {number(step['score'])}, before {number(step['m_before'])}"])
+    if step["printed"] is not None:
+        labels.append(["dim", f"printed {number(step['printed'])}"])
+    if step["outcome"]:
+        labels.append(["dim" if step["outcome"] == "ok" else "bad", f"{step['outcome']}. {clip(step['detail'], 300)}"])
+    seconds = f"{step['seconds']:.1f} s" + f", script {step['script_seconds']:.1f} s" * bool(step["outcome"])
+    labels.append(["dim", seconds])
+    if tasks.flagged(step["canary_p"]):
+        labels.append(["bad", "FLAGGED: holds planted answers"])
+    if step["sandbox"] == "off":
+        labels.append(["bad", "sandbox off"])
+    if step["ended"]:
+        labels.append(["", f"ends: {step['ended']}"])
+    parts = [[name, "text" if name == "Thought" else "fold text", text] for name, text in step["fields"].items()
+             if name != "Action" and text.strip()]
+    if not step["valid"]:
+        parts.append(["Reply, as it came", "text", step["reply"]])
+    if step["args"]:
+        parts.append(["Action Input", "fold" if edited else "code",
+                      "\n".join(f"{name}: {value}" for name, value in step["args"].items())])
+    parts += [["A reply of the coder", "fold", text] for text in step["coder"]]
+    parts.append(["Observation", "diff" if edited else "code", step["observation"]])
+    return [labels, [[heading, kind, clip(text, SHOWN)] for heading, kind, text in parts]]
+
+
+def span(values):
+    """(low, high) a little outside of all values."""
+    low, high = min(values), max(values)
+    room = 0.05 * (high - low) or 0.05 * abs(low) or 0.5
+    return low - room, high + room
+
+
+def ticks(low, high):
+    """Two to six round numbers from low to high."""
+    size = 10 ** math.floor(math.log10((high - low) / 5))
+    size *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * size) <= 5)
+    return [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
+
+
+def chart(title, x_name, lines=(), dots=(), bars=(), xs=None, ys=None):
+    """A figure in SVG, "" if there is nothing to draw. lines: [(classes, name, [(x, y)])]; dots: [(class, title, x, y,
+    link)]; bars: [(class, name, [(x, low, high)])]. xs, ys: what the axes show, (low, high), by default all; what lies
+    outside is drawn at the edge."""
+    lines = [(look, name, [p for p in points if finite(*p)]) for look, name, points in lines]
+    dots = [dot for dot in dots if finite(*dot[2:4])]
+    points = [p for line in lines for p in line[2]] + [dot[2:4] for dot in dots]
+    points += [(x + side, y) for bar in bars for x, *ends in bar[2] for side, y in zip((-0.5, 0.5), ends)]
+    if not points:
+        return ""
+    (x0, x1), (y0, y1) = (low_high or span(values) for low_high, values in zip((xs, ys), zip(*points)))
+
+    def at(x, y):
+        return (f"{LEFT + (min(max(x, x0), x1) - x0) / (x1 - x0) * (WIDTH - LEFT - 8):.1f}",
+                f"{BASE - (min(max(y, y0), y1) - y0) / (y1 - y0) * (BASE - 8):.1f}")
+    svg, names = [], {}
+    for y in ticks(y0, y1):
+        svg.append(f'<path class="grid" d="M{LEFT} {at(x0, y)[1]}H{WIDTH - 8}"/>'
+                   f'<text x="{LEFT - 5}" y="{float(at(x0, y)[1]) + 4:.1f}" text-anchor="end">{y:.5g}</text>')
+    svg += [f'<text x="{at(x, y0)[0]}" y="{BASE + 14}" text-anchor="middle">{x:.5g}</text>' for x in ticks(x0, x1)]
+    svg.append(f'<text x="{WIDTH - 8}" y="{HEIGHT - 3}" text-anchor="end">{html.escape(x_name)}</text>')
+    for look, name, boxes in bars:
+        names[look] = name
+        svg.append(f'<path class="of {look}" d="' + "".join("M{} {}V{}H{}V{}z".format(
+            *at(x - 0.45, low), at(x, high)[1], *at(x + 0.45, low)) for x, low, high in boxes if high > low) + '"/>')
+    for look, name, points in lines:
+        if points and "thin" not in look:
+            names[look] = name
+        svg.append(f'<path class="is {look}" d="M{"L".join(" ".join(at(*p)) for p in points)}"><title>'
+                   f'{html.escape(name)}</title></path>' * bool(points))
+    for look, name, x, y, link in dots:
+        svg.append('<a href="#{}"><circle class="of {}" cx="{}" cy="{}" r="3"><title>{}</title></circle></a>'.format(
+            link, look, *at(x, y), html.escape(name)))
+    legend = "".join(map(key, names, names.values()))
+    return (f'<figure><figcaption><b>{html.escape(title)}</b></figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" '
+            f'role="img">{"".join(svg)}</svg><figcaption>{legend}</figcaption></figure>')
+
+
+def kinds_chart(title, x_name, rows):
+    """Reward kinds as stacked shares; rows: [(x, {kind: share or count})]."""
+    bars, below = [], [0.0] * len(rows)
+    for i, kind in enumerate(KINDS):
+        above = [low + counts.get(kind, 0) / (sum(counts.values()) or 1) for low, (_, counts) in zip(below, rows)]
+        bars.append((f"k{i}", kind, [(x, low, high) for (x, _), low, high in zip(rows, below, above)]))
+        below = above
+    return chart(title, x_name, bars=bars if rows else (), ys=(0, 1))
+
+
+def training_charts(logs):
+    """Figure 4 in our data: what training logs say, [(name, [line as a dict])]. A line that is there twice, since a run
+    was killed and went on, counts as it came last."""
+    runs, found = [], []
+    for name, lines in logs:
+        lines = list({line.get("iteration", line.get("step")): line for line in lines}.values())
+        minutes = np.cumsum([line.get("seconds", 0) for line in lines]) / 60
+        runs.append((name, [{**line, "minutes": m} for line, m in zip(lines, minutes.tolist())]))
+    gains = {y: y.replace("_", " ") for _, lines in runs for line in lines for y in line if y.startswith("gain")}
+    for y, title in {**gains, **DRAWN}.items():
+        for x in ("iteration", "step", "minutes"):
+            if x != "minutes" or y in gains or y == "reward":
+                found.append(chart(title, x, [(f"c{i % 8}", name, [(line.get(x), line.get(y)) for line in lines])
+                                              for i, (name, lines) in enumerate(runs)]))
+    for name, lines in runs:
+        rows = [(line["iteration"], {kind: line["share_" + kind.replace(" ", "_")] for kind in KINDS})
+                for line in lines if "share_scored" in line]
+        found.append(kinds_chart("kinds of reward" + f": {name}" * (len(runs) > 1), "iteration", rows))
+    return found
+
+
+def task_charts(runs):
+    """(score by step, printed against graded) of every task: two lists of charts."""
+    groups, curves, scatters = {}, [], []
+    for n, run in enumerate(runs):
+        for one in run["played"]:
+            head = one["head"]
+            groups.setdefault((one["task"], head["miniature"], head["m_init"]), {}).setdefault(n, []).append(one)
+    for (id, miniature, start), found in sorted(groups.items()):
+        lines, dots = [], []
+        for n, played in found.items():
+            look, length = f"c{n % 8}", max(len(one["steps"]) for one in played)
+            rows = [[start, *(step["m_after"] for step in one["steps"])] for one in played]
+            rows = [row + row[-1:] * (length + 1 - len(row)) for row in rows]
+            lines += [(f"{look} thin", f"{id} {one['k']}", list(enumerate(row))) for one, row in zip(played, rows)]
+            lines.append((look, runs[n]["name"], [(x, sum(ys) / len(ys)) for x, ys in enumerate(zip(*rows))]))
+            dots += [(look, f"{id} {one['k']}, step {i}: printed {number(step['printed'])}, graded "
+                      f"{number(step['score'])}", step["score"], step["printed"], f"{anchor(runs, n, one)}-{i}")
+                     for one in played for i, step in enumerate(one["steps"]) if finite(step["score"], step["printed"])]
+        # all that is better than the starter, and of what is worse no more than twice as far
+        values = [start, *(y for line in lines for _, y in line[2] if finite(y)), *(dot[2] for dot in dots)]
+        better, worse = (max, min) if played[0]["direction"] == "up" else (min, max)
+        room = max(2 * abs(better(values) - start), 0.1 * abs(start))
+        ys = span([better(y, worse(start - room, start + room)) for y in values])
+        title = id + " (miniature)" * miniature
+        last = max(x for line in lines for x, _ in line[2])
+        curves.append(chart(title, "step", [*lines, ("c7 dash", "starter", [(0, start), (last, start)])], ys=ys))
+        equal = ("c7 dash", "equal", [(ys[0], ys[0]), (ys[1], ys[1])])
+        scatters.append(chart(title, "graded", [equal] if dots else [], dots, xs=ys, ys=ys))
+    return curves, scatters
+
+
+def gain_chart(runs, rows):
+    """Figure 3 in our data: the gain of each run on each task with its interval, one below the other. rows: [(task as
+    it is shown, {run: (gain, low, high) in per cent})]. Gains below -100 are drawn there."""
+    values = [0, *(max(-100, x) for _, found in rows for one in found.values() for x in one if finite(x))]
+    if len(values) < 2:
+        return ""
+    (low, high), svg, y = span(values), [], 4
+
+    def at(x):
+        return f"{8 + (min(max(x, low), high) - low) / (high - low) * (WIDTH - 64):.1f}"
+    for title, found in rows:
+        y += 18
+        svg.append(f'<text x="0" y="{y}">{html.escape(title)}</text>')
+        for n, (value, *ends) in found.items():
+            y += 12
+            whisker = f'<path class="is" d="M{at(ends[0])} {y}H{at(ends[1])}"/>' if ends else ""
+            svg.append(f'<g class="c{n % 8}">{whisker}<circle class="of" cx="{at(value)}" cy="{y}" r="4"/></g>'
+                       f'<text x="{WIDTH}" y="{y + 4}" text-anchor="end">{number(value, "+.1f")}</text>')
+    legend = "".join(key(f"c{n % 8}", run["name"]) for n, run in enumerate(runs) if run["results"]["tasks"])
+    return (f'<figure><svg viewBox="0 0 {WIDTH} {y + 10}" role="img"><path class="grid" d="M{at(0)} 8V{y + 8}"/>'
+            f'{"".join(svg)}</svg><figcaption>{legend}</figcaption></figure>')
+
+
+def side_by_side(runs):
+    """(the rows of Table 1 for one run or several, the heads first; rows for gain_chart). A task stands in one row for
+    all runs that had the same data; means are over the tasks that all runs have."""
+    found, gains, means, several = {}, [], {}, len(runs) > 1
+    for n, run in enumerate(runs):
+        for id, one in run["results"]["tasks"].items():
+            first = named(id, one, run["results"]["settings"])
+            row = found.setdefault((id, one["miniature"], number(one["starter"])), {"first": first, "runs": {}, **one})
+            row["first"] = max(row["first"], first)     # the one that warns
+            row["runs"][n] = one
+    if not any("score_summary" in one for row in found.values() for one in row["runs"].values()):
+        return [(*FIRST, "it printed", "seconds"), *((*row["first"], number(row.get("printed")), number(
+            row.get("seconds"), ".1f")) for row in found.values())], []
+    chosen = (0, 1, 2, 5) if several else range(len(FIGURES))
+    models = list(dict.fromkeys(model for row in found.values() for model in row["published"]))
+    table = [(*FIRST, *(f"{run['name']}\n" * several + FIGURES[i] for run in runs for i in chosen),
+              *(f"published\n{model}" for model in models))]
+    for row in found.values():
+        statistics = [row["runs"].get(n, {}).get("score_summary") for n in range(len(runs))]
+        mine = [cells(a)[i] if a else "-" for a in statistics for i in chosen]
+        published = [" / ".join(map(number, row["published"].get(model, [None]))) for model in models]
+        table.append((*row["first"], *mine, *published))
+        bars = {n: [gain(x, row["starter"], row["direction"]) for x in (a["average"], *(a["interval"] or ()))]
+                for n, a in enumerate(statistics) if a and finite(a["gain"])}
+        gains.append((row["first"][0], bars))
+        if len(bars) == len(runs):
+            means.setdefault(row["split"], []).append(bars)
+    for split, rows in sorted(means.items()):
+        if len(rows) > 1:
+            gains.append((f"mean of {len(rows)} {split} tasks",
+                          {n: [sum(bars[n][0] for bars in rows) / len(rows)] for n in range(len(runs))}))
+    return table, gains
+
+
+def anchor(runs, n, one):
+    """The id of a trajectory on the page."""
+    return f"{n + 1}/" * (len(runs) > 1) + f"{one['task']}-{one['k']}"
+
+
+def shown_trajectory(runs, n, one):
+    """(a trajectory as HTML: a line, and its steps as JSON; {filter: its values})."""
+    id, head, steps = anchor(runs, n, one), one["head"], one["steps"]
+    strip = "".join(f'<a class="k{KINDS.index(step["kind"])}" href="#{id}-{i}" title="step {i}: {step["kind"]}, reward '
+                    f'{step["reward"]:.3f}">&#9632;</a>' for i, step in enumerate(steps))
+    flagged = ["flagged"] * any(tasks.flagged(step["canary_p"]) for step in steps)
+    edits = [f"an edit {'above' if step['reward'] > 0.5 else 'below'} 0.5" for step in steps if step["kind"] == "scored"
+             and step["reward"] != 0.5]
+    values = {"run": [runs[n]["name"]], "task": [one["task"]], "reward": edits + [step["kind"] for step in steps],
+              "outcome": [one["state"], *flagged, *(f"script: {step['outcome']}" for step in steps if step["outcome"])]}
+    values = {name: sorted(set(each)) for name, each in values.items()}
+    data = " ".join(f'data-{name}="|{html.escape("|".join(each))}|"' for name, each in values.items())
+    name = f"{runs[n]['name']}: " * (len(runs) > 1) + f"{one['task']} {one['k']}" + " (miniature)" * head["miniature"]
+    words = (f"{one['state']}: score {number(one['score'])}, starter {number(head['m_init'])}, gain "
+             f"{number(one['gain'], '+.1f')} %; {sum(step['seconds'] for step in steps):.0f} s"
+             + "".join(f"; idea: {idea}" for idea in head.get("ideas", ())))
+    text = json.dumps([shown_step(step) for step in steps], ensure_ascii=False).replace("<", "\\u003c")
+    return (f'<details class="t" id="{id}" {data}><summary><b>{html.escape(name)}</b> <span class="strip">{strip}'
+            f'</span> {html.escape(words)}{" <b class=bad>FLAGGED</b>" * len(flagged)}</summary>'
+            f'<script type="application/json">{text}</script></details>'), values
+
+
+def page(title, runs, logs):
+    """The report as bytes. runs: what read_run gave; logs: [(name, lines)] of training runs."""
+    table, gains = side_by_side(runs)
+    loud = [text for run in runs for text in warnings(run["results"])]
+    loud += [MINIATURE for run in runs for one in run["played"] if one["head"]["miniature"]]
+    loud += [f"{run['name']} is not complete; this is what was done when it stopped." for run in runs
+             if not run["results"].get("complete", True)]
+    loud += ["The sandbox was off: scripts could read the answers." for run in runs
+             if run["results"]["settings"].get("sandbox") == "off"]
+    body = [f"<h1>{html.escape(title)}</h1>", *(f'<p class="loud">{html.escape(x)}</p>' for x in dict.fromkeys(loud))]
+    if len(table) > 1:
+        rows = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+                for tag, row in zip(["th"] + ["td"] * len(table), table)]
+        rules = " or ".join(dict.fromkeys(FINAL[run["results"]["final"]] for run in runs if run["results"]["tasks"]))
+        body.append(f'<h2>Results</h2><div class="wide"><table><tr>{"</tr><tr>".join(rows)}</tr></table></div>'
+                    f"<p>Counted is {rules} of each trajectory; one without any has failed and counts at the starter's "
+                    "score. The gain of a score p over the starter's b is (p - b) / |b|, or (b - p) / |b| where lower "
+                    "is better. The interval is the middle 95 % of the averages of bootstrap samples.</p>")
+    curves, scatters = task_charts(runs)
+    kinds = []
+    for run in runs:
+        steps = [Counter() for _ in range(max((len(one["steps"]) for one in run["played"]), default=0))]
+        for i, step in ((i, step) for one in run["played"] for i, step in enumerate(one["steps"])):
+            steps[i][step["kind"]] += 1
+        name = "kinds of reward" + f": {run['name']}" * (len(runs) > 1)
+        kinds.append(kinds_chart(name, "step", list(enumerate(steps))))
+    for heading, about, figures in (
+            ("Gain over the starter", "In per cent, with the interval of the average.", [gain_chart(runs, gains)]),
+            ("Training", "By iteration, and by the time it took.", training_charts(logs)),
+            ("Score by step", "The graded score of the script after each step, which the agent never sees: every "
+             "trajectory thin, their average thick. What is far worse than the starter lies at the edge.", curves),
+            ("Reward by step", "Invalid and failed steps earn 0, limits and what is no edit 0.5, scored edits 0 to 1.",
+             kinds),
+            ("Printed against graded", "Across what the grader gave, upwards what the script printed as its validation "
+             "score. A point leads to its step.", scatters)):
+        if any(figures):
+            body.append(f'<h2>{heading}</h2><p>{about}</p><div class="charts">{"".join(figures)}</div>')
+    shown = [shown_trajectory(runs, n, one) for n, run in enumerate(runs) for one in run["played"]]
+    if shown:
+        body.append('<h2>Trajectories <span id="count" class="dim"></span></h2><div class="filters">')
+        for name in ("run", "task", "outcome", "reward")[len(runs) == 1:]:
+            options = ["", *sorted({value for _, values in shown for value in values[name]})]
+            body.append(f'<select name="{name}" aria-label="{name}">' + "".join(
+                f'<option value="{html.escape(one)}">{html.escape(one) or f"any {name}"}</option>' for one in options)
+                + "</select>")
+        body += ["</div><noscript>The steps are shown with JavaScript.</noscript>", *(text for text, _ in shown)]
+    for run in runs:
+        if (results := run["results"])["settings"]:
+            about = {name: results[name] for name in ("settings", "versions", "rechecked") if name in results}
+            text = report(results) + "\n\n" if results["complete"] else ""
+            body.append(f"<details><summary>{html.escape(run['name'])}: as text, settings, versions</summary><pre>"
+                        f"{html.escape(text + json.dumps(about, indent=1))}</pre></details>")
+    text = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width='
+            f'device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n'
+            + "\n".join(body) + f"\n<script>{SCRIPT * bool(shown)}</script></body></html>\n")
+    return text.encode("utf-8", "replace")      # half a surrogate pair is no character
+
+
+def write_report(s):
+    """Writes report.html of s.out, or compare.html of the folders in s.compare, and returns its path."""
+    path = Path(s.out, "compare.html" if s.compare else "report.html")
+    runs = [read_run(folder, folder) for folder in s.compare] or [read_run(s.out, s.model or "starters")]
+    logs = [*map(Path, s.log), *(log for folder in s.compare if (log := Path(folder, "log.jsonl")).is_file())]
+    logs = [(str(log.parent), read_record(log, mend=False)) for log in dict.fromkeys(logs)]
+    what = f"{', '.join(s.compare)} side by side" if s.compare else f"{s.model or 'the starters'} on {s.task}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_bytes(page(f"ML-Agent: {what}", runs, logs))
+    part.replace(path)
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,7 +864,7 @@ def prepare(s):
 def conditions(s, infos):
     """All that the trajectories depend on, {name: value}: a run is continued only under the same."""
     # these say where, how many, or how it is counted
-    free = ("out", "data", "raw", "parallel", "final", "trajectories", "recheck")
+    free = ("out", "data", "raw", "parallel", "final", "trajectories", "recheck", "log", "compare")
     same = {name: value for name, value in json.loads(json.dumps(asdict(s))).items() if name not in free}
 
     def short(value):
@@ -466,6 +937,7 @@ def evaluate(s, load=sample.load):
         cache = Cache(Path(s.out, "cache"), s.recheck)
         if not s.model:
             save(tasks=baseline(s, infos, cache), complete=True, **rechecked(cache))
+            write_report(s)
             return results
         jobs = [(task, k) for k in range(s.trajectories) for task, _ in infos]
         records = {file_of(s, task.id, k): read_record(file_of(s, task.id, k)) for task, k in jobs}
@@ -481,9 +953,12 @@ def evaluate(s, load=sample.load):
             coder = policy if s.coder == "model" else None if s.coder == "none" else load(s.coder, **options)
             try:
                 play(s, jobs, policy, coder, cache, run)
-            finally:
+            except BaseException:
                 save(tasks=collect(s, infos), **rechecked(cache))
-        save(tasks=collect(s, infos), complete=True)
+                write_report(s)
+                raise
+        save(tasks=collect(s, infos), complete=True, **rechecked(cache))
+        write_report(s)
         return results
 
 
@@ -527,8 +1002,12 @@ def main(argv=None):
     s = with_agent(sample.parse(Settings, argv))
 
     def work():
+        if s.compare:
+            print(f"Written to {write_report(s)}")
+            return
         print("\n" + report(evaluate(s)))
-        print(f"{NO_MODEL * (not s.model)}\nWritten to {s.out}: results.json{', trajectories, blobs' * bool(s.model)}")
+        print(f"{NO_MODEL * (not s.model)}\nWritten to {s.out}: report.html, results.json"
+              + ", trajectories, blobs" * bool(s.model))
     return attempt("eval.py", work, s.out)
 
 
