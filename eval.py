@@ -429,8 +429,8 @@ p, .dim { color: var(--dim) } summary { cursor: pointer }
 .loud { border: 2px solid; border-radius: 6px; padding: 8px 12px; color: var(--bad); font-weight: 600; margin: 8px 0 }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: 3px 7px; text-align: right; vertical-align: bottom; border-bottom: 1px solid var(--line) }
-th { white-space: pre } td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
+th, td { padding: 3px 7px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
+th { white-space: pre; vertical-align: bottom } td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); gap: 16px }
 figure { margin: 0; min-width: 0; break-inside: avoid } figcaption { font-size: 13px }
 svg { width: 100%; display: block } svg text { font-size: 11px; fill: var(--dim) }
@@ -510,7 +510,7 @@ go();
 
 def key(look, name):
     """An entry of a legend."""
-    return f'<span class="key"><span class="{look.split()[0]}">&#9632;</span>{html.escape(name)}</span> '
+    return f'<span class="key"><span class="{look.split()[0]}">&#9632;</span> {html.escape(name)}</span> '
 
 
 def finite(*values):
@@ -549,7 +549,8 @@ def shown_step(step):
     if step["printed"] is not None:
         labels.append(["dim", f"printed {number(step['printed'])}"])
     if step["outcome"]:
-        labels.append(["dim" if step["outcome"] == "ok" else "bad", f"{step['outcome']}. {clip(step['detail'], 300)}"])
+        said = [step["outcome"], clip(step["detail"], 300)]
+        labels.append(["dim" if step["outcome"] == "ok" else "bad", ". ".join(filter(None, said))])
     seconds = f"{step['seconds']:.1f} s" + f", script {step['script_seconds']:.1f} s" * bool(step["outcome"])
     labels.append(["dim", seconds])
     if tasks.flagged(step["canary_p"]):
@@ -696,15 +697,15 @@ def gain_chart(runs, rows):
         return f"{8 + (min(max(x, low), high) - low) / (high - low) * (WIDTH - 64):.1f}"
     for title, found in rows:
         y += 18
-        svg.append(f'<text x="0" y="{y}">{html.escape(title)}</text>')
+        svg.append(f'<text y="{y}">{html.escape(title)}</text>')
         for n, (value, *ends) in found.items():
             y += 12
             whisker = f'<path class="is" d="M{at(ends[0])} {y}H{at(ends[1])}"/>' if ends else ""
             svg.append(f'<g class="c{n % 8}">{whisker}<circle class="of" cx="{at(value)}" cy="{y}" r="4"/></g>'
                        f'<text x="{WIDTH}" y="{y + 4}" text-anchor="end">{number(value, "+.1f")}</text>')
     legend = "".join(key(f"c{n % 8}", run["name"]) for n, run in enumerate(runs) if run["results"]["tasks"])
-    return (f'<figure><svg viewBox="0 0 {WIDTH} {y + 10}" role="img"><path class="grid" d="M{at(0)} 8V{y + 8}"/>'
-            f'{"".join(svg)}</svg><figcaption>{legend}</figcaption></figure>')
+    return (f'<figure><svg viewBox="0 0 {WIDTH} {y + 22}" role="img"><path class="grid" d="M{at(0)} 8V{y + 8}"/>'
+            f'<text x="{at(0)}" y="{y + 20}" text-anchor="middle">0</text>{"".join(svg)}</svg><figcaption>{legend}</figcaption></figure>')
 
 
 def side_by_side(runs):
