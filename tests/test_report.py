@@ -294,7 +294,8 @@ def hostile(line):
     if line["type"] == "step":
         text = "\n".join(HOSTILE)
         line.update(fields={"Thought": text, "</pre>": text}, observation=text + "\n@@ -1 +1 @@", reply=text,
-                    detail=text, action=HOSTILE[0], args={HOSTILE[0]: text}, printed=math.nan, coder=[text], valid=False)
+                    detail=text, action=HOSTILE[0], args={HOSTILE[0]: text}, printed=math.nan, coder=[text],
+                    valid=False)
     else:
         line["ideas"] = list(HOSTILE[:6])
 
