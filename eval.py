@@ -538,12 +538,17 @@ def read_run(folder, name):
     return {"name": name, "results": results, "played": played}
 
 
+def made_worse(step):
+    """Whether a step was an edit that made the score worse."""
+    return step["kind"] == "scored" and step["reward"] < 0.5
+
+
 def shown_step(step):
     """[[[class, text] of each label], [[heading, kind, text] of each part]] of a step. What an edit changed is in the
     observation."""
     edited = "\n@@ -" in step["observation"]
-    labels = [["", step["action"] or "no action"],
-              [f"k{KINDS.index(step['kind'])}", f"{step['kind']}, reward {step['reward']:.3f}"]]
+    look = "bad" if made_worse(step) else f"k{KINDS.index(step['kind'])}"
+    labels = [["", step["action"] or "no action"], [look, f"{step['kind']}, reward {step['reward']:.3f}"]]
     if step["score"] is not None:
         labels.append(["", f"score {number(step['score'])}, before {number(step['m_before'])}"])
     if step["printed"] is not None:
@@ -705,7 +710,8 @@ def gain_chart(runs, rows):
                        f'<text x="{WIDTH}" y="{y + 4}" text-anchor="end">{number(value, "+.1f")}</text>')
     legend = "".join(key(f"c{n % 8}", run["name"]) for n, run in enumerate(runs) if run["results"]["tasks"])
     return (f'<figure><svg viewBox="0 0 {WIDTH} {y + 22}" role="img"><path class="grid" d="M{at(0)} 8V{y + 8}"/>'
-            f'<text x="{at(0)}" y="{y + 20}" text-anchor="middle">0</text>{"".join(svg)}</svg><figcaption>{legend}</figcaption></figure>')
+            f'<text x="{at(0)}" y="{y + 20}" text-anchor="middle">0</text>{"".join(svg)}</svg>'
+            f'<figcaption>{legend}</figcaption></figure>')
 
 
 def side_by_side(runs):
@@ -751,7 +757,7 @@ def shown_trajectory(runs, n, one):
     """(a trajectory as HTML: a line, and its steps as JSON; {filter: its values})."""
     id, head, steps = anchor(runs, n, one), one["head"], one["steps"]
     strip = "".join(f'<a class="k{KINDS.index(step["kind"])}" href="#{id}-{i}" title="step {i}: {step["kind"]}, reward '
-                    f'{step["reward"]:.3f}">&#9632;</a>' for i, step in enumerate(steps))
+                    f'{step["reward"]:.3f}">&#963{3 if made_worse(step) else 2};</a>' for i, step in enumerate(steps))
     flagged = ["flagged"] * any(tasks.flagged(step["canary_p"]) for step in steps)
     edits = [f"an edit {'above' if step['reward'] > 0.5 else 'below'} 0.5" for step in steps if step["kind"] == "scored"
              and step["reward"] != 0.5]
@@ -783,8 +789,9 @@ def page(title, runs, logs):
         rows = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
                 for tag, row in zip(["th"] + ["td"] * len(table), table)]
         rules = " or ".join(dict.fromkeys(FINAL[run["results"]["final"]] for run in runs if run["results"]["tasks"]))
-        body.append(f'<h2>Results</h2><div class="wide"><table><tr>{"</tr><tr>".join(rows)}</tr></table></div>'
-                    f"<p>Counted is {rules} of each trajectory; one without any has failed and counts at the starter's "
+        body.append(f'<h2>Results</h2><div class="wide"><table><tr>{"</tr><tr>".join(rows)}</tr></table></div>')
+    if gains:
+        body.append(f"<p>Counted is {rules} of each trajectory; one without any has failed and counts at the starter's "
                     "score. The gain of a score p over the starter's b is (p - b) / |b|, or (b - p) / |b| where lower "
                     "is better. The interval is the middle 95 % of the averages of bootstrap samples.</p>")
     curves, scatters = task_charts(runs)
@@ -814,7 +821,8 @@ def page(title, runs, logs):
             body.append(f'<select name="{name}" aria-label="{name}">' + "".join(
                 f'<option value="{html.escape(one)}">{html.escape(one) or f"any {name}"}</option>' for one in options)
                 + "</select>")
-        body += ["</div><noscript>The steps are shown with JavaScript.</noscript>", *(text for text, _ in shown)]
+        body += ["</div><noscript>The steps are shown with JavaScript.</noscript><p>A square a step, in the colour of "
+                 "its kind of reward; a hollow one is an edit that made the score worse.</p>", *(x for x, _ in shown)]
     for run in runs:
         if (results := run["results"])["settings"]:
             about = {name: results[name] for name in ("settings", "versions", "rechecked") if name in results}

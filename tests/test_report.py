@@ -115,6 +115,9 @@ def test_the_table_and_the_steps_are_there(run):
     observation = next(part for part in parts if part[0] == "Observation")
     assert observation[1] == "diff" and "\n-VALUE = 3\n+VALUE = 8\n" in observation[2]
     assert ["Thought", "text", "x"] in parts
+    assert [look for look, _ in steps["tiny-task-2"][1][0]][1] == "bad"         # from 9.5 to 6: worse
+    assert ["&#9632;", "&#9633;", "&#9632;"] == re.findall(
+        r">(&#\d+;)<", text[text.index('id="tiny-task-2"'):text.index('id="tiny-task-3"')])
     chips, parts = steps["tiny-task-1"][0]
     assert chips[0][1] == "no action" and ["Reply, as it came", "text", "no format at all"] in parts
 
