@@ -941,7 +941,8 @@ class Slots:
                 self.changed.notify_all()
 
 
-SLOTS = Slots(os.cpu_count() or 1)      # of this process, for all Envs and pools together
+# of this process, for all Envs and pools together; under torchrun the machine's processes share its cores
+SLOTS = Slots(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def execute_many(jobs, gpus=None, stop=None):
@@ -1004,6 +1005,10 @@ class Cache:
         _write_aside(self.folder / key[:2] / key, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
 
 
+class Gone(ValueError):
+    """A file of a recorded state is missing."""
+
+
 class Blobs:
     """Contents by their sha256, in <folder>/<aa>/<sha256>. Written aside and renamed, so a blob that is there is whole;
     safe for many writers."""
@@ -1013,7 +1018,7 @@ class Blobs:
 
     def path(self, sha):
         if not self.has(sha):
-            raise ValueError(f"the blob {sha} is missing in {self.folder}: this state cannot be restored")
+            raise Gone(f"the blob {sha} is missing in {self.folder}: this state cannot be restored")
         return self.folder / sha[:2] / sha
 
     def has(self, sha):
@@ -1337,7 +1342,7 @@ class Env:
 
     def restore(self, snapshot, messages=None, *, index=0, m_before=None, seconds=None):
         """Continues from a recorded state: the workspace before step `index`, the messages so far, the score it had
-        (default: the starter's) and the seconds left (default: all). ValueError: a blob is missing."""
+        (default: the starter's) and the seconds left (default: all). Gone: a blob is missing."""
         for sha in snapshot.values():
             self.blobs.path(sha)
         self.files, self.index = dict(snapshot), index

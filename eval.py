@@ -14,7 +14,7 @@ A trajectory's score is that of its final submission, the last valid one. A traj
 counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
 Exit status: 0 done, 1 failed or interrupted, 2 bad arguments.
 """
-import fcntl, hashlib, html, json, math, os, queue, signal, sys, tempfile, threading, time, traceback, zlib
+import contextlib, fcntl, hashlib, html, json, math, os, queue, signal, sys, tempfile, threading, time, traceback, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -924,12 +924,8 @@ def rechecked(cache):
 
 def evaluate(s, load=sample.load):
     """Does what the settings say and returns what results.json then holds. ValueError: something is wrong with them."""
-    Path(s.out, "trajectories").mkdir(parents=True, exist_ok=True)
-    with Path(s.out, "lock").open("w") as lock:      # let go however this process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another eval.py writes to {s.out}; wait for it, or give another --out") from None
+    with alone(s.out, "eval.py"):
+        Path(s.out, "trajectories").mkdir(exist_ok=True)
         infos = prepare(s)
         results = {"complete": False, "settings": conditions(s, infos), "final": s.final, "tasks": {}, "versions": {
             name: version(name) for name in ("torch", "tokenizers", "numpy", "pandas", "scikit-learn")}}
@@ -969,6 +965,18 @@ def evaluate(s, load=sample.load):
         save(tasks=collect(s, infos), complete=True, **rechecked(cache))
         write_report(s)
         return results
+
+
+@contextlib.contextmanager
+def alone(folder, program):
+    """Makes a folder and holds it for this process. ValueError: another process has it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with Path(folder, "lock").open("w") as lock:        # let go however this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another {program} writes to {folder}; wait for it, or give another folder") from None
+        yield
 
 
 def attempt(program, work, kept):

@@ -19,9 +19,9 @@ script, and most of what they meet repeats. So the states are recorded ones, and
 --out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl, a line an iteration. A killed run goes
 on exactly with the same command. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import json, math, random, sys, time, zlib
+import contextlib, json, math, random, statistics, sys, time, zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -34,12 +34,12 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import SLOTS, Blobs, Cache, Env, clip, read_trajectory
-from eval import CODE_END, CODER_TOKENS, Failed, attempt, prepare, run_program
+from env import SLOTS, Blobs, Cache, Env, Gone, clip, protection, read_trajectory
+from eval import CODE_END, CODER_TOKENS, Failed, alone, attempt, prepare, run_program
 from model import IGNORE, Config, Linear, Qwen2, find_folder
 from reward import KINDS
-from sft import (AdamW, barrier, build, epoch_order, export, flops_of, held_out, load_state, peak_flops, peak_memory,
-                 processes, refuse_held_out, row_of, save_state, share)
+from sft import (AdamW, build, epoch_order, export, fingerprint, flops_of, held_out, linked, load_state, peak_flops,
+                 peak_memory, processes, refuse_held_out, row_of, save_state, share)
 
 
 @dataclass
@@ -116,6 +116,9 @@ class Settings:
         if self.choose == "learnable" and (self.rollout == "episode" or self.num < 2):
             raise ValueError("--choose learnable compares actions of one state: it needs --rollout step and --num of "
                              f"at least 2, found {self.rollout} and {self.num}")
+        if self.overlap and self.coder == "model":
+            raise ValueError("--overlap lets scripts run while the policy is updated, so the policy cannot be their "
+                             "--coder; expected none, or another model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,10 +127,15 @@ class Settings:
 @dataclass(frozen=True)
 class State:
     """The state before step `index` of a recorded trajectory."""
-    source: str     # the trajectory's file
-    head: dict      # its header
+    file: Path
+    head: dict      # the file's header
     steps: list     # its step records
     index: int
+
+    @property
+    def name(self):
+        """What it is called in checkpoints and messages; the same whatever else is in the pool."""
+        return f"{self.file.stem}, step {self.index}"
 
     @property
     def snapshot(self):
@@ -139,35 +147,39 @@ class State:
 
     @property
     def m_before(self):
-        return self.steps[self.index]["m_before"] if self.steps else self.head["m_init"]
+        return self.steps[self.index]["m_before"]
 
 
-def pool(s, say=print):
-    """{task id: [State, ...]}: every prefix of every trajectory in the folder s.trajectories, of the tasks of s.task.
+def pool(s, tokenizer, say=print):
+    """{task id: {name: State}}: every prefix of every trajectory in the folder s.trajectories, of the tasks of s.task.
 
     States whose files are gone, and files that are no trajectory, are left out, named and counted. ValueError: a
     held-out task, other data than those of the trajectories, or no state at all.
     """
     wanted, found, left_out, blobs = set(tasks.names(s.task)), {}, {}, Blobs(Path(s.trajectories, "blobs"))
-    forbidden, there = held_out(s.data), cache(blobs.has)
+    forbidden, there, own = held_out(s.data), cache(blobs.has), fingerprint(tokenizer)
     for file in sorted(Path(s.trajectories).glob("*.jsonl")):
         try:
             head, steps = read_trajectory(file)
         except ValueError as error:
             left_out.setdefault("no record of a trajectory", []).append(str(error))
             continue
+        refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
         if head["task"] not in wanted:
             continue
-        refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
         now = tasks.info(head["task"], s.data)["sha256"]
+        refuse_held_out(head["task"], now, forbidden)
         if head.get("data_sha256", now) != now:
             raise ValueError(f"{file} was collected on other data than {Path(s.data, head['task'])} holds; prepare "
                              "those again, or collect anew")
-        for state in (State(str(file), head, steps, i) for i in range(len(steps))):
+        if head.get("tokenizer") != own:        # ids of another tokenizer say nothing to this model
+            for message in (message for line in (head, *steps) for message in line["messages"]):
+                message.pop("tokens", None)
+        for state in (State(file, head, steps, i) for i in range(len(steps))):
             if all(map(there, state.snapshot.values())):
-                found.setdefault(head["task"], []).append(state)
+                found.setdefault(head["task"], {})[state.name] = state
             else:
-                left_out.setdefault("a missing blob", []).append(f"{file.name}, step {state.index}")
+                left_out.setdefault("a missing blob", []).append(state.name)
     lines = [f"{s.trajectories}: {sum(map(len, found.values()))} states of {len(found)} tasks"]
     lines += [f"  left out, {why}: {len(where)} ({', '.join(where[:5])}{', ...' * (len(where) > 5)})"
               for why, where in left_out.items()]
@@ -178,16 +190,25 @@ def pool(s, say=print):
     return found
 
 
-def draw(found, num, rng, weights=None):
-    """num States as (task, index in found[task]): the tasks in turn, in random order, and of each a state with a
-    chance in proportion to its weight. weights: {(task, index): weight}, 1 where there is none."""
-    picks, turn = [], []
-    while len(picks) < num:
-        turn = turn or rng.sample(sorted(found), len(found))
-        task = turn.pop()
-        chances = [1.0 if weights is None else weights.get((task, i), 1.0) for i in range(len(found[task]))]
-        picks.append((task, rng.choices(range(len(found[task])), chances)[0]))
-    return picks
+def draw(found, num, rng, weights, usable=lambda state: True):
+    """Names of num States: the tasks in turn, in random order, and of each a state with a chance in proportion to its
+    weight. weights: {name: weight}, 1 where there is none; usable may set some to 0, and another state of that task is
+    drawn then. Failed: no state has a weight any more."""
+    names, turn = [], []
+    while len(names) < num:
+        if not turn:
+            live = [task for task in sorted(found) if any(weights.get(name, 1.0) for name in found[task])]
+            if not live:
+                raise Failed("no state of the pool can be played any more; the reasons stand above")
+            turn = rng.sample(live, len(live))
+        states = found[turn[-1]]
+        chances = [weights.get(name, 1.0) for name in states]
+        if not any(chances):
+            turn.pop()
+        elif usable(states[name := rng.choices(list(states), chances)[0]]):
+            names.append(name)
+            turn.pop()
+    return names
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,8 +222,9 @@ class Sample:
     prompt: list        # token ids that the policy saw
     tokens: list        # and those it chose, the end of turn included
     logps: list         # their log-probs when they were sampled
-    step: dict          # env.Step as a dict
+    step: dict          # env.Step as a dict; None where the state's files are gone
     task: str
+    state: str = ""     # the name of its State
 
     @property
     def text(self):
@@ -213,26 +235,42 @@ class Sample:
 class Rollout:
     """Samples actions with an engine and carries them out, on one process of several.
 
-    Every process plays a run of neighbouring states. Seeds depend on the place of state and action alone, so the
-    actions are the same whatever the number of processes.
+    Every process plays a run of neighbouring states. Seeds depend on the place of state and action alone, and the order
+    of the Samples on nothing else, so they are the same whatever the number of processes and whichever script ends
+    first. (Not so whole trajectories: their observations tell the time left.)
     """
 
-    def __init__(self, s, engine, found, rank, world):
+    def __init__(self, s, engine, found, rank=0, world=1):
         self.s, self.engine, self.found, self.rank, self.world = s, engine, found, rank, world
-        self.cache, self.pool = Cache(Path(s.trajectories, "cache")), ThreadPoolExecutor(SLOTS.cpus + 2)
+        self.states = {name: state for states in found.values() for name, state in states.items()}
+        self.weights = {}       # name of a state -> weight in drawing; 0: it cannot be played
+        self.begun = None       # of the next iteration: (actions that are sampled, futures of their Samples)
+        self.cache = Cache(Path(s.trajectories, "cache"))
+        self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if s.rollout == "step" else s.states * s.num)
         other = s.coder not in ("none", "model")
         self.coder = engine if s.coder == "model" else sample.load(s.coder, context=s.context) if other else None
         self.options = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop=("\nObservation:",))
 
-    def at(self, state, **more):
-        """An Env in this state."""
+    def save(self):
+        """What a later process needs, as plain values."""
+        return {"weights": self.weights, "begun": self.begun and self.begun[0]}
+
+    def load(self, saved):
+        self.weights = saved["weights"]
+        self.begun = saved["begun"] and (saved["begun"], self.carry_out(saved["begun"]))
+
+    def env(self, head, **more):
+        """An Env with the settings of a trajectory's header, in its first state."""
         ask = self.coder and (lambda messages: self.coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END)
                               .text + CODE_END)
-        settings = {name: state.head[name] for name in ("actions", "fields", "prompt", "steps", "seconds")
-                    if name in state.head} | more
-        env = Env(state.head["task"], self.s.data, out=self.s.trajectories, coder=ask, cache=self.cache,
-                  python=self.s.python, gpu=self.s.gpu or None, threads=self.s.threads, sandbox=self.s.sandbox,
-                  **settings)
+        settings = {name: head[name] for name in ("actions", "fields", "prompt", "steps", "seconds") if name in head}
+        return Env(head["task"], self.s.data, out=self.s.trajectories, coder=ask, cache=self.cache,
+                   python=self.s.python, gpu=self.s.gpu or None, threads=self.s.threads, sandbox=self.s.sandbox,
+                   **settings | more)
+
+    def at(self, state):
+        """An Env in this state. env.Gone: a file of it is missing."""
+        env = self.env(state.head)
         env.restore(state.snapshot, state.messages, index=state.index, m_before=state.m_before)
         return env
 
@@ -242,91 +280,130 @@ class Rollout:
     def usable(self, state):
         """Whether the state can be played: its files are there, and prompt and action fit the context."""
         try:
-            env = self.at(state)
-        except ValueError as error:
-            return str(error)
-        length = len(self.prompt(env)) + self.s.max_new_tokens
-        return f"{length} tokens with the action, --context is {self.engine.context}" * (length > self.engine.context)
+            length, room = len(self.prompt(self.at(state))) + self.s.max_new_tokens, self.engine.context
+        except Gone as error:
+            return self.leave_out(state.name, error)
+        return length <= room or self.leave_out(state.name, f"prompt and action take {length} tokens, and --context "
+                                                            f"is {room}")
 
-    def draw(self, iteration, weights):
-        """The states of an iteration, drawn by the first process for all. One that has become unusable is dropped from
-        the pool, and said."""
-        rng, picks = random.Random(f"{self.s.seed} {iteration}"), []
-        while self.rank == 0 and len(picks) < self.s.states:
-            for pick in draw(self.found, self.s.states - len(picks), rng, weights):
-                task, i = pick
-                if why := self.usable(state := self.found[task][i]):
-                    print(f"left out: {state.source}, step {state.index}: {why}", file=sys.stderr)
-                    weights[pick] = 0.0
-                    if not any(weights.get((task, j), 1.0) for j in range(len(self.found[task]))):
-                        raise Failed(f"no state of {task} can be played any more; the last: {why}")
-                    break
-                picks.append(pick)
-        return broadcast(picks)
+    def leave_out(self, name, why):
+        self.weights[name] = 0.0
+        if self.rank == 0:
+            print(f"left out: {name}: {why}", file=sys.stderr)
 
-    def start(self, iteration, weights):
-        """Draws states and samples their actions; returns {"picks", "actions": [[group, tokens, logps, text], ...]} and
+    def draw(self, iteration):
+        """The names of an iteration's states, drawn by the first process for all; this process's share of them, and the
+        place where that begins."""
+        s, rng = self.s, random.Random(f"{self.s.seed} {iteration}")
+        usable = self.usable if s.rollout == "step" else lambda state: True
+        names = on_first(lambda: draw(self.found, s.states, rng, self.weights, usable))
+        first = self.rank * -(-len(names) // self.world)
+        return names[first:first + -(-len(names) // self.world)], first
+
+    def collect(self, iteration, clock):
+        """The Samples of an iteration, of all processes, in the order of their states. clock: a list that receives the
+        times at which all was sampled and all was carried out. Failed: there is none."""
+        try:
+            if self.s.rollout == "episode":
+                futures = self.episodes(iteration)
+            else:
+                _, futures = self.begun or self.start(iteration)
+                self.begun = None
+                if self.s.overlap and iteration + 1 < self.s.iterations:    # by the weights of before this update
+                    self.begun = self.start(iteration + 1)
+            clock.append(time.monotonic())
+            wait(futures, return_when=FIRST_EXCEPTION)
+            samples = gather([one for future in futures for one in future.result()])
+            clock.append(time.monotonic())
+        except FloatingPointError as error:
+            raise Failed(f"iteration {iteration + 1}, sampling, rank {self.rank}: {error}. The checkpoints in "
+                         f"{self.s.out} are from before") from None
+        gone = {one.state for one in samples if one.step is None}
+        for name in sorted(gone):
+            self.leave_out(name, "its files are gone")
+        samples = numbered([one for one in samples if one.state not in gone])
+        if not samples:
+            raise Failed(f"iteration {iteration + 1} has no action: the files of its states are gone, or every "
+                         "conversation outgrew --context")
+        if self.s.choose == "learnable":
+            for group in {one.group: one.state for one in samples}.items():
+                rewards = [one.step["reward"] for one in samples if one.group == group[0]]
+                self.weights[group[1]] = 0.1 + 2 * statistics.pstdev(rewards)
+        return samples
+
+    def start(self, iteration):
+        """Draws states and samples their actions; returns these, [[name, group, number, tokens, logps, text], ...], and
         the futures of their Samples, whose scripts may still run."""
-        s, picks = self.s, self.draw(iteration, weights)
-        share = -(-len(picks) // self.world)
-        first = min(self.rank * share, len(picks))
-        mine, actions, futures = picks[first:first + share], {}, {}
-        states = [self.found[task][i] for task, i in mine]
+        s, (names, first), done = self.s, self.draw(iteration), {}
 
-        def each(i, j, completion):
-            actions[i, j] = [first + i, completion.tokens, completion.logps, completion.text]
-            futures[i, j] = self.pool.submit(self.act, states[i], *actions[i, j])
-        if mine:
-            self.engine.generate([self.prompt(self.at(state)) for state in states], n=s.num, each=each,
+        def each(i, j, reply):
+            action = [names[i], first + i, j, reply.tokens, reply.logps, reply.text]
+            done[i, j] = action, *self.carry_out([action])
+        if names:
+            self.engine.generate([self.prompt(self.at(self.states[name])) for name in names], n=s.num, each=each,
                                  seed=zlib.crc32(f"{s.seed} {iteration}".encode()) + first * s.num, **self.options)
-        order = sorted(actions)
-        return {"picks": picks, "actions": [actions[key] for key in order]}, [futures[key] for key in order]
+        in_order = [done[key] for key in sorted(done)]
+        return [action for action, _ in in_order], [future for _, future in in_order]
 
-    def again(self, begun):
-        """The futures of what start had sampled before this process ended."""
-        states = [self.found[task][i] for task, i in begun["picks"]]
-        return [self.pool.submit(self.act, states[action[0]], *action) for action in begun["actions"]]
+    def carry_out(self, actions):
+        return [self.threads.submit(self.act, *action) for action in actions]
 
-    def act(self, state, group, tokens, logps, text):
-        """The Sample of one action: carried out, run, graded, rewarded."""
-        env = self.at(state)
-        prompt = self.prompt(env)
-        return Sample(group, 0, prompt, list(tokens), list(logps), vars(env.step(text, tokens)), env.task.id)
-
-    def finish(self, futures):
-        """The Samples of all processes, in the order of their states."""
-        return numbered(gather([future.result() for future in futures]))
+    def act(self, name, group, number, tokens, logps, text):
+        """[Sample] of one action: carried out, run, graded, rewarded."""
+        try:
+            if name not in self.states:     # it was left out when this run went on
+                raise Gone(name)
+            env = self.at(self.states[name])
+            prompt = self.prompt(env)
+            step = vars(env.step(text, tokens))
+            return [Sample(group, number, prompt, tokens, logps, step, env.task.id, name)]
+        except Gone:
+            return [Sample(group, number, [], tokens, logps, None, "", name)]
+        except Exception as error:
+            error.add_note(f"It happened in the state {name}.")
+            raise
 
     def episodes(self, iteration):
-        """The Samples of s.states * s.num whole trajectories: s.states starts, the tasks in turn, s.num of each."""
-        s, starts = self.s, draw(self.found, self.s.states, random.Random(f"{self.s.seed} {iteration}"))
-        share = -(-len(starts) // self.world)
+        """The futures of the Samples of s.states * s.num whole trajectories: s.num of each start that is drawn."""
+        names, first = self.draw(iteration)
+        return [self.threads.submit(self.play, iteration, name, first + i, k)
+                for i, name in enumerate(names) for k in range(self.s.num)]
 
-        def play(group, k):
-            head = self.found[starts[group][0]][0].head
-            env = self.at(State("", {**head, "steps": s.steps}, [], 0), steps=s.steps)
-            while not env.done:
-                prompt = self.prompt(env)
-                if len(prompt) + s.max_new_tokens > self.engine.context:
-                    return      # the conversation has outgrown the context
-                seed = zlib.crc32(f"{s.seed} {iteration} {group} {k} {env.index}".encode())
-                reply = self.engine.submit(prompt, seed=seed, **self.options).result()
-                step = env.step(reply.text, reply.tokens)
-                yield Sample(group, k, prompt, list(reply.tokens), list(reply.logps), vars(step), env.task.id)
-
-        mine = range(self.rank * share, min((self.rank + 1) * share, len(starts)))
-        with ThreadPoolExecutor(max(1, len(mine) * s.num)) as threads:      # they wait most of the time
-            chains = threads.map(lambda one: list(play(*one)), [(g, k) for g in mine for k in range(s.num)])
-            return numbered(gather([one for chain in chains for one in chain]))
+    def play(self, iteration, name, group, k):
+        """[Sample, ...] of a trajectory from the start; it ends where it outgrows the context."""
+        s, found = self.s, []
+        env = self.env(self.states[name].head, steps=self.s.steps)
+        while not env.done:
+            prompt = self.prompt(env)
+            if len(prompt) + s.max_new_tokens > self.engine.context:
+                break
+            seed = zlib.crc32(f"{s.seed} {iteration} {group} {k} {env.index}".encode())
+            reply = self.engine.submit(prompt, seed=seed, **self.options).result()
+            step = env.step(reply.text, reply.tokens)
+            found.append(Sample(group, k, prompt, reply.tokens, reply.logps, vars(step), env.task.id, name))
+        return found
 
 
 def numbered(samples):
-    """The Samples with chains numbered through: a chain is a run of neighbours with the same group and chain, or, for
-    single actions, each one alone."""
-    for i, one in enumerate(samples):
-        follows = i and one.step["index"] > samples[i - 1].step["index"] and last == (one.group, one.chain)
-        last, one.chain = (one.group, one.chain), (samples[i - 1].chain if follows else i)
+    """The Samples with chains numbered through, where they had a number within their group."""
+    numbers = {}
+    for one in samples:
+        one.chain = numbers.setdefault((one.group, one.chain), len(numbers))
     return samples
+
+
+def on_first(work):
+    """What work() returns on the first process, or the ValueError or Failed that it raises, on all."""
+    done = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            done = work()
+        except (ValueError, Failed) as error:
+            done = error
+    done = broadcast(done)
+    if isinstance(done, Exception):
+        raise done
+    return done
 
 
 def broadcast(value):
@@ -586,7 +663,7 @@ def sampler(s, learner, tokenizer):
         fill()
         engine.refresh()
     fill()
-    engine = sample.Engine(model, tokenizer, s.rows, s.context, name=s.model)
+    engine = sample.Engine(model, tokenizer, s.rows, s.context, name=s.model, repeatable=True)
     return engine, refresh
 
 
@@ -628,87 +705,83 @@ def shown(one):
             f"{', ' * bool(step['error'])}{step['error']}; reward {step['reward']:.3f}")
 
 
-def learn(s):
-    """Trains s.model on the pool and writes s.out."""
+def learn(s, rank, world, device):
+    """Trains s.model on the pool and writes s.out, as process `rank` of `world`."""
     if refused := [id for id in tasks.names(s.task) if tasks.load(id).split != "held-in"]:
         raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
                          f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
-    rank, world, device = processes()
-    say = print if rank == 0 else lambda line, **_: None
+    say = print if rank == 0 else lambda line: None
     folder = find_folder(s.model)
     tokenizer, config = sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)
-    if rank == 0:
-        prepare(s)
-    barrier()
-    found = pool(s, say)
-    Path(s.out).mkdir(parents=True, exist_ok=True)
+    on_first(lambda: prepare(s) and None)
+    if s.sandbox == "on":
+        protection()        # here, before many threads ask at once
+    found = pool(s, tokenizer, say)
     learner = Learner(s, config, folder, tokenizer.size, rank, world, device)
-    state = load_state(s.out, learner.models, learner.optimizer) or {"step": 0, "weights": [], "begun": None}
-    weights = {(task, i): weight for task, i, weight in state["weights"]}
+    state = load_state(s.out, learner.models, learner.optimizer) or {"step": 0}
     engine, refresh = sampler(s, learner, tokenizer)
-    rollout, peak = Rollout(s, engine, found, rank, world), peak_flops(device)
-    if state["step"]:
-        say(f"{s.out}: going on after iteration {state['step']}")
-    log, started = open(Path(s.out, "log.jsonl"), "a") if rank == 0 else None, time.monotonic()
-    begun, futures = state["begun"], None
-    for iteration in range(state["step"], s.iterations):
-        clock, cached, sampled = [time.monotonic()], dict(rollout.cache.counts), engine.sampled_tokens
-        if s.rollout == "episode":
-            samples, begun = rollout.episodes(iteration), None
-            clock += [time.monotonic()] * 2
-        else:
-            if begun is None:
-                begun, futures = rollout.start(iteration, weights)
-            futures, now, begun = futures or rollout.again(begun), begun, None
-            if s.overlap and iteration + 1 < s.iterations:      # with the weights of before this iteration's update
-                begun, following = rollout.start(iteration + 1, weights)
-            clock.append(time.monotonic())
-            samples = rollout.finish(futures)
-            futures = following if begun else None
-            clock.append(time.monotonic())
-        if not samples:
-            raise Failed("no action could be sampled: every conversation outgrew --context")
-        learned = learner.step(samples, iteration)
+    rollout = Rollout(s, engine, found, rank, world)
+    if done := state["step"]:
+        rollout.load(state["rollout"])
+        say(f"{s.out}: going on after iteration {done}")
+    log, meter = open(Path(s.out, "log.jsonl"), "a") if rank == 0 else None, Meter(s, learner, rollout, done)
+    for iteration in range(done, s.iterations):
+        meter.start()
+        samples = rollout.collect(iteration, meter.clock)
+        figures = learner.step(samples, iteration)
         refresh()
-        clock.append(time.monotonic())
-        if s.choose == "learnable" and s.rollout == "step":
-            for group, pick in enumerate(now["picks"]):
-                rewards = torch.tensor([each.step["reward"] for each in samples if each.group == group])
-                weights[tuple(pick)] = 0.1 + 2 * rewards.std(correction=0).item()
-        counts = {name: rollout.cache.counts[name] - cached[name] for name in cached}
-        seconds = clock[-1] - clock[0]
-        both = 1 + bool(learner.critic)
-        passes = (3 * s.epochs + 1) * both + bool(learner.reference)      # of a forward
-        flops = flops_of(config, [[one.text for one in samples]]) / 3 * passes / world
-        figures = {"iteration": iteration + 1, **learned,
-                   "cache_hits": counts["hits"] / max(1, counts["hits"] + counts["runs"]), "runs": counts["runs"],
-                   "sample_s": clock[1] - clock[0], "execute_s": clock[2] - clock[1], "update_s": clock[3] - clock[2],
-                   "seconds": seconds, "elapsed_s": time.monotonic() - started,
-                   "sampled_tokens_s": (engine.sampled_tokens - sampled) * world / (clock[2] - clock[0]),
-                   "mfu": flops / (clock[3] - clock[2]) / peak if peak else None,
-                   "peak_gib": peak_memory(device) / 2**30}
+        figures = {"iteration": iteration + 1, **figures, **meter.figures(samples)}
         if rank == 0:
-            report(figures, s, log, started, iteration + 1 - state["step"])
+            report(figures, s, log, meter.left(iteration + 1))
             if (iteration + 1) % s.show_every == 0 or iteration == 0:
                 print(shown(random.Random(iteration).choice(samples)), flush=True)
         if (iteration + 1) % s.save_every == 0 or iteration + 1 == s.iterations:
-            save_state(s.out, iteration + 1, learner.models, learner.optimizer, begun=begun,
-                       weights=[[*pick, weight] for pick, weight in weights.items()])
+            save_state(s.out, iteration + 1, learner.models, learner.optimizer, rollout=rollout.save())
     export(learner.actor, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
 
 
-def report(figures, s, log, started, done):
-    """Writes an iteration's line to the log and to the screen, and warns where not to edit is the best policy."""
-    log.write(json.dumps(figures) + "\n")
+class Meter:
+    """What an iteration took."""
+
+    def __init__(self, s, learner, rollout, done):
+        self.s, self.learner, self.rollout, self.done = s, learner, rollout, done
+        self.peak, self.began = peak_flops(learner.device), time.monotonic()
+
+    def start(self):
+        self.clock, self.sampled = [time.monotonic()], self.rollout.engine.sampled_tokens
+        self.before = dict(self.rollout.cache.counts)
+
+    def figures(self, samples):
+        """What the log says of it as {name: number}. The clock has: the start, all sampled, all carried out."""
+        start, sampled, executed, now = *self.clock, time.monotonic()
+        runs, hits = (self.rollout.cache.counts[name] - self.before[name] for name in ("runs", "hits"))
+        learner, tokens = self.learner, self.rollout.engine.sampled_tokens - self.sampled
+        passes = (3 * self.s.epochs + 1) * (1 + bool(learner.critic)) + bool(learner.reference)      # of a forward
+        flops = flops_of(learner.config, [[one.text for one in samples]]) / 3 * passes / learner.world
+        return {"left_out": sum(weight == 0 for weight in self.rollout.weights.values()), "runs": runs,
+                "cache_hits": hits / max(1, hits + runs), "sample_s": sampled - start,
+                "execute_s": executed - sampled, "update_s": now - executed, "seconds": now - start,
+                "elapsed_s": now - self.began, "sampled_tokens_s": tokens * learner.world / (executed - start),
+                "mfu": flops / (now - executed) / self.peak if self.peak else None,
+                "peak_gib": peak_memory(learner.device) / 2**30}
+
+    def left(self, done):
+        """The time that the other iterations will take, if they take as long as those so far."""
+        share = (self.s.iterations - done) / (done - self.done)
+        return timedelta(seconds=int((time.monotonic() - self.began) * share))
+
+
+def report(f, s, log, left):
+    """Writes an iteration's figures to the log and to the screen, and warns where not to edit is the best policy."""
+    log.write(json.dumps(f) + "\n")
     log.flush()
-    left = timedelta(seconds=int((time.monotonic() - started) / done * (s.iterations - figures["iteration"])))
-    f, optional = figures, lambda name, form: "-" if figures.get(name) is None else format(figures[name], form)
+    form = lambda name, how: "-" if f.get(name) is None else format(f[name], how)
     print(f"iteration {f['iteration']:>4}/{s.iterations}  reward {f['reward']:.3f}  edits "
-          f"{optional('reward_edits', '.3f')}  valid {f['valid']:4.0%}  kl {optional('kl', '.4f')}  entropy "
-          f"{f['entropy']:.3f}  clip {f['clip_fraction']:.3f}  ev {optional('explained_variance', '.2f')}  "
-          f"gap {f['gap_max']:.1e}  hits {f['cache_hits']:4.0%}  "
-          f"{f['sample_s']:.1f} + {f['execute_s']:.1f} + {f['update_s']:.1f} s  ETA {left}", flush=True)
+          f"{form('reward_edits', '.3f')}  valid {f['valid']:4.0%}  kl {form('kl', '.4f')}  entropy {f['entropy']:.3f}  "
+          f"clip {f['clip_fraction']:.3f}  ev {form('explained_variance', '.2f')}  gap {f['gap_max']:.1e}  "
+          f"hits {f['cache_hits']:4.0%}  {f['sample_s']:.1f} + {f['execute_s']:.1f} + {f['update_s']:.1f} s  ETA {left}",
+          flush=True)
     if f["reward_edits"] is not None and f["reward_edits"] < 0.5 and f["iteration"] % s.show_every == 0:
         print("  edits earn less than 0.5 on average, which is what an action that is no edit earns: the policy learns "
               "not to edit while this lasts", file=sys.stderr)
@@ -716,7 +789,13 @@ def report(figures, s, log, started, done):
 
 def main(argv=None):
     s = sample.parse(Settings, argv)
-    return attempt("rl.py", lambda: learn(s), s.out)
+
+    def work():
+        rank, world, device = processes()
+        with linked(rank), contextlib.ExitStack() as held:
+            on_first(lambda: held.enter_context(alone(s.out, "rl.py")))
+            learn(s, rank, world, device)
+    return attempt("rl.py", work, s.out)
 
 
 if __name__ == "__main__":

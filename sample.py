@@ -435,14 +435,16 @@ class Engine:
     refresh(). On a CPU in fp32, pack=True keeps a second copy of the weights in a layout that is about twice as fast
     for 4 to 64 rows; None does so where they are too large for the processor's cache (64 MiB). draft: guess tokens from
     the prompt and the reply so far, and check several in one pass where that is expected to pay; the tokens stay those
-    of plain decoding.
+    of plain decoding. What pays is measured; repeatable=True takes it from what was sampled since refresh() alone, so
+    that the same calls give the same log-probs to the last bit.
 
     chat, generate and submit may be called from any thread. The first chat or submit starts one that runs the model
     from then on. Until then generate runs it in the caller's thread, which on a CPU is a quarter faster: there is one
     pool of OpenMP threads, not two that share the cores.
     """
 
-    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True):
+    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True,
+                 repeatable=False):
         weight = model.lm_head.weight
         self.model, self.tokenizer, self.name, self.rows = model, tokenizer, name, rows
         self.context = min(context, model.config.max_position_embeddings)
@@ -457,7 +459,7 @@ class Engine:
         self.used = [0] * rows                                              # when each was parked last
         self.waiting, self.wake, self.thread, self.turn = deque(), threading.Condition(), None, threading.Lock()
         self.sampled_tokens = self.prefilled_tokens = self.reused_tokens = 0
-        self.draft, self.cost, self.odds = draft, PassTime(), [[1, 2] for _ in range(17)]   # see Lookup
+        self.draft, self.cost, self.repeatable = draft, PassTime(), repeatable
         self.passes = self.drafted_tokens = self.accepted_tokens = 0
         self.refresh()
 
@@ -466,11 +468,12 @@ class Engine:
         with self.wake:
             if self.active or self.waiting:
                 raise RuntimeError("the cache cannot be dropped while replies are being sampled; wait for them first")
-            self.lengths = [0] * self.rows
+            self.lengths, self.used = [0] * self.rows, [0] * self.rows
 
     def refresh(self):
         """Take notice of changed weights: drop what the old ones cached, and pack anew."""
         self.forget()
+        self.odds = [[1, 2] for _ in range(17)]     # see Lookup
         if self.pack:
             for layer in self.model.modules():
                 if isinstance(layer, Linear):
@@ -599,7 +602,8 @@ class Engine:
         settings = torch.tensor(settings, dtype=torch.float64, device=self.device)
         tokens, logps = draw(logits, settings[:, 0], settings[:, 1], settings[:, 2].long(), settings[:, 3])
         tokens, logps = tokens.tolist(), logps.tolist()
-        self.cost.add(len(inputs), time.perf_counter() - start)
+        if not self.repeatable:
+            self.cost.add(len(inputs), time.perf_counter() - start)
         if not all(map(math.isfinite, logps)):
             raise FloatingPointError(f"{self.name} gives logits that are not finite; its weights are damaged")
         self.passes += 1

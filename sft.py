@@ -16,7 +16,7 @@ The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), 
 ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, counts). A run that was killed goes on with
 the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import fcntl, hashlib, json, math, os, random, re, resource, shutil, sys, threading, time, zlib
+import contextlib, hashlib, json, math, os, random, re, resource, shutil, sys, threading, time, zlib
 from collections import Counter, defaultdict
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
@@ -38,7 +38,7 @@ from env import (
     DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, Env, Unprotected, clip, header, printed_metric, prompt_of, record,
     parse, short_prompt, shown_lines)
 from model import IGNORE, Config, Qwen2, find_folder, load_tensors, write_checkpoint
-from eval import CODE_END, CODER_TOKENS, Failed, Run, attempt, ended, layout, prepare, read_record, run_program
+from eval import CODE_END, CODER_TOKENS, Failed, Run, alone, attempt, ended, layout, prepare, read_record, run_program
 
 
 RECIPES = {     # --preset: the paper's section on fine-tuning
@@ -617,12 +617,7 @@ def collect(s, load=sample.load):
         raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
                          f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
     folder = Path(s.trajectories)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:       # let go however this process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process collects in {folder}; wait for it, or give another folder") from None
+    with alone(folder, "sft.py --collect"):
         infos = prepare(s)
         forbidden = held_out(s.data)
         for task, info in infos:
@@ -858,8 +853,21 @@ def processes():
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized() and world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # A script may run for half an hour while others wait. Who dies is noticed by torchrun, or by a lost connection.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
     return rank, world, device
+
+
+@contextlib.contextmanager
+def linked(rank):
+    """Failed in place of what torch raises where another process of the run has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise Failed(f"rank {rank}: another process of this run has ended, and its own message says why, unless it was "
+                     f"killed ({clip(str(error), 200)})") from None
 
 
 def compute_type(dtype, device):

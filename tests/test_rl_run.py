@@ -1,0 +1,576 @@
+"""rl.py around its update: the pool of states, rollouts, overlap, exact resume, and what goes wrong.
+
+The tasks are those of test_collect, which run in a moment. The model has learned a few replies, each two tokens of a
+tokenizer of its own, so that it really writes actions, good ones and bad ones, after a second of training."""
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import env
+import rl
+import sample
+import sft
+import tasks
+from model import Config, Qwen2
+from test_collect import add_task
+from test_collect import settings as collecting
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADS = ['Thought: a\nAction: Replace In Script\nAction Input: {"script_name": "train.py", "find": ',
+         'Thought: b\nAction: Execute Script\nAction Input: {"script_name": ']
+EDITS = ['"VALUE = 3 ", "replace": "VALUE = 8 "}', '"VALUE = 3 ", "replace": "VALUE = -50 "}',
+         '"SHIFT = 0", "replace": "SHIFT = 1"}', '"SHIFT = 0", "replace": "SHIFT = 1 / 0"}']
+REPLIES = [HEADS[0] + edit for edit in EDITS] + [HEADS[1] + '"train.py"}', "no action"]
+SHAPE = Config(vocab_size=280, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
+               num_key_value_heads=2, max_position_embeddings=1024)
+
+
+def save_model(folder, prompts):
+    """Writes a model that answers those prompts with REPLIES, or close to it, and its tokenizer."""
+    bpe = sample.Tokenizer.of_bytes().bpe
+    bpe.add_tokens([*HEADS, *EDITS, '"train.py"}', "no action"])
+    tokenizer, model = sample.Tokenizer(bpe), Qwen2.from_scratch(SHAPE)
+    texts = [tokenizer.conversation([*prompt, {"role": "assistant", "content": reply}])
+             for prompt in prompts for reply in REPLIES]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(36):
+        row = [texts[i] for i in sft.batch_of(len(texts), step, 6, 0)]
+        sft.add_gradients(model, [row], sum(sum(chosen) for _, chosen in row), 1, torch.device("cpu"), tokenizer.size)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with two held-in tasks and a held-out one, a pool of two trajectories of each of the two, a model."""
+    folder = tmp_path_factory.mktemp("rl")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, answer, split in (("toy-a", 10, "held-in"), ("toy-b", 11, "held-in"), ("toy-out", 12, "held-out")):
+            add_task(folder / "tasks", name, answer, split)
+        patch.setattr(tasks, "FOLDERS", [folder / "tasks"])
+        sft.collect(collecting(folder, "pool", prompt="short", fields=sft.SHORT_FIELDS, actions=sft.SHORT_ACTIONS, num=2,
+                               steps=6, keep=100))
+        rollout = playing(folder)
+        save_model(folder / "model", [rollout.at(state).prompt() for state in list(rollout.states.values())[::4]])
+        yield folder
+
+
+def settings(folder, **more):
+    return rl.Settings(**{"model": str(folder / "model"), "trajectories": str(folder / "pool"), "states": 4, "num": 2,
+                          "data": str(folder / "data"), "out": str(folder / "out"), "max_new_tokens": 8,
+                          "context": 1000, **more})
+
+
+class Scripted:
+    """In place of an Engine: gives prepared replies. replies: {(iteration's place i, j): text}, or one text for all."""
+
+    def __init__(self, replies=REPLIES[0], tokenizer=None, context=1000):
+        self.replies, self.context, self.asked, self.sampled_tokens = replies, context, [], 0
+        self.tokenizer = tokenizer or sample.Tokenizer.of_bytes()
+
+    def generate(self, prompts, n=1, seed=0, each=None, **options):
+        self.asked.append(prompts)
+        for i in range(len(prompts)):
+            for j in range(n):
+                each(i, j, self.reply(self.replies if isinstance(self.replies, str) else self.replies[i, j]))
+
+    def submit(self, prompt, seed=0, **options):
+        self.asked.append(prompt)
+        future = rl.ThreadPoolExecutor(1).submit(lambda: self.reply(self.replies.pop(0)))
+        return future
+
+    def reply(self, text):
+        tokens = self.tokenizer.encode(text) + [self.tokenizer.end]
+        return sample.Completion(text, tokens, [-0.01 * k for k in range(len(tokens))], "stop")
+
+
+def playing(folder, engine=None, **more):
+    """A Rollout over the folder's pool."""
+    s, engine = settings(folder, **more), engine or Scripted()
+    return rl.Rollout(s, engine, rl.pool(s, engine.tokenizer, say=lambda line: None))
+
+
+def copied(folder, tmp_path):
+    """A pool of one's own, to be damaged: the folder of the trajectories."""
+    return Path(shutil.copytree(folder / "pool", tmp_path / "pool"))
+
+
+def engine_of(folder, rows=8):
+    tokenizer = sample.Tokenizer.from_pretrained(folder / "model")
+    return sample.Engine(Qwen2.from_pretrained(folder / "model").requires_grad_(False), tokenizer, rows, 1000)
+
+
+# -- the pool
+
+def test_every_state_is_that_of_the_recorded_run(made):
+    """Every prefix: played on from there, the recorded reply gives the recorded step; the messages and the prompt are
+    those of a run that was never stopped."""
+    rollout, seen = playing(made), 0
+    for file in sorted((made / "pool").glob("*.jsonl")):
+        head, steps = env.read_trajectory(file)
+        live = env.Env(head["task"], made / "data", out=made / "pool", prompt="short", fields=head["fields"],
+                       actions=head["actions"], steps=head["steps"])
+        for step in steps:
+            state = rollout.states[f"{file.stem}, step {step['index']}"]
+            here = rollout.at(state)
+            assert here.messages == live.messages and here.prompt() == live.prompt()
+            assert here.snapshot() == live.snapshot() and here.m_before == live.m_before
+            live.step(step["reply"])
+            now = json.loads(json.dumps(vars(here.step(step["reply"]))))
+            for name in env.COMPARED:
+                assert env._masked(now[name]) == env._masked(step[name]), (state.name, name)
+            seen += 1
+    assert seen == len(rollout.states) == 24 and len({s.m_before for s in rollout.states.values()}) > 3
+
+
+def test_draws_are_balanced_over_tasks_and_weighted_within():
+    found = {"one": {"a": "A"}, "two": {"b": "B", "c": "C"}, "many": {str(i): i for i in range(50)}}
+    rng = random.Random(0)
+    names = rl.draw(found, 3 * 400, rng, {"b": 3.0})
+    count = lambda some: sum(name in some for name in names)
+    assert count("a") == count("bc") == 400 and len(set(names)) > 48
+    assert 270 < count("b") < 330                               # 3 of 4: 300, and its standard deviation is 8.7
+    for k in range(0, 1200, 3):                                 # each task in each turn
+        assert len({{"a": 1, "b": 2, "c": 2}.get(name, 3) for name in names[k:k + 3]}) == 3
+    assert {rl.draw(found, 4, rng, {})[0] for _ in range(100)} > {"a"}      # whose turn comes first differs
+    assert "b" not in rl.draw(found, 300, rng, {"b": 0.0})
+    assert set(rl.draw(found, 30, rng, {"b": 0.0, "c": 0.0})) & {"a", "b", "c"} == {"a"}    # no state of a task is left
+
+
+def test_a_state_that_cannot_be_used_gives_way_to_another_of_its_task():
+    found, weights = {"one": {"a": "A", "b": "B"}, "two": {"c": "C"}}, {}
+
+    def usable(state):
+        weights.update({state.lower(): 0.0} if state == "A" else {})
+        return state != "A"
+    for seed in range(5):
+        weights.clear()
+        assert sorted(rl.draw(found, 4, random.Random(seed), weights, usable)) == ["b", "b", "c", "c"]
+    with pytest.raises(rl.Failed, match="no state of the pool can be played"):
+        rl.draw({"one": {"a": "A"}}, 1, random.Random(0), weights := {}, usable)
+
+
+def test_learnable_states_are_those_whose_rewards_varied(made):
+    """Two actions in each of two states; in the first one works and one does not, in the second neither does."""
+    engine = Scripted({(0, 0): REPLIES[4], (0, 1): "no action", (1, 0): "no action", (1, 1): "no action"})
+    rollout = playing(made, engine, choose="learnable", states=2)
+    samples = rollout.collect(0, [])
+    assert [one.step["reward"] for one in samples] == [0.5, 0.0, 0.0, 0.0]
+    assert rollout.weights == {samples[0].state: pytest.approx(0.1 + 2 * 0.25), samples[2].state: 0.1}
+    assert playing(made, engine, states=2).weights == {}
+
+
+def refused(folder, match, **more):
+    with pytest.raises(ValueError, match=match):
+        rl.pool(settings(folder, **more), sample.Tokenizer.of_bytes(), say=lambda line: None)
+
+
+def edit_head(path, **more):
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(lines[0]) | more), *lines[1:]]) + "\n")
+
+
+def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
+    folder = copied(made, tmp_path)
+    edit_head(folder / "toy-a-1.jsonl", task="toy-out")
+    refused(made, "toy-out is held out", trajectories=str(folder))
+    tasks.prepare("toy-out", None, made / "data", say=lambda line: None)
+    secret = tasks.info("toy-out", made / "data")["sha256"]["private/test.csv"]
+    edit_head(folder / "toy-a-1.jsonl", task="toy-a", data_sha256={"public/train.csv": secret})
+    refused(made, "public/train.csv of toy-a is a file of toy-out", trajectories=str(folder))
+    edit_head(folder / "toy-a-1.jsonl", data_sha256={"public/train.csv": "0" * 64})
+    refused(made, "was collected on other data", trajectories=str(folder))
+    refused(made, "there is no state to start from", trajectories=str(tmp_path / "nothing"))
+    (folder / "toy-a-1.jsonl").write_text("{}\n")
+    said = []
+    found = rl.pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
+    assert "18 states of 2 tasks" in said[0] and "no record of a trajectory: 1" in said[0] and "toy-a-1.jsonl" in said[0]
+    assert len(found["toy-a"]) == 6
+
+
+def test_ids_of_another_tokenizer_are_not_used(made, tmp_path):
+    """The recorded ids stand in the prompt where the tokenizer is the same, else the text is encoded."""
+    folder, tokenizer = copied(made, tmp_path), sample.Tokenizer.of_bytes()
+    path = folder / "toy-a-0.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["messages"][0]["tokens"] = [7, 7, 7]
+    for own, kept in ((sft.fingerprint(tokenizer), True), ("another", False)):
+        lines[0]["tokenizer"] = own
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        state = playing(made, trajectories=str(folder)).states["toy-a-0, step 1"]
+        assert ([7, 7, 7] in [message.get("tokens") for message in state.messages]) == kept
+
+
+def test_a_missing_blob_is_named_at_the_start_and_in_the_middle(made, tmp_path, capsys):
+    folder, said = copied(made, tmp_path), []
+    rollout = playing(made, trajectories=str(folder), states=8)
+    later = rollout.states["toy-b-0, step 5"]
+    sha = next(iter(later.snapshot.values()))
+    lost = {name for name, state in rollout.states.items() if sha in state.snapshot.values()}
+    (folder / "blobs" / sha[:2] / sha).unlink()
+    found = rl.pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
+    assert {name for states in found.values() for name in states} == set(rollout.states) - lost
+    assert f"left out, a missing blob: {len(lost)}" in said[0] and min(lost) in said[0]
+    # the rollout that began before: what is drawn next, and what was sampled already
+    names = [name for iteration in range(8) for name in rollout.draw(iteration)[0]]
+    assert len(names) == 64 and not lost & set(names)
+    told = capsys.readouterr().err
+    assert told.count("left out") == sum(weight == 0 for weight in rollout.weights.values()) > 0
+    assert "is missing in" in told and min(name for name in lost if name in rollout.weights) in told
+    name = sorted(lost)[0]
+    actions = [[name, 0, 0, [1], [0.0], "x"], ["toy-a-0, step 0", 1, 0, [2], [0.0], "no action"],
+               ["no such state", 2, 0, [1], [0.0], "x"]]
+    rollout.load({"weights": {}, "begun": actions})
+    samples = rollout.collect(0, [])
+    assert [one.state for one in samples] == ["toy-a-0, step 0"]
+    assert rollout.weights == {name: 0.0, "no such state": 0.0}
+    assert f"left out: {name}: its files are gone" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_too_long_is_left_out_and_said(made, capsys):
+    rollout = playing(made)
+    lengths = {name: len(rollout.prompt(rollout.at(state))) for name, state in rollout.states.items()}
+    limit = sorted(lengths.values())[12] + 8
+    rollout = playing(made, Scripted(context=limit), states=40)
+    names, _ = rollout.draw(0)
+    too_long = {name for name, length in lengths.items() if length + 8 > limit}
+    assert len(names) == 40 and 0 < len(too_long) < 12 and not too_long & set(names)
+    out = {name for name, weight in rollout.weights.items() if weight == 0}
+    assert out and out <= too_long and capsys.readouterr().err.count(f"--context is {limit}") == len(out)
+    with pytest.raises(rl.Failed, match="no state of the pool"):
+        playing(made, Scripted(context=20)).draw(0)
+
+
+# -- rollouts
+
+def test_ids_and_log_probs_are_those_that_were_sampled(made):
+    """Also ids that no encoding of the text would give."""
+    engine = Scripted()
+    odd = [ord(c) for c in "no action"]         # as bytes, not as the one token that stands for it
+    reply = sample.Completion("no action", [*odd, engine.tokenizer.end], [-0.123456789 * k for k in range(10)], "stop")
+    engine.reply = lambda text: reply
+    one = playing(made, engine, states=1, num=1).collect(0, [])[0]
+    assert one.tokens == reply.tokens and one.logps == reply.logps and one.prompt == engine.asked[0][0]
+    assert one.text == (one.prompt + reply.tokens, [False] * len(one.prompt) + [True] * 10)
+
+
+def test_actions_depend_neither_on_batching_nor_on_who_ends_first(made, monkeypatch):
+    """And all actions of a state share one prefill."""
+    seen = []
+    for rows, slow in ((1, False), (8, True)):
+        engine = engine_of(made, rows)
+        rollout = playing(made, engine, states=3, num=4)
+        act = rollout.act
+        if slow:        # the first are carried out last
+            monkeypatch.setattr(rollout, "act", lambda *action: (time.sleep(0.1 * (action[1:3] < (1, 0))), act(*action))[1])
+        samples = rollout.collect(5, [])
+        seen.append([(one.state, one.group, one.chain, one.prompt, one.tokens, one.step["reward"], one.step["snapshot"])
+                     for one in samples])
+        whole = sum(len(one.prompt) - 1 for one in samples)
+        assert engine.prefilled_tokens + engine.reused_tokens == whole and engine.prefilled_tokens <= whole / 4
+    assert seen[0] == seen[1] and [each[1] for each in seen[0]] == sorted(4 * [0, 1, 2])
+    assert [each[2] for each in seen[0]] == list(range(12)) and len({each[5] for each in seen[0]}) > 1
+
+
+def test_scripts_run_while_the_engine_samples_on(made):
+    engine, ran = Scripted(), threading.Event()
+
+    def generate(prompts, n, seed, each, **options):
+        each(0, 0, engine.reply(REPLIES[4]))
+        assert ran.wait(60), "the first action is not carried out while the second is sampled"
+        each(0, 1, engine.reply("no action"))
+    engine.generate = generate
+    rollout = playing(made, engine, states=1)
+    act = rollout.act
+    rollout.act = lambda *action: (act(*action), ran.set())[0]
+    assert [one.step["reward"] for one in rollout.collect(0, [])] == [0.5, 0.0]
+
+
+def test_with_overlap_the_next_iteration_is_sampled_before_the_last_script_has_ended(made):
+    for overlap in (True, False):
+        engine, second = Scripted(), threading.Event()
+        rollout = playing(made, engine, overlap=overlap, iterations=2, states=1)
+        generate, act, inner = engine.generate, rollout.act, []
+        engine.generate = lambda *args, **more: (generate(*args, **more), len(engine.asked) == 2 and second.set())
+
+        def waits(*action):
+            if overlap and len(engine.asked) == 1:      # a script of the first iteration
+                assert second.wait(60), "the second iteration is not sampled before the first's scripts have ended"
+            return act(*action)
+        rollout.act = waits
+        rollout.collect(0, [])
+        assert len(engine.asked) == 1 + overlap and (rollout.begun is not None) == overlap
+        saved = json.loads(json.dumps(rollout.save()))
+        samples = rollout.collect(1, [])
+        assert len(engine.asked) == 2 and rollout.begun is None         # there is no third iteration to sample
+        if overlap:     # the same again from what a checkpoint holds, without sampling
+            other = playing(made, Scripted(), overlap=True, iterations=2, states=1)
+            other.load(saved)
+            assert [(a.state, a.tokens, a.logps, a.prompt) for a in other.collect(1, [])] == [
+                (a.state, a.tokens, a.logps, a.prompt) for a in samples] and not other.engine.asked
+
+
+def test_an_error_of_a_script_worker_reaches_the_caller(made, monkeypatch):
+    rollout = playing(made)
+    monkeypatch.setattr(env.Env, "step", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        rollout.collect(0, [])
+    rollout.threads.shutdown()      # what still waits would run in the next test
+    assert "in the state toy-" in caught.value.__notes__[0]
+
+
+def test_a_killed_supervisor_costs_one_reward(made, monkeypatch):
+    """The script counts as killed, the others are carried out, and the result is not kept."""
+    request, killed = env._request, []
+
+    def fatal(job):
+        found = request(job)
+        if not killed:
+            killed.append(os.kill(found[0], signal.SIGKILL))
+        return found
+    monkeypatch.setattr(env, "_request", fatal)
+    edit = HEADS[0] + '"GAIN = 1\\n", "replace": "GAIN = 7\\nimport time\\ntime.sleep(0.7)\\n"}'
+    rollout = playing(made, Scripted(edit), states=2, num=1)
+    outcomes = [one.step["outcome"] for one in rollout.collect(0, [])]
+    assert sorted(outcomes) == ["killed", "ok"]
+    assert [one.step["outcome"] for one in playing(made, Scripted(edit), states=2, num=1).collect(0, [])] == ["ok"] * 2
+
+
+def test_episodes_are_whole_trajectories_with_chains(made):
+    """Two trajectories of three steps, played by prepared replies; then returns and advantages by hand."""
+    replies = [REPLIES[0], REPLIES[4], "no action"]
+    engine = Scripted()
+    rollout = playing(made, engine, rollout="episode", states=2, num=1, steps=3, max_new_tokens=200)
+
+    def submit(prompt, seed, **options):        # which step it is stands in the prompt
+        shown = engine.tokenizer.decode(prompt)
+        k = 0 if "Last: nothing" in shown else 1 if "Last: Replace" in shown else 2
+        future = rl.ThreadPoolExecutor(1).submit(engine.reply, replies[k])
+        return future
+    engine.submit = submit
+    samples = rollout.collect(0, [])
+    assert [one.chain for one in samples] == [0, 0, 0, 1, 1, 1] and [one.step["index"] for one in samples] == 2 * [0, 1, 2]
+    assert {one.task for one in samples} == {"toy-a", "toy-b"}
+    assert [one.step["reward"] for one in samples] == pytest.approx([0.98, 0.5, 0] * 2, abs=0.02)
+    assert samples[0].step["ended"] == "" and samples[2].step["ended"] == "steps"
+    rewards = [one.step["reward"] for one in samples[:3]]
+    learner = rl.Learner.__new__(rl.Learner)
+    learner.s = settings(made, rollout="episode", gamma=0.5, lam=1.0, kl=0.0)
+    old = [torch.zeros(len(one.tokens)) for one in samples]
+    values = [torch.zeros(len(one.tokens)) for one in samples]
+    _, returns = learner.advantages(samples, old, None, values)
+    for i in range(3):      # discounted by token: from token t of step i to the last of each later step
+        for t in (0, len(old[i]) - 1):
+            steps_ahead, total = len(old[i]) - 1 - t, 0.0
+            for k in range(i, 3):
+                total += 0.5 ** steps_ahead * rewards[k]
+                steps_ahead += len(old[k + 1]) if k < 2 else 0
+            assert returns[i][t].item() == pytest.approx(total, abs=1e-6)
+
+
+# -- whole runs: a process that has imported everything forks one for each, and each command is run as from a shell
+
+DRIVER = """
+import json, os, sys
+import torch, env, rl, sample, sft
+WHERE = {"sampling": (sample.Engine, "step"), "executing": (env.Env, "step"), "updating": (rl.AdamW, "step"),
+         "saving": (torch, "save"), "learning": (rl.Learner, "step")}
+
+def after(where, n, what):
+    owner, name = WHERE[where]
+    inner, calls = getattr(owner, name), []
+
+    def counted(*args, **more):
+        done = inner(*args, **more)
+        calls.append(1)
+        if len(calls) == n:
+            what(*args)
+        return done
+    setattr(owner, name, counted)
+
+kill = lambda *args: os.kill(os.getpid(), 9)
+env.describe(sys.executable)
+env.protection()        # asked once for all
+env._server = None
+for line in sys.stdin:
+    job = json.loads(line)
+    children = []
+    for rank in range(job["world"]):
+        children.append(os.fork())
+        if not children[-1]:
+            log = os.open(f"{job['log']}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+                os.dup2(source, target)
+            if job["world"] > 1:
+                os.environ.update(RANK=str(rank), WORLD_SIZE=str(job["world"]), MASTER_ADDR="127.0.0.1",
+                                  MASTER_PORT=str(job["port"]))
+            exec(job["code"])
+            rl.run_program(lambda: rl.main(job["args"]))
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+"""
+
+
+class Runs:
+    """Runs `python rl.py` with the tasks, pool and model of a folder."""
+
+    def __init__(self, folder):
+        self.folder, self.num = folder, 0
+        path = {"PYTHONPATH": str(ROOT), "ML_AGENT_TASKS": str(folder / "tasks"), "OMP_NUM_THREADS": "1"}
+        self.driver = subprocess.Popen([sys.executable, "-c", DRIVER], env={**os.environ, **path}, text=True,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def start(self, *args, code="", world=1, **flags):
+        flags = {"model": self.folder / "model", "trajectories": self.folder / "pool", "data": self.folder / "data",
+                 "task": "toy-a", "states": 3, "num": 2, "max-new-tokens": 8, "context": 1000, "iterations": 6,
+                 "save-every": 2, "lr": 3e-3, "critic-lr": 1e-3, "kl": 0.1, **flags}
+        args = [*args, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        job = {"args": args, "code": code, "world": world, "port": port, "log": str(self.folder / "said")}
+        print(json.dumps(job), file=self.driver.stdin, flush=True)
+
+    def end(self):
+        """(exit status, output) of every process of the last run; alone, of the one."""
+        codes = json.loads(self.driver.stdout.readline())
+        found = [(code, Path(f"{self.folder}/said-{rank}").read_text()) for rank, code in enumerate(codes)]
+        return found if len(found) > 1 else found[0]
+
+    def __call__(self, *args, **flags):
+        self.start(*args, **flags)
+        return self.end()
+
+
+@pytest.fixture(scope="module")
+def run(made):
+    runs = Runs(made)
+    yield runs
+    runs.driver.stdin.close()
+    runs.driver.wait(60)
+
+
+# what depends on the clock, on the memory, or on what an earlier run has put into the cache
+FREE = {"runs", "cache_hits", "sample_s", "execute_s", "update_s", "seconds", "elapsed_s", "sampled_tokens_s", "mfu",
+        "peak_gib"}
+
+
+def curve(folder):
+    """{iteration: figures} of a log; an iteration that was done again counts as it was done last."""
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["iteration"]: {name: line[name] for name in line if name not in FREE} for line in lines}
+
+
+def weights(folder):
+    return dict(Qwen2.from_pretrained(folder).named_parameters())
+
+
+@pytest.mark.parametrize("flags", [(), ("--overlap", "--choose", "learnable", "--minibatches", "2")])
+def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
+    """kill -9 at a random moment of an update, of writing the second checkpoint, of sampling and of an action; the curve
+    and the weights are those of a run that was left alone, and the policy has moved."""
+    whole, torn, rng = made / f"whole{len(flags)}", made / f"torn{len(flags)}", random.Random(len(flags))
+    code, said = run(*flags, out=whole)
+    assert code == 0, said
+    for where, least, most in (("updating", 5, 6), ("saving", 2, 2), ("sampling", 3, 12), ("executing", 1, 9)):
+        code, said = run(*flags, out=torn, code=f"after({where!r}, {rng.randint(least, most)}, kill)")
+        assert code == -9 and (torn / "checkpoints/step-000002").exists() == (where != "updating"), said
+    code, said = run(*flags, out=torn)
+    assert code == 0 and "going on after iteration" in said, said
+    assert curve(torn) == curve(whole) and sorted(curve(whole)) == [1, 2, 3, 4, 5, 6]
+    before, one, other = weights(made / "model"), weights(whole), weights(torn)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not all(torch.equal(one[name], before[name]) for name in one)
+    stale = [figures["gap_max"] for figures in curve(whole).values()]
+    assert max(stale[:1]) < 1e-4 and (max(stale) > 1e-3 if flags else max(stale) < 1e-4)      # one update behind
+
+
+def test_two_processes_play_and_learn_as_one(made, run):
+    """The same tokens and rewards, as the figures of the log show, whatever the number of processes."""
+    found = []
+    for world in (1, 2):
+        done = run(out=made / f"of{world}", world=world, iterations=2, lr=1e-4)
+        assert all(code == 0 for code, _ in (done if world > 1 else [done])), done
+        found.append(curve(made / f"of{world}"))
+    assert found[0].keys() == found[1].keys() == {1, 2}
+    for i in (1, 2):
+        for name, value in found[0][i].items():
+            other = found[1][i][name]
+            assert other == (value if value is None else pytest.approx(value, rel=2e-3, abs=1e-4)), (i, name)
+        assert all(found[0][i][name] == found[1][i][name] for name in ("reward", "valid", "action_tokens"))
+
+
+def test_nan_stops_the_run_and_names_the_place(made, run):
+    """A weight of the critic, or of the policy, becomes NaN after the third iteration; the checkpoint of the second
+    is good."""
+    for name, words in (("critic.score.weight", "iteration 4, step 1, rank 0: gradient norms"),
+                        ("actor.model.norm.weight", "iteration 4, sampling, rank 0: ")):
+        out = made / f"nan-{name}"
+        code, said = run(out=out, code=f"after('learning', 3, lambda learner, *_: "
+                                       f"learner.models.get_parameter({name!r}).data.fill_(float('nan')))")
+        assert code == 1 and words in said and "Traceback" not in said, said
+        assert len(curve(out)) == 3 and not list(out.glob("*.safetensors"))
+    code, said = run(out=out, iterations=3)
+    assert code == 0 and "going on after iteration 2" in said and len(curve(out)) == 3
+
+
+def test_equal_rewards_and_invalid_actions_are_logged_and_do_no_harm(made, run):
+    """No token is an action when only the end of turn is sampled: all rewards are 0, nothing is divided by 0."""
+    for flags in ((), ("--advantage", "group")):
+        out = made / f"equal{len(flags)}"
+        code, said = run(*flags, out=out, iterations=2, kl=0, code="rl.Env.step.__globals__['parse'] = "
+                         "lambda *a: ({}, None, {}, 'It cannot be read.')")
+        assert code == 0, said
+        for figures in curve(out).values():
+            assert figures["reward"] == figures["valid"] == 0 and figures["share_invalid"] == figures["equal_groups"] == 1
+            assert figures["reward_edits"] is None and figures["policy_loss"] == 0
+        one, before = weights(out), weights(made / "model")
+        assert all(torch.equal(one[name], before[name]) for name in one)
+
+
+def test_ctrl_c_is_said_and_the_run_goes_on(made, run):
+    out = made / "interrupted"
+    code, said = run(out=out, iterations=4, code="after('updating', 7, lambda *_: os.kill(os.getpid(), 2))")
+    assert code == 1 and "rl.py: interrupted" in said and "the same command goes on" in said and "Traceback" not in said
+    code, said = run(out=out, iterations=4)
+    assert code == 0 and "going on after iteration" in said and len(curve(out)) == 4
+
+
+def test_two_runs_in_one_folder_are_refused(made, run):
+    with rl.alone(made / "held", "rl.py"):
+        code, said = run(out=made / "held")
+        assert code == 2 and "another rl.py writes to" in said
+        done = run(out=made / "held", world=2)
+        assert [code for code, _ in done] == [2, 2] and all("another rl.py writes to" in said for _, said in done)
+
+
+def test_a_worker_that_raises_ends_the_run_and_the_same_command_goes_on(made, run):
+    out = made / "raised"
+    code, said = run(out=out, code="after('executing', 15, lambda *_: 1 / 0)")
+    assert code == 1 and "ZeroDivisionError" in said and "It happened in the state toy-a-" in said, said
+    code, said = run(out=out, iterations=3)
+    assert code == 0 and "going on after iteration 2" in said
+
+
+def test_a_killed_process_ends_the_others_with_a_message(made, run):
+    out = made / "bereft"
+    (zero, said), (one, _) = run(out=out, world=2, code="after('learning', 2, kill) if rank == 1 else None")
+    assert (zero, one) == (1, -9) and "another process of this run has ended" in said and "Traceback" not in said, said
+
+
+def test_episodes_run_through_the_same_log(made, run):
+    code, said = run(out=made / "episodes", rollout="episode", states=2, num=1, steps=3, iterations=2)
+    figures = curve(made / "episodes")
+    assert code == 0 and figures[1].keys() == figures[2].keys() >= {"reward", "explained_variance", "entropy"}, said
