@@ -273,7 +273,7 @@ def test_actions_depend_neither_on_batching_nor_on_who_ends_first(made, monkeypa
     seen = []
     for rows, slow in ((1, False), (8, True)):
         engine = engine_of(made, rows)
-        rollout = playing(made, engine, states=3, num=4)
+        rollout = playing(made, engine, states=6, num=4)
         act = rollout.act
         if slow:        # the first are carried out last
             monkeypatch.setattr(rollout, "act", lambda *action: (time.sleep(0.1 * (action[1:3] < (1, 0))), act(*action))[1])
@@ -282,8 +282,8 @@ def test_actions_depend_neither_on_batching_nor_on_who_ends_first(made, monkeypa
                      for one in samples])
         whole = sum(len(one.prompt) - 1 for one in samples)
         assert engine.prefilled_tokens + engine.reused_tokens == whole and engine.prefilled_tokens <= whole / 4
-    assert seen[0] == seen[1] and [each[1] for each in seen[0]] == sorted(4 * [0, 1, 2])
-    assert [each[2] for each in seen[0]] == list(range(12)) and len({each[5] for each in seen[0]}) > 1
+    assert seen[0] == seen[1] and [each[1] for each in seen[0]] == sorted(4 * [*range(6)])
+    assert [each[2] for each in seen[0]] == list(range(24)) and len({each[5] for each in seen[0]}) > 1
 
 
 def test_scripts_run_while_the_engine_samples_on(made):
@@ -337,13 +337,13 @@ def test_a_killed_supervisor_costs_one_reward(made, monkeypatch):
     """The script counts as killed, the others are carried out, and the result is not kept."""
     request, killed = env._request, []
 
-    def fatal(job):
-        found = request(job)
+    def fatal(*args):
+        found = request(*args)
         if not killed:
             killed.append(os.kill(found[0], signal.SIGKILL))
         return found
     monkeypatch.setattr(env, "_request", fatal)
-    edit = HEADS[0] + '"GAIN = 1\\n", "replace": "GAIN = 7\\nimport time\\ntime.sleep(0.7)\\n"}'
+    edit = HEADS[0] + '"import fabs\\n", "replace": "import fabs\\nimport time\\ntime.sleep(0.7)\\n"}'
     rollout = playing(made, Scripted(edit), states=2, num=1)
     outcomes = [one.step["outcome"] for one in rollout.collect(0, [])]
     assert sorted(outcomes) == ["killed", "ok"]
