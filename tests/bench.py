@@ -4,6 +4,7 @@
     python tests/bench.py prefill --model DIR                   # reading one prompt for one reply, and for eight
     python tests/bench.py edit --model DIR                      # replies that copy from their prompts, with drafts
     python tests/bench.py load --model DIR                      # reading a checkpoint, against transformers
+    python tests/bench.py sft --model DIR                       # fine-tuning, against transformers with its own loss
     python tests/bench.py sandbox --repeats 50                  # running a script, against a bare subprocess
 
 Ours and the peer's runs alternate and the medians are compared, so that a busy machine slows both. transformers is
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,6 +30,8 @@ from env import execute, protection, warm_up
 from sample import load, parse, read_bandwidth, streamed_bytes     # sets how threads wait, so it comes before torch
 
 import torch
+
+from model import IGNORE, Config, find_folder
 
 try:
     import transformers
@@ -46,6 +49,7 @@ class Settings:
     new_tokens: int = 48            # sampled for each row
     edit_tokens: int = 192          # of a reply that edits a script, at most
     state_tokens: int = 1000        # of the prompt that prefill reads
+    train_tokens: int = 1024        # of the packed row that is trained on
     repeats: int = 3                # runs of each; the median counts
     dtype: str = "float32"          # float32 or bfloat16, ours and the peer's
     device: str = "auto"            # auto, cpu or cuda
@@ -221,6 +225,84 @@ STARTERS = ("leaf-classification", "spaceship-titanic", "spooky-author-identific
             "whale-categorization-playground", "ogbn-arxiv", "cifar-10")
 
 
+def packed(s, config):
+    """One row of four texts of random tokens: of each the last third is learned."""
+    g, n = torch.Generator().manual_seed(0), s.train_tokens // 4
+    return [(torch.randint(min(config.vocab_size, 150000), (n + 1,), generator=g).tolist(),
+             [i > 2 * n // 3 for i in range(n + 1)]) for _ in range(4)]
+
+
+def fine_tuning(s):
+    """Tokens/s of loss and gradients of one packed row, without the optimizer and without recomputing, against
+    transformers with its own loss on the same tokens (positions restart, which parts the texts there); and the extra
+    memory of the log-probs alone. Of tiny: four blocks of the 0.5B, with its whole vocabulary and random weights."""
+    import sft
+    device, compute = torch.device("cpu"), getattr(torch, s.dtype)
+    if s.model == "tiny":
+        config, folder = replace(Config.preset("0.5b"), num_hidden_layers=4), None
+    else:
+        folder = find_folder(s.model)
+        config = Config.from_pretrained(folder)
+    model, row = sft.build(config, folder, device, compute=compute), packed(s, config)
+    tokens, lengths, targets = sft.row_of(row, device)
+    num = int((targets != IGNORE).sum())
+
+    def ours():
+        loss = sft.add_gradients(model, [row], num, 1, device, config.vocab_size).item()
+        model.zero_grad()
+        return loss
+
+    runs = {"ours": ours}
+    if transformers:
+        with tempfile.TemporaryDirectory() as own:
+            if not folder:
+                model.save_pretrained(own)
+            peer = transformers.AutoModelForCausalLM.from_pretrained(folder or own, dtype=torch.float32)
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+
+        def theirs():
+            with torch.autocast("cpu", torch.bfloat16, enabled=compute is torch.bfloat16):
+                loss = peer(input_ids=tokens, position_ids=positions, labels=targets, shift_labels=targets,
+                            use_cache=False).loss
+            loss.backward()
+            peer.zero_grad()
+            return loss.item()
+        runs["transformers"] = theirs
+    figures = {"tokens": tokens.numel(), "learned": num}
+    if transformers:
+        figures["losses"] = abs(ours() / theirs() - 1)
+    seconds = alternate(runs, s.repeats)
+    figures |= {f"{name} tokens/s": tokens.numel() / t for name, t in seconds.items()}
+    if transformers:
+        figures["ratio"] = seconds["transformers"] / seconds["ours"]
+    share = sft.flops_of(config, [row]) / seconds["ours"] / sft.peak_flops(device)
+    yield figures | {"share of measured fp32 products": share}
+    grown = {name: int(subprocess.run(
+        [sys.executable, "-c", LOGPROB, name], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parent.parent, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000",
+                                               "MALLOC_TRIM_THRESHOLD_": "1000000"}).stdout)
+        for name in ("ours", "plain")}
+    yield {"log-probs of": "1024 x 151936", **{f"{name} MiB": size / 2**20 for name, size in grown.items()},
+           "share": grown["ours"] / grown["plain"]}
+
+
+LOGPROB = """
+import re, sys, torch
+from model import Head
+head, x, targets = Head(896, 151936, bias=False), torch.randn(1024, 896, requires_grad=True), torch.arange(1024)
+now = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+def step(x, targets):
+    if sys.argv[1] == "ours":
+        logp = head(x, targets)[0]
+    else:
+        logp = head(x).log_softmax(-1).gather(1, targets[:, None])
+    logp.mean().backward()
+before = now("VmRSS")
+step(x, targets)
+print(now("VmHWM") - before - head.weight.nbytes - x.nbytes)      # without the gradients themselves
+"""
+
+
 def line(figures):
     return "  ".join(f"{k}: {v:.3g}" if isinstance(v, float) else f"{k}: {v}" for k, v in figures.items())
 
@@ -257,7 +339,8 @@ def sandbox(s):
     yield {"starters": len(ratios), "median cold / warm": statistics.median(ratios)}
 
 
-MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "load": load_checkpoint, "sandbox": sandbox}
+MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "load": load_checkpoint,
+                "sft": fine_tuning, "sandbox": sandbox}
 
 
 def main():
