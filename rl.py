@@ -38,8 +38,8 @@ from env import SLOTS, Blobs, Cache, Env, Gone, clip, protection, read_trajector
 from eval import CODE_END, CODER_TOKENS, Failed, alone, attempt, prepare, run_program
 from model import IGNORE, Config, Linear, Qwen2, find_folder
 from reward import KINDS
-from sft import (AdamW, build, epoch_order, export, fingerprint, flops_of, held_out, linked, load_state, peak_flops,
-                 peak_memory, processes, refuse_held_out, row_of, save_state, share)
+from sft import (AdamW, build, epoch_order, export, fingerprint, flops_of, gib, held_out, linked, load_state, memory_of,
+                 num_weights, peak_flops, peak_memory, processes, refuse_held_out, row_of, save_state, shape_of, share)
 
 
 @dataclass
@@ -88,6 +88,8 @@ class Settings:
     save_every: int = 10  # iterations between checkpoints
     show_every: int = 10  # iterations between whole samples that are printed
     seed: int = 0  # of the states drawn and of sampling
+    plan: bool = False  # print memory per GPU by part for these settings, and end; --model may then be a size: 7b
+    gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
 
     def __post_init__(self):
         choices = {"rollout": ("step", "episode"), "advantage": ("gae", "group"), "critic": ("own", "shared"),
@@ -691,7 +693,8 @@ def figures_of(samples, old, ref, values, returns, s):
     if values:
         value, target = torch.cat(values), torch.cat(returns)
         spread = target.var(correction=0)
-        found["explained_variance"] = (1 - (target - value).var(correction=0) / spread).item() if spread > 0 else None
+        error = (target - value).var(correction=0)
+        found["explained_variance"] = (1 - error / spread).item() if spread > 1e-6 else None
     return found
 
 
@@ -741,6 +744,22 @@ def learn(s, rank, world, device):
     say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
 
 
+def plan(s):
+    """What --plan prints: memory of one GPU by part, at the peak of an update. Reads no weights and needs no GPU."""
+    c = shape_of(s.model)
+    parts, total = memory_of(c, s.length, s.gpus, recompute=s.recompute), num_weights(c)[-1]
+    held = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
+    own = s.advantage == "gae" and s.critic == "own"
+    copied = s.gpus > 1         # a process alone samples from the fp32 weights that it trains
+    cached = s.rows * s.context * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim
+    table = {"actor": held, "critic": held * own, "reference": parts["weights"] * bool(s.kl),
+             "sampling copy": 2 * total * copied, "KV cache": cached * (2 if copied else 4),
+             "gathered": parts["gathered"], "activations": parts["activations"] * (1 + own), "logits": parts["logits"]}
+    return "\n".join([f"{s.model}: {total:,} weights; {s.gpus} GPUs, rows of {s.length:,} tokens, {s.rows} x "
+                      f"{s.context:,} tokens sampled, recompute {'on' if s.recompute else 'off'}", "", "GiB per GPU",
+                      *gib(table)])
+
+
 class Meter:
     """What an iteration took."""
 
@@ -778,10 +797,10 @@ def report(f, s, log, left):
     log.flush()
     form = lambda name, how: "-" if f.get(name) is None else format(f[name], how)
     print(f"iteration {f['iteration']:>4}/{s.iterations}  reward {f['reward']:.3f}  edits "
-          f"{form('reward_edits', '.3f')}  valid {f['valid']:4.0%}  kl {form('kl', '.4f')}  entropy {f['entropy']:.3f}  "
-          f"clip {f['clip_fraction']:.3f}  ev {form('explained_variance', '.2f')}  gap {f['gap_max']:.1e}  "
-          f"hits {f['cache_hits']:4.0%}  {f['sample_s']:.1f} + {f['execute_s']:.1f} + {f['update_s']:.1f} s  ETA {left}",
-          flush=True)
+          f"{form('reward_edits', '.3f')}  valid {f['valid']:4.0%}  kl {form('kl', '.4f')}  entropy "
+          f"{f['entropy']:.3f}  clip {f['clip_fraction']:.3f}  ev {form('explained_variance', '.2f')}  gap "
+          f"{f['gap_max']:.1e}  hits {f['cache_hits']:4.0%}  "
+          f"{f['sample_s']:.1f} + {f['execute_s']:.1f} + {f['update_s']:.1f} s  ETA {left}", flush=True)
     if f["reward_edits"] is not None and f["reward_edits"] < 0.5 and f["iteration"] % s.show_every == 0:
         print("  edits earn less than 0.5 on average, which is what an action that is no edit earns: the policy learns "
               "not to edit while this lasts", file=sys.stderr)
@@ -791,6 +810,8 @@ def main(argv=None):
     s = sample.parse(Settings, argv)
 
     def work():
+        if s.plan:
+            return print(plan(s))
         rank, world, device = processes()
         with linked(rank), contextlib.ExitStack() as held:
             on_first(lambda: held.enter_context(alone(s.out, "rl.py")))

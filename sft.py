@@ -1254,11 +1254,21 @@ def memory_of(config, length, gpus=1, targets=None, optimizer_state="float32", r
             "gathered": gathered, "activations": kept + work, "logits": max(0, logits + new - work)}
 
 
+def shape_of(model):
+    """The Config of a folder, a published Qwen2.5 by its name, or a preset ("7b"); reads no weights."""
+    named = re.fullmatch(r"(?:.*/)?Qwen2\.5-(?:Coder-|Math-)?([\d.]+b)(?:-Instruct)?", model, re.I)
+    return (Config.from_pretrained(model) if Path(model).is_dir() else
+            Config.preset(named[1].lower() if named else model or "tiny"))
+
+
+def gib(parts):
+    """{part: bytes} as lines, the sum last."""
+    return [f"  {name:<14} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
+
+
 def plan(s):
     """What --plan prints: memory of one GPU by part, steps, tokens and time. Reads no weights and needs no GPU."""
-    named = re.fullmatch(r"(?:.*/)?Qwen2\.5-(?:Coder-|Math-)?([\d.]+b)(?:-Instruct)?", s.model, re.I)
-    config = (Config.from_pretrained(s.model) if Path(s.model).is_dir() else
-              Config.preset(named[1].lower() if named else s.model or "tiny"))
+    config = shape_of(s.model)
     parts = memory_of(config, s.length, s.gpus, None, s.optimizer_state, s.recompute,
                       compute_type(s.dtype, torch.device("cuda")))
     num, data = 10_000, "as many as the paper has"
@@ -1270,8 +1280,7 @@ def plan(s):
     seconds = steps * s.batch * flops_of(config, [row]) / (s.gpus * 0.4 * 989e12)
     lines = [f"{s.model or 'tiny'}: {num_weights(config)[-1]:,} weights; {s.gpus} GPUs, rows of {s.length:,} tokens, "
              f"optimizer state {s.optimizer_state}, recompute {'on' if s.recompute else 'off'}", "", "GiB per GPU"]
-    lines += [f"  {name:<12} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
-    return "\n".join([*lines, "", f"{num:,} conversations ({data}): {steps:,} steps of {s.batch}, at most "
+    return "\n".join([*lines, *gib(parts), "", f"{num:,} conversations ({data}): {steps:,} steps of {s.batch}, at most "
                       f"{steps * s.batch * s.length:,} tokens", f"about {seconds / 3600:.1f} hours at most, at 40 % of "
                       "an H100's 989 TFLOP/s per GPU"])
 

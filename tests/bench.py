@@ -5,6 +5,7 @@
     python tests/bench.py edit --model DIR                      # replies that copy from their prompts, with drafts
     python tests/bench.py load --model DIR                      # reading a checkpoint, against transformers
     python tests/bench.py sft --model DIR                       # fine-tuning, against transformers with its own loss
+    python tests/bench.py rl --repeats 5                        # PPO: step-wise against episode-wise, and --overlap
     python tests/bench.py sandbox --repeats 50                  # running a script, against a bare subprocess
 
 Ours and the peer's runs alternate and the medians are compared, so that a busy machine slows both. transformers is
@@ -53,6 +54,7 @@ class Settings:
     repeats: int = 3                # runs of each; the median counts
     dtype: str = "float32"          # float32 or bfloat16, ours and the peer's
     device: str = "auto"            # auto, cpu or cuda
+    script_seconds: float = 1.0     # that a task's script takes, in rl
 
 
 def alternate(runs, repeats):
@@ -339,8 +341,50 @@ def sandbox(s):
     yield {"starters": len(ratios), "median cold / warm": statistics.median(ratios)}
 
 
+def rl_updates(s):
+    """PPO on two toy tasks whose script takes --script-seconds. First step-wise against episode-wise, 16 actions an
+    update, each beginning with an empty cache. Then an iteration without and with --overlap, every script run anew,
+    with a sampler that waits before each pass, so that it takes about as long as the scripts. The default model knows
+    a few replies. Figures are medians of --repeats updates, after the first."""
+    import rl
+    import sample
+    import test_rl_run
+    known, advance = rl.Cache.get, sample.Engine.step
+
+    def slowly(engine):
+        time.sleep(s.script_seconds / 2)
+        advance(engine)
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        tasks.FOLDERS[:] = [folder / "tasks"]
+        test_rl_run.make(folder, s.script_seconds)
+
+        def updates(name, **more):
+            shutil.copytree(folder / "pool", folder / name, ignore=shutil.ignore_patterns("cache"))
+            if s.model != "tiny":       # which writes whole replies, of more tokens
+                more |= dict(max_new_tokens=128, context=2048)
+            r = test_rl_run.settings(folder, trajectories=str(folder / name), out=str(folder / f"{name}-out"), lr=1e-3,
+                                     critic_lr=1e-3, iterations=1 + s.repeats, save_every=99, show_every=99, **more)
+            r.model = r.model if s.model == "tiny" else s.model
+            Path(r.out).mkdir()
+            rl.learn(r, 0, 1, torch.device("cpu"))
+            lines = [json.loads(line) for line in Path(r.out, "log.jsonl").read_text().splitlines()]
+            median = lambda name: statistics.median(line[name] for line in lines[1:])
+            return {name: median(name) for name in ("seconds", "sample_s", "execute_s", "update_s", "cache_hits")} | {
+                "first reward": lines[0]["reward"], "last reward": lines[-1]["reward"]}
+
+        for name, more in {"step": dict(states=8, num=2), "episode": dict(states=2, num=1, steps=8)}.items():
+            figures = updates(name, rollout=name, **more)
+            yield {"rollout": name, "updates an hour": 3600 / figures["seconds"], **figures}
+        rl.Cache.get, sample.Engine.step = (lambda cache, key: None), slowly
+        for overlap in (False, True):
+            yield {"overlap": overlap, **updates(f"overlap-{overlap}", overlap=overlap, states=4, num=2)}
+        rl.Cache.get, sample.Engine.step = known, advance
+
+
 MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "load": load_checkpoint,
-                "sft": fine_tuning, "sandbox": sandbox}
+                "sft": fine_tuning, "sandbox": sandbox, "rl": rl_updates}
 
 
 def main():

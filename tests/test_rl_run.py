@@ -57,16 +57,23 @@ def save_model(folder, prompts):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with two held-in tasks and a held-out one, a pool of two trajectories of each of the two, a model."""
-    folder = tmp_path_factory.mktemp("rl")
     with pytest.MonkeyPatch.context() as patch:
-        for name, answer, split in (("toy-a", 10, "held-in"), ("toy-b", 11, "held-in"), ("toy-out", 12, "held-out")):
-            add_task(folder / "tasks", name, answer, split)
-        patch.setattr(tasks, "FOLDERS", [folder / "tasks"])
-        sft.collect(collecting(folder, "pool", prompt="short", fields=sft.SHORT_FIELDS, actions=sft.SHORT_ACTIONS, num=2,
-                               steps=6, keep=100))
-        rollout = playing(folder)
-        save_model(folder / "model", [rollout.at(state).prompt() for state in list(rollout.states.values())[::4]])
-        yield folder
+        patch.setattr(tasks, "FOLDERS", [tmp_path_factory.mktemp("rl") / "tasks"])
+        yield make(tasks.FOLDERS[0].parent)
+
+
+def make(folder, pause=0.0):
+    """Fills the folder, whose "tasks" are in tasks.FOLDERS; each script sleeps `pause` seconds."""
+    for name, answer, split in (("toy-a", 10, "held-in"), ("toy-b", 11, "held-in"), ("toy-out", 12, "held-out")):
+        add_task(folder / "tasks", name, answer, split)
+        if pause:
+            script = folder / "tasks" / name / "train.py"
+            script.write_text(script.read_text() + f"import time\ntime.sleep({pause})\n")
+    sft.collect(collecting(folder, "pool", prompt="short", fields=sft.SHORT_FIELDS, actions=sft.SHORT_ACTIONS, num=2,
+                           steps=6, keep=100))
+    rollout = playing(folder)
+    save_model(folder / "model", [rollout.at(state).prompt() for state in list(rollout.states.values())[::4]])
+    return folder
 
 
 def settings(folder, **more):
@@ -198,7 +205,7 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     (folder / "toy-a-1.jsonl").write_text("{}\n")
     said = []
     found = rl.pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
-    assert "18 states of 2 tasks" in said[0] and "no record of a trajectory: 1" in said[0] and "toy-a-1.jsonl" in said[0]
+    assert all(part in said[0] for part in ("18 states of 2 tasks", "no record of a trajectory: 1", "toy-a-1.jsonl"))
     assert len(found["toy-a"]) == 6
 
 
@@ -268,7 +275,7 @@ def test_ids_and_log_probs_are_those_that_were_sampled(made):
     assert one.text == (one.prompt + reply.tokens, [False] * len(one.prompt) + [True] * 10)
 
 
-def test_actions_depend_neither_on_batching_nor_on_who_ends_first(made, monkeypatch):
+def test_actions_depend_neither_on_batching_nor_on_who_ends_first(made):
     """And all actions of a state share one prefill."""
     seen = []
     for rows, slow in ((1, False), (8, True)):
@@ -276,7 +283,7 @@ def test_actions_depend_neither_on_batching_nor_on_who_ends_first(made, monkeypa
         rollout = playing(made, engine, states=6, num=4)
         act = rollout.act
         if slow:        # the first are carried out last
-            monkeypatch.setattr(rollout, "act", lambda *action: (time.sleep(0.1 * (action[1:3] < (1, 0))), act(*action))[1])
+            rollout.act = lambda *action: (time.sleep(0.1 * (action[1] == 0)), act(*action))[1]
         samples = rollout.collect(5, [])
         seen.append([(one.state, one.group, one.chain, one.prompt, one.tokens, one.step["reward"], one.step["snapshot"])
                      for one in samples])
@@ -363,7 +370,8 @@ def test_episodes_are_whole_trajectories_with_chains(made):
         return future
     engine.submit = submit
     samples = rollout.collect(0, [])
-    assert [one.chain for one in samples] == [0, 0, 0, 1, 1, 1] and [one.step["index"] for one in samples] == 2 * [0, 1, 2]
+    assert [one.chain for one in samples] == [0, 0, 0, 1, 1, 1]
+    assert [one.step["index"] for one in samples] == 2 * [0, 1, 2]
     assert {one.task for one in samples} == {"toy-a", "toy-b"}
     assert [one.step["reward"] for one in samples] == pytest.approx([0.98, 0.5, 0] * 2, abs=0.02)
     assert samples[0].step["ended"] == "" and samples[2].step["ended"] == "steps"
@@ -534,7 +542,8 @@ def test_equal_rewards_and_invalid_actions_are_logged_and_do_no_harm(made, run):
                          "lambda *a: ({}, None, {}, 'It cannot be read.')")
         assert code == 0, said
         for figures in curve(out).values():
-            assert figures["reward"] == figures["valid"] == 0 and figures["share_invalid"] == figures["equal_groups"] == 1
+            assert figures["reward"] == figures["valid"] == 0
+            assert figures["share_invalid"] == figures["equal_groups"] == 1
             assert figures["reward_edits"] is None and figures["policy_loss"] == 0
         one, before = weights(out), weights(made / "model")
         assert all(torch.equal(one[name], before[name]) for name in one)
@@ -574,3 +583,20 @@ def test_episodes_run_through_the_same_log(made, run):
     code, said = run(out=made / "episodes", rollout="episode", states=2, num=1, steps=3, iterations=2)
     figures = curve(made / "episodes")
     assert code == 0 and figures[1].keys() == figures[2].keys() >= {"reward", "explained_variance", "entropy"}, said
+
+
+def test_the_plan_by_hand(capsys):
+    """Qwen2.5-7B on 8 GPUs: 7,615,616,512 weights in fp32 for actor, critic and reference, two gradients and two
+    optimizer states, a bf16 copy, and 57,344 bytes of keys and values a token."""
+    total, gib = 7_615_616_512, 2**30
+    assert rl.main(["--plan", "--model", "7b", "--gpus", "8", "--rows", "32", "--context", "16384"]) == 0
+    said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
+    assert float(said["  actor"]) == float(said["  critic"]) == pytest.approx(16 * total / 8 / gib, abs=0.01)
+    assert float(said["  reference"]) == pytest.approx(4 * total / 8 / gib, abs=0.01)
+    assert float(said["  sampling copy"]) == pytest.approx(2 * total / gib, abs=0.01)
+    assert float(said["  KV cache"]) == pytest.approx(32 * 16384 * 57_344 / gib, abs=0.01)
+    assert float(said["  total"]) == pytest.approx(sum(map(float, said.values())) / 2, abs=0.05)
+    rl.main(["--plan", "--model", "7b", "--gpus", "1", "--advantage", "group", "--kl", "0", "--rows", "1"])
+    said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
+    assert float(said["  critic"]) == float(said["  reference"]) == float(said["  sampling copy"]) == 0
+    assert float(said["  KV cache"]) == pytest.approx(2 * 16384 * 57_344 / gib, abs=0.01)
