@@ -487,8 +487,8 @@ def weights(folder):
 
 @pytest.mark.parametrize("flags", [(), ("--overlap", "--choose", "learnable", "--minibatches", "2")])
 def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
-    """kill -9 at a random moment of an update, of writing the second checkpoint, of sampling and of an action; the curve
-    and the weights are those of a run that was left alone, and the policy has moved."""
+    """kill -9 at a random moment of an update, of writing the second checkpoint, of sampling and of an action; the
+    curve and the weights are those of a run that was left alone, and the policy has moved."""
     whole, torn, rng = made / f"whole{len(flags)}", made / f"torn{len(flags)}", random.Random(len(flags))
     code, said = run(*flags, out=whole)
     assert code == 0, said
