@@ -35,15 +35,22 @@ from torch.distributed.tensor import DTensor
 import sample
 import tasks
 from env import SLOTS, Blobs, Cache, Env, Gone, clip, protection, read_trajectory
-from eval import CODE_END, CODER_TOKENS, Failed, alone, attempt, prepare, run_program
+from eval import CODE_END, CODER_TOKENS, Failed, alone, attempt, prepare, run_program, with_agent
 from model import IGNORE, Config, Linear, Qwen2, find_folder
 from reward import KINDS
 from sft import (AdamW, build, epoch_order, export, fingerprint, flops_of, gib, held_out, linked, load_state, memory_of,
                  num_weights, peak_flops, peak_memory, processes, refuse_held_out, row_of, save_state, shape_of, share)
 
 
+RECIPES = {     # --preset; the defaults are for the small model that `python sft.py` trains
+    "7b": dict(lr=1e-6, critic_lr=1e-5, advantage="gae", kl=1e-3, states=64, num=8, minibatches=1, length=16384,
+               recompute=True),
+}
+
+
 @dataclass
 class Settings:
+    preset: str = ""  # settings for a model's size, which other flags override: 7b
     model: str = "runs/sft"  # what is trained: a folder or a hub id; the reference and the critic begin as it too
     trajectories: str = "runs/trajectories"  # the pool of states; what new scripts give is added to its blobs and cache
     out: str = "runs/rl"  # the actor as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
@@ -54,13 +61,14 @@ class Settings:
     num: int = 4  # actions sampled in each state
     choose: str = "uniform"  # states of a task: uniform, or learnable (rather those whose actions' rewards differed)
     steps: int = 15  # replies of a trajectory, with --rollout episode
+    skip_equal: bool = True  # with --advantage group: leave out of the update states whose actions all earned the same
     advantage: str = "gae"  # gae: against the critic's values; group: against the mean of the state's actions
     critic: str = "own"  # own: a second backbone; shared: a second head on the actor's
     epochs: int = 1  # passes over an iteration's actions
     minibatches: int = 1  # optimizer steps of a pass
     value_steps: int = 4  # steps of the critic alone before the first update: its head begins at zero
-    lr: float = 1e-6  # of the actor
-    critic_lr: float = 1e-5  # of the critic
+    lr: float = 1e-4  # of the actor
+    critic_lr: float = 1e-3  # of the critic
     value_weight: float = 0.1  # of the value loss, where the critic shares the actor's backbone
     clip: float = 1.0  # largest norm of a step's gradient, actor and critic apart
     clip_low: float = 0.2  # the ratio of new to old probability counts from 1 - this ...
@@ -76,8 +84,8 @@ class Settings:
     max_new_tokens: int = 1024  # of an action
     context: int = 16384  # tokens of prompt and action; states that do not fit are left out
     rows: int = 64  # actions sampled at the same time, on each process
-    length: int = 16384  # tokens of a packed row in training
-    recompute: bool = True  # compute a block's activations again in backward: a third more time, far less memory
+    length: int = 1024  # tokens of a packed row in training, if no single text has more
+    recompute: bool = False  # compute a block's activations again in backward: a third more time, far less memory
     coder: str = "none"  # who carries out the (AI) actions: none, model (the policy), or another, as in --model
     data: str = "data"  # where prepared tasks are kept
     raw: str = ""  # folder of the publisher's files, as in eval.py
@@ -572,7 +580,11 @@ class Learner:
 
     def step(self, samples, iteration):
         """Learns from one iteration's samples, after a warm-up of the critic in the first; returns figures."""
-        s, texts = self.s, [one.text for one in samples]
+        s, everything = self.s, samples
+        if s.advantage == "group" and s.skip_equal:     # in the others nothing is better than anything
+            earned = by_group(samples)
+            samples = [one for one in samples if len(earned[one.group]) > 1] or samples
+        texts = [one.text for one in samples]
         old = self.measure(texts, lambda *row: self.act(*row)[0])
         ref = self.reference and self.measure(texts, lambda tokens, lengths, targets: self.reference(
             tokens, lengths=lengths, targets=targets, size=self.size, temperature=s.temperature)[0])
@@ -582,7 +594,7 @@ class Learner:
             values = self.measure(texts, judge) if s.advantage == "gae" else None
             advantages, returns = self.advantages(samples, old, ref, values)
             found = self.update(texts, old, advantages, returns, values or old, weights, iteration, policy)
-        return figures_of(samples, old, ref, values, returns, s) | found
+        return figures_of(everything, samples, old, ref, values, returns, s) | found
 
     def update(self, texts, old, advantages, returns, values, weights, iteration, policy=True):
         """The passes over one iteration's actions; policy False: of the critic alone, s.value_steps of them. Returns
@@ -590,10 +602,11 @@ class Learner:
         s, sums, norms = self.s, torch.zeros(5, device=self.device, dtype=torch.float64), []
         largest = torch.ones((), device=self.device)
         limit = s.value_clip if policy else math.inf        # the warm-up has no old values worth keeping to
-        for number in range(s.epochs * s.minibatches if policy else s.value_steps):
-            epoch, m = divmod(number, s.minibatches) if policy else (number, 0)
+        parts = min(s.minibatches, len(texts))
+        for number in range(s.epochs * parts if policy else s.value_steps):
+            epoch, m = divmod(number, parts) if policy else (number, 0)
             order = epoch_order(len(texts), s.seed, iteration * s.epochs + epoch)
-            chosen = order[m::s.minibatches] if policy else order
+            chosen = order[m::parts] if policy else order
             num = sum(len(old[i]) for i in chosen)
             for row in share([len(ids) - 1 for ids, _ in texts], chosen, self.rank, self.world, s.length):
                 tokens, lengths, targets = row_of([texts[i] for i in row], self.device)
@@ -669,15 +682,21 @@ def sampler(s, learner, tokenizer):
     return engine, refresh
 
 
-def figures_of(samples, old, ref, values, returns, s):
-    """What the log says of an iteration's samples, as {name: number}."""
+def by_group(samples):
+    """{group: the rewards that its actions earned, a set}."""
+    earned = {}
+    for one in samples:
+        earned.setdefault(one.group, set()).add(one.step["reward"])
+    return earned
+
+
+def figures_of(samples, learned, old, ref, values, returns, s):
+    """What the log says of an iteration's samples, and of those that were learned from, as {name: number}."""
     rewards = torch.tensor([one.step["reward"] for one in samples])
     kinds = Counter(one.step["kind"] for one in samples)
     edits = [one.step["reward"] for one in samples if one.step["outcome"] and one.step["action"] != "Execute Script"]
-    groups = {}
-    for one in samples:
-        groups.setdefault(one.group, set()).add(one.step["reward"])
-    gap = (torch.cat(old) - torch.cat([torch.tensor(one.logps) for one in samples])).abs()
+    groups = by_group(samples)
+    gap = (torch.cat(old) - torch.cat([torch.tensor(one.logps) for one in learned])).abs()
     found = {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
              "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
              **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(samples) for kind in KINDS},
@@ -685,8 +704,8 @@ def figures_of(samples, old, ref, values, returns, s):
              "reward_edits": sum(edits) / len(edits) if edits else None,
              "equal_groups": sum(len(each) == 1 for each in groups.values()) / len(groups),
              "truncated": sum(len(one.tokens) >= s.max_new_tokens for one in samples) / len(samples),
-             "action_tokens": sum(map(len, old)) / len(samples), "gap_mean": gap.mean().item(),
-             "gap_max": gap.max().item()}
+             "action_tokens": sum(len(one.tokens) for one in samples) / len(samples),
+             "gap_mean": gap.mean().item(), "gap_max": gap.max().item()}
     if ref:
         d = (torch.cat(ref) - torch.cat(old)).clamp(-10, 10)
         found |= {"kl": -d.mean().item(), "kl_k3": (d.exp() - 1 - d).mean().item()}
@@ -807,7 +826,7 @@ def report(f, s, log, left):
 
 
 def main(argv=None):
-    s = sample.parse(Settings, argv)
+    s = with_agent(sample.parse(Settings, argv, RECIPES))
 
     def work():
         if s.plan:

@@ -908,8 +908,9 @@ def _retry_after(value):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def parse(cls, argv=None):
-    """An instance of the dataclass `cls`, filled from the command line (`argv`, by default sys.argv[1:]).
+def parse(cls, argv=None, recipes=None):
+    """An instance of the dataclass `cls`, filled from the command line (`argv`, by default sys.argv[1:]). recipes: {a
+    value of --preset: {name: value}}, settings that hold where no flag says otherwise.
 
     A field reads `name: type = default  # help text`; comment lines below it, indented deeper, continue the text.
     Types: int, float, str, bool (--name / --no-name), X | None (the word `none`) and tuple[X, ...] (a comma list).
@@ -958,6 +959,12 @@ def parse(cls, argv=None):
         flag = unknown[0].partition("=")[0]
         near = difflib.get_close_matches(flag, ["--" + name.replace("_", "-") for name in vars(values)], n=3)
         parser.error(f"there is no {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
+    if recipes and values.preset:
+        if values.preset not in recipes:
+            parser.error(f"there is no --preset {values.preset}; there is {', '.join(recipes)}")
+        first = [f"--{'no-' * (value is False)}{name.replace('_', '-')}{'' if isinstance(value, bool) else f'={value}'}"
+                 for name, value in recipes[values.preset].items()]
+        return parse(cls, first + argv)     # what comes later wins
     try:
         return cls(**vars(values))
     except ValueError as error:

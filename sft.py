@@ -119,8 +119,6 @@ class Settings:
         compute_type(self.dtype, torch.device("cpu"))
         if self.optimizer_state not in STATES:
             raise ValueError(f"expected --optimizer-state {', '.join(STATES)}, found {self.optimizer_state!r}")
-        if self.preset and self.preset not in RECIPES:
-            raise ValueError(f"there is no --preset {self.preset}; there is {', '.join(RECIPES)}")
         if self.coder not in ("expert", "none") or self.sandbox not in ("on", "off"):
             raise ValueError("expected --coder expert or none, and --sandbox on or off, found "
                              f"{self.coder!r} and {self.sandbox!r}")
@@ -1539,10 +1537,7 @@ def miniature(s):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    s = sample.parse(Settings, argv)
-    if s.preset:        # before the flags, so that these win
-        s = sample.parse(Settings, [f"--{name}={value}" for name, value in RECIPES[s.preset].items()] + list(argv))
+    s = sample.parse(Settings, argv, RECIPES)
 
     def work():
         if s.plan:
