@@ -19,7 +19,7 @@ import tokenizers
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import rl                                                       # noqa: E402
+import rl, sample                                                # noqa: E402
 from model import Config, Qwen2                                 # noqa: E402
 from sample import Tokenizer                                    # noqa: E402
 from sft import epoch_order, export, processes, share          # noqa: E402
@@ -676,18 +676,46 @@ def test_settings_at_their_limits_are_taken():
     rl.Settings(advantage="group", num=2, overlap=True, choose="learnable")
 
 
+def test_a_preset_holds_where_no_flag_says_otherwise(capsys):
+    s = sample.parse(rl.Settings, ["--preset", "7b", "--kl", "0.5"], rl.RECIPES)
+    assert (s.lr, s.critic_lr, s.recompute, s.kl) == (1e-6, 1e-5, True, 0.5)
+    with pytest.raises(SystemExit):
+        sample.parse(rl.Settings, ["--preset", "8b"], rl.RECIPES)
+    assert "there is no --preset 8b; there is 7b" in capsys.readouterr().err
+
+
+def test_a_group_update_leaves_out_states_whose_actions_all_earned_the_same():
+    """Their gradient is zero: with them or without, the sum over tokens is the same, and its denominator is not."""
+    found = {}
+    for skip in (True, False):
+        learner = learner_of(SMALL, SIZE, advantage="group", kl=0.0, skip_equal=skip)
+        samples = some_samples(6)
+        for one in samples:
+            one.step["reward"] = 0.25 if one.group == 0 else one.step["reward"]
+        kept = [one for one in samples if one.group != 0]
+        grads = {}
+        learner.optimizer.step = lambda: grads.update(
+            {name: p.grad.clone() for name, p in learner.actor.named_parameters()})
+        figures = learner.step(samples, 0)
+        found[skip] = grads, sum(len(one.tokens) for one in (kept if skip else samples))
+        assert figures["reward"] == pytest.approx(sum(one.step["reward"] for one in samples) / len(samples))
+    (fewer, num), (all_, total) = found[True], found[False]
+    for name, grad in fewer.items():
+        assert torch.allclose(grad * num, all_[name] * total, atol=1e-5), name
+
+
 @pytest.mark.parametrize("name", ["sample", "eval", "sft", "rl"])
 def test_every_setting_is_read(name):
     """Outside the class and its checks, in the script or in what it hands its settings to: as s.NAME, or quoted."""
     read = ""
-    for each in {name, "eval"}:
+    for each in {name, "eval", "sample"}:      # sample.parse reads --preset
         source = (HERE.parent / f"{each}.py").read_text().splitlines()
         cls = next(node for node in ast.parse("\n".join(source)).body if getattr(node, "name", "") == "Settings")
         read += "\n".join(source[:cls.lineno - 1] + source[cls.end_lineno:])
         if each == name:
             fields = [node.target.id for node in cls.body if isinstance(node, ast.AnnAssign)]
     assert len(fields) > 8
-    assert not [field for field in fields if not re.search(rf'\b(s|self\.s|settings)\.{field}\b|"{field}"', read)]
+    assert not [field for field in fields if not re.search(rf'\b(s|self\.s|settings|values)\.{field}\b|"{field}"', read)]
 
 
 # ---- as a program
