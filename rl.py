@@ -42,15 +42,16 @@ from sft import (AdamW, build, epoch_order, export, fingerprint, flops_of, gib, 
                  num_weights, peak_flops, peak_memory, processes, refuse_held_out, row_of, save_state, shape_of, share)
 
 
-RECIPES = {     # --preset; the defaults are for the small model that `python sft.py` trains
-    "7b": dict(lr=1e-6, critic_lr=1e-5, advantage="gae", kl=1e-3, states=64, num=8, minibatches=1, length=16384,
-               recompute=True),
+RECIPES = {     # --preset: what differs from the defaults, which are for 7B
+    "tiny": dict(advantage="group", iterations=60, num=8, minibatches=4, lr=1e-4, kl=0.05, length=1024,
+                 recompute=False),
+    "7b": {},
 }
 
 
 @dataclass
 class Settings:
-    preset: str = ""  # settings for a model's size, which other flags override: 7b
+    preset: str = "tiny"  # settings for a size of model, which flags override: tiny (what sft.py makes) or 7b
     model: str = "runs/sft"  # what is trained: a folder or a hub id; the reference and the critic begin as it too
     trajectories: str = "runs/trajectories"  # the pool of states; what new scripts give is added to its blobs and cache
     out: str = "runs/rl"  # the actor as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
@@ -67,8 +68,8 @@ class Settings:
     epochs: int = 1  # passes over an iteration's actions
     minibatches: int = 1  # optimizer steps of a pass
     value_steps: int = 4  # steps of the critic alone before the first update: its head begins at zero
-    lr: float = 1e-4  # of the actor
-    critic_lr: float = 1e-3  # of the critic
+    lr: float = 1e-6  # of the actor
+    critic_lr: float = 1e-5  # of the critic
     value_weight: float = 0.1  # of the value loss, where the critic shares the actor's backbone
     clip: float = 1.0  # largest norm of a step's gradient, actor and critic apart
     clip_low: float = 0.2  # the ratio of new to old probability counts from 1 - this ...
@@ -84,8 +85,8 @@ class Settings:
     max_new_tokens: int = 1024  # of an action
     context: int = 16384  # tokens of prompt and action; states that do not fit are left out
     rows: int = 64  # actions sampled at the same time, on each process
-    length: int = 1024  # tokens of a packed row in training, if no single text has more
-    recompute: bool = False  # compute a block's activations again in backward: a third more time, far less memory
+    length: int = 16384  # tokens of a packed row in training, if no single text has more
+    recompute: bool = True  # compute a block's activations again in backward: a third more time, far less memory
     coder: str = "none"  # who carries out the (AI) actions: none, model (the policy), or another, as in --model
     data: str = "data"  # where prepared tasks are kept
     raw: str = ""  # folder of the publisher's files, as in eval.py

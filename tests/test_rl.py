@@ -681,7 +681,8 @@ def test_a_preset_holds_where_no_flag_says_otherwise(capsys):
     assert (s.lr, s.critic_lr, s.recompute, s.kl) == (1e-6, 1e-5, True, 0.5)
     with pytest.raises(SystemExit):
         sample.parse(rl.Settings, ["--preset", "8b"], rl.RECIPES)
-    assert "there is no --preset 8b; there is 7b" in capsys.readouterr().err
+    assert sample.parse(rl.Settings, [], rl.RECIPES).advantage == "group"
+    assert "there is no --preset 8b; there is tiny, 7b" in capsys.readouterr().err
 
 
 def test_a_group_update_leaves_out_states_whose_actions_all_earned_the_same():
@@ -715,7 +716,8 @@ def test_every_setting_is_read(name):
         if each == name:
             fields = [node.target.id for node in cls.body if isinstance(node, ast.AnnAssign)]
     assert len(fields) > 8
-    assert not [field for field in fields if not re.search(rf'\b(s|self\.s|settings|values)\.{field}\b|"{field}"', read)]
+    holder = r"\b(s|self\.s|settings|values)\."
+    assert not [field for field in fields if not re.search(rf'{holder}{field}\b|"{field}"', read)]
 
 
 # ---- as a program

@@ -427,7 +427,7 @@ for line in sys.stdin:
                 os.environ.update(RANK=str(rank), WORLD_SIZE=str(job["world"]), MASTER_ADDR="127.0.0.1",
                                   MASTER_PORT=str(job["port"]))
             exec(job["code"])
-            rl.run_program(lambda: rl.main(job["args"]))
+            rl.run_program(lambda: rl.main(["--preset", "7b", *job["args"]]))
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 """
 
@@ -589,14 +589,15 @@ def test_the_plan_by_hand(capsys):
     """Qwen2.5-7B on 8 GPUs: 7,615,616,512 weights in fp32 for actor, critic and reference, two gradients and two
     optimizer states, a bf16 copy, and 57,344 bytes of keys and values a token."""
     total, gib = 7_615_616_512, 2**30
-    assert rl.main(["--plan", "--model", "7b", "--gpus", "8", "--rows", "32", "--context", "16384"]) == 0
+    plan = ["--plan", "--preset", "7b", "--model", "7b", "--context", "16384"]
+    assert rl.main([*plan, "--gpus", "8", "--rows", "32"]) == 0
     said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
     assert float(said["  actor"]) == float(said["  critic"]) == pytest.approx(16 * total / 8 / gib, abs=0.01)
     assert float(said["  reference"]) == pytest.approx(4 * total / 8 / gib, abs=0.01)
     assert float(said["  sampling copy"]) == pytest.approx(2 * total / gib, abs=0.01)
     assert float(said["  KV cache"]) == pytest.approx(32 * 16384 * 57_344 / gib, abs=0.01)
     assert float(said["  total"]) == pytest.approx(sum(map(float, said.values())) / 2, abs=0.05)
-    rl.main(["--plan", "--model", "7b", "--gpus", "1", "--advantage", "group", "--kl", "0", "--rows", "1"])
+    rl.main([*plan, "--gpus", "1", "--advantage", "group", "--kl", "0", "--rows", "1"])
     said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
     assert float(said["  critic"]) == float(said["  reference"]) == float(said["  sampling copy"]) == 0
     assert float(said["  KV cache"]) == pytest.approx(2 * 16384 * 57_344 / gib, abs=0.01)
