@@ -1101,8 +1101,8 @@ EXAMPLES = (    # whole ones, since a small model copies the form it sees; of th
      "Fact Check": "The score is confirmed by the last observation. That scaling helps is guessed.",
      "Thought": "The features have very different ranges, so I have them scaled before training.",
      "Action": "Edit Script (AI)",
-     "Action Input": '{"script_name": "train.py", "edit_instruction": "Scale all features with StandardScaler, fitted on '
-                     'the training part, before the model is trained.", "save_name": "train.py"}'},
+     "Action Input": '{"script_name": "train.py", "edit_instruction": "Scale all features with StandardScaler, fitted '
+                     'on the training part, before the model is trained.", "save_name": "train.py"}'},
     {"Reflection": "The script runs; its validation score is the one to beat.",
      "Research Plan and Status": "1. Run train.py: done. 2. **Train for more epochs.** 3. Run it again and compare.",
      "Fact Check": "The score is confirmed by the last observation. That more epochs help is guessed.",
@@ -1141,13 +1141,14 @@ Last: {news}
 def prompt_of(shown, task, messages, snapshot, blobs):
     """The chat messages that the policy is shown in a state: its messages and snapshot.
 
-    shown: "full", the messages themselves; "short", one message for a small model: the task, what the last step brought,
+    shown: "full", the messages themselves; "short", one message for a small model: task, what the last step brought,
     and the lines of the entry script that matter most.
     """
     if shown == "full":
         return messages
     sha = snapshot.get(task.entry)
-    return short_prompt(task, messages, blobs.path(sha).read_bytes()[:MAX_SCRIPT].decode("utf-8", "replace") if sha else "")
+    script = blobs.path(sha).read_bytes()[:MAX_SCRIPT].decode("utf-8", "replace") if sha else ""
+    return short_prompt(task, messages, script)
 
 
 def short_prompt(task, messages, script):
@@ -1305,7 +1306,8 @@ class Env:
     actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
     steps, seconds: limits of the trajectory; waiting for a free slot to run a script does not count. coder:
     callable(messages) -> str, a second model for the (AI) actions; its ValueError (a text that does not fit) goes to
-    the agent, other errors to the caller. prompt: what prompt() shows of a state, "full" or "short". python, threads, sandbox: see execute. gpu: "0,1" gives each script one of
+    the agent, other errors to the caller. prompt: what prompt() shows of a state, "full" or "short".
+    python, threads, sandbox: see execute. gpu: "0,1" gives each script one of
     these GPUs. cache: a Cache that Envs may share; the default lies in out.
     """
 
@@ -1330,8 +1332,9 @@ class Env:
     def reset(self):
         """Back to the starter; returns the messages."""
         starter = {self.task.entry: self.blobs.put(self.task.folder / self.task.entry)}
-        problem = PROBLEM.format(task=self.task, limit=self.time_limit_s, problem=self.task.problem.strip(), steps=self.steps,
-                                 minutes=self.seconds / 60, better="higher" if self.task.direction == "up" else "lower")
+        problem = PROBLEM.format(task=self.task, limit=self.time_limit_s, problem=self.task.problem.strip(),
+                                 steps=self.steps, minutes=self.seconds / 60,
+                                 better="higher" if self.task.direction == "up" else "lower")
         self.restore(starter, [{"role": "system", "content": system_prompt(self.actions, self.fields)},
                                {"role": "user", "content": problem}])
         return self.messages
@@ -1751,7 +1754,8 @@ def _stamps(folder):
 def header(env, **more):
     """The first line, to be written right after reset(). more: the caller's own entries (model, seed)."""
     return {"type": "header", "task": env.task.id, "data": str(env.data), "actions": list(env.actions),
-            "fields": list(env.fields), "prompt": env.shown, "steps": env.steps, "seconds": env.seconds, "python": env.python,
+            "fields": list(env.fields), "prompt": env.shown, "steps": env.steps, "seconds": env.seconds,
+            "python": env.python,
             "gpu": env.gpu, "threads": env.threads, "sandbox": env.sandbox, "m_init": env.info["m_init"],
             "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")), "snapshot": env.snapshot(),
             "messages": list(env.messages), **more}
@@ -1795,7 +1799,8 @@ def replay(path, say=print):
             for name in ("actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")}
     snapshot, messages = head["snapshot"], head["messages"]
     with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
-        env = Env(head["task"], head["data"], out=out, coder=coder, prompt=head.get("prompt", "full"), cache=Cache(empty),
+        env = Env(head["task"], head["data"], out=out, coder=coder, prompt=head.get("prompt", "full"),
+                  cache=Cache(empty),
                   **same)
         for old in steps:
             env.restore(snapshot, messages, index=old["index"], m_before=old["m_before"], seconds=old["time_left_s"])

@@ -63,7 +63,8 @@ class Completion:
 
 SYSTEM_TURN = ("{% if messages[0]['role'] != 'system' %}"       # what transformers and vLLM read of Qwen's chat format
                r"{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}")
-CHAT_TEMPLATE = (r"{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+CHAT_TEMPLATE = (r"{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+                 r"{% endfor %}"
                  r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
@@ -172,8 +173,9 @@ class Tokenizer:
         the messages that count as chosen; None: all of the assistant's.
 
         A message is <|im_start|>role\\ncontent<|im_end|>\\n; without a system message the checkpoint's default one
-        comes first, if it has one. A message's "tokens", the ids that were sampled for it, stand for its content as they are: a reply that
-        was sampled is never tokenised again. Raises ValueError for another role or a message without content.
+        comes first, if it has one. A message's "tokens", the ids that were sampled for it, stand for its content as
+        they are: a reply that was sampled is never tokenised again. Raises ValueError for another role, or a message
+        without content.
         """
         numbered = list(enumerate(messages))
         if self.system is not None and (not messages or messages[0].get("role") != "system"):
@@ -276,7 +278,7 @@ class Window:
         out = torch.empty_like(q)
         for new, rows, S, mask in self.parts:
             k, v = self.cache.k[layer, rows, :, :S], self.cache.v[layer, rows, :, :S]           # (B, K, S, D)
-            B, G = len(k), H // K       # the G query heads that share a key stand as extra queries: no copy of the cache
+            B, G = len(k), H // K       # G query heads that share a key stand as extra queries: no copy of the cache
             x = q[new].view(B, -1, K, G, D).transpose(1, 2).reshape(B, K, -1, D)
             y = F.scaled_dot_product_attention(x, k, v, attn_mask=mask)
             y = y.view(B, K, -1, G, D).transpose(1, 2).reshape(-1, H, D)
@@ -358,7 +360,7 @@ class Lookup:
     """Guesses what comes next in a text: what followed when its last GRAM tokens occurred before (prompt lookup).
 
     at: where in `seq` the token expected next stands, or None. match: how many tokens before it equal the end of the
-    text, at most 16. odds: [right, made] guesses of all texts for each length of match; every token that is added tells,
+    text, at most 16. odds: [right, made] guesses of all texts for each length of match; every token added tells,
     drafted or not. recent: the same of this text alone, older guesses counting less.
     """
     GRAM = 2
@@ -1056,8 +1058,8 @@ def main(s):
         seconds = passes[-1][1] - passes[0][1]
         share = (passes[-1][0] - passes[0][0]) / seconds * streamed_bytes(policy.model) / read_bandwidth(policy.device)
         print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes (drafted "
-              f"{policy.drafted_tokens}, accepted {policy.accepted_tokens}), {(len(passes) - 1) / seconds:.1f} tokens/s "
-              f"after the first: {share:.0%} of the memory's read bandwidth", file=sys.stderr)
+              f"{policy.drafted_tokens}, accepted {policy.accepted_tokens}), {(len(passes) - 1) / seconds:.1f} "
+              f"tokens/s after the first: {share:.0%} of the memory's read bandwidth", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Settings:
     trajectories: str = "runs/trajectories"  # what is collected goes here, and what is trained on comes from here: that
         # folder, or a JSON or JSON-lines file of your own with "messages" or ShareGPT "conversations"
     model: str = ""  # what is fine-tuned: a folder, a hub id, or tiny (from scratch); empty: the paper in miniature,
-        # which collects with the scripted expert and then trains a tiny model, with settings of its own where none is given
+        # which collects with the scripted expert and then trains a tiny model, by settings of its own
     out: str = "runs/sft"  # the model as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
     preset: str = ""  # settings of a published recipe, which other flags override: 7b, the paper's
     plan: bool = False  # print memory per GPU by part, steps and time for these settings, and end; --model may then be
@@ -158,7 +158,7 @@ def distinct(ideas):
 
 def candidates(s, task, expert):
     """The ideas of a task: at least s.ideas that the expert has written, or those shipped with it. The answers are kept
-    in the folder's ideas/TASK.json, so that none is asked for again. With short prompts the scripted expert has ideas of
+    in the folder's ideas/TASK.json, so that none is asked for again. With short prompts the expert has ideas of
     one edit, whose text the prompt shows, and the script's own numbers. Failed: the expert writes none."""
     if expert is None and s.prompt == "short":
         script = (task.folder / task.entry).read_text()
@@ -420,7 +420,7 @@ def constants(script):
 
 
 def scripted_short(task, fields, steps, ideas, rng):
-    """As scripted, for short prompts: they show the script, so it is not read, and of words there is the idea's title."""
+    """As scripted, for short prompts: they show the script, so it is not read, and a thought is the idea's title."""
     script, best = (task.folder / task.entry).read_text(), None
 
     def reply(thought, action, **args):
@@ -454,7 +454,8 @@ def scripted_short(task, fields, steps, ideas, rng):
 # Collecting
 
 # what the trajectories of one folder agree in
-SAME = ("expert", "coder", "actions", "fields", "prompt", "steps", "seconds", "ideas", "keep", "embed", "max_new_tokens",
+SAME = ("expert", "coder", "actions", "fields", "prompt", "steps", "seconds", "ideas", "keep", "embed",
+        "max_new_tokens",
         "temperature", "top_p", "context", "threads", "gpu", "sandbox", "seed")
 NUM_STEPS = 15
 
@@ -510,7 +511,8 @@ def trajectory(s, task, k, ideas, expert, cache, run):
         return reply.text + CODE_END * (reply.finish == "stop")
 
     env = Env(task, s.data, out=s.trajectories, actions=s.actions, fields=s.fields, steps=steps, seconds=s.seconds,
-              coder=ask_coder if expert and s.coder == "expert" else None, prompt=s.prompt, python=s.python, gpu=s.gpu or None,
+              coder=ask_coder if expert and s.coder == "expert" else None, prompt=s.prompt, python=s.python,
+              gpu=s.gpu or None,
               threads=s.threads, sandbox=s.sandbox, cache=cache)
     if not lines:
         tokenizer = getattr(expert, "tokenizer", None)
@@ -1293,7 +1295,7 @@ def train(s, texts, valid, tokenizer, config, folder):
     state = load_state(s.out, model, optimizer)
     first, size, peak = state["step"] if state else 0, tokenizer.size, peak_flops(device)
     if first >= steps and rank == 0:
-        print(f"{s.out} is already trained, for {first} steps; give another --out, or delete that folder, to begin anew")
+        print(f"{s.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
     log = open(Path(s.out, "log.jsonl"), "a") if rank == 0 else None
     started = time.monotonic()
     for step in range(first, steps):
@@ -1400,7 +1402,8 @@ def texts_of(s, tokenizer, say=print):
     than s.length tokens is cut there. Raises ValueError where nothing is left."""
     found, _ = conversations(s.trajectories, parsed=s.parsed, rose=s.rose, per_idea=s.per_idea, data=s.data,
                              tokenizer=tokenizer, say=say)
-    if s.copies and not all(len(one.messages) == 2 and one.messages[0]["content"].startswith("Task: ") for one in found):
+    if s.copies and not all(len(one.messages) == 2 and one.messages[0]["content"].startswith("Task: ")
+                            for one in found):
         raise ValueError("--copies are made of short prompts alone; collect with --prompt short")
     texts, cut, empty = [], [], []
     for one in found:
@@ -1435,7 +1438,7 @@ VOCABULARY = 1024       # ids of the tokenizer that is trained for a model from 
 
 
 def own_tokenizer(s):
-    """Makes the tokenizer of s.out, trained on the conversations in s.trajectories if there is none yet. What replies of the
+    """Makes the tokenizer of s.out, trained on what is in s.trajectories if there is none yet. What replies of the
     same action share is one token, so that a reply is a few decisions: which action, which text, which other text."""
     if not Path(s.out, "tokenizer.json").exists():
         found, _ = conversations(s.trajectories, parsed=s.parsed, rose=s.rose, per_idea=s.per_idea, data=s.data,
@@ -1481,8 +1484,9 @@ def fine_tune(s):
 
 AGENT = ("prompt", "actions", "fields", "context", "max_new_tokens")
 AGENT_STEPS = 5         # replies of a trajectory of the small model, in evaluation
-TINY = {"model": "tiny", "prompt": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640, "keep": 24, "num": 5,
-        "max_new_tokens": 96, "epochs": 1.0, "batch": 8, "copies": 64, "length": 1024, "lr": 1.5e-3, "warmup": 20,
+TINY = {"model": "tiny", "prompt": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640,
+        "keep": 24, "num": 5, "max_new_tokens": 96, "epochs": 1.0, "batch": 8, "copies": 64, "length": 1024,
+        "lr": 1.5e-3, "warmup": 20,
         "beta2": 0.95, "validate_every": 500, "save_every": 500, "recompute": False}
 TINY_STEPS = 8          # replies of a collected trajectory
 
