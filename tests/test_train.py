@@ -53,6 +53,21 @@ def test_gradients_do_not_depend_on_how_texts_are_packed():
     assert_same(whole, gradients(texts, chosen[::-1], 1, 0, 120))
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_are_one_batch(parts):
+    """The gradients of 12 texts, added up over 2 or 4 micro-batches, are those of one; so is the loss."""
+    texts, chosen = texts_of(), list(range(12))
+    num = sum(sum(texts[i][1]) for i in chosen)
+    found = []
+    for pieces in (1, parts):
+        model, loss = Qwen2.from_scratch(SMALL, seed=1), 0.0
+        for m in range(pieces):
+            rows = sft.rows_of(texts, chosen[m::pieces], 0, 1, 120)
+            loss = loss + sft.add_gradients(model, rows, num, 1, torch.device("cpu"), 259)
+        found.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    assert_same(*found)
+
+
 def test_packing_loses_nothing_and_keeps_the_limit():
     lengths = [5, 9, 1, 7, 3, 10, 2]
     rows = sft.pack(lengths, 10)
