@@ -734,6 +734,8 @@ def learn(s, rank, world, device):
         raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
                          f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
     say = print if rank == 0 else lambda line: None
+    if s.model == Settings.model and not Path(s.model).is_dir():
+        raise ValueError(f"there is no {s.model} to go on from; make it with: python sft.py, or give another --model")
     folder = find_folder(s.model)
     tokenizer, config = sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)
     on_first(lambda: prepare(s) and None)

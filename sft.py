@@ -1552,7 +1552,8 @@ def main(argv=None):
             return fine_tune(s)
         print("\n" + report(collect(s)))
         print(f"Written to {s.trajectories}: manifest.json, trajectories, blobs")
-    return attempt("sft.py", work, s.trajectories if s.collect else s.out)
+    kept = s.trajectories if s.collect else s.out if s.model else f"{s.trajectories} and {s.out}"
+    return attempt("sft.py", work, kept)
 
 
 if __name__ == "__main__":

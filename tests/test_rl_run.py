@@ -585,6 +585,12 @@ def test_episodes_run_through_the_same_log(made, run):
     assert code == 0 and figures[1].keys() == figures[2].keys() >= {"reward", "explained_variance", "entropy"}, said
 
 
+def test_without_a_fine_tuned_model_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert rl.main([]) == 2
+    assert "there is no runs/sft to go on from; make it with: python sft.py" in capsys.readouterr().err
+
+
 def test_the_plan_by_hand(capsys):
     """Qwen2.5-7B on 8 GPUs: 7,615,616,512 weights in fp32 for actor, critic and reference, two gradients and two
     optimizer states, a bf16 copy, and 57,344 bytes of keys and values a token."""
