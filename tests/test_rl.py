@@ -4,10 +4,7 @@ the work is divided. As a program it looks for a planted best reply with each ki
     python tests/test_rl.py
 """
 import ast
-import os
 import re
-import socket
-import subprocess
 import sys
 import time
 from itertools import product
@@ -543,9 +540,8 @@ def test_an_actor_that_computes_in_bf16_is_sampled_from_a_copy():
 WORLDS = {2: (120, list(METHODS)), 4: (90, ["shared critic"])}      # tokens of a row, methods
 
 
-def one_of_several(rank, world, port, folder):
-    """What each of `world` processes does; the first saves the figures and the gaps, all of them export the actor."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def one_of_several(folder):
+    """What each of several processes does; the first saves the figures and the gaps, all of them export the actor."""
     rank, world, device = processes()
     length, methods = WORLDS[world]
     found = {method: steps_of(method, rank, world, device, length=length) for method in methods}
@@ -560,22 +556,12 @@ def one_of_several(rank, world, port, folder):
     torch.distributed.destroy_process_group()
 
 
-def several(folder):
-    """Two processes, then four, forked so that torch and the rest are imported once."""
-    torch.set_num_threads(1)
-    for world in WORLDS:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        torch.multiprocessing.start_processes(one_of_several, (world, port, folder), world, start_method="fork")
-
-
-def test_nothing_depends_on_the_number_of_processes(tmp_path):
+def test_nothing_depends_on_the_number_of_processes(forks, tmp_path):
     """Gradients of all steps and all figures, some process having fewer rows than another; sampling from a whole copy
     of a sharded actor agrees with training; and what is exported is what one process has, without the critic's head."""
-    code = "import sys, test_rl; test_rl.several(sys.argv[1])"
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, env={
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"})
-    assert run.returncode == 0 and "Warning" not in run.stderr, run.stderr
+    for world in WORLDS:
+        said = forks("import sys, test_rl; test_rl.one_of_several(sys.argv[1])", tmp_path, world=world)
+        assert "Warning" not in said, said
     lengths = [len(one.prompt + one.tokens) - 1 for one in some_samples()]
     for world, (length, methods) in WORLDS.items():
         found, gaps = torch.load(tmp_path / f"{world}.pt")

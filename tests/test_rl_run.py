@@ -7,9 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -390,11 +387,12 @@ def test_episodes_are_whole_trajectories_with_chains(made):
             assert returns[i][t].item() == pytest.approx(total, abs=1e-6)
 
 
-# -- whole runs: a process that has imported everything forks one for each, and each command is run as from a shell
+# -- whole runs, each command as from a shell
 
-DRIVER = """
+RUN = """
 import json, os, sys
-import torch, env, rl, sample, sft
+import torch, env, rl, sample, sft, tasks
+from pathlib import Path
 WHERE = {"sampling": (sample.Engine, "step"), "executing": (env.Env, "step"), "updating": (rl.AdamW, "step"),
          "saving": (torch, "save"), "learning": (rl.Learner, "step")}
 
@@ -411,63 +409,31 @@ def after(where, n, what):
     setattr(owner, name, counted)
 
 kill = lambda *args: os.kill(os.getpid(), 9)
-env.describe(sys.executable)
-env.protection()        # asked once for all
-env._server = None
-for line in sys.stdin:
-    job = json.loads(line)
-    children = []
-    for rank in range(job["world"]):
-        children.append(os.fork())
-        if not children[-1]:
-            log = os.open(f"{job['log']}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
-                os.dup2(source, target)
-            if job["world"] > 1:
-                os.environ.update(RANK=str(rank), WORLD_SIZE=str(job["world"]), MASTER_ADDR="127.0.0.1",
-                                  MASTER_PORT=str(job["port"]))
-            exec(job["code"])
-            rl.run_program(lambda: rl.main(["--preset", "7b", *job["args"]]))
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+tasks.FOLDERS.append(Path(sys.argv[1]))
 """
 
 
 class Runs:
-    """Runs `python rl.py` with the tasks, pool and model of a folder."""
+    """Runs rl.py with the tasks, pool and model of a folder, some code first."""
 
-    def __init__(self, folder):
-        self.folder, self.num = folder, 0
-        path = {"PYTHONPATH": str(ROOT), "ML_AGENT_TASKS": str(folder / "tasks"), "OMP_NUM_THREADS": "1"}
-        self.driver = subprocess.Popen([sys.executable, "-c", DRIVER], env={**os.environ, **path}, text=True,
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, forks, folder):
+        self.forks, self.folder = forks, folder
 
-    def start(self, *args, code="", world=1, **flags):
+    def __call__(self, *args, code="", world=1, **flags):
+        """(exit status, output) of every process; alone, of the one."""
         flags = {"model": self.folder / "model", "trajectories": self.folder / "pool", "data": self.folder / "data",
                  "task": "toy-a", "states": 3, "num": 2, "max-new-tokens": 8, "context": 1000, "iterations": 6,
                  "save-every": 2, "lr": 3e-3, "critic-lr": 1e-3, "kl": 0.1, **flags}
         args = [*args, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        job = {"args": args, "code": code, "world": world, "port": port, "log": str(self.folder / "said")}
-        print(json.dumps(job), file=self.driver.stdin, flush=True)
-
-    def end(self):
-        """(exit status, output) of every process of the last run; alone, of the one."""
-        codes = json.loads(self.driver.stdout.readline())
-        found = [(code, Path(f"{self.folder}/said-{rank}").read_text()) for rank, code in enumerate(codes)]
+        self.forks.start(f"{RUN}\n{code}\nrl.run_program(lambda: rl.main(['--preset', '7b', *sys.argv[2:]]))",
+                         self.folder / "tasks", *args, world=world)
+        found = self.forks.end()
         return found if len(found) > 1 else found[0]
-
-    def __call__(self, *args, **flags):
-        self.start(*args, **flags)
-        return self.end()
 
 
 @pytest.fixture(scope="module")
-def run(made):
-    runs = Runs(made)
-    yield runs
-    runs.driver.stdin.close()
-    runs.driver.wait(60)
+def run(forks, made):
+    return Runs(forks, made)
 
 
 # what depends on the clock, on the memory, or on what an earlier run has put into the cache

@@ -96,21 +96,21 @@ def test_only_what_the_assistant_chose_has_a_gradient():
 
 
 WORKER = """
-import json, os, sys, torch
+import json, sys, torch
 import sft, test_train as t
 torch.manual_seed(0)
 rank, world, device = sft.processes()
 texts = t.texts_of()
-chosen = list({chosen!r})
-model = sft.build(t.SMALL, None, device, seed=1, recompute={recompute}, compute=torch.{compute})
+chosen, recompute, compute = json.loads(sys.argv[1])
+model = sft.build(t.SMALL, None, device, seed=1, recompute=recompute, compute=getattr(torch, compute))
 rows = sft.rows_of(texts, chosen, rank, world, 120)
 num = sum(sum(texts[i][1]) for i in chosen)
 loss = sft.add_gradients(model, rows, num, world, device, 259)
 torch.distributed.all_reduce(loss)
 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).full_tensor()
-grads = {{name: p.grad.full_tensor() for name, p in model.named_parameters()}}
+grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 if rank == 0:
-    torch.save((loss, grads, norm), sys.argv[1])
+    torch.save((loss, grads, norm), sys.argv[2])
 torch.distributed.destroy_process_group()
 """
 
@@ -128,18 +128,26 @@ def test_products_in_bf16_leave_weights_and_gradients_in_fp32():
 @pytest.mark.parametrize("world, chosen, recompute, compute, tolerance", [
     (2, range(12), False, "float32", 2e-6), (4, range(3), True, "float32", 2e-6),
     (2, range(12), True, "bfloat16", 0.03)])
-def test_gradients_do_not_depend_on_the_number_of_processes(tmp_path, world, chosen, recompute, compute, tolerance):
+def test_gradients_do_not_depend_on_the_number_of_processes(forks, tmp_path, world, chosen, recompute, compute, tolerance):
     """Two and four gloo processes with unequal token counts; of four, one has no text at all."""
-    code = WORKER.format(chosen=list(chosen), recompute=recompute, compute=compute)
-    (tmp_path / "worker.py").write_text(code)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
-                    str(tmp_path / "worker.py"), str(tmp_path / "out.pt")], check=True, timeout=240,
-                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"},
-                   capture_output=True)
+    forks(WORKER, json.dumps([list(chosen), recompute, compute]), tmp_path / "out.pt", world=world)
     loss, grads, norm = torch.load(tmp_path / "out.pt")
     alone = gradients(texts_of(), list(chosen), 1, 0, 120)
     assert_same(alone, (loss, grads), tolerance)
     assert torch.allclose(norm, torch.stack([g.norm() for g in alone[1].values()]).norm(), rtol=5 * tolerance)
+
+
+def test_a_process_of_several_joins_the_others_unless_it_has(monkeypatch):
+    """What torchrun sets says which of how many it is; alone there is nothing to join."""
+    joined = []
+    monkeypatch.setattr(sft.dist, "init_process_group", lambda *args, **more: joined.append(args))
+    assert sft.processes()[:2] == (0, 1) and not joined
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(sft.torch.cuda, "is_available", lambda: False)
+    assert sft.processes() == (3, 4, torch.device("cpu")) and joined == [("gloo",)]
+    monkeypatch.setattr(sft.dist, "is_initialized", lambda: True)
+    assert sft.processes()[:2] == (3, 4) and len(joined) == 1
 
 
 # -- the optimizer
