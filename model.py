@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -105,6 +106,94 @@ PRESETS = {  # V, C, F, L, H, K, longest row, tied head
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Operations that kernels.py also has, in Triton, under the same names
+
+def norm(x, weight, eps):
+    """RMSNorm of x (..., C)."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def add_norm(x, y, weight, eps):
+    """x + y, and its RMSNorm, each (..., C)."""
+    x = x + y
+    return x, norm(x, weight, eps)
+
+
+def rope(q, k, cos, sin):
+    """q (B, T, H, D) and k (B, T, K, D) with each pair (i, i + D/2) turned by its angle, in fp32; see rotary."""
+    return tuple(torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, -1), sin).to(q.dtype) for y in (q.float(), k.float()))
+
+
+def swiglu(gate, up):
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
+def word_sums(logits, targets, temperature, best, total, mean, target):
+    """Take notice of more words: with z = logits / temperature over all of them so far, best becomes max z, total the
+    sum of exp(z - best), mean that of z exp(z - best) and target the target's z, each (N,), in place.
+
+    logits: (N, words), lost. targets: (N,), which of these words; outside 0 .. words - 1 it is none of them.
+    """
+    z, here = logits.to(best.dtype).div_(temperature), (targets >= 0) & (targets < logits.shape[1])
+    top = torch.maximum(best, z.amax(-1))
+    p, shrink = (z - top[:, None]).exp_(), (best - top).exp_()
+    total.mul_(shrink).add_(p.sum(-1))
+    mean.mul_(shrink).add_(torch.linalg.vecdot(p, z))
+    best.copy_(top)
+    target.copy_(torch.where(here, z.gather(1, targets.clamp(0, z.shape[1] - 1)[:, None])[:, 0], target))
+
+
+def word_slopes(logits, targets, temperature, lse, entropy, d_logp, d_entropy):
+    """The gradient of sum(d_logp * logp + d_entropy * entropy), without d_entropy where that is None, with respect to
+    the logits of some words: (N, words), in their dtype. See word_sums for logits and targets.
+
+    With p the softmax and E its entropy, d logp / dz = 1[target] - p and d E / dz = -p (log p + E).
+    """
+    here = (targets >= 0) & (targets < logits.shape[1])
+    logq = logits.to(lse.dtype).div_(temperature).sub_(lse[:, None])                    # log p
+    if d_entropy is None:
+        d = logq.exp_().mul_(-d_logp[:, None])
+    else:
+        d = logq.exp().mul_(-d_logp[:, None] - (logq + entropy[:, None]) * d_entropy[:, None])
+    d.scatter_add_(1, targets.clamp(0, d.shape[1] - 1)[:, None], torch.where(here, d_logp, 0)[:, None])
+    return d.div_(temperature).to(logits.dtype)
+
+
+def sight(places, S, group, dtype):
+    """What attend has to know of who sees what: query t of row b sees positions 0 .. places[b, t] of S. Here a mask
+    to add to the scores, (B, 1, T * group, S); group: query heads that share a key."""
+    unseen = torch.arange(S, device=places.device) > places.repeat_interleave(group, 1)[:, None, :, None]
+    return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)
+
+
+def attend(q, k, v, seen):
+    """What queries (B, T, H, D) find in cached keys and values (B, K, S, D), as far as each sees: (B, T, H, D)."""
+    (B, T, H, D), K = q.shape, k.shape[1]       # heads that share a key stand as extra queries: no copy of the cache
+    x = q.view(B, T, K, H // K, D).transpose(1, 2).reshape(B, K, -1, D)
+    y = F.scaled_dot_product_attention(x, k, v, attn_mask=seen)
+    return y.view(B, K, T, H // K, D).transpose(1, 2).reshape(B, T, H, D)
+
+
+ops = sys.modules[__name__]
+
+
+def use_kernels(name, device):
+    """Let "torch", the functions above, or "triton", those of kernels.py, do their work from now on in this process.
+    Raises ValueError where they cannot, on this device or without the package."""
+    global ops
+    if name not in ("torch", "triton"):
+        raise ValueError(f"expected kernels torch or triton, found {name!r}")
+    if name == "triton":
+        try:
+            import kernels
+        except ImportError as error:
+            raise ValueError(f"the Triton kernels need the package triton ({error}); install it, or use torch's") from None
+        kernels.check(device)
+    ops = kernels if name == "triton" else sys.modules[__name__]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Layers
 
 class Linear(nn.Linear):
@@ -158,20 +247,10 @@ class LinearLogProb(torch.autograd.Function):
     """log softmax(x W^T / temperature)[target], the entropy of the softmax, and if the target is its likeliest token,
     without ever holding (N, V) logits.
 
-    Logits are made for some `words` of the vocabulary at a time, in fp32, with a running maximum and sums; backward
-    makes them again, and scales each row by its own upstream gradient: with p the softmax and E its entropy,
-    d logp / d logits = 1[target] - p and d E / d logits = -p (log p + E), both over the temperature. Going along the
+    Logits are made for some `words` of the vocabulary at a time, with a running maximum and sums in fp32 (word_sums);
+    backward makes them again, and scales each row by its own upstream gradient (word_slopes). Going along the
     vocabulary, each row of the weight and of its gradient is touched once in a pass, however many tokens there are.
     """
-
-    @staticmethod
-    def logits(x, weight, targets, temperature, start, stop):
-        """Logits of the words start..stop, (N, words) in at least fp32, their weights as they were multiplied, and each
-        target's place among them, and if it is there."""
-        part = weight[start:stop].to(x.dtype)
-        logits = (x @ part.T).to(torch.promote_types(x.dtype, torch.float32))
-        return logits.div_(temperature), part, (targets - start).clamp(0, len(part) - 1)[:, None], (
-            (targets >= start) & (targets < stop))
 
     @staticmethod
     def forward(ctx, x, weight, targets, temperature, size, words):
@@ -179,12 +258,8 @@ class LinearLogProb(torch.autograd.Function):
         total, mean, target = (torch.zeros(len(x), dtype=exact, device=x.device) for _ in range(3))
         best = torch.full_like(total, -torch.inf)
         for start in range(0, size, words):
-            logits, _, place, here = LinearLogProb.logits(x, weight, targets, temperature, start,
-                                                          min(start + words, size))         # (N, words)
-            top = torch.maximum(best, logits.amax(-1))
-            p, shrink = (logits - top[:, None]).exp_(), (best - top).exp()
-            total, mean = total * shrink + p.sum(-1), mean * shrink + torch.linalg.vecdot(p, logits)
-            target, best = torch.where(here, logits.gather(1, place)[:, 0], target), top
+            part = weight[start:min(start + words, size)].to(x.dtype)
+            ops.word_sums(x @ part.T, targets - start, temperature, best, total, mean, target)
         lse = best + total.log()
         entropy, first = lse - mean / total, target >= best
         ctx.save_for_backward(x, weight, targets, lse, entropy)
@@ -201,14 +276,8 @@ class LinearLogProb(torch.autograd.Function):
         dw[size:] = 0
         for start in range(0, size, words):
             stop = min(start + words, size)
-            logq, part, place, here = LinearLogProb.logits(x, weight, targets, temperature, start, stop)
-            logq -= lse[:, None]                                                            # log p
-            if d_entropy is None:
-                d = logq.exp_().mul_(-d_logp[:, None])
-            else:
-                d = logq.exp().mul_(-d_logp[:, None] - (logq + entropy[:, None]) * d_entropy[:, None])
-            d.scatter_add_(1, place, torch.where(here, d_logp, 0)[:, None])
-            d = d.div_(temperature).to(x.dtype)
+            part = weight[start:stop].to(x.dtype)
+            d = ops.word_slopes(x @ part.T, targets - start, temperature, lse, entropy, d_logp, d_entropy)
             dx += d @ part
             dw[start:stop] = d.T @ x
         return dx.to(x.dtype), dw, None, None, None, None
@@ -237,12 +306,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+    def forward(self, x, y=None):
+        """The norm of x; with y, of the same shape: x + y, and its norm."""
+        weight = self.weight.to(x.dtype)
+        return ops.norm(x, weight, self.eps) if y is None else ops.add_norm(x, y, weight, self.eps)
 
 
 def rotary(positions, head_dim, theta):
-    """(cos, sin) of the angles position * theta^(-2i/D), i < D/2, for rotate: fp32, each (B, T, 1, D), where i and
+    """(cos, sin) of the angles position * theta^(-2i/D), i < D/2, for rope: fp32, each (B, T, 1, D), where i and
     i + D/2 share an angle and the first half of sin is negative. positions: (B, T) integers.
 
     RoFormer (arXiv 2104.09864), equation 15. Computed at each pass and never stored: a buffer would be one more thing
@@ -252,12 +323,6 @@ def rotary(positions, head_dim, theta):
     angle = positions[:, :, None, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + D/2}) by its angle, in fp32. x: (B, T, heads, D)."""
-    y = x.float()
-    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -271,8 +336,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, window, layer, lengths):
         B, T, C = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.H, self.D), cos, sin)
-        k = rotate(self.k_proj(x).view(B, T, self.K, self.D), cos, sin)
+        q, k = ops.rope(self.q_proj(x).view(B, T, self.H, self.D), self.k_proj(x).view(B, T, self.K, self.D), cos, sin)
         v = self.v_proj(x).view(B, T, self.K, self.D)
         if window is not None:
             window.append(layer, k[0], v[0])
@@ -295,7 +359,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -314,8 +378,9 @@ class Block(nn.Module):
         return self.compute(x, cos, sin, window, layer, lengths)
 
     def compute(self, x, cos, sin, window, layer, lengths):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, window, layer, lengths)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, y = self.post_attention_layernorm(
+            x, self.self_attn(self.input_layernorm(x), cos, sin, window, layer, lengths))
+        return x + self.mlp(y)
 
 
 class Backbone(nn.Module):

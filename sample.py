@@ -38,7 +38,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 
-from model import Config, Linear, Qwen2, find_folder
+from model import Config, Linear, Qwen2, attend, find_folder, sight
 
 
 class ContextFull(ValueError):
@@ -242,7 +242,7 @@ class Window:
     """
 
     def __init__(self, cache, rows, starts, counts):
-        device, dtype, G = cache.k.device, cache.k.dtype, cache.group
+        device = cache.k.device
         self.cache, self.counts, self.fresh = cache, counts, not any(starts)
         begin, end = [0], []
         for count in counts:
@@ -252,7 +252,7 @@ class Window:
         offset = torch.arange(end[-1]) - torch.tensor(begin[:-1]).repeat_interleave(sizes)
         self.positions = (torch.tensor(starts).repeat_interleave(sizes) + offset)[None].to(device)
         self.rows = torch.tensor(rows).repeat_interleave(sizes).to(device)
-        self.parts = []     # what attends together: (new tokens, rows, S, mask (rows, 1, tokens a row * G, S))
+        self.parts = []     # what attends together: (new tokens, rows, S, what they see of S))
         if self.fresh:
             return
         lone = len(rows) > 1 and min(counts) == 1 and rows[-1] - rows[0] == len(rows) - 1
@@ -264,8 +264,7 @@ class Window:
         for new, where, B in parts:
             places = self.positions[0, new].view(B, -1)                                 # (rows, tokens of each)
             S = int(places.max()) + 1
-            unseen = torch.arange(S, device=device) > places.repeat_interleave(G, 1)[:, None, :, None]
-            self.parts.append((new, where, S, torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)))
+            self.parts.append((new, where, S, sight(places, S, cache.group, cache.k.dtype)))
 
     def append(self, layer, k, v):
         """Store this pass's keys and values, (N, K, D)."""
@@ -274,14 +273,10 @@ class Window:
 
     def attend(self, layer, q):
         """What queries (N, H, D) find in the cache: (N, H, D)."""
-        (N, H, D), K = q.shape, self.cache.k.shape[2]
         out = torch.empty_like(q)
-        for new, rows, S, mask in self.parts:
+        for new, rows, S, seen in self.parts:
             k, v = self.cache.k[layer, rows, :, :S], self.cache.v[layer, rows, :, :S]           # (B, K, S, D)
-            B, G = len(k), H // K       # G query heads that share a key stand as extra queries: no copy of the cache
-            x = q[new].view(B, -1, K, G, D).transpose(1, 2).reshape(B, K, -1, D)
-            y = F.scaled_dot_product_attention(x, k, v, attn_mask=mask)
-            y = y.view(B, K, -1, G, D).transpose(1, 2).reshape(-1, H, D)
+            y = attend(q[new].view(len(k), -1, *q.shape[1:]), k, v, seen).view(-1, *q.shape[1:])
             if len(self.parts) == 1:
                 return y
             out[new] = y
