@@ -106,7 +106,7 @@ PRESETS = {  # V, C, F, L, H, K, longest row, tied head
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operations that kernels.py also has, in Triton, under the same names
+# Operations that fused.py also has, in Triton, under the same names
 
 def norm(x, weight, eps):
     """RMSNorm of x (..., C)."""
@@ -179,18 +179,18 @@ ops = sys.modules[__name__]
 
 
 def use_kernels(name, device):
-    """Let "torch", the functions above, or "triton", those of kernels.py, do their work from now on in this process.
+    """Let "torch", the functions above, or "triton", those of fused.py, do their work from now on in this process.
     Raises ValueError where they cannot, on this device or without the package."""
     global ops
     if name not in ("torch", "triton"):
         raise ValueError(f"expected kernels torch or triton, found {name!r}")
     if name == "triton":
         try:
-            import kernels
+            import fused
         except ImportError as error:
-            raise ValueError(f"the Triton kernels need the package triton ({error}); install it, or use torch's") from None
-        kernels.check(device)
-    ops = kernels if name == "triton" else sys.modules[__name__]
+            raise ValueError(f"the Triton kernels need triton ({error}); pip install it, or use torch's") from None
+        fused.check(device)
+    ops = fused if name == "triton" else sys.modules[__name__]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import sample
 import tasks
 from env import SLOTS, Blobs, Cache, Env, Gone, clip, protection, read_trajectory
 from eval import CODE_END, CODER_TOKENS, Failed, alone, attempt, prepare, run_program, with_agent
-from model import IGNORE, Config, Linear, Qwen2, find_folder
+from model import IGNORE, Config, Linear, Qwen2, find_folder, use_kernels
 from reward import KINDS
 from sft import (AdamW, build, epoch_order, export, fingerprint, flops_of, gib, held_out, linked, load_state, memory_of,
                  num_weights, peak_flops, peak_memory, processes, refuse_held_out, row_of, save_state, shape_of, share)
@@ -87,6 +87,7 @@ class Settings:
     rows: int = 64  # actions sampled at the same time, on each process
     length: int = 16384  # tokens of a packed row in training, if no single text has more
     recompute: bool = True  # compute a block's activations again in backward: a third more time, far less memory
+    kernels: str = "torch"  # torch, or triton, on CUDA, which has not been measured on a GPU yet
     coder: str = "none"  # who carries out the (AI) actions: none, model (the policy), or another, as in --model
     data: str = "data"  # where prepared tasks are kept
     raw: str = ""  # folder of the publisher's files, as in eval.py
@@ -742,6 +743,7 @@ def learn(s, rank, world, device):
     if s.sandbox == "on":
         protection()        # here, before many threads ask at once
     found = pool(s, tokenizer, say)
+    use_kernels(s.kernels, device)
     learner = Learner(s, config, folder, tokenizer.size, rank, world, device)
     state = load_state(s.out, learner.models, learner.optimizer) or {"step": 0}
     engine, refresh = sampler(s, learner, tokenizer)

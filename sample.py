@@ -38,7 +38,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 
-from model import Config, Linear, Qwen2, attend, find_folder, sight
+from model import Config, Linear, Qwen2, attend, find_folder, sight, use_kernels
 
 
 class ContextFull(ValueError):
@@ -971,12 +971,13 @@ def parse(cls, argv=None, recipes=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading what --model names, and the command line
 
-def load(spec, dtype="auto", device="auto", rows=8, context=16384):
+def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch"):
     """The Engine or Endpoint that a --model value names.
 
     spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
     out), or "http://host:port/v1#name". device "auto": CUDA if there is one. dtype "auto": bfloat16 where the hardware
-    multiplies it (CUDA, or a CPU with AMX), else float32. Raises ValueError for what cannot be loaded.
+    multiplies it (CUDA, or a CPU with AMX), else float32. kernels: torch, or triton on CUDA. Raises ValueError for what
+    cannot be loaded.
     """
     if str(spec).startswith(("http://", "https://")):
         return Endpoint(spec)
@@ -987,6 +988,7 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384):
         dtype = "bfloat16" if fast and spec != "tiny" else "float32"
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"expected dtype auto, float32 or bfloat16, found {dtype!r}")
+    use_kernels(kernels, device)
     kind = getattr(torch, dtype)
     if spec == "tiny":
         tokenizer, model = Tokenizer.of_bytes(), Qwen2.from_scratch(Config.preset("tiny"), dtype=kind, device=device)
@@ -1027,11 +1029,12 @@ class Settings:
     seed: int = 0                       # of the random numbers
     dtype: str = "auto"                 # auto, float32 or bfloat16
     device: str = "auto"                # auto, cpu or cuda
+    kernels: str = "torch"              # torch, or triton, on CUDA: fused operations, not yet measured on a GPU
 
 
 def main(s):
     start = time.perf_counter()
-    policy = load(s.model, s.dtype, s.device, rows=1)
+    policy = load(s.model, s.dtype, s.device, rows=1, kernels=s.kernels)
     options = {name: getattr(s, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
     messages = [{"role": "system", "content": s.system}] * bool(s.system) + [{"role": "user", "content": s.prompt}]
     if isinstance(policy, Endpoint):

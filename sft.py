@@ -37,7 +37,7 @@ import tasks
 from env import (
     DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, Env, Unprotected, clip, header, printed_metric, prompt_of, record,
     parse, short_prompt, shown_lines)
-from model import IGNORE, Config, Qwen2, find_folder, load_tensors, write_checkpoint
+from model import IGNORE, Config, Qwen2, find_folder, load_tensors, use_kernels, write_checkpoint
 from eval import CODE_END, CODER_TOKENS, Failed, Run, alone, attempt, ended, layout, prepare, read_record, run_program
 
 
@@ -105,6 +105,7 @@ class Settings:
     dtype: str = "auto"  # that training computes in: float32, bfloat16 (several times faster on a CPU with AMX), or
         # auto, which is bfloat16 on a GPU; the weights are kept and updated in float32. Also of an expert's weights
     device: str = "auto"  # auto, cpu or cuda
+    kernels: str = "torch"  # of training: torch, or triton, on CUDA, which has not been measured on a GPU yet
     seed: int = 0  # of the ideas' choice and of sampling
 
     def __post_init__(self):
@@ -1289,6 +1290,7 @@ def train(s, texts, valid, tokenizer, config, folder):
     """Fine-tune on texts, [(ids, chosen)], and write out/: checkpoints, log.jsonl, and the model as a Hugging Face
     folder. Goes on from the newest checkpoint there. Returns the model."""
     rank, world, device = processes()
+    use_kernels(s.kernels, device)
     model = build(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
     optimizer = AdamW(model.parameters(), s.lr, s.weight_decay, (0.9, s.beta2), state=s.optimizer_state)
     steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)

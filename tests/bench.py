@@ -6,6 +6,7 @@
     python tests/bench.py load --model DIR                      # reading a checkpoint, against transformers
     python tests/bench.py sft --model DIR                       # fine-tuning, against transformers with its own loss
     python tests/bench.py rl --repeats 5                        # PPO: step-wise against episode-wise, and --overlap
+    python tests/bench.py kernels                               # on a GPU: Triton's against torch, eager and compiled
     python tests/bench.py sandbox --repeats 50                  # running a script, against a bare subprocess
 
 Ours and the peer's runs alternate and the medians are compared, so that a busy machine slows both. transformers is
@@ -32,7 +33,8 @@ from sample import load, parse, read_bandwidth, streamed_bytes     # sets how th
 
 import torch
 
-from model import IGNORE, Config, find_folder
+import model
+from model import IGNORE, Config, LinearLogProb, find_folder, rotary
 
 try:
     import transformers
@@ -223,6 +225,81 @@ def load_checkpoint(s):
                "peak over weights": statistics.median(float(o[1]) for o in out)}
 
 
+def kernel_cases(c, tokens, rows, length, dtype, device):
+    """What `kernels` measures: (name, function of the operations' module and the inputs, inputs, with gradients, bytes
+    or FLOPs that it cannot do without, "GB/s" or "TFLOP/s", function of the inputs for torch.compile where another than
+    the first is its best). c: Config; tokens of a training row, rows and cached positions of a decoding step."""
+    def new(*shape):
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    def log_probs(ops, x, weight):
+        before, model.ops = model.ops, ops
+        try:
+            return LinearLogProb.apply(x, weight, targets, 1.0, c.vocab_size, max(64, 2**27 // tokens))[:2]
+        finally:
+            model.ops = before
+
+    def simple(x, weight):
+        logq = (x @ weight.T).float().log_softmax(-1)
+        return logq.gather(1, targets[:, None])[:, 0], -(logq.exp() * logq).sum(-1)
+
+    N, C, F, V, D, size = tokens, c.hidden_size, c.intermediate_size, c.vocab_size, c.head_dim, dtype.itemsize
+    H, K, targets = c.num_attention_heads, c.num_key_value_heads, torch.randint(c.vocab_size, (tokens,), device=device)
+    angles = rotary(torch.arange(N, device=device)[None], D, c.rope_theta)
+    norm = lambda ops, x, w: ops.norm(x, w, 1e-6)
+    add_norm = lambda ops, x, y, w: ops.add_norm(x, y, w, 1e-6)
+    rope, swiglu = lambda ops, q, k: ops.rope(q, k, *angles), lambda ops, gate, up: ops.swiglu(gate, up)
+    x, y, w, gate, up, q, k = (new(1, N, C), new(1, N, C), new(C), new(1, N, F), new(1, N, F), new(1, N, H, D),
+                               new(1, N, K, D))
+    for grad, name in ((False, ""), (True, " and gradients")):
+        yield "norm" + name, norm, (x, w), grad, size * N * C * (5 if grad else 2), "GB/s", None
+        yield "add_norm" + name, add_norm, (x, y, w), grad, size * N * C * (8 if grad else 4), "GB/s", None
+        turned = 2 * size * N * (H + K) * D + 4 * N * D
+        yield "rope" + name, rope, (q, k), grad, turned * (1 + grad), "GB/s", None
+        yield "swiglu" + name, swiglu, (gate, up), grad, size * N * F * (8 if grad else 3), "GB/s", None
+        yield ("log-probs" + name, log_probs, (new(N, C), new(V, C)), grad, 2 * N * C * V * (4 if grad else 1),
+               "TFLOP/s", simple)
+    for B in (1, rows):
+        q, k, v = new(B, 1, H, D).detach(), new(B, K, length, D).detach(), new(B, K, length, D).detach()
+        places = torch.linspace(length // 2, length - 1, B, device=device).long()[:, None]
+        seen = {ops: ops.sight(places, length, H // K, dtype) for ops in (model, model.ops)}
+        yield (f"attend, {B} rows", lambda ops, q, k, v, seen=seen: ops.attend(q, k, v, seen[ops]), (q, k, v), False,
+               2 * size * K * D * int(places.sum() + B), "GB/s", None)
+
+
+def run_case(function, inputs, grad, ups):
+    """A case's results, or with grad the gradients of its inputs for upstream gradients `ups` (made when empty)."""
+    with torch.set_grad_enabled(grad):
+        out = function(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    if not grad:
+        return out
+    ups[:] = ups or [torch.randn_like(y) for y in out]
+    return torch.autograd.grad(out, inputs, ups)
+
+
+def kernels(s):
+    """Milliseconds of each operation at the 7B's shapes in bf16: Triton's, torch eager and torch.compile, and how much
+    of what the memory or the matrix products allow Triton's reaches. Medians of triton.testing.do_bench, L2 cold."""
+    if not torch.cuda.is_available():
+        yield {"not measured": "there is no CUDA device here"}
+        return
+    from triton.testing import do_bench
+    model.use_kernels("triton", "cuda")
+    a = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    limits = {"GB/s": read_bandwidth("cuda", 2**32) / 1e9, "TFLOP/s": 2 * 8192 ** 3 / do_bench(lambda: a @ a) / 1e9}
+    for name, function, inputs, grad, amount, unit, simple in kernel_cases(Config.preset("7b"), 4096, 64, 2048,
+                                                                           torch.bfloat16, "cuda"):
+        ways = {"ours": functools.partial(function, model.ops), "eager": functools.partial(function, model),
+                "compiled": torch.compile(simple or functools.partial(function, model))}
+        ms = {way: do_bench(functools.partial(run_case, run, inputs, grad, []), return_mode="median")
+              for way, run in ways.items()}
+        rate = amount / ms["ours"] / (1e6 if unit == "GB/s" else 1e9)
+        yield {"operation": name, **{f"{way} ms": t for way, t in ms.items()}, unit: rate,
+               "share of the limit": rate / limits[unit],
+               "over the best of torch": min(ms["eager"], ms["compiled"]) / ms["ours"]}
+
+
 STARTERS = ("leaf-classification", "spaceship-titanic", "spooky-author-identification", "home-data-for-ml-course",
             "whale-categorization-playground", "ogbn-arxiv", "cifar-10")
 
@@ -383,7 +460,7 @@ def rl_updates(s):
         rl.Cache.get, sample.Engine.step = known, advance
 
 
-MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "load": load_checkpoint,
+MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "kernels": kernels, "load": load_checkpoint,
                 "sft": fine_tuning, "sandbox": sandbox, "rl": rl_updates}
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the scripts that tests start
+os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run on the CPU; read when triton is first imported
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402

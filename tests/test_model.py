@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import model
+import sample
 from model import IGNORE, Config, Linear, LinearLogProb, Qwen2, find_folder
 from sample import Tokenizer
 
@@ -155,6 +157,16 @@ def test_every_form_of_the_linear_layer_is_the_same_product(dtype, tolerance, ro
     for y in (unpacked, packed):
         assert y.shape == (rows, 1, 41) and (y - plain).abs().max() <= tolerance * plain.abs().max()
     assert layer(x).requires_grad       # with gradients on, the differentiable form
+
+
+def test_kernels_that_cannot_run_are_refused_and_torchs_stay(monkeypatch):
+    with pytest.raises(ValueError, match="torch or triton, found 'cuda'"):
+        model.use_kernels("cuda", "cpu")
+    monkeypatch.setitem(sys.modules, "triton", None)        # as where it is not installed
+    monkeypatch.delitem(sys.modules, "fused", raising=False)
+    with pytest.raises(ValueError, match="need triton"):
+        sample.load("tiny", kernels="triton")
+    assert model.ops is model
 
 
 # -- what training needs
