@@ -1,5 +1,6 @@
 """Runs the agent on tasks and prints what it scored, in the layout of the paper's Table 1.
 
+    python eval.py                                                   # what sft.py and rl.py made, on all miniatures
     python eval.py --task leaf-classification                        # no model, no data: the starter on the miniature
     python eval.py --task leaf-classification --model DIR --raw RAW  # 8 trajectories of 15 steps on the real data
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
@@ -14,26 +15,31 @@ A trajectory's score is that of its final submission, the last valid one. A traj
 counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
 Exit status: 0 done, 1 failed or interrupted, 2 bad arguments.
 """
-import contextlib, fcntl, hashlib, html, json, math, os, queue, signal, sys, tempfile, threading, time, traceback, zlib
+import contextlib, fcntl, hashlib, html, json, math, os, shutil, signal, sys, tempfile, threading, time, traceback, zlib
 from collections import Counter
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import sample
 import tasks
-from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, Cache, Env, Unprotected, clip, header, printed_metric,
+from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, clip, header, printed_metric,
                  record)
 from reward import KINDS
 
 FINAL = {"last-valid": "the last valid submission",
          "best-validation": "the valid submission whose script printed the best score"}
+FIGURES = ("average", "best", "gain %", "95 % interval", "best gain %", "std. error", "failed")  # of an agent on a task
 MINIATURE = "Miniature data are made up from a seed: scores on them do not compare with published ones."
-FIRST = ("task", "metric", "starter")
-FIGURES = ("average", "best", "gain %", "best gain %", "std. error", "95 % interval", "failed")
+MADE = {"fine-tuned": ("runs/sft", "python sft.py"), "after RL": ("runs/rl", "python rl.py")}   # what is made by what
+POOL = "runs/trajectories"      # where both left what scripts gave
+# float64, so that what is sampled does not hang on which replies were sampled together, as rounding would have it
+TOGETHER = {"task": "all", "temperature": 1.0, "parallel": 160, "dtype": "float64"}
 CODER_TOKENS = 4096     # a reply of the coder may have: it writes whole scripts
 CODE_END = "\n```\n"    # the line that ends a script in a reply
 NO_MODEL = """
@@ -46,7 +52,8 @@ No --model was given, so only the starter scripts ran. To run an agent, add one 
 
 @dataclass
 class Settings:
-    task: str = "leaf-classification"  # a task's id, held-in, held-out, paper (those of Table 1) or all
+    task: str = ""  # a task's id, held-in, held-out, paper (those of Table 1) or all; empty: leaf-classification, or
+        # without --model too the paper in miniature: what sft.py and rl.py have made, on all tasks
     model: str = ""  # a folder, a hub id, tiny (random weights), or http://host:port/v1#name; empty: starters alone
     coder: str = "model"  # who carries out the (AI) actions: model (the same one), none, or another, as in --model
     raw: str = ""  # folder of the publisher's files, prepared on first use; for several tasks, the folder that holds
@@ -66,7 +73,7 @@ class Settings:
     temperature: float = 0.7  # of sampling; 0 always takes the most likely token
     top_p: float = 1.0  # sample from the most likely tokens that together reach this probability
     context: int = 16384  # tokens of one conversation; a trajectory that outgrows it ends
-    dtype: str = "auto"  # of the weights: auto, float32 or bfloat16
+    dtype: str = "auto"  # of the weights: auto, float64, float32 or bfloat16
     device: str = "auto"  # of the model: auto, cpu or cuda
     python: str = sys.executable  # the interpreter that runs the tasks' scripts
     gpu: str = ""  # GPUs for the scripts, such as 0 or 0,1: each script gets one of them; empty hides all
@@ -79,6 +86,8 @@ class Settings:
         # --out of eval.py, of training (its log.jsonl), or collected trajectories
 
     def __post_init__(self):
+        if self.model and not self.task:
+            self.task = "leaf-classification"
         for name in ("trajectories", "steps", "seconds", "parallel", "max_new_tokens", "context", "threads"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
@@ -108,22 +117,24 @@ class Failed(RuntimeError):
     """The run cannot go on, for a reason that is not a bug; the message is for the user."""
 
 
-def with_agent(s):
-    """The settings, those at their default replaced by what the folder of the model says of how it was trained to act:
-    agent.json, which sft.py writes."""
-    path = Path(s.model, "agent.json")
-    if not (s.model and path.is_file()):
-        return s
-    default, kept = {field.name: field.default for field in fields(s)}, json.loads(path.read_text())
-    return replace(s, **{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()
+def changed(s, values):
+    """The settings, those at their default replaced by `values`, {name: value}, as far as they have such names."""
+    default = {field.name: field.default for field in fields(s)}
+    return replace(s, **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
                          if name in default and getattr(s, name) == default[name]})
+
+
+def with_agent(s):
+    """The settings with what the folder of the model says of how it was trained to act: agent.json, of sft.py."""
+    path = Path(s.model, "agent.json")
+    return changed(s, json.loads(path.read_text())) if s.model and path.is_file() else s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One trajectory. Its file: a header, a line for each step, and a line of type "end" if it outgrew the context.
 
-def file_of(s, id, k):
-    return Path(s.out, "trajectories", f"{id}-{k}.jsonl")
+def file_of(folder, id, k):
+    return Path(folder, f"{id}-{k}.jsonl")
 
 
 def records_in(folder):
@@ -154,42 +165,56 @@ def ended(lines):
     return lines[-1].get("ended", "") if lines else ""
 
 
-def trajectory(s, task, k, policy, coder, cache, run):
-    """Plays trajectory k of a task to its end, from the last step in its file, where it adds a line for each step.
-    cache: what scripts gave before, shared by all. run: the Run that writes the lines, and that may stop it."""
-    path = file_of(s, task.id, k)
-    lines = read_record(path)
-    sampling = dict(temperature=s.temperature, top_p=s.top_p)
+def world(s, task, out, cache, **more):
+    """The Env of a task by what the settings of eval.py and sft.py have in common."""
+    return Env(task, s.data, out=out, python=s.python, gpu=s.gpu or None, threads=s.threads, sandbox=s.sandbox,
+               cache=cache, **more)
 
+
+def spoken(s, model, hint=""):
+    """How a model replies in trajectory(). hint: said to it besides; the record of the trajectory is without it."""
+    def reply(env, lines, seed):
+        prompt = [dict(message) for message in env.prompt()]
+        next(one for one in prompt if one["role"] == "user")["content"] += hint
+        said = model.chat(prompt, max_new_tokens=s.max_new_tokens, stop=("\nObservation:",), seed=seed,
+                          temperature=s.temperature, top_p=s.top_p)
+        return said.text, said.tokens or None, {
+            "finish": said.finish, "tokens": len(said.tokens), "prompt_tokens": said.prompt_tokens,
+            "cached_tokens": said.cached_tokens, "sample_seconds": said.seconds}
+    return reply
+
+
+def trajectory(s, task, k, path, reply, coder, out, cache, run, about):
+    """Plays trajectory k of a task to its end, from the last step in its file `path`, where it adds a line a step.
+    reply(env, lines, seed): what the agent says after these lines, (text, token ids or None, {what its line is to tell
+    besides}). coder: what sample.load gave, or None. out, cache: where files and what scripts gave are kept, shared by
+    all. run: the Run that writes the lines, and that may stop it. about: what else the header tells."""
     def seed(speaker):  # differs between trajectories, steps and speakers; the same again after an interruption
         return zlib.crc32(f"{s.seed} {task.id} {k} {env.index} {speaker}".encode())
 
     def ask_coder(messages):
-        reply = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed("coder"), **sampling)
-        return reply.text + CODE_END * (reply.finish == "stop")     # a whole script, without what is said after it
+        said = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed("coder"), **sampling)
+        return said.text + CODE_END * (said.finish == "stop")       # a whole script, without what is said after it
 
-    env = Env(task, s.data, out=s.out, actions=s.actions, fields=s.fields, steps=s.steps, seconds=s.seconds,
-              coder=coder and ask_coder, prompt=s.prompt, python=s.python, gpu=s.gpu or None, threads=s.threads,
-              sandbox=s.sandbox, cache=cache)
+    lines, sampling = read_record(path), dict(temperature=s.temperature, top_p=s.top_p)
+    env = world(s, task, out, cache, actions=s.actions, fields=s.fields, steps=s.steps, seconds=s.seconds,
+                coder=coder and ask_coder, prompt=s.prompt)
     if lines:
-        last = lines[-1]
-        messages = [message for line in lines for message in line["messages"]]
-        env.restore(last["snapshot"], messages, index=len(lines) - 1, m_before=last["m_after"])
-        env.deadline = time.monotonic() + last["seconds_left"]
+        last, messages = lines[-1], [message for line in lines for message in line["messages"]]
+        env.restore(last["snapshot"], messages, index=len(lines) - 1, m_before=last["m_after"],
+                    seconds=last["seconds_left"])
     else:
-        run.write(path, header(env, k=k, model=s.model, coder=s.coder, seed=s.seed, max_new_tokens=s.max_new_tokens,
-                               m_after=env.m_before, seconds_left=s.seconds, **sampling))
+        lines = [header(env, k=k, seed=s.seed, max_new_tokens=s.max_new_tokens, m_after=env.m_before,
+                        seconds_left=s.seconds, **sampling, **about)]
+        run.write(path, lines[0])
     while not (env.done or run.stop.is_set()):
         try:
-            reply = policy.chat(env.prompt(), max_new_tokens=s.max_new_tokens, stop=("\nObservation:",),
-                                seed=seed("policy"), **sampling)
+            text, tokens, more = reply(env, lines, seed("policy"))
         except sample.ContextFull as error:
-            run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
-            return
-        step = env.step(reply.text, tokens=reply.tokens or None)
-        run.write(path, record(step, finish=reply.finish, tokens=len(reply.tokens), prompt_tokens=reply.prompt_tokens,
-                               cached_tokens=reply.cached_tokens, sample_seconds=reply.seconds,
-                               m_after=env.m_before, seconds_left=env.deadline - time.monotonic()))
+            return run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
+        step = env.step(text, tokens=tokens)
+        lines.append(record(step, seconds_left=env.deadline - time.monotonic(), **more))
+        run.write(path, lines[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +238,7 @@ class Run:
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self.steps[path] += line["type"] == "step"
-            self.tokens += line.get("tokens", 0)
+            self.tokens += line.get("tokens") or 0
             self.over |= {path} if line.get("ended") else set()
 
     def share(self):
@@ -232,41 +257,27 @@ class Run:
                 + (f", ETA {timedelta(seconds=int(seconds * (1 - share) / won))}" if won > 0 else ""))
 
 
-def play(s, jobs, policy, coder, cache, run):
-    """Plays the trajectories `jobs`, [(task, k)], s.parallel at a time. The first error stops all and is raised."""
-    waiting, errors = queue.SimpleQueue(), []
-    for job in jobs:
-        waiting.put(job)
-
-    def work():
-        try:
-            while not run.stop.is_set():
-                trajectory(s, *waiting.get_nowait(), policy, coder, cache, run)
-        except queue.Empty:
-            return
-        except BaseException as error:      # raised again below, in the main thread
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(s.parallel, len(jobs)))]
-    for thread in threads:
-        thread.start()
-    # a terminal's line is rewritten in place; a log gets a line a minute
-    before, after, pause = ("\r", "\033[K", 0.5) if sys.stderr.isatty() else ("", "\n", 60.0)
-    shown = time.monotonic()
+def together(jobs, work, parallel, run=None):
+    """[work(*job) for each job], so many at a time. The first error stops all and is raised."""
+    threads = ThreadPoolExecutor(parallel)
+    futures = [threads.submit(work, *job) for job in jobs]
+    # a terminal's line is rewritten in place; a log gets a line now and then
+    before, after, pause = ("\r", "\033[K", 0.5) if sys.stderr.isatty() else ("", "\n", 30.0)
     try:
-        while any(thread.is_alive() for thread in threads) and not errors:
-            time.sleep(0.05)
-            if time.monotonic() - shown > pause:
+        open_ = set(futures)
+        while open_:
+            over, open_ = wait(open_, pause, FIRST_EXCEPTION)
+            for future in over:
+                future.result()
+            if run and open_:
                 print(before + run.line(), end=after, file=sys.stderr, flush=True)
-                shown = time.monotonic()
     finally:
-        with run.lock:      # not in the middle of a line
-            run.stop.set()
-        print(before + run.line(), end=after.strip() + "\n", file=sys.stderr, flush=True)
-    if errors and isinstance(errors[0], (sample.EndpointError, Unprotected)):
-        raise errors[0]
-    if errors:      # with its traceback: it is nothing that settings could put right
-        raise RuntimeError("a trajectory could not be played") from errors[0]
+        if run:
+            with run.lock:      # not in the middle of a line
+                run.stop.set()
+            print(before + run.line(), end=after.strip() + "\n", file=sys.stderr, flush=True)
+        threads.shutdown(wait=False, cancel_futures=True)
+    return [future.result() for future in futures]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,20 +310,39 @@ def gain(score, starter, direction):
     return None if starter == 0 else 100 * (better - worse) / abs(starter)
 
 
+def bootstrap(values, seed):
+    """The averages of 10,000 samples that are drawn from the values with replacement, each as many as there are."""
+    values = np.array(values, dtype=float)
+    return values[np.random.default_rng(seed).integers(0, len(values), (10_000, len(values)))].mean(1)
+
+
+def middle(averages):
+    """[low, high] of the middle 95 %."""
+    return np.quantile(averages, [0.025, 0.975]).tolist()
+
+
 def summary(scores, starter, direction, seed=0):
     """Statistics of a task's trajectories. scores: one a trajectory, None where it failed, which counts as `starter`.
     The interval is the middle 95 % of the averages of 10,000 bootstrap samples; it and the error need two scores."""
     values = np.array([starter if score is None else score for score in scores], dtype=float)
     n, average = len(values), float(values.mean())
     best = float(values.max() if direction == "up" else values.min())
-    error = interval = None
-    if n > 1:
-        error = float(values.std(ddof=1) / np.sqrt(n))
-        averages = values[np.random.default_rng(seed).integers(0, n, (10_000, n))].mean(1)
-        interval = np.quantile(averages, [0.025, 0.975]).tolist()
     return {"average": average, "best": best, "gain": gain(average, starter, direction),
-            "best_gain": gain(best, starter, direction), "standard_error": error, "interval": interval,
+            "best_gain": gain(best, starter, direction),
+            "standard_error": float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
+            "interval": middle(bootstrap(values, seed)) if n > 1 else None,
             "failed": sum(score is None for score in scores), "trajectories": n}
+
+
+def mean_gain(found, name, seed=0):
+    """(mean, low, high) of the gains on several tasks in per cent. found: what results.json says of each. The interval
+    tells how it would vary with other trajectories on the same tasks: each task's are drawn anew, with replacement."""
+    averages = []
+    for i, one in enumerate(found):
+        gains = [gain(one["starter"] if each[name] is None else each[name], one["starter"], one["direction"])
+                 for each in one["trajectories"]]
+        averages.append(bootstrap(gains, seed + i))
+    return float(np.mean([one[f"{name}_summary"]["gain"] for one in found])), *middle(np.mean(averages, 0))
 
 
 def about(task, info):
@@ -325,7 +355,7 @@ def collect(s, infos):
     """What results.json says of each task: its finished trajectories and, if there are any, their statistics."""
     found = {}
     for task, info in infos:
-        records = [read_record(file_of(s, task.id, k)) for k in range(s.trajectories)]
+        records = [read_record(file_of(Path(s.out, "trajectories"), task.id, k)) for k in range(s.trajectories)]
         done = [{"k": k, **outcome(lines, task.direction, s.final)}
                 for k, lines in enumerate(records) if ended(lines)]
         found[task.id] = {**about(task, info), "trajectories": done, "flagged": sum(one["flagged"] for one in done)}
@@ -346,19 +376,6 @@ def layout(rows):
     return "\n".join(line.rstrip() for line in lines)
 
 
-def named(id, one, s):
-    """The first cells of a task's row: task, metric, the starter's score."""
-    return (id + " (miniature)" * one["miniature"] + " (sandbox off)" * (s.get("sandbox") == "off")
-            + " (FLAGGED)" * (one["flagged"] > 0), f"{one['metric']} ({one['direction']})", number(one["starter"]))
-
-
-def cells(a):
-    """The cells of a task's statistics, in the order of FIGURES; a: what summary gave."""
-    return (number(a["average"]), number(a["best"]), number(a["gain"], "+.1f"), number(a["best_gain"], "+.1f"),
-            number(a["standard_error"]), " to ".join(map(number, a["interval"] or [None])),
-            f"{a['failed']}/{a['trajectories']}")
-
-
 def warnings(results):
     """What has to be said of results before any of them is shown, a list of texts."""
     found, parts = results["tasks"], []
@@ -371,35 +388,93 @@ def warnings(results):
     return parts
 
 
-def report(results):
-    """The tables, as text, of what results.json holds."""
-    found, s, parts = results["tasks"], results["settings"], warnings(results)
-    first = {id: named(id, one, s) for id, one in found.items()}
-    if again := results.get("rechecked"):
+def interval(*ends):
+    return " to ".join(number(x, "+.1f") for x in sorted(ends)) or "-"
+
+
+def cells(a, *ends):
+    """The cells of a task's statistics, in the order of FIGURES. a: what summary gave; ends: of the gain's interval."""
+    return [number(a["average"]), number(a["best"]), number(a["gain"], "+.1f"), interval(*ends),
+            number(a["best_gain"], "+.1f"), number(a["standard_error"]), f"{a['failed']}/{a['trajectories']}"]
+
+
+def table(runs, name="score"):
+    """Table 1 of one run or several, [{"name", "results"}]: (rows of cells, the heads first; their columns of published
+    figures; rows for gain_chart). name: score, or oracle. A task stands in one row for all runs that had the same data;
+    means are over the tasks that all runs have, where the starter's score is not 0."""
+    found, small = {}, all(one["miniature"] for run in runs for one in run["results"]["tasks"].values())
+    for n, run in enumerate(runs):
+        for id, one in run["results"]["tasks"].items():
+            about = (id + " (miniature)" * (one["miniature"] and not small)
+                     + " (sandbox off)" * (run["results"]["settings"].get("sandbox") == "off")
+                     + " (FLAGGED)" * (one["flagged"] > 0), f"{one['metric']} ({one['direction']})",
+                     number(one["starter"]))
+            row = found.setdefault((id, one["miniature"], about[2]), {**one, "first": about, "runs": {}})
+            row["first"] = max(row["first"], about)     # the one that warns
+            row["runs"][n] = one
+    heads, found = ("task" + " (miniature)" * small, "metric", "starter"), list(found.values())
+    if not any(f"{name}_summary" in one for row in found for one in row["runs"].values()):
+        return [(*heads, "it printed", "seconds"), *((*row["first"], number(row.get("printed")), number(
+            row.get("seconds"), ".1f")) for row in found)], [], []
+    models = list(dict.fromkeys(model for row in found for model in row["published"]))
+    chosen = FIGURES[:4 if len(runs) > 1 else None]
+    rows = [heads + tuple(f"{run['name']}\n" * (len(runs) > 1) + figure for run in runs for figure in chosen)]
+    published, gains = [[f"published\n{model}" for model in models]], []
+    for split in dict.fromkeys(row["split"] for row in found):
+        common = []
+        for row in (row for row in found if row["split"] == split):
+            bars, mine = {}, []
+            for n in range(len(runs)):
+                a = row["runs"].get(n, {}).get(f"{name}_summary")
+                if a and a["gain"] is not None:
+                    scores = [a["average"], *(a["interval"] or ())]
+                    bars[n] = [gain(x, row["starter"], row["direction"]) for x in scores]
+                mine += cells(a, *bars.get(n, [None])[1:])[:len(chosen)] if a else ["-"] * len(chosen)
+            rows.append((*row["first"], *mine))
+            published.append([" / ".join(map(number, row["published"].get(model, [None]))) for model in models])
+            gains.append((row["first"][0], bars))
+            common += [row] * (len(bars) == len(runs))
+        if len(common) > 1:
+            means = {n: mean_gain([row["runs"][n] for row in common], name) for n in range(len(runs))}
+            gains.append((f"mean of {len(common)} {split} tasks", means))
+            rows.append((gains[-1][0], "", "", *(cell for mean, *ends in means.values() for cell in (
+                "", "", number(mean, "+.1f"), interval(*ends), "", "", "")[:len(chosen)])))
+            published.append([""] * len(models))
+    return rows, published, gains
+
+
+def report(runs):
+    """The tables of one run or several, as text."""
+    parts = list(dict.fromkeys(text for run in runs for text in warnings(run["results"])))
+    rows, published, _ = table(runs)
+    if again := runs[0]["results"].get("rechecked"):
         parts.append(f"{again['runs']} known results were run again; {len(again['moved'])} came out differently.")
-    if not s["model"]:
-        rows = [(*first[id], number(one["printed"]), f"{one['seconds']:.1f}") for id, one in found.items()]
-        return "\n\n".join([*parts, layout([(*FIRST, "it printed", "seconds"), *rows])])
-    for name, what in (
-            ("score", f"Model {s['model']}, at most {s['steps']} steps. Counted is {FINAL[results['final']]} of each "
-                      "trajectory;\none without any has failed and counts at the starter's score."),
-            ("oracle", "Not a result: the best graded step of each trajectory, which no agent can know.")):
-        rows = [(*FIRST, *FIGURES), *((*first[id], *cells(one[f"{name}_summary"])) for id, one in found.items())]
-        parts.append(f"{what}\n{layout(rows)}")
-        gains = [a["gain"] for one in found.values() if (a := one[f"{name}_summary"])["gain"] is not None]
-        if len(gains) > 1:
-            parts[-1] += f"\nMean gain over {len(gains)} tasks: {sum(gains) / len(gains):+.1f} %"
-    played = [each for one in found.values() for each in one["trajectories"]]
-    ends = Counter(each["ended"] for each in played)
-    valid, steps = (sum(each[name] for each in played) for name in ("valid_replies", "steps"))
-    parts.append("How they ended: " + ", ".join(f"{end} {count}" for end, count in ends.most_common())
-                 + f". Valid replies: {valid} of {steps}.")
-    if published := {id: one["published"] for id, one in found.items() if one["published"]}:
-        models = list(next(iter(published.values())))
-        rows = [(*first[id][:2], *(" / ".join(map(number, figures[model])) for model in models))
-                for id, figures in published.items()]
-        parts.append("Published in Table 1 of the paper: average / best over 8 trajectories.\n"
-                     + layout([(*FIRST[:2], *models), *rows]))
+    if not any(run["results"]["settings"]["model"] for run in runs):
+        return "\n\n".join([*parts, layout(rows)])
+    about, name = [], "{}: ".format if len(runs) > 1 else lambda name: ""
+    for run in runs:
+        results, s = run["results"], run["results"]["settings"]
+        played = [each for one in results["tasks"].values() for each in one["trajectories"]]
+        ends = Counter(each["ended"] for each in played)
+        valid, steps = (sum(each[name] for each in played) for name in ("valid_replies", "steps"))
+        about.append(f"{name(run['name'])}model {s['model']}, at most {s['steps']} steps. How they ended: "
+                     + ", ".join(f"{end} {count}" for end, count in ends.most_common())
+                     + f". Valid replies: {valid} of {steps}.")
+    def shown(rows):
+        names = [cell.rpartition("\n")[0] for cell in rows[0]]      # of the runs, above the first column of each
+        above = [[new * (new != old) for old, new in zip(["", *names], names)]] * any(names)
+        return layout([*above, [cell.rpartition("\n")[2] for cell in rows[0]], *rows[1:]])
+
+    rules = " or ".join(dict.fromkeys(FINAL[run["results"]["final"]] for run in runs))
+    parts += ["\n".join(about), f"Counted is {rules} of each trajectory; one without any has failed and counts at the\n"
+              "starter's score. The interval is that of the gain: the middle 95 % of bootstrap samples of the "
+              f"trajectories.\n\n{shown(rows)}"]
+    if len(runs) == 1:
+        parts.append("Not a result: the best graded step of each trajectory, which no agent can know.\n"
+                     + shown(table(runs, "oracle")[0]))
+    if any(published):
+        parts.append("Published in Table 1 of the paper: average / best over 8 trajectories.\n" + shown(
+            [(*row[:2], *more) for row, more in zip(rows, published) if set(more) - {"", "-"}]))
     return "\n\n".join(parts)
 
 
@@ -714,40 +789,6 @@ def gain_chart(runs, rows):
             f'<figcaption>{legend}</figcaption></figure>')
 
 
-def side_by_side(runs):
-    """(the rows of Table 1 for one run or several, the heads first; rows for gain_chart). A task stands in one row for
-    all runs that had the same data; means are over the tasks that all runs have."""
-    found, gains, means, several = {}, [], {}, len(runs) > 1
-    for n, run in enumerate(runs):
-        for id, one in run["results"]["tasks"].items():
-            first = named(id, one, run["results"]["settings"])
-            row = found.setdefault((id, one["miniature"], number(one["starter"])), {"first": first, "runs": {}, **one})
-            row["first"] = max(row["first"], first)     # the one that warns
-            row["runs"][n] = one
-    if not any("score_summary" in one for row in found.values() for one in row["runs"].values()):
-        return [(*FIRST, "it printed", "seconds"), *((*row["first"], number(row.get("printed")), number(
-            row.get("seconds"), ".1f")) for row in found.values())], []
-    chosen = (0, 1, 2, 5) if several else range(len(FIGURES))
-    models = list(dict.fromkeys(model for row in found.values() for model in row["published"]))
-    table = [(*FIRST, *(f"{run['name']}\n" * several + FIGURES[i] for run in runs for i in chosen),
-              *(f"published\n{model}" for model in models))]
-    for row in found.values():
-        statistics = [row["runs"].get(n, {}).get("score_summary") for n in range(len(runs))]
-        mine = [cells(a)[i] if a else "-" for a in statistics for i in chosen]
-        published = [" / ".join(map(number, row["published"].get(model, [None]))) for model in models]
-        table.append((*row["first"], *mine, *published))
-        bars = {n: [gain(x, row["starter"], row["direction"]) for x in (a["average"], *(a["interval"] or ()))]
-                for n, a in enumerate(statistics) if a and finite(a["gain"])}
-        gains.append((row["first"][0], bars))
-        if len(bars) == len(runs):
-            means.setdefault(row["split"], []).append(bars)
-    for split, rows in sorted(means.items()):
-        if len(rows) > 1:
-            gains.append((f"mean of {len(rows)} {split} tasks",
-                          {n: [sum(bars[n][0] for bars in rows) / len(rows)] for n in range(len(runs))}))
-    return table, gains
-
-
 def anchor(runs, n, one):
     """The id of a trajectory on the page."""
     return f"{n + 1}/" * (len(runs) > 1) + f"{one['task']}-{one['k']}"
@@ -777,7 +818,7 @@ def shown_trajectory(runs, n, one):
 
 def page(title, runs, logs):
     """The report as bytes. runs: what read_run gave; logs: [(name, lines)] of training runs."""
-    table, gains = side_by_side(runs)
+    rows, published, gains = table(runs)
     loud = [text for run in runs for text in warnings(run["results"])]
     loud += [MINIATURE for run in runs for one in run["played"] if one["head"]["miniature"]]
     loud += [f"{run['name']} is not complete; this is what was done when it stopped." for run in runs
@@ -785,9 +826,10 @@ def page(title, runs, logs):
     loud += ["The sandbox was off: scripts could read the answers." for run in runs
              if run["results"]["settings"].get("sandbox") == "off"]
     body = [f"<h1>{html.escape(title)}</h1>", *(f'<p class="loud">{html.escape(x)}</p>' for x in dict.fromkeys(loud))]
-    if len(table) > 1:
+    if len(rows) > 1:
+        rows = [[*row, *more] for row, more in zip(rows, published or [[]] * len(rows))]
         rows = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-                for tag, row in zip(["th"] + ["td"] * len(table), table)]
+                for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
         rules = " or ".join(dict.fromkeys(FINAL[run["results"]["final"]] for run in runs if run["results"]["tasks"]))
         body.append(f'<h2>Results</h2><div class="wide"><table><tr>{"</tr><tr>".join(rows)}</tr></table></div>')
     if gains:
@@ -826,7 +868,7 @@ def page(title, runs, logs):
     for run in runs:
         if (results := run["results"])["settings"]:
             about = {name: results[name] for name in ("settings", "versions", "rechecked") if name in results}
-            text = report(results) + "\n\n" if results["complete"] else ""
+            text = report([run]) + "\n\n" if results["complete"] else ""
             body.append(f"<details><summary>{html.escape(run['name'])}: as text, settings, versions</summary><pre>"
                         f"{html.escape(text + json.dumps(about, indent=1))}</pre></details>")
     text = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width='
@@ -835,16 +877,19 @@ def page(title, runs, logs):
     return text.encode("utf-8", "replace")      # half a surrogate pair is no character
 
 
-def write_report(s):
-    """Writes report.html of s.out, or compare.html of the folders in s.compare, and returns its path."""
+def write_report(s, agents=None):
+    """Writes report.html of s.out, or compare.html of the folders in s.compare, and returns its path. agents: {name:
+    settings} of what was evaluated; by default s alone."""
     path = Path(s.out, "compare.html" if s.compare else "report.html")
-    runs = [read_run(folder, folder) for folder in s.compare] or [read_run(s.out, s.model or "starters")]
+    folders = {folder: folder for folder in s.compare} or {
+        name: one.out for name, one in (agents or {s.model or "starters": s}).items()}
     logs = [*map(Path, s.log), *(log for folder in s.compare if (log := Path(folder, "log.jsonl")).is_file())]
     logs = [(str(log.parent), read_record(log, mend=False)) for log in dict.fromkeys(logs)]
-    what = f"{', '.join(s.compare)} side by side" if s.compare else f"{s.model or 'the starters'} on {s.task}"
+    what = (f"{', '.join(s.compare)} side by side" if s.compare else
+            f"{s.model or 'the starters'} on {s.task}" if s.task else "the paper in miniature")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_bytes(page(f"ML-Agent: {what}", runs, logs))
+    part.write_bytes(page(f"ML-Agent: {what}", [read_run(folder, name) for name, folder in folders.items()], logs))
     part.replace(path)
     return path
 
@@ -858,7 +903,8 @@ def prepare(s):
     chosen = [tasks.load(id) for id in tasks.names(s.task)]
     if not chosen:
         raise ValueError(f"there is no {s.task} task here yet; python -m tasks list shows those there are")
-    for task in chosen:
+
+    def one(task):
         raw = s.raw if len(chosen) == 1 else s.raw and Path(s.raw, task.id)
         if raw and not Path(raw).is_dir():
             raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size})."
@@ -867,7 +913,8 @@ def prepare(s):
             tasks.prepare(task.id, raw or None, s.data, python=s.python, say=lambda line: print(line, file=sys.stderr))
         except RuntimeError as error:
             raise Failed(str(error)) from error
-    return [(task, tasks.info(task.id, s.data)) for task in chosen]
+        return task, tasks.info(task.id, s.data)
+    return together([[task] for task in chosen], one, SLOTS.cpus)
 
 
 def conditions(s, infos):
@@ -905,9 +952,7 @@ def baseline(s, infos, cache):
     """Runs each starter once; what results.json says of each task."""
     found = {}
     for task, info in infos:
-        env = Env(task, s.data, out=s.out, python=s.python, gpu=s.gpu or None, threads=s.threads,
-                  sandbox=s.sandbox, cache=cache)
-        score, result = env.score()
+        score, result = world(s, task, s.out, cache).score()
         if score is None:
             raise Failed(f"the starter of {task.id}: {result.outcome}. {result.detail}\n{result.stderr}")
         found[task.id] = {**about(task, info), "starter": score, "printed": printed_metric(result.stdout, task.metric),
@@ -916,56 +961,99 @@ def baseline(s, infos, cache):
     return found
 
 
-def rechecked(cache):
-    """What results.json says of --recheck: how many known results were run again, and those that came out
-    differently."""
-    return {"rechecked": {"runs": cache.counts["rechecked"], "moved": cache.moved}} if cache.recheck else {}
+class Agent:
+    """The evaluation of one agent: the settings s, and what s.out holds."""
+
+    def __init__(self, s):
+        Path(s.out, "trajectories").mkdir(parents=True, exist_ok=True)
+        self.s, self.infos, self.path = s, prepare(s), Path(s.out, "results.json")
+        self.results = {"complete": False, "settings": conditions(s, self.infos), "final": s.final, "tasks": {},
+                        "versions": {name: version(name) for name in ("torch", "tokenizers", "numpy", "pandas",
+                                                                      "scikit-learn")}}
+        check_same(s, self.results["settings"])
+        self.save()
+        found = [(task, k, file_of(Path(s.out, "trajectories"), task.id, k))
+                 for k in range(s.trajectories) for task, _ in self.infos if s.model]
+        self.records = {path: read_record(path) for *_, path in found}
+        self.jobs = [(self, task, k, path) for task, k, path in found if not ended(self.records[path])]
+
+    def save(self, **more):
+        self.results.update(more)
+        write(self.path, self.results)
+
+    def load(self, load):
+        """Loads the model and the coder, if there is anything to play."""
+        s, options = self.s, dict(dtype=self.s.dtype, device=self.s.device, context=self.s.context,
+                                  rows=min(self.s.parallel, len(self.jobs)))
+        if self.jobs:
+            self.policy = load(s.model, **options)
+            if self.policy.context and s.max_new_tokens >= self.policy.context:
+                raise ValueError(f"--max-new-tokens {s.max_new_tokens} leaves no room in a context of "
+                                 f"{self.policy.context}")
+            self.coder = (self.policy if s.coder == "model" else None if s.coder == "none" else
+                          load(s.coder, **options))
+
+    def play(self, task, k, path, cache, run, home):
+        trajectory(self.s, task, k, path, spoken(self.s, self.policy), self.coder, home, cache, run,
+                   {"model": self.s.model, "coder": self.s.coder})
 
 
-def evaluate(s, load=sample.load):
-    """Does what the settings say and returns what results.json then holds. ValueError: something is wrong with them."""
+def evaluate(s, agents=None, load=sample.load):
+    """Plays what the settings of each agent, {name: settings}, say, all together, and returns [{"name", "results"}],
+    what results.json of each then holds. By default s is the only agent. s.out receives the files of all, what scripts
+    gave, and the report. ValueError: something is wrong with the settings."""
+    agents = agents or {s.model or "starters": s}
     with alone(s.out, "eval.py"):
-        Path(s.out, "trajectories").mkdir(exist_ok=True)
-        infos = prepare(s)
-        results = {"complete": False, "settings": conditions(s, infos), "final": s.final, "tasks": {}, "versions": {
-            name: version(name) for name in ("torch", "tokenizers", "numpy", "pandas", "scikit-learn")}}
-        check_same(s, results["settings"])
-        path = Path(s.out, "results.json")
-
-        def save(**more):
-            results.update(more)
-            part = path.with_suffix(".part")        # written aside and renamed: whole, or the one before
-            part.write_text(json.dumps(results, indent=1) + "\n")
-            part.replace(path)
-
-        save()
-        cache = Cache(Path(s.out, "cache"), s.recheck)
-        if not s.model:
-            save(tasks=baseline(s, infos, cache), complete=True, **rechecked(cache))
-            write_report(s)
-            return results
-        jobs = [(task, k) for k in range(s.trajectories) for task, _ in infos]
-        records = {file_of(s, task.id, k): read_record(file_of(s, task.id, k)) for task, k in jobs}
-        jobs = [(task, k) for task, k in jobs if not ended(records[file_of(s, task.id, k)])]
-        run = Run(records, s.steps)
-        if any(records.values()):
-            print(f"{s.out}: {len(run.over)} of {len(records)} trajectories are done; going on", file=sys.stderr)
+        found = {name: Agent(one) for name, one in agents.items()}
+        jobs = [job for one in found.values() for job in one.jobs]
+        records = {path: lines for one in found.values() for path, lines in one.records.items()}
+        cache, done = Cache(Path(s.out, "cache"), s.recheck), False
         if jobs:
-            options = dict(dtype=s.dtype, device=s.device, rows=min(s.parallel, len(jobs)), context=s.context)
-            policy = load(s.model, **options)
-            if policy.context and s.max_new_tokens >= policy.context:
-                raise ValueError(f"--max-new-tokens {s.max_new_tokens} leaves no room in a context of {policy.context}")
-            coder = policy if s.coder == "model" else None if s.coder == "none" else load(s.coder, **options)
-            try:
-                play(s, jobs, policy, coder, cache, run)
-            except BaseException:
-                save(tasks=collect(s, infos), **rechecked(cache))
-                write_report(s)
-                raise
-        save(tasks=collect(s, infos), complete=True, **rechecked(cache))
-        write_report(s)
-        return results
+            run = Run(records, max(one.steps for one in agents.values()))
+            if any(records.values()):
+                print(f"{s.out}: {len(run.over)} of {len(records)} trajectories are done; going on", file=sys.stderr)
+            for one in found.values():
+                one.load(load)
+        try:
+            if jobs:
+                together(jobs, lambda one, *job: one.play(*job, cache, run, s.out), sum(
+                    one.parallel for one in agents.values()), run)
+            done = True
+        except ValueError as error:     # with its traceback: it is nothing that settings could put right
+            raise RuntimeError("a trajectory could not be played") from error
+        finally:
+            again = {"rechecked": {"runs": cache.counts["rechecked"], "moved": cache.moved}} if cache.recheck else {}
+            for one in found.values():
+                one.save(tasks=collect(one.s, one.infos) if one.s.model else baseline(one.s, one.infos, cache),
+                         complete=done, **again)
+            write_report(s, agents)
+        return [{"name": name, "results": one.results} for name, one in found.items()]
 
+
+def miniature(s):
+    """{name: settings} of the agents that sft.py and rl.py have made, for the miniatures of all tasks."""
+    found = {name: folder for name, (folder, _) in MADE.items() if Path(folder, "agent.json").is_file()}
+    if not found:
+        raise ValueError("there is no agent to evaluate in runs/sft or runs/rl. Make them with: python sft.py, then "
+                         "python rl.py. Or run a starter alone: python eval.py --task leaf-classification")
+    with alone(s.out, "eval.py"):
+        for name in ("blobs", "cache"):     # scripts that ran while they learned need not run again
+            part = Path(s.out, f"{name}.part")
+            if Path(POOL, name).is_dir() and not Path(s.out, name).exists():
+                shutil.rmtree(part, ignore_errors=True)
+                shutil.copytree(Path(POOL, name), part).rename(Path(s.out, name))
+    torch.set_num_threads(1)        # threads that wait for each other are slow beside scripts on every core
+    s = changed(s, TOGETHER)
+    return {name: with_agent(replace(s, model=folder, out=str(Path(s.out, Path(folder).name))))
+            for name, folder in found.items()}
+
+
+def write(path, value):
+    """Writes JSON aside and renames it: the file is whole, or the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
 
 @contextlib.contextmanager
 def alone(folder, program):
@@ -1020,11 +1108,18 @@ def main(argv=None):
 
     def work():
         if s.compare:
-            print(f"Written to {write_report(s)}")
-            return
-        print("\n" + report(evaluate(s)))
-        print(f"{NO_MODEL * (not s.model)}\nWritten to {s.out}: report.html, results.json"
-              + ", trajectories, blobs" * bool(s.model))
+            return print(f"Written to {write_report(s)}")
+        if s.task:
+            print("\n" + report(evaluate(s)))
+            return print(f"{NO_MODEL * (not s.model)}\nWritten to {s.out}: report.html, results.json"
+                         + ", trajectories, blobs" * bool(s.model))
+        agents = miniature(s)
+        logs = [log for folder, _ in MADE.values() if Path(log := f"{folder}/log.jsonl").is_file()]
+        print("\n" + report(evaluate(changed(s, {"log": logs}), agents)))
+        for name, (folder, command) in MADE.items():
+            if name not in agents:
+                print(f"\nNot there yet: {name}. Make {folder} with: {command}, and run this again.")
+        print(f"\nEvery trajectory step by step, and how it was trained: {s.out}/report.html")
     return attempt("eval.py", work, s.out)
 
 

@@ -986,8 +986,8 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
     if dtype == "auto":
         fast = device != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
         dtype = "bfloat16" if fast and spec != "tiny" else "float32"
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"expected dtype auto, float32 or bfloat16, found {dtype!r}")
+    if dtype not in ("float64", "float32", "bfloat16"):
+        raise ValueError(f"expected dtype auto, float64, float32 or bfloat16, found {dtype!r}")
     use_kernels(kernels, device)
     kind = getattr(torch, dtype)
     if spec == "tiny":

@@ -16,9 +16,8 @@ The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), 
 ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, counts). A run that was killed goes on with
 the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import contextlib, hashlib, json, math, os, random, re, resource, shutil, sys, threading, time, zlib
+import contextlib, hashlib, json, math, os, random, re, resource, shutil, sys, time, zlib
 from collections import Counter, defaultdict
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -35,10 +34,11 @@ from torch.distributed.tensor import DTensor
 import sample
 import tasks
 from env import (
-    DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, Env, Unprotected, clip, header, printed_metric, prompt_of, record,
-    parse, short_prompt, shown_lines)
+    DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, clip, parse, printed_metric, prompt_of, short_prompt, shown_lines)
 from model import IGNORE, Config, Qwen2, find_folder, load_tensors, use_kernels, write_checkpoint
-from eval import CODE_END, CODER_TOKENS, Failed, Run, alone, attempt, ended, layout, prepare, read_record, run_program
+from eval import (
+    Failed, Run, alone, attempt, ended, file_of, layout, prepare, read_record, run_program, spoken, together,
+    trajectory, write)
 
 
 RECIPES = {     # --preset: the paper's section on fine-tuning
@@ -461,14 +461,6 @@ SAME = ("expert", "coder", "actions", "fields", "prompt", "steps", "seconds", "i
 NUM_STEPS = 15
 
 
-def write(path, value):
-    """Writes JSON aside and renames it: the file is whole, or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
-
-
 def digest(value):
     return hashlib.sha256((value if isinstance(value, str) else json.dumps(value, sort_keys=True)).encode()).hexdigest()
 
@@ -496,87 +488,39 @@ def refuse_held_out(id, sha256, forbidden):
                              "nothing of it may be trained on")
 
 
-def trajectory(s, task, k, ideas, expert, cache, run):
-    """Plays trajectory k of a task to its end, from the last step in its file, where it adds a line for each step.
-    expert: what sample.load gave, None for the scripted one. cache: what scripts gave before, shared by all."""
-    path, steps, rng = file_of(s, task.id, k), s.steps or NUM_STEPS, random.Random(f"{s.seed} {task.id} {k}")
-    num_ideas = 2 * steps if expert is None and s.prompt == "short" else rng.randint(1, 3)
-    lines, drawn = read_record(path), rng.sample(ideas, min(num_ideas, len(ideas)))
-    sampling = dict(temperature=s.temperature, top_p=s.top_p)
+def followed(speaker, path):
+    """How a scripted expert replies in eval.trajectory: what is recorded brings it to where it was."""
+    said, seen = next(speaker), 1
 
-    def seed(speaker):  # differs between trajectories, steps and speakers; the same again after an interruption
-        return zlib.crc32(f"{s.seed} {task.id} {k} {env.index} {speaker}".encode())
-
-    def ask_coder(messages):
-        reply = expert.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed("coder"), **sampling)
-        return reply.text + CODE_END * (reply.finish == "stop")
-
-    env = Env(task, s.data, out=s.trajectories, actions=s.actions, fields=s.fields, steps=steps, seconds=s.seconds,
-              coder=ask_coder if expert and s.coder == "expert" else None, prompt=s.prompt, python=s.python,
-              gpu=s.gpu or None,
-              threads=s.threads, sandbox=s.sandbox, cache=cache)
-    if not lines:
-        tokenizer = getattr(expert, "tokenizer", None)
-        lines = [header(env, k=k, expert=s.expert, seed=s.seed, ideas=[idea["title"] for idea in drawn],
-                        data_sha256=env.info["sha256"], tokenizer=tokenizer and fingerprint(tokenizer),
-                        m_after=env.m_before, seconds_left=s.seconds, max_new_tokens=s.max_new_tokens, **sampling)]
-        run.write(path, lines[0])
-    else:
-        messages = [message for line in lines for message in line["messages"]]
-        env.restore(lines[-1]["snapshot"], messages, index=len(lines) - 1, m_before=lines[-1]["m_after"],
-                    seconds=lines[-1]["seconds_left"])
-    if expert is None:
-        speaker = (scripted_short if s.prompt == "short" else scripted)(task, s.fields, steps, drawn, rng)
-        said = next(speaker)
-        for line in lines[1:]:      # what is recorded brings the script to where it was
+    def reply(env, lines, seed):
+        nonlocal said, seen
+        for line in lines[seen:]:
             if line["reply"] != said:
                 raise ValueError(f"{path} was collected by another version of the scripted expert; give another "
                                  "--trajectories, or delete that file")
             said = speaker.send(line)
-    hint = "\n\nIdeas that may be worth trying:" + "".join(f"\n- {i['title']}: {i['instruction']}" for i in drawn)
-    while not (env.done or run.stop.is_set()):
-        more, tokens = {}, None
-        if expert:
-            prompt = [dict(message) for message in env.prompt()]
-            next(one for one in prompt if one["role"] == "user")["content"] += hint     # what is recorded is without it
-            try:
-                reply = expert.chat(prompt, max_new_tokens=s.max_new_tokens, stop=("\nObservation:",),
-                                    seed=seed("expert"), **sampling)
-            except sample.ContextFull as error:
-                run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
-                return
-            said, tokens = reply.text, reply.tokens or None
-            more = {"finish": reply.finish, "tokens": len(reply.tokens), "sample_seconds": reply.seconds}
-        step = record(env.step(said, tokens=tokens), seconds_left=env.deadline - time.monotonic(), **more)
-        run.write(path, step)
-        if expert is None and not env.done:
-            said = speaker.send(step)
+        seen = len(lines)
+        return said, None, {}
+    return reply
 
 
-def file_of(s, id, k):
-    return Path(s.trajectories, f"{id}-{k}.jsonl")
-
-
-def together(jobs, work, s, run=None):
-    """[work(*job) for each job], s.parallel at a time. The first error stops all and is raised."""
-    threads = ThreadPoolExecutor(s.parallel)
-    futures = [threads.submit(work, *job) for job in jobs]
-    # a terminal's line is rewritten in place; a log gets a line a minute
-    before, after, pause = ("\r", "\033[K", 0.5) if sys.stderr.isatty() else ("", "\n", 60.0)
-    try:
-        open_ = set(futures)
-        while open_:
-            over, open_ = wait(open_, pause, FIRST_EXCEPTION)
-            for future in over:
-                future.result()
-            if run and open_:
-                print(before + run.line(), end=after, file=sys.stderr, flush=True)
-    finally:
-        if run:
-            run.stop.set()
-            print(before + run.line(), end=after.strip() + "\n", file=sys.stderr, flush=True)
-        threads.shutdown(wait=False, cancel_futures=True)
-    return [future.result() for future in futures]
+def collected(s, task, k, ideas, expert, cache, run):
+    """Plays trajectory k of a task to its end. ideas: those of the task. expert: what sample.load gave, None for the
+    scripted one. cache, run: see eval.trajectory."""
+    path, rng = file_of(s.trajectories, task.id, k), random.Random(f"{s.seed} {task.id} {k}")
+    num_ideas = 2 * s.steps if expert is None and s.prompt == "short" else rng.randint(1, 3)
+    drawn = rng.sample(ideas, min(num_ideas, len(ideas)))
+    if expert:
+        reply = spoken(s, expert, "\n\nIdeas that may be worth trying:" + "".join(
+            f"\n- {idea['title']}: {idea['instruction']}" for idea in drawn))
+    else:
+        script = scripted_short if s.prompt == "short" else scripted
+        reply = followed(script(task, s.fields, s.steps, drawn, rng), path)
+    tokenizer = getattr(expert, "tokenizer", None)
+    trajectory(s, task, k, path, reply, expert if s.coder == "expert" else None, s.trajectories, cache, run,
+               {"expert": s.expert, "ideas": [idea["title"] for idea in drawn],
+                "data_sha256": tasks.info(task.id, s.data)["sha256"],
+                "tokenizer": tokenizer and fingerprint(tokenizer)})
 
 
 def entropy(counts):
@@ -635,15 +579,15 @@ def collect(s, load=sample.load):
         if s.expert == "scripted" and (lacking := set(needed) - set(s.actions)):
             raise ValueError(f"the scripted expert needs the actions {','.join(needed)}; missing in --actions: "
                              f"{', '.join(sorted(lacking))}")
-        paths = [file_of(s, task.id, k) for task, _ in infos for k in range(s.num)]
+        paths = [file_of(folder, task.id, k) for task, _ in infos for k in range(s.num)]
         records = {path: read_record(path) for path in paths}
         if not path.exists() and any(records.values()):
             found.append("its manifest.json is missing")
         if found:
             raise ValueError(f"{folder} holds trajectories of another kind: {'; '.join(found)}. Give another "
                              "--trajectories, or delete that folder")
-        jobs = [(task, k) for k in range(s.num) for task, _ in infos if not ended(records[file_of(s, task.id, k)])]
-        pools = {}
+        jobs = [(task, k) for k in range(s.num) for task, _ in infos if not ended(records[file_of(folder, task.id, k)])]
+        pools, playing = {}, replace(s, steps=s.steps or NUM_STEPS)
         if jobs:
             options = dict(dtype=s.dtype, device=s.device, rows=min(s.parallel, len(jobs)), context=s.context)
             expert = None if s.expert == "scripted" else load(s.expert, **options)
@@ -654,7 +598,7 @@ def collect(s, load=sample.load):
                 raise ValueError("--embed needs a local model; a server does not give hidden states")
             wanted = sorted({task.id for task, _ in jobs})
             pools = dict(zip(wanted, together([(tasks.load(id), expert) for id in wanted],
-                                              lambda task, expert: pool(s, task, expert, embedder), s)))
+                                              lambda task, expert: pool(s, task, expert, embedder), s.parallel)))
         for task, info in infos:
             now = {"miniature": info["miniature"], "sha256": info["sha256"], "m_init": info["m_init"],
                    "m_best": info["m_best"]}
@@ -662,11 +606,11 @@ def collect(s, load=sample.load):
             if task.id in pools and old.setdefault("ideas", pools[task.id]) != pools[task.id]:
                 raise ValueError(f"the ideas for {task.id} have changed since {folder} was begun; give another folder")
         write(path, {**manifest, "complete": False})
-        run = Run(records, s.steps or NUM_STEPS)
+        run = Run(records, playing.steps)
         if any(records.values()):
             print(f"{folder}: {len(run.over)} of {len(records)} trajectories are done; going on", file=sys.stderr)
         cache = Cache(folder / "cache")
-        together(jobs, lambda task, k: trajectory(s, task, k, pools[task.id], expert, cache, run), s, run)
+        together(jobs, lambda task, k: collected(playing, task, k, pools[task.id], expert, cache, run), s.parallel, run)
         actions = []
         for id, about in manifest["tasks"].items():
             counts, some = counted(s, tasks.load(id))

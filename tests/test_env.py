@@ -481,6 +481,18 @@ def test_results_are_kept_so_a_scored_edit_runs_at_once(make, monkeypatch):
     assert other.score()[0] == 0.6 and len(runs) == 2
 
 
+def test_the_same_script_in_many_threads_runs_once(make, tmp_path, monkeypatch):
+    runs, steps, execute, cache = [], [], env_module.execute, env_module.Cache(tmp_path / "kept")
+    monkeypatch.setattr(env_module, "execute", lambda *args, **options: runs.append(args) or execute(*args, **options))
+    threads = [threading.Thread(target=lambda: steps.append(run(make(cache=cache)))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(runs) == 1 and [step.score for step in steps] == [0.5] * 6
+    assert cache.counts["runs"] == 1 and cache.counts["hits"] == 5
+
+
 def test_ai_actions_use_the_coder(make):
     asked = []
     replies = ["Here:\n```python\n" + STARTER.replace("0.50", "0.75") + "```\nDone.", "no code", "```python\nVALUE = 1",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import env
 import eval as evaluation
 import sample
 import tasks
@@ -104,7 +105,16 @@ def settings(tmp_path, out="out", **more):
 
 
 def play(s, policy):
-    return evaluation.evaluate(s, load=lambda spec, **options: policy)
+    run, = evaluation.evaluate(s, load=lambda spec, **options: policy)
+    return run["results"]
+
+
+def text_of(results):
+    return evaluation.report([{"name": "scripted", "results": results}])
+
+
+def file_of(s, k):
+    return evaluation.file_of(Path(s.out, "trajectories"), "tiny-task", k)
 
 
 def masked(out):
@@ -182,21 +192,22 @@ def test_flagged_submissions_are_counted_and_shouted_about(tmp_path, task, monke
     assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["tiny-task"]["flagged"] == 1
     if model:
         assert [one["flagged"] for one in results["tasks"]["tiny-task"]["trajectories"]] == [0, 0, 1, 0]
-    text = evaluation.report(results)
+    text = text_of(results)
     assert "FLAGGED: submissions that hold answers planted" in text and "tiny-task (1 submission)." in text
-    assert "tiny-task (miniature) (FLAGGED)" in text
+    assert "task (miniature)" in text and "tiny-task (FLAGGED)" in text
     monkeypatch.setattr(tasks, "judge", judge)
     results = play(settings(tmp_path, "honest", model=model), Scripted())
-    assert results["tasks"]["tiny-task"]["flagged"] == 0 and "FLAGGED" not in evaluation.report(results)
+    assert results["tasks"]["tiny-task"]["flagged"] == 0 and "FLAGGED" not in text_of(results)
 
 
 def test_the_report_says_what_was_measured(tmp_path, task):
     results = play(settings(tmp_path), Scripted())
-    text = evaluation.report(results)
-    row = next(line for line in text.splitlines() if line.startswith("tiny-task (miniature)"))
-    assert row.split("  ")[0:2] == ["tiny-task (miniature)", "MAE (down)"]
-    assert re.split(r" {2,}", row)[2:] == ["7.0000", "4.7500", "1.0000", "+32.1", "+85.7", "1.4361", "2.5000 to 7.0000",
-                                           "2/4"]
+    text = text_of(results)
+    row = next(line for line in text.splitlines() if line.startswith("tiny-task"))
+    assert "\ntask (miniature)  metric" in text
+    # the average lies between 2.5 and 7: between gains of 4.5 / 7 and 0
+    assert re.split(r" {2,}", row) == ["tiny-task", "MAE (down)", "7.0000", "4.7500", "1.0000", "+32.1",
+                                       "+0.0 to +64.3", "+85.7", "1.4361", "2/4"]
     assert "Miniature data" in text and "the last valid submission" in text and "3.8750" in text.split("Not a")[1]
     assert "Published" not in text and "How they ended: final answer 4. Valid replies: 10 of 11." in text
 
@@ -206,7 +217,7 @@ def test_published_columns_stand_beside_real_data_only(tmp_path, task):
     raw.mkdir()
     (raw / "truth.csv").write_text("id,y\n1,10\n2,10\n")
     results = play(settings(tmp_path, raw=str(raw)), Scripted())
-    text = evaluation.report(results)
+    text = text_of(results)
     assert "0.5000 / 0.2500" in text and "iniature" not in text and "iniature" not in json.dumps(results["settings"])
 
 
@@ -240,7 +251,7 @@ def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task
 def test_a_line_cut_short_is_dropped_and_its_step_played_again(tmp_path, task):
     s = settings(tmp_path, trajectories=1)
     play(s, Scripted())
-    whole, path = masked(s.out), evaluation.file_of(s, "tiny-task", 0)
+    whole, path = masked(s.out), file_of(s, 0)
     lines = path.read_bytes().splitlines(keepends=True)
     for keep in range(len(lines)):
         path.write_bytes(b"".join(lines[:keep]) + lines[keep][:-1])
@@ -253,7 +264,7 @@ def test_a_line_cut_short_is_dropped_and_its_step_played_again(tmp_path, task):
 def test_a_damaged_line_is_named(tmp_path, task):
     s = settings(tmp_path, trajectories=1)
     play(s, Scripted())
-    path = evaluation.file_of(s, "tiny-task", 0)
+    path = file_of(s, 0)
     path.write_text("not json\n" + path.read_text())
     with pytest.raises(ValueError, match="tiny-task-0.jsonl, line 1 is not JSON"):
         play(s, Scripted())
@@ -299,7 +310,7 @@ def test_other_data_or_weights_under_the_same_name_are_refused(tmp_path, task):
 
 
 def test_a_baseline_is_no_run_that_could_be_in_the_way(tmp_path, task):
-    results = evaluation.evaluate(settings(tmp_path, model=""))
+    results = play(settings(tmp_path, model=""), None)
     assert results["tasks"]["tiny-task"]["starter"] == 7 and results["tasks"]["tiny-task"]["printed"] == 6.5
     assert play(settings(tmp_path), Scripted())["complete"]
 
@@ -312,6 +323,73 @@ def test_a_second_process_on_the_same_folder_is_refused(tmp_path, task):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another eval.py"):
             play(s, Scripted())
+
+
+# ---- what sft.py and rl.py have made
+
+@pytest.fixture
+def made(tmp_path, task, monkeypatch):
+    """As if both had run in the present folder, which is a new one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(evaluation.TOGETHER, "task", "tiny-task")
+    for name in ("sft", "rl"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "agent.json").write_text('{"steps": 4, "max_new_tokens": 96}')
+    return {"runs/sft": Scripted(), "runs/rl": Scripted([[edit(3, 9), END], [edit(3, 8), END]])}
+
+
+def play_all(made, **more):
+    s = evaluation.Settings(trajectories=2, coder="none", **more)
+    return evaluation.evaluate(s, evaluation.miniature(s), load=lambda spec, **options: made[spec])
+
+
+def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):
+    runs = play_all(made)
+    text = evaluation.report(runs)
+    names, heads, row = text.splitlines()[-3:]
+    assert names.split() == ["fine-tuned", "after", "RL"]
+    assert heads.split() == "task (miniature) metric starter".split() + "average best gain % 95 % interval".split() * 2
+    # 1 and 7 (failed): 4 on average, of 7; 1 and 2: 1.5. Both of two draws are the same with probability 1/4 each
+    assert re.split(r" {2,}", row) == ["tiny-task", "MAE (down)", "7.0000",
+                                       "4.0000", "1.0000", "+42.9", "+0.0 to +85.7",
+                                       "1.5000", "1.0000", "+78.6", "+71.4 to +85.7"]
+    assert "Not a result" not in text and evaluation.MINIATURE in text
+    assert [run["results"]["settings"]["steps"] for run in runs] == [4, 4]      # as agent.json says
+    assert Path("runs/eval/report.html").is_file()
+    for name in ("sft", "rl"):
+        assert json.loads(Path("runs/eval", name, "results.json").read_text())["complete"]
+        assert replay(Path("runs/eval", name, "trajectories", "tiny-task-0.jsonl"), say=print) == 0
+    assert play_all({}) == runs         # nothing is left to play
+
+
+def test_scripts_that_ran_while_they_learned_do_not_run_again(made, monkeypatch):
+    play(evaluation.Settings(task="tiny-task", model="scripted", coder="none", trajectories=2, out="runs/trajectories"),
+         Scripted())
+    monkeypatch.setattr(env, "execute", None)
+    play_all({"runs/sft": Scripted(), "runs/rl": Scripted()})
+
+
+def test_what_is_there_is_evaluated_and_what_is_not_is_named(made, monkeypatch, capsys):
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda s, agents: evaluate(
+        s, agents, load=lambda spec, **options: made[spec]))
+    Path("runs/rl/agent.json").unlink()
+    assert evaluation.main(["--trajectories", "2", "--coder", "none"]) == 0
+    said = capsys.readouterr().out
+    assert "+42.9" in said and "Not there yet: after RL. Make runs/rl with: python rl.py" in said
+    Path("runs/sft/agent.json").unlink()
+    assert evaluation.main([]) == 2
+    assert "python sft.py, then python rl.py" in capsys.readouterr().err
+
+
+def test_in_float64_a_reply_does_not_depend_on_what_is_sampled_beside_it():
+    engine = sample.load("tiny", dtype="float64", rows=8, context=64)
+    prompts = [[1 + i] * (3 + i) for i in range(8)]
+    together = engine.generate(prompts, max_new_tokens=20, seed=5)
+    for i, prompt in enumerate(prompts):
+        engine.forget()
+        (alone,), = engine.generate([prompt], max_new_tokens=20, seed=5 + i)
+        assert (alone.tokens, alone.logps) == (together[i][0].tokens, together[i][0].logps)
 
 
 # ---- ends and errors
@@ -338,7 +416,7 @@ def test_time_spent_before_an_interruption_counts(tmp_path, task):
     s = settings(tmp_path, trajectories=1, seconds=1000)
     with pytest.raises(sample.EndpointError):
         play(s, Scripted(fail_at=1, error=sample.EndpointError("down")))
-    path = evaluation.file_of(s, "tiny-task", 0)
+    path = file_of(s, 0)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert 900 < lines[1]["seconds_left"] < 1000
     lines[1]["seconds_left"] = 0.0
@@ -427,7 +505,7 @@ def run_command(*args, **more):
 def test_without_a_model_the_command_scores_the_starter_and_says_how_to_get_one(tmp_path, task):
     run = run_command(tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "tiny-task (miniature)" in run.stdout and "7.0000" in run.stdout and "--model" in run.stdout
+    assert "task (miniature)" in run.stdout and "7.0000" in run.stdout and "--model" in run.stdout
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -14,7 +14,7 @@ import pytest
 
 import eval as evaluation
 import sample
-from test_eval import ROOT, SCRIPTS, Scripted, play, settings, task  # noqa: F401  (a fixture)
+from test_eval import ROOT, SCRIPTS, Scripted, file_of, play, settings, task  # noqa: F401  (a fixture)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium or google-chrome here to open the page")
@@ -95,10 +95,10 @@ def change(path, how):
 
 def test_the_table_and_the_steps_are_there(run):
     text = read(run.out)
-    assert rows(text)[0] == ["task", "metric", "starter", "average", "best", "gain %", "best gain %", "std. error",
-                             "95 % interval", "failed"]
-    assert rows(text)[1] == ["tiny-task (miniature)", "MAE (down)", "7.0000", "4.7500", "1.0000", "+32.1", "+85.7",
-                             "1.4361", "2.5000 to 7.0000", "2/4"]        # as calculated by hand in test_eval
+    assert rows(text)[0] == ["task (miniature)", "metric", "starter", "average", "best", "gain %", "95 % interval",
+                             "best gain %", "std. error", "failed"]
+    assert rows(text)[1] == ["tiny-task", "MAE (down)", "7.0000", "4.7500", "1.0000", "+32.1", "+0.0 to +64.3", "+85.7",
+                             "1.4361", "2/4"]        # as calculated by hand in test_eval
     page = Elements(text)
     assert [one.text for one in page.all("p", class_="loud")] == [evaluation.MINIATURE]
     assert [one.at["data-outcome"] for one in page.all("details", class_="t")] == [
@@ -150,12 +150,12 @@ def test_flags_are_loud(run):
     def bad(line):
         if line.get("index") == 1:
             line.update(canary_p=1e-9, sandbox="off")
-    change(evaluation.file_of(run, "tiny-task", 2), bad)
+    change(file_of(run, 2), bad)
     results = play(run, None)
     assert results["tasks"]["tiny-task"]["flagged"] == 1
     text = read(run.out)
     assert "FLAGGED: submissions that hold answers" in Elements(text).all("p", class_="loud")[1].text
-    assert rows(text)[1][0] == "tiny-task (miniature) (FLAGGED)"
+    assert rows(text)[1][0] == "tiny-task (FLAGGED)"
     assert "flagged" in Elements(text).all("details", id="tiny-task-2")[0].at["data-outcome"]
     chips = [text for _, text in steps_of(text)["tiny-task-2"][1][0]]
     assert "FLAGGED: holds planted answers" in chips and "sandbox off" in chips
@@ -185,7 +185,7 @@ def test_an_interrupted_run_shows_what_was_done(tmp_path, task):
 
 def test_runs_side_by_side(run, tmp_path, capsys):
     play(settings(tmp_path, "other", model="another", trajectories=1), Scripted())
-    cut = evaluation.file_of(run, "tiny-task", 3)
+    cut = file_of(run, 3)
     cut.write_bytes(cut.read_bytes()[:-1])      # as while it is being written
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     folders = [run.out, str(tmp_path / "other")]
@@ -195,8 +195,8 @@ def test_runs_side_by_side(run, tmp_path, capsys):
     text = read(tmp_path / "new", "compare.html")
     heads = ["average", "best", "gain %", "95 % interval"]
     assert rows(text)[0][3:] == [f"{folder}\n{head}" for folder in folders for head in heads]
-    assert rows(text)[1] == ["tiny-task (miniature)", "MAE (down)", "7.0000", "4.7500", "1.0000", "+32.1",
-                             "2.5000 to 7.0000", "1.0000", "1.0000", "+85.7", "-"]
+    assert rows(text)[1] == ["tiny-task", "MAE (down)", "7.0000", "4.7500", "1.0000", "+32.1", "+0.0 to +64.3",
+                             "1.0000", "1.0000", "+85.7", "-"]
     assert set(steps_of(text)) == {"1/tiny-task-0", "1/tiny-task-1", "1/tiny-task-2", "1/tiny-task-3", "2/tiny-task-0"}
     figure = text[text.index("Gain over the starter"):]
     assert [float(x) for x in re.findall(r'text-anchor="end">([-+\d.]+)', figure)[:2]] == [32.1, 85.7]
@@ -208,22 +208,26 @@ def test_other_data_stand_in_a_row_of_their_own(run, tmp_path):
     results = json.loads((other / "results.json").read_text())
     results["tasks"]["tiny-task"]["starter"] = 6.0
     (other / "results.json").write_text(json.dumps(results))
-    table, gains = evaluation.side_by_side([evaluation.read_run(run.out, "a"), evaluation.read_run(other, "b")])
-    assert [row[2:] for row in table[1:]] == [
-        ("7.0000", "4.7500", "1.0000", "+32.1", "2.5000 to 7.0000", "-", "-", "-", "-"),
-        ("6.0000", "-", "-", "-", "-", "4.7500", "1.0000", "+32.1", "2.5000 to 7.0000")]
+    table, _, gains = evaluation.table([evaluation.read_run(run.out, "a"), evaluation.read_run(other, "b")])
+    assert [row[2:] for row in table[1:]] == [      # the other's interval, 2.5 to 7, is that of gains of 3.5 and -1 of 6
+        ("7.0000", "4.7500", "1.0000", "+32.1", "+0.0 to +64.3", "-", "-", "-", "-"),
+        ("6.0000", "-", "-", "-", "-", "4.7500", "1.0000", "+32.1", "-16.7 to +58.3")]
     assert [list(bars) for _, bars in gains] == [[0], [1]]
 
 
 def test_a_mean_of_gains_is_over_the_tasks_that_all_runs_have(run):
     run = evaluation.read_run(run.out, "a")
     one = run["results"]["tasks"]["tiny-task"]
-    run["results"]["tasks"]["second"] = {**one, "score_summary": {**one["score_summary"], "average": 3.5, "gain": 50.0}}
+    run["results"]["tasks"]["second"] = {
+        **one, "trajectories": [{**each, "score": 3.5} for each in one["trajectories"]],
+        "score_summary": evaluation.summary([3.5] * 4, 7, "down")}
     other = {**run, "results": {**run["results"], "tasks": {"tiny-task": one}}}
-    assert evaluation.side_by_side([run])[1][-1] == ("mean of 2 held-out tasks",
-                                                     {0: [pytest.approx((50 + 225 / 7) / 2)]})
-    assert [title for title, _ in evaluation.side_by_side([run, other])[1]] == ["tiny-task (miniature)",
-                                                                                "second (miniature)"]
+    rows, _, gains = evaluation.table([run])
+    title, means = gains[-1]        # a gain of 50 % that does not vary, and one of 0 to 4.5 / 7 around 2.25 / 7
+    assert title == "mean of 2 held-out tasks"
+    assert means == {0: pytest.approx(((50 + 225 / 7) / 2, 25, (50 + 450 / 7) / 2))}
+    assert rows[-1] == (title, "", "", "", "", "+41.1", "+25.0 to +57.1", "", "", "")
+    assert [title for title, _ in evaluation.table([run, other])[2]] == ["tiny-task", "second"]
 
 
 def test_training_logs_are_drawn(tmp_path, run):
@@ -305,7 +309,7 @@ def hostile(line):
 
 def test_hostile_text_stays_text(run):
     for k in range(4):
-        change(evaluation.file_of(run, "tiny-task", k), hostile)
+        change(file_of(run, k), hostile)
     path = evaluation.write_report(run)
     page = Elements(read(run.out))
     assert len(page.all("script")) == 4 + 1 and not page.all("img") and not page.open
@@ -358,7 +362,7 @@ def test_a_browser_opens_filters_and_follows_links(run):
 
 @browser
 def test_a_browser_shows_hostile_text_as_text(run):
-    change(evaluation.file_of(run, "tiny-task", 0), hostile)
+    change(file_of(run, 0), hostile)
     path = evaluation.write_report(run)
     page, said = opened(path, "#tiny-task-0-0")
     assert said == [] and len(page.all("section")) == 4 and not page.all("img")
@@ -368,9 +372,9 @@ def test_a_browser_shows_hostile_text_as_text(run):
 
 @browser
 def test_two_hundred_trajectories_wait_as_text(run):
-    source = evaluation.file_of(run, "tiny-task", 0).read_text()
+    source = file_of(run, 0).read_text()
     for k in range(200):
-        evaluation.file_of(run, "tiny-task", k).write_text(source)
+        file_of(run, k).write_text(source)
     page, said = opened(evaluation.write_report(run))
     assert said == [] and page.all("span", id="count")[0].text == "200 of 200"
     assert len(page.all("script", type="application/json")) == 200 and not page.all("section")
