@@ -157,6 +157,7 @@ def test_a_whole_model_with_kernels_is_the_plain_one():
 
 def test_the_benchmark_measures_the_same_computation_three_times(triton):
     """At small sizes: what Triton's, torch's and the function for torch.compile give is one result, and its gradients."""
+    torch.manual_seed(0)
     seen = []
     for name, function, inputs, grad, amount, unit, simple in bench.kernel_cases(ODD, 5, 3, 40, torch.float32, "cpu"):
         ups = []
@@ -165,7 +166,7 @@ def test_the_benchmark_measures_the_same_computation_three_times(triton):
         assert amount > 0 and len(plain) == (len(inputs) if grad else len(others[0])), name
         for other in others:
             for a, b in zip(plain, other):
-                assert_close(b, a, 1e-5)
+                assert_close(b, a, 1e-4)        # logits of up to 20, in fp32
         seen.append(name)
     assert len(seen) == 12 and model.ops is fused
 
