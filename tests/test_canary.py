@@ -16,29 +16,12 @@ from tasks.__main__ import main
 IDS = tasks.names()
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A data folder with all miniatures, whose starters were not run; beside each, `true`: private as it was before
-    anything was planted."""
-    folder, plant = tmp_path_factory.mktemp("data"), canary.plant
-
-    def keep_then_plant(private, *args):
-        shutil.copytree(private, private.parent / "true")
-        return plant(private, *args)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canary, "plant", keep_then_plant)
-        patch.setattr(tasks, "run_starter", lambda task, home, python: (0.5, 0.0, "", 1.0))
-        for id in IDS:
-            tasks.prepare(id, data=folder, say=lambda line: None)
-    return folder
-
-
 def tables(id, data):
     """(task, true answers in the sample's columns, answers as a thief finds them, target columns)."""
     task, home = tasks.load(id), data / id
     sample, targets = tasks.read_table(home / "public" / task.sample), tasks.target_columns(task, home)
-    true, found = (tasks.matched(tasks.read_table(home / folder / task.answers), sample, task.key, targets)
-                   for folder in ("true", "private"))
+    true, found = (tasks.matched(tasks.read_table(folder / task.answers), sample, task.key, targets)
+                   for folder in (data / "true" / id, home / "private"))
     return task, {**sample, **true}, {**sample, **found}, targets
 
 
@@ -66,7 +49,7 @@ def test_only_copies_of_the_answers_are_flagged_and_no_score_changes(id, data, t
     assert facts["canaries"] == len(planted) and facts["sha256"][f"private/{canary.FILE}"]
     copy, canary_p = tasks.judge(id, write(found, tmp_path / "found.csv"), data)
     assert tasks.flagged(canary_p) and canary_p <= 1e-10 and task.better(task.perfect, copy)
-    answers = {name: column for name, column in tasks.read_table(home / "true" / task.answers).items()
+    answers = {name: column for name, column in tasks.read_table(data / "true" / id / task.answers).items()
                if not task.targets or name in (task.key, *targets)}
     for share in (0, 0.2, 1):
         path = write(mixed(true, targets, share, rng), tmp_path / "honest.csv")
@@ -85,17 +68,17 @@ def test_only_copies_of_the_answers_are_flagged_and_no_score_changes(id, data, t
 def test_planting_changes_the_answers_of_the_canary_rows_alone_and_is_undone_to_the_byte(id, data, tmp_path):
     task, _, _, targets = tables(id, data)
     planted = canary.load(data / id / "private")
-    files = sorted(path.name for path in (data / id / "true").iterdir())
+    files = sorted(path.name for path in (data / "true" / id).iterdir())
     assert files == sorted(path.name for path in (data / id / "private").glob("*.csv"))
     for name in files:          # insults has its answers twice
-        before, after = (tasks.read_table(data / id / folder / name) for folder in ("true", "private"))
+        before, after = (tasks.read_table(folder / name) for folder in (data / "true" / id, data / id / "private"))
         differ = {(column, i) for column in before for i in range(len(before[column]))
                   if before[column][i] != after[column][i]}
         assert differ and differ <= {(column, one["row"]) for column in targets for one in planted}
         assert [[after[column][one["row"]] for column in targets] for one in planted] == \
                [[before[column][one["candidates"][0]] for column in targets] for one in planted]
         canary.restore(after, planted)
-        assert write(after, tmp_path / "s.csv").read_bytes() == (data / id / "true" / name).read_bytes()
+        assert write(after, tmp_path / "s.csv").read_bytes() == (data / "true" / id / name).read_bytes()
 
 
 def test_spellings_row_orders_and_names_that_the_graders_take(data):

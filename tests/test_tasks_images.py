@@ -1,14 +1,14 @@
-"""Small photographs, papers that cite, radar images and dirty pages: their splits on made-up raw files against the
-rules restated, what they refuse, and their ideas.
+"""Tasks of photographs, radar images, dirty pages and papers that cite: their splits on made-up raw files against the
+rules restated, their graders, and what they refuse.
+
+Where they are only copied the made-up files hold no pictures: each holds its own name, which shows what went where.
 """
-import ast
 import gzip
-import hashlib
 import io
 import json
+import math
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -20,8 +20,11 @@ import pytest
 from sklearn.model_selection import train_test_split as sklearn_split
 
 import tasks
+from common import md5, sides
 from tasks import InvalidSubmission
 
+CACTUS, DOGS = "aerial-cactus-identification", "dogs-vs-cats-redux-kernels-edition"
+PLANT, WHALE = "plant-pathology-2020-fgvc7", "whale-categorization-playground"
 CIFAR, ARXIV = "cifar-10", "ogbn-arxiv"
 STATOIL, DIRTY = "statoil-iceberg-classifier-challenge", "denoising-dirty-documents"
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -29,13 +32,30 @@ BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
-def prepared(id, raw, folder):
-    """The task's own prepare, without the starter: (public, private)."""
-    task, public, private = tasks.load(id), folder / "public", folder / "private"
-    public.mkdir()
-    private.mkdir()
-    task.prepare(raw, public, private, task.variants[0])
-    return public, private
+def split(items, fraction):
+    """The shared rule, item by item: (train, test)."""
+    order = np.random.RandomState(0).permutation(len(items))
+    num_test = math.ceil(fraction * len(items))
+    return [items[i] for i in order[num_test:]], [items[i] for i in order[:num_test]]
+
+
+def csv(path):
+    return pd.read_csv(path).values.tolist()
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def planned(id, raw, folder, monkeypatch):
+    """As sides, but nothing is copied: (public, private, {raw name: place under public})."""
+    copies = {}
+
+    def copy(raw, _, target, wanted):
+        target = target.relative_to(folder / "public")
+        copies.update({name: (target / place).as_posix() for name, place in wanted.items()})
+    monkeypatch.setitem(tasks.load(id).prepare.__globals__, "copy_raw_folder", copy)
+    return *sides(id, raw, folder), copies
 
 
 def table(path):
@@ -45,6 +65,194 @@ def table(path):
 def refused(id, answers, submission, words):
     with pytest.raises(InvalidSubmission, match=words):
         tasks.load(id).score(answers, submission)
+
+
+# ----------------------------------------------------------------------------------------------- splits of photographs
+
+def test_cactus_split(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [[f"{rng.bytes(16).hex()}.jpg", int(rng.integers(2))] for _ in range(203)]
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    pd.DataFrame(rows, columns=["id", "has_cactus"]).to_csv(raw / "train.csv", index=False)
+    with zipfile.ZipFile(raw / "train.zip", "w") as archive:
+        for name, _ in rows:
+            archive.writestr(f"train/{name}", name)
+    with zipfile.ZipFile(raw / "test.zip", "w") as archive:
+        archive.writestr("test/unlabelled.jpg", "x")
+    public, private = sides(CACTUS, raw, tmp_path)
+    train, test = split(rows, 0.19)
+    assert len(test) == 39
+    assert csv(public / "train.csv") == train and csv(private / "test.csv") == test
+    assert csv(public / "sample_submission.csv") == [[name, 0.5] for name, _ in test]
+    assert contents(public / "train") == {name: name for name, _ in train}
+    assert contents(public / "test") == {name: name for name, _ in test}
+
+
+def test_dogs_split_from_the_publishers_names(tmp_path, monkeypatch):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    names = [f"{kind}.{i}.jpg" for i in range(12500) for kind in ("dog", "cat")]
+    with zipfile.ZipFile(raw / "train.zip", "w") as archive:
+        for name in names:
+            archive.writestr(f"train/{name}", "")
+    public, private, copies = planned(DOGS, raw, tmp_path, monkeypatch)
+    assert md5((public / "sample_submission.csv").read_bytes()) == "cfe8f41567220b6fcbbdc4eb4df7230f"  # of MLE-bench
+    assert md5((private / "answers.csv").read_bytes()) == "98f293fd3f37f967c17aa9263e866c30"
+    train, test = split(sorted(names), 0.1)
+    cats, dogs = ([name for name in train if name.startswith(kind)] for kind in ("cat", "dog"))
+    assert (len(cats), len(dogs), len(test)) == (11242, 11258, 2500)
+    assert copies == {**{name: f"train/cat.{i}.jpg" for i, name in enumerate(cats)},
+                      **{name: f"train/dog.{i}.jpg" for i, name in enumerate(dogs)},
+                      **{name: f"test/{i + 1}.jpg" for i, name in enumerate(test)}}
+
+
+def test_dogs_are_copied_out_of_a_zip_in_a_zip(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    names = sorted(f"{kind}.{i}.jpg" for i in range(15) for kind in ("dog", "cat"))
+    for folder, inside in (("train", names), ("test", ["1.jpg", "2.jpg"])):
+        with zipfile.ZipFile(tmp_path / f"{folder}.zip", "w") as archive:
+            for name in inside:
+                archive.writestr(f"{folder}/{name}", name)
+    with zipfile.ZipFile(raw / f"{DOGS}.zip", "w") as archive:
+        for folder in ("test", "train"):
+            archive.write(tmp_path / f"{folder}.zip", f"{folder}.zip")
+    public, private = sides(DOGS, raw, tmp_path)
+    train, test = split(names, 0.1)
+    assert contents(public / "test") == {f"{i + 1}.jpg": name for i, name in enumerate(test)}
+    assert csv(private / "answers.csv") == [[i + 1, int(name.startswith("dog"))] for i, name in enumerate(test)]
+    assert sorted(contents(public / "train").values()) == sorted(train)
+
+
+def test_dogs_without_pictures(tmp_path):
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(ValueError, match="no pictures in a folder train"):
+        sides(DOGS, tmp_path / "raw", tmp_path)
+
+
+def test_plant_split_from_the_publishers_names(tmp_path, monkeypatch):
+    (tmp_path / "raw").mkdir()
+    rng, columns = np.random.default_rng(0), ["image_id", "healthy", "multiple_diseases", "rust", "scab"]
+    rows = [[f"Train_{i}", *np.eye(4, dtype=int)[rng.integers(4)].tolist()] for i in range(1821)]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "raw" / "train.csv", index=False)
+    public, private, copies = planned(PLANT, tmp_path / "raw", tmp_path, monkeypatch)
+    assert md5((public / "test.csv").read_bytes()) == "4a6cc8292989880ba253a124634efff1"               # of MLE-bench
+    assert md5((public / "sample_submission.csv").read_bytes()) == "7a67fc684abd73d9d1afc554e8d5cf07"
+    train, test = split(rows, 0.1)
+    assert (len(train), len(test)) == (1638, 183)
+    assert csv(public / "train.csv") == [[f"Train_{i}", *row[1:]] for i, row in enumerate(train)]
+    assert csv(private / "test.csv") == [[f"Test_{i}", *row[1:]] for i, row in enumerate(test)]
+    assert list(pd.read_csv(private / "test.csv")) == columns
+    assert copies == {**{f"{row[0]}.jpg": f"images/Train_{i}.jpg" for i, row in enumerate(train)},
+                      **{f"{row[0]}.jpg": f"images/Test_{i}.jpg" for i, row in enumerate(test)}}
+
+
+def test_plant_names_overlap_and_are_not_chained(tmp_path):
+    images = tmp_path / "raw" / "images"
+    images.mkdir(parents=True)
+    rows = [[f"Train_{i}", 1, 0, 0, 0] for i in range(20)]
+    columns = ["image_id", "healthy", "multiple_diseases", "rust", "scab"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "raw" / "train.csv", index=False)
+    for name in [f"{prefix}_{i}" for prefix in ("Train", "Test") for i in range(20)]:
+        (images / f"{name}.jpg").write_text(name)
+    public, _ = sides(PLANT, tmp_path / "raw", tmp_path)
+    train, test = split([row[0] for row in rows], 0.1)
+    assert contents(public / "images") == {**{f"Train_{i}.jpg": name for i, name in enumerate(train)},
+                                           **{f"Test_{i}.jpg": name for i, name in enumerate(test)}}
+
+
+def test_whale_split(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    several = 2 + np.bincount(rng.integers(0, 2030, 2760), minlength=2030)      # the publisher's counts of pictures
+    ids = np.repeat(["new_whale", *[f"w_{i:07x}" for i in range(4250)]], [810, *several, *[1] * 2220])
+    frame = pd.DataFrame({"Image": [f"{i:08x}.jpg" for i in rng.permutation(9850)], "Id": rng.permutation(ids)})
+    (tmp_path / "raw").mkdir()
+    frame.to_csv(tmp_path / "raw" / "train.csv", index=False)
+    public, private, copies = planned(WHALE, tmp_path / "raw", tmp_path, monkeypatch)
+
+    draws, test, remaining = np.random.default_rng(0), set(), []
+    for _, rows in frame.groupby("Id", sort=False):
+        if len(rows) >= 2:
+            pair = rows.sample(2, random_state=0).index
+            test.add(pair[1])
+            remaining += rows.index.difference(pair).tolist()
+        elif draws.choice(["train", "test"], p=[0.9, 0.1]) == "test":
+            test.add(rows.index[0])
+    test |= set(split(sorted(remaining), 0.1)[1])
+    known = frame[~frame.index.isin(test)]
+    tested = frame[frame.index.isin(test)]
+    assert (len(known), len(tested)) == (7240, 2610)
+    assert csv(public / "train.csv") == known.values.tolist()
+    names = set(known["Id"])
+    assert csv(private / "test.csv") == [[image, id if id in names else "new_whale"] for image, id in tested.values]
+    sample = "new_whale w_1287fbc w_98baff9 w_7554f44 w_1eafe46"
+    assert csv(public / "sample_submission.csv") == [[image, sample] for image in tested["Image"]]
+    assert copies == {**{name: f"train/{name}" for name in known["Image"]},
+                      **{name: f"test/{name}" for name in tested["Image"]}}
+
+
+def test_a_missing_picture_is_named(tmp_path):
+    (tmp_path / "raw" / "train").mkdir(parents=True)
+    (tmp_path / "raw" / "train.csv").write_text("Image,Id\na.jpg,w_1\nb.jpg,w_1\n")
+    (tmp_path / "raw" / "train" / "a.jpg").write_text("a")
+    with pytest.raises(tasks.MissingRaw, match="b.jpg"):
+        sides(WHALE, tmp_path / "raw", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- grading photographs
+
+LABELS = {
+    CACTUS: {"id": ["a.jpg", "b.jpg", "c.jpg"], "has_cactus": ["0", "1", "1"]},
+    DOGS: {"id": ["1", "2", "3"], "label": ["0", "1", "1"]},
+    PLANT: {"image_id": ["Test_0", "Test_1", "Test_2", "Test_3"], "healthy": ["1", "0", "0", "0"],
+            "multiple_diseases": ["0", "1", "0", "0"], "rust": ["0", "0", "1", "0"], "scab": ["0", "0", "0", "1"]},
+    WHALE: {"Image": ["a.jpg", "b.jpg", "c.jpg"], "Id": ["w_1", "new_whale", "w_2"]},
+}
+
+
+def test_scores_by_hand():
+    def score(id, name, values):
+        return tasks.load(id).score(LABELS[id], {**LABELS[id], name: values})
+    assert score(CACTUS, "has_cactus", ["0.4", "0.4", "0.9"]) == 0.75                   # a tie and a pair in order
+    assert score(DOGS, "label", ["0.5", "0.25", "1"]) == pytest.approx(math.log(8) / 3)
+    assert score(PLANT, "rust", ["-3", "9", "8", "8"]) == pytest.approx((3 + 0.5) / 4)  # rust: a win, a tie, a loss
+    for names, points in ((["w_1 w_2", "w_2 w_3 new_whale", "w_1 w_3 w_4 w_5 w_6 w_2"], (1, 1 / 3, 0)),
+                          (["w_2 w_2 w_1", "new_whale", "w_1 w_2 w_2"], (1 / 3, 1, 1 / 2))):
+        assert score(WHALE, "Id", names) == pytest.approx(sum(points) / 3)
+    for id in (CACTUS, DOGS, WHALE):
+        turned = {name: values[::-1] for name, values in LABELS[id].items()}
+        assert tasks.load(id).score(LABELS[id], turned) == pytest.approx(tasks.load(id).perfect)
+
+
+@pytest.mark.parametrize("id, change, reason", [
+    (CACTUS, {"has_cactus": ["0", "1", "1.01"]}, "must be a finite number from 0 to 1"),
+    (CACTUS, {"has_cactus": ["0", "-0.1", "1"]}, "must be a finite number from 0 to 1"),
+    (CACTUS, {"has_cactus": ["0", "nan", "1"]}, "must be a finite number"),
+    (CACTUS, {"has_cactus": ["0", "yes", "1"]}, "not a number"),
+    (CACTUS, {"has_cactus": None}, "missing"),
+    (CACTUS, {"id": None}, "missing"),
+    (CACTUS, {"id": ["a.jpg", "b.jpg", "d.jpg"]}, "not in the test set"),
+    (CACTUS, {"id": ["a.jpg", "b.jpg"], "has_cactus": ["0", "1"]}, "2 rows; 3 were expected"),
+    (DOGS, {"label": ["0", "1", "2"]}, "must be a finite number from 0 to 1"),
+    (DOGS, {"label": ["0", "1", ""]}, "not a number"),
+    (DOGS, {"label": ["0", "1", "nan"]}, "must be a finite number"),
+    (DOGS, {"label": None}, "missing"),
+    (DOGS, {"id": ["1", "2", "4"]}, "not in the test set"),
+    (DOGS, {"id": ["1", "2", "2"]}, "occurs too often"),
+    (PLANT, {"scab": ["0", "nan", "0", "1"]}, "must be a finite number"),
+    (PLANT, {"scab": None}, "missing"),
+    (PLANT, {"more": ["0"] * 4}, "not expected"),
+    (PLANT, {"image_id": ["Test_0", "Test_1", "Test_2", "Train_3"]}, "not in the test set"),
+    (WHALE, {"Id": ["w_1", " ", "w_2"]}, "at least one whale"),
+    (WHALE, {"Id": None}, "missing"),
+    (WHALE, {"more": ["0"] * 3}, "not expected"),
+    (WHALE, {"Image": ["a.jpg", "b.jpg", "b.jpg"]}, "occurs too often"),
+])
+def test_refusals(id, change, reason):
+    submission = {name: values for name, values in {**LABELS[id], **change}.items() if values is not None}
+    with pytest.raises(InvalidSubmission, match=reason):
+        tasks.load(id).score(LABELS[id], submission)
 
 
 # --------------------------------------------------------------------------------------------------------- cifar-10
@@ -100,7 +308,7 @@ def test_cifar_python2_pickles_are_read_by_python_as_meant():
 def test_cifar_keeps_the_archives_order_and_hides_the_test_labels(tmp_path, pickled):
     files, images, labels = cifar_batches(pickled)
     write_cifar(files, tmp_path)
-    public, private = prepared(CIFAR, tmp_path, tmp_path)
+    public, private = sides(CIFAR, tmp_path, tmp_path)
     assert (np.load(public / "train_images.npy", allow_pickle=False) == images[:5].reshape(15, 32, 32, 3)).all()
     assert (np.load(public / "test_images.npy", allow_pickle=False) == images[5]).all()
     train = pd.read_csv(public / "train.csv")
@@ -120,7 +328,7 @@ def test_cifar_unpacked_folder_does_as_well(tmp_path):
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    public, _ = prepared(CIFAR, tmp_path, tmp_path)
+    public, _ = sides(CIFAR, tmp_path, tmp_path)
     assert (np.load(public / "test_images.npy") == images[5]).all()
 
 
@@ -176,7 +384,7 @@ def test_cifar_real_archive_matches_plain_unpickling(tmp_path):
     archive = REAL / CIFAR / "cifar-10-python.tar.gz"
     if not archive.exists():
         pytest.skip(f"the publisher's archive is not at {archive}")
-    public, private = prepared(CIFAR, archive.parent, tmp_path)
+    public, private = sides(CIFAR, archive.parent, tmp_path)
     with tarfile.open(archive) as files:
         members = [files.extractfile(f"cifar-10-batches-py/{name}") for name in [*BATCHES, "test_batch"]]
         batches = [pickle.load(member, encoding="bytes") for member in members]
@@ -212,7 +420,7 @@ def test_arxiv_keeps_the_official_split_and_hides_the_test_labels(tmp_path, pack
             for name in ARXIV_FILES:
                 archive.write(tmp_path / "arxiv" / name, f"arxiv/{name}")
                 (tmp_path / "arxiv" / name).unlink()
-    public, private = prepared(ARXIV, tmp_path, tmp_path)
+    public, private = sides(ARXIV, tmp_path, tmp_path)
     assert (public / "train.csv").read_text() == "node,label\n7,17\n0,10\n3,13\n5,15\n"
     assert (public / "valid.csv").read_text() == "node,label\n8,18\n1,11\n"
     assert (public / "test.csv").read_text() == "node\n6\n2\n4\n"
@@ -274,7 +482,7 @@ def test_statoil_split_of_the_unpacked_file(radar, tmp_path):
     raw, text = radar
     (raw / "data/processed/train.json").write_text(text)
     (raw / "data/processed/test.json").write_text("[]")
-    is_radar_split(*prepared(STATOIL, raw, tmp_path))
+    is_radar_split(*sides(STATOIL, raw, tmp_path))
 
 
 def test_statoil_split_of_the_archive_by_py7zr(radar, tmp_path):
@@ -284,7 +492,7 @@ def test_statoil_split_of_the_archive_by_py7zr(radar, tmp_path):
         archive.writestr(text, "data/processed/train.json")
     with zipfile.ZipFile(raw / "statoil.zip", "w") as whole:
         whole.write(tmp_path / "train.json.7z", "train.json.7z")
-    is_radar_split(*prepared(STATOIL, raw, tmp_path))
+    is_radar_split(*sides(STATOIL, raw, tmp_path))
 
 
 def test_statoil_damaged_archive_is_refused_without_a_trace(radar, tmp_path):
@@ -316,7 +524,7 @@ shutil.copy(packed, folder[2:] + "/data/processed/train.json")
     (programs / name).chmod(0o755)
     monkeypatch.setitem(sys.modules, "py7zr", None)
     monkeypatch.setenv("PATH", str(programs))
-    is_radar_split(*prepared(STATOIL, raw, tmp_path))
+    is_radar_split(*sides(STATOIL, raw, tmp_path))
     (programs / name).write_text(f"#!{sys.executable}\nraise SystemExit('Can not open the file as archive')\n")
     with pytest.raises(ValueError, match="damaged.*Can not open"):
         tasks.load(STATOIL).prepare(raw, tmp_path, tmp_path, "mle-bench")
@@ -373,7 +581,7 @@ def write_pages(raw, numbers, shape=(2, 3)):
 def test_dirty_documents_split_is_the_published_one(tmp_path):
     numbers = [n for n in range(1, 217) if n % 3 != 1]
     clean = write_pages(tmp_path, numbers)
-    public, private = prepared(DIRTY, tmp_path, tmp_path)
+    public, private = sides(DIRTY, tmp_path, tmp_path)
     test = [6, 8, 26, 35, 36, 42, 54, 62, 68, 77, 78, 80, 95, 110, 111, 122, 131, 134, 137, 146, 150, 155, 159, 162,
             170, 174, 180, 186, 216]
     names = {path.name: {int(page.stem) for page in path.iterdir()} for path in public.iterdir() if path.is_dir()}
@@ -389,7 +597,7 @@ def test_dirty_documents_split_is_the_published_one(tmp_path):
 
 def test_dirty_documents_copies_pages_byte_for_byte_and_names_what_is_missing(tmp_path):
     write_pages(tmp_path, range(2, 12))
-    public, _ = prepared(DIRTY, tmp_path, tmp_path)
+    public, _ = sides(DIRTY, tmp_path, tmp_path)
     with zipfile.ZipFile(tmp_path / "train.zip") as archive:
         for path in [*(public / "train").iterdir(), *(public / "test").iterdir()]:
             assert path.read_bytes() == archive.read(f"train/{path.name}")
@@ -405,7 +613,7 @@ def test_dirty_documents_without_pillow_says_so(tmp_path, monkeypatch):
     write_pages(tmp_path, range(2, 12))
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ValueError, match="pip install pillow"):
-        prepared(DIRTY, tmp_path, tmp_path)
+        sides(DIRTY, tmp_path, tmp_path)
 
 
 def test_dirty_documents_pools_all_pixels_in_any_order():
@@ -417,51 +625,3 @@ def test_dirty_documents_pools_all_pixels_in_any_order():
     refused(DIRTY, answers, {"id": answers["id"][:2], "value": ["0", "1"]}, "2 rows; 3")
     refused(DIRTY, answers, {"id": ["1_1_1", "1_1_2", "1_1_3"], "value": ["0", "1", "1"]}, "not in the test set")
     refused(DIRTY, answers, {"id": answers["id"]}, "missing")
-
-
-# ------------------------------------------------------------------------------------------ miniatures, ideas
-
-@pytest.mark.parametrize("id", [CIFAR, ARXIV, DIRTY])
-def test_miniature_is_the_same_for_the_same_seed_and_another_for_another(id, tmp_path):
-    if id == DIRTY:
-        pytest.importorskip("PIL", reason="Pillow is not installed")
-
-    def contents(name, seed):
-        (tmp_path / name).mkdir()
-        tasks.load(id).miniature(tmp_path / name, seed)
-        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        # a tar file's gzip head holds the time and the name
-        read = [gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes() for path in paths]
-        return {path.relative_to(tmp_path / name): hashlib.sha256(data).digest() for path, data in zip(paths, read)}
-    first = contents("first", 3)
-    assert first == contents("again", 3) != contents("other", 4)
-
-
-@pytest.mark.parametrize("id", [CIFAR, ARXIV, STATOIL, DIRTY])
-def test_ideas_apply_to_the_starter_as_shipped(id):
-    task = tasks.load(id)
-    ideas, starter = json.loads((task.folder / "ideas.json").read_text()), (task.folder / task.entry).read_text()
-    assert len(ideas) >= 10 and len({idea["kind"] for idea in ideas}) >= 5
-    for idea in ideas:
-        script = starter
-        for edit in idea["edits"]:
-            assert starter.count(edit["find"]) == 1 and script.count(edit["find"]) == 1, (idea["title"], edit["find"])
-            script = script.replace(edit["find"], edit["replace"])
-        ast.parse(script)
-
-
-def test_ideas_for_dirty_documents_run_and_most_help(tmp_path):
-    pytest.importorskip("PIL", reason="Pillow is not installed")
-    task = tasks.load(DIRTY)
-    home = tasks.prepare(DIRTY, data=tmp_path / "data", say=lambda line: None)
-    (tmp_path / "data" / "data").symlink_to(home / "public")
-    starter, helped = tasks.info(DIRTY, tmp_path / "data")["m_init"], []
-    quick = [idea for idea in json.loads((task.folder / "ideas.json").read_text()) if "sklearn" not in json.dumps(idea)]
-    for idea in quick:
-        script = (task.folder / task.entry).read_text()
-        for edit in idea["edits"]:
-            script = script.replace(edit["find"], edit["replace"])
-        (tmp_path / "data" / "train.py").write_text(script)
-        subprocess.run([sys.executable, "train.py"], cwd=tmp_path / "data", check=True, capture_output=True)
-        helped.append(tasks.grade(DIRTY, tmp_path / "data" / "submission.csv", tmp_path / "data") < starter)
-    assert len(quick) / 2 < sum(helped) < len(quick)
