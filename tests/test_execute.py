@@ -1,6 +1,6 @@
 """The executor: one test a promise. Linux only, like the executor."""
 
-import functools, os, re, resource, signal, subprocess, sys, tempfile, textwrap, threading, time, uuid
+import os, re, resource, signal, subprocess, sys, tempfile, textwrap, threading, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -173,7 +173,8 @@ def test_flood_on_both_streams_until_the_limit(tmp_path):
 @pytest.mark.parametrize("end, outcome", [("sys.exit(0)", "ok"), ("time.sleep(60)", "timeout"), ("1 / 0", "error"),
                                           ("os.kill(os.getpid(), 9)", "killed")])
 def test_daemons_do_not_outlive_the_script(tmp_path, end, outcome, sandbox):
-    result = run(tmp_path, f"{DAEMON}\nfor _ in range(3): daemon()\n{end}", timeout_s=3)
+    timeout_s = 1 if outcome == "timeout" else 30
+    result = run(tmp_path, f"{DAEMON}\nfor _ in range(3): daemon()\n{end}", timeout_s=timeout_s)
     assert result.outcome == outcome
     pulse = (tmp_path / "pulse").read_text()
     assert pulse and (sandbox == "on" or living(pulse.split()) == [])       # the sandbox has ids of its own

@@ -240,23 +240,25 @@ def table(ordinary=False):
         shutil.rmtree(base, ignore_errors=True)
 
 
-@pytest.fixture(scope="module", params=["root", "nobody"])
-def results(request):
-    """The table, made in a process of its own that changes its user."""
-    ordinary = request.param == "nobody"
-    if os.geteuid() and not ordinary:
-        pytest.skip("to attack as root, the tests must be run as root")
-    command = [sys.executable, __file__, *["nobody"] * (ordinary and not os.geteuid()), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def results():
+    """{user: the table}, each made in a process of its own, both at once, one of which changes its user."""
+    users = {"nobody": []} if os.geteuid() else {"root": [], "nobody": ["nobody"]}
+    runs = {user: subprocess.Popen([sys.executable, __file__, *words, "--json"], cwd="/", text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE) for user, words in users.items()}
+    said = {user: run.communicate() for user, run in runs.items()}
+    assert not any(run.returncode for run in runs.values()), said
+    return {user: json.loads(out) for user, (out, _) in said.items()}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack(results, name):
-    if name not in results:
+@pytest.mark.parametrize("user", ["root", "nobody"])
+def test_attack(results, user, name):
+    if user not in results:
+        pytest.skip("to attack as root, the tests must be run as root")
+    if name not in results[user]:
         pytest.skip("the kernel denies it to ordinary users")
-    off, cold, warm = results[name]
+    off, cold, warm = results[user][name]
     assert off, "the attack does not work even without protection"
     assert cold == warm == (name == CONTROL)
 
@@ -620,27 +622,24 @@ def submissions(draw, sample):
         yield (what, *ways[what]())
 
 
-def test_three_hundred_submissions_are_graded_or_refused(tmp_path, monkeypatch):
+def test_three_hundred_submissions_are_graded_or_refused(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    id = "leaf-classification"
-    home, draw = tasks.prepare(id, data=tmp_path / "data", say=lambda line: None), random.Random(2)
-    made = submissions(draw, (home / "public" / tasks.load(id).sample).read_bytes())
+    id, draw = "leaf-classification", random.Random(2)
+    sample = data / id / "public" / tasks.load(id).sample
+    made = submissions(draw, sample.read_bytes())
     for _ in range(300):
         what, content, valid = next(made)
         Path("submission.csv").write_bytes(content)
         try:
-            score = tasks.grade(id, "submission.csv", data=tmp_path / "data")
+            score = tasks.grade(id, "submission.csv", data)
             assert valid and score == score, what
         except tasks.InvalidSubmission as error:
             assert not valid and len(str(error)) < 300, (what, error)
-    for unreadable in (tmp_path / "data", tmp_path / "absent"):
-        with pytest.raises(tasks.InvalidSubmission):
-            tasks.grade(id, unreadable, data=tmp_path / "data")
     os.mkfifo("pipe")
-    Path("link").symlink_to(home / "public" / tasks.load(id).sample)
-    for odd in ("pipe", "link", "/dev/zero"):
+    Path("link").symlink_to(sample)
+    for odd in (tmp_path, "absent", "pipe", "link", "/dev/zero"):
         with pytest.raises(tasks.InvalidSubmission):
-            tasks.grade(id, odd, data=tmp_path / "data")
+            tasks.grade(id, odd, data)
     assert not Path("payload-ran").exists()
     pickle.loads(pickle.dumps(Payload()))       # a grader that unpickles would have been caught
     assert Path("payload-ran").exists()
@@ -656,8 +655,8 @@ def test_printed_metrics_in_any_format_earn_nothing(make):
 
 @pytest.mark.parametrize("id", sorted(path.parent.name for path in Path(tasks.__file__).parent.glob("*/train.py"))
                          if RUNS >= 200 else ["leaf-classification", "ogbn-arxiv"])
-def test_starters_score_the_same_cold_and_warm(id, tmp_path):
-    task, public = tasks.load(id), tasks.prepare(id, data=tmp_path, say=lambda line: None) / "public"
+def test_starters_score_the_same_cold_and_warm(id, data, tmp_path):
+    task, public = tasks.load(id), data / id / "public"
     assert env.warm_up((task.folder / task.entry).read_bytes())
     found = []
     for warm in (False, True):
@@ -668,7 +667,7 @@ def test_starters_score_the_same_cold_and_warm(id, tmp_path):
         result = execute(task.entry, folder, timeout_s=task.time_limit_s, memory_bytes=task.memory_limit_bytes,
                          readable=[public], warm=warm)
         assert result.warm == warm and result.outcome == "ok", result.stderr
-        found.append([result.stdout, result.stderr, tasks.grade(id, folder / "submission.csv", data=tmp_path)])
+        found.append([result.stdout, result.stderr, tasks.grade(id, folder / "submission.csv", data)])
         shutil.rmtree(folder)
     assert found[0] == found[1]
 

@@ -1,19 +1,14 @@
 """The small agent of `python sft.py`: short prompts that any record can give again, ideas made of a script's numbers, a
 tokenizer of its own, texts whose names are drawn anew, and the whole command in its smallest form."""
 import json
-import os
 import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import env
 import eval as evaluation
-import sample
 import sft
 import tasks
 from model import Config, Qwen2
@@ -212,22 +207,18 @@ def test_weights_that_copy():
 
 # ---- the command
 
-def test_the_command_without_arguments_in_its_smallest_form(whole, tmp_path):
+def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_path):
     """Collects, trains, shows a reply; the second time it does nothing again; eval.py takes its settings from the folder."""
     folder, _ = whole
     code = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; import {0}; "
             "sys.exit({0}.main(sys.argv[1:]))")
 
     def run(program, *flags):
-        done = subprocess.run([sys.executable, "-c", code.format(program), str(folder / "tasks"), *flags], text=True,
-                              cwd=Path(__file__).parent.parent, capture_output=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return forks(code.format(program), folder / "tasks", *flags)
 
     out = tmp_path / "sft"
     flags = [f"--data={folder / 'data'}", f"--trajectories={tmp_path / 'trajectories'}", f"--out={out}", "--num=1",
-             "--copies=2", "--batch=4"]
+             "--copies=2", "--batch=4", "--max-new-tokens=24"]
     said = run("sft", *flags)
     assert re.search(r"held-out +\d+%", said) and "One state:\nTask: toy-" in said and "Its reply:" in said
     before = {path: path.read_bytes() for path in [out / "log.jsonl", out / "model.safetensors",
