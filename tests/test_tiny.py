@@ -210,8 +210,8 @@ def test_weights_that_copy():
 def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_path):
     """Collects, trains, shows a reply; the second time it does nothing again; eval.py takes its settings from the folder."""
     folder, _ = whole
-    code = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; import {0}; "
-            "sys.exit({0}.main(sys.argv[1:]))")
+    code = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; "
+            "import sft, {0}; sft.try_out.__defaults__ = (8,); sys.exit({0}.main(sys.argv[1:]))")    # 8 states, not 64
 
     def run(program, *flags):
         return forks(code.format(program), folder / "tasks", *flags)

@@ -243,11 +243,11 @@ print(now("VmHWM") - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
 @pytest.mark.parametrize("shape, length, every, recompute, compute, state", [
     (dict(hidden_size=256, intermediate_size=768), 2048, 2, False, "float32", "float32"),
-    (dict(vocab_size=20000, hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_hidden_layers=1),
-     256, 4, True, "bfloat16", "int8")])
+    (dict(vocab_size=20000, hidden_size=448, intermediate_size=2432, num_attention_heads=7, num_key_value_heads=1,
+          num_hidden_layers=1), 256, 4, True, "bfloat16", "int8")])
 def test_planned_memory_is_what_training_takes(shape, length, every, recompute, compute, state):
-    """A small model with long rows, where activations are nearly all, and a layer of the 0.5B with an eighth of its
-    vocabulary, where weights are: within 10 % of how far the resident set grows, in a process of its own. glibc is told
+    """A small model with long rows, where activations are nearly all, and a layer half as wide as the 0.5B's
+    with a large vocabulary, where weights are: within 10 % of how far the resident set grows, in a process of its own. glibc is told
     to give back what is freed at once, since it is tensors that are planned."""
     config = Config(**shape)
     out = subprocess.run([sys.executable, "-c", PEAK, repr((config, length, every, recompute, compute, state))],
