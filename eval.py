@@ -370,7 +370,8 @@ def number(x, form=".4f"):
 
 
 def layout(rows):
-    """Rows of texts as lines with aligned columns; the first two are set to the left."""
+    """Rows of texts, those without any left out, as lines with aligned columns; the first two are set to the left."""
+    rows = [row for row in rows if any(row)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
@@ -399,9 +400,10 @@ def cells(a, *ends):
 
 
 def table(runs, name="score"):
-    """Table 1 of one run or several, [{"name", "results"}]: (rows of cells, the heads first; their columns of published
-    figures; rows for gain_chart). name: score, or oracle. A task stands in one row for all runs that had the same data;
-    means are over the tasks that all runs have, where the starter's score is not 0."""
+    """Table 1 of one run or several, [{"name", "results"}]: (rows of cells, their columns of published figures, groups
+    of rows for gain_chart). The first two rows are heads: the runs' names, and what stands in the columns. name: score,
+    or oracle. A task stands in one row for all runs that had the same data; a mean, below the tasks of its split, is
+    over those that all runs have, where the starter's score is not 0."""
     found, small = {}, all(one["miniature"] for run in runs for one in run["results"]["tasks"].values())
     for n, run in enumerate(runs):
         for id, one in run["results"]["tasks"].items():
@@ -414,14 +416,15 @@ def table(runs, name="score"):
             row["runs"][n] = one
     heads, found = ("task" + " (miniature)" * small, "metric", "starter"), list(found.values())
     if not any(f"{name}_summary" in one for row in found for one in row["runs"].values()):
-        return [(*heads, "it printed", "seconds"), *((*row["first"], number(row.get("printed")), number(
-            row.get("seconds"), ".1f")) for row in found)], [], []
+        return [[""] * 5, (*heads, "it printed", "seconds"), *((*row["first"], number(row.get("printed")), number(
+            row.get("seconds"), ".1f")) for row in found)], [[]] * (2 + len(found)), []
     models = list(dict.fromkeys(model for row in found for model in row["published"]))
     chosen = FIGURES[:4 if len(runs) > 1 else None]
-    rows = [heads + tuple(f"{run['name']}\n" * (len(runs) > 1) + figure for run in runs for figure in chosen)]
-    published, gains = [[f"published\n{model}" for model in models]], []
+    names = [run["name"] * (i == 0 and len(runs) > 1) for run in runs for i in range(len(chosen))]
+    rows = [["", "", "", *names], [*heads, *chosen * len(runs)]]
+    published, groups = [["published"] * len(models), models], []
     for split in dict.fromkeys(row["split"] for row in found):
-        common = []
+        common, gains = [], []
         for row in (row for row in found if row["split"] == split):
             bars, mine = {}, []
             for n in range(len(runs)):
@@ -430,17 +433,18 @@ def table(runs, name="score"):
                     scores = [a["average"], *(a["interval"] or ())]
                     bars[n] = [gain(x, row["starter"], row["direction"]) for x in scores]
                 mine += cells(a, *bars.get(n, [None])[1:])[:len(chosen)] if a else ["-"] * len(chosen)
-            rows.append((*row["first"], *mine))
+            rows.append([*row["first"], *mine])
             published.append([" / ".join(map(number, row["published"].get(model, [None]))) for model in models])
             gains.append((row["first"][0], bars))
             common += [row] * (len(bars) == len(runs))
         if len(common) > 1:
             means = {n: mean_gain([row["runs"][n] for row in common], name) for n in range(len(runs))}
             gains.append((f"mean of {len(common)} {split} tasks", means))
-            rows.append((gains[-1][0], "", "", *(cell for mean, *ends in means.values() for cell in (
-                "", "", number(mean, "+.1f"), interval(*ends), "", "", "")[:len(chosen)])))
+            rows.append([gains[-1][0], "", "", *(cell for mean, *ends in means.values() for cell in (
+                "", "", number(mean, "+.1f"), interval(*ends), "", "", "")[:len(chosen)])])
             published.append([""] * len(models))
-    return rows, published, gains
+        groups.append(gains)
+    return rows, published, groups
 
 
 def report(runs):
@@ -460,21 +464,16 @@ def report(runs):
         about.append(f"{name(run['name'])}model {s['model']}, at most {s['steps']} steps. How they ended: "
                      + ", ".join(f"{end} {count}" for end, count in ends.most_common())
                      + f". Valid replies: {valid} of {steps}.")
-    def shown(rows):
-        names = [cell.rpartition("\n")[0] for cell in rows[0]]      # of the runs, above the first column of each
-        above = [[new * (new != old) for old, new in zip(["", *names], names)]] * any(names)
-        return layout([*above, [cell.rpartition("\n")[2] for cell in rows[0]], *rows[1:]])
-
     rules = " or ".join(dict.fromkeys(FINAL[run["results"]["final"]] for run in runs))
     parts += ["\n".join(about), f"Counted is {rules} of each trajectory; one without any has failed and counts at the\n"
               "starter's score. The interval is that of the gain: the middle 95 % of bootstrap samples of the "
-              f"trajectories.\n\n{shown(rows)}"]
+              f"trajectories.\n\n{layout(rows)}"]
     if len(runs) == 1:
         parts.append("Not a result: the best graded step of each trajectory, which no agent can know.\n"
-                     + shown(table(runs, "oracle")[0]))
+                     + layout(table(runs, "oracle")[0]))
     if any(published):
-        parts.append("Published in Table 1 of the paper: average / best over 8 trajectories.\n" + shown(
-            [(*row[:2], *more) for row, more in zip(rows, published) if set(more) - {"", "-"}]))
+        parts.append("Published in Table 1 of the paper: average / best over 8 trajectories.\n" + layout(
+            [(*row[:2], *more) for row, more in zip(rows[1:], published[1:]) if set(more) - {"", "-"}]))
     return "\n\n".join(parts)
 
 
@@ -503,9 +502,9 @@ h1 { font-size: 1.5em; margin: .4em 0 } h2 { font-size: 1.15em; margin: 1.8em 0 
 p, .dim { color: var(--dim) } summary { cursor: pointer }
 .loud { border: 2px solid; border-radius: 6px; padding: 8px 12px; color: var(--bad); font-weight: 600; margin: 8px 0 }
 .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: 3px 7px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
-th { white-space: pre; vertical-align: bottom } td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; white-space: nowrap }
+th, td { padding: 3px 6px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line) }
+.mean td { font-weight: 600; border-bottom: 2px solid } td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); gap: 16px }
 figure { margin: 0; min-width: 0; break-inside: avoid } figcaption { font-size: 13px }
 svg { width: 100%; display: block } svg text { font-size: 11px; fill: var(--dim) }
@@ -525,8 +524,9 @@ pre { margin: 2px 0 8px; padding: 8px; background: var(--soft); border-radius: 4
 .text pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit }
 pre span { display: block; min-height: 1.4em; width: max-content; min-width: 100% }
 .add { background: var(--add) } .del { background: var(--del) }
-@media (max-width: 600px) { body { padding: 8px } table { font-size: 13px }
-  td:first-child { white-space: normal; min-width: 10em; overflow-wrap: anywhere } .step { margin-left: 0 } }
+@media (max-width: 600px) { body { padding: 8px } table { font-size: 12px } .step { margin-left: 0 }
+  td:nth-child(-n+2), th:nth-child(-n+2) { white-space: normal; min-width: 5.5em }
+  td:first-child, th:first-child { position: sticky; left: 0; background: var(--bg); min-width: 8em } }
 @media print { .filters { display: none } body { font-size: 11px; max-width: none } .wide { overflow: visible }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: none } pre span { width: auto }
   table { font-size: 8.5px } th, td { padding: 2px 3px } * { print-color-adjust: exact } }
@@ -776,7 +776,7 @@ def gain_chart(runs, rows):
     def at(x):
         return f"{8 + (min(max(x, low), high) - low) / (high - low) * (WIDTH - 64):.1f}"
     for title, found in rows:
-        y += 18
+        y += 21
         svg.append(f'<text y="{y}">{html.escape(title)}</text>')
         for n, (value, *ends) in found.items():
             y += 12
@@ -818,7 +818,7 @@ def shown_trajectory(runs, n, one):
 
 def page(title, runs, logs):
     """The report as bytes. runs: what read_run gave; logs: [(name, lines)] of training runs."""
-    rows, published, gains = table(runs)
+    rows, published, groups = table(runs)
     loud = [text for run in runs for text in warnings(run["results"])]
     loud += [MINIATURE for run in runs for one in run["played"] if one["head"]["miniature"]]
     loud += [f"{run['name']} is not complete; this is what was done when it stopped." for run in runs
@@ -826,16 +826,19 @@ def page(title, runs, logs):
     loud += ["The sandbox was off: scripts could read the answers." for run in runs
              if run["results"]["settings"].get("sandbox") == "off"]
     body = [f"<h1>{html.escape(title)}</h1>", *(f'<p class="loud">{html.escape(x)}</p>' for x in dict.fromkeys(loud))]
-    if len(rows) > 1:
-        rows = [[*row, *more] for row, more in zip(rows, published or [[]] * len(rows))]
-        rows = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-                for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
+    if len(rows) > 2:
+        body.append('<h2>Results</h2><div class="wide"><table>')
+        for i, row in enumerate([*row, *more] for row, more in zip(rows, published)):
+            tag = "th" if i < 2 else "td"
+            cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+            body.append(f"<tr{' class=mean' * (not row[1])}>{cells}</tr>" * any(row))
+        body.append("</table></div>")
+    if groups:
         rules = " or ".join(dict.fromkeys(FINAL[run["results"]["final"]] for run in runs if run["results"]["tasks"]))
-        body.append(f'<h2>Results</h2><div class="wide"><table><tr>{"</tr><tr>".join(rows)}</tr></table></div>')
-    if gains:
         body.append(f"<p>Counted is {rules} of each trajectory; one without any has failed and counts at the starter's "
                     "score. The gain of a score p over the starter's b is (p - b) / |b|, or (b - p) / |b| where lower "
-                    "is better. The interval is the middle 95 % of the averages of bootstrap samples.</p>")
+                    "is better. The interval is that of the gain: the middle 95 % of bootstrap samples of the "
+                    "trajectories.</p>")
     curves, scatters = task_charts(runs)
     kinds = []
     for run in runs:
@@ -845,7 +848,7 @@ def page(title, runs, logs):
         name = "kinds of reward" + f": {run['name']}" * (len(runs) > 1)
         kinds.append(kinds_chart(name, "step", list(enumerate(steps))))
     for heading, about, figures in (
-            ("Gain over the starter", "In per cent, with the interval of the average.", [gain_chart(runs, gains)]),
+            ("Gain over the starter", "In per cent, with its interval.", [gain_chart(runs, gains) for gains in groups]),
             ("Training", "By iteration, and by the time it took.", training_charts(logs)),
             ("Score by step", "The graded score of the script after each step, which the agent never sees: every "
              "trajectory thin, their average thick. What is far worse than the starter lies at the edge.", curves),
