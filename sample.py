@@ -38,6 +38,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 
+import model as modeling
 from model import Config, Linear, Qwen2, attend, find_folder, sight, use_kernels
 
 
@@ -283,25 +284,108 @@ class Window:
         return out
 
 
+class Frame:
+    """A decoding pass of one shape, made again and again: the first B rows of a cache, each continued by T tokens that
+    see its first S positions. All it reads and leaves is in tensors that stay where they are, so that on CUDA a pass is
+    one graph, replayed without asking the device anything; on a CPU the same function runs as it stands.
+
+    A token at the cache's last position, which no row ever reaches, is padding: it writes there alone and its result
+    means nothing. After each pass positions move on by one and, where T is 1, the tokens drawn are the next pass's, so
+    that several passes follow each other before what they drew, in `drawn` and `logps`, (passes, B * T), is read.
+    limits: whether top_p and top_k are looked at. A token takes one uniform number, as in `draw`, not a race between
+    the words of the vocabulary: it needs no answer from the device either, and a seed means the same as without frames.
+    """
+    fresh, counts = False, None
+
+    def __init__(self, model, size, cache, B, T, S, limits, pool):
+        self.model, self.size, self.cache, self.shape, self.limits = model, size, cache, (B, T, S), limits
+        device, N, self.spare = cache.k.device, B * T, cache.k.shape[3] - 1
+        self.rows = torch.arange(B, device=device).repeat_interleave(T)
+        self.tokens, self.positions = torch.zeros(1, N, dtype=torch.int64, device=device), torch.full(
+            (1, N), self.spare, device=device)
+        self.settings = torch.ones(N, 3, dtype=torch.float64, device=device)            # temperature, top_p, top_k
+        self.uniform = torch.zeros(CHECK_EVERY, N, dtype=torch.float64, device=device)
+        self.drawn, self.logps = torch.zeros_like(self.uniform, dtype=torch.int64), torch.zeros_like(self.uniform)
+        self.at, self.graph = torch.zeros(1, dtype=torch.int64, device=device), None    # at: which pass this is
+        if device.type == "cuda":       # captured while everything is padding: no live row is written
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.compute()          # libraries set themselves up in a first call, which cannot be captured
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.compute()
+
+    def compute(self):
+        B, T, S = self.shape
+        places = torch.where(self.positions < self.spare, self.positions, 0).view(B, T)
+        self.seen = modeling.ops.sight(places, S, self.cache.group, self.cache.k.dtype)
+        logits = self.model(self.tokens, self)[0].float()
+        logits[:, self.size:] = -torch.inf
+        temperature, top_p, top_k = self.settings.unbind(1)
+        drawn, logps = draw(logits, temperature, top_p, top_k.long(), self.uniform.index_select(0, self.at)[0],
+                            self.limits)
+        self.drawn.index_copy_(0, self.at, drawn[None])
+        self.logps.index_copy_(0, self.at, logps[None].double())
+        if T == 1:
+            self.tokens.copy_(drawn[None])
+        self.positions.add_(1).clamp_(max=self.spare)
+        self.at.add_(1)
+
+    def append(self, layer, k, v):
+        """Store this pass's keys and values, (N, K, D)."""
+        for cached, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
+            cached[self.rows, :, self.positions[0]] = new
+
+    def attend(self, layer, q):
+        """What queries (N, H, D) find in the cache: (N, H, D)."""
+        B, T, S = self.shape
+        k, v = self.cache.k[layer, :B, :, :S], self.cache.v[layer, :B, :, :S]
+        return modeling.ops.attend(q.view(B, T, *q.shape[1:]), k, v, self.seen).view(q.shape)
+
+    def run(self, tokens, positions, settings, uniform):
+        """Passes over the given tokens (B, T), positions (B, T), settings (B, 3), and uniform numbers (B, passes, T):
+        the tokens drawn and their log-probs, two arrays (B, passes * T)."""
+        (B, T, _), passes = self.shape, uniform.shape[1]
+        for buffer, values in ((self.tokens, tokens.reshape(1, -1)), (self.positions, positions.reshape(1, -1)),
+                               (self.settings, settings.repeat(T, 0)),
+                               (self.uniform[:passes], uniform.transpose(1, 0, 2).reshape(passes, -1))):
+            buffer.copy_(torch.from_numpy(values))
+        self.at.zero_()
+        for _ in range(passes):
+            self.graph.replay() if self.graph else self.compute()
+        drawn = torch.stack((self.drawn[:passes].double(), self.logps[:passes])).cpu().numpy()      # the only wait
+        drawn = drawn.reshape(2, passes, B, T).transpose(0, 2, 1, 3).reshape(2, B, -1)
+        return drawn[0].astype(int), drawn[1]
+
+
+CHECK_EVERY = 4             # passes of a Frame between two looks at what they drew
+FRAME_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing a token
 
-def draw(logits, temperature, top_p, top_k, uniform):
+def draw(logits, temperature, top_p, top_k, uniform, limits=None):
     """One token for each row, and its log-probability under the distribution it was drawn from.
 
     logits: (B, V) fp32. temperature, top_p, uniform in [0, 1): (B,) float64; top_k: (B,) int64, 0 for no limit.
     The distribution is softmax(logits / temperature), cut to its top_k tokens, renormalised, cut to the smallest set of
     most likely tokens whose probability reaches top_p, renormalised; the token is its inverse CDF at `uniform`.
-    Temperature 0 takes the most likely token and reports its log-probability at temperature 1, uncut.
+    Temperature 0 takes the most likely token and reports its log-probability at temperature 1, uncut. limits: whether
+    any row has a top_p or top_k, from one who knows; the device is then asked nothing.
     Returns (tokens (B,) int64, logps (B,) fp32).
     """
     greedy = temperature == 0
     logp = F.log_softmax(logits / torch.where(greedy, 1.0, temperature).float()[:, None], dim=-1)
-    if greedy.all():
+    if limits is None and greedy.all():
         tokens = logits.argmax(-1)
         return tokens, logp.gather(1, tokens[:, None])[:, 0]
     limited = ((top_p < 1) | (top_k > 0)) & ~greedy
-    if limited.any():
+    if limits:
+        logp = torch.where(limited[:, None], truncate(logp, top_p, top_k, logp.shape[-1]), logp)
+    elif limits is None and limited.any():
         logp[limited] = truncate(logp[limited], top_p[limited], top_k[limited])
     cdf = logp.exp().cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
@@ -349,6 +433,11 @@ class Request:
     cached: int = 0
     lookup: "Lookup" = None     # what may come next; None without drafting
     started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def last(self):
+        """The newest token, which no pass has seen yet."""
+        return self.tokens[-1] if self.tokens else self.prompt[-1]
 
 
 class Lookup:
@@ -433,7 +522,8 @@ class Engine:
     for 4 to 64 rows; None does so where they are too large for the processor's cache (64 MiB). draft: guess tokens from
     the prompt and the reply so far, and check several in one pass where that is expected to pay; the tokens stay those
     of plain decoding. What pays is measured; repeatable=True takes it from what was sampled since refresh() alone, so
-    that the same calls give the same log-probs to the last bit.
+    that the same calls give the same log-probs to the last bit. static: decode in Frames, which on CUDA are graphs: off
+    by default as long as nobody has run it on a GPU. What is sampled is the same.
 
     chat, generate and submit may be called from any thread. The first chat or submit starts one that runs the model
     from then on. Until then generate runs it in the caller's thread, which on a CPU is a quarter faster: there is one
@@ -441,14 +531,16 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True,
-                 repeatable=False):
+                 repeatable=False, static=False):
         weight = model.lm_head.weight
         self.model, self.tokenizer, self.name, self.rows = model, tokenizer, name, rows
         self.context = min(context, model.config.max_position_embeddings)
         self.device = weight.device
         streamed = sum(p.nbytes for p in model.parameters()) > 2**26 if pack is None else pack
         self.pack = streamed and self.device.type == "cpu" and weight.dtype is torch.float32
-        self.cache = Cache(model.config, rows, self.context, weight.dtype, self.device)
+        self.static, self.frames = static, {}       # {shape: Frame}, kept while weights are changed in place
+        self.pool = torch.cuda.graph_pool_handle() if static and self.device.type == "cuda" else None
+        self.cache = Cache(model.config, rows, self.context + static, weight.dtype, self.device)
         # Rows 0 .. len(active) - 1 are being sampled; the rest are parked, their cached tokens waiting for reuse.
         self.active = []
         self.tokens = np.zeros((rows, self.context), int)                   # what each row's cache holds
@@ -586,41 +678,72 @@ class Engine:
         """
         self._admit()
         drafts = self._drafts()
-        counts = [1 + len(draft) for draft in drafts]
-        inputs, settings = [], []
-        for r, draft in zip(self.active, drafts):
-            inputs += [r.tokens[-1] if r.tokens else r.prompt[-1], *draft]
-            for u in r.uniform[len(r.tokens):len(r.tokens) + 1 + len(draft)]:
-                settings.append((r.temperature, r.top_p, r.top_k, u))
-        B, start = len(counts), time.perf_counter()
-        window = Window(self.cache, range(B), self.lengths[:B], counts)
-        logits = self.model(torch.tensor(inputs, device=self.device)[None], window)[0].float()            # (N, V)
-        logits[:, self.tokenizer.size:] = -torch.inf        # rows of the vocabulary that stand for no token
-        settings = torch.tensor(settings, dtype=torch.float64, device=self.device)
-        tokens, logps = draw(logits, settings[:, 0], settings[:, 1], settings[:, 2].long(), settings[:, 3])
-        tokens, logps = tokens.tolist(), logps.tolist()
+        passes, frame = self._frame(drafts)
+        start = time.perf_counter()
+        replies = self._replay(drafts, passes, frame) if frame else self._pass(drafts)
         if not self.repeatable:
-            self.cost.add(len(inputs), time.perf_counter() - start)
-        if not all(map(math.isfinite, logps)):
-            raise FloatingPointError(f"{self.name} gives logits that are not finite; its weights are damaged")
-        self.passes += 1
-        self.drafted_tokens += len(inputs) - B
-        done, at = [], 0
-        for row, (request, draft) in enumerate(zip(self.active, drafts)):
-            for i, (token, logp) in enumerate(zip(tokens[at:at + counts[row]], logps[at:at + counts[row]])):
+            self.cost.add(len(drafts) + sum(map(len, drafts)), (time.perf_counter() - start) / passes)
+        self.passes += passes
+        self.drafted_tokens += sum(map(len, drafts))
+        done = []
+        for row, (request, draft, reply) in enumerate(zip(self.active, drafts, replies)):
+            for i, (token, logp) in enumerate(reply):
+                if not math.isfinite(logp):
+                    raise FloatingPointError(f"{self.name} gives logits that are not finite; its weights are damaged")
                 self.lengths[row] += 1
                 completion = self._take(request, token, logp)
-                if completion or i == len(draft) or token != draft[i]:
+                if completion or i < len(draft) and token != draft[i]:
                     break
             self.sampled_tokens += i + 1
-            self.accepted_tokens += i
-            at += counts[row]
+            self.accepted_tokens += i if draft else 0
             if completion:
                 done.append((row, request, completion))
         for row, _, _ in reversed(done):
             self._park(row)
         for _, request, completion in done:     # last, so that who waits for a reply finds its row free
             request.future.set_result(completion)
+
+    def _pass(self, drafts):
+        """For each active row [(token, logp)]: what is drawn after its last token and after each of its draft."""
+        inputs, settings = [], []
+        for r, draft in zip(self.active, drafts):
+            inputs += [r.last, *draft]
+            for u in r.uniform[len(r.tokens):len(r.tokens) + 1 + len(draft)]:
+                settings.append((r.temperature, r.top_p, r.top_k, u))
+        counts = [1 + len(draft) for draft in drafts]
+        window = Window(self.cache, range(len(counts)), self.lengths[:len(counts)], counts)
+        logits = self.model(torch.tensor([inputs], device=self.device), window)[0].float()                # (N, V)
+        logits[:, self.tokenizer.size:] = -torch.inf        # rows of the vocabulary that stand for no token
+        settings = torch.tensor(settings, dtype=torch.float64, device=self.device)
+        tokens, logps = draw(logits, settings[:, 0], settings[:, 1], settings[:, 2].long(), settings[:, 3])
+        drawn = iter(zip(tokens.tolist(), logps.tolist()))
+        return [[next(drawn) for _ in range(count)] for count in counts]
+
+    def _frame(self, drafts):
+        """(passes, frame) that fit the active rows, each size of the frame one of few; or (1, None) where none does."""
+        power = lambda n: 1 << (n - 1).bit_length()
+        B, T = min(power(len(drafts)), self.rows), power(1 + max(map(len, drafts)))
+        if not self.static or B * T > FRAME_TOKENS:
+            return 1, None
+        passes = 1 if T > 1 else min(CHECK_EVERY, max(r.max_new_tokens - len(r.tokens) for r in self.active))
+        S = min(max(256, power(max(self.lengths[:len(drafts)]) + T + passes)), self.context)
+        shape = B, T, S, any(r.temperature and (r.top_p < 1 or r.top_k) for r in self.active)
+        if shape not in self.frames:
+            self.frames[shape] = Frame(self.model, self.tokenizer.size, self.cache, *shape, self.pool)
+        return passes, self.frames[shape]
+
+    def _replay(self, drafts, passes, frame):
+        """As _pass, in a Frame, and where no row has a draft, several passes."""
+        B, T, *_ = frame.shape
+        tokens, positions = np.zeros((B, T), int), np.full((B, T), frame.spare)
+        settings, uniform = np.ones((B, 3)), np.zeros((B, passes, T))
+        for row, (r, draft) in enumerate(zip(self.active, drafts)):
+            n, u = 1 + len(draft), r.uniform[len(r.tokens):len(r.tokens) + passes * T]
+            tokens[row, :n], positions[row, :n] = [r.last, *draft], self.lengths[row] + np.arange(n)
+            settings[row] = r.temperature, r.top_p, r.top_k
+            uniform[row].reshape(-1)[:len(u)] = u
+        tokens, logps = (drawn.tolist() for drawn in frame.run(tokens, positions, settings, uniform))
+        return [list(zip(tokens[row], logps[row]))[:passes + len(draft)] for row, draft in enumerate(drafts)]
 
     def _drafts(self):
         """For each active row the tokens to try after its last.
@@ -971,13 +1094,13 @@ def parse(cls, argv=None, recipes=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading what --model names, and the command line
 
-def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch"):
+def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch", graphs=False):
     """The Engine or Endpoint that a --model value names.
 
     spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
     out), or "http://host:port/v1#name". device "auto": CUDA if there is one. dtype "auto": bfloat16 where the hardware
-    multiplies it (CUDA, or a CPU with AMX), else float32. kernels: torch, or triton on CUDA. Raises ValueError for what
-    cannot be loaded.
+    multiplies it (CUDA, or a CPU with AMX), else float32. kernels: torch, or triton on CUDA. graphs: decode in CUDA
+    graphs. Raises ValueError for what cannot be loaded.
     """
     if str(spec).startswith(("http://", "https://")):
         return Endpoint(spec)
@@ -988,6 +1111,8 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
         dtype = "bfloat16" if fast and spec != "tiny" else "float32"
     if dtype not in ("float64", "float32", "bfloat16"):
         raise ValueError(f"expected dtype auto, float64, float32 or bfloat16, found {dtype!r}")
+    if graphs and not str(device).startswith("cuda"):
+        raise ValueError(f"CUDA graphs need a CUDA device, found {device!r}; leave them off there")
     use_kernels(kernels, device)
     kind = getattr(torch, dtype)
     if spec == "tiny":
@@ -998,7 +1123,7 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
     if tokenizer.size > model.config.vocab_size:
         raise ValueError(f"{spec}: the tokenizer has {tokenizer.size} ids and the model rows for "
                          f"{model.config.vocab_size}; they are not of one checkpoint")
-    return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec))
+    return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec), static=graphs)
 
 
 def read_bandwidth(device="cpu", num_bytes=2**28):
@@ -1030,11 +1155,12 @@ class Settings:
     dtype: str = "auto"                 # auto, float32 or bfloat16
     device: str = "auto"                # auto, cpu or cuda
     kernels: str = "torch"              # torch, or triton, on CUDA: fused operations, not yet measured on a GPU
+    graphs: bool = False                # decode in CUDA graphs, which nobody has run on a GPU yet
 
 
 def main(s):
     start = time.perf_counter()
-    policy = load(s.model, s.dtype, s.device, rows=1, kernels=s.kernels)
+    policy = load(s.model, s.dtype, s.device, rows=1, kernels=s.kernels, graphs=s.graphs)
     options = {name: getattr(s, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
     messages = [{"role": "system", "content": s.system}] * bool(s.system) + [{"role": "user", "content": s.prompt}]
     if isinstance(policy, Endpoint):

@@ -56,6 +56,8 @@ class Settings:
     repeats: int = 3                # runs of each; the median counts
     dtype: str = "float32"          # float32 or bfloat16, ours and the peer's
     device: str = "auto"            # auto, cpu or cuda
+    kernels: str = "torch"          # torch, or triton on CUDA
+    graphs: bool = False            # decode in CUDA graphs
     script_seconds: float = 1.0     # that a task's script takes, in rl
 
 
@@ -69,6 +71,10 @@ def alternate(runs, repeats):
             if i:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def open_engine(s, rows, context):
+    return load(s.model, s.dtype, s.device, rows, context, s.kernels, s.graphs)
 
 
 def open_peer(s, device):
@@ -94,7 +100,7 @@ def random_prompts(engine, num, length):
 
 def decode(s):
     """Greedy tokens/s of whole calls, prompt included: Engine.generate without drafts against transformers' generate."""
-    engine = load(s.model, s.dtype, s.device, rows=max(s.batches), context=s.prompt_tokens + s.new_tokens)
+    engine = open_engine(s, rows=max(s.batches), context=s.prompt_tokens + s.new_tokens)
     engine.tokenizer.eos = set()            # every row samples new_tokens
     engine.draft = False
     limit = read_bandwidth(engine.device) / streamed_bytes(engine.model)       # decoding steps a second
@@ -124,7 +130,7 @@ def decode(s):
 def prefill(s):
     """Seconds to the first token of one reply to a long prompt, and of eight; limit: its products at the machine's best
     rate."""
-    engine = load(s.model, s.dtype, s.device, rows=8, context=s.state_tokens + 1)
+    engine = open_engine(s, rows=8, context=s.state_tokens + 1)
     prompts, peer = random_prompts(engine, 1, s.state_tokens), open_peer(s, engine.device)
 
     def ours(n):
@@ -172,7 +178,7 @@ def edit(s):
         text = SCRIPT.format(script=(file.parent / "train.py").read_text(), idea=idea)
         edits += [[{"role": "user", "content": text + (WHOLE if len(edits) % 2 == 0 else REPLACE)}]]
     stories = [[{"role": "user", "content": NOTHING.format(theme)}] for theme in THEMES]
-    engine = load(s.model, s.dtype, s.device, rows=8, context=4096)
+    engine = open_engine(s, rows=8, context=4096)
     peer = open_peer(s, engine.device)
     for name, prompts, options in (("edits", edits, dict(temperature=0, max_new_tokens=s.edit_tokens, stop="\n```\n")),
                                    ("stories", stories, dict(temperature=1, max_new_tokens=s.new_tokens))):

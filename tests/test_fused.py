@@ -13,6 +13,7 @@ import torch
 import bench
 import fused
 import model
+import sample
 from model import Config, LinearLogProb, Qwen2
 
 ODD = Config(vocab_size=301, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
@@ -153,6 +154,22 @@ def test_a_whole_model_with_kernels_is_the_plain_one():
         model.use_kernels("torch", "cpu")
     for ours, theirs in zip(ours, plain):
         assert (ours - theirs).abs().max() <= 1e-5 * max(theirs.abs().max(), 1e-3)
+
+
+def test_a_frame_with_kernels_samples_what_plain_passes_sample():
+    net = Qwen2.from_scratch(Config(**{**vars(ODD), "num_hidden_layers": 1}), seed=2).requires_grad_(False)
+    replies = []
+    for name in ("torch", "triton"):
+        engine = sample.Engine(net, sample.Tokenizer.of_bytes(), rows=2, context=64, draft=False, pack=False,
+                               static=name == "triton")
+        model.use_kernels(name, "cpu")
+        try:
+            replies += [g[0] for g in engine.generate([[1, 2, 3], [4]], max_new_tokens=3, seed=3)]
+        finally:
+            model.use_kernels("torch", "cpu")
+    for plain, framed in zip(replies[:2], replies[2:]):
+        assert framed.tokens == plain.tokens
+        assert (torch.tensor(framed.logps) - torch.tensor(plain.logps)).abs().max() < 1e-5
 
 
 def test_the_benchmark_measures_the_same_computation_three_times(triton):

@@ -430,6 +430,99 @@ def test_a_draft_is_as_long_as_pays(model, chance, base, each, length, monkeypat
     assert rate[length] == max(rate)
 
 
+# -- frames
+
+def static_engine(model, **options):
+    return engine_of(model, static=True, **options)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_frames_sample_what_plain_passes_sample(model, drafts, monkeypatch):
+    """Ragged rows that come and go, so that frames have padding rows and, with drafts, padding tokens; one request's
+    limits of top_p and top_k change its own distribution alone."""
+    if drafts:
+        monkeypatch.setattr(sample.PassTime, "fit", lambda self: (1.0, 1e-6))
+    prompts, runs = repeating_prompts(11), []
+    for engine in (engine_of(model, rows=5, draft=drafts), static_engine(model, rows=5, draft=drafts)):
+        futures = []
+        for i, prompt in enumerate(prompts):
+            options = [dict(temperature=0), dict(temperature=0.5), dict(temperature=0.7, top_p=0.8, top_k=20)][i % 3]
+            with engine.wake:
+                engine.waiting.append(engine._request(prompt, max_new_tokens=3 + 2 * i, seed=i, **options))
+                futures.append(engine.waiting[-1].future)
+        while engine.active or engine.waiting:
+            engine._advance()
+        runs.append([future.result() for future in futures])
+    for plain, framed in zip(*runs):
+        assert framed.tokens == plain.tokens and framed.text == plain.text and framed.finish == plain.finish
+        assert (torch.tensor(framed.logps) - torch.tensor(plain.logps)).abs().max() < 1e-5
+    assert {B for B, *_ in engine.frames} >= {1, 2, 4, 5} and {limits for *_, limits in engine.frames} == {True, False}
+    assert drafts == any(T > 1 for _, T, *_ in engine.frames) == (engine.accepted_tokens > 0)
+
+
+def test_a_frame_writes_where_its_tokens_stand_and_in_the_spare_position_alone(model):
+    cache = sample.Cache(SMALL, 4, 33, torch.float32, torch.device("cpu"))
+    cache.k.normal_(generator=torch.Generator().manual_seed(0))
+    before = cache.k.clone()
+    frame = sample.Frame(model, 259, cache, 4, 4, 32, False, None)
+    positions = torch.full((4, 4), 32).numpy()
+    positions[0, :3], positions[1, :1] = [7, 8, 9], 30      # the other tokens, and two rows, are padding
+    frame.run(torch.ones(4, 4, dtype=torch.int64).numpy(), positions, torch.ones(4, 3).double().numpy(),
+              torch.rand(4, 1, 4).double().numpy())
+    changed = (cache.k != before).any(-1).any(2).any(0)     # (rows, positions)
+    assert changed[:, :32].nonzero().tolist() == [[0, 7], [0, 8], [0, 9], [1, 30]]
+
+
+def test_frames_stay_where_they_are_when_weights_change(model):
+    """What a captured graph holds are addresses."""
+    changed = Qwen2.from_scratch(SMALL).requires_grad_(False)
+    changed.load_state_dict(model.state_dict())
+    engine, prompts = static_engine(changed, draft=False), prompts_of([30, 31, 32])
+    engine.generate(prompts, max_new_tokens=5)
+    frames = dict(engine.frames)
+    tensors = lambda: [engine.cache.k, engine.cache.v, *changed.parameters()] + [
+        t for f in engine.frames.values() for name, t in vars(f).items() if torch.is_tensor(t) and name != "seen"]
+    places = [t.data_ptr() for t in tensors()]
+    for p in changed.parameters():
+        p.mul_(1.1)
+    engine.refresh()
+    for (reply,), prompt in zip(engine.generate(prompts, max_new_tokens=5), prompts):
+        assert_plain(changed, prompt, reply)
+    assert frames and engine.frames == frames and [t.data_ptr() for t in tensors()] == places
+
+
+@pytest.mark.parametrize("active, draft, left, length, found", [
+    (1, 0, 90, 9, (4, 1, 1, 256)), (3, 0, 2, 9, (2, 4, 1, 256)), (5, 0, 90, 300, (4, 6, 1, 400)),
+    (2, 4, 90, 9, (1, 2, 8, 256)), (6, 32, 90, 9, (1, None)), (1, 3, 90, 254, (1, 1, 4, 400))])
+def test_the_sizes_of_a_frame_are_few_and_large_enough(active, draft, left, length, found, model):
+    """Six rows, a context of 400: rows and tokens to the next power of two, sight to one of 256 or more."""
+    engine = Engine(model, Tokenizer.of_bytes(), rows=6, context=400, static=True)
+    engine.active = [engine._request([1], max_new_tokens=left) for _ in range(active)]
+    engine.lengths[:active] = [length] + [3] * (active - 1)
+    passes, frame = engine._frame([[7] * draft] + [[]] * (active - 1))
+    assert (passes, *(frame.shape[:3] if frame else [None])) == found
+
+
+@pytest.mark.parametrize("said, options, text, finish", [
+    ("abcdef", {}, "abcdef", "stop"), ("abcdef", dict(max_new_tokens=5), "abcde", "length"),
+    ("abc def", dict(stop="c d"), "ab", "stop")])
+def test_a_reply_that_ends_between_two_looks_at_a_frame_is_cut_there(said, options, text, finish):
+    t, pieces = Tokenizer.of_bytes(), []
+    engine = Engine(Scripted(said, t), t, rows=2, context=40, pack=False, draft=False, static=True)
+    reply = engine.generate([[0]], temperature=0, stream=pieces.append, **{"max_new_tokens": 30, **options})[0][0]
+    assert (reply.text, reply.finish) == (text, finish) and len(reply.logps) == len(reply.tokens)
+    assert engine.sampled_tokens == len(reply.tokens) == engine.lengths[0]
+    assert b"".join(pieces).decode().startswith(text)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device to capture graphs on")
+def test_graphs_on_a_gpu_sample_what_plain_passes_sample():
+    model = Qwen2.from_scratch(SMALL, seed=5, device="cuda").requires_grad_(False)
+    runs = [[r[0].tokens for r in Engine(model, Tokenizer.of_bytes(), rows=3, context=256, static=static).generate(
+        repeating_prompts(7), max_new_tokens=20, temperature=0.7)] for static in (False, True)]
+    assert runs[0] == runs[1]
+
+
 # -- endings
 
 class Scripted(torch.nn.Module):
@@ -554,5 +647,7 @@ def test_load_names_what_is_wrong(tmp_path):
     Tokenizer.of_bytes().save(tmp_path)
     with pytest.raises(ValueError, match="259 ids and the model rows for 100"):
         load(str(tmp_path))
+    with pytest.raises(ValueError, match="graphs need a CUDA device, found 'cpu'"):
+        load("tiny", device="cpu", graphs=True)
     with pytest.raises(ValueError, match="float32 or bfloat16"):
         load(str(tmp_path), dtype="int4")
