@@ -1289,13 +1289,15 @@ def train(s, texts, valid, tokenizer, config, folder):
     return model
 
 
+DRILLS = 8              # more edits of the same script that a redrawn copy has, where it has so many constants
 NUMBER = re.compile(r"([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)")      # a line of a script that gives a constant
 
 
 def redrawn(messages, rng):
     """A short prompt and its reply in which the constants of the script have other names, other numbers and another
     order, in both alike, and often most lines of the script are gone. The edit, if it is one, still fits the script:
-    its text occurs in it once."""
+    its text occurs in it once. Edits of the script's other constants follow it, as replies too: the long prompt is read
+    once for up to nine texts to copy."""
     (prompt, reply), number = (one["content"] for one in messages), rng.random() < 0.7
     head, lines = prompt.split("\n")[:3], prompt.split("\n")[3:]
     before, key, args = reply.rpartition("Action Input: ")
@@ -1332,8 +1334,14 @@ def redrawn(messages, rng):
     args |= {name: put(args[name]) for name in ("find", "replace") if name in args}
     if find and ("\n".join(lines).count(find) != 1 or args["replace"] == find):    # names that happen to be alike
         return messages
+    replies = [args]
+    if find:
+        others = constants("\n".join(lines) + "\n")
+        edits = {edit["find"]: edit for idea in rng.sample(others, len(others)) for edit in idea["edits"]}
+        edits.pop(find, None)
+        replies += [args | edit for edit in list(edits.values())[:DRILLS]]
     return [{**messages[0], "content": "\n".join(head + lines)},
-            {"role": "assistant", "content": before + key + json.dumps(args, ensure_ascii=False)}]
+            *({"role": "assistant", "content": before + key + json.dumps(each, ensure_ascii=False)} for each in replies)]
 
 
 def copies_of(one, num, seed):
@@ -1385,7 +1393,8 @@ VOCABULARY = 1024       # ids of the tokenizer that is trained for a model from 
 
 def own_tokenizer(s):
     """Makes the tokenizer of s.out, trained on what is in s.trajectories if there is none yet. What replies of the
-    same action share is one token, so that a reply is a few decisions: which action, which text, which other text."""
+    same action share is one token, so that a reply is a few decisions: which action, which text, which other text. So
+    is " = ", so that a number stands right after its name but for one token, which is how far back copying looks."""
     if not Path(s.out, "tokenizer.json").exists():
         found, _ = conversations(s.trajectories, parsed=s.parsed, rose=s.rose, per_idea=s.per_idea, data=s.data,
                                  say=lambda line: None)
@@ -1395,7 +1404,7 @@ def own_tokenizer(s):
                          re.split(r'(?<="find": ").*?(?=", "replace": ")|(?<=", "replace": ").*?(?="}$)', reply))
         phrases = [piece for piece, times in pieces.items() if len(piece) > 3 and times * 50 > len(replies)]
         sample.Tokenizer.train((message["content"] for one in found for message in one.messages), VOCABULARY,
-                               phrases).save(s.out)
+                               [*phrases, " = "]).save(s.out)
 
 
 def fine_tune(s):

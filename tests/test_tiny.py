@@ -174,12 +174,12 @@ def test_names_drawn_anew_still_fit():
     """The edit of every copy fits the script of that copy as it fitted the first, and copies do differ."""
     script = "EPOCHS = 5\nRATE = 0.25\nSIDE_A = 12\nOFF = 0.0\nfor i in range(EPOCHS):\n    step(RATE, SIDE_A)"
     prompt = {"role": "user", "content": f"Task: x\nMAE, lower is better\nLast: nothing\n{script}"}
-    names, moved, cropped = set(), 0, 0
+    names, moved, cropped, drilled = set(), 0, 0, 0
     for seed in range(300):
         for find, put in (("EPOCHS = 5", "EPOCHS = 50"), ("step(RATE, SIDE_A)", "step(RATE, SIDE_A, 1)")):
             args = {"script_name": "train.py", "find": find, "replace": put}
             reply = {"role": "assistant", "content": f"Action: Replace In Script\nAction Input: {json.dumps(args)}"}
-            user, robot = sft.redrawn([prompt, reply], random.Random(seed))
+            user, robot, *more = sft.redrawn([prompt, reply], random.Random(seed))
             shown = user["content"].split("\n", 3)[3]
             fields, action, new, error = env.parse(robot["content"], sft.SHORT_FIELDS, sft.SHORT_ACTIONS)
             assert not error and shown.count(new["find"]) == 1 and new["find"] != new["replace"]
@@ -190,6 +190,15 @@ def test_names_drawn_anew_still_fit():
                 name = new["find"].split(" = ")[0]
                 assert new["replace"] == f"{name} = 50" and (("range(" in shown) <= (f"range({name})" in shown))
                 names.add(name)
+            texts = [new["find"]]
+            for each in more:       # an edit of another constant, as good
+                fields, action, args, error = env.parse(each["content"], sft.SHORT_FIELDS, sft.SHORT_ACTIONS)
+                texts.append(args["find"])
+                assert not error and shown.split("\n").count(args["find"]) == 1
+                assert args["replace"].split(" = ")[0] == args["find"].split(" = ")[0] != args["replace"]
+            assert len(set(texts)) == len(texts)
+            drilled += len(more)
+    assert drilled > 500
     assert len(names) > 150 and 100 < cropped < 500 and moved > 300
 
 
@@ -201,6 +210,13 @@ def test_weights_that_copy():
     right = [(model(twice)[:, 50:-1].argmax(-1) == twice[:, 51:]).float().mean().item()
              for model in (Qwen2.from_scratch(config, 0).draw_copying(0), Qwen2.from_scratch(config, 0))]
     assert right[0] > 0.5 and right[1] < 0.05
+    # "x = p", "y = q", ...: what follows " = " is told by the token before it alone
+    order = torch.stack([torch.randperm(498, generator=g)[:30] for _ in range(8)]) + 2
+    lines = torch.stack([order[:, :15], torch.ones(8, 15).long(), order[:, 15:], torch.zeros(8, 15).long()], 2)
+    again = torch.stack([each[torch.randperm(15, generator=g)] for each in lines])
+    shuffled = torch.cat([lines.flatten(1), again.flatten(1)], 1)
+    model = Qwen2.from_scratch(config, 0).draw_copying(0)
+    assert (model(shuffled).argmax(-1)[:, 61:-1:4] == shuffled[:, 62::4]).float().mean() > 0.2       # by " = " alone: 1 / 15
     with pytest.raises(ValueError, match="copying needs 2 blocks"):
         Qwen2.from_scratch(Config(num_hidden_layers=1)).draw_copying()
 
