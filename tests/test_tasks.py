@@ -555,6 +555,31 @@ def test_scores_agree_with_the_metric_worked_out_apart(data, tmp_path):
     assert tasks.grade("leaf-classification", sample, data) == pytest.approx(np.log(99))
 
 
+@pytest.mark.parametrize("id", tasks.names())
+def test_every_task_refuses_what_is_incomplete_or_no_number(id, data, tmp_path):
+    task = tasks.load(id)
+    targets = tasks.target_columns(task, data / id)
+    sample = tasks.read_table(data / id / "public" / task.sample)
+    n = len(sample[targets[0]])
+
+    def cells(name, *first):
+        return {**sample, name: [*first, *sample[name][len(first):]]}
+    wrong = [({"other" if name == targets[-1] else name: column for name, column in sample.items()}, "is missing"),
+             ({name: column[:-1] for name, column in sample.items()}, f"{n - 1} rows; {n} were expected"),
+             ({name: [*column, column[0]] for name, column in sample.items()}, f"{n + 1} rows; {n} were expected"),
+             ({name: [] for name in sample}, f"0 rows; {n} were expected"), (cells(targets[0], ""), "not a number|must")]
+    if not task.text_targets:
+        wrong += [(cells(targets[0], text), "not a number|must be") for text in ("nan", "inf", "very likely")]
+    if task.key:
+        wrong += [({name: column for name, column in sample.items() if name != task.key}, "is missing"),
+                  (cells(task.key, "no-such-id"), "'no-such-id' is not in the test set"),
+                  (cells(task.key, sample[task.key][1]), "occurs too often")]
+    for table, reason in wrong:
+        pd.DataFrame(table).to_csv(tmp_path / "s.csv", index=False)
+        with pytest.raises(InvalidSubmission, match=reason):
+            tasks.grade(id, tmp_path / "s.csv", data)
+
+
 def put(column, value, row=0):
     def change(rows):
         rows.loc[row, column] = value
@@ -563,30 +588,18 @@ def put(column, value, row=0):
 
 
 @pytest.mark.parametrize("id, change, reason", [
-    ("leaf-classification", lambda rows: rows.drop(columns="Acer_Mono"), "column 'Acer_Mono' is missing"),
-    ("leaf-classification", lambda rows: rows.rename(columns={"id": "ID"}), "column 'id' is missing"),
     ("leaf-classification", lambda rows: rows.assign(extra="1"), "column 'extra' is not expected"),
-    ("leaf-classification", lambda rows: rows[:-1], "49 rows; 50 were expected"),
-    ("leaf-classification", lambda rows: pd.concat([rows, rows[:1]]), "51 rows; 50 were expected"),
-    ("leaf-classification", lambda rows: rows[:0], "0 rows; 50 were expected"),
-    ("leaf-classification", put("id", "999999"), "id '999999' is not in the test set"),
     ("leaf-classification", lambda rows: rows.assign(id=range(5000, 5050)), r"50 ids \(such as '5000'\) are not in"),
-    ("leaf-classification", lambda rows: put("id", rows.loc[1, "id"])(rows), "occurs too often"),
     ("leaf-classification", put("Acer_Mono", "nan", 3), "Row 4 of column 'Acer_Mono' holds nan"),
     ("leaf-classification", put("Acer_Mono", "inf"), "holds inf; it must be a finite number from 0 to 1"),
     ("leaf-classification", put("Acer_Mono", "1e999"), "holds inf"),
-    ("leaf-classification", put("Acer_Mono", ""), "holds '', which is not a number"),
-    ("leaf-classification", put("Acer_Mono", "very likely"), "holds 'very likely', which is not a number"),
     ("leaf-classification", put("Acer_Mono", "\x1b[31m" + "9" * 90), r"holds '\\x1b\[31m9+...', which is not a number"),
     ("leaf-classification", put("Acer_Mono", "-0.5"), "holds -0.5; it must be a finite number from 0 to 1"),
     ("leaf-classification", put("Acer_Mono", "0.5"), "row 1 sum to 1.5; each row must sum to 1"),
-    ("home-data-for-ml-course", lambda rows: rows.drop(columns="SalePrice"), "column 'SalePrice' is missing"),
     ("home-data-for-ml-course", put("SalePrice", "1e308"), None),
     ("home-data-for-ml-course", lambda rows: rows.assign(SalePrice="1.7e308"), "The metric is not a finite number"),
     ("home-data-for-ml-course", put("SalePrice", "$200,000"), "which is not a number"),
     ("spaceship-titanic", put("Transported", "yes"), "holds 'yes'; it must be True or False"),
-    ("spaceship-titanic", put("Transported", ""), "holds ''; it must be True or False"),
-    ("spaceship-titanic", put("PassengerId", "0001_01"), "PassengerId '0001_01' is not in the test set"),
 ])
 def test_a_spoilt_submission_is_refused_with_its_reason(data, tmp_path, id, change, reason):
     change(gold(id, data)).to_csv(tmp_path / "s.csv", index=False)

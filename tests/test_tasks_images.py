@@ -225,34 +225,14 @@ def test_scores_by_hand():
         assert tasks.load(id).score(LABELS[id], turned) == pytest.approx(tasks.load(id).perfect)
 
 
-@pytest.mark.parametrize("id, change, reason", [
+@pytest.mark.parametrize("id, change, reason", [        # beside what every task refuses, see test_tasks
     (CACTUS, {"has_cactus": ["0", "1", "1.01"]}, "must be a finite number from 0 to 1"),
     (CACTUS, {"has_cactus": ["0", "-0.1", "1"]}, "must be a finite number from 0 to 1"),
-    (CACTUS, {"has_cactus": ["0", "nan", "1"]}, "must be a finite number"),
-    (CACTUS, {"has_cactus": ["0", "yes", "1"]}, "not a number"),
-    (CACTUS, {"has_cactus": None}, "missing"),
-    (CACTUS, {"id": None}, "missing"),
-    (CACTUS, {"id": ["a.jpg", "b.jpg", "d.jpg"]}, "not in the test set"),
-    (CACTUS, {"id": ["a.jpg", "b.jpg"], "has_cactus": ["0", "1"]}, "2 rows; 3 were expected"),
     (DOGS, {"label": ["0", "1", "2"]}, "must be a finite number from 0 to 1"),
-    (DOGS, {"label": ["0", "1", ""]}, "not a number"),
-    (DOGS, {"label": ["0", "1", "nan"]}, "must be a finite number"),
-    (DOGS, {"label": None}, "missing"),
-    (DOGS, {"id": ["1", "2", "4"]}, "not in the test set"),
-    (DOGS, {"id": ["1", "2", "2"]}, "occurs too often"),
-    (PLANT, {"scab": ["0", "nan", "0", "1"]}, "must be a finite number"),
-    (PLANT, {"scab": None}, "missing"),
     (PLANT, {"more": ["0"] * 4}, "not expected"),
-    (PLANT, {"image_id": ["Test_0", "Test_1", "Test_2", "Train_3"]}, "not in the test set"),
-    (WHALE, {"Id": ["w_1", " ", "w_2"]}, "at least one whale"),
-    (WHALE, {"Id": None}, "missing"),
-    (WHALE, {"more": ["0"] * 3}, "not expected"),
-    (WHALE, {"Image": ["a.jpg", "b.jpg", "b.jpg"]}, "occurs too often"),
-])
+    (WHALE, {"Id": ["w_1", " ", "w_2"]}, "at least one whale"), (WHALE, {"more": ["0"] * 3}, "not expected")])
 def test_refusals(id, change, reason):
-    submission = {name: values for name, values in {**LABELS[id], **change}.items() if values is not None}
-    with pytest.raises(InvalidSubmission, match=reason):
-        tasks.load(id).score(LABELS[id], submission)
+    refused(id, LABELS[id], {**LABELS[id], **change}, reason)
 
 
 # --------------------------------------------------------------------------------------------------------- cifar-10
@@ -374,10 +354,6 @@ def test_cifar_counts_the_first_largest_value_under_any_name_of_the_index():
     values["3"][0], values["9"][2] = "0.6", "12"                        # neither range nor sums are checked
     assert task.score(onehot, {"": ["0", "1", "2"], **values}) == 1.0
     assert task.score(onehot, {"index": ["2", "1", "0"], **{k: column[::-1] for k, column in values.items()}}) == 1.0
-    refused(CIFAR, onehot, {"": ["0", "1"], **{k: column[:2] for k, column in values.items()}}, "2 rows; 3")
-    refused(CIFAR, onehot, {"": ["0", "1", "3"], **values}, "not in the test set")
-    refused(CIFAR, onehot, {"": ["0", "1", "2"], **values, "4": ["0", "nan", "0"]}, "finite")
-    refused(CIFAR, onehot, values, "missing")                           # no index
 
 
 def test_cifar_real_archive_matches_plain_unpickling(tmp_path):
@@ -446,9 +422,7 @@ def test_arxiv_scores_whole_classes_by_position():
     answers, score = {"0": ["4", "39", "0", "7"]}, tasks.load(ARXIV).score
     assert score(answers, {"0": ["4", "39.0", "1", "7"]}) == 0.75
     assert score(answers, {"0": ["39", "4", "7", "0"]}) == 0.0
-    refused(ARXIV, answers, {"0": ["4", "39", "0"]}, "3 rows; 4")
     refused(ARXIV, answers, {"0": ["4", "39", "0.5", "7"]}, "whole")
-    refused(ARXIV, answers, {"label": ["4", "39", "0", "7"]}, "missing")
 
 
 # ---------------------------------------------------------------------------------------------------------- statoil
@@ -549,17 +523,12 @@ def test_statoil_file_cut_short_is_refused(radar, tmp_path):
             tasks.load(STATOIL).prepare(raw, tmp_path, tmp_path, "mle-bench")
 
 
-def test_statoil_score_and_refusals():
+def test_statoil_is_graded_by_log_loss():
     answers = {"id": ["aa", "bb", "cc"], "is_iceberg": ["1", "0", "1"]}
     score = tasks.load(STATOIL).score
     by_hand = -(np.log(0.9) + np.log(0.8) + np.log(0.5)) / 3
     assert score(answers, {"id": ["cc", "aa", "bb"], "is_iceberg": ["0.5", "0.9", "0.2"]}) == pytest.approx(by_hand)
-    for ids, values, words in (
-            (["aa", "bb"], ["1", "0"], "2 rows"), (["aa", "bb", "bb"], ["1", "0", "1"], "too often"),
-            (["aa", "bb", "dd"], ["1", "0", "1"], "not in the test set"),
-            (answers["id"], ["1", "0", "1.01"], "from 0 to 1"), (answers["id"], ["1", "0", "nan"], "from 0 to 1")):
-        refused(STATOIL, answers, {"id": ids, "is_iceberg": values}, words)
-    refused(STATOIL, answers, {"id": answers["id"]}, "missing")
+    refused(STATOIL, answers, {"id": answers["id"], "is_iceberg": ["1", "0", "1.01"]}, "from 0 to 1")
 
 
 # -------------------------------------------------------------------------------------------------- dirty documents
@@ -621,7 +590,3 @@ def test_dirty_documents_pools_all_pixels_in_any_order():
     score = tasks.load(DIRTY).score
     submission = {"id": ["20_1_1", "1_1_1", "1_1_2"], "value": ["0.5", "-0.3", "1.4"]}      # not clipped
     assert score(answers, submission) == pytest.approx(((0.3 ** 2 + 0.4 ** 2) / 3) ** 0.5)
-    refused(DIRTY, answers, {"id": answers["id"], "value": ["0", "white", "1"]}, "not a number")
-    refused(DIRTY, answers, {"id": answers["id"][:2], "value": ["0", "1"]}, "2 rows; 3")
-    refused(DIRTY, answers, {"id": ["1_1_1", "1_1_2", "1_1_3"], "value": ["0", "1", "1"]}, "not in the test set")
-    refused(DIRTY, answers, {"id": answers["id"]}, "missing")

@@ -97,9 +97,6 @@ def test_the_forest_is_graded_by_accuracy(data):
     truth = pd.read_csv(data / "true" / FOREST / "test.csv")[["Id", "Cover_Type"]]
     assert graded(FOREST, data, truth.sample(frac=1, random_state=1)) == 1
     assert graded(FOREST, data, truth.assign(Cover_Type=2.0)) == (truth["Cover_Type"] == 2).mean()
-    assert "no-such" in refused(FOREST, data, truth.astype(str).replace({"Id": {str(truth["Id"][0]): "no-such"}}))
-    assert "Cover_Type" in refused(FOREST, data, truth.drop(columns="Cover_Type"))
-    assert "49 rows" in refused(FOREST, data, truth[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------- nomad
@@ -161,9 +158,6 @@ def test_crystals_are_compared_by_position_and_ids_do_not_matter(data):
     assert graded(NOMAD, data, guess.assign(id=truth["id"][::-1].to_numpy())) == graded(NOMAD, data, guess)
     assert graded(NOMAD, data, guess[::-1]) > 2 * by_hand
     assert "at least 0" in refused(NOMAD, data, guess.assign(**{a: -0.001}))
-    assert "finite" in refused(NOMAD, data, guess.assign(**{b: "nan"}))
-    assert b in refused(NOMAD, data, guess[[a]])
-    assert "51 rows" in refused(NOMAD, data, pd.concat([guess, guess[:1]]))
 
 
 # --------------------------------------------------------------------------------------------------------------- patent
@@ -186,9 +180,6 @@ def test_a_constant_prediction_has_no_correlation_and_is_refused(data):
     expected = np.corrcoef(noisy["score"], truth["score"])[0, 1]
     assert graded(PATENT, data, noisy.sample(frac=1, random_state=0)) == pytest.approx(expected, rel=1e-12)
     assert "constant" in refused(PATENT, data, truth.assign(score=0))
-    assert "not a number" in refused(PATENT, data, truth.assign(score="alike"))
-    assert "finite" in refused(PATENT, data, truth.assign(score=noisy["score"].where(truth.index > 0, np.inf)))
-    assert "occurs too often" in refused(PATENT, data, pd.concat([truth[:-1], truth[:1]]))
 
 
 # --------------------------------------------------------------------------------------------------------------- jigsaw
@@ -228,9 +219,6 @@ def test_comments_without_labels_must_be_there_and_are_not_scored(data):
     assert graded(JIGSAW, data, mixed) == graded(JIGSAW, data, guess)
     assert f"{int(scored.sum())} rows" in refused(JIGSAW, data, guess[scored])
     assert "not expected" in refused(JIGSAW, data, guess.assign(sure=1))
-    assert "'threat'" in refused(JIGSAW, data, guess.drop(columns="threat"))
-    assert "finite" in refused(JIGSAW, data, guess.assign(insult="nan"))
-    assert "not in the test set" in refused(JIGSAW, data, guess.assign(id=guess["id"].str.upper() + "z"))
 
 
 # ------------------------------------------------------------------------------------- sentences, essays and comments
@@ -296,12 +284,6 @@ def test_rated_essays_are_split_as_pandas_shuffles_them(tmp_path):
     assert (public / "sample_submission.csv").read_bytes() == text(
         test[["text_id"]].assign(**{name: 3.0 for name in RATINGS}))
     assert (private / "answer.csv").read_bytes() == text(test[["text_id", *RATINGS]])
-
-
-def test_as_many_rows_as_the_publishers_files_give():
-    assert [len(side) for side in tasks.train_test_split(19579, 0.1)] == [17621, 1958]
-    assert [len(side) for side in tasks.train_test_split(17307, 0.1)] == [15576, 1731]
-    assert [int(0.98 * 3911), 3911 - int(0.98 * 3911)] == [3832, 79]
 
 
 @pytest.fixture
@@ -388,25 +370,10 @@ def put(column, value):
     return lambda rows: rows.astype(object).assign(**{column: [value, *rows[column][1:]]})
 
 
-@pytest.mark.parametrize("id, change, reason", [
+@pytest.mark.parametrize("id, change, reason", [        # beside what every task refuses, see test_tasks
     (SPOOKY, put("EAP", 1.5), "from 0 to 1"), (SPOOKY, put("HPL", 0.9), "must sum to 1"),
-    (SPOOKY, lambda rows: rows.assign(KING=0), "'KING' is not expected"), (SPOOKY, put("MWS", "nan"), "finite|from 0"),
-    (SPOOKY, put("id", "id99999"), "not in the test set"), (SPOOKY, lambda rows: rows[1:], "49 rows; 50"),
-    (SPOOKY, lambda rows: rows.drop(columns="MWS"), "'MWS' is missing"),
-    (INSULTS, put("Insult", 1.01), "from 0 to 1"), (INSULTS, put("Insult", "yes"), "not a number"),
-    (INSULTS, put("Insult", "nan"), "from 0 to 1"), (INSULTS, lambda rows: rows[1:], "179 rows; 180"),
-    (INSULTS, lambda rows: rows.drop(columns="Insult"), "'Insult' is missing"),
-    (INSULTS, lambda rows: rows.drop(columns="Comment"), "'Comment' is missing"),
-    (INSULTS, lambda rows: rows.assign(Comment=rows["Comment"].str.strip('"')), "not in the test set"),
-    (ESSAYS, put("score", 3.5), "whole"), (ESSAYS, put("score", "inf"), "whole"),
-    (ESSAYS, put("score", ""), "not a number"), (ESSAYS, lambda rows: rows[:0], "0 rows; 50"),
-    (ESSAYS, put("essay_id", "0"), "not in the test set"),
-    (ESSAYS, lambda rows: rows.rename(columns={"score": "Score"}), "'score' is missing"),
-    (FEEDBACK, put("syntax", "nan"), "finite"), (FEEDBACK, put("grammar", "B"), "not a number"),
-    (FEEDBACK, lambda rows: rows.assign(text_id=range(len(rows))), "not in the test set"),
-    (FEEDBACK, lambda rows: rows.drop(columns="vocabulary"), "'vocabulary' is missing"),
-    (FEEDBACK, lambda rows: pd.concat([rows, rows[:1]]), "11 rows; 10"),
-])
+    (SPOOKY, lambda rows: rows.assign(KING=0), "'KING' is not expected"), (INSULTS, put("Insult", 1.01), "from 0 to 1"),
+    (ESSAYS, put("score", 3.5), "whole"), (ESSAYS, put("score", "inf"), "whole")])
 def test_a_spoilt_submission_is_refused_with_its_reason(data, id, change, reason):
     sample = pd.read_csv(data / id / "public" / tasks.load(id).sample)
     with pytest.raises(tasks.InvalidSubmission, match=reason):
