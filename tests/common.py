@@ -1,8 +1,11 @@
-"""What several files of tests share about tasks."""
+"""What several files of tests share: tasks prepared without their starters, tasks that run in a moment, replies."""
 import hashlib
+import json
+import re
 
 import pytest
 
+import env
 import tasks
 
 
@@ -40,3 +43,41 @@ def refused(id, data, frame):
     with pytest.raises(tasks.InvalidSubmission) as error:
         graded(id, data, frame)
     return str(error.value)
+
+
+# ---- tasks that run in a moment
+
+# The answers are all ANSWER, so a script that predicts VALUE scores |VALUE - ANSWER|; it prints nearly the same.
+TASK = '''
+from tasks import Task, mae, matched, numbers
+
+def prepare(raw, public, private, variant):
+    (public / "sample_submission.csv").write_text("id,y\\n1,0\\n2,0\\n")
+    (private / "test.csv").write_text((raw / "truth.csv").read_text())
+
+def miniature(raw, seed):
+    (raw / "truth.csv").write_text("id,y\\n1,ANSWER\\n2,ANSWER\\n")
+
+def score(answers, submission):
+    return mae(numbers(answers, ["y"]), numbers(matched(submission, answers, "id", ["y"]), ["y"]))
+
+TASK = Task(
+    id="NAME", modality="tabular", kind="regression", metric="MAE", direction="down", split="SPLIT", source="us",
+    download="truth.csv from nowhere", size="1 kB", prepare=prepare, miniature=miniature, score=score,
+    m_init=7.0, m_best=0.0, m_best_source="by hand", m_best_miniature=0.0, m_best_miniature_source="by hand",
+    published=PUBLISHED)
+'''
+
+
+def add_task(folder, name, answer, split, starter, published="{}"):
+    """Writes such a task."""
+    folder = folder / name
+    folder.mkdir(parents=True)
+    words = {"NAME": name, "ANSWER": str(answer), "SPLIT": split, "PUBLISHED": published}
+    (folder / "task.py").write_text(re.sub("|".join(words), lambda word: words[word[0]], TASK))
+    (folder / "train.py").write_text(starter.replace("ANSWER", str(answer)))
+    (folder / "problem.md").write_text("Predict y.\n")
+
+
+def act(action, **args):
+    return "".join(f"{name}: x\n" for name in env.FIELDS[:4]) + f"Action: {action}\nAction Input: {json.dumps(args)}"

@@ -19,28 +19,10 @@ import env
 import sample
 import sft
 import tasks
+from common import act, add_task
 
 ROOT = Path(__file__).parent.parent
 
-# The answers are all ANSWER, so a script that predicts VALUE scores |VALUE - ANSWER|; it prints nearly the same.
-TASK = '''
-from tasks import Task, mae, matched, numbers
-
-def prepare(raw, public, private, variant):
-    (public / "sample_submission.csv").write_text("id,y\\n1,0\\n2,0\\n")
-    (private / "test.csv").write_text((raw / "truth.csv").read_text())
-
-def miniature(raw, seed):
-    (raw / "truth.csv").write_text("id,y\\n1,ANSWER\\n2,ANSWER\\n")
-
-def score(answers, submission):
-    return mae(numbers(answers, ["y"]), numbers(matched(submission, answers, "id", ["y"]), ["y"]))
-
-TASK = Task(
-    id="NAME", modality="tabular", kind="regression", metric="MAE", direction="down", split="SPLIT", source="us",
-    download="truth.csv from nowhere", size="1 kB", prepare=prepare, miniature=miniature, score=score,
-    m_init=7.0, m_best=0.0, m_best_source="by hand", m_best_miniature=0.0, m_best_miniature_source="by hand")
-'''
 STARTER = '''from math import fabs
 VALUE = 3       # what is predicted
 SHIFT = 0
@@ -66,21 +48,16 @@ IDEAS = [
 ]
 
 
-def add_task(folder, name, answer, split="held-in"):
-    folder = folder / name
-    folder.mkdir(parents=True)
-    words = {"NAME": name, "ANSWER": str(answer), "SPLIT": split}
-    (folder / "task.py").write_text(re.sub("|".join(words), lambda word: words[word[0]], TASK))
-    (folder / "train.py").write_text(STARTER.replace("ANSWER", str(answer)))
-    (folder / "problem.md").write_text("Predict y.\n")
-    (folder / "ideas.json").write_text(json.dumps(IDEAS))
+def add_toys(folder):
+    """Two held-in tasks, toy-a and toy-b, and the held-out toy-out."""
+    for name, answer, split in (("toy-a", 10, "held-in"), ("toy-b", 11, "held-in"), ("toy-out", 12, "held-out")):
+        add_task(folder, name, answer, split, STARTER)
+        (folder / name / "ideas.json").write_text(json.dumps(IDEAS))
 
 
 @pytest.fixture
 def toys(tmp_path, monkeypatch):
-    """Two held-in tasks, toy-a and toy-b, and the held-out toy-out."""
-    for name, answer, split in (("toy-a", 10, "held-in"), ("toy-b", 11, "held-in"), ("toy-out", 12, "held-out")):
-        add_task(tmp_path / "tasks", name, answer, split)
+    add_toys(tmp_path / "tasks")
     monkeypatch.setattr(tasks, "FOLDERS", [tmp_path / "tasks"])
     return tmp_path
 
@@ -108,8 +85,7 @@ def whole(tmp_path_factory):
     """A folder of tasks with 4 trajectories of both toys in "out", collected once without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        for name, answer, split in (("toy-a", 10, "held-in"), ("toy-b", 11, "held-in"), ("toy-out", 12, "held-out")):
-            add_task(folder / "tasks", name, answer, split)
+        add_toys(folder / "tasks")
         patch.setattr(tasks, "FOLDERS", [folder / "tasks"])
         manifest = sft.collect(settings(folder))
         yield folder, manifest
@@ -340,10 +316,6 @@ def test_a_larger_num_and_another_task_add_to_a_folder_and_other_settings_are_re
 
 # ---- a model as the expert
 
-def act(action, **args):
-    return "".join(f"{name}: x\n" for name in env.FIELDS[:4]) + f"Action: {action}\nAction Input: {json.dumps(args)}"
-
-
 REPLIES = [act("Replace In Script", script_name="train.py", find="VALUE = 3 ", replace="VALUE = 9 "),
            act("Undo Edit Script", script_name="no.py"), act("Final Answer", final_answer="done")]
 
@@ -376,7 +348,7 @@ def test_held_out_tasks_are_refused_by_name(toys):
 
 def test_held_out_data_under_another_name_are_refused(toys):
     tasks.prepare("toy-out", data=toys / "data", say=lambda line: None)
-    add_task(toys / "tasks", "renamed", 12)
+    add_task(toys / "tasks", "renamed", 12, "held-in", STARTER)
     with pytest.raises(ValueError, match="private/test.csv of renamed is a file of toy-out, which is held out"):
         sft.collect(settings(toys, task="renamed"))
 

@@ -18,39 +18,17 @@ import env
 import eval as evaluation
 import sample
 import tasks
+from common import act, add_task
 from env import replay
+from test_execute import parent, processes, wait_until
 
 ROOT = Path(__file__).parent.parent
 
-# The answers are all 10, so a script that predicts VALUE scores |VALUE - 10| (the starter 7); it prints |VALUE - 9.5|.
-TASK = '''
-from tasks import Task, mae, matched, numbers
-
-def prepare(raw, public, private, variant):
-    (public / "sample_submission.csv").write_text("id,y\\n1,0\\n2,0\\n")
-    (private / "test.csv").write_text((raw / "truth.csv").read_text())
-
-def miniature(raw, seed):
-    (raw / "truth.csv").write_text("id,y\\n1,10\\n2,10\\n")
-
-def score(answers, submission):
-    return mae(numbers(answers, ["y"]), numbers(matched(submission, answers, "id", ["y"]), ["y"]))
-
-TASK = Task(
-    id="NAME", modality="tabular", kind="regression", metric="MAE", direction="down", split="held-out", source="us",
-    download="truth.csv from nowhere", size="1 kB", prepare=prepare, miniature=miniature, score=score,
-    m_init=7.0, m_best=0.0, m_best_source="by hand", m_best_miniature=0.0, m_best_miniature_source="by hand",
-    published={"ML-Agent": (0.5, 0.25)})
-'''
+# It predicts VALUE where all answers are 10, so it scores |VALUE - 10|, at first 7; it prints |VALUE - 9.5|.
 STARTER = '''VALUE = 3
 print("validation MAE:", abs(VALUE - 9.5))
 open("submission.csv", "w").write("id,y\\n" + "".join(f"{i},{VALUE}\\n" for i in (1, 2)))
 '''
-
-
-def act(action, **args):
-    fields = ("Reflection", "Research Plan and Status", "Fact Check", "Thought")
-    return "".join(f"{name}: x\n" for name in fields) + f"Action: {action}\nAction Input: {json.dumps(args)}"
 
 
 def edit(old, new):
@@ -88,10 +66,7 @@ class Scripted:
 def task(tmp_path, monkeypatch):
     """The folder that holds the task; also what a started eval.py needs in its environment."""
     folder = tmp_path / "tasks" / "tiny-task"
-    folder.mkdir(parents=True)
-    (folder / "task.py").write_text(TASK.replace("NAME", "tiny-task"))
-    (folder / "train.py").write_text(STARTER)
-    (folder / "problem.md").write_text("Predict y.\n")
+    add_task(folder.parent, folder.name, 10, "held-out", STARTER, '{"ML-Agent": (0.5, 0.25)}')
     monkeypatch.setattr(tasks, "FOLDERS", [*tasks.FOLDERS, folder.parent])
     monkeypatch.setenv("ML_AGENT_TASKS", str(folder.parent))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -544,38 +519,22 @@ def test_ctrl_c_while_waiting_for_a_reply_leaves_what_can_be_continued(tmp_path,
 
 
 def scripts_below(pid):
-    """Process ids of the train.py that run below a process, seen through /proc."""
-    parents, found = {}, set()
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            parents[int(name)] = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
-            if Path(f"/proc/{name}/cmdline").read_bytes().endswith(b"train.py\0"):
-                found.add(int(name))
-        except OSError:
-            continue    # ended meanwhile
-
+    """Process ids of the train.py that run below a process."""
     def below(child):
-        return child == pid or child in parents and below(parents[child])
-    return {child for child in found if below(child)}
-
-
-def wait_for(condition, seconds=30):
-    until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert condition()
+        return child == pid or bool(child) and below(parent(child))
+    return {child for child in processes("train.py") if below(child)}
 
 
 def test_ctrl_c_while_a_script_runs_ends_the_script(tmp_path, task, server):
     server.script = [edit(3, 8), edit(8, "3\nimport time\ntime.sleep(600)"), END]
     with subprocess.Popen(command(tmp_path, port=server.server_port), stderr=subprocess.PIPE, text=True) as run:
-        wait_for(lambda: server.turns == [0, 1])
-        wait_for(lambda: scripts_below(run.pid))
+        assert wait_until(lambda: server.turns == [0, 1])
+        assert wait_until(lambda: scripts_below(run.pid))
         script = scripts_below(run.pid)
         run.send_signal(signal.SIGTERM)     # ends it as Ctrl-C does
         run.communicate(timeout=20)
     assert run.returncode == 1
-    wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in script), 10)
+    assert wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in script), 10)
     lines = evaluation.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
     assert [line.get("score") for line in lines] == [None, 2.0]
 

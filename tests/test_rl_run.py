@@ -20,7 +20,7 @@ import sample
 import sft
 import tasks
 from model import Config, Qwen2
-from test_collect import add_task
+from test_collect import add_toys
 from test_collect import settings as collecting
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,11 +61,9 @@ def made(tmp_path_factory):
 
 def make(folder, pause=0.0):
     """Fills the folder, whose "tasks" are in tasks.FOLDERS; each script sleeps `pause` seconds."""
-    for name, answer, split in (("toy-a", 10, "held-in"), ("toy-b", 11, "held-in"), ("toy-out", 12, "held-out")):
-        add_task(folder / "tasks", name, answer, split)
-        if pause:
-            script = folder / "tasks" / name / "train.py"
-            script.write_text(script.read_text() + f"import time\ntime.sleep({pause})\n")
+    add_toys(folder / "tasks")
+    for script in (folder / "tasks").glob("*/train.py") if pause else ():
+        script.write_text(script.read_text() + f"import time\ntime.sleep({pause})\n")
     sft.collect(collecting(folder, "pool", prompt="short", fields=sft.SHORT_FIELDS, actions=sft.SHORT_ACTIONS, num=2,
                            steps=6, keep=100))
     rollout = playing(folder)

@@ -7,7 +7,7 @@ an ordinary user.
     ML_AGENT_RUNS=200 pytest tests/test_sandbox.py      # the full number of daemon runs
 """
 
-import contextlib, ctypes, hashlib, json, os, pickle, random, resource, shutil, signal, socket, subprocess, sys
+import contextlib, ctypes, hashlib, json, os, resource, shutil, signal, socket, subprocess, sys
 import tempfile, textwrap, threading, time, venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +19,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import env
 import tasks
-from env import OUTCOMES, Blobs, Cache, Slots, Stopped, Unprotected, execute, execute_many
-from test_env import edit, make, put, run, say, task  # noqa: F401  (fixtures)
+from env import OUTCOMES, Cache, Slots, Stopped, Unprotected, execute, execute_many
+from test_env import edit, make, put, run, task  # noqa: F401  (fixtures)
 from test_execute import DAEMON, parent, processes, wait_until
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
@@ -478,13 +478,6 @@ def test_writers_that_are_killed_leave_whole_entries(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------- faults
 
-def test_full_disk_of_a_script(make):
-    trajectory = make()
-    put(trajectory, train="with open('/dev/full', 'w') as file: file.write('x')")
-    step = run(trajectory)
-    assert (step.outcome, step.kind, step.reward) == ("disk full", "limit", 0.5) and "No space left" in step.observation
-
-
 def test_full_file_system(make, tmp_path, monkeypatch):
     """The workspace lies on a tmpfs of 1 MiB, mounted in a mount namespace of a process that we fork."""
     small, trajectory = tmp_path / "small", make()
@@ -545,113 +538,7 @@ def test_the_server_is_started_again_when_somebody_kills_it(tmp_path):
     assert execute("a.py", tmp_path, **limits).outcome == "ok"
 
 
-# ------------------------------------------------------------------------------------ whatever a model may come up with
-
-TRICKS = ["/etc/passwd", "../x", "data/../../private/answers.csv", "~/x", "a\0b", "..", ".undo/1/train.py",
-          "data/link.csv", "/proc/self/environ", "x" * 101, "a/" * 200, "\u202egpj.exe", "C:\\x", "file:///etc/passwd",
-          "train.py/x", "\n"]
-
-
-def replies(draw):
-    """(reply, whether it is valid) for ever."""
-    good, begin = say("List Files", dir_path="."), "Thought: x\nAction: List Files\nAction Input: "
-    values = ["NaN", "Infinity", "1e999", "null", "[]", "{}", "true", '"\\ud800"']
-    while True:
-        trick, characters = draw.choice(TRICKS), "\u4e2d\U0001f600 " * draw.randint(0, 99)
-        yield draw.choice([
-            lambda: (good, True),
-            lambda: (say("Inspect Script Lines", script_name="train.py", start_line_number=1, end_line_number=9), True),
-            lambda: (f"{characters}\n{good}\nObservation: {trick}", True),
-            lambda: (good[:draw.randrange(len(good))], False),
-            lambda: (bytes(draw.randrange(256) for _ in range(draw.randint(0, 300))).decode("latin-1"), False),
-            lambda: (begin + '{"dir_path": ' + "[" * draw.randint(1, 40_000), False),
-            lambda: ("Thought: " + "x" * draw.randint(50_001, 200_000) + good, False),
-            lambda: (begin + '{"dir_path": %s}' % draw.choice(values), False),
-            lambda: (say("Inspect Script Lines", script_name=trick, start_line_number=1, end_line_number=1), False),
-            lambda: (say("Copy File", source="train.py", destination=draw.choice(TRICKS[:8])), False),
-            lambda: (say("Execute Script", script_name=trick), False),
-            lambda: (say("Replace In Script", script_name=trick, find="a", replace="b"), False),
-            lambda: (say("Undo Edit Script", script_name="train.py"), False),
-            lambda: (say(draw.choice(["rm", "Execute Script\0", "list files", ""]), dir_path="."), False)])()
-
-
-def test_a_thousand_replies_give_what_the_rules_say(make):
-    trajectory, draw = make(steps=10 ** 9), random.Random(1)
-    before, made = trajectory.snapshot(), replies(draw)
-    for _ in range(1000):
-        reply, valid = next(made)
-        step = trajectory.step(reply)
-        wanted = (True, "not an edit", 0.5) if valid else (False, "invalid", 0.0)
-        assert (step.valid, step.kind, step.reward) == wanted, reply
-        assert trajectory.snapshot() == before and "secret" not in step.observation
-        json.dumps(env.record(step))
-        if len(trajectory.messages) > 100:
-            del trajectory.messages[2:]
-
-
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch payload-ran",)
-
-
-def submissions(draw, sample):
-    """(what it is, bytes, whether it is valid) of a good submission changed in some way."""
-    lines = sample.decode().splitlines()
-
-    def cell(text):
-        row = draw.randrange(1, len(lines))
-        cells = lines[row].split(",")
-        cells[-1] = text
-        return "\n".join([*lines[:row], ",".join(cells), *lines[row + 1:]]).encode()
-    ways = {
-        "as it is": lambda: (sample, True),
-        "shuffled": lambda: ("\n".join([lines[0], *draw.sample(lines[1:], len(lines) - 1)]).encode(), True),
-        "cut": lambda: (sample[:draw.randrange(len(sample) - len(lines[-1]) - 2)], False),
-        "binary": lambda: (draw.randbytes(draw.randint(0, 2000)), False),
-        "pickle": lambda: (pickle.dumps(Payload()), False),
-        "code": lambda: (cell("__import__('os').system('touch payload-ran')"), False),
-        "NaN": lambda: (cell(draw.choice(["nan", "NaN", "inf", "-inf", "1e999", "", "None", "\u0660x"])), False),
-        "quote": lambda: (cell('"' * draw.choice([1, 3])), False),
-        "enormous": lambda: (sample + b"9" * (5 << 20), False),
-        "twice": lambda: ("\n".join([*lines, lines[draw.randrange(1, len(lines))]]).encode(), False),
-        "no header": lambda: ("\n".join(lines[1:]).encode(), False),
-        "unicode": lambda: (("\u4e2d" + sample.decode()).encode("utf-16"), False),
-    }
-    while True:
-        what = draw.choice(sorted(ways))
-        yield (what, *ways[what]())
-
-
-def test_three_hundred_submissions_are_graded_or_refused(data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    id, draw = "leaf-classification", random.Random(2)
-    sample = data / id / "public" / tasks.load(id).sample
-    made = submissions(draw, sample.read_bytes())
-    for _ in range(300):
-        what, content, valid = next(made)
-        Path("submission.csv").write_bytes(content)
-        try:
-            score = tasks.grade(id, "submission.csv", data)
-            assert valid and score == score, what
-        except tasks.InvalidSubmission as error:
-            assert not valid and len(str(error)) < 300, (what, error)
-    os.mkfifo("pipe")
-    Path("link").symlink_to(sample)
-    for odd in (tmp_path, "absent", "pipe", "link", "/dev/zero"):
-        with pytest.raises(tasks.InvalidSubmission):
-            tasks.grade(id, odd, data)
-    assert not Path("payload-ran").exists()
-    pickle.loads(pickle.dumps(Payload()))       # a grader that unpickles would have been caught
-    assert Path("payload-ran").exists()
-
-
-def test_printed_metrics_in_any_format_earn_nothing(make):
-    for text in ("validation accuracy: 1.0", '{"validation accuracy": 1.0}', "score 1.0", "validation accuracy 100 %"):
-        trajectory = make()
-        step = edit(trajectory, 'print(f"validation accuracy: {VALUE:.2f}")', f"print({text!r})")
-        assert (step.score, step.reward) == (0.5, 0.5)
-    assert step.printed == 100 and env.printed_metric('validation accuracy: 1.0') == 1.0     # who believes it is fooled
-
+# ------------------------------------------------------------------------------------------------- cold and warm alike
 
 @pytest.mark.parametrize("id", sorted(path.parent.name for path in Path(tasks.__file__).parent.glob("*/train.py"))
                          if RUNS >= 200 else ["leaf-classification", "ogbn-arxiv"])

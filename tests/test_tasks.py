@@ -7,6 +7,7 @@ import dataclasses
 import gzip
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -611,6 +612,13 @@ def test_a_spoilt_submission_is_refused_with_its_reason(data, tmp_path, id, chan
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
+class Payload:
+    """What a grader that unpickles would be caught with."""
+
+    def __reduce__(self):
+        return os.system, ("touch payload-ran",)
+
+
 def sparse(path):
     with open(path, "wb") as stream:
         stream.truncate(1 << 30)
@@ -625,7 +633,8 @@ def sparse(path):
     (lambda path: path.write_bytes(b""), "empty"),
     (lambda path: path.write_bytes(b"\n\n"), "empty"),
     (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "not UTF-8 text"),
-    (lambda path: path.write_bytes(b"\x80\x04\x95pickle"), "not UTF-8 text"),
+    (lambda path: path.write_bytes(pickle.dumps(Payload())), "not UTF-8 text"),
+    (lambda path: path.write_text("id,a\n1,2\n", "utf-16"), "not UTF-8 text"),
     (lambda path: path.write_bytes(b"id,a\n\0,1\n"), "zero bytes"),
     (sparse, "1073741824 bytes; at most"),
     (lambda path: path.write_text("id,a\n" + "9" * 200_000 + ",1\n"), "field larger than"),
@@ -635,10 +644,12 @@ def sparse(path):
     (lambda path: path.write_text("," * 100_000), "column name occurs twice"),
     (lambda path: path.write_text("{}"), "columns .* are missing"),
 ])
-def test_whatever_bytes_are_there_are_an_invalid_submission(data, tmp_path, write, reason):
+def test_whatever_bytes_are_there_are_an_invalid_submission(data, tmp_path, monkeypatch, write, reason):
+    monkeypatch.chdir(tmp_path)
     write(tmp_path / "submission.csv")
     with pytest.raises(InvalidSubmission, match=reason):
         tasks.grade("leaf-classification", tmp_path / "submission.csv", data)
+    assert not Path("payload-ran").exists()
 
 
 def test_random_edits_of_a_good_file_give_a_score_or_a_reason(data, tmp_path):
