@@ -42,7 +42,7 @@ class Forks:
 
     def close(self):
         self.driver.stdin.close()
-        self.driver.wait(60)
+        self.driver.wait(600)
 
 
 def be_one(code, argv, rank, world, name):

@@ -336,7 +336,7 @@ def opened(path, at="", *flags):
     """(the page after its script has run, what the browser's console said)."""
     done = subprocess.run([CHROMIUM, "--headless", f"--user-data-dir={path.parent / 'profile'}", "--no-first-run",
                            "--disable-gpu", "--no-sandbox", "--virtual-time-budget=5000", "--enable-logging=stderr",
-                           *flags, "--dump-dom", path.as_uri() + at], capture_output=True, timeout=120)
+                           *flags, "--dump-dom", path.as_uri() + at], capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
     said = [line for line in done.stderr.decode(errors="replace").splitlines() if "CONSOLE" in line]
     return Elements(done.stdout.decode(errors="replace")), said

@@ -293,7 +293,7 @@ def test_scripts_run_while_the_engine_samples_on(made):
 
     def generate(prompts, n, seed, each, **options):
         each(0, 0, engine.reply(REPLIES[4]))
-        assert ran.wait(60), "the first action is not carried out while the second is sampled"
+        assert ran.wait(600), "the first action is not carried out while the second is sampled"
         each(0, 1, engine.reply("no action"))
     engine.generate = generate
     rollout = playing(made, engine, states=1)
@@ -311,7 +311,7 @@ def test_with_overlap_the_next_iteration_is_sampled_before_the_last_script_has_e
 
         def waits(*action):
             if overlap and len(engine.asked) == 1:      # a script of the first iteration
-                assert second.wait(60), "the second iteration is not sampled before the first's scripts have ended"
+                assert second.wait(600), "the second iteration is not sampled before the first's scripts have ended"
             return act(*action)
         rollout.act = waits
         rollout.collect(0, [])

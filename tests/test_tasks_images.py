@@ -107,24 +107,6 @@ def test_dogs_split_from_the_publishers_names(tmp_path, monkeypatch):
                       **{name: f"test/{i + 1}.jpg" for i, name in enumerate(test)}}
 
 
-def test_dogs_are_copied_out_of_a_zip_in_a_zip(tmp_path):
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    names = sorted(f"{kind}.{i}.jpg" for i in range(15) for kind in ("dog", "cat"))
-    for folder, inside in (("train", names), ("test", ["1.jpg", "2.jpg"])):
-        with zipfile.ZipFile(tmp_path / f"{folder}.zip", "w") as archive:
-            for name in inside:
-                archive.writestr(f"{folder}/{name}", name)
-    with zipfile.ZipFile(raw / f"{DOGS}.zip", "w") as archive:
-        for folder in ("test", "train"):
-            archive.write(tmp_path / f"{folder}.zip", f"{folder}.zip")
-    public, private = sides(DOGS, raw, tmp_path)
-    train, test = split(names, 0.1)
-    assert contents(public / "test") == {f"{i + 1}.jpg": name for i, name in enumerate(test)}
-    assert csv(private / "answers.csv") == [[i + 1, int(name.startswith("dog"))] for i, name in enumerate(test)]
-    assert sorted(contents(public / "train").values()) == sorted(train)
-
-
 def test_dogs_without_pictures(tmp_path):
     (tmp_path / "raw").mkdir()
     with pytest.raises(ValueError, match="no pictures in a folder train"):
@@ -146,20 +128,6 @@ def test_plant_split_from_the_publishers_names(tmp_path, monkeypatch):
     assert list(pd.read_csv(private / "test.csv")) == columns
     assert copies == {**{f"{row[0]}.jpg": f"images/Train_{i}.jpg" for i, row in enumerate(train)},
                       **{f"{row[0]}.jpg": f"images/Test_{i}.jpg" for i, row in enumerate(test)}}
-
-
-def test_plant_names_overlap_and_are_not_chained(tmp_path):
-    images = tmp_path / "raw" / "images"
-    images.mkdir(parents=True)
-    rows = [[f"Train_{i}", 1, 0, 0, 0] for i in range(20)]
-    columns = ["image_id", "healthy", "multiple_diseases", "rust", "scab"]
-    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "raw" / "train.csv", index=False)
-    for name in [f"{prefix}_{i}" for prefix in ("Train", "Test") for i in range(20)]:
-        (images / f"{name}.jpg").write_text(name)
-    public, _ = sides(PLANT, tmp_path / "raw", tmp_path)
-    train, test = split([row[0] for row in rows], 0.1)
-    assert contents(public / "images") == {**{f"Train_{i}.jpg": name for i, name in enumerate(train)},
-                                           **{f"Test_{i}.jpg": name for i, name in enumerate(test)}}
 
 
 def test_whale_split(tmp_path, monkeypatch):
