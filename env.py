@@ -19,39 +19,30 @@ prints is noted beside it and not believed.
 
 A script gets a clean environment, and limits on time, memory, file size, output and processes; nothing it started
 survives it. A sandbox of two layers (_supervise) keeps it from the answers, other files, other processes and the
-network; each layer is tried before it is trusted (protection), and where none holds nothing runs, unless told so with
-sandbox="off". Every Result says which layers were up. Scripts that use numpy or torch are forked from a process that
-has imported them, which saves most of their time; they live under the same limits. Linux only; the rest works anywhere.
+network; each is tried before it is trusted (protection), and where none holds nothing runs, unless told so with
+sandbox="off". Scripts that use numpy or torch are forked from a process that has imported them, which saves most of
+their time, and live under the same layers and limits. Linux only; the rest works anywhere.
 """
-import contextlib, dataclasses, difflib, functools, glob, hashlib, inspect, io, itertools, json, math, os
-import random, re, select, shutil, socket, subprocess, sys, tempfile, threading, time, uuid
-from concurrent import futures
+import atexit, contextlib, ctypes, dataclasses, difflib, functools, gc, glob, hashlib, importlib, inspect, itertools
+import json, math, os, random, re, resource, select, shutil, signal, socket, subprocess, sys, tempfile, threading, time
+import uuid, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tasks
 from reward import reward
 
-OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS) it leads to
-    "ok": "scored",                  # exit code 0 and, where it is graded, a valid submission
-    "error": "failed",               # exit code above 0
-    "killed": "failed",              # ended by a signal that is not ours: a crash, or its own doing
-    "too many processes": "failed",  # more at once than allowed
-    "no submission": "failed",       # from grading: exit code 0, but no submission.csv
-    "invalid submission": "failed",  # from grading: submission.csv was refused
-    "timeout": "limit",              # longer than the time limit
-    "out of memory": "limit",        # more memory than allowed, or ended by MemoryError and the like
-    "disk full": "limit",            # a file above the size limit, a full disk, or too much left in the workspace
-}
-ADVICE = {  # what the agent reads about an outcome, after the output
-    "error": "Find the cause in the error above and change the script.",
-    "killed": "Change the script so that it does not crash.",
-    "too many processes": "Use fewer processes (n_jobs, num_workers).",
-    "no submission": "The script must write submission.csv to the current folder.",
-    "invalid submission": "Correct what the script writes to submission.csv.",
-    "timeout": "Make it faster: a smaller model, fewer rounds or folds.",
-    "out of memory": "Use less memory: smaller batches, a smaller model, smaller types.",
-    "disk full": "Write less to disk.",
+OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and what the agent reads after the output
+    "ok": ("scored", ""),  # exit code 0 and, where it is graded, a valid submission
+    "error": ("failed", "Find the cause in the error above and change the script."),  # exit code above 0
+    "killed": ("failed", "Change the script so that it does not crash."),  # by a signal that is not ours
+    "too many processes": ("failed", "Use fewer processes (n_jobs, num_workers)."),  # at once
+    "no submission": ("failed", "The script must write submission.csv to the current folder."),
+    "invalid submission": ("failed", "Correct what the script writes to submission.csv."),  # the grader refused it
+    "timeout": ("limit", "Make it faster: a smaller model, fewer rounds or folds."),
+    # also if it ended by MemoryError and the like
+    "out of memory": ("limit", "Use less memory: smaller batches, a smaller model, smaller types."),
+    "disk full": ("limit", "Write less to disk."),  # also a file above the size limit, or too much left behind
 }
 FIELDS = ("Reflection", "Research Plan and Status", "Fact Check", "Thought", "Action", "Action Input")
 MAX_REPLY = 50_000                      # characters of a reply; a longer one is refused unread
@@ -79,25 +70,368 @@ class Result:
     stderr: str
     seconds: float      # wall time
     peak_bytes: int     # largest resident memory of all its processes together
-    sandbox: str        # the layers that were active, such as "namespaces+landlock7", or "off"
+    sandbox: str        # the layers that were active, such as "namespaces+landlock", or "off"
     detail: str = ""    # one sentence about the outcome
     canary_p: float | None = None       # of the graded submission, see tasks.judge
     warm: bool = False  # it was forked from a process that had the libraries imported already
-
-
-class Stopped(RuntimeError):
-    """A run was called off; it has no outcome."""
 
 
 class Unprotected(RuntimeError):
     """This machine cannot keep scripts from the answers; the message says why."""
 
 
+def execute(script, cwd, *, timeout_s, memory_bytes, python=None, sandbox="on", readable=(), hidden=(),
+            output_bytes=1 << 16, file_bytes=4 << 30, processes=256, threads=1, gpu=None, warm=True, temporary=False):
+    """Runs `python script` in the folder `cwd` and returns its Result. When it returns, also by an exception, nothing
+    that the script started is alive. Safe to call from many threads.
+
+    timeout_s: wall seconds. memory_bytes: resident memory of all its processes together; without a GPU each address
+    space is limited too, 4 GiB above it, so that one huge allocation fails inside the script. python: the interpreter
+    (default: this one). sandbox: "on" uses every layer that holds here, "off" none, the name of a layer that one alone.
+    readable: files and folders that the script may read beside the interpreter and the system's libraries; it may write
+    to cwd and to its TMPDIR. hidden: what it must not reach. output_bytes: kept of each stream, half from the start,
+    half from the end. file_bytes: the largest file it may write. threads: for OpenMP and BLAS. gpu: value of
+    CUDA_VISIBLE_DEVICES; None hides all. warm: from the second script on that mentions numpy, pandas, scikit-learn or
+    torch they are forked from a process that has imported these, as soon as it has; False starts each anew. temporary:
+    cwd is to be deleted if we are killed meanwhile.
+    ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
+    not on Linux, or the interpreter does not start. Unprotected: see protection.
+    """
+    if not sys.platform.startswith("linux"):
+        raise RuntimeError(f"scripts can be executed on Linux only (they are supervised through /proc); "
+                           f"this is {sys.platform}")
+    if sandbox not in ("on", "off", *LAYERS):
+        raise ValueError(f"sandbox must be 'on' or 'off'; found {sandbox!r}")
+    cwd = os.path.realpath(cwd)
+    if not os.path.isfile(os.path.join(cwd, script)):
+        raise ValueError(f"there is no script {script!r} in {cwd}")
+    program, folders, _ = describe(python or sys.executable)
+    folders = [*folders, *map(str, readable)]
+    layers = protection() if sandbox == "on" else () if sandbox == "off" else (sandbox,)
+    if not layers and "off" not in _seen:
+        print("sandbox off: scripts run as this user, with its files, the answers and the network in reach",
+              file=sys.stderr)
+        _seen.add("off")
+    for secret, folder in itertools.product(hidden if layers else (), [*folders, cwd]):
+        if Path(secret).resolve().is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"{secret} must be kept from scripts, but lies below {folder}, which they may read; keep "
+                             "the prepared data (--data) somewhere else")
+
+    base = os.path.join(tempfile.gettempdir(), f"ml-agent-tmp-{uuid.uuid4().hex}")
+    private = os.path.join(base, "tmp")
+    shown = [(path, "read") for path in folders] + [(path, "device") for path in DEVICES]
+    if gpu:
+        shown += [(path, "read") for pattern in GPU_LIBRARIES for path in glob.glob(pattern)]
+        shown += [(path, "device") for pattern in GPU_DEVICES for path in glob.glob(pattern)]
+    shown = {path: right for path, right in shown if os.path.exists(path)} | {cwd: "write", private: "write"}
+    job = dict(command=[program, script], cwd=cwd, env=_environment(program, threads, gpu, private), layers=layers,
+               timeout_s=float(timeout_s), memory_bytes=int(memory_bytes), output_bytes=output_bytes,
+               file_bytes=file_bytes, address_bytes=0 if gpu else int(memory_bytes) + (4 << 30), processes=processes,
+               mark=uuid.uuid4().int >> 67, root=os.path.join(base, "root"), temporary=temporary, proc=PROC,
+               shared_bytes=int(memory_bytes) // 2, shown=sorted(shown.items()))    # a folder before what is in it
+    key = _warm_key(program, Path(cwd, script).read_bytes(), threads) if warm else None
+    started, layers = time.monotonic(), "+".join(layers) or "off"
+    report, warm = _run(job, key)
+    if report is None:
+        return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.",
+                      warm=warm)
+    exit_code, why, seconds, peak, oom, *streams = report
+    # of a line that was written over, as progress bars do, a terminal shows the last state
+    stdout, stderr = ("\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")) for text in streams)
+    limits = {"timeout": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
+              "memory": ("out of memory", f"It used more than its limit of {memory_bytes / 2**30:.2f} GiB."),
+              "processes": ("too many processes", f"It had more than {processes} processes.")}
+    outcome, detail = limits[why] if why else _outcome(exit_code, oom, stderr)
+    return Result(outcome, exit_code, stdout, stderr, seconds, peak, layers, detail, warm=warm)
+
+
+def _outcome(exit_code, oom, stderr):
+    """(outcome, detail) of a script that ended within its limits. oom: meanwhile the kernel has killed some process for
+    lack of memory.
+
+    It is told from what the kernel reports and, for exit code 1, from the line `Type: message` of the traceback that
+    ends the error stream, the first that is not indented after Python's own header. So words that a script prints do
+    not count. It can raise MemoryError for no reason; that is worth 0.5, no more than doing nothing.
+    """
+    if exit_code == 0:
+        return "ok", ""
+    if exit_code == -signal.SIGXFSZ:
+        return "disk full", "A file grew above the size limit."
+    if exit_code == -signal.SIGKILL and oom or exit_code == -signal.SIGABRT and "std::bad_alloc" in stderr[-500:]:
+        return "out of memory", "The machine ran out of memory."
+    if exit_code < 0:
+        return "killed", f"It was ended by signal {-exit_code}."
+    _, header, body = stderr.rpartition("Traceback (most recent call last):\n")
+    lines = [line for line in body.split("\n") if line and not line[0].isspace()] if header and exit_code == 1 else []
+    line = lines[0][:500] if lines else ""
+    name, _, message = line.partition(": ")
+    if name.endswith(("MemoryError", "OutOfMemoryError")) or name in ("OSError", "RuntimeError") and re.search(
+            r"\[Errno 12\]|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory", message):
+        return "out of memory", line
+    # file too large, no space, quota; the last is numpy's own wording
+    if name == "OSError" and re.match(r"\[Errno (27|28|122)\]|\d+ requested and \d+ written", message):
+        return "disk full", line
+    return "error", line
+
+
+# what scripts may see beside the interpreter: not all of /usr, since some keep their own work there
+LIBRARIES = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32",
+             "/usr/lib64", "/usr/libexec", "/usr/include", "/usr/share", "/usr/local/bin", "/usr/local/lib",
+             "/usr/local/lib64", "/usr/local/share", "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts",
+             "/etc/alternatives", "/sys/devices/system")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+GPU_LIBRARIES = ("/sys", "/usr/local/cuda*", "/opt/rocm*", "/etc/OpenCL", "/run/opengl-driver")
+GPU_DEVICES = ("/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg")
+PROC = tuple(f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg", "version", "filesystems", "devices",
+                                          "driver", "sys/vm", "sys/kernel/osrelease"))    # what tells of no process
+ABOUT_PYTHON = """import importlib.metadata as metadata, json, sys
+found = sorted({f"{each.metadata['Name']}=={each.version}" for each in metadata.distributions()})
+print(json.dumps([sys.executable, [sys.prefix, sys.base_prefix, sys.exec_prefix], [sys.version, *found]]))"""
+
+
+@functools.cache
+def describe(python):
+    """(executable, all it needs to read, versions of itself and of its packages) of an interpreter. ValueError: it
+    cannot be run."""
+    try:
+        done = subprocess.run([shutil.which(python) or python, "-c", ABOUT_PYTHON], env={"PYTHONNOUSERSITE": "1"},
+                              cwd="/", capture_output=True, text=True, check=True, timeout=60)
+        program, folders, versions = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise ValueError(f"python must be an interpreter that can be run; {python!r} cannot: {error}") from None
+    folders = [each for each in folders if each not in ("/usr", "/usr/local")]  # of those LIBRARIES has what it needs
+    folders += [os.path.realpath(each) for each in folders] + [os.path.dirname(os.path.realpath(program))]
+    libraries = filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
+    return program, (*folders, *libraries, *LIBRARIES), versions
+
+
+def _environment(program, threads, gpu=None, private="/nonexistent"):
+    """The environment variables of a script."""
+    inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some CUDA set-ups
+    counts = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
+    return dict(**inherited, PATH=f"{os.path.dirname(program)}:/usr/local/bin:/usr/bin:/bin", HOME=private,
+                TMPDIR=private, USER="agent", LANG="C.UTF-8", MPLBACKEND="Agg", CUDA_VISIBLE_DEVICES=gpu or "",
+                PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1", PYTHONNOUSERSITE="1", PYTHONHASHSEED="0",
+                PYTHONUTF8="1", **dict.fromkeys(counts, str(threads)))
+
+
+LAYERS = ("namespaces", "landlock")
+PROBE = """import os, socket
+def tries(name, action):
+    try:
+        action()
+        print(name)
+    except OSError:
+        pass
+tries("work", lambda: open("work", "w").close())
+tries("read files", lambda: open(answers).read())
+tries("write files", lambda: open(answers, "a").close())
+tries("read another process's environment", lambda: open(f"/proc/{parent}/environ").read())
+tries("signal other processes", lambda: os.kill(parent, 0))
+tries("use the network", lambda: socket.create_connection(("127.0.0.1", port), 5))
+"""
+_probing = threading.Lock()
+
+
+def protection():
+    """The layers that hold on this machine, such as ("namespaces", "landlock"). Each is tried by a script that attempts
+    what it must be denied. Unprotected: there is none; the message says why, and what can be done."""
+    with _probing:      # many threads may ask first
+        return _probe()
+
+
+@functools.cache
+def _probe():
+    held, trouble = [], []
+    with tempfile.TemporaryDirectory(prefix="ml-agent-probe-") as folder, socket.create_server(("127.0.0.1", 0)) as own:
+        answers, work = Path(folder, "answers"), Path(folder, "work")
+        answers.write_text("secret")
+        work.mkdir()
+        known = f"answers, parent, port = {str(answers)!r}, {os.getpid()}, {own.getsockname()[1]}\n"
+        (work / "probe.py").write_text(known + PROBE)
+        for layer in LAYERS:
+            try:
+                result = execute("probe.py", work, sandbox=layer, timeout_s=30, memory_bytes=1 << 30)
+            except RuntimeError as error:
+                trouble.append(f"{layer}: {error}")
+                continue
+            done = set(result.stdout.splitlines())
+            if layer == "landlock":     # old kernels allow them
+                done -= {"signal other processes", "use the network"}
+            if done == {"work"}:
+                held.append(layer)
+            else:
+                trouble.append(f"{layer}: a script could {', '.join(sorted(done - {'work'})) or 'not work'}")
+    if not held:
+        raise Unprotected(
+            f"scripts cannot be kept from the answers on this machine ({'; '.join(trouble)}). One of two layers is "
+            "needed: user namespaces (in a container allow them, as with `docker run --security-opt "
+            "seccomp=unconfined`; on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or "
+            "Landlock (Linux 5.13 or later with landlock in /sys/kernel/security/lsm). With `--sandbox off` scripts "
+            "run unprotected: they can read the answers and all your files, write where you can write and use the "
+            "network, and every result says so.")
+    print(f"sandbox: {'+'.join(held)}{' without ' * bool(trouble)}{'; '.join(trouble)}", file=sys.stderr)
+    return tuple(held)
+
+
+class Slots:
+    """Who may run now. With more scripts at once than the machine has cores, timeouts would depend on the load."""
+
+    def __init__(self, cpus):
+        self.cpus, self.free, self.busy, self.changed = cpus, cpus, set(), threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, threads=1, gpus=None):
+        """Waits for as many cores as the script has threads and for one of the GPUs, "0,1" say; gives the GPU's name,
+        None without GPUs."""
+        threads, names = min(threads, self.cpus), [name for name in (gpus or "").split(",") if name]
+        with self.changed:
+            while self.free < threads or names and self.busy.issuperset(names):
+                self.changed.wait()
+            gpu = next((name for name in names if name not in self.busy), None)
+            self.free -= threads
+            self.busy |= {gpu} - {None}
+        try:
+            yield gpu
+        finally:
+            with self.changed:
+                self.free += threads
+                self.busy -= {gpu}
+                self.changed.notify_all()
+
+
+# of this process, for all Envs together; under torchrun the machine's processes share its cores
+SLOTS = Slots(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processes that stand between us and a script. To start an interpreter for each run would take longer than all the
+# rest, so supervisors are forked from a server: a bare one, or a warm one that has imported libraries.
+
+# what a warm one imports, by what a script's text mentions; torch.optim would import the last one when it is used
+TABLES = ("numpy", "pandas", "scipy.sparse", "sklearn.ensemble", "sklearn.linear_model", "sklearn.neural_network",
+          "sklearn.model_selection", "sklearn.pipeline", "sklearn.feature_extraction.text")
+WARM = {rb"\btorch": (*TABLES, "torch", "torch._dynamo"), rb"\b(numpy|pandas|scipy|sklearn)\b": TABLES}
+_servers, _lock = {}, threading.Lock()      # None for the bare one, or (interpreter, libraries, threads) -> its _Server
+_seen = set()       # the keys of runs that a warm one could have taken; "off" once that was said
+
+
+class _Server:
+    """A process that runs _serve; its source is sent to another interpreter."""
+
+    def __init__(self, key):
+        self.key, self.up = key, True if key is None else None    # whether it takes runs; None while it imports
+        self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        imports = ("import atexit, contextlib, ctypes, gc, importlib, json, os, resource, select, shutil, signal, "
+                   "socket, sys, time, weakref")
+        source = "\n".join([imports, *map(inspect.getsource, (_remove, _supervise, _import, _be_script, _serve)),
+                            f"_be_script(_serve({theirs.fileno()}, {key and key[1]!r}))"])
+        # the warm one has the flags of `python script`, and is not to look for a GPU
+        command = [key[0], "-c", source] if key else [sys.executable, "-I", "-S", "-c", source]
+        env = {**_environment(key[0], key[2]), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if key else {}
+        with theirs:
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=env,
+                             stderr=subprocess.DEVNULL if key else None, pass_fds=[theirs.fileno()],
+                             start_new_session=True)
+
+    def is_up(self):
+        """Whether it takes runs; None while it imports. What does not work is said once."""
+        if self.up is None:
+            with contextlib.suppress(BlockingIOError):
+                answer = self.requests.recv(1000, socket.MSG_DONTWAIT).decode() or "its process has ended"
+                self.up = answer == "up"
+                if not self.up:
+                    print(f"scripts of {self.key[0]} start cold, each imports its libraries anew: {answer}",
+                          file=sys.stderr)
+        return self.up
+
+
+def _warm_key(program, text, threads):
+    """The key of the server that is to take a script of that text: a warm one that is up, else None, the bare one."""
+    libraries = next((libraries for mention, libraries in WARM.items() if re.search(mention, text)), None)
+    key = program, libraries, threads
+    with _lock:
+        if libraries and key not in _servers and key in _seen:     # one run alone is over before they are imported
+            _servers[key] = _Server(key)
+        _seen.add(key)
+        return key if key in _servers and _servers[key].is_up() else None
+
+
+def _request(key):
+    """Has the server of that key fork a supervisor, or the bare one if it is gone. Returns the supervisor's id, a
+    socket to it, and whether it is warm."""
+    for _ in range(5):
+        ours, theirs = socket.socketpair()
+        with theirs, _lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            key = key if key in _servers else None
+            server = _servers[key] = _servers.get(key) or _Server(key)
+            socket.send_fds(server.requests, [b"run"], [theirs.fileno()])
+        if supervisor := ours.recv(10):
+            return int(supervisor), ours, key is not None
+        ours.close()
+        with _lock:     # somebody has killed the server
+            if _servers.get(key) is server:
+                _servers.pop(key).requests.close()
+    raise RuntimeError("the process that starts scripts does not stay alive")
+
+
+def _run(job, key):
+    """Has a job done by a supervisor; returns (its report, or None if the script has killed it; whether it was
+    warm)."""
+    supervisor, connection, warm = _request(key)
+    report = None
+    try:
+        with contextlib.suppress(ConnectionError, TimeoutError, ValueError):    # it was killed, or stopped
+            connection.sendall(json.dumps(job).encode() + b"\n")
+            connection.settimeout(job["timeout_s"] + 30)
+            report = json.load(connection.makefile())
+    finally:
+        connection.shutdown(socket.SHUT_WR)     # which tells it to end all
+        connection.settimeout(10)
+        try:
+            while connection.recv(1 << 16):
+                pass
+        except (ConnectionError, TimeoutError):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(supervisor, signal.SIGKILL)
+        connection.close()
+        if report is None:
+            _kill_marked(job["mark"])
+        _remove(os.path.dirname(job["root"]))
+    if isinstance(report, str):
+        raise RuntimeError(report)
+    return report, warm
+
+
+def _kill_marked(mark):
+    """Kills the processes with this mark among their limits: the second net, if a script killed its supervisor."""
+    killed, found = set(), None
+    while found != killed:
+        killed |= found or set()
+        found = set(killed)
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+                if f" {mark} " in Path(f"/proc/{name}/limits").read_text():
+                    os.kill(int(name), signal.SIGKILL)
+                    found.add(int(name))
+        time.sleep(0.01)
+
+
+def _remove(folder):
+    """Deletes a folder, if it is there, also where a script took away permissions."""
+    for path, names, _ in os.walk(folder):
+        for name in names:
+            if not os.path.islink(os.path.join(path, name)):
+                os.chmod(os.path.join(path, name), 0o700)
+    if os.path.exists(folder):
+        shutil.rmtree(folder)
+
+
 def _supervise(job):
     """The work of the small process that stands between us and one script: runs it and returns (exit code, why it was
     stopped or "", seconds, peak bytes, whether the kernel killed for lack of memory, stdout, stderr), or None when our
-    parent is gone, which the end of its standard input tells. Its source is sent to another interpreter (_serve), so it
-    imports for itself. RuntimeError: the script could not be started, or a layer not be put up.
+    parent is gone, which the end of its standard input tells. RuntimeError: the script could not be started, or a layer
+    not be put up.
 
     A script is an interpreter that is started anew or, with job["warm"], a fork of this process: then the function
     returns in the script's process too, and what it returns there is the job (_be_script).
@@ -111,8 +445,7 @@ def _supervise(job):
     Without namespaces this process adopts every orphan below it (a child subreaper): who double-forks or calls setsid
     stays its descendant, and the kernel's "no child left" is the proof that nothing survived.
     """
-    import _signal as signal, ctypes, os, resource, select, sys, time  # _signal: the signal module costs 4 ms for enums
-    libc, boxed, locked = ctypes.CDLL(None, use_errno=True), "namespaces" in job["layers"], "landlock" in job["layers"]
+    libc, boxed = ctypes.CDLL(None, use_errno=True), "namespaces" in job["layers"]
     NO_SUCH_FOLDER = -100   # AT_FDCWD; the paths are absolute
 
     def call(function, *values):
@@ -133,9 +466,8 @@ def _supervise(job):
         """User, network and IPC namespaces for this process, and a PID namespace for its children."""
         uid, gid = os.geteuid(), os.getegid()
         call("unshare", 0x10000000 | 0x40000000 | 0x08000000 | 0x20000000)
-        put("/proc/self/setgroups", "deny")
-        put("/proc/self/uid_map", f"{uid} {uid} 1")
-        put("/proc/self/gid_map", f"{gid} {gid} 1")
+        for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+            put(f"/proc/self/{name}", text)
 
     def build_root():
         """Makes the file tree in a mount namespace of our own and enters it. Returns whether /proc is a fresh one."""
@@ -146,10 +478,8 @@ def _supervise(job):
 
         def show(path):
             target = root + path
-            if os.path.isdir(path):
-                os.makedirs(target, exist_ok=True)
-            elif not os.path.exists(target):
-                os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.makedirs(target if os.path.isdir(path) else os.path.dirname(target), exist_ok=True)
+            if not os.path.exists(target):
                 put(target, "")
             call("mount", path, target, None, bind, None)
 
@@ -203,16 +533,18 @@ def _supervise(job):
                 os._exit(0)
 
     def rename():
-        """Shows this fork under the script's command and environment in /proc; _kill_marked goes by the latter."""
-        os.environ.clear()          # what lies in the old place is not used any more
+        """Gives this fork the environment of the script, and its command in /proc."""
+        os.environ.clear()
         os.environ.update(job["env"])
-        for texts, start, end in ((job["command"], *places[:2]), (map("=".join, job["env"].items()), *places[2:])):
-            block = b"".join(os.fsencode(text) + b"\0" for text in texts)[:end - start - 1]
-            ctypes.memmove(start, block.ljust(end - start, b"\0"), end - start)
+        with open("/proc/self/stat", "rb") as file:     # where the kernel has put the arguments
+            start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
+        block = b"".join(os.fsencode(text) + b"\0" for text in job["command"])[:end - start - 1]
+        ctypes.memmove(start, block.ljust(end - start, b"\0"), end - start)
 
     def become_script():
         fresh = False
         call("prctl", 1, signal.SIGKILL, 0, 0, 0)                           # PR_SET_PDEATHSIG: dies with its parent
+        resource.setrlimit(resource.RLIMIT_RTTIME, (job["mark"],) * 2)      # means nothing here; for _kill_marked
         if job["warm"]:
             rename()
         if boxed:
@@ -223,9 +555,6 @@ def _supervise(job):
         os.chdir(job["cwd"])
         for target, source in enumerate((os.open(os.devnull, os.O_RDONLY), out[1], err[1])):
             os.dup2(source, target)
-        if not job["warm"]:
-            for name in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two; a new program expects the default
-                signal.signal(name, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
         if boxed:   # counts this run's threads alone; the kernel ignores it for root
@@ -234,24 +563,21 @@ def _supervise(job):
             resource.setrlimit(resource.RLIMIT_AS, (job["address_bytes"],) * 2)
         if job["layers"]:
             call("prctl", 38, 1, 0, 0, 0)                                   # PR_SET_NO_NEW_PRIVS
-            if locked:
+            if "landlock" in job["layers"]:
                 lock(fresh)
             call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
         if not job["warm"]:
+            for name in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two; a new program expects the default
+                signal.signal(name, signal.SIG_DFL)
             os.execve(job["command"][0], job["command"], job["env"])
         call("prctl", 4, 1, 0, 0, 0)    # PR_SET_DUMPABLE: so that it may look into its own /proc
         os.closerange(3, 1 << 20)       # exec would do both; this also tells our supervisor that all is well
 
     call("prctl", 36, 1, 0, 0, 0)                                           # PR_SET_CHILD_SUBREAPER
-    try:
+    with contextlib.suppress(OSError):  # a container may forbid it
         put("/proc/self/oom_score_adj", "1000")  # when the machine runs out of memory, the scripts go first
-    except OSError:
-        pass  # a container may forbid it
     if boxed:
         enter_namespaces()
-    if job["warm"]:     # where the kernel has put arguments and environment: start and end of each
-        with open("/proc/self/stat", "rb") as file:
-            places = list(map(int, file.read().rpartition(b")")[2].split()[45:49]))
     out, err, ready, ended = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     started = time.monotonic()
     child = os.fork()
@@ -279,48 +605,39 @@ def _supervise(job):
         return bool(chunk)
 
     def descendants():
-        """{pid: resident bytes} of all processes below this one."""
+        """{pid: resident bytes} of all processes below this one, but for a process 1 of ours."""
         parents, resident = {}, {}
         for name in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    values = file.read().rpartition(b")")[2].split()  # what is before ")" may hold anything
-            except OSError:
-                continue  # ended meanwhile
-            parents[int(name)], resident[int(name)] = int(values[1]), int(values[21]) * resource.getpagesize()
-        found, ring = {}, {os.getpid()}
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:    # or it has ended meanwhile
+                values = file.read().rpartition(b")")[2].split()    # what is before ")" may hold anything
+                parents[int(name)], resident[int(name)] = int(values[1]), int(values[21]) * resource.getpagesize()
+        found, ring = set(), {os.getpid()}
         while ring:
             ring = {pid for pid, parent in parents.items() if parent in ring}
-            found |= {pid: resident[pid] for pid in ring}
-        if boxed:
-            found.pop(child, None)  # process 1 is ours
-        return found
+            found |= ring
+        return {pid: resident[pid] for pid in found if not (boxed and pid == child)}
 
     def shared_once(pids):
         """Bytes of memory with shared pages counted once: forked workers share most of theirs, and a warm script the
         libraries. 0 if the kernel does not tell."""
         total = 0
         for pid in pids:
-            try:
+            with contextlib.suppress(OSError, IndexError):  # ended meanwhile
                 with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
                     total += int(file.read().partition(b"\nPss:")[2].split()[0]) << 10
-            except (OSError, IndexError):
-                continue  # ended meanwhile
         return total
 
     def oom_kills():
         """How often the kernel has killed a process for lack of memory; 0 where it does not tell."""
-        try:
-            with open("/proc/vmstat", "rb") as file:
-                return int(file.read().partition(b"\noom_kill ")[2].split()[0])
-        except (OSError, IndexError):
-            return 0
+        with contextlib.suppress(OSError, IndexError), open("/proc/vmstat", "rb") as file:
+            return int(file.read().partition(b"\noom_kill ")[2].split()[0])
+        return 0
 
     status, why, peak, kills = None, "", 0, oom_kills()
     poll, exited = select.poll(), os.pidfd_open(child)
     for descriptor in (0, exited, out[0], err[0]):
         poll.register(descriptor, select.POLLIN)
-    deadline, look, weigh = started + job["timeout_s"], started + 0.05, started
+    deadline, look = started + job["timeout_s"], started + 0.05
     while status is None and not why:
         for descriptor, _ in poll.poll(max(0.0, min(look, deadline) - time.monotonic()) * 1000 + 1):
             if descriptor == 0:
@@ -337,14 +654,14 @@ def _supervise(job):
         elif now >= look:
             tree = descendants()
             used = sum(tree.values())
-            if used > job["memory_bytes"]:      # to tell takes milliseconds a process: at most a sixth of one core
-                begun = time.monotonic()
-                used = 0 if begun < weigh else shared_once(tree) or used
-                weigh = max(weigh, 6 * time.monotonic() - 5 * begun)
-                now += time.monotonic() - begun
-            peak = max(peak, used)
-            why = "memory" if used > job["memory_bytes"] else "processes" if len(tree) > job["processes"] else ""
-            look = time.monotonic() + max(0.05, 20 * (time.monotonic() - now))  # at most a twentieth of one core
+            if len(tree) > job["processes"]:
+                why = "processes"
+            else:
+                if used > job["memory_bytes"]:  # to tell takes milliseconds a process
+                    used = shared_once(tree) or used
+                    why = "memory" if used > job["memory_bytes"] else ""
+                peak = max(peak, used)
+            look = time.monotonic() + min(1, max(0.05, 5 * (time.monotonic() - now)))   # so that it costs little
     seconds = time.monotonic() - started
 
     if boxed and status is None:
@@ -361,15 +678,11 @@ def _supervise(job):
         frozen = None
         while frozen != (frozen := set(descendants())):  # freeze first: what is frozen does not fork while we kill
             for pid in frozen:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGSTOP)
-                except ProcessLookupError:
-                    pass
         for pid in frozen:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(0.001)
     for pipe in kept:
         while keep(pipe):  # all writers are dead, so this ends
@@ -386,603 +699,126 @@ def _supervise(job):
     return os.waitstatus_to_exitcode(status), why, seconds, peak, oom_kills() > kills, *streams
 
 
+def _import(libraries):
+    """Imports the libraries that are there, for forks of this process. Returns "up", or why it cannot be forked."""
+    modules = {}
+
+    def spare():
+        """Keeps the end of an interpreter from taking the libraries apart, which would copy all that a fork shares."""
+        for name in modules:
+            if sys.modules.get(name) is modules[name]:
+                del sys.modules[name]
+    atexit.register(spare)      # before the libraries' own, so it comes last
+    del sys.path[0]             # the current folder
+    for name in libraries:
+        with contextlib.suppress(ImportError):      # a script that needs it will say so
+            importlib.import_module(name)
+    modules.update(sys.modules)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(modules))
+    for each in list(weakref.finalize._registry):   # what libraries wanted to do at the end, torch for 0.1 s
+        each.atexit = False
+    gc.collect()
+    gc.freeze()         # a collection in a fork would copy every page
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):    # the forks run what C code wants to do at the end, but not these libraries'
+        libc.on_exit(libc._exit, None)
+        libc.on_exit(libc.fcloseall, None)
+    if os.fork() == 0:  # OpenBLAS ends its threads at the first fork, and starts them when they are needed
+        os._exit(0)
+    threads, files = os.listdir("/proc/self/task"), set(os.listdir("/proc/self/fd")) - {"0", "1", "2"}
+    return (f"the libraries keep {len(threads)} threads" if len(threads) > 1 else
+            "the libraries keep files open" if len(files) > 2 else "up")    # requests, and one for the listing
+
+
 def _be_script(job):
-    """Runs the script in this process, a fork of one that has imported libraries, as `python script` would, and ends.
-    What differs: more modules are in sys.modules, and two frames of ours lie below the script's first."""
-    import atexit, contextlib, ctypes, gc, importlib.machinery, io, os, sys, threading, weakref
-    script, modules, api, main = job["command"][1], sys.modules, ctypes.pythonapi, type(sys)("__main__")
-    path, names = os.path.join(job["cwd"], script), vars(main)
-    names.update({name: value for name, value in vars(modules["__main__"]).items() if name[:2] == "__" and name !=
-                  "__warningregistry__"}, __file__=path, __cached__=None,
-                 __loader__=importlib.machinery.SourceFileLoader("__main__", path))
-    modules.update({name: main for name in ("__main__", "__mp_main__") if name in modules})    # multiprocessing's name
+    """Runs the script in this process, a fork of one that has imported libraries, as `python script` would: by the same
+    C function. What differs: more modules are in sys.modules."""
+    script, api, old = job["command"][1], ctypes.pythonapi, sys.modules["__main__"]
+    path, main = os.fsencode(os.path.join(job["cwd"], script)), type(sys)("__main__")
+    vars(main).update({name: value for name, value in vars(old).items() if name[:2] == "__"})
+    sys.modules.update({name: main for name in ("__main__", "__mp_main__") if name in sys.modules})
     sys.argv, sys.orig_argv = [script], job["command"]
-    sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
-    sys.setrecursionlimit(sys.getrecursionlimit() + 2 + (sys.version_info < (3, 12)))   # our frames
+    sys.path.insert(0, os.path.dirname(os.path.realpath(os.fsdecode(path))))
+    sys.setrecursionlimit(sys.getrecursionlimit() + 2 + (sys.version_info < (3, 12)))   # the two frames of ours
     # what was drawn or looked up when the libraries were imported; random draws anew after each fork by itself
-    if "numpy.random" in modules:
-        modules["numpy.random"].seed()
-    if "torch" in modules:
-        modules["torch"].default_generator.seed()
-    if "tempfile" in modules:
-        modules["tempfile"].tempdir = None
-    if "multiprocessing.process" in modules:
-        modules["multiprocessing.process"].ORIGINAL_DIR = job["cwd"]
-        modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
-    run, api.fopen.restype = api.PyRun_FileExFlags, ctypes.c_void_p
-    run.restype, run.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.py_object,
-                                                   ctypes.py_object, ctypes.c_int, ctypes.c_void_p)
-    job = error = main = None
-    try:
-        run(api.fopen(os.fsencode(path), b"rb"), os.fsencode(path), 257, names, names, 1, None)   # Py_file_input
-    except BaseException as caught:
-        error = caught.with_traceback(caught.__traceback__.tb_next)     # without the frame of this function
-    status, interrupted = int(error is not None), type(error) is KeyboardInterrupt
-    if isinstance(error, SystemExit):
-        status = 0 if error.code is None else error.code
-        if not isinstance(status, int):
-            print(status, file=sys.stderr)
-            status = 1
-    elif error:
-        sys.last_exc, sys.last_type, sys.last_value, sys.last_traceback = error, *(
-            whole := (type(error), error, error.__traceback__))
-        try:
-            sys.excepthook(*whole)
-        except BaseException as second:
-            print("Error in sys.excepthook:", file=sys.stderr)
-            sys.__excepthook__(type(second), second.with_traceback(second.__traceback__.tb_next), second.__traceback__)
-            print("\nOriginal exception was:", file=sys.stderr)
-            sys.__excepthook__(*whole)
-    error = whole = names = None
-    # The end of an interpreter, but for the libraries: to take apart what the fork shares would copy all of it first.
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError) as failure:    # replaced by the script, a full disk, closed
-            if stream is sys.stdout and not getattr(stream, "closed", True):
-                print(f"Exception ignored in: {stream!r}\n{type(failure).__name__}: {failure}", file=sys.stderr)
-                status = 120
-    sys.setswitchinterval(1e6)      # no other thread runs from here on
-    sys.last_exc = sys.last_type = sys.last_value = sys.last_traceback = None
-    for file in [each for each in gc.get_objects() if issubclass(type(each), io.TextIOWrapper)]:
-        with contextlib.suppress(OSError, ValueError):      # a full disk, closed
-            file.flush()    # a collection that comes upon the file below it first would lose what it holds
-    file = None
-    own = [name for name, module in modules.items() if "main__" in name or os.path.dirname(
-        getattr(module, "__file__", None) or "").startswith(sys.path[0])]
-    own = [weakref.ref(modules.pop(name)) for name in own]
-    gc.collect()
-    for private in (True, False):   # of modules that are still in use Python forgets the names, in this order
-        for names in [vars(module()) for module in own if module()]:
-            for name in [name for name in names if name != "__builtins__"]:
-                if private == (name[:1] == "_" != name[1:2]):
-                    names[name] = None
-    names = None
-    gc.collect()
-    if interrupted:
-        import signal
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    api.exit(ctypes.c_int(status if abs(status) < 1 << 63 else -1))
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
+    if "tempfile" in sys.modules:
+        sys.modules["tempfile"].tempdir = None
+    if "multiprocessing.process" in sys.modules:
+        sys.modules["multiprocessing.process"].ORIGINAL_DIR = job["cwd"]
+        sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
+    api.fopen.restype = ctypes.c_void_p
+    job = main = old = None
+    failed = api.PyRun_SimpleFileExFlags(ctypes.c_void_p(api.fopen(path, b"rb")), path, 1, None)
+    if failed and sys.last_type is not KeyboardInterrupt:   # of that the interpreter knows, and ends by the signal
+        sys.exit(1)
 
 
 def _serve(descriptor, libraries=None):
-    """The whole program of the process that supervisors are forked from: to start an interpreter for each would take
-    longer than all the rest. A request holds two pipes, the supervisor's standard input and where its report goes, and
-    a file with the job: so the job of one run is never in the memory of another. The end of the requests means that our
-    parent is gone.
-
-    A warm one imports the libraries that are there and says "up", or why it cannot. In the process of a script it
-    returns the job."""
-    global os, shutil  # for _remove
-    import _signal as signal, ctypes, json, os, resource, select, shutil, socket, sys, time  # some for _supervise alone
+    """The whole program of the process that supervisors are forked from. A request holds a socket: the supervisor reads
+    its job from it, so that of one run is never in the memory of another, and writes its report to it. The end of the
+    requests means that our parent is gone. A warm one imports libraries first and says "up", or why it cannot; in the
+    process of a script it returns the job."""
     requests, warm = socket.socket(fileno=descriptor), libraries is not None
     requests.set_inheritable(False)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel clears away who ends
     if warm:
-        import gc, importlib, weakref
-        del sys.path[0]     # the current folder
-        for name in libraries:
-            try:
-                importlib.import_module(name)
-            except ImportError:
-                pass    # a script that needs it will say so
-        for each in list(weakref.finalize._registry):   # what libraries wanted to do at the end, torch for 0.1 s
-            each.atexit = False
-        gc.collect()
-        gc.freeze()         # a collection in a fork would copy every page
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "on_exit"):    # the forks run what C code wants to do at the end, but not these libraries'
-            libc.on_exit(libc._exit, None)
-            libc.on_exit(libc.fcloseall, None)
-        if os.fork() == 0:  # OpenBLAS ends its threads at the first fork, and starts them when they are needed
+        requests.send((state := _import(libraries)).encode())
+        if state != "up":
             os._exit(0)
-        threads, files = os.listdir("/proc/self/task"), set(os.listdir("/proc/self/fd")) - {"0", "1", "2"}
-        trouble = ("that takes Python 3.10" if sys.version_info < (3, 10) else
-                   f"the libraries keep {len(threads)} threads" if len(threads) > 1 else
-                   "the libraries keep files open" if len(files) > 2 else "")     # one is for the listing
-        try:
-            requests.send(trouble.encode() or b"up")
-        except OSError:
-            trouble = "our parent is gone"
-        if trouble:
-            os._exit(0)
-    while True:
-        try:
-            pipes = socket.recv_fds(requests, 16, 3)[1]
-        except ConnectionResetError:
-            pipes = []
-        if not pipes:
-            os._exit(0)
-        for pipe in pipes:
-            os.set_inheritable(pipe, False)  # a script that could write to the report would be its own judge
-        if os.fork() == 0:
+    while received := socket.recv_fds(requests, 16, 1)[1]:
+        with socket.socket(fileno=received[0]) as connection:
+            if os.fork():
+                continue
             requests.close()
             os.setsid()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os.dup2(pipes[0], 0)
-            job = {**json.loads(os.pread(pipes[2], 1 << 24, 0)), "warm": warm}
-            base = os.path.dirname(job["root"])     # made and removed here, so that our parent's death leaves nothing
-            try:
-                os.write(pipes[1], b"%10d" % os.getpid())
-                try:
-                    for folder in (base, job["root"], job["env"]["TMPDIR"]):
-                        os.mkdir(folder, 0o700)
-                    report = _supervise(job)
-                    if report is job:
-                        return job
-                except Exception as error:
-                    report = str(error)
-                _remove(base)
-                with open(pipes[1], "w") as file:
-                    file.write(json.dumps(report))
-            except BrokenPipeError:     # our parent is gone
-                if job["temporary"] and os.path.exists(job["cwd"]):
-                    _remove(job["cwd"])
-            os._exit(0)
-        for pipe in pipes:
-            os.close(pipe)
-
-
-# what a warm process imports, by what a script's text mentions; torch.optim would import the last one when it is used
-TABLES = ("numpy", "pandas", "scipy.sparse", "sklearn.ensemble", "sklearn.linear_model", "sklearn.neural_network",
-          "sklearn.model_selection", "sklearn.pipeline", "sklearn.feature_extraction.text")
-WARM = {rb"\btorch": (*TABLES, "torch", "torch._dynamo"), rb"\b(numpy|pandas|scipy|sklearn)\b": TABLES}
-_server_lock, _warned = threading.Lock(), set()
-_servers = {}   # None for the bare one, or what a warm one is for: (interpreter, libraries, threads) -> its socket
-_up = {}        # of the warm ones: whether they work; absent while they start
-_asked = set()  # who has had a run that a warm one could have taken
-
-
-def _start(key):
-    """Starts a server and returns the socket for its requests."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    source = "\n".join([*map(inspect.getsource, (_remove, _supervise, _be_script, _serve)),
-                        f"_be_script(_serve({theirs.fileno()}, {key[1] if key else None!r}))"])
-    # the warm one has the flags of `python script`; it is not to look for a GPU, and has room for the environment of a
-    # run (rename in _supervise)
-    command = [key[0], "-c", source] if key else [sys.executable, "-I", "-S", "-c", source]
-    env = {**_environment(key[0], key[2]), "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "ROOM": 999 * " "} if key else {}
-    with theirs:
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=env,
-                         stderr=subprocess.DEVNULL if key else None, pass_fds=[theirs.fileno()], start_new_session=True)
-    return ours
-
-
-def _is_up(key):
-    """Whether the warm process for the key can take a run; None while it starts. What does not work is said once."""
-    with _server_lock:
-        if key not in _up:
-            if key not in _servers:
-                _servers[key] = _start(key)
-            try:
-                answer = _servers[key].recv(1000, socket.MSG_DONTWAIT).decode() or "its process has ended"
-            except BlockingIOError:
-                return None
-            except ConnectionResetError:
-                answer = "its process has ended"
-            _up[key] = answer == "up"
-            if answer != "up":
-                _servers.pop(key).close()
-                print(f"scripts of {key[0]} start cold, each imports its libraries anew: {answer}", file=sys.stderr)
-        return _up[key]
-
-
-def _warm_key(program, text, threads):
-    """What the warm process for a script of that text is for; None if it would gain nothing."""
-    for mention, libraries in WARM.items():
-        if re.search(mention, text):
-            return program, libraries, threads
-    return None
-
-
-def warm_up(text=b"import torch", python=None, threads=1):
-    """Starts the warm process for scripts like that one and waits until it is up; False if it does not work."""
-    key = _warm_key(describe(python or sys.executable)[0], text, threads)
-    while (up := _is_up(key)) is None:
-        time.sleep(0.02)
-    return up
-
-
-def _request(job, key):
-    """Has the server of that key start a supervisor, and starts the server where there is none. If a warm one is gone
-    the bare one does it. Returns the supervisor's id, a descriptor that it sees close when we die, one to read its
-    report from, and whether it is warm."""
-    for _ in range(5):
-        (alive, hold), (report, theirs), file = os.pipe(), os.pipe(), os.memfd_create("job")
+            os.dup2(connection.fileno(), 0)
+        with contextlib.suppress(BrokenPipeError):
+            os.write(0, b"%10d" % os.getpid())
+        if not (line := open(0, closefd=False).readline()):     # our parent is gone already
+            break
+        job = {**json.loads(line), "warm": warm}
+        base = os.path.dirname(job["root"])     # made and removed here, so that our parent's death leaves nothing
         try:
-            os.write(file, json.dumps(job).encode())
-            with _server_lock:
-                key = key if key in _servers else None
-                if key not in _servers:
-                    _servers[key] = _start(key)
-                server = _servers[key]
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    socket.send_fds(server, [b"run"], [alive, theirs, file])
-        finally:
-            for each in (alive, theirs, file):
-                os.close(each)
-        if pid := os.read(report, 10):
-            return int(pid), hold, report, key is not None
-        os.close(hold)
-        os.close(report)
-        with _server_lock:  # somebody has killed the server
-            if _servers.get(key) is server:
-                _servers.pop(key).close()
-                _up.pop(key, None)
-    raise RuntimeError("the process that starts scripts does not stay alive")
-
-
-# what scripts may see beside the interpreter: not all of /usr, since some keep their own work there
-LIBRARIES = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32",
-             "/usr/lib64", "/usr/libexec", "/usr/include", "/usr/share", "/usr/local/bin", "/usr/local/lib",
-             "/usr/local/lib64", "/usr/local/share", "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts",
-             "/etc/alternatives", "/sys/devices/system")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-GPU_LIBRARIES = ("/sys", "/usr/local/cuda*", "/opt/rocm*", "/etc/OpenCL", "/run/opengl-driver")
-GPU_DEVICES = ("/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg")
-PROC = tuple(f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg", "version", "filesystems", "devices",
-                                          "driver", "sys/vm", "sys/kernel/osrelease"))    # what tells of no process
-LAYERS = ("namespaces", "landlock")
-ABOUT_PYTHON = """import importlib.metadata as metadata, json, sys
-found = sorted({f"{each.metadata['Name']}=={each.version}" for each in metadata.distributions()})
-print(json.dumps([sys.executable, [sys.prefix, sys.base_prefix, sys.exec_prefix], [sys.version, *found]]))"""
-PROBE = """import os, socket, sys
-answers, parent, port = sys.argv[1:]
-def tries(name, action):
-    try:
-        action()
-        print(name)
-    except OSError:
-        pass
-tries("work", lambda: open("work", "w").close())
-tries("read files", lambda: open(answers).read())
-tries("write files", lambda: open(answers, "a").close())
-tries("read another process's environment", lambda: open(f"/proc/{parent}/environ").read())
-tries("signal other processes", lambda: os.kill(int(parent), 0))
-tries("use the network", lambda: socket.create_connection(("127.0.0.1", int(port)), 5))
-"""
-
-
-@functools.lru_cache(maxsize=None)
-def describe(python):
-    """(executable, all it needs to read, versions of itself and of its packages) of an interpreter. ValueError: it
-    cannot be run."""
-    program = shutil.which(python)
-    try:
-        done = subprocess.run([program or python, "-c", ABOUT_PYTHON], env={"PYTHONNOUSERSITE": "1"}, cwd="/",
-                              capture_output=True, text=True, check=True, timeout=60)
-        program, folders, versions = json.loads(done.stdout)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise ValueError(f"python must be an interpreter that can be run; {python!r} cannot: {error}") from None
-    folders = [each for each in folders if each not in ("/usr", "/usr/local")]  # of those LIBRARIES has what it needs
-    folders += [os.path.realpath(each) for each in folders] + [os.path.dirname(os.path.realpath(program))]
-    libraries = filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
-    return program, (*folders, *libraries, *LIBRARIES), versions
-
-
-def protection():
-    """The layers that hold on this machine, such as ("namespaces", "landlock"). Each is tried by a script that attempts
-    what it must be denied. Unprotected: there is none; the message says why, and what can be done."""
-    with _probing:      # many threads may ask first
-        return _probe()
-
-
-_probing = threading.Lock()
-
-
-@functools.lru_cache(maxsize=None)
-def _probe():
-    held, trouble, (program, folders, _) = [], [], describe(sys.executable)
-    with tempfile.TemporaryDirectory(prefix="ml-agent-probe-") as folder, socket.create_server(("127.0.0.1", 0)) as own:
-        answers, work = os.path.join(folder, "answers"), os.path.join(folder, "work")
-        Path(answers).write_text("secret")
-        os.mkdir(work)
-        Path(work, "probe.py").write_text(PROBE)
-        for layer in LAYERS:
             try:
-                report = _run([program, "-S", "probe.py", answers, str(os.getpid()), str(own.getsockname()[1])], work,
-                              (layer,), timeout_s=30, memory_bytes=1 << 30, readable=folders)[0]
-            except RuntimeError as error:
-                trouble.append(f"{layer}: {error}")
-                continue
-            done = set(report[5].splitlines()) - ({"signal other processes", "use the network"} if
-                                                           layer == "landlock" else set())     # old kernels allow them
-            if done == {"work"}:
-                held.append(layer)
-            else:
-                trouble.append(f"{layer}: a script could {', '.join(sorted(done - {'work'})) or 'not work'}")
-    if not held:
-        raise Unprotected(
-            f"scripts cannot be kept from the answers on this machine ({'; '.join(trouble)}). One of two layers is "
-            "needed: user namespaces (in a container allow them, as with `docker run --security-opt "
-            "seccomp=unconfined`; on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or "
-            "Landlock (Linux 5.13 or later with landlock in /sys/kernel/security/lsm). With `--sandbox off` scripts "
-            "run unprotected: they can read the answers and all your files, write where you can write and use the "
-            "network, and every result says so.")
-    print(f"sandbox: {'+'.join(held)}{' without ' * bool(trouble)}{'; '.join(trouble)}", file=sys.stderr)
-    return tuple(held)
-
-
-def _environment(program, threads=1, gpu=None, private="/nonexistent", token=""):
-    """The environment variables of a script."""
-    inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some CUDA set-ups
-    return dict(ML_AGENT_RUN=token, **inherited, PATH=f"{os.path.dirname(program)}:/usr/local/bin:/usr/bin:/bin",
-                HOME=private, TMPDIR=private, USER="agent", LANG="C.UTF-8", MPLBACKEND="Agg",
-                CUDA_VISIBLE_DEVICES=gpu or "", PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1",
-                PYTHONNOUSERSITE="1", PYTHONHASHSEED="0", PYTHONUTF8="1", OMP_NUM_THREADS=str(threads),
-                OPENBLAS_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), NUMEXPR_NUM_THREADS=str(threads),
-                LOKY_MAX_CPU_COUNT=str(threads))
-
-
-def _run(command, cwd, layers, *, timeout_s, memory_bytes, output_bytes=1 << 16, file_bytes=4 << 30, processes=256,
-         threads=1, gpu=None, readable=(), stop=None, warm=None, temporary=False):
-    """Runs a command under a supervisor and returns (its report, or None if the script has killed it; whether it was
-    warm). For the arguments see execute; layers: those of LAYERS to put up; warm: the key of a warm process."""
-    token = uuid.uuid4().hex
-    base = os.path.join(tempfile.gettempdir(), f"ml-agent-tmp-{token}")
-    private, root = os.path.join(base, "tmp"), os.path.join(base, "root")
-    env = _environment(command[0], threads, gpu, private, token)
-    shown = [(path, "read") for path in readable] + [(path, "device") for path in DEVICES]
-    if gpu:
-        shown += [(path, "read") for pattern in GPU_LIBRARIES for path in glob.glob(pattern)]
-        shown += [(path, "device") for pattern in GPU_DEVICES for path in glob.glob(pattern)]
-    shown = {path: right for path, right in shown if os.path.exists(path)} | {cwd: "write", private: "write"}
-    job = dict(command=command, cwd=cwd, env=env, timeout_s=float(timeout_s), memory_bytes=int(memory_bytes),
-               file_bytes=file_bytes, address_bytes=0 if gpu else int(memory_bytes) + (4 << 30), layers=layers,
-               temporary=temporary, output_bytes=output_bytes, processes=processes, root=root, proc=PROC,
-               shared_bytes=int(memory_bytes) // 2, shown=sorted(shown.items()))    # a folder before what is in it
-    report, poll = b"", select.poll()
-
-    def read_until(end):
-        """Reads the report; True if it is whole, False if `end` comes before."""
-        nonlocal report
-        while (left := end - time.monotonic()) > 0:
-            if stop and stop.is_set():
-                raise Stopped("the run was called off")
-            if poll.poll(1000 * min(left, 0.1 if stop else left)):
-                if not (chunk := os.read(result, 1 << 16)):
-                    return True
-                report += chunk
-        return False
-
-    supervisor, hold, result, warm = _request(job, warm)
-    try:
-        poll.register(result, select.POLLIN)
-        read_until(time.monotonic() + timeout_s + 30)  # if it is not whole then, something has stopped the supervisor
-    finally:
-        os.close(hold)
-        stop = None
-        if not read_until(time.monotonic() + 10):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(supervisor, 9)
-        os.close(result)
-        try:
-            report = json.loads(report)
-        except ValueError:  # it was killed before it had ended all
-            report = None
-            _kill_marked(f"ML_AGENT_RUN={token}".encode())
-        if os.path.exists(base):  # the supervisor was killed
+                for folder in (base, job["root"], job["env"]["TMPDIR"]):
+                    os.mkdir(folder, 0o700)
+                if (report := _supervise(job)) is job:
+                    return job
+            except Exception as error:      # an error of ours, which the parent raises (_run)
+                report = str(error)
             _remove(base)
-    if isinstance(report, str):
-        raise RuntimeError(report)
-    return report, warm
+            socket.socket(fileno=0).sendall(json.dumps(report).encode())
+        except BrokenPipeError:     # our parent is gone
+            if job["temporary"]:
+                _remove(job["cwd"])
+        break
+    os._exit(0)
 
 
-def execute(script, cwd, *, python=None, sandbox="on", readable=(), hidden=(), timeout_s, memory_bytes,
-            output_bytes=1 << 16, file_bytes=4 << 30, processes=256, threads=1, gpu=None, stop=None, warm=True,
-            temporary=False):
-    """Runs `python script` in the folder `cwd` and returns its Result. When it returns, also by an exception, nothing
-    that the script started is alive. Safe to call from many threads.
-
-    python: the interpreter (default: this one). sandbox: "on" uses every layer that holds here; "off" none. readable:
-    files and folders that the script may read beside the interpreter and the system's libraries; it may write to cwd
-    and to its TMPDIR. hidden: what it must not reach. timeout_s: wall seconds. memory_bytes: resident memory of all its
-    processes together; without a GPU each address space is limited too, 4 GiB above it, so that one huge allocation
-    fails inside the script. output_bytes: kept of each stream, half from the start, half from the end. file_bytes: the
-    largest file it may write. threads: for OpenMP and BLAS. gpu: value of CUDA_VISIBLE_DEVICES; None hides all. stop: a
-    threading.Event that calls the run off. warm: from the second script on that mentions numpy, pandas, scikit-learn or
-    torch they are forked from a process that has imported these (_serve), as soon as it has; False starts each anew.
-    temporary: cwd is to be deleted if we are killed meanwhile.
-    ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
-    not on Linux, or the interpreter does not start. Unprotected: see protection. Stopped: stop was set.
-
-    The outcome is told from what the kernel reports and, for exit code 1, from the exception's own line at the end of
-    the error stream (_exception). A script can raise MemoryError for no reason and be "out of memory"; that is worth
-    0.5, no more than doing nothing.
-    """
-    if not sys.platform.startswith("linux"):
-        raise RuntimeError(f"scripts can be executed on Linux only (they are supervised through /proc); "
-                           f"this is {sys.platform}")
-    if sandbox not in ("on", "off"):
-        raise ValueError(f"sandbox must be 'on' or 'off'; found {sandbox!r}")
-    cwd = os.path.realpath(cwd)
-    if not os.path.isfile(os.path.join(cwd, script)):
-        raise ValueError(f"there is no script {script!r} in {cwd}")
-    program, folders, _ = describe(python or sys.executable)
-    folders = [*folders, *map(str, readable)]
-    layers = protection() if sandbox == "on" else ()
-    if not layers and "off" not in _warned:
-        _warned.add("off")
-        print("sandbox off: scripts run as this user, with its files, the answers and the network in reach",
-              file=sys.stderr)
-    for secret, folder in itertools.product(hidden if layers else (), [*folders, cwd]):
-        if Path(secret).resolve().is_relative_to(os.path.realpath(folder)):
-            raise ValueError(f"{secret} must be kept from scripts, but lies below {folder}, which they may read; keep "
-                             "the prepared data (--data) somewhere else")
-    started = time.monotonic()
-    key = _warm_key(program, Path(cwd, script).read_bytes(), threads) if warm else None
-    first = key not in _asked and key not in _up    # one run alone is over before the libraries are imported
-    _asked.add(key)
-    key = None if key is None or first or not _is_up(key) else key
-    report, warm = _run(
-        [program, script], cwd, layers, timeout_s=timeout_s, memory_bytes=memory_bytes, output_bytes=output_bytes,
-        file_bytes=file_bytes, processes=processes, threads=threads, gpu=gpu, readable=folders, stop=stop, warm=key,
-        temporary=temporary)
-    layers = "+".join(layers) or "off"
-    if not report:
-        return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.",
-                      warm=warm)
-    exit_code, why, seconds, peak, oom, stdout, stderr = report
-    stdout, stderr = _tidy(stdout), _tidy(stderr)
-    limits = {"timeout": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
-              "memory": ("out of memory", f"It used more than its limit of {memory_bytes / 2**30:.2f} GiB."),
-              "processes": ("too many processes", f"It had more than {processes} processes.")}
-    outcome, detail = limits[why] if why else _outcome(exit_code, oom, stderr)
-    return Result(outcome, exit_code, stdout, stderr, seconds, peak, layers, detail, warm=warm)
-
-
-def _outcome(exit_code, oom, stderr):
-    """(outcome, detail) of a script that ended within its limits. oom: meanwhile the kernel has killed some process for
-    lack of memory."""
-    if exit_code == 0:
-        return "ok", ""
-    if exit_code == -25:  # SIGXFSZ
-        return "disk full", "A file grew above the size limit."
-    if exit_code == -9 and oom or exit_code == -6 and "std::bad_alloc" in stderr[-500:]:
-        return "out of memory", "The machine ran out of memory."
-    if exit_code < 0:
-        return "killed", f"It was ended by signal {-exit_code}."
-    line = _exception(stderr) if exit_code == 1 else ""
-    name, _, message = line.partition(": ")
-    if name.endswith(("MemoryError", "OutOfMemoryError")) or name in ("OSError", "RuntimeError") and re.search(
-            r"\[Errno 12\]|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory", message):
-        return "out of memory", line
-    # file too large, no space, quota; the last is numpy's own wording
-    if name == "OSError" and re.match(r"\[Errno (27|28|122)\]|\d+ requested and \d+ written", message):
-        return "disk full", line
-    return "error", line
-
-
-def _exception(stderr):
-    """The line `Type: message` of the traceback that ends the error stream, "" if there is none: the first line that is
-    not indented after Python's own header. So words that a script prints do not count."""
-    body = stderr.rpartition("Traceback (most recent call last):\n")
-    return next((line[:500] for line in body[2].split("\n") if line and not line[0].isspace()), "") if body[1] else ""
-
-
-def _tidy(text):
-    """The text as a terminal would leave it: of a line that was written over, as progress bars do, the last state."""
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
-
-
-def _kill_marked(token):
-    """Kills the processes with this token in their environment: the second net, if a script killed its supervisor."""
-    again = True
-    while again:
-        again = False
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                with open(f"/proc/{name}/environ", "rb") as file:
-                    if token in file.read():
-                        os.kill(int(name), 9)
-                        again = True
-            except OSError:
-                continue  # ended meanwhile, or another user's
-        time.sleep(0.01)
-
-
-def _remove(folder):
-    """Deletes a folder, also where a script took away permissions."""
-    for path, names, _ in os.walk(folder):
-        for name in names:
-            if not os.path.islink(os.path.join(path, name)):
-                os.chmod(os.path.join(path, name), 0o700)
-    shutil.rmtree(folder)
-
-
-class Slots:
-    """Who may run now. With more scripts at once than the machine has cores, timeouts would depend on the load."""
-
-    def __init__(self, cpus):
-        self.cpus, self.free, self.busy, self.changed = cpus, cpus, set(), threading.Condition()
-
-    @contextlib.contextmanager
-    def take(self, threads=1, gpus=None, stop=None):
-        """Waits for as many cores as the script has threads and for one of the GPUs, "0,1" say; gives the GPU's name,
-        None without GPUs. Stopped: stop was set meanwhile."""
-        threads, names = min(threads, self.cpus), [name for name in (gpus or "").split(",") if name]
-        with self.changed:
-            while self.free < threads or names and self.busy.issuperset(names):
-                if stop and stop.is_set():
-                    raise Stopped("the run was called off before it began")
-                self.changed.wait(0.1 if stop else None)
-            gpu = next((name for name in names if name not in self.busy), None)
-            self.free -= threads
-            self.busy |= {gpu} - {None}
-        try:
-            yield gpu
-        finally:
-            with self.changed:
-                self.free += threads
-                self.busy -= {gpu}
-                self.changed.notify_all()
-
-
-# of this process, for all Envs and pools together; under torchrun the machine's processes share its cores
-SLOTS = Slots(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def execute_many(jobs, gpus=None, stop=None):
-    """Runs many scripts, as many at once as there are slots, and yields (index, Result) as they end. jobs: dicts with
-    the arguments of execute; taken from the iterable as slots come free, so it may be endless. gpus: "0,1", of which
-    each script gets one. To close the generator, or to set the threading.Event `stop`, ends what runs; then Stopped is
-    raised. What execute raises for one job ends the others too."""
-    stop, jobs, running = stop or threading.Event(), enumerate(jobs), set()
-
-    def run(index, job):
-        with SLOTS.take(job.get("threads", 1), gpus, stop) as gpu:
-            return index, execute(**job, gpu=gpu, stop=stop)
-    with futures.ThreadPoolExecutor(SLOTS.cpus) as pool:
-        try:
-            while True:
-                running |= {pool.submit(run, *each) for each in itertools.islice(jobs, SLOTS.cpus - len(running))}
-                if not running:
-                    return
-                done, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
-                for each in done:
-                    yield each.result()
-        finally:
-            stop.set()
-
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept on disk
 
 def _write_aside(path, content):
-    """Writes a file so that it is there whole or not at all, also with many writers and kill -9."""
+    """Writes bytes, or a copy of the file at a path, so that it is there whole or not at all, also with many writers
+    and kill -9."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        aside.write_bytes(content)
+        aside.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
 
 class Cache:
-    """What runs gave, on disk, so that one state is run once: <folder>/<aa>/<key>. An entry is a line with the sha256
-    of the rest, and the rest, JSON; a damaged one counts as absent. Safe for many writers. recheck: the share of hits,
-    0 to 1, that are run again; `moved` lists those whose score is another now."""
+    """What runs gave, so that one state is run once: <folder>/<aa>/<key>. An entry is a line with the sha256 of the
+    rest, and the rest, JSON; a damaged one counts as absent. Safe for many writers. recheck: the share of hits, 0 to 1,
+    that are run again; `moved` lists those whose score is another now."""
 
     def __init__(self, folder, recheck=0.0):
         self.folder, self.recheck, self.moved, self.lock = Path(folder), recheck, [], threading.Lock()
@@ -1015,36 +851,25 @@ class Gone(ValueError):
 
 
 class Blobs:
-    """Contents by their sha256, in <folder>/<aa>/<sha256>. Written aside and renamed, so a blob that is there is whole;
-    safe for many writers."""
+    """Contents by their sha256, in <folder>/<aa>/<sha256>. A blob that is there is whole; safe for many writers."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
+
+    def has(self, sha):
+        return (self.folder / sha[:2] / sha).is_file()
 
     def path(self, sha):
         if not self.has(sha):
             raise Gone(f"the blob {sha} is missing in {self.folder}: this state cannot be restored")
         return self.folder / sha[:2] / sha
 
-    def has(self, sha):
-        return (self.folder / sha[:2] / sha).is_file()
-
     def put(self, content):
         """Stores bytes, or the file at a path; returns the sha256."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        digest, aside = hashlib.sha256(), self.folder / uuid.uuid4().hex
-        try:
-            with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as source:
-                with open(aside, "wb") as file:
-                    while chunk := source.read(1 << 20):
-                        digest.update(chunk)
-                        file.write(chunk)
-            path = self.folder / digest.hexdigest()[:2] / digest.hexdigest()
-            path.parent.mkdir(exist_ok=True)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-        return path.name
+        sha = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else tasks.hash_files(content)
+        if not self.has(sha):
+            _write_aside(self.folder / sha[:2] / sha, content)
+        return sha
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1100,25 +925,26 @@ text is written \\n, a double quote \\", a backslash \\\\.
 Examples of a reply:
 
 {examples}"""
-EXAMPLES = (    # whole ones, since a small model copies the form it sees; of the two edits the first that is offered
-    {"Reflection": "The script runs; its validation score is the one to beat.",
-     "Research Plan and Status": "1. Run train.py: done. 2. **Have the features scaled.** 3. Run it again and compare.",
-     "Fact Check": "The score is confirmed by the last observation. That scaling helps is guessed.",
-     "Thought": "The features have very different ranges, so I have them scaled before training.",
-     "Action": "Edit Script (AI)",
-     "Action Input": '{"script_name": "train.py", "edit_instruction": "Scale all features with StandardScaler, fitted '
-                     'on the training part, before the model is trained.", "save_name": "train.py"}'},
-    {"Reflection": "The script runs; its validation score is the one to beat.",
-     "Research Plan and Status": "1. Run train.py: done. 2. **Train for more epochs.** 3. Run it again and compare.",
-     "Fact Check": "The score is confirmed by the last observation. That more epochs help is guessed.",
-     "Thought": "The loss was still falling at the end, so I train longer.",
-     "Action": "Replace In Script",
-     "Action Input": '{"script_name": "train.py", "find": "EPOCHS = 5\\n", "replace": "EPOCHS = 10\\n"}'},
-    {"Reflection": "The work begins; there is no observation yet.",
-     "Research Plan and Status": "1. Run train.py as it is. 2. Change one thing, run, compare. Nothing is done yet.",
-     "Fact Check": "Nothing is confirmed yet.",
-     "Thought": "I run the script as it is, to know the score to beat.",
-     "Action": "Execute Script", "Action Input": '{"script_name": "train.py"}'})
+EXAMPLES = {    # action -> a whole reply, since a small model copies the form it sees
+    "Edit Script (AI)": """Reflection: The script runs; its validation score is the one to beat.
+Research Plan and Status: 1. Run train.py: done. 2. **Have the features scaled.** 3. Run it again and compare.
+Fact Check: The score is confirmed by the last observation. That scaling helps is guessed.
+Thought: The features have very different ranges, so I have them scaled before training.
+Action: Edit Script (AI)
+Action Input: {"script_name": "train.py", "edit_instruction": "Scale all features with StandardScaler, fitted on the \
+training part, before the model is trained.", "save_name": "train.py"}""",
+    "Replace In Script": """Reflection: The script runs; its validation score is the one to beat.
+Research Plan and Status: 1. Run train.py: done. 2. **Train for more epochs.** 3. Run it again and compare.
+Fact Check: The score is confirmed by the last observation. That more epochs help is guessed.
+Thought: The loss was still falling at the end, so I train longer.
+Action: Replace In Script
+Action Input: {"script_name": "train.py", "find": "EPOCHS = 5\\n", "replace": "EPOCHS = 10\\n"}""",
+    "Execute Script": """Reflection: The work begins; there is no observation yet.
+Research Plan and Status: 1. Run train.py as it is. 2. Change one thing, run, compare. Nothing is done yet.
+Fact Check: Nothing is confirmed yet.
+Thought: I run the script as it is, to know the score to beat.
+Action: Execute Script
+Action Input: {"script_name": "train.py"}"""}
 PROBLEM = """Task: {task.id}
 
 {problem}
@@ -1131,7 +957,8 @@ The workspace holds {task.entry} (the script to improve) and data/ (read-only). 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS):
     """The first message: tools, rules, format. The same for all tasks, so that its cache can be shared."""
     tools = "\n".join(f"- {name} {json.dumps(ACTIONS[name][0])}: {ACTIONS[name][1]}" for name in actions)
-    offered = [each for each in EXAMPLES if each["Action"] in actions]
+    offered = [dict(line.split(": ", 1) for line in reply.splitlines()) for name, reply in EXAMPLES.items()
+               if name in actions]
     examples = ["\n".join(f"{name}: {each[name]}" for name in fields) for each in offered[:1] + offered[1:][-1:]]
     return SYSTEM.format(tools=tools, entries="\n".join(f"{name}: ({EXPLAIN[name]})" for name in fields),
                          examples="\n\n".join(examples))
@@ -1311,9 +1138,8 @@ class Env:
     actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
     steps, seconds: limits of the trajectory; waiting for a free slot to run a script does not count. coder:
     callable(messages) -> str, a second model for the (AI) actions; its ValueError (a text that does not fit) goes to
-    the agent, other errors to the caller. prompt: what prompt() shows of a state, "full" or "short".
-    python, threads, sandbox: see execute. gpu: "0,1" gives each script one of
-    these GPUs. cache: a Cache that Envs may share; the default lies in out.
+    the agent, other errors to the caller. prompt: what prompt() shows of a state, "full" or "short". python, threads,
+    sandbox: see execute. gpu: "0,1" gives each script one of these GPUs. cache: the default, a Cache, lies in out.
     """
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
@@ -1326,12 +1152,12 @@ class Env:
             raise ValueError(f"fields must be taken from {FIELDS} and end in the last two; found {tuple(fields)}")
         self.task = tasks.load(task) if isinstance(task, str) else task
         self.info = tasks.info(self.task.id, data=data)
+        self.graders = tasks.hash_files(*sorted(Path(tasks.__file__).parent.glob("*.py")))
         self.data, self.public = Path(data), (Path(data) / self.task.id / "public").resolve()
-        self.blobs = Blobs(Path(out) / "blobs")
+        self.blobs, self.cache = Blobs(Path(out) / "blobs"), cache or Cache(Path(out) / "cache")
         self.actions = tuple(name for name in actions if coder or name not in NEEDS_CODER)
         self.fields, self.steps, self.seconds, self.coder, self.shown = tuple(fields), steps, seconds, coder, prompt
         self.python, self.gpu, self.threads, self.sandbox = python, gpu, threads, sandbox
-        self.cache = cache or Cache(Path(out) / "cache")
         self.reset()
 
     def reset(self):
@@ -1357,7 +1183,7 @@ class Env:
         self.messages = [dict(message) for message in (self.messages if messages is None else messages)]
         self.m_before = self.info["m_init"] if m_before is None else m_before
         self.deadline = time.monotonic() + (self.seconds if seconds is None else seconds)
-        self.ended, self.scores = "", []
+        self.ended = ""
 
     def prompt(self):
         """The chat messages that the policy is shown for its next reply."""
@@ -1371,15 +1197,6 @@ class Env:
     @property
     def done(self):
         return bool(self.ended)
-
-    @property
-    def failed(self):
-        """True when the trajectory is over and no run in it has left a valid submission."""
-        return self.done and not self.scores
-
-    def close(self):
-        """Ends the trajectory. Nothing is to be freed: between steps there is no folder and no process."""
-        self.ended = self.ended or "closed"
 
     def step(self, reply, tokens=None):
         """Carries out a reply, whatever it is, and returns the Step. tokens: the reply's ids as they were sampled, kept
@@ -1403,9 +1220,7 @@ class Env:
         except Refused as error:
             step.kind, step.error, step.observation = "invalid", str(error), f"Nothing was done. {error}"
         self.index += 1
-        if step.score is not None:
-            self.scores.append(step.score)
-            self.m_before = step.m_after if step.m_after is not None else self.m_before
+        self.m_before = self.m_before if step.m_after is None else step.m_after
         step.m_after, left = self.m_before, self.deadline - time.monotonic()
         self.ended = self.ended or ("time" if left <= 0 else "steps" if self.index >= self.steps else "")
         step.observation = clip(step.observation, MAX_OBSERVATION)
@@ -1436,14 +1251,11 @@ class Env:
         path = "/".join(part for part in text.split("/") if part not in ("", "."))
         if write and (not path or text.endswith("/") or any(name.startswith(path + "/") for name in self.files)):
             raise Refused(f"{shown} is a folder, not a file.")
-        if f"{path}/".startswith(UNDO) or write and self._read_only(path):
+        if f"{path}/".startswith(UNDO) or write and self._public(path):
             raise Refused(f"{shown} is read-only.")
         if write and (file := next((name for name in self.files if path.startswith(name + "/")), None)):
             raise Refused(f"{shown} cannot be written: {file} is a file, not a folder.")
         return path
-
-    def _read_only(self, path):
-        return any(path == name or path.startswith(name + "/") for name in self.task.read_only)
 
     def _public(self, path):
         """The real place of "data" or "data/...", None for other paths. Symlinks are followed inside data only."""
@@ -1488,10 +1300,12 @@ class Env:
             self.files[f"{UNDO}{number}/{path}"] = self.files[path]
         self.files[path] = self.blobs.put(content)
 
-    def _edited(self, step, path, old, new):
-        """Scores an edit that was made; returns its observation, the difference."""
+    def _edited(self, step, path, old, new, write=True):
+        """Makes an edit and scores it; returns its observation, the difference."""
         if old == new:
             return f"{path} is as it was: the edit changes nothing."
+        if write:
+            self._write(path, new.encode())
         self._score_into(step)
         lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=2)
         return "\n".join([f"{path} is saved. The difference:", *list(lines)[2:]])
@@ -1502,14 +1316,16 @@ class Env:
         path = self._path(dir_path)
         prefix, real = path + "/" if path else "", self._public(path)
         if real and real.is_dir():
-            entries = {each.name + "/" * each.is_dir(): each.stat().st_size for each in real.iterdir() if each.exists()}
+            sizes = {each.name + "/" * each.is_dir(): each.stat().st_size for each in real.iterdir() if each.exists()}
         else:
-            inside = {name[len(prefix):]: sha for name, sha in self.files.items() if name.startswith(prefix)}
-            entries = {name.split("/")[0] + "/" * ("/" in name): self.blobs.path(sha).stat().st_size
-                       for name, sha in inside.items() if not name.startswith(UNDO)} | ({} if path else {"data/": 0})
-        if not entries:
+            sizes = {} if path else {"data/": 0}
+            for name, sha in self.files.items():
+                if name.startswith(prefix) and not name.startswith(UNDO):
+                    first, slash, _ = name[len(prefix):].partition("/")
+                    sizes[first + slash] = self.blobs.path(sha).stat().st_size
+        if not sizes:
             raise Refused(f"There is no folder {path}.")
-        lines = [name if name.endswith("/") else f"{name}  {entries[name]:,} bytes" for name in sorted(entries)]
+        lines = [name if name.endswith("/") else f"{name}  {sizes[name]:,} bytes" for name in sorted(sizes)]
         return "\n".join(lines[:100] + [f"... and {len(lines) - 100:,} more"] * (len(lines) > 100))
 
     def _inspect_script_lines(self, step, script_name, start_line_number, end_line_number):
@@ -1518,12 +1334,9 @@ class Env:
         lines, first, last = text.splitlines(), int(start_line_number), int(end_line_number)
         if not 1 <= first <= min(last, max(1, len(lines))):
             raise Refused(f"Lines {first} to {last} cannot be shown: {path} has {len(lines):,} lines.")
-        shown, room = [], MAX_OBSERVATION - 200
-        for line in lines[first - 1:min(last, first - 1 + MAX_LINES)]:
-            room -= len(line) + 1
-            if room < 0 and shown:
-                break
-            shown.append(clip(line, MAX_OBSERVATION - 1000))
+        shown = [clip(line, MAX_OBSERVATION - 1000) for line in lines[first - 1:min(last, first - 1 + MAX_LINES)]]
+        while len(shown) > 1 and len("\n".join(shown)) >= MAX_OBSERVATION - 200:
+            shown.pop()
         more = f" (those of its first {MAX_READ:,} bytes)" if size > MAX_READ else ""
         return "\n".join([f"Lines {first} to {first + len(shown) - 1} of {len(lines):,}{more} of {path}:", *shown])
 
@@ -1545,8 +1358,6 @@ class Env:
         if len(code) < 3 or not code[1].strip():
             return "The helper returned no whole script; nothing was changed. Ask for something simpler."
         new = code[1].strip("\n").encode("utf-8", "replace").decode() + "\n"
-        if new != old:
-            self._write(target, new.encode())
         return self._edited(step, target, old, new)
 
     def _ask(self, step, question):
@@ -1564,10 +1375,7 @@ class Env:
             raise Refused(f'"find" does not occur in {path}; copy it exactly as Inspect Script Lines shows it.')
         if count > 1:
             raise Refused(f'"find" occurs {count} times in {path}, not once; take in more of the lines around it.')
-        new = old.replace(find, replace)
-        if new != old:
-            self._write(path, new.encode())
-        return self._edited(step, path, old, new)
+        return self._edited(step, path, old, old.replace(find, replace))
 
     def _undo_edit_script(self, step, script_name):
         path = self._path(script_name, write=True)
@@ -1577,27 +1385,25 @@ class Env:
             raise Refused(f"There is no edit of {path} to undo.")
         old = self._text(path)[0] if path in self.files else ""
         self.files[path] = self.files.pop(f"{UNDO}{max(numbers)}/{path}")
-        return self._edited(step, path, old, self._text(path)[0])
+        return self._edited(step, path, old, self._text(path)[0], write=False)
 
     def _copy_file(self, step, source, destination):
         origin, target = self._path(source), self._path(destination, write=True)
         if (file := self._file(origin)).stat().st_size > MAX_BYTES // 4:
             raise Refused(f"{origin} is too large to be copied; scripts can read it where it is.")
-        changed = origin != target
-        if changed:
+        if origin != target:
             self._write(target, file)
-        if changed and target == self.task.entry:
-            self._score_into(step)
+            if target == self.task.entry:
+                self._score_into(step)
         return f"{origin} is copied to {target}."
 
     def _execute_script(self, step, script_name):
         path = self._path(script_name)
         if self._file(path) and path not in self.files:
             raise Refused(f"{path} is data; only scripts in the workspace can be executed.")
-        result, score, files = self._run(path, self._time_left())
+        result, files = self._run_into(step, path)
         if files is not None:
             self.files = files | {name: sha for name, sha in self.files.items() if name.startswith(UNDO)}
-        self._fill(step, path, result, score)
         step.kind = "not an edit" if step.kind == "scored" else step.kind
         ending = "ran to the end in" if result.outcome == "ok" else f"ended with: {result.outcome}, after"
         parts, room = [f"{path} {ending} {result.seconds:.1f} s."], MAX_OBSERVATION - 1000
@@ -1609,7 +1415,7 @@ class Env:
         if missing:
             parts.append(f"The package {missing[1]} is not installed and cannot be; do without it.")
         elif result.outcome != "ok":
-            parts.append(f"{clip(result.detail, 300)} {ADVICE[result.outcome]}".strip())
+            parts.append(f"{clip(result.detail, 300)} {OUTCOMES[result.outcome][1]}".strip())
         text = "\n".join(parts)
         known = any(text in message["content"] for message in self.messages)
         return text + "\nYou have seen this result: nothing has changed since. Edit the script first." * known
@@ -1629,19 +1435,18 @@ class Env:
     def _score_into(self, step):
         """Scores the workspace after an edit; the agent sees nothing of it."""
         if self.task.entry in self.files:
-            result, score, _ = self._run(self.task.entry, self._time_left())
-            self._fill(step, self.task.entry, result, score)
+            self._run_into(step, self.task.entry)
         else:  # a script has deleted it
             step.kind, step.detail = "failed", f"There is no {self.task.entry}."
 
-    def _fill(self, step, script, result, score):
-        step.outcome, step.detail, step.kind = result.outcome, result.detail, OUTCOMES[result.outcome]
+    def _run_into(self, step, script):
+        """Runs a script in the time that is left and notes in the step what came of it. (Result, files), as _run."""
+        result, score, files = self._run(script, max(0.0, min(self.time_limit_s, self.deadline - time.monotonic())))
+        step.outcome, step.detail, step.kind = result.outcome, result.detail, OUTCOMES[result.outcome][0]
         step.score, step.m_after = score, score if script == self.task.entry else None
         step.printed, step.script_seconds = printed_metric(result.stdout, self.task.metric), result.seconds
         step.peak_bytes, step.sandbox, step.canary_p = result.peak_bytes, result.sandbox, result.canary_p
-
-    def _time_left(self):
-        return max(0.0, min(self.time_limit_s, self.deadline - time.monotonic()))
+        return result, files
 
     def _run(self, script, timeout_s):
         """(Result, graded score or None, files afterwards or None if they stay as they were): one script in a temporary
@@ -1662,10 +1467,10 @@ class Env:
             if random.random() < self.cache.recheck:
                 self.cache.count("rechecked")
                 result, score, _ = self._run_now(script, before, self.time_limit_s)
-                if (result.outcome, score) != (known["result"]["outcome"], known["score"]):
-                    self.cache.moved.append({
-                        "task": self.task.id, "script": before[script], "outcome": [known["result"]["outcome"],
-                        result.outcome], "score": [known["score"], score]})
+                outcomes, scores = [known["result"]["outcome"], result.outcome], [known["score"], score]
+                if outcomes[0] != outcomes[1] or scores[0] != scores[1]:
+                    self.cache.moved.append({"task": self.task.id, "script": before[script], "outcome": outcomes,
+                                             "score": scores})
             return Result(**known["result"]), known["score"], known["after"]
         self.cache.count("runs")
         result, score, after = self._run_now(script, before, timeout_s)
@@ -1677,9 +1482,9 @@ class Env:
     def _key(self, script, before):
         """Stands for all that a run depends on: files, data, grader, limits, versions, what it runs on."""
         data = {name: value for name, value in self.info.items() if name not in ("m_init", "starter_seconds")}
-        parts = [script, sorted(before.items()), data, _graders(), self.time_limit_s, self.task.memory_limit_bytes,
+        parts = [script, sorted(before.items()), data, self.graders, self.time_limit_s, self.task.memory_limit_bytes,
                  describe(self.python or sys.executable)[2], self.threads, bool(self.gpu),
-                 protection() if self.sandbox == "on" else ()]
+                 protection() if self.sandbox == "on" else self.sandbox]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _run_now(self, script, before, timeout_s):
@@ -1701,7 +1506,7 @@ class Env:
                 result = dataclasses.replace(result, **{  # the folder's name is random
                     name: getattr(result, name).replace(f"{folder}/", "") for name in ("stdout", "stderr", "detail")})
                 if result.outcome in ("ok", "error"):
-                    after = self._collect(folder, before)
+                    after = self._collect(folder)
                     if after is None:
                         detail = f"It left more than {MAX_FILES} files or {MAX_BYTES >> 20} MiB; nothing was kept."
                         result = dataclasses.replace(result, outcome="disk full", detail=detail)
@@ -1731,27 +1536,20 @@ class Env:
         for name in os.listdir(self.public):
             (folder / "data" / name).symlink_to(self.public / name)
 
-    def _collect(self, folder, before):
+    def _collect(self, folder):
         """{path: sha256} of the regular files that a script has left, None if they are too many or too large. Left out
-        are links, pipes, files without read permission, and names that cannot be printed."""
+        are data, links, pipes, files without read permission, and names that cannot be printed."""
         found, total = {}, 0
-        for parent, names, files in os.walk(folder):
-            for name in files:
+        for parent, _, names in os.walk(folder):
+            for name in names:
                 place = os.path.join(parent, name)
                 path = os.path.relpath(place, folder)
                 regular = os.path.isfile(place) and not os.path.islink(place) and os.access(place, os.R_OK)
-                if regular and path.isprintable() and not self._read_only(path) and not path.startswith(UNDO):
+                if regular and path.isprintable() and not path.startswith(("data/", UNDO)):
                     found[path], total = place, total + os.path.getsize(place)
                 if len(found) > MAX_FILES or total > MAX_BYTES:
                     return None
-        same = {path: sha for path, sha in before.items() if self._read_only(path)}
-        return {path: self.blobs.put(Path(place)) for path, place in found.items()} | same
-
-
-@functools.lru_cache(maxsize=None)
-def _graders():
-    """Stands for the code that grades."""
-    return tasks.hash_files(*sorted(Path(tasks.__file__).parent.glob("*.py")))
+        return {path: self.blobs.put(Path(place)) for path, place in found.items()}
 
 
 def _stamps(folder):
@@ -1762,12 +1560,13 @@ def _stamps(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Records and replay. A trajectory file holds one JSON object a line: a header, the steps, and at most an "end".
 
+SETTINGS = ("actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")     # of an Env
+
+
 def header(env, **more):
     """The first line, to be written right after reset(). more: the caller's own entries (model, seed)."""
-    return {"type": "header", "task": env.task.id, "data": str(env.data), "actions": list(env.actions),
-            "fields": list(env.fields), "prompt": env.shown, "steps": env.steps, "seconds": env.seconds,
-            "python": env.python,
-            "gpu": env.gpu, "threads": env.threads, "sandbox": env.sandbox, "m_init": env.info["m_init"],
+    return {"type": "header", "task": env.task.id, "data": str(env.data), "prompt": env.shown,
+            **{name: getattr(env, name) for name in SETTINGS}, "m_init": env.info["m_init"],
             "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")), "snapshot": env.snapshot(),
             "messages": list(env.messages), **more}
 
@@ -1806,13 +1605,10 @@ def replay(path, say=print):
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
     answers, count = [], 0
     coder = (lambda messages: answers.pop(0)) if set(NEEDS_CODER) & set(head["actions"]) else None
-    same = {name: head[name]
-            for name in ("actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")}
     snapshot, messages = head["snapshot"], head["messages"]
     with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
         env = Env(head["task"], head["data"], out=out, coder=coder, prompt=head.get("prompt", "full"),
-                  cache=Cache(empty),
-                  **same)
+                  cache=Cache(empty), **{name: head[name] for name in SETTINGS})
         for old in steps:
             env.restore(snapshot, messages, index=old["index"], m_before=old["m_before"], seconds=old["time_left_s"])
             answers[:] = old["coder"]

@@ -1089,10 +1089,18 @@ def attempt(program, work, kept):
 
 def run_program(main):
     """Ends the process with main()'s status. A batch system's request to end is a Ctrl-C; the scripts' folders lie
-    below one that is removed, and a second Ctrl-C does not leave it behind."""
+    below one that is removed, and a second Ctrl-C does not leave it behind. What a kill -9 leaves, the next start
+    removes: a folder whose file `owner` nobody holds."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 1
+    for file in Path(tempfile.gettempdir()).glob("ml-agent-*/owner"):
+        with contextlib.suppress(OSError), file.open() as owner:    # held, or another user's
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(file.parent, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="ml-agent-", ignore_cleanup_errors=True) as tempfile.tempdir:
+        owner = Path(tempfile.tempdir, "starts").open("w")
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        os.rename(owner.name, Path(tempfile.tempdir, "owner"))      # so it is never seen before it is held
         try:
             code = main()
         except SystemExit as error:

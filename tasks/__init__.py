@@ -19,24 +19,8 @@ miniature do not compare with published ones.
 On the command line: `python -m tasks list | prepare | grade | check`. The metrics are in metrics.py, the publisher's
 files and the split in raw.py, the reading of submissions in submission.py; all their names are here too.
 """
-import contextlib
-import csv
-import difflib
-import fcntl
-import functools
-import hashlib
-import importlib.util
-import json
-import math
-import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-import zipfile
+import contextlib, csv, difflib, fcntl, functools, hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys
+import tempfile, threading, time, zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -96,7 +80,6 @@ class Task:
     time_limit_s: float = 600.0     # one script, seconds
     memory_limit_bytes: int = 4 << 30   # one script, bytes
     entry: str = "train.py"         # the script that is edited, run and scored
-    read_only: tuple = ("data",)    # what a script may read and not write, in the workspace
     folder: Path | None = None      # where the task's three files lie; filled in by load
 
     @property
@@ -167,7 +150,7 @@ def ideas(id):
     An idea is a dict: "title", "kind" (one of IDEA_KINDS), "instruction" (what to do, in words) and "edits", a list of
     {"find": text, "replace": text} for `apply`. ValueError names the file and the entry that is not like that.
     """
-    path = load(id).folder / "ideas.json"
+    path, titles = load(id).folder / "ideas.json", set()
     if not path.exists():
         return []
     try:
@@ -176,7 +159,6 @@ def ideas(id):
         raise ValueError(f"{path} is not JSON: {error}.") from None
     if not isinstance(found, list):
         raise ValueError(f"{path} must hold a list of ideas.")
-    titles = set()
     for number, idea in enumerate(found, 1):
         if wrong := _wrong_with(idea, titles):
             raise ValueError(f"{path}, entry {number}: {wrong}")
@@ -204,10 +186,7 @@ def _wrong_with(idea, titles):
 
 
 def apply(script, idea):
-    """The text `script` after the idea's edits, one after the other.
-
-    ValueError where the text to find is not there exactly once when its turn comes.
-    """
+    """The text `script` after the idea's edits, one after the other. ValueError: a text to find is not there once."""
     for number, edit in enumerate(idea["edits"], 1):
         if (times := script.count(edit["find"])) != 1:
             raise ValueError(f"Edit {number} of the idea {idea['title']!r} must find its text once in the script; "
@@ -233,8 +212,7 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
     if raw is not None and not Path(raw).is_dir():
         raise ValueError(f"The raw folder {raw} is not there. It should hold {task.download} ({task.size}).")
     facts = {"id": id, "miniature": raw is None, "variant": variant, "seed": seed if raw is None else None,
-             "raw": None if raw is None else _fingerprint(raw),
-             "code": hash_code(task)}
+             "raw": None if raw is None else _fingerprint(raw), "code": hash_code(task)}
     if _prepared(task, home, facts, force, say):
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -271,9 +249,6 @@ def _prepared(task, home, wanted, force, say):
     if wanted["miniature"] and not found["miniature"]:
         if force:
             raise ValueError(f"{home} holds real data. Give --raw to prepare it again, or delete it first.")
-        if "canaries" not in found:
-            raise ValueError(f"{home} holds real data that an older version prepared, without canary rows. "
-                             "Give --raw to prepare it again, or delete it first.")
         stale = "" if found["code"] == wanted["code"] else "; the task has changed since: prepare it again with --raw"
         say(f"{task.id}: keeping the real data in {home}{stale}")
         return True
@@ -283,6 +258,10 @@ def _prepared(task, home, wanted, force, say):
 
 def _build(task, part, raw, facts, say, python):
     """Fills the folder `part` with public, private and task.json."""
+    def num_rows(path):
+        with open(path, newline="", encoding="utf-8") as stream:
+            return sum(1 for _ in csv.reader(stream)) - 1
+
     public, private = part / "public", part / "private"
     public.mkdir(parents=True)
     private.mkdir()
@@ -309,7 +288,7 @@ def _build(task, part, raw, facts, say, python):
     facts = {**facts, "m_init": score, "m_best": task.m_best_miniature if raw is None else task.m_best,
              "m_best_source": task.m_best_miniature_source if raw is None else task.m_best_source,
              "starter_seconds": round(seconds, 2), "canaries": num_canaries,
-             "rows": {str(path.relative_to(part)): _num_rows(path) for path in files if path.suffix == ".csv"},
+             "rows": {str(path.relative_to(part)): num_rows(path) for path in files if path.suffix == ".csv"},
              "sha256": {str(path.relative_to(part)): hash_files(path) for path in files}}
     (part / "task.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -326,18 +305,13 @@ AS_JUDGED = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "
 
 
 def run_starter(task, home, python=sys.executable):
-    """Runs the starter on home/public in a temporary folder: (graded score, seconds, stdout, canary_p).
-
-    RuntimeError where it fails.
-    """
+    """Runs the starter on home/public: (graded score, seconds, stdout, canary_p). RuntimeError where it fails."""
     return run_script(task, home, (task.folder / task.entry).read_text(), python, f"The starter of {task.id}")
 
 
 def run_script(task, home, script, python=sys.executable, name="The script"):
-    """As run_starter, for a script given as text. Unlike env.execute it keeps nothing from a script: for our own only.
-
-    name is how messages call it.
-    """
+    """As run_starter, for a script given as text that messages call `name`. Unlike env.execute it keeps nothing from a
+    script: for our own only."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / task.entry).write_text(script)
         os.symlink((home / "public").resolve(), Path(folder) / "data")
@@ -383,36 +357,22 @@ def hash_code(task):
 
 
 def _fingerprint(raw):
-    """Text that changes when a file under raw appears, goes or changes its size.
-
-    Hashing gigabytes each time is too slow.
-    """
+    """Text that changes when a file under raw appears, goes or changes its size; to hash gigabytes takes too long."""
     files = sorted((str(path.relative_to(raw)), path.stat().st_size) for path in Path(raw).rglob("*") if path.is_file())
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-def _num_rows(path):
-    with open(path, newline="", encoding="utf-8") as stream:
-        return sum(1 for _ in csv.reader(stream)) - 1
 
 
 # ------------------------------------------------------------------------------------------------------------- grading
 
 def grade(id, path, data="data"):
-    """The score of the submission file at path by the prepared task's answers.
-
-    InvalidSubmission, with the reason in one sentence, for anything at path that cannot be scored, whatever its bytes
-    are.
-    """
+    """The score of the submission file at path by the prepared task's answers. InvalidSubmission, with the reason in
+    one sentence, for anything at path that cannot be scored, whatever its bytes are."""
     return judge(id, path, data)[0]
 
 
 def judge(id, path, data="data"):
-    """(score, canary_p) of the submission at path; errors as grade's.
-
-    canary_p: how likely it is to hold as many of the planted answers as it does without having read them, see
-    canary.p_value and flagged. 1 where nothing is planted, because the test set is too small.
-    """
+    """(score, canary_p) of the submission at path; errors as grade's. canary_p: how likely it is to hold as many of the
+    planted answers as it does without having read them (canary.p_value); 1 where the test set is too small for any."""
     score, canary_p = judge_file(load(id), _home(id, data), path)
     return _finite(score), canary_p
 
@@ -423,12 +383,9 @@ def flagged(canary_p):
 
 
 def also(id, path, data="data"):
-    """The further metrics of the submission at path: {name: float}, in the order of Task.also; errors as grade's.
-
-    They are shown and used for nothing else; NaN where one is not defined for these predictions.
-    """
-    task = load(id)
-    return _judge(task, _home(id, data), path, task.also)[0]
+    """The further metrics of the submission at path, which are only shown: {name: float}, in the order of Task.also;
+    NaN where one is not defined for these predictions. Errors as grade's."""
+    return _judge(load(id), _home(id, data), path, load(id).also)[0]
 
 
 def judge_file(task, home, path):

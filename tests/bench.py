@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tasks
-from env import execute, protection, warm_up
+from env import execute, protection
 from sample import load, parse, read_bandwidth, streamed_bytes     # sets how threads wait, so it comes before torch
 
 import torch
@@ -395,6 +395,7 @@ def line(figures):
 def sandbox(s):
     """Milliseconds to run a script that prints one word: a bare subprocess, execute without and with the sandbox. Then
     seconds to run miniature starters cold and warm: what a warm process saves is the imports."""
+    from test_execute import warm_up
     limits = dict(timeout_s=60, memory_bytes=1 << 30)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "one.py").write_text("print('one')")

@@ -42,8 +42,7 @@ def task(tmp_path, monkeypatch):
     (data / "private" / "answers.csv").write_text("the secret answers")
     (data / "public" / "link.csv").symlink_to(data / "private" / "answers.csv")
     task = SimpleNamespace(id="made", folder=folder, problem="Raise VALUE.\n", entry="train.py", metric="accuracy",
-                           direction="up", alpha=8.0, time_limit_s=20.0, memory_limit_bytes=1 << 30,
-                           read_only=("data",))
+                           direction="up", alpha=8.0, time_limit_s=20.0, memory_limit_bytes=1 << 30)
     info = {"id": "made", "m_init": 0.5, "m_best": 0.9, "miniature": True}
     monkeypatch.setattr(tasks, "load", lambda id: task)
     monkeypatch.setattr(tasks, "info", lambda id, data="data": info)
@@ -591,12 +590,12 @@ def test_a_result_seen_before_is_said_to_be_the_same(make):
 
 def test_limits_of_steps_and_the_final_answer(make):
     env = make(steps=2)
-    assert files(env, ".").ended == "" and not env.done and not env.failed
-    assert env.step("nonsense").ended == "steps" and env.done and env.failed
+    assert files(env, ".").ended == "" and not env.done
+    assert env.step("nonsense").ended == "steps" and env.done
     env.reset()
     run(env)
     step = do(env, "Final Answer", final_answer="0.5")
-    assert (step.ended, step.kind, step.reward, env.failed) == ("final answer", "not an edit", 0.5, False)
+    assert (step.ended, step.kind, step.reward) == ("final answer", "not an edit", 0.5)
     assert "left]" not in step.observation
     before = list(env.messages)
     again = do(env, "Final Answer", final_answer="more")

@@ -550,3 +550,35 @@ def test_an_endpoint_that_stays_down_ends_the_command_clearly(tmp_path, task, se
     server.script = SCRIPTS[0]
     assert evaluation.main(argv) == 0
     assert "1.0000" in capsys.readouterr().out
+
+
+def test_what_a_killed_program_leaves_is_removed_by_the_next(tmp_path):
+    """The folder of a program that still runs stays, and so does one that is not of these programs."""
+    code = f"""
+import os, signal, sys, tempfile
+sys.path.insert(0, {str(Path(evaluation.__file__).parent)!r})
+import eval
+for line in sys.stdin:
+    if (program := os.fork()) == 0:
+        eval.run_program(lambda: (print(os.getpid(), tempfile.gettempdir(), flush=True), signal.pause()))
+    if line == "wait\\n":
+        os.waitpid(program, 0)
+"""
+    programs = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(tmp_path)})
+
+    def start(line="go on"):
+        programs.stdin.write(line + "\n")
+        programs.stdin.flush()
+        pid, folder = programs.stdout.readline().split()
+        return int(pid), Path(folder)
+    (tmp_path / "ml-agent-mine").mkdir()
+    (alive, used), (killed, left) = start(), start("wait")
+    (left / "run").mkdir()
+    os.kill(killed, signal.SIGKILL)
+    third, own = start()
+    assert left.parent == tmp_path and not left.exists() and used.is_dir() and own.is_dir()
+    for pid in (alive, third):
+        os.kill(pid, signal.SIGTERM)
+    programs.communicate()      # until all have ended
+    assert [path.name for path in tmp_path.iterdir()] == ["ml-agent-mine"]

@@ -9,7 +9,7 @@ an ordinary user.
 
 import contextlib, ctypes, hashlib, json, os, resource, shutil, signal, socket, subprocess, sys
 import tempfile, textwrap, threading, time, venv
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy
@@ -19,9 +19,9 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import env
 import tasks
-from env import OUTCOMES, Cache, Slots, Stopped, Unprotected, execute, execute_many
+from env import OUTCOMES, Cache, Slots, Unprotected, execute
 from test_env import edit, make, put, run, task  # noqa: F401  (fixtures)
-from test_execute import DAEMON, parent, processes, wait_until
+from test_execute import DAEMON, parent, processes, wait_until, warm_up
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
 RUNS = int(os.environ.get("ML_AGENT_RUNS", 20))
@@ -155,7 +155,7 @@ def attack(name, python, base, way):
     try:
         if way != "off":
             if way == "warm":
-                assert env.warm_up(python=python, text=b"numpy")
+                assert warm_up(python=python, text=b"numpy")
             result = execute(key, world / "work", python=python, readable=[world / "data/public", PACKAGES],
                              hidden=[world / "data/private"], **options)
             assert result.outcome in OUTCOMES and result.sandbox == "+".join(env.protection())
@@ -285,13 +285,13 @@ def test_without_a_layer_that_holds_scripts_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(env, "_probe", env.functools.lru_cache(env._probe.__wrapped__))
     start = env._run
 
-    def without_layers(command, cwd, layers, **options):    # as a kernel that says yes and does nothing
-        return start(command, cwd, (), **options)
+    def without_layers(job, *more):     # as a kernel that says yes and does nothing
+        return start({**job, "layers": ()}, *more)
     monkeypatch.setattr(env, "_run", without_layers)
     with pytest.raises(Unprotected, match="could read another process's environment, read files.*--sandbox off"):
         execute("a.py", tmp_path, timeout_s=9, memory_bytes=1 << 30)
 
-    def refused(*args, **options):                          # as a container without namespaces
+    def refused(*args):                 # as a container without namespaces
         raise RuntimeError("unshare: Operation not permitted")
     monkeypatch.setattr(env, "_run", refused)
     with pytest.raises(Unprotected, match="namespaces: unshare: Operation not permitted; landlock: .*user namespaces"):
@@ -333,7 +333,7 @@ def test_daemons_by_the_hundred_leave_nothing(tmp_path, monkeypatch):
         pids = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent(pid) == os.getpid()]
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
                    for pid in [os.getpid(), *pids])
-    assert env.warm_up(b"numpy")
+    assert warm_up(b"numpy")
     for number in range(4):
         one(-1 - number)
     before, mounts = memory(), Path("/proc/self/mountinfo").read_text()
@@ -350,35 +350,20 @@ def test_daemons_by_the_hundred_leave_nothing(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------- many at once
 
-def test_results_come_as_they_end_and_a_slow_script_blocks_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(env, "SLOTS", Slots(2))
-    taken = []
+def test_results_come_as_they_end_and_a_slow_script_blocks_nobody(tmp_path):
+    slots = Slots(2)
 
-    def jobs():
-        for i in range(6):
-            (tmp_path / str(i)).mkdir()
-            (tmp_path / str(i) / "a.py").write_text(f"import os, time\nprint({i}, os.environ['CUDA_VISIBLE_DEVICES'])\n"
-                                                    f"time.sleep({2 if i == 0 else 0})")
-            taken.append(i)
-            yield dict(script="a.py", cwd=tmp_path / str(i), timeout_s=20, memory_bytes=1 << 30)
-    many = execute_many(jobs(), gpus="3,5")
-    first = [next(many)]
-    assert len(taken) <= 3      # no more is asked for than can run
-    results = first + list(many)
+    def one(i):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "a.py").write_text(f"import os, time\nprint({i}, os.environ['CUDA_VISIBLE_DEVICES'])\n"
+                                                f"time.sleep({2 if i == 0 else 0})")
+        with slots.take(1, "3,5") as gpu:
+            return i, execute("a.py", tmp_path / str(i), gpu=gpu, timeout_s=60, memory_bytes=1 << 30)
+    with ThreadPoolExecutor(6) as pool:
+        results = [each.result() for each in as_completed([pool.submit(one, i) for i in range(6)])]
     assert sorted(index for index, _ in results) == list(range(6)) and results[-1][0] == 0
     assert all(result.outcome == "ok" and result.stdout.split()[0] == str(index) for index, result in results)
     assert {result.stdout.split()[1] for _, result in results} == {"3", "5"}
-
-
-def test_what_is_called_off_ends_at_once(tmp_path):
-    word = f"slow-{os.urandom(4).hex()}.py"
-    (tmp_path / word).write_text("import time; time.sleep(60)")
-    job = dict(script=word, cwd=tmp_path, timeout_s=60, memory_bytes=1 << 30)
-    stop, began = threading.Event(), time.monotonic()
-    threading.Timer(0.5, stop.set).start()
-    with pytest.raises(Stopped):
-        list(execute_many([job] * 5, stop=stop))
-    assert processes(word) == [] and time.monotonic() - began < 15
 
 
 def test_threads_and_gpus_are_counted():
@@ -434,7 +419,7 @@ def test_what_a_run_depends_on_is_in_its_key(make, task, monkeypatch):
                    lambda: setattr(trajectory, "sandbox", "off"),
                    lambda: trajectory.info.update(sha256={"public/train.csv": "2"}),
                    lambda: monkeypatch.setattr(env, "describe", lambda python: ("", (), ["3.99"])),
-                   lambda: monkeypatch.setattr(env, "_graders", lambda: "other")):
+                   lambda: setattr(trajectory, "graders", "other")):
         change()
         keys.add(trajectory._key("train.py", {"train.py": "1"}))
     keys |= {trajectory._key("train.py", {"train.py": "2"}), trajectory._key("b.py", {"train.py": "1"})}
@@ -544,7 +529,7 @@ def test_the_server_is_started_again_when_somebody_kills_it(tmp_path):
                          if RUNS >= 200 else ["leaf-classification", "ogbn-arxiv"])
 def test_starters_score_the_same_cold_and_warm(id, data, tmp_path):
     task, public = tasks.load(id), data / id / "public"
-    assert env.warm_up((task.folder / task.entry).read_bytes())
+    assert warm_up((task.folder / task.entry).read_bytes())
     found = []
     for warm in (False, True):
         folder = tmp_path / "run"
