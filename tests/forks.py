@@ -75,7 +75,6 @@ if __name__ == "__main__":
     env.describe(sys.executable)
     env.protection()            # asked once for all
     env._servers.clear()        # each has its own
-    env._up.clear()
     for line in sys.stdin:
         code, argv, world, name = json.loads(line)
         children = []
