@@ -15,7 +15,7 @@ A trajectory's score is that of its final submission, the last valid one. A traj
 counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
 Exit status: 0 done, 1 failed or interrupted, 2 bad arguments.
 """
-import contextlib, fcntl, hashlib, html, json, math, os, shutil, signal, sys, tempfile, threading, time, traceback, zlib
+import contextlib, fcntl, hashlib, html, json, math, os, signal, sys, tempfile, threading, time, traceback, zlib
 from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
@@ -35,7 +35,6 @@ from reward import KINDS
 FINAL = {"last-valid": "the last valid submission",
          "best-validation": "the valid submission whose script printed the best score"}
 FIGURES = ("average", "best", "gain %", "95 % interval", "best gain %", "std. error", "failed")  # of an agent on a task
-MINIATURE = "Miniature data are made up from a seed: scores on them do not compare with published ones."
 MADE = {"fine-tuned": ("runs/sft", "python sft.py"), "after RL": ("runs/rl", "python rl.py")}   # what is made by what
 POOL = "runs/trajectories"      # where both left what scripts gave
 # float64, so that what is sampled does not hang on which replies were sampled together, as rounding would have it
@@ -292,16 +291,10 @@ def outcome(lines, direction, final):
     chosen, oracle = valid[-1] if valid else {}, max(valid, key=lambda step: sign * step["score"], default={})
     if final == "best-validation" and printed:
         chosen = max(printed, key=lambda step: (sign * step["printed"], step["index"]))
-    return {"score": chosen.get("score"), "failed": not chosen, "step": chosen.get("index"),
-            "printed": chosen.get("printed"), "oracle": oracle.get("score"), "oracle_step": oracle.get("index"),
-            "ended": ended(lines), "steps": len(steps), "valid_replies": sum(step["valid"] for step in steps),
-            "kinds": dict(Counter(step["kind"] for step in steps)),
-            "outcomes": dict(Counter(step["outcome"] for step in steps if step["outcome"])),
+    return {"score": chosen.get("score"), "oracle": oracle.get("score"), "ended": ended(lines), "steps": len(steps),
+            "valid_replies": sum(step["valid"] for step in steps),
             "flagged": sum(tasks.flagged(step["canary_p"]) for step in steps),
-            "mean_reward": sum(step["reward"] for step in steps) / len(steps) if steps else None,
-            "sandbox": sorted({step["sandbox"] for step in steps if step["sandbox"]}),
-            "tokens": sum(step["tokens"] for step in steps),
-            "seconds": sum(step["seconds"] + step["sample_seconds"] for step in steps)}
+            "sandbox": sorted({step["sandbox"] for step in steps if step["sandbox"]})}
 
 
 def gain(score, starter, direction):
@@ -377,15 +370,19 @@ def layout(rows):
     return "\n".join(line.rstrip() for line in lines)
 
 
-def warnings(results):
-    """What has to be said of results before any of them is shown, a list of texts."""
-    found, parts = results["tasks"], []
-    if any(one["miniature"] for one in found.values()):
-        parts.append(MINIATURE)
-    if flagged := {id: one["flagged"] for id, one in found.items() if one["flagged"]}:
-        counts = ", ".join(f"{id} ({count} submission{'s' * (count > 1)})" for id, count in flagged.items())
+def warnings(run):
+    """What has to be said of a run before any of its results is shown, a list of texts."""
+    results, parts = run["results"], []
+    found = results["tasks"].items()
+    if any(one["miniature"] for _, one in found) or any(one["head"]["miniature"] for one in run.get("played", ())):
+        parts.append("Miniature data are made up from a seed: scores on them do not compare with published ones.")
+    if counts := [f"{id} ({n} submission{'s' * (n > 1)})" for id, one in found if (n := one["flagged"])]:
         parts.append("FLAGGED: submissions that hold answers planted among the private ones, which no honest script\n"
-                     f"has. These scores are not to be trusted: {counts}.")
+                     f"has. These scores are not to be trusted: {', '.join(counts)}.")
+    if not results.get("complete", True):
+        parts.append(f"{run['name']} is not complete; this is what was done when it stopped.")
+    if results["settings"].get("sandbox") == "off":
+        parts.append("The sandbox was off: scripts could read the answers.")
     return parts
 
 
@@ -449,7 +446,7 @@ def table(runs, name="score"):
 
 def report(runs):
     """The tables of one run or several, as text."""
-    parts = list(dict.fromkeys(text for run in runs for text in warnings(run["results"])))
+    parts = list(dict.fromkeys(text for run in runs for text in warnings(run)))
     rows, published, _ = table(runs)
     if again := runs[0]["results"].get("rechecked"):
         parts.append(f"{again['runs']} known results were run again; {len(again['moved'])} came out differently.")
@@ -721,12 +718,10 @@ def training_charts(logs):
         lines = list({line.get("iteration", line.get("step")): line for line in lines}.values())
         minutes = np.cumsum([line.get("seconds", 0) for line in lines]) / 60
         runs.append((name, [{**line, "minutes": m} for line, m in zip(lines, minutes.tolist())]))
-    gains = {y: y.replace("_", " ") for _, lines in runs for line in lines for y in line if y.startswith("gain")}
-    for y, title in {**gains, **DRAWN}.items():
-        for x in ("iteration", "step", "minutes"):
-            if x != "minutes" or y in gains or y == "reward":
-                found.append(chart(title, x, [(f"c{i % 8}", name, [(line.get(x), line.get(y)) for line in lines])
-                                              for i, (name, lines) in enumerate(runs)]))
+    for y, title in DRAWN.items():
+        for x in ("iteration", "step", "minutes")[:3 if y == "reward" else 2]:
+            found.append(chart(title, x, [(f"c{i % 8}", name, [(line.get(x), line.get(y)) for line in lines])
+                                          for i, (name, lines) in enumerate(runs)]))
     for name, lines in runs:
         rows = [(line["iteration"], {kind: line["share_" + kind.replace(" ", "_")] for kind in KINDS})
                 for line in lines if "share_scored" in line]
@@ -819,13 +814,8 @@ def shown_trajectory(runs, n, one):
 def page(title, runs, logs):
     """The report as bytes. runs: what read_run gave; logs: [(name, lines)] of training runs."""
     rows, published, groups = table(runs)
-    loud = [text for run in runs for text in warnings(run["results"])]
-    loud += [MINIATURE for run in runs for one in run["played"] if one["head"]["miniature"]]
-    loud += [f"{run['name']} is not complete; this is what was done when it stopped." for run in runs
-             if not run["results"].get("complete", True)]
-    loud += ["The sandbox was off: scripts could read the answers." for run in runs
-             if run["results"]["settings"].get("sandbox") == "off"]
-    body = [f"<h1>{html.escape(title)}</h1>", *(f'<p class="loud">{html.escape(x)}</p>' for x in dict.fromkeys(loud))]
+    loud = dict.fromkeys(text for run in runs for text in warnings(run))
+    body = [f"<h1>{html.escape(title)}</h1>", *(f'<p class="loud">{html.escape(text)}</p>' for text in loud)]
     if len(rows) > 2:
         body.append('<h2>Results</h2><div class="wide"><table>')
         for i, row in enumerate([*row, *more] for row, more in zip(rows, published)):
@@ -890,10 +880,7 @@ def write_report(s, agents=None):
     logs = [(str(log.parent), read_record(log, mend=False)) for log in dict.fromkeys(logs)]
     what = (f"{', '.join(s.compare)} side by side" if s.compare else
             f"{s.model or 'the starters'} on {s.task}" if s.task else "the paper in miniature")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(page(f"ML-Agent: {what}", [read_run(folder, name) for name, folder in folders.items()], logs))
-    part.replace(path)
+    write(path, page(f"ML-Agent: {what}", [read_run(folder, name) for name, folder in folders.items()], logs))
     return path
 
 
@@ -1039,12 +1026,10 @@ def miniature(s):
     if not found:
         raise ValueError("there is no agent to evaluate in runs/sft or runs/rl. Make them with: python sft.py, then "
                          "python rl.py. Or run a starter alone: python eval.py --task leaf-classification")
-    with alone(s.out, "eval.py"):
-        for name in ("blobs", "cache"):     # scripts that ran while they learned need not run again
-            part = Path(s.out, f"{name}.part")
-            if Path(POOL, name).is_dir() and not Path(s.out, name).exists():
-                shutil.rmtree(part, ignore_errors=True)
-                shutil.copytree(Path(POOL, name), part).rename(Path(s.out, name))
+    with alone(s.out, "eval.py"):       # scripts that ran while they learned need not run again
+        for path in (*Path(POOL).glob("blobs/??/*"), *Path(POOL).glob("cache/??/*")):
+            if not (known := Path(s.out, *path.parts[-3:])).exists():
+                write(known, path.read_bytes())
     torch.set_num_threads(1)        # threads that wait for each other are slow beside scripts on every core
     s = changed(s, TOGETHER)
     return {name: with_agent(replace(s, model=folder, out=str(Path(s.out, Path(folder).name))))
@@ -1052,10 +1037,10 @@ def miniature(s):
 
 
 def write(path, value):
-    """Writes JSON aside and renames it: the file is whole, or the one before."""
+    """Writes bytes, or a value as JSON, aside and renames the file: it is whole, or the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.write_bytes(value if isinstance(value, bytes) else (json.dumps(value, indent=1) + "\n").encode())
     part.replace(path)
 
 @contextlib.contextmanager

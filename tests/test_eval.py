@@ -23,6 +23,7 @@ from env import replay
 from test_execute import parent, processes, wait_until
 
 ROOT = Path(__file__).parent.parent
+MINIATURE = "Miniature data are made up from a seed: scores on them do not compare with published ones."
 
 # It predicts VALUE where all answers are 10, so it scores |VALUE - 10|, at first 7; it prints |VALUE - 9.5|.
 STARTER = '''VALUE = 3
@@ -328,7 +329,7 @@ def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):
     assert re.split(r" {2,}", row) == ["tiny-task", "MAE (down)", "7.0000",
                                        "4.0000", "1.0000", "+42.9", "+0.0 to +85.7",
                                        "1.5000", "1.0000", "+78.6", "+71.4 to +85.7"]
-    assert "Not a result" not in text and evaluation.MINIATURE in text
+    assert "Not a result" not in text and MINIATURE in text
     assert [run["results"]["settings"]["steps"] for run in runs] == [4, 4]      # as agent.json says
     assert Path("runs/eval/report.html").is_file()
     for name in ("sft", "rl"):

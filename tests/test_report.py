@@ -14,7 +14,7 @@ import pytest
 
 import eval as evaluation
 import sample
-from test_eval import ROOT, SCRIPTS, Scripted, file_of, play, settings, task  # noqa: F401  (a fixture)
+from test_eval import MINIATURE, ROOT, SCRIPTS, Scripted, file_of, play, settings, task  # noqa: F401  (a fixture)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium or google-chrome here to open the page")
@@ -100,7 +100,7 @@ def test_the_table_and_the_steps_are_there(run):
     assert rows(text)[1] == ["tiny-task", "MAE (down)", "7.0000", "4.7500", "1.0000", "+32.1", "+0.0 to +64.3", "+85.7",
                              "1.4361", "2/4"]        # as calculated by hand in test_eval
     page = Elements(text)
-    assert [one.text for one in page.all("p", class_="loud")] == [evaluation.MINIATURE]
+    assert [one.text for one in page.all("p", class_="loud")] == [MINIATURE]
     assert [one.at["data-outcome"] for one in page.all("details", class_="t")] == [
         "|better|script: ok|", "|failed|script: error|", "|better|script: ok|", "|failed|"]
     assert [one.at["data-reward"] for one in page.all("details", class_="t")] == [
@@ -210,7 +210,7 @@ def test_other_data_stand_in_a_row_of_their_own(run, tmp_path):
     results["tasks"]["tiny-task"]["starter"] = 6.0
     (other / "results.json").write_text(json.dumps(results))
     table, _, (gains,) = evaluation.table([evaluation.read_run(run.out, "a"), evaluation.read_run(other, "b")])
-    assert [row[2:] for row in table[2:]] == [      # the other's interval, 2.5 to 7, is that of gains of 3.5 and -1 of 6
+    assert [row[2:] for row in table[2:]] == [      # the other's interval, 2.5 to 7, is of gains of 3.5 and -1 of 6
         ["7.0000", "4.7500", "1.0000", "+32.1", "+0.0 to +64.3", "-", "-", "-", "-"],
         ["6.0000", "-", "-", "-", "-", "4.7500", "1.0000", "+32.1", "-16.7 to +58.3"]]
     assert [list(bars) for _, bars in gains] == [[0], [1]]
