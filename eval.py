@@ -93,13 +93,11 @@ class Settings:
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):
             raise ValueError("expected --temperature of at least 0 and --top-p above 0 and up to 1, found "
                              f"{self.temperature} and {self.top_p}")
-        if self.sandbox not in ("on", "off") or not 0 <= self.recheck <= 1:
-            raise ValueError("expected --sandbox on or off and --recheck from 0 to 1, found "
-                             f"{self.sandbox} and {self.recheck}")
-        if self.prompt not in PROMPTS:
-            raise ValueError(f"--prompt must be {' or '.join(PROMPTS)}, found {self.prompt!r}")
-        if self.final not in FINAL:
-            raise ValueError(f"--final must be {' or '.join(FINAL)}, found {self.final!r}")
+        if not 0 <= self.recheck <= 1:
+            raise ValueError(f"--recheck must be from 0 to 1, found {self.recheck}")
+        for name, allowed in {"sandbox": ("on", "off"), "prompt": PROMPTS, "final": FINAL}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name} must be {' or '.join(allowed)}, found {getattr(self, name)!r}")
         if unknown := set(self.actions) - set(DEFAULT_ACTIONS):
             raise ValueError(f"there is no action {min(unknown)!r}; the actions are: {','.join(DEFAULT_ACTIONS)}")
         if not set(self.fields) <= set(FIELDS) or self.fields[-2:] != FIELDS[-2:]:
@@ -904,6 +902,8 @@ def prepare(s):
         except RuntimeError as error:
             raise Failed(str(error)) from error
         return task, tasks.info(task.id, s.data)
+    if len(chosen) == 1:        # here, where a request to end ends its starter
+        return [one(chosen[0])]
     return together([[task] for task in chosen], one, SLOTS.cpus)
 
 

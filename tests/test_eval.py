@@ -529,7 +529,7 @@ def scripts_below(pid):
 def test_ctrl_c_while_a_script_runs_ends_the_script(tmp_path, task, server):
     server.script = [edit(3, 8), edit(8, "3\nimport time\ntime.sleep(600)"), END]
     with subprocess.Popen(command(tmp_path, port=server.server_port), stderr=subprocess.PIPE, text=True) as run:
-        assert wait_until(lambda: server.turns == [0, 1], 120)
+        assert wait_until(lambda: server.turns == [0, 1])
         assert wait_until(lambda: scripts_below(run.pid))
         script = scripts_below(run.pid)
         run.send_signal(signal.SIGTERM)     # ends it as Ctrl-C does
