@@ -38,8 +38,9 @@ from env import SLOTS, Blobs, Cache, Env, Gone, clip, protection, read_trajector
 from eval import CODE_END, CODER_TOKENS, Failed, alone, attempt, prepare, run_program, with_agent
 from model import IGNORE, Config, Linear, Qwen2, find_folder, use_kernels
 from reward import KINDS
-from sft import (AdamW, build, epoch_order, export, fingerprint, flops_of, gib, held_out, linked, load_state, memory_of,
-                 num_weights, peak_flops, peak_memory, processes, refuse_held_out, row_of, save_state, shape_of, share)
+from sft import (AdamW, build, compute_type, epoch_order, export, fingerprint, flops_of, gib, held_out, linked,
+                 load_state, memory_of, num_weights, peak_flops, peak_memory, processes, refuse_held_out, row_of,
+                 save_state, shape_of, share)
 
 
 RECIPES = {     # --preset: what differs from the defaults, which are for 7B
@@ -87,6 +88,7 @@ class Settings:
     rows: int = 64  # actions sampled at the same time, on each process
     length: int = 16384  # tokens of a packed row in training, if no single text has more
     recompute: bool = True  # compute a block's activations again in backward: a third more time, far less memory
+    dtype: str = "auto"  # of products and activations, as in sft.py; weights are kept and updated in float32
     kernels: str = "torch"  # torch, or triton, on CUDA, which has not been measured on a GPU yet
     coder: str = "none"  # who carries out the (AI) actions: none, model (the policy), or another, as in --model
     data: str = "data"  # where prepared tasks are kept
@@ -117,6 +119,7 @@ class Settings:
             if not low <= getattr(self, name) <= high:
                 right = "above 0" if low == 1e-9 else f"{low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
                 raise ValueError(f"--{name.replace('_', '-')} must be {right}, found {getattr(self, name)}")
+        compute_type(self.dtype, torch.device("cpu"))
         if self.minibatches > self.states:
             raise ValueError(f"--minibatches {self.minibatches} are more than --states {self.states}; some would be "
                              "empty")
@@ -528,7 +531,7 @@ class Learner:
 
     def __init__(self, s, config, folder, size, rank, world, device):
         self.s, self.config, self.size, self.rank, self.world, self.device = s, config, size, rank, world, device
-        made = dict(device=device, seed=s.seed, recompute=s.recompute)
+        made = dict(device=device, seed=s.seed, recompute=s.recompute, compute=compute_type(s.dtype, device))
         critic = s.critic if s.advantage == "gae" else ""
         self.actor = build(config, folder, make=Shared if critic == "shared" else Qwen2, **made)
         self.critic = build(config, folder, make=Critic, **made) if critic == "own" else None
@@ -663,7 +666,7 @@ def full(x):
 def sampler(s, learner, tokenizer):
     """(engine, refresh): what samples from the actor, and a function that brings it the actor's present weights. It has
     the trained module itself where that is whole and computes in its weights' dtype; else a copy in the dtype that it
-    computes in, bf16 on a GPU, filled in place."""
+    computes in (--dtype), filled in place."""
     actor, dtype = learner.actor, learner.actor.compute
     whole = not any(isinstance(p, DTensor) or p.dtype is not dtype for p in actor.parameters())
     model = actor if whole else Qwen2._empty(learner.config, dtype, learner.device).requires_grad_(False)

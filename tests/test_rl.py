@@ -532,8 +532,7 @@ def test_the_first_step_on_fresh_samples_has_ratio_1(method):
 
 def test_an_actor_that_computes_in_bf16_is_sampled_from_a_copy():
     """As on one GPU; sampler and trainer then differ by the rounding of other kernels, and the copy follows updates."""
-    learner = learner_of(SMALL, SIZE, **SAMPLING)
-    learner.actor.compute = torch.bfloat16
+    learner = learner_of(SMALL, SIZE, dtype="bfloat16", **SAMPLING)
     assert max(gaps_after_updates(learner)) < 0.05
 
 
