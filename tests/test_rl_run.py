@@ -423,7 +423,8 @@ class Runs:
                  "task": "toy-a", "states": 3, "num": 2, "max-new-tokens": 8, "context": 1000, "iterations": 6,
                  "save-every": 2, "lr": 3e-3, "critic-lr": 1e-3, "kl": 0.1, **flags}
         args = [*args, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
-        self.forks.start(f"{RUN}\n{code}\nrl.run_program(lambda: rl.main(['--preset', '7b', *sys.argv[2:]]))",
+        preset = "'--preset', '7b', '--critic', 'own'"
+        self.forks.start(f"{RUN}\n{code}\nrl.run_program(lambda: rl.main([{preset}, *sys.argv[2:]]))",
                          self.folder / "tasks", *args, world=world)
         found = self.forks.end()
         return found if len(found) > 1 else found[0]
@@ -559,7 +560,7 @@ def test_the_plan_by_hand(capsys):
     """Qwen2.5-7B on 8 GPUs: 7,615,616,512 weights in fp32 for actor, critic and reference, two gradients and two
     optimizer states, a bf16 copy, and 57,344 bytes of keys and values a token."""
     total, gib = 7_615_616_512, 2**30
-    plan = ["--plan", "--preset", "7b", "--model", "7b", "--context", "16384"]
+    plan = ["--plan", "--preset", "7b", "--model", "7b", "--context", "16384", "--critic", "own"]
     assert rl.main([*plan, "--gpus", "8", "--rows", "32"]) == 0
     said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
     assert float(said["  actor"]) == float(said["  critic"]) == pytest.approx(16 * total / 8 / gib, abs=0.01)
