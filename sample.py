@@ -249,10 +249,8 @@ class Window:
         for count in counts:
             end.append(begin[-1] + count)
             begin.append(end[-1])
-        sizes = torch.tensor(counts)
-        offset = torch.arange(end[-1]) - torch.tensor(begin[:-1]).repeat_interleave(sizes)
-        self.positions = (torch.tensor(starts).repeat_interleave(sizes) + offset)[None].to(device)
-        self.rows = torch.tensor(rows).repeat_interleave(sizes).to(device)
+        self.positions = torch.tensor([[s + i for s, n in zip(starts, counts) for i in range(n)]], device=device)
+        self.rows = torch.tensor([row for row, n in zip(rows, counts) for _ in range(n)], device=device)
         self.parts = []     # what attends together: (new tokens, rows, S, what they see of S))
         if self.fresh:
             return
