@@ -50,7 +50,7 @@ class Settings:
     batches: tuple[int, ...] = (1, 8)   # rows sampled together
     prompt_tokens: int = 32         # of each row's prompt
     new_tokens: int = 48            # sampled for each row
-    edit_tokens: int = 192          # of a reply that edits a script, at most
+    edit_tokens: int = 96           # of a reply that edits a script, at most
     state_tokens: int = 1000        # of the prompt that prefill reads
     train_tokens: int = 1024        # of the packed row that is trained on
     repeats: int = 3                # runs of each; the median counts
@@ -61,14 +61,14 @@ class Settings:
     script_seconds: float = 1.0     # that a task's script takes, in rl
 
 
-def alternate(runs, repeats):
-    """Median seconds of each callable of {name: callable}, run in turns after one warm-up of each."""
+def alternate(runs, repeats, warm=True):
+    """Median seconds of each callable of {name: callable}, run in turns, after one warm-up of each where warm."""
     seconds = {name: [] for name in runs}
-    for i in range(repeats + 1):
+    for i in range(repeats + warm):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
-            if i:
+            if i or not warm:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
 
@@ -168,12 +168,13 @@ THEMES = ("a fox who learns to sail", "the last keeper of a lighthouse", "a city
 
 
 def edit(s):
-    """Decoding with drafts against decoding without, prompts already read: scripts of the tasks that are to be changed,
-    returned whole or as a Replace action (greedy), and stories, which copy nothing (sampled). The peer, where there is
-    one: transformers with its own prompt lookup, whole calls of one row, ours as well."""
-    tasks = Path(__file__).resolve().parent.parent / "tasks"
+    """Decoding with drafts against decoding without, prompts already read, at 1, 2, 4 and 8 rows: scripts of the tasks
+    that are to be changed, returned whole or as a Replace action (greedy), and stories, which copy nothing (sampled). At
+    one row the two kinds of edit are also shown apart, each beside transformers with its own prompt lookup, whole calls,
+    ours as well."""
+    folder = Path(__file__).resolve().parent.parent / "tasks"
     edits = []
-    for file in sorted(tasks.glob("*/ideas.json"), key=lambda f: len((f.parent / "train.py").read_text())):
+    for file in sorted(folder.glob("*/ideas.json"), key=lambda f: len((f.parent / "train.py").read_text())):
         idea = json.loads(file.read_text())[0]["instruction"]
         text = SCRIPT.format(script=(file.parent / "train.py").read_text(), idea=idea)
         edits += [[{"role": "user", "content": text + (WHOLE if len(edits) % 2 == 0 else REPLACE)}]]
@@ -182,31 +183,42 @@ def edit(s):
     peer = open_peer(s, engine.device)
     for name, prompts, options in (("edits", edits, dict(temperature=0, max_new_tokens=s.edit_tokens, stop="\n```\n")),
                                    ("stories", stories, dict(temperature=1, max_new_tokens=s.new_tokens))):
-        for B in s.batches:
+        for B in (1, 2, 4, 8):
             chosen, replies, passes = prompts[:max(4, B)], {}, {}
+            parts = [chosen[i:i + B] for i in range(0, len(chosen), B)]
 
-            def run(draft, fresh=False):
+            def run(draft, i):
                 engine.draft, before = draft, engine.passes
-                if fresh:
-                    engine.forget()
-                replies[draft] = [g[0].tokens for i in range(0, len(chosen), B)
-                                  for g in engine.generate(chosen[i:i + B], seed=i, **options)]
-                passes[draft] = engine.passes - before
+                replies[draft, i] = [g[0].tokens for g in engine.generate(parts[i], seed=i, **options)]
+                passes[draft, i] = engine.passes - before
 
-            seconds = alternate({"plain": lambda: run(False), "drafts": lambda: run(True)}, s.repeats)
-            tokens = sum(map(len, replies[True]))
-            figures = {"text": name, "batch": B, "same tokens": replies[True] == replies[False],
-                       **{f"{way} tokens/s": tokens / t for way, t in seconds.items()},
-                       "drafts over plain": seconds["plain"] / seconds["drafts"],
-                       "tokens a pass": tokens / passes[True] / B}
-            if peer and B == 1 and name == "edits":
-                ids = [engine.tokenizer.chat(prompt) for prompt in chosen]
-                sizes = [len(reply) for reply in replies[True]]
-                whole = alternate({"ours": lambda: run(True, fresh=True), "transformers": lambda: [
-                    ask_peer(peer, [row], size, prompt_lookup_num_tokens=10) for row, size in zip(ids, sizes)]}, 1)
-                figures |= {"transformers' lookup tokens/s": tokens / whole["transformers"],
-                            "ratio": whole["transformers"] / whole["ours"]}
-            yield figures
+            engine.generate(chosen, **{**options, "max_new_tokens": 1})         # reads the prompts
+            seconds = alternate({(draft, i): functools.partial(run, draft, i) for i in range(len(parts))
+                                 for draft in (False, True)}, max(1, s.repeats // 2), warm=False)
+
+            def compared(chosen_parts):
+                plain, drafts = (sum(seconds[draft, i] for i in chosen_parts) for draft in (False, True))
+                tokens = sum(len(reply) for i in chosen_parts for reply in replies[True, i])
+                return {"same tokens": all(replies[True, i] == replies[False, i] for i in chosen_parts),
+                        "plain tokens/s": tokens / plain, "drafts tokens/s": tokens / drafts,
+                        "drafts over plain": plain / drafts,
+                        "tokens a pass": tokens / B / sum(passes[True, i] for i in chosen_parts)}
+
+            yield {"text": name, "batch": B, **compared(range(len(parts)))}
+            for i in range(2) if B == 1 and name == "edits" else ():
+                figures = {"text": ("whole scripts", "Replace actions")[i], "batch": 1,
+                           **compared(range(i, len(parts), 2))}
+                if peer:
+                    def ours():
+                        engine.forget()
+                        run(True, i)
+
+                    ids, size = engine.tokenizer.chat(chosen[i]), len(replies[True, i][0])
+                    whole = alternate({"ours": ours, "transformers": lambda: ask_peer(
+                        peer, [ids], size, prompt_lookup_num_tokens=10)}, 1, warm=False)
+                    figures |= {"transformers' lookup tokens/s": size / whole["transformers"],
+                                "ratio": whole["transformers"] / whole["ours"]}
+                yield figures
 
 
 LOADS = {
