@@ -26,6 +26,7 @@ their time, and live under the same layers and limits. Linux only; the rest work
 import atexit, contextlib, ctypes, dataclasses, difflib, functools, gc, glob, hashlib, importlib, inspect, itertools
 import json, math, os, random, re, resource, select, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 import uuid, weakref
+from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,8 +81,13 @@ class Unprotected(RuntimeError):
     """This machine cannot keep scripts from the answers; the message says why."""
 
 
+class Stopped(RuntimeError):
+    """A run was called off; it has no outcome."""
+
+
 def execute(script, cwd, *, timeout_s, memory_bytes, python=None, sandbox="on", readable=(), hidden=(),
-            output_bytes=1 << 16, file_bytes=4 << 30, processes=256, threads=1, gpu=None, warm=True, temporary=False):
+            output_bytes=1 << 16, file_bytes=4 << 30, processes=256, threads=1, gpu=None, warm=True, temporary=False,
+            stop=None):
     """Runs `python script` in the folder `cwd` and returns its Result. When it returns, also by an exception, nothing
     that the script started is alive. Safe to call from many threads.
 
@@ -93,9 +99,9 @@ def execute(script, cwd, *, timeout_s, memory_bytes, python=None, sandbox="on", 
     half from the end. file_bytes: the largest file it may write. threads: for OpenMP and BLAS. gpu: value of
     CUDA_VISIBLE_DEVICES; None hides all. warm: from the second script on that mentions numpy, pandas, scikit-learn or
     torch they are forked from a process that has imported these, as soon as it has; False starts each anew. temporary:
-    cwd is to be deleted if we are killed meanwhile.
+    cwd is to be deleted if we are killed meanwhile. stop: a threading.Event; once it is set the script is ended.
     ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
-    not on Linux, or the interpreter does not start. Unprotected: see protection.
+    not on Linux, or the interpreter does not start. Unprotected: see protection. Stopped: stop was set.
     """
     if not sys.platform.startswith("linux"):
         raise RuntimeError(f"scripts can be executed on Linux only (they are supervised through /proc); "
@@ -131,7 +137,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, python=None, sandbox="on", 
                shared_bytes=int(memory_bytes) // 2, shown=sorted(shown.items()))    # a folder before what is in it
     key = _warm_key(program, Path(cwd, script).read_bytes(), threads) if warm else None
     started, layers = time.monotonic(), "+".join(layers) or "off"
-    report, warm = _run(job, key)
+    report, warm = _run(job, key, stop)
     if report is None:
         return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.",
                       warm=warm)
@@ -281,13 +287,15 @@ class Slots:
         self.cpus, self.free, self.busy, self.changed = cpus, cpus, set(), threading.Condition()
 
     @contextlib.contextmanager
-    def take(self, threads=1, gpus=None):
+    def take(self, threads=1, gpus=None, stop=None):
         """Waits for as many cores as the script has threads and for one of the GPUs, "0,1" say; gives the GPU's name,
-        None without GPUs."""
+        None without GPUs. Stopped: the event `stop` was set meanwhile."""
         threads, names = min(threads, self.cpus), [name for name in (gpus or "").split(",") if name]
         with self.changed:
             while self.free < threads or names and self.busy.issuperset(names):
-                self.changed.wait()
+                if stop and stop.is_set():
+                    raise Stopped("the run was called off before it began")
+                self.changed.wait(0.1 if stop else None)
             gpu = next((name for name in names if name not in self.busy), None)
             self.free -= threads
             self.busy |= {gpu} - {None}
@@ -302,6 +310,29 @@ class Slots:
 
 # of this process, for all Envs together; under torchrun the machine's processes share its cores
 SLOTS = Slots(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def execute_many(jobs, gpus=None, stop=None):
+    """Runs many scripts, as many at once as there are slots, and yields (index, Result) as they end. jobs: dicts with
+    the arguments of execute; taken from the iterable as slots come free, so it may be endless. gpus: "0,1", of which
+    each script gets one. To close the generator, or to set the threading.Event `stop`, ends what runs; then Stopped is
+    raised. What execute raises for one job ends the others too."""
+    stop, jobs, running = stop or threading.Event(), enumerate(jobs), set()
+
+    def run(index, job):
+        with SLOTS.take(job.get("threads", 1), gpus, stop) as gpu:
+            return index, execute(**job, gpu=gpu, stop=stop)
+    with futures.ThreadPoolExecutor(SLOTS.cpus) as pool:
+        try:
+            while True:
+                running |= {pool.submit(run, *each) for each in itertools.islice(jobs, SLOTS.cpus - len(running))}
+                if not running:
+                    return
+                done, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
+                for each in done:
+                    yield each.result()
+        finally:
+            stop.set()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,15 +406,18 @@ def _request(key):
     raise RuntimeError("the process that starts scripts does not stay alive")
 
 
-def _run(job, key):
+def _run(job, key, stop=None):
     """Has a job done by a supervisor; returns (its report, or None if the script has killed it; whether it was
-    warm)."""
+    warm). Stopped: the event `stop` was set meanwhile."""
     supervisor, connection, warm = _request(key)
     report = None
     try:
         with contextlib.suppress(ConnectionError, TimeoutError, ValueError):    # it was killed, or stopped
             connection.sendall(json.dumps(job).encode() + b"\n")
             connection.settimeout(job["timeout_s"] + 30)
+            while stop and not select.select([connection], [], [], 0.1)[0]:
+                if stop.is_set():
+                    raise Stopped("the run was called off")
             report = json.load(connection.makefile())
     finally:
         connection.shutdown(socket.SHUT_WR)     # which tells it to end all

@@ -9,7 +9,7 @@ an ordinary user.
 
 import contextlib, ctypes, hashlib, json, os, resource, shutil, signal, socket, subprocess, sys
 import tempfile, textwrap, threading, time, venv
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import env
 import tasks
-from env import OUTCOMES, Cache, Slots, Unprotected, execute
+from env import OUTCOMES, Cache, Slots, Stopped, Unprotected, execute, execute_many
 from test_env import edit, make, put, run, task  # noqa: F401  (fixtures)
 from test_execute import DAEMON, parent, processes, wait_until, warm_up
 
@@ -350,20 +350,35 @@ def test_daemons_by_the_hundred_leave_nothing(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------------------------------- many at once
 
-def test_results_come_as_they_end_and_a_slow_script_blocks_nobody(tmp_path):
-    slots = Slots(2)
+def test_results_come_as_they_end_and_a_slow_script_blocks_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(env, "SLOTS", Slots(2))
+    taken = []
 
-    def one(i):
-        (tmp_path / str(i)).mkdir()
-        (tmp_path / str(i) / "a.py").write_text(f"import os, time\nprint({i}, os.environ['CUDA_VISIBLE_DEVICES'])\n"
-                                                f"time.sleep({2 if i == 0 else 0})")
-        with slots.take(1, "3,5") as gpu:
-            return i, execute("a.py", tmp_path / str(i), gpu=gpu, timeout_s=60, memory_bytes=1 << 30)
-    with ThreadPoolExecutor(6) as pool:
-        results = [each.result() for each in as_completed([pool.submit(one, i) for i in range(6)])]
+    def jobs():
+        for i in range(6):
+            (tmp_path / str(i)).mkdir()
+            (tmp_path / str(i) / "a.py").write_text(f"import os, time\nprint({i}, os.environ['CUDA_VISIBLE_DEVICES'])\n"
+                                                    f"time.sleep({2 if i == 0 else 0})")
+            taken.append(i)
+            yield dict(script="a.py", cwd=tmp_path / str(i), timeout_s=60, memory_bytes=1 << 30)
+    many = execute_many(jobs(), gpus="3,5")
+    first = [next(many)]
+    assert len(taken) <= 3      # no more is asked for than can run
+    results = first + list(many)
     assert sorted(index for index, _ in results) == list(range(6)) and results[-1][0] == 0
     assert all(result.outcome == "ok" and result.stdout.split()[0] == str(index) for index, result in results)
     assert {result.stdout.split()[1] for _, result in results} == {"3", "5"}
+
+
+def test_what_is_called_off_ends_at_once(tmp_path):
+    word = f"slow-{os.urandom(4).hex()}.py"
+    (tmp_path / word).write_text("import time; time.sleep(600)")
+    job = dict(script=word, cwd=tmp_path, timeout_s=600, memory_bytes=1 << 30)
+    stop = threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    with pytest.raises(Stopped):
+        list(execute_many([job] * 5, stop=stop))
+    assert processes(word) == []
 
 
 def test_threads_and_gpus_are_counted():
