@@ -15,7 +15,7 @@ A trajectory's score is that of its final submission, the last valid one. A traj
 counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
 Exit status: 0 done, 1 failed or interrupted, 2 bad arguments.
 """
-import contextlib, fcntl, hashlib, html, json, math, os, signal, sys, tempfile, threading, time, traceback, zlib
+import contextlib, fcntl, hashlib, html, json, math, os, shutil, signal, sys, tempfile, threading, time, traceback, zlib
 from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace

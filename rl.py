@@ -22,7 +22,7 @@ on exactly with the same command. Exit status: 0 done, 1 failed, 2 bad arguments
 import contextlib, json, math, random, statistics, sys, time, zlib
 from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -768,7 +768,7 @@ def learn(s, rank, world, device):
         if (iteration + 1) % s.save_every == 0 or iteration + 1 == s.iterations:
             save_state(s.out, iteration + 1, learner.models, learner.optimizer, rollout=rollout.save())
     export(learner.actor, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
+    say(f"Written to {s.out}: the model, log.jsonl, checkpoints" + "\n\nNext: python eval.py" * (s.preset == "tiny"))
 
 
 def plan(s):

@@ -566,13 +566,14 @@ for line in sys.stdin:
         os.waitpid(program, 0)
 """
     programs = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(tmp_path)})
+                                env={**os.environ, "TMPDIR": str(tmp_path)})
 
     def start(line="go on"):
         programs.stdin.write(line + "\n")
         programs.stdin.flush()
-        pid, folder = programs.stdout.readline().split()
-        return int(pid), Path(folder)
+        said = programs.stdout.readline().split()
+        assert len(said) == 2, "the program ended; what it said stands above"
+        return int(said[0]), Path(said[1])
     (tmp_path / "ml-agent-mine").mkdir()
     (alive, used), (killed, left) = start(), start("wait")
     (left / "run").mkdir()
