@@ -566,7 +566,9 @@ for line in sys.stdin:
         os.waitpid(program, 0)
 """
     programs = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                env={**os.environ, "TMPDIR": str(tmp_path)})
+                                env={**os.environ, "TMPDIR": str(tmp_path)}, start_new_session=True)
+    guard = threading.Timer(120, os.killpg, (programs.pid, signal.SIGKILL))     # if one of them does not begin
+    guard.start()
 
     def start(line="go on"):
         programs.stdin.write(line + "\n")
@@ -583,4 +585,5 @@ for line in sys.stdin:
     for pid in (alive, third):
         os.kill(pid, signal.SIGTERM)
     programs.communicate()      # until all have ended
+    guard.cancel()
     assert [path.name for path in tmp_path.iterdir()] == ["ml-agent-mine"]
