@@ -256,8 +256,16 @@ class Run:
 
 def together(jobs, work, parallel, run=None):
     """[work(*job) for each job], so many at a time. The first error stops all and is raised."""
-    threads = ThreadPoolExecutor(parallel)
-    futures = [threads.submit(work, *job) for job in jobs]
+    threads, futures = ThreadPoolExecutor(parallel), []
+
+    def one(*job):
+        try:
+            return work(*job)
+        except BaseException:
+            for future in futures:      # here, before this thread takes the next one
+                future.cancel()
+            raise
+    futures += [threads.submit(one, *job) for job in jobs]
     # a terminal's line is rewritten in place; a log gets a line now and then
     before, after, pause = ("\r", "\033[K", 0.5) if sys.stderr.isatty() else ("", "\n", 30.0)
     try:
@@ -265,7 +273,8 @@ def together(jobs, work, parallel, run=None):
         while open_:
             over, open_ = wait(open_, pause, FIRST_EXCEPTION)
             for future in over:
-                future.result()
+                if not future.cancelled():
+                    future.result()
             if run and open_:
                 print(before + run.line(), end=after, file=sys.stderr, flush=True)
     finally:
