@@ -2,7 +2,7 @@
 
     python rl.py                                        # goes on from runs/sft, on miniatures, on a laptop's CPU
     torchrun --nproc_per_node 8 rl.py --preset 7b       # the same on eight GPUs
-    python rl.py --rollout episode                      # whole trajectories instead, for comparison
+    python rl.py --rollout episode --advantage gae --choose uniform     # whole trajectories instead, for comparison
 
 The method is that of ML-Agent (arXiv 2505.23723): sampling whole trajectories is slow, since each step runs a training
 script, and most of what they meet repeats. So the states are recorded ones, and only the action is new. An iteration:
