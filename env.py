@@ -707,7 +707,7 @@ def _supervise(job):
         except ChildProcessError:
             break
         if pid:
-            status = code if pid == child else status
+            status = code if pid == child and status is None else status     # later its number may be another's
             continue
         frozen = None
         while frozen != (frozen := set(descendants())):  # freeze first: what is frozen does not fork while we kill
