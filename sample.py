@@ -796,10 +796,11 @@ class Engine:
     def _place(self, request, row, source, reused):
         """Make `row` begin with the `reused` tokens of the row `source` that are the request's first."""
         P, parked = len(request.prompt) - 1, range(row, self.rows)
-        if source in parked and reused + 16 >= self.lengths[source]:    # a conversation goes on: take its row over
-            home = source
-        else:                           # another conversation begins alike: copy that to an empty row, or the oldest
-            home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))
+        home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))       # an empty row, or the oldest
+        lost = self.lengths[source] - reused
+        if source in parked and (lost <= 16 or 2 * lost <= self.lengths[home]):     # goes on, or replies anew: less
+            home = source                                                           # is lost than of the oldest
+        else:                           # another conversation begins alike
             if source != home:
                 self.cache.copy(source, home, reused)
             self.lengths[home] = reused         # so that what was copied moves with the row

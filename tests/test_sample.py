@@ -233,6 +233,16 @@ def test_the_next_turn_reuses_what_is_cached(model):
             last[i] = known + len(reply.tokens) - 2     # the last token was never fed, and an end of turn is not shared
 
 
+def test_prompts_that_come_again_find_their_rows(model):
+    """They begin alike and all rows are full: none takes the row of another while its own is there."""
+    engine = engine_of(model, rows=4)
+    prompts = [[7] * 50 + ids for ids in prompts_of([60] * 4)]
+    engine.generate(prompts, max_new_tokens=30)
+    before = engine.prefilled_tokens
+    engine.generate(prompts[::-1], max_new_tokens=30)
+    assert engine.prefilled_tokens == before
+
+
 def test_chunked_prefill_is_the_whole_prefill(model, monkeypatch):
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 7)
     prompt, = prompts_of([64])
