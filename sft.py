@@ -421,8 +421,11 @@ def constants(script):
 
 
 def scripted_short(task, fields, steps, ideas, rng):
-    """As scripted, for short prompts: they show the script, so it is not read, and a thought is the idea's title."""
-    script, best = (task.folder / task.entry).read_text(), None
+    """As scripted, for short prompts: they show the script, so it is not read, and a thought is the idea's title. Now
+    and then it does not run the starter, or goes on to another idea before it runs the last: what always follows is not
+    explored, and rl.py learns only from what is tried."""
+    script, best, new = (task.folder / task.entry).read_text(), None, 0
+    kept = script       # what the last good run had; since then there were `new` edits
 
     def reply(thought, action, **args):
         values = {"Thought": thought, "Action": action, "Action Input": json.dumps(args, ensure_ascii=False)}
@@ -431,23 +434,26 @@ def scripted_short(task, fields, steps, ideas, rng):
     def run():
         return reply("run it", "Execute Script", script_name=task.entry)
 
-    step = yield run()
-    best = printed_metric(step["observation"], task.metric)
+    if rng.random() < 0.5:
+        step = yield run()
+        best = printed_metric(step["observation"], task.metric)
     for idea in ideas:
         edits = fitting(idea, script)
         for find, put in edits:
             step = yield reply(idea["title"], "Replace In Script", script_name=task.entry, find=find, replace=put)
-        if not edits:
+            script = script.replace(find, put)
+        new += len(edits)
+        if not edits or rng.random() < 0.5:
             continue
         step = yield run()
-        new = printed_metric(step["observation"], task.metric) if step["outcome"] == "ok" else None
-        if new is not None and (best is None or task.better(new, best)):
-            best = new
-            for find, put in edits:
-                script = script.replace(find, put)
+        score = printed_metric(step["observation"], task.metric) if step["outcome"] == "ok" else None
+        if score is not None and (best is None or task.better(score, best)):
+            best, kept = score, script
         else:
-            for _ in edits:
+            for _ in range(new):
                 step = yield reply("take it back", "Undo Edit Script", script_name=task.entry)
+            script = kept
+        new = 0
     yield reply("end", "Final Answer", final_answer=f"{task.metric} {best}")
 
 
