@@ -55,7 +55,7 @@ MAX_CODER = 20_000                      # characters of a file that Understand F
 PROMPTS = ("full", "short")             # what of a state the policy is shown, see prompt_of
 SHORT_SCRIPT, SHORT_NEWS = 200, 100     # characters of the script and of the news in a short prompt
 MAX_FILES, MAX_BYTES = 1_000, 1 << 30   # what a script may leave in the workspace
-MINIATURE_S = 15                        # seconds of a run on a miniature, whose starters take one to five
+MINIATURE_S = 10                        # seconds of a run on a miniature, whose starters take one to five
 UNDO = ".undo/"
 
 

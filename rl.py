@@ -44,8 +44,8 @@ from sft import (AdamW, build, compute_type, epoch_order, export, fingerprint, f
 
 
 RECIPES = {     # --preset: what differs from the defaults, which are for 7B
-    "tiny": dict(advantage="group", choose="learnable", iterations=25, num=8, minibatches=2, lr=2e-4, kl=0.05,
-                 length=1024, recompute=False),
+    "tiny": dict(advantage="group", choose="learnable", iterations=8, num=8, epochs=2, minibatches=4, lr=2e-4,
+                 kl=0.05, length=1024, recompute=False),
     "7b": dict(critic="shared", rows=16),       # of 80 GB each: --plan
 }
 
@@ -134,6 +134,10 @@ class Settings:
         if self.overlap and self.coder == "model":
             raise ValueError("--overlap lets scripts run while the policy is updated, so the policy cannot be their "
                              "--coder; expected none, or another model")
+
+
+FREE = {"preset", "model", "trajectories", "out", "iterations", "rows", "data", "raw", "python", "gpu", "save_every",
+        "show_every", "plan", "gpus"}       # settings that a run which goes on may have other than it began
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -748,7 +752,7 @@ def learn(s, rank, world, device):
     found = pool(s, tokenizer, say)
     use_kernels(s.kernels, device)
     learner = Learner(s, config, folder, tokenizer.size, rank, world, device)
-    state = load_state(s.out, learner.models, learner.optimizer) or {"step": 0}
+    state = load_state(s, sorted(vars(s).keys() - FREE), learner.models, learner.optimizer) or {"step": 0}
     engine, refresh = sampler(s, learner, tokenizer)
     rollout = Rollout(s, engine, found, rank, world)
     if done := state["step"]:
@@ -766,7 +770,7 @@ def learn(s, rank, world, device):
             if (iteration + 1) % s.show_every == 0 or iteration == 0:
                 print(shown(random.Random(iteration).choice(samples)), flush=True)
         if (iteration + 1) % s.save_every == 0 or iteration + 1 == s.iterations:
-            save_state(s.out, iteration + 1, learner.models, learner.optimizer, rollout=rollout.save())
+            save_state(s, iteration + 1, learner.models, learner.optimizer, rollout=rollout.save())
     export(learner.actor, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     say(f"Written to {s.out}: the model, log.jsonl, checkpoints" + "\n\nNext: python eval.py" * (s.preset == "tiny"))
 

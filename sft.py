@@ -892,20 +892,20 @@ def barrier():
         dist.barrier()
 
 
-def save_state(out, step, model, optimizer, keep=2, **more):
+def save_state(s, step, model, optimizer, keep=2, **more):
     """Write everything a later process needs to go on exactly after `step` steps, each process its own part.
 
-    Written aside and renamed when all are done, so a folder out/checkpoints/step-N is whole. The last `keep` stay.
+    Written aside and renamed when all are done, so a folder s.out/checkpoints/step-N is whole. The last `keep` stay.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    final = Path(out, "checkpoints", f"step-{step:06d}")
+    final = Path(s.out, "checkpoints", f"step-{step:06d}")
     part = final.with_suffix(".part")
     if rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     barrier()
     local = lambda x: x.to_local() if isinstance(x, DTensor) else x
-    torch.save({"step": step, "world": world, "rng": torch.get_rng_state(), **more,
+    torch.save({"step": step, "world": world, "settings": vars(s), "rng": torch.get_rng_state(), **more,
                 "model": {name: local(p.detach()) for name, p in model.named_parameters()},
                 "optimizer": [optimizer.state[p] for p in model.parameters()]}, part / f"rank-{rank}.pt")
     barrier()
@@ -917,10 +917,11 @@ def save_state(out, step, model, optimizer, keep=2, **more):
     barrier()
 
 
-def load_state(out, model, optimizer):
-    """The newest complete state below out, put into model and optimizer; None where there is none."""
+def load_state(s, names, model, optimizer):
+    """The newest complete state below s.out, put into model and optimizer; None where there is none. ValueError: it is
+    of a run of another number of processes, or whose settings of these names are others."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = sorted(Path(out, "checkpoints").glob("step-??????"))
+    found = sorted(Path(s.out, "checkpoints").glob("step-??????"))
     if not found:
         return None
     num = len(list(found[-1].glob("rank-*.pt")))
@@ -928,6 +929,10 @@ def load_state(out, model, optimizer):
         raise ValueError(f"{found[-1]} was written by {num} processes and this run has {world}; start {num}, or give "
                          "another --out")
     state = torch.load(found[-1] / f"rank-{rank}.pt", weights_only=True)
+    if other := [f"--{name.replace('_', '-')} {state['settings'][name]} (now {getattr(s, name)})" for name in names
+                 if state["settings"][name] != getattr(s, name)]:
+        raise ValueError(f"{found[-1]} is of a run with {', '.join(other)}; give these again to go on with it, or "
+                         "another --out to begin anew")
     with torch.no_grad():
         for name, p in model.named_parameters():
             (p.to_local() if isinstance(p, DTensor) else p).copy_(state["model"][name])
@@ -1236,6 +1241,10 @@ def plan(s):
                       "an H100's 989 TFLOP/s per GPU"])
 
 
+SCHEDULE = ("batch", "length", "lr", "warmup", "beta2", "weight_decay", "optimizer_state", "clip", "copies", "valid",
+            "parsed", "rose", "per_idea", "dtype", "seed")      # what a run that goes on must have as it began
+
+
 def train(s, texts, valid, tokenizer, config, folder):
     """Fine-tune on texts, [(ids, chosen)], and write out/: checkpoints, log.jsonl, and the model as a Hugging Face
     folder. Goes on from the newest checkpoint there. Returns the model."""
@@ -1244,7 +1253,7 @@ def train(s, texts, valid, tokenizer, config, folder):
     model = build(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
     optimizer = AdamW(model.parameters(), s.lr, s.weight_decay, (0.9, s.beta2), state=s.optimizer_state)
     steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)
-    state = load_state(s.out, model, optimizer)
+    state = load_state(s, SCHEDULE, model, optimizer)
     first, size, peak = state["step"] if state else 0, tokenizer.size, peak_flops(device)
     if first >= steps and rank == 0:
         print(f"{s.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
@@ -1290,7 +1299,7 @@ def train(s, texts, valid, tokenizer, config, folder):
                   f"GiB  {seconds:6.2f} s  ETA {timedelta(seconds=int(left))}"
                   + (f"  valid {loss:.4f}, {right:.1%} right" if "valid_loss" in figures else ""), flush=True)
         if last or (step + 1) % s.save_every == 0:
-            save_state(s.out, step + 1, model, optimizer)
+            save_state(s, step + 1, model, optimizer)
     export(model, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model
 

@@ -136,7 +136,7 @@ def test_every_state_is_that_of_the_recorded_run(made):
             for name in env.COMPARED:
                 assert env._masked(now[name]) == env._masked(step[name]), (state.name, name)
             seen += 1
-    assert seen == len(rollout.states) == 24 and len({s.m_before for s in rollout.states.values()}) > 3
+    assert seen == len(rollout.states) > 20 and len({s.m_before for s in rollout.states.values()}) > 3
 
 
 def test_draws_are_balanced_over_tasks_and_weighted_within():
@@ -200,7 +200,8 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     (folder / "toy-a-1.jsonl").write_text("{}\n")
     said = []
     found = rl.pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
-    assert all(part in said[0] for part in ("18 states of 2 tasks", "no record of a trajectory: 1", "toy-a-1.jsonl"))
+    num = sum(len(env.read_trajectory(folder / f"{name}.jsonl")[1]) for name in ("toy-a-0", "toy-b-0", "toy-b-1"))
+    assert all(part in said[0] for part in (f"{num} states of 2 tasks", "no record of a trajectory: 1", "toy-a-1.jsonl"))
     assert len(found["toy-a"]) == 6
 
 
@@ -220,7 +221,7 @@ def test_ids_of_another_tokenizer_are_not_used(made, tmp_path):
 def test_a_missing_blob_is_named_at_the_start_and_in_the_middle(made, tmp_path, capsys):
     folder, said = copied(made, tmp_path), []
     rollout = playing(made, trajectories=str(folder), states=8)
-    later = rollout.states["toy-b-0, step 5"]
+    later = max((state for name, state in rollout.states.items() if "toy-b-0" in name), key=lambda one: one.index)
     sha = next(iter(later.snapshot.values()))
     lost = {name for name, state in rollout.states.items() if sha in state.snapshot.values()}
     (folder / "blobs" / sha[:2] / sha).unlink()
@@ -347,9 +348,10 @@ def test_a_killed_supervisor_costs_one_reward(made, monkeypatch):
     monkeypatch.setattr(env, "_request", fatal)
     edit = HEADS[0] + '"import fabs\\n", "replace": "import fabs\\nimport time\\ntime.sleep(0.7)\\n"}'
     rollout = playing(made, Scripted(edit), states=2, num=1)
-    outcomes = [one.step["outcome"] for one in rollout.collect(0, [])]
-    assert sorted(outcomes) == ["killed", "ok"]
-    assert [one.step["outcome"] for one in playing(made, Scripted(edit), states=2, num=1).collect(0, [])] == ["ok"] * 2
+    first, again = ([one.step["outcome"] for one in each.collect(0, [])]
+                    for each in (rollout, playing(made, Scripted(edit), states=2, num=1)))
+    assert first.count("killed") == 1 and "killed" not in again
+    assert all(one in ("killed", other) for one, other in zip(first, again))
 
 
 def test_episodes_are_whole_trajectories_with_chains(made):
@@ -528,6 +530,15 @@ def test_two_runs_in_one_folder_are_refused(made, run):
         assert code == 2 and "another rl.py writes to" in said
         done = run(out=made / "held", world=2)
         assert [code for code, _ in done] == [2, 2] and all("another rl.py writes to" in said for _, said in done)
+
+
+def test_a_run_goes_on_with_the_settings_it_began_with(made, run):
+    out = made / "settled"
+    assert run(out=out, iterations=2)[0] == 0
+    code, said = run(out=out, iterations=3, kl=0.5)
+    assert code == 2 and "is of a run with --kl 0.1 (now 0.5); give these again" in said, said
+    code, said = run(out=out, iterations=3)
+    assert code == 0 and "going on after iteration 2" in said, said
 
 
 def test_a_worker_that_raises_ends_the_run_and_the_same_command_goes_on(made, run):
