@@ -44,7 +44,7 @@ from sft import (AdamW, build, compute_type, epoch_order, export, fingerprint, f
 
 
 RECIPES = {     # --preset: what differs from the defaults, which are for 7B
-    "tiny": dict(advantage="group", choose="learnable", iterations=8, num=8, epochs=2, minibatches=4, lr=2e-4,
+    "tiny": dict(advantage="group", choose="learnable", iterations=16, num=8, epochs=2, minibatches=4, lr=2e-4,
                  kl=0.05, length=1024, recompute=False),
     "7b": dict(critic="shared", rows=16),       # of 80 GB each: --plan
 }

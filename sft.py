@@ -410,7 +410,7 @@ def constants(script):
     found = []
     for name, text in re.findall(r"^([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)(?=\s)", script, re.MULTILINE):
         old, whole = float(text), text.isdigit()
-        factors = (2, 0.5, 3) if whole else (2, 0.5, 3, 10, 0.1)    # ten times as many of something takes too long
+        factors = (2, 0.5) if whole else (2, 0.5, 3, 0.1)       # three times as many of something takes too long
         values = [old * factor for factor in factors] if old else [1, 2, 5] if whole else [0.1, 0.01, 0.5]
         for value in dict.fromkeys(max(1, round(value)) if whole else value for value in values):
             new, find = f"{value:.3g}" if not whole else str(value), f"{name} = {text}"
@@ -1455,7 +1455,7 @@ def fine_tune(s):
 AGENT = ("prompt", "actions", "fields", "context", "max_new_tokens")
 AGENT_STEPS = 5         # replies of a trajectory of the small model, in evaluation
 TINY = {"model": "tiny", "prompt": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640,
-        "keep": 24, "num": 5, "max_new_tokens": 96, "epochs": 1.0, "batch": 8, "copies": 64, "length": 1024,
+        "keep": 24, "num": 5, "max_new_tokens": 96, "epochs": 1.0, "batch": 8, "copies": 56, "length": 1024,
         "lr": 1.5e-3, "warmup": 20,
         "beta2": 0.95, "validate_every": 500, "save_every": 500, "recompute": False}
 TINY_STEPS = 8          # replies of a collected trajectory
