@@ -39,8 +39,8 @@ from eval import CODE_END, CODER_TOKENS, Failed, alone, attempt, prepare, run_pr
 from model import IGNORE, Config, Linear, Qwen2, find_folder, use_kernels
 from reward import KINDS
 from sft import (AdamW, build, compute_type, epoch_order, export, fingerprint, flops_of, gib, held_out, linked,
-                 load_state, memory_of, num_weights, peak_flops, peak_memory, processes, refuse_held_out, row_of,
-                 save_state, shape_of, share)
+                 load_state, memory_of, num_weights, on_first, peak_flops, peak_memory, processes, refuse_held_out,
+                 row_of, save_state, shape_of, share)
 
 
 RECIPES = {     # --preset: what differs from the defaults, which are for 7B
@@ -409,29 +409,6 @@ def numbered(samples):
     for one in samples:
         one.chain = numbers.setdefault((one.group, one.chain), len(numbers))
     return samples
-
-
-def on_first(work):
-    """What work() returns on the first process, or the ValueError or Failed that it raises, on all."""
-    done = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            done = work()
-        except (ValueError, Failed) as error:
-            done = error
-    done = broadcast(done)
-    if isinstance(done, Exception):
-        raise done
-    return done
-
-
-def broadcast(value):
-    """What the first process has, on all."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
 
 
 def gather(values):

@@ -1059,17 +1059,17 @@ def parse(cls, argv=None, recipes=None):
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        kind, default = kinds[field.name], field.default
+    for one in dataclasses.fields(cls):
+        kind, default = kinds[one.name], one.default
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         needed = default is dataclasses.MISSING
-        text = (about.get(field.name, "") + (" (required)" if needed else f" (default: {shown})")).replace("%", "%%")
+        text = (about.get(one.name, "") + (" (required)" if needed else f" (default: {shown})")).replace("%", "%%")
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
         else:
             letters = re.findall("int|float|str", str(kind))[0].upper() + ",..." * (typing.get_origin(kind) is tuple)
             how = {"type": lambda text, kind=kind: convert(text, kind), "metavar": letters}
-        parser.add_argument("--" + field.name.replace("_", "-"), required=needed, default=default, help=text, **how)
+        parser.add_argument("--" + one.name.replace("_", "-"), required=needed, default=default, help=text, **how)
 
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
             for word in (sys.argv[1:] if argv is None else argv)]

@@ -462,8 +462,7 @@ def scripted_short(task, fields, steps, ideas, rng):
 
 # what the trajectories of one folder agree in
 SAME = ("expert", "coder", "actions", "fields", "prompt", "steps", "seconds", "ideas", "keep", "embed",
-        "max_new_tokens",
-        "temperature", "top_p", "context", "threads", "gpu", "sandbox", "seed")
+        "max_new_tokens", "temperature", "top_p", "context", "threads", "gpu", "sandbox", "seed")
 NUM_STEPS = 15
 
 
@@ -819,6 +818,23 @@ def linked(rank):
             raise
         raise Failed(f"rank {rank}: another process of this run has ended, and its own message says why, unless it was "
                      f"killed ({clip(str(error), 200)})") from None
+
+
+def on_first(work):
+    """What work() returns on the first process, or the ValueError or Failed that it raises, on all."""
+    done = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            done = work()
+        except (ValueError, Failed) as error:
+            done = error
+    if dist.is_initialized():
+        box = [done]
+        dist.broadcast_object_list(box)
+        done = box[0]
+    if isinstance(done, Exception):
+        raise done
+    return done
 
 
 def compute_type(dtype, device):
@@ -1425,28 +1441,27 @@ def own_tokenizer(s):
 def fine_tune(s):
     """Trains s.model on s.trajectories and writes s.out."""
     rank, world, device = processes()
-    say = print if rank == 0 else lambda line: None
-    if s.model == "tiny" and s.prompt == "short":
-        if rank == 0:
-            own_tokenizer(s)
-        barrier()
-        folder, tokenizer = None, sample.Tokenizer.from_pretrained(s.out)
-        config = replace(Config.preset("tiny"), vocab_size=tokenizer.size)
-    elif s.model == "tiny":
-        folder, tokenizer, config = None, sample.Tokenizer.of_bytes(), Config.preset("tiny")
-    else:
-        folder = find_folder(s.model)
-        tokenizer, config = sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)
-    texts, valid = texts_of(s, tokenizer, say)
-    Path(s.out).mkdir(parents=True, exist_ok=True)
-    say(f"{s.model}: training on {len(texts)} conversations of {sum(len(ids) for ids, _ in texts):,} tokens, "
-        f"{sum(sum(chosen) for _, chosen in texts):,} of them to learn; {len(valid)} to validate; {world} processes, "
-        f"{device}")
-    model = train(s, texts, valid, tokenizer, config, folder)
-    if rank == 0 and s.prompt == "short":       # eval.py and rl.py read it
-        write(Path(s.out, "agent.json"), {name: getattr(s, name) for name in AGENT} | {"steps": AGENT_STEPS})
-    say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
-    return model, tokenizer
+    with linked(rank), contextlib.ExitStack() as held:
+        on_first(lambda: held.enter_context(alone(s.out, "sft.py")))
+        say = print if rank == 0 else lambda line: None
+        if s.model == "tiny" and s.prompt == "short":
+            on_first(lambda: own_tokenizer(s))
+            folder, tokenizer = None, sample.Tokenizer.from_pretrained(s.out)
+            config = replace(Config.preset("tiny"), vocab_size=tokenizer.size)
+        elif s.model == "tiny":
+            folder, tokenizer, config = None, sample.Tokenizer.of_bytes(), Config.preset("tiny")
+        else:
+            folder = find_folder(s.model)
+            tokenizer, config = sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)
+        texts, valid = texts_of(s, tokenizer, say)
+        say(f"{s.model}: training on {len(texts)} conversations of {sum(len(ids) for ids, _ in texts):,} tokens, "
+            f"{sum(sum(chosen) for _, chosen in texts):,} of them to learn; {len(valid)} to validate; {world} "
+            f"processes, {device}")
+        model = train(s, texts, valid, tokenizer, config, folder)
+        if rank == 0 and s.prompt == "short":       # eval.py and rl.py read it
+            write(Path(s.out, "agent.json"), {name: getattr(s, name) for name in AGENT} | {"steps": AGENT_STEPS})
+        say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
+        return model, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1456,8 +1471,7 @@ AGENT = ("prompt", "actions", "fields", "context", "max_new_tokens")
 AGENT_STEPS = 5         # replies of a trajectory of the small model, in evaluation
 TINY = {"model": "tiny", "prompt": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640,
         "keep": 24, "num": 5, "max_new_tokens": 96, "epochs": 1.0, "batch": 8, "copies": 56, "length": 1024,
-        "lr": 1.5e-3, "warmup": 20,
-        "beta2": 0.95, "validate_every": 500, "save_every": 500, "recompute": False}
+        "lr": 1.5e-3, "warmup": 20, "beta2": 0.95, "validate_every": 500, "save_every": 500, "recompute": False}
 TINY_STEPS = 8          # replies of a collected trajectory
 
 

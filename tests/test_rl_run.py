@@ -307,7 +307,7 @@ def test_with_overlap_the_next_iteration_is_sampled_before_the_last_script_has_e
     for overlap in (True, False):
         engine, second = Scripted(), threading.Event()
         rollout = playing(made, engine, overlap=overlap, iterations=2, states=1)
-        generate, act, inner = engine.generate, rollout.act, []
+        generate, act = engine.generate, rollout.act
         engine.generate = lambda *args, **more: (generate(*args, **more), len(engine.asked) == 2 and second.set())
 
         def waits(*action):

@@ -374,6 +374,20 @@ def fine_tune(tmp_path, *flags):
                      "--batch", "4", "--steps", "2", *flags])
 
 
+def test_a_training_goes_on_with_the_settings_it_began_with(tmp_path, capsys):
+    conversations(tmp_path / "own.jsonl")
+    assert fine_tune(tmp_path) == 0
+    assert fine_tune(tmp_path, "--lr", "0.5") == 2
+    assert "is of a run with --lr 2e-05 (now 0.5); give these again" in capsys.readouterr().err
+    assert fine_tune(tmp_path) == 0 and "already trained, for 2 steps" in capsys.readouterr().out
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path, capsys):
+    conversations(tmp_path / "own.jsonl")
+    with sft.alone(tmp_path / "out", "sft.py"):
+        assert fine_tune(tmp_path) == 2 and "another sft.py writes to" in capsys.readouterr().err
+
+
 def test_what_cannot_be_trained_is_said(tmp_path, capsys):
     """Conversations that are cut, that have no reply before the cut, that hold nothing usable, and too few of them."""
     own = conversations(tmp_path / "own.jsonl", num=1)
