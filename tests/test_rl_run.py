@@ -168,7 +168,8 @@ def test_a_state_that_cannot_be_used_gives_way_to_another_of_its_task():
 
 def test_learnable_states_are_those_whose_rewards_varied(made):
     """Two actions in each of two states; in the first one works and one does not, in the second neither does."""
-    engine = Scripted({(0, 0): REPLIES[4], (0, 1): "no action", (1, 0): "no action", (1, 1): "no action"})
+    works = 'Action: Final Answer\nAction Input: {"final_answer": "done"}'
+    engine = Scripted({(0, 0): works, (0, 1): "no action", (1, 0): "no action", (1, 1): "no action"})
     rollout = playing(made, engine, choose="learnable", states=2)
     samples = rollout.collect(0, [])
     assert [one.step["reward"] for one in samples] == [0.5, 0.0, 0.0, 0.0]
@@ -300,7 +301,7 @@ def test_scripts_run_while_the_engine_samples_on(made):
     rollout = playing(made, engine, states=1)
     act = rollout.act
     rollout.act = lambda *action: (act(*action), ran.set())[0]
-    assert [one.step["reward"] for one in rollout.collect(0, [])] == [0.5, 0.0]
+    assert [one.step["valid"] for one in rollout.collect(0, [])] == [True, False]
 
 
 def test_with_overlap_the_next_iteration_is_sampled_before_the_last_script_has_ended(made):
