@@ -797,9 +797,9 @@ class Engine:
         """Make `row` begin with the `reused` tokens of the row `source` that are the request's first."""
         P, parked = len(request.prompt) - 1, range(row, self.rows)
         home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))       # an empty row, or the oldest
-        lost = self.lengths[source] - reused
-        if source in parked and (lost <= 16 or 2 * lost <= self.lengths[home]):     # goes on, or replies anew: less
-            home = source                                                           # is lost than of the oldest
+        goes_on, again = reused + 16 >= self.lengths[source], reused == P and self.lengths[home] > 0
+        if source in parked and (goes_on or again):         # take its row over: next turn, or other reply to its prompt
+            home = source
         else:                           # another conversation begins alike
             if source != home:
                 self.cache.copy(source, home, reused)
