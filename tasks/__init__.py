@@ -311,14 +311,15 @@ def run_starter(task, home, python=sys.executable):
 
 def run_script(task, home, script, python=sys.executable, name="The script"):
     """As run_starter, for a script given as text that messages call `name`. Unlike env.execute it keeps nothing from a
-    script: for our own only."""
+    script: for our own only, and without what may be a key in its environment."""
+    inherited = {name: value for name, value in os.environ.items() if not re.search("KEY|TOKEN|SECRET|PASSWORD", name)}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / task.entry).write_text(script)
         os.symlink((home / "public").resolve(), Path(folder) / "data")
         start = time.monotonic()
         try:
             run = subprocess.run([python, task.entry], cwd=folder, timeout=task.time_limit_s, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **AS_JUDGED})
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**inherited, **AS_JUDGED})
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"{name} takes over {task.time_limit_s:g} s, its limit.") from None
         seconds = time.monotonic() - start
