@@ -15,7 +15,8 @@ A trajectory's score is that of its final submission, the last valid one. A traj
 counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
 Exit status: 0 done, 1 failed or interrupted, 2 bad arguments.
 """
-import contextlib, fcntl, hashlib, html, json, math, os, shutil, signal, sys, tempfile, threading, time, traceback, zlib
+import base64, contextlib, fcntl, hashlib, html, json, math, os, re, shutil, signal, stat, sys, tempfile, threading
+import time, traceback, zlib
 from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,6 +31,7 @@ import sample
 import tasks
 from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, clip, header, printed_metric,
                  record)
+from model import find_folder
 from reward import KINDS
 
 FINAL = {"last-valid": "the last valid submission",
@@ -54,7 +56,8 @@ class Settings:
     task: str = ""  # a task's id, held-in, held-out, paper (those of Table 1) or all; empty: leaf-classification, or
         # without --model too the paper in miniature: what sft.py and rl.py have made, on all tasks
     model: str = ""  # a folder, a hub id, tiny (random weights), or http://host:port/v1#name; empty: starters alone
-    coder: str = "model"  # who carries out the (AI) actions: model (the same one), none, or another, as in --model
+    coder: str = "model"  # who carries out the (AI) actions: model (the same one), none, or another, as in --model;
+        # the key of a server on another host is read from OPENAI_API_KEY_CODER
     raw: str = ""  # folder of the publisher's files, prepared on first use; for several tasks, the folder that holds
         # one such folder per task id. Empty: the data prepared before, else the miniature
     data: str = "data"  # where prepared tasks are kept
@@ -102,6 +105,8 @@ class Settings:
             raise ValueError(f"there is no action {min(unknown)!r}; the actions are: {','.join(DEFAULT_ACTIONS)}")
         if not set(self.fields) <= set(FIELDS) or self.fields[-2:] != FIELDS[-2:]:
             raise ValueError(f"--fields must be taken from {','.join(FIELDS)} and end in the last two")
+        for spec in filter(sample.is_server, (self.model, self.coder)):
+            sample.address(spec)
         for path in self.log:
             if not Path(path).is_file():
                 raise ValueError(f"--log: there is no file {path}; rl.py and sft.py write a log.jsonl to their --out")
@@ -114,17 +119,160 @@ class Failed(RuntimeError):
     """The run cannot go on, for a reason that is not a bug; the message is for the user."""
 
 
-def changed(s, values):
-    """The settings, those at their default replaced by `values`, {name: value}, as far as they have such names."""
-    default = {field.name: field.default for field in fields(s)}
-    return replace(s, **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-                         if name in default and getattr(s, name) == default[name]})
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that others may have made: a model's agent.json, and whatever lies in a folder that is gone on with or compared.
+# They are data: each entry that is used has a form, and no other entry has an effect.
+
+LARGEST = 1 << 28       # bytes of a file that is read as a whole
 
 
-def with_agent(s):
-    """The settings with what the folder of the model says of how it was trained to act: agent.json, of sft.py."""
-    path = Path(s.model, "agent.json")
-    return changed(s, json.loads(path.read_text())) if s.model and path.is_file() else s
+def maybe(form):
+    return f"{form[0]} or null", lambda value: value is None or form[1](value)
+
+
+def one_of(*values):
+    return f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values
+
+
+def some_of(*values):
+    def good(value):
+        return (isinstance(value, list) and all(isinstance(each, str) and each in values for each in value)
+                and 0 < len(value) == len(set(value)))
+    return f"a list of some of {', '.join(values)}", good
+
+
+def up_to(most):
+    return f"a whole number from 1 to {most}", lambda value: type(value) is int and 1 <= value <= most
+
+
+TEXT = "a text", lambda value: isinstance(value, str)
+WORD = "a few printable characters", lambda value: isinstance(value, str) and value.isprintable() and len(value) <= 100
+FLAG = "true or false", lambda value: isinstance(value, bool)
+NUMBER = "a number", lambda value: type(value) is float or type(value) is int and abs(value) < 1e300
+COUNT = "a whole number of at least 0", lambda value: type(value) is int and 0 <= value < 2**53
+VALUE = "a text, a number, true, false, null or a list of these", lambda value: all(
+    each is None or any(form[1](each) for form in (TEXT, FLAG, NUMBER))
+    for each in (value if isinstance(value, list) else [value]))
+AGENT = {       # what a model's folder may say of how it was trained to act
+    "prompt": one_of(*PROMPTS), "actions": some_of(*DEFAULT_ACTIONS),
+    "fields": (f"some of {', '.join(FIELDS)}, with the last two at the end", lambda value: (
+        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
+    "context": up_to(1 << 20), "max_new_tokens": up_to(1 << 20), "steps": up_to(1000)}
+SUMMARY = {**dict.fromkeys(("average", "best"), NUMBER), **dict.fromkeys(("failed", "trajectories"), COUNT),
+           **dict.fromkeys(("gain", "best_gain", "standard_error"), maybe(NUMBER)),
+           "interval": maybe(("two numbers", lambda value: isinstance(value, list) and len(value) == 2
+                              and all(map(NUMBER[1], value))))}
+PLAYED = {"k": COUNT, "score": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD, "steps": COUNT,
+          "valid_replies": COUNT}
+RESULTS = {
+    "complete": FLAG, "settings": {"model": TEXT, "steps": COUNT, str: VALUE}, "final": one_of(*FINAL),
+    "versions": {str: TEXT}, "rechecked?": {"runs": COUNT, "moved": [{str: VALUE}]}, "tasks": {str: {
+        "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
+        "published": {str: [NUMBER]}, "flagged": COUNT, "printed?": maybe(NUMBER), "seconds?": NUMBER,
+        "trajectories?": [PLAYED], "score_summary?": SUMMARY, "oracle_summary?": SUMMARY}}}
+STATE = {"messages": [{"role": TEXT, "content": TEXT}], "snapshot": {str: TEXT}, "m_after": NUMBER,
+         "seconds_left": NUMBER}
+LINES = {       # of a trajectory, by their type
+    "header": {**STATE, "task": TEXT, "m_init": NUMBER, "miniature": FLAG, "ideas?": [TEXT]},
+    "step": {**STATE, **dict.fromkeys(("reply", "error", "observation", "detail", "sandbox"), TEXT),
+             **dict.fromkeys(("action", "outcome"), maybe(TEXT)), "kind": one_of(*KINDS), "valid": FLAG,
+             **dict.fromkeys(("printed", "score", "canary_p"), maybe(NUMBER)), "index": COUNT, "ended": WORD,
+             **dict.fromkeys(("m_before", "reward", "seconds", "script_seconds"), NUMBER), "coder": [TEXT],
+             "fields": {str: TEXT}, "args": {str: VALUE}},
+    "end": {"ended": WORD}}
+
+
+def check(value, form, where):
+    """ValueError, which names the place, unless a value read from JSON has a form: (words, test) for a value; [form]
+    for a list; {name: form} for an object that has these entries, "name?": if it likes, str: for all it has."""
+    names = {list: "a list", dict: "an object"}
+    words, good = form if isinstance(form, tuple) else (names[type(form)], lambda value: type(value) is type(form))
+    if not good(value):
+        found = names.get(type(value)) or clip(ascii(value), 80)
+        raise ValueError(f"{where}: expected {words}, found {found}")
+    if isinstance(form, list):
+        for i, each in enumerate(value):
+            check(each, form[0], f"{where}, entry {i}")
+    if isinstance(form, dict):
+        for name, inner in form.items():
+            for key in value if name is str else [name.removesuffix("?")]:
+                if key in value:
+                    check(value[key], inner, f"{where}, {clip(ascii(key), 80)}")
+                elif not name.endswith("?"):
+                    raise ValueError(f"{where}: {name!r} is missing")
+
+
+def read_bytes(path, most=LARGEST):
+    """The content of a file, None where there is none. ValueError: it is no ordinary file, or has more bytes."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # which waits for nobody at the end of a pipe
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    with open(descriptor, "rb") as file:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode) or state.st_size > most:
+            raise ValueError(f"{path}: expected an ordinary file of at most {most:,} bytes")
+        return file.read(most)
+
+
+def from_json(raw, form, where):
+    """The value of JSON from who knows where. ValueError: it is not JSON, or not of that form."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where} is not JSON") from None
+    check(value, form, where)
+    return value
+
+
+def read_agent(folder):
+    """{name: value} of what agent.json in a model's folder says of how the model was trained to act, {} where it says
+    nothing. ValueError: an entry is of another type, or out of bounds."""
+    path = Path(folder, "agent.json")
+    if (raw := read_bytes(path, 1 << 16)) is None:
+        return {}
+    found = from_json(raw, {f"{name}?": form for name, form in AGENT.items()}, path)
+    if others := sorted(found.keys() - AGENT.keys()):
+        sample.tell(f"{path} may say {', '.join(AGENT)}; ignored: {clip(', '.join(map(ascii, others)), 200)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items() if name in AGENT}
+
+
+def small_files(model):
+    """A folder with the small files of the model that --model names, which may be on the hub; None if it has none."""
+    try:
+        return None if sample.is_server(model) or model in ("", "tiny") else find_folder(model, ("*.json",))
+    except ValueError:      # there is no such model; who loads it says so
+        return None
+
+
+def acts_as(model, folder):
+    """For sample.parse: how the model that --model names was trained to act. folder: that of its files, or None."""
+    return [(f"{model}/agent.json", read_agent(folder))] if folder else []
+
+
+def inside(folder):
+    """ValueError where something in a folder leads out of it, or is neither a file nor a folder: the folder may come
+    from others, and what is written to it must not end up elsewhere."""
+    root = os.path.realpath(folder)
+    todo = [root]
+    while todo:
+        try:
+            entries = list(os.scandir(todo.pop()))
+        except FileNotFoundError:       # removed meanwhile
+            continue
+        except OSError as error:
+            raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+        for entry in entries:
+            if entry.is_symlink():
+                if not Path(os.path.realpath(entry.path)).is_relative_to(root):
+                    raise ValueError(f"{entry.path} is a link that leads out of {folder}; remove it, or put there what "
+                                     "it leads to")
+            elif entry.is_dir():
+                todo.append(entry.path)
+            elif not entry.is_file():
+                raise ValueError(f"{entry.path} is neither a file nor a folder; remove it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -990,7 +1138,7 @@ class Agent:
                 raise ValueError(f"--max-new-tokens {s.max_new_tokens} leaves no room in a context of "
                                  f"{self.policy.context}")
             self.coder = (self.policy if s.coder == "model" else None if s.coder == "none" else
-                          load(s.coder, **options))
+                          load(s.coder, **options, key=sample.coder_key(s.coder, s.model)))
 
     def play(self, task, k, path, cache, run, home):
         trajectory(self.s, task, k, path, spoken(self.s, self.policy), self.coder, home, cache, run,
@@ -1029,8 +1177,9 @@ def evaluate(s, agents=None, load=sample.load):
         return [{"name": name, "results": one.results} for name, one in found.items()]
 
 
-def miniature(s):
-    """{name: settings} of the agents that sft.py and rl.py have made, for the miniatures of all tasks."""
+def miniature(s, argv=None):
+    """{name: settings} of the agents that sft.py and rl.py have made, for the miniatures of all tasks. argv: the
+    command line that gave s."""
     found = {name: folder for name, (folder, _) in MADE.items() if Path(folder, "agent.json").is_file()}
     if not found:
         raise ValueError("there is no agent to evaluate in runs/sft or runs/rl. Make them with: python sft.py, then "
@@ -1040,22 +1189,29 @@ def miniature(s):
             if not (known := Path(s.out, *path.parts[-3:])).exists():
                 write(known, path.read_bytes())
     torch.set_num_threads(1)        # threads that wait for each other are slow beside scripts on every core
-    s = changed(s, TOGETHER)
-    return {name: with_agent(replace(s, model=folder, out=str(Path(s.out, Path(folder).name))))
-            for name, folder in found.items()}
+
+    def agent(folder):
+        more = f"the paper in miniature, and {folder}/agent.json", {**TOGETHER, **read_agent(folder)}
+        one = sample.parse(Settings, argv, lambda typed: [more])
+        return replace(one, model=folder, out=str(Path(s.out, Path(folder).name)))
+    return {name: agent(folder) for name, folder in found.items()}
 
 
 def write(path, value):
     """Writes bytes, or a value as JSON, aside and renames the file: it is whole, or the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_bytes(value if isinstance(value, bytes) else (json.dumps(value, indent=1) + "\n").encode())
+    part.unlink(missing_ok=True)        # a link that lies there must not be followed
+    with open(part, "xb") as file:
+        file.write(value if isinstance(value, bytes) else (json.dumps(value, indent=1) + "\n").encode())
     part.replace(path)
+
 
 @contextlib.contextmanager
 def alone(folder, program):
-    """Makes a folder and holds it for this process. ValueError: another process has it."""
+    """Makes a folder and holds it for this process. ValueError: another process has it, or it leads elsewhere."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    inside(folder)
     with Path(folder, "lock").open("w") as lock:        # let go however this process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1079,6 +1235,14 @@ def attempt(program, work, kept):
         print(f"{program}: interrupted", file=sys.stderr)
     print(f"What was done is kept in {kept}; the same command goes on from there.", file=sys.stderr)
     return 1
+
+
+def one_process(what):
+    """ValueError, said once, where torchrun has started several processes of a program that runs in one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if os.environ.get("RANK") != "0":
+            sys.exit(2)
+        raise ValueError(f"{what} runs in one process; start it with python instead of torchrun")
 
 
 def run_program(main):
@@ -1108,19 +1272,27 @@ def run_program(main):
     os._exit(code)      # threads may still wait for a reply or a script; the scripts end when we do
 
 
+def fill(values):
+    """For sample.parse: what holds where nothing was typed."""
+    if values["task"] or values["model"] or values["compare"]:
+        return acts_as(values["model"], small_files(values["model"]))
+    logs = tuple(log for folder, _ in MADE.values() if Path(log := f"{folder}/log.jsonl").is_file())
+    return [("the paper in miniature", {"log": logs})]
+
+
 def main(argv=None):
-    s = with_agent(sample.parse(Settings, argv))
+    s = sample.parse(Settings, argv, fill)
 
     def work():
+        one_process("eval.py")
         if s.compare:
             return print(f"Written to {write_report(s)}")
         if s.task:
             print("\n" + report(evaluate(s)))
             return print(f"{NO_MODEL * (not s.model)}\nWritten to {s.out}: report.html, results.json"
                          + ", trajectories, blobs" * bool(s.model))
-        agents = miniature(s)
-        logs = [log for folder, _ in MADE.values() if Path(log := f"{folder}/log.jsonl").is_file()]
-        print("\n" + report(evaluate(changed(s, {"log": logs}), agents)))
+        agents = miniature(s, argv)
+        print("\n" + report(evaluate(s, agents)))
         for name, (folder, command) in MADE.items():
             if name not in agents:
                 print(f"\nNot there yet: {name}. Make {folder} with: {command}, and run this again.")

@@ -560,8 +560,8 @@ def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=5 * 10**9):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading checkpoints
 
-def find_folder(path):
-    """The local folder of a checkpoint; a hub id ("owner/name") is downloaded once into the hub's cache."""
+def find_folder(path, files=("*.json", "*.safetensors", "merges.txt")):
+    """The local folder of a checkpoint; a hub id's ("owner/name") `files` are downloaded once into the hub's cache."""
     if Path(path).is_dir():
         return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -569,7 +569,7 @@ def find_folder(path):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+        return Path(snapshot_download(str(path), allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {why}") from None

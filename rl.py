@@ -35,7 +35,8 @@ from torch.distributed.tensor import DTensor
 import sample
 import tasks
 from env import SLOTS, Blobs, Cache, Env, Gone, clip, protection, read_trajectory
-from eval import CODE_END, CODER_TOKENS, Failed, alone, attempt, prepare, run_program, with_agent
+from eval import (CODE_END, CODER_TOKENS, Failed, acts_as, alone, attempt, prepare, read_agent, run_program,
+                  small_files, write)
 from model import IGNORE, Config, Linear, Qwen2, find_folder, use_kernels
 from reward import KINDS
 from sft import (AdamW, build, compute_type, epoch_order, export, fingerprint, flops_of, gib, held_out, linked,
@@ -43,6 +44,7 @@ from sft import (AdamW, build, compute_type, epoch_order, export, fingerprint, f
                  row_of, save_state, shape_of, share)
 
 
+SMALL = 50e6    # weights; for a model of fewer the recipe is tiny, else 7b
 RECIPES = {     # --preset: what differs from the defaults, which are for 7B
     "tiny": dict(advantage="group", choose="learnable", iterations=16, num=8, epochs=2, minibatches=4, lr=2e-4,
                  kl=0.05, length=1024, recompute=False),
@@ -52,7 +54,8 @@ RECIPES = {     # --preset: what differs from the defaults, which are for 7B
 
 @dataclass
 class Settings:
-    preset: str = "tiny"  # settings for a size of model, which flags override: tiny (what sft.py makes) or 7b
+    preset: str = ""  # settings for a size of model, which flags override: tiny (what sft.py makes) or 7b; empty: by
+        # the number of weights
     model: str = "runs/sft"  # what is trained: a folder or a hub id; the reference and the critic begin as it too
     trajectories: str = "runs/trajectories"  # the pool of states; what new scripts give is added to its blobs and cache
     out: str = "runs/rl"  # the actor as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
@@ -90,7 +93,8 @@ class Settings:
     recompute: bool = True  # compute a block's activations again in backward: a third more time, far less memory
     dtype: str = "auto"  # of products and activations, as in sft.py; weights are kept and updated in float32
     kernels: str = "torch"  # torch, or triton, on CUDA, which has not been measured on a GPU yet
-    coder: str = "none"  # who carries out the (AI) actions: none, model (the policy), or another, as in --model
+    coder: str = "none"  # who carries out the (AI) actions: none, model (the policy), or another, as in --model; the
+        # key of a server is read from OPENAI_API_KEY_CODER, or else OPENAI_API_KEY
     data: str = "data"  # where prepared tasks are kept
     raw: str = ""  # folder of the publisher's files, as in eval.py
     python: str = sys.executable  # the interpreter that runs the tasks' scripts
@@ -119,6 +123,8 @@ class Settings:
             if not low <= getattr(self, name) <= high:
                 right = "above 0" if low == 1e-9 else f"{low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
                 raise ValueError(f"--{name.replace('_', '-')} must be {right}, found {getattr(self, name)}")
+        if sample.is_server(self.coder):
+            sample.address(self.coder)
         compute_type(self.dtype, torch.device("cpu"))
         if self.minibatches > self.states:
             raise ValueError(f"--minibatches {self.minibatches} are more than --states {self.states}; some would be "
@@ -267,7 +273,8 @@ class Rollout:
         self.cache = Cache(Path(s.trajectories, "cache"))
         self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if s.rollout == "step" else s.states * s.num)
         other = s.coder not in ("none", "model")
-        self.coder = engine if s.coder == "model" else sample.load(s.coder, context=s.context) if other else None
+        self.coder = engine if s.coder == "model" else sample.load(
+            s.coder, context=s.context, key=sample.coder_key(s.coder, s.model)) if other else None
         self.options = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop=("\nObservation:",))
 
     def save(self):
@@ -749,6 +756,8 @@ def learn(s, rank, world, device):
         if (iteration + 1) % s.save_every == 0 or iteration + 1 == s.iterations:
             save_state(s, iteration + 1, learner.models, learner.optimizer, rollout=rollout.save())
     export(learner.actor, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if rank == 0 and (agent := read_agent(folder)):
+        write(Path(s.out, "agent.json"), agent)
     say(f"Written to {s.out}: the model, log.jsonl, checkpoints" + "\n\nNext: python eval.py" * (s.preset == "tiny"))
 
 
@@ -814,8 +823,27 @@ def report(f, s, log, left):
               "not to edit while this lasts", file=sys.stderr)
 
 
+def fill(values):
+    """For sample.parse: what holds where nothing was typed, by what the model's folder says and by its size."""
+    model, name, there = values["model"], values["preset"], Path(values["model"]).is_dir()
+    folder = None if not there and (values["plan"] or model == Settings.model) else small_files(model)
+    found = acts_as(model, folder)
+    if folder is None and not values["plan"]:       # no such model, as learn will say
+        return [sample.preset(name, RECIPES)] if name else []
+    config = Config.from_pretrained(folder) if folder else shape_of(model)      # of a plan for "7b"
+    num = num_weights(config)[-1]
+    fitting = "tiny" if num < SMALL else "7b"
+    if not name:
+        return [*found, (f"--preset {fitting}, since {model} has {num:,} weights (below {SMALL:,.0f} it is tiny)",
+                         {"preset": fitting, **RECIPES[fitting]})]
+    if name == "tiny" != fitting:
+        sample.tell(f"rl.py: WARNING: --preset tiny is for less than {SMALL:,.0f} weights, and {model} has {num:,}; "
+                    f"such a learning rate ({RECIPES['tiny']['lr']:g}, of 7b {Settings.lr:g}) may ruin it")
+    return [*found, sample.preset(name, RECIPES)]
+
+
 def main(argv=None):
-    s = with_agent(sample.parse(Settings, argv, RECIPES))
+    s = sample.parse(Settings, argv, fill)
 
     def work():
         if s.plan:

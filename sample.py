@@ -9,12 +9,14 @@
 The letters B, T, K, D, S, V, L are those of model.py; R is the number of rows of the cache.
 """
 import argparse
+import base64
 import codecs
 import dataclasses
 import difflib
 import email.utils
 import http.client
 import inspect
+import ipaddress
 import json
 import math
 import os
@@ -150,7 +152,7 @@ class Tokenizer:
                     "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.END, "pad_token": self.TEXT_END,
                     "clean_up_tokenization_spaces": False, "chat_template": template})):
                 (folder / name).write_text(json.dumps(value, indent=2) + "\n")
-        for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "agent.json"):
+        for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
             if self.folder and (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 (folder / name).write_bytes((self.folder / name).read_bytes())
         self.bpe.save(str(folder / "tokenizer.json"))
@@ -886,31 +888,86 @@ class EndpointError(RuntimeError):
         self.retry_s = retry_s
 
 
+def is_near(host):
+    """Whether a host is this machine or in a private network, by its name or number."""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return host == "localhost" or "." not in host
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_):  # following one would send the prompt and the key to another host
         return None
 
 
+def is_server(spec):
+    """Whether a --model value is the address of a server."""
+    return str(spec).lower().startswith(("http://", "https://"))
+
+
+def address(spec):
+    """((scheme, host, port), the URL to post to, the model's name) of "http://host:port/v1#name". ValueError: it has
+    another form. A key in it is refused: the address stands in messages and results."""
+    right = "expected an endpoint like http://host:port/v1#model-name"
+    url, _, name = str(spec).partition("#")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        raise ValueError(f"{right}, found one whose host or port cannot be read") from None
+    if "@" in parts.netloc or parts.query:
+        raise ValueError(f"{right}, found one with a password or a query in it; a key belongs in OPENAI_API_KEY")
+    if parts.scheme not in ("http", "https") or not parts.hostname or not name or not url.isprintable() or " " in url:
+        raise ValueError(f"{right}, found {spec!r}")
+    url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    return (parts.scheme, parts.hostname, port), url, name
+
+
+def coder_key(coder, model):
+    """The name of the variable that holds the key for the server `coder`: OPENAI_API_KEY_CODER, if it is set or if
+    `model` is a server on another host, which OPENAI_API_KEY then belongs to; else OPENAI_API_KEY."""
+    other = is_server(coder) and is_server(model) and address(coder)[0] != address(model)[0]
+    return "OPENAI_API_KEY_CODER" if other or "OPENAI_API_KEY_CODER" in os.environ else "OPENAI_API_KEY"
+
+
+def without_key(text, key):
+    """The text with *** for all that could be of the key: each eight or more of its characters, or all if it has less,
+    as they are, or in base64, hexadecimal or percent-encoded; a server may have cut it or put it into quotes."""
+    raw, size, kept = key.encode(), min(8, len(key)), [True] * len(text)
+    forms = [key, raw.hex(), "".join(f"%{byte:02x}" for byte in raw), urllib.parse.quote(key, safe="")]
+    forms += [base64.b64encode(b"\0" * i + raw).decode()[(0, 2, 3)[i]:].rstrip("=")[:-1] for i in range(3)]
+    forms += [json.dumps(key)[1:-1], *(form.translate({43: "-", 47: "_"}) for form in forms[-3:])]
+    pieces = {form[i:i + size].lower() for form in forms for i in range(len(form) - size + 1) if size}
+    lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)      # as long as the text
+    for i in range(len(text) - size + 1):
+        if lower[i:i + size] in pieces:
+            kept[i:i + size] = [False] * size
+    return re.sub("\0+", "***", "".join(c if keep else "\0" for c, keep in zip(text, kept)))
+
+
 class Endpoint:
     """The same blocking, thread-safe `chat` as Engine's, answered by any server that speaks /v1/chat/completions.
 
-    spec is "http://host:port/v1#model-name"; the key, if any, is read from OPENAI_API_KEY. timeout_s bounds a request.
-    Busy servers (429), server errors (5xx), lost connections, timeouts and replies that are no chat completion are
-    tried again `retries` times, after backoff_s, 2 * backoff_s, ... seconds (with jitter) or what Retry-After asks.
+    spec is "http://host:port/v1#model-name". key: the environment variable that holds the server's key; the key is sent
+    to that host alone, and stands in no message. timeout_s bounds a request. Busy servers (429), server errors (5xx),
+    lost connections, timeouts and replies that are no chat completion are tried again `retries` times, after backoff_s,
+    2 * backoff_s, ... seconds (with jitter) or what Retry-After asks.
     """
     context = None            # in tokens: only the server knows
     max_bytes = 16 * 2**20    # of one reply
 
-    def __init__(self, spec, timeout_s=120.0, retries=5, backoff_s=1.0):
-        address, _, self.name = spec.partition("#")
-        parts = urllib.parse.urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not self.name:
-            raise ValueError(f"expected an endpoint like http://host:port/v1#model-name, found {spec!r}")
-        self.url = address.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    def __init__(self, spec, timeout_s=120.0, retries=5, backoff_s=1.0, key="OPENAI_API_KEY"):
+        (scheme, host, _), self.url, self.name = address(spec)
         self.timeout_s, self.retries, self.backoff_s = timeout_s, retries, backoff_s
-        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        self._variable = key
+        self._key = os.environ.get(key, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
-            raise ValueError("OPENAI_API_KEY holds characters that cannot be sent in a header; set it again")
+            raise ValueError(f"{key} holds characters that cannot be sent in a header; set it again")
+        if self._key and scheme == "http" and not is_near(host):
+            tell(f"{self.url}: the key in {key} goes there unencrypted; is there no https?")
+        if not self._key and key != "OPENAI_API_KEY" and "OPENAI_API_KEY" in os.environ:
+            tell(f"{self.url} is asked without a key: OPENAI_API_KEY is for the host of the model; set {key}")
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0):
@@ -939,9 +996,9 @@ class Endpoint:
         if ends:  # a server that ignores `stop`, or returns the string with the text
             text, finish = text[:min(ends)], "stop"
         details = usage.get("prompt_tokens_details")
-        cached = details.get("cached_tokens") if isinstance(details, dict) else None
-        seconds = time.perf_counter() - start
-        return Completion(text, [], [], finish, usage.get("prompt_tokens") or 0, cached or 0, seconds)
+        counts = usage.get("prompt_tokens"), details.get("cached_tokens") if isinstance(details, dict) else 0
+        counts = [count if isinstance(count, int) and 0 <= count < 2**31 else 0 for count in counts]
+        return Completion(text, [], [], finish, *counts, time.perf_counter() - start)
 
     def _ask(self, body):
         """(text, "stop" | "length", usage) of one request."""
@@ -961,7 +1018,8 @@ class Endpoint:
             why = getattr(error, "reason", None) or error
             if isinstance(why, TimeoutError):
                 why = f"no connection within {self.timeout_s:g} s"
-            lost = f"{self.url} cannot be reached ({type(why).__name__}: {why}); is the server running there?"
+            lost = (f"{self.url} cannot be reached ({type(why).__name__}: {self._excerpt(str(why))}); is the server "
+                    "running there?")
             raise EndpointError(lost, 0.0) from None
         try:
             reply = json.loads(raw)
@@ -973,6 +1031,7 @@ class Endpoint:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise EndpointError(f"{self.url} answered, but not with a chat completion: {self._excerpt(raw)}; "
                                 "is this the address of an OpenAI-compatible /v1?", 0.0) from None
+        text = text.encode("utf-8", "replace").decode()     # half a surrogate pair is no character
         return text, finish, usage if isinstance(usage, dict) else {}
 
     def _read(self, response):
@@ -999,17 +1058,20 @@ class Endpoint:
         if code in (408, 409, 425, 429) or code >= 500:
             advice = "ask less in parallel, or later" if code == 429 else "see the server's log"
             return EndpointError(f"{message}; {advice}", _retry_after(error.headers.get("Retry-After")))
-        advice = {401: "set OPENAI_API_KEY to a key it accepts" if self._key else "set OPENAI_API_KEY",
-                  403: "the key in OPENAI_API_KEY may not use this model" if self._key else "set OPENAI_API_KEY",
+        name = self._variable
+        advice = {401: f"set {name} to a key it accepts" if self._key else f"set {name}",
+                  403: f"the key in {name} may not use this model" if self._key else f"set {name}",
                   404: f"check the address (it usually ends in /v1) and the model's name, {self.name!r}"}
         if 300 <= code < 400:
-            advice[code] = f"give the address it points to ({error.headers.get('Location')}) instead"
+            where = self._excerpt(error.headers.get("Location", ""))
+            advice[code] = f"give the address it points to ({where}) instead"
         return EndpointError(f"{message}; {advice.get(code, 'it does not accept this request')}")
 
-    def _excerpt(self, raw):
-        text = " ".join(raw[:4096].decode("utf-8", "replace").split())
-        text = text.replace(self._key, "***") if self._key else text
-        return repr(text[:300]) if text else "an empty body"
+    def _excerpt(self, said):
+        """The beginning of what a server said, as text that shows no key and does nothing to a terminal."""
+        text = said[:4096].decode("utf-8", "replace") if isinstance(said, bytes) else said[:4096]
+        text = " ".join(without_key(text, self._key).split())
+        return ascii(without_key(text, self._key)[:300]) if text else "an empty body"
 
 
 def _retry_after(value):
@@ -1027,14 +1089,18 @@ def _retry_after(value):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def parse(cls, argv=None, recipes=None):
-    """An instance of the dataclass `cls`, filled from the command line (`argv`, by default sys.argv[1:]). recipes: {a
-    value of --preset: {name: value}}, settings that hold where no flag says otherwise.
+def parse(cls, argv=None, fill=None):
+    """An instance of the dataclass `cls`, filled from the command line (`argv`, by default sys.argv[1:]).
+
+    fill: a function of all settings, {name: value} as typed or by default, that gives [(where from, {name: value})]:
+    settings that hold where none was typed, the first that has one. What they change is said on the error stream. What
+    was typed holds, also where it is what the default would have been.
 
     A field reads `name: type = default  # help text`; comment lines below it, indented deeper, continue the text.
     Types: int, float, str, bool (--name / --no-name), X | None (the word `none`) and tuple[X, ...] (a comma list).
     --max-new-tokens and --max_new_tokens are one flag and --x=1 works. A name that does not exist (near ones are
-    listed), a value of the wrong type or a ValueError of the class's own __post_init__ ends the program with status 2.
+    listed), a value of the wrong type or a ValueError of fill or the class's own __post_init__ ends the program with
+    status 2.
     """
     about, name = {}, None  # field -> its trailing comment
     for line in inspect.getsource(cls).splitlines():
@@ -1069,40 +1135,65 @@ def parse(cls, argv=None, recipes=None):
         else:
             letters = re.findall("int|float|str", str(kind))[0].upper() + ",..." * (typing.get_origin(kind) is tuple)
             how = {"type": lambda text, kind=kind: convert(text, kind), "metavar": letters}
-        parser.add_argument("--" + one.name.replace("_", "-"), required=needed, default=default, help=text, **how)
+        parser.add_argument("--" + one.name.replace("_", "-"), required=needed, default=argparse.SUPPRESS, help=text,
+                            **how)
 
     argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
             for word in (sys.argv[1:] if argv is None else argv)]
-    values, unknown = parser.parse_known_args(argv)
+    typed, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(flag, ["--" + name.replace("_", "-") for name in vars(values)], n=3)
+        near = difflib.get_close_matches(flag, ["--" + name.replace("_", "-") for name in kinds], n=3)
         parser.error(f"there is no {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
-    if recipes and values.preset:
-        if values.preset not in recipes:
-            parser.error(f"there is no --preset {values.preset}; there is {', '.join(recipes)}")
-        first = [f"--{'no-' * (value is False)}{name.replace('_', '-')}{'' if isinstance(value, bool) else f'={value}'}"
-                 for name, value in recipes[values.preset].items()]
-        return parse(cls, first + argv)     # what comes later wins
+    default = {one.name: one.default for one in dataclasses.fields(cls)}
+    values = vars(typed)
     try:
-        return cls(**vars(values))
+        for source, more in fill({**default, **values}) if fill else ():
+            new = {name: value for name, value in more.items() if name in default and name not in values}
+            values.update(new)
+            said = ", ".join(as_flag(name, value) for name, value in new.items() if value != default[name])
+            if said:
+                tell(f"{source}: {said}")
+        return cls(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+def tell(text):
+    """Says something on the error stream; of several processes under torchrun the first one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def as_flag(name, value):
+    """A setting as one would type it."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
+def preset(name, recipes):
+    """What parse's fill gives for --preset NAME; recipes: {name: settings}. ValueError: there is no such one."""
+    if name not in recipes:
+        raise ValueError(f"there is no --preset {name}; there is {', '.join(recipes)}")
+    return f"--preset {name}", recipes[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading what --model names, and the command line
 
-def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch", graphs=False):
+def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch", graphs=False,
+         key="OPENAI_API_KEY"):
     """The Engine or Endpoint that a --model value names.
 
     spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
     out), or "http://host:port/v1#name". device "auto": CUDA if there is one. dtype "auto": bfloat16 where the hardware
     multiplies it (CUDA, or a CPU with AMX), else float32. kernels: torch, or triton on CUDA. graphs: decode in CUDA
-    graphs. Raises ValueError for what cannot be loaded.
+    graphs. key: the environment variable that holds a server's key. Raises ValueError for what cannot be loaded.
     """
-    if str(spec).startswith(("http://", "https://")):
-        return Endpoint(spec)
+    if is_server(spec):
+        return Endpoint(spec, key=key)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":

@@ -18,7 +18,7 @@ the same command; a larger --num, or another --task, adds to it. Exit status: 0 
 """
 import contextlib, hashlib, json, math, os, random, re, resource, shutil, sys, time, zlib
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -37,8 +37,8 @@ from env import (
     DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, clip, parse, printed_metric, prompt_of, short_prompt, shown_lines)
 from model import IGNORE, Config, Qwen2, find_folder, load_tensors, use_kernels, write_checkpoint
 from eval import (
-    Failed, Run, alone, attempt, ended, file_of, layout, prepare, read_record, run_program, spoken, together,
-    trajectory, write)
+    AGENT, Failed, Run, alone, attempt, ended, file_of, layout, one_process, prepare, read_agent, read_record,
+    run_program, spoken, together, trajectory, write)
 
 
 RECIPES = {     # --preset: the paper's section on fine-tuning
@@ -117,6 +117,8 @@ class Settings:
                              f"{self.steps}, {self.ideas}, {self.per_idea}")
         if self.prompt not in PROMPTS:
             raise ValueError(f"--prompt must be {' or '.join(PROMPTS)}, found {self.prompt!r}")
+        if sample.is_server(self.expert):
+            sample.address(self.expert)
         compute_type(self.dtype, torch.device("cpu"))
         if self.optimizer_state not in STATES:
             raise ValueError(f"expected --optimizer-state {', '.join(STATES)}, found {self.optimizer_state!r}")
@@ -1458,8 +1460,11 @@ def fine_tune(s):
             f"{sum(sum(chosen) for _, chosen in texts):,} of them to learn; {len(valid)} to validate; {world} "
             f"processes, {device}")
         model = train(s, texts, valid, tokenizer, config, folder)
-        if rank == 0 and s.prompt == "short":       # eval.py and rl.py read it
-            write(Path(s.out, "agent.json"), {name: getattr(s, name) for name in AGENT} | {"steps": AGENT_STEPS})
+        agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
+        if s.prompt == "short":
+            agent = {name: getattr(s, name) for name in AGENT} | {"steps": AGENT_STEPS}
+        if rank == 0 and agent:
+            write(Path(s.out, "agent.json"), agent)
         say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
         return model, tokenizer
 
@@ -1467,9 +1472,8 @@ def fine_tune(s):
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper in miniature: what `python sft.py` does
 
-AGENT = ("prompt", "actions", "fields", "context", "max_new_tokens")
 AGENT_STEPS = 5         # replies of a trajectory of the small model, in evaluation
-TINY = {"model": "tiny", "prompt": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640,
+TINY = {"prompt": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640,
         "keep": 24, "num": 5, "max_new_tokens": 96, "epochs": 1.0, "batch": 8, "copies": 56, "length": 1024,
         "lr": 1.5e-3, "warmup": 20, "beta2": 0.95, "validate_every": 500, "save_every": 500, "recompute": False}
 TINY_STEPS = 8          # replies of a collected trajectory
@@ -1508,14 +1512,20 @@ def try_out(s, engine, split, num=64):
 
 
 def miniature(s):
-    """Collects with the scripted expert on the miniatures, trains the tiny model from scratch, shows what it says."""
-    default = {field.name: field.default for field in fields(s)}
-    s = replace(s, **{name: value for name, value in TINY.items() if getattr(s, name) == default[name]})
-    print("1. Collecting: a scripted expert edits and runs the starters of the held-in tasks, on miniature data.")
-    print(report(collect(replace(s, steps=TINY_STEPS))))
-    print("\n2. Training a model of a million weights from scratch on what it did.")
-    model, tokenizer = fine_tune(s)
-    engine = sample.Engine(model.requires_grad_(False), tokenizer, rows=32, context=s.context)
+    """Collects with the scripted expert on the miniatures, trains the tiny model from scratch, shows what it says. Of
+    several processes the first one collects and shows; all train."""
+    rank, _, device = processes()
+
+    def collect_first():
+        print("1. Collecting: a scripted expert edits and runs the starters of the held-in tasks, on miniature data.")
+        print(report(collect(replace(s, steps=TINY_STEPS))))
+        print("\n2. Training a model of a million weights from scratch on what it did.", flush=True)
+    with linked(rank):
+        on_first(collect_first)
+    fine_tune(replace(s, model="tiny"))
+    if rank:
+        return
+    engine = sample.load(s.out, "float32", device, rows=32, context=s.context)
     print("\n3. Its replies in states it has not seen, 64 of each kind:")
     rows = [("tasks", "can be read", "edits", "of them with text that occurs once", "different ones")]
     for split in ("held-in", "held-out"):
@@ -1524,16 +1534,28 @@ def miniature(s):
     print(layout(rows) + f"\n\nOne state:\n{prompt[-1]['content']}\n\nIts reply:\n{text}\n\nNext: python rl.py")
 
 
+def fill(values):
+    """For sample.parse: what holds where nothing was typed."""
+    if values["preset"]:
+        return [sample.preset(values["preset"], RECIPES)]
+    return [] if values["collect"] or values["model"] else [("the paper in miniature", TINY)]
+
+
 def main(argv=None):
-    s = sample.parse(Settings, argv, RECIPES)
+    s = sample.parse(Settings, argv, fill)
+    if s.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before anything has looked for a GPU
 
     def work():
         if s.plan:
             return print(plan(s))
+        if s.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: there is no GPU that torch can use")
         if not (s.collect or s.model):
             return miniature(s)
         if not s.collect:
             return fine_tune(s)
+        one_process("sft.py --collect")
         print("\n" + report(collect(s)))
         print(f"Written to {s.trajectories}: manifest.json, trajectories, blobs")
     kept = s.trajectories if s.collect else s.out if s.model else f"{s.trajectories} and {s.out}"

@@ -314,9 +314,10 @@ def made(tmp_path, task, monkeypatch):
     return {"runs/sft": Scripted(), "runs/rl": Scripted([[edit(3, 9), END], [edit(3, 8), END]])}
 
 
-def play_all(made, **more):
-    s = evaluation.Settings(trajectories=2, coder="none", **more)
-    return evaluation.evaluate(s, evaluation.miniature(s), load=lambda spec, **options: made[spec])
+def play_all(made, *more):
+    argv = ["--trajectories=2", "--coder=none", *more]
+    s = sample.parse(evaluation.Settings, argv)
+    return evaluation.evaluate(s, evaluation.miniature(s, argv), load=lambda spec, **options: made[spec])
 
 
 def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):

@@ -662,11 +662,10 @@ def test_settings_at_their_limits_are_taken():
 
 
 def test_a_preset_holds_where_no_flag_says_otherwise(capsys):
-    s = sample.parse(rl.Settings, ["--preset", "7b", "--kl", "0.5"], rl.RECIPES)
+    s = sample.parse(rl.Settings, ["--preset", "7b", "--kl", "0.5"], rl.fill)
     assert (s.lr, s.critic_lr, s.recompute, s.kl) == (1e-6, 1e-5, True, 0.5)
     with pytest.raises(SystemExit):
-        sample.parse(rl.Settings, ["--preset", "8b"], rl.RECIPES)
-    assert sample.parse(rl.Settings, [], rl.RECIPES).advantage == "group"
+        sample.parse(rl.Settings, ["--preset", "8b"], rl.fill)
     assert "there is no --preset 8b; there is tiny, 7b" in capsys.readouterr().err
 
 

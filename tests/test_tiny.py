@@ -9,6 +9,7 @@ import torch
 
 import env
 import eval as evaluation
+import sample
 import sft
 import tasks
 from model import Config, Qwen2
@@ -251,7 +252,7 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
     again = run("sft", *flags)
     assert "already trained" in again and again.split("One state:")[1] == said.split("One state:")[1]
     assert {path: path.read_bytes() for path in before} == before
-    s = evaluation.with_agent(evaluation.Settings(model=str(out), steps=3))
+    s = sample.parse(evaluation.Settings, ["--model", str(out), "--steps=3"], evaluation.fill)
     assert (s.prompt, s.fields, s.steps, s.context) == ("short", sft.SHORT_FIELDS, 3, sft.TINY["context"])
     run("eval", f"--model={out}", f"--data={folder / 'data'}", f"--out={tmp_path / 'eval'}", "--task=toy-out",
         "--trajectories=1")
