@@ -286,22 +286,28 @@ def records_in(folder):
     """The files of the trajectories in a folder of eval.py or sft.py --collect, those of a task in order."""
     found = [*Path(folder).glob("trajectories/*-*.jsonl"), *Path(folder).glob("*-*.jsonl")]
     named = [(*path.stem.rpartition("-")[::2], path) for path in found]
-    return [path for _, k, path in sorted(named, key=lambda one: (one[0], len(one[1]), one[1])) if k.isdecimal()]
+    return [path for id, k, path in sorted(named, key=lambda one: (one[0], len(one[1]), one[1]))
+            if re.fullmatch(r"[\w.-]+ \d{1,9}", f"{id} {k}", re.ASCII)]
 
 
-def read_record(path, mend=True):
-    """The lines of a trajectory's file as dicts, [] where there is no file. A last line that was cut short is removed,
-    with mend from the file too; any other line that is not JSON is a ValueError."""
-    raw = path.read_bytes() if path.exists() else b""
+def read_lines(path, form, mend=False):
+    """The lines of a file of JSON lines, [] where there is no file. A last line that was cut short is left out, and
+    with mend removed from the file; any other that is not JSON or not of this form is a ValueError."""
+    raw = read_bytes(path) or b""
     whole = raw.rfind(b"\n") + 1
     if mend and whole < len(raw):
         os.truncate(path, whole)
-    lines = []
-    for number, line in enumerate(raw[:whole].splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            raise ValueError(f"{path}, line {number} is not JSON; delete that file to play it again") from None
+    return [from_json(line, form, f"{path}, line {i}") for i, line in enumerate(raw[:whole].splitlines(), 1)]
+
+
+def read_record(path, mend=True):
+    """The lines of a trajectory's file, as read_lines; each is checked to be of its type's form."""
+    lines = read_lines(path, {"type": TEXT}, mend)
+    for i, line in enumerate(lines, 1):
+        check(line["type"], one_of(*(("step", "end") if i > 1 else ("header",))), f"{path}, line {i}, 'type'")
+        check(line, LINES[line["type"]], f"{path}, line {i}")
+    if lines and lines[0]["task"] != path.stem.rpartition("-")[0]:
+        raise ValueError(f"{path} is a trajectory of {clip(ascii(lines[0]['task']), 80)}, not of the task in its name")
     return lines
 
 
@@ -610,7 +616,7 @@ def report(runs):
     about, name = [], "{}: ".format if len(runs) > 1 else lambda name: ""
     for run in runs:
         results, s = run["results"], run["results"]["settings"]
-        played = [each for one in results["tasks"].values() for each in one["trajectories"]]
+        played = [each for one in results["tasks"].values() for each in one.get("trajectories", ())]
         ends = Counter(each["ended"] for each in played)
         valid, steps = (sum(each[name] for each in played) for name in ("valid_replies", "steps"))
         about.append(f"{name(run['name'])}model {s['model']}, at most {s['steps']} steps. How they ended: "
@@ -637,6 +643,8 @@ SHOWN = 20_000      # characters of one text on the page
 DRAWN = {"reward": "mean reward", "reward_edits": "mean reward of edits that ran", "valid": "valid replies, share",
          "kl": "divergence from the first model, nats a token", "entropy": "entropy, nats a token",
          "cache_hits": "runs known already, share", "loss": "training loss", "valid_loss": "validation loss"}
+SHARES = {kind: f"share_{kind.replace(' ', '_')}" for kind in KINDS}
+LOG = {f"{name}?": maybe(NUMBER) for name in (*DRAWN, *SHARES.values(), "iteration", "step", "seconds")}
 WIDTH, HEIGHT, LEFT, BASE = 360, 200, 52, 170       # of a chart; where its frame begins, and where it ends below
 STYLE = """
 :root { --bg: #fff; --soft: #f3f4f6; --line: #d5d8de; --text: #1d2129; --dim: #616976; --link: #0b57c2; --bad: #b3261e;
@@ -741,15 +749,29 @@ def key(look, name):
 
 
 def finite(*values):
-    return all(value is not None and math.isfinite(value) for value in values)
+    """Whether all are numbers that can be drawn."""
+    return all(value is not None and abs(value) < 1e100 for value in values)
+
+
+def read_results(folder):
+    """What results.json in a folder of eval.py says, None where there is none. ValueError: eval.py never wrote that."""
+    path = Path(folder, "results.json")
+    if (raw := read_bytes(path)) is None:
+        return None
+    results = from_json(raw, RESULTS, path)
+    for id, one in results["tasks"].items():
+        sums = [one[name] for name in ("score_summary", "oracle_summary") if name in one]
+        if not re.fullmatch(r"[\w.-]{1,100}", id, re.ASCII) or sums and not one.get("trajectories") or any(
+                (each["gain"] is None) != (one["starter"] == 0) for each in sums):
+            raise ValueError(f"{path}: what it says of the task {clip(ascii(id), 80)} does not fit together")
+    return results
 
 
 def read_run(folder, name):
     """What the page shows of a folder: name, results, and of each trajectory that was begun the task, k, header and
     steps, the score that counts, its gain, and how it went."""
-    path = Path(folder, "results.json")
-    results = json.loads(path.read_text()) if path.is_file() else {"settings": {}, "tasks": {}}
-    played = []
+    inside(folder)
+    results, played = read_results(folder) or {"settings": {}, "tasks": {}}, []
     for path in records_in(folder):
         lines, (id, _, k) = read_record(path, mend=False), path.stem.rpartition("-")
         if lines:
@@ -806,7 +828,7 @@ def shown_step(step):
 def span(values):
     """(low, high) a little outside of all values."""
     low, high = min(values), max(values)
-    room = 0.05 * (high - low) or 0.05 * abs(low) or 0.5
+    room = next(room for room in (0.05 * (high - low), 0.05 * abs(low), 0.5) if room > 1e-300)
     return low - room, high + room
 
 
@@ -823,6 +845,7 @@ def chart(title, x_name, lines=(), dots=(), bars=(), xs=None, ys=None):
     outside is drawn at the edge."""
     lines = [(look, name, [p for p in points if finite(*p)]) for look, name, points in lines]
     dots = [dot for dot in dots if finite(*dot[2:4])]
+    bars = [(look, name, [box for box in boxes if finite(*box)]) for look, name, boxes in bars]
     points = [p for line in lines for p in line[2]] + [dot[2:4] for dot in dots]
     points += [(x + side, y) for bar in bars for x, *ends in bar[2] for side, y in zip((-0.5, 0.5), ends)]
     if not points:
@@ -871,14 +894,14 @@ def training_charts(logs):
     runs, found = [], []
     for name, lines in logs:
         lines = list({line.get("iteration", line.get("step")): line for line in lines}.values())
-        minutes = np.cumsum([line.get("seconds", 0) for line in lines]) / 60
+        minutes = np.cumsum([line.get("seconds") or 0 for line in lines]) / 60
         runs.append((name, [{**line, "minutes": m} for line, m in zip(lines, minutes.tolist())]))
     for y, title in DRAWN.items():
         for x in ("iteration", "step", "minutes")[:3 if y == "reward" else 2]:
             found.append(chart(title, x, [(f"c{i % 8}", name, [(line.get(x), line.get(y)) for line in lines])
                                           for i, (name, lines) in enumerate(runs)]))
     for name, lines in runs:
-        rows = [(line["iteration"], {kind: line["share_" + kind.replace(" ", "_")] for kind in KINDS})
+        rows = [(line.get("iteration"), {kind: line.get(SHARES[kind]) or 0 for kind in KINDS})
                 for line in lines if "share_scored" in line]
         found.append(kinds_chart("kinds of reward" + f": {name}" * (len(runs) > 1), "iteration", rows))
     return found
@@ -892,6 +915,8 @@ def task_charts(runs):
             head = one["head"]
             groups.setdefault((one["task"], head["miniature"], head["m_init"]), {}).setdefault(n, []).append(one)
     for (id, miniature, start), found in sorted(groups.items()):
+        if not finite(start):
+            continue
         lines, dots = [], []
         for n, played in found.items():
             look, length = f"c{n % 8}", max(len(one["steps"]) for one in played)
@@ -930,8 +955,9 @@ def gain_chart(runs, rows):
         svg.append(f'<text y="{y}">{html.escape(title)}</text>')
         for n, (value, *ends) in found.items():
             y += 12
-            whisker = f'<path class="is" d="M{at(ends[0])} {y}H{at(ends[1])}"/>' if ends else ""
-            svg.append(f'<g class="c{n % 8}">{whisker}<circle class="of" cx="{at(value)}" cy="{y}" r="4"/></g>'
+            whisker = f'<path class="is" d="M{at(ends[0])} {y}H{at(ends[1])}"/>' if ends and finite(*ends) else ""
+            dot = f'<circle class="of" cx="{at(value)}" cy="{y}" r="4"/>' if finite(value) else ""
+            svg.append(f'<g class="c{n % 8}">{whisker}{dot}</g>'
                        f'<text x="{WIDTH}" y="{y + 4}" text-anchor="end">{number(value, "+.1f")}</text>')
     legend = "".join(key(f"c{n % 8}", run["name"]) for n, run in enumerate(runs) if run["results"]["tasks"])
     return (f'<figure><svg viewBox="0 0 {WIDTH} {y + 22}" role="img"><path class="grid" d="M{at(0)} 8V{y + 8}"/>'
@@ -941,7 +967,7 @@ def gain_chart(runs, rows):
 
 def anchor(runs, n, one):
     """The id of a trajectory on the page."""
-    return f"{n + 1}/" * (len(runs) > 1) + f"{one['task']}-{one['k']}"
+    return html.escape(f"{n + 1}/" * (len(runs) > 1) + f"{one['task']}-{one['k']}")
 
 
 def shown_trajectory(runs, n, one):
@@ -1019,9 +1045,14 @@ def page(title, runs, logs):
             text = report([run]) + "\n\n" if results["complete"] else ""
             body.append(f"<details><summary>{html.escape(run['name'])}: as text, settings, versions</summary><pre>"
                         f"{html.escape(text + json.dumps(about, indent=1))}</pre></details>")
+    script = SCRIPT if shown else ""
+    own = [base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in (script, STYLE)]
+    policy = (f"default-src 'none'; script-src 'sha256-{own[0]}'; style-src 'sha256-{own[1]}'; base-uri 'none'; "
+              "form-action 'none'")     # a browser runs what we wrote, and nothing that might have got in
     text = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width='
-            f'device-width, initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n'
-            + "\n".join(body) + f"\n<script>{SCRIPT * bool(shown)}</script></body></html>\n")
+            f'device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy" content="{policy}"><title>'
+            f'{html.escape(title)}</title><style>{STYLE}</style></head><body>\n'
+            + "\n".join(body) + f"\n<script>{script}</script></body></html>\n")
     return text.encode("utf-8", "replace")      # half a surrogate pair is no character
 
 
@@ -1032,7 +1063,7 @@ def write_report(s, agents=None):
     folders = {folder: folder for folder in s.compare} or {
         name: one.out for name, one in (agents or {s.model or "starters": s}).items()}
     logs = [*map(Path, s.log), *(log for folder in s.compare if (log := Path(folder, "log.jsonl")).is_file())]
-    logs = [(str(log.parent), read_record(log, mend=False)) for log in dict.fromkeys(logs)]
+    logs = [(str(log.parent), read_lines(log, LOG)) for log in dict.fromkeys(logs)]
     what = (f"{', '.join(s.compare)} side by side" if s.compare else
             f"{s.model or 'the starters'} on {s.task}" if s.task else "the paper in miniature")
     write(path, page(f"ML-Agent: {what}", [read_run(folder, name) for name, folder in folders.items()], logs))
@@ -1086,9 +1117,8 @@ def check_same(s, now):
     """ValueError naming what differs where --out holds trajectories made under other conditions."""
     if not any(Path(s.out, "trajectories").glob("*.jsonl")):
         return
-    path = Path(s.out, "results.json")
-    then = json.loads(path.read_text())["settings"] if path.exists() else {}
-    differ = [f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
+    then = (read_results(s.out) or {"settings": {}})["settings"]
+    differ = [f"{clip(name, 80)} was {clip(repr(then.get(name)), 200)} and is {now.get(name)!r}"
               for name in {**then, **now} if then.get(name) != now.get(name)]
     if differ:
         raise ValueError(f"{s.out} holds a run with other settings: {'; '.join(differ)}. "
