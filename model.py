@@ -69,17 +69,23 @@ class Config:
             raise ValueError(f"{folder} holds no config.json; expected the folder of a Qwen2.5 checkpoint")
         try:
             raw = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error}); download it again") from None
-        if raw.get("model_type") != "qwen2":
-            raise ValueError(f"{path} says model_type {raw.get('model_type')!r}; expected 'qwen2' (Qwen2, Qwen2.5)")
+        kind = raw.get("model_type") if isinstance(raw, dict) else None
+        if kind != "qwen2":
+            raise ValueError(f"{path} says model_type {kind!r}; expected 'qwen2' (Qwen2, Qwen2.5)")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}      # newer files nest rope_theta here
-        if rope.get("rope_type", rope.get("type", "default")) != "default" or raw.get("use_sliding_window"):
+        scaled = not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default"
+        if scaled or raw.get("use_sliding_window"):
             raise ValueError(f"{path} asks for scaled rotary positions or a sliding window; only plain ones are built")
         raw = {"rope_theta": rope.get("rope_theta", 1e6), **raw}
         missing = [f.name for f in fields(cls) if f.name not in raw]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
+        for f in fields(cls):
+            value, kinds = raw[f.name], (int, float) if f.type is float else (f.type,)
+            if type(value) not in kinds or f.type is not bool and not value > 0:
+                raise ValueError(f"{path}: {f.name} must be of type {f.type.__name__}, and above 0 if it is a number")
         config = cls(**{f.name: raw[f.name] for f in fields(cls)})
         if config.head_dim * config.num_attention_heads != config.hidden_size or "head_dim" in raw \
                 and raw["head_dim"] not in (None, config.head_dim):
@@ -579,7 +585,13 @@ def checkpoint_files(folder):
     """{tensor name: safetensors file that holds it}, from the index or from the single file's header."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        where = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            named = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ValueError(f"{index} is damaged; download it again") from None
+        if others := [file for file in named.values() if not isinstance(file, str) or Path(file).name != file]:
+            raise ValueError(f"{index} names {others[0]!r:.80}, which is no file of that folder")
+        where = {name: folder / file for name, file in named.items()}
         absent = sorted({file.name for file in where.values() if not file.is_file()})
         if absent:
             raise ValueError(f"{folder} lacks {', '.join(absent)}, named in {index.name}; download it again")

@@ -121,6 +121,14 @@ DAMAGES = {
     "scaled rope": (lambda f: edit_config(f, rope_scaling={"type": "yarn", "factor": 4}), ["scaled rotary"]),
     "lost shard": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
                    ["lacks b.safetensors"]),
+    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), ["model_type None"]),
+    "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), ["is not JSON"]),
+    "a text for a number": (lambda f: edit_config(f, hidden_size="96"), ["hidden_size must be of type int"]),
+    "no heads": (lambda f: edit_config(f, num_attention_heads=0), ["num_attention_heads must be", "above 0"]),
+    "odd rope": (lambda f: edit_config(f, rope_scaling=[1]), ["scaled rotary"]),
+    "odd index": (lambda f: (f / "model.safetensors.index.json").write_text("[1]"), ["index.json is damaged"]),
+    "a file elsewhere": (lambda f: (f / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {"a": "../b.safetensors"}})), ["'../b.safetensors', which is no file of that folder"]),
 }
 
 
