@@ -108,13 +108,16 @@ class Tokenizer:
             bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:      # the library raises bare Exception for every malformed file
             raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None
-        eos = _json(folder / "generation_config.json").get("eos_token_id", [])
+        eos = _json(folder / "generation_config.json").get("eos_token_id") or []
+        eos = eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(each, int) for each in eos):
+            raise ValueError(f"{folder / 'generation_config.json'}: eos_token_id must be numbers, found {str(eos):.80}")
         template = str(_json(folder / "tokenizer_config.json").get("chat_template", ""))
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
         found = re.search(r"<\|im_start\|>system\\n(You are[^'<{]*)<\|im_end\|>", template)
         system = found[1] if found else None if template else cls.SYSTEM
-        return cls(bpe, [eos] if isinstance(eos, int) else eos or [], system, folder)
+        return cls(bpe, eos, system, folder)
 
     @classmethod
     def of_bytes(cls):
@@ -207,7 +210,14 @@ def byte_alphabet():
 
 
 def _json(path):
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The object in a file of a checkpoint, {} where there is none."""
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged; download it again")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1048,8 +1058,8 @@ class Endpoint:
     def _refused(self, error):
         """The exception for an HTTP status other than 2xx."""
         try:
-            said = error.read(4096)
-        except (OSError, http.client.HTTPException):
+            said = self._read(error)[:4096]
+        except (OSError, http.client.HTTPException, EndpointError):
             said = b""
         code, message = error.code, f"{self.url} answered {error.code}: {self._excerpt(said)}"
         over = re.search(rb"context.{0,12}(length|window|size)|too long|too many tokens", said, re.I)

@@ -1,14 +1,23 @@
 """Endpoint against a small local server that also misbehaves."""
+import base64
 import email.utils
+import html
 import json
+import re
 import socket
 import threading
 import time
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+import eval as evaluation
+import rl
 import sample
+import sft
+import tasks
+from common import add_task, quiet
 from sample import Endpoint, EndpointError
 
 ASK = [{"role": "user", "content": "hello"}]
@@ -52,6 +61,7 @@ class Server:
             request_queue_size = 64
 
         self.http = Http(("127.0.0.1", 0), Handler)
+        self.spec = f"http://127.0.0.1:{self.http.server_port}/v1#some/model"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def close(self):
@@ -59,13 +69,13 @@ class Server:
         self.http.server_close()
 
     def endpoint(self, **how):
-        how = {"timeout_s": 5, "retries": 3, "backoff_s": 0.01, **how}
-        return Endpoint(f"http://127.0.0.1:{self.http.server_port}/v1#some/model", **how)
+        return Endpoint(self.spec, **{"timeout_s": 5, "retries": 3, "backoff_s": 0.01, **how})
 
 
 @pytest.fixture
 def serve(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name in ("OPENAI_API_KEY", "OPENAI_API_KEY_CODER"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     servers = []
 
@@ -207,6 +217,134 @@ def test_the_key_is_never_shown(serve, monkeypatch):
     assert "cret" not in str(error.value)
 
 
+KEY = "sk-Proj/4f+8b1'c2\\9Zq_77 xyz"      # what JSON, URLs and Python write in another way
+
+
+def said_with(key):
+    """What a server may make of the key that it was sent."""
+    raw = key.encode()
+    shifted = [base64.b64encode(b"x" * i + raw + b"y").decode() for i in range(3)]
+    percent = "".join(f"%{b:02X}" for b in raw)
+    return [key, repr(key), json.dumps(key), urllib.parse.quote(key), percent, raw.hex(), *shifted,
+            base64.urlsafe_b64encode(raw).decode(), html.escape(key, quote=False), key.upper(), key[:14] + "...",
+            "..." + key[-12:], f"Bearer {key}!" * 50, "x" * 290 + key, "x" * 4090 + key, f"\x1b]0;{key}\x07"]
+
+
+def pieces(text, size=8):
+    return {text[i:i + size].lower() for i in range(len(text) - size + 1)}
+
+
+@pytest.mark.parametrize("number", range(len(said_with(KEY))))
+@pytest.mark.parametrize("where", ["body", "error", "redirect", "status line"])
+def test_a_key_that_a_server_sends_back_is_not_shown(number, where, serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    said = said_with(KEY)[number]
+    header = said.encode("unicode_escape").decode()
+
+    def odd(handler):
+        handler.wfile.write(f"{header}\r\n\r\n".encode())
+        handler.close_connection = True
+    answer = {"body": (200, {}, said), "error": (400, {}, said), "redirect": (302, {"Location": header}, ""),
+              "status line": odd}[where]
+    with pytest.raises(EndpointError) as error:
+        serve(answer).endpoint(retries=0).chat(ASK)
+    shown = str(error.value)
+    assert shown.isprintable() and len(shown) < 1000 and shown.isascii()
+    for form in (KEY, KEY.encode().hex(), urllib.parse.quote(KEY), *said_with(KEY)[6:10]):
+        assert not pieces(form) & pieces(shown), shown
+
+
+def test_what_is_not_of_the_key_is_shown():
+    text = "Incorrect API key provided: sk-Proj/*****. You can find your API key at https://example.com/keys."
+    assert sample.without_key(text, KEY) == text.replace("sk-Proj/", "***")
+    assert sample.without_key("an EMPTY key, empty", "EMPTY") == "an *** key, ***"
+    assert sample.without_key("a", "") == "a"
+    assert sample.without_key("", KEY) == "" and sample.without_key("İstanbul " + KEY, KEY) == "İstanbul ***"
+
+
+def keys_sent(server):
+    return [headers.get("Authorization") for _, headers, _ in server.seen]
+
+
+@pytest.mark.parametrize("keys, same, expected", [
+    ({}, False, None), ({"OPENAI_API_KEY": "one"}, False, None), ({"OPENAI_API_KEY": "one"}, True, "Bearer one"),
+    ({"OPENAI_API_KEY": "one", "OPENAI_API_KEY_CODER": "two"}, False, "Bearer two"),
+    ({"OPENAI_API_KEY": "one", "OPENAI_API_KEY_CODER": "two"}, True, "Bearer two"),
+    ({"OPENAI_API_KEY_CODER": "two"}, False, "Bearer two")])
+def test_a_coders_server_gets_no_key_of_another_host(keys, same, expected, serve, monkeypatch, tmp_path, capsys):
+    """As eval.py and rl.py load them; another port is another host."""
+    for name, key in keys.items():
+        monkeypatch.setenv(name, key)
+    server, other = serve(OK), serve(OK)
+    s = evaluation.Settings(model=server.spec, coder=(server if same else other).spec, out=str(tmp_path))
+    agent = object.__new__(evaluation.Agent)
+    agent.s, agent.jobs = s, [1]
+    agent.load(sample.load)
+    agent.coder.chat(ASK)
+    assert keys_sent(server if same else other) == [expected]
+    agent.policy.chat(ASK)
+    assert keys_sent(server)[-1] == (f"Bearer {keys['OPENAI_API_KEY']}" if "OPENAI_API_KEY" in keys else None)
+    told = f"{other.endpoint().url} is asked without a key: OPENAI_API_KEY is for the host of the model"
+    assert (told in capsys.readouterr().err) == (keys == {"OPENAI_API_KEY": "one"} and not same)
+
+
+def test_which_key_a_coder_gets(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY_CODER", raising=False)
+    one = "https://a.example:443/v1#m"
+    for coder, model, own in (
+            ("https://a.example/v2#n", one, False), ("HTTPS://A.example/v1#n", one, False), (one, "runs/sft", False),
+            ("http://a.example/v1#m", one, True), ("https://a.example:444/v1#m", one, True),
+            ("https://b.example/v1#m", one, True), ("https://a.example.evil/v1#m", one, True)):
+        assert sample.coder_key(coder, model) == ("OPENAI_API_KEY_CODER" if own else "OPENAI_API_KEY")
+
+
+@pytest.mark.parametrize("host, warned", [
+    ("example.com", True), ("8.8.8.8", True), ("localhost", False), ("gpu3", False), ("127.0.0.1", False),
+    ("[::1]", False), ("10.1.2.3", False)])
+def test_a_key_that_goes_out_unencrypted_is_warned_about(host, warned, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    Endpoint(f"https://{host}/v1#m")
+    assert capsys.readouterr().err == ""
+    Endpoint(f"http://{host}/v1#m")
+    assert ("goes there unencrypted" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("spec", ["http://user:secret-key@host/v1#m", "http://secret-key@host/v1#m",
+                                  "https://host/v1?key=secret-key#m", "http://user:secret-key@/v1#m",
+                                  "http://a:secret-key/v1#m", "http://[secret-key/v1#m"])
+@pytest.mark.parametrize("cls, flag, fill", [
+    (evaluation.Settings, "--model", evaluation.fill), (evaluation.Settings, "--coder", evaluation.fill),
+    (sft.Settings, "--expert", sft.fill), (rl.Settings, "--coder", rl.fill)])
+def test_a_key_in_an_address_is_refused_before_it_is_written_anywhere(spec, cls, flag, fill, capsys):
+    with pytest.raises(SystemExit) as end:
+        sample.parse(cls, [f"{flag}={spec}"], fill)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "http://host:port/v1#model-name" in said and "secret-key" not in said
+
+
+def test_a_starter_runs_without_the_key(tmp_path, monkeypatch):
+    (tmp_path / "tasks").mkdir()
+    add_task(tmp_path / "tasks", "nosy", 10, "held-out", """import os
+print(sorted(os.environ))
+open("submission.csv", "w").write("id,y\\n1,7\\n2,7\\n")
+""")
+    monkeypatch.setattr(tasks, "FOLDERS", [tmp_path / "tasks"])
+    for name in ("OPENAI_API_KEY", "OPENAI_API_KEY_CODER", "HF_TOKEN", "KAGGLE_KEY"):
+        monkeypatch.setenv(name, "secret")
+    tasks.prepare("nosy", data=tmp_path / "data", say=quiet)
+    seen = tasks.run_starter(tasks.load("nosy"), tmp_path / "data" / "nosy")[2]
+    assert "PATH" in seen and not re.search("KEY|TOKEN", seen)
+
+
+def test_figures_that_are_no_counts_are_left_out(serve):
+    for odd in ("many", -1, 1.5, [3], 10**40):
+        usage = {"prompt_tokens": odd, "prompt_tokens_details": {"cached_tokens": odd}}
+        reply = serve((200, {}, good(usage=usage))).endpoint().chat(ASK)
+        assert (reply.prompt_tokens, reply.cached_tokens) == (0, 0)
+    reply = serve((200, {}, good("a\ud800b"))).endpoint().chat(ASK)
+    assert reply.text == "a?b"      # half a surrogate pair is no character
+
+
 def test_retry_after_is_honoured(serve):
     server = serve((429, {"Retry-After": "0.3"}, ""), OK)
     start = time.monotonic()
@@ -248,12 +386,12 @@ def test_a_server_that_is_slow(serve):
     assert len(server.seen) == 2
 
 
-def drip(handler):  # always alive, never done
+def drip(handler, what=b" "):  # always alive, never done
     handler.send_response(200)
     handler.end_headers()
     try:
         for _ in range(100):
-            handler.wfile.write(b" ")
+            handler.wfile.write(what)
             time.sleep(0.05)
     except OSError:
         pass
@@ -262,6 +400,14 @@ def drip(handler):  # always alive, never done
 def test_a_server_that_drips(serve):
     with pytest.raises(EndpointError, match="did not answer within 0.3 s"):
         serve(drip).endpoint(timeout_s=0.3, retries=0).chat(ASK)
+
+
+def test_an_error_that_drips(serve):
+    def refuse(handler):
+        handler.send_response = lambda status: type(handler).send_response(handler, 400)
+        drip(handler, b"x")
+    with pytest.raises(EndpointError, match="answered 400: an empty body"):     # and not what came before it was late
+        serve(refuse).endpoint(timeout_s=0.3).chat(ASK)
 
 
 def test_a_flood_is_cut_off(serve):
