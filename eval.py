@@ -107,6 +107,8 @@ class Settings:
             raise ValueError(f"--fields must be taken from {','.join(FIELDS)} and end in the last two")
         for spec in filter(sample.is_server, (self.model, self.coder)):
             sample.address(spec)
+        if self.compare and (self.model or self.task):
+            raise ValueError("--compare runs nothing, so it takes no --model and no --task")
         for path in self.log:
             if not Path(path).is_file():
                 raise ValueError(f"--log: there is no file {path}; rl.py and sft.py write a log.jsonl to their --out")
@@ -204,17 +206,18 @@ def check(value, form, where):
 
 def read_bytes(path, most=LARGEST):
     """The content of a file, None where there is none. ValueError: it is no ordinary file, or has more bytes."""
+    def opener(path, flags):        # waits for nobody at the other end of a pipe
+        return os.open(path, flags | os.O_NONBLOCK)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # which waits for nobody at the end of a pipe
+        with open(path, "rb", opener=opener) as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode) or state.st_size > most:
+                raise ValueError(f"{path}: expected an ordinary file of at most {most:,} bytes")
+            return file.read(most)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    with open(descriptor, "rb") as file:
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode) or state.st_size > most:
-            raise ValueError(f"{path}: expected an ordinary file of at most {most:,} bytes")
-        return file.read(most)
 
 
 def from_json(raw, form, where):
@@ -1293,6 +1296,8 @@ def run_program(main):
             code = main()
         except SystemExit as error:
             code = error.code
+        except KeyboardInterrupt:       # before the work began
+            pass
         except BaseException:
             traceback.print_exc()
         for name in (signal.SIGINT, signal.SIGTERM):
@@ -1314,7 +1319,7 @@ def main(argv=None):
     s = sample.parse(Settings, argv, fill)
 
     def work():
-        one_process("eval.py")
+        one_process("an evaluation")
         if s.compare:
             return print(f"Written to {write_report(s)}")
         if s.task:

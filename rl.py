@@ -828,14 +828,14 @@ def fill(values):
     model, name, there = values["model"], values["preset"], Path(values["model"]).is_dir()
     folder = None if not there and (values["plan"] or model == Settings.model) else small_files(model)
     found = acts_as(model, folder)
-    if folder is None and not values["plan"]:       # no such model, as learn will say
+    if folder is None and (model == Settings.model or not values["plan"]):      # no such model, as is said later
         return [sample.preset(name, RECIPES)] if name else []
     config = Config.from_pretrained(folder) if folder else shape_of(model)      # of a plan for "7b"
     num = num_weights(config)[-1]
     fitting = "tiny" if num < SMALL else "7b"
     if not name:
-        return [*found, (f"--preset {fitting}, since {model} has {num:,} weights (below {SMALL:,.0f} it is tiny)",
-                         {"preset": fitting, **RECIPES[fitting]})]
+        why = f"{model} has {num:,} weights, {'' if fitting == 'tiny' else 'not '}below {SMALL:,.0f}"
+        return [*found, (f"{why}, so (another --preset may be typed)", {"preset": fitting, **RECIPES[fitting]})]
     if name == "tiny" != fitting:
         sample.tell(f"rl.py: WARNING: --preset tiny is for less than {SMALL:,.0f} weights, and {model} has {num:,}; "
                     f"such a learning rate ({RECIPES['tiny']['lr']:g}, of 7b {Settings.lr:g}) may ruin it")

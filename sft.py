@@ -119,6 +119,8 @@ class Settings:
             raise ValueError(f"--prompt must be {' or '.join(PROMPTS)}, found {self.prompt!r}")
         if sample.is_server(self.expert):
             sample.address(self.expert)
+        if self.collect and self.model or self.expert != "scripted" and self.model:
+            raise ValueError("--expert acts with --collect, and --model is trained without it; give one of the two")
         compute_type(self.dtype, torch.device("cpu"))
         if self.optimizer_state not in STATES:
             raise ValueError(f"expected --optimizer-state {', '.join(STATES)}, found {self.optimizer_state!r}")
@@ -1555,7 +1557,7 @@ def main(argv=None):
             return miniature(s)
         if not s.collect:
             return fine_tune(s)
-        one_process("sft.py --collect")
+        one_process("collecting")
         print("\n" + report(collect(s)))
         print(f"Written to {s.trajectories}: manifest.json, trajectories, blobs")
     kept = s.trajectories if s.collect else s.out if s.model else f"{s.trajectories} and {s.out}"

@@ -1,6 +1,7 @@
 """eval.py: the arithmetic of the table, and that no interruption loses or changes anything. The task runs in a moment
 and the policy follows a script, so every score is known beforehand."""
 import json
+import math
 import os
 import re
 import signal
@@ -16,10 +17,13 @@ import pytest
 
 import env
 import eval as evaluation
+import rl
 import sample
+import sft
 import tasks
 from common import act, add_task
 from env import replay
+from model import Config, Qwen2
 from test_execute import parent, processes, wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -367,6 +371,107 @@ def test_in_float64_a_reply_does_not_depend_on_what_is_sampled_beside_it():
         engine.forget()
         (alone,), = engine.generate([prompt], max_new_tokens=20, seed=5 + i)
         assert (alone.tokens, alone.logps) == (together[i][0].tokens, together[i][0].logps)
+
+
+# ---- what a model's folder says
+
+AGENT = {"prompt": "short", "actions": ["Execute Script", "Final Answer"], "fields": ["Action", "Action Input"],
+         "context": 640, "max_new_tokens": 96, "steps": 5}
+
+
+def parsed(model, *more):
+    return sample.parse(evaluation.Settings, ["--model", str(model), *more], evaluation.fill)
+
+
+def test_a_model_says_how_it_acts_and_nothing_else(tmp_path, capsys):
+    others = {"sandbox": "off", "python": "/bin/evil", "model": "http://evil/v1#m", "coder": "http://evil/v1#m",
+              "out": "/evil", "data": "/evil", "raw": "/evil", "gpu": "0", "seed": 5, "task": "all", "__init__": 1,
+              "temperature": 0.0, "trajectories": 1000, "sandbox\n\x1b[31m": "off", "preset": "tiny"}
+    (tmp_path / "agent.json").write_text(json.dumps({**others, **AGENT}))
+    s = parsed(tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in AGENT.items()}
+    assert s == evaluation.Settings(model=str(tmp_path), **tuples)
+    assert len(said) == 2 and "ignored: '__init__', 'coder'" in said[0] and "\x1b" not in said[0]
+    assert said[1] == (f"{tmp_path}/agent.json: --prompt short, --actions Execute Script,Final Answer, "
+                       "--fields Action,Action Input, --context 640, --max-new-tokens 96, --steps 5")
+
+
+def test_what_is_typed_holds_also_where_it_is_the_default(tmp_path, capsys):
+    (tmp_path / "agent.json").write_text(json.dumps(AGENT))
+    default = evaluation.Settings()
+    for name in AGENT:
+        value = getattr(default, name)
+        s = parsed(tmp_path, f"--{name}={','.join(value) if isinstance(value, tuple) else value}")
+        assert getattr(s, name) == value
+        assert [other for other in AGENT if getattr(s, other) != getattr(default, other)] == [
+            other for other in AGENT if other != name]
+        assert f"--{name.replace('_', '-')} " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, value", [
+    ("prompt", "long"), ("prompt", ["short"]), ("actions", []), ("actions", "Execute Script"), ("actions", ["Fly"]),
+    ("actions", [["Execute Script"]]), ("actions", ["Final Answer"] * 2), ("actions", {"Final Answer": 1}),
+    ("fields", ["Action"]), ("fields", ["Action Input", "Action"]), ("context", 0), ("context", "640"),
+    ("context", 640.0), ("context", 10**9), ("context", True), ("context", math.nan), ("steps", -1), ("steps", None),
+    ("steps", 10**4000), ("max_new_tokens", {}), ("max_new_tokens", 1e300)])
+def test_a_wrong_entry_is_one_sentence(name, value, tmp_path, capsys):
+    (tmp_path / "agent.json").write_text(json.dumps({name: value}))
+    with pytest.raises(SystemExit) as end:
+        evaluation.main(["--model", str(tmp_path)])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and f"{tmp_path}/agent.json, '{name}': expected " in last and len(last) < 600
+
+
+def agent_file(path, kind):
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(2**30)
+    elif kind in ("loop", "device"):
+        path.symlink_to(path if kind == "loop" else "/dev/zero")
+    else:
+        path.write_bytes({"empty": b"", "text": b"steps: 5", "list": b"[]", "null": b"null", "bytes": b"\xff\xfe{}",
+                          "number": b"1" * 9000, "deep": b"[" * 60_000, "deeper": b'{"a":' * 12_000}[kind])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "huge", "loop", "device", "empty", "text", "list", "null", "bytes",
+                                  "number", "deep", "deeper"])
+@pytest.mark.parametrize("program", ["eval", "rl"])
+def test_a_file_that_is_no_agent_json_is_one_sentence(kind, program, tmp_path, capsys):
+    agent_file(tmp_path / "agent.json", kind)
+    with pytest.raises(SystemExit) as end:
+        (evaluation if program == "eval" else rl).main(["--model", str(tmp_path)])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and f"error: {tmp_path}/agent.json" in last and "Traceback" not in last
+
+
+def test_a_model_of_the_hub_says_it_too(tmp_path, monkeypatch):
+    (tmp_path / "agent.json").write_text('{"steps": 5}')
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda path, allow_patterns: asked.append(
+        (path, allow_patterns)) or str(tmp_path))
+    assert parsed("someone/agent").steps == 5 and asked == [("someone/agent", ["*.json"])]
+    assert parsed("someone/agent", "--steps=15").steps == 15
+    with pytest.raises(SystemExit):     # the folder holds no config.json, which tells the recipe
+        rl.main(["--model", "someone/agent"])
+    assert asked[-1] == ("someone/agent", ["*.json"])
+
+
+def test_only_what_was_checked_is_written_on(tmp_path):
+    """A model that is trained from another one keeps how it acts, and gets nothing else of its agent.json."""
+    first, own = tmp_path / "first", tmp_path / "own.jsonl"
+    Qwen2.from_scratch(Config.preset("tiny")).save_pretrained(first)
+    sample.Tokenizer.of_bytes().save(first)
+    (first / "agent.json").write_text(json.dumps({"steps": 5, "sandbox": "off", "context": 99}))
+    line = {"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "Yes."}]}
+    own.write_text(f"{json.dumps(line)}\n" * 3)
+    assert sft.main(["--model", str(first), "--trajectories", str(own), "--out", str(tmp_path / "second"), "--steps=1",
+                     "--batch=1"]) == 0
+    assert json.loads((tmp_path / "second" / "agent.json").read_text()) == {"steps": 5, "context": 99}
 
 
 # ---- ends and errors

@@ -3,7 +3,11 @@ from dataclasses import dataclass
 from typing import Optional
 
 import pytest
+import torch
 
+import rl
+import sft
+from model import Config
 from sample import parse
 
 
@@ -92,3 +96,83 @@ def test_help_shows_comments_and_defaults(capsys):
                   "100 % of them (default: 256)", "0 takes the likeliest token (default: 0.5)",
                   "comma list (default: a,b)", "--no-cache", "say more (default: False)"):
         assert piece in text, piece
+
+
+# ---- what holds where nothing was typed
+
+def test_what_is_typed_comes_before_what_fills_and_what_fills_first_before_the_rest(capsys):
+    asked = []
+
+    def fill(values):
+        asked.append(values)
+        return [("first", {"limit": 3, "temperature": 0.1, "unknown": 1}),
+                ("second", {"limit": 4, "cache": False, "actions": ("x", "y"), "verbose": False})]
+    got = parse(Flags, ["--task", "leaf", "--temperature=0.5"], fill)
+    assert got == Flags("leaf", temperature=0.5, limit=3, cache=False, actions=("x", "y"))
+    assert asked[0]["temperature"] == 0.5 and asked[0]["max_new_tokens"] == 256     # all settings, typed or not
+    assert capsys.readouterr().err == "first: --limit 3\nsecond: --no-cache, --actions x,y\n"
+    got = parse(Flags, ["--task=leaf", "--limit=none", "--cache", "--no-verbose", "--actions=a,b"], fill)
+    assert got == Flags("leaf", temperature=0.1)
+
+
+def test_what_fills_may_be_refused(capsys):
+    def fill(values):
+        raise ValueError("the file is odd")
+    with pytest.raises(SystemExit) as end:
+        parse(Flags, ["--task=leaf"], fill)
+    assert end.value.code == 2 and "error: the file is odd" in capsys.readouterr().err
+
+
+def test_the_miniature_fills_what_is_not_typed():
+    s = parse(sft.Settings, ["--lr=2e-5", "--recompute", "--epochs", "2"], sft.fill)
+    assert (s.lr, s.recompute, s.epochs) == (2e-5, True, 2) and (s.copies, s.length) == (56, 1024)
+    assert parse(sft.Settings, ["--model=tiny"], sft.fill) == sft.Settings(model="tiny")
+    assert parse(sft.Settings, ["--preset=7b", "--epochs=3"], sft.fill).epochs == 3
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a small and of a large model, by their config.json alone."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, size in (("small", "tiny"), ("large", "0.5b")):
+        (folder / name).mkdir()
+        Config.preset(size).save(folder / name, torch.float32)
+    return folder
+
+
+def test_the_recipe_of_rl_follows_the_model(models, capsys):
+    small, large = (["--model", str(models / name)] for name in ("small", "large"))
+    s = parse(rl.Settings, large, rl.fill)
+    assert (s.lr, s.kl, s.length, s.recompute, s.advantage, s.preset) == (1e-6, 1e-3, 16384, True, "gae", "7b")
+    assert "494,032,768 weights, not below 50,000,000" in capsys.readouterr().err
+    s = parse(rl.Settings, small, rl.fill)
+    assert (s.lr, s.kl, s.length, s.advantage, s.preset) == (2e-4, 0.05, 1024, "group", "tiny")
+    assert "weights, below 50,000,000, so (another --preset may be typed): --preset tiny" in capsys.readouterr().err
+    s = parse(rl.Settings, [*large, "--preset=tiny"], rl.fill)
+    assert (s.lr, s.kl, s.preset) == (2e-4, 0.05, "tiny")
+    assert "WARNING: --preset tiny is for less than 50,000,000 weights" in capsys.readouterr().err
+    s = parse(rl.Settings, [*small, "--preset=7b", "--critic=own"], rl.fill)
+    assert (s.lr, s.advantage, s.critic, s.rows) == (1e-6, "gae", "own", 16)
+    s = parse(rl.Settings, [*small, "--lr=1e-6", "--num=4"], rl.fill)
+    assert (s.lr, s.num, s.minibatches) == (1e-6, 4, 4)
+    for model, name in (("7b", "7b"), ("Qwen/Qwen2.5-0.5B", "7b"), ("tiny", "tiny")):    # of a plan, without files
+        assert parse(rl.Settings, ["--plan", "--model", model], rl.fill).preset == name
+
+
+def test_an_agent_json_cannot_choose_the_recipe(models, capsys):
+    """A large model that says it acts as the miniature does is trained as a large one all the same."""
+    (models / "large" / "agent.json").write_text('{"prompt": "short", "steps": 5, "preset": "tiny", "lr": 1.0}')
+    s = parse(rl.Settings, ["--model", str(models / "large")], rl.fill)
+    assert (s.preset, s.lr, s.steps) == ("7b", 1e-6, 5)
+    (models / "large" / "agent.json").unlink()
+
+
+@pytest.mark.parametrize("cls, fill, argv, words", [
+    (sft.Settings, sft.fill, ["--collect", "--model=tiny"], "--expert acts with --collect"),
+    (sft.Settings, sft.fill, ["--expert=tiny", "--model=tiny"], "--expert acts with --collect"),
+    (rl.Settings, rl.fill, ["--preset=8b"], "there is no --preset 8b; there is tiny, 7b"),
+    (sft.Settings, sft.fill, ["--preset=8b"], "there is no --preset 8b; there is 7b")])
+def test_flags_that_contradict_each_other_are_refused(cls, fill, argv, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(cls, argv, fill)
+    assert end.value.code == 2 and words in capsys.readouterr().err

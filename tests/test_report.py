@@ -1,11 +1,16 @@
 """The page that eval.py writes: what it shows, that nothing an agent wrote can break it, that the same files give the
 same bytes, and, where there is a Chromium, that a browser opens it, filters and follows links."""
+import base64
+import hashlib
+import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +19,8 @@ import pytest
 
 import eval as evaluation
 import sample
-from test_eval import MINIATURE, ROOT, SCRIPTS, Scripted, file_of, play, settings, task  # noqa: F401  (a fixture)
+from common import act
+from test_eval import MINIATURE, ROOT, SCRIPTS, Scripted, edit, file_of, play, settings, task  # noqa: F401  (a fixture)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium or google-chrome here to open the page")
@@ -319,6 +325,99 @@ def test_hostile_text_stays_text(run):
     thought = next(text for name, _, text in parts if name == "Thought")
     assert thought.startswith("\n".join(HOSTILE[:6]).replace("\ud800", "?")) and len(thought) < 21_000
     assert path.stat().st_size < 11 * 5 * 30_000
+
+
+BREAKING = '"></script></title></svg><script>document.title = 1</script><img src=x onerror=alert(1)>\'\u2028'
+NO_FORM = (BREAKING, [BREAKING], {BREAKING: BREAKING}, None, -1.5, math.nan, math.inf, -1e308, 5e-324, True)
+
+
+def places(value, path=()):
+    """The paths of all that is in a value of JSON, of the value itself too."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], (*path, key))
+
+
+def put(value, path, new):
+    """A copy of the value with something else at that path; with new=BREAKING in the keys of an object there, too."""
+    if not path:
+        return {**value, BREAKING: BREAKING} if new == {BREAKING: BREAKING} and isinstance(value, dict) else new
+    copied = value.copy()
+    copied[path[0]] = put(value[path[0]], path[1:], new)
+    return copied
+
+
+def test_whatever_stands_in_others_files_breaks_nothing(tmp_path, task):
+    """At every place of results.json, a trajectory and a log in turn: the page has no element or attribute that it has
+    not without it, or one sentence says which file was not written by us."""
+    folder = tmp_path / "out'\"><img src=x>&lt;"
+    replies = [edit(3, 8), act("List Files", dir_path=".")]
+    play(settings(tmp_path, folder.name, trajectories=1, steps=2), Scripted([replies]))
+    (folder / "log.jsonl").write_text(json.dumps(
+        {"iteration": 1, "reward": 0.5, "kl": None, "seconds": 2.0, "share_scored": 1.0, "share_failed": 0}) + "\n")
+    played = folder / "trajectories"
+    shutil.copy(played / "tiny-task-0.jsonl", played / f"{BREAKING.replace('/', '')}-0.jsonl")
+    s, counts, benign = settings(tmp_path, "new", model="", task="", compare=(str(folder),)), Counter(), None
+
+    def look():
+        nonlocal benign
+        try:
+            text = evaluation.write_report(s).read_text("utf-8")
+        except ValueError as error:
+            assert str(folder) in str(error) and len(str(error)) < 1000 and str(error).isprintable(), error
+            counts["refused"] += 1
+            return
+        counts["shown"] += 1
+        found = Counter((one.tag, *sorted(one.at)) for one in Elements(text).found)
+        benign = benign or found
+        assert found.keys() <= benign.keys() | {("b", "class")} and found["script",] == benign["script",], found
+        steps_of(text)
+    look()
+    others = itertools.cycle(NO_FORM[1:])
+    for path in (folder / "results.json", played / "tiny-task-0.jsonl", folder / "log.jsonl"):
+        whole = path.read_text()
+        lines = [json.loads(line) for line in ([whole] if path.suffix == ".json" else whole.splitlines())]
+        for i, line in enumerate(lines):
+            for place in places(line):
+                for new in (BREAKING, next(others)):
+                    path.write_text("".join(json.dumps(put(each, place, new) if i == j else each) + "\n"
+                                            for j, each in enumerate(lines)))
+                    look()
+        for bad in (b"", b"null", b"[]", b"[" * 100_000, b"{" * 100_000, b'{"type":' * 10_000, b"\xff\xfe", b"\0" * 99,
+                    b'{"complete": 1' + b"0" * 5000 + b"}", b'{"type": "header"}\n'):
+            path.write_bytes(bad + b"\n")
+            look()
+        path.write_text(whole)
+    assert counts["shown"] > 100 and counts["refused"] > 100
+
+
+@pytest.mark.parametrize("name, make, words", [
+    ("trajectories/tiny-task-1.jsonl", "link", "leads out of"), ("results.part", "link", "leads out of"),
+    ("checkpoints", "link", "leads out of"), ("log.jsonl", "pipe", "neither a file")])
+def test_a_folder_that_leads_elsewhere_is_neither_written_nor_shown(name, make, words, tmp_path, task):
+    s, mine = settings(tmp_path, trajectories=2), tmp_path / "mine"
+    play(settings(tmp_path, trajectories=1), Scripted())
+    mine.write_text("without an end of line")
+    path = Path(s.out, name)
+    path.symlink_to(mine) if make == "link" else os.mkfifo(path)
+    for work in (lambda: play(s, Scripted()), lambda: evaluation.write_report(settings(
+            tmp_path, "new", model="", task="", compare=(s.out,)))):
+        with pytest.raises(ValueError, match=words):
+            work()
+    assert mine.read_text() == "without an end of line"
+    link = tmp_path / "results.part"
+    link.symlink_to(mine)
+    evaluation.write(tmp_path / "results.json", {})
+    assert mine.read_text() == "without an end of line" and (tmp_path / "results.json").read_text() == "{}\n"
+
+
+def test_the_page_allows_its_own_script_and_style_alone(run):
+    text = read(run.out)
+    policy = Elements(text).all("meta", **{"http-equiv": "Content-Security-Policy"})[0].at["content"]
+    own = [base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()
+           for each in (text.split("<script>")[1].split("</script>")[0], text.split("<style>")[1].split("</style>")[0])]
+    assert policy == (f"default-src 'none'; script-src 'sha256-{own[0]}'; style-src 'sha256-{own[1]}'; "
+                      "base-uri 'none'; form-action 'none'")
 
 
 def test_nothing_is_loaded_from_anywhere(run):

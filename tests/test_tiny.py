@@ -233,14 +233,15 @@ def test_weights_that_copy():
 
 # ---- the command
 
+CODE = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; "
+        "import sft, {0}; sft.try_out.__defaults__ = (8,); sys.exit({0}.main(sys.argv[1:]))")    # 8 states, not 64
+
+
 def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_path):
     """Collects, trains, shows a reply; the second time it does nothing again; eval.py takes its settings from the folder."""
     folder, _ = whole
-    code = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; "
-            "import sft, {0}; sft.try_out.__defaults__ = (8,); sys.exit({0}.main(sys.argv[1:]))")    # 8 states, not 64
-
     def run(program, *flags):
-        return forks(code.format(program), folder / "tasks", *flags)
+        return forks(CODE.format(program), folder / "tasks", *flags)
 
     out = tmp_path / "sft"
     flags = [f"--data={folder / 'data'}", f"--trajectories={tmp_path / 'trajectories'}", f"--out={out}", "--num=1",
@@ -250,6 +251,7 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
     before = {path: path.read_bytes() for path in [out / "log.jsonl", out / "model.safetensors",
                                                    *(tmp_path / "trajectories").glob("*.jsonl")]}
     again = run("sft", *flags)
+    assert said.count("1. Collecting") == again.count("1. Collecting") == 1
     assert "already trained" in again and again.split("One state:")[1] == said.split("One state:")[1]
     assert {path: path.read_bytes() for path in before} == before
     s = sample.parse(evaluation.Settings, ["--model", str(out), "--steps=3"], evaluation.fill)
@@ -258,3 +260,22 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
         "--trajectories=1")
     head, steps = env.read_trajectory(tmp_path / "eval" / "trajectories" / "toy-out-0.jsonl")
     assert head["prompt"] == "short" and len(steps) == sft.AGENT_STEPS
+
+
+def test_of_two_processes_the_first_collects_and_both_train(forks, whole, tmp_path):
+    folder, _ = whole
+    flags = [f"--data={folder / 'data'}", f"--trajectories={tmp_path / 'trajectories'}", f"--out={tmp_path / 'sft'}",
+             "--num=1", "--copies=2", "--batch=4", "--max-new-tokens=24"]
+    said = forks(CODE.format("sft"), folder / "tasks", *flags, world=2)
+    for part in ("1. Collecting", "2 processes, cpu", "Its reply:", "Next: python rl.py"):
+        assert said.count(part) == 1
+    assert json.loads((tmp_path / "sft" / "agent.json").read_text())["steps"] == sft.AGENT_STEPS
+    assert (tmp_path / "sft" / "checkpoints").is_dir() and (tmp_path / "sft" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("program, flags, what", [("sft", ["--collect"], "collecting"), ("eval", [], "an evaluation")])
+def test_what_runs_in_one_process_says_so_once(forks, tmp_path, program, flags, what):
+    forks.start(CODE.format(program), tmp_path, f"--data={tmp_path}", f"--out={tmp_path}", *flags, world=2)
+    (first, said), (second, quiet) = forks.end()
+    assert (first, second, quiet) == (2, 2, "")
+    assert said == f"{program}.py: {what} runs in one process; start it with python instead of torchrun\n"
