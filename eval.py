@@ -172,8 +172,9 @@ RESULTS = {
         "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
         "published": {str: [NUMBER]}, "flagged": COUNT, "printed?": maybe(NUMBER), "seconds?": NUMBER,
         "trajectories?": [PLAYED], "score_summary?": SUMMARY, "oracle_summary?": SUMMARY}}}
-STATE = {"messages": [{"role": TEXT, "content": TEXT}], "snapshot": {str: TEXT}, "m_after": NUMBER,
-         "seconds_left": NUMBER}
+SECONDS = "a number of seconds", lambda value: NUMBER[1](value) and abs(value) < 1e9
+STATE = {"messages": [{"role": TEXT, "content": TEXT, "tokens?": [COUNT]}], "snapshot": {str: TEXT},
+         "m_after": NUMBER, "seconds_left": SECONDS}
 LINES = {       # of a trajectory, by their type
     "header": {**STATE, "task": TEXT, "m_init": NUMBER, "miniature": FLAG, "ideas?": [TEXT]},
     "step": {**STATE, **dict.fromkeys(("reply", "error", "observation", "detail", "sandbox"), TEXT),
@@ -355,8 +356,11 @@ def trajectory(s, task, k, path, reply, coder, out, cache, run, about):
                 coder=coder and ask_coder, prompt=s.prompt)
     if lines:
         last, messages = lines[-1], [message for line in lines for message in line["messages"]]
-        env.restore(last["snapshot"], messages, index=len(lines) - 1, m_before=last["m_after"],
-                    seconds=last["seconds_left"])
+        try:
+            env.restore(last["snapshot"], messages, index=len(lines) - 1, m_before=last["m_after"],
+                        seconds=min(last["seconds_left"], s.seconds))
+        except ValueError as error:
+            raise Failed(f"{path}: its last state cannot be restored: {error}. Delete it to play it anew") from None
     else:
         lines = [header(env, k=k, seed=s.seed, max_new_tokens=s.max_new_tokens, m_after=env.m_before,
                         seconds_left=s.seconds, **sampling, **about)]

@@ -37,8 +37,8 @@ from env import (
     DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, clip, parse, printed_metric, prompt_of, short_prompt, shown_lines)
 from model import IGNORE, Config, Qwen2, find_folder, load_tensors, use_kernels, write_checkpoint
 from eval import (
-    AGENT, Failed, Run, alone, attempt, ended, file_of, layout, one_process, prepare, read_agent, read_record,
-    run_program, spoken, together, trajectory, write)
+    AGENT, FLAG, NUMBER, TEXT, VALUE, Failed, Run, alone, attempt, ended, file_of, from_json, layout, one_process,
+    prepare, read_agent, read_bytes, read_record, run_program, spoken, together, trajectory, write)
 
 
 RECIPES = {     # --preset: the paper's section on fine-tuning
@@ -175,7 +175,8 @@ def candidates(s, task, expert):
             raise ValueError(f"{task.id} has no ideas.json; let an expert write ideas: --expert MODEL --ideas 100")
         return found
     path = Path(s.trajectories, "ideas", f"{task.id}.json")
-    answers = json.loads(path.read_text())["answers"] if path.exists() else []
+    raw = read_bytes(path)
+    answers = [] if raw is None else from_json(raw, {"answers": [TEXT]}, path)["answers"]
     while True:
         found = distinct([idea for answer in answers for idea in parse_ideas(answer)])
         if len(found) >= s.ideas or len(answers) >= 3 * math.ceil(s.ideas / A_PROMPT) + len(tasks.IDEA_KINDS):
@@ -468,6 +469,9 @@ def scripted_short(task, fields, steps, ideas, rng):
 SAME = ("expert", "coder", "actions", "fields", "prompt", "steps", "seconds", "ideas", "keep", "embed",
         "max_new_tokens", "temperature", "top_p", "context", "threads", "gpu", "sandbox", "seed")
 NUM_STEPS = 15
+MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {
+    "miniature": FLAG, "sha256": {str: TEXT}, "m_init": NUMBER, "m_best": NUMBER, "ideas": [{
+        "title": TEXT, "instruction": TEXT}]}}}
 
 
 def digest(value):
@@ -578,7 +582,8 @@ def collect(s, load=sample.load):
             refuse_held_out(task.id, info["sha256"], forbidden)
         path = folder / "manifest.json"
         same = {name: value for name, value in json.loads(json.dumps(asdict(s))).items() if name in SAME}
-        manifest = json.loads(path.read_text()) if path.exists() else {"settings": same, "tasks": {}}
+        raw = read_bytes(path)
+        manifest = {"settings": same, "tasks": {}} if raw is None else from_json(raw, MANIFEST, path)
         then = manifest["settings"]
         found = [f"--{name.replace('_', '-')} was {then.get(name)} and is {same[name]}"
                  for name in SAME if then.get(name) != same[name]]

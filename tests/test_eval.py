@@ -474,6 +474,34 @@ def test_only_what_was_checked_is_written_on(tmp_path):
     assert json.loads((tmp_path / "second" / "agent.json").read_text()) == {"steps": 5, "context": 99}
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"snapshot": {"train.py": "0" * 64}}, "its last state cannot be restored: the blob 0+ is missing"),
+    ({"snapshot": {"train.py": 3}}, "line 3, 'snapshot', 'train.py': expected a text, found 3"),
+    ({"seconds_left": math.inf}, "'seconds_left': expected a number of seconds, found inf"),
+    ({"type": "header"}, "'type': expected one of step, end, found 'header'"),
+    ({"messages": [{"role": "user"}]}, "'messages', entry 0: 'content' is missing")])
+def test_a_record_of_others_that_is_gone_on_with_is_data(change, words, tmp_path, task):
+    """What a trajectory's last line says may be anything; going on from it is then refused in a sentence."""
+    s = settings(tmp_path, trajectories=1)
+    with pytest.raises(sample.EndpointError):
+        play(s, Scripted(fail_at=2, error=sample.EndpointError("down")))
+    *lines, last = file_of(s, 0).read_text().splitlines()
+    file_of(s, 0).write_text("\n".join([*lines, json.dumps({**json.loads(last), **change}), ""]))
+    with pytest.raises((ValueError, evaluation.Failed), match=words) as error:
+        play(s, Scripted())
+    assert str(file_of(s, 0)) in str(error.value)
+
+
+def test_a_record_cannot_give_itself_more_time(tmp_path, task):
+    s = settings(tmp_path, trajectories=1, seconds=1000)
+    with pytest.raises(sample.EndpointError):
+        play(s, Scripted(fail_at=2, error=sample.EndpointError("down")))
+    *lines, last = file_of(s, 0).read_text().splitlines()
+    file_of(s, 0).write_text("\n".join([*lines, json.dumps({**json.loads(last), "seconds_left": 1e6}), ""]))
+    play(s, Scripted())
+    assert all(line["seconds_left"] <= 1000 for line in evaluation.read_record(file_of(s, 0))[3:])
+
+
 # ---- ends and errors
 
 def test_a_conversation_that_outgrows_the_context_ends_and_keeps_its_score(tmp_path, task):
