@@ -267,16 +267,16 @@ def inside(folder):
         except FileNotFoundError:       # removed meanwhile
             continue
         except OSError as error:
-            raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
+            raise ValueError(f"{ascii(error.filename)} cannot be read: {error.strerror}") from None
         for entry in entries:
             if entry.is_symlink():
                 if not Path(os.path.realpath(entry.path)).is_relative_to(root):
-                    raise ValueError(f"{entry.path} is a link that leads out of {folder}; remove it, or put there what "
-                                     "it leads to")
+                    raise ValueError(f"{ascii(entry.path)} is a link that leads out of {folder}; remove it, or put "
+                                     "there what it leads to")
             elif entry.is_dir():
                 todo.append(entry.path)
             elif not entry.is_file():
-                raise ValueError(f"{entry.path} is neither a file nor a folder; remove it")
+                raise ValueError(f"{ascii(entry.path)} is neither a file nor a folder; remove it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1222,6 +1222,7 @@ def miniature(s, argv=None):
         raise ValueError("there is no agent to evaluate in runs/sft or runs/rl. Make them with: python sft.py, then "
                          "python rl.py. Or run a starter alone: python eval.py --task leaf-classification")
     with alone(s.out, "eval.py"):       # scripts that ran while they learned need not run again
+        inside(POOL)
         for path in (*Path(POOL).glob("blobs/??/*"), *Path(POOL).glob("cache/??/*")):
             if not (known := Path(s.out, *path.parts[-3:])).exists():
                 write(known, path.read_bytes())

@@ -938,7 +938,7 @@ def coder_key(coder, model):
     """The name of the variable that holds the key for the server `coder`: OPENAI_API_KEY_CODER, if it is set or if
     `model` is a server on another host, which OPENAI_API_KEY then belongs to; else OPENAI_API_KEY."""
     other = is_server(coder) and is_server(model) and address(coder)[0] != address(model)[0]
-    return "OPENAI_API_KEY_CODER" if other or "OPENAI_API_KEY_CODER" in os.environ else "OPENAI_API_KEY"
+    return "OPENAI_API_KEY_CODER" if other or os.environ.get("OPENAI_API_KEY_CODER") else "OPENAI_API_KEY"
 
 
 def without_key(text, key):
@@ -950,6 +950,8 @@ def without_key(text, key):
     forms += [json.dumps(key)[1:-1], *(form.translate({43: "-", 47: "_"}) for form in forms[-3:])]
     pieces = {form[i:i + size].lower() for form in forms for i in range(len(form) - size + 1) if size}
     lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)      # as long as the text
+    if not any(piece in lower for piece in pieces):
+        return text
     for i in range(len(text) - size + 1):
         if lower[i:i + size] in pieces:
             kept[i:i + size] = [False] * size
@@ -976,7 +978,7 @@ class Endpoint:
             raise ValueError(f"{key} holds characters that cannot be sent in a header; set it again")
         if self._key and scheme == "http" and not is_near(host):
             tell(f"{self.url}: the key in {key} goes there unencrypted; is there no https?")
-        if not self._key and key != "OPENAI_API_KEY" and "OPENAI_API_KEY" in os.environ:
+        if not self._key and key != "OPENAI_API_KEY" and os.environ.get("OPENAI_API_KEY"):
             tell(f"{self.url} is asked without a key: OPENAI_API_KEY is for the host of the model; set {key}")
         self._opener = urllib.request.build_opener(_NoRedirect)
 
@@ -1042,6 +1044,8 @@ class Endpoint:
             raise EndpointError(f"{self.url} answered, but not with a chat completion: {self._excerpt(raw)}; "
                                 "is this the address of an OpenAI-compatible /v1?", 0.0) from None
         text = text.encode("utf-8", "replace").decode()     # half a surrogate pair is no character
+        if len(self._key) >= 16:        # no word that servers without keys are given; replies are recorded and shown
+            text = without_key(text, self._key)
         return text, finish, usage if isinstance(usage, dict) else {}
 
     def _read(self, response):

@@ -254,6 +254,14 @@ def test_a_key_that_a_server_sends_back_is_not_shown(number, where, serve, monke
         assert not pieces(form) & pieces(shown), shown
 
 
+def test_a_key_does_not_get_into_a_reply(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    reply = serve((200, {}, good(f"print('{KEY}')"))).endpoint().chat(ASK)
+    assert reply.text == "print('***')"
+    monkeypatch.setenv("OPENAI_API_KEY", "token")       # what a server without keys is given
+    assert serve((200, {}, good("a token"))).endpoint().chat(ASK).text == "a token"
+
+
 def test_what_is_not_of_the_key_is_shown():
     text = "Incorrect API key provided: sk-Proj/*****. You can find your API key at https://example.com/keys."
     assert sample.without_key(text, KEY) == text.replace("sk-Proj/", "***")
