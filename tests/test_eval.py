@@ -475,11 +475,9 @@ def test_only_what_was_checked_is_written_on(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"snapshot": {"train.py": "0" * 64}}, "its last state cannot be restored: the blob 0+ is missing"),
-    ({"snapshot": {"train.py": 3}}, "line 3, 'snapshot', 'train.py': expected a text, found 3"),
-    ({"seconds_left": math.inf}, "'seconds_left': expected a number of seconds, found inf"),
-    ({"type": "header"}, "'type': expected one of step, end, found 'header'"),
-    ({"messages": [{"role": "user"}]}, "'messages', entry 0: 'content' is missing")])
+    ({"snapshot": {"train.py": "0" * 64}}, "its last state cannot be restored: .*blob"),
+    ({"snapshot": {"train.py": 3}}, "snapshot"), ({"seconds_left": math.inf}, "seconds_left"),
+    ({"type": "header"}, "type.*header"), ({"messages": [{"role": "user"}]}, "messages.*content")])
 def test_a_record_of_others_that_is_gone_on_with_is_data(change, words, tmp_path, task):
     """What a trajectory's last line says may be anything; going on from it is then refused in a sentence."""
     s = settings(tmp_path, trajectories=1)
