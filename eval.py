@@ -173,7 +173,8 @@ RESULTS = {
         "published": {str: [NUMBER]}, "flagged": COUNT, "printed?": maybe(NUMBER), "seconds?": NUMBER,
         "trajectories?": [PLAYED], "score_summary?": SUMMARY, "oracle_summary?": SUMMARY}}}
 SECONDS = "a number of seconds", lambda value: NUMBER[1](value) and abs(value) < 1e9
-STATE = {"messages": [{"role": TEXT, "content": TEXT, "tokens?": [COUNT]}], "snapshot": {str: TEXT},
+IDS = "a list of ids", lambda value: isinstance(value, list) and all(map(COUNT[1], value))
+STATE = {"messages": [{"role": TEXT, "content": TEXT, "tokens?": IDS}], "snapshot": {str: TEXT},
          "m_after": NUMBER, "seconds_left": SECONDS}
 LINES = {       # of a trajectory, by their type
     "header": {**STATE, "task": TEXT, "m_init": NUMBER, "miniature": FLAG, "ideas?": [TEXT]},
@@ -306,12 +307,15 @@ def read_lines(path, form, mend=False):
 
 def read_record(path, mend=True):
     """The lines of a trajectory's file, as read_lines; each is checked to be of its type's form."""
-    lines = read_lines(path, {"type": TEXT}, mend)
-    for i, line in enumerate(lines, 1):
-        check(line["type"], one_of(*(("step", "end") if i > 1 else ("header",))), f"{path}, line {i}, 'type'")
-        check(line, LINES[line["type"]], f"{path}, line {i}")
-    if lines and lines[0]["task"] != path.stem.rpartition("-")[0]:
-        raise ValueError(f"{path} is a trajectory of {clip(ascii(lines[0]['task']), 80)}, not of the task in its name")
+    try:
+        lines = read_lines(path, {"type": TEXT}, mend)
+        for i, line in enumerate(lines, 1):
+            check(line["type"], one_of(*(("step", "end") if i > 1 else ("header",))), f"{path}, line {i}, 'type'")
+            check(line, LINES[line["type"]], f"{path}, line {i}")
+        if lines:
+            check(lines[0]["task"], one_of(path.stem.rpartition("-")[0]), f"{path}, line 1, 'task'")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete that file to play it again") from None
     return lines
 
 
