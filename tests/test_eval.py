@@ -343,6 +343,15 @@ def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):
     assert play_all({}) == runs         # nothing is left to play
 
 
+def test_what_is_typed_holds_for_the_agents_that_were_made(made):
+    argv = ["--trajectories=2", "--temperature=0.7", "--steps=15", "--dtype", "auto"]
+    agents = evaluation.miniature(sample.parse(evaluation.Settings, argv, evaluation.fill), argv)
+    for name, s in agents.items():
+        assert (s.temperature, s.steps, s.dtype, s.trajectories) == (0.7, 15, "auto", 2)
+        assert (s.parallel, s.max_new_tokens, s.task) == (160, 96, "tiny-task")     # of the miniature, and agent.json
+        assert (s.model, s.out) == (evaluation.MADE[name][0], str(Path("runs/eval", Path(s.model).name)))
+
+
 def test_scripts_that_ran_while_they_learned_do_not_run_again(made, monkeypatch):
     play(evaluation.Settings(task="tiny-task", model="scripted", coder="none", trajectories=2, out="runs/trajectories"),
          Scripted())

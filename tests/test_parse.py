@@ -1,4 +1,5 @@
 """parse: a dataclass becomes a command line."""
+import os
 from dataclasses import dataclass
 from typing import Optional
 
@@ -176,3 +177,12 @@ def test_flags_that_contradict_each_other_are_refused(cls, fill, argv, words, ca
     with pytest.raises(SystemExit) as end:
         parse(cls, argv, fill)
     assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_training_runs_where_it_is_told_to(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    own = [f"--trajectories={tmp_path}", f"--out={tmp_path}", "--model=tiny"]
+    assert sft.main([*own, "--device=cuda"]) == 2 and "there is no GPU" in capsys.readouterr().err
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    assert sft.main([*own, "--device=cpu"]) == 2 and os.environ["CUDA_VISIBLE_DEVICES"] == ""
