@@ -405,21 +405,21 @@ def _home(id, data):
 
 def _judge(task, home, path, functions):
     """({name: score by that function}, canary_p)"""
-    limit = (home / "public" / task.sample).stat().st_size * 8 + (4 << 20)  # no honest file is 8 times the sample
+    limit = (home / "public" / task.sample).stat().st_size * 4 + (4 << 20)  # numbers in full are 3 times the sample's
     facts = (home / "private" / task.answers).stat()
     large = facts.st_size > LARGE_BYTES
     with ONE_LARGE if large else contextlib.nullcontext():      # threads grade at once; text takes 5 times the file
         submission = read_submission(path, limit)
         answers = (_read_answers if large else _kept_answers)(
             home / "private" / task.answers, facts.st_mtime_ns, task.key, task.targets)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # predictions near 1e308 may overflow
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # predictions near 1e308
             scores = {name: float(function(answers, submission)) for name, function in functions.items()}
         return scores, canary.p_value(submission, answers, canary.load(home / "private"), task.key)
 
 
 def _finite(score):
     if not math.isfinite(score):
-        raise InvalidSubmission("The metric is not a finite number: the predictions are constant or too large.")
+        raise InvalidSubmission("The metric is not a finite number; constant predictions, for instance, have none.")
     return score
 
 

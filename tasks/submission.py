@@ -15,6 +15,10 @@ import numpy as np
 import pandas as pd
 
 
+MAX_COLUMNS = 10_000
+TRUTHS = {name: float(value) for value in (True, False) for name in (str(value), str(value).upper(), str(value).lower())}
+
+
 class InvalidSubmission(ValueError):
     """The submission cannot be graded; the message says why in one sentence."""
 
@@ -42,6 +46,8 @@ def read_submission(path, limit_bytes):
         raise InvalidSubmission("The file is not text: it holds zero bytes.")
     header, columns = plain_columns(data) or _any_columns(text)
     header = [name.strip() for name in header]
+    if len(header) > MAX_COLUMNS:
+        raise InvalidSubmission(f"The file has {len(header)} columns; at most {MAX_COLUMNS} are read.")
     if len(set(header)) < len(header):
         raise InvalidSubmission("A column name occurs twice.")
     return dict(zip(header, columns))
@@ -58,7 +64,10 @@ def plain_columns(data):
     data = data if data.endswith(b"\n") else data + b"\n"
     if any(mark in data for mark in (b'"', b"\r", b"\n\n")) or data.startswith(b"\n"):
         return None
-    width = data[:data.index(b"\n")].count(b",") + 1
+    header = data[:data.index(b"\n")]
+    width = header.count(b",") + 1
+    if width > MAX_COLUMNS or not header.strip(b" \t"):
+        return None
     data_array = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero((data_array == ord(",")) | (data_array == ord("\n")))     # where each cell ends
     if len(ends) % width or np.diff(ends, prepend=-1).max() > csv.field_size_limit():
@@ -71,15 +80,19 @@ def plain_columns(data):
 
 
 def _any_columns(text):
-    """(header, columns of text cells) of CSV text, by csv.reader."""
+    """(header, columns of text cells) of CSV text, by csv.reader. Blank lines are skipped, as pandas does."""
+    def is_blank(row):
+        return len(row) < 2 and not "".join(row).strip(" \t")
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header = next(rows, [])
+        header = next((row for row in rows if not is_blank(row)), [])
         if not header:
             raise InvalidSubmission("The file is empty.")
-        columns = [[] for _ in header]
-        for row in rows:
-            if len(row) != len(header) and row:
+        columns = [[] for _ in header[:MAX_COLUMNS]]
+        for row in rows if len(header) <= MAX_COLUMNS else ():
+            if len(row) != len(header):
+                if is_blank(row):
+                    continue
                 raise InvalidSubmission(f"Line {rows.line_num} has {len(row)} fields; the first has {len(header)}.")
             for column, value in zip(columns, row):
                 column.append(value)
@@ -139,18 +152,14 @@ def _places(found, wanted):
 
 
 def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_one=False):
-    """The columns of a table as float64 (rows, columns).
+    """The columns of a table as float64 (rows, columns). A column may be all of True and False, as pandas has it.
 
     InvalidSubmission for text, NaN and infinity, values outside [low, high], values that are not whole where they
     must be, and rows that do not sum to one where they must (within 1.1e-5, MLE-bench's tolerance).
     """
     values = np.empty((len(table[columns[0]]), len(columns)))
     for j, name in enumerate(columns):
-        try:
-            values[:, j] = np.fromiter(map(float, table[name]), float, len(values))
-        except ValueError:
-            i, text = next((i, text) for i, text in enumerate(table[name]) if not _is_number(text))
-            raise InvalidSubmission(f"{_cell(i, name)} holds {show(text)}, which is not a number.") from None
+        values[:, j] = _floats(table[name], name)
     fine = np.isfinite(values) & (values >= low) & (values <= high)
     if whole:
         fine &= values == np.floor(values)
@@ -167,10 +176,24 @@ def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_on
     return values
 
 
+def _floats(column, name):
+    """The cells of the column called `name` as floats."""
+    if column and column[0] in TRUTHS and TRUTHS.keys() >= set(column):
+        return [TRUTHS[text] for text in column]
+    joined = "".join(column)
+    try:
+        if joined.isascii() and "_" not in joined:      # float takes 1_000 and other scripts' digits; pandas does not
+            return np.fromiter(map(float, column), float, len(column))
+    except ValueError:
+        pass
+    i, text = next((i, text) for i, text in enumerate(column) if not _is_number(text))
+    raise InvalidSubmission(f"{_cell(i, name)} holds {show(text)}, which is not a number.")
+
+
 def _is_number(text):
     try:
         float(text)
-        return True
+        return text.isascii() and "_" not in text
     except ValueError:
         return False
 

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import gzip
 import json
+import math
 import os
 import pickle
 import re
@@ -598,7 +599,10 @@ def put(column, value, row=0):
     ("leaf-classification", put("Acer_Mono", "-0.5"), "holds -0.5; it must be a finite number from 0 to 1"),
     ("leaf-classification", put("Acer_Mono", "0.5"), "row 1 sum to 1.5; each row must sum to 1"),
     ("home-data-for-ml-course", put("SalePrice", "1e308"), None),
-    ("home-data-for-ml-course", lambda rows: rows.assign(SalePrice="1.7e308"), "The metric is not a finite number"),
+    ("home-data-for-ml-course", lambda rows: rows.assign(SalePrice="1.7e308"), None),
+    ("home-data-for-ml-course", put("SalePrice", "200_000"), "which is not a number"),
+    ("home-data-for-ml-course", put("SalePrice", "\u0662"), "which is not a number"),
+    ("home-data-for-ml-course", put("SalePrice", "True"), "which is not a number"),     # in a column of numbers
     ("home-data-for-ml-course", put("SalePrice", "$200,000"), "which is not a number"),
     ("spaceship-titanic", put("Transported", "yes"), "holds 'yes'; it must be True or False"),
 ])
@@ -610,6 +614,48 @@ def test_a_spoilt_submission_is_refused_with_its_reason(data, tmp_path, id, chan
     with pytest.raises(InvalidSubmission, match=reason) as caught:
         tasks.grade(id, tmp_path / "s.csv", data)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def odd_submissions(sample, targets):
+    """Tables of as many rows as the sample with predictions that a grader may choke on."""
+    n = len(sample[targets[0]])
+    extremes = ["1e155", "1e308", "1.7976931348623157e308", "-1.7e308", "1e-200", "5e-324", "-0.0", "0", "1", "-1", "2.5",
+                "True", "9007199254740993", "1e16", "0.1", "nan", "-inf", ""]
+    for text in extremes:
+        yield {**sample, **{name: [text] * n for name in targets}}
+        yield {**sample, targets[-1]: [*sample[targets[-1]][1:], text]}
+    certain = [("1", rest) for rest in ("0", "-0.0", "1e-200", "5e-324", "0e9")] + [("True", "False")]
+    for one, other in [*zip(extremes, extremes[3:]), *certain]:
+        yield {**sample, **{name: ([one, other] * n)[:n] for name in targets}}
+        one_hot = [[one] + [other] * (len(targets) - 1)] * n
+        yield {**sample, **dict(zip(targets, map(list, zip(*one_hot))))}
+    yield {**sample, **{name: [f"{10.0 ** (i % 600 - 300)}" for i in range(n)] for name in targets}}
+    yield {**sample, **{name: [str(2 ** 53 + i) for i in range(n)] for name in targets}}
+
+
+@pytest.mark.parametrize("id", tasks.names())
+def test_whether_a_submission_is_valid_does_not_depend_on_the_answers(id, data):
+    task, rng = tasks.load(id), np.random.default_rng(0)
+    targets, true = tasks.target_columns(task, data / id), tasks.true_answers(task, data / id)
+    sample = tasks.read_table(data / id / "public" / task.sample)
+    sample, true = ({name: column[:300] for name, column in table.items()} for table in (sample, true))
+    answers, num_scored = [true], 0
+    for _ in range(2):
+        order = rng.permutation(len(true[targets[0]]))
+        answers.append({**true, **{name: [true[name][i] for i in order] for name in targets}})
+
+    def outcome(answers, submission):
+        """The reason why it is refused, or that it has a score."""
+        try:
+            return math.isfinite(task.score(answers, submission)) or "not finite"
+        except InvalidSubmission as error:
+            return str(error)
+    for submission in odd_submissions(sample, targets):
+        outcomes = {outcome(one, submission) for one in answers}
+        assert len(outcomes) == 1, outcomes
+        assert outcomes != {"not finite"} or task.metric.startswith("Pearson")     # of a constant
+        num_scored += outcomes == {True}
+    assert num_scored >= 5
 
 
 class Payload:
@@ -641,7 +687,10 @@ def sparse(path):
     (lambda path: path.write_text('id,a\n"1,2\n'), "not CSV at line"),
     (lambda path: path.write_text("id,a\n1,2,3\n"), "Line 2 has 3 fields; the first has 2"),
     (lambda path: path.write_text("id,id\n1,2\n"), "column name occurs twice"),
-    (lambda path: path.write_text("," * 100_000), "column name occurs twice"),
+    (lambda path: path.write_text("," * 9_999), "column name occurs twice"),
+    (lambda path: path.write_text(",".join(map(str, range(20_000)))), "20000 columns; at most 10000"),
+    (lambda path: path.write_text(",".join(map(str, range(20_000))) + '\n"a"'), "20000 columns; at most 10000"),
+    (lambda path: path.write_bytes(b" \n\n\t\n"), "empty"),
     (lambda path: path.write_text("{}"), "columns .* are missing"),
 ])
 def test_whatever_bytes_are_there_are_an_invalid_submission(data, tmp_path, monkeypatch, write, reason):
@@ -650,6 +699,26 @@ def test_whatever_bytes_are_there_are_an_invalid_submission(data, tmp_path, monk
     with pytest.raises(InvalidSubmission, match=reason):
         tasks.grade("leaf-classification", tmp_path / "submission.csv", data)
     assert not Path("payload-ran").exists()
+
+
+def test_blank_lines_are_skipped_as_pandas_does(data, tmp_path):
+    for id in ("spaceship-titanic", "ogbn-arxiv"):
+        sample = data / id / "public" / "sample_submission.csv"
+        score, lines = tasks.grade(id, sample, data), sample.read_text().splitlines()
+        for text in ("\n" + "\n".join(lines), "  \n\n" + "\n \n".join(lines), "\r\n\r\n".join(lines)):
+            (tmp_path / "s.csv").write_text(text)
+            if id == "ogbn-arxiv" and "\n \n" in text:      # a blank cell of its only column
+                with pytest.raises(InvalidSubmission):
+                    tasks.grade(id, tmp_path / "s.csv", data)
+            else:
+                assert tasks.grade(id, tmp_path / "s.csv", data) == score
+
+
+def test_true_and_false_are_numbers_where_a_column_has_nothing_else(data, tmp_path):
+    rows = gold("aerial-cactus-identification", data)
+    for yes, no in (("True", "False"), ("TRUE", "false")):
+        rows.replace({"has_cactus": {"1": yes, "0": no}}).to_csv(tmp_path / "s.csv", index=False)
+        assert tasks.grade("aerial-cactus-identification", tmp_path / "s.csv", data) == 1.0
 
 
 def test_random_edits_of_a_good_file_give_a_score_or_a_reason(data, tmp_path):

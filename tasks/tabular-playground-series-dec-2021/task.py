@@ -68,9 +68,9 @@ def _write(path, header, lines):
 
 
 def score(answers, submission):
-    """Share of rows that are right. Kinds are compared as numbers, so 2.0 is 2."""
+    """Share of rows that are right. Kinds are whole numbers, and 2.0 is 2."""
     predicted = matched(submission, answers, "Id", ["Cover_Type"])
-    return accuracy(numbers(answers, ["Cover_Type"]), numbers(predicted, ["Cover_Type"]))
+    return accuracy(numbers(answers, ["Cover_Type"]), numbers(predicted, ["Cover_Type"], whole=True))
 
 
 def miniature(raw, seed):
