@@ -20,7 +20,7 @@ On the command line: `python -m tasks list | prepare | grade | check`. The metri
 files and the split in raw.py, the reading of submissions in submission.py; all their names are here too.
 """
 import contextlib, csv, difflib, fcntl, functools, hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys
-import tempfile, threading, time, zipfile
+import tempfile, threading, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -30,7 +30,8 @@ import numpy as np
 from tasks import canary
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
-    MissingRaw, copy_raw, copy_raw_folder, progress, raw_csv, raw_files, read_csv, train_test_split, write_csv)
+    MissingRaw, copy_raw, copy_raw_folder, is_disk_full, loose_files, open_raw, progress, raw_csv, raw_files,
+    read_csv, train_test_split, write_csv)
 from tasks.submission import InvalidSubmission, matched, numbers, read_submission, read_table, show
 
 # What an idea may be about: the closed set of "kind" in ideas.json.
@@ -204,15 +205,14 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
     already: those are kept. variant names one of the task's splits; None keeps the one that is there, else takes the
     first. The folder is built aside and renamed when whole, so it is complete or not there. The starter is run once
     with the interpreter `python` and its score recorded. say is called with each line of progress.
-    ValueError: unknown task or variant, or a raw folder that lacks a file. RuntimeError: the starter fails.
+    ValueError: unknown task or variant; MissingRaw, which is one: the raw folder holds something else. RuntimeError:
+    the starter fails, or a program is needed to read the files.
     """
     task, home = load(id), Path(data).resolve() / id
     if variant is not None and variant not in task.variants:
         raise ValueError(f"{id} has no variant {variant!r}; it has {', '.join(task.variants)}.")
-    if raw is not None and not Path(raw).is_dir():
-        raise ValueError(f"The raw folder {raw} is not there. It should hold {task.download} ({task.size}).")
     facts = {"id": id, "miniature": raw is None, "variant": variant, "seed": seed if raw is None else None,
-             "raw": None if raw is None else _fingerprint(raw), "code": hash_code(task)}
+             "raw": None if raw is None else _fingerprint(task, raw), "code": hash_code(task)}
     if _prepared(task, home, facts, force, say):
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -272,12 +272,8 @@ def _build(task, part, raw, facts, say, python):
             task.prepare(Path(folder), public, private, facts["variant"])
     else:
         say(f"{task.id}: preparing {raw} (variant {facts['variant']})")
-        try:
+        with _told_where_to_get(task):
             task.prepare(Path(raw), public, private, facts["variant"])
-        except MissingRaw as error:
-            raise MissingRaw(f"{error} Get {task.download} ({task.size}) and put it there as it comes.") from None
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"A zip in {raw} is damaged ({error}). Get {task.download} again.") from None
     for path in public.rglob("*"):
         if path.is_file():
             path.chmod(0o444)                   # scripts see this very folder, so a slip must not write into it
@@ -291,6 +287,19 @@ def _build(task, part, raw, facts, say, python):
              "rows": {str(path.relative_to(part)): num_rows(path) for path in files if path.suffix == ".csv"},
              "sha256": {str(path.relative_to(part)): hash_files(path) for path in files}}
     (part / "task.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _told_where_to_get(task):
+    """Whatever error other files than the publisher's lead to becomes MissingRaw, which names what is expected."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ImportError, RuntimeError)) or is_disk_full(error):
+            raise
+        found = str(error) if isinstance(error, MissingRaw) else (
+            f"The files are not as the publisher's ({type(error).__name__}: {error}).")
+        raise MissingRaw(f"{found} Get {task.download} ({task.size}) and put it there as it comes.") from error
 
 
 def target_columns(task, home):
@@ -356,9 +365,10 @@ def hash_code(task):
     return hash_files(task.folder / "task.py", task.folder / task.entry, Path(canary.__file__))
 
 
-def _fingerprint(raw):
+def _fingerprint(task, raw):
     """Text that changes when a file under raw appears, goes or changes its size; to hash gigabytes takes too long."""
-    files = sorted((str(path.relative_to(raw)), path.stat().st_size) for path in Path(raw).rglob("*") if path.is_file())
+    with _told_where_to_get(task):
+        files = [(str(path.relative_to(raw)), path.stat().st_size) for path in loose_files(raw)]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 

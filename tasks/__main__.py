@@ -58,9 +58,12 @@ def main(argv=None):
         return commands[args.command](args, ids)
     except tasks.InvalidSubmission as error:
         print(f"The submission is not valid. {error}", file=sys.stderr)
+    except tasks.MissingRaw as error:
+        print(error, file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         print(f"The module {error.name} is missing. {tasks.INSTALL}", file=sys.stderr)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
     return 1
 

@@ -4,6 +4,7 @@ Tests on real data need the publisher's files in ../shared/data beside the check
 """
 import ast
 import dataclasses
+import filecmp
 import gzip
 import json
 import math
@@ -346,10 +347,10 @@ def test_a_missing_raw_file_is_named_with_where_to_get_it(toy, toy_raw, tmp_path
     (toy_raw / "all.csv").unlink()
     with pytest.raises(ValueError, match="all.csv is not in .* Get all.csv of the toy competition"):
         tasks.prepare("toy", raw=toy_raw, data=tmp_path / "data", say=quiet)
-    with pytest.raises(ValueError, match="nowhere is not there. It should hold all.csv of the toy competition"):
+    with pytest.raises(ValueError, match="nowhere cannot be read .No such file.* Get all.csv of the toy competition"):
         tasks.prepare("toy", raw=tmp_path / "nowhere", data=tmp_path / "data")
     (toy_raw / "all.zip").write_bytes(b"not a zip")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="all.zip is damaged"):
         tasks.prepare("toy", raw=toy_raw, data=tmp_path / "data", say=quiet)
     assert not (tmp_path / "data" / "toy").exists()
 
@@ -382,6 +383,46 @@ def test_raw_files_are_found_loose_in_zips_and_in_zips_inside_zips(tmp_path):
     assert (tmp_path / "out" / "a.jpg").read_bytes() == b"one" and (tmp_path / "out" / "b.jpg").read_bytes() == b"two"
     with pytest.raises(tasks.MissingRaw, match=r"2 of 3 files \(such as 3.jpg\) are not in a folder images of"):
         tasks.copy_raw_folder(tmp_path / "whole", "images", tmp_path / "out", ["1.jpg", "3.jpg", "4.jpg"])
+
+
+def wrong_folders(id, raw, folder):
+    """Yields folders that a user may give in place of raw, the right one of the task, made in `folder`."""
+    ids = tasks.names()
+    yield raw.parent / ids[ids.index(id) - 1]               # another task's files
+    (folder / "empty").mkdir()
+    yield folder / "empty"
+    yield folder / "no-such-folder"
+    (folder / "file").write_text("id\n1\n")
+    yield folder / "file"
+    for name, spoil in (("emptied", lambda data: b""), ("another", lambda data: b"\x80\0 not what it was" * 9),
+                        ("cut", lambda data: data[:len(data) // 2])):
+        kept = [".jpg", ".png", ".xyz", *[".csv", ".txt"] * (name == "cut")]            # half a table is a table
+        shutil.copytree(raw, folder / name)
+        spoilt = [path for path in folder.joinpath(name).rglob("*") if path.is_file() and path.suffix not in kept]
+        for path in spoilt:
+            path.write_bytes(spoil(path.read_bytes()))
+        if {path.name for path in spoilt} - {f"{side}.csv.gz" for side in ("train", "test", "sample_submission")}:
+            yield folder / name                             # those are copies that no task reads
+
+
+@pytest.mark.parametrize("id", tasks.names())
+def test_a_wrong_raw_folder_is_one_clear_error(id, data, tmp_path, capsys):
+    for folder in wrong_folders(id, data / "raw" / id, tmp_path):
+        assert main(["prepare", id, "--raw", str(folder), "--data", str(tmp_path / "data")]) == 2, folder
+        said = capsys.readouterr().err
+        assert f" Get {tasks.load(id).download} ({tasks.load(id).size}) and put it there as it comes." in said
+        assert "Traceback" not in said and said.count("\n") == 1 and len(said) < 800, said
+        assert not (tmp_path / "data" / id).exists()
+
+
+@pytest.mark.parametrize("id", tasks.names())
+def test_the_folder_of_all_downloads_is_as_good_as_the_tasks_own(id, data, tmp_path):
+    """Many tasks' files have the same names; each finds its own."""
+    public, private = sides(id, data / "raw", tmp_path)
+    for made, kept in ((public, data / id / "public"), (private, data / "true" / id)):
+        names = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
+        assert names == sorted(path.relative_to(kept) for path in kept.rglob("*") if path.is_file())
+        assert filecmp.cmpfiles(made, kept, names, shallow=False)[0] == names
 
 
 # ------------------------------------------------------------------------------------------------------ the miniatures
@@ -914,8 +955,8 @@ def test_command_line(data, tmp_path, capsys):
     assert "spaceship-titanic (miniature): accuracy 0.4" in capsys.readouterr().out
     assert main(["grade", "spaceship-titanic", str(tmp_path), "--data", str(data)]) == 1
     assert "not valid. The submission is not an ordinary file." in capsys.readouterr().err
-    assert main(["prepare", "spaceship-titanic", "--data", str(data), "--raw", str(tmp_path / "no")]) == 1
-    assert "is not there" in capsys.readouterr().err
+    assert main(["prepare", "spaceship-titanic", "--data", str(data), "--raw", str(tmp_path / "no")]) == 2
+    assert "cannot be read (No such file or directory). Get train.csv of the Kaggle" in capsys.readouterr().err
 
 
 def test_check_on_the_command_line_fails_when_something_is_wrong(toy, tmp_path, capsys):

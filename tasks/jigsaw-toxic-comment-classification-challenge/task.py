@@ -14,11 +14,11 @@ LABELS = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate
 
 def prepare(raw, public, private, variant):
     """159,571 comments to train on and 153,164 to test on, of which 63,978 are scored."""
-    for name in ("train.csv", "test.csv"):
-        write_csv(raw_csv(raw, name), public / name)        # one at a time, to save memory
-    sample = raw_csv(raw, "sample_submission.csv").assign(**dict.fromkeys(LABELS, 0.5))
+    for name, labels in (("train.csv", LABELS), ("test.csv", [])):      # one at a time, to save memory
+        write_csv(raw_csv(raw, name, ["id", "comment_text", *labels]), public / name)
+    sample = raw_csv(raw, "sample_submission.csv", ["id", *LABELS]).assign(**dict.fromkeys(LABELS, 0.5))
     write_csv(sample, public / "sample_submission.csv")
-    write_csv(raw_csv(raw, "test_labels.csv"), private / "test.csv")
+    write_csv(raw_csv(raw, "test_labels.csv", ["id", *LABELS]), private / "test.csv")
 
 
 def score(answers, submission):

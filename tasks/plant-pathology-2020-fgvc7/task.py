@@ -16,7 +16,7 @@ def prepare(raw, public, private, variant):
 
     Ids and pictures are named anew in the order of the split: Train_0, Train_1, ... and Test_0, Test_1, ...
     """
-    rows = raw_csv(raw, "train.csv")
+    rows = raw_csv(raw, "train.csv", ["image_id", *TARGETS])
     places = {}
     for prefix, side in zip(("Train", "Test"), train_test_split(len(rows), 0.1)):
         part = rows.iloc[side]

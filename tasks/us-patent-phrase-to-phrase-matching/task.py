@@ -15,7 +15,7 @@ def prepare(raw, public, private, variant):
 
     Pairs are drawn one by one, so the same anchor is on both sides.
     """
-    rows = raw_csv(raw, "train.csv")
+    rows = raw_csv(raw, "train.csv", ["id", "anchor", "target", "score"])
     train, test = (rows.iloc[side] for side in train_test_split(len(rows), 0.1))
     write_csv(train, public / "train.csv")
     write_csv(test.drop(columns="score"), public / "test.csv")

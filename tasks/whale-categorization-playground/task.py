@@ -16,7 +16,7 @@ def prepare(raw, public, private, variant):
 
     Both sides keep the order of the rows. In the answers a whale without a picture to train on is a new_whale.
     """
-    rows = raw_csv(raw, "train.csv")
+    rows = raw_csv(raw, "train.csv", ["Image", "Id"])
     is_test = split(rows["Id"])
     train, test = rows[~is_test], rows[is_test]
     write_csv(train, public / "train.csv")
