@@ -71,6 +71,7 @@ class Task:
     known_signal: str = ""          # why the publisher's own ids tell of the target, where they do
     known_order: str = ""           # why neighbouring rows of the test file have like targets, where they do
     known_twins: str = ""           # why train and test share rows or files in the publisher's own data, where they do
+    unscored: str | None = None     # what stands in all targets of the answers' rows that are not scored
     key_is_feature: bool = False    # the id is what is judged, such as the text itself, and is shown in train too
     also: dict = field(default_factory=dict)    # further metrics: name -> a function as score
     variants: tuple = ("default",)  # names of splits; the first is the default

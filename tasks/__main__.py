@@ -131,7 +131,7 @@ def run_check(args, ids):
     kinds = [kind(tasks.info(id, args.data)) for id in ids if (Path(args.data) / id / "task.json").exists()]
     columns = {"task": f"<{max(map(len, ids))}", "data": f"<{max(map(len, ['miniature', *kinds]))}",
                **(IDEA_COLUMNS if args.ideas else CHECK_COLUMNS)}
-    num_rows, failures = 0, []
+    num_rows, failures, known = 0, [], []
 
     def results():
         jobs = min(args.jobs, len(ids))
@@ -151,9 +151,11 @@ def run_check(args, ids):
         for id, checked in results():
             for row, failed in checked:
                 failures.extend(f"{id} ({row['data']}): {failure}" for failure in failed)
+                known.extend(f"{id} ({row['data']}), known: {one}" for one in row.get("known", []))
                 num_rows += 1
                 yield row
     print_table(columns, rows())
+    print("".join(f"{line}\n" for line in known), end="")
     print("\n".join(failures) or f"All {num_rows} are sound.")
     return 1 if failures else 0
 

@@ -347,7 +347,7 @@ def test_a_missing_raw_file_is_named_with_where_to_get_it(toy, toy_raw, tmp_path
     (toy_raw / "all.csv").unlink()
     with pytest.raises(ValueError, match="all.csv is not in .* Get all.csv of the toy competition"):
         tasks.prepare("toy", raw=toy_raw, data=tmp_path / "data", say=quiet)
-    with pytest.raises(ValueError, match="nowhere cannot be read .No such file.* Get all.csv of the toy competition"):
+    with pytest.raises(ValueError, match="nowhere cannot be read .No such file.* Get all.csv of the toy"):
         tasks.prepare("toy", raw=tmp_path / "nowhere", data=tmp_path / "data")
     (toy_raw / "all.zip").write_bytes(b"not a zip")
     with pytest.raises(ValueError, match="all.zip is damaged"):
@@ -660,8 +660,8 @@ def test_a_spoilt_submission_is_refused_with_its_reason(data, tmp_path, id, chan
 def odd_submissions(sample, targets):
     """Tables of as many rows as the sample with predictions that a grader may choke on."""
     n = len(sample[targets[0]])
-    extremes = ["1e155", "1e308", "1.7976931348623157e308", "-1.7e308", "1e-200", "5e-324", "-0.0", "0", "1", "-1", "2.5",
-                "True", "9007199254740993", "1e16", "0.1", "nan", "-inf", ""]
+    extremes = ["1e155", "1e308", "1.7976931348623157e308", "-1.7e308", "1e-200", "5e-324", "-0.0", "0", "1", "-1",
+                "2.5", "True", "9007199254740993", "1e16", "0.1", "nan", "-inf", ""]
     for text in extremes:
         yield {**sample, **{name: [text] * n for name in targets}}
         yield {**sample, targets[-1]: [*sample[targets[-1]][1:], text]}
@@ -931,6 +931,124 @@ def test_check_finds_what_is_wrong_with_a_grader(toy, tmp_path, old, new, found)
     tasks.prepare("toy", data=tmp_path / "data", say=quiet)
     failures = check("toy", tmp_path / "data", sys.executable)[1]
     assert any(found in failure for failure in failures), failures
+
+
+KINDS_TASK = '''
+import gzip, json, zipfile
+import numpy as np
+import pandas as pd
+from tasks import InvalidSubmission, Task, accuracy, matched, numbers, raw_csv, write_csv
+
+def prepare(raw, public, private, variant):
+    rows = raw_csv(raw, "all.csv")
+    train, test = rows[150:].copy(), rows[:150].copy()
+    pass                                                # here something is planted
+    write_csv(train, public / "train.csv")
+    write_csv(test.drop(columns=["kind", "size"], errors="ignore"), public / "test.csv")
+    write_csv(test[["id"]].assign(kind=0, size=0.0), public / "sample_submission.csv")
+    write_csv(test[["id", "kind", "size"]], private / "test.csv")
+
+def score(answers, submission):
+    predicted = matched(submission, answers, "id", ["kind", "size"])
+    kinds, sizes = numbers(predicted, ["kind"], low=0, high=2, whole=True), numbers(predicted, ["size"])
+    right = numbers(answers, ["kind"]) == kinds
+    return float((right * np.exp(-np.abs(numbers(answers, ["size"]) - sizes))).mean())
+
+def miniature(raw, seed):
+    rng = np.random.default_rng(seed)
+    kind, size = np.arange(450) % 3, rng.random(450).round(4)
+    kind = rng.permutation(kind)
+    texts = [f"No {i} of Them" for i in rng.permutation(9999)[:450]]
+    x = (kind + rng.normal(0, 0.2, 450)).round(4)
+    rows = pd.DataFrame({"id": rng.permutation(450) + 1, "text": texts, "x": x, "kind": kind, "size": size})
+    write_csv(rows, raw / "all.csv")
+
+TASK = Task(
+    id="toy", modality="tabular", kind="classification", metric="accuracy", direction="up", split="held-in",
+    source="us", download="all.csv", size="1 kB", prepare=prepare, miniature=miniature, score=score,
+    m_init=None, m_best=1.0, m_best_source="algebra", m_best_miniature=1.0, m_best_miniature_source="algebra")
+'''
+KINDS_STARTER = '''
+import csv
+print("validation accuracy: 0.9")
+with open("submission.csv", "w") as out:
+    print("id,kind,size", file=out)
+    for row in csv.DictReader(open("data/test.csv")):
+        print(f"{row['id']},{min(2, max(0, round(float(row['x']))))},0.5", file=out)
+'''
+NAMED = 'test["kind"].map({0: "oak", 1: "elm", 2: "fir"})'
+
+
+@pytest.mark.parametrize("plant, found", [
+    ("", None),
+    ('test["tree"] = ' + NAMED, "'tree' of the public file test.csv tells"),
+    ('test["copy"] = test["size"]; train["copy"] = train["size"]', "'copy' of the public file test.csv tells"),
+    ('test["mm"] = 1000 - 10 * test["size"]', "'mm' of the public file test.csv tells"),
+    ('write_csv(test[["id", "size"]].sort_values("id"), public / "notes.csv")', "'size' of the public file notes.csv"),
+    ('write_csv(test[["kind"]], public / "notes.txt")', "'kind' of the public file notes.txt tells"),
+    ('test["kind"].to_csv(public / "notes.txt", index=False, header=False)', "of the public file notes.txt tells"),
+    ('(public / "all.csv.gz").write_bytes(gzip.compress((raw / "all.csv").read_bytes()))', "file all.csv.gz"),
+    ('zipfile.ZipFile(public / "all.zip", "w").write(raw / "all.csv", "deep/all.csv")', "file all.zip/deep/all.csv"),
+    ('(public / "a.json").write_text(json.dumps(dict(zip(test["id"].astype(str), test["size"]))))', "file a.json"),
+    ('(public / "a.json").write_text(json.dumps(test.to_dict("records")))', "'kind' of the public file a.json"),
+    ('np.save(public / "a.npy", test["kind"])', "the public file a.npy tells"),
+    ('test["id"] = 3 * np.arange(2, 152) + test["kind"]', "id modulo 3 tells"),
+    ('test["id"] = [f"{id:04d}{\'xyz\'[k]}" for id, k in zip(test["id"], test["kind"])]', "last letter of the id"),
+    ('test["text"] += test["kind"].map({0: "", 1: " ", 2: "  "})', "number of blanks at the end of 'text' tells"),
+    ('test = test.iloc[np.argsort(test["kind"] * 50 + np.arange(150) % 50 * 7 % 50, kind="stable")]', "position"),
+    ('train.loc[train.index[0]] = [999, *test.iloc[3, 1:]]; train.iloc[0, 1] = train.iloc[0, 1].upper() + " "',
+     "1 rows are in train and in test but for capitals and blanks, such as row 4"),
+    ('train.iloc[:3] = test.iloc[[5, 7, 7]].assign(id=[997, 998, 999])', "2 rows are in train and in test, such"),
+    ('train = train[train["kind"] != 1]', "class 1.0 of 'kind' is among the answers and in no training row"),
+    ('test.loc[test["kind"] == 1, "kind"] = 2', "class 1.0 of 'kind' is among the training rows and in no answer"),
+])
+def test_check_finds_what_gives_the_answers_away(toy, tmp_path, plant, found):
+    (toy / "task.py").write_text(KINDS_TASK.replace("pass  ", plant + "  " if plant else "pass  "))
+    (toy / "train.py").write_text(KINDS_STARTER)
+    tasks.prepare("toy", data=tmp_path, say=quiet)
+    failures = check("toy", tmp_path, sys.executable)[1]
+    assert failures == [] if found is None else any(found in failure for failure in failures), failures
+
+
+@pytest.mark.parametrize("old, new, found", [
+    ('["size"]) - sizes', '["size"]) - numbers(answers, ["size"]) + 0 * sizes', "'size' must be predicted and is not"),
+    ("return float((right", "right |= True\n    return float((right", "'kind' must be predicted and is not scored"),
+    (".mean())", "[:75].mean())", "rows may be wrong and the answers score as well"),
+    (".mean())", "[::2].mean())", "rows may be wrong and the answers score as well"),
+    ('numbers(predicted, ["size"])', 'np.nan_to_num([[float(x or 1)] for x in predicted["size"]])',
+     "NaN in the column 'size' is not refused"),
+    ('numbers(predicted, ["size"])', 'np.array(predicted["size"], float)[:, None]', "a blank at the end ends in Value"),
+    ('numbers(predicted, ["size"])', 'np.array([float(x or 0) for x in predicted["size"]])[:, None]',
+     "a blank at the end is not refused"),
+])
+def test_check_finds_a_grader_that_overlooks_something(toy, tmp_path, old, new, found):
+    assert old in KINDS_TASK
+    (toy / "task.py").write_text(KINDS_TASK.replace(old, new))
+    (toy / "train.py").write_text(KINDS_STARTER)
+    tasks.prepare("toy", data=tmp_path, say=quiet)
+    failures = check("toy", tmp_path, sys.executable)[1]
+    assert any(found in failure for failure in failures), failures
+
+
+def test_unscored_rows_and_known_twins_are_no_failures(toy, tmp_path):
+    plant = 'test = test.astype(str); test.loc[test.sample(50, random_state=0).index, ["kind", "size"]] = "-1"  '
+    unscored = KINDS_TASK.replace("pass  ", plant).replace("low=0, high=2, ", "")
+    unscored = unscored.replace(".mean())", '[numbers(answers, ["size"]) >= 0].mean())')
+    (toy / "train.py").write_text(KINDS_STARTER)
+    for field, declared in (('unscored="-1", ', True), ("", False)):
+        (toy / "task.py").write_text(unscored.replace("m_init=", field + "m_init="))
+        tasks._load.cache_clear()
+        tasks.prepare("toy", data=tmp_path, say=quiet, force=True)
+        failures = check("toy", tmp_path, sys.executable)[1]
+        assert failures == [] if declared else any("rows may be wrong" in failure for failure in failures), failures
+    twins = KINDS_TASK.replace("pass  ", "train.iloc[:2] = test.iloc[[5, 7]].assign(id=[998, 999])  ")
+    (toy / "task.py").write_text(twins.replace("m_init=", 'known_twins="as they come", m_init='))
+    tasks._load.cache_clear()
+    (tmp_path / "raw").mkdir()
+    tasks.load("toy").miniature(tmp_path / "raw", 1)
+    tasks.prepare("toy", raw=tmp_path / "raw", data=tmp_path, say=quiet)
+    row, failures = check("toy", tmp_path, sys.executable)
+    assert failures == [] and row["known"] == ["2 rows are in train and in test, such as row 6 of test."]
 
 
 def test_check_finds_a_starter_that_changes_its_score(toy, tmp_path):

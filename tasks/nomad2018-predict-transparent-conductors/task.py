@@ -128,6 +128,8 @@ TASK = Task(
     id="nomad2018-predict-transparent-conductors", modality="tabular", kind="regression", metric="mean RMSLE",
     direction="down", split="held-in", source="MLE-bench", variants=("mle-bench",), key=None, targets=tuple(TARGETS),
     prepare=prepare, miniature=miniature, score=score,
+    known_twins="147 of the 240 test rows have all columns of train.csv in common with a training row: the table says "
+                "little of a crystal, and only the geometries tell them apart",
     download="train.csv.zip and train.zip of the Kaggle competition nomad2018-predict-transparent-conductors, "
              "or its whole zip", size="6 MB",
     m_init=None,
