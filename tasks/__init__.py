@@ -107,12 +107,14 @@ class Task:
 # -------------------------------------------------------------------------------------------------------- the registry
 
 def load(id):
-    """The task with this id. ValueError with the nearest ids where there is none."""
+    """The task with this id, the name of a folder that was found. ValueError with the nearest ids where there is none,
+    whatever id is: it may come from someone's file."""
     folders = _folders()
-    if id not in folders:
-        near = [name for name in folders if str(id) in name] or difflib.get_close_matches(str(id), folders, cutoff=0.4)
+    if not isinstance(id, str) or id not in folders:
+        id = str(id)[:100]
+        near = [name for name in folders if id in name] or difflib.get_close_matches(id, folders, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(folders)}."
-        raise ValueError(f"There is no task {str(id)!r}. {hint}")
+        raise ValueError(f"There is no task {id!r}. {hint}")
     return _load(folders[id])
 
 
@@ -246,7 +248,7 @@ def _prepared(task, home, wanted, force, say):
     """Whether home may stay as it is: real data where a miniature is wanted, or what is wanted itself."""
     if not (home / "task.json").exists():
         return False
-    found = json.loads((home / "task.json").read_text())
+    found = _facts(home)
     if wanted["miniature"] and not found["miniature"]:
         if force:
             raise ValueError(f"{home} holds real data. Give --raw to prepare it again, or delete it first.")
@@ -343,12 +345,30 @@ def run_script(task, home, script, python=sys.executable, name="The script"):
             raise RuntimeError(f"{name} writes a submission that is not valid. {error}") from None
 
 
-def info(id, data="data"):
-    """What task.json says of the prepared task. ValueError where it is not prepared."""
-    path = Path(data) / load(id).id / "task.json"
-    if not path.exists():
+FACTS = {"id": str, "miniature": bool, "variant": str, "code": str, "m_init": (int, float), "m_best": (int, float),
+         "rows": dict, "sha256": dict}
+
+
+def info(id, data="data", needed=tuple(FACTS)):
+    """What task.json says of the prepared task. ValueError where there is none, or not what prepare has written."""
+    home = Path(data) / load(id).id
+    if not (home / "task.json").exists():
         raise ValueError(f"{id} is not prepared in {data}. Run: python -m tasks prepare {id} --data {data}")
-    return json.loads(path.read_text())
+    return _facts(home, needed)
+
+
+def _facts(home, needed=FACTS):
+    """What task.json in home says. ValueError where a fact is of another type, or one that is needed is not there."""
+    try:
+        found = json.loads((home / "task.json").read_bytes())
+        sound = all(isinstance(found[name], FACTS[name]) for name in FACTS if name in found or name in needed)
+        sound = sound and all(re.fullmatch(r"(public|private)/[^/]+", name) for name in found.get("sha256", ()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound or found.get("id", home.name) != home.name:
+        raise ValueError(
+            f"{home / 'task.json'} is not what prepare has written. Delete {home} and prepare the task again.")
+    return found
 
 
 def hash_files(*paths):
@@ -408,7 +428,8 @@ def judge_file(task, home, path):
 def _home(id, data):
     """The folder of a prepared task. ValueError where canary rows were planted and their true answers are lost."""
     home = Path(data) / id
-    if info(id, data).get("canaries", 0) != len(canary.load(home / "private")):     # none: by an older version
+    num_canaries = info(id, data, needed=()).get("canaries", 0)     # none: by an older version
+    if num_canaries != len(canary.load(home / "private")):
         raise ValueError(f"{home / 'private' / canary.FILE} is not what was prepared. Prepare the task again: "
                          f"python -m tasks prepare {id} --data {data} --force, with --raw for real data.")
     return home

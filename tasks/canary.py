@@ -66,9 +66,12 @@ def plant(private, answers, targets):
 
 
 def load(private):
-    """What plant has written in the folder; [] where it has planted nothing."""
+    """What plant has written in the folder; [] where it has planted nothing, or something else is there."""
     path = private / FILE
-    return json.loads(path.read_text()) if path.exists() else []
+    try:
+        return json.loads(path.read_text()) if path.exists() else []
+    except ValueError:
+        return []
 
 
 def restore(answers, planted):

@@ -147,6 +147,29 @@ def test_an_unknown_task_is_answered_with_near_matches():
         tasks.names("titanic")
 
 
+@pytest.mark.parametrize("id", ["../leaf-classification", "leaf-classification/", "/etc", "", ".", None, 3, ["x"], {},
+                                "x" * 10 ** 6])
+def test_an_id_out_of_a_file_names_a_task_or_nothing(id, tmp_path):
+    for use in (tasks.load, tasks.ideas, lambda id: tasks.info(id, tmp_path), lambda id: tasks.grade(id, "s", tmp_path),
+                lambda id: tasks.prepare(id, data=tmp_path / "data")):
+        with pytest.raises(ValueError, match="There is no task") as caught:
+            use(id)
+        assert len(str(caught.value)) < 1500
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [
+    lambda facts: "[" * 10 ** 5, lambda facts: "3", lambda facts: "{", lambda facts: json.dumps({**facts, "m_init": "0"}),
+    lambda facts: json.dumps({**facts, "sha256": {"../../x": "0"}}), lambda facts: json.dumps({**facts, "id": "other"}),
+    lambda facts: json.dumps({name: facts[name] for name in facts if name != "m_best"})])
+def test_a_task_json_that_prepare_did_not_write_is_one_clear_error(toy, tmp_path, change):
+    home = tasks.prepare("toy", data=tmp_path, say=quiet)
+    (home / "task.json").write_text(change(tasks.info("toy", tmp_path)))
+    for use in (tasks.info, tasks.prepare):
+        with pytest.raises(ValueError, match="toy/task.json is not what prepare has written. Delete .*/toy and prepare"):
+            use("toy", data=tmp_path)
+
+
 def test_table_1_and_medals():
     leaf = tasks.load("leaf-classification")
     assert leaf.weakest() == 0.0786 and leaf.published["ML-Agent"] == (0.0689, 0.0373) and leaf.medals["gold"] == 0.0
