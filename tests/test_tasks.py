@@ -170,6 +170,23 @@ def test_a_task_json_that_prepare_did_not_write_is_one_clear_error(toy, tmp_path
             use("toy", data=tmp_path)
 
 
+MEASURED = {        # the best of the shipped ideas on the real data
+    "leaf-classification": 0.04129, "spaceship-titanic": 0.80333, "spooky-author-identification": 0.38428,
+    "home-data-for-ml-course": 16102.8, "feedback-prize-english-language-learning": 0.5417,
+    "detecting-insults-in-social-commentary": 0.8625}
+
+
+@pytest.mark.parametrize("id", tasks.names())
+def test_m_best_is_the_best_that_is_known(id):
+    task = tasks.load(id)
+    known = [score for pair in task.published.values() for score in pair]
+    known += [MEASURED[id]] if id in MEASURED else []
+    known += [] if task.medals_metric else list(task.medals.values())
+    assert not any(task.better(score, task.m_best) for score in known)
+    assert task.m_best_source and not task.better(task.m_best, task.perfect)
+    assert task.m_init is None or task.better(task.m_best, task.m_init)
+
+
 def test_table_1_and_medals():
     leaf = tasks.load("leaf-classification")
     assert leaf.weakest() == 0.0786 and leaf.published["ML-Agent"] == (0.0689, 0.0373) and leaf.medals["gold"] == 0.0

@@ -119,7 +119,7 @@ TASK = Task(
     download="train.csv.zip and images.zip of the Kaggle competition leaf-classification, or its whole zip",
     size="40 MB",
     m_init=0.077067,
-    m_best=0.0, m_best_source="Kaggle's gold medal",
+    m_best=0.0, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.122,
     m_best_miniature_source="logistic regression on roots of the histograms and Fourier magnitudes of the outline",
     published={"Qwen-7B-Instruct": (0.0780, 0.0653), "Qwen-32B-Instruct": (0.0786, 0.0473),
