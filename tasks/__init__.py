@@ -56,7 +56,8 @@ class Task:
     size: str                       # how large the download is
     prepare: Callable               # (raw, public, private, variant): the publisher's files -> public and private
     miniature: Callable             # (raw, seed): writes files as the publisher ships them, 50 to 500 rows
-    score: Callable                 # (answers, submission): two tables {column: [text]} -> float, or InvalidSubmission
+    score: Callable                 # (answers, submission): two tables {column: [text]} -> float, or InvalidSubmission,
+                                    # for what is in the submission, never for how it compares with the answers
     m_init: float | None            # the starter's measured score on the real data, first variant; None: not measured
     m_best: float                   # the best known score on the real data ...
     m_best_source: str              # ... and where that figure comes from
