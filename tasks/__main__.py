@@ -6,7 +6,7 @@
     python -m tasks check [ID ...] [--ideas] [--jobs N]
 
 ID may also be held-in, held-out, paper or all (with prepare only where no --raw is given, and not with grade).
-Exit status: 0 done, 1 failed, 2 bad arguments.
+Exit status: 0 done, 1 failed, 2 bad arguments, a raw folder with other files among them.
 """
 import argparse
 import difflib

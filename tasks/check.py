@@ -10,8 +10,8 @@
 - Every predicted column and every row counts: made wrong alone, it makes the score of the answers worse. (Rows whose
   answers are Task.unscored are left out; some 20 rows are drawn.)
 - No public table (CSV, TSV, JSON, NPY, in a zip, gzip or loose; matched by id or by position) has a column that is the
-  answers, or other names for the classes, or, where train.csv lacks it, numbers in the same order. Of long tables the
-  first 20,000 test rows are searched.
+  answers, or other names for the classes (its trailing blanks, too), or, where train.csv lacks it, numbers in the same
+  order. Of long tables the first 20,000 test rows are searched.
 - No row (nor file of a row) is both in train and in test, be it with other capitals or blanks, as a hundredth of real
   rows may be. (Where the publisher's own data have such twins, the task says so in known_twins; they are printed.)
 - No class of the answers lacks training rows, nor a class of those answers, unless chance may have it so: in miniatures
@@ -255,8 +255,9 @@ def given_away(task, home, gold, targets):
             if own or name == task.key or len(set(cells)) < 2:
                 continue
             shared = name in learned and path in ("train.csv", "test.csv")
+            blanks = [len(cell) - len(cell.rstrip()) for cell in cells]
             if any(_equal(cells, column) for column in alone) or any(
-                    _renamed(cells, column) for column in [labels, *alone]) or (
+                    _renamed(values, column) for column in [labels, *alone] for values in (cells, blanks)) or (
                     not shared and any(_same_order(cells, column) for column in alone)):
                 failures.append(f"The column {name!r} of the public file {path} tells the answers.")
     return failures
@@ -285,7 +286,8 @@ def _rows(name, stream):
         array = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
         return [[str(j) for j in range(array.shape[1])], *array.astype(str).tolist()] if array.shape[1] <= 100 else []
     if name.endswith(".json"):
-        found = json.loads(stream.read(MAX_JSON))
+        text = stream.read(MAX_JSON + 1)
+        found = json.loads(text) if len(text) <= MAX_JSON else []
         if isinstance(found, dict):
             found = [{"": one, "value": value} for one, value in found.items()]
         records = [one if isinstance(one, dict) else {"value": one} for one in found]
