@@ -131,7 +131,8 @@ def run_check(args, ids):
     kinds = [kind(tasks.info(id, args.data)) for id in ids if (Path(args.data) / id / "task.json").exists()]
     columns = {"task": f"<{max(map(len, ids))}", "data": f"<{max(map(len, ['miniature', *kinds]))}",
                **(IDEA_COLUMNS if args.ideas else CHECK_COLUMNS)}
-    num_rows, failures, known = 0, [], []
+    num_rows, failures = 0, []
+    known = []
 
     def results():
         jobs = min(args.jobs, len(ids))

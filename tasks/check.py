@@ -205,7 +205,8 @@ def not_scored(task, answers, gold, sample, targets, best):
             return None
         return None if math.isnan(score) else not task.better(best, score)
 
-    rng, failures = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    failures = []
     scored = [i for i in range(len(gold[targets[0]])) if any(gold[name][i] != task.unscored for name in targets)]
     for name, other in zip(targets, [*targets[1:], targets[0]]):
         ones = [i for i in scored if _number(gold[name][i]) == 1]
@@ -217,7 +218,8 @@ def not_scored(task, answers, gold, sample, targets, best):
             turned[i] = gold[name][j]
         for changed in ({name: turned}, {name: sample[name]}, swapped):     # the last keeps the sum of a distribution
             if any(changed[name][i] != gold[name][i] for i in scored) and (result := stays(changed)) is not None:
-                failures += [f"The column {name!r} must be predicted and is not scored."] * result
+                if result:
+                    failures.append(f"The column {name!r} must be predicted and is not scored.")
                 break
     num_drawn = 20 if len(scored) <= MAX_ROWS else 8
     drawn = rng.choice(scored, min(num_drawn, len(scored)), replace=False).tolist() if scored else []
@@ -228,7 +230,8 @@ def not_scored(task, answers, gold, sample, targets, best):
         if (other := next(others, None)) is None:
             continue
         changed = {name: [*gold[name][:i], cell, *gold[name][i + 1:]] for name, cell in zip(targets, other)}
-        ignored += [i] * (stays(changed) is True)
+        if stays(changed):
+            ignored.append(i)
     if ignored:
         failures.append(f"{len(ignored)} of {len(drawn)} rows may be wrong and the answers score as well, "
                         f"such as row {ignored[0] + 1}.")

@@ -127,7 +127,9 @@ def open_raw(raw, name, columns=(), **options):
 
 
 def _some(names, most=8):
-    return ", ".join(str(name)[:40] for name in names[:most]) + ", ..." * (len(names) > most)
+    """The first names, each cut short and in visible characters: they may be out of any file."""
+    shown = [str(name)[:40].encode("unicode_escape").decode() for name in names[:most]]
+    return ", ".join(shown if len(names) <= most else [*shown, "..."])
 
 
 def raw_csv(raw, name, columns=(), **options):
