@@ -20,7 +20,7 @@ On the command line: `python -m tasks list | prepare | grade | check`. The metri
 files and the split in raw.py, the reading of submissions in submission.py; all their names are here too.
 """
 import contextlib, csv, difflib, fcntl, functools, hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys
-import tempfile, threading, time, zipfile
+import tempfile, threading, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -30,7 +30,8 @@ import numpy as np
 from tasks import canary
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
-    MissingRaw, copy_raw, copy_raw_folder, progress, raw_csv, raw_files, read_csv, train_test_split, write_csv)
+    MissingRaw, copy_raw, copy_raw_folder, is_disk_full, loose_files, open_raw, progress, raw_csv, raw_files,
+    read_csv, train_test_split, write_csv)
 from tasks.submission import InvalidSubmission, matched, numbers, read_submission, read_table, show
 
 # What an idea may be about: the closed set of "kind" in ideas.json.
@@ -55,7 +56,8 @@ class Task:
     size: str                       # how large the download is
     prepare: Callable               # (raw, public, private, variant): the publisher's files -> public and private
     miniature: Callable             # (raw, seed): writes files as the publisher ships them, 50 to 500 rows
-    score: Callable                 # (answers, submission): two tables {column: [text]} -> float, or InvalidSubmission
+    score: Callable                 # (answers, submission): two tables {column: [text]} -> float, or InvalidSubmission,
+                                    # for what is in the submission, never for how it compares with the answers
     m_init: float | None            # the starter's measured score on the real data, first variant; None: not measured
     m_best: float                   # the best known score on the real data ...
     m_best_source: str              # ... and where that figure comes from
@@ -70,6 +72,7 @@ class Task:
     known_signal: str = ""          # why the publisher's own ids tell of the target, where they do
     known_order: str = ""           # why neighbouring rows of the test file have like targets, where they do
     known_twins: str = ""           # why train and test share rows or files in the publisher's own data, where they do
+    unscored: str | None = None     # what stands in all targets of the answers' rows that are not scored
     key_is_feature: bool = False    # the id is what is judged, such as the text itself, and is shown in train too
     also: dict = field(default_factory=dict)    # further metrics: name -> a function as score
     variants: tuple = ("default",)  # names of splits; the first is the default
@@ -105,12 +108,14 @@ class Task:
 # -------------------------------------------------------------------------------------------------------- the registry
 
 def load(id):
-    """The task with this id. ValueError with the nearest ids where there is none."""
+    """The task with this id, the name of a folder that was found. ValueError with the nearest ids where there is none,
+    whatever id is: it may come from someone's file."""
     folders = _folders()
-    if id not in folders:
-        near = [name for name in folders if str(id) in name] or difflib.get_close_matches(str(id), folders, cutoff=0.4)
+    if not isinstance(id, str) or id not in folders:
+        id = str(id)[:100]
+        near = [name for name in folders if id in name] or difflib.get_close_matches(id, folders, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(folders)}."
-        raise ValueError(f"There is no task {str(id)!r}. {hint}")
+        raise ValueError(f"There is no task {id!r}. {hint}")
     return _load(folders[id])
 
 
@@ -204,15 +209,14 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
     already: those are kept. variant names one of the task's splits; None keeps the one that is there, else takes the
     first. The folder is built aside and renamed when whole, so it is complete or not there. The starter is run once
     with the interpreter `python` and its score recorded. say is called with each line of progress.
-    ValueError: unknown task or variant, or a raw folder that lacks a file. RuntimeError: the starter fails.
+    ValueError: unknown task or variant; MissingRaw, which is one: the raw folder holds something else. RuntimeError:
+    the starter fails, or a program is needed to read the files.
     """
     task, home = load(id), Path(data).resolve() / id
     if variant is not None and variant not in task.variants:
         raise ValueError(f"{id} has no variant {variant!r}; it has {', '.join(task.variants)}.")
-    if raw is not None and not Path(raw).is_dir():
-        raise ValueError(f"The raw folder {raw} is not there. It should hold {task.download} ({task.size}).")
     facts = {"id": id, "miniature": raw is None, "variant": variant, "seed": seed if raw is None else None,
-             "raw": None if raw is None else _fingerprint(raw), "code": hash_code(task)}
+             "raw": None if raw is None else _fingerprint(task, raw), "code": hash_code(task)}
     if _prepared(task, home, facts, force, say):
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +249,7 @@ def _prepared(task, home, wanted, force, say):
     """Whether home may stay as it is: real data where a miniature is wanted, or what is wanted itself."""
     if not (home / "task.json").exists():
         return False
-    found = json.loads((home / "task.json").read_text())
+    found = _facts(home)
     if wanted["miniature"] and not found["miniature"]:
         if force:
             raise ValueError(f"{home} holds real data. Give --raw to prepare it again, or delete it first.")
@@ -272,12 +276,8 @@ def _build(task, part, raw, facts, say, python):
             task.prepare(Path(folder), public, private, facts["variant"])
     else:
         say(f"{task.id}: preparing {raw} (variant {facts['variant']})")
-        try:
+        with _told_where_to_get(task):
             task.prepare(Path(raw), public, private, facts["variant"])
-        except MissingRaw as error:
-            raise MissingRaw(f"{error} Get {task.download} ({task.size}) and put it there as it comes.") from None
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"A zip in {raw} is damaged ({error}). Get {task.download} again.") from None
     for path in public.rglob("*"):
         if path.is_file():
             path.chmod(0o444)                   # scripts see this very folder, so a slip must not write into it
@@ -291,6 +291,19 @@ def _build(task, part, raw, facts, say, python):
              "rows": {str(path.relative_to(part)): num_rows(path) for path in files if path.suffix == ".csv"},
              "sha256": {str(path.relative_to(part)): hash_files(path) for path in files}}
     (part / "task.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _told_where_to_get(task):
+    """Whatever error other files than the publisher's lead to becomes MissingRaw, which names what is expected."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (ImportError, RuntimeError)) or is_disk_full(error):
+            raise
+        found = str(error) if isinstance(error, MissingRaw) else (
+            f"The files are not as the publisher's ({type(error).__name__}: {error}).")
+        raise MissingRaw(f"{found} Get {task.download} ({task.size}) and put it there as it comes.") from error
 
 
 def target_columns(task, home):
@@ -334,12 +347,30 @@ def run_script(task, home, script, python=sys.executable, name="The script"):
             raise RuntimeError(f"{name} writes a submission that is not valid. {error}") from None
 
 
-def info(id, data="data"):
-    """What task.json says of the prepared task. ValueError where it is not prepared."""
-    path = Path(data) / load(id).id / "task.json"
-    if not path.exists():
+FACTS = {"id": str, "miniature": bool, "variant": str, "code": str, "m_init": (int, float), "m_best": (int, float),
+         "rows": dict, "sha256": dict}
+
+
+def info(id, data="data", needed=tuple(FACTS)):
+    """What task.json says of the prepared task. ValueError where there is none, or not what prepare has written."""
+    home = Path(data) / load(id).id
+    if not (home / "task.json").exists():
         raise ValueError(f"{id} is not prepared in {data}. Run: python -m tasks prepare {id} --data {data}")
-    return json.loads(path.read_text())
+    return _facts(home, needed)
+
+
+def _facts(home, needed=FACTS):
+    """What task.json in home says. ValueError where a fact is of another type, or one that is needed is not there."""
+    try:
+        found = json.loads((home / "task.json").read_bytes())
+        sound = all(isinstance(found[name], FACTS[name]) for name in FACTS if name in found or name in needed)
+        sound = sound and all(re.fullmatch(r"(public|private)/[^/]+", name) for name in found.get("sha256", ()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound or found.get("id", home.name) != home.name:
+        raise ValueError(
+            f"{home / 'task.json'} is not what prepare has written. Delete {home} and prepare the task again.")
+    return found
 
 
 def hash_files(*paths):
@@ -357,9 +388,10 @@ def hash_code(task):
     return hash_files(task.folder / "task.py", task.folder / task.entry, Path(canary.__file__))
 
 
-def _fingerprint(raw):
+def _fingerprint(task, raw):
     """Text that changes when a file under raw appears, goes or changes its size; to hash gigabytes takes too long."""
-    files = sorted((str(path.relative_to(raw)), path.stat().st_size) for path in Path(raw).rglob("*") if path.is_file())
+    with _told_where_to_get(task):
+        files = [(str(path.relative_to(raw)), path.stat().st_size) for path in loose_files(raw)]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
@@ -398,7 +430,8 @@ def judge_file(task, home, path):
 def _home(id, data):
     """The folder of a prepared task. ValueError where canary rows were planted and their true answers are lost."""
     home = Path(data) / id
-    if info(id, data).get("canaries", 0) != len(canary.load(home / "private")):     # none: by an older version
+    num_canaries = info(id, data, needed=()).get("canaries", 0)     # none: by an older version
+    if num_canaries != len(canary.load(home / "private")):
         raise ValueError(f"{home / 'private' / canary.FILE} is not what was prepared. Prepare the task again: "
                          f"python -m tasks prepare {id} --data {data} --force, with --raw for real data.")
     return home
@@ -406,21 +439,21 @@ def _home(id, data):
 
 def _judge(task, home, path, functions):
     """({name: score by that function}, canary_p)"""
-    limit = (home / "public" / task.sample).stat().st_size * 8 + (4 << 20)  # no honest file is 8 times the sample
+    limit = (home / "public" / task.sample).stat().st_size * 4 + (4 << 20)  # numbers in full are 3 times the sample's
     facts = (home / "private" / task.answers).stat()
     large = facts.st_size > LARGE_BYTES
     with ONE_LARGE if large else contextlib.nullcontext():      # threads grade at once; text takes 5 times the file
         submission = read_submission(path, limit)
         answers = (_read_answers if large else _kept_answers)(
             home / "private" / task.answers, facts.st_mtime_ns, task.key, task.targets)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # predictions near 1e308 may overflow
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # predictions near 1e308
             scores = {name: float(function(answers, submission)) for name, function in functions.items()}
         return scores, canary.p_value(submission, answers, canary.load(home / "private"), task.key)
 
 
 def _finite(score):
     if not math.isfinite(score):
-        raise InvalidSubmission("The metric is not a finite number: the predictions are constant or too large.")
+        raise InvalidSubmission("The metric is not a finite number; constant predictions, for instance, have none.")
     return score
 
 

@@ -6,7 +6,7 @@
     python -m tasks check [ID ...] [--ideas] [--jobs N]
 
 ID may also be held-in, held-out, paper or all (with prepare only where no --raw is given, and not with grade).
-Exit status: 0 done, 1 failed, 2 bad arguments.
+Exit status: 0 done, 1 failed, 2 bad arguments, a raw folder with other files among them.
 """
 import argparse
 import difflib
@@ -58,9 +58,12 @@ def main(argv=None):
         return commands[args.command](args, ids)
     except tasks.InvalidSubmission as error:
         print(f"The submission is not valid. {error}", file=sys.stderr)
+    except tasks.MissingRaw as error:
+        print(error, file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         print(f"The module {error.name} is missing. {tasks.INSTALL}", file=sys.stderr)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
     return 1
 
@@ -129,6 +132,7 @@ def run_check(args, ids):
     columns = {"task": f"<{max(map(len, ids))}", "data": f"<{max(map(len, ['miniature', *kinds]))}",
                **(IDEA_COLUMNS if args.ideas else CHECK_COLUMNS)}
     num_rows, failures = 0, []
+    known = []
 
     def results():
         jobs = min(args.jobs, len(ids))
@@ -148,9 +152,11 @@ def run_check(args, ids):
         for id, checked in results():
             for row, failed in checked:
                 failures.extend(f"{id} ({row['data']}): {failure}" for failure in failed)
+                known.extend(f"{id} ({row['data']}), known: {one}" for one in row.get("known", []))
                 num_rows += 1
                 yield row
     print_table(columns, rows())
+    print("".join(f"{line}\n" for line in known), end="")
     print("\n".join(failures) or f"All {num_rows} are sound.")
     return 1 if failures else 0
 

@@ -66,9 +66,12 @@ def plant(private, answers, targets):
 
 
 def load(private):
-    """What plant has written in the folder; [] where it has planted nothing."""
+    """What plant has written in the folder; [] where it has planted nothing, or something else is there."""
     path = private / FILE
-    return json.loads(path.read_text()) if path.exists() else []
+    try:
+        return json.loads(path.read_text()) if path.exists() else []
+    except ValueError:
+        return []
 
 
 def restore(answers, planted):
@@ -118,7 +121,7 @@ def _apart(cells, candidate):
             difference = math.inf if found is None else found - number
             total += difference * difference            # ** would raise OverflowError
         elif text != wanted:
-            ranking = text.split(" ")
+            ranking = text.split(" ", 100)[:100]
             total += 1 + ranking.index(wanted) if wanted in ranking else math.inf
     return total
 

@@ -1,9 +1,11 @@
 """The metrics of the tasks, as MLE-bench and MLAgentBench compute them.
 
 y is the truth and p the prediction, arrays of one shape. ValueError where they are empty, differ in shape or hold NaN
-or infinity.
+or infinity. Every other prediction has a score, a finite one but for Pearson's of a constant: were huge predictions
+refused when a sum overflows, then which ones would tell of the truth.
 """
 import math
+import sys
 
 import numpy as np
 
@@ -15,6 +17,19 @@ def _same(y, p):
     if not (np.isfinite(y).all() and np.isfinite(p).all()):
         raise ValueError("The truth or the prediction holds NaN or infinity.")
     return y, p
+
+
+def _near_one(x):
+    """(x / 2**exponent, exponent), the largest magnitude from 0.5 to 1. No digit changes, and no square overflows."""
+    exponent = int(np.frexp(np.abs(x).max())[1])
+    return np.ldexp(x, -exponent), exponent
+
+
+def _mean_error(y, p, mean):
+    """mean(p - y), where mean(2 x) is 2 mean(x) and at most the largest magnitude."""
+    y, p = _same(y, p)
+    errors, exponent = _near_one(p - y)
+    return min(float(np.ldexp(mean(errors), exponent)), sys.float_info.max)     # a mean may be rounded up
 
 
 def log_loss(y, p):
@@ -55,14 +70,12 @@ def accuracy(y, p):
 
 def rmse(y, p):
     """Root of the mean squared difference over all values."""
-    y, p = _same(y, p)
-    return float(np.sqrt(((p - y) ** 2).mean()))
+    return _mean_error(y, p, lambda errors: np.sqrt((errors ** 2).mean()))
 
 
 def mae(y, p):
     """Mean absolute difference."""
-    y, p = _same(y, p)
-    return float(np.abs(p - y).mean())
+    return _mean_error(y, p, lambda errors: np.abs(errors).mean())
 
 
 def rmsle(y, p):
@@ -75,19 +88,18 @@ def rmsle(y, p):
 
 def mcrmse(y, p):
     """Mean over the columns of (N, K) of each column's RMSE."""
-    y, p = _same(y, p)
-    return float(np.sqrt(((p - y) ** 2).mean(0)).mean())
+    return _mean_error(y, p, lambda errors: np.sqrt((errors ** 2).mean(0)).mean())
 
 
 def qwk(y, p):
     """Quadratic weighted kappa of two ratings (N,). The grid is the union of the labels present, so a rating absent
-    from both closes the gap; NaN where only one label is present."""
+    from both closes the gap; 1 where only one label is present, since all agree (scikit-learn has NaN)."""
     y, p = _same(y, p)
     labels, place = np.unique(np.concatenate([y, p]), return_inverse=True)
     i, j = place[:len(y)], place[len(y):]
     expected = np.bincount(i, minlength=len(labels))[:, None] * np.bincount(j, minlength=len(labels)) / len(y)
     weights = (np.arange(len(labels))[:, None] - np.arange(len(labels))) ** 2
-    return float(1 - ((i - j) ** 2).sum() / (weights * expected).sum()) if len(labels) > 1 else math.nan
+    return float(1 - ((i - j) ** 2).sum() / (weights * expected).sum()) if len(labels) > 1 else 1.0
 
 
 def pearson(y, p):
@@ -95,7 +107,7 @@ def pearson(y, p):
     y, p = _same(y, p)
     if (y == y[0]).all() or (p == p[0]).all():
         return math.nan
-    y, p = y - y.mean(), p - p.mean()
+    y, p = (_near_one(x - x.mean())[0] for x in (_near_one(y)[0], _near_one(p)[0]))
     return float((y * p).sum() / np.sqrt((y * y).sum() * (p * p).sum()))
 
 
@@ -105,5 +117,5 @@ def map5(y, p):
     """
     if len(y) != len(p) or len(y) == 0:
         raise ValueError(f"There are {len(y)} true labels and {len(p)} predictions; there must be as many, and some.")
-    ranked = [labels.split(" ")[:5] for labels in p]
+    ranked = [labels.split(" ", 5)[:5] for labels in p]
     return float(np.mean([1 / (1 + five.index(truth)) if truth in five else 0.0 for truth, five in zip(y, ranked)]))

@@ -1,10 +1,13 @@
 """The publisher's files: found wherever they lie, streamed, split, and written so that the recorded MD5 sums hold."""
+import contextlib
+import errno
 import functools
 import math
 import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pandas as pd
 
 
 class MissingRaw(ValueError):
-    """A file of the publisher is not in the raw folder."""
+    """The raw folder does not hold what the publisher ships."""
 
 
 # From pandas 3.1 on every float is read exactly and the option is deprecated.
@@ -41,6 +44,32 @@ def train_test_split(n, fraction, seed=0):
     return order[num_test:], order[:num_test]
 
 
+@contextlib.contextmanager
+def readable(path):
+    """Turns what reading a damaged file raises into MissingRaw with its path."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, NotImplementedError, UnicodeError, zipfile.BadZipFile, zlib.error,
+            pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        if is_disk_full(error):
+            raise
+        raise MissingRaw(f"{path} is damaged, or no such file as its name says ({error}).") from None
+
+
+def is_disk_full(error):
+    """Whether it says that there is no room to write, which is no fault of what is read."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def loose_files(raw):
+    """The paths of all files under the folder raw, sorted. MissingRaw where it is no folder that can be read."""
+    try:
+        next(Path(raw).iterdir(), None)
+        return sorted(path for path in Path(raw).rglob("*") if path.is_file())
+    except OSError as error:
+        raise MissingRaw(f"The raw folder {raw} cannot be read ({error.strerror}).") from None
+
+
 def raw_files(raw):
     """Yields (path, open) for every file under raw: loose ones first, then members of zips, each followed by zips
     inside it.
@@ -48,62 +77,89 @@ def raw_files(raw):
     path is text with "/" between parts, zips included ("train.csv.zip/train.csv"). open() gives a binary stream and
     must be called before the next pair is asked for, because archives are closed behind it.
     """
-    loose = sorted(path for path in Path(raw).rglob("*") if path.is_file())
+    loose = loose_files(raw)
     for path in loose:
         yield path.relative_to(raw).as_posix(), functools.partial(path.open, "rb")
     for path in loose:
         if path.suffix == ".zip":
-            with path.open("rb") as stream:
+            with readable(path):
+                stream = path.open("rb")
+            with stream:
                 yield from _zip_files(path.relative_to(raw).as_posix(), stream)
 
 
 def _zip_files(name, stream):
-    with zipfile.ZipFile(stream) as archive:
+    with readable(name):
+        archive = zipfile.ZipFile(stream)
+    with archive:
         members = [member for member in archive.namelist() if not member.endswith("/") and "__MACOSX" not in member]
         for member in members:
             yield f"{name}/{member}", functools.partial(archive.open, member)
         for member in members:
             if member.endswith(".zip"):
                 with tempfile.TemporaryFile() as inner:     # a copy: seeking in a packed member would unpack it anew
-                    with archive.open(member) as packed:
+                    with readable(f"{name}/{member}"), archive.open(member) as packed:
                         shutil.copyfileobj(packed, inner)
                     yield from _zip_files(f"{name}/{member}", inner)
 
 
-def raw_csv(raw, name, **options):
-    """The data frame in the file called `name`, wherever it lies under raw. MissingRaw where it is not there."""
+@contextlib.contextmanager
+def open_raw(raw, name, columns=(), **options):
+    """A binary stream of the first file called `name` under raw that has these columns, or exactly these where options
+    say header=None. A folder may hold other tasks' files of that name. MissingRaw says what was found instead."""
+    others = []
     for path, opened in raw_files(raw):
-        if path.split("/")[-1] == name:
-            with opened() as stream:
-                return read_csv(stream, **options)
-    raise MissingRaw(f"{name} is not in {raw}, neither loose nor inside a zip.")
+        if path.split("/")[-1] != name:
+            continue
+        try:
+            with readable(path), opened() as stream:
+                found = list(read_csv(stream, **{**options, "nrows": 1})) if columns else []
+        except MissingRaw as error:
+            others.append(str(error))
+            continue
+        if found == list(columns) if "header" in options else set(columns) <= set(found):
+            with readable(path), opened() as stream:
+                yield stream
+            return
+        others.append(f"{path} has the columns {_some(found)}.")
+    wanted = f"{name} with the columns {_some(columns)}" if columns and "header" not in options else name
+    raise MissingRaw(" ".join([f"{wanted} is not in {raw}, neither loose nor inside a zip.", *others[:1]]))
 
 
-def copy_raw(raw, name, target):
-    """Copies the file called `name`, wherever it lies under raw, to the path target, byte for byte."""
-    copy_raw_folder(raw, None, Path(target).parent, {name: Path(target).name})
+def _some(names, most=8):
+    """The first names, each cut short and in visible characters: they may be out of any file."""
+    shown = [str(name)[:40].encode("unicode_escape").decode() for name in names[:most]]
+    return ", ".join(shown if len(names) <= most else [*shown, "..."])
+
+
+def raw_csv(raw, name, columns=(), **options):
+    """The data frame in the first file called `name` under raw that has these columns; errors as open_raw's."""
+    with open_raw(raw, name, columns, **options) as stream:
+        return read_csv(stream, **options)
+
+
+def copy_raw(raw, name, target, columns=(), **options):
+    """Copies the file that open_raw finds to the path target, byte for byte."""
+    with open_raw(raw, name, columns, **options) as source, open(target, "wb") as sink:
+        shutil.copyfileobj(source, sink)
 
 
 def copy_raw_folder(raw, folder, target, wanted):
     """Streams the files `wanted` (names, or {name: new name}) of a folder called `folder` under raw to the folder
-    target.
-
-    folder None takes files from anywhere. MissingRaw names the first files that were not there.
-    """
+    target. MissingRaw names the first files that were not there."""
     missing = dict(wanted) if isinstance(wanted, dict) else {name: name for name in wanted}
     total = len(missing)
     Path(target).mkdir(parents=True, exist_ok=True)
     for path, opened in raw_files(raw):
         *parents, name = path.split("/")
-        if name in missing and (folder is None or parents[-1:] == [folder]):
-            with opened() as source, open(Path(target) / missing.pop(name), "wb") as sink:
+        if name in missing and parents[-1:] == [folder]:
+            with readable(path), opened() as source, open(Path(target) / missing.pop(name), "wb") as sink:
                 shutil.copyfileobj(source, sink)
             progress(total - len(missing), total, "files copied")
             if not missing:
                 return
-    where = f"{raw}" if folder is None else f"a folder {folder} of {raw}"
     some = f"{min(missing)} is" if total == 1 else f"{len(missing)} of {total} files (such as {min(missing)}) are"
-    raise MissingRaw(f"{some} not in {where}, neither loose nor inside a zip.")
+    raise MissingRaw(f"{some} not in a folder {folder} of {raw}, neither loose nor inside a zip.")
 
 
 def progress(done, total, what):

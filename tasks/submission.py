@@ -15,6 +15,10 @@ import numpy as np
 import pandas as pd
 
 
+MAX_COLUMNS = 10_000
+TRUTHS = {"True": 1.0, "TRUE": 1.0, "true": 1.0, "False": 0.0, "FALSE": 0.0, "false": 0.0}
+
+
 class InvalidSubmission(ValueError):
     """The submission cannot be graded; the message says why in one sentence."""
 
@@ -58,7 +62,10 @@ def plain_columns(data):
     data = data if data.endswith(b"\n") else data + b"\n"
     if any(mark in data for mark in (b'"', b"\r", b"\n\n")) or data.startswith(b"\n"):
         return None
-    width = data[:data.index(b"\n")].count(b",") + 1
+    header = data[:data.index(b"\n")]
+    width = header.count(b",") + 1
+    if width > MAX_COLUMNS or not header.strip(b" \t"):
+        return None
     data_array = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero((data_array == ord(",")) | (data_array == ord("\n")))     # where each cell ends
     if len(ends) % width or np.diff(ends, prepend=-1).max() > csv.field_size_limit():
@@ -71,15 +78,21 @@ def plain_columns(data):
 
 
 def _any_columns(text):
-    """(header, columns of text cells) of CSV text, by csv.reader."""
+    """(header, columns of text cells) of CSV text, by csv.reader. Blank lines are skipped, as pandas does."""
+    def is_blank(row):
+        return len(row) < 2 and not "".join(row).strip(" \t")
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header = next(rows, [])
+        header = next((row for row in rows if not is_blank(row)), [])
         if not header:
             raise InvalidSubmission("The file is empty.")
+        if len(header) > MAX_COLUMNS:
+            raise InvalidSubmission(f"The file has {len(header)} columns; at most {MAX_COLUMNS} are read.")
         columns = [[] for _ in header]
         for row in rows:
-            if len(row) != len(header) and row:
+            if len(row) != len(header):
+                if is_blank(row):
+                    continue
                 raise InvalidSubmission(f"Line {rows.line_num} has {len(row)} fields; the first has {len(header)}.")
             for column, value in zip(columns, row):
                 column.append(value)
@@ -139,21 +152,17 @@ def _places(found, wanted):
 
 
 def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_one=False):
-    """The columns of a table as float64 (rows, columns).
+    """The columns of a table as float64 (rows, columns). A column may be all of True and False, as pandas has it.
 
     InvalidSubmission for text, NaN and infinity, values outside [low, high], values that are not whole where they
     must be, and rows that do not sum to one where they must (within 1.1e-5, MLE-bench's tolerance).
     """
     values = np.empty((len(table[columns[0]]), len(columns)))
     for j, name in enumerate(columns):
-        try:
-            values[:, j] = np.fromiter(map(float, table[name]), float, len(values))
-        except ValueError:
-            i, text = next((i, text) for i, text in enumerate(table[name]) if not _is_number(text))
-            raise InvalidSubmission(f"{_cell(i, name)} holds {show(text)}, which is not a number.") from None
+        values[:, j] = _floats(table[name], name)
     fine = np.isfinite(values) & (values >= low) & (values <= high)
     if whole:
-        fine &= values == np.floor(values)
+        fine &= (values == np.floor(values)) & (np.abs(values) < 2 ** 63)       # beyond, scikit-learn sees no classes
     if not fine.all():
         i, j = np.argwhere(~fine)[0]
         bounds = f" from {low:g} to {high:g}" if high < math.inf else f" of at least {low:g}" if low > -math.inf else ""
@@ -165,6 +174,17 @@ def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_on
         if abs(sums[i] - 1) > 1.1e-5:
             raise InvalidSubmission(f"The values of row {i + 1} sum to {sums[i]:.6g}; each row must sum to 1.")
     return values
+
+
+def _floats(column, name):
+    """The cells of the column called `name` as floats."""
+    if column and column[0] in TRUTHS and TRUTHS.keys() >= set(column):
+        return [TRUTHS[text] for text in column]
+    try:
+        return np.fromiter(map(float, column), float, len(column))
+    except ValueError:
+        i, text = next((i, text) for i, text in enumerate(column) if not _is_number(text))
+        raise InvalidSubmission(f"{_cell(i, name)} holds {show(text)}, which is not a number.") from None
 
 
 def _is_number(text):

@@ -1,4 +1,5 @@
 """Lets `pytest` from the root import the top-level modules, and keeps torch from fighting over two cores."""
+import dataclasses
 import os
 import shutil
 import signal
@@ -34,9 +35,17 @@ def forks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A data folder with all miniatures, in place of most starters' scores 0.5; in `true` beside them, the private
-    folder of each before anything was planted."""
-    folder, plant, run = tmp_path_factory.mktemp("data"), tasks.canary.plant, tasks.run_starter
+    """A data folder with all miniatures, in place of most starters' scores 0.5; beside them, in `true` the private
+    folder of each before anything was planted, in `raw` what each was prepared from."""
+    folder, plant, run, load = tmp_path_factory.mktemp("data"), tasks.canary.plant, tasks.run_starter, tasks.load
+
+    def load_to_keep(id):
+        task = load(id)
+
+        def miniature(raw, seed):
+            task.miniature(raw, seed)
+            shutil.copytree(raw, folder / "raw" / id)
+        return dataclasses.replace(task, miniature=miniature)
 
     def keep_then_plant(private, *args):
         shutil.copytree(private, folder / "true" / private.parent.name.strip(".").removesuffix(".part"))
@@ -47,6 +56,7 @@ def data(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks.canary, "plant", keep_then_plant)
         patch.setattr(tasks, "run_starter", run_or_not)
+        patch.setattr(tasks, "load", load_to_keep)
         for id in tasks.names():
             tasks.prepare(id, data=folder, say=lambda line: None)
     return folder

@@ -77,9 +77,9 @@ def test_qwk_matches_scikit_learn_on_the_union_of_the_labels(y, p):
     assert metrics.qwk(y, p) == pytest.approx(sk.cohen_kappa_score(y, p, weights="quadratic"), abs=1e-12)
 
 
-def test_qwk_closes_the_gap_of_an_absent_rating_and_is_undefined_for_one_label():
+def test_qwk_closes_the_gap_of_an_absent_rating_and_is_1_for_one_label():
     assert metrics.qwk([1, 1, 2, 6], [1, 2, 2, 6]) == metrics.qwk([1, 1, 2, 3], [1, 2, 2, 3])
-    assert math.isnan(metrics.qwk([2, 2], [2, 2]))
+    assert metrics.qwk([2, 2], [2, 2]) == 1.0
 
 
 def test_pearson_matches_numpy_and_is_undefined_for_constants():
@@ -87,6 +87,32 @@ def test_pearson_matches_numpy_and_is_undefined_for_constants():
     assert metrics.pearson(y, p) == pytest.approx(np.corrcoef(y, p)[0, 1])
     assert metrics.pearson(y, -3 * y + 1) == pytest.approx(-1)
     assert math.isnan(metrics.pearson(y, np.full(50, 0.1))) and math.isnan(metrics.pearson([1.0], [2.0]))
+
+
+@pytest.mark.parametrize("metric, mean", [
+    (metrics.rmse, lambda errors: np.sqrt((errors ** 2).mean())), (metrics.mae, lambda errors: np.abs(errors).mean()),
+    (metrics.mcrmse, lambda errors: np.sqrt((errors ** 2).mean(0)).mean())])
+def test_errors_of_any_size_have_a_finite_mean_to_the_bit(metric, mean):
+    y, p = RNG.normal(size=(2, 50, 3))
+    assert metric(y, p) == mean(p - y)
+    for exponent in (-500, -60, 60, 400):
+        assert metric(y * 2.0 ** exponent, p * 2.0 ** exponent) == pytest.approx(metric(y, p) * 2.0 ** exponent, rel=1e-15)
+    huge = np.full((50, 3), np.finfo(float).max)
+    for p in (huge, -huge, huge * RNG.choice([-1, 1], (50, 3))):
+        assert metric(y, p) == pytest.approx(huge[0, 0], rel=1e-12)
+    assert metric(y, y) == 0
+
+
+def test_pearson_does_not_depend_on_the_size_of_the_predictions():
+    y, p = RNG.normal(size=(2, 50))
+    expected = (((y - y.mean()) * (p - p.mean())).sum()
+                / np.sqrt(((y - y.mean()) ** 2).sum() * ((p - p.mean()) ** 2).sum()))
+    assert metrics.pearson(y, p) == expected
+    for factor in (1e155, 1e307, 1e-200, 1e-300):
+        assert metrics.pearson(y, p * factor) == pytest.approx(expected, abs=1e-7)
+    ends = np.finfo(float).max * np.sign(p)
+    assert metrics.pearson(y, ends) == pytest.approx(metrics.pearson(y, np.sign(p)))
+    assert np.isfinite(metrics.pearson(y, np.r_[np.zeros(49), 5e-324]))
 
 
 def test_map5_takes_the_first_place_among_five():

@@ -4,8 +4,10 @@ Tests on real data need the publisher's files in ../shared/data beside the check
 """
 import ast
 import dataclasses
+import filecmp
 import gzip
 import json
+import math
 import os
 import pickle
 import re
@@ -143,6 +145,46 @@ def test_an_unknown_task_is_answered_with_near_matches():
         tasks.load("leaf-clasification")
     with pytest.raises(ValueError, match="Did you mean spaceship-titanic"):
         tasks.names("titanic")
+
+
+@pytest.mark.parametrize("id", ["../leaf-classification", "leaf-classification/", "/etc", "", ".", None, 3, ["x"], {},
+                                "x" * 10 ** 6])
+def test_an_id_out_of_a_file_names_a_task_or_nothing(id, tmp_path):
+    for use in (tasks.load, tasks.ideas, lambda id: tasks.info(id, tmp_path), lambda id: tasks.grade(id, "s", tmp_path),
+                lambda id: tasks.prepare(id, data=tmp_path / "data")):
+        with pytest.raises(ValueError, match="There is no task") as caught:
+            use(id)
+        assert len(str(caught.value)) < 1500
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [
+    lambda facts: "[" * 10 ** 5, lambda facts: "3", lambda facts: "{", lambda facts: json.dumps({**facts, "m_init": "0"}),
+    lambda facts: json.dumps({**facts, "sha256": {"../../x": "0"}}), lambda facts: json.dumps({**facts, "id": "other"}),
+    lambda facts: json.dumps({name: facts[name] for name in facts if name != "m_best"})])
+def test_a_task_json_that_prepare_did_not_write_is_one_clear_error(toy, tmp_path, change):
+    home = tasks.prepare("toy", data=tmp_path, say=quiet)
+    (home / "task.json").write_text(change(tasks.info("toy", tmp_path)))
+    for use in (tasks.info, tasks.prepare):
+        with pytest.raises(ValueError, match="toy/task.json is not what prepare has written. Delete .*/toy and prepare"):
+            use("toy", data=tmp_path)
+
+
+MEASURED = {        # the best of the shipped ideas on the real data
+    "leaf-classification": 0.04129, "spaceship-titanic": 0.80333, "spooky-author-identification": 0.38428,
+    "home-data-for-ml-course": 16102.8, "feedback-prize-english-language-learning": 0.5417,
+    "detecting-insults-in-social-commentary": 0.8625}
+
+
+@pytest.mark.parametrize("id", tasks.names())
+def test_m_best_is_the_best_that_is_known(id):
+    task = tasks.load(id)
+    known = [score for pair in task.published.values() for score in pair]
+    known += [MEASURED[id]] if id in MEASURED else []
+    known += [] if task.medals_metric else list(task.medals.values())
+    assert not any(task.better(score, task.m_best) for score in known)
+    assert task.m_best_source and not task.better(task.m_best, task.perfect)
+    assert task.m_init is None or task.better(task.m_best, task.m_init)
 
 
 def test_table_1_and_medals():
@@ -345,10 +387,10 @@ def test_a_missing_raw_file_is_named_with_where_to_get_it(toy, toy_raw, tmp_path
     (toy_raw / "all.csv").unlink()
     with pytest.raises(ValueError, match="all.csv is not in .* Get all.csv of the toy competition"):
         tasks.prepare("toy", raw=toy_raw, data=tmp_path / "data", say=quiet)
-    with pytest.raises(ValueError, match="nowhere is not there. It should hold all.csv of the toy competition"):
+    with pytest.raises(ValueError, match="nowhere cannot be read .No such file.* Get all.csv of the toy"):
         tasks.prepare("toy", raw=tmp_path / "nowhere", data=tmp_path / "data")
     (toy_raw / "all.zip").write_bytes(b"not a zip")
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="all.zip is damaged"):
         tasks.prepare("toy", raw=toy_raw, data=tmp_path / "data", say=quiet)
     assert not (tmp_path / "data" / "toy").exists()
 
@@ -381,6 +423,48 @@ def test_raw_files_are_found_loose_in_zips_and_in_zips_inside_zips(tmp_path):
     assert (tmp_path / "out" / "a.jpg").read_bytes() == b"one" and (tmp_path / "out" / "b.jpg").read_bytes() == b"two"
     with pytest.raises(tasks.MissingRaw, match=r"2 of 3 files \(such as 3.jpg\) are not in a folder images of"):
         tasks.copy_raw_folder(tmp_path / "whole", "images", tmp_path / "out", ["1.jpg", "3.jpg", "4.jpg"])
+
+
+def wrong_folders(id, raw, folder):
+    """Yields folders that a user may give in place of raw, the right one of the task, made in `folder`."""
+    ids = tasks.names()
+    yield raw.parent / ids[ids.index(id) - 1]               # another task's files
+    (folder / "empty").mkdir()
+    yield folder / "empty"
+    yield folder / "no-such-folder"
+    (folder / "file").write_text("id\n1\n")
+    yield folder / "file"
+    for name, spoil in (("emptied", lambda data: b""), ("another", lambda data: b"\x80\0 not what it was" * 9),
+                        ("cut", lambda data: data[:len(data) // 2])):
+        kept = {".jpg", ".png", ".xyz"}
+        if name == "cut":
+            kept |= {".csv", ".txt"}                        # half a table is a table
+        shutil.copytree(raw, folder / name)
+        spoilt = [path for path in folder.joinpath(name).rglob("*") if path.is_file() and path.suffix not in kept]
+        for path in spoilt:
+            path.write_bytes(spoil(path.read_bytes()))
+        if {path.name for path in spoilt} - {f"{side}.csv.gz" for side in ("train", "test", "sample_submission")}:
+            yield folder / name                             # those are copies that no task reads
+
+
+@pytest.mark.parametrize("id", tasks.names())
+def test_a_wrong_raw_folder_is_one_clear_error(id, data, tmp_path, capsys):
+    for folder in wrong_folders(id, data / "raw" / id, tmp_path):
+        assert main(["prepare", id, "--raw", str(folder), "--data", str(tmp_path / "data")]) == 2, folder
+        said = capsys.readouterr().err
+        assert f" Get {tasks.load(id).download} ({tasks.load(id).size}) and put it there as it comes." in said
+        assert "Traceback" not in said and said.count("\n") == 1 and len(said) < 800, said
+        assert not (tmp_path / "data" / id).exists()
+
+
+@pytest.mark.parametrize("id", tasks.names())
+def test_the_folder_of_all_downloads_is_as_good_as_the_tasks_own(id, data, tmp_path):
+    """Many tasks' files have the same names; each finds its own."""
+    public, private = sides(id, data / "raw", tmp_path)
+    for made, kept in ((public, data / id / "public"), (private, data / "true" / id)):
+        names = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
+        assert names == sorted(path.relative_to(kept) for path in kept.rglob("*") if path.is_file())
+        assert filecmp.cmpfiles(made, kept, names, shallow=False)[0] == names
 
 
 # ------------------------------------------------------------------------------------------------------ the miniatures
@@ -598,7 +682,10 @@ def put(column, value, row=0):
     ("leaf-classification", put("Acer_Mono", "-0.5"), "holds -0.5; it must be a finite number from 0 to 1"),
     ("leaf-classification", put("Acer_Mono", "0.5"), "row 1 sum to 1.5; each row must sum to 1"),
     ("home-data-for-ml-course", put("SalePrice", "1e308"), None),
-    ("home-data-for-ml-course", lambda rows: rows.assign(SalePrice="1.7e308"), "The metric is not a finite number"),
+    ("home-data-for-ml-course", lambda rows: rows.assign(SalePrice="1.7e308"), None),
+    ("tabular-playground-series-dec-2021", put("Cover_Type", "2.5"), "holds 2.5; it must be a whole number"),
+    ("tabular-playground-series-dec-2021", put("Cover_Type", "1e155"), r"holds 1e\+155; it must be a whole number"),
+    ("home-data-for-ml-course", put("SalePrice", "True"), "which is not a number"),     # in a column of numbers
     ("home-data-for-ml-course", put("SalePrice", "$200,000"), "which is not a number"),
     ("spaceship-titanic", put("Transported", "yes"), "holds 'yes'; it must be True or False"),
 ])
@@ -610,6 +697,48 @@ def test_a_spoilt_submission_is_refused_with_its_reason(data, tmp_path, id, chan
     with pytest.raises(InvalidSubmission, match=reason) as caught:
         tasks.grade(id, tmp_path / "s.csv", data)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def odd_submissions(sample, targets):
+    """Tables of as many rows as the sample with predictions that a grader may choke on."""
+    n = len(sample[targets[0]])
+    extremes = ["1e155", "1e308", "1.7976931348623157e308", "-1.7e308", "1e-200", "5e-324", "-0.0", "0", "1", "-1",
+                "2.5", "True", "9007199254740993", "1e16", "0.1", "nan", "-inf", ""]
+    for text in extremes:
+        yield {**sample, **{name: [text] * n for name in targets}}
+        yield {**sample, targets[-1]: [*sample[targets[-1]][1:], text]}
+    certain = [("1", rest) for rest in ("0", "-0.0", "1e-200", "5e-324", "0e9")] + [("True", "False")]
+    for one, other in [*zip(extremes, extremes[3:]), *certain]:
+        yield {**sample, **{name: ([one, other] * n)[:n] for name in targets}}
+        one_hot = [[one] + [other] * (len(targets) - 1)] * n
+        yield {**sample, **dict(zip(targets, map(list, zip(*one_hot))))}
+    yield {**sample, **{name: [f"{10.0 ** (i % 600 - 300)}" for i in range(n)] for name in targets}}
+    yield {**sample, **{name: [str(2 ** 53 + i) for i in range(n)] for name in targets}}
+
+
+@pytest.mark.parametrize("id", tasks.names())
+def test_whether_a_submission_is_valid_does_not_depend_on_the_answers(id, data):
+    task, rng = tasks.load(id), np.random.default_rng(0)
+    targets, true = tasks.target_columns(task, data / id), tasks.true_answers(task, data / id)
+    sample = tasks.read_table(data / id / "public" / task.sample)
+    sample, true = ({name: column[:300] for name, column in table.items()} for table in (sample, true))
+    answers, num_scored = [true], 0
+    for _ in range(2):
+        order = rng.permutation(len(true[targets[0]]))
+        answers.append({**true, **{name: [true[name][i] for i in order] for name in targets}})
+
+    def outcome(answers, submission):
+        """The reason why it is refused, or that it has a score."""
+        try:
+            return math.isfinite(task.score(answers, submission)) or "not finite"
+        except InvalidSubmission as error:
+            return str(error)
+    for submission in odd_submissions(sample, targets):
+        outcomes = {outcome(one, submission) for one in answers}
+        assert len(outcomes) == 1, outcomes
+        assert outcomes != {"not finite"} or task.metric.startswith("Pearson")     # of a constant
+        num_scored += outcomes == {True}
+    assert num_scored >= 5
 
 
 class Payload:
@@ -641,7 +770,10 @@ def sparse(path):
     (lambda path: path.write_text('id,a\n"1,2\n'), "not CSV at line"),
     (lambda path: path.write_text("id,a\n1,2,3\n"), "Line 2 has 3 fields; the first has 2"),
     (lambda path: path.write_text("id,id\n1,2\n"), "column name occurs twice"),
-    (lambda path: path.write_text("," * 100_000), "column name occurs twice"),
+    (lambda path: path.write_text("," * 9_999), "column name occurs twice"),
+    (lambda path: path.write_text(",".join(map(str, range(20_000)))), "20000 columns; at most 10000"),
+    (lambda path: path.write_text(",".join(map(str, range(20_000))) + '\n"a"'), "20000 columns; at most 10000"),
+    (lambda path: path.write_bytes(b" \n\n\t\n"), "empty"),
     (lambda path: path.write_text("{}"), "columns .* are missing"),
 ])
 def test_whatever_bytes_are_there_are_an_invalid_submission(data, tmp_path, monkeypatch, write, reason):
@@ -652,17 +784,38 @@ def test_whatever_bytes_are_there_are_an_invalid_submission(data, tmp_path, monk
     assert not Path("payload-ran").exists()
 
 
-def test_random_edits_of_a_good_file_give_a_score_or_a_reason(data, tmp_path):
+def test_blank_lines_are_skipped_as_pandas_does(data, tmp_path):
+    for id in ("spaceship-titanic", "ogbn-arxiv"):
+        sample = data / id / "public" / "sample_submission.csv"
+        score, lines = tasks.grade(id, sample, data), sample.read_text().splitlines()
+        for text in ("\n" + "\n".join(lines), "  \n\n" + "\n \n".join(lines), "\r\n\r\n".join(lines)):
+            (tmp_path / "s.csv").write_text(text)
+            if id == "ogbn-arxiv" and "\n \n" in text:      # a blank cell of its only column
+                with pytest.raises(InvalidSubmission):
+                    tasks.grade(id, tmp_path / "s.csv", data)
+            else:
+                assert tasks.grade(id, tmp_path / "s.csv", data) == score
+
+
+def test_true_and_false_are_numbers_where_a_column_has_nothing_else(data, tmp_path):
+    rows = gold("aerial-cactus-identification", data)
+    for yes, no in (("True", "False"), ("TRUE", "false")):
+        rows.replace({"has_cactus": {"1": yes, "0": no}}).to_csv(tmp_path / "s.csv", index=False)
+        assert tasks.grade("aerial-cactus-identification", tmp_path / "s.csv", data) == 1.0
+
+
+@pytest.mark.parametrize("id", ["spaceship-titanic", "whale-categorization-playground", "cifar-10", "ogbn-arxiv"])
+def test_random_edits_of_a_good_file_give_a_score_or_a_reason(id, data, tmp_path):
     rng = np.random.default_rng(0)
-    whole = (data / "spaceship-titanic" / "public" / "sample_submission.csv").read_bytes()
-    for _ in range(300):
+    whole = (data / id / "public" / "sample_submission.csv").read_bytes()
+    for _ in range(150):
         junk = bytearray(whole)
         for _ in range(rng.integers(1, 4)):
             at, kind = rng.integers(len(junk)), rng.integers(3)
             junk[at:at + kind] = rng.choice(list(b'",\n\r\0 x0-\xff'), rng.integers(0, 3)).astype(np.uint8).tobytes()
         (tmp_path / "s.csv").write_bytes(junk)
         try:
-            assert 0 <= tasks.grade("spaceship-titanic", tmp_path / "s.csv", data) <= 1
+            assert 0 <= tasks.grade(id, tmp_path / "s.csv", data) <= 1
         except InvalidSubmission as error:
             assert str(error)
 
@@ -823,6 +976,124 @@ def test_check_finds_what_is_wrong_with_a_grader(toy, tmp_path, old, new, found)
     assert any(found in failure for failure in failures), failures
 
 
+KINDS_TASK = '''
+import gzip, json, zipfile
+import numpy as np
+import pandas as pd
+from tasks import InvalidSubmission, Task, accuracy, matched, numbers, raw_csv, write_csv
+
+def prepare(raw, public, private, variant):
+    rows = raw_csv(raw, "all.csv")
+    train, test = rows[150:].copy(), rows[:150].copy()
+    pass                                                # here something is planted
+    write_csv(train, public / "train.csv")
+    write_csv(test.drop(columns=["kind", "size"], errors="ignore"), public / "test.csv")
+    write_csv(test[["id"]].assign(kind=0, size=0.0), public / "sample_submission.csv")
+    write_csv(test[["id", "kind", "size"]], private / "test.csv")
+
+def score(answers, submission):
+    predicted = matched(submission, answers, "id", ["kind", "size"])
+    kinds, sizes = numbers(predicted, ["kind"], low=0, high=2, whole=True), numbers(predicted, ["size"])
+    right = numbers(answers, ["kind"]) == kinds
+    return float((right * np.exp(-np.abs(numbers(answers, ["size"]) - sizes))).mean())
+
+def miniature(raw, seed):
+    rng = np.random.default_rng(seed)
+    kind, size = np.arange(450) % 3, rng.random(450).round(4)
+    kind = rng.permutation(kind)
+    texts = [f"No {i} of Them" for i in rng.permutation(9999)[:450]]
+    x = (kind + rng.normal(0, 0.2, 450)).round(4)
+    rows = pd.DataFrame({"id": rng.permutation(450) + 1, "text": texts, "x": x, "kind": kind, "size": size})
+    write_csv(rows, raw / "all.csv")
+
+TASK = Task(
+    id="toy", modality="tabular", kind="classification", metric="accuracy", direction="up", split="held-in",
+    source="us", download="all.csv", size="1 kB", prepare=prepare, miniature=miniature, score=score,
+    m_init=None, m_best=1.0, m_best_source="algebra", m_best_miniature=1.0, m_best_miniature_source="algebra")
+'''
+KINDS_STARTER = '''
+import csv
+print("validation accuracy: 0.9")
+with open("submission.csv", "w") as out:
+    print("id,kind,size", file=out)
+    for row in csv.DictReader(open("data/test.csv")):
+        print(f"{row['id']},{min(2, max(0, round(float(row['x']))))},0.5", file=out)
+'''
+NAMED = 'test["kind"].map({0: "oak", 1: "elm", 2: "fir"})'
+
+
+@pytest.mark.parametrize("plant, found", [
+    ("", None),
+    ('test["tree"] = ' + NAMED, "'tree' of the public file test.csv tells"),
+    ('test["copy"] = test["size"]; train["copy"] = train["size"]', "'copy' of the public file test.csv tells"),
+    ('test["mm"] = 1000 - 10 * test["size"]', "'mm' of the public file test.csv tells"),
+    ('write_csv(test[["id", "size"]].sort_values("id"), public / "notes.csv")', "'size' of the public file notes.csv"),
+    ('write_csv(test[["kind"]], public / "notes.txt")', "'kind' of the public file notes.txt tells"),
+    ('test["kind"].to_csv(public / "notes.txt", index=False, header=False)', "of the public file notes.txt tells"),
+    ('(public / "all.csv.gz").write_bytes(gzip.compress((raw / "all.csv").read_bytes()))', "file all.csv.gz"),
+    ('zipfile.ZipFile(public / "all.zip", "w").write(raw / "all.csv", "deep/all.csv")', "file all.zip/deep/all.csv"),
+    ('(public / "a.json").write_text(json.dumps(dict(zip(test["id"].astype(str), test["size"]))))', "file a.json"),
+    ('(public / "a.json").write_text(json.dumps(test.to_dict("records")))', "'kind' of the public file a.json"),
+    ('np.save(public / "a.npy", test["kind"])', "the public file a.npy tells"),
+    ('test["id"] = 3 * np.arange(2, 152) + test["kind"]', "id modulo 3 tells"),
+    ('test["id"] = [f"{id:04d}{\'xyz\'[k]}" for id, k in zip(test["id"], test["kind"])]', "last letter of the id"),
+    ('test["text"] += test["kind"].map({0: "", 1: " ", 2: "  "})', "number of blanks at the end of 'text' tells"),
+    ('test = test.iloc[np.argsort(test["kind"] * 50 + np.arange(150) % 50 * 7 % 50, kind="stable")]', "position"),
+    ('train.loc[train.index[0]] = [999, *test.iloc[3, 1:]]; train.iloc[0, 1] = train.iloc[0, 1].upper() + " "',
+     "1 rows are in train and in test but for capitals and blanks, such as row 4"),
+    ('train.iloc[:3] = test.iloc[[5, 7, 7]].assign(id=[997, 998, 999])', "2 rows are in train and in test, such"),
+    ('train = train[train["kind"] != 1]', "class 1.0 of 'kind' is among the answers and in no training row"),
+    ('test.loc[test["kind"] == 1, "kind"] = 2', "class 1.0 of 'kind' is among the training rows and in no answer"),
+])
+def test_check_finds_what_gives_the_answers_away(toy, tmp_path, plant, found):
+    (toy / "task.py").write_text(KINDS_TASK.replace("pass  ", plant + "  " if plant else "pass  "))
+    (toy / "train.py").write_text(KINDS_STARTER)
+    tasks.prepare("toy", data=tmp_path, say=quiet)
+    failures = check("toy", tmp_path, sys.executable)[1]
+    assert failures == [] if found is None else any(found in failure for failure in failures), failures
+
+
+@pytest.mark.parametrize("old, new, found", [
+    ('["size"]) - sizes', '["size"]) - numbers(answers, ["size"]) + 0 * sizes', "'size' must be predicted and is not"),
+    ("return float((right", "right |= True\n    return float((right", "'kind' must be predicted and is not scored"),
+    (".mean())", "[:75].mean())", "rows may be wrong and the answers score as well"),
+    (".mean())", "[::2].mean())", "rows may be wrong and the answers score as well"),
+    ('numbers(predicted, ["size"])', 'np.nan_to_num([[float(x or 1)] for x in predicted["size"]])',
+     "NaN in the column 'size' is not refused"),
+    ('numbers(predicted, ["size"])', 'np.array(predicted["size"], float)[:, None]', "a blank at the end ends in Value"),
+    ('numbers(predicted, ["size"])', 'np.array([float(x or 0) for x in predicted["size"]])[:, None]',
+     "a blank at the end is not refused"),
+])
+def test_check_finds_a_grader_that_overlooks_something(toy, tmp_path, old, new, found):
+    assert old in KINDS_TASK
+    (toy / "task.py").write_text(KINDS_TASK.replace(old, new))
+    (toy / "train.py").write_text(KINDS_STARTER)
+    tasks.prepare("toy", data=tmp_path, say=quiet)
+    failures = check("toy", tmp_path, sys.executable)[1]
+    assert any(found in failure for failure in failures), failures
+
+
+def test_unscored_rows_and_known_twins_are_no_failures(toy, tmp_path):
+    plant = 'test = test.astype(str); test.loc[test.sample(50, random_state=0).index, ["kind", "size"]] = "-1"  '
+    unscored = KINDS_TASK.replace("pass  ", plant).replace("low=0, high=2, ", "")
+    unscored = unscored.replace(".mean())", '[numbers(answers, ["size"]) >= 0].mean())')
+    (toy / "train.py").write_text(KINDS_STARTER)
+    for field, declared in (('unscored="-1", ', True), ("", False)):
+        (toy / "task.py").write_text(unscored.replace("m_init=", field + "m_init="))
+        tasks._load.cache_clear()
+        tasks.prepare("toy", data=tmp_path, say=quiet, force=True)
+        failures = check("toy", tmp_path, sys.executable)[1]
+        assert failures == [] if declared else any("rows may be wrong" in failure for failure in failures), failures
+    twins = KINDS_TASK.replace("pass  ", "train.iloc[:2] = test.iloc[[5, 7]].assign(id=[998, 999])  ")
+    (toy / "task.py").write_text(twins.replace("m_init=", 'known_twins="as they come", m_init='))
+    tasks._load.cache_clear()
+    (tmp_path / "raw").mkdir()
+    tasks.load("toy").miniature(tmp_path / "raw", 1)
+    tasks.prepare("toy", raw=tmp_path / "raw", data=tmp_path, say=quiet)
+    row, failures = check("toy", tmp_path, sys.executable)
+    assert failures == [] and row["known"] == ["2 rows are in train and in test, such as row 6 of test."]
+
+
 def test_check_finds_a_starter_that_changes_its_score(toy, tmp_path):
     starter = TOY_STARTER.replace("validation MAE", "MAE").replace("/ len(rows)", "* random.random()")
     (toy / "train.py").write_text("import random\n" + starter)
@@ -845,8 +1116,8 @@ def test_command_line(data, tmp_path, capsys):
     assert "spaceship-titanic (miniature): accuracy 0.4" in capsys.readouterr().out
     assert main(["grade", "spaceship-titanic", str(tmp_path), "--data", str(data)]) == 1
     assert "not valid. The submission is not an ordinary file." in capsys.readouterr().err
-    assert main(["prepare", "spaceship-titanic", "--data", str(data), "--raw", str(tmp_path / "no")]) == 1
-    assert "is not there" in capsys.readouterr().err
+    assert main(["prepare", "spaceship-titanic", "--data", str(data), "--raw", str(tmp_path / "no")]) == 2
+    assert "cannot be read (No such file or directory). Get train.csv of the Kaggle" in capsys.readouterr().err
 
 
 def test_check_on_the_command_line_fails_when_something_is_wrong(toy, tmp_path, capsys):

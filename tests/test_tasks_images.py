@@ -109,7 +109,7 @@ def test_dogs_split_from_the_publishers_names(tmp_path, monkeypatch):
 
 def test_dogs_without_pictures(tmp_path):
     (tmp_path / "raw").mkdir()
-    with pytest.raises(ValueError, match="no pictures in a folder train"):
+    with pytest.raises(ValueError, match="in no folder train"):
         sides(DOGS, tmp_path / "raw", tmp_path)
 
 
@@ -382,7 +382,7 @@ def test_arxiv_raw_files_that_contradict_or_are_cut_short_are_refused(tmp_path):
             tasks.load(ARXIV).prepare(tmp_path, tmp_path, tmp_path, "mlagentbench")
     path = tmp_path / "arxiv/raw/node-label.csv.gz"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="node-label.csv.gz in .* is damaged"):
+    with pytest.raises(ValueError, match="node-label.csv.gz is damaged"):
         tasks.load(ARXIV).prepare(tmp_path, tmp_path, tmp_path, "mlagentbench")
 
 
@@ -479,7 +479,7 @@ def test_statoil_without_an_unpacker_names_both_ways(radar, tmp_path, monkeypatc
     (raw / "train.json.7z").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "py7zr", None)
     monkeypatch.setenv("PATH", str(raw))
-    with pytest.raises(ValueError, match="pip install py7zr.*7z, 7zz, 7za"):
+    with pytest.raises(RuntimeError, match="pip install py7zr.*7z, 7zz, 7za"):
         tasks.load(STATOIL).prepare(raw, tmp_path, tmp_path, "mle-bench")
 
 
@@ -549,7 +549,7 @@ def test_dirty_documents_copies_pages_byte_for_byte_and_names_what_is_missing(tm
 def test_dirty_documents_without_pillow_says_so(tmp_path, monkeypatch):
     write_pages(tmp_path, range(2, 12))
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ValueError, match="pip install pillow"):
+    with pytest.raises(RuntimeError, match="pip install pillow"):
         sides(DIRTY, tmp_path, tmp_path)
 
 

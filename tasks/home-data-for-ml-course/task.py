@@ -18,7 +18,7 @@ from tasks import Task, copy_raw, mae, matched, numbers, raw_csv, write_csv
 def prepare(raw, public, private, variant):
     """1460 labelled rows become 1168 to train on and 292 to test on, in their order; the unlabelled rows are left out.
     """
-    rows = raw_csv(raw, "train.csv", dtype=str, keep_default_na=False)
+    rows = raw_csv(raw, "train.csv", ["Id", "SalePrice"], dtype=str, keep_default_na=False)
     num_train = int(0.8 * len(rows))
     train, test = rows[:num_train], rows[num_train:]
     write_csv(train, public / "train.csv")
@@ -135,7 +135,8 @@ TASK = Task(
     download="train.csv and data_description.txt of the Kaggle competition home-data-for-ml-course, or its whole zip",
     size="1 MB",
     m_init=21896.0,
-    m_best=18440.0, m_best_source="Table 1, ML-Agent's best of 8",
+    m_best=15520.7,
+    m_best_source="measured: boosting of the log price on all columns, 2000 trees of depth 4, Huber loss",
     m_best_miniature=8893.0, m_best_miniature_source="lasso of the log price on all features, sizes by their logarithm",
     published={"Qwen-7B-Instruct": (21626, 21412), "Qwen-32B-Instruct": (21134, 20440), "GPT-4o-mini": (20671, 19905),
                "GPT-4o": (20850, 20441), "DeepSeek-R1": (20929, 20234), "ML-Agent": (20209, 18440)},

@@ -14,11 +14,11 @@ LABELS = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate
 
 def prepare(raw, public, private, variant):
     """159,571 comments to train on and 153,164 to test on, of which 63,978 are scored."""
-    for name in ("train.csv", "test.csv"):
-        write_csv(raw_csv(raw, name), public / name)        # one at a time, to save memory
-    sample = raw_csv(raw, "sample_submission.csv").assign(**dict.fromkeys(LABELS, 0.5))
+    for name, labels in (("train.csv", LABELS), ("test.csv", [])):      # one at a time, to save memory
+        write_csv(raw_csv(raw, name, ["id", "comment_text", *labels]), public / name)
+    sample = raw_csv(raw, "sample_submission.csv", ["id", *LABELS]).assign(**dict.fromkeys(LABELS, 0.5))
     write_csv(sample, public / "sample_submission.csv")
-    write_csv(raw_csv(raw, "test_labels.csv"), private / "test.csv")
+    write_csv(raw_csv(raw, "test_labels.csv", ["id", *LABELS]), private / "test.csv")
 
 
 def score(answers, submission):
@@ -107,11 +107,11 @@ you me one deleted reverted vandalism neutral opinion fact policy help welcome p
 TASK = Task(
     id="jigsaw-toxic-comment-classification-challenge", modality="text", kind="classification", metric="mean AUC",
     direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), targets=tuple(LABELS),
-    prepare=prepare, miniature=miniature, score=score,
+    prepare=prepare, miniature=miniature, score=score, unscored="-1",
     download="train.csv.zip, test.csv.zip, test_labels.csv.zip and sample_submission.csv.zip of the Kaggle competition "
              "jigsaw-toxic-comment-classification-challenge, or its whole zip", size="55 MB",
     m_init=None,
-    m_best=0.9874, m_best_source="Kaggle's gold medal",
+    m_best=0.98856, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.959,
     m_best_miniature_source="logistic regression on pieces of words spelt plainly, pairs of words and capitals",
     published={"Qwen-7B-Instruct": (0.9746, 0.9752), "Qwen-32B-Instruct": (0.9751, 0.9753),
