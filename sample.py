@@ -534,11 +534,12 @@ class Engine:
         self.model, self.tokenizer, self.name, self.rows = model, tokenizer, name, rows
         self.context = min(context, model.config.max_position_embeddings)
         self.device = weight.device
+        dtype = getattr(model, "compute", None) or weight.dtype     # of what is computed, and so of what is cached
         streamed = sum(p.nbytes for p in model.parameters()) > 2**26 if pack is None else pack
-        self.pack = streamed and self.device.type == "cpu" and weight.dtype is torch.float32
+        self.pack = streamed and self.device.type == "cpu" and weight.dtype is dtype is torch.float32
         self.static, self.frames = static, {}       # {shape: Frame}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if static and self.device.type == "cuda" else None
-        self.cache = Cache(model.config, rows, self.context + static, weight.dtype, self.device)
+        self.cache = Cache(model.config, rows, self.context + static, dtype, self.device)
         # Rows 0 .. len(active) - 1 are being sampled; the rest are parked, their cached tokens waiting for reuse.
         self.active = []
         self.tokens = np.zeros((rows, self.context), int)                   # what each row's cache holds

@@ -635,6 +635,17 @@ def test_a_failing_model_is_reported_to_every_waiter_and_the_engine_lives_on():
     assert engine.submit([0], max_new_tokens=9, temperature=0).result(600).text == "ok"
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_what_is_cached_has_the_dtype_of_what_is_computed(static):
+    """Of a model with products in bf16 and weights in fp32, as training has it: log-probs as of its full forward."""
+    model = Qwen2.from_scratch(SMALL, seed=5).requires_grad_(False)
+    model.compute = torch.bfloat16
+    engine, prompt = engine_of(model, static=static, pack=True), prompts_of([40])[0]
+    reply, = engine.generate([prompt], max_new_tokens=8)[0]
+    assert engine.cache.k.dtype is torch.bfloat16
+    assert (torch.tensor(reply.logps) - plain_logps(model, prompt, reply.tokens)).abs().max() < 0.05
+
+
 def test_refresh_takes_notice_of_changed_weights(model):
     changed = Qwen2.from_scratch(SMALL).requires_grad_(False)
     changed.load_state_dict(model.state_dict())
