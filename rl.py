@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
@@ -38,9 +37,9 @@ from env import SLOTS, Blobs, Cache, Env, Gone, clip, protection, read_trajector
 from eval import CODE_END, CODER_TOKENS, Failed, alone, attempt, prepare, run_program, with_agent
 from model import IGNORE, Config, Linear, Qwen2, find_folder, use_kernels
 from reward import KINDS
-from sft import (AdamW, build, compute_type, epoch_order, export, fingerprint, flops_of, gib, held_out, linked,
+from sft import (AdamW, build, compute_type, epoch_order, export, fingerprint, flops_of, full, gib, held_out, linked,
                  load_state, memory_of, num_weights, on_first, peak_flops, peak_memory, processes, refuse_held_out,
-                 row_of, save_state, shape_of, share)
+                 row_of, sampler, save_state, shape_of, share)
 
 
 RECIPES = {     # --preset: what differs from the defaults, which are for 7B
@@ -637,36 +636,8 @@ class Learner:
                 "critic_grad_norm": norm[-1]}
 
 
-def full(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
-
-def sampler(s, learner, tokenizer):
-    """(engine, refresh): what samples from the actor, and a function that brings it the actor's present weights. It has
-    the trained module itself where that is whole and computes in its weights' dtype; else a copy in the dtype that it
-    computes in (--dtype), filled in place."""
-    actor, dtype = learner.actor, learner.actor.compute
-    whole = not any(isinstance(p, DTensor) or p.dtype is not dtype for p in actor.parameters())
-    model = actor if whole else Qwen2._empty(learner.config, dtype, learner.device).requires_grad_(False)
-    copies = dict(model.named_parameters())
-
-    @torch.no_grad()
-    def fill():
-        for name, p in actor.named_parameters() if not whole else ():
-            p = full(p)
-            if name in copies:
-                copies[name].copy_(p)
-
-    def refresh():
-        fill()
-        engine.refresh()
-    fill()
-    engine = sample.Engine(model, tokenizer, s.rows, s.context, name=s.model, repeatable=True)
-    return engine, refresh
-
 
 def by_group(samples):
     """{group: the rewards that its actions earned, a set}."""
@@ -730,7 +701,7 @@ def learn(s, rank, world, device):
     use_kernels(s.kernels, device)
     learner = Learner(s, config, folder, tokenizer.size, rank, world, device)
     state = load_state(s, sorted(vars(s).keys() - FREE), learner.models, learner.optimizer) or {"step": 0}
-    engine, refresh = sampler(s, learner, tokenizer)
+    engine, refresh = sampler(learner.actor, tokenizer, s.rows, s.context, s.model)
     rollout = Rollout(s, engine, found, rank, world)
     if done := state["step"]:
         rollout.load(state["rollout"])

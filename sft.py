@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import sample
@@ -873,8 +873,7 @@ def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qw
     model.tie()
     own = {}    # name -> (this process's rows, the index of the first, the whole shape)
     for name, p in model.named_parameters():
-        rows = p.to_local() if isinstance(p, DTensor) else p
-        own[name] = rows, min(rank * -(-p.shape[0] // world), p.shape[0]), tuple(p.shape)
+        own[name] = local(p), min(rank * -(-p.shape[0] // world), p.shape[0]), tuple(p.shape)
     with torch.no_grad():
         for name in [name for name in own if name.startswith("score.")]:
             own.pop(name)[0].zero_()
@@ -889,11 +888,54 @@ def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qw
     return model
 
 
+def shards(model):
+    """Name and parameter of all that this process holds of a model, as model.named_parameters(). Where it is sharded,
+    these are the shards: after a forward without a backward the root of FSDP2 stays gathered, and its parameters are
+    until then other tensors, whole, in the dtype of the products and unknown to the optimizer."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model.named_parameters()
+
+
+def local(x):
+    """This process's rows of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def full(x):
+    """A tensor whole on every process; where it is sharded all of them must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def sampler(model, tokenizer, rows, context, name="engine"):
+    """(engine, refresh): what samples from a model that is trained, and a function that brings it the present weights.
+    It has the module itself where that is whole and computes in its weights' dtype; else a copy in the dtype that it
+    computes in, filled in place. Every process must call both."""
+    dtype = model.compute or next(model.parameters()).dtype
+    whole = not any(isinstance(p, DTensor) or p.dtype is not dtype for _, p in shards(model))
+    copy = model if whole else Qwen2._empty(model.config, dtype, next(model.parameters()).device).requires_grad_(False)
+    copies = dict(copy.named_parameters())
+
+    @torch.no_grad()
+    def fill():
+        for name, p in shards(model) if not whole else ():
+            p = full(p)
+            if name in copies:
+                copies[name].copy_(p)
+
+    def refresh():
+        fill()
+        engine.refresh()
+    fill()
+    engine = sample.Engine(copy, tokenizer, rows, context, name=name, repeatable=True)
+    return engine, refresh
+
+
 def export(model, tokenizer, folder, dtype):
     """Write an ordinary Hugging Face folder from a model that may be sharded, without a critic's head `score`; every
     process must call it."""
-    tensors = ((name, p.detach().full_tensor() if isinstance(p, DTensor) else p.detach())
-               for name, p in model.named_parameters() if not name.startswith("score."))
+    tensors = ((name, full(p.detach())) for name, p in shards(model) if not name.startswith("score."))
     if not dist.is_initialized() or dist.get_rank() == 0:
         write_checkpoint(folder, model.config, tensors, dtype)
         tokenizer.save(folder)
@@ -920,10 +962,10 @@ def save_state(s, step, model, optimizer, keep=2, **more):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     barrier()
-    local = lambda x: x.to_local() if isinstance(x, DTensor) else x
+    own = dict(shards(model))
     torch.save({"step": step, "world": world, "settings": vars(s), "rng": torch.get_rng_state(), **more,
-                "model": {name: local(p.detach()) for name, p in model.named_parameters()},
-                "optimizer": [optimizer.state[p] for p in model.parameters()]}, part / f"rank-{rank}.pt")
+                "model": {name: local(p.detach()) for name, p in own.items()},
+                "optimizer": [optimizer.state[p] for p in own.values()]}, part / f"rank-{rank}.pt")
     barrier()
     if rank == 0:
         part.rename(final)
@@ -934,8 +976,9 @@ def save_state(s, step, model, optimizer, keep=2, **more):
 
 
 def load_state(s, names, model, optimizer):
-    """The newest complete state below s.out, put into model and optimizer; None where there is none. ValueError: it is
-    of a run of another number of processes, or whose settings of these names are others."""
+    """The newest complete state below s.out, put into model and optimizer: what else it holds, as a dict; None where
+    there is none. ValueError: it is of a run of another number of processes, or whose settings of these names are
+    others."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     found = sorted(Path(s.out, "checkpoints").glob("step-??????"))
     if not found:
@@ -944,15 +987,17 @@ def load_state(s, names, model, optimizer):
     if num != world:
         raise ValueError(f"{found[-1]} was written by {num} processes and this run has {world}; start {num}, or give "
                          "another --out")
-    state = torch.load(found[-1] / f"rank-{rank}.pt", weights_only=True)
+    state = torch.load(found[-1] / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
     if other := [f"--{name.replace('_', '-')} {state['settings'][name]} (now {getattr(s, name)})" for name in names
                  if state["settings"][name] != getattr(s, name)]:
         raise ValueError(f"{found[-1]} is of a run with {', '.join(other)}; give these again to go on with it, or "
                          "another --out to begin anew")
+    weights, moments = state.pop("model"), state.pop("optimizer")       # the caller must not keep them alive
+    own = dict(shards(model))
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            (p.to_local() if isinstance(p, DTensor) else p).copy_(state["model"][name])
-    for p, values in zip(model.parameters(), state["optimizer"]):
+        for name, p in own.items():
+            local(p).copy_(weights[name])
+    for p, values in zip(own.values(), moments):
         optimizer.state[p] = {key: value.to(p.device) if torch.is_tensor(value) else value
                               for key, value in values.items()}
     torch.set_rng_state(state["rng"])
@@ -1027,7 +1072,7 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 place += 1
                 if p.grad is not None:
-                    weight, grad = (x.to_local() if isinstance(x, DTensor) else x for x in (p, p.grad))
+                    weight, grad = local(p), local(p.grad)
                     if not self.state[p]:
                         self.state[p] = self.begin(weight.numel(), weight.device)
                     self.update(weight.view(-1), grad.reshape(-1), self.state[p], place, group)
@@ -1280,8 +1325,7 @@ def train(s, texts, valid, tokenizer, config, folder):
         num_targets = sum(sum(texts[i][1]) for i in chosen)
         rows = rows_of(texts, chosen, rank, world, s.length)
         loss = add_gradients(model, rows, num_targets, world, device, size)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip))
         losses = torch.zeros(world, device=device)
         losses[rank] = loss
         if dist.is_initialized():
@@ -1515,7 +1559,7 @@ def miniature(s):
     print(report(collect(replace(s, steps=TINY_STEPS))))
     print("\n2. Training a model of a million weights from scratch on what it did.")
     model, tokenizer = fine_tune(s)
-    engine = sample.Engine(model.requires_grad_(False), tokenizer, rows=32, context=s.context)
+    engine, _ = sampler(model, tokenizer, 32, s.context)
     print("\n3. Its replies in states it has not seen, 64 of each kind:")
     rows = [("tasks", "can be read", "edits", "of them with text that occurs once", "different ones")]
     for split in ("held-in", "held-out"):

@@ -45,8 +45,9 @@ class Forks:
         self.driver.wait(600)
 
 
-def be_one(code, argv, rank, world, name):
-    """In the process itself."""
+def be_one(code, argv, rank, world, name, first):
+    """In the process itself. first: the process of rank 0, 0 for that; os.killpg(0, ...) ends them all."""
+    os.setpgid(0, first)
     log = os.open(f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(source, target)
@@ -81,5 +82,5 @@ if __name__ == "__main__":
         for rank in range(world):
             children.append(os.fork())
             if not children[-1]:
-                be_one(code, argv, rank, world, name)
+                be_one(code, argv, rank, world, name, children[0])
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)

@@ -243,7 +243,7 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
 
     out = tmp_path / "sft"
     flags = [f"--data={folder / 'data'}", f"--trajectories={tmp_path / 'trajectories'}", f"--out={out}", "--num=1",
-             "--copies=2", "--batch=4", "--max-new-tokens=24"]
+             "--copies=2", "--batch=4", "--max-new-tokens=24", "--dtype=bfloat16"]
     said = run("sft", *flags)
     assert re.search(r"held-out +\d+%", said) and "One state:\nTask: toy-" in said and "Its reply:" in said
     before = {path: path.read_bytes() for path in [out / "log.jsonl", out / "model.safetensors",

@@ -369,6 +369,50 @@ def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path, flags, kills):
         f"step-{steps - 1:06d}", f"step-{steps:06d}"]
 
 
+GROUP = """
+import os, sys
+import torch
+import sft
+save, saves, fatal = torch.save, [], int(sys.argv[1])
+def save_or_die(state, path):
+    saves.append(path)
+    if len(saves) == fatal and rank == 1:       # the other is anywhere around the same save
+        os.killpg(0, 9)
+    save(state, path)
+torch.save = save_or_die
+sys.exit(sft.main(sys.argv[2:]))
+"""
+
+
+def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(forks, tmp_path):
+    """Each checkpoint follows a validation, a forward without a backward: it holds each process's rows in fp32, and
+    their moments. Killed at the second, the run ends as one that was left alone."""
+    conversations(tmp_path / "own.jsonl")
+    Qwen2.from_scratch(SMALL).save_pretrained(tmp_path / "small")
+    Tokenizer.of_bytes().save(tmp_path / "small")
+    flags = ["--model", tmp_path / "small", "--trajectories", tmp_path / "own.jsonl", "--batch=4", "--lr=1e-3",
+             "--steps=6", "--save-every=2", "--validate-every=2", "--dtype=bfloat16"]
+    found = {}
+    for name, lives in (("whole", [0]), ("torn", [2, 0])):
+        for fatal in lives:
+            forks.start(GROUP, fatal, *flags, "--out", tmp_path / name, world=2)
+            assert [code for code, _ in forks.end()] == ([-9, -9] if fatal else [0, 0])
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        found[name] = {line["step"]: (line["loss"], line["grad_norm"], line.get("valid_loss")) for line in lines}
+    assert found["whole"] == found["torn"] and sorted(found["torn"]) == [*range(1, 7)] and len(lines) > 6
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "torn" / file).read_bytes()
+    files = sorted((tmp_path / "torn/checkpoints").glob("step-??????/rank-?.pt"))
+    assert len(files) == 4
+    for file, other in zip(files, sorted((tmp_path / "whole/checkpoints").glob("step-??????/rank-?.pt"))):
+        one, two = torch.load(file), torch.load(other)
+        assert all(torch.equal(one["model"][name], two["model"][name]) for name in two["model"])
+        for (name, rows), moments in zip(one["model"].items(), one["optimizer"]):
+            whole = Qwen2.from_scratch(SMALL).get_parameter(name)
+            assert rows.shape[0] == -(-whole.shape[0] // 2) - (whole.shape[0] % 2 and "rank-1" in file.name), name
+            assert rows.dtype is torch.float32 and len(moments["m"]) == len(moments["v"]) == rows.numel(), name
+
+
 def fine_tune(tmp_path, *flags):
     return sft.main(["--model", "tiny", "--trajectories", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "out"),
                      "--batch", "4", "--steps", "2", *flags])
