@@ -30,6 +30,7 @@ import sample
 import tasks
 from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, clip, header, printed_metric,
                  record)
+from model import hash_checkpoint, sync
 from reward import KINDS
 
 FINAL = {"last-valid": "the last valid submission",
@@ -929,8 +930,7 @@ def conditions(s, infos):
         same[f"data of {task.id}"] = f"{kind} {short([info['sha256'], info['m_init']])}"
     for name in [s.model, s.coder][:1 if s.coder in ("model", "none") else 2]:
         if name and Path(name).is_dir():    # a model trained anew in the same folder is another model
-            stats = {file.name: file.stat() for file in Path(name).glob("*.safetensors")}
-            same[f"files of {name}"] = short({file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()})
+            same[f"files of {name}"] = hash_checkpoint(name)
     return same
 
 
@@ -1050,7 +1050,10 @@ def write(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_bytes(value if isinstance(value, bytes) else (json.dumps(value, indent=1) + "\n").encode())
+    if not isinstance(value, bytes):        # those are pages and copies, often thousands, and can be made again
+        sync(part)
     part.replace(path)
+
 
 @contextlib.contextmanager
 def alone(folder, program):

@@ -35,11 +35,11 @@ import sample
 import tasks
 from env import SLOTS, Blobs, Cache, Env, Gone, clip, protection, read_trajectory
 from eval import CODE_END, CODER_TOKENS, Failed, alone, attempt, prepare, run_program, with_agent
-from model import IGNORE, Config, Linear, Qwen2, find_folder, use_kernels
+from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, use_kernels
 from reward import KINDS
-from sft import (AdamW, build, compute_type, epoch_order, export, fingerprint, flops_of, full, gib, held_out, linked,
-                 load_state, memory_of, num_weights, on_first, peak_flops, peak_memory, processes, refuse_held_out,
-                 row_of, sampler, save_state, shape_of, share)
+from sft import (AdamW, build, compute_type, digest, epoch_order, export, fingerprint, flops_of, full, gib, held_out,
+                 linked, load_state, memory_of, num_weights, on_first, peak_flops, peak_memory, processes,
+                 refuse_held_out, row_of, sampler, save_state, shape_of, share)
 
 
 RECIPES = {     # --preset: what differs from the defaults, which are for 7B
@@ -206,6 +206,17 @@ def pool(s, tokenizer, say=print):
                          f"--trajectories {s.trajectories}. " + "\n".join(lines))
     say("\n".join(lines))
     return found
+
+
+def inputs(s, folder, found):
+    """{what: its sha256, shortened} of what a run that goes on must have as it began: the model in `folder`, from which
+    the reference is made anew, the pool's states, the data they are rewarded by, and a coder of its own."""
+    states = [state for each in found.values() for state in each.values()]
+    names, files = [state.name for state in states], {state.file.stem: [state.head, state.steps] for state in states}
+    data = {id: [tasks.info(id, s.data)[name] for name in ("sha256", "m_init", "m_best")] for id in found}
+    own = s.coder not in ("none", "model") and Path(s.coder).is_dir()
+    return {"--model of sha256": hash_checkpoint(folder), "states of sha256": digest([names, files])[:16],
+            "data of sha256": digest(data)[:16], **({"--coder of sha256": hash_checkpoint(s.coder)} if own else {})}
 
 
 def draw(found, num, rng, weights, usable=lambda state: True):
@@ -700,7 +711,11 @@ def learn(s, rank, world, device):
     found = pool(s, tokenizer, say)
     use_kernels(s.kernels, device)
     learner = Learner(s, config, folder, tokenizer.size, rank, world, device)
-    state = load_state(s, sorted(vars(s).keys() - FREE), learner.models, learner.optimizer) or {"step": 0}
+    origin = {"products in": str(learner.actor.compute).removeprefix("torch."),
+              **on_first(lambda: inputs(s, folder, found))}
+    # with overlap the last iteration samples no other, so a run that was to be longer is another from there on
+    names = sorted(vars(s).keys() - (FREE - {"iterations"} if s.overlap else FREE))
+    state = load_state(s, names, learner.models, learner.optimizer, origin) or {"step": 0}
     engine, refresh = sampler(learner.actor, tokenizer, s.rows, s.context, s.model)
     rollout = Rollout(s, engine, found, rank, world)
     if done := state["step"]:
@@ -718,7 +733,7 @@ def learn(s, rank, world, device):
             if (iteration + 1) % s.show_every == 0 or iteration == 0:
                 print(shown(random.Random(iteration).choice(samples)), flush=True)
         if (iteration + 1) % s.save_every == 0 or iteration + 1 == s.iterations:
-            save_state(s, iteration + 1, learner.models, learner.optimizer, rollout=rollout.save())
+            save_state(s, iteration + 1, learner.models, learner.optimizer, origin, rollout=rollout.save())
     export(learner.actor, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     say(f"Written to {s.out}: the model, log.jsonl, checkpoints" + "\n\nNext: python eval.py" * (s.preset == "tiny"))
 

@@ -35,7 +35,8 @@ import sample
 import tasks
 from env import (
     DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, clip, parse, printed_metric, prompt_of, short_prompt, shown_lines)
-from model import IGNORE, Config, Qwen2, find_folder, load_tensors, use_kernels, write_checkpoint
+from model import (
+    IGNORE, Config, Qwen2, find_folder, hash_checkpoint, load_tensors, sync, use_kernels, write_checkpoint)
 from eval import (
     Failed, Run, alone, attempt, ended, file_of, layout, prepare, read_record, run_program, spoken, together,
     trajectory, write)
@@ -937,8 +938,8 @@ def export(model, tokenizer, folder, dtype):
     process must call it."""
     tensors = ((name, full(p.detach())) for name, p in shards(model) if not name.startswith("score."))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        write_checkpoint(folder, model.config, tensors, dtype)
         tokenizer.save(folder)
+        write_checkpoint(folder, model.config, tensors, dtype)
     else:
         for _ in tensors:       # gathering takes all of them
             pass
@@ -950,8 +951,21 @@ def barrier():
         dist.barrier()
 
 
-def save_state(s, step, model, optimizer, keep=2, **more):
-    """Write everything a later process needs to go on exactly after `step` steps, each process its own part.
+def hash_texts(*parts):
+    """The sha256, shortened, of lists of texts, [(ids, chosen)]."""
+    sha = hashlib.sha256()
+    for texts in parts:
+        sha.update(f"{len(texts)} texts".encode())
+        for ids, chosen in texts:
+            sha.update(f"{len(ids)} ids".encode())
+            sha.update(np.array(ids, np.int32))
+            sha.update(np.array(chosen, np.bool_))
+    return sha.hexdigest()[:16]
+
+
+def save_state(s, step, model, optimizer, origin, keep=2, **more):
+    """Write everything a later process needs to go on exactly after `step` steps, each process its own part. origin:
+    {what: value} of all that the run hangs on besides its settings.
 
     Written aside and renamed when all are done, so a folder s.out/checkpoints/step-N is whole. The last `keep` stay.
     """
@@ -962,23 +976,26 @@ def save_state(s, step, model, optimizer, keep=2, **more):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     barrier()
-    own = dict(shards(model))
-    torch.save({"step": step, "world": world, "settings": vars(s), "rng": torch.get_rng_state(), **more,
-                "model": {name: local(p.detach()) for name, p in own.items()},
-                "optimizer": [optimizer.state[p] for p in own.values()]}, part / f"rank-{rank}.pt")
+    own, file = dict(shards(model)), part / f"rank-{rank}.pt"
+    torch.save({"step": step, "world": world, "settings": vars(s), "origin": origin, "rng": torch.get_rng_state(),
+                **more, "model": {name: local(p.detach()) for name, p in own.items()},
+                "optimizer": [optimizer.state[p] for p in own.values()]}, file)
+    sync(file)
     barrier()
     if rank == 0:
+        sync(part)
         part.rename(final)
+        sync(final.parent)
         for old in sorted(final.parent.glob("step-??????"))[:-keep]:
             old.rename(old.with_suffix(".part"))        # a folder that is half deleted must not look whole
             shutil.rmtree(old.with_suffix(".part"))
     barrier()
 
 
-def load_state(s, names, model, optimizer):
+def load_state(s, names, model, optimizer, origin):
     """The newest complete state below s.out, put into model and optimizer: what else it holds, as a dict; None where
-    there is none. ValueError: it is of a run of another number of processes, or whose settings of these names are
-    others."""
+    there is none. ValueError: it is of a run of another number of processes, or that had other settings of these names
+    or another origin, see save_state."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     found = sorted(Path(s.out, "checkpoints").glob("step-??????"))
     if not found:
@@ -988,8 +1005,9 @@ def load_state(s, names, model, optimizer):
         raise ValueError(f"{found[-1]} was written by {num} processes and this run has {world}; start {num}, or give "
                          "another --out")
     state = torch.load(found[-1] / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
-    if other := [f"--{name.replace('_', '-')} {state['settings'][name]} (now {getattr(s, name)})" for name in names
-                 if state["settings"][name] != getattr(s, name)]:
+    flags = {f"--{name.replace('_', '-')}": (state["settings"].get(name), getattr(s, name)) for name in names}
+    given = {what: (state.get("origin", {}).get(what), now) for what, now in origin.items()}
+    if other := [f"{what} {then} (now {now})" for what, (then, now) in {**flags, **given}.items() if then != now]:
         raise ValueError(f"{found[-1]} is of a run with {', '.join(other)}; give these again to go on with it, or "
                          "another --out to begin anew")
     weights, moments = state.pop("model"), state.pop("optimizer")       # the caller must not keep them alive
@@ -1314,7 +1332,10 @@ def train(s, texts, valid, tokenizer, config, folder):
     model = build(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
     optimizer = AdamW(model.parameters(), s.lr, s.weight_decay, (0.9, s.beta2), state=s.optimizer_state)
     steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)
-    state = load_state(s, SCHEDULE, model, optimizer)
+    origin = {"optimizer steps": steps, "products in": str(model.compute).removeprefix("torch."),
+              **on_first(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
+                                  "texts of sha256": hash_texts(texts, valid)})}
+    state = load_state(s, SCHEDULE, model, optimizer, origin)
     first, size, peak = state["step"] if state else 0, tokenizer.size, peak_flops(device)
     if first >= steps and rank == 0:
         print(f"{s.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
@@ -1359,7 +1380,7 @@ def train(s, texts, valid, tokenizer, config, folder):
                   f"GiB  {seconds:6.2f} s  ETA {timedelta(seconds=int(left))}"
                   + (f"  valid {loss:.4f}, {right:.1%} right" if "valid_loss" in figures else ""), flush=True)
         if last or (step + 1) % s.save_every == 0:
-            save_state(s, step + 1, model, optimizer)
+            save_state(s, step + 1, model, optimizer, origin)
     export(model, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model
 

@@ -5,6 +5,7 @@ tokenizer of its own, so that it really writes actions, good ones and bad ones, 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -533,13 +534,29 @@ def test_two_runs_in_one_folder_are_refused(made, run):
         assert [code for code, _ in done] == [2, 2] and all("another rl.py writes to" in said for _, said in done)
 
 
-def test_a_run_goes_on_with_the_settings_it_began_with(made, run):
-    out = made / "settled"
-    assert run(out=out, iterations=2)[0] == 0
-    code, said = run(out=out, iterations=3, kl=0.5)
-    assert code == 2 and "is of a run with --kl 0.1 (now 0.5); give these again" in said, said
-    code, said = run(out=out, iterations=3)
+def test_a_run_goes_on_with_what_it_began_with(made, run, tmp_path):
+    """Other settings, another model in the same folder and another pool are refused; more iterations are none of it, but
+    for --overlap, where the last one would have sampled the next. A copy of the model is the same."""
+    out, model, pool = tmp_path / "out", tmp_path / "model", copied(made, tmp_path)
+    shutil.copytree(made / "model", model)
+    given = {"out": out, "model": model, "trajectories": pool, "iterations": 2}
+    assert run(**given)[0] == 0
+
+    def refused(words, *flags, **more):
+        code, said = run(*flags, **{**given, "iterations": 3, **more})
+        assert code == 2 and re.search(rf"is of a run with {words}; give these again", said), said
+    refused(r"--kl 0.1 \(now 0.5\)", kl=0.5)
+    lines = (pool / "toy-a-0.jsonl").read_text().splitlines(keepends=True)
+    (pool / "toy-a-0.jsonl").write_text("".join(lines[:-1]))
+    refused(r"states of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
+    (pool / "toy-a-0.jsonl").write_text("".join(lines))
+    Qwen2.from_scratch(SHAPE, seed=9).save_pretrained(model)
+    refused(r"--model of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
+    code, said = run(**{**given, "model": made / "model", "iterations": 3})
     assert code == 0 and "going on after iteration 2" in said, said
+    given["out"] = tmp_path / "overlap"
+    assert run("--overlap", **given)[0] == 0
+    refused(r"--iterations 2 \(now 3\)", "--overlap")
 
 
 def test_a_worker_that_raises_ends_the_run_and_the_same_command_goes_on(made, run):

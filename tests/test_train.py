@@ -1,6 +1,8 @@
 """Training: equalities that must hold whatever the batching, the packing and the number of processes."""
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -418,12 +420,48 @@ def fine_tune(tmp_path, *flags):
                      "--batch", "4", "--steps", "2", *flags])
 
 
-def test_a_training_goes_on_with_the_settings_it_began_with(tmp_path, capsys):
-    conversations(tmp_path / "own.jsonl")
-    assert fine_tune(tmp_path) == 0
-    assert fine_tune(tmp_path, "--lr", "0.5") == 2
-    assert "is of a run with --lr 2e-05 (now 0.5); give these again" in capsys.readouterr().err
-    assert fine_tune(tmp_path) == 0 and "already trained, for 2 steps" in capsys.readouterr().out
+def test_a_training_goes_on_with_what_it_began_with(tmp_path, capsys):
+    """Other settings, weights, texts or an end elsewhere, which is another learning rate, are refused; so is nothing
+    that is the same under another name."""
+    own, small = conversations(tmp_path / "own.jsonl"), tmp_path / "small"
+    Qwen2.from_scratch(SMALL).save_pretrained(small)
+    Tokenizer.of_bytes().save(small)
+    flags = ["--model", str(small)]
+    assert fine_tune(tmp_path, *flags) == 0
+    log = (tmp_path / "out/log.jsonl").read_bytes()
+
+    def refused(words, *more):
+        assert fine_tune(tmp_path, *flags, *more) == 2
+        said = capsys.readouterr().err
+        assert re.search(rf"is of a run with {words}; give these again", said), said
+    refused(r"--lr 2e-05 \(now 0.5\)", "--lr", "0.5")
+    refused(r"optimizer steps 2 \(now 3\)", "--steps", "3")
+    Qwen2.from_scratch(SMALL, seed=1).save_pretrained(small)
+    refused(r"--model of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
+    Qwen2.from_scratch(SMALL).save_pretrained(small)
+    text = own.read_text()
+    own.write_text(text.replace("follows 7", "succeeds 7"))
+    refused(r"texts of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
+    own.write_text(text)
+    shutil.copytree(small, tmp_path / "copy")
+    assert fine_tune(tmp_path, "--model", str(tmp_path / "copy"), "--save-every", "1") == 0
+    assert "already trained, for 2 steps" in capsys.readouterr().out
+    assert (tmp_path / "out/log.jsonl").read_bytes() == log
+
+
+def test_what_was_loaded_does_not_stay(tmp_path):
+    """Of a checkpoint nothing is read to a GPU, and its weights and moments are not kept beside the model's own."""
+    model = Qwen2.from_scratch(SMALL)
+    optimizer, s = sft.AdamW(model.parameters(), 1e-3), sft.Settings(out=str(tmp_path))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    sft.save_state(s, 1, model, optimizer, {"a": 1}, more=[3])
+    load, places = torch.load, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *args, **more: places.append(more["map_location"]) or load(*args, **more))
+        state = sft.load_state(s, ["lr"], model, optimizer, {"a": 1})
+    assert places == ["cpu"] and state["step"] == 1 and state["more"] == [3] and not {"model", "optimizer"} & set(state)
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path, capsys):
