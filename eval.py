@@ -176,7 +176,8 @@ def spoken(s, model, hint=""):
         next(one for one in prompt if one["role"] == "user")["content"] += hint
         said = model.chat(prompt, max_new_tokens=s.max_new_tokens, stop=("\nObservation:",), seed=seed,
                           temperature=s.temperature, top_p=s.top_p)
-        return said.text, said.tokens or None, {
+        tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
+        return said.text, tokenizer and tokenizer.spelling(said.tokens, said.text), {
             "finish": said.finish, "tokens": len(said.tokens), "prompt_tokens": said.prompt_tokens,
             "cached_tokens": said.cached_tokens, "sample_seconds": said.seconds}
     return reply

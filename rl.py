@@ -384,7 +384,7 @@ class Rollout:
                 raise Gone(name)
             env = self.at(self.states[name])
             prompt = self.prompt(env)
-            step = vars(env.step(text, tokens))
+            step = vars(env.step(text, self.engine.tokenizer.spelling(tokens, text)))
             return [Sample(group, number, prompt, tokens, logps, step, env.task.id, name)]
         except Gone:
             return [Sample(group, number, [], tokens, logps, None, "", name)]
@@ -408,7 +408,7 @@ class Rollout:
                 break
             seed = zlib.crc32(f"{s.seed} {iteration} {group} {k} {env.index}".encode())
             reply = self.engine.submit(prompt, seed=seed, **self.options).result()
-            step = env.step(reply.text, reply.tokens)
+            step = env.step(reply.text, self.engine.tokenizer.spelling(reply.tokens, reply.text))
             found.append(Sample(group, k, prompt, reply.tokens, reply.logps, vars(step), env.task.id, name))
         return found
 

@@ -91,6 +91,7 @@ class Tokenizer:
         # that text can grow token by token and a stop string is found without decoding from the start.
         byte_of = {c: b for b, c in enumerate(byte_alphabet())}
         added = bpe.get_added_tokens_decoder()
+        self.control = {i for i, token in added.items() if token.special} | self.eos | {self.turn}
         self.bytes = [b""] * self.size
         for text, i in bpe.get_vocab(with_added_tokens=True).items():
             self.bytes[i] = text.encode() if i in added else bytes(byte_of[c] for c in text)
@@ -163,6 +164,20 @@ class Tokenizer:
         """Text of token ids; bytes that are no valid UTF-8 become U+FFFD."""
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
 
+    def spelling(self, ids, text):
+        """Those of the sampled ids that are the text, without what ended it: an end of turn, a stop string. None where
+        they are not exactly that, or are no ids at all, since they may come from a file."""
+        decoder, place = codecs.getincrementaldecoder("utf-8")("replace"), 0
+        for n, i in enumerate(ids if isinstance(ids, list) else []):
+            if place == len(text) and not decoder.getstate()[0]:
+                return ids[:n]
+            piece = self.bytes[i] if type(i) is int and 0 <= i < self.size and i not in self.control else b""
+            said = decoder.decode(piece)
+            if not piece or not text.startswith(said, place):
+                return None
+            place += len(said)
+        return ids if text[place:] == decoder.decode(b"", final=True) else None
+
     def chat(self, messages, add_generation_prompt=True):
         """Token ids of a conversation in Qwen's chat format, ending where the assistant speaks; see conversation."""
         ids = self.conversation(messages)[0]
@@ -174,8 +189,8 @@ class Tokenizer:
         the messages that count as chosen; None: all of the assistant's.
 
         A message is <|im_start|>role\\ncontent<|im_end|>\\n; without a system message the checkpoint's default one
-        comes first, if it has one. A message's "tokens", the ids that were sampled for it, stand for its content as
-        they are: a reply that was sampled is never tokenised again. Raises ValueError for another role, or a message
+        comes first, if it has one. A message's "tokens", the ids that were sampled for it, stand for its content where
+        they spell it: a reply that was sampled is not tokenised again. Raises ValueError for another role, or a message
         without content.
         """
         numbered = list(enumerate(messages))
@@ -189,8 +204,7 @@ class Tokenizer:
                                  f"found role {role!r} and content {str(content)[:40]!r}")
             head, reply = self.encode(f"{role}\n{content}"), []
             if role == "assistant":     # apart, as when it was sampled
-                head, reply = self.encode("assistant\n"), list(tokens or self.encode(content))
-                reply = reply[:-1] if reply and reply[-1] in self.eos else reply
+                head, reply = self.encode("assistant\n"), self.spelling(tokens, content) or self.encode(content)
             ids += [self.turn, *head, *reply, self.end, *newline]
             counts = role == "assistant" and (trained is None or i in trained)
             chosen += [False] * (1 + len(head)) + [counts] * (len(reply) + 1) + [False] * len(newline)

@@ -338,6 +338,29 @@ def test_a_models_ideas_are_in_its_prompt_alone_and_its_tokens_are_kept(toys):
     assert not any("tokens" in message for one in every for message in one.messages)    # another tokenizer
 
 
+def test_ids_of_a_stop_string_are_neither_kept_nor_learned(toys):
+    """An expert that goes on to invent an observation: its turn ends with its text in the record, in what is learned
+    and in its next prompt."""
+    class React(Expert):
+        def chat(self, messages, **options):
+            said = super().chat(messages, **options)
+            ids = self.tokenizer.encode(said.text + "\nObservation:")
+            return replace(said, tokens=ids, logps=[0.0] * len(ids))
+    expert, s = React(REPLIES), settings(toys, expert="model", task="toy-a", num=1, ideas=30, coder="none")
+    sft.collect(s, load=lambda spec, **options: expert)
+    t = Expert.tokenizer
+    head, steps = env.read_trajectory(toys / "out" / "toy-a-0.jsonl")
+    assert [t.decode(step["messages"][0]["tokens"]) for step in steps] == REPLIES
+    (one,), _ = sft.conversations(s.trajectories, data=s.data, tokenizer=t, say=lambda text: None)
+    ids, chosen = t.conversation(one.messages, set(one.trained))
+    learned = t.decode([i for i, c in zip(ids, chosen) if c])
+    assert learned == f"{REPLIES[0]}{t.END}{REPLIES[2]}{t.END}"
+    for step in steps[:-1]:     # recorded when the stop's ids were kept
+        step["messages"][0]["tokens"] += t.encode("\nObservation:")
+    prompt = t.decode(t.chat([*head["messages"], *(each for step in steps for each in step["messages"])]))
+    assert "\nObservation:" not in prompt.split("<|im_start|>assistant", 1)[1]
+
+
 # ---- held-out tasks
 
 def test_held_out_tasks_are_refused_by_name(toys):

@@ -273,6 +273,21 @@ def test_ids_and_log_probs_are_those_that_were_sampled(made):
     assert one.text == (one.prompt + reply.tokens, [False] * len(one.prompt) + [True] * 10)
 
 
+def test_ids_of_a_stop_string_are_learned_from_but_not_in_the_next_prompt(made):
+    """Of a trajectory whose replies were each ended by an invented observation."""
+    engine = Scripted()
+    reply = lambda text: sample.Completion(text, engine.tokenizer.encode(text + "\nObservation:"), [0.0] * (
+        len(engine.tokenizer.encode(text)) + 13), "stop")
+    rollout = playing(made, engine, rollout="episode", states=1, num=1, steps=2, max_new_tokens=200)
+    engine.replies, engine.reply, engine.context = [REPLIES[4]] * 2, reply, 5000
+    rollout.env = lambda head, **more: rl.Rollout.env(rollout, {**head, "prompt": "full"}, **more)
+    one, two = rollout.collect(0, [])
+    said = engine.tokenizer.decode(two.prompt)
+    assert one.tokens == engine.tokenizer.encode(REPLIES[4] + "\nObservation:")
+    assert f"{REPLIES[4]}<|im_end|>" in said and "\nObservation:" not in said.split("<|im_start|>assistant")[1]
+    assert one.step["messages"][0]["tokens"] == engine.tokenizer.encode(REPLIES[4])
+
+
 def test_actions_depend_neither_on_batching_nor_on_who_ends_first(made):
     """And all actions of a state share one prefill."""
     seen = []
