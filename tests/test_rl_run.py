@@ -207,6 +207,29 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     assert len(found["toy-a"]) == 6
 
 
+def test_a_pool_collected_with_a_coder_is_played_with_one_or_refused(made, run, tmp_path):
+    """Its states offer the (AI) actions. Without a word the policy is the coder, and such an action is carried out."""
+    folder, tokenizer = copied(made, tmp_path), sample.Tokenizer.of_bytes()
+    s = settings(made, trajectories=str(folder))
+    found = rl.pool(s, tokenizer, say=lambda line: None)
+    assert s.coder == "auto" and rl.with_coder(s, found).coder == "none"
+    edit_head(folder / "toy-a-1.jsonl", actions=env.DEFAULT_ACTIONS, fields=sft.SHORT_FIELDS)
+    found = rl.pool(s, tokenizer, say=lambda line: None)
+    for given, taken in (("auto", "model"), ("model", "model"), ("http://host/v1#name", "http://host/v1#name")):
+        assert rl.with_coder(settings(made, coder=given), found).coder == taken
+    with pytest.raises(ValueError, match="the policy cannot be their --coder"):
+        rl.with_coder(settings(made, overlap=True), found)
+    code, said = run(out=tmp_path / "out", trajectories=folder, coder="none")
+    assert code == 2 and "they offer Edit Script (AI), Understand File, which --coder none does not have" in said, said
+    edit = ('Action: Edit Script (AI)\nAction Input: {"script_name": "train.py", "edit_instruction": "x", '
+            '"save_name": "train.py"}')
+    engine = Scripted(edit)
+    engine.chat = lambda messages, **options: engine.reply("```python\n" + "VALUE = 9\n```")
+    rollout = rl.Rollout(rl.with_coder(s, found), engine, found)
+    step, = (one.step for one in rollout.act("toy-a-1, step 0", 0, 0, [1], [0.0], edit))
+    assert step["valid"] and step["kind"] != "invalid" and step["coder"]
+
+
 def test_ids_of_another_tokenizer_are_not_used(made, tmp_path):
     """The recorded ids stand in the prompt where the tokenizer is the same, else the text is encoded."""
     folder, tokenizer = copied(made, tmp_path), sample.Tokenizer.of_bytes()
@@ -550,8 +573,8 @@ def test_two_runs_in_one_folder_are_refused(made, run):
 
 
 def test_a_run_goes_on_with_what_it_began_with(made, run, tmp_path):
-    """Other settings, another model in the same folder and another pool are refused; more iterations are none of it, but
-    for --overlap, where the last one would have sampled the next. A copy of the model is the same."""
+    """Other settings, another model in the same folder and another pool are refused; more iterations are not, but for
+    --overlap, where the last one would have sampled the next. A copy of the model is the same."""
     out, model, pool = tmp_path / "out", tmp_path / "model", copied(made, tmp_path)
     shutil.copytree(made / "model", model)
     given = {"out": out, "model": model, "trajectories": pool, "iterations": 2}
@@ -602,7 +625,8 @@ def test_without_a_fine_tuned_model_it_says_how_to_make_one(tmp_path, monkeypatc
 
 def test_the_plan_by_hand(capsys):
     """Qwen2.5-7B on 8 GPUs: 7,615,616,512 weights in fp32 for actor, critic and reference, two gradients and two
-    optimizer states, a bf16 copy, and 57,344 bytes of keys and values a token."""
+    optimizer states, a bf16 copy, and 57,344 bytes of keys and values a token. A GPU alone has that copy too, unless
+    products are in fp32, as the weights are."""
     total, gib = 7_615_616_512, 2**30
     plan = ["--plan", "--preset", "7b", "--model", "7b", "--context", "16384", "--critic", "own"]
     assert rl.main([*plan, "--gpus", "8", "--rows", "32"]) == 0
@@ -612,7 +636,9 @@ def test_the_plan_by_hand(capsys):
     assert float(said["  sampling copy"]) == pytest.approx(2 * total / gib, abs=0.01)
     assert float(said["  KV cache"]) == pytest.approx(32 * 16384 * 57_344 / gib, abs=0.01)
     assert float(said["  total"]) == pytest.approx(sum(map(float, said.values())) / 2, abs=0.05)
-    rl.main([*plan, "--gpus", "1", "--advantage", "group", "--kl", "0", "--rows", "1"])
-    said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
-    assert float(said["  critic"]) == float(said["  reference"]) == float(said["  sampling copy"]) == 0
-    assert float(said["  KV cache"]) == pytest.approx(2 * 16384 * 57_344 / gib, abs=0.01)
+    for dtype, copy in (("auto", 2 * total), ("float32", 0)):
+        rl.main([*plan, "--gpus", "1", "--advantage", "group", "--kl", "0", "--rows", "1", "--dtype", dtype])
+        said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
+        assert float(said["  critic"]) == float(said["  reference"]) == 0
+        assert float(said["  sampling copy"]) == pytest.approx(copy / gib, abs=0.01)
+        assert float(said["  KV cache"]) == pytest.approx((1 if copy else 2) * 16384 * 57_344 / gib, abs=0.01)
