@@ -651,6 +651,7 @@ class Conversation:
     messages: list      # [{"role", "content"}], with "tokens" where the sampled ids are to be used; the last is trained
     trained: list       # of int: indices of the messages that are learned, all of the assistant
     source: str         # file, and line or entry, for messages to the user
+    origin: str = ""    # what is held back together with it, to validate: its trajectory
     task: str = ""      # of a trajectory: its task ...
     ideas: tuple = ()   # ... and the titles of the ideas that its expert was given
 
@@ -740,7 +741,7 @@ def read_own(entry, source):
     trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
     if not trained:
         raise Bad("no turn of the assistant")
-    return Conversation(messages[:trained[-1] + 1], trained, source)
+    return Conversation(messages[:trained[-1] + 1], trained, source, source)
 
 
 NEEDED = ({"task", "messages", "snapshot", "m_init"}, {"messages", "snapshot", "valid", "m_after", "ended"})
@@ -784,9 +785,9 @@ def read_played(file, text, parsed, rose, forbidden, tokenizer):
     if not trained:
         raise Bad("no turn of the assistant")
     ideas, same = tuple(head.get("ideas", ())), tokenizer and head.get("tokenizer") == fingerprint(tokenizer)
-    found = [Conversation(one, [len(one) - 1], f"{file}, message {i}", task.id, ideas)
+    found = [Conversation(one, [len(one) - 1], f"{file}, message {i}", str(file), task.id, ideas)
              for i, one in zip(trained, single)] or [
-        Conversation(messages[:trained[-1] + 1], trained, str(file), task.id, ideas)]
+        Conversation(messages[:trained[-1] + 1], trained, str(file), str(file), task.id, ideas)]
     for one in () if same else found:
         for message in one.messages:
             message.pop("tokens", None)
@@ -1447,6 +1448,23 @@ def copies_of(one, num, seed):
     return [redrawn(one.messages, rng) if rng.random() < 0.7 else one.messages for _ in range(num)]
 
 
+def held_back(origins, share, seed):
+    """Indices of about that share of the texts, at least one: all of some origins, drawn at random, as many as come
+    nearest to it. Neighbouring states of one trajectory are nearly alike, so none of a trajectory that validates is
+    learned from; the steps of a trajectory that is alone are held back one by one. origins: that of each text."""
+    if len(set(origins)) == 1:
+        origins = range(len(origins))
+    wanted, groups, chosen = max(1, round(share * len(origins))), defaultdict(list), []
+    for i, origin in enumerate(origins):
+        groups[origin].append(i)
+    for g in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
+        group = list(groups.values())[g]
+        if chosen and len(chosen) + len(group) - wanted >= wanted - len(chosen):
+            break
+        chosen += group
+    return set(chosen)
+
+
 def texts_of(s, tokenizer, say=print):
     """(to train on, to validate with): the conversations in s.trajectories as [(ids, chosen)]. A conversation of more
     than s.length tokens is cut there. Raises ValueError where nothing is left."""
@@ -1455,29 +1473,32 @@ def texts_of(s, tokenizer, say=print):
     if s.copies and not all(len(one.messages) == 2 and one.messages[0]["content"].startswith("Task: ")
                             for one in found):
         raise ValueError("--copies are made of short prompts alone; collect with --prompt short")
-    texts, cut, empty = [], [], []
+    texts, kept, cut, empty = [], [], [], []        # kept: the conversation of each text
     for one in found:
         ids, chosen = tokenizer.conversation(one.messages, set(one.trained))
         if len(ids) > s.length + 1:
             cut.append(one.source)
-            ids, chosen = ids[:s.length + 1], chosen[:s.length + 1]
-        if any(chosen):
-            texts.append((ids, chosen))
+        if any(chosen[:s.length + 1]):
+            texts.append((ids[:s.length + 1], chosen[:s.length + 1]))
+            kept.append(one)
         else:
             empty.append(one.source)
     for what, sources in ((f"cut at {s.length} tokens", cut), ("left out, no reply before the cut", empty)):
         if sources:
             say(f"  {what}: {len(sources)} ({', '.join(sources[:5])}{', ...' * (len(sources) > 5)})")
-    num_valid = max(1, round(s.valid * len(texts)))
-    if len(texts) <= num_valid:
-        raise ValueError(f"{len(texts)} conversations are too few to train on and to validate with; collect more")
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(s.seed)).tolist()
-    train, valid = ([texts[i] for i in sorted(part)] for part in (order[num_valid:], order[:num_valid]))
+    origins = [one.origin for one in kept]
+    if len(set(origins)) == 1 < len(origins):
+        say(f"  all are of {origins[0]}: some of its own steps validate")
+    held = held_back(origins, s.valid, s.seed)
+    train, valid = ([text for i, text in enumerate(texts) if (i in held) == side] for side in (False, True))
     if s.copies:
-        copies = [tokenizer.conversation(copy) for i in sorted(order[num_valid:])
-                  for copy in copies_of(found[i], s.copies, s.seed)]
+        copies = [tokenizer.conversation(copy) for i, one in enumerate(kept) if i not in held
+                  for copy in copies_of(one, s.copies, s.seed)]
         # of every tenth the prompt is learned too: a few names stand in it twice, which is more to learn copying from
-        train = [(ids, [True] * len(ids)) if i % 10 == 0 else (ids, chosen) for i, (ids, chosen) in enumerate(copies)]
+        copies = [(ids, [True] * len(ids)) if i % 10 == 0 else (ids, chosen) for i, (ids, chosen) in enumerate(copies)]
+        train = [(ids[:s.length + 1], chosen[:s.length + 1]) for ids, chosen in copies if any(chosen[:s.length + 1])]
+    if not train:
+        raise ValueError(f"{len(texts)} conversations are too few to train on and to validate with; collect more")
     return train, valid
 
 

@@ -464,6 +464,20 @@ def test_what_was_loaded_does_not_stay(tmp_path):
     assert places == ["cpu"] and state["step"] == 1 and state["more"] == [3] and not {"model", "optimizer"} & set(state)
 
 
+def test_who_validates_is_drawn_by_trajectory():
+    """Of 90 texts in trajectories of 9 about 5 % are 1 trajectory, of 100 in ones of 1 exactly 5; all or none of each.
+    The steps of a trajectory alone are parted."""
+    for size, num, held in ((9, 10, 9), (1, 100, 5), (8, 40, 16), (7, 2, 7)):
+        origins = [f"trajectory {i // size}" for i in range(size * num)]
+        found = [sft.held_back(origins, 0.05, seed) for seed in range(4)]
+        assert all(len(each) == held for each in found) and (num == 2 or len(set(map(frozenset, found))) > 1)
+        for each in found:
+            assert not {origins[i] for i in each} & {one for i, one in enumerate(origins) if i not in each}
+    assert len(sft.held_back(["a"] * 40, 0.05, 0)) == 2 and sft.held_back([], 0.05, 0) == set()
+    several = [*"aaabbc"]
+    assert all(sft.held_back(several, 0.01, seed) in ({0, 1, 2}, {3, 4}, {5}) for seed in range(9))
+
+
 def test_two_trainings_in_one_folder_are_refused(tmp_path, capsys):
     conversations(tmp_path / "own.jsonl")
     with sft.alone(tmp_path / "out", "sft.py"):
