@@ -183,7 +183,9 @@ def pool(s, tokenizer, say=print):
     for file in sorted(Path(s.trajectories).glob("*.jsonl")):
         try:
             head, steps = read_trajectory(file)
-        except ValueError as error:
+            if lacking := [step for step in steps if "m_before" not in step]:
+                raise ValueError(f"{file}: {len(lacking)} of its steps do not tell the score before them")
+        except (ValueError, OSError) as error:
             left_out.setdefault("no record of a trajectory", []).append(str(error))
             continue
         refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
@@ -216,7 +218,7 @@ def with_coder(s, found):
     """The settings, --coder auto replaced by what the pool's prompts call for. ValueError: they offer the model tools
     that it would not have."""
     needed = sorted({name for states in found.values() for state in states.values()
-                     for name in NEEDS_CODER if name in state.head["actions"]})
+                     for name in NEEDS_CODER if name in state.head.get("actions", ())})
     if needed and s.coder == "none":
         raise ValueError(f"the states of {s.trajectories} were collected with a coder: they offer {', '.join(needed)}, "
                          "which --coder none does not have; give --coder model, or collect with --coder none")

@@ -674,11 +674,13 @@ def conversations(path, *, parsed=True, rose=False, per_idea=0, data="data", tok
     if not path.exists():
         raise ValueError(f"there is no {path}; collect it with: python sft.py --collect --trajectories {path}")
     found, left_out, times, forbidden = [], defaultdict(list), Counter(), held_out(data)
-    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+    for file in sorted(file for file in path.glob("*.jsonl") if file.is_file()) if path.is_dir() else [path]:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error})") from None
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}") from None
         played = re.search(r'^\{"type": "(header|step|end)"', text, re.M)
         for source, load in [(str(file), None)] if played else entries(file, text):
             try:
@@ -710,11 +712,11 @@ def entries(file, text):
     def line(text):
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Bad("not JSON") from error
     try:
         whole = json.loads(text) if file.suffix != ".jsonl" else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if "Extra data" not in str(error):      # that is what JSON lines look like
             raise ValueError(f"{file} is not JSON: {error}. Expected a list of conversations, or one a line") from None
         whole = None
@@ -738,6 +740,8 @@ def read_own(entry, source):
         messages.append({"role": ROLES[role], "content": content})
     if not all(isinstance(message["content"], str) for message in messages):
         raise Bad("a content that is no text")
+    if any(re.search("[\ud800-\udfff]", message["content"]) for message in messages):
+        raise Bad("half a surrogate pair, which is no character")
     trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
     if not trained:
         raise Bad("no turn of the assistant")

@@ -199,11 +199,16 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     edit_head(folder / "toy-a-1.jsonl", data_sha256={"public/train.csv": "0" * 64})
     refused(made, "was collected on other data", trajectories=str(folder))
     refused(made, "there is no state to start from", trajectories=str(tmp_path / "nothing"))
+    lines = [json.loads(line) for line in (folder / "toy-b-1.jsonl").read_text().splitlines()]
+    (folder / "toy-c-1.jsonl").write_text("".join(json.dumps(
+        {name: value for name, value in line.items() if name != "m_before"}) + "\n" for line in lines))
+    (folder / "folder.jsonl").mkdir()
     (folder / "toy-a-1.jsonl").write_text("{}\n")
     said = []
     found = rl.pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
     num = sum(len(env.read_trajectory(folder / f"{name}.jsonl")[1]) for name in ("toy-a-0", "toy-b-0", "toy-b-1"))
-    assert all(part in said[0] for part in (f"{num} states of 2 tasks", "no record of a trajectory: 1", "toy-a-1.jsonl"))
+    for part in (f"{num} states of 2 tasks", "no record of a trajectory: 3", "toy-a-1.jsonl"):
+        assert part in said[0]
     assert len(found["toy-a"]) == 6
 
 

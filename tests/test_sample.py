@@ -70,7 +70,8 @@ def pairs():
 
 
 def test_sampled_tokens_stand_in_the_next_prompt_as_they_are(pairs):
-    talk = lambda **more: pairs.chat([{"role": "user", "content": "q"}, {"role": "assistant", "content": "abab", **more}])
+    talk = lambda **more: pairs.chat([{"role": "user", "content": "q"},
+                                      {"role": "assistant", "content": "abab", **more}])
     ab, odd = pairs.encode("ab"), [97, 98]
     assert len(ab) == 1 and pairs.decode(odd) == "ab"
     start, plain = len(pairs.chat([{"role": "user", "content": "q"}])), talk()
@@ -80,8 +81,8 @@ def test_sampled_tokens_stand_in_the_next_prompt_as_they_are(pairs):
 
 
 def test_ids_of_a_stop_string_are_no_part_of_a_turn(pairs):
-    """Those before it stand as they were sampled; where it begins within a token the text is encoded, as it is where ids
-    say anything else than the text, are none of the tokenizer's, or would begin a turn."""
+    """Those before it stand as they were sampled; where it begins within a token the text is encoded, as it is where
+    ids say anything else than the text, are none of the tokenizer's, or would begin a turn."""
     ab, mixed, odd = pairs.encode("ab"), pairs.encode("b\nObs"), [97, 98]
     assert len(mixed) == 1
     stop = pairs.encode("\nObservation:")

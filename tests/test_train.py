@@ -449,6 +449,22 @@ def test_a_training_goes_on_with_what_it_began_with(tmp_path, capsys):
     assert (tmp_path / "out/log.jsonl").read_bytes() == log
 
 
+def test_what_a_rename_promises_is_on_the_disk_first(tmp_path, monkeypatch):
+    """A checkpoint's file and folder; a model's weights before the config that makes them a model."""
+    done, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (rename(path, to), done.append(f"to {to.name}")))
+    model = Qwen2.from_scratch(SMALL)
+    sft.save_state(sft.Settings(out=str(tmp_path)), 3, model, sft.AdamW(model.parameters(), 1e-3), {})
+    assert done == ["rank-0.pt", "step-000003.part", "to step-000003", "checkpoints"]
+    done.clear()
+    model.save_pretrained(tmp_path / "model")
+    assert done == ["model", "model-0.safetensors", "to model.safetensors", "model", "config.json", "model"]
+    done.clear()
+    sft.write(tmp_path / "manifest.json", {"a": 1})
+    assert done == ["manifest.part"] and json.loads((tmp_path / "manifest.json").read_text()) == {"a": 1}
+
+
 def test_what_was_loaded_does_not_stay(tmp_path):
     """Of a checkpoint nothing is read to a GPU, and its weights and moments are not kept beside the model's own."""
     model = Qwen2.from_scratch(SMALL)
