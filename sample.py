@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 
 import model as modeling
-from model import Config, Linear, Qwen2, attend, find_folder, sight, use_kernels
+from model import Config, Linear, Qwen2, attend, find_folder, sight, sync, use_kernels
 
 
 class ContextFull(ValueError):
@@ -154,7 +154,10 @@ class Tokenizer:
         for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja", "agent.json"):
             if self.folder and (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 (folder / name).write_bytes((self.folder / name).read_bytes())
-        self.bpe.save(str(folder / "tokenizer.json"))
+        part = folder / "tokenizer.part"        # a run that is killed here finds the whole file or none
+        self.bpe.save(str(part))
+        sync(part)
+        part.replace(folder / "tokenizer.json")
 
     def encode(self, text):
         """Token ids of plain text."""

@@ -978,7 +978,8 @@ def save_state(s, step, model, optimizer, origin, keep=2, **more):
     final = Path(s.out, "checkpoints", f"step-{step:06d}")
     part = final.with_suffix(".part")
     if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in final.parent.glob("*.part"):        # by a kill
+            shutil.rmtree(left)
         part.mkdir(parents=True)
     barrier()
     own, file = dict(shards(model)), part / f"rank-{rank}.pt"

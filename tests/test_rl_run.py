@@ -517,6 +517,18 @@ def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
     assert max(stale[:1]) < 1e-4 and (max(stale) > 1e-3 if flags else max(stale) < 1e-4)      # one update behind
 
 
+def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(made, run):
+    """Both die while they write the second checkpoint."""
+    whole, torn = made / "whole of two", made / "torn of two"
+    killed = "after('saving', 2, lambda *_: os.killpg(0, 9)) if rank == 1 else None"
+    for out, code, expected in ((whole, "", 0), (torn, killed, -9), (torn, "", 0)):
+        done = run(out=out, code=code, world=2, iterations=5)
+        assert [status for status, _ in done] == [expected] * 2, done
+    assert "going on after iteration 2" in done[0][1] and curve(torn) == curve(whole)
+    assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [path.name for path in sorted((torn / "checkpoints").iterdir())] == ["step-000004", "step-000005"]
+
+
 def test_two_processes_play_and_learn_as_one(made, run):
     """The same tokens and rewards, as the figures of the log show, whatever the number of processes."""
     found = []
