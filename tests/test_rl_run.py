@@ -439,7 +439,7 @@ import json, os, sys
 import torch, env, rl, sample, sft, tasks
 from pathlib import Path
 WHERE = {"sampling": (sample.Engine, "step"), "executing": (env.Env, "step"), "updating": (rl.AdamW, "step"),
-         "saving": (torch, "save"), "learning": (rl.Learner, "step")}
+         "saving": (torch, "save"), "saved": (sft, "sync"), "learning": (rl.Learner, "step")}
 
 def after(where, n, what):
     owner, name = WHERE[where]
@@ -520,7 +520,7 @@ def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
 def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(made, run):
     """Both die while they write the second checkpoint."""
     whole, torn = made / "whole of two", made / "torn of two"
-    killed = "after('saving', 2, lambda *_: os.killpg(0, 9)) if rank == 1 else None"
+    killed = "after('saved', 2, lambda *_: os.killpg(0, 9)) if rank == 1 else None"
     for out, code, expected in ((whole, "", 0), (torn, killed, -9), (torn, "", 0)):
         done = run(out=out, code=code, world=2, iterations=5)
         assert [status for status, _ in done] == [expected] * 2, done
