@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
@@ -39,7 +40,7 @@ from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, u
 from reward import KINDS
 from sft import (AdamW, build, compute_type, digest, epoch_order, export, fingerprint, flops_of, full, gib, held_out,
                  linked, load_state, memory_of, num_weights, on_first, peak_flops, peak_memory, processes,
-                 refuse_held_out, row_of, sampler, save_state, shape_of, share)
+                 refuse_held_out, row_of, save_state, shape_of, shards, share)
 
 
 RECIPES = {     # --preset: what differs from the defaults, which are for 7B
@@ -669,6 +670,30 @@ class Learner:
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
+def sampler(s, learner, tokenizer):
+    """(engine, refresh): what samples from the actor, and a function that brings it the actor's present weights. It has
+    the trained module itself where that is whole and computes in its weights' dtype; else a copy in the dtype that it
+    computes in (--dtype), filled in place."""
+    actor, dtype = learner.actor, learner.actor.compute
+    whole = not any(isinstance(p, DTensor) or p.dtype is not dtype for _, p in shards(actor))
+    model = actor if whole else Qwen2._empty(learner.config, dtype, learner.device).requires_grad_(False)
+    copies = dict(model.named_parameters())
+
+    @torch.no_grad()
+    def fill():
+        for name, p in shards(actor) if not whole else ():
+            p = full(p)
+            if name in copies:
+                copies[name].copy_(p)
+
+    def refresh():
+        fill()
+        engine.refresh()
+    fill()
+    engine = sample.Engine(model, tokenizer, s.rows, s.context, name=s.model, repeatable=True)
+    return engine, refresh
+
+
 def by_group(samples):
     """{group: the rewards that its actions earned, a set}."""
     earned = {}
@@ -736,7 +761,7 @@ def learn(s, rank, world, device):
     # with overlap the last iteration samples no other, so a run that was to be longer is another from there on
     names = sorted(vars(s).keys() - (FREE - {"iterations"} if s.overlap else FREE))
     state = load_state(s, names, learner.models, learner.optimizer, origin) or {"step": 0}
-    engine, refresh = sampler(learner.actor, tokenizer, s.rows, s.context, s.model)
+    engine, refresh = sampler(s, learner, tokenizer)
     rollout = Rollout(s, engine, found, rank, world)
     if done := state["step"]:
         rollout.load(state["rollout"])

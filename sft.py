@@ -914,30 +914,6 @@ def full(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def sampler(model, tokenizer, rows, context, name="engine"):
-    """(engine, refresh): what samples from a model that is trained, and a function that brings it the present weights.
-    It has the module itself where that is whole and computes in its weights' dtype; else a copy in the dtype that it
-    computes in, filled in place. Every process must call both."""
-    dtype = model.compute or next(model.parameters()).dtype
-    whole = not any(isinstance(p, DTensor) or p.dtype is not dtype for _, p in shards(model))
-    copy = model if whole else Qwen2._empty(model.config, dtype, next(model.parameters()).device).requires_grad_(False)
-    copies = dict(copy.named_parameters())
-
-    @torch.no_grad()
-    def fill():
-        for name, p in shards(model) if not whole else ():
-            p = full(p)
-            if name in copies:
-                copies[name].copy_(p)
-
-    def refresh():
-        fill()
-        engine.refresh()
-    fill()
-    engine = sample.Engine(copy, tokenizer, rows, context, name=name, repeatable=True)
-    return engine, refresh
-
-
 def export(model, tokenizer, folder, dtype):
     """Write an ordinary Hugging Face folder from a model that may be sharded, without a critic's head `score`; every
     process must call it."""
@@ -1327,7 +1303,7 @@ def plan(s):
 
 
 SCHEDULE = ("batch", "length", "lr", "warmup", "beta2", "weight_decay", "optimizer_state", "clip", "copies", "valid",
-            "parsed", "rose", "per_idea", "dtype", "seed")      # what a run that goes on must have as it began
+            "parsed", "rose", "per_idea", "dtype", "kernels", "seed")      # what a run that goes on must have as it began
 
 
 def train(s, texts, valid, tokenizer, config, folder):
@@ -1606,7 +1582,7 @@ def miniature(s):
     print(report(collect(replace(s, steps=TINY_STEPS))))
     print("\n2. Training a model of a million weights from scratch on what it did.")
     model, tokenizer = fine_tune(s)
-    engine, _ = sampler(model, tokenizer, 32, s.context)
+    engine = sample.Engine(model.requires_grad_(False), tokenizer, rows=32, context=s.context)
     print("\n3. Its replies in states it has not seen, 64 of each kind:")
     rows = [("tasks", "can be read", "edits", "of them with text that occurs once", "different ones")]
     for split in ("held-in", "held-out"):

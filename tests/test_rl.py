@@ -495,7 +495,7 @@ def gap(learner, engine, seed=0):
 
 def gaps_after_updates(learner):
     """Of two rounds of sampling and learning, with the weights brought to the sampler in between; last without."""
-    engine, refresh = rl.sampler(learner.actor, Tokenizer.of_bytes(), learner.s.rows, learner.s.context)
+    engine, refresh = rl.sampler(learner.s, learner, Tokenizer.of_bytes())
     found = []
     for iteration in range(2):
         each, samples = gap(learner, engine, iteration)
@@ -521,7 +521,7 @@ def test_sampler_and_trainer_agree_before_and_after_updates(method):
 def test_the_first_step_on_fresh_samples_has_ratio_1(method):
     """Nothing is clipped, and there is no divergence from the reference yet; after that step there is some."""
     learner = learner_of(SMALL, SIZE, **SAMPLING, **METHODS[method])
-    engine, refresh = rl.sampler(learner.actor, Tokenizer.of_bytes(), learner.s.rows, learner.s.context)
+    engine, refresh = rl.sampler(learner.s, learner, Tokenizer.of_bytes())
     first = learner.step(gap(learner, engine)[1], 0)
     assert first["ratio_max"] == pytest.approx(1, abs=1e-5) and first["clip_fraction"] == 0
     assert first["kl"] == pytest.approx(0, abs=1e-5) and first["kl_k3"] == pytest.approx(0, abs=1e-9)
@@ -622,7 +622,7 @@ def find_best(seed, iterations=100, **method):
     s = rl.Settings(lr=5e-3, critic_lr=5e-3, epochs=4, kl=0.03, max_new_tokens=3, rows=64, context=16, recompute=False,
                     seed=seed, **method)
     learner = rl.Learner(s, TEN, None, DIGITS.size, 0, 1, CPU)
-    engine, refresh = rl.sampler(learner.actor, DIGITS, s.rows, s.context)
+    engine, refresh = rl.sampler(s, learner, DIGITS)
     before = expected_worth(learner.actor)
     for iteration in range(iterations):
         groups = engine.generate(QUESTIONS, n=32, max_new_tokens=s.max_new_tokens, seed=1000 * (100 * seed + iteration))
