@@ -575,10 +575,13 @@ def collect(s, load=sample.load):
             refuse_held_out(task.id, info["sha256"], forbidden)
         path = folder / "manifest.json"
         same = {name: value for name, value in json.loads(json.dumps(asdict(s))).items() if name in SAME}
+        for name in ("expert", "embed"):        # a model that was trained anew in the same folder is another model
+            if Path(same[name] or "-").is_dir():
+                same[f"{name} of sha256"] = hash_checkpoint(same[name])
         manifest = json.loads(path.read_text()) if path.exists() else {"settings": same, "tasks": {}}
         then = manifest["settings"]
         found = [f"--{name.replace('_', '-')} was {then.get(name)} and is {same[name]}"
-                 for name in SAME if then.get(name) != same[name]]
+                 for name in same if then.get(name) != same[name]]
         found += [f"the data of {task.id} were others" for task, info in infos
                   if manifest["tasks"].get(task.id, info)["sha256"] != info["sha256"]]
         needed = SHORT_ACTIONS if s.prompt == "short" else SCRIPTED

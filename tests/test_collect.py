@@ -338,6 +338,22 @@ def test_a_models_ideas_are_in_its_prompt_alone_and_its_tokens_are_kept(toys):
     assert not any("tokens" in message for one in every for message in one.messages)    # another tokenizer
 
 
+def test_an_expert_that_was_trained_anew_is_another(toys, tmp_path):
+    """Though its folder has the same name; a file that was only touched is the same."""
+    folder = tmp_path / "expert"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"1")
+    s = settings(toys, expert=str(folder), task="toy-a", num=1, ideas=30, coder="none")
+    load = lambda spec, **options: Expert(REPLIES)
+    sft.collect(s, load)
+    weights.write_bytes(b"1")
+    sft.collect(s, load)
+    weights.write_bytes(b"2")
+    with pytest.raises(ValueError, match=r"--expert of sha256 was (\w+) and is (?!\1)\w+"):
+        sft.collect(replace(s, num=2), load)
+
+
 def test_ids_of_a_stop_string_are_neither_kept_nor_learned(toys):
     """An expert that goes on to invent an observation: its turn ends with its text in the record, in what is learned
     and in its next prompt."""
