@@ -230,7 +230,8 @@ def inputs(s, folder, found):
     """{what: its sha256, shortened} of what a run that goes on must have as it began: the model in `folder`, from which
     the reference is made anew, the pool's states, the data they are rewarded by, and a coder of its own."""
     states = [state for each in found.values() for state in each.values()]
-    names, files = [state.name for state in states], {state.file.stem: [state.head, state.steps] for state in states}
+    names = [state.name for state in states]
+    files = {state.file.stem: [state.head, state.steps] for state in states}
     data = {id: [tasks.info(id, s.data)[name] for name in ("sha256", "m_init", "m_best")] for id in found}
     own = s.coder not in ("none", "model") and Path(s.coder).is_dir()
     return {"--model of sha256": hash_checkpoint(folder), "states of sha256": digest([names, files])[:16],
@@ -785,7 +786,8 @@ def learn(s, rank, world, device):
 
 def plan(s):
     """What --plan prints: memory of one GPU by part, at the peak of an update. Reads no weights and needs no GPU."""
-    c, compute = shape_of(s.model), compute_type(s.dtype, torch.device("cuda"))
+    c = shape_of(s.model)
+    compute = compute_type(s.dtype, torch.device("cuda"))
     parts, total = memory_of(c, s.length, s.gpus, recompute=s.recompute, compute=compute), num_weights(c)[-1]
     held = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
     own = s.advantage == "gae" and s.critic == "own"

@@ -170,7 +170,8 @@ class Tokenizer:
     def spelling(self, ids, text):
         """Those of the sampled ids that are the text, without what ended it: an end of turn, a stop string. None where
         they are not exactly that, or are no ids at all, since they may come from a file."""
-        decoder, place = codecs.getincrementaldecoder("utf-8")("replace"), 0
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        place = 0
         for n, i in enumerate(ids if isinstance(ids, list) else []):
             if place == len(text) and not decoder.getstate()[0]:
                 return ids[:n]

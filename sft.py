@@ -961,7 +961,8 @@ def save_state(s, step, model, optimizer, origin, keep=2, **more):
             shutil.rmtree(left)
         part.mkdir(parents=True)
     barrier()
-    own, file = dict(shards(model)), part / f"rank-{rank}.pt"
+    own = dict(shards(model))
+    file = part / f"rank-{rank}.pt"
     torch.save({"step": step, "world": world, "settings": vars(s), "origin": origin, "rng": torch.get_rng_state(),
                 **more, "model": {name: local(p.detach()) for name, p in own.items()},
                 "optimizer": [optimizer.state[p] for p in own.values()]}, file)
@@ -995,7 +996,8 @@ def load_state(s, names, model, optimizer, origin):
     if other := [f"{what} {then} (now {now})" for what, (then, now) in {**flags, **given}.items() if then != now]:
         raise ValueError(f"{found[-1]} is of a run with {', '.join(other)}; give these again to go on with it, or "
                          "another --out to begin anew")
-    weights, moments = state.pop("model"), state.pop("optimizer")       # the caller must not keep them alive
+    weights = state.pop("model")            # the caller must not keep them alive
+    moments = state.pop("optimizer")
     own = dict(shards(model))
     with torch.no_grad():
         for name, p in own.items():
@@ -1438,7 +1440,9 @@ def held_back(origins, share, seed):
     learned from; the steps of a trajectory that is alone are held back one by one. origins: that of each text."""
     if len(set(origins)) == 1:
         origins = range(len(origins))
-    wanted, groups, chosen = max(1, round(share * len(origins))), defaultdict(list), []
+    wanted = max(1, round(share * len(origins)))
+    groups = defaultdict(list)
+    chosen = []
     for i, origin in enumerate(origins):
         groups[origin].append(i)
     for g in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
@@ -1457,7 +1461,8 @@ def texts_of(s, tokenizer, say=print):
     if s.copies and not all(len(one.messages) == 2 and one.messages[0]["content"].startswith("Task: ")
                             for one in found):
         raise ValueError("--copies are made of short prompts alone; collect with --prompt short")
-    texts, kept, cut, empty = [], [], [], []        # kept: the conversation of each text
+    texts, cut, empty = [], [], []
+    kept = []       # the conversation of each text
     for one in found:
         ids, chosen = tokenizer.conversation(one.messages, set(one.trained))
         if len(ids) > s.length + 1:

@@ -2,6 +2,7 @@
 the same command, and compares it with one that was left alone: figures of every step, and the model's bytes.
 
     python tests/kills.py --program sft --processes 2 --kills 5 --seed 0
+    python tests/kills.py --program rl --overlap --choose learnable     # other flags are the program's
 """
 import argparse
 import json
@@ -80,7 +81,9 @@ def parts(out):
 def kill(children, out, rng, seconds):
     """Kills the group of processes: around a save, or somewhere in one of its next steps, which take about so many
     seconds each. Says where."""
-    before, left, wanted = len(lines_of(out)), parts(out), rng.randint(0, 2)
+    before = len(lines_of(out))
+    left = parts(out)
+    wanted = rng.randint(0, 2)
     what = rng.choice(["save", "step"])
     pause = rng.uniform(0, 0.02) if what == "save" else rng.uniform(0, seconds)
     while True:
@@ -95,13 +98,14 @@ def kill(children, out, rng, seconds):
     return f"{'while it saved' if parts(out) - left else 'in a step'}, {len(lines_of(out)) - before} steps after its start"
 
 
-def check(program, processes, kills, seed, folder, say=print):
-    """AssertionError where a run that is killed so often is not the one left alone."""
-    steps, rng = 3 * kills + 4, random.Random(f"{program} {processes} {seed}")
+def check(program, processes, kills, seed, more, folder, say=print):
+    """more: flags of the program. AssertionError where a run that is killed so often is not the one left alone."""
+    steps = 3 * kills + 4
+    rng = random.Random(f"{program} {processes} {seed}")
     assert statuses(begin(PREPARE[program], ["-c", str(folder)], 1, f"{folder}/prepare")) == [0]
 
     def start(out):
-        argv = ["-c", str(folder), *flags_of(program, folder, steps), "--out", str(folder / out)]
+        argv = ["-c", str(folder), *flags_of(program, folder, steps), "--out", str(folder / out), *more]
         start.num = getattr(start, "num", 0) + 1
         return begin(RUN[program], argv, processes, f"{folder}/{out}-{start.num}")
 
@@ -112,7 +116,9 @@ def check(program, processes, kills, seed, folder, say=print):
         say(f"  kill {number + 1}: {kill(start('torn'), folder / 'torn', rng, seconds)}")
     children = start("torn")
     assert set(statuses(children)) == {0}, Path(f"{folder}/torn-{start.num}-0").read_text()
-    name, whole, torn = "step" if program == "sft" else "iteration", *map(lines_of, (folder / "whole", folder / "torn"))
+    name = "step" if program == "sft" else "iteration"
+    whole = lines_of(folder / "whole")
+    torn = lines_of(folder / "torn")
     figures = {line[name]: line for line in whole}
     assert len(whole) == len(figures) == steps and {line[name] for line in torn} == set(figures)
     for line in torn:       # those of a step that was done again are all of them equal
@@ -120,22 +126,23 @@ def check(program, processes, kills, seed, folder, say=print):
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (folder / "whole" / file).read_bytes() == (folder / "torn" / file).read_bytes(), file
     assert not parts(folder / "torn"), "a part of a checkpoint is left"
-    say(f"{program}.py, {processes} processes, {kills} kills, seed {seed}: {steps} steps, of which {len(torn) - steps} "
+    say(f"{' '.join([f'{program}.py', *more])}, {processes} processes, {kills} kills, seed {seed}: {steps} steps, of which {len(torn) - steps} "
         "were done again; figures and weights are bit for bit those of a run left alone")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", choices=("sft", "rl"), default="sft")
     for name, default in (("processes", 2), ("kills", 5), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    s = parser.parse_args()
+    s, more = parser.parse_known_args()
     torch.set_num_threads(1)
     env.describe(sys.executable)
     env.protection()
     env._servers.clear()        # each process has its own
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
-        check(s.program, s.processes, s.kills, s.seed, Path(folder))
+        check(s.program, s.processes, s.kills, s.seed, more, Path(folder))
 
 
 if __name__ == "__main__":
