@@ -1308,7 +1308,7 @@ def plan(s):
 
 
 SCHEDULE = ("batch", "length", "lr", "warmup", "beta2", "weight_decay", "optimizer_state", "clip", "copies", "valid",
-            "parsed", "rose", "per_idea", "dtype", "kernels", "seed")      # what a run that goes on must have as it began
+            "parsed", "rose", "per_idea", "dtype", "kernels", "seed")   # what a run that goes on must have as it began
 
 
 def train(s, texts, valid, tokenizer, config, folder):

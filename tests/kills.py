@@ -95,7 +95,8 @@ def kill(children, out, rng, seconds):
     time.sleep(pause)
     os.killpg(children[0], signal.SIGKILL)
     assert set(statuses(children)) == {-signal.SIGKILL}
-    return f"{'while it saved' if parts(out) - left else 'in a step'}, {len(lines_of(out)) - before} steps after its start"
+    where = "while it saved" if parts(out) - left else "in a step"
+    return f"{where}, {len(lines_of(out)) - before} steps after its start"
 
 
 def check(program, processes, kills, seed, more, folder, say=print):
@@ -126,8 +127,8 @@ def check(program, processes, kills, seed, more, folder, say=print):
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (folder / "whole" / file).read_bytes() == (folder / "torn" / file).read_bytes(), file
     assert not parts(folder / "torn"), "a part of a checkpoint is left"
-    say(f"{' '.join([f'{program}.py', *more])}, {processes} processes, {kills} kills, seed {seed}: {steps} steps, of which {len(torn) - steps} "
-        "were done again; figures and weights are bit for bit those of a run left alone")
+    say(f"{' '.join([f'{program}.py', *more])}, {processes} processes, {kills} kills, seed {seed}: {steps} steps, of "
+        f"which {len(torn) - steps} were done again; figures and weights are bit for bit those of a run left alone")
 
 
 def main():
