@@ -1233,7 +1233,7 @@ class Env:
         return bool(self.ended)
 
     def step(self, reply, tokens=None):
-        """Carries out a reply, whatever it is, and returns the Step. tokens: the reply's ids as they were sampled, kept
+        """Carries out a reply, whatever it is, and returns the Step. tokens: the sampled ids that spell the reply, kept
         in the messages so that its text is not encoded again. After the end nothing is done, and the Step says so."""
         started = time.monotonic()
         reply = reply[:MAX_REPLY + 1].encode("utf-8", "replace").decode()

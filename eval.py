@@ -31,7 +31,7 @@ import sample
 import tasks
 from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, clip, header, printed_metric,
                  record)
-from model import find_folder
+from model import find_folder, hash_checkpoint, sync
 from reward import KINDS
 
 FINAL = {"last-valid": "the last valid submission",
@@ -337,7 +337,8 @@ def spoken(s, model, hint=""):
         next(one for one in prompt if one["role"] == "user")["content"] += hint
         said = model.chat(prompt, max_new_tokens=s.max_new_tokens, stop=("\nObservation:",), seed=seed,
                           temperature=s.temperature, top_p=s.top_p)
-        return said.text, said.tokens or None, {
+        tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
+        return said.text, tokenizer and tokenizer.spelling(said.tokens, said.text), {
             "finish": said.finish, "tokens": len(said.tokens), "prompt_tokens": said.prompt_tokens,
             "cached_tokens": said.cached_tokens, "sample_seconds": said.seconds}
     return reply
@@ -1119,8 +1120,7 @@ def conditions(s, infos):
         same[f"data of {task.id}"] = f"{kind} {short([info['sha256'], info['m_init']])}"
     for name in [s.model, s.coder][:1 if s.coder in ("model", "none") else 2]:
         if name and Path(name).is_dir():    # a model trained anew in the same folder is another model
-            stats = {file.name: file.stat() for file in Path(name).glob("*.safetensors")}
-            same[f"files of {name}"] = short({file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()})
+            same[f"files of {name}"] = hash_checkpoint(name)
     return same
 
 
@@ -1246,6 +1246,8 @@ def write(path, value):
     part.unlink(missing_ok=True)        # a link that lies there must not be followed
     with open(part, "xb") as file:
         file.write(value if isinstance(value, bytes) else (json.dumps(value, indent=1) + "\n").encode())
+    if not isinstance(value, bytes):        # those are pages and copies, often thousands, and can be made again
+        sync(part)
     part.replace(path)
 
 

@@ -11,11 +11,13 @@ Parameters carry the names of the published checkpoints, so loading is an identi
 Letters: B rows, T tokens in a row, C model width, H query heads, K key/value heads, D head width, F feed-forward width,
 V vocabulary, L layers, S positions of the key/value cache that a pass can see.
 """
+import hashlib
 import json
 import math
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -527,6 +529,16 @@ class Qwen2(nn.Module):
         write_checkpoint(folder, self.config, tensors, next(self.parameters()).dtype, max_shard_bytes)
 
 
+def sync(path):
+    """Returns when what a file holds, or which names a folder has, is on the disk: to be called before the rename that
+    says so, which after a loss of power may otherwise be there without it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=5 * 10**9):
     """Write an ordinary checkpoint folder from an iterable of (name, tensor), converted to dtype, a shard at a time.
 
@@ -537,10 +549,13 @@ def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=5 * 10**9):
     (folder / "config.json").unlink(missing_ok=True)
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
+    sync(folder)
     shards, shard, size, total = [], {}, 0, 0       # shards: the names in each file
 
     def write():
-        save_file(shard, folder / f"model-{len(shards)}.safetensors", metadata={"format": "pt"})
+        file = folder / f"model-{len(shards)}.safetensors"
+        save_file(shard, file, metadata={"format": "pt"})
+        sync(file)
         shards.append(list(shard))
         shard.clear()
 
@@ -560,7 +575,11 @@ def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=5 * 10**9):
     if len(shards) > 1:
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text + "\n")
+        sync(folder / "model.safetensors.index.json")
+    sync(folder)
     config.save(folder, dtype)
+    sync(folder / "config.json")
+    sync(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,6 +598,20 @@ def find_folder(path, files=("*.json", "*.safetensors", "merges.txt")):
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {why}") from None
+
+
+def hash_checkpoint(folder):
+    """The sha256, shortened, of all that a model is read from: weights, config and tokenizer. A copy has the same, and
+    a model that was trained anew in the same folder another. It reads the files whole."""
+    told = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    files = sorted(file for file in Path(folder).iterdir() if file.suffix == ".safetensors" or file.name in told)
+
+    def one(file):
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    with ThreadPoolExecutor() as threads:
+        found = {file.name: sha for file, sha in zip(files, threads.map(one, files))}
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def checkpoint_files(folder):

@@ -22,7 +22,7 @@ on exactly with the same command. Exit status: 0 done, 1 failed, 2 bad arguments
 import contextlib, json, math, random, statistics, sys, time, zlib
 from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -34,14 +34,14 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import SLOTS, Blobs, Cache, Env, Gone, clip, protection, read_trajectory
+from env import NEEDS_CODER, SLOTS, Blobs, Cache, Env, Gone, clip, protection, read_trajectory
 from eval import (CODE_END, CODER_TOKENS, Failed, acts_as, alone, attempt, prepare, read_agent, run_program,
                   small_files, write)
-from model import IGNORE, Config, Linear, Qwen2, find_folder, use_kernels
+from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, use_kernels
 from reward import KINDS
-from sft import (AdamW, build, compute_type, epoch_order, export, fingerprint, flops_of, gib, held_out, linked,
-                 load_state, memory_of, num_weights, on_first, peak_flops, peak_memory, processes, refuse_held_out,
-                 row_of, save_state, shape_of, share)
+from sft import (AdamW, build, compute_type, digest, epoch_order, export, fingerprint, flops_of, full, gib, held_out,
+                 linked, load_state, memory_of, num_weights, on_first, peak_flops, peak_memory, processes,
+                 refuse_held_out, row_of, save_state, shape_of, shards, share)
 
 
 SMALL = 50e6    # weights; for a model of fewer the recipe is tiny, else 7b
@@ -66,7 +66,8 @@ class Settings:
     num: int = 4  # actions sampled in each state
     choose: str = "uniform"  # states of a task: uniform, or learnable (rather those whose actions' rewards differed)
     steps: int = 15  # replies of a trajectory, with --rollout episode
-    skip_equal: bool = True  # with --advantage group: leave out of the update states whose actions all earned the same
+    skip_equal: bool = True  # with --advantage group: leave out of the update states whose actions all earned the same,
+        # and with them what --kl would do there
     advantage: str = "gae"  # gae: against the critic's values; group: against the mean of the state's actions
     critic: str = "own"  # own: a second backbone; shared: a second head on the actor's
     epochs: int = 1  # passes over an iteration's actions
@@ -79,7 +80,8 @@ class Settings:
     clip_low: float = 0.2  # the ratio of new to old probability counts from 1 - this ...
     clip_high: float = 0.2  # ... to 1 + this
     dual_clip: float = 3.0  # a bad action's loss counts up to this ratio (arXiv 1912.09729)
-    value_clip: float = 0.2  # a value may move this far from the old one within an iteration
+    value_clip: float = 0.2  # a value may move this far from the old one within an iteration; times --steps with
+        # --rollout episode, whose returns are sums over as many rewards
     kl: float = 1e-3  # weight of the divergence from the reference, in the reward
     gamma: float = 1.0  # discount of a token
     lam: float = 1.0  # lambda of GAE
@@ -93,8 +95,10 @@ class Settings:
     recompute: bool = True  # compute a block's activations again in backward: a third more time, far less memory
     dtype: str = "auto"  # of products and activations, as in sft.py; weights are kept and updated in float32
     kernels: str = "torch"  # torch, or triton, on CUDA, which has not been measured on a GPU yet
-    coder: str = "none"  # who carries out the (AI) actions: none, model (the policy), or another, as in --model; the
-        # key of a server is read from OPENAI_API_KEY_CODER, or else OPENAI_API_KEY
+    coder: str = "auto"  # who carries out the (AI) actions: none, model (the policy), another, as in --model, or auto:
+        # the policy if the pool's expert had a coder, else none. It samples with seed 0 at temperature 1, so that the
+        # same request has the same answer. The key of a server is read from OPENAI_API_KEY_CODER, or else
+        # OPENAI_API_KEY
     data: str = "data"  # where prepared tasks are kept
     raw: str = ""  # folder of the publisher's files, as in eval.py
     python: str = sys.executable  # the interpreter that runs the tasks' scripts
@@ -186,7 +190,9 @@ def pool(s, tokenizer, say=print):
     for file in sorted(Path(s.trajectories).glob("*.jsonl")):
         try:
             head, steps = read_trajectory(file)
-        except ValueError as error:
+            if lacking := [step for step in steps if "m_before" not in step]:
+                raise ValueError(f"{file}: {len(lacking)} of its steps do not tell the score before them")
+        except (ValueError, OSError) as error:
             left_out.setdefault("no record of a trajectory", []).append(str(error))
             continue
         refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
@@ -213,6 +219,29 @@ def pool(s, tokenizer, say=print):
                          f"--trajectories {s.trajectories}. " + "\n".join(lines))
     say("\n".join(lines))
     return found
+
+
+def with_coder(s, found):
+    """The settings, --coder auto replaced by what the pool's prompts call for. ValueError: they offer the model tools
+    that it would not have."""
+    needed = sorted({name for states in found.values() for state in states.values()
+                     for name in NEEDS_CODER if name in state.head.get("actions", ())})
+    if needed and s.coder == "none":
+        raise ValueError(f"the states of {s.trajectories} were collected with a coder: they offer {', '.join(needed)}, "
+                         "which --coder none does not have; give --coder model, or collect with --coder none")
+    return replace(s, coder="model" if needed else "none") if s.coder == "auto" else s
+
+
+def inputs(s, folder, found):
+    """{what: its sha256, shortened} of what a run that goes on must have as it began: the model in `folder`, from which
+    the reference is made anew, the pool's states, the data they are rewarded by, and a coder of its own."""
+    states = [state for each in found.values() for state in each.values()]
+    names = [state.name for state in states]
+    files = {state.file.stem: [state.head, state.steps] for state in states}
+    data = {id: [tasks.info(id, s.data)[name] for name in ("sha256", "m_init", "m_best")] for id in found}
+    own = s.coder not in ("none", "model") and Path(s.coder).is_dir()
+    return {"--model of sha256": hash_checkpoint(folder), "states of sha256": digest([names, files])[:16],
+            "data of sha256": digest(data)[:16], **({"--coder of sha256": hash_checkpoint(s.coder)} if own else {})}
 
 
 def draw(found, num, rng, weights, usable=lambda state: True):
@@ -272,7 +301,7 @@ class Rollout:
         self.begun = None       # of the next iteration: (actions that are sampled, futures of their Samples)
         self.cache = Cache(Path(s.trajectories, "cache"))
         self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if s.rollout == "step" else s.states * s.num)
-        other = s.coder not in ("none", "model")
+        other = s.coder not in ("auto", "none", "model")
         self.coder = engine if s.coder == "model" else sample.load(
             s.coder, context=s.context, key=sample.coder_key(s.coder, s.model)) if other else None
         self.options = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop=("\nObservation:",))
@@ -381,7 +410,7 @@ class Rollout:
                 raise Gone(name)
             env = self.at(self.states[name])
             prompt = self.prompt(env)
-            step = vars(env.step(text, tokens))
+            step = vars(env.step(text, self.engine.tokenizer.spelling(tokens, text)))
             return [Sample(group, number, prompt, tokens, logps, step, env.task.id, name)]
         except Gone:
             return [Sample(group, number, [], tokens, logps, None, "", name)]
@@ -405,7 +434,7 @@ class Rollout:
                 break
             seed = zlib.crc32(f"{s.seed} {iteration} {group} {k} {env.index}".encode())
             reply = self.engine.submit(prompt, seed=seed, **self.options).result()
-            step = env.step(reply.text, reply.tokens)
+            step = env.step(reply.text, self.engine.tokenizer.spelling(reply.tokens, reply.text))
             found.append(Sample(group, k, prompt, reply.tokens, reply.logps, vars(step), env.task.id, name))
         return found
 
@@ -470,7 +499,8 @@ def gae(rewards, values, gamma=1.0, lam=1.0):
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1} (arXiv 1506.02438, equations 11 and 16), and
     the return is A_t + V_t. Behind the last token there is nothing, and its value is 0: an action is a whole episode,
-    and a trajectory is told how many steps it has left, so that to end there is part of its task.
+    and a full prompt tells a trajectory how many steps it has left, so that to end there is part of its task. A short
+    prompt does not: values are then averages over where in its trajectory such a state may stand.
     """
     advantages, following, after = [], 0.0, 0.0
     for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist())):
@@ -548,7 +578,7 @@ class Learner:
         return [values for _, values in sorted(gather(found), key=lambda one: one[0])]
 
     def advantages(self, samples, old, ref, values):
-        """(advantages, returns) of every sample's tokens, two lists of (N,), from the sampler's own log-probs of old
+        """(advantages, returns) of every sample's tokens, two lists of (N,), from the trainer's log-probs of old
         and of the reference, and the values. The KL penalty is k1 of arXiv 1909.08593, in the reward."""
         s, chains = self.s, {}
         rewards = [s.kl * (ref[i] - old[i]) if ref else torch.zeros_like(old[i]) for i in range(len(samples))]
@@ -594,7 +624,8 @@ class Learner:
         figures. Failed: a loss or a gradient that is not finite; no parameter has been changed by it."""
         s, sums, norms = self.s, torch.zeros(5, device=self.device, dtype=torch.float64), []
         largest = torch.ones((), device=self.device)
-        limit = s.value_clip if policy else math.inf        # the warm-up has no old values worth keeping to
+        limit = s.value_clip * (s.steps if s.rollout == "episode" else 1)
+        limit = limit if policy else math.inf               # the warm-up has no old values worth keeping to
         parts = min(s.minibatches, len(texts))
         for number in range(s.epochs * parts if policy else s.value_steps):
             epoch, m = divmod(number, parts) if policy else (number, 0)
@@ -644,10 +675,6 @@ class Learner:
                 "critic_grad_norm": norm[-1]}
 
 
-def full(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -656,13 +683,13 @@ def sampler(s, learner, tokenizer):
     the trained module itself where that is whole and computes in its weights' dtype; else a copy in the dtype that it
     computes in (--dtype), filled in place."""
     actor, dtype = learner.actor, learner.actor.compute
-    whole = not any(isinstance(p, DTensor) or p.dtype is not dtype for p in actor.parameters())
+    whole = not any(isinstance(p, DTensor) or p.dtype is not dtype for _, p in shards(actor))
     model = actor if whole else Qwen2._empty(learner.config, dtype, learner.device).requires_grad_(False)
     copies = dict(model.named_parameters())
 
     @torch.no_grad()
     def fill():
-        for name, p in actor.named_parameters() if not whole else ():
+        for name, p in shards(actor) if not whole else ():
             p = full(p)
             if name in copies:
                 copies[name].copy_(p)
@@ -734,9 +761,14 @@ def learn(s, rank, world, device):
     if s.sandbox == "on":
         protection()        # here, before many threads ask at once
     found = pool(s, tokenizer, say)
+    s = with_coder(s, found)
     use_kernels(s.kernels, device)
     learner = Learner(s, config, folder, tokenizer.size, rank, world, device)
-    state = load_state(s, sorted(vars(s).keys() - FREE), learner.models, learner.optimizer) or {"step": 0}
+    origin = {"products in": str(learner.actor.compute).removeprefix("torch."),
+              **on_first(lambda: inputs(s, folder, found))}
+    # with overlap the last iteration samples no other, so a run that was to be longer is another from there on
+    names = sorted(vars(s).keys() - (FREE - {"iterations"} if s.overlap else FREE))
+    state = load_state(s, names, learner.models, learner.optimizer, origin) or {"step": 0}
     engine, refresh = sampler(s, learner, tokenizer)
     rollout = Rollout(s, engine, found, rank, world)
     if done := state["step"]:
@@ -754,7 +786,7 @@ def learn(s, rank, world, device):
             if (iteration + 1) % s.show_every == 0 or iteration == 0:
                 print(shown(random.Random(iteration).choice(samples)), flush=True)
         if (iteration + 1) % s.save_every == 0 or iteration + 1 == s.iterations:
-            save_state(s, iteration + 1, learner.models, learner.optimizer, rollout=rollout.save())
+            save_state(s, iteration + 1, learner.models, learner.optimizer, origin, rollout=rollout.save())
     export(learner.actor, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if rank == 0 and (agent := read_agent(folder)):
         write(Path(s.out, "agent.json"), agent)
@@ -764,13 +796,14 @@ def learn(s, rank, world, device):
 def plan(s):
     """What --plan prints: memory of one GPU by part, at the peak of an update. Reads no weights and needs no GPU."""
     c = shape_of(s.model)
-    parts, total = memory_of(c, s.length, s.gpus, recompute=s.recompute), num_weights(c)[-1]
+    compute = compute_type(s.dtype, torch.device("cuda"))
+    parts, total = memory_of(c, s.length, s.gpus, recompute=s.recompute, compute=compute), num_weights(c)[-1]
     held = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
     own = s.advantage == "gae" and s.critic == "own"
-    copied = s.gpus > 1         # a process alone samples from the fp32 weights that it trains
+    copied = s.gpus > 1 or compute is not torch.float32         # see sampler
     cached = s.rows * s.context * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim
     table = {"actor": held, "critic": held * own, "reference": parts["weights"] * bool(s.kl),
-             "sampling copy": 2 * total * copied, "KV cache": cached * (2 if copied else 4),
+             "sampling copy": compute.itemsize * total * copied, "KV cache": compute.itemsize * cached,
              "gathered": parts["gathered"], "activations": parts["activations"] * (1 + own), "logits": parts["logits"]}
     return "\n".join([f"{s.model}: {total:,} weights; {s.gpus} GPUs, rows of {s.length:,} tokens, {s.rows} x "
                       f"{s.context:,} tokens sampled, recompute {'on' if s.recompute else 'off'}", "", "GiB per GPU",

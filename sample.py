@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 import model as modeling
-from model import Config, Linear, Qwen2, attend, find_folder, sight, use_kernels
+from model import Config, Linear, Qwen2, attend, find_folder, sight, sync, use_kernels
 
 
 class ContextFull(ValueError):
@@ -93,6 +93,7 @@ class Tokenizer:
         # that text can grow token by token and a stop string is found without decoding from the start.
         byte_of = {c: b for b, c in enumerate(byte_alphabet())}
         added = bpe.get_added_tokens_decoder()
+        self.control = {i for i, token in added.items() if token.special} | self.eos | {self.turn}
         self.bytes = [b""] * self.size
         for text, i in bpe.get_vocab(with_added_tokens=True).items():
             self.bytes[i] = text.encode() if i in added else bytes(byte_of[c] for c in text)
@@ -158,7 +159,10 @@ class Tokenizer:
         for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
             if self.folder and (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 (folder / name).write_bytes((self.folder / name).read_bytes())
-        self.bpe.save(str(folder / "tokenizer.json"))
+        part = folder / "tokenizer.part"        # a run that is killed here finds the whole file or none
+        self.bpe.save(str(part))
+        sync(part)
+        part.replace(folder / "tokenizer.json")
 
     def encode(self, text):
         """Token ids of plain text."""
@@ -167,6 +171,21 @@ class Tokenizer:
     def decode(self, ids):
         """Text of token ids; bytes that are no valid UTF-8 become U+FFFD."""
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
+
+    def spelling(self, ids, text):
+        """Those of the sampled ids that are the text, without what ended it: an end of turn, a stop string. None where
+        they are not exactly that, or are no ids at all, since they may come from a file."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        place = 0
+        for n, i in enumerate(ids if isinstance(ids, list) else []):
+            if place == len(text) and not decoder.getstate()[0]:
+                return ids[:n]
+            piece = self.bytes[i] if type(i) is int and 0 <= i < self.size and i not in self.control else b""
+            said = decoder.decode(piece)
+            if not piece or not text.startswith(said, place):
+                return None
+            place += len(said)
+        return ids if text[place:] == decoder.decode(b"", final=True) else None
 
     def chat(self, messages, add_generation_prompt=True):
         """Token ids of a conversation in Qwen's chat format, ending where the assistant speaks; see conversation."""
@@ -179,8 +198,8 @@ class Tokenizer:
         the messages that count as chosen; None: all of the assistant's.
 
         A message is <|im_start|>role\\ncontent<|im_end|>\\n; without a system message the checkpoint's default one
-        comes first, if it has one. A message's "tokens", the ids that were sampled for it, stand for its content as
-        they are: a reply that was sampled is never tokenised again. Raises ValueError for another role, or a message
+        comes first, if it has one. A message's "tokens", the ids that were sampled for it, stand for its content where
+        they spell it: a reply that was sampled is not tokenised again. Raises ValueError for another role, or a message
         without content.
         """
         numbered = list(enumerate(messages))
@@ -194,8 +213,7 @@ class Tokenizer:
                                  f"found role {role!r} and content {str(content)[:40]!r}")
             head, reply = self.encode(f"{role}\n{content}"), []
             if role == "assistant":     # apart, as when it was sampled
-                head, reply = self.encode("assistant\n"), list(tokens or self.encode(content))
-                reply = reply[:-1] if reply and reply[-1] in self.eos else reply
+                head, reply = self.encode("assistant\n"), self.spelling(tokens, content) or self.encode(content)
             ids += [self.turn, *head, *reply, self.end, *newline]
             counts = role == "assistant" and (trained is None or i in trained)
             chosen += [False] * (1 + len(head)) + [counts] * (len(reply) + 1) + [False] * len(newline)
@@ -546,11 +564,12 @@ class Engine:
         self.model, self.tokenizer, self.name, self.rows = model, tokenizer, name, rows
         self.context = min(context, model.config.max_position_embeddings)
         self.device = weight.device
+        dtype = getattr(model, "compute", None) or weight.dtype     # of what is computed, and so of what is cached
         streamed = sum(p.nbytes for p in model.parameters()) > 2**26 if pack is None else pack
-        self.pack = streamed and self.device.type == "cpu" and weight.dtype is torch.float32
+        self.pack = streamed and self.device.type == "cpu" and weight.dtype is dtype is torch.float32
         self.static, self.frames = static, {}       # {shape: Frame}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if static and self.device.type == "cuda" else None
-        self.cache = Cache(model.config, rows, self.context + static, weight.dtype, self.device)
+        self.cache = Cache(model.config, rows, self.context + static, dtype, self.device)
         # Rows 0 .. len(active) - 1 are being sampled; the rest are parked, their cached tokens waiting for reuse.
         self.active = []
         self.tokens = np.zeros((rows, self.context), int)                   # what each row's cache holds

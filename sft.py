@@ -28,14 +28,15 @@ import torch
 import torch.distributed as dist
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
 from env import (
     DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, clip, parse, printed_metric, prompt_of, short_prompt, shown_lines)
-from model import IGNORE, Config, Qwen2, find_folder, load_tensors, use_kernels, write_checkpoint
+from model import (
+    IGNORE, Config, Qwen2, find_folder, hash_checkpoint, load_tensors, sync, use_kernels, write_checkpoint)
 from eval import (
     AGENT, FLAG, NUMBER, TEXT, VALUE, Failed, Run, alone, attempt, ended, file_of, from_json, layout, one_process,
     prepare, read_agent, read_bytes, read_record, run_program, spoken, together, trajectory, write)
@@ -582,11 +583,14 @@ def collect(s, load=sample.load):
             refuse_held_out(task.id, info["sha256"], forbidden)
         path = folder / "manifest.json"
         same = {name: value for name, value in json.loads(json.dumps(asdict(s))).items() if name in SAME}
+        for name in ("expert", "embed"):        # a model that was trained anew in the same folder is another model
+            if Path(same[name] or "-").is_dir():
+                same[f"{name} of sha256"] = hash_checkpoint(same[name])
         raw = read_bytes(path)
         manifest = {"settings": same, "tasks": {}} if raw is None else from_json(raw, MANIFEST, path)
         then = manifest["settings"]
         found = [f"--{name.replace('_', '-')} was {then.get(name)} and is {same[name]}"
-                 for name in SAME if then.get(name) != same[name]]
+                 for name in same if then.get(name) != same[name]]
         found += [f"the data of {task.id} were others" for task, info in infos
                   if manifest["tasks"].get(task.id, info)["sha256"] != info["sha256"]]
         needed = SHORT_ACTIONS if s.prompt == "short" else SCRIPTED
@@ -659,6 +663,7 @@ class Conversation:
     messages: list      # [{"role", "content"}], with "tokens" where the sampled ids are to be used; the last is trained
     trained: list       # of int: indices of the messages that are learned, all of the assistant
     source: str         # file, and line or entry, for messages to the user
+    origin: str = ""    # what is held back together with it, to validate: its trajectory
     task: str = ""      # of a trajectory: its task ...
     ideas: tuple = ()   # ... and the titles of the ideas that its expert was given
 
@@ -681,11 +686,13 @@ def conversations(path, *, parsed=True, rose=False, per_idea=0, data="data", tok
     if not path.exists():
         raise ValueError(f"there is no {path}; collect it with: python sft.py --collect --trajectories {path}")
     found, left_out, times, forbidden = [], defaultdict(list), Counter(), held_out(data)
-    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+    for file in sorted(file for file in path.glob("*.jsonl") if file.is_file()) if path.is_dir() else [path]:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error})") from None
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}") from None
         played = re.search(r'^\{"type": "(header|step|end)"', text, re.M)
         for source, load in [(str(file), None)] if played else entries(file, text):
             try:
@@ -717,11 +724,11 @@ def entries(file, text):
     def line(text):
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Bad("not JSON") from error
     try:
         whole = json.loads(text) if file.suffix != ".jsonl" else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if "Extra data" not in str(error):      # that is what JSON lines look like
             raise ValueError(f"{file} is not JSON: {error}. Expected a list of conversations, or one a line") from None
         whole = None
@@ -745,10 +752,12 @@ def read_own(entry, source):
         messages.append({"role": ROLES[role], "content": content})
     if not all(isinstance(message["content"], str) for message in messages):
         raise Bad("a content that is no text")
+    if any(re.search("[\ud800-\udfff]", message["content"]) for message in messages):
+        raise Bad("half a surrogate pair, which is no character")
     trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
     if not trained:
         raise Bad("no turn of the assistant")
-    return Conversation(messages[:trained[-1] + 1], trained, source)
+    return Conversation(messages[:trained[-1] + 1], trained, source, source)
 
 
 NEEDED = ({"task", "messages", "snapshot", "m_init"}, {"messages", "snapshot", "valid", "m_after", "ended"})
@@ -792,9 +801,9 @@ def read_played(file, text, parsed, rose, forbidden, tokenizer):
     if not trained:
         raise Bad("no turn of the assistant")
     ideas, same = tuple(head.get("ideas", ())), tokenizer and head.get("tokenizer") == fingerprint(tokenizer)
-    found = [Conversation(one, [len(one) - 1], f"{file}, message {i}", task.id, ideas)
+    found = [Conversation(one, [len(one) - 1], f"{file}, message {i}", str(file), task.id, ideas)
              for i, one in zip(trained, single)] or [
-        Conversation(messages[:trained[-1] + 1], trained, str(file), task.id, ideas)]
+        Conversation(messages[:trained[-1] + 1], trained, str(file), str(file), task.id, ideas)]
     for one in () if same else found:
         for message in one.messages:
             message.pop("tokens", None)
@@ -882,8 +891,7 @@ def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qw
     model.tie()
     own = {}    # name -> (this process's rows, the index of the first, the whole shape)
     for name, p in model.named_parameters():
-        rows = p.to_local() if isinstance(p, DTensor) else p
-        own[name] = rows, min(rank * -(-p.shape[0] // world), p.shape[0]), tuple(p.shape)
+        own[name] = local(p), min(rank * -(-p.shape[0] // world), p.shape[0]), tuple(p.shape)
     with torch.no_grad():
         for name in [name for name in own if name.startswith("score.")]:
             own.pop(name)[0].zero_()
@@ -898,14 +906,33 @@ def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qw
     return model
 
 
+def shards(model):
+    """Name and parameter of all that this process holds of a model, as model.named_parameters(). Where it is sharded,
+    these are the shards: after a forward without a backward the root of FSDP2 stays gathered, and its parameters are
+    until then other tensors, whole, in the dtype of the products and unknown to the optimizer."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model.named_parameters()
+
+
+def local(x):
+    """This process's rows of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def full(x):
+    """A tensor whole on every process; where it is sharded all of them must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def export(model, tokenizer, folder, dtype):
     """Write an ordinary Hugging Face folder from a model that may be sharded, without a critic's head `score`; every
     process must call it."""
-    tensors = ((name, p.detach().full_tensor() if isinstance(p, DTensor) else p.detach())
-               for name, p in model.named_parameters() if not name.startswith("score."))
+    tensors = ((name, full(p.detach())) for name, p in shards(model) if not name.startswith("score."))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        write_checkpoint(folder, model.config, tensors, dtype)
         tokenizer.save(folder)
+        write_checkpoint(folder, model.config, tensors, dtype)
     else:
         for _ in tensors:       # gathering takes all of them
             pass
@@ -917,8 +944,21 @@ def barrier():
         dist.barrier()
 
 
-def save_state(s, step, model, optimizer, keep=2, **more):
-    """Write everything a later process needs to go on exactly after `step` steps, each process its own part.
+def hash_texts(*parts):
+    """The sha256, shortened, of lists of texts, [(ids, chosen)]."""
+    sha = hashlib.sha256()
+    for texts in parts:
+        sha.update(f"{len(texts)} texts".encode())
+        for ids, chosen in texts:
+            sha.update(f"{len(ids)} ids".encode())
+            sha.update(np.array(ids, np.int32))
+            sha.update(np.array(chosen, np.bool_))
+    return sha.hexdigest()[:16]
+
+
+def save_state(s, step, model, optimizer, origin, keep=2, **more):
+    """Write everything a later process needs to go on exactly after `step` steps, each process its own part. origin:
+    {what: value} of all that the run hangs on besides its settings.
 
     Written aside and renamed when all are done, so a folder s.out/checkpoints/step-N is whole. The last `keep` stay.
     """
@@ -926,25 +966,31 @@ def save_state(s, step, model, optimizer, keep=2, **more):
     final = Path(s.out, "checkpoints", f"step-{step:06d}")
     part = final.with_suffix(".part")
     if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in final.parent.glob("*.part"):        # by a kill
+            shutil.rmtree(left)
         part.mkdir(parents=True)
     barrier()
-    local = lambda x: x.to_local() if isinstance(x, DTensor) else x
-    torch.save({"step": step, "world": world, "settings": vars(s), "rng": torch.get_rng_state(), **more,
-                "model": {name: local(p.detach()) for name, p in model.named_parameters()},
-                "optimizer": [optimizer.state[p] for p in model.parameters()]}, part / f"rank-{rank}.pt")
+    own = dict(shards(model))
+    file = part / f"rank-{rank}.pt"
+    torch.save({"step": step, "world": world, "settings": vars(s), "origin": origin, "rng": torch.get_rng_state(),
+                **more, "model": {name: local(p.detach()) for name, p in own.items()},
+                "optimizer": [optimizer.state[p] for p in own.values()]}, file)
+    sync(file)
     barrier()
     if rank == 0:
+        sync(part)
         part.rename(final)
+        sync(final.parent)
         for old in sorted(final.parent.glob("step-??????"))[:-keep]:
             old.rename(old.with_suffix(".part"))        # a folder that is half deleted must not look whole
             shutil.rmtree(old.with_suffix(".part"))
     barrier()
 
 
-def load_state(s, names, model, optimizer):
-    """The newest complete state below s.out, put into model and optimizer; None where there is none. ValueError: it is
-    of a run of another number of processes, or whose settings of these names are others."""
+def load_state(s, names, model, optimizer, origin):
+    """The newest complete state below s.out, put into model and optimizer: what else it holds, as a dict; None where
+    there is none. ValueError: it is of a run of another number of processes, or that had other settings of these names
+    or another origin, see save_state."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     found = sorted(Path(s.out, "checkpoints").glob("step-??????"))
     if not found:
@@ -953,15 +999,19 @@ def load_state(s, names, model, optimizer):
     if num != world:
         raise ValueError(f"{found[-1]} was written by {num} processes and this run has {world}; start {num}, or give "
                          "another --out")
-    state = torch.load(found[-1] / f"rank-{rank}.pt", weights_only=True)
-    if other := [f"--{name.replace('_', '-')} {state['settings'][name]} (now {getattr(s, name)})" for name in names
-                 if state["settings"][name] != getattr(s, name)]:
+    state = torch.load(found[-1] / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+    flags = {f"--{name.replace('_', '-')}": (state["settings"].get(name), getattr(s, name)) for name in names}
+    given = {what: (state.get("origin", {}).get(what), now) for what, now in origin.items()}
+    if other := [f"{what} {then} (now {now})" for what, (then, now) in {**flags, **given}.items() if then != now]:
         raise ValueError(f"{found[-1]} is of a run with {', '.join(other)}; give these again to go on with it, or "
                          "another --out to begin anew")
+    weights = state.pop("model")            # the caller must not keep them alive
+    moments = state.pop("optimizer")
+    own = dict(shards(model))
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            (p.to_local() if isinstance(p, DTensor) else p).copy_(state["model"][name])
-    for p, values in zip(model.parameters(), state["optimizer"]):
+        for name, p in own.items():
+            local(p).copy_(weights[name])
+    for p, values in zip(own.values(), moments):
         optimizer.state[p] = {key: value.to(p.device) if torch.is_tensor(value) else value
                               for key, value in values.items()}
     torch.set_rng_state(state["rng"])
@@ -1036,7 +1086,7 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 place += 1
                 if p.grad is not None:
-                    weight, grad = (x.to_local() if isinstance(x, DTensor) else x for x in (p, p.grad))
+                    weight, grad = local(p), local(p.grad)
                     if not self.state[p]:
                         self.state[p] = self.begin(weight.numel(), weight.device)
                     self.update(weight.view(-1), grad.reshape(-1), self.state[p], place, group)
@@ -1267,7 +1317,7 @@ def plan(s):
 
 
 SCHEDULE = ("batch", "length", "lr", "warmup", "beta2", "weight_decay", "optimizer_state", "clip", "copies", "valid",
-            "parsed", "rose", "per_idea", "dtype", "seed")      # what a run that goes on must have as it began
+            "parsed", "rose", "per_idea", "dtype", "kernels", "seed")   # what a run that goes on must have as it began
 
 
 def train(s, texts, valid, tokenizer, config, folder):
@@ -1278,7 +1328,10 @@ def train(s, texts, valid, tokenizer, config, folder):
     model = build(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
     optimizer = AdamW(model.parameters(), s.lr, s.weight_decay, (0.9, s.beta2), state=s.optimizer_state)
     steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)
-    state = load_state(s, SCHEDULE, model, optimizer)
+    origin = {"optimizer steps": steps, "products in": str(model.compute).removeprefix("torch."),
+              **on_first(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
+                                  "texts of sha256": hash_texts(texts, valid)})}
+    state = load_state(s, SCHEDULE, model, optimizer, origin)
     first, size, peak = state["step"] if state else 0, tokenizer.size, peak_flops(device)
     if first >= steps and rank == 0:
         print(f"{s.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
@@ -1289,8 +1342,7 @@ def train(s, texts, valid, tokenizer, config, folder):
         num_targets = sum(sum(texts[i][1]) for i in chosen)
         rows = rows_of(texts, chosen, rank, world, s.length)
         loss = add_gradients(model, rows, num_targets, world, device, size)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip))
         losses = torch.zeros(world, device=device)
         losses[rank] = loss
         if dist.is_initialized():
@@ -1324,7 +1376,7 @@ def train(s, texts, valid, tokenizer, config, folder):
                   f"GiB  {seconds:6.2f} s  ETA {timedelta(seconds=int(left))}"
                   + (f"  valid {loss:.4f}, {right:.1%} right" if "valid_loss" in figures else ""), flush=True)
         if last or (step + 1) % s.save_every == 0:
-            save_state(s, step + 1, model, optimizer)
+            save_state(s, step + 1, model, optimizer, origin)
     export(model, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model
 
@@ -1391,6 +1443,25 @@ def copies_of(one, num, seed):
     return [redrawn(one.messages, rng) if rng.random() < 0.7 else one.messages for _ in range(num)]
 
 
+def held_back(origins, share, seed):
+    """Indices of about that share of the texts, at least one: all of some origins, drawn at random, as many as come
+    nearest to it. Neighbouring states of one trajectory are nearly alike, so none of a trajectory that validates is
+    learned from; the steps of a trajectory that is alone are held back one by one. origins: that of each text."""
+    if len(set(origins)) == 1:
+        origins = range(len(origins))
+    wanted = max(1, round(share * len(origins)))
+    groups = defaultdict(list)
+    chosen = []
+    for i, origin in enumerate(origins):
+        groups[origin].append(i)
+    for g in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
+        group = list(groups.values())[g]
+        if chosen and len(chosen) + len(group) - wanted >= wanted - len(chosen):
+            break
+        chosen += group
+    return set(chosen)
+
+
 def texts_of(s, tokenizer, say=print):
     """(to train on, to validate with): the conversations in s.trajectories as [(ids, chosen)]. A conversation of more
     than s.length tokens is cut there. Raises ValueError where nothing is left."""
@@ -1400,28 +1471,32 @@ def texts_of(s, tokenizer, say=print):
                             for one in found):
         raise ValueError("--copies are made of short prompts alone; collect with --prompt short")
     texts, cut, empty = [], [], []
+    kept = []       # the conversation of each text
     for one in found:
         ids, chosen = tokenizer.conversation(one.messages, set(one.trained))
         if len(ids) > s.length + 1:
             cut.append(one.source)
-            ids, chosen = ids[:s.length + 1], chosen[:s.length + 1]
-        if any(chosen):
-            texts.append((ids, chosen))
+        if any(chosen[:s.length + 1]):
+            texts.append((ids[:s.length + 1], chosen[:s.length + 1]))
+            kept.append(one)
         else:
             empty.append(one.source)
     for what, sources in ((f"cut at {s.length} tokens", cut), ("left out, no reply before the cut", empty)):
         if sources:
             say(f"  {what}: {len(sources)} ({', '.join(sources[:5])}{', ...' * (len(sources) > 5)})")
-    num_valid = max(1, round(s.valid * len(texts)))
-    if len(texts) <= num_valid:
-        raise ValueError(f"{len(texts)} conversations are too few to train on and to validate with; collect more")
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(s.seed)).tolist()
-    train, valid = ([texts[i] for i in sorted(part)] for part in (order[num_valid:], order[:num_valid]))
+    origins = [one.origin for one in kept]
+    if len(set(origins)) == 1 < len(origins):
+        say(f"  all are of {origins[0]}: some of its own steps validate")
+    held = held_back(origins, s.valid, s.seed)
+    train, valid = ([text for i, text in enumerate(texts) if (i in held) == side] for side in (False, True))
     if s.copies:
-        copies = [tokenizer.conversation(copy) for i in sorted(order[num_valid:])
-                  for copy in copies_of(found[i], s.copies, s.seed)]
+        copies = [tokenizer.conversation(copy) for i, one in enumerate(kept) if i not in held
+                  for copy in copies_of(one, s.copies, s.seed)]
         # of every tenth the prompt is learned too: a few names stand in it twice, which is more to learn copying from
-        train = [(ids, [True] * len(ids)) if i % 10 == 0 else (ids, chosen) for i, (ids, chosen) in enumerate(copies)]
+        copies = [(ids, [True] * len(ids)) if i % 10 == 0 else (ids, chosen) for i, (ids, chosen) in enumerate(copies)]
+        train = [(ids[:s.length + 1], chosen[:s.length + 1]) for ids, chosen in copies if any(chosen[:s.length + 1])]
+    if not train:
+        raise ValueError(f"{len(texts)} conversations are too few to train on and to validate with; collect more")
     return train, valid
 
 

@@ -45,8 +45,10 @@ class Forks:
         self.driver.wait(600)
 
 
-def be_one(code, argv, rank, world, name):
-    """In the process itself."""
+def be_one(code, argv, rank, world, name, first):
+    """In the process itself. first: the process of rank 0, 0 for that."""
+    import torch
+    os.setpgid(0, first)
     log = os.open(f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(source, target)
@@ -68,6 +70,17 @@ def be_one(code, argv, rank, world, name):
         os._exit(status)
 
 
+def begin(code, argv, world, name):
+    """Forks the processes: their ids. They are one group, which has the first one's."""
+    children = []
+    for rank in range(world):
+        children.append(os.fork())
+        if not children[-1]:
+            be_one(code, argv, rank, world, name, children[0])
+        os.setpgid(children[-1], children[0])       # whichever of the two is first
+    return children
+
+
 if __name__ == "__main__":
     import pytest, torch                            # noqa: E401, F401
     import env, eval, rl, sample, sft, tasks        # noqa: E401, F401
@@ -77,9 +90,5 @@ if __name__ == "__main__":
     env._servers.clear()        # each has its own
     for line in sys.stdin:
         code, argv, world, name = json.loads(line)
-        children = []
-        for rank in range(world):
-            children.append(os.fork())
-            if not children[-1]:
-                be_one(code, argv, rank, world, name)
+        children = begin(code, argv, world, name)
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)

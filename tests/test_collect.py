@@ -338,6 +338,45 @@ def test_a_models_ideas_are_in_its_prompt_alone_and_its_tokens_are_kept(toys):
     assert not any("tokens" in message for one in every for message in one.messages)    # another tokenizer
 
 
+def test_an_expert_that_was_trained_anew_is_another(toys, tmp_path):
+    """Though its folder has the same name; a file that was only touched is the same."""
+    folder = tmp_path / "expert"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(b"1")
+    s = settings(toys, expert=str(folder), task="toy-a", num=1, ideas=30, coder="none")
+    load = lambda spec, **options: Expert(REPLIES)
+    sft.collect(s, load)
+    weights.write_bytes(b"1")
+    sft.collect(s, load)
+    weights.write_bytes(b"2")
+    with pytest.raises(ValueError, match=r"--expert of sha256 was (\w+) and is (?!\1)\w+"):
+        sft.collect(replace(s, num=2), load)
+
+
+def test_ids_of_a_stop_string_are_neither_kept_nor_learned(toys):
+    """An expert that goes on to invent an observation: its turn ends with its text in the record, in what is learned
+    and in its next prompt."""
+    class React(Expert):
+        def chat(self, messages, **options):
+            said = super().chat(messages, **options)
+            ids = self.tokenizer.encode(said.text + "\nObservation:")
+            return replace(said, tokens=ids, logps=[0.0] * len(ids))
+    expert, s = React(REPLIES), settings(toys, expert="model", task="toy-a", num=1, ideas=30, coder="none")
+    sft.collect(s, load=lambda spec, **options: expert)
+    t = Expert.tokenizer
+    head, steps = env.read_trajectory(toys / "out" / "toy-a-0.jsonl")
+    assert [t.decode(step["messages"][0]["tokens"]) for step in steps] == REPLIES
+    (one,), _ = sft.conversations(s.trajectories, data=s.data, tokenizer=t, say=lambda text: None)
+    ids, chosen = t.conversation(one.messages, set(one.trained))
+    learned = t.decode([i for i, c in zip(ids, chosen) if c])
+    assert learned == f"{REPLIES[0]}{t.END}{REPLIES[2]}{t.END}"
+    for step in steps[:-1]:     # recorded when the stop's ids were kept
+        step["messages"][0]["tokens"] += t.encode("\nObservation:")
+    prompt = t.decode(t.chat([*head["messages"], *(each for step in steps for each in step["messages"])]))
+    assert "\nObservation:" not in prompt.split("<|im_start|>assistant", 1)[1]
+
+
 # ---- held-out tasks
 
 def test_held_out_tasks_are_refused_by_name(toys):
@@ -401,28 +440,45 @@ def test_bad_entries_of_a_users_file_are_named_and_counted(tmp_path):
     entries = [CHAT, {"messages": [user]}, {"messages": [user, {"role": "tool", "content": "t"}, robot]}, {"text": "x"},
                {"messages": [user, {"role": "assistant", "content": None}]}, [1], {"messages": []},
                {"messages": [user, {"role": "assistant", "content": "  "}]}, {"messages": [{"role": ["x"]}, robot]}]
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"messages": [\n')
+    more = [{"messages": [user, {**robot, "content": "\ud83d"}]}, {"messages": [user, {**robot, "content": 5}]},
+            {"messages": [[user, robot]]}, {"messages": {"0": user}}, {"messages": [user, robot], "system": 7},
+            {"messages": [user, {**robot, "content": [["a"]]}]}, {"messages": [{"content": "x"}, robot]}, None, 3,
+            {"messages": [user, {**robot, "content": float("nan")}]}]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"messages": [\n'
+                    + "".join(json.dumps(entry) + "\n" for entry in more) + "[" * 100_000 + "\n")
     found, left_out, said = read(path)
     lines = {why: [int(source.rpartition(" ")[2]) for source in where] for why, where in left_out.items()}
     assert len(found) == 1 and lines == {
         "no turn of the assistant": [2, 7, 8], "unknown role 'tool'": [3],
-        'no list "messages" or "conversations"': [4, 6], "a content that is no text": [5], "not JSON": [10],
-        "unknown role ['x']": [9]}
+        'no list "messages" or "conversations"': [4, 6, 13, 14, 18, 19],
+        "a content that is no text": [5, 12, 15, 16, 20], "not JSON": [10, 21], "unknown role ['x']": [9],
+        "half a surrogate pair, which is no character": [11], "unknown role None": [17]}
     assert f"left out, no turn of the assistant: 3 ({path}, line 2, {path}, line 7" in said
 
 
 @pytest.mark.parametrize("name, content, words", [
     ("x.json", b"", "is not JSON"), ("x.json", b'[{"messages": [}]', "is not JSON: .* line 1 column"),
     ("x.jsonl", b"", "nothing to train on"), ("x.jsonl", b"\n{}\n", "nothing to train on(.|\n)*x.jsonl, line 2"),
-    ("x.json", b"[]", "nothing to train on"), ("x.jsonl", b"\xff\xfe", "is not UTF-8"), ("x", None, "there is no"),
+    ("x.json", b"[]", "nothing to train on"), ("x.json", b"[" * 100_000, "is not JSON"),
+    ("x.jsonl", b"\xff\xfe", "is not UTF-8"), ("x", None, "there is no"),
     ("empty", "folder", "nothing to train on")])
 def test_what_cannot_be_read_at_all_is_refused(name, content, words, tmp_path):
     if content == "folder":
-        (tmp_path / name).mkdir()
+        (tmp_path / name / "folder.jsonl").mkdir(parents=True)
     elif content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         read(tmp_path / name)
+
+
+def test_ids_in_a_users_file_are_not_obeyed(tmp_path):
+    """What is learned is the text, whatever ids stand beside it."""
+    t, path = sample.Tokenizer.of_bytes(), tmp_path / "own.jsonl"
+    user, robot = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+    for tokens in ([t.turn, 97], [10**9], "x", [97], {"a": 1}):
+        path.write_text(json.dumps({"messages": [user, {**robot, "tokens": tokens}], "tokens": [1]}))
+        (one,), _, _ = read(path, tokenizer=t)
+        assert t.conversation(one.messages, one.trained) == t.conversation([user, robot])
 
 
 def test_bad_trajectories_are_named_and_counted(whole, tmp_path, monkeypatch):

@@ -641,6 +641,14 @@ def test_the_best_of_ten_replies_is_found(method):
     assert before < 0.05 and after >= 0.95 and iterations < 100
 
 
+def test_values_of_whole_trajectories_may_move_as_far_as_their_returns_are_large(monkeypatch):
+    limits, loss = [], rl.value_loss
+    monkeypatch.setattr(rl, "value_loss", lambda *args: limits.append(args[3]) or loss(*args))
+    for settings in ({"rollout": "step"}, {"rollout": "episode", "steps": 7}):
+        learner_of(SMALL, SIZE, value_steps=0, value_clip=0.5, **settings).step(some_samples(2), 0)
+    assert set(limits) == {0.5, 3.5}
+
+
 # ---- settings
 
 @pytest.mark.parametrize("bad", [

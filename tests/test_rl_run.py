@@ -5,6 +5,7 @@ tokenizer of its own, so that it really writes actions, good ones and bad ones, 
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -198,12 +199,40 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     edit_head(folder / "toy-a-1.jsonl", data_sha256={"public/train.csv": "0" * 64})
     refused(made, "was collected on other data", trajectories=str(folder))
     refused(made, "there is no state to start from", trajectories=str(tmp_path / "nothing"))
+    lines = [json.loads(line) for line in (folder / "toy-b-1.jsonl").read_text().splitlines()]
+    (folder / "toy-c-1.jsonl").write_text("".join(json.dumps(
+        {name: value for name, value in line.items() if name != "m_before"}) + "\n" for line in lines))
+    (folder / "folder.jsonl").mkdir()
     (folder / "toy-a-1.jsonl").write_text("{}\n")
     said = []
     found = rl.pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
     num = sum(len(env.read_trajectory(folder / f"{name}.jsonl")[1]) for name in ("toy-a-0", "toy-b-0", "toy-b-1"))
-    assert all(part in said[0] for part in (f"{num} states of 2 tasks", "no record of a trajectory: 1", "toy-a-1.jsonl"))
+    for part in (f"{num} states of 2 tasks", "no record of a trajectory: 3", "toy-a-1.jsonl"):
+        assert part in said[0]
     assert len(found["toy-a"]) == 6
+
+
+def test_a_pool_collected_with_a_coder_is_played_with_one_or_refused(made, run, tmp_path):
+    """Its states offer the (AI) actions. Without a word the policy is the coder, and such an action is carried out."""
+    folder, tokenizer = copied(made, tmp_path), sample.Tokenizer.of_bytes()
+    s = settings(made, trajectories=str(folder))
+    found = rl.pool(s, tokenizer, say=lambda line: None)
+    assert s.coder == "auto" and rl.with_coder(s, found).coder == "none"
+    edit_head(folder / "toy-a-1.jsonl", actions=env.DEFAULT_ACTIONS, fields=sft.SHORT_FIELDS)
+    found = rl.pool(s, tokenizer, say=lambda line: None)
+    for given, taken in (("auto", "model"), ("model", "model"), ("http://host/v1#name", "http://host/v1#name")):
+        assert rl.with_coder(settings(made, coder=given), found).coder == taken
+    with pytest.raises(ValueError, match="the policy cannot be their --coder"):
+        rl.with_coder(settings(made, overlap=True), found)
+    code, said = run(out=tmp_path / "out", trajectories=folder, coder="none")
+    assert code == 2 and "they offer Edit Script (AI), Understand File, which --coder none does not have" in said, said
+    edit = ('Action: Edit Script (AI)\nAction Input: {"script_name": "train.py", "edit_instruction": "x", '
+            '"save_name": "train.py"}')
+    engine = Scripted(edit)
+    engine.chat = lambda messages, **options: engine.reply("```python\n" + "VALUE = 9\n```")
+    rollout = rl.Rollout(rl.with_coder(s, found), engine, found)
+    step, = (one.step for one in rollout.act("toy-a-1, step 0", 0, 0, [1], [0.0], edit))
+    assert step["valid"] and step["kind"] != "invalid" and step["coder"]
 
 
 def test_ids_of_another_tokenizer_are_not_used(made, tmp_path):
@@ -270,6 +299,21 @@ def test_ids_and_log_probs_are_those_that_were_sampled(made):
     one = playing(made, engine, states=1, num=1).collect(0, [])[0]
     assert one.tokens == reply.tokens and one.logps == reply.logps and one.prompt == engine.asked[0][0]
     assert one.text == (one.prompt + reply.tokens, [False] * len(one.prompt) + [True] * 10)
+
+
+def test_ids_of_a_stop_string_are_learned_from_but_not_in_the_next_prompt(made):
+    """Of a trajectory whose replies were each ended by an invented observation."""
+    engine = Scripted()
+    reply = lambda text: sample.Completion(text, engine.tokenizer.encode(text + "\nObservation:"), [0.0] * (
+        len(engine.tokenizer.encode(text)) + 13), "stop")
+    rollout = playing(made, engine, rollout="episode", states=1, num=1, steps=2, max_new_tokens=200)
+    engine.replies, engine.reply, engine.context = [REPLIES[4]] * 2, reply, 5000
+    rollout.env = lambda head, **more: rl.Rollout.env(rollout, {**head, "prompt": "full"}, **more)
+    one, two = rollout.collect(0, [])
+    said = engine.tokenizer.decode(two.prompt)
+    assert one.tokens == engine.tokenizer.encode(REPLIES[4] + "\nObservation:")
+    assert f"{REPLIES[4]}<|im_end|>" in said and "\nObservation:" not in said.split("<|im_start|>assistant")[1]
+    assert one.step["messages"][0]["tokens"] == engine.tokenizer.encode(REPLIES[4])
 
 
 def test_actions_depend_neither_on_batching_nor_on_who_ends_first(made):
@@ -395,7 +439,7 @@ import json, os, sys
 import torch, env, rl, sample, sft, tasks
 from pathlib import Path
 WHERE = {"sampling": (sample.Engine, "step"), "executing": (env.Env, "step"), "updating": (rl.AdamW, "step"),
-         "saving": (torch, "save"), "learning": (rl.Learner, "step")}
+         "saving": (torch, "save"), "saved": (sft, "sync"), "learning": (rl.Learner, "step")}
 
 def after(where, n, what):
     owner, name = WHERE[where]
@@ -473,6 +517,18 @@ def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
     assert max(stale[:1]) < 1e-4 and (max(stale) > 1e-3 if flags else max(stale) < 1e-4)      # one update behind
 
 
+def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(made, run):
+    """Both die while they write the second checkpoint."""
+    whole, torn = made / "whole of two", made / "torn of two"
+    killed = "after('saved', 2, lambda *_: os.killpg(0, 9)) if rank == 1 else None"
+    for out, code, expected in ((whole, "", 0), (torn, killed, -9), (torn, "", 0)):
+        done = run(out=out, code=code, world=2, iterations=5)
+        assert [status for status, _ in done] == [expected] * 2, done
+    assert "going on after iteration 2" in done[0][1] and curve(torn) == curve(whole)
+    assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [path.name for path in sorted((torn / "checkpoints").iterdir())] == ["step-000004", "step-000005"]
+
+
 def test_two_processes_play_and_learn_as_one(made, run):
     """The same tokens and rewards, as the figures of the log show, whatever the number of processes."""
     found = []
@@ -533,13 +589,29 @@ def test_two_runs_in_one_folder_are_refused(made, run):
         assert [code for code, _ in done] == [2, 2] and all("another rl.py writes to" in said for _, said in done)
 
 
-def test_a_run_goes_on_with_the_settings_it_began_with(made, run):
-    out = made / "settled"
-    assert run(out=out, iterations=2)[0] == 0
-    code, said = run(out=out, iterations=3, kl=0.5)
-    assert code == 2 and "is of a run with --kl 0.1 (now 0.5); give these again" in said, said
-    code, said = run(out=out, iterations=3)
+def test_a_run_goes_on_with_what_it_began_with(made, run, tmp_path):
+    """Other settings, another model in the same folder and another pool are refused; more iterations are not, but for
+    --overlap, where the last one would have sampled the next. A copy of the model is the same."""
+    out, model, pool = tmp_path / "out", tmp_path / "model", copied(made, tmp_path)
+    shutil.copytree(made / "model", model)
+    given = {"out": out, "model": model, "trajectories": pool, "iterations": 2}
+    assert run(**given)[0] == 0
+
+    def refused(words, *flags, **more):
+        code, said = run(*flags, **{**given, "iterations": 3, **more})
+        assert code == 2 and re.search(rf"is of a run with {words}; give these again", said), said
+    refused(r"--kl 0.1 \(now 0.5\)", kl=0.5)
+    lines = (pool / "toy-a-0.jsonl").read_text().splitlines(keepends=True)
+    (pool / "toy-a-0.jsonl").write_text("".join(lines[:-1]))
+    refused(r"states of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
+    (pool / "toy-a-0.jsonl").write_text("".join(lines))
+    Qwen2.from_scratch(SHAPE, seed=9).save_pretrained(model)
+    refused(r"--model of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
+    code, said = run(**{**given, "model": made / "model", "iterations": 3})
     assert code == 0 and "going on after iteration 2" in said, said
+    given["out"] = tmp_path / "overlap"
+    assert run("--overlap", **given)[0] == 0
+    refused(r"--iterations 2 \(now 3\)", "--overlap")
 
 
 def test_a_worker_that_raises_ends_the_run_and_the_same_command_goes_on(made, run):
@@ -570,7 +642,8 @@ def test_without_a_fine_tuned_model_it_says_how_to_make_one(tmp_path, monkeypatc
 
 def test_the_plan_by_hand(capsys):
     """Qwen2.5-7B on 8 GPUs: 7,615,616,512 weights in fp32 for actor, critic and reference, two gradients and two
-    optimizer states, a bf16 copy, and 57,344 bytes of keys and values a token."""
+    optimizer states, a bf16 copy, and 57,344 bytes of keys and values a token. A GPU alone has that copy too, unless
+    products are in fp32, as the weights are."""
     total, gib = 7_615_616_512, 2**30
     plan = ["--plan", "--preset", "7b", "--model", "7b", "--context", "16384", "--critic", "own"]
     assert rl.main([*plan, "--gpus", "8", "--rows", "32"]) == 0
@@ -580,7 +653,9 @@ def test_the_plan_by_hand(capsys):
     assert float(said["  sampling copy"]) == pytest.approx(2 * total / gib, abs=0.01)
     assert float(said["  KV cache"]) == pytest.approx(32 * 16384 * 57_344 / gib, abs=0.01)
     assert float(said["  total"]) == pytest.approx(sum(map(float, said.values())) / 2, abs=0.05)
-    rl.main([*plan, "--gpus", "1", "--advantage", "group", "--kl", "0", "--rows", "1"])
-    said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
-    assert float(said["  critic"]) == float(said["  reference"]) == float(said["  sampling copy"]) == 0
-    assert float(said["  KV cache"]) == pytest.approx(2 * 16384 * 57_344 / gib, abs=0.01)
+    for dtype, copy in (("auto", 2 * total), ("float32", 0)):
+        rl.main([*plan, "--gpus", "1", "--advantage", "group", "--kl", "0", "--rows", "1", "--dtype", dtype])
+        said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
+        assert float(said["  critic"]) == float(said["  reference"]) == 0
+        assert float(said["  sampling copy"]) == pytest.approx(copy / gib, abs=0.01)
+        assert float(said["  KV cache"]) == pytest.approx((1 if copy else 2) * 16384 * 57_344 / gib, abs=0.01)

@@ -61,24 +61,51 @@ def test_special_tokens_in_a_message_stay_text():
     assert ids.count(t.end) == 2 and t.decode(ids).count("<|im_end|>") == 3     # system's, user's, and the text
 
 
-def test_sampled_tokens_stand_in_the_next_prompt_as_they_are():
-    t = Tokenizer.of_bytes()
-    talk = lambda **more: t.chat([{"role": "user", "content": "q"}, {"role": "assistant", "content": "ab", **more}])
-    assert talk(tokens=[*t.encode("ab"), t.end]) == talk()
-    plain, other = talk(), talk(tokens=[7, 8, 9])
-    start = len(t.chat([{"role": "user", "content": "q"}]))
-    assert other == plain[:start] + [7, 8, 9] + plain[start + 2:]
+@pytest.fixture(scope="module")
+def pairs():
+    """A tokenizer with tokens of their own for "ab", "b\\nObs" and " c", so that texts have several spellings."""
+    bpe = Tokenizer.of_bytes().bpe
+    bpe.add_tokens(["ab", "b\nObs", " c"])
+    return Tokenizer(bpe)
 
 
-def test_what_the_assistant_chose_is_its_replies_and_their_ends():
-    t = Tokenizer.of_bytes()
+def test_sampled_tokens_stand_in_the_next_prompt_as_they_are(pairs):
+    talk = lambda **more: pairs.chat([{"role": "user", "content": "q"},
+                                      {"role": "assistant", "content": "abab", **more}])
+    ab, odd = pairs.encode("ab"), [97, 98]
+    assert len(ab) == 1 and pairs.decode(odd) == "ab"
+    start, plain = len(pairs.chat([{"role": "user", "content": "q"}])), talk()
+    assert plain[start:start + 3] == [*ab, *ab, pairs.end]
+    for tokens in ([*odd, *ab], [*ab, *odd], [*ab, *ab], [*odd, *odd]):
+        assert talk(tokens=tokens) == talk(tokens=[*tokens, pairs.end]) == plain[:start] + tokens + plain[start + 2:]
+
+
+def test_ids_of_a_stop_string_are_no_part_of_a_turn(pairs):
+    """Those before it stand as they were sampled; where it begins within a token the text is encoded, as it is where
+    ids say anything else than the text, are none of the tokenizer's, or would begin a turn."""
+    ab, mixed, odd = pairs.encode("ab"), pairs.encode("b\nObs"), [97, 98]
+    assert len(mixed) == 1
+    stop = pairs.encode("\nObservation:")
+    assert pairs.spelling([*odd, *ab, *stop], "abab") == [*odd, *ab]
+    assert pairs.spelling([*odd, *ab, pairs.end], "abab") == [*odd, *ab]
+    for tokens in ([*ab, 97, *mixed, *stop[4:]], [7, 8, 9], ab, [*ab, pairs.end, *ab], [*ab, 10**9], [*ab, -1],
+                   [*ab, 97.0, 98.0], [*ab, True], "abab", 5, {"a": 1}, [[97]], [None], [*ab, pairs.size]):
+        assert pairs.spelling(tokens, "abab") is None, tokens
+        one = [{"role": "assistant", "content": "abab", "tokens": tokens}]
+        assert pairs.conversation(one) == pairs.conversation([{"role": "assistant", "content": "abab"}])
+    assert pairs.spelling([pairs.turn], "<|im_start|>") is None and not pairs.spelling([pairs.end], "")
+    assert pairs.spelling([97, 0xf0, 0x9f], "a\ufffd") == [97, 0xf0, 0x9f]      # half a character is shown as another
+
+
+def test_what_the_assistant_chose_is_its_replies_and_their_ends(pairs):
     talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"},
-            {"role": "user", "content": "e"}, {"role": "assistant", "content": "fg", "tokens": [7]}]
-    ids, chosen = t.conversation(talk)
-    assert t.decode([i for i, c in zip(ids, chosen) if c]) == "cd<|im_end|>" + t.decode([7]) + "<|im_end|>"
-    assert ids == t.chat(talk, add_generation_prompt=False)
-    ids, chosen = t.conversation(talk, trained=[1])
-    assert t.decode([i for i, c in zip(ids, chosen) if c]) == "cd<|im_end|>"
+            {"role": "user", "content": "e"}, {"role": "assistant", "content": "ab", "tokens": [97, 98]}]
+    ids, chosen = pairs.conversation(talk)
+    taken = [i for i, c in zip(ids, chosen) if c]
+    assert taken == [*pairs.encode("cd"), pairs.end, 97, 98, pairs.end]
+    assert ids == pairs.chat(talk, add_generation_prompt=False)
+    ids, chosen = pairs.conversation(talk, trained=[1])
+    assert pairs.decode([i for i, c in zip(ids, chosen) if c]) == "cd<|im_end|>"
 
 
 def test_a_message_of_another_role_or_without_text_is_refused():
@@ -633,6 +660,17 @@ def test_a_failing_model_is_reported_to_every_waiter_and_the_engine_lives_on():
             future.result(600)
     engine.model.fail = False
     assert engine.submit([0], max_new_tokens=9, temperature=0).result(600).text == "ok"
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_what_is_cached_has_the_dtype_of_what_is_computed(static):
+    """Of a model with products in bf16 and weights in fp32, as training has it: log-probs as of its full forward."""
+    model = Qwen2.from_scratch(SMALL, seed=5).requires_grad_(False)
+    model.compute = torch.bfloat16
+    engine, prompt = engine_of(model, static=static, pack=True), prompts_of([40])[0]
+    reply, = engine.generate([prompt], max_new_tokens=8)[0]
+    assert engine.cache.k.dtype is torch.bfloat16
+    assert (torch.tensor(reply.logps) - plain_logps(model, prompt, reply.tokens)).abs().max() < 0.05
 
 
 def test_refresh_takes_notice_of_changed_weights(model):

@@ -212,6 +212,24 @@ def test_names_drawn_anew_still_fit():
     assert len(names) > 150 and 100 < cropped < 500 and moved > 300
 
 
+def test_copies_are_of_what_is_trained_on_and_not_longer_than_it_may_be(tmp_path):
+    """Three of ten conversations lose their reply to the cut: the copies are of the others that do not validate."""
+    lines = []
+    for i in range(10):
+        script = f"NAME{i} = 5" + "\nx = 1" * (60 if i in (0, 4, 7) else i)
+        reply = 'Action: Replace In Script\nAction Input: ' + json.dumps(
+            {"script_name": "train.py", "find": f"NAME{i} = 5", "replace": f"NAME{i} = 6"})
+        lines.append(json.dumps({"messages": [{"role": "user", "content": f"Task: own\nMAE\nLast: {i}.\n{script}"},
+                                              {"role": "assistant", "content": reply}]}))
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    t = Tokenizer.of_bytes()
+    s = sft.Settings(trajectories=str(tmp_path / "own.jsonl"), copies=8, length=270, valid=0.3)
+    train, valid = sft.texts_of(s, t, say=lambda line: None)
+    last = lambda texts: {int(re.search(r"Last: (\d)\.", t.decode(ids))[1]) for ids, _ in texts}
+    assert len(valid) == 2 and len(last(train)) == 5 and last(train) | last(valid) == {1, 2, 3, 5, 6, 8, 9}
+    assert max(len(ids) for ids, _ in train) == 271 and all(any(chosen) for _, chosen in train)
+
+
 def test_weights_that_copy():
     """Of random tokens said twice the second time is mostly right before any training; plain weights get none right."""
     config, g = Config(vocab_size=500), torch.Generator().manual_seed(3)
@@ -245,7 +263,7 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
 
     out = tmp_path / "sft"
     flags = [f"--data={folder / 'data'}", f"--trajectories={tmp_path / 'trajectories'}", f"--out={out}", "--num=1",
-             "--copies=2", "--batch=4", "--max-new-tokens=24"]
+             "--copies=2", "--batch=4", "--max-new-tokens=24", "--dtype=bfloat16"]
     said = run("sft", *flags)
     assert re.search(r"held-out +\d+%", said) and "One state:\nTask: toy-" in said and "Its reply:" in said
     before = {path: path.read_bytes() for path in [out / "log.jsonl", out / "model.safetensors",

@@ -1,6 +1,8 @@
 """Training: equalities that must hold whatever the batching, the packing and the number of processes."""
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -369,17 +371,127 @@ def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path, flags, kills):
         f"step-{steps - 1:06d}", f"step-{steps:06d}"]
 
 
+GROUP = """
+import os, sys
+import torch
+import sft
+save, saves, fatal = torch.save, [], int(sys.argv[1])
+def save_or_die(state, path):
+    saves.append(path)
+    if len(saves) == fatal and rank == 1:       # the other is anywhere around the same save
+        os.killpg(0, 9)
+    save(state, path)
+torch.save = save_or_die
+sys.exit(sft.main(sys.argv[2:]))
+"""
+
+
+def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(forks, tmp_path):
+    """Each checkpoint follows a validation, a forward without a backward: it holds each process's rows in fp32, and
+    their moments. Killed at the second, the run ends as one that was left alone."""
+    conversations(tmp_path / "own.jsonl")
+    Qwen2.from_scratch(SMALL).save_pretrained(tmp_path / "small")
+    Tokenizer.of_bytes().save(tmp_path / "small")
+    flags = ["--model", tmp_path / "small", "--trajectories", tmp_path / "own.jsonl", "--batch=4", "--lr=1e-3",
+             "--steps=6", "--save-every=2", "--validate-every=2", "--dtype=bfloat16"]
+    found = {}
+    for name, lives in (("whole", [0]), ("torn", [2, 0])):
+        for fatal in lives:
+            forks.start(GROUP, fatal, *flags, "--out", tmp_path / name, world=2)
+            assert [code for code, _ in forks.end()] == ([-9, -9] if fatal else [0, 0])
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        found[name] = {line["step"]: (line["loss"], line["grad_norm"], line.get("valid_loss")) for line in lines}
+    assert found["whole"] == found["torn"] and sorted(found["torn"]) == [*range(1, 7)] and len(lines) > 6
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "torn" / file).read_bytes()
+    files = sorted((tmp_path / "torn/checkpoints").glob("step-??????/rank-?.pt"))
+    assert len(files) == 4
+    for file, other in zip(files, sorted((tmp_path / "whole/checkpoints").glob("step-??????/rank-?.pt"))):
+        one, two = torch.load(file), torch.load(other)
+        assert all(torch.equal(one["model"][name], two["model"][name]) for name in two["model"])
+        for (name, rows), moments in zip(one["model"].items(), one["optimizer"]):
+            whole = Qwen2.from_scratch(SMALL).get_parameter(name)
+            assert rows.shape[0] == -(-whole.shape[0] // 2) - (whole.shape[0] % 2 and "rank-1" in file.name), name
+            assert rows.dtype is torch.float32 and len(moments["m"]) == len(moments["v"]) == rows.numel(), name
+
+
 def fine_tune(tmp_path, *flags):
     return sft.main(["--model", "tiny", "--trajectories", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "out"),
                      "--batch", "4", "--steps", "2", *flags])
 
 
-def test_a_training_goes_on_with_the_settings_it_began_with(tmp_path, capsys):
-    conversations(tmp_path / "own.jsonl")
-    assert fine_tune(tmp_path) == 0
-    assert fine_tune(tmp_path, "--lr", "0.5") == 2
-    assert "is of a run with --lr 2e-05 (now 0.5); give these again" in capsys.readouterr().err
-    assert fine_tune(tmp_path) == 0 and "already trained, for 2 steps" in capsys.readouterr().out
+def test_a_training_goes_on_with_what_it_began_with(tmp_path, capsys):
+    """Other settings, weights, texts or an end elsewhere, which is another learning rate, are refused; so is nothing
+    that is the same under another name."""
+    own, small = conversations(tmp_path / "own.jsonl"), tmp_path / "small"
+    Qwen2.from_scratch(SMALL).save_pretrained(small)
+    Tokenizer.of_bytes().save(small)
+    flags = ["--model", str(small)]
+    assert fine_tune(tmp_path, *flags) == 0
+    log = (tmp_path / "out/log.jsonl").read_bytes()
+
+    def refused(words, *more):
+        assert fine_tune(tmp_path, *flags, *more) == 2
+        said = capsys.readouterr().err
+        assert re.search(rf"is of a run with {words}; give these again", said), said
+    refused(r"--lr 2e-05 \(now 0.5\)", "--lr", "0.5")
+    refused(r"optimizer steps 2 \(now 3\)", "--steps", "3")
+    Qwen2.from_scratch(SMALL, seed=1).save_pretrained(small)
+    refused(r"--model of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
+    Qwen2.from_scratch(SMALL).save_pretrained(small)
+    text = own.read_text()
+    own.write_text(text.replace("follows 7", "succeeds 7"))
+    refused(r"texts of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
+    own.write_text(text)
+    shutil.copytree(small, tmp_path / "copy")
+    assert fine_tune(tmp_path, "--model", str(tmp_path / "copy"), "--save-every", "1") == 0
+    assert "already trained, for 2 steps" in capsys.readouterr().out
+    assert (tmp_path / "out/log.jsonl").read_bytes() == log
+
+
+def test_what_a_rename_promises_is_on_the_disk_first(tmp_path, monkeypatch):
+    """A checkpoint's file and folder; a model's weights before the config that makes them a model."""
+    done, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (rename(path, to), done.append(f"to {to.name}")))
+    model = Qwen2.from_scratch(SMALL)
+    sft.save_state(sft.Settings(out=str(tmp_path)), 3, model, sft.AdamW(model.parameters(), 1e-3), {})
+    assert done == ["rank-0.pt", "step-000003.part", "to step-000003", "checkpoints"]
+    done.clear()
+    model.save_pretrained(tmp_path / "model")
+    assert done == ["model", "model-0.safetensors", "to model.safetensors", "model", "config.json", "model"]
+    done.clear()
+    sft.write(tmp_path / "manifest.json", {"a": 1})
+    assert done == ["manifest.part"] and json.loads((tmp_path / "manifest.json").read_text()) == {"a": 1}
+
+
+def test_what_was_loaded_does_not_stay(tmp_path):
+    """Of a checkpoint nothing is read to a GPU, and its weights and moments are not kept beside the model's own."""
+    model = Qwen2.from_scratch(SMALL)
+    optimizer, s = sft.AdamW(model.parameters(), 1e-3), sft.Settings(out=str(tmp_path))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    sft.save_state(s, 1, model, optimizer, {"a": 1}, more=[3])
+    load, places = torch.load, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *args, **more: places.append(more["map_location"]) or load(*args, **more))
+        state = sft.load_state(s, ["lr"], model, optimizer, {"a": 1})
+    assert places == ["cpu"] and state["step"] == 1 and state["more"] == [3] and not {"model", "optimizer"} & set(state)
+
+
+def test_who_validates_is_drawn_by_trajectory():
+    """Of 90 texts in trajectories of 9 about 5 % are 1 trajectory, of 100 in ones of 1 exactly 5; all or none of each.
+    The steps of a trajectory alone are parted."""
+    for size, num, held in ((9, 10, 9), (1, 100, 5), (8, 40, 16), (7, 2, 7)):
+        origins = [f"trajectory {i // size}" for i in range(size * num)]
+        found = [sft.held_back(origins, 0.05, seed) for seed in range(4)]
+        assert all(len(each) == held for each in found) and (num == 2 or len(set(map(frozenset, found))) > 1)
+        for each in found:
+            assert not {origins[i] for i in each} & {one for i, one in enumerate(origins) if i not in each}
+    assert len(sft.held_back(["a"] * 40, 0.05, 0)) == 2 and sft.held_back([], 0.05, 0) == set()
+    several = [*"aaabbc"]
+    assert all(sft.held_back(several, 0.01, seed) in ({0, 1, 2}, {3, 4}, {5}) for seed in range(9))
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path, capsys):
