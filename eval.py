@@ -28,8 +28,8 @@ import torch
 
 import sample
 import tasks
-from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, clip, header, printed_metric,
-                 record)
+from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, best_before, check_record, clip,
+                 header, printed_metric, record)
 from reward import KINDS
 
 FINAL = {"last-valid": "the last valid submission",
@@ -141,9 +141,9 @@ def records_in(folder):
     return [path for _, k, path in sorted(named, key=lambda one: (one[0], len(one[1]), one[1])) if k.isdecimal()]
 
 
-def read_record(path, mend=True):
+def read_record(path, mend=True, check=True):
     """The lines of a trajectory's file as dicts, [] where there is no file. A last line that was cut short is removed,
-    with mend from the file too; any other line that is not JSON is a ValueError."""
+    with mend from the file too; any other line that is not JSON, or with check no record, is a ValueError."""
     raw = path.read_bytes() if path.exists() else b""
     whole = raw.rfind(b"\n") + 1
     if mend and whole < len(raw):
@@ -152,8 +152,14 @@ def read_record(path, mend=True):
     for number, line in enumerate(raw[:whole].splitlines(), 1):
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{path}, line {number} is not JSON; delete that file to play it again") from None
+        try:
+            if check:
+                check_record(lines[-1], number == 1)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no record of a trajectory: {error}; delete that file to play it "
+                             "again") from None
     return lines
 
 
@@ -199,7 +205,7 @@ def trajectory(s, task, k, path, reply, coder, out, cache, run, about):
     if lines:
         last, messages = lines[-1], [message for line in lines for message in line["messages"]]
         env.restore(last["snapshot"], messages, index=len(lines) - 1, m_before=last["m_after"],
-                    seconds=last["seconds_left"])
+                    m_top=best_before(task, lines[0], lines[1:]), seconds=last["seconds_left"])
     else:
         lines = [header(env, k=k, seed=s.seed, max_new_tokens=s.max_new_tokens, m_after=env.m_before,
                         seconds_left=s.seconds, **sampling, **about)]
@@ -884,7 +890,7 @@ def write_report(s, agents=None):
     folders = {folder: folder for folder in s.compare} or {
         name: one.out for name, one in (agents or {s.model or "starters": s}).items()}
     logs = [*map(Path, s.log), *(log for folder in s.compare if (log := Path(folder, "log.jsonl")).is_file())]
-    logs = [(str(log.parent), read_record(log, mend=False)) for log in dict.fromkeys(logs)]
+    logs = [(str(log.parent), read_record(log, mend=False, check=False)) for log in dict.fromkeys(logs)]
     what = (f"{', '.join(s.compare)} side by side" if s.compare else
             f"{s.model or 'the starters'} on {s.task}" if s.task else "the paper in miniature")
     write(path, page(f"ML-Agent: {what}", [read_run(folder, name) for name, folder in folders.items()], logs))
