@@ -127,6 +127,7 @@ TEXTS = {   # whole scripts whose text is the attack; the newline at the end is 
     "text, digits": "N = 9" + "1e-." * 100_000 + "\n" + STARTER,
     "text, a surrogate": "x = '\ud800'\n" + STARTER,
 }
+FACTOR = getattr(env_module, "WALL_FACTOR", 1)      # of a script's wall limit to its task's
 REPLIES = {
     "reply, empty": lambda draw: draw.choice(["", " ", "\n" * 40_000, "\0"]),
     "reply, huge": lambda draw: draw.choice(["x", "Action:", "{", "\u20ac", "\n"]) * 3_000_000,
@@ -200,7 +201,7 @@ def made(home, limit, memory):
     (home / "tmp").mkdir()
     try:
         tasks.prepare("soak", data=home / "data", say=lambda line: None)
-        task = dataclasses.replace(tasks.load("soak"), time_limit_s=limit, memory_limit_bytes=memory)
+        task = dataclasses.replace(tasks.load("soak"), time_limit_s=limit / FACTOR, memory_limit_bytes=memory)
 
         def make(**options):
             world = Env(task, home / "data", out=home / "out", **options, coder=lambda messages: answer(world))
@@ -257,9 +258,9 @@ def wrong_with(step, world):
     return ""
 
 
-def soak(home, steps, seed=0, limit=1.0, memory=200 << 20, slack=1.0, each=False, say=lambda line: None):
+def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False, say=lambda line: None):
     """Plays that many steps below the folder `home`, or with `each` every kind once. Returns ({kind: its figures}, what
-    did not hold), and says that also as it comes."""
+    did not hold), and says that also as it comes. limit: wall seconds of a script."""
     draw, wrong, begun = random.Random(seed), [], 0.0
     rows = collections.defaultdict(lambda: types.SimpleNamespace(count=0, ends=collections.Counter(), slowest=0, over=-9e9))
     with made(home, limit, memory) as make:
@@ -276,7 +277,7 @@ def soak(home, steps, seed=0, limit=1.0, memory=200 << 20, slack=1.0, each=False
                                   index=world.index, m_before=world.m_before, m_top=world.m_top,
                                   seconds=world.deadline - time.monotonic())
                 started, before = time.monotonic(), waited()
-                allowed = max(0.0, min(getattr(world, "wall_limit_s", limit), world.deadline - started))
+                allowed = max(0.0, min(limit, world.deadline - started))
                 try:
                     step = world.step(reply)
                     world.prompt()
@@ -319,7 +320,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=1.0, help="seconds of a script")
+    parser.add_argument("--limit", type=float, default=2.0, help="wall seconds of a script")
     parser.add_argument("--each", action="store_true", help="every kind once, whatever --steps says")
     s = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="soak-"))
