@@ -856,7 +856,8 @@ def usable(path):
 def check_snapshot(files):
     """ValueError, one sentence, unless `files` is a snapshot as Env.snapshot gives it; it may come from anybody."""
     if type(files) is not dict or len(files) > MAX_FILES + MAX_UNDO:
-        raise ValueError(f"a snapshot must be {{path: sha256}}, of at most {MAX_FILES} files and {MAX_UNDO} replaced ones")
+        raise ValueError(f"a snapshot must be {{path: sha256}}, of at most {MAX_FILES} files and {MAX_UNDO} that edits "
+                         "have replaced")
     folders = set()
     for path, sha in files.items():
         kept = re.fullmatch(r"\.undo/[1-9][0-9]{0,8}/(.+)", path) if isinstance(path, str) else None
@@ -1586,8 +1587,8 @@ class Env:
         if place < 0:
             raise Refused(f'"find" does not occur in {path}; copy it exactly as Inspect Script Lines shows it.')
         if old.find(find, place + 1) >= 0:      # also where the two overlap
-            raise Refused(f'"find" occurs {max(2, old.count(find))} times in {path}, not once; take in more of the lines '
-                          "around it.")
+            raise Refused(f'"find" occurs {max(2, old.count(find))} times in {path}, not once; take in more of the '
+                          "lines around it.")
         return self._edited(step, path, old, old[:place] + replace + old[place + len(find):])
 
     def _undo_edit_script(self, step, script_name):
@@ -1657,7 +1658,7 @@ class Env:
         entry = self.task.entry
         if entry not in self.files or self._is_too_large(entry):    # a script has done that
             step.kind = "failed"
-            step.detail = f"{entry} has more than {MAX_SCRIPT:,} bytes." if entry in self.files else f"There is no {entry}."
+            step.detail = f"There is no {entry}, or it has more than {MAX_SCRIPT:,} bytes."
         else:
             self._run_into(step, entry)
 
@@ -1799,8 +1800,8 @@ class Env:
 
 
 def _entries(folder):
-    """Yields (path, descriptor of its folder, os.DirEntry) of all that is below a folder; the path is "" for what has no
-    usable name, in which nothing is looked up either, so no tree is too deep. No link is followed."""
+    """Yields (path, descriptor of its folder, os.DirEntry) of all that is below a folder; the path is "" for what has
+    no usable name, in which nothing is looked up either, so no tree is too deep. No link is followed."""
     stack = []      # (prefix of paths, descriptor, entries) from the folder down to the one that is read now
 
     def look(prefix, name, parent=None):
@@ -2018,8 +2019,8 @@ def _masked(value):
 
 
 def main(args):
-    parser = argparse.ArgumentParser("env.py", allow_abbrev=False, description="Runs a recorded trajectory again and says "
-                                     "what differs. How scripts are run is said here, and never by the file.")
+    parser = argparse.ArgumentParser("env.py", allow_abbrev=False, description="Runs a recorded trajectory again and "
+                                     "says what differs. How scripts are run is said here, and never by the file.")
     parser.add_argument("command", choices=["replay"])
     parser.add_argument("file", metavar="FILE", help="a trajectory, as eval.py and sft.py write them")
     parser.add_argument("--data", default="data", help="where prepared tasks are kept (default: data)")

@@ -158,8 +158,8 @@ def read_record(path, mend=True, check=True):
             if check:
                 check_record(lines[-1], number == 1)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no record of a trajectory: {error}; delete that file to play it "
-                             "again") from None
+            raise ValueError(f"{path}, line {number} is no record of a trajectory: {error}; delete that file to play "
+                             "it again") from None
     return lines
 
 

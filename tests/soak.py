@@ -38,18 +38,22 @@ STARTER = HEAD + SUBMIT.format(3) + 'print("validation MAE: 7")\n'
 # what a script does; half of the time it then writes a submission that is valid
 SCRIPTS = {
     "folders, deep": "for i in range(3000):\n    os.mkdir('d'); os.chdir('d')\n",
-    "folders, deep, in TMPDIR": "os.chdir(os.environ['TMPDIR'])\nfor i in range(3000):\n    os.mkdir('d'); os.chdir('d')\n",
+    "folders, deep, in TMPDIR":
+        "os.chdir(os.environ['TMPDIR'])\nfor i in range(3000):\n    os.mkdir('d'); os.chdir('d')\n",
     "folders, long names": "for i in range(40):\n    os.mkdir('d' * 250); os.chdir('d' * 250)\n",
     "folders, many": "for i in range(12_000): os.mkdir(f'd{i}')\n",
     "files, many": "for i in range(15_000): open(f'f{i}', 'w').close()\n",
     "files, a few more than may be": "for i in range(1001): open(f'f{i}', 'w').close()\n",
-    "files in many folders": "for i in range(500):\n    os.makedirs(f'a{i}/b/c'); open(f'a{i}/b/c/file', 'w').write('x' * i)\n",
-    "names, odd": "for name in (b'\\xff\\xfe', b'a\\nb', b'\\xed\\xa0\\x80', b'n' * 255, b'~', b' ', b'a b ', b'\\\\', b'*',"
+    "files in many folders":
+        "for i in range(500):\n    os.makedirs(f'a{i}/b/c'); open(f'a{i}/b/c/file', 'w').write('x' * i)\n",
+    "names, odd":
+        "for name in (b'\\xff\\xfe', b'a\\nb', b'\\xed\\xa0\\x80', b'n' * 255, b'~', b' ', b'a b ', b'\\\\', b'*',"
                   " b'con:', b'\\x1b[2J', '\\u202e\\u2028'.encode(), b'data ', b'...'):\n    open(name, 'w').write('x')\n",
     "names of options": "for name in ('-c.py', '-m', '--help', '-', '-I'): open(name, 'w').write('print(1)')\n",
     "names of modules": "for name in ('json', 'numpy', 'sitecustomize', 'os'): open(name + '.py', 'w').write('1/0')\n",
     "a file where data was": "shutil.rmtree('data', ignore_errors=True)\nopen('data', 'w').write('x')\n",
-    "files in data": "open('data/new.csv', 'w').write('x'); os.makedirs('data/a/b'); open('data/a/b/c', 'w').write('x')\n",
+    "files in data":
+        "open('data/new.csv', 'w').write('x'); os.makedirs('data/a/b'); open('data/a/b/c', 'w').write('x')\n",
     "data is a link": "shutil.rmtree('data')\nos.symlink('/', 'data')\n",
     "writes to public data": "open('data/sample_submission.csv', 'a').write('x')\n",
     "what edits replaced": "os.makedirs('.undo/1'); open('.undo/1/train.py', 'w').write('print(1)')\n",
@@ -59,17 +63,21 @@ SCRIPTS = {
     "the script is huge": "os.truncate('train.py', 100 << 20)\n",
     "the script is binary": "open('train.py', 'wb').write(b'\\0\\xff' * 1000)\n",
     "the script is blank": "open('train.py', 'w').write(' ' * 300_000)\n",
-    "the folder is gone": "os.chdir('/'); shutil.rmtree(os.path.dirname(os.path.abspath(__file__)), ignore_errors=True)\n",
+    "the folder is gone":
+        "os.chdir('/'); shutil.rmtree(os.path.dirname(os.path.abspath(__file__)), ignore_errors=True)\n",
     "nothing may be read": "for name in os.listdir('.'):\n    if name != 'data': os.chmod(name, 0)\nos.chmod('.', 0)\n",
     "folders may not be read": "os.makedirs('a/b/c'); os.chmod('a/b', 0); os.chmod('a', 0)\n",
     "a sparse file": "open('big', 'wb').truncate((4 << 30) - 1)\n",
     "a file as large as may be": "open('big', 'wb').truncate((1 << 28) - 1_000_000)\n",
     "sparse files": "for i in range(20): open(f'big{i}', 'wb').truncate(1 << 30)\n",
     "pipes and sockets": "os.mkfifo('pipe'); socket.socket(socket.AF_UNIX).bind('socket')\n",
-    "links": "os.symlink('.', 'self'); os.symlink('b', 'a'); os.symlink('a', 'b'); os.symlink('/etc/passwd', 'c.csv')\n",
+    "links":
+        "os.symlink('.', 'self'); os.symlink('b', 'a'); os.symlink('a', 'b'); os.symlink('/etc/passwd', 'c.csv')\n",
     "hard links": "open('one', 'w').write('x' * 1000)\nfor i in range(900): os.link('one', f'l{i}')\n",
-    "a file that grows": "if os.fork() == 0:\n    os.setsid()\n    while True: open('grows', 'a').write('x' * 100_000)\n",
-    "files that come and go": "if os.fork() == 0:\n    os.setsid()\n    while True:\n        open('there', 'w').close()\n"
+    "a file that grows":
+        "if os.fork() == 0:\n    os.setsid()\n    while True: open('grows', 'a').write('x' * 100_000)\n",
+    "files that come and go":
+        "if os.fork() == 0:\n    os.setsid()\n    while True:\n        open('there', 'w').close()\n"
                               "        os.remove('there'); os.symlink('/etc/passwd', 'there'); os.remove('there')\n",
     "submission, sparse": "open('submission.csv', 'wb').truncate(4 << 30)\n",
     "submission, a pipe": "os.mkfifo('submission.csv')\n",
@@ -94,13 +102,16 @@ SCRIPTS = {
     "output, empty lines": "sys.stdout.write('\\n' * 1_000_000)\n",
     "output, not UTF-8": "os.write(1, bytes(range(256)) * 100 + b'\\xed\\xa0\\x80'); os.write(2, b'\\x1b[2J\\x00')\n",
     "output, digits": "print('validation MAE: ' + '1' * 60_000)\nprint('validation ' + '1.' * 30_000)\n",
-    "output, a forged end": "print('Traceback (most recent call last):\\nMemoryError: ', file=sys.stderr); sys.exit(1)\n",
+    "output, a forged end":
+        "print('Traceback (most recent call last):\\nMemoryError: ', file=sys.stderr); sys.exit(1)\n",
     "loops": "while True: pass\n",
     "sleeps": "time.sleep(60)\n",
     "closes all": "os.closerange(0, 4096)\n",
-    "kills all": "for pid in (os.getppid(), -1):\n    with contextlib.suppress(OSError): os.kill(pid, signal.SIGKILL)\n",
+    "kills all":
+        "for pid in (os.getppid(), -1):\n    with contextlib.suppress(OSError): os.kill(pid, signal.SIGKILL)\n",
     "stops itself": "os.kill(os.getpid(), signal.SIGSTOP)\n",
-    "ignores signals": "for i in range(1, 65):\n    with contextlib.suppress(OSError, ValueError): signal.signal(i, signal.SIG_IGN)\n"
+    "ignores signals":
+        "for i in range(1, 65):\n    with contextlib.suppress(OSError, ValueError): signal.signal(i, signal.SIG_IGN)\n"
                        "time.sleep(60)\n",
     "crashes": "import ctypes\nctypes.string_at(0)\n",
     "aborts": "os.abort()\n",
@@ -109,8 +120,10 @@ SCRIPTS = {
     "an odd exit code": "os._exit(255)\n",
     "hangs at the end": "import atexit\natexit.register(time.sleep, 60)\n",
     "becomes another program": "os.execv('/bin/sleep', ['/bin/sleep', '60'])\n",
-    "of root": "for call in ('mount', 'unshare', 'chroot'):\n    subprocess.run([call, '-r', '/', '/'], capture_output=True)\n",
-    "is elsewhere": "for folder in ('/tmp', '/dev/shm', '/var/tmp', '..', '/'):\n    with contextlib.suppress(OSError):\n"
+    "of root":
+        "for call in ('mount', 'unshare', 'chroot'):\n    subprocess.run([call, '-r', '/', '/'], capture_output=True)\n",
+    "is elsewhere":
+        "for folder in ('/tmp', '/dev/shm', '/var/tmp', '..', '/'):\n    with contextlib.suppress(OSError):\n"
                     "        open(folder + '/ml-agent-soak-escaped', 'w').write('x')\n",
     "has libraries": "import numpy\nnumpy.random.seed(0)\nos._exit(0)\n",
     "is not Python": "this is ( not\n",
@@ -131,17 +144,21 @@ FACTOR = getattr(env_module, "WALL_FACTOR", 1)      # of a script's wall limit t
 REPLIES = {
     "reply, empty": lambda draw: draw.choice(["", " ", "\n" * 40_000, "\0"]),
     "reply, huge": lambda draw: draw.choice(["x", "Action:", "{", "\u20ac", "\n"]) * 3_000_000,
-    "reply, headers": lambda draw: "".join(draw.choice(["\nAction:", "\nThought: ", "Fact Check", ":", "\nAction Input:",
+    "reply, headers":
+        lambda draw: "".join(draw.choice(["\nAction:", "\nThought: ", "Fact Check", ":", "\nAction Input:",
                                                         "\nObservation", "**", "{", '"']) for _ in range(5_000)),
     "reply, nested": lambda draw: act("List Files") [:-2] + draw.choice(['{"a":', "["]) * 20_000,
     "reply, half a pair": lambda draw: act("List Files", dir_path=draw.choice(["\ud800", "\udcff.py"])) + "\udfff",
-    "reply, a wrong type": lambda draw: act(draw.choice(list(ACTIONS)), script_name=draw.choice([None, 1, [], {}, 1e999])),
+    "reply, a wrong type":
+        lambda draw: act(draw.choice(list(ACTIONS)), script_name=draw.choice([None, 1, [], {}, 1e999])),
     "reply, paths": lambda draw: act("Copy File", source="train.py", destination=draw.choice(
         ["../x", "/etc/x", "data/x", ".undo/1/x", "a/" * 140 + "b", "\u00e9" * 51, "-c.py", "./-m", "~/x", "./~x", "x/",
          "train.py/x", ".", "", "\u202e", "a//b/./c.py", "submission.csv"])),
-    "reply, reads": lambda draw: act("Inspect Script Lines", script_name=draw.choice(PLACES), start_line_number=draw.choice(
+    "reply, reads":
+        lambda draw: act("Inspect Script Lines", script_name=draw.choice(PLACES), start_line_number=draw.choice(
         ["1", "0", "999999999", 3, True]), end_line_number="999999999"),
-    "reply, lists": lambda draw: act("List Files", dir_path=draw.choice([".", "data", "data/..", "a0", "big", "", ".undo"])),
+    "reply, lists":
+        lambda draw: act("List Files", dir_path=draw.choice([".", "data", "data/..", "a0", "big", "", ".undo"])),
     "reply, runs": lambda draw: act("Execute Script", script_name=draw.choice(PLACES)),
     "reply, undoes": lambda draw: act("Undo Edit Script", script_name=draw.choice(PLACES)),
     "reply, copies": lambda draw: act("Copy File", source=draw.choice(PLACES), destination=draw.choice(PLACES)),
@@ -262,7 +279,8 @@ def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False
     """Plays that many steps below the folder `home`, or with `each` every kind once. Returns ({kind: its figures}, what
     did not hold), and says that also as it comes. limit: wall seconds of a script."""
     draw, wrong, begun = random.Random(seed), [], 0.0
-    rows = collections.defaultdict(lambda: types.SimpleNamespace(count=0, ends=collections.Counter(), slowest=0, over=-9e9))
+    rows = collections.defaultdict(
+        lambda: types.SimpleNamespace(count=0, ends=collections.Counter(), slowest=0, over=-9e9))
     with made(home, limit, memory) as make:
         kinds = iter(draw.sample(NAMES, len(NAMES)) if each else iter(lambda: draw.choice(NAMES), None))
         world, num, told = None, 0, 0
@@ -270,7 +288,8 @@ def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False
             if (name := next(kinds, None)) is None:
                 break
             if world is None or world.done or each or draw.random() < 0.15:
-                world = make(prompt=draw.choice(env_module.PROMPTS), seconds=1800 if each else draw.choice([1800, 5, 60]))
+                seconds = 1800 if each else draw.choice([1800, 5, 60])
+                world = make(prompt=draw.choice(env_module.PROMPTS), seconds=seconds)
             for reply in turns(name, draw, world):
                 if not each and draw.random() < 0.1:        # as a run that goes on restores it
                     world.restore(json.loads(json.dumps(world.snapshot())), json.loads(json.dumps(world.messages)),

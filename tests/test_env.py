@@ -713,7 +713,8 @@ def test_replay_detects_a_planted_difference(recorded, tmp_path, capsys, index, 
     lines[index][name] = value
     recorded.write_text("\n".join(map(json.dumps, lines)))
     if name == "snapshot":  # the state of the next step is gone
-        assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2 and "missing" in capsys.readouterr().err
+        assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2
+        assert "missing" in capsys.readouterr().err
     else:
         assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 1
         assert f"step {index - 1}, {name}" in capsys.readouterr().out
@@ -721,7 +722,8 @@ def test_replay_detects_a_planted_difference(recorded, tmp_path, capsys, index, 
 
 def test_replay_says_what_is_wrong_with_a_file(recorded, tmp_path, capsys):
     recorded.write_text(recorded.read_text() + '{"type": "st')
-    assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2 and "line 11 is no record" in capsys.readouterr().err
+    assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2
+    assert "line 11 is no record" in capsys.readouterr().err
     (tmp_path / "empty").write_text("")
     assert env_module.main(["replay", str(tmp_path / "empty")]) == 2 and "empty" in capsys.readouterr().err
     assert env_module.main(["replay", str(tmp_path / "absent")]) == 2 and env_module.main([]) == 2
@@ -790,10 +792,11 @@ def test_a_restored_state_has_the_best_score_it_had(make):
 # ----------------------------------------------------------------------------------------------- what comes from others
 
 SHA = "0" * 64
-BAD_PATHS = ["../x", "a/../../x", "/etc/x", "./x", "a//b", "a/", "", ".", "data", "data/x", ".undo", ".undo/x", ".undo/1",
-             ".undo/1/", ".undo/1/../x", ".undo/0/x", ".undo/-1/x", ".undo/1e3/x", ".undo/\u0661/x", ".undo/1/data/x",
-             ".undo/1/.undo/1/x", "x\0", "a\nb", "\ud800", "\u202e", "é" * 51, "a/" * 150 + "b", "-c.py", "~/x", 7, None]
-BAD_HASHES = ["", "0" * 63, "0" * 65, "A" * 64, "g" * 64, "0" * 63 + "\n", "0" * 64 + "\n", "../" * 21 + "0", "/etc/passwd",
+BAD_PATHS = ["../x", "a/../../x", "/etc/x", "./x", "a//b", "a/", "", ".", "data", "data/x", ".undo", ".undo/x",
+             ".undo/1", ".undo/1/", ".undo/1/../x", ".undo/0/x", ".undo/-1/x", ".undo/1e3/x", ".undo/\u0661/x", ".undo/1/data/x",
+             ".undo/1/.undo/1/x", "x\0", "a\nb", "\ud800", "\u202e", "é" * 51, "a/" * 150 + "b", "-c.py", "~/x", 7,
+             None]
+BAD_HASHES = ["", "0" * 63, "0" * 65, "A" * 64, "g" * 64, "0" * 63 + "\n", "0" * 64 + "\n", "../" * 21 + "0", "/x/y",
               b"0" * 64, 0, None, [SHA]]
 BAD_SNAPSHOTS = [{path: SHA} for path in BAD_PATHS] + [{"x": sha} for sha in BAD_HASHES] + [
     {"a": SHA, "a/b": SHA}, {"a/b/c": SHA, "a": SHA}, {f"f{i}": SHA for i in range(2001)}, [], [["a", SHA]], None, "a"]
@@ -812,7 +815,8 @@ def test_a_snapshot_that_is_none_is_refused(make, snapshot):
 
 def test_snapshots_of_ours_are_accepted(make):
     env = make()
-    for path in ("a/b/c.py", "data.csv", "data2/x", ".undox", ".hidden", "é/ü.py", "a b", "a" * 100, "...", "x~", "a/-c"):
+    for path in ("a/b/c.py", "data.csv", "data2/x", ".undox", ".hidden", "é/ü.py", "a b", "a" * 100, "...", "x~",
+                 "a/-c"):
         env.files[path] = env.files["train.py"]
     env.files[".undo/12/a/b/c.py"] = env.files["train.py"]
     env_module.check_snapshot(env.snapshot())
@@ -905,14 +909,16 @@ HEADER_ERRORS = [("task", "../x"), ("task", ".."), ("task", 5), ("task", None), 
 STEP_ERRORS = [("index", "1"), ("reply", 5), ("reply", None), ("coder", "x"), ("coder", [5]), ("kind", "great"),
                ("outcome", "fine"), ("fields", []), ("args", {"a": 5}), ("valid", 1), ("m_after", "0.5"),
                ("m_before", float("inf")), ("m_top", {}), ("score", True), ("score", "0.5"), ("reward", "1"),
-               ("time_left_s", None), ("seconds", float("nan")), ("ended", None), ("observation", ["x"]), ("printed", "1")]
+               ("time_left_s", None), ("seconds", float("nan")), ("ended", None), ("observation", ["x"]),
+               ("printed", "1")]
 BOTH_ERRORS = [("messages", {}), ("messages", ["x"]), ("messages", [{"role": "user"}]),
                ("messages", [{"role": "root", "content": "x"}]), ("messages", [{"role": "user", "content": None}]),
                ("messages", [{"role": "user", "content": "x", "name": "y"}]),
                ("messages", [{"role": "user", "content": "\ud800"}]),
                ("messages", [{"role": "user", "content": "x", "tokens": [1.5]}]),
                ("messages", [{"role": "user", "content": "x", "tokens": [-1]}]),
-               ("snapshot", []), ("snapshot", {"../x": SHA}), ("snapshot", {"x": "../x"}), ("snapshot", None), ("type", 5)]
+               ("snapshot", []), ("snapshot", {"../x": SHA}), ("snapshot", {"x": "../x"}), ("snapshot", None),
+               ("type", 5)]
 
 
 @pytest.mark.parametrize("line, name, value", [(0, *each) for each in HEADER_ERRORS + BOTH_ERRORS] + [
@@ -940,8 +946,8 @@ def test_what_a_record_lacks_is_named(some_lines, tmp_path, line, name):
         env_module.read_trajectory(path)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b"{}", b'{"type": "step"}',
-                                     b'{"type": ' + b"1" * 5000 + b"}"])
+@pytest.mark.parametrize("content", [b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b"{}",
+                                     b'{"type": "step"}', b'{"type": ' + b"1" * 5000 + b"}"])
 def test_lines_that_are_no_record_are_named(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match="x, line 1 is no record"):
@@ -973,7 +979,8 @@ def test_a_file_does_not_choose_how_scripts_are_run(recorded, tmp_path, monkeypa
     lines[0].update(change)
     recorded.write_text("\n".join(map(json.dumps, lines)))
     seen, execute = [], env_module.execute
-    monkeypatch.setattr(env_module, "execute", lambda *args, **options: seen.append(options) or execute(*args, **options))
+    monkeypatch.setattr(env_module, "execute",
+                        lambda *args, **options: seen.append(options) or execute(*args, **options))
     assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
     (name, value), = change.items()
     said = capsys.readouterr().out
@@ -990,9 +997,10 @@ def test_what_is_typed_for_a_replay_is_what_happens(recorded, tmp_path, monkeypa
         env_module.main(["replay", str(recorded), "--data=d", "--sandbox", "off", "--python", "p", "--gpu", "1",
                          "--threads", "2"])
     (args, options), = seen
-    assert args[1] == "d" and [options[name] for name in ("sandbox", "python", "gpu", "threads")] == ["off", "p", "1", 2]
-    for wrong in (["--sandbx", "off"], ["--sand", "off"], ["--sandbox", "maybe"], ["--threads", "0"], ["--threads", "x"],
-                  ["more"]):
+    assert args[1] == "d"
+    assert [options[name] for name in ("sandbox", "python", "gpu", "threads")] == ["off", "p", "1", 2]
+    for wrong in (["--sandbx", "off"], ["--sand", "off"], ["--sandbox", "maybe"], ["--threads", "0"],
+                  ["--threads", "x"], ["more"]):
         assert env_module.main(["replay", str(recorded), *wrong]) == 2 and len(seen) == 1
         assert "error: " in capsys.readouterr().err
     assert env_module.main(["play", str(recorded)]) == 2
@@ -1009,7 +1017,7 @@ def test_an_error_of_the_coder_is_replayed(make, tmp_path, capsys):
     assert "1 steps replayed, 0 differences" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------- what scripts and coders may leave
+# ------------------------------------------------------------------------------------ what scripts and coders may leave
 
 def deep(folder, num=3000):
     here = os.open(folder, os.O_RDONLY)
@@ -1028,7 +1036,8 @@ def trees(folder, kind):
     if kind == "deep":
         deep(folder)
     elif kind == "odd names":
-        for name in (b"\xff", b"\xed\xa0\x80", b"a\nb", b"n" * 101, b"-c.py", b"~x", b"\xe2\x80\xae", b".undo", b"\x1b[2J"):
+        for name in (b"\xff", b"\xed\xa0\x80", b"a\nb", b"n" * 101, b"-c.py", b"~x", b"\xe2\x80\xae", b".undo",
+                     b"\x1b[2J"):
             Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_text("x")
         (folder / "fine.csv").write_text("x")
         return ["train.py", "fine.csv"]
@@ -1218,7 +1227,8 @@ def test_a_name_that_is_an_option_names_no_file(make, name):
 @pytest.mark.parametrize("answer, kind", [
     (None, "invalid"), (b"```\nprint(1)\n```", "invalid"), (["x"], "invalid"), (7, "invalid"),
     ("```\n" + "x = 1\n" * 10_000_000, "invalid"), ("```\n" * 3_000_000, "invalid"), ("", "not an edit"),
-    ("```\nprint('\ud800')\n```", "failed"), (ValueError("\ud800" * 1000), "invalid")], ids=lambda each: ascii(each)[:20])
+    ("```\nprint('\ud800')\n```", "failed"), (ValueError("\ud800" * 1000), "invalid")],
+    ids=lambda each: ascii(each)[:20])
 def test_a_coder_may_answer_anything(make, answer, kind):
     def coder(messages):
         if isinstance(answer, Exception):
@@ -1255,9 +1265,10 @@ def test_undo_of_what_cannot_be_shown(make):
 # ---- in linear time: with quadratic work each of these would take minutes
 
 BLANKS = " " * 500_000
-LONG = [BLANKS, "A = 1" + BLANKS + "\n", ("A = 1" + " " * 50_000 + "x\n") * 10, "A = 1\n" + "\n" * 500_000, "#" * 500_000,
-        "A" * 500_000, "A = " * 100_000, "\t \n" * 200_000, "1" * 500_000, "1." * 250_000, "validation " + "1" * 500_000,
-        "validation 1x\n" * 40_000, "`" * 500_000, "```\n" * 100_000, "Observation" * 40_000, "Action: " * 60_000,
+LONG = [BLANKS, "A = 1" + BLANKS + "\n", ("A = 1" + " " * 50_000 + "x\n") * 10, "A = 1\n" + "\n" * 500_000,
+        "#" * 500_000, "A" * 500_000, "A = " * 100_000, "\t \n" * 200_000, "1" * 500_000, "1." * 250_000,
+        "validation " + "1" * 500_000, "validation 1x\n" * 40_000, "`" * 500_000,
+        "```\n" * 100_000, "Observation" * 40_000, "Action: " * 60_000,
         " \t*" * 150_000, "\r" * 300_000, "\u2028" * 300_000]
 
 
