@@ -48,7 +48,8 @@ SCRIPTS = {
         "for i in range(500):\n    os.makedirs(f'a{i}/b/c'); open(f'a{i}/b/c/file', 'w').write('x' * i)\n",
     "names, odd":
         "for name in (b'\\xff\\xfe', b'a\\nb', b'\\xed\\xa0\\x80', b'n' * 255, b'~', b' ', b'a b ', b'\\\\', b'*',"
-                  " b'con:', b'\\x1b[2J', '\\u202e\\u2028'.encode(), b'data ', b'...'):\n    open(name, 'w').write('x')\n",
+                  " b'con:', b'\\x1b[2J', '\\u202e\\u2028'.encode(), b'data ', b'...'):\n"
+        "    open(name, 'w').write('x')\n",
     "names of options": "for name in ('-c.py', '-m', '--help', '-', '-I'): open(name, 'w').write('print(1)')\n",
     "names of modules": "for name in ('json', 'numpy', 'sitecustomize', 'os'): open(name + '.py', 'w').write('1/0')\n",
     "a file where data was": "shutil.rmtree('data', ignore_errors=True)\nopen('data', 'w').write('x')\n",
@@ -121,7 +122,8 @@ SCRIPTS = {
     "hangs at the end": "import atexit\natexit.register(time.sleep, 60)\n",
     "becomes another program": "os.execv('/bin/sleep', ['/bin/sleep', '60'])\n",
     "of root":
-        "for call in ('mount', 'unshare', 'chroot'):\n    subprocess.run([call, '-r', '/', '/'], capture_output=True)\n",
+        "for call in ('mount', 'unshare', 'chroot'):\n"
+        "    subprocess.run([call, '-r', '/', '/'], capture_output=True)\n",
     "is elsewhere":
         "for folder in ('/tmp', '/dev/shm', '/var/tmp', '..', '/'):\n    with contextlib.suppress(OSError):\n"
                     "        open(folder + '/ml-agent-soak-escaped', 'w').write('x')\n",

@@ -793,7 +793,8 @@ def test_a_restored_state_has_the_best_score_it_had(make):
 
 SHA = "0" * 64
 BAD_PATHS = ["../x", "a/../../x", "/etc/x", "./x", "a//b", "a/", "", ".", "data", "data/x", ".undo", ".undo/x",
-             ".undo/1", ".undo/1/", ".undo/1/../x", ".undo/0/x", ".undo/-1/x", ".undo/1e3/x", ".undo/\u0661/x", ".undo/1/data/x",
+             ".undo/1", ".undo/1/", ".undo/1/../x", ".undo/0/x",
+             ".undo/-1/x", ".undo/1e3/x", ".undo/\u0661/x", ".undo/1/data/x",
              ".undo/1/.undo/1/x", "x\0", "a\nb", "\ud800", "\u202e", "é" * 51, "a/" * 150 + "b", "-c.py", "~/x", 7,
              None]
 BAD_HASHES = ["", "0" * 63, "0" * 65, "A" * 64, "g" * 64, "0" * 63 + "\n", "0" * 64 + "\n", "../" * 21 + "0", "/x/y",
