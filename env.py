@@ -1862,7 +1862,7 @@ RECORDED = {    # what a line of a trajectory's file has at least, and the types
         "miniature": bool, "k": int, "seed": int, "max_new_tokens": int, "m_after": float, "seconds_left": float,
         "temperature": float, "top_p": float, "model": str, "expert": str, "tokenizer": str | None, "ideas": list,
         "data_sha256": dict}),
-    "step": (("messages", "snapshot", "valid", "m_after", "ended"), {
+    "step": (("messages", "snapshot", "valid", "m_before", "m_after", "ended"), {
         "seconds_left": float, "tokens": int | None, "prompt_tokens": int | None, "cached_tokens": int | None,
         "sample_seconds": float | None, "finish": str | None}),
     "end": (("ended",), {"ended": str, "detail": str})}

@@ -937,7 +937,8 @@ def test_wrong_types_in_a_trajectory_are_one_clear_sentence(some_lines, tmp_path
 
 
 @pytest.mark.parametrize("line, name", [(0, "task"), (0, "messages"), (0, "snapshot"), (0, "m_init"), (2, "messages"),
-                                        (2, "snapshot"), (2, "m_after"), (2, "ended")])
+                                        (2, "snapshot"), (2, "m_before"), (2, "m_after"),
+                                        (2, "ended")])
 def test_what_a_record_lacks_is_named(some_lines, tmp_path, line, name):
     lines = [dict(each) for each in some_lines]
     del lines[line][name]
