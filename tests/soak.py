@@ -168,8 +168,8 @@ REPLIES = {
         ["import", "7", "", " ", "\n", "x" * 20_000, "id,y"]), replace=draw.choice(["", "9", "\0", "y" * 20_000])),
     "reply, ends": lambda draw: act("Final Answer", final_answer="x" * 40_000),
 }
-PLACES = ["train.py", "other.py", "lib/part.py", "submission.csv", "data/sample_submission.csv", "data", "big", "-c.py",
-          ".undo/1/train.py", "train.py/x", "data/../train.py", "f1", "l1", "b", ".", ""]
+PLACES = [*["train.py"] * 12, "other.py", "lib/part.py", "submission.csv", "data/sample_submission.csv", "data", "big",
+          "-c.py", ".undo/1/train.py", "train.py/x", "data/../train.py", "f1", "l1", "b", ".", ""]
 CODERS = {
     "coder, no text": lambda draw: draw.choice([None, 3, b"```\nx\n```", ["x"]]),
     "coder, huge": lambda draw: "```python\n" + draw.choice(["x = 1\n", "x", "\u20ac"]) * 20_000_000,
