@@ -26,12 +26,13 @@ their time, and live under the same layers and limits. Linux only; the rest work
 import atexit, contextlib, ctypes, dataclasses, difflib, functools, gc, glob, hashlib, importlib, inspect, itertools
 import json, math, os, random, re, resource, select, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 import uuid, weakref
+import argparse, io, stat
 from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tasks
-from reward import reward
+from reward import KINDS, best_of, reward
 
 OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and what the agent reads after the output
     "ok": ("scored", ""),  # exit code 0 and, where it is graded, a valid submission
@@ -54,7 +55,7 @@ MAX_SCRIPT = 1 << 20                    # bytes of a file that an action may edi
 MAX_CODER = 20_000                      # characters of a file that Understand File shows to the coder
 PROMPTS = ("full", "short")             # what of a state the policy is shown, see prompt_of
 SHORT_SCRIPT, SHORT_NEWS = 200, 100     # characters of the script and of the news in a short prompt
-MAX_FILES, MAX_BYTES = 1_000, 1 << 30   # what a script may leave in the workspace
+MAX_FILES, MAX_BYTES = 1_000, 1 << 28   # what a script may leave in the workspace
 MINIATURE_S = 10                        # seconds of a run on a miniature, whose starters take one to five
 UNDO = ".undo/"
 
@@ -837,13 +838,72 @@ def _serve(descriptor, libraries=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is kept on disk
 
-def _write_aside(path, content):
-    """Writes bytes, or a copy of the file at a path, so that it is there whole or not at all, also with many writers
-    and kill -9."""
+HASH = re.compile("[0-9a-f]{64}")
+MAX_UNDO = 1_000                        # replaced files that are kept for Undo Edit Script
+MAX_ENTRY = 16 << 20                    # bytes of a cache entry; one of ours has 3 MiB at most
+
+
+def usable(path):
+    """Whether a text can name a file of the workspace: a normalised path below it that does not begin like an option
+    and is neither public data nor what edits have replaced. It goes for actions, scripts and records alike."""
+    if not path.isprintable() or not 0 < len(path) <= 300 or path[0] in "/~-":
+        return False
+    parts = path.split("/")
+    return parts[0] not in ("data", UNDO[:-1]) and not any(
+        part in ("", ".", "..") or len(part.encode()) > 100 for part in parts)
+
+
+def check_snapshot(files):
+    """ValueError, one sentence, unless `files` is a snapshot as Env.snapshot gives it; it may come from anybody."""
+    if type(files) is not dict or len(files) > MAX_FILES + MAX_UNDO:
+        raise ValueError(f"a snapshot must be {{path: sha256}}, of at most {MAX_FILES} files and {MAX_UNDO} that edits "
+                         "have replaced")
+    folders = set()
+    for path, sha in files.items():
+        kept = re.fullmatch(r"\.undo/[1-9][0-9]{0,8}/(.+)", path) if isinstance(path, str) else None
+        if not isinstance(path, str) or not usable(kept[1] if kept else path):
+            raise ValueError(f"a snapshot names {clip(repr(path), 80)}, which cannot be a file of a workspace")
+        if not isinstance(sha, str) or not HASH.fullmatch(sha):
+            raise ValueError(f"a snapshot has {clip(repr(sha), 80)} for {path}, which is no sha256")
+        folders |= {path[:place] for place, letter in enumerate(path) if letter == "/"}
+    if both := folders & files.keys():
+        raise ValueError(f"a snapshot has {min(both)} both as a file and as a folder")
+
+
+def _open(path, parent=None):
+    """A regular file, open for reading. No link is followed and no pipe is waited for: OSError, as for what is not
+    there. parent: descriptor of the folder that the path is relative to."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file")
+    return open(descriptor, "rb")
+
+
+def _copy(source, target=None):
+    """Reads an open file, of which MAX_BYTES count; writes it to another if there is one. Returns the sha256."""
+    sha, left = hashlib.sha256(), MAX_BYTES
+    while block := source.read(min(left, 1 << 20)):
+        sha.update(block)
+        left -= len(block)
+        if target and block == bytes(len(block)):   # a hole in a file costs nothing, and is to cost us nothing
+            target.seek(len(block), os.SEEK_CUR)
+        elif target:
+            target.write(block)
+    if target:
+        target.truncate()
+    return sha.hexdigest()
+
+
+def _write_aside(path, source, sha=None):
+    """Copies an open file to a path so that it is there whole or not at all, also with many writers and kill -9.
+    OSError: it had not this sha256, so it changes meanwhile."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        aside.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, aside)
+        with open(aside, "wb") as target:
+            if _copy(source, target) != sha and sha:
+                raise OSError(f"a file changed while it was stored as {path}")
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -856,7 +916,7 @@ class Cache:
 
     def __init__(self, folder, recheck=0.0):
         self.folder, self.recheck, self.moved, self.lock = Path(folder), recheck, [], threading.Lock()
-        self.counts, self.running = {"runs": 0, "hits": 0, "rechecked": 0}, {}
+        self.counts, self.running = {"runs": 0, "hits": 0, "rechecked": 0}, weakref.WeakValueDictionary()
 
     def alone(self, key):
         """A lock: whoever wants what another thread is finding out waits for it, and then knows."""
@@ -870,40 +930,83 @@ class Cache:
     def get(self, key):
         """The entry, None if there is none."""
         try:
-            digest, text = (self.folder / key[:2] / key).read_bytes().split(b"\n", 1)
-        except (FileNotFoundError, ValueError):
+            with _open(self.folder / key[:2] / key) as file:
+                digest, text = file.read(MAX_ENTRY).split(b"\n", 1)
+            return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else None
+        except (OSError, ValueError, RecursionError):
             return None
-        return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else None
 
     def put(self, key, entry):
         text = json.dumps(entry).encode()
-        _write_aside(self.folder / key[:2] / key, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+        content = hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+        _write_aside(self.folder / key[:2] / key, io.BytesIO(content))
 
 
 class Gone(ValueError):
-    """A file of a recorded state is missing."""
+    """A recorded state cannot be restored: one of its files is missing, or is not what was recorded."""
 
 
 class Blobs:
-    """Contents by their sha256, in <folder>/<aa>/<sha256>. A blob that is there is whole; safe for many writers."""
+    """Contents by their sha256, in <folder>/<aa>/<sha256>. A blob of ours that is there is whole; as the folder may
+    come from others, each is read once before it is used. Safe for many writers."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
 
+    def _stamp(self, sha):
+        """(path, what tells whether the file was changed) of a blob; None if there is none. A text that is no sha256
+        is none, and is never looked up."""
+        if not isinstance(sha, str) or not HASH.fullmatch(sha):
+            return None
+        place = self.folder / sha[:2] / sha
+        try:
+            found = os.lstat(place)
+        except OSError:
+            return None
+        right = stat.S_ISREG(found.st_mode) and found.st_size <= MAX_BYTES
+        return (place, found.st_ino, found.st_size, found.st_ctime_ns) if right else None
+
     def has(self, sha):
-        return (self.folder / sha[:2] / sha).is_file()
+        """Whether it is there, without looking at its contents."""
+        return self._stamp(sha) is not None
 
     def path(self, sha):
-        if not self.has(sha):
-            raise Gone(f"the blob {sha} is missing in {self.folder}: this state cannot be restored")
-        return self.folder / sha[:2] / sha
+        """Where its contents are. Gone: it is missing, or its contents are others."""
+        stamp = self._stamp(sha)
+        if not stamp or stamp not in _sound and not _is_sound(stamp):
+            why = "damaged" if stamp else "missing"
+            raise Gone(f"the blob {clip(str(sha), 80)} is {why} in {self.folder}: this state cannot be restored")
+        return stamp[0]
 
     def put(self, content):
-        """Stores bytes, or the file at a path; returns the sha256."""
-        sha = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else tasks.hash_files(content)
-        if not self.has(sha):
-            _write_aside(self.folder / sha[:2] / sha, content)
+        """Stores bytes, or a file, by its path or descriptor; returns the sha256."""
+        with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as source:
+            sha = _copy(source)
+            try:
+                self.path(sha)
+            except Gone:
+                source.seek(0)
+                _write_aside(self.folder / sha[:2] / sha, source, sha)
+                _keep_sound(self._stamp(sha))
         return sha
+
+
+_sound = set()      # what _stamp gave for blobs whose contents are known to be those they are named by
+
+
+def _is_sound(stamp):
+    """Reads a blob; whether its contents are those it is named by."""
+    with contextlib.suppress(OSError), _open(stamp[0]) as file:
+        if _copy(file) == stamp[0].name:
+            _keep_sound(stamp)
+            return True
+    return False
+
+
+def _keep_sound(stamp):
+    if len(_sound) >= 10_000:
+        _sound.clear()
+    _sound.add(stamp)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1013,8 +1116,14 @@ def prompt_of(shown, task, messages, snapshot, blobs):
     if shown == "full":
         return messages
     sha = snapshot.get(task.entry)
-    script = blobs.path(sha).read_bytes()[:MAX_SCRIPT].decode("utf-8", "replace") if sha else ""
+    script = read_start(blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace") if sha else ""
     return short_prompt(task, messages, script)
+
+
+def read_start(path, limit):
+    """The first bytes of a file, at most `limit`."""
+    with open(path, "rb") as file:
+        return file.read(limit)
 
 
 def short_prompt(task, messages, script):
@@ -1028,9 +1137,15 @@ def shown_lines(script):
     """What a short prompt shows of a script: from its first constant on (before it are docstring and imports), without
     comments and empty lines, as many whole lines as SHORT_SCRIPT characters hold."""
     first = re.search(r"^[A-Z][A-Z0-9_]* = ", script, re.MULTILINE)
-    lines = re.sub(r"[ \t]*(#.*)?$\n?", "\n", script[first.start() if first else 0:], flags=re.MULTILINE)
-    lines = re.sub(r"\n{2,}", "\n", lines).lstrip("\n")
-    return lines[:lines.rfind("\n", 0, SHORT_SCRIPT + 1) + 1 or SHORT_SCRIPT].rstrip("\n")
+    shown, length = [], 0
+    for line in script[first.start() if first else 0:].split("\n"):
+        if line := line.partition("#")[0].rstrip(" \t"):
+            shown.append(line + "\n")
+            length += len(line) + 1
+            if length > SHORT_SCRIPT:
+                break
+    text = "".join(shown)
+    return text[:text.rfind("\n", 0, SHORT_SCRIPT + 1) + 1 or SHORT_SCRIPT].rstrip("\n")
 
 
 def _news(task, messages):
@@ -1109,6 +1224,33 @@ def cut_observation(reply):
     return re.split(r"^[ \t*]{0,8}Observation[ \t*]{0,8}:", reply, maxsplit=1, flags=re.MULTILINE)[0]
 
 
+def plain(text):
+    """The text with a question mark for each half of a surrogate pair, which cannot be written to a file."""
+    return text.encode("utf-8", "replace").decode()
+
+
+MAX_DIFF = 2_000    # lines of two texts together that difflib compares, which takes it 0.6 s at worst
+
+
+def difference(old, new):
+    """The lines of a unified difference of two texts, without its heads. Of texts that are long together, which take
+    difflib for ever, it is one piece from the first line that differs to the last."""
+    old, new = old.splitlines(), new.splitlines()
+    if len(old) + len(new) <= MAX_DIFF:
+        return list(difflib.unified_diff(old, new, lineterm="", n=2))[2:]
+    shortest, head, tail = min(len(old), len(new)), 0, 0
+    while head < shortest and old[head] == new[head]:
+        head += 1
+    while tail < shortest - head and old[-1 - tail] == new[-1 - tail]:
+        tail += 1
+    gone = old[head:len(old) - tail]
+    come = new[head:len(new) - tail]
+    if not gone and not come:       # they differ in their line ends
+        return []
+    return [f"@@ -{head + 1},{len(gone)} +{head + 1},{len(come)} @@", *(f"-{line}" for line in gone),
+            *(f"+{line}" for line in come)]
+
+
 def clip(text, limit):
     """The text, its middle cut out and the cut marked if it is longer than `limit` characters."""
     half, cut = limit // 2, len(text) - limit
@@ -1120,7 +1262,7 @@ def printed_metric(stdout, metric=""):
     metric's name; None if there is none."""
     for line in reversed(stdout.splitlines()):
         if "validation" in line.lower() or metric and metric.lower() in line.lower():
-            numbers = re.findall(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?(?!\w)", line[-1000:])
+            numbers = re.findall(r"(?<![\w.])[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,4})?(?!\w)", line[-1000:])
             if numbers and math.isfinite(value := float(numbers[-1])):
                 return value
     return None
@@ -1128,6 +1270,10 @@ def printed_metric(stdout, metric=""):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The environment
+
+NO_SPACE = (27, 28, 122)    # EFBIG, ENOSPC, EDQUOT
+CANNOT_TAKE = "The helper cannot take this: "
+
 
 class Refused(ValueError):
     """An action whose arguments cannot be carried out; the message is for the agent."""
@@ -1150,8 +1296,9 @@ class Step:
     printed: float | None = None    # the validation score that the script printed, not to be believed
     score: float | None = None      # the graded score of the submission that this step's run wrote
     canary_p: float | None = None   # the chance to hold so many planted answers unread; see tasks.flagged
-    m_before: float | None = None   # the graded score of the entry script before this step ...
-    m_after: float | None = None    # ... and after it; the same if the step was no edit, or gave no score
+    m_before: float | None = None   # what the last edit before this step scored; at first the starter's score
+    m_after: float | None = None    # the same after it: `score` if it was an edit and has one, else m_before
+    m_top: float | None = None      # the best of the starter's score and of all edits before this step
     reward: float = 0.0
     seconds: float = 0.0            # of the whole step
     time_left_s: float = 0.0        # of the trajectory, when the step began
@@ -1208,14 +1355,19 @@ class Env:
         """The workspace as {path: sha256}, with what edits have replaced under `.undo/`."""
         return dict(self.files)
 
-    def restore(self, snapshot, messages=None, *, index=0, m_before=None, seconds=None):
-        """Continues from a recorded state: the workspace before step `index`, the messages so far, the score it had
-        (default: the starter's) and the seconds left (default: all). Gone: a blob is missing."""
-        for sha in snapshot.values():
-            self.blobs.path(sha)
+    def restore(self, snapshot, messages=None, *, index=0, m_before=None, m_top=None, seconds=None):
+        """Continues from a recorded state: the workspace before step `index`, the messages so far, what the last edit
+        scored (default: the starter's score), the best score of an edit or the starter (default: the better of these
+        two) and the seconds left (default: all). ValueError: it is no snapshot. Gone: a file is missing or damaged, or
+        they are too many."""
+        check_snapshot(snapshot)
+        sizes = {path: self.blobs.path(sha).stat().st_size for path, sha in snapshot.items()}
+        if sum(size for path, size in sizes.items() if not path.startswith(UNDO)) > MAX_BYTES:
+            raise Gone(f"the files of this state have more than {MAX_BYTES >> 20} MiB")
         self.files, self.index = dict(snapshot), index
         self.messages = [dict(message) for message in (self.messages if messages is None else messages)]
         self.m_before = self.info["m_init"] if m_before is None else m_before
+        self.m_top = best_of(self.task.direction, self.info["m_init"], self.m_before, m_top)
         self.deadline = time.monotonic() + (self.seconds if seconds is None else seconds)
         self.ended = ""
 
@@ -1236,8 +1388,8 @@ class Env:
         """Carries out a reply, whatever it is, and returns the Step. tokens: the sampled ids that spell the reply, kept
         in the messages so that its text is not encoded again. After the end nothing is done, and the Step says so."""
         started = time.monotonic()
-        reply = reply[:MAX_REPLY + 1].encode("utf-8", "replace").decode()
-        step = Step(self.index, reply, m_before=self.m_before, time_left_s=self.deadline - started)
+        reply = plain(reply[:MAX_REPLY + 1])
+        step = Step(self.index, reply, m_before=self.m_before, m_top=self.m_top, time_left_s=self.deadline - started)
         if self.done:
             step.kind, step.error, step.ended = "invalid", "The trajectory is over; nothing was done.", self.ended
             step.observation, step.m_after, step.snapshot = step.error, self.m_before, self.snapshot()
@@ -1253,14 +1405,22 @@ class Env:
                 step.kind, step.observation = "limit", "The time for this work was over before this reply."
         except Refused as error:
             step.kind, step.error, step.observation = "invalid", str(error), f"Nothing was done. {error}"
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            step.kind, step.outcome, step.valid = "limit", "disk full", True
+            step.detail = f"This machine could not store the files: {error.strerror}."
+            step.observation = f"{step.detail} {OUTCOMES['disk full'][1]}"
         self.index += 1
-        self.m_before = self.m_before if step.m_after is None else step.m_after
+        if step.kind == "scored" and step.score is not None:    # what else is run says nothing about the last edit
+            self.m_before = step.score
+            self.m_top = best_of(self.task.direction, self.m_top, step.score)
         step.m_after, left = self.m_before, self.deadline - time.monotonic()
         self.ended = self.ended or ("time" if left <= 0 else "steps" if self.index >= self.steps else "")
         step.observation = clip(step.observation, MAX_OBSERVATION)
         if not self.ended:
             step.observation += f"\n[{self.steps - self.index} steps and {left / 60:.0f} min left]"
-        step.reward = reward(step.kind, step.m_before, step.score, m_init=self.info["m_init"],
+        step.reward = reward(step.kind, step.m_before, step.score, m_top=step.m_top, m_init=self.info["m_init"],
                              m_best=self.info["m_best"], direction=self.task.direction, alpha=self.task.alpha)
         step.messages = [{"role": "user", "content": step.observation}]
         if unread:      # as in MLAgentBench it is not kept: a model that sees its own slips repeats them
@@ -1283,6 +1443,8 @@ class Env:
         if text.startswith(("/", "~")) or ".." in text.split("/"):
             raise Refused(f"{shown} is outside the workspace; name files relative to it, such as {self.task.entry}.")
         path = "/".join(part for part in text.split("/") if part not in ("", "."))
+        if path[:1] in ("~", "-"):      # the interpreter would take it for an option
+            raise Refused(f"{shown} is not a usable file name: it begins with {path[0]!r}.")
         if write and (not path or text.endswith("/") or any(name.startswith(path + "/") for name in self.files)):
             raise Refused(f"{shown} is a folder, not a file.")
         if f"{path}/".startswith(UNDO) or write and self._public(path):
@@ -1317,8 +1479,7 @@ class Env:
         and, for an edit, if it is not UTF-8 or larger than MAX_SCRIPT."""
         file = self._file(path)
         size = file.stat().st_size
-        with open(file, "rb") as handle:
-            content = handle.read(MAX_READ)
+        content = read_start(file, MAX_READ)
         text = content.decode("utf-8", "replace")
         if b"\0" in content[:8192] or text.count("\ufffd") > len(text) // 10:
             raise Refused(f"{path} is a binary file of {size:,} bytes that starts with {content[:8].hex(' ')}; "
@@ -1328,39 +1489,52 @@ class Env:
         return text, size
 
     def _write(self, path, content):
-        """Puts bytes, or a file's contents, at a path; what was there is kept for Undo Edit Script."""
+        """Puts bytes, or the contents of a file, at a path; what was there is kept for Undo Edit Script. Refused: the
+        workspace is full."""
+        sha = self.blobs.put(content)
+        after = {name: each for name, each in self.files.items() if not name.startswith(UNDO)} | {path: sha}
+        if len(after) > MAX_FILES or sum(self.blobs.path(each).stat().st_size for each in after.values()) > MAX_BYTES:
+            raise Refused(f"The workspace is full: it may hold {MAX_FILES:,} files and {MAX_BYTES >> 20:,} MiB.")
         if path in self.files:
-            number = 1 + max([int(name.split("/")[1]) for name in self.files if name.startswith(UNDO)], default=0)
-            self.files[f"{UNDO}{number}/{path}"] = self.files[path]
-        self.files[path] = self.blobs.put(content)
+            kept = sorted((int(name.split("/")[1]), name) for name in self.files if name.startswith(UNDO))
+            if len(kept) == MAX_UNDO:
+                del self.files[kept[0][1]]
+            self.files[f"{UNDO}{kept[-1][0] + 1 if kept else 1}/{path}"] = self.files[path]
+        self.files[path] = sha
 
-    def _edited(self, step, path, old, new, write=True):
-        """Makes an edit and scores it; returns its observation, the difference."""
+    def _edited(self, step, path, old, new):
+        """Makes an edit and scores it; returns its observation, the difference. Refused: it makes the file too large
+        for another edit."""
         if old == new:
             return f"{path} is as it was: the edit changes nothing."
-        if write:
-            self._write(path, new.encode())
+        content = new.encode()
+        if len(content) > MAX_SCRIPT:
+            raise Refused(f"{path} would have {len(content):,} bytes; a script may have {MAX_SCRIPT:,}.")
+        self._write(path, content)
         self._score_into(step)
-        lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=2)
-        return "\n".join([f"{path} is saved. The difference:", *list(lines)[2:]])
+        return "\n".join([f"{path} is saved. The difference:", *difference(old, new)])
 
     # Actions. Each takes the Step, for what a run gave, and the arguments, and returns the observation.
 
     def _list_files(self, step, dir_path):
         path = self._path(dir_path)
-        prefix, real = path + "/" if path else "", self._public(path)
+        prefix, real, size_of = path + "/" if path else "", self._public(path), {}
         if real and real.is_dir():
-            sizes = {each.name + "/" * each.is_dir(): each.stat().st_size for each in real.iterdir() if each.exists()}
+            with os.scandir(real) as entries:
+                size_of = {entry.name + "/" * entry.is_dir(): entry.stat for entry in entries
+                           if not entry.is_symlink() or os.path.exists(entry.path)}
         else:
-            sizes = {} if path else {"data/": 0}
             for name, sha in self.files.items():
                 if name.startswith(prefix) and not name.startswith(UNDO):
                     first, slash, _ = name[len(prefix):].partition("/")
-                    sizes[first + slash] = self.blobs.path(sha).stat().st_size
-        if not sizes:
+                    size_of[first + slash] = self.blobs.path(sha).stat
+            if not path:
+                size_of["data/"] = None
+        if not size_of:
             raise Refused(f"There is no folder {path}.")
-        lines = [name if name.endswith("/") else f"{name}  {sizes[name]:,} bytes" for name in sorted(sizes)]
-        return "\n".join(lines[:100] + [f"... and {len(lines) - 100:,} more"] * (len(lines) > 100))
+        lines = [name if name.endswith("/") else f"{name}  {size_of[name]().st_size:,} bytes"
+                 for name in sorted(size_of)[:100]]
+        return "\n".join(lines + [f"... and {len(size_of) - 100:,} more"] * (len(size_of) > 100))
 
     def _inspect_script_lines(self, step, script_name, start_line_number, end_line_number):
         path = self._path(script_name)
@@ -1391,25 +1565,31 @@ class Env:
         code = re.split(r"^[ \t]*```.*\n?", answer, maxsplit=2, flags=re.MULTILINE)  # before, inside, after the block
         if len(code) < 3 or not code[1].strip():
             return "The helper returned no whole script; nothing was changed. Ask for something simpler."
-        new = code[1].strip("\n").encode("utf-8", "replace").decode() + "\n"
-        return self._edited(step, target, old, new)
+        return self._edited(step, target, old, code[1].strip("\n") + "\n")
 
     def _ask(self, step, question):
-        """One question to the coder; its reply is kept in the step."""
+        """One question to the coder; its reply is kept in the step, as it is if it can be a text of ours."""
         try:
-            step.coder.append(self.coder([{"role": "user", "content": question}]))
+            answer = self.coder([{"role": "user", "content": question}])
+            if not isinstance(answer, str):
+                raise ValueError(f"its answer is no text but of type {type(answer).__name__}")
         except ValueError as error:
-            raise Refused(f"The helper cannot take this: {clip(str(error), 200)}") from error
+            raise Refused(CANNOT_TAKE + clip(plain(str(error)), 200)) from error
+        step.coder.append(plain(answer[:MAX_SCRIPT + 1]))
+        if len(answer) > MAX_SCRIPT:
+            raise Refused(f"The helper's answer is longer than {MAX_SCRIPT:,} characters; ask for less.")
         return step.coder[-1]
 
     def _replace_in_script(self, step, script_name, find, replace):
         path = self._path(script_name, write=True)
         old = self._text(path, edit=True)[0]
-        if not find or (count := old.count(find)) == 0:
+        place = old.find(find) if find else -1
+        if place < 0:
             raise Refused(f'"find" does not occur in {path}; copy it exactly as Inspect Script Lines shows it.')
-        if count > 1:
-            raise Refused(f'"find" occurs {count} times in {path}, not once; take in more of the lines around it.')
-        return self._edited(step, path, old, old.replace(find, replace))
+        if old.find(find, place + 1) >= 0:      # also where the two overlap
+            raise Refused(f'"find" occurs {max(2, old.count(find))} times in {path}, not once; take in more of the '
+                          "lines around it.")
+        return self._edited(step, path, old, old[:place] + replace + old[place + len(find):])
 
     def _undo_edit_script(self, step, script_name):
         path = self._path(script_name, write=True)
@@ -1417,13 +1597,18 @@ class Env:
                    if name.startswith(UNDO) and name.split("/", 2)[2] == path]
         if not numbers:
             raise Refused(f"There is no edit of {path} to undo.")
-        old = self._text(path)[0] if path in self.files else ""
+        before = self.files.get(path)
         self.files[path] = self.files.pop(f"{UNDO}{max(numbers)}/{path}")
-        return self._edited(step, path, old, self._text(path)[0], write=False)
+        if self.files[path] == before:
+            return f"{path} is as it was: the edit changed nothing."
+        self._score_into(step)
+        old, new = (read_start(self.blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace") if sha else ""
+                    for sha in (before, self.files[path]))
+        return "\n".join([f"{path} is saved. The difference:", *difference(old, new)])
 
     def _copy_file(self, step, source, destination):
         origin, target = self._path(source), self._path(destination, write=True)
-        if (file := self._file(origin)).stat().st_size > MAX_BYTES // 4:
+        if (file := self._file(origin)).stat().st_size > MAX_BYTES // 2:
             raise Refused(f"{origin} is too large to be copied; scripts can read it where it is.")
         if origin != target:
             self._write(target, file)
@@ -1435,6 +1620,8 @@ class Env:
         path = self._path(script_name)
         if self._file(path) and path not in self.files:
             raise Refused(f"{path} is data; only scripts in the workspace can be executed.")
+        if self._is_too_large(path):
+            raise Refused(f"{path} is no script: it has more than {MAX_SCRIPT:,} bytes.")
         result, files = self._run_into(step, path)
         if files is not None:
             self.files = files | {name: sha for name, sha in self.files.items() if name.startswith(UNDO)}
@@ -1468,16 +1655,21 @@ class Env:
 
     def _score_into(self, step):
         """Scores the workspace after an edit; the agent sees nothing of it."""
-        if self.task.entry in self.files:
-            self._run_into(step, self.task.entry)
-        else:  # a script has deleted it
-            step.kind, step.detail = "failed", f"There is no {self.task.entry}."
+        entry = self.task.entry
+        if entry not in self.files or self._is_too_large(entry):    # a script has done that
+            step.kind = "failed"
+            step.detail = f"There is no {entry}, or it has more than {MAX_SCRIPT:,} bytes."
+        else:
+            self._run_into(step, entry)
+
+    def _is_too_large(self, script):
+        return self.blobs.path(self.files[script]).stat().st_size > MAX_SCRIPT
 
     def _run_into(self, step, script):
         """Runs a script in the time that is left and notes in the step what came of it. (Result, files), as _run."""
         result, score, files = self._run(script, max(0.0, min(self.time_limit_s, self.deadline - time.monotonic())))
         step.outcome, step.detail, step.kind = result.outcome, result.detail, OUTCOMES[result.outcome][0]
-        step.score, step.m_after = score, score if script == self.task.entry else None
+        step.score = score
         step.printed, step.script_seconds = printed_metric(result.stdout, self.task.metric), result.seconds
         step.peak_bytes, step.sandbox, step.canary_p = result.peak_bytes, result.sandbox, result.canary_p
         return result, files
@@ -1496,22 +1688,38 @@ class Env:
 
     def _run_alone(self, script, before, key, timeout_s):
         """As _run, of the workspace `before`, while no other thread runs the same."""
-        if (known := self.cache.get(key)) and all(map(self.blobs.has, (known["after"] or {}).values())):
+        if known := self._known(key):
             self.cache.count("hits")
             if random.random() < self.cache.recheck:
                 self.cache.count("rechecked")
                 result, score, _ = self._run_now(script, before, self.time_limit_s)
-                outcomes, scores = [known["result"]["outcome"], result.outcome], [known["score"], score]
+                outcomes, scores = [known[0].outcome, result.outcome], [known[1], score]
                 if outcomes[0] != outcomes[1] or scores[0] != scores[1]:
                     self.cache.moved.append({"task": self.task.id, "script": before[script], "outcome": outcomes,
                                              "score": scores})
-            return Result(**known["result"]), known["score"], known["after"]
+            return known
         self.cache.count("runs")
         result, score, after = self._run_now(script, before, timeout_s)
         if result.outcome not in ("killed", "disk full") and (   # these, and a shorter limit, may be gone the next time
                 result.outcome != "timeout" or timeout_s >= self.time_limit_s):
             self.cache.put(key, {"result": dataclasses.asdict(result), "score": score, "after": after})
         return result, score, after
+
+    def _known(self, key):
+        """What the cache has, as _run; None if that is nothing, is not what a run gives, or its files are gone."""
+        try:
+            entry = self.cache.get(key)
+            json.dumps(entry, ensure_ascii=False).encode()      # no half of a surrogate pair
+            check_types(entry["result"], TYPES[Result], TYPES[Result].keys())
+            result, score, after = Result(**entry["result"]), entry["score"], entry["after"]
+            if after is not None:
+                check_snapshot(after)
+                for sha in after.values():
+                    self.blobs.path(sha)
+        except (TypeError, KeyError, ValueError):
+            return None
+        fits = (result.outcome == "ok" or score is None) and (result.outcome != "ok" or after is not None)
+        return (result, score, after) if fits and _fits(score, float | None) else None
 
     def _key(self, script, before):
         """Stands for all that a run depends on: files, data, grader, limits, versions, what it runs on."""
@@ -1572,23 +1780,59 @@ class Env:
 
     def _collect(self, folder):
         """{path: sha256} of the regular files that a script has left, None if they are too many or too large. Left out
-        are data, links, pipes, files without read permission, and names that cannot be printed."""
-        found, total = {}, 0
-        for parent, _, names in os.walk(folder):
-            for name in names:
-                place = os.path.join(parent, name)
-                path = os.path.relpath(place, folder)
-                regular = os.path.isfile(place) and not os.path.islink(place) and os.access(place, os.R_OK)
-                if regular and path.isprintable() and not path.startswith(("data/", UNDO)):
-                    found[path], total = place, total + os.path.getsize(place)
-                if len(found) > MAX_FILES or total > MAX_BYTES:
+        are links, pipes, what cannot be read, and what has no usable name."""
+        with contextlib.suppress(OSError):      # the script may have locked it
+            os.chmod(folder, 0o700)
+        for store in (False, True):     # it is known to be not too much before any of it is stored
+            found, total = {}, 0
+            for number, (path, parent, entry) in enumerate(_entries(folder), 1):
+                try:
+                    if path and entry.is_file(follow_symlinks=False):
+                        with _open(entry.name, parent) as file:
+                            total += os.fstat(file.fileno()).st_size
+                            found[path] = self.blobs.put(os.dup(file.fileno())) if store else None
+                except OSError as error:    # it may not be read, or it changes or is gone meanwhile
+                    if error.errno in NO_SPACE:
+                        raise
+                if number > 10 * MAX_FILES or len(found) > MAX_FILES or total > MAX_BYTES:
                     return None
-        return {path: self.blobs.put(Path(place)) for path, place in found.items()}
+        return found
+
+
+def _entries(folder):
+    """Yields (path, descriptor of its folder, os.DirEntry) of all that is below a folder; the path is "" for what has
+    no usable name, in which nothing is looked up either, so no tree is too deep. No link is followed."""
+    stack = []      # (prefix of paths, descriptor, entries) from the folder down to the one that is read now
+
+    def look(prefix, name, parent=None):
+        """Puts a folder on the stack, unless it cannot be read."""
+        with contextlib.suppress(OSError):
+            descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            stack.append((prefix, descriptor, os.scandir(descriptor)))
+
+    try:
+        look("", folder)
+        while stack:
+            prefix, parent, entries = stack[-1]
+            if (entry := next(entries, None)) is None:
+                os.close(stack.pop()[1])
+                continue
+            path = prefix + entry.name
+            path = path if usable(path) else ""
+            yield path, parent, entry
+            if path and entry.is_dir(follow_symlinks=False):
+                look(path + "/", entry.name, parent)
+    finally:
+        for _, descriptor, _ in stack:
+            os.close(descriptor)
 
 
 def _stamps(folder):
-    """Names, sizes and times of a folder's entries: enough to see that a script has written to shared data."""
-    return sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in os.scandir(folder))
+    """Names, sizes and times of a folder's entries: enough to see that a script has written to shared data. None: that
+    cannot be told."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+        return sorted((name, each.st_size, each.st_mtime_ns) for name, each in found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1607,48 +1851,157 @@ def header(env, **more):
 
 def record(step, **more):
     """The line of a step. The state before step i: the snapshot of step i - 1, or the header's; the header's messages
-    and those of all steps before i; m_before of step i."""
+    and those of all steps before i; m_before and m_top of step i."""
     return {"type": "step", **dataclasses.asdict(step), **more}
 
 
+RECORDED = {    # what a line of a trajectory's file has at least, and the types of what we write into one
+    "header": (("task", "messages", "snapshot", "m_init"), {
+        "task": str, "data": str, "prompt": str, "actions": list, "fields": list, "steps": int, "seconds": float,
+        "python": str | None, "gpu": str | None, "threads": int, "sandbox": str, "m_init": float, "m_best": float,
+        "miniature": bool, "k": int, "seed": int, "max_new_tokens": int, "m_after": float, "seconds_left": float,
+        "temperature": float, "top_p": float, "model": str, "expert": str, "tokenizer": str | None, "ideas": list,
+        "data_sha256": dict}),
+    "step": (("messages", "snapshot", "valid", "m_before", "m_after", "ended"), {
+        "seconds_left": float, "tokens": int | None, "prompt_tokens": int | None, "cached_tokens": int | None,
+        "sample_seconds": float | None, "finish": str | None}),
+    "end": (("ended",), {"ended": str, "detail": str})}
+TYPES = {cls: {each.name: each.type for each in dataclasses.fields(cls)} for cls in (Result, Step)}
+RECORDED["step"][1].update(TYPES[Step])
+CHOICES = {"prompt": PROMPTS, "actions": ACTIONS, "kind": KINDS, "outcome": OUTCOMES}
+
+
+def _fits(value, kind):
+    """Whether a value from JSON is of a type; in a list or dict all must be texts."""
+    if kinds := getattr(kind, "__args__", None):
+        return any(_fits(value, each) for each in kinds)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max     # not so NaN
+    if kind is int:
+        return type(value) is int and abs(value) < 1 << 63
+    if kind is list:
+        return type(value) is list and all(_fits(each, str) for each in value)
+    if kind is dict:
+        return type(value) is dict and all(_fits(each, str) for pair in value.items() for each in pair)
+    return isinstance(value, kind)
+
+
+def check_types(values, types, needed):
+    """ValueError, one sentence, unless a dict from JSON has all that is needed, and all of the right types."""
+    if type(values) is not dict:
+        raise ValueError("it is no JSON object")
+    for name in needed:
+        if name not in values:
+            raise ValueError(f'its entry "{name}" is missing')
+    for name, kind in types.items():
+        if name not in values or name in ("messages", "snapshot"):
+            continue
+        value = values[name]
+        if not _fits(value, kind) and not (name == "printed" and type(value) is float):     # NaN too: it is only shown
+            expected = getattr(kind, "__name__", str(kind))
+            raise ValueError(f'its entry "{name}" must be of type {expected}; found {clip(ascii(value), 60)}')
+        for each in value if type(value) is list else [value]:
+            if name in CHOICES and each is not None and each not in CHOICES[name]:
+                raise ValueError(f'its entry "{name}" must be one of {", ".join(CHOICES[name])}; found '
+                                 f"{clip(ascii(each), 60)}")
+
+
+def check_record(line, first):
+    """ValueError, one sentence, unless `line` is what header(), record() or an end wrote, as JSON gives it back. It may
+    come from anybody: a text is a text, a number a number, a snapshot names files of a workspace. first: it must be the
+    header."""
+    if type(line) is not dict:
+        raise ValueError("it is no JSON object")
+    kind = line.get("type")
+    if kind not in (("header",) if first else ("step", "end")):
+        raise ValueError(f"its type is {clip(ascii(kind), 60)}")
+    needed, types = RECORDED[kind]
+    check_types(line, types, needed)
+    if kind == "end":
+        return
+    check_snapshot(line["snapshot"])
+    if type(line["messages"]) is not list:
+        raise ValueError('its entry "messages" is no list')
+    for message in line["messages"]:
+        if not (type(message) is dict and {"role", "content"} <= set(message) <= {"role", "content", "tokens"}
+                and message["role"] in ("system", "user", "assistant") and _fits(message["content"], str)
+                and plain(message["content"]) == message["content"]):
+            raise ValueError('its entry "messages" must hold {"role", "content"} alone, and texts in them')
+        tokens = message.get("tokens", [])
+        if type(tokens) is not list or not all(type(each) is int and 0 <= each < 1 << 31 for each in tokens):
+            raise ValueError('its entry "messages" has "tokens" that are no list of ids')
+    if kind == "header" and not re.fullmatch(r"\w[\w.-]{0,99}", line["task"]):
+        raise ValueError(f'its entry "task" is {clip(ascii(line["task"]), 60)}, which is no id of a task')
+    if kind == "header" and not set(line.get("fields", ())) <= set(FIELDS):
+        raise ValueError(f'its entry "fields" must be taken from {", ".join(FIELDS)}')
+    if kind == "step" and not line["messages"]:
+        raise ValueError('its entry "messages" is empty')
+    for name in ("steps", "seconds", "threads") if kind == "header" else ():
+        if line.get(name, 1) <= 0:
+            raise ValueError(f'its entry "{name}" must be above 0; found {line[name]}')
+
+
 def read_trajectory(path):
-    """(header, [step, ...]) of a trajectory file. ValueError names the line that is no record."""
+    """(header, [step, ...]) of a trajectory file. ValueError names the line that is no record, and what is wrong."""
     records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().rstrip().split(b"\n"), 1):
         try:
             records.append(json.loads(line))
-            if records[-1]["type"] not in (("step", "end") if number > 1 else ("header",)):
-                raise ValueError(f"its type is {records[-1]['type']!r}")
-        except (ValueError, KeyError, TypeError) as error:
+            check_record(records[-1], number == 1)
+        except (ValueError, RecursionError) as error:
+            if number == 1 and not line.strip():
+                raise ValueError(f"{path} is empty; a trajectory starts with a header") from None
             raise ValueError(f"{path}, line {number} is no record of a trajectory: {error}") from error
-    if not records:
-        raise ValueError(f"{path} is empty; a trajectory starts with a header")
     return records[0], [each for each in records[1:] if each["type"] == "step"]
 
 
+def best_before(task, head, steps):
+    """The best score that a recorded trajectory had before what follows `steps`: the starter's, or an edit's."""
+    return best_of(task.direction, head["m_init"], *(step["m_after"] for step in steps))
+
+
 COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
-            "score", "m_before", "m_after", "reward", "snapshot", "ended")
+            "score", "m_before", "m_after", "m_top", "reward", "snapshot", "ended")
 
 
-def replay(path, say=print):
+def replay(path, say=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
     """Restores every recorded state, carries out its reply again, says what differs (times masked, figures to 6 digits)
-    and returns the number of differences."""
+    and returns the number of differences. The rest is as for Env: what the file tells of these settings is said, where
+    it is something else, and not obeyed."""
     head, steps = read_trajectory(path)
     out = next((parent for parent in Path(path).resolve().parents if (parent / "blobs").is_dir()), None)
     if out is None:
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
-    answers, count = [], 0
-    coder = (lambda messages: answers.pop(0)) if set(NEEDS_CODER) & set(head["actions"]) else None
+    for number, old in enumerate(steps):
+        if missing := [name for name in ("index", "reply", "coder", "time_left_s", *COMPARED)
+                       if name not in old and name != "m_top"]:
+            raise ValueError(f'{path}, step {number}: its entry "{missing[0]}" is missing')
+    used = {"data": str(data), "sandbox": sandbox, "python": python or sys.executable, "gpu": gpu, "threads": threads}
+    for name, value in used.items():
+        was = head.get(name) or {"python": sys.executable}.get(name)
+        if name in head and was != value:
+            say(f"it was recorded with {name} {clip(ascii(was), 100)}; here it is {value!r}, as --{name} says")
+    answers, errors, count = [], [], 0
+
+    def coder(messages):
+        if not answers:     # it raised an error when this was recorded
+            raise ValueError(errors[-1].removeprefix(CANNOT_TAKE))
+        return answers.pop(0)
+
+    settings = {name: head[name] for name in ("actions", "fields", "steps", "seconds", "prompt") if name in head}
     snapshot, messages = head["snapshot"], head["messages"]
     with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
-        env = Env(head["task"], head["data"], out=out, coder=coder, prompt=head.get("prompt", "full"),
-                  cache=Cache(empty), **{name: head[name] for name in SETTINGS})
-        for old in steps:
-            env.restore(snapshot, messages, index=old["index"], m_before=old["m_before"], seconds=old["time_left_s"])
+        env = Env(head["task"], data, out=out, coder=coder, cache=Cache(empty), sandbox=sandbox, python=python, gpu=gpu,
+                  threads=threads, **settings)
+        for number, old in enumerate(steps):
+            top = best_before(env.task, head, steps[:number])
+            env.restore(snapshot, messages, index=old["index"], m_before=old["m_before"], m_top=top,
+                        seconds=old["time_left_s"])
             answers[:] = old["coder"]
+            errors[:] = [old["error"]]
             new = json.loads(json.dumps(record(env.step(old["reply"]))))
             for name in COMPARED:
-                before, now = _masked(old[name]), _masked(new[name])
+                before, now = _masked(old.get(name, new[name])), _masked(new[name])
                 if before != now:
                     count += 1
                     say(f"step {old['index']}, {name}:\n  recorded: {clip(repr(before), 1000)}\n"
@@ -1661,17 +2014,31 @@ def replay(path, say=print):
 def _masked(value):
     """The value, what depends on the clock masked and figures rounded to 6 digits."""
     if isinstance(value, str):
-        return re.sub(r"\d[\d.,]* ?(?=(?:ms|s|sec|seconds|min|minutes)\b)", "# ", value)
+        return re.sub(r"\d[\d.,]{0,30} ?(?=(?:ms|s|sec|seconds|min|minutes)\b)", "# ", value)
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def main(args):
-    if len(args) != 2 or args[0] != "replay":
-        print("usage: python env.py replay FILE      (a trajectory, as eval.py and sft.py write them)", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser("env.py", allow_abbrev=False, description="Runs a recorded trajectory again and "
+                                     "says what differs. How scripts are run is said here, and never by the file.")
+    parser.add_argument("command", choices=["replay"])
+    parser.add_argument("file", metavar="FILE", help="a trajectory, as eval.py and sft.py write them")
+    parser.add_argument("--data", default="data", help="where prepared tasks are kept (default: data)")
+    parser.add_argument("--sandbox", default="on", choices=["on", "off"],
+                        help="off: scripts can read the answers and all your files (default: on)")
+    parser.add_argument("--python", help="the interpreter that runs the scripts (default: this one)")
+    parser.add_argument("--gpu", help="CUDA_VISIBLE_DEVICES of the scripts (default: none)")
+    parser.add_argument("--threads", type=int, default=1, help="that a script may use for numerics (default: 1)")
     try:
-        return 1 if replay(args[1]) else 0
-    except (ValueError, OSError) as error:
+        settings = vars(parser.parse_args(args))
+        settings.pop("command")
+        if settings["threads"] < 1:
+            parser.error(f"--threads must be at least 1, found {settings['threads']}")
+    except SystemExit as end:
+        return end.code
+    try:
+        return 1 if replay(settings.pop("file"), **settings) else 0
+    except (ValueError, OSError, Unprotected) as error:
         print(f"env.py replay: {error}", file=sys.stderr)
         return 2
 

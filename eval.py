@@ -29,8 +29,8 @@ import torch
 
 import sample
 import tasks
-from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, clip, header, printed_metric,
-                 record)
+from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, best_before, check_record, clip,
+                 header, printed_metric, record)
 from model import find_folder, hash_checkpoint, sync
 from reward import KINDS
 
@@ -172,18 +172,11 @@ RESULTS = {
         "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
         "published": {str: [NUMBER]}, "flagged": COUNT, "printed?": maybe(NUMBER), "seconds?": NUMBER,
         "trajectories?": [PLAYED], "score_summary?": SUMMARY, "oracle_summary?": SUMMARY}}}
-SECONDS = "a number of seconds", lambda value: NUMBER[1](value) and abs(value) < 1e9
-IDS = "a list of ids", lambda value: isinstance(value, list) and all(map(COUNT[1], value))
-STATE = {"messages": [{"role": TEXT, "content": TEXT, "tokens?": IDS}], "snapshot": {str: TEXT},
-         "m_after": NUMBER, "seconds_left": SECONDS}
-LINES = {       # of a trajectory, by their type
-    "header": {**STATE, "task": TEXT, "m_init": NUMBER, "miniature": FLAG, "ideas?": [TEXT]},
-    "step": {**STATE, **dict.fromkeys(("reply", "error", "observation", "detail", "sandbox"), TEXT),
-             **dict.fromkeys(("action", "outcome"), maybe(TEXT)), "kind": one_of(*KINDS), "valid": FLAG,
-             **dict.fromkeys(("printed", "score", "canary_p"), maybe(NUMBER)), "index": COUNT, "ended": WORD,
-             **dict.fromkeys(("m_before", "reward", "seconds", "script_seconds"), NUMBER), "coder": [TEXT],
-             "fields": {str: TEXT}, "args": {str: VALUE}},
-    "end": {"ended": WORD}}
+USED = {        # what a line of a trajectory must have to be gone on with, counted and shown
+    "header": ("m_after", "seconds_left", "miniature"),
+    "step": ("seconds_left", "reply", "error", "observation", "detail", "sandbox", "action", "outcome", "kind", "printed",
+             "score", "canary_p", "index", "reward", "seconds", "script_seconds", "coder", "fields", "args"),
+    "end": ()}
 
 
 def check(value, form, where):
@@ -306,12 +299,16 @@ def read_lines(path, form, mend=False):
 
 
 def read_record(path, mend=True):
-    """The lines of a trajectory's file, as read_lines; each is checked to be of its type's form."""
+    """The lines of a trajectory's file, as read_lines; each is checked to be a record of this task."""
     try:
-        lines = read_lines(path, {"type": TEXT}, mend)
+        lines = read_lines(path, {}, mend)
         for i, line in enumerate(lines, 1):
-            check(line["type"], one_of(*(("step", "end") if i > 1 else ("header",))), f"{path}, line {i}, 'type'")
-            check(line, LINES[line["type"]], f"{path}, line {i}")
+            try:
+                check_record(line, i == 1)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {i} is no record of a trajectory: {error}") from None
+            if missing := [name for name in USED[line["type"]] if name not in line]:
+                raise ValueError(f"{path}, line {i}: {missing[0]!r} is missing")
         if lines:
             check(lines[0]["task"], one_of(path.stem.rpartition("-")[0]), f"{path}, line 1, 'task'")
     except ValueError as error:
@@ -363,7 +360,7 @@ def trajectory(s, task, k, path, reply, coder, out, cache, run, about):
         last, messages = lines[-1], [message for line in lines for message in line["messages"]]
         try:
             env.restore(last["snapshot"], messages, index=len(lines) - 1, m_before=last["m_after"],
-                        seconds=min(last["seconds_left"], s.seconds))
+                        m_top=best_before(task, lines[0], lines[1:]), seconds=min(last["seconds_left"], s.seconds))
         except ValueError as error:
             raise Failed(f"{path}: its last state cannot be restored: {error}. Delete it to play it anew") from None
     else:

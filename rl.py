@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import NEEDS_CODER, SLOTS, Blobs, Cache, Env, Gone, clip, protection, read_trajectory
+from env import NEEDS_CODER, SLOTS, Blobs, Cache, Env, Gone, best_before, clip, protection, read_trajectory
 from eval import (CODE_END, CODER_TOKENS, Failed, acts_as, alone, attempt, prepare, read_agent, run_program,
                   small_files, write)
 from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, use_kernels
@@ -177,6 +177,10 @@ class State:
     @property
     def m_before(self):
         return self.steps[self.index]["m_before"]
+
+    @property
+    def m_top(self):
+        return best_before(tasks.load(self.head["task"]), self.head, self.steps[:self.index])
 
 
 def pool(s, tokenizer, say=print):
@@ -326,7 +330,7 @@ class Rollout:
     def at(self, state):
         """An Env in this state. env.Gone: a file of it is missing."""
         env = self.env(state.head)
-        env.restore(state.snapshot, state.messages, index=state.index, m_before=state.m_before)
+        env.restore(state.snapshot, state.messages, index=state.index, m_before=state.m_before, m_top=state.m_top)
         return env
 
     def prompt(self, env):

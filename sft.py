@@ -34,7 +34,8 @@ from torch.distributed.tensor import DTensor
 import sample
 import tasks
 from env import (
-    DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, clip, parse, printed_metric, prompt_of, short_prompt, shown_lines)
+    DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, Gone, check_record, clip, parse, printed_metric, prompt_of,
+    short_prompt, shown_lines)
 from model import (
     IGNORE, Config, Qwen2, find_folder, hash_checkpoint, load_tensors, sync, use_kernels, write_checkpoint)
 from eval import (
@@ -147,7 +148,8 @@ A_PROMPT = 15       # ideas asked for at once; longer lists repeat themselves
 
 def parse_ideas(text):
     """[{"title", "instruction"}] of the lines "- title: instruction" in a model's answer."""
-    form = r"^[ \t]*(?:[-*•]|\d{1,3}[.)])[ \t]*\**([^:\n]{3,100}?)\**[ \t]*(?:[:–—]| - )[ \t*]*(\S[^\n]{9,600})$"
+    form = (r"^[ \t]{0,20}(?:[-*•]|\d{1,3}[.)])[ \t]{0,9}\*{0,3}([^:\n]{3,100}?)\*{0,3}[ \t]{0,9}(?:[:–—]| - )"
+            r"[ \t*]{0,9}(\S[^\n]{9,600})$")
     return [{"title": title.strip(), "instruction": what.strip()} for title, what in re.findall(form, text, re.M)]
 
 
@@ -415,6 +417,8 @@ def constants(script):
     """Ideas made of a script's named numbers, "NAME = 5" at the start of a line: each multiplied and divided."""
     found = []
     for name, text in re.findall(r"^([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)(?=\s)", script, re.MULTILINE):
+        if not re.fullmatch(r"\d{1,15}(\.\d{0,15})?(e-?\d{1,2})?", text):    # 5-3, or a number beyond all bounds
+            continue
         old, whole = float(text), text.isdigit()
         factors = (2, 0.5) if whole else (2, 0.5, 3, 0.1)       # three times as many of something takes too long
         values = [old * factor for factor in factors] if old else [1, 2, 5] if whole else [0.1, 0.01, 0.5]
@@ -760,9 +764,6 @@ def read_own(entry, source):
     return Conversation(messages[:trained[-1] + 1], trained, source, source)
 
 
-NEEDED = ({"task", "messages", "snapshot", "m_init"}, {"messages", "snapshot", "valid", "m_after", "ended"})
-
-
 def read_played(file, text, parsed, rose, forbidden, tokenizer):
     """[Conversation, ...] of a trajectory's file, which holds text: one, or with short prompts one for each reply that
     is learned. ValueError if it is of a held-out task."""
@@ -770,12 +771,12 @@ def read_played(file, text, parsed, rose, forbidden, tokenizer):
     for number, line in enumerate(text.rstrip().split("\n"), 1):
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Bad(f"broken line {number}") from None
-        kind = lines[-1].get("type") if isinstance(lines[-1], dict) else None
-        if kind not in (("step", "end") if number > 1 else ("header",)) or (
-                kind != "end" and not NEEDED[number > 1] <= set(lines[-1])):
-            raise Bad(f"line {number} is no record of a trajectory")
+        try:
+            check_record(lines[-1], number == 1)
+        except ValueError as error:
+            raise Bad(f"line {number} is no record of a trajectory: {error}") from None
     head, steps = lines[0], [line for line in lines[1:] if line["type"] == "step"]
     try:
         refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
@@ -784,11 +785,14 @@ def read_played(file, text, parsed, rose, forbidden, tokenizer):
     if not ended(lines):
         raise Bad("not finished: collect again to go on with it")
     folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
-    for sha in {sha for line in (head, *steps) for sha in line["snapshot"].values()}:
-        if not (folder / "blobs" / sha[:2] / sha).is_file():
-            raise Bad("a missing blob")
+    blobs = Blobs(folder / "blobs")
+    try:
+        for sha in {sha for line in (head, *steps) for sha in line["snapshot"].values()}:
+            blobs.path(sha)
+    except Gone:
+        raise Bad("a missing blob") from None
     task, messages, trained, single = tasks.load(head["task"]), [dict(m) for m in head["messages"]], [], []
-    snapshot, short, blobs = head["snapshot"], head.get("prompt") == "short", Blobs(folder / "blobs")
+    snapshot, short = head["snapshot"], head.get("prompt") == "short"
     if rose and not (steps and task.better(steps[-1]["m_after"], head["m_init"])):
         raise Bad("filter: its score did not rise")
     for step in steps:      # a reply that could not be read is not in the messages, so it is never learned
@@ -1393,7 +1397,10 @@ def redrawn(messages, rng):
     (prompt, reply), number = (one["content"] for one in messages), rng.random() < 0.7
     head, lines = prompt.split("\n")[:3], prompt.split("\n")[3:]
     before, key, args = reply.rpartition("Action Input: ")
-    args = json.loads(args)
+    try:
+        args = json.loads(args)
+    except ValueError:      # parse() takes more forms than this one
+        return messages
     places = [i for i, line in enumerate(lines) if NUMBER.fullmatch(line)]
     for i, line in zip(places, rng.sample([lines[i] for i in places], len(places))):
         lines[i] = line

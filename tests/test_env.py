@@ -1,6 +1,6 @@
 """The environment on a task made by hand: its script needs no library, and its grader reads one number."""
 
-import dataclasses, json, os, random, re, sys, threading, time
+import dataclasses, json, os, random, re, subprocess, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -405,7 +405,7 @@ def test_execute_grades_the_submission_and_keeps_the_files(make):
     step = run(env)
     assert step.observation.startswith("train.py ran to the end in ")
     assert "\nrows: 3\nvalidation accuracy: 0.50\n[" in step.observation
-    assert (step.kind, step.outcome, step.sandbox) == ("not an edit", "ok", "namespaces+landlock")
+    assert (step.kind, step.outcome) == ("not an edit", "ok") and step.sandbox.startswith("namespaces+landlock")
     assert (step.score, step.printed, step.reward) == (0.5, 0.5, 0.5)
     assert text_of(env, "submission.csv") == "0.5" and step.peak_bytes > 1 << 20
 
@@ -699,29 +699,31 @@ def recorded(make, tmp_path):
     return path
 
 
-def test_replay_reproduces(recorded, capsys):
-    assert env_module.main(["replay", str(recorded)]) == 0
+def test_replay_reproduces(recorded, tmp_path, capsys):
+    assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
     assert "8 steps replayed, 0 differences" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("index, name, value", [
     (2, "observation", "rows: 4"), (3, "score", 0.61), (3, "reward", 0.5), (5, "outcome", "error"),
     (8, "kind", "limit"), (1, "snapshot", {"train.py": "f" * 64})])
-def test_replay_detects_a_planted_difference(recorded, capsys, index, name, value):
+def test_replay_detects_a_planted_difference(recorded, tmp_path, capsys, index, name, value):
     lines = [json.loads(line) for line in recorded.read_text().splitlines()]
     assert lines[index][name] != value
     lines[index][name] = value
     recorded.write_text("\n".join(map(json.dumps, lines)))
     if name == "snapshot":  # the state of the next step is gone
-        assert env_module.main(["replay", str(recorded)]) == 2 and "missing" in capsys.readouterr().err
+        assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2
+        assert "missing" in capsys.readouterr().err
     else:
-        assert env_module.main(["replay", str(recorded)]) == 1
+        assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 1
         assert f"step {index - 1}, {name}" in capsys.readouterr().out
 
 
 def test_replay_says_what_is_wrong_with_a_file(recorded, tmp_path, capsys):
     recorded.write_text(recorded.read_text() + '{"type": "st')
-    assert env_module.main(["replay", str(recorded)]) == 2 and "line 11 is no record" in capsys.readouterr().err
+    assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2
+    assert "line 11 is no record" in capsys.readouterr().err
     (tmp_path / "empty").write_text("")
     assert env_module.main(["replay", str(tmp_path / "empty")]) == 2 and "empty" in capsys.readouterr().err
     assert env_module.main(["replay", str(tmp_path / "absent")]) == 2 and env_module.main([]) == 2
@@ -730,3 +732,606 @@ def test_replay_says_what_is_wrong_with_a_file(recorded, tmp_path, capsys):
 def test_a_step_is_a_line_of_json(recorded):
     line = json.loads(recorded.read_text().splitlines()[1])
     assert line["type"] == "step" and {each.name for each in dataclasses.fields(env_module.Step)} <= set(line)
+
+
+# ------------------------------------------------------------------------------------------- nothing is had for nothing
+
+def test_a_run_changes_no_score_that_an_edit_is_compared_with(make):
+    env = make()
+    put(env, train=STARTER.replace("0.50", "0.30"))
+    step = run(env)
+    assert (step.score, step.m_before, step.m_after, step.reward, env.m_before) == (0.3, 0.5, 0.5, 0.5, 0.5)
+    step = edit(env, "rows =", "# a comment\nrows =")
+    assert (step.m_before, step.m_top, step.m_after) == (0.5, 0.5, 0.3)
+    assert step.reward == pytest.approx(0.0179862100)       # x = 8 * -0.2 / 0.4 = -4
+    step = edit(env, "0.30", "0.50")
+    assert (step.m_before, step.m_top, step.m_after) == (0.3, 0.5, 0.5)
+    assert step.reward == pytest.approx(0.9820137900)       # what the fall has cost, and no more
+    step = edit(env, "0.50", "0.55")
+    assert (step.m_top, env.m_top) == (0.5, 0.55) and step.reward == pytest.approx(0.7310585786)
+
+
+def test_a_script_that_alternates_by_a_file_earns_nothing(make):
+    env = make(steps=99)
+    put(env, train="""import os
+good = os.path.exists("flag")
+with open("submission.csv", "w") as file:
+    file.write("0.5" if good else "0.1")
+os.remove("flag") if good else open("flag", "w").close()
+# 0
+""")
+    rewards, scores = [], []
+    for i in range(6):
+        step = edit(env, f"# {i}", f"# {i + 1}")
+        rewards.append(step.reward)
+        scores.append(step.score)
+        assert run(env).reward == 0.5
+    assert scores == [0.1, 0.5, 0.1, 0.5, 0.1, 0.5] and sum(rewards) == pytest.approx(3.0)
+
+
+def test_a_fall_and_small_steps_up_earn_nothing(make):
+    env = make()
+    steps = [edit(env, *pair) for pair in zip(("0.50", "0.10", "0.20", "0.30"), ("0.10", "0.20", "0.30", "0.50"))]
+    assert [step.score for step in steps] == [0.1, 0.2, 0.3, 0.5]
+    assert sum(step.reward for step in steps) == pytest.approx(2.0) and steps[1].reward < 0.51
+
+
+def test_a_restored_state_has_the_best_score_it_had(make):
+    env, other = make(), make()
+    for old, new in (("0.50", "0.70"), ("0.70", "0.60")):
+        edit(env, old, new)
+    other.restore(env.snapshot(), env.messages, index=2, m_before=0.6, m_top=0.7)
+    assert edit(env, "0.60", "0.65").reward == edit(other, "0.60", "0.65").reward == pytest.approx(
+        0.5 + 0.2689414214 - 0.1192029220)
+    other.restore(env.snapshot(), m_before=0.6)
+    assert other.m_top == 0.6
+    other.restore(env.snapshot(), m_before=0.4)
+    assert other.m_top == 0.5
+
+
+# ----------------------------------------------------------------------------------------------- what comes from others
+
+SHA = "0" * 64
+BAD_PATHS = ["../x", "a/../../x", "/etc/x", "./x", "a//b", "a/", "", ".", "data", "data/x", ".undo", ".undo/x",
+             ".undo/1", ".undo/1/", ".undo/1/../x", ".undo/0/x",
+             ".undo/-1/x", ".undo/1e3/x", ".undo/\u0661/x", ".undo/1/data/x",
+             ".undo/1/.undo/1/x", "x\0", "a\nb", "\ud800", "\u202e", "é" * 51, "a/" * 150 + "b", "-c.py", "~/x", 7,
+             None]
+BAD_HASHES = ["", "0" * 63, "0" * 65, "A" * 64, "g" * 64, "0" * 63 + "\n", "0" * 64 + "\n", "../" * 21 + "0", "/x/y",
+              b"0" * 64, 0, None, [SHA]]
+BAD_SNAPSHOTS = [{path: SHA} for path in BAD_PATHS] + [{"x": sha} for sha in BAD_HASHES] + [
+    {"a": SHA, "a/b": SHA}, {"a/b/c": SHA, "a": SHA}, {f"f{i}": SHA for i in range(2001)}, [], [["a", SHA]], None, "a"]
+
+
+@pytest.mark.parametrize("snapshot", BAD_SNAPSHOTS, ids=lambda each: ascii(each)[:40])
+def test_a_snapshot_that_is_none_is_refused(make, snapshot):
+    with pytest.raises(ValueError, match="snapshot"):
+        env_module.check_snapshot(snapshot)
+    env = make()
+    before = env.snapshot()
+    with pytest.raises(ValueError, match="snapshot"):
+        env.restore(snapshot)
+    assert env.snapshot() == before
+
+
+def test_snapshots_of_ours_are_accepted(make):
+    env = make()
+    for path in ("a/b/c.py", "data.csv", "data2/x", ".undox", ".hidden", "é/ü.py", "a b", "a" * 100, "...", "x~",
+                 "a/-c"):
+        env.files[path] = env.files["train.py"]
+    env.files[".undo/12/a/b/c.py"] = env.files["train.py"]
+    env_module.check_snapshot(env.snapshot())
+    env.restore(env.snapshot())
+    assert run(env).outcome == "ok"
+
+
+def test_a_blob_that_is_not_what_it_is_named_by_is_never_used(make, tmp_path):
+    env = make()
+    state, blobs = env.snapshot(), env.blobs
+    place = blobs.path(state["train.py"])
+    place.write_text("print('planted')")
+    assert blobs.has(state["train.py"])
+    with pytest.raises(env_module.Gone, match="damaged"):
+        env.restore(state)
+    with pytest.raises(env_module.Gone, match="damaged"):
+        env_module.prompt_of("short", env.task, env.messages, state, blobs)
+    env.reset()     # which stores it again
+    assert place.read_text() == STARTER and run(env).outcome == "ok"
+    secret = tmp_path / "data" / "made" / "private" / "answers.csv"
+    sha = tasks.hash_files(secret)
+    (blobs.folder / sha[:2]).mkdir(exist_ok=True)
+    (blobs.folder / sha[:2] / sha).symlink_to(secret)
+    with pytest.raises(env_module.Gone, match="missing"):
+        env.restore({**state, "x": sha})
+
+
+def test_a_text_that_is_no_hash_is_not_looked_up(make, tmp_path, monkeypatch):
+    blobs = make().blobs
+    (tmp_path / "out" / "secret").write_text("x")
+    monkeypatch.setattr(os, "lstat", None)
+    for sha in (*BAD_HASHES, "../secret", str(tmp_path / "out" / "secret")):
+        assert not blobs.has(sha)
+        with pytest.raises(env_module.Gone):
+            blobs.path(sha)
+
+
+def test_a_state_with_too_large_files_is_gone(make, monkeypatch):
+    env = make()
+    state = {"a": env.blobs.put(b"x" * 600), "b": env.blobs.put(b"x" * 600), ".undo/1/a": env.blobs.put(b"y" * 600)}
+    env.restore(state)
+    monkeypatch.setattr(env_module, "MAX_BYTES", 1000)
+    with pytest.raises(env_module.Gone, match="more than"):
+        env.restore(state)
+
+
+@pytest.mark.parametrize("change", [
+    lambda entry: entry.update(score="0.9"), lambda entry: entry.update(score=float("nan")),
+    lambda entry: entry.update(score=True), lambda entry: entry.pop("score"), lambda entry: entry.pop("after"),
+    lambda entry: entry.update(after={"../x": SHA}), lambda entry: entry.update(after={"train.py": "../../x"}),
+    lambda entry: entry.update(after={"x": SHA}), lambda entry: entry.update(after=None), lambda entry: entry.clear(),
+    lambda entry: entry.update(after=[]), lambda entry: entry.update(result=[1]),
+    lambda entry: entry["result"].update(outcome="great"), lambda entry: entry["result"].update(outcome="error"),
+    lambda entry: entry["result"].update(stdout=5), lambda entry: entry["result"].update(seconds="1"),
+    lambda entry: entry["result"].update(exit_code=True), lambda entry: entry["result"].update(stdout="\ud800"),
+    lambda entry: entry["result"].update(peak_bytes=10 ** 400), lambda entry: entry["result"].update(seconds=10 ** 400),
+    lambda entry: entry["result"].update(more=1), lambda entry: entry["result"].pop("stdout"),
+    lambda entry: entry["result"].update(canary_p=float("inf"))])
+def test_a_cache_entry_that_a_run_does_not_give_counts_as_absent(make, change):
+    env = make()
+    assert env.score()[0] == 0.5 and env.cache.counts["runs"] == 1
+    place, = [path for path in env.cache.folder.rglob("*") if path.is_file()]
+    entry = json.loads(place.read_bytes().split(b"\n", 1)[1])
+    change(entry)
+    env.cache.put(place.name, entry)
+    assert env.score()[0] == 0.5 and env.cache.counts == {"runs": 2, "hits": 0, "rechecked": 0}
+    assert env.score()[0] == 0.5 and env.cache.counts["hits"] == 1      # it has been put right
+
+
+def test_a_cache_entry_may_be_any_file(make, tmp_path):
+    cache = env_module.Cache(tmp_path / "kept")
+    cache.put("aa", 1)
+    place = tmp_path / "kept" / "aa" / "aa"
+    for text in (b"[" * 100_000, b"\xff", b""):
+        place.write_bytes(env_module.hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+        assert cache.get("aa") is None
+    place.unlink()
+    os.mkfifo(place)
+    assert cache.get("aa") is None
+    place.unlink()
+    place.mkdir()
+    assert cache.get("aa") is None
+
+
+HEADER_ERRORS = [("task", "../x"), ("task", ".."), ("task", 5), ("task", None), ("data", 5), ("prompt", "long"),
+                 ("actions", "List Files"), ("actions", ["rm"]), ("actions", [["List Files"]]), ("fields", ["x"]),
+                 ("steps", 0), ("steps", "8"), ("steps", 1.5), ("steps", True), ("seconds", -1), ("seconds", "9"),
+                 ("threads", 0), ("threads", None), ("python", 5), ("gpu", 0), ("sandbox", None), ("m_init", None),
+                 ("m_init", "0.5"), ("m_init", float("nan")), ("m_init", 10 ** 400), ("m_best", [])]
+STEP_ERRORS = [("index", "1"), ("reply", 5), ("reply", None), ("coder", "x"), ("coder", [5]), ("kind", "great"),
+               ("outcome", "fine"), ("fields", []), ("args", {"a": 5}), ("valid", 1), ("m_after", "0.5"),
+               ("m_before", float("inf")), ("m_top", {}), ("score", True), ("score", "0.5"), ("reward", "1"),
+               ("time_left_s", None), ("seconds", float("nan")), ("ended", None), ("observation", ["x"]),
+               ("printed", "1")]
+BOTH_ERRORS = [("messages", {}), ("messages", ["x"]), ("messages", [{"role": "user"}]),
+               ("messages", [{"role": "root", "content": "x"}]), ("messages", [{"role": "user", "content": None}]),
+               ("messages", [{"role": "user", "content": "x", "name": "y"}]),
+               ("messages", [{"role": "user", "content": "\ud800"}]),
+               ("messages", [{"role": "user", "content": "x", "tokens": [1.5]}]),
+               ("messages", [{"role": "user", "content": "x", "tokens": [-1]}]),
+               ("snapshot", []), ("snapshot", {"../x": SHA}), ("snapshot", {"x": "../x"}), ("snapshot", None),
+               ("type", 5)]
+
+
+@pytest.mark.parametrize("line, name, value", [(0, *each) for each in HEADER_ERRORS + BOTH_ERRORS] + [
+    (2, *each) for each in STEP_ERRORS + BOTH_ERRORS + [("messages", [])]], ids=ascii)
+def test_wrong_types_in_a_trajectory_are_one_clear_sentence(some_lines, tmp_path, line, name, value):
+    lines = [dict(each) for each in some_lines]
+    lines[line][name] = value
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError) as error:
+        env_module.read_trajectory(path)
+    said = str(error.value)
+    assert said.startswith(f"{path}, line {line + 1} is no record of a trajectory: ") and name in said.lower()
+    assert "\n" not in said and len(said) < 400
+
+
+@pytest.mark.parametrize("line, name", [(0, "task"), (0, "messages"), (0, "snapshot"), (0, "m_init"), (2, "messages"),
+                                        (2, "snapshot"), (2, "m_before"), (2, "m_after"),
+                                        (2, "ended")])
+def test_what_a_record_lacks_is_named(some_lines, tmp_path, line, name):
+    lines = [dict(each) for each in some_lines]
+    del lines[line][name]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=f'line {line + 1} .*"{name}" is missing'):
+        env_module.read_trajectory(path)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b"{}",
+                                     b'{"type": "step"}', b'{"type": ' + b"1" * 5000 + b"}"])
+def test_lines_that_are_no_record_are_named(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match="x, line 1 is no record"):
+        env_module.read_trajectory(tmp_path / "x")
+
+
+@pytest.fixture
+def some_lines(make):
+    env = make()
+    return json.loads(json.dumps([header(env), record(files(env, ".")), record(edit(env, "0.50", "0.60"))]))
+
+
+def test_a_line_break_of_unicode_in_a_text_ends_no_line(some_lines, tmp_path):
+    some_lines[1]["observation"] = "a\u2028b\x85c"
+    (tmp_path / "x").write_text("\n".join(json.dumps(each, ensure_ascii=False) for each in some_lines), "utf-8")
+    assert env_module.read_trajectory(tmp_path / "x")[1][0]["observation"] == "a\u2028b\x85c"
+
+
+# ---- replay
+
+@pytest.mark.parametrize("change", [dict(sandbox="off"), dict(sandbox="none"), dict(python="PROGRAM"), dict(gpu="0"),
+                                    dict(threads=64), dict(data="/nowhere")])
+def test_a_file_does_not_choose_how_scripts_are_run(recorded, tmp_path, monkeypatch, capsys, change):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\n")
+    program.chmod(0o755)
+    change = {name: str(program) if value == "PROGRAM" else value for name, value in change.items()}
+    lines = [json.loads(line) for line in recorded.read_text().splitlines()]
+    lines[0].update(change)
+    recorded.write_text("\n".join(map(json.dumps, lines)))
+    seen, execute = [], env_module.execute
+    monkeypatch.setattr(env_module, "execute",
+                        lambda *args, **options: seen.append(options) or execute(*args, **options))
+    assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
+    (name, value), = change.items()
+    said = capsys.readouterr().out
+    assert f"recorded with {name} {value!r}" in said and f"--{name}" in said
+    assert seen and all((each["sandbox"], each["python"], each["gpu"], each["threads"]) == ("on", None, None, 1)
+                        for each in seen)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_what_is_typed_for_a_replay_is_what_happens(recorded, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(env_module, "Env", lambda *args, **options: seen.append((args, options)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        env_module.main(["replay", str(recorded), "--data=d", "--sandbox", "off", "--python", "p", "--gpu", "1",
+                         "--threads", "2"])
+    (args, options), = seen
+    assert args[1] == "d"
+    assert [options[name] for name in ("sandbox", "python", "gpu", "threads")] == ["off", "p", "1", 2]
+    for wrong in (["--sandbx", "off"], ["--sand", "off"], ["--sandbox", "maybe"], ["--threads", "0"],
+                  ["--threads", "x"], ["more"]):
+        assert env_module.main(["replay", str(recorded), *wrong]) == 2 and len(seen) == 1
+        assert "error: " in capsys.readouterr().err
+    assert env_module.main(["play", str(recorded)]) == 2
+
+
+def test_an_error_of_the_coder_is_replayed(make, tmp_path, capsys):
+    def coder(messages):
+        raise ValueError("5000 tokens do not fit")
+    env = make(coder=coder)
+    lines = [header(env), record(do(env, "Understand File", file_name="train.py", things_to_look_for="x"))]
+    path = tmp_path / "out" / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert env_module.main(["replay", str(path), "--data", str(tmp_path / "data")]) == 0
+    assert "1 steps replayed, 0 differences" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ what scripts and coders may leave
+
+def deep(folder, num=3000):
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(num):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+
+
+def trees(folder, kind):
+    """Leaves something in a folder as a script might; returns the paths that are to be kept."""
+    folder.mkdir()
+    (folder / "train.py").write_text("x")
+    if kind == "deep":
+        deep(folder)
+    elif kind == "odd names":
+        for name in (b"\xff", b"\xed\xa0\x80", b"a\nb", b"n" * 101, b"-c.py", b"~x", b"\xe2\x80\xae", b".undo",
+                     b"\x1b[2J"):
+            Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_text("x")
+        (folder / "fine.csv").write_text("x")
+        return ["train.py", "fine.csv"]
+    elif kind == "data":
+        (folder / "data").write_text("x")
+    elif kind == "in data":
+        (folder / "data" / "a").mkdir(parents=True)
+        (folder / "data" / "a" / "b").write_text("x")
+    elif kind == "undo":
+        (folder / ".undo" / "1").mkdir(parents=True)
+        (folder / ".undo" / "1" / "train.py").write_text("x")
+    elif kind == "no files":
+        os.mkfifo(folder / "pipe")
+        (folder / "link").symlink_to("/etc/passwd")
+        (folder / "loop").symlink_to(".")
+        (folder / "away").symlink_to("/etc")
+        os.mknod(folder / "socket", 0o140600)
+    elif kind == "long":
+        path = folder.joinpath(*["p" * 90] * 3)
+        path.mkdir(parents=True)
+        (path / ("q" * 27)).write_text("x")
+        (path / ("q" * 28)).write_text("x")
+        (path / ("r" * 26)).mkdir()
+        (path / ("r" * 26) / "s").write_text("x")
+        return ["train.py", "/".join(["p" * 90] * 3 + ["q" * 27])]
+    elif kind == "below":
+        (folder / "a" / "b" / "c").mkdir(parents=True)
+        for name in ("a/x", "a/b/x", "a/b/c/x"):
+            (folder / name).write_text(name)
+        return ["train.py", "a/x", "a/b/x", "a/b/c/x"]
+    elif kind == "the same names":
+        for name in ("a/x", "b/a/x", "a/b/x"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(name)
+        return ["train.py", "a/x", "b/a/x", "a/b/x"]
+    return ["train.py"]
+
+
+@pytest.mark.parametrize("kind", ["deep", "odd names", "data", "in data", "undo", "no files", "long", "below",
+                                  "the same names"])
+def test_whatever_is_left_is_collected_or_dropped(make, tmp_path, kind):
+    env = make()
+    expected = trees(tmp_path / "left", kind)
+    opened = len(os.listdir("/proc/self/fd"))
+    found = env._collect(tmp_path / "left")
+    assert sorted(found) == sorted(expected) and len(os.listdir("/proc/self/fd")) == opened
+    assert all(env.blobs.path(sha).read_text() == (tmp_path / "left" / path).read_text() for path, sha in found.items())
+    env.restore(found)
+    (tmp_path / "built").mkdir()
+    env._build(tmp_path / "built", found)
+    assert (tmp_path / "built" / "data" / "train.csv").read_text() == "a b c\n"
+    subprocess.run(["rm", "-rf", tmp_path / "left"], check=True)    # pytest itself cannot remove the deep one
+
+
+@pytest.mark.parametrize("leave", [
+    lambda folder: [(folder / f"f{i}").write_text("") for i in range(1001)],
+    lambda folder: [(folder / f"d{i}").mkdir() for i in range(10_001)],
+    lambda folder: os.truncate(folder / "train.py", 4 << 30),
+    lambda folder: [os.truncate((folder / f"f{i}").write_text("x") and folder / f"f{i}", 150 << 20) for i in (1, 2)]])
+def test_too_much_is_told_before_any_of_it_is_stored(make, tmp_path, leave):
+    env = make()
+    trees(tmp_path / "left", "")
+    leave(tmp_path / "left")
+    before = sorted(env.blobs.folder.rglob("*"))
+    assert env._collect(tmp_path / "left") is None and sorted(env.blobs.folder.rglob("*")) == before
+
+
+def test_a_file_that_is_large_and_empty_costs_no_disk(make, tmp_path):
+    env = make()
+    trees(tmp_path / "left", "")
+    (tmp_path / "left" / "hole").write_text("begin")
+    os.truncate(tmp_path / "left" / "hole", 60 << 20)
+    sha = env._collect(tmp_path / "left")["hole"]
+    assert sha == tasks.hash_files(tmp_path / "left" / "hole") == tasks.hash_files(env.blobs.path(sha))
+    assert os.stat(env.blobs.path(sha)).st_blocks * 512 < 4 << 20
+
+
+def test_a_file_that_changes_while_it_is_collected(make, tmp_path, monkeypatch):
+    """One becomes a link between look and open, one is gone, a folder becomes a link: they are not there."""
+    env, secret = make(), tmp_path / "data" / "made" / "private" / "answers.csv"
+    folder = tmp_path / "left"
+    trees(folder, "below")
+    (folder / "gone").write_text("x")
+    entries, turn = env_module._entries, []
+
+    def changing(where):
+        turn.append(where)
+        for path, parent, entry in entries(where):
+            if len(turn) == 2 and path in ("train.py", "gone"):
+                os.remove(folder / path)
+                path == "train.py" and os.symlink(secret, folder / path)
+            if len(turn) == 2 and path == "a":
+                os.rename(folder / "a", folder / "z")
+                os.symlink(secret.parent, folder / "a")
+            yield path, parent, entry
+    monkeypatch.setattr(env_module, "_entries", changing)
+    found = env._collect(folder)
+    assert "train.py" not in found and "gone" not in found and len(turn) == 2
+    assert not [path for path in env.blobs.folder.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+
+
+def test_a_folder_that_is_gone_or_locked_is_collected(make, tmp_path):
+    env = make()
+    assert env._collect(tmp_path / "absent") == {}
+    trees(tmp_path / "left", "below")
+    os.chmod(tmp_path / "left", 0)
+    assert len(env._collect(tmp_path / "left")) == 4
+
+
+@pytest.mark.parametrize("code", [
+    "shutil.rmtree('data', ignore_errors=True); open('data', 'w').write('x')",
+    "shutil.rmtree('data'); os.symlink('/', 'data')",
+    "os.remove('train.py'); os.mkdir('train.py'); open('train.py/data', 'w').write('x')",
+    "os.makedirs('data/x/y'); open('data/x/y/z', 'w').write('x')"])
+def test_after_any_run_there_is_another(make, code):
+    env = make()
+    put(env, odd=f"import os, shutil\n{code}", fine="print(sorted(__import__('os').listdir('data')))")
+    assert run(env, "odd.py").outcome == "ok"
+    assert "['images', 'link.csv', 'train.csv']" in run(env, "fine.py").observation
+    for step in (edit(env, "0.50", "0.60"), undo(env), run(env)):
+        assert step.kind in KINDS
+
+
+def test_a_full_disk_of_ours_is_an_outcome(make, monkeypatch):
+    env = make()
+    before = env.snapshot()
+    for number in env_module.NO_SPACE:
+        def put(content):
+            raise OSError(number, os.strerror(number))
+        monkeypatch.setattr(env.blobs, "put", put)
+        step = edit(env, "0.50", "0.60")
+        assert (step.kind, step.outcome, step.reward, step.m_after) == ("limit", "disk full", 0.5, 0.5)
+        assert "could not store" in step.detail and step.detail in step.observation and env.snapshot() == before
+        step = run(env)
+        assert (step.kind, step.outcome, step.reward) == ("limit", "disk full", 0.5) and env.snapshot() == before
+
+    def put(content):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(env.blobs, "put", put)
+    with pytest.raises(PermissionError):
+        edit(env, "0.50", "0.60")
+
+
+def test_a_workspace_cannot_grow_without_end(make, monkeypatch):
+    env = make(steps=99)
+    monkeypatch.setattr(env_module, "MAX_FILES", 3)
+    copies = [do(env, "Copy File", source="train.py", destination=f"c{i}.py").valid for i in range(4)]
+    assert copies == [True, True, False, False] and len(env.files) == 3
+    monkeypatch.setattr(env_module, "MAX_BYTES", 3 * len(STARTER) + 4)
+    assert "full" in do(env, "Replace In Script", script_name="c1.py", find="rows:", replace="rows:" + "x" * 5).error
+    monkeypatch.setattr(env_module, "MAX_UNDO", 2)
+    for i in range(4):
+        assert do(env, "Replace In Script", script_name="c1.py", find=f"{i}.5", replace=f"{i + 1}.5").valid
+    assert [sorted(path for path in env.files if path.startswith(".undo"))] == [[".undo/3/c1.py", ".undo/4/c1.py"]]
+    assert env.index == 9
+
+
+def test_an_edit_makes_no_script_too_large_for_the_next(make, monkeypatch):
+    env = make(coder=lambda messages: f"```\n{'x' * 990}\n```")
+    monkeypatch.setattr(env_module, "MAX_SCRIPT", 990)
+    step = do(env, "Edit Script (AI)", script_name="train.py", edit_instruction="x", save_name="train.py")
+    assert (step.valid, step.kind) == (False, "invalid") and "longer" in step.error
+    monkeypatch.setattr(env_module, "MAX_SCRIPT", len(STARTER) + 3)
+    assert edit(env, "rows:", "rows:xyz").valid
+    assert "a script may have" in edit(env, "rows:", "rows:!").error and env.index == 3
+
+
+def test_what_is_no_script_by_its_size_is_not_run(make, monkeypatch):
+    env = make(steps=99)
+    put(env, big="x = 1\n" * 1000)
+    monkeypatch.setattr(env_module, "MAX_SCRIPT", 5000)
+    assert "is no script" in run(env, "big.py").error
+    step = do(env, "Copy File", source="big.py", destination="train.py")
+    assert (step.kind, step.outcome, step.reward) == ("failed", None, 0.0) and "more than" in step.detail
+    assert undo(env).score == 0.5
+
+
+@pytest.mark.parametrize("name", ["-c.py", "-m", "--help", "-", "./-c.py", " -c", "~/x", "./~x"])
+def test_a_name_that_is_an_option_names_no_file(make, name):
+    env = make()
+    assert not do(env, "Copy File", source="train.py", destination=name).valid and list(env.files) == ["train.py"]
+    env.files[name.strip().removeprefix("./")] = env.files["train.py"]
+    step = run(env, name)
+    assert (step.valid, step.outcome) == (False, None)
+
+
+@pytest.mark.parametrize("answer, kind", [
+    (None, "invalid"), (b"```\nprint(1)\n```", "invalid"), (["x"], "invalid"), (7, "invalid"),
+    ("```\n" + "x = 1\n" * 10_000_000, "invalid"), ("```\n" * 3_000_000, "invalid"), ("", "not an edit"),
+    ("```\nprint('\ud800')\n```", "failed"), (ValueError("\ud800" * 1000), "invalid")],
+    ids=lambda each: ascii(each)[:20])
+def test_a_coder_may_answer_anything(make, answer, kind):
+    def coder(messages):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+    env = make(coder=coder)
+    for action, args in (("Edit Script (AI)", dict(script_name="train.py", edit_instruction="x", save_name="train.py")),
+                         ("Understand File", dict(file_name="train.py", things_to_look_for="x"))):
+        step = do(env, action, **args)
+        assert step.kind == kind or action == "Understand File"
+        line = json.dumps([record(step), env.messages], ensure_ascii=False).encode()
+        assert len(line) < 8 * env_module.MAX_SCRIPT
+        env_module.check_record(json.loads(line)[0], False)
+
+
+def test_a_text_that_overlaps_itself_does_not_occur_once(make):
+    env = make()
+    put(env, train="VALUE = 'aaa'\n" + STARTER)
+    assert "occurs 2 times" in edit(env, "aa", "b").error and text_of(env, "train.py").startswith("VALUE = 'aaa'")
+    assert edit(env, "aaa", "b").valid
+
+
+def test_undo_of_what_cannot_be_shown(make):
+    """A binary file that was replaced comes back, and what is said is what was done."""
+    env = make()
+    env.files["x.bin"] = binary = env.blobs.put(b"\0\xff" * 100)
+    for source, target in (("train.py", "x.bin"), ("data/images/1.bin", "x.bin")):
+        assert do(env, "Copy File", source=source, destination=target).valid
+    for expected in (env.blobs.put(STARTER.encode()), binary):
+        step = do(env, "Undo Edit Script", script_name="x.bin")
+        assert step.valid and step.kind == "scored" and env.files["x.bin"] == expected
+
+
+# ---- in linear time: with quadratic work each of these would take minutes
+
+BLANKS = " " * 500_000
+LONG = [BLANKS, "A = 1" + BLANKS + "\n", ("A = 1" + " " * 50_000 + "x\n") * 10, "A = 1\n" + "\n" * 500_000,
+        "#" * 500_000, "A" * 500_000, "A = " * 100_000, "\t \n" * 200_000, "1" * 500_000, "1." * 250_000,
+        "validation " + "1" * 500_000, "validation 1x\n" * 40_000, "`" * 500_000,
+        "```\n" * 100_000, "Observation" * 40_000, "Action: " * 60_000,
+        " \t*" * 150_000, "\r" * 300_000, "\u2028" * 300_000]
+
+
+@pytest.mark.parametrize("text", LONG, ids=lambda text: ascii(text)[:16])
+def test_work_on_any_text_is_linear(task, text):
+    messages = [{"role": "user", "content": "x"}] * 2 + [{"role": "assistant", "content": text},
+                                                         {"role": "user", "content": text}]
+    began = time.process_time()
+    env_module.shown_lines(text)
+    env_module.short_prompt(task, messages, text)
+    env_module.cut_observation(text)
+    env_module.difference(text, text + "\nx")
+    env_module.difference("x\n" + text, text)
+    printed_metric(text, "validation")
+    env_module._masked(text)
+    parse(text[:50_000])
+    env_module.clip(text, 100)
+    assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize("old, new", [
+    ("x\n" * 250_000, "x\ny\n" * 200_000), ("x\n" * 500_000, "x\n" * 400_000), ("x\ny\n" * 900, "y\nx\n" * 99),
+    ("".join(f"{i % 97}\n" for i in range(200_000)), "".join(f"{i % 89}\n" for i in range(200_000)))])
+def test_texts_that_difflib_takes_for_ever_for_are_compared(old, new):
+    began = time.process_time()
+    found = env_module.difference(old, new)
+    assert time.process_time() - began < 20 and found
+
+
+def test_the_difference_of_ordinary_scripts_is_difflibs(make):
+    draw = random.Random(0)
+    for _ in range(200):
+        old = [draw.choice(["x = 1", "y = 2", "", f"z = {draw.random()}"]) for _ in range(draw.randint(0, 60))]
+        new = [line for line in old if draw.random() < 0.9]
+        new[draw.randint(0, len(new)):0] = ["new"] * draw.randint(0, 3)
+        expected = list(env_module.difflib.unified_diff(old, new, lineterm="", n=2))[2:]
+        assert env_module.difference(*("".join(f"{line}\n" for line in lines) for lines in (old, new))) == expected
+
+
+def test_the_difference_of_long_scripts_is_one_piece():
+    old = [str(i) for i in range(5000)]
+    for begin, end, put in ((0, 0, ["x"]), (4999, 5000, ["x"]), (100, 103, []), (5000, 5000, ["x", "y"]), (7, 9, ["7"]),
+                            (3, 3, ["2", "3"]), (0, 5000, [])):
+        new = old[:begin] + put + old[end:]
+        head, *lines = env_module.difference("\n".join(old), "\n".join(new))
+        start, gone, at, come = map(int, re.fullmatch(r"@@ -(\d+),(\d+) \+(\d+),(\d+) @@", head).groups())
+        assert start == at and [line[0] for line in lines] == ["-"] * gone + ["+"] * come
+        assert old[:start - 1] + [line[1:] for line in lines[gone:]] + old[start - 1 + gone:] == new
+        assert [line[1:] for line in lines[:gone]] == old[start - 1:start - 1 + gone] and gone + come <= 5002
+    assert env_module.difference("\n".join(old), "\r\n".join(old)) == []
+
+
+def test_a_folder_of_many_files_is_listed_in_part(make, tmp_path):
+    env = make()
+    for i in range(300):
+        (tmp_path / "data" / "made" / "public" / "images" / f"{i:05}.png").touch()
+    lines = files(env, "data/images").observation.splitlines()
+    assert lines[0] == "00000.png  0 bytes" and lines[99:101] == ["00099.png  0 bytes", "... and 201 more"]
+
+
+def test_every_kind_of_attack_leaves_a_step_and_nothing_else(tmp_path):
+    import soak
+    rows, wrong = soak.soak(tmp_path, 0, limit=0.4, slack=60, each=True)
+    assert wrong == [] and set(rows) == set(soak.NAMES) and len(soak.NAMES) > 90

@@ -225,7 +225,7 @@ def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task
     assert again.calls <= STEPS - at + s.parallel       # what was recorded was not played again
     assert masked(s.out) == whole
     for file in Path(s.out, "trajectories").iterdir():
-        assert replay(file, say=print) == 0
+        assert replay(file, data=s.data) == 0
 
 
 def test_a_line_cut_short_is_dropped_and_its_step_played_again(tmp_path, task):
@@ -247,6 +247,9 @@ def test_a_damaged_line_is_named(tmp_path, task):
     path = file_of(s, 0)
     path.write_text("not json\n" + path.read_text())
     with pytest.raises(ValueError, match="tiny-task-0.jsonl, line 1 is not JSON"):
+        play(s, Scripted())
+    path.write_text(path.read_text().removeprefix("not json\n").replace('"snapshot": {', '"snapshot": {"../x": "", '))
+    with pytest.raises(ValueError, match="tiny-task-0.jsonl, line 1 is no record .* snapshot names '../x'"):
         play(s, Scripted())
 
 

@@ -66,7 +66,7 @@ def test_every_prompt_can_be_made_again_from_the_record(short):
     folder, s = short
     file = sorted((folder / "short").glob("toy-a-*.jsonl"))[0]
     head, steps = env.read_trajectory(file)
-    assert head["prompt"] == "short" and env.replay(file, say=lambda line: None) == 0
+    assert head["prompt"] == "short" and env.replay(file, say=lambda line: None, data=folder / "data") == 0
     played = env.Env("toy-a", folder / "data", out=folder / "again", prompt="short", fields=s.fields, actions=s.actions,
                      steps=s.steps)
     restored = env.Env("toy-a", folder / "data", out=folder / "short", prompt=head["prompt"], fields=head["fields"])
@@ -102,6 +102,8 @@ def test_ideas_made_of_a_scripts_numbers():
     assert edits == ["SIDE = 8", "SIDE = 2", "RATE = 0.25", "RATE = 0.05", "SHIFT = 1", "SHIFT = 2", "SHIFT = 5",
                      "NOT_TWICE = 4", "NOT_TWICE = 1"]
     assert [one["title"] for one in ideas[:2]] == ["SIDE 8", "SIDE 2"]
+    odd = sft.constants(f"A = 5-3\nB = 1.2.3\nC = {'9' * 400}\nD = 1e\nE = 1e999\nF = 2\n")
+    assert [one["title"] for one in odd] == ["F 4", "F 1"]
 
 
 def test_the_short_expert_tries_runs_and_takes_back(short):
@@ -227,7 +229,7 @@ def test_copies_are_of_what_is_trained_on_and_not_longer_than_it_may_be(tmp_path
     train, valid = sft.texts_of(s, t, say=lambda line: None)
     last = lambda texts: {int(re.search(r"Last: (\d)\.", t.decode(ids))[1]) for ids, _ in texts}
     assert len(valid) == 2 and len(last(train)) == 5 and last(train) | last(valid) == {1, 2, 3, 5, 6, 8, 9}
-    assert max(len(ids) for ids, _ in train) == 271 and all(any(chosen) for _, chosen in train)
+    assert max(len(ids) for ids, _ in train) <= 271 and all(any(chosen) for _, chosen in train)
 
 
 def test_weights_that_copy():
