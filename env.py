@@ -1867,7 +1867,7 @@ RECORDED = {    # what a line of a trajectory's file has at least, and the types
         "sample_seconds": float | None, "finish": str | None}),
     "end": (("ended",), {"ended": str, "detail": str})}
 TYPES = {cls: {each.name: each.type for each in dataclasses.fields(cls)} for cls in (Result, Step)}
-RECORDED["step"][1].update(TYPES[Step])
+RECORDED["step"][1].update({**TYPES[Step], "m_before": float, "m_after": float})     # a state has a score
 CHOICES = {"prompt": PROMPTS, "actions": ACTIONS, "kind": KINDS, "outcome": OUTCOMES}
 
 
