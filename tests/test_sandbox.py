@@ -197,7 +197,10 @@ ATTACKS = {
     """,
     "fork bomb in sessions of its own": """
         for _ in range(6):
-            if os.fork() == 0: os.setsid()
+            try:
+                os.fork() or os.setsid()
+            except PermissionError:
+                pass
         time.sleep(4)
         print("WON")
     """,
@@ -578,6 +581,13 @@ def test_only_a_timeout_that_comes_again_is_kept(make, monkeypatch, limit, warm,
     monkeypatch.setattr(env, "execute", lambda *args, **more: ended)
     assert trajectory.score()[1].outcome == trajectory.score()[1].outcome == "timeout"
     assert trajectory.cache.counts["runs"] == runs
+
+
+def test_prepare_warns_of_a_starter_near_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "MINIATURE_S", 0.3)
+    said = []
+    tasks.prepare("leaf-classification", data=tmp_path, say=said.append)
+    assert any("of processor time, over a third of the 0.3 s" in line for line in said)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 65, 200, -1])
