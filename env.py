@@ -23,10 +23,9 @@ network; each is tried before it is trusted (protection), and where none holds n
 sandbox="off". Scripts that use numpy or torch are forked from a process that has imported them, which saves most of
 their time, and live under the same layers and limits. Linux only; the rest works anywhere.
 """
-import atexit, contextlib, ctypes, dataclasses, difflib, functools, gc, glob, hashlib, importlib, inspect, itertools
-import json, math, os, random, re, resource, select, shutil, signal, socket, subprocess, sys, tempfile, threading, time
-import uuid, weakref
-import argparse, io, stat
+import argparse, atexit, contextlib, ctypes, dataclasses, difflib, errno, fcntl, functools, gc, glob, hashlib, importlib
+import inspect, io, itertools, json, math, os, platform, random, re, resource, select, shutil, signal, socket, stat
+import struct, subprocess, sys, tempfile, threading, time, uuid, weakref
 from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +55,7 @@ MAX_CODER = 20_000                      # characters of a file that Understand F
 PROMPTS = ("full", "short")             # what of a state the policy is shown, see prompt_of
 SHORT_SCRIPT, SHORT_NEWS = 200, 100     # characters of the script and of the news in a short prompt
 MAX_FILES, MAX_BYTES = 1_000, 1 << 28   # what a script may leave in the workspace
-MINIATURE_S = 10                        # seconds of a run on a miniature, whose starters take one to five
+WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so much more wall time does
 UNDO = ".undo/"
 
 
@@ -72,10 +71,11 @@ class Result:
     stderr: str
     seconds: float      # wall time
     peak_bytes: int     # largest resident memory of all its processes together
-    sandbox: str        # the layers that were active, such as "namespaces+landlock", or "off"
+    sandbox: str        # the layers that were active, such as "namespaces+landlock+seccomp", or "off"
     detail: str = ""    # one sentence about the outcome
     canary_p: float | None = None       # of the graded submission, see tasks.judge
     warm: bool = False  # it was forked from a process that had the libraries imported already
+    limit: str = ""     # the limit that ended it: "wall", "cpu", "memory", "processes"
 
 
 class Unprotected(RuntimeError):
@@ -86,15 +86,17 @@ class Stopped(RuntimeError):
     """A run was called off; it has no outcome."""
 
 
-def execute(script, cwd, *, timeout_s, memory_bytes, python=None, sandbox="on", readable=(), hidden=(),
+def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sandbox="on", readable=(), hidden=(),
             output_bytes=1 << 16, file_bytes=4 << 30, processes=256, threads=1, gpu=None, warm=True, temporary=False,
             stop=None):
     """Runs `python script` in the folder `cwd` and returns its Result. When it returns, also by an exception, nothing
     that the script started is alive. Safe to call from many threads.
 
-    timeout_s: wall seconds. memory_bytes: resident memory of all its processes together; without a GPU each address
-    space is limited too, 4 GiB above it, so that one huge allocation fails inside the script. python: the interpreter
-    (default: this one). sandbox: "on" uses every layer that holds here, "off" none, the name of a layer that one alone.
+    timeout_s: wall seconds. cpu_s: seconds of processor time of all its processes together, those that have ended
+    too; None: any. memory_bytes: memory of all its processes together, with what they keep in /dev/shm, pipes and
+    sockets; without a GPU each address space is limited too, 4 GiB above it, so that one huge allocation fails inside
+    the script. processes: at once; of threads there may be four times as many. python: the interpreter (default: this
+    one). sandbox: "on" uses every layer that holds here, "off" none, names as in Result.sandbox those.
     readable: files and folders that the script may read beside the interpreter and the system's libraries; it may write
     to cwd and to its TMPDIR. hidden: what it must not reach. output_bytes: kept of each stream, half from the start,
     half from the end. file_bytes: the largest file it may write. threads: for OpenMP and BLAS. gpu: value of
@@ -107,14 +109,14 @@ def execute(script, cwd, *, timeout_s, memory_bytes, python=None, sandbox="on", 
     if not sys.platform.startswith("linux"):
         raise RuntimeError(f"scripts can be executed on Linux only (they are supervised through /proc); "
                            f"this is {sys.platform}")
-    if sandbox not in ("on", "off", *LAYERS):
+    if sandbox not in ("on", "off") and not {*LAYERS, FILTER}.issuperset(sandbox.split("+")):
         raise ValueError(f"sandbox must be 'on' or 'off'; found {sandbox!r}")
     cwd = os.path.realpath(cwd)
     if not os.path.isfile(os.path.join(cwd, script)):
         raise ValueError(f"there is no script {script!r} in {cwd}")
     program, folders, _ = describe(python or sys.executable)
     folders = [*folders, *map(str, readable)]
-    layers = protection() if sandbox == "on" else () if sandbox == "off" else (sandbox,)
+    layers = protection() if sandbox == "on" else () if sandbox == "off" else tuple(sandbox.split("+"))
     if not layers and "off" not in _seen:
         print("sandbox off: scripts run as this user, with its files, the answers and the network in reach",
               file=sys.stderr)
@@ -131,12 +133,15 @@ def execute(script, cwd, *, timeout_s, memory_bytes, python=None, sandbox="on", 
         shown += [(path, "read") for pattern in GPU_LIBRARIES for path in glob.glob(pattern)]
         shown += [(path, "device") for pattern in GPU_DEVICES for path in glob.glob(pattern)]
     shown = {path: right for path, right in shown if os.path.exists(path)} | {cwd: "write", private: "write"}
-    job = dict(command=[program, script], cwd=cwd, env=_environment(program, threads, gpu, private), layers=layers,
-               timeout_s=float(timeout_s), memory_bytes=int(memory_bytes), output_bytes=output_bytes,
+    command = [program, os.path.join("." * script.startswith("-"), script)]     # it is no option of the interpreter
+    with open(os.path.join(cwd, script), "rb") as file:
+        key = _warm_key(program, file.read(1 << 20), threads) if warm else None
+    job = dict(command=command, cwd=cwd, env=_environment(program, threads, gpu, private), layers=layers,
+               timeout_s=float(timeout_s), cpu_s=cpu_s, memory_bytes=int(memory_bytes), output_bytes=output_bytes,
+               filter=_filter(layers, gpu), keyctl=_number(250, 219), perf=_number(298, 241),
                file_bytes=file_bytes, address_bytes=0 if gpu else int(memory_bytes) + (4 << 30), processes=processes,
                mark=uuid.uuid4().int >> 67, root=os.path.join(base, "root"), temporary=temporary, proc=PROC,
                shared_bytes=int(memory_bytes) // 2, shown=sorted(shown.items()))    # a folder before what is in it
-    key = _warm_key(program, Path(cwd, script).read_bytes(), threads) if warm else None
     started, layers = time.monotonic(), "+".join(layers) or "off"
     report, warm = _run(job, key, stop)
     if report is None:
@@ -145,11 +150,15 @@ def execute(script, cwd, *, timeout_s, memory_bytes, python=None, sandbox="on", 
     exit_code, why, seconds, peak, oom, *streams = report
     # of a line that was written over, as progress bars do, a terminal shows the last state
     stdout, stderr = ("\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")) for text in streams)
-    limits = {"timeout": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
+    if cpu_s and exit_code == -signal.SIGXCPU:
+        why = "cpu"
+    limits = {"wall": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
+              "cpu": ("timeout", f"It used more than its limit of {cpu_s or 0:.3g} s of processor time."),
               "memory": ("out of memory", f"It used more than its limit of {memory_bytes / 2**30:.2f} GiB."),
-              "processes": ("too many processes", f"It had more than {processes} processes.")}
+              "processes": ("too many processes",
+                            f"It had more than {processes} processes, or {4 * processes} threads.")}
     outcome, detail = limits[why] if why else _outcome(exit_code, oom, stderr)
-    return Result(outcome, exit_code, stdout, stderr, seconds, peak, layers, detail, warm=warm)
+    return Result(outcome, exit_code, stdout, stderr, seconds, peak, layers, detail, warm=warm, limit=why)
 
 
 def _outcome(exit_code, oom, stderr):
@@ -185,8 +194,9 @@ def _outcome(exit_code, oom, stderr):
 LIBRARIES = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32",
              "/usr/lib64", "/usr/libexec", "/usr/include", "/usr/share", "/usr/local/bin", "/usr/local/lib",
              "/usr/local/lib64", "/usr/local/share", "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts",
-             "/etc/alternatives", "/sys/devices/system")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+             "/etc/alternatives", "/sys/devices/system", "/sys/fs/cgroup/cpu.max",
+             "/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")    # not zero: shared, it is memory of nobody
 GPU_LIBRARIES = ("/sys", "/usr/local/cuda*", "/opt/rocm*", "/etc/OpenCL", "/run/opengl-driver")
 GPU_DEVICES = ("/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg")
 PROC = tuple(f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg", "version", "filesystems", "devices",
@@ -222,8 +232,9 @@ def _environment(program, threads, gpu=None, private="/nonexistent"):
                 PYTHONUTF8="1", **dict.fromkeys(counts, str(threads)))
 
 
-LAYERS = ("namespaces", "landlock")
-PROBE = """import os, socket
+LAYERS = ("namespaces", "landlock")     # each is enough to hide the answers
+FILTER = "seccomp"                      # goes with either, for what they leave open
+PROBE = """import ctypes, os, socket
 def tries(name, action):
     try:
         action()
@@ -236,13 +247,110 @@ tries("write files", lambda: open(answers, "a").close())
 tries("read another process's environment", lambda: open(f"/proc/{parent}/environ").read())
 tries("signal other processes", lambda: os.kill(parent, 0))
 tries("use the network", lambda: socket.create_connection(("127.0.0.1", port), 5))
+if ctypes.CDLL(None).syscall(keyctl, 0, -3, 1) > 0:     # KEYCTL_GET_KEYRING_ID of the session
+    print("use the kernel's keyrings")
 """
+ANSWERS = {"read files", "write files", "read another process's environment"}
+DENIES = {"namespaces": ANSWERS | {"signal other processes", "use the network"},
+          "landlock": ANSWERS,          # and by itself, on newer kernels, the other two
+          FILTER: {"use the kernel's keyrings"}}
 _probing = threading.Lock()
+
+# What the filter (seccomp) refuses, by reason: system call -> its number on x86_64, on aarch64; -1: there is none.
+REFUSED = (
+    # keyrings: the user's secrets, and a place where things outlive a run
+    dict(add_key=(248, 217), request_key=(249, 218), keyctl=(250, 219)),
+    # memory and messages that belong to no process
+    dict(shmget=(29, 194), shmat=(30, 196), shmctl=(31, 195), shmdt=(67, 197), semget=(64, 190), semop=(65, 193),
+         semtimedop=(220, 192), semctl=(66, 191), msgget=(68, 186), msgsnd=(69, 189), msgrcv=(70, 188),
+         msgctl=(71, 187), mq_open=(240, 180), mq_unlink=(241, 181), mq_timedsend=(242, 182),
+         mq_timedreceive=(243, 183), mq_notify=(244, 184), mq_getsetattr=(245, 185), io_setup=(206, 0),
+         io_destroy=(207, 1), io_getevents=(208, 4), io_submit=(209, 2), io_cancel=(210, 3), vmsplice=(278, 75)),
+    # memory and descriptors of other processes
+    dict(ptrace=(101, 117), process_vm_readv=(310, 270), process_vm_writev=(311, 271), kcmp=(312, 272),
+         pidfd_getfd=(438, 438), process_madvise=(440, 440), process_mrelease=(448, 448), get_robust_list=(274, 100)),
+    # mounts and namespaces, files by number instead of by path
+    dict(mount=(165, 40), umount2=(166, 39), pivot_root=(155, 41), chroot=(161, 51), open_tree=(428, 428),
+         move_mount=(429, 429), fsopen=(430, 430), fsconfig=(431, 431), fsmount=(432, 432), fspick=(433, 433),
+         mount_setattr=(442, 442), open_tree_attr=(467, 467), unshare=(272, 97), setns=(308, 268),
+         open_by_handle_at=(304, 265), quotactl=(179, 60), quotactl_fd=(443, 443)),
+    # the machine
+    dict(kexec_load=(246, 104), kexec_file_load=(320, 294), init_module=(175, 105), finit_module=(313, 273),
+         delete_module=(176, 106), swapon=(167, 224), swapoff=(168, 225), reboot=(169, 142), acct=(163, 89),
+         syslog=(103, 116), settimeofday=(164, 170), clock_settime=(227, 112), sethostname=(170, 161),
+         setdomainname=(171, 162), personality=(135, 92)),
+    # what a script has no use for and kernels had holes in
+    dict(bpf=(321, 280), perf_event_open=(298, 241), userfaultfd=(323, 282), io_uring_setup=(425, 425),
+         io_uring_enter=(426, 426), io_uring_register=(427, 427), fanotify_init=(300, 262), vhangup=(153, 58),
+         lookup_dcookie=(212, 18), modify_ldt=(154, -1), iopl=(172, -1), ioperm=(173, -1), uselib=(134, -1)))
+# without a GPU, whose driver may need them: files in memory
+REFUSED_CPU = (dict(memfd_create=(319, 279), memfd_secret=(447, 447)),)
+# with Landlock alone, which knows neither who is called on a socket nor the attributes of files
+REFUSED_ALONE = (
+    dict(setsid=(112, 157), setpgid=(109, 154)),    # one signal to the group ends all, however fast they fork
+    dict(connect=(42, 203)),
+    dict(chown=(92, -1), fchown=(93, 55), lchown=(94, -1), fchownat=(260, 54), setxattr=(188, 5), lsetxattr=(189, 6),
+         fsetxattr=(190, 7), setxattrat=(463, 463), removexattr=(197, 14), lremovexattr=(198, 15),
+         fremovexattr=(199, 16), removexattrat=(466, 466), file_setattr=(469, 469)))
+# done by nobody but reported as done: to copy a file with its mode and times must not fail
+IGNORED_ALONE = (dict(chmod=(90, -1), fchmod=(91, 52), fchmodat=(268, 53), fchmodat2=(452, 452), utime=(132, -1),
+                      utimes=(235, -1), futimesat=(261, -1), utimensat=(280, 88)),)
+# refused by the value of an argument: (call, numbers, which argument, bits of it, "is" or "is not", value)
+ARGUMENTS = (
+    ("prlimit64", (302, 261), 0, ~0, "is not", 0),                  # limits of another process
+    ("prlimit64", (302, 261), 1, ~0, "is", 15), ("setrlimit", (160, 164), 0, ~0, "is", 15),     # RLIMIT_RTTIME
+    *(("clone", (56, 220), 0, 1 << bit, "is", 1 << bit) for bit in (17, 25, 26, 27, 28, 29, 30)),   # namespaces
+    ("socket", (41, 198), 0, ~0, "is not", socket.AF_UNIX), ("socketpair", (53, 199), 0, ~0, "is not", socket.AF_UNIX),
+    ("setsockopt", (54, 208), 2, ~0, "is", socket.SO_SNDBUF), ("setsockopt", (54, 208), 2, ~0, "is", socket.SO_RCVBUF),
+    ("fcntl", (72, 25), 1, ~0, "is", 1031),                         # F_SETPIPE_SZ: pipes hold memory too
+    ("mmap", (9, 222), 3, 0x40000, "is", 0x40000))                  # MAP_HUGETLB: not counted as resident
+ARGUMENTS_CPU = (("mmap", (9, 222), 3, 0x21, "is", 0x21),)          # MAP_SHARED | MAP_ANONYMOUS: may be kept unmapped
+ARGUMENTS_ALONE = (
+    *((call, numbers, 0, ~0, "is not", 0) for call, numbers in dict(
+        sched_setaffinity=(203, 122), sched_setparam=(142, 118), sched_setscheduler=(144, 119),
+        sched_setattr=(314, 274), migrate_pages=(256, 238), move_pages=(279, 239), setpriority=(141, 140)).items()),
+    ("setpriority", (141, 140), 1, ~0, "is not", 0), ("ioprio_set", (251, 30), 0, ~0, "is not", 1),
+    ("ioprio_set", (251, 30), 1, ~0, "is not", 0),                  # all of other processes
+    ("socket", (41, 198), 1, 2, "is", 2), ("socketpair", (53, 199), 1, 2, "is", 2),     # datagrams need no connection
+    ("ioctl", (16, 29), 1, ~0, "is", 0x40086602), ("ioctl", (16, 29), 1, ~0, "is", 0x401c5820))     # chattr
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # which number of the pairs above, AUDIT_ARCH
+LAST_CALL = 469     # a later one is to the script as on an older kernel, and so are those of the x32 ABI
+
+
+def _number(*numbers):
+    """Of the numbers of a system call that of this machine; -1 where it is not known."""
+    return numbers[MACHINES[platform.machine()][0]] if platform.machine() in MACHINES else -1
+
+
+def _filter(layers, gpu):
+    """The program of the filter, in hexadecimal: sock_filter structures. Without layers it only keeps the mark of a
+    run. "": the numbers of this machine's system calls are not known."""
+    if platform.machine() not in MACHINES:
+        return ""
+    (which, arch), alone = MACHINES[platform.machine()], "namespaces" not in layers
+    refuse, ignore, unknown = 0x50000 | errno.EPERM, 0x50000, 0x50000 | errno.ENOSYS    # SECCOMP_RET_ERRNO
+    load, equal, above, mask, done = 0x20, 0x15, 0x25, 0x54, 0x06                       # of BPF
+    program = [(load, 0, 0, 4), (equal, 1, 0, arch), (done, 0, 0, refuse), (load, 0, 0, 0),
+               (above, 0, 1, LAST_CALL), (done, 0, 0, unknown), (equal, 0, 1, 435), (done, 0, 0, unknown)]  # clone3
+    calls = [(refuse, REFUSED), (refuse, () if gpu else REFUSED_CPU), (refuse, REFUSED_ALONE if alone else ()),
+             (ignore, IGNORED_ALONE if alone else ())]
+    arguments = [*ARGUMENTS, *(() if gpu else ARGUMENTS_CPU), *(ARGUMENTS_ALONE if alone else ())]
+    if not layers:
+        calls, arguments = [], [each for each in ARGUMENTS if each[5] == 15]
+    for answer, groups in calls:
+        for number in [numbers[which] for group in groups for numbers in group.values() if numbers[which] >= 0]:
+            program += [(equal, 0, 1, number), (done, 0, 0, answer)]
+    for _, numbers, index, bits, relation, value in arguments:      # the kernel reads the low half of these arguments
+        program += [(equal, 0, 5, numbers[which]), (load, 0, 0, 16 + 8 * index), (mask, 0, 0, bits & 0xFFFFFFFF),
+                    (equal, 0, 1, value) if relation == "is" else (equal, 1, 0, value), (done, 0, 0, refuse),
+                    (load, 0, 0, 0)]
+    program.append((done, 0, 0, 0x7FFF0000))                        # SECCOMP_RET_ALLOW
+    return b"".join(struct.pack("=HBBI", *each) for each in program).hex()
 
 
 def protection():
-    """The layers that hold on this machine, such as ("namespaces", "landlock"). Each is tried by a script that attempts
-    what it must be denied. Unprotected: there is none; the message says why, and what can be done."""
+    """What holds on this machine, such as ("namespaces", "landlock", "seccomp"). Each is tried by a script that
+    attempts what it must be denied. Unprotected: there is no layer; the message says why, and what can be done."""
     with _probing:      # many threads may ask first
         return _probe()
 
@@ -254,22 +362,23 @@ def _probe():
         answers, work = Path(folder, "answers"), Path(folder, "work")
         answers.write_text("secret")
         work.mkdir()
-        known = f"answers, parent, port = {str(answers)!r}, {os.getpid()}, {own.getsockname()[1]}\n"
-        (work / "probe.py").write_text(known + PROBE)
-        for layer in LAYERS:
+        known = {"answers": str(answers), "parent": os.getpid(), "port": own.getsockname()[1],
+                 "keyctl": _number(250, 219)}
+        (work / "probe.py").write_text(f"globals().update({known!r})\n{PROBE}")
+        for layer in (FILTER, *LAYERS):
             try:
                 result = execute("probe.py", work, sandbox=layer, timeout_s=30, memory_bytes=1 << 30)
             except RuntimeError as error:
                 trouble.append(f"{layer}: {error}")
                 continue
             done = set(result.stdout.splitlines())
-            if layer == "landlock":     # old kernels allow them
-                done -= {"signal other processes", "use the network"}
-            if done == {"work"}:
+            if "work" in done and not done & DENIES[layer]:
                 held.append(layer)
             else:
-                trouble.append(f"{layer}: a script could {', '.join(sorted(done - {'work'})) or 'not work'}")
-    if not held:
+                could = done & DENIES[layer] if "work" in done else ["not work"]
+                trouble.append(f"{layer}: a script could {', '.join(sorted(could))}")
+    held.sort(key=(*LAYERS, FILTER).index)
+    if not set(LAYERS) & set(held):
         raise Unprotected(
             f"scripts cannot be kept from the answers on this machine ({'; '.join(trouble)}). One of two layers is "
             "needed: user namespaces (in a container allow them, as with `docker run --security-opt "
@@ -354,8 +463,8 @@ class _Server:
     def __init__(self, key):
         self.key, self.up = key, True if key is None else None    # whether it takes runs; None while it imports
         self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        imports = ("import atexit, contextlib, ctypes, gc, importlib, json, os, resource, select, shutil, signal, "
-                   "socket, sys, time, weakref")
+        imports = ("import atexit, contextlib, ctypes, fcntl, gc, importlib, json, os, resource, select, signal, "
+                   "socket, stat, struct, sys, time, weakref")
         source = "\n".join([imports, *map(inspect.getsource, (_remove, _supervise, _import, _be_script, _serve)),
                             f"_be_script(_serve({theirs.fileno()}, {key and key[1]!r}))"])
         # the warm one has the flags of `python script`, and is not to look for a GPU
@@ -389,15 +498,15 @@ def _warm_key(program, text, threads):
         return key if key in _servers and _servers[key].is_up() else None
 
 
-def _request(key):
-    """Has the server of that key fork a supervisor, or the bare one if it is gone. Returns the supervisor's id, a
-    socket to it, and whether it is warm."""
+def _request(key, what=b"run"):
+    """Has the server of that key fork a supervisor, or the bare one if it is gone; or have it delete the folder `what`.
+    Returns the new process's id, a socket to it, and whether it is warm."""
     for _ in range(5):
         ours, theirs = socket.socketpair()
         with theirs, _lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             key = key if key in _servers else None
             server = _servers[key] = _servers.get(key) or _Server(key)
-            socket.send_fds(server.requests, [b"run"], [theirs.fileno()])
+            socket.send_fds(server.requests, [what], [theirs.fileno()])
         if supervisor := ours.recv(10):
             return int(supervisor), ours, key is not None
         ours.close()
@@ -411,31 +520,62 @@ def _run(job, key, stop=None):
     """Has a job done by a supervisor; returns (its report, or None if the script has killed it; whether it was
     warm). Stopped: the event `stop` was set meanwhile."""
     supervisor, connection, warm = _request(key)
-    report = None
+    report, base = None, os.path.dirname(job["root"])
     try:
         with contextlib.suppress(ConnectionError, TimeoutError, ValueError):    # it was killed, or stopped
             connection.sendall(json.dumps(job).encode() + b"\n")
-            connection.settimeout(job["timeout_s"] + 30)
-            while stop and not select.select([connection], [], [], 0.1)[0]:
-                if stop.is_set():
+            connection.settimeout(10)
+            ended = time.monotonic() + job["timeout_s"] + 30
+            while not select.select([connection], [], [], 0.1 if stop else 1)[0]:
+                if stop and stop.is_set():
                     raise Stopped("the run was called off")
-            report = json.load(connection.makefile())
+                if time.monotonic() > ended or _is_stopped(supervisor):
+                    raise TimeoutError
+            report, base = json.load(connection.makefile())
     finally:
-        connection.shutdown(socket.SHUT_WR)     # which tells it to end all
-        connection.settimeout(10)
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_WR)     # which tells it to end all
         try:
+            if _is_stopped(supervisor):
+                raise TimeoutError
             while connection.recv(1 << 16):
                 pass
         except (ConnectionError, TimeoutError):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(supervisor, signal.SIGKILL)
         connection.close()
-        if report is None:
+        if not isinstance(report, list):
             _kill_marked(job["mark"])
-        _remove(os.path.dirname(job["root"]))
+        _discard(base)
     if isinstance(report, str):
         raise RuntimeError(report)
     return report, warm
+
+
+def _is_stopped(pid):
+    """Whether somebody has stopped the process, which then will not answer."""
+    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] in b"Tt"
+    return False
+
+
+_deleting = []      # sockets to the processes that delete what took us too long
+
+
+def _discard(folder):
+    """Deletes a folder as _remove does. What takes longer than a moment is left to a process, which at the end of this
+    one is waited for."""
+    if rest := folder and _remove(folder, 0.5):
+        _deleting.append(_request(None, os.fsencode(rest))[1])
+        done = select.select(_deleting, [], [], 0)[0]
+        _deleting[:] = [each for each in _deleting if each not in done]
+
+
+@atexit.register
+def _wait_for_deleting():
+    for each in _deleting:
+        with contextlib.suppress(OSError):
+            each.recv(1)
 
 
 def _kill_marked(mark):
@@ -447,19 +587,128 @@ def _kill_marked(mark):
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):  # ended meanwhile, or another user's
                 if f" {mark} " in Path(f"/proc/{name}/limits").read_text():
-                    os.kill(int(name), signal.SIGKILL)
+                    group = os.getpgid(int(name))       # at once with those that it forks meanwhile
+                    os.kill(-group if group != os.getpgrp() else int(name), signal.SIGKILL)
                     found.add(int(name))
         time.sleep(0.01)
 
 
-def _remove(folder):
-    """Deletes a folder, if it is there, also where a script took away permissions."""
-    for path, names, _ in os.walk(folder):
-        for name in names:
-            if not os.path.islink(os.path.join(path, name)):
-                os.chmod(os.path.join(path, name), 0o700)
-    if os.path.exists(folder):
-        shutil.rmtree(folder)
+def _remove(folder, seconds=1e9):
+    """Deletes a folder, if it is there, with all that a script may have left in it. Never raises: what cannot be
+    deleted stays, and is said on stderr. Returns "", or when `seconds` are over the path of what is left.
+
+    The folder is renamed first, so that its name is free at once. Folders in it are moved up into it before they are
+    emptied: so nothing is recursive, no path grows, two descriptors are enough, and no other file system is entered,
+    since the kernel does not rename a mount. No link is followed.
+    """
+    token, number, pending, trouble, ended = f".gone-{os.urandom(8).hex()}-", 0, [], [], time.monotonic() + seconds
+    (above, name), libc = os.path.split(folder), ctypes.CDLL(None)
+
+    def loosen(name, parent):
+        """Takes away what a script may have put on an entry or its folder: a mount, a mode, the flags of chattr."""
+        def plain(file):
+            with contextlib.suppress(OSError):
+                flags = bytearray(8)
+                fcntl.ioctl(file, 0x80086601, flags)                        # FS_IOC_GETFLAGS
+                flags[0] &= ~0x30                                           # immutable, append only
+                fcntl.ioctl(file, 0x40086602, flags)                        # FS_IOC_SETFLAGS
+
+        libc.umount2(b"/proc/self/fd/%d/%s" % (parent, os.fsencode(name)), 2 | 8)   # MNT_DETACH | UMOUNT_NOFOLLOW
+        plain(parent)
+        with contextlib.suppress(OSError):
+            entry = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=parent)
+            try:
+                mode, itself = os.fstat(entry).st_mode, f"/proc/self/fd/{entry}"
+                if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
+                    with contextlib.suppress(OSError):
+                        os.chmod(itself, 0o700)
+                    file = os.open(itself, os.O_RDONLY)
+                    plain(file)
+                    os.close(file)
+                    os.chmod(itself, 0o700)
+            finally:
+                os.close(entry)
+
+    def tried(action, name, parent, **more):
+        """Whether the action on an entry succeeded, or the entry is gone."""
+        for again in (False, True):
+            try:
+                action(name, **more)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if again:
+                    trouble.append(error)
+                    return False
+                loosen(name, parent)
+                continue
+            return True
+
+    def opened(name, parent):
+        """A descriptor of a folder."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+        try:
+            return os.open(name, flags, dir_fd=parent)
+        except OSError:
+            loosen(name, parent)
+            return os.open(name, flags, dir_fd=parent)
+
+    def empty(name, top, moved):
+        """Deletes the files of a folder in `top`, or of `top` itself, and moves its folders up. False: time is up."""
+        nonlocal number
+        here = opened(name, top)
+        try:
+            os.fchmod(here, 0o700)
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if time.monotonic() > ended:
+                        return False
+                    if not entry.is_dir(follow_symlinks=False):
+                        tried(os.unlink, entry.name, here, dir_fd=here)
+                    elif name != "." or not entry.name.startswith(moved):
+                        with contextlib.suppress(OSError):
+                            os.rmdir(entry.name, dir_fd=here)
+                            continue
+                        number += 1
+                        to = f"{moved}{number}"
+                        if tried(os.rename, entry.name, here, dst=to, src_dir_fd=here, dst_dir_fd=top):
+                            pending.append(to)
+        finally:
+            os.close(here)
+        return True
+
+    if not os.path.lexists(folder):
+        return ""
+    try:
+        parent = os.open(above, os.O_PATH | os.O_DIRECTORY)
+        try:
+            tried(os.rename, name, parent, dst=token, src_dir_fd=parent, dst_dir_fd=parent)
+            if not stat.S_ISDIR(os.lstat(token, dir_fd=parent).st_mode):
+                os.unlink(token, dir_fd=parent)
+                return ""
+            top = opened(token, parent)
+            try:
+                for turn in range(10):      # files may appear while we delete
+                    pending.append(".")
+                    while pending:
+                        name = pending.pop()
+                        try:
+                            if not empty(name, top, f"{token}{turn}-"):
+                                return os.path.join(above, token)
+                        except OSError as error:
+                            trouble.append(error)
+                        if name != ".":
+                            tried(os.rmdir, name, top, dir_fd=top)
+                    if tried(os.rmdir, token, parent, dir_fd=parent):
+                        return ""
+            finally:
+                os.close(top)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        trouble.append(error)
+    print(f"{folder} could not be deleted: {trouble[0]}", file=sys.stderr)
+    return ""
 
 
 def _supervise(job):
@@ -475,7 +724,8 @@ def _supervise(job):
     namespaces: the script's parent is process 1 of a world of its own: no other processes, no network, and a file tree
     in which job["shown"] is all there is. When process 1 ends, the kernel ends all others with it.
     landlock: the script may open what lies below job["shown"] and nothing else, may not connect, and may not signal
-    anyone outside. It holds for root too. Either way it has no capability and cannot gain one.
+    anyone outside. It holds for root too. Either way it has no capability and cannot gain one, and
+    seccomp: the kernel refuses the calls of job["filter"].
 
     Without namespaces this process adopts every orphan below it (a child subreaper): who double-forks or calls setsid
     stays its descendant, and the kernel's "no child left" is the proof that nothing survived.
@@ -531,9 +781,14 @@ def _supervise(job):
             fresh = False
             for path in job["proc"]:
                 show(path)
+        with contextlib.suppress(OSError):      # holds for root too: from Linux 6.14 on, each world has its own
+            put(f"{root}/proc/sys/kernel/pid_max", str(max(400, 4 * job["processes"])))
         os.makedirs(f"{root}/dev/shm", exist_ok=True)
         protect(root, 1 | 2, 0)                                             # read-only, no set-uid programs
         call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", 2 | 4, f"mode=1777,size={job['shared_bytes']}")
+        shared = os.open(f"{root}/dev/shm", os.O_PATH)
+        socket.send_fds(ready[1], [b"shared"], [shared])                    # so that it can be counted
+        os.close(shared)
         for path, rights in job["shown"]:
             if rights == "write":
                 protect(root + path, 0, 1)
@@ -559,7 +814,7 @@ def _supervise(job):
     def be_first(script):
         """Process 1: adopts orphans, tells the script's status and ends, and all others with it."""
         call("prctl", 4, 0, 0, 0, 0)                                        # PR_SET_DUMPABLE: nobody traces us
-        os.closerange(0, ended[0])
+        os.closerange(0, ended[1])
         os.closerange(ended[1] + 1, 1 << 16)
         while True:
             pid, status = os.wait()
@@ -575,6 +830,10 @@ def _supervise(job):
             start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
         block = b"".join(os.fsencode(text) + b"\0" for text in job["command"])[:end - start - 1]
         ctypes.memmove(start, block.ljust(end - start, b"\0"), end - start)
+
+    def put_up_filter():
+        program = ctypes.create_string_buffer(bytes.fromhex(job["filter"]))
+        call("prctl", 22, 2, (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(program)), 0, 0)
 
     def become_script():
         fresh = False
@@ -592,28 +851,46 @@ def _supervise(job):
             os.dup2(source, target)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_bytes"],) * 2)
+        files = min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1])    # each may be a socket, and hold memory
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+        if job["cpu_s"]:    # the second net: who is alone above the limit of all
+            resource.setrlimit(resource.RLIMIT_CPU, (int(job["cpu_s"]) + 2, int(job["cpu_s"]) + 3))
         if boxed:   # counts this run's threads alone; the kernel ignores it for root
             resource.setrlimit(resource.RLIMIT_NPROC, (4 * job["processes"],) * 2)
         if job["address_bytes"]:
             resource.setrlimit(resource.RLIMIT_AS, (job["address_bytes"],) * 2)
+        call("prctl", 38, 1, 0, 0, 0)                                       # PR_SET_NO_NEW_PRIVS
         if job["layers"]:
-            call("prctl", 38, 1, 0, 0, 0)                                   # PR_SET_NO_NEW_PRIVS
+            with contextlib.suppress(OSError):                              # KEYCTL_JOIN_SESSION_KEYRING: a new one
+                call(job["keyctl"], 1, None)
             if "landlock" in job["layers"]:
                 lock(fresh)
             call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+        if "seccomp" in job["layers"]:
+            put_up_filter()
+        elif not job["layers"]:
+            with contextlib.suppress(OSError):      # then a script that kills us can take off its mark first
+                put_up_filter()
         if not job["warm"]:
             for name in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two; a new program expects the default
                 signal.signal(name, signal.SIG_DFL)
             os.execve(job["command"][0], job["command"], job["env"])
         call("prctl", 4, 1, 0, 0, 0)    # PR_SET_DUMPABLE: so that it may look into its own /proc
+        for each in ready:
+            each.detach()               # or it would close a file of the script when it is collected
         os.closerange(3, 1 << 20)       # exec would do both; this also tells our supervisor that all is well
 
     call("prctl", 36, 1, 0, 0, 0)                                           # PR_SET_CHILD_SUBREAPER
+    counter, ours = None, time.process_time()
+    with contextlib.suppress(OSError):  # PERF_COUNT_SW_TASK_CLOCK of this process and all below it, the ended ones too
+        counted = struct.pack("=2I5Q", 1, 64, 1, 0, 0, 0, 2 | 32 | 64).ljust(64, b"\0")    # inherit; not the kernel
+        counter = call(job["perf"], ctypes.create_string_buffer(counted), 0, -1, -1, 8)     # PERF_FLAG_FD_CLOEXEC
     with contextlib.suppress(OSError):  # a container may forbid it
         put("/proc/self/oom_score_adj", "1000")  # when the machine runs out of memory, the scripts go first
     if boxed:
         enter_namespaces()
-    out, err, ready, ended = os.pipe(), os.pipe(), os.pipe(), os.pipe()
+    out, err, ended = os.pipe(), os.pipe(), os.pipe()
+    ready = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     started = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -621,11 +898,13 @@ def _supervise(job):
             become_script()
             return job
         except BaseException as error:
-            os.write(ready[1], repr(error).encode())
+            ready[1].send(repr(error).encode())
         os._exit(127)
-    for pipe in (out, err, ready, ended):
+    for pipe in (out, err, ended):
         os.close(pipe[1])
-    if failure := os.read(ready[0], 1000):  # empty once the script has closed the pipe
+    ready[1].close()
+    said, shared, _, _ = socket.recv_fds(ready[0], 1000, 1)
+    if failure := ready[0].recv(1000) if shared else said:      # empty once the script has closed the socket
         raise RuntimeError(f"{job['command'][0]} could not be started: {failure.decode()}")
 
     half = max(1, job["output_bytes"] // 2)
@@ -640,26 +919,73 @@ def _supervise(job):
         return bool(chunk)
 
     def descendants():
-        """{pid: resident bytes} of all processes below this one, but for a process 1 of ours."""
-        parents, resident = {}, {}
+        """{pid: (resident bytes, threads, seconds of processor time with those of children it has waited for, group)}
+        of all processes below this one."""
+        parents, found, ring, ticks_s = {}, {}, {os.getpid()}, os.sysconf("SC_CLK_TCK")
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:    # or it has ended meanwhile
                 values = file.read().rpartition(b")")[2].split()    # what is before ")" may hold anything
-                parents[int(name)], resident[int(name)] = int(values[1]), int(values[21]) * resource.getpagesize()
-        found, ring = set(), {os.getpid()}
+                parents[int(name)] = int(values[1]), (int(values[21]) * resource.getpagesize(), int(values[17]),
+                                                      sum(map(int, values[11:15])) / ticks_s, int(values[2]))
         while ring:
-            ring = {pid for pid, parent in parents.items() if parent in ring}
-            found |= ring
-        return {pid: resident[pid] for pid in found if not (boxed and pid == child)}
+            ring = {pid for pid, (parent, _) in parents.items() if parent in ring}
+            found |= {pid: parents[pid][1] for pid in ring}
+        return found
 
-    def shared_once(pids):
+    def groups():
+        """The process groups of all processes below this one: a signal to a group cannot be outrun by forking."""
+        return {group if group != os.getpgrp() else -pid for pid, (*_, group) in descendants().items()}
+
+    def send(groups, name):
+        for group in groups:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-group, name)
+
+    def used_s(tree):
+        """Seconds of processor time of all processes so far. Without the kernel's counter those of an ended process
+        are missing if nobody has waited for it."""
+        if counter is not None:
+            return int.from_bytes(os.read(counter, 8), sys.byteorder) / 1e9 - (time.process_time() - ours)
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return sum(seconds for _, _, seconds, _ in tree.values()) + ended.ru_utime + ended.ru_stime
+
+    def held_bytes(tree):
+        """Bytes that belong to no process: files in /dev/shm, and at most what pipes and sockets hold."""
+        held, total = set(), 0
+        for pid in tree:
+            try:
+                for name in os.listdir(f"/proc/{pid}/fd"):
+                    with contextlib.suppress(OSError):
+                        held.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+            except PermissionError:     # it hides them
+                total += 1024 * 212_992
+            except OSError:             # it has ended meanwhile
+                pass
+        for each in shared:
+            facts = os.fstatvfs(each)
+            total += (facts.f_blocks - facts.f_bfree) * facts.f_frsize
+        return total + sum(212_992 if name.startswith("socket:") else 65_536 if name.startswith("pipe:") else 0
+                           for name in held)
+
+    def shared_once(tree):
         """Bytes of memory with shared pages counted once: forked workers share most of theirs, and a warm script the
-        libraries. 0 if the kernel does not tell."""
-        total = 0
-        for pid in pids:
-            with contextlib.suppress(OSError, IndexError):  # ended meanwhile
-                with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
-                    total += int(file.read().partition(b"\nPss:")[2].split()[0]) << 10
+        libraries; those of files in /dev/shm not at all. Resident bytes where the kernel does not tell."""
+        total, files = 0, None
+        for each in shared:
+            device = os.fstat(each).st_dev
+            files = b"%02x:%02x" % (os.major(device), os.minor(device))
+        for pid, (resident, *_) in tree.items():
+            own, device = 0, b""
+            try:
+                with open(f"/proc/{pid}/smaps", "rb") as file:
+                    for line in file:
+                        if line.startswith(b"Pss:"):
+                            own += int(line.split()[1]) << 10 if device != files else 0
+                        elif not line[0] in b"ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+                            device = line.split()[3]
+            except (OSError, IndexError):   # it hides them, or has ended meanwhile
+                own = resident
+            total += own
         return total
 
     def oom_kills():
@@ -685,17 +1011,22 @@ def _supervise(job):
         if status is not None or why:
             break
         if now >= deadline:
-            why = "timeout"
+            why = "wall"
         elif now >= look:
-            tree = descendants()
-            used = sum(tree.values())
-            if len(tree) > job["processes"]:
+            everyone = descendants()
+            tree = {pid: facts for pid, facts in everyone.items() if not (boxed and pid == child)}  # but for process 1
+            if len(tree) > job["processes"] or sum(num for _, num, *_ in tree.values()) > 4 * job["processes"]:
                 why = "processes"
-            else:
-                if used > job["memory_bytes"]:  # to tell takes milliseconds a process
-                    used = shared_once(tree) or used
-                    why = "memory" if used > job["memory_bytes"] else ""
-                peak = max(peak, used)
+                break                           # at once: a fork bomb grows
+            held = held_bytes(tree)
+            used = held + sum(resident for resident, *_ in tree.values())
+            if used > job["memory_bytes"]:      # to tell takes milliseconds a process
+                used = held + shared_once(tree)
+            peak = max(peak, used)
+            if used > job["memory_bytes"]:
+                why = "memory"
+            elif job["cpu_s"] and used_s(everyone) > job["cpu_s"]:
+                why = "cpu"
             look = time.monotonic() + min(1, max(0.05, 5 * (time.monotonic() - now)))   # so that it costs little
     seconds = time.monotonic() - started
 
@@ -711,13 +1042,9 @@ def _supervise(job):
             status = code if pid == child and status is None else status     # later its number may be another's
             continue
         frozen = None
-        while frozen != (frozen := set(descendants())):  # freeze first: what is frozen does not fork while we kill
-            for pid in frozen:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGSTOP)
-        for pid in frozen:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        while frozen != (frozen := groups()):   # freeze first: what is frozen does not fork while we kill
+            send(frozen, signal.SIGSTOP)
+        send(frozen, signal.SIGKILL)
         time.sleep(0.001)
     for pipe in kept:
         while keep(pipe):  # all writers are dead, so this ends
@@ -804,7 +1131,10 @@ def _serve(descriptor, libraries=None):
         requests.send((state := _import(libraries)).encode())
         if state != "up":
             os._exit(0)
-    while received := socket.recv_fds(requests, 16, 1)[1]:
+    while True:
+        what, received, _, _ = socket.recv_fds(requests, 1 << 13, 1)
+        if not received:
+            break
         with socket.socket(fileno=received[0]) as connection:
             if os.fork():
                 continue
@@ -814,6 +1144,9 @@ def _serve(descriptor, libraries=None):
             os.dup2(connection.fileno(), 0)
         with contextlib.suppress(BrokenPipeError):
             os.write(0, b"%10d" % os.getpid())
+        if what != b"run":
+            _remove(os.fsdecode(what))
+            break
         if not (line := open(0, closefd=False).readline()):     # our parent is gone already
             break
         job = {**json.loads(line), "warm": warm}
@@ -826,9 +1159,10 @@ def _serve(descriptor, libraries=None):
                     return job
             except Exception as error:      # an error of ours, which the parent raises (_run)
                 report = str(error)
-            _remove(base)
-            socket.socket(fileno=0).sendall(json.dumps(report).encode())
+            base = _remove(base, 0.5)
+            socket.socket(fileno=0).sendall(json.dumps([report, base]).encode())
         except BrokenPipeError:     # our parent is gone
+            _remove(base)
             if job["temporary"]:
                 _remove(job["cwd"])
         break
@@ -1378,7 +1712,7 @@ class Env:
     @property
     def time_limit_s(self):
         """Seconds that one run of a script may take."""
-        return min(self.task.time_limit_s, MINIATURE_S if self.info.get("miniature") else math.inf)
+        return min(self.task.time_limit_s, tasks.MINIATURE_S if self.info.get("miniature") else math.inf)
 
     @property
     def done(self):
@@ -1650,7 +1984,7 @@ class Env:
     def score(self):
         """(graded score or None, Result): the entry script, run in a copy of the workspace with the task's own time
         limit. Changes nothing."""
-        result, score, _ = self._run(self.task.entry, self.time_limit_s)
+        result, score, _ = self._run(self.task.entry, WALL_FACTOR * self.time_limit_s)
         return score, result
 
     def _score_into(self, step):
@@ -1667,7 +2001,8 @@ class Env:
 
     def _run_into(self, step, script):
         """Runs a script in the time that is left and notes in the step what came of it. (Result, files), as _run."""
-        result, score, files = self._run(script, max(0.0, min(self.time_limit_s, self.deadline - time.monotonic())))
+        result, score, files = self._run(script, max(0.0, min(WALL_FACTOR * self.time_limit_s,
+                                                                 self.deadline - time.monotonic())))
         step.outcome, step.detail, step.kind = result.outcome, result.detail, OUTCOMES[result.outcome][0]
         step.score = score
         step.printed, step.script_seconds = printed_metric(result.stdout, self.task.metric), result.seconds
@@ -1692,7 +2027,7 @@ class Env:
             self.cache.count("hits")
             if random.random() < self.cache.recheck:
                 self.cache.count("rechecked")
-                result, score, _ = self._run_now(script, before, self.time_limit_s)
+                result, score, _ = self._run_now(script, before, WALL_FACTOR * self.time_limit_s)
                 outcomes, scores = [known[0].outcome, result.outcome], [known[1], score]
                 if outcomes[0] != outcomes[1] or scores[0] != scores[1]:
                     self.cache.moved.append({"task": self.task.id, "script": before[script], "outcome": outcomes,
@@ -1700,8 +2035,8 @@ class Env:
             return known
         self.cache.count("runs")
         result, score, after = self._run_now(script, before, timeout_s)
-        if result.outcome not in ("killed", "disk full") and (   # these, and a shorter limit, may be gone the next time
-                result.outcome != "timeout" or timeout_s >= self.time_limit_s):
+        if result.outcome not in ("killed", "disk full") and (  # these may be gone the next time, as may wall time
+                result.outcome != "timeout" or result.limit == "cpu" and result.warm):      # and slow first imports
             self.cache.put(key, {"result": dataclasses.asdict(result), "score": score, "after": after})
         return result, score, after
 
@@ -1724,7 +2059,8 @@ class Env:
     def _key(self, script, before):
         """Stands for all that a run depends on: files, data, grader, limits, versions, what it runs on."""
         data = {name: value for name, value in self.info.items() if name not in ("m_init", "starter_seconds")}
-        parts = [script, sorted(before.items()), data, self.graders, self.time_limit_s, self.task.memory_limit_bytes,
+        parts = [script, sorted(before.items()), data, self.graders, [self.time_limit_s, "cpu"],
+                 self.task.memory_limit_bytes,
                  describe(self.python or sys.executable)[2], self.threads, bool(self.gpu),
                  protection() if self.sandbox == "on" else self.sandbox]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -1739,6 +2075,7 @@ class Env:
                 public = _stamps(self.public)
                 self._build(folder, before)
                 result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=gpu,
+                                 cpu_s=self.time_limit_s * self.threads,
                                  memory_bytes=self.task.memory_limit_bytes, threads=self.threads,
                                  sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"],
                                  temporary=True)
@@ -1757,7 +2094,7 @@ class Env:
                     outcome, detail, score, canary_p = self._grade(folder / "submission.csv")
                     result = dataclasses.replace(result, outcome=outcome, detail=detail, canary_p=canary_p)
             finally:
-                _remove(folder)
+                _discard(folder)
         return result, score, after
 
     def _grade(self, submission):

@@ -29,8 +29,8 @@ import torch
 
 import sample
 import tasks
-from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, best_before, check_record, clip,
-                 header, printed_metric, record)
+from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, _remove, best_before, check_record,
+                 clip, header, printed_metric, record)
 from model import find_folder, hash_checkpoint, sync
 from reward import KINDS
 
@@ -1295,8 +1295,9 @@ def run_program(main):
     for file in Path(tempfile.gettempdir()).glob("ml-agent-*/owner"):
         with contextlib.suppress(OSError), file.open() as owner:    # held, or another user's
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(file.parent, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="ml-agent-", ignore_cleanup_errors=True) as tempfile.tempdir:
+            _remove(file.parent)
+    tempfile.tempdir = tempfile.mkdtemp(prefix="ml-agent-")
+    try:
         owner = Path(tempfile.tempdir, "starts").open("w")
         fcntl.flock(owner, fcntl.LOCK_EX)
         os.rename(owner.name, Path(tempfile.tempdir, "owner"))      # so it is never seen before it is held
@@ -1308,8 +1309,10 @@ def run_program(main):
             pass
         except BaseException:
             traceback.print_exc()
+    finally:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.SIG_IGN)
+        _remove(tempfile.tempdir)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)      # threads may still wait for a reply or a script; the scripts end when we do

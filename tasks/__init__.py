@@ -38,6 +38,7 @@ from tasks.submission import InvalidSubmission, matched, numbers, read_submissio
 IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentation", "ensembling", "calibration",
               "validation")
 INSTALL = "Install what the tasks' scripts use: pip install -r tasks/requirements.txt"
+MINIATURE_S = 10            # seconds of processor time of one script on a miniature; starters take one to three
 LARGE_BYTES = 32 << 20      # answers beyond this are read each time and graded one at a time, to save memory
 ONE_LARGE = threading.Lock()
 FOLDERS = [Path(__file__).parent, *map(Path, filter(None, os.environ.get("ML_AGENT_TASKS", "").split(":")))]
@@ -283,7 +284,13 @@ def _build(task, part, raw, facts, say, python):
             path.chmod(0o444)                   # scripts see this very folder, so a slip must not write into it
     num_canaries = canary.plant(private, task.answers, target_columns(task, part))
     say(f"{task.id}: running the starter once")
+    before = os.times()
     score, seconds, _, _ = run_starter(task, part, python)
+    used_s = sum(os.times()[2:4]) - sum(before[2:4])        # processor time of children, which the limits count
+    limit_s = min(task.time_limit_s, MINIATURE_S if raw is None else math.inf)
+    if used_s > limit_s / 3:
+        say(f"{task.id}: the starter takes {used_s:.1f} s of processor time, over a third of the {limit_s:g} s that a "
+            "script has; edits that make it slower may be stopped")
     files = [path for folder in (public, private) for path in sorted(folder.iterdir()) if path.is_file()]
     facts = {**facts, "m_init": score, "m_best": task.m_best_miniature if raw is None else task.m_best,
              "m_best_source": task.m_best_miniature_source if raw is None else task.m_best_source,

@@ -74,7 +74,8 @@ def run(folder, text, timeout_s=30, memory_bytes=1 << 30, **options):
     name = f"script_{uuid.uuid4().hex}.py"
     (folder / name).write_text(textwrap.dedent(text))
     result = execute(name, folder, timeout_s=timeout_s, memory_bytes=memory_bytes, **options)
-    assert result.outcome in OUTCOMES and result.sandbox in ("off", "namespaces+landlock")
+    assert result.outcome in OUTCOMES
+    assert result.sandbox in ("off", "namespaces+landlock+seccomp", "namespaces+seccomp", "landlock+seccomp")
     assert processes(name) == []
     return result
 
@@ -207,13 +208,155 @@ def test_process_that_keeps_moving_is_caught(tmp_path, sandbox):
 
 
 def test_script_that_kills_its_supervisor_is_killed_too(tmp_path, temporary, sandbox):
-    result = run(tmp_path, f"{DAEMON}\ndaemon()\nos.kill(os.getppid(), 9)\ntime.sleep(60)")
+    result = run(tmp_path, f"""{DAEMON}
+import resource
+try:
+    resource.setrlimit(resource.RLIMIT_RTTIME, (1, 1))      # the mark that its processes are known by
+except (OSError, ValueError):
+    pass
+daemon()
+os.kill(os.getppid(), 9)
+time.sleep(60)
+""")
     if sandbox == "on":     # its parent is process 1 of its world, which nobody in there can kill
         assert result.outcome == "error" and "PermissionError" in result.detail
         return
     assert result.outcome == "killed" and "supervisor" in result.detail
     assert living((tmp_path / "pulse").read_text().split()) == []
     assert list(temporary.iterdir()) == []
+
+
+def test_script_that_stops_its_supervisor_is_killed_too(tmp_path, temporary):
+    result = run(tmp_path, f"{DAEMON}\ndaemon()\nos.kill(os.getppid(), 19)\ntime.sleep(600)", timeout_s=600,
+                 sandbox="off")
+    assert result.outcome == "killed" and living((tmp_path / "pulse").read_text().split()) == []
+    assert list(temporary.iterdir()) == []
+
+
+def test_processor_time_of_all_processes_counts_together(tmp_path, sandbox):
+    burn = "import os, time\nfor _ in range(2):\n    if os.fork() == 0:\n        while True: pass\n"
+    result = run(tmp_path, burn + "time.sleep(600)", timeout_s=600, cpu_s=0.5)
+    assert (result.outcome, result.limit) == ("timeout", "cpu") and "0.5 s of processor time" in result.detail
+    assert run(tmp_path, "import time\ntime.sleep(1)", cpu_s=0.8).outcome == "ok"      # to wait costs none
+    result = run(tmp_path, "import time\ntime.sleep(600)", timeout_s=0.5, cpu_s=600)
+    assert (result.outcome, result.limit) == ("timeout", "wall")
+
+
+def test_processor_time_without_the_kernels_counter(tmp_path, monkeypatch):
+    monkeypatch.setattr(env, "_number", lambda *numbers: -1)    # as where perf_event_open is not allowed
+    burn = """
+        import os
+        while True:
+            if os.fork() == 0:
+                for _ in range(500_000): pass
+                os._exit(0)
+            os.wait()
+    """
+    assert run(tmp_path, burn, timeout_s=600, cpu_s=0.5).limit == "cpu"
+
+
+@pytest.mark.parametrize("name", ["-c", "-V", "--help"])
+def test_name_that_is_an_option_of_the_interpreter(tmp_path, name):
+    (tmp_path / name).write_text("print('run')")
+    assert execute(name, tmp_path, timeout_s=30, memory_bytes=1 << 30).stdout == "run\n"
+
+
+def test_only_the_head_of_a_script_is_read(tmp_path):
+    with open(tmp_path / "big.py", "wb") as file:
+        file.write(b"raise SystemExit\n")
+        file.truncate(1 << 40)
+    assert execute("big.py", tmp_path, timeout_s=1, memory_bytes=1 << 30).outcome in OUTCOMES
+
+
+TREES = {
+    "deep": "for _ in range(3000): os.mkdir('d' * 100); os.chdir('d' * 100)",
+    "wide": "for i in range(3000): open(str(i), 'w').close()",
+    "names": "for i in range(1, 256):\n    if i != 47: open(bytes([i]) * 200, 'w').close()\nos.mkdir(b'\\xff'); "
+             "open(b'\\xff/\\n', 'w').close()",
+    "no rights": "os.makedirs('a/b/c'); open('a/b/c/f', 'w').close()\n"
+                 "for each in ('a/b/c/f', 'a/b/c', 'a/b', 'a', '.'): os.chmod(each, 0)",
+    "not files": "import socket; os.mkfifo('a'); os.symlink('/etc', 'b'); os.symlink('nowhere', 'c')\n"
+                 "socket.socket(1).bind('d'); os.mkdir('e'); os.symlink(os.getcwd(), 'e/up')",
+    "chattr (root)": "os.makedirs('a/b'); open('a/b/c', 'w').close()\n"
+                     "for each in ('a/b/c', 'a/b', 'a', '.'): subprocess.call(['chattr', '+i', each])",
+    "mounts (root)": "import ctypes; mount = ctypes.CDLL(None).mount; os.makedirs('a/b'); open('c', 'w').close()\n"
+                     "mount(KEPT, b'a/b', None, 4096, None), mount(KEPT + b'/file', b'c', None, 4096, None)\n"
+                     "mount(KEPT, os.getcwd().encode(), None, 4096, None)",
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_any_tree_is_deleted(tmp_path, name, capfd):
+    if "(root)" in name and os.geteuid():
+        pytest.skip("ordinary users cannot make it")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/file").write_text("kept")
+    (tmp_path / "tree").mkdir()
+    code = f"import os, subprocess\nKEPT = {str(tmp_path / 'kept').encode()!r}\n{TREES[name]}"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "tree").returncode == 0
+    assert env._remove(tmp_path / "tree") == ""
+    assert [path.name for path in tmp_path.iterdir() if path.name != "temporary"] == ["kept"]
+    assert (tmp_path / "kept/file").read_text() == "kept" and capfd.readouterr().err == ""
+    assert env._remove(tmp_path / "tree") == ""     # what is not there is no error
+
+
+def test_what_cannot_be_deleted_is_said_and_stays(tmp_path, capfd, monkeypatch):
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/stays").write_text("")
+
+    def refuse(*args, **more):
+        raise PermissionError(1, "Operation not permitted")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        assert env._remove(tmp_path / "tree") == ""
+    assert capfd.readouterr().err.count("could not be deleted") == 1
+
+
+def test_a_long_deletion_holds_up_nobody(tmp_path):
+    for number in range(2000):
+        (tmp_path / "tree" / str(number)).mkdir(parents=True)
+    rest = env._remove(tmp_path / "tree", 0.0)
+    assert rest and not (tmp_path / "tree").exists() and Path(rest).is_dir()    # its name is free
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(env, "_remove", lambda folder, seconds: str(folder))
+        env._discard(rest)
+    env._wait_for_deleting()
+    assert not Path(rest).exists() and [path.name for path in tmp_path.iterdir()] == ["temporary"]
+
+
+def test_deep_folders_left_by_a_script(tmp_path, temporary, sandbox):
+    result = run(tmp_path, """
+        import os
+        for place in (os.getcwd(), os.environ["TMPDIR"]):
+            os.chdir(place)
+            for _ in range(1200):
+                os.mkdir("d" * 50)
+                os.chdir("d" * 50)
+    """, timeout_s=300)
+    env._wait_for_deleting()
+    assert result.outcome == "ok" and list(temporary.iterdir()) == []
+    assert env._remove(tmp_path / ("d" * 50)) == ""
+
+
+@pytest.mark.parametrize("layers", ["namespaces+seccomp", "landlock+seccomp"])
+def test_honest_libraries_work_in_each_layer(tmp_path, layers):
+    result = run(tmp_path, """
+        import asyncio, os, shutil, subprocess, tempfile
+        import numpy, pandas
+        from joblib import Parallel, delayed
+        from sklearn.ensemble import RandomForestClassifier
+        from sklearn.model_selection import cross_val_score
+        if __name__ == "__main__":
+            X = numpy.random.RandomState(0).rand(200, 300)
+            print(cross_val_score(RandomForestClassifier(5, n_jobs=2), X, X[:, 0] > 0.5, n_jobs=2, cv=2).mean() > 0.4)
+            print(Parallel(2)(delayed(numpy.sum)(x) for x in [numpy.ones((600, 600))] * 3)[0])
+            pandas.DataFrame({"a": [1]}).to_csv("a.csv")
+            shutil.copy2("a.csv", "b.csv"), shutil.copytree(".", tempfile.mkdtemp() + "/copy")
+            print(asyncio.run(asyncio.sleep(0.01, 5)), subprocess.run("cat a.csv | wc -l", shell=True).returncode)
+    """, memory_bytes=2 << 30, sandbox=layers, timeout_s=120)
+    assert result.outcome == "ok", result.stderr
+    assert result.stdout.split() == ["True", "360000.0", "2", "5", "0"] or result.stdout.split() == [
+        "True", "360000.0", "5", "2", "0"]
 
 
 def test_memory_hog(tmp_path):

@@ -1,13 +1,13 @@
 """The sandbox against scripts that cheat. Each attack first has to succeed without protection, as a plain subprocess,
 so that none is vacuous; then it must fail in the sandbox, started cold and forked from a warm process, as root and as
-an ordinary user.
+an ordinary user, with both layers and with each alone; what is open with one alone is in OPEN.
 
-    python tests/test_sandbox.py            # the table: attack x {off, cold, warm}, as the user who calls it
+    python tests/test_sandbox.py            # the table: attack x {off, layers x {cold, warm}}, as the user who calls it
     python tests/test_sandbox.py nobody     # the same as an ordinary user, called as root
     ML_AGENT_RUNS=200 pytest tests/test_sandbox.py      # the full number of daemon runs
 """
 
-import contextlib, ctypes, hashlib, json, os, resource, shutil, signal, socket, subprocess, sys
+import contextlib, ctypes, hashlib, json, os, platform, re, resource, shutil, signal, socket, subprocess, sys
 import tempfile, textwrap, threading, time, venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +26,17 @@ from test_execute import DAEMON, parent, processes, wait_until, warm_up
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
 RUNS = int(os.environ.get("ML_AGENT_RUNS", 20))
 SECRET = "xyzzy-1729"
-WAYS = ("off", "cold", "warm")
+NUMBERS = {name: env._number(*numbers) for name, numbers in dict(
+    KEYCTL=(250, 219), ADD_KEY=(248, 217), IOPRIO_SET=(251, 30), CLONE=(56, 220), USERFAULTFD=(323, 282)).items()}
+LAYERS = ("namespaces+landlock+seccomp", "namespaces+seccomp", "landlock+seccomp")
+WAYS = ["off", *(f"{layers}, {start}" for layers in LAYERS for start in ("cold", "warm"))]
+# what pytest runs of it, so that each attack meets all layers, both starts and both users
+SOME = {"root": [WAYS[0], WAYS[1], WAYS[4], WAYS[5]], "nobody": [WAYS[0], WAYS[2], WAYS[3], WAYS[6]]}
+SECRET = "xyzzy-1729"
+NUMBERS = {name: env._number(*numbers) for name, numbers in dict(
+    KEYCTL=(250, 219), ADD_KEY=(248, 217), IOPRIO_SET=(251, 30), CLONE=(56, 220), USERFAULTFD=(323, 282)).items()}
+LAYERS = ("namespaces+landlock+seccomp", "namespaces+seccomp", "landlock+seccomp")
+WAYS = ("off", *(f"{layers}, {start}" for layers in LAYERS for start in ("cold", "warm")))
 PACKAGES = str(Path(numpy.__file__).parent.parent)      # which the warm process imports
 CONTROL = "no attack: honest work"
 ANSWERS = "f'{WORLD}/data/private/answers.csv'"
@@ -62,8 +72,12 @@ ATTACKS = {
     "names of private files": "print('WON', os.listdir(f'{WORLD}/data/private'))",
     "change the answers": f"open({ANSWERS}, 'a').write('1')",
     "truncate the answers": f"os.truncate({ANSWERS}, 0)",
-    "take away the answers' permissions": f"os.chmod({ANSWERS}, 0); print('WON')",
-    "change the answers' time": f"os.utime({ANSWERS}, (1, 1)); print('WON')",
+    "take away the answers' permissions": f"os.chmod({ANSWERS}, 0)",
+    "change the answers' time": f"os.utime({ANSWERS}, (1, 1))",
+    "change the public data's time": "os.utime('data/train.csv', (1, 1))",
+    "change the public data's mode": "os.chmod('data/train.csv', 0o640)",
+    "tag the public data": "os.setxattr('data/train.csv', 'user.left', b'1'); print('WON')",
+    "see which files and processes there are": "print('WON', os.stat(WORLD), os.stat(f'/proc/{VICTIM}'))",
     "delete the answers": f"os.remove({ANSWERS})",
     "change the public data": "open('data/train.csv', 'a').write('1')",
     "overwrite the evaluator": "open(f'{WORLD}/evaluator.py', 'w').write('def score(*any): return 1.0')",
@@ -97,6 +111,137 @@ ATTACKS = {
     "socket in the file system":
         "import socket; socket.socket(socket.AF_UNIX).connect(f'{WORLD}/socket'); print('WON')",
     "abstract socket": "import socket; socket.socket(socket.AF_UNIX).connect(f'\\0ml-agent-{VICTIM}'); print('WON')",
+    **{f"keyring: {what}": f"""
+        import ctypes
+        call = ctypes.CDLL(None).syscall
+        if {code} > 0:
+            print("WON")
+    """ for what, code in {
+        "find the user's": "call(KEYCTL, 0, -4, 1)",
+        "find what was inherited": "call(KEYCTL, 0, -3, 0)",
+        "leave a key for the next run": "call(ADD_KEY, b'user', b'left', b'data', 4, -4)"}.items()},
+    "memory in a file of no folder": """
+        hoard = os.memfd_create("hoard")
+        for _ in range(400): os.write(hoard, b"x" * (1 << 20))
+        print("WON")
+    """,
+    "memory in /dev/shm": """
+        hoard = bytearray(100 << 20)
+        with open(f"/dev/shm/ml-agent-{VICTIM}-hoard", "wb") as file:
+            os.unlink(file.name)
+            for _ in range(99): file.write(b"x" * (1 << 20))
+            hoard = bytes(hoard)
+            time.sleep(2)
+        print("WON")
+    """,
+    "memory that is not mapped": """
+        import mmap
+        hoard = mmap.mmap(-1, 400 << 20)
+        for i in range(0, 400 << 20, 4 << 20):
+            hoard[i:i + (4 << 20)] = b"x" * (4 << 20)
+            hoard.madvise(mmap.MADV_DONTNEED, i, 4 << 20)
+        time.sleep(2)
+        print("WON")
+    """,
+    "memory of a process that hides it": """
+        import ctypes
+        if os.fork():
+            ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
+            hoard = b"x" * (400 << 20)
+        time.sleep(4)
+        print("WON")
+    """,
+    "memory in sockets": """
+        import socket
+        hoard = []
+        for _ in range(450):
+            hoard.append(socket.socketpair())
+            hoard[-1][0].setblocking(False)
+            for each in hoard[-1]:
+                each.setblocking(False)
+                try:
+                    while True: each.send(b"x" * 65536)
+                except BlockingIOError:
+                    pass
+        time.sleep(2)
+        print("WON")
+    """,
+    "memory of a segment that stays": """
+        import ctypes
+        if ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0:
+            print("WON")
+    """,
+    "message queue that stays": """
+        import ctypes
+        libc = ctypes.CDLL(None)
+        if libc.mq_open(f"/ml-agent-{VICTIM}".encode(), 0o102, 0o600, None) >= 0:
+            libc.mq_unlink(f"/ml-agent-{VICTIM}".encode())
+            print("WON")
+    """,
+    "threads without end": """
+        import threading
+        threading.stack_size(1 << 16)
+        for _ in range(300): threading.Thread(target=time.sleep, args=(3,)).start()
+        time.sleep(2)
+        print("WON")
+    """,
+    "processor time of short-lived children": """
+        import signal
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        for _ in range(100):
+            if os.fork() == 0:
+                for _ in range(500_000): pass
+                os._exit(0)
+            time.sleep(0.01)
+        print("WON")
+    """,
+    "fork bomb in sessions of its own": """
+        for _ in range(6):
+            try:
+                os.fork() or os.setsid()
+            except PermissionError:
+                pass
+        time.sleep(4)
+        print("WON")
+    """,
+    "change another process's limits": """
+        import resource
+        resource.prlimit(VICTIM, resource.RLIMIT_CPU, (100, 100))
+        print("WON")
+    """,
+    "bind another process to a core": "os.sched_setaffinity(VICTIM, {0}); print('WON')",
+    "make another process a batch job":
+        "os.sched_setscheduler(VICTIM, os.SCHED_BATCH, os.sched_param(0)); print('WON')",
+    "slow another process's disk down": """
+        import ctypes
+        if ctypes.CDLL(None).syscall(IOPRIO_SET, 1, VICTIM, 3 << 13) == 0:
+            print("WON")
+    """,
+    **{f"another kind of socket: {name}": f"import socket; socket.socket({arguments}); print('WON')"
+       for name, arguments in {"multipath TCP": "2, 1, 262", "netlink": "16, 3, 0"}.items()},
+    "take the mark off": """
+        import resource
+        resource.setrlimit(resource.RLIMIT_RTTIME, (5, 5))
+        print("WON")
+    """,
+    "namespaces by fork": """
+        import ctypes
+        if ctypes.CDLL(None).syscall(CLONE, 0x10000000 | 17, 0, 0, 0, 0) > 0:
+            print("WON")
+    """,
+    "what kernels had holes in": """
+        import ctypes
+        call = ctypes.CDLL(None).syscall
+        if call(USERFAULTFD, 1) >= 0 or call(425, 1, ctypes.create_string_buffer(120)) >= 0:    # io_uring_setup
+            print("WON")
+    """,
+    **({} if platform.machine() != "x86_64" else {"system calls by the numbers of 32 bits": """
+        import ctypes, mmap
+        code = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 7)
+        code.write(bytes.fromhex("53b814000000cd805bc3"))       # getpid
+        if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))() > 0:
+            print("WON")
+    """}),
     "set the clock (root)": "time.clock_settime(time.CLOCK_REALTIME, time.time()); print('WON')",
     "make a device (root)": "import stat; os.mknod('disk', stat.S_IFBLK | 0o600, os.makedev(1, 0)); print('WON')",
     "change the root folder (root)": "os.chroot('.'); print('WON')",
@@ -120,18 +265,29 @@ ATTACKS = {
     """,
     "daemon that edits files afterwards": DAEMON + "daemon()",
 }
+# What a script can do with Landlock alone: the kernel asks it about opening and changing files, not about these.
+OPEN = {"landlock+seccomp": {"size and time of the answers", "see which files and processes there are"}}
 OPTIONS = {"fill the disk": dict(file_bytes=8 << 20), "fork bomb": dict(processes=40),
-           "memory bomb": dict(memory_bytes=200 << 20), "go on after the time limit": dict(timeout_s=1)}
+           "memory bomb": dict(memory_bytes=200 << 20), "go on after the time limit": dict(timeout_s=1),
+           "processor time of short-lived children": dict(cpu_s=0.5), "memory in sockets": dict(memory_bytes=150 << 20),
+           **dict.fromkeys(["threads without end", "fork bomb in sessions of its own"], dict(processes=40)),
+           **dict.fromkeys(["memory in a file of no folder", "memory in /dev/shm", "memory that is not mapped",
+                            "memory of a process that hides it"], dict(memory_bytes=200 << 20))}
 
 
 def fingerprint(folder):
-    """{path: contents} of a folder, that of the running script left out."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob("*") if path.is_file() and "work" not in path.relative_to(folder).parts[:1]}
+    """{path: contents, mode and time} of a folder, that of the running script left out."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and "work" not in path.relative_to(folder).parts[:1]:
+            content = hashlib.sha256(path.read_bytes()).hexdigest() if os.access(path, os.R_OK) else None
+            found[str(path.relative_to(folder))] = content, path.stat().st_mode, path.stat().st_mtime_ns
+    return found
 
 
 def attack(name, python, base, way):
-    """Whether the attack succeeds; "off": as a plain subprocess, "cold" and "warm": in the sandbox."""
+    """Whether the attack succeeds; "off": as a plain subprocess, else in the sandbox: layers and how it is started."""
+    layers, _, start = way.partition(", ")
     world, key = Path(tempfile.mkdtemp(dir=base)), f"attack-{os.urandom(4).hex()}.py"
     for folder in ("data/public", "data/private", "work/data"):
         (world / folder).mkdir(parents=True)
@@ -147,19 +303,20 @@ def attack(name, python, base, way):
         each.bind(address)
         each.listen()
     (world / "work" / key).write_text(
-        f"import os, sys, time{'  # numpy' * (way == 'warm')}\n"
-        f"WORLD, VICTIM, PORT = {str(world)!r}, {victim.pid}, {tcp.getsockname()[1]}\n{textwrap.dedent(ATTACKS[name])}")
+        f"import os, sys, time{'  # numpy' * (start == 'warm')}\n"
+        f"WORLD, VICTIM, PORT = {str(world)!r}, {victim.pid}, {tcp.getsockname()[1]}\n"
+        f"globals().update({NUMBERS})\n{textwrap.dedent(ATTACKS[name])}")
     packages = next(Path(python).parent.parent.glob("lib/python*/site-packages"))
     before = fingerprint(world), fingerprint(packages)
     options = {**dict(timeout_s=20, memory_bytes=1 << 30), **OPTIONS.get(name, {})}
     try:
         if way != "off":
-            if way == "warm":
+            if start == "warm":
                 assert warm_up(python=python, text=b"numpy")
-            result = execute(key, world / "work", python=python, readable=[world / "data/public", PACKAGES],
-                             hidden=[world / "data/private"], **options)
-            assert result.outcome in OUTCOMES and result.sandbox == "+".join(env.protection())
-            assert result.warm == (way == "warm")
+            result = execute(key, world / "work", python=python, sandbox=layers,
+                             readable=[world / "data/public", PACKAGES], hidden=[world / "data/private"], **options)
+            assert result.outcome in OUTCOMES and result.sandbox == layers
+            assert result.warm == (start == "warm")
             out = result.stdout
         else:
             out = subprocess.run([python, key], cwd=world / "work", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -226,8 +383,8 @@ def become_ordinary():
     os.setuid(65534)
 
 
-def table(ordinary=False):
-    """{attack: [whether it succeeds, for each of WAYS]}"""
+def table(ordinary=False, ways=WAYS):
+    """{attack: {way: whether it succeeds}}"""
     if ordinary:
         become_ordinary()
     base = tempfile.mkdtemp(prefix="ml-agent-attacks-")     # a world is one folder in it
@@ -235,17 +392,21 @@ def table(ordinary=False):
     try:
         python = make_venv(f"{base}/venv")
         ours = [name for name in ATTACKS if not (ordinary and "(root)" in name)]
-        return {name: [attack(name, python, tempfile.mkdtemp(dir=base), way) for way in WAYS] for name in ours}
+        return {name: {way: attack(name, python, tempfile.mkdtemp(dir=base), way) for way in ways} for name in ours}
     finally:
         shutil.rmtree(base, ignore_errors=True)
+
+
+def expected(name, way):
+    return way == "off" or name == CONTROL or name in OPEN.get(way.partition(", ")[0], ())
 
 
 @pytest.fixture(scope="module")
 def results():
     """{user: the table}, each made in a process of its own, both at once, one of which changes its user."""
-    users = {"nobody": []} if os.geteuid() else {"root": [], "nobody": ["nobody"]}
-    runs = {user: subprocess.Popen([sys.executable, __file__, *words, "--json"], cwd="/", text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE) for user, words in users.items()}
+    users = ["nobody"] if os.geteuid() else ["root", "nobody"]
+    runs = {user: subprocess.Popen([sys.executable, __file__, user, "--json", *SOME[user]], cwd="/", text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE) for user in users}
     said = {user: run.communicate() for user, run in runs.items()}
     assert not any(run.returncode for run in runs.values()), said
     return {user: json.loads(out) for user, (out, _) in said.items()}
@@ -258,24 +419,9 @@ def test_attack(results, user, name):
         pytest.skip("to attack as root, the tests must be run as root")
     if name not in results[user]:
         pytest.skip("the kernel denies it to ordinary users")
-    off, cold, warm = results[user][name]
-    assert off, "the attack does not work even without protection"
-    assert cold == warm == (name == CONTROL)
-
-
-@pytest.mark.parametrize("way", WAYS[1:])
-@pytest.mark.parametrize("layer", env.LAYERS)
-def test_each_layer_alone_hides_the_answers(layer, way, tmp_path, monkeypatch):
-    monkeypatch.setattr(env, "protection", lambda: (layer,))
-    python = make_venv(tmp_path / "venv")
-    (tmp_path / "attacks").mkdir()
-    for name in [name for name in ATTACKS if "answers" in name and not (layer == "landlock" and name in (
-            "size and time of the answers", "take away the answers' permissions", "change the answers' time",
-            "mount the answers in namespaces of its own"))] + [CONTROL, "patch a module that others import", "TCP",
-                                                              "secrets of another process's environment",
-                                                              "secrets of another process's memory"]:
-        won = attack(name, python, tmp_path / "attacks", way)
-        assert won == (name == CONTROL), name
+    found = results[user][name]
+    assert found["off"], "the attack does not work even without protection"
+    assert found == {way: expected(name, way) for way in SOME[user]}
 
 
 # ------------------------------------------------------------------------------------------------------- fail closed
@@ -296,6 +442,30 @@ def test_without_a_layer_that_holds_scripts_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(env, "_run", refused)
     with pytest.raises(Unprotected, match="namespaces: unshare: Operation not permitted; landlock: .*user namespaces"):
         execute("a.py", tmp_path, timeout_s=9, memory_bytes=1 << 30)
+
+
+def test_without_the_filter_it_is_said(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(env, "_probe", env.functools.lru_cache(env._probe.__wrapped__))
+    monkeypatch.setattr(env, "_filter", lambda layers, gpu: "")     # as on a machine whose numbers are not known
+    assert env.protection() == env.LAYERS
+    assert "sandbox: namespaces+landlock without seccomp: " in capfd.readouterr().err
+    (tmp_path / "a.py").write_text("")
+    assert execute("a.py", tmp_path, timeout_s=30, memory_bytes=1 << 30).sandbox == "namespaces+landlock"
+
+
+def test_numbers_of_system_calls():
+    """Against the kernel's own tables, where they are installed; the two machines' numbers differ below 424 only."""
+    tables = []
+    for path in ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h"):
+        text = Path(path).read_text() if Path(path).exists() else ""
+        tables.append(dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", text)))
+    groups = [*env.REFUSED, *env.REFUSED_CPU, *env.REFUSED_ALONE, *env.IGNORED_ALONE]
+    pairs = [each for group in groups for each in group.items()]
+    pairs += [(name, numbers) for name, numbers, *_ in env.ARGUMENTS + env.ARGUMENTS_CPU + env.ARGUMENTS_ALONE]
+    for name, numbers in pairs:
+        for table, number in zip(tables, numbers):
+            assert number == int(table.get(name, number))
+            assert not table or name in table or number in (-1, *range(424, 470))
 
 
 def test_many_threads_probe_once(monkeypatch, capfd):
@@ -401,6 +571,23 @@ def test_threads_and_gpus_are_counted():
 
 def entries(trajectory):
     return [path for path in trajectory.cache.folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("limit, warm, runs", [("cpu", True, 1), ("cpu", False, 2), ("wall", True, 2)])
+def test_only_a_timeout_that_comes_again_is_kept(make, monkeypatch, limit, warm, runs):
+    """Not one of wall time, nor of a script that had to import its libraries first."""
+    trajectory = make()
+    ended = env.Result("timeout", -9, "", "", 1.0, 1, "off", "It ran too long.", warm=warm, limit=limit)
+    monkeypatch.setattr(env, "execute", lambda *args, **more: ended)
+    assert trajectory.score()[1].outcome == trajectory.score()[1].outcome == "timeout"
+    assert trajectory.cache.counts["runs"] == runs
+
+
+def test_prepare_warns_of_a_starter_near_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "MINIATURE_S", 0.3)
+    said = []
+    tasks.prepare("leaf-classification", data=tmp_path, say=said.append)
+    assert any("of processor time, over a third of the 0.3 s" in line for line in said)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 65, 200, -1])
@@ -560,10 +747,14 @@ def test_starters_score_the_same_cold_and_warm(id, data, tmp_path):
 
 
 if __name__ == "__main__":
-    found = table("nobody" in sys.argv)
+    ordinary = "nobody" in sys.argv and os.geteuid() == 0
     if "--json" in sys.argv:
-        print(json.dumps(found))
+        print(json.dumps(table(ordinary, sys.argv[sys.argv.index("--json") + 1:])))
     else:
-        print(f"{'attack':48}" + "".join(f" {way:9}" for way in WAYS))
+        found = table(ordinary)
+        short = {way: way.replace("+seccomp", "").replace("namespaces+landlock", "both") for way in WAYS}
+        print(f"{'attack':48}" + "".join(f" {short[way]:16}" for way in WAYS))
         for name, won in found.items():
-            print(f"{name:48}" + "".join(f" {'succeeds' if each else 'fails':9}" for each in won))
+            print(f"{name:48}" + "".join(f" {'succeeds' if each else 'fails':16}" for each in won.values()))
+        wrong = [name for name, won in found.items() for way in WAYS if won[way] != expected(name, way)]
+        sys.exit(f"not as expected: {', '.join(wrong)}" if wrong else 0)
