@@ -133,10 +133,13 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
         shown += [(path, "read") for pattern in GPU_LIBRARIES for path in glob.glob(pattern)]
         shown += [(path, "device") for pattern in GPU_DEVICES for path in glob.glob(pattern)]
     shown = {path: right for path, right in shown if os.path.exists(path)} | {cwd: "write", private: "write"}
-    command = [program, os.path.join("." * script.startswith("-"), script)]     # it is no option of the interpreter
+    # a name that starts with "-" is no option of the interpreter
+    command = [program, f"./{script}" if script.startswith("-") else script]
+    serial = bool(layers) and "namespaces" not in layers        # no /dev/shm and so no semaphores
+    variables = _environment(program, threads, serial, gpu, private)
     with open(os.path.join(cwd, script), "rb") as file:
-        key = _warm_key(program, file.read(1 << 20), threads) if warm else None
-    job = dict(command=command, cwd=cwd, env=_environment(program, threads, gpu, private), layers=layers,
+        key = _warm_key(program, file.read(1 << 20), threads, serial) if warm else None
+    job = dict(command=command, cwd=cwd, env=variables, layers=layers,
                timeout_s=float(timeout_s), cpu_s=cpu_s, memory_bytes=int(memory_bytes), output_bytes=output_bytes,
                filter=_filter(layers, gpu), keyctl=_number(250, 219), perf=_number(298, 241),
                file_bytes=file_bytes, address_bytes=0 if gpu else int(memory_bytes) + (4 << 30), processes=processes,
@@ -222,14 +225,14 @@ def describe(python):
     return program, (*folders, *libraries, *LIBRARIES), versions
 
 
-def _environment(program, threads, gpu=None, private="/nonexistent"):
-    """The environment variables of a script."""
+def _environment(program, threads, serial, gpu=None, private="/nonexistent"):
+    """The environment variables of a script. serial: joblib is to use one process."""
     inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some CUDA set-ups
     counts = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
     return dict(**inherited, PATH=f"{os.path.dirname(program)}:/usr/local/bin:/usr/bin:/bin", HOME=private,
                 TMPDIR=private, USER="agent", LANG="C.UTF-8", MPLBACKEND="Agg", CUDA_VISIBLE_DEVICES=gpu or "",
                 PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1", PYTHONNOUSERSITE="1", PYTHONHASHSEED="0",
-                PYTHONUTF8="1", **dict.fromkeys(counts, str(threads)))
+                PYTHONUTF8="1", JOBLIB_MULTIPROCESSING="0" if serial else "1", **dict.fromkeys(counts, str(threads)))
 
 
 LAYERS = ("namespaces", "landlock")     # each is enough to hide the answers
@@ -453,7 +456,7 @@ def execute_many(jobs, gpus=None, stop=None):
 TABLES = ("numpy", "pandas", "scipy.sparse", "sklearn.ensemble", "sklearn.linear_model", "sklearn.neural_network",
           "sklearn.model_selection", "sklearn.pipeline", "sklearn.feature_extraction.text")
 WARM = {rb"\btorch": (*TABLES, "torch", "torch._dynamo"), rb"\b(numpy|pandas|scipy|sklearn)\b": TABLES}
-_servers, _lock = {}, threading.Lock()      # None for the bare one, or (interpreter, libraries, threads) -> its _Server
+_servers, _lock = {}, threading.Lock()      # None: the bare one; (interpreter, libraries, threads, serial): a warm one
 _seen = set()       # the keys of runs that a warm one could have taken; "off" once that was said
 
 
@@ -469,7 +472,7 @@ class _Server:
                             f"_be_script(_serve({theirs.fileno()}, {key and key[1]!r}))"])
         # the warm one has the flags of `python script`, and is not to look for a GPU
         command = [key[0], "-c", source] if key else [sys.executable, "-I", "-S", "-c", source]
-        env = {**_environment(key[0], key[2]), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if key else {}
+        env = {**_environment(key[0], *key[2:]), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if key else {}
         with theirs:
             subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=env,
                              stderr=subprocess.DEVNULL if key else None, pass_fds=[theirs.fileno()],
@@ -487,10 +490,10 @@ class _Server:
         return self.up
 
 
-def _warm_key(program, text, threads):
+def _warm_key(program, text, threads, serial):
     """The key of the server that is to take a script of that text: a warm one that is up, else None, the bare one."""
     libraries = next((libraries for mention, libraries in WARM.items() if re.search(mention, text)), None)
-    key = program, libraries, threads
+    key = program, libraries, threads, serial
     with _lock:
         if libraries and key not in _servers and key in _seen:     # one run alone is over before they are imported
             _servers[key] = _Server(key)
