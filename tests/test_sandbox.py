@@ -267,6 +267,30 @@ ATTACKS = {
 }
 # What a script can do with Landlock alone: the kernel asks it about opening and changing files, not about these.
 OPEN = {"landlock+seccomp": {"size and time of the answers", "see which files and processes there are"}}
+SHOWN = {   # the lines of the README's table -> the attacks above that show them
+    "read the answers, your files, other runs": [
+        "read the answers by absolute name", "search the file system for the answers", "answers through a program"],
+    "write outside its folder and its temporary folder": [
+        "change the answers", "delete the answers", "overwrite the evaluator", "patch a module that others import",
+        "leave a file for the next run in /tmp"],
+    "signal or trace others, read their environment": [
+        "kill another process", "secrets of another process's environment", "secrets of another process's memory"],
+    "limits, priority, cores of other processes": [
+        "change another process's limits", "slow another process down", "bind another process to a core",
+        "make another process a batch job", "slow another process's disk down"],
+    "network, sockets of others": [
+        "TCP", "UDP", "socket in the file system", "abstract socket", "another kind of socket: multipath TCP",
+        "another kind of socket: netlink"],
+    "keyrings, shared segments, message queues, files in memory": [
+        "keyring: find the user's", "keyring: find what was inherited", "keyring: leave a key for the next run",
+        "memory of a segment that stays", "message queue that stays", "memory in a file of no folder"],
+    "modes, times and tags of the public data": [
+        "change the public data's mode", "change the public data's time", "tag the public data"],
+    "sizes, times and modes of your files; which processes there are": [
+        "size and time of the answers", "see which files and processes there are"],
+    "`/dev/shm`, and so worker processes": ["memory in /dev/shm"],   # and test_honest_libraries_work_in_each_layer
+    "sessions and process groups of its own": [
+        "fork bomb in sessions of its own", "daemon that edits files afterwards"]}
 OPTIONS = {"fill the disk": dict(file_bytes=8 << 20), "fork bomb": dict(processes=40),
            "memory bomb": dict(memory_bytes=200 << 20), "go on after the time limit": dict(timeout_s=1),
            "processor time of short-lived children": dict(cpu_s=0.5), "memory in sockets": dict(memory_bytes=150 << 20),
@@ -422,6 +446,15 @@ def test_attack(results, user, name):
     found = results[user][name]
     assert found["off"], "the attack does not work even without protection"
     assert found == {way: expected(name, way) for way in SOME[user]}
+
+
+def test_every_line_of_the_readmes_table_is_shown_by_an_attack():
+    text = (Path(env.__file__).parent / "README.md").read_text().partition("## What is protected")[2]
+    lines = [line.split("|")[1:-1] for line in text.partition("\n\nOne layer")[0].split("\n") if line.startswith("|")]
+    open_ = {first.strip() for first, _, last in lines[2:] if last.strip() == "open"}
+    assert [first.strip() for first, _, _ in lines[2:]] == list(SHOWN)
+    assert all(name in ATTACKS for names in SHOWN.values() for name in names)
+    assert open_ == {first for first, names in SHOWN.items() if set(names) & OPEN["landlock+seccomp"]}
 
 
 # ------------------------------------------------------------------------------------------------------- fail closed
