@@ -58,10 +58,10 @@ def sandbox(request, monkeypatch):
     return mode
 
 
-def warm_up(text, python=None, threads=1):
+def warm_up(text, python=None, threads=1, serial=False):
     """Starts the warm process for scripts of that text and waits until it is up; False if it does not work."""
     libraries = next(libraries for mention, libraries in env.WARM.items() if re.search(mention, text))
-    key = env.describe(python or sys.executable)[0], libraries, threads
+    key = env.describe(python or sys.executable)[0], libraries, threads, serial
     with env._lock:
         server = env._servers.setdefault(key, env._servers.get(key) or env._Server(key))
     while server.is_up() is None:
@@ -714,6 +714,48 @@ def test_torch_trains_and_draws_in_warm_scripts(tmp_path, monkeypatch):
     assert first.warm and second.warm and first.stderr == cold.stderr and first.outcome == "ok"
     lines = [result.stdout.splitlines() for result in (cold, first, second)]
     assert len({line[0] for line in lines}) == 3 and len({line[1] for line in lines}) == 1
+
+
+FULL = """
+fork, refusals = os.fork, iter(range(3))
+def refuse():
+    if next(refusals, None) is not None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return fork()
+os.fork = refuse
+"""
+
+
+def test_a_machine_without_room_for_processes_is_waited_for(tmp_path, monkeypatch):
+    """As beside a script's fork bomb, each start of a process of ours fails for a moment."""
+    popen, source, refusals = subprocess.Popen, env.inspect.getsource, iter(range(3))
+
+    def refuse(*args, **options):
+        if next(refusals, None) is not None:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return popen(*args, **options)
+    monkeypatch.setattr(env, "_servers", {})
+    monkeypatch.setattr(env.subprocess, "Popen", refuse)
+    monkeypatch.setattr(env.inspect, "getsource", lambda each: source(each) + FULL * (each is env._remove))
+    for sandbox in ("on", "off"):
+        assert run(tmp_path, "print(1)", sandbox=sandbox).stdout == "1\n"
+    env._servers.pop(None).requests.close()
+
+
+def test_a_machine_that_stays_without_room_is_one_sentence(tmp_path, monkeypatch):
+    source, always = env.inspect.getsource, FULL.replace("range(3)", "range(10**9)")
+    monkeypatch.setattr(env, "_servers", {})
+    monkeypatch.setattr(env.inspect, "getsource", lambda each: source(each).replace("seconds=10", "seconds=0.2")
+                        + always * (each is env._remove))
+    for _ in range(2):      # it goes on then
+        with pytest.raises(RuntimeError, match="no process can be started on this machine"):
+            run(tmp_path, "print(1)")
+    (tmp_path / "left" / "a").mkdir(parents=True)
+    remove = env._remove    # and what a process was to delete is deleted here
+    monkeypatch.setattr(env, "_remove", lambda path, seconds=9e9: str(path) if seconds < 9e9 else remove(str(path)))
+    env._discard(str(tmp_path / "left"))
+    assert not (tmp_path / "left").exists()
+    env._servers.pop(None).requests.close()
 
 
 def test_the_second_script_starts_the_warm_process(tmp_path, monkeypatch):

@@ -32,11 +32,6 @@ LAYERS = ("namespaces+landlock+seccomp", "namespaces+seccomp", "landlock+seccomp
 WAYS = ["off", *(f"{layers}, {start}" for layers in LAYERS for start in ("cold", "warm"))]
 # what pytest runs of it, so that each attack meets all layers, both starts and both users
 SOME = {"root": [WAYS[0], WAYS[1], WAYS[4], WAYS[5]], "nobody": [WAYS[0], WAYS[2], WAYS[3], WAYS[6]]}
-SECRET = "xyzzy-1729"
-NUMBERS = {name: env._number(*numbers) for name, numbers in dict(
-    KEYCTL=(250, 219), ADD_KEY=(248, 217), IOPRIO_SET=(251, 30), CLONE=(56, 220), USERFAULTFD=(323, 282)).items()}
-LAYERS = ("namespaces+landlock+seccomp", "namespaces+seccomp", "landlock+seccomp")
-WAYS = ("off", *(f"{layers}, {start}" for layers in LAYERS for start in ("cold", "warm")))
 PACKAGES = str(Path(numpy.__file__).parent.parent)      # which the warm process imports
 CONTROL = "no attack: honest work"
 ANSWERS = "f'{WORLD}/data/private/answers.csv'"
@@ -336,7 +331,7 @@ def attack(name, python, base, way):
     try:
         if way != "off":
             if start == "warm":
-                assert warm_up(python=python, text=b"numpy")
+                assert warm_up(python=python, text=b"numpy", serial="namespaces" not in layers)
             result = execute(key, world / "work", python=python, sandbox=layers,
                              readable=[world / "data/public", PACKAGES], hidden=[world / "data/private"], **options)
             assert result.outcome in OUTCOMES and result.sandbox == layers
