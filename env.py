@@ -460,6 +460,22 @@ _servers, _lock = {}, threading.Lock()      # None: the bare one; (interpreter, 
 _seen = set()       # the keys of runs that a warm one could have taken; "off" once that was said
 
 
+def _patiently(start, seconds=10):
+    """What `start` returns, which starts a process. Where there is no room for one, as beside a script's fork bomb, it
+    is tried again for so many seconds; then RuntimeError."""
+    ended = time.monotonic() + seconds
+    while True:
+        try:
+            return start()
+        except OSError as error:
+            if error.errno not in (11, 12):     # EAGAIN, ENOMEM
+                raise
+            if time.monotonic() > ended:
+                raise RuntimeError(f"no process can be started on this machine ({error.strerror}): it has too many, or "
+                                   "too little memory") from None
+        time.sleep(0.1)
+
+
 class _Server:
     """A process that runs _serve; its source is sent to another interpreter."""
 
@@ -468,15 +484,16 @@ class _Server:
         self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         imports = ("import atexit, contextlib, ctypes, fcntl, gc, importlib, json, os, resource, select, signal, "
                    "socket, stat, struct, sys, time, weakref")
-        source = "\n".join([imports, *map(inspect.getsource, (_remove, _supervise, _import, _be_script, _serve)),
+        source = "\n".join([imports, *map(inspect.getsource, (_patiently, _remove, _supervise, _import, _be_script,
+                                                           _serve)),
                             f"_be_script(_serve({theirs.fileno()}, {key and key[1]!r}))"])
         # the warm one has the flags of `python script`, and is not to look for a GPU
         command = [key[0], "-c", source] if key else [sys.executable, "-I", "-S", "-c", source]
         env = {**_environment(key[0], *key[2:]), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if key else {}
         with theirs:
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=env,
-                             stderr=subprocess.DEVNULL if key else None, pass_fds=[theirs.fileno()],
-                             start_new_session=True)
+            _patiently(lambda: subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/", env=env,
+                stderr=subprocess.DEVNULL if key else None, pass_fds=[theirs.fileno()], start_new_session=True))
 
     def is_up(self):
         """Whether it takes runs; None while it imports. What does not work is said once."""
@@ -510,8 +527,11 @@ def _request(key, what=b"run"):
             key = key if key in _servers else None
             server = _servers[key] = _servers.get(key) or _Server(key)
             socket.send_fds(server.requests, [what], [theirs.fileno()])
-        if supervisor := ours.recv(10):
-            return int(supervisor), ours, key is not None
+        if answer := ours.recv(1000):
+            if answer.strip().isdigit():
+                return int(answer), ours, key is not None
+            ours.close()
+            raise RuntimeError(answer.decode())
         ours.close()
         with _lock:     # somebody has killed the server
             if _servers.get(key) is server:
@@ -569,7 +589,10 @@ def _discard(folder):
     """Deletes a folder as _remove does. What takes longer than a moment is left to a process, which at the end of this
     one is waited for."""
     if rest := folder and _remove(folder, 0.5):
-        _deleting.append(_request(None, os.fsencode(rest))[1])
+        try:
+            _deleting.append(_request(None, os.fsencode(rest))[1])
+        except RuntimeError:        # no process can be started
+            _remove(rest)
         done = select.select(_deleting, [], [], 0)[0]
         _deleting[:] = [each for each in _deleting if each not in done]
 
@@ -846,7 +869,7 @@ def _supervise(job):
             rename()
         if boxed:
             fresh = build_root()
-            if script := os.fork():
+            if script := _patiently(os.fork):
                 be_first(script)
         os.setsid()
         os.chdir(job["cwd"])
@@ -895,7 +918,7 @@ def _supervise(job):
     out, err, ended = os.pipe(), os.pipe(), os.pipe()
     ready = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     started = time.monotonic()
-    child = os.fork()
+    child = _patiently(os.fork)
     if child == 0:
         try:
             become_script()
@@ -1088,7 +1111,7 @@ def _import(libraries):
     if hasattr(libc, "on_exit"):    # the forks run what C code wants to do at the end, but not these libraries'
         libc.on_exit(libc._exit, None)
         libc.on_exit(libc.fcloseall, None)
-    if os.fork() == 0:  # OpenBLAS ends its threads at the first fork, and starts them when they are needed
+    if _patiently(os.fork) == 0:    # OpenBLAS ends its threads at the first fork, and starts them when they are needed
         os._exit(0)
     threads, files = os.listdir("/proc/self/task"), set(os.listdir("/proc/self/fd")) - {"0", "1", "2"}
     return (f"the libraries keep {len(threads)} threads" if len(threads) > 1 else
@@ -1139,7 +1162,11 @@ def _serve(descriptor, libraries=None):
         if not received:
             break
         with socket.socket(fileno=received[0]) as connection:
-            if os.fork():
+            try:
+                if _patiently(os.fork):
+                    continue
+            except RuntimeError as error:
+                connection.sendall(str(error).encode())
                 continue
             requests.close()
             os.setsid()
