@@ -104,7 +104,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     torch they are forked from a process that has imported these, as soon as it has; False starts each anew. temporary:
     cwd is to be deleted if we are killed meanwhile. stop: a threading.Event; once it is set the script is ended.
     ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
-    not on Linux, or the interpreter does not start. Unprotected: see protection. Stopped: stop was set.
+    not on Linux, or the interpreter does not start. OSError: no space is left. Unprotected: see protection. Stopped: stop was set.
     """
     if not sys.platform.startswith("linux"):
         raise RuntimeError(f"scripts can be executed on Linux only (they are supervised through /proc); "
@@ -541,7 +541,7 @@ def _request(key, what=b"run"):
 
 def _run(job, key, stop=None):
     """Has a job done by a supervisor; returns (its report, or None if the script has killed it; whether it was
-    warm). Stopped: the event `stop` was set meanwhile."""
+    warm). Stopped: the event `stop` was set meanwhile. OSError: there is no space left for the run's folders."""
     supervisor, connection, warm = _request(key)
     report, base = None, os.path.dirname(job["root"])
     try:
@@ -570,8 +570,9 @@ def _run(job, key, stop=None):
         if not isinstance(report, list):
             _kill_marked(job["mark"])
         _discard(base)
-    if isinstance(report, str):
-        raise RuntimeError(report)
+    if isinstance(report, dict):
+        full = report["errno"] in NO_SPACE
+        raise OSError(report["errno"], report["error"]) if full else RuntimeError(report["error"])
     return report, warm
 
 
@@ -1188,7 +1189,7 @@ def _serve(descriptor, libraries=None):
                 if (report := _supervise(job)) is job:
                     return job
             except Exception as error:      # an error of ours, which the parent raises (_run)
-                report = str(error)
+                report = {"error": str(error), "errno": getattr(error, "errno", None)}
             base = _remove(base, 0.5)
             socket.socket(fileno=0).sendall(json.dumps([report, base]).encode())
         except BrokenPipeError:     # our parent is gone

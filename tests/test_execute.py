@@ -742,6 +742,17 @@ def test_a_machine_without_room_for_processes_is_waited_for(tmp_path, monkeypatc
     env._servers.pop(None).requests.close()
 
 
+def test_a_full_disk_is_told_from_other_errors(tmp_path, monkeypatch):
+    source = env.inspect.getsource
+    full = "\ndef mkdir(*args): raise OSError(28, 'No space left on device')\nos.mkdir = mkdir\n"
+    monkeypatch.setattr(env, "_servers", {})
+    monkeypatch.setattr(env.inspect, "getsource", lambda each: source(each) + full * (each is env._remove))
+    with pytest.raises(OSError, match="No space left on device") as error:
+        run(tmp_path, "print(1)")
+    assert error.value.errno in env.NO_SPACE
+    env._servers.pop(None).requests.close()
+
+
 def test_a_machine_that_stays_without_room_is_one_sentence(tmp_path, monkeypatch):
     source, always = env.inspect.getsource, FULL.replace("range(3)", "range(10**9)")
     monkeypatch.setattr(env, "_servers", {})
