@@ -104,7 +104,8 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     torch they are forked from a process that has imported these, as soon as it has; False starts each anew. temporary:
     cwd is to be deleted if we are killed meanwhile. stop: a threading.Event; once it is set the script is ended.
     ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
-    not on Linux, or the interpreter does not start. OSError: no space is left. Unprotected: see protection. Stopped: stop was set.
+    not on Linux, or the interpreter does not start. OSError: no space is left. Unprotected: see protection. Stopped:
+    stop was set.
     """
     if not sys.platform.startswith("linux"):
         raise RuntimeError(f"scripts can be executed on Linux only (they are supervised through /proc); "
@@ -143,7 +144,8 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
                timeout_s=float(timeout_s), cpu_s=cpu_s, memory_bytes=int(memory_bytes), output_bytes=output_bytes,
                filter=_filter(layers, gpu), keyctl=_number(250, 219), perf=_number(298, 241),
                file_bytes=file_bytes, address_bytes=0 if gpu else int(memory_bytes) + (4 << 30), processes=processes,
-               mark=uuid.uuid4().int >> 67, root=os.path.join(base, "root"), temporary=temporary, proc=PROC,
+               mark=uuid.uuid4().int >> 67, root=os.path.join(base, "root"), temporary=temporary,
+               proc=PROC, masked=MASKED,
                shared_bytes=int(memory_bytes) // 2, shown=sorted(shown.items()))    # a folder before what is in it
     started, layers = time.monotonic(), "+".join(layers) or "off"
     report, warm = _run(job, key, stop)
@@ -204,6 +206,7 @@ GPU_LIBRARIES = ("/sys", "/usr/local/cuda*", "/opt/rocm*", "/etc/OpenCL", "/run/
 GPU_DEVICES = ("/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg")
 PROC = tuple(f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg", "version", "filesystems", "devices",
                                           "driver", "sys/vm", "sys/kernel/osrelease"))    # what tells of no process
+MASKED = tuple(f"/proc/{name}" for name in ("keys", "key-users", "timer_list", "sched_debug", "kcore"))   # the user's
 ABOUT_PYTHON = """import importlib.metadata as metadata, json, sys
 found = sorted({f"{each.metadata['Name']}=={each.version}" for each in metadata.distributions()})
 print(json.dumps([sys.executable, [sys.prefix, sys.base_prefix, sys.exec_prefix], [sys.version, *found]]))"""
@@ -291,7 +294,7 @@ REFUSED_CPU = (dict(memfd_create=(319, 279), memfd_secret=(447, 447)),)
 # with Landlock alone, which knows neither who is called on a socket nor the attributes of files
 REFUSED_ALONE = (
     dict(setsid=(112, 157), setpgid=(109, 154)),    # one signal to the group ends all, however fast they fork
-    dict(connect=(42, 203)),
+    dict(connect=(42, 203), inotify_add_watch=(254, 27)),       # which tells the names of what it must not list
     dict(chown=(92, -1), fchown=(93, 55), lchown=(94, -1), fchownat=(260, 54), setxattr=(188, 5), lsetxattr=(189, 6),
          fsetxattr=(190, 7), setxattrat=(463, 463), removexattr=(197, 14), lremovexattr=(198, 15),
          fremovexattr=(199, 16), removexattrat=(466, 466), file_setattr=(469, 469)))
@@ -306,6 +309,8 @@ ARGUMENTS = (
     ("socket", (41, 198), 0, ~0, "is not", socket.AF_UNIX), ("socketpair", (53, 199), 0, ~0, "is not", socket.AF_UNIX),
     ("setsockopt", (54, 208), 2, ~0, "is", socket.SO_SNDBUF), ("setsockopt", (54, 208), 2, ~0, "is", socket.SO_RCVBUF),
     ("fcntl", (72, 25), 1, ~0, "is", 1031),                         # F_SETPIPE_SZ: pipes hold memory too
+    # F_SETLEASE, F_SET_RW_HINT, F_SET_FILE_RW_HINT: what can be left on public data
+    *(("fcntl", (72, 25), 1, ~0, "is", number) for number in (1024, 1036, 1038)),
     ("mmap", (9, 222), 3, 0x40000, "is", 0x40000))                  # MAP_HUGETLB: not counted as resident
 ARGUMENTS_CPU = (("mmap", (9, 222), 3, 0x21, "is", 0x21),)          # MAP_SHARED | MAP_ANONYMOUS: may be kept unmapped
 ARGUMENTS_ALONE = (
@@ -808,6 +813,9 @@ def _supervise(job):
             fresh = False
             for path in job["proc"]:
                 show(path)
+        for path in job["masked"]:
+            with contextlib.suppress(OSError):
+                call("mount", "/dev/null", root + path, None, bind, None)
         with contextlib.suppress(OSError):      # holds for root too: from Linux 6.14 on, each world has its own
             put(f"{root}/proc/sys/kernel/pid_max", str(max(400, 4 * job["processes"])))
         os.makedirs(f"{root}/dev/shm", exist_ok=True)

@@ -72,6 +72,17 @@ ATTACKS = {
     "change the public data's time": "os.utime('data/train.csv', (1, 1))",
     "change the public data's mode": "os.chmod('data/train.csv', 0o640)",
     "tag the public data": "os.setxattr('data/train.csv', 'user.left', b'1'); print('WON')",
+    "leave a hint on the public data": """
+        import fcntl, struct
+        fcntl.fcntl(open("data/train.csv"), 1036, struct.pack("Q", 5))
+        print("WON")
+    """,
+    "watch the names of private files": """
+        import ctypes
+        libc = ctypes.CDLL(None)
+        if libc.inotify_add_watch(libc.inotify_init1(0), f"{WORLD}/data/private".encode(), 0xfff) > 0:
+            print("WON")
+    """,
     "see which files and processes there are": "print('WON', os.stat(WORLD), os.stat(f'/proc/{VICTIM}'))",
     "delete the answers": f"os.remove({ANSWERS})",
     "change the public data": "open('data/train.csv', 'a').write('1')",
@@ -115,6 +126,12 @@ ATTACKS = {
         "find the user's": "call(KEYCTL, 0, -4, 1)",
         "find what was inherited": "call(KEYCTL, 0, -3, 0)",
         "leave a key for the next run": "call(ADD_KEY, b'user', b'left', b'data', 4, -4)"}.items()},
+    "keyring: list the user's": """
+        import ctypes
+        ctypes.CDLL(None).syscall(ADD_KEY, b"user", b"left", b"data", 4, -4)
+        if open("/proc/keys").read():
+            print("WON")
+    """,
     "memory in a file of no folder": """
         hoard = os.memfd_create("hoard")
         for _ in range(400): os.write(hoard, b"x" * (1 << 20))
@@ -278,9 +295,11 @@ SHOWN = {   # the lines of the README's table -> the attacks above that show the
         "another kind of socket: netlink"],
     "keyrings, shared segments, message queues, files in memory": [
         "keyring: find the user's", "keyring: find what was inherited", "keyring: leave a key for the next run",
+        "keyring: list the user's",
         "memory of a segment that stays", "message queue that stays", "memory in a file of no folder"],
     "modes, times and tags of the public data": [
-        "change the public data's mode", "change the public data's time", "tag the public data"],
+        "change the public data's mode", "change the public data's time", "tag the public data",
+        "leave a hint on the public data"],
     "sizes, times and modes of your files; which processes there are": [
         "size and time of the answers", "see which files and processes there are"],
     "`/dev/shm`, and so worker processes": ["memory in /dev/shm"],   # and test_honest_libraries_work_in_each_layer
