@@ -1706,7 +1706,8 @@ class Env:
             raise ValueError(f"fields must be taken from {FIELDS} and end in the last two; found {tuple(fields)}")
         self.task = tasks.load(task) if isinstance(task, str) else task
         self.info = tasks.info(self.task.id, data=data)
-        self.graders = tasks.hash_files(*sorted(Path(tasks.__file__).parent.glob("*.py")))
+        self.graders = tasks.hash_files(*sorted(Path(tasks.__file__).parent.glob("*.py")),
+                                        *self.task.folder.glob("task.py"))
         self.data, self.public = Path(data), (Path(data) / self.task.id / "public").resolve()
         self.blobs, self.cache = Blobs(Path(out) / "blobs"), cache or Cache(Path(out) / "cache")
         self.actions = tuple(name for name in actions if coder or name not in NEEDS_CODER)
@@ -2074,8 +2075,11 @@ class Env:
             return known
         self.cache.count("runs")
         result, score, after = self._run_now(script, before, timeout_s)
-        if result.outcome not in ("killed", "disk full") and (  # these may be gone the next time, as may wall time
-                result.outcome != "timeout" or result.limit == "cpu" and result.warm):      # and slow first imports
+        if result.limit:    # not wall time, nor slow first imports
+            comes_again = result.limit in ("memory", "processes") or result.limit == "cpu" and result.warm
+        else:               # a signal may be the kernel's, for lack of memory
+            comes_again = result.exit_code >= 0 and result.outcome != "disk full"
+        if comes_again:
             self.cache.put(key, {"result": dataclasses.asdict(result), "score": score, "after": after})
         return result, score, after
 

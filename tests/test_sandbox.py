@@ -620,13 +620,16 @@ def entries(trajectory):
     return [path for path in trajectory.cache.folder.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("limit, warm, runs", [("cpu", True, 1), ("cpu", False, 2), ("wall", True, 2)])
-def test_only_a_timeout_that_comes_again_is_kept(make, monkeypatch, limit, warm, runs):
-    """Not one of wall time, nor of a script that had to import its libraries first."""
+@pytest.mark.parametrize("outcome, code, limit, warm, runs", [
+    ("timeout", -9, "cpu", True, 1), ("timeout", -9, "cpu", False, 2), ("timeout", -9, "wall", True, 2),
+    ("timeout", 0, "wall", True, 2), ("out of memory", -9, "memory", True, 1), ("out of memory", -9, "", True, 2),
+    ("out of memory", 1, "", True, 1), ("killed", -11, "", True, 2), ("too many processes", -9, "processes", True, 1)])
+def test_only_an_end_that_comes_again_is_kept(make, monkeypatch, outcome, code, limit, warm, runs):
+    """Not one by wall time, by imports that a warm script does not make, or because the machine had no memory."""
     trajectory = make()
-    ended = env.Result("timeout", -9, "", "", 1.0, 1, "off", "It ran too long.", warm=warm, limit=limit)
+    ended = env.Result(outcome, code, "", "", 1.0, 1, "off", "It ended.", warm=warm, limit=limit)
     monkeypatch.setattr(env, "execute", lambda *args, **more: ended)
-    assert trajectory.score()[1].outcome == trajectory.score()[1].outcome == "timeout"
+    assert trajectory.score()[1].outcome == trajectory.score()[1].outcome == outcome
     assert trajectory.cache.counts["runs"] == runs
 
 
@@ -673,6 +676,14 @@ def test_what_a_run_depends_on_is_in_its_key(make, task, monkeypatch):
         keys.add(trajectory._key("train.py", {"train.py": "1"}))
     keys |= {trajectory._key("train.py", {"train.py": "2"}), trajectory._key("b.py", {"train.py": "1"})}
     assert len(keys) == 11
+
+
+def test_the_tasks_own_grader_is_in_the_key(make, task):
+    keys = set()
+    for text in ("1", "2"):
+        (task.folder / "task.py").write_text(text)
+        keys.add(make()._key("train.py", {}))
+    assert len(keys) == 2
 
 
 def test_rechecking_finds_scores_that_moved(make, tmp_path):
