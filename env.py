@@ -906,7 +906,9 @@ def _supervise(job):
         elif not job["layers"]:
             with contextlib.suppress(OSError):      # then a script that kills us can take off its mark first
                 put_up_filter()
-        if not job["warm"]:
+        beside = os.listdir(os.path.dirname(os.path.abspath(job["command"][1])))
+        # a module beside the script comes before one that was imported already
+        if not job["warm"] or any(name.partition(".")[0] in sys.modules for name in beside):
             for name in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two; a new program expects the default
                 signal.signal(name, signal.SIG_DFL)
             os.execve(job["command"][0], job["command"], job["env"])

@@ -625,6 +625,23 @@ def test_warm_is_like_cold(tmp_path, name):
         assert cold == warm
 
 
+def test_modules_beside_a_warm_script_come_first_as_cold(tmp_path):
+    assert warm_up(b"numpy")
+    (tmp_path / "joblib").mkdir()
+    (tmp_path / "joblib" / "__init__.py").write_text("NAME = 'ours'")
+    for warm in (False, True):
+        assert run(tmp_path, "import numpy, joblib\nprint(joblib.NAME)", warm=warm).stdout == "ours\n"
+    (tmp_path / "joblib" / "__init__.py").unlink()
+    (tmp_path / "joblib").rmdir()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "json.py").write_text("1 / 0")
+    (tmp_path / "lib" / "csv.py").write_text("NAME = 'ours'")
+    (tmp_path / "lib" / "a.py").write_text("import numpy, csv\nprint(csv.NAME)")
+    for warm in (False, True):
+        result = execute("lib/a.py", tmp_path, timeout_s=30, memory_bytes=1 << 30, warm=warm)
+        assert result.stdout == "ours\n" and result.warm == warm
+
+
 def test_random_numbers_of_warm_scripts_are_their_own(tmp_path):
     text = ("import os, random, numpy, tempfile, uuid, multiprocessing as m\n"
             "print(random.random(), numpy.random.rand(), bytes(m.current_process().authkey).hex(), uuid.uuid4())\n"
