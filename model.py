@@ -86,7 +86,7 @@ class Config:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
         for f in fields(cls):
             value, kinds = raw[f.name], (int, float) if f.type is float else (f.type,)
-            most = 1 << (10 if f.name == "num_hidden_layers" else 30)       # no model that is built for ever
+            most = 1 << (10 if f.name == "num_hidden_layers" else 24)       # no model that is built for ever
             if type(value) not in kinds or f.type is not bool and not 0 < value <= most:
                 raise ValueError(f"{path}: {f.name} must be of type {f.type.__name__}, and above 0 and at most {most:,} "
                                  "if it is a number")
