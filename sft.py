@@ -603,8 +603,8 @@ def collect(s, load=sample.load):
                              f"{', '.join(sorted(lacking))}")
         paths = [file_of(folder, task.id, k) for task, _ in infos for k in range(s.num)]
         records = {path: read_record(path) for path in paths}
-        if not path.exists() and any(records.values()):
-            found.append("its manifest.json is missing")
+        found += [f"its manifest.json does not tell of {task.id}" for task, _ in infos if task.id not in manifest["tasks"]
+                  and any(records[file_of(folder, task.id, k)] for k in range(s.num))]
         if found:
             raise ValueError(f"{folder} holds trajectories of another kind: {'; '.join(found)}. Give another "
                              "--trajectories, or delete that folder")
