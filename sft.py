@@ -111,8 +111,9 @@ class Settings:
     seed: int = 0  # of the ideas' choice and of sampling
 
     def __post_init__(self):
-        for name in ("gpus", "num", "seconds", "keep", "parallel", "max_new_tokens", "context", "threads"):
-            if not getattr(self, name) > 0:
+        for name in ("gpus", "num", "seconds", "keep", "parallel", "max_new_tokens", "context", "threads", "batch",
+                     "length", "lr", "epochs", "clip", "save_every"):
+            if not 0 < getattr(self, name) < math.inf:      # nor NaN
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
         if self.steps is not None and self.steps < 1 or self.ideas < 0 or self.per_idea < 0:
             raise ValueError("expected --steps of at least 1, and no --ideas or --per-idea below 0, found "
