@@ -2314,8 +2314,9 @@ def check_record(line, first):
             raise ValueError('its entry "messages" has "tokens" that are no list of ids')
     if kind == "header" and not re.fullmatch(r"\w[\w.-]{0,99}", line["task"]):
         raise ValueError(f'its entry "task" is {clip(ascii(line["task"]), 60)}, which is no id of a task')
-    if kind == "header" and not set(line.get("fields", ())) <= set(FIELDS):
-        raise ValueError(f'its entry "fields" must be taken from {", ".join(FIELDS)}')
+    fields = line.get("fields", FIELDS) if kind == "header" else FIELDS
+    if not set(fields) <= set(FIELDS) or tuple(fields[-2:]) != FIELDS[-2:]:
+        raise ValueError(f'its entry "fields" must be taken from {", ".join(FIELDS)} and end in the last two')
     if kind == "step" and not line["messages"]:
         raise ValueError('its entry "messages" is empty')
     for name in ("steps", "seconds", "threads") if kind == "header" else ():
@@ -2326,7 +2327,9 @@ def check_record(line, first):
 def read_trajectory(path):
     """(header, [step, ...]) of a trajectory file. ValueError names the line that is no record, and what is wrong."""
     records = []
-    for number, line in enumerate(Path(path).read_bytes().rstrip().split(b"\n"), 1):
+    with _open(os.path.realpath(path)) as file:
+        lines = file.read().rstrip().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
             check_record(records[-1], number == 1)

@@ -1270,7 +1270,7 @@ def attempt(program, work, kept):
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except (Failed, Unprotected, sample.EndpointError) as error:
+    except (Failed, Unprotected, sample.EndpointError, OSError) as error:      # a wrong path, a full disk
         print(f"{program}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

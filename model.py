@@ -86,8 +86,10 @@ class Config:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
         for f in fields(cls):
             value, kinds = raw[f.name], (int, float) if f.type is float else (f.type,)
-            if type(value) not in kinds or f.type is not bool and not value > 0:
-                raise ValueError(f"{path}: {f.name} must be of type {f.type.__name__}, and above 0 if it is a number")
+            most = 1 << (10 if f.name == "num_hidden_layers" else 24)       # no model that is built for ever
+            if type(value) not in kinds or f.type is not bool and not 0 < value <= most:
+                raise ValueError(f"{path}: {f.name} must be of type {f.type.__name__}, and above 0 and at most {most:,} "
+                                 "if it is a number")
         config = cls(**{f.name: raw[f.name] for f in fields(cls)})
         if config.head_dim * config.num_attention_heads != config.hidden_size or "head_dim" in raw \
                 and raw["head_dim"] not in (None, config.head_dim):
@@ -604,7 +606,8 @@ def hash_checkpoint(folder):
     """The sha256, shortened, of all that a model is read from: weights, config and tokenizer. A copy has the same, and
     a model that was trained anew in the same folder another. It reads the files whole."""
     told = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    files = sorted(file for file in Path(folder).iterdir() if file.suffix == ".safetensors" or file.name in told)
+    files = sorted(file for file in Path(folder).iterdir()
+                   if file.is_file() and (file.suffix == ".safetensors" or file.name in told))
 
     def one(file):
         with file.open("rb") as stream:

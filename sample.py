@@ -88,6 +88,8 @@ class Tokenizer:
         self.turn, self.end = (bpe.token_to_id(t) for t in (self.TURN, self.END))
         if self.turn is None or self.end is None:
             raise ValueError(f"the tokenizer has no {self.TURN} or {self.END}; expected that of a Qwen2.5 checkpoint")
+        if self.size > 1 << 24:     # a table of all ids is made
+            raise ValueError(f"the tokenizer has an id of {self.size - 1:,}; expected that of a Qwen2.5 checkpoint")
         self.eos = set(eos) | {self.end}
         # Byte-level BPE spells each byte as one printable character: the inverse map gives the bytes of every id, so
         # that text can grow token by token and a stop string is found without decoding from the start.
@@ -96,6 +98,8 @@ class Tokenizer:
         self.control = {i for i, token in added.items() if token.special} | self.eos | {self.turn}
         self.bytes = [b""] * self.size
         for text, i in bpe.get_vocab(with_added_tokens=True).items():
+            if i not in added and not byte_of.keys() >= set(text):
+                raise ValueError(f"the tokenizer spells {text[:80]!r} in no bytes; expected that of a Qwen2.5 checkpoint")
             self.bytes[i] = text.encode() if i in added else bytes(byte_of[c] for c in text)
 
     @classmethod

@@ -111,8 +111,9 @@ class Settings:
     seed: int = 0  # of the ideas' choice and of sampling
 
     def __post_init__(self):
-        for name in ("gpus", "num", "seconds", "keep", "parallel", "max_new_tokens", "context", "threads"):
-            if not getattr(self, name) > 0:
+        for name in ("gpus", "num", "seconds", "keep", "parallel", "max_new_tokens", "context", "threads", "batch",
+                     "length", "lr", "epochs", "clip", "save_every"):
+            if not 0 < getattr(self, name) < math.inf:      # nor NaN
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
         if self.steps is not None and self.steps < 1 or self.ideas < 0 or self.per_idea < 0:
             raise ValueError("expected --steps of at least 1, and no --ideas or --per-idea below 0, found "
@@ -603,8 +604,8 @@ def collect(s, load=sample.load):
                              f"{', '.join(sorted(lacking))}")
         paths = [file_of(folder, task.id, k) for task, _ in infos for k in range(s.num)]
         records = {path: read_record(path) for path in paths}
-        if not path.exists() and any(records.values()):
-            found.append("its manifest.json is missing")
+        found += [f"its manifest.json does not tell of {task.id}" for task, _ in infos if task.id not in manifest["tasks"]
+                  and any(records[file_of(folder, task.id, k)] for k in range(s.num))]
         if found:
             raise ValueError(f"{folder} holds trajectories of another kind: {'; '.join(found)}. Give another "
                              "--trajectories, or delete that folder")

@@ -248,7 +248,7 @@ def _tidy(home, part, old):
 
 def _prepared(task, home, wanted, force, say):
     """Whether home may stay as it is: real data where a miniature is wanted, or what is wanted itself."""
-    if not (home / "task.json").exists():
+    if not (home / "task.json").is_file():
         return False
     found = _facts(home)
     if wanted["miniature"] and not found["miniature"]:
@@ -258,7 +258,7 @@ def _prepared(task, home, wanted, force, say):
         say(f"{task.id}: keeping the real data in {home}{stale}")
         return True
     wanted = {name: value for name, value in wanted.items() if name != "variant" or value is not None}
-    return not force and all(found[name] == value for name, value in wanted.items())
+    return not force and all(found.get(name) == value for name, value in wanted.items())
 
 
 def _build(task, part, raw, facts, say, python):
@@ -361,7 +361,7 @@ FACTS = {"id": str, "miniature": bool, "variant": str, "code": str, "m_init": (i
 def info(id, data="data", needed=tuple(FACTS)):
     """What task.json says of the prepared task. ValueError where there is none, or not what prepare has written."""
     home = Path(data) / load(id).id
-    if not (home / "task.json").exists():
+    if not (home / "task.json").is_file():
         raise ValueError(f"{id} is not prepared in {data}. Run: python -m tasks prepare {id} --data {data}")
     return _facts(home, needed)
 
@@ -371,7 +371,9 @@ def _facts(home, needed=FACTS):
     try:
         found = json.loads((home / "task.json").read_bytes())
         sound = all(isinstance(found[name], FACTS[name]) for name in FACTS if name in found or name in needed)
-        sound = sound and all(re.fullmatch(r"(public|private)/[^/]+", name) for name in found.get("sha256", ()))
+        sound = sound and all(abs(found.get(name, 0)) <= sys.float_info.max for name in ("m_init", "m_best"))   # no NaN
+        sound = sound and all(re.fullmatch(r"(public|private)/(?!\.\.?$)[^/]+", name) and isinstance(sha, str)
+                              for name, sha in found.get("sha256", {}).items())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound or found.get("id", home.name) != home.name:

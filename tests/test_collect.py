@@ -311,7 +311,7 @@ def test_a_larger_num_and_another_task_add_to_a_folder_and_other_settings_are_re
     with pytest.raises(ValueError, match="--seed was 0 and is 1"):
         sft.collect(replace(s, seed=1))
     (toys / "out" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="its manifest.json is missing"):
+    with pytest.raises(ValueError, match="its manifest.json does not tell of toy-a"):
         sft.collect(s)
 
 

@@ -904,9 +904,9 @@ def test_a_cache_entry_may_be_any_file(make, tmp_path):
 
 HEADER_ERRORS = [("task", "../x"), ("task", ".."), ("task", 5), ("task", None), ("data", 5), ("prompt", "long"),
                  ("actions", "List Files"), ("actions", ["rm"]), ("actions", [["List Files"]]), ("fields", ["x"]),
-                 ("steps", 0), ("steps", "8"), ("steps", 1.5), ("steps", True), ("seconds", -1), ("seconds", "9"),
-                 ("threads", 0), ("threads", None), ("python", 5), ("gpu", 0), ("sandbox", None), ("m_init", None),
-                 ("m_init", "0.5"), ("m_init", float("nan")), ("m_init", 10 ** 400), ("m_best", [])]
+                 ("fields", []), ("steps", 0), ("steps", "8"), ("steps", 1.5), ("steps", True), ("seconds", -1),
+                 ("seconds", "9"), ("threads", 0), ("threads", None), ("python", 5), ("gpu", 0), ("sandbox", None),
+                 ("m_init", None), ("m_init", "0.5"), ("m_init", float("nan")), ("m_init", 10 ** 400), ("m_best", [])]
 STEP_ERRORS = [("index", "1"), ("reply", 5), ("reply", None), ("coder", "x"), ("coder", [5]), ("kind", "great"),
                ("outcome", "fine"), ("fields", []), ("args", {"a": 5}), ("valid", 1), ("m_after", "0.5"),
                ("m_before", float("inf")), ("m_top", {}), ("score", True), ("score", "0.5"), ("reward", "1"),
@@ -1335,3 +1335,9 @@ def test_every_kind_of_attack_leaves_a_step_and_nothing_else(tmp_path):
     import soak
     rows, wrong = soak.soak(tmp_path, 0, limit=0.4, slack=60, each=True)
     assert wrong == [] and set(rows) == set(soak.NAMES) and len(soak.NAMES) > 90
+
+
+def test_a_pipe_in_place_of_a_trajectory_is_an_error_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "toy-0.jsonl")
+    with pytest.raises(OSError, match="no regular file"):
+        env_module.read_trajectory(tmp_path / "toy-0.jsonl")

@@ -731,3 +731,13 @@ for line in sys.stdin:
     programs.communicate()      # until all have ended
     guard.cancel()
     assert [path.name for path in tmp_path.iterdir()] == ["ml-agent-mine"]
+
+
+def test_a_file_in_place_of_a_folder_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    def work():
+        with evaluation.alone(tmp_path / "file", "eval.py"):
+            pass
+    assert evaluation.attempt("eval.py", work, tmp_path) == 1
+    assert "eval.py: [Errno 17] File exists" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import model
 import sample
-from model import IGNORE, Config, Linear, LinearLogProb, Qwen2, find_folder
+from model import IGNORE, Config, Linear, LinearLogProb, Qwen2, find_folder, hash_checkpoint
 from sample import Tokenizer
 
 ODD = Config(vocab_size=301, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
@@ -125,6 +125,8 @@ DAMAGES = {
     "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), ["is not JSON"]),
     "a text for a number": (lambda f: edit_config(f, hidden_size="96"), ["hidden_size must be of type int"]),
     "no heads": (lambda f: edit_config(f, num_attention_heads=0), ["num_attention_heads must be", "above 0"]),
+    "layers for ever": (lambda f: edit_config(f, num_hidden_layers=10**12), ["num_hidden_layers must be", "1,024"]),
+    "no float": (lambda f: edit_config(f, rope_theta=10**400), ["rope_theta must be of type float"]),
     "odd rope": (lambda f: edit_config(f, rope_scaling=[1]), ["scaled rotary"]),
     "odd index": (lambda f: (f / "model.safetensors.index.json").write_text("[1]"), ["index.json is damaged"]),
     "a file elsewhere": (lambda f: (f / "model.safetensors.index.json").write_text(json.dumps(
@@ -140,6 +142,15 @@ def test_a_damaged_folder_is_one_clear_error(tmp_path, damage):
     with pytest.raises(ValueError) as error:
         Qwen2.from_pretrained(tmp_path)
     assert all(words in str(error.value) for words in said), str(error.value)
+
+
+def test_only_files_count_as_what_a_model_is_read_from(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    sha = hash_checkpoint(tmp_path)
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "link.safetensors").symlink_to("nowhere")
+    assert hash_checkpoint(tmp_path) == sha
 
 
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused():

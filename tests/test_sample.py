@@ -1,5 +1,6 @@
 """Tokenizer, sampling distribution and engine: against hand calculations, plain loops and the full forward pass."""
 import collections
+import json
 import os
 import threading
 
@@ -124,6 +125,17 @@ def test_text_of_all_bytes_survives(tmp_path):
         Tokenizer.from_pretrained(tmp_path / "elsewhere")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("word, id, said", [("漢", 600, "spells '漢' in no bytes"),
+                                            ("a", 2**32 - 1, "an id of 4,294,967,295")])
+def test_a_tokenizer_that_is_not_of_bytes_or_has_huge_ids_is_one_clear_error(tmp_path, word, id, said):
+    Tokenizer.of_bytes().save(tmp_path)
+    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    told["model"]["vocab"][word] = id
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=said):
         Tokenizer.from_pretrained(tmp_path)
 
 

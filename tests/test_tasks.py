@@ -161,6 +161,9 @@ def test_an_id_out_of_a_file_names_a_task_or_nothing(id, tmp_path):
 @pytest.mark.parametrize("change", [
     lambda facts: "[" * 10 ** 5, lambda facts: "3", lambda facts: "{", lambda facts: json.dumps({**facts, "m_init": "0"}),
     lambda facts: json.dumps({**facts, "sha256": {"../../x": "0"}}), lambda facts: json.dumps({**facts, "id": "other"}),
+    lambda facts: json.dumps({**facts, "sha256": {"private/..": "0"}}),
+    lambda facts: json.dumps({**facts, "sha256": {"public/a": 0}}),
+    lambda facts: json.dumps({**facts, "m_best": 10**400}), lambda facts: json.dumps({**facts, "m_init": math.nan}),
     lambda facts: json.dumps({name: facts[name] for name in facts if name != "m_best"})])
 def test_a_task_json_that_prepare_did_not_write_is_one_clear_error(toy, tmp_path, change):
     home = tasks.prepare("toy", data=tmp_path, say=quiet)
@@ -168,6 +171,14 @@ def test_a_task_json_that_prepare_did_not_write_is_one_clear_error(toy, tmp_path
     for use in (tasks.info, tasks.prepare):
         with pytest.raises(ValueError, match="toy/task.json is not what prepare has written. Delete .*/toy and prepare"):
             use("toy", data=tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir])
+def test_a_task_json_that_is_no_file_is_not_read(make, toy, tmp_path):
+    (tmp_path / "toy").mkdir()
+    make(tmp_path / "toy" / "task.json")
+    with pytest.raises(ValueError, match="toy is not prepared"):
+        tasks.info("toy", tmp_path)
 
 
 MEASURED = {        # the best of the shipped ideas on the real data

@@ -1,5 +1,6 @@
 """Training: equalities that must hold whatever the batching, the packing and the number of processes."""
 import json
+import math
 import os
 import re
 import shutil
@@ -587,3 +588,10 @@ def test_a_step_and_the_folder_are_those_of_transformers(tmp_path):
 def test_the_cosine_by_hand():
     assert sft.cosine(0, 10, 2.0) == 2.0 and sft.cosine(5, 10, 2.0) == pytest.approx(1.0)
     assert sft.cosine(10, 10, 2.0) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name, value", [("batch", 0), ("length", -1), ("lr", math.nan), ("lr", math.inf),
+                                         ("epochs", 0.0), ("clip", 0.0), ("save_every", 0)])
+def test_a_setting_that_cannot_train_is_refused(name, value):
+    with pytest.raises(ValueError, match="must be above 0"):
+        sft.Settings(**{name: value})
