@@ -1284,6 +1284,29 @@ def _write_aside(path, source, sha=None):
         aside.unlink(missing_ok=True)
 
 
+def inside(folder):
+    """ValueError where something in a folder leads out of it, or is neither a file nor a folder: the folder may come
+    from others, and what is written to it must not end up elsewhere."""
+    root = os.path.realpath(folder)
+    todo = [root]
+    while todo:
+        try:
+            entries = list(os.scandir(todo.pop()))
+        except FileNotFoundError:       # removed meanwhile
+            continue
+        except OSError as error:
+            raise ValueError(f"{ascii(error.filename)} cannot be read: {error.strerror}") from None
+        for entry in entries:
+            if entry.is_symlink():
+                if not Path(os.path.realpath(entry.path)).is_relative_to(root):
+                    raise ValueError(f"{ascii(entry.path)} is a link that leads out of {folder}; remove it, or put "
+                                     "there what it leads to")
+            elif entry.is_dir():
+                todo.append(entry.path)
+            elif not entry.is_file():
+                raise ValueError(f"{ascii(entry.path)} is neither a file nor a folder; remove it")
+
+
 class Cache:
     """What runs gave, so that one state is run once: <folder>/<aa>/<key>. An entry is a line with the sha256 of the
     rest, and the rest, JSON; a damaged one counts as absent. Safe for many writers. recheck: the share of hits, 0 to 1,

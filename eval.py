@@ -30,7 +30,7 @@ import torch
 import sample
 import tasks
 from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, _remove, best_before, check_record,
-                 clip, header, printed_metric, record)
+                 clip, header, inside, printed_metric, record)
 from model import find_folder, hash_checkpoint, sync
 from reward import KINDS
 
@@ -248,29 +248,6 @@ def small_files(model):
 def acts_as(model, folder):
     """For sample.parse: how the model that --model names was trained to act. folder: that of its files, or None."""
     return [(f"{model}/agent.json", read_agent(folder))] if folder else []
-
-
-def inside(folder):
-    """ValueError where something in a folder leads out of it, or is neither a file nor a folder: the folder may come
-    from others, and what is written to it must not end up elsewhere."""
-    root = os.path.realpath(folder)
-    todo = [root]
-    while todo:
-        try:
-            entries = list(os.scandir(todo.pop()))
-        except FileNotFoundError:       # removed meanwhile
-            continue
-        except OSError as error:
-            raise ValueError(f"{ascii(error.filename)} cannot be read: {error.strerror}") from None
-        for entry in entries:
-            if entry.is_symlink():
-                if not Path(os.path.realpath(entry.path)).is_relative_to(root):
-                    raise ValueError(f"{ascii(entry.path)} is a link that leads out of {folder}; remove it, or put "
-                                     "there what it leads to")
-            elif entry.is_dir():
-                todo.append(entry.path)
-            elif not entry.is_file():
-                raise ValueError(f"{ascii(entry.path)} is neither a file nor a folder; remove it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
