@@ -2380,6 +2380,7 @@ def replay(path, say=print, *, data="data", sandbox="on", python=None, gpu=None,
     out = next((parent for parent in Path(path).resolve().parents if (parent / "blobs").is_dir()), None)
     if out is None:
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
+    inside(out)
     for number, old in enumerate(steps):
         if missing := [name for name in ("index", "reply", "coder", "time_left_s", *COMPARED)
                        if name not in old and name != "m_top"]:

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import NEEDS_CODER, SLOTS, Blobs, Cache, Env, Gone, best_before, clip, protection, read_trajectory
+from env import NEEDS_CODER, SLOTS, Blobs, Cache, Env, Gone, best_before, clip, inside, protection, read_trajectory
 from eval import (CODE_END, CODER_TOKENS, Failed, acts_as, alone, attempt, prepare, read_agent, run_program,
                   small_files, write)
 from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, use_kernels
@@ -187,8 +187,9 @@ def pool(s, tokenizer, say=print):
     """{task id: {name: State}}: every prefix of every trajectory in the folder s.trajectories, of the tasks of s.task.
 
     States whose files are gone, and files that are no trajectory, are left out, named and counted. ValueError: a
-    held-out task, other data than those of the trajectories, or no state at all.
+    held-out task, other data than those of the trajectories, a link that leads out of the folder, or no state at all.
     """
+    inside(s.trajectories)      # what scripts give is added there
     wanted, found, left_out, blobs = set(tasks.names(s.task)), {}, {}, Blobs(Path(s.trajectories, "blobs"))
     forbidden, there, own = held_out(s.data), cache(blobs.has), fingerprint(tokenizer)
     for file in sorted(Path(s.trajectories).glob("*.jsonl")):
@@ -757,7 +758,7 @@ def learn(s, rank, world, device):
         raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
                          f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
     say = print if rank == 0 else lambda line: None
-    if s.model == Settings.model and not Path(s.model).is_dir():
+    if s.model == Settings.model and not Path(s.model, "config.json").exists():
         raise ValueError(f"there is no {s.model} to go on from; make it with: python sft.py, or give another --model")
     folder = find_folder(s.model)
     tokenizer, config = sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)

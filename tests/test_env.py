@@ -992,6 +992,13 @@ def test_a_file_does_not_choose_how_scripts_are_run(recorded, tmp_path, monkeypa
     assert not (tmp_path / "was-run").exists()
 
 
+def test_a_replay_writes_nothing_elsewhere(recorded, tmp_path):
+    blobs = next(parent for parent in recorded.parents if (parent / "blobs").is_dir()) / "blobs"
+    (blobs / "aa-away").symlink_to("/")
+    with pytest.raises(ValueError, match="is a link that leads out of"):
+        env_module.replay(recorded, data=tmp_path / "data")
+
+
 def test_what_is_typed_for_a_replay_is_what_happens(recorded, tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(env_module, "Env", lambda *args, **options: seen.append((args, options)) or 1 / 0)

@@ -210,6 +210,8 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     for part in (f"{num} states of 2 tasks", "no record of a trajectory: 3", "toy-a-1.jsonl"):
         assert part in said[0]
     assert len(found["toy-a"]) == 6
+    (folder / "blobs" / "away").symlink_to(tmp_path)
+    refused(made, "is a link that leads out of", trajectories=str(folder))
 
 
 def test_a_pool_collected_with_a_coder_is_played_with_one_or_refused(made, run, tmp_path):
