@@ -1014,13 +1014,18 @@ def _supervise(job):
         for pid, (resident, *_) in tree.items():
             own, device = 0, b""
             try:
+                with open(f"/proc/{pid}/smaps_rollup", "rb") as file:       # of all mappings: a tenth of the time
+                    sums = dict(line.split()[:2] for line in file if line.startswith(b"Pss"))
+                if not shared or sums.get(b"Pss_Shmem:") == b"0":
+                    total += int(sums[b"Pss:"]) << 10
+                    continue
                 with open(f"/proc/{pid}/smaps", "rb") as file:
                     for line in file:
                         if line.startswith(b"Pss:"):
                             own += int(line.split()[1]) << 10 if device != files else 0
                         elif not line[0] in b"ABCDEFGHIJKLMNOPQRSTUVWXYZ":
                             device = line.split()[3]
-            except (OSError, IndexError):   # it hides them, or has ended meanwhile
+            except (OSError, LookupError):  # it hides them, or has ended meanwhile
                 own = resident
             total += own
         return total
@@ -1064,7 +1069,7 @@ def _supervise(job):
                 why = "memory"
             elif job["cpu_s"] and used_s(everyone) > job["cpu_s"]:
                 why = "cpu"
-            look = time.monotonic() + min(1, max(0.05, 5 * (time.monotonic() - now)))   # so that it costs little
+            look = time.monotonic() + min(0.5, max(0.05, 5 * (time.monotonic() - now)))     # so that it costs little
     seconds = time.monotonic() - started
 
     if boxed and status is None:
