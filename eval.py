@@ -15,11 +15,11 @@ A trajectory's score is that of its final submission, the last valid one. A traj
 counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
 Exit status: 0 done, 1 failed or interrupted, 2 bad arguments.
 """
-import base64, contextlib, fcntl, hashlib, html, json, math, os, re, shutil, signal, stat, sys, tempfile, threading
+import base64, contextlib, fcntl, hashlib, html, json, math, os, re, signal, stat, sys, tempfile, threading
 import time, traceback, zlib
 from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
