@@ -29,10 +29,11 @@ import torch
 
 import sample
 import tasks
-from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, SLOTS, Cache, Env, Unprotected, _remove, best_before, check_record,
-                 clip, header, inside, printed_metric, record)
+from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, Cache, Env, best_before, check_record, clip, header, inside,
+                 printed_metric, record)
 from model import find_folder, hash_checkpoint, sync
 from reward import KINDS
+from support.sandbox import SLOTS, Unprotected, _remove
 
 FINAL = {"last-valid": "the last valid submission",
          "best-validation": "the valid submission whose script printed the best score"}

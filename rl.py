@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import NEEDS_CODER, SLOTS, Blobs, Cache, Env, Gone, best_before, clip, inside, protection, read_trajectory
+from env import NEEDS_CODER, Blobs, Cache, Env, Gone, best_before, clip, inside, read_trajectory
 from eval import (CODE_END, CODER_TOKENS, Failed, acts_as, alone, attempt, prepare, read_agent, run_program,
                   small_files, write)
 from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, use_kernels
@@ -43,6 +43,7 @@ from sft import (AdamW, build, compute_type, digest, epoch_order, export, finger
                  linked, load_state, memory_of, num_weights, on_first, peak_flops, peak_memory, processes,
                  refuse_held_out, row_of, save_state, shape_of, shards, share)
 
+from support.sandbox import SLOTS, protection
 
 SMALL = 50e6    # weights; for a model of fewer the recipe is tiny, else 7b
 RECIPES = {     # --preset: what differs from the defaults, which are for 7B

@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tasks
-from env import execute, protection
+from support.sandbox import execute, protection
 from sample import load, parse, read_bandwidth, streamed_bytes     # sets how threads wait, so it comes before torch
 
 import torch

@@ -84,10 +84,11 @@ def begin(code, argv, world, name):
 if __name__ == "__main__":
     import pytest, torch                            # noqa: E401, F401
     import env, eval, rl, sample, sft, tasks        # noqa: E401, F401
+    from support import sandbox
     torch.set_num_threads(1)
-    env.describe(sys.executable)
-    env.protection()            # asked once for all
-    env._servers.clear()        # each has its own
+    sandbox.describe(sys.executable)
+    sandbox.protection()            # asked once for all
+    sandbox._servers.clear()        # each has its own
     for line in sys.stdin:
         code, argv, world, name = json.loads(line)
         children = begin(code, argv, world, name)

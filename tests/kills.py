@@ -20,6 +20,7 @@ os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 import torch                                            # noqa: E402
 import env, rl, sft                                     # noqa: E402, E401, F401
 import test_rl_run, test_train                          # noqa: E402, E401
+from support import sandbox                             # noqa: E402
 from forks import begin                                 # noqa: E402
 
 CLOCK = test_rl_run.FREE | {"tokens_s"}     # figures that depend on the clock, on memory, or on what the cache knows
@@ -139,9 +140,9 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     s, more = parser.parse_known_args()
     torch.set_num_threads(1)
-    env.describe(sys.executable)
-    env.protection()
-    env._servers.clear()        # each process has its own
+    sandbox.describe(sys.executable)
+    sandbox.protection()
+    sandbox._servers.clear()        # each process has its own
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         check(s.program, s.processes, s.kills, s.seed, more, Path(folder))
 

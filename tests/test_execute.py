@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import env
-from env import OUTCOMES, execute
+from env import OUTCOMES
+from support import sandbox as executor
+from support.sandbox import execute
 from reward import KINDS
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
@@ -51,7 +52,7 @@ def sandbox(request, monkeypatch):
             with open(folder / script, "a") as file:
                 file.write("\n# numpy")
             assert warm_up(b"numpy", threads=options.get("threads", 1))
-        result = env.execute(script, folder, sandbox=mode, **options)
+        result = executor.execute(script, folder, sandbox=mode, **options)
         assert result.warm == bool(warm)
         return result
     monkeypatch.setattr(sys.modules[__name__], "execute", run_so)
@@ -60,10 +61,10 @@ def sandbox(request, monkeypatch):
 
 def warm_up(text, python=None, threads=1, serial=False):
     """Starts the warm process for scripts of that text and waits until it is up; False if it does not work."""
-    libraries = next(libraries for mention, libraries in env.WARM.items() if re.search(mention, text))
-    key = env.describe(python or sys.executable)[0], libraries, threads, serial
-    with env._lock:
-        server = env._servers.setdefault(key, env._servers.get(key) or env._Server(key))
+    libraries = next(libraries for mention, libraries in executor.WARM.items() if re.search(mention, text))
+    key = executor.describe(python or sys.executable)[0], libraries, threads, serial
+    with executor._lock:
+        server = executor._servers.setdefault(key, executor._servers.get(key) or executor._Server(key))
     while server.is_up() is None:
         time.sleep(0.02)
     return server.up
@@ -243,7 +244,7 @@ def test_processor_time_of_all_processes_counts_together(tmp_path, sandbox):
 
 
 def test_processor_time_without_the_kernels_counter(tmp_path, monkeypatch):
-    monkeypatch.setattr(env, "_number", lambda *numbers: -1)    # as where perf_event_open is not allowed
+    monkeypatch.setattr(executor, "_number", lambda *numbers: -1)    # as where perf_event_open is not allowed
     burn = """
         import os
         while True:
@@ -294,10 +295,10 @@ def test_any_tree_is_deleted(tmp_path, name, capfd):
     (tmp_path / "tree").mkdir()
     code = f"import os, subprocess\nKEPT = {str(tmp_path / 'kept').encode()!r}\n{TREES[name]}"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "tree").returncode == 0
-    assert env._remove(tmp_path / "tree") == ""
+    assert executor._remove(tmp_path / "tree") == ""
     assert [path.name for path in tmp_path.iterdir() if path.name != "temporary"] == ["kept"]
     assert (tmp_path / "kept/file").read_text() == "kept" and capfd.readouterr().err == ""
-    assert env._remove(tmp_path / "tree") == ""     # what is not there is no error
+    assert executor._remove(tmp_path / "tree") == ""     # what is not there is no error
 
 
 def test_what_cannot_be_deleted_is_said_and_stays(tmp_path, capfd, monkeypatch):
@@ -308,19 +309,19 @@ def test_what_cannot_be_deleted_is_said_and_stays(tmp_path, capfd, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refuse)
-        assert env._remove(tmp_path / "tree") == ""
+        assert executor._remove(tmp_path / "tree") == ""
     assert capfd.readouterr().err.count("could not be deleted") == 1
 
 
 def test_a_long_deletion_holds_up_nobody(tmp_path):
     for number in range(2000):
         (tmp_path / "tree" / str(number)).mkdir(parents=True)
-    rest = env._remove(tmp_path / "tree", 0.0)
+    rest = executor._remove(tmp_path / "tree", 0.0)
     assert rest and not (tmp_path / "tree").exists() and Path(rest).is_dir()    # its name is free
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(env, "_remove", lambda folder, seconds: str(folder))
-        env._discard(rest)
-    env._wait_for_deleting()
+        patch.setattr(executor, "_remove", lambda folder, seconds: str(folder))
+        executor._discard(rest)
+    executor._wait_for_deleting()
     assert not Path(rest).exists() and [path.name for path in tmp_path.iterdir()] == ["temporary"]
 
 
@@ -333,9 +334,9 @@ def test_deep_folders_left_by_a_script(tmp_path, temporary, sandbox):
                 os.mkdir("d" * 50)
                 os.chdir("d" * 50)
     """, timeout_s=300)
-    env._wait_for_deleting()
+    executor._wait_for_deleting()
     assert result.outcome == "ok" and list(temporary.iterdir()) == []
-    assert env._remove(tmp_path / ("d" * 50)) == ""
+    assert executor._remove(tmp_path / ("d" * 50)) == ""
 
 
 @pytest.mark.parametrize("layers", ["namespaces+seccomp", "landlock+seccomp"])
@@ -462,8 +463,8 @@ def test_nothing_survives_its_parent(tmp_path, temporary, sent, warm):
     name, folder = f"script_{uuid.uuid4().hex}.py", tmp_path / "folder"
     folder.mkdir()
     (folder / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)  # numpy")
-    call = (f"import sys; sys.path += ['tests']; import env, test_execute; {warm} and test_execute.warm_up(b'numpy')\n"
-            f"env.execute({name!r}, {str(folder)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm}, temporary=True)")
+    call = (f"import sys; sys.path += ['tests']; import test_execute; from support import sandbox; {warm} and test_execute.warm_up(b'numpy')\n"
+            f"sandbox.execute({name!r}, {str(folder)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm}, temporary=True)")
     caller = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stderr=subprocess.DEVNULL,
                               env={**os.environ, "TMPDIR": str(temporary)})
     assert wait_until((folder / "pulse").exists) and len(processes(name)) >= 2
@@ -502,8 +503,8 @@ def test_mistakes_of_the_caller_are_errors_and_not_outcomes(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="Exec format error"):
         execute("there.py", tmp_path, python=str(broken), **limits)
     with pytest.raises(ValueError, match="must be kept from scripts"):
-        env.execute("there.py", tmp_path, hidden=[tmp_path / "answers"], **limits)
-    monkeypatch.setattr(env.sys, "platform", "darwin")
+        executor.execute("there.py", tmp_path, hidden=[tmp_path / "answers"], **limits)
+    monkeypatch.setattr(executor.sys, "platform", "darwin")
     with pytest.raises(RuntimeError, match="Linux only"):
         execute("there.py", tmp_path, **limits)
 
@@ -754,55 +755,55 @@ os.fork = refuse
 
 def test_a_machine_without_room_for_processes_is_waited_for(tmp_path, monkeypatch):
     """As beside a script's fork bomb, each start of a process of ours fails for a moment."""
-    popen, source, refusals = subprocess.Popen, env.inspect.getsource, iter(range(3))
+    popen, source, refusals = subprocess.Popen, executor.inspect.getsource, iter(range(3))
 
     def refuse(*args, **options):
         if next(refusals, None) is not None:
             raise BlockingIOError(11, "Resource temporarily unavailable")
         return popen(*args, **options)
-    monkeypatch.setattr(env, "_servers", {})
-    monkeypatch.setattr(env.subprocess, "Popen", refuse)
-    monkeypatch.setattr(env.inspect, "getsource", lambda each: source(each) + FULL * (each is env._remove))
+    monkeypatch.setattr(executor, "_servers", {})
+    monkeypatch.setattr(executor.subprocess, "Popen", refuse)
+    monkeypatch.setattr(executor.inspect, "getsource", lambda each: source(each) + FULL * (each is executor._remove))
     for sandbox in ("on", "off"):
         assert run(tmp_path, "print(1)", sandbox=sandbox).stdout == "1\n"
-    env._servers.pop(None).requests.close()
+    executor._servers.pop(None).requests.close()
 
 
 def test_a_full_disk_is_told_from_other_errors(tmp_path, monkeypatch):
-    source = env.inspect.getsource
+    source = executor.inspect.getsource
     full = "\ndef mkdir(*args): raise OSError(28, 'No space left on device')\nos.mkdir = mkdir\n"
-    monkeypatch.setattr(env, "_servers", {})
-    monkeypatch.setattr(env.inspect, "getsource", lambda each: source(each) + full * (each is env._remove))
+    monkeypatch.setattr(executor, "_servers", {})
+    monkeypatch.setattr(executor.inspect, "getsource", lambda each: source(each) + full * (each is executor._remove))
     with pytest.raises(OSError, match="No space left on device") as error:
         run(tmp_path, "print(1)")
-    assert error.value.errno in env.NO_SPACE
-    env._servers.pop(None).requests.close()
+    assert error.value.errno in executor.NO_SPACE
+    executor._servers.pop(None).requests.close()
 
 
 def test_a_machine_that_stays_without_room_is_one_sentence(tmp_path, monkeypatch):
-    source, always = env.inspect.getsource, FULL.replace("range(3)", "range(10**9)")
-    monkeypatch.setattr(env, "_servers", {})
-    monkeypatch.setattr(env.inspect, "getsource", lambda each: source(each).replace("seconds=10", "seconds=0.2")
-                        + always * (each is env._remove))
+    source, always = executor.inspect.getsource, FULL.replace("range(3)", "range(10**9)")
+    monkeypatch.setattr(executor, "_servers", {})
+    monkeypatch.setattr(executor.inspect, "getsource", lambda each: source(each).replace("seconds=10", "seconds=0.2")
+                        + always * (each is executor._remove))
     for _ in range(2):      # it goes on then
         with pytest.raises(RuntimeError, match="no process can be started on this machine"):
             run(tmp_path, "print(1)")
     (tmp_path / "left" / "a").mkdir(parents=True)
-    remove = env._remove    # and what a process was to delete is deleted here
-    monkeypatch.setattr(env, "_remove", lambda path, seconds=9e9: str(path) if seconds < 9e9 else remove(str(path)))
-    env._discard(str(tmp_path / "left"))
+    remove = executor._remove    # and what a process was to delete is deleted here
+    monkeypatch.setattr(executor, "_remove", lambda path, seconds=9e9: str(path) if seconds < 9e9 else remove(str(path)))
+    executor._discard(str(tmp_path / "left"))
     assert not (tmp_path / "left").exists()
-    env._servers.pop(None).requests.close()
+    executor._servers.pop(None).requests.close()
 
 
 def test_the_second_script_starts_the_warm_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(env, "_servers", {})
-    monkeypatch.setattr(env, "_seen", set())
-    assert not run(tmp_path, "# numpy").warm and set(env._servers) <= {None}
-    assert not run(tmp_path, "# numpy").warm and len(env._servers) == 2     # it is still importing
+    monkeypatch.setattr(executor, "_servers", {})
+    monkeypatch.setattr(executor, "_seen", set())
+    assert not run(tmp_path, "# numpy").warm and set(executor._servers) <= {None}
+    assert not run(tmp_path, "# numpy").warm and len(executor._servers) == 2     # it is still importing
     assert warm_up(b"numpy") and run(tmp_path, "# numpy").warm and not run(tmp_path, "# numpy", warm=False).warm
     assert not run(tmp_path, "pass").warm       # nothing to gain
-    for server in env._servers.values():
+    for server in executor._servers.values():
         server.requests.close()
 
 

@@ -21,6 +21,7 @@ import sample
 import sft
 import tasks
 from model import Config, Qwen2
+from support import sandbox
 from test_collect import add_toys
 from test_collect import settings as collecting
 
@@ -385,14 +386,14 @@ def test_an_error_of_a_script_worker_reaches_the_caller(made, monkeypatch):
 
 def test_a_killed_supervisor_costs_one_reward(made, monkeypatch):
     """The script counts as killed, the others are carried out, and the result is not kept."""
-    request, killed = env._request, []
+    request, killed = sandbox._request, []
 
     def fatal(*args):
         found = request(*args)
         if not killed:
             killed.append(os.kill(found[0], signal.SIGKILL))
         return found
-    monkeypatch.setattr(env, "_request", fatal)
+    monkeypatch.setattr(sandbox, "_request", fatal)
     edit = HEADS[0] + '"import fabs\\n", "replace": "import fabs\\nimport time\\ntime.sleep(0.7)\\n"}'
     rollout = playing(made, Scripted(edit), states=2, num=1)
     first, again = ([one.step["outcome"] for one in each.collect(0, [])]

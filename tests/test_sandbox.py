@@ -19,14 +19,16 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import env
 import tasks
-from env import OUTCOMES, Cache, Slots, Stopped, Unprotected, execute, execute_many
+from env import OUTCOMES, Cache
+from support import sandbox
+from support.sandbox import Slots, Stopped, Unprotected, execute, execute_many
 from test_env import edit, make, put, run, task  # noqa: F401  (fixtures)
 from test_execute import DAEMON, parent, processes, wait_until, warm_up
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
 RUNS = int(os.environ.get("ML_AGENT_RUNS", 20))
 SECRET = "xyzzy-1729"
-NUMBERS = {name: env._number(*numbers) for name, numbers in dict(
+NUMBERS = {name: sandbox._number(*numbers) for name, numbers in dict(
     KEYCTL=(250, 219), ADD_KEY=(248, 217), IOPRIO_SET=(251, 30), CLONE=(56, 220), USERFAULTFD=(323, 282)).items()}
 LAYERS = ("namespaces+landlock+seccomp", "namespaces+seccomp", "landlock+seccomp")
 WAYS = ["off", *(f"{layers}, {start}" for layers in LAYERS for start in ("cold", "warm"))]
@@ -475,26 +477,26 @@ def test_every_line_of_the_readmes_table_is_shown_by_an_attack():
 
 def test_without_a_layer_that_holds_scripts_are_refused(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("print(1)")
-    monkeypatch.setattr(env, "_probe", env.functools.lru_cache(env._probe.__wrapped__))
-    start = env._run
+    monkeypatch.setattr(sandbox, "_probe", sandbox.functools.lru_cache(sandbox._probe.__wrapped__))
+    start = sandbox._run
 
     def without_layers(job, *more):     # as a kernel that says yes and does nothing
         return start({**job, "layers": ()}, *more)
-    monkeypatch.setattr(env, "_run", without_layers)
+    monkeypatch.setattr(sandbox, "_run", without_layers)
     with pytest.raises(Unprotected, match="could read another process's environment, read files.*--sandbox off"):
         execute("a.py", tmp_path, timeout_s=9, memory_bytes=1 << 30)
 
     def refused(*args):                 # as a container without namespaces
         raise RuntimeError("unshare: Operation not permitted")
-    monkeypatch.setattr(env, "_run", refused)
+    monkeypatch.setattr(sandbox, "_run", refused)
     with pytest.raises(Unprotected, match="namespaces: unshare: Operation not permitted; landlock: .*user namespaces"):
         execute("a.py", tmp_path, timeout_s=9, memory_bytes=1 << 30)
 
 
 def test_without_the_filter_it_is_said(monkeypatch, capfd, tmp_path):
-    monkeypatch.setattr(env, "_probe", env.functools.lru_cache(env._probe.__wrapped__))
-    monkeypatch.setattr(env, "_filter", lambda layers, gpu: "")     # as on a machine whose numbers are not known
-    assert env.protection() == env.LAYERS
+    monkeypatch.setattr(sandbox, "_probe", sandbox.functools.lru_cache(sandbox._probe.__wrapped__))
+    monkeypatch.setattr(sandbox, "_filter", lambda layers, gpu: "")     # as on a machine whose numbers are not known
+    assert sandbox.protection() == sandbox.LAYERS
     assert "sandbox: namespaces+landlock without seccomp: " in capfd.readouterr().err
     (tmp_path / "a.py").write_text("")
     assert execute("a.py", tmp_path, timeout_s=30, memory_bytes=1 << 30).sandbox == "namespaces+landlock"
@@ -506,9 +508,9 @@ def test_numbers_of_system_calls():
     for path in ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h"):
         text = Path(path).read_text() if Path(path).exists() else ""
         tables.append(dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", text)))
-    groups = [*env.REFUSED, *env.REFUSED_CPU, *env.REFUSED_ALONE, *env.IGNORED_ALONE]
+    groups = [*sandbox.REFUSED, *sandbox.REFUSED_CPU, *sandbox.REFUSED_ALONE, *sandbox.IGNORED_ALONE]
     pairs = [each for group in groups for each in group.items()]
-    pairs += [(name, numbers) for name, numbers, *_ in env.ARGUMENTS + env.ARGUMENTS_CPU + env.ARGUMENTS_ALONE]
+    pairs += [(name, numbers) for name, numbers, *_ in sandbox.ARGUMENTS + sandbox.ARGUMENTS_CPU + sandbox.ARGUMENTS_ALONE]
     for name, numbers in pairs:
         for table, number in zip(tables, numbers):
             assert number == int(table.get(name, number))
@@ -516,16 +518,16 @@ def test_numbers_of_system_calls():
 
 
 def test_many_threads_probe_once(monkeypatch, capfd):
-    monkeypatch.setattr(env, "_probe", env.functools.lru_cache(env._probe.__wrapped__))
+    monkeypatch.setattr(sandbox, "_probe", sandbox.functools.lru_cache(sandbox._probe.__wrapped__))
     with ThreadPoolExecutor(4) as pool:
-        assert len({each.result() for each in [pool.submit(env.protection) for _ in range(4)]}) == 1
+        assert len({each.result() for each in [pool.submit(sandbox.protection) for _ in range(4)]}) == 1
     assert capfd.readouterr().err.count("sandbox: ") == 1
 
 
 def test_off_is_said_in_every_step(make):
     trajectory = make(sandbox="off")
     assert run(trajectory).sandbox == edit(trajectory, "0.50", "0.60").sandbox == "off"
-    assert run(make()).sandbox == "+".join(env.protection())
+    assert run(make()).sandbox == "+".join(sandbox.protection())
 
 
 # ------------------------------------------------------------------------------------------------- nothing is left over
@@ -568,7 +570,7 @@ def test_daemons_by_the_hundred_leave_nothing(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- many at once
 
 def test_results_come_as_they_end_and_a_slow_script_blocks_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(env, "SLOTS", Slots(2))
+    monkeypatch.setattr(sandbox, "SLOTS", Slots(2))
     taken = []
 
     def jobs():
@@ -627,7 +629,7 @@ def entries(trajectory):
 def test_only_an_end_that_comes_again_is_kept(make, monkeypatch, outcome, code, limit, warm, runs):
     """Not one by wall time, by imports that a warm script does not make, or because the machine had no memory."""
     trajectory = make()
-    env.protection()        # is found out by running a script
+    sandbox.protection()        # is found out by running a script
     ended = env.Result(outcome, code, "", "", 1.0, 1, "off", "It ended.", warm=warm, limit=limit)
     monkeypatch.setattr(env, "execute", lambda *args, **more: ended)
     assert trajectory.score()[1].outcome == trajectory.score()[1].outcome == outcome
@@ -736,7 +738,7 @@ def test_full_file_system(make, tmp_path, monkeypatch):
             for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
                 Path(f"/proc/self/{name}").write_text(text)
             assert libc.mount(b"tmpfs", str(small).encode(), b"tmpfs", 0, b"size=1m") == 0, "mount"
-            env._servers.clear()    # they see the file tree without it
+            sandbox._servers.clear()    # they see the file tree without it
             tempfile.tempdir = str(small)
             step = run(trajectory)
             (tmp_path / "step").write_text(json.dumps([step.outcome, step.kind, step.reward, step.observation,
