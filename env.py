@@ -23,14 +23,20 @@ network; each is tried before it is trusted (protection), and where none holds n
 sandbox="off". Scripts that use numpy or torch are forked from a process that has imported them, which saves most of
 their time, and live under the same layers and limits. Linux only; the rest works anywhere.
 """
-import argparse, contextlib, dataclasses, difflib, hashlib, io, json, math, os, random, re, shutil, stat, sys, tempfile
+import argparse, contextlib, dataclasses, difflib, hashlib, io, json, math, os, random, re, shutil, stat, sys
+import tempfile, zlib
 import threading, time, uuid, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tasks
+from support import cli
 from reward import KINDS, best_of, reward
 from support.sandbox import NO_SPACE, SLOTS, Result, Unprotected, _discard, describe, execute, protection
+from support.cli import ContextFull, Failed
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from support.files import check, clip, from_json, inside, one_of, read_bytes, read_lines, some_of, up_to
+from datetime import timedelta
 
 OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and what the agent reads after the output
     "ok": ("scored", ""),  # exit code 0 and, where it is graded, a valid submission
@@ -130,29 +136,6 @@ def _write_aside(path, source, sha=None):
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def inside(folder):
-    """ValueError where something in a folder leads out of it, or is neither a file nor a folder: the folder may come
-    from others, and what is written to it must not end up elsewhere."""
-    root = os.path.realpath(folder)
-    todo = [root]
-    while todo:
-        try:
-            entries = list(os.scandir(todo.pop()))
-        except FileNotFoundError:       # removed meanwhile
-            continue
-        except OSError as error:
-            raise ValueError(f"{ascii(error.filename)} cannot be read: {error.strerror}") from None
-        for entry in entries:
-            if entry.is_symlink():
-                if not Path(os.path.realpath(entry.path)).is_relative_to(root):
-                    raise ValueError(f"{ascii(entry.path)} is a link that leads out of {folder}; remove it, or put "
-                                     "there what it leads to")
-            elif entry.is_dir():
-                todo.append(entry.path)
-            elif not entry.is_file():
-                raise ValueError(f"{ascii(entry.path)} is neither a file nor a folder; remove it")
 
 
 class Cache:
@@ -495,12 +478,6 @@ def difference(old, new):
         return []
     return [f"@@ -{head + 1},{len(gone)} +{head + 1},{len(come)} @@", *(f"-{line}" for line in gone),
             *(f"+{line}" for line in come)]
-
-
-def clip(text, limit):
-    """The text, its middle cut out and the cut marked if it is longer than `limit` characters."""
-    half, cut = limit // 2, len(text) - limit
-    return text if cut <= 0 else f"{text[:half]} ... {cut:,} characters cut ... {text[half + cut:]}"
 
 
 def printed_metric(stdout, metric=""):
@@ -1214,6 +1191,222 @@ def best_before(task, head, steps):
     """The best score that a recorded trajectory had before what follows `steps`: the starter's, or an edit's."""
     return best_of(task.direction, head["m_init"], *(step["m_after"] for step in steps))
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Playing with a policy: one trajectory, and many at a time
+
+CODER_TOKENS = 4096     # a reply of the coder may have: it writes whole scripts
+CODE_END = "\n```\n"    # the line that ends a script in a reply
+
+AGENT = {       # what a model's folder may say of how it was trained to act
+    "prompt": one_of(*PROMPTS), "actions": some_of(*DEFAULT_ACTIONS),
+    "fields": (f"some of {', '.join(FIELDS)}, with the last two at the end", lambda value: (
+        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
+    "context": up_to(1 << 20), "max_new_tokens": up_to(1 << 20), "steps": up_to(1000)}
+
+USED = {        # what a line of a trajectory must have to be gone on with, counted and shown
+    "header": ("m_after", "seconds_left", "miniature"),
+    "step": ("seconds_left", "reply", "error", "observation", "detail", "sandbox", "action", "outcome", "kind", "printed",
+             "score", "canary_p", "index", "reward", "seconds", "script_seconds", "coder", "fields", "args"),
+    "end": ()}
+
+
+def read_agent(folder):
+    """{name: value} of what agent.json in a model's folder says of how the model was trained to act, {} where it says
+    nothing. ValueError: an entry is of another type, or out of bounds."""
+    path = Path(folder, "agent.json")
+    if (raw := read_bytes(path, 1 << 16)) is None:
+        return {}
+    found = from_json(raw, {f"{name}?": form for name, form in AGENT.items()}, path)
+    if others := sorted(found.keys() - AGENT.keys()):
+        cli.tell(f"{path} may say {', '.join(AGENT)}; ignored: {clip(', '.join(map(ascii, others)), 200)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items() if name in AGENT}
+
+
+def file_of(folder, id, k):
+    return Path(folder, f"{id}-{k}.jsonl")
+
+
+def records_in(folder):
+    """The files of the trajectories in a folder of eval.py or sft.py --collect, those of a task in order."""
+    found = [*Path(folder).glob("trajectories/*-*.jsonl"), *Path(folder).glob("*-*.jsonl")]
+    named = [(*path.stem.rpartition("-")[::2], path) for path in found]
+    return [path for id, k, path in sorted(named, key=lambda one: (one[0], len(one[1]), one[1]))
+            if re.fullmatch(r"[\w.-]+ \d{1,9}", f"{id} {k}", re.ASCII)]
+
+
+def read_record(path, mend=True):
+    """The lines of a trajectory's file, as read_lines; each is checked to be a record of this task."""
+    try:
+        lines = read_lines(path, {}, mend)
+        for i, line in enumerate(lines, 1):
+            try:
+                check_record(line, i == 1)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {i} is no record of a trajectory: {error}") from None
+            if missing := [name for name in USED[line["type"]] if name not in line]:
+                raise ValueError(f"{path}, line {i}: {missing[0]!r} is missing")
+        if lines:
+            check(lines[0]["task"], one_of(path.stem.rpartition("-")[0]), f"{path}, line 1, 'task'")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete that file to play it again") from None
+    return lines
+
+
+def ended(lines):
+    """Why the trajectory is over ("final answer", "steps", "time", "context full"), "" if it is not."""
+    return lines[-1].get("ended", "") if lines else ""
+
+
+def world(s, task, out, cache, **more):
+    """The Env of a task by what the settings of eval.py and sft.py have in common."""
+    return Env(task, s.data, out=out, python=s.python, gpu=s.gpu or None, threads=s.threads, sandbox=s.sandbox,
+               cache=cache, **more)
+
+
+def spoken(s, model, hint=""):
+    """How a model replies in trajectory(). hint: said to it besides; the record of the trajectory is without it."""
+    def reply(env, lines, seed):
+        prompt = [dict(message) for message in env.prompt()]
+        next(one for one in prompt if one["role"] == "user")["content"] += hint
+        said = model.chat(prompt, max_new_tokens=s.max_new_tokens, stop=("\nObservation:",), seed=seed,
+                          temperature=s.temperature, top_p=s.top_p)
+        tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
+        return said.text, tokenizer and tokenizer.spelling(said.tokens, said.text), {
+            "finish": said.finish, "tokens": len(said.tokens), "prompt_tokens": said.prompt_tokens,
+            "cached_tokens": said.cached_tokens, "sample_seconds": said.seconds}
+    return reply
+
+
+def trajectory(s, task, k, path, reply, coder, out, cache, run, about):
+    """Plays trajectory k of a task to its end, from the last step in its file `path`, where it adds a line a step.
+    reply(env, lines, seed): what the agent says after these lines, (text, token ids or None, {what its line is to tell
+    besides}). coder: what sample.load gave, or None. out, cache: where files and what scripts gave are kept, shared by
+    all. run: the Run that writes the lines, and that may stop it. about: what else the header tells."""
+    def seed(speaker):  # differs between trajectories, steps and speakers; the same again after an interruption
+        return zlib.crc32(f"{s.seed} {task.id} {k} {env.index} {speaker}".encode())
+
+    def ask_coder(messages):
+        said = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed("coder"), **sampling)
+        return said.text + CODE_END * (said.finish == "stop")       # a whole script, without what is said after it
+
+    lines, sampling = read_record(path), dict(temperature=s.temperature, top_p=s.top_p)
+    env = world(s, task, out, cache, actions=s.actions, fields=s.fields, steps=s.steps, seconds=s.seconds,
+                coder=coder and ask_coder, prompt=s.prompt)
+    if lines:
+        last, messages = lines[-1], [message for line in lines for message in line["messages"]]
+        try:
+            env.restore(last["snapshot"], messages, index=len(lines) - 1, m_before=last["m_after"],
+                        m_top=best_before(task, lines[0], lines[1:]), seconds=min(last["seconds_left"], s.seconds))
+        except ValueError as error:
+            raise Failed(f"{path}: its last state cannot be restored: {error}. Delete it to play it anew") from None
+    else:
+        lines = [header(env, k=k, seed=s.seed, max_new_tokens=s.max_new_tokens, m_after=env.m_before,
+                        seconds_left=s.seconds, **sampling, **about)]
+        run.write(path, lines[0])
+    while not (env.done or run.stop.is_set()):
+        try:
+            text, tokens, more = reply(env, lines, seed("policy"))
+        except ContextFull as error:
+            return run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
+        step = env.step(text, tokens=tokens)
+        lines.append(record(step, seconds_left=env.deadline - time.monotonic(), **more))
+        run.write(path, lines[-1])
+
+
+class Run:
+    """What the threads of one run share: where they report, and how they are stopped."""
+
+    def __init__(self, records, num_steps):
+        """records: {path: the lines it holds} of every trajectory, each of at most num_steps."""
+        self.stop, self.lock, self.start, self.tokens = threading.Event(), threading.Lock(), time.monotonic(), 0
+        self.num_steps, self.over = num_steps, {path for path, lines in records.items() if ended(lines)}
+        self.steps = {path: sum(line["type"] == "step" for line in lines) for path, lines in records.items()}
+        self.share_before = self.share()
+
+    def write(self, path, line):
+        """Appends a line to a trajectory's file, unless all was stopped: each line is whole, and none follows."""
+        with self.lock:
+            if self.stop.is_set():
+                return
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.steps[path] += line["type"] == "step"
+            self.tokens += line.get("tokens") or 0
+            self.over |= {path} if line.get("ended") else set()
+
+    def share(self):
+        """What is done of all, 0 to 1, if each trajectory that is not over needs all its steps."""
+        done = [1.0 if path in self.over else steps / self.num_steps for path, steps in self.steps.items()]
+        return sum(done) / len(done)
+
+    def line(self):
+        """The progress in one line."""
+        with self.lock:
+            seconds, share = time.monotonic() - self.start, self.share()
+        won = share - self.share_before
+        return (f"{len(self.over)}/{len(self.steps)} trajectories, {sum(self.steps.values())} steps, "
+                + f"{self.tokens / seconds:.1f} tokens/s, " * bool(self.tokens)      # an endpoint does not tell
+                + f"{timedelta(seconds=int(seconds))} elapsed"
+                + (f", ETA {timedelta(seconds=int(seconds * (1 - share) / won))}" if won > 0 else ""))
+
+
+def together(jobs, work, parallel, run=None):
+    """[work(*job) for each job], so many at a time. The first error stops all and is raised."""
+    threads, futures = ThreadPoolExecutor(parallel), []
+
+    def one(*job):
+        try:
+            return work(*job)
+        except BaseException:
+            for future in futures:      # here, before this thread takes the next one
+                future.cancel()
+            raise
+    futures += [threads.submit(one, *job) for job in jobs]
+    # a terminal's line is rewritten in place; a log gets a line now and then
+    before, after, pause = ("\r", "\033[K", 0.5) if sys.stderr.isatty() else ("", "\n", 30.0)
+    try:
+        open_ = set(futures)
+        while open_:
+            over, open_ = wait(open_, pause, FIRST_EXCEPTION)
+            for future in over:
+                if not future.cancelled():
+                    future.result()
+            if run and open_:
+                print(before + run.line(), end=after, file=sys.stderr, flush=True)
+    finally:
+        if run:
+            with run.lock:      # not in the middle of a line
+                run.stop.set()
+            print(before + run.line(), end=after.strip() + "\n", file=sys.stderr, flush=True)
+        threads.shutdown(wait=False, cancel_futures=True)
+    return [future.result() for future in futures]
+
+
+def prepare(s):
+    """Prepares the tasks, each on first use, and returns [(task, what its task.json says)]. ValueError: no such task,
+    or a raw folder that lacks something. Failed: a starter that does not run."""
+    chosen = [tasks.load(id) for id in tasks.names(s.task)]
+    if not chosen:
+        raise ValueError(f"there is no {s.task} task here yet; python -m tasks list shows those there are")
+
+    def one(task):
+        raw = s.raw if len(chosen) == 1 else s.raw and Path(s.raw, task.id)
+        if raw and not Path(raw).is_dir():
+            raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size})."
+                             + " For several tasks --raw holds a folder for each task id." * (len(chosen) > 1))
+        try:
+            tasks.prepare(task.id, raw or None, s.data, python=s.python, say=lambda line: print(line, file=sys.stderr))
+        except RuntimeError as error:
+            raise Failed(str(error)) from error
+        return task, tasks.info(task.id, s.data)
+    if len(chosen) == 1:        # here, where a request to end ends its starter
+        return [one(chosen[0])]
+    return together([[task] for task in chosen], one, SLOTS.cpus)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replay
 
 COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
             "score", "m_before", "m_after", "m_top", "reward", "snapshot", "ended")

@@ -34,16 +34,18 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import NEEDS_CODER, Blobs, Cache, Env, Gone, best_before, clip, inside, read_trajectory
-from eval import (CODE_END, CODER_TOKENS, Failed, acts_as, alone, attempt, prepare, read_agent, run_program,
-                  small_files, write)
+from support import cli
+from env import (CODER_TOKENS, CODE_END, NEEDS_CODER, Blobs, Cache, Env, Gone, best_before, clip, inside, prepare,
+                 read_agent, read_trajectory)
 from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, use_kernels
 from reward import KINDS
-from sft import (AdamW, build, compute_type, digest, epoch_order, export, fingerprint, flops_of, full, gib, held_out,
-                 linked, load_state, memory_of, num_weights, on_first, peak_flops, peak_memory, processes,
-                 refuse_held_out, row_of, save_state, shape_of, shards, share)
 
 from support.sandbox import SLOTS, protection
+from support.distributed import (AdamW, build, compute_type, epoch_order, export, flops_of, full, gib, linked,
+                                 load_state, memory_of, num_weights, on_first, peak_flops, peak_memory, processes,
+                                 row_of, save_state, shape_of, shards, share)
+from support.cli import Failed, attempt, run_program
+from support.files import alone, digest, fingerprint, write
 
 SMALL = 50e6    # weights; for a model of fewer the recipe is tiny, else 7b
 RECIPES = {     # --preset: what differs from the defaults, which are for 7B
@@ -192,7 +194,7 @@ def pool(s, tokenizer, say=print):
     """
     inside(s.trajectories)      # what scripts give is added there
     wanted, found, left_out, blobs = set(tasks.names(s.task)), {}, {}, Blobs(Path(s.trajectories, "blobs"))
-    forbidden, there, own = held_out(s.data), cache(blobs.has), fingerprint(tokenizer)
+    forbidden, there, own = tasks.held_out_hashes(s.data), cache(blobs.has), fingerprint(tokenizer)
     for file in sorted(Path(s.trajectories).glob("*.jsonl")):
         try:
             head, steps = read_trajectory(file)
@@ -201,11 +203,11 @@ def pool(s, tokenizer, say=print):
         except (ValueError, OSError) as error:
             left_out.setdefault("no record of a trajectory", []).append(str(error))
             continue
-        refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
+        tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
         if head["task"] not in wanted:
             continue
         now = tasks.info(head["task"], s.data)["sha256"]
-        refuse_held_out(head["task"], now, forbidden)
+        tasks.refuse_held_out(head["task"], now, forbidden)
         if head.get("data_sha256", now) != now:
             raise ValueError(f"{file} was collected on other data than {Path(s.data, head['task'])} holds; prepare "
                              "those again, or collect anew")
@@ -863,12 +865,12 @@ def report(f, s, log, left):
 
 
 def fill(values):
-    """For sample.parse: what holds where nothing was typed, by what the model's folder says and by its size."""
+    """For cli.parse: what holds where nothing was typed, by what the model's folder says and by its size."""
     model, name, there = values["model"], values["preset"], Path(values["model"]).is_dir()
-    folder = None if not there and (values["plan"] or model == Settings.model) else small_files(model)
-    found = acts_as(model, folder)
+    folder = None if not there and (values["plan"] or model == Settings.model) else sample.small_files(model)
+    found = [(f"{model}/agent.json", read_agent(folder))] if folder else []
     if folder is None and (model == Settings.model or not values["plan"]):      # no such model, as is said later
-        return [sample.preset(name, RECIPES)] if name else []
+        return [cli.preset(name, RECIPES)] if name else []
     config = Config.from_pretrained(folder) if folder else shape_of(model)      # of a plan for "7b"
     num = num_weights(config)[-1]
     fitting = "tiny" if num < SMALL else "7b"
@@ -876,13 +878,13 @@ def fill(values):
         why = f"{model} has {num:,} weights, {'' if fitting == 'tiny' else 'not '}below {SMALL:,.0f}"
         return [*found, (f"{why}, so (another --preset may be typed)", {"preset": fitting, **RECIPES[fitting]})]
     if name == "tiny" != fitting:
-        sample.tell(f"rl.py: WARNING: --preset tiny is for less than {SMALL:,.0f} weights, and {model} has {num:,}; "
+        cli.tell(f"rl.py: WARNING: --preset tiny is for less than {SMALL:,.0f} weights, and {model} has {num:,}; "
                     f"such a learning rate ({RECIPES['tiny']['lr']:g}, of 7b {Settings.lr:g}) may ruin it")
-    return [*found, sample.preset(name, RECIPES)]
+    return [*found, cli.preset(name, RECIPES)]
 
 
 def main(argv=None):
-    s = sample.parse(Settings, argv, fill)
+    s = cli.parse(Settings, argv, fill)
 
     def work():
         if s.plan:

@@ -480,3 +480,21 @@ def _read_answers(path, mtime, key, targets):
 
 
 _kept_answers = functools.lru_cache(maxsize=8)(_read_answers)
+
+
+def held_out_hashes(data):
+    """{sha256: id} of the files of all held-out tasks that are prepared in the folder `data`. Sample submissions are
+    left out: they hold no answer, and those of two tasks may be alike."""
+    return {sha: id for id in names("held-out") if Path(data, id, "task.json").exists()
+            for name, sha in info(id, data)["sha256"].items() if name != f"public/{load(id).sample}"}
+
+
+def refuse_held_out(id, sha256, forbidden):
+    """ValueError if a task or one of its files, {name: sha256}, is held out; also if there is no such task here, as
+    nothing can then be said about it. forbidden: see held_out_hashes."""
+    if load(id).split != "held-in":
+        raise ValueError(f"{id} is held out: it is for evaluation, and nothing of it may be trained on")
+    for name, sha in sha256.items():
+        if sha in forbidden:
+            raise ValueError(f"{name} of {id} is a file of {forbidden[sha]}, which is held out (sha256 {sha[:16]}...): "
+                             "nothing of it may be trained on")

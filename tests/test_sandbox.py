@@ -630,7 +630,7 @@ def test_only_an_end_that_comes_again_is_kept(make, monkeypatch, outcome, code, 
     """Not one by wall time, by imports that a warm script does not make, or because the machine had no memory."""
     trajectory = make()
     sandbox.protection()        # is found out by running a script
-    ended = env.Result(outcome, code, "", "", 1.0, 1, "off", "It ended.", warm=warm, limit=limit)
+    ended = sandbox.Result(outcome, code, "", "", 1.0, 1, "off", "It ended.", warm=warm, limit=limit)
     monkeypatch.setattr(env, "execute", lambda *args, **more: ended)
     assert trajectory.score()[1].outcome == trajectory.score()[1].outcome == outcome
     assert trajectory.cache.counts["runs"] == runs
