@@ -26,14 +26,16 @@ import torch
 
 import sample
 import tasks
-from support import cli
-from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, Cache, Run, clip, ended, file_of, inside, prepare, printed_metric,
-                 read_agent, read_record, records_in, spoken, together, trajectory, world)
+from env import (
+    DEFAULT_ACTIONS, FIELDS, PROMPTS, Progress, ResultCache, end_reason, make_env, model_policy, play_trajectory,
+    prepare_tasks, printed_metric, read_agent, read_record, run_parallel, trajectory_files, trajectory_path)
 from model import hash_checkpoint
 from reward import KINDS
-from support.files import (COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, alone, from_json, maybe, one_of, read_bytes,
-                           read_lines, write)
-from support.cli import Failed, attempt, layout, one_process, run_program
+from support import cli
+from support.cli import RunError, exit_status, format_table, refuse_torchrun, run_main
+from support.files import (
+    COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, folder_lock, maybe, one_of, parse_json, read_bytes, read_json_lines,
+    refuse_links_out, shorten, write_atomic)
 
 FINAL = {"last-valid": "the last valid submission",
          "best-validation": "the valid submission whose script printed the best score"}
@@ -112,7 +114,7 @@ class Settings:
             if not Path(path).is_file():
                 raise ValueError(f"--log: there is no file {path}; rl.py and sft.py write a log.jsonl to their --out")
         for path in self.compare:
-            if not (any(Path(path, name).is_file() for name in ("results.json", "log.jsonl")) or records_in(path)):
+            if not (any(Path(path, name).is_file() for name in ("results.json", "log.jsonl")) or trajectory_files(path)):
                 raise ValueError(f"--compare: {path} holds no results.json, log.jsonl or trajectories")
 
 
@@ -155,7 +157,7 @@ def outcome(lines, direction, final):
     chosen, oracle = valid[-1] if valid else {}, max(valid, key=lambda step: sign * step["score"], default={})
     if final == "best-validation" and printed:
         chosen = max(printed, key=lambda step: (sign * step["printed"], step["index"]))
-    return {"score": chosen.get("score"), "oracle": oracle.get("score"), "ended": ended(lines), "steps": len(steps),
+    return {"score": chosen.get("score"), "oracle": oracle.get("score"), "ended": end_reason(lines), "steps": len(steps),
             "valid_replies": sum(step["valid"] for step in steps),
             "flagged": sum(tasks.flagged(step["canary_p"]) for step in steps),
             "sandbox": sorted({step["sandbox"] for step in steps if step["sandbox"]})}
@@ -212,9 +214,9 @@ def collect(s, infos):
     """What results.json says of each task: its finished trajectories and, if there are any, their statistics."""
     found = {}
     for task, info in infos:
-        records = [read_record(file_of(Path(s.out, "trajectories"), task.id, k)) for k in range(s.trajectories)]
+        records = [read_record(trajectory_path(Path(s.out, "trajectories"), task.id, k)) for k in range(s.trajectories)]
         done = [{"k": k, **outcome(lines, task.direction, s.final)}
-                for k, lines in enumerate(records) if ended(lines)]
+                for k, lines in enumerate(records) if end_reason(lines)]
         found[task.id] = {**about(task, info), "trajectories": done, "flagged": sum(one["flagged"] for one in done)}
         for name in ("score", "oracle") if done else ():
             scores = [one[name] for one in done]
@@ -307,7 +309,7 @@ def report(runs):
     if again := runs[0]["results"].get("rechecked"):
         parts.append(f"{again['runs']} known results were run again; {len(again['moved'])} came out differently.")
     if not any(run["results"]["settings"]["model"] for run in runs):
-        return "\n\n".join([*parts, layout(rows)])
+        return "\n\n".join([*parts, format_table(rows)])
     about, name = [], "{}: ".format if len(runs) > 1 else lambda name: ""
     for run in runs:
         results, s = run["results"], run["results"]["settings"]
@@ -320,12 +322,12 @@ def report(runs):
     rules = " or ".join(dict.fromkeys(FINAL[run["results"]["final"]] for run in runs))
     parts += ["\n".join(about), f"Counted is {rules} of each trajectory; one without any has failed and counts at the\n"
               "starter's score. The interval is that of the gain: the middle 95 % of bootstrap samples of the "
-              f"trajectories.\n\n{layout(rows)}"]
+              f"trajectories.\n\n{format_table(rows)}"]
     if len(runs) == 1:
         parts.append("Not a result: the best graded step of each trajectory, which no agent can know.\n"
-                     + layout(table(runs, "oracle")[0]))
+                     + format_table(table(runs, "oracle")[0]))
     if any(published):
-        parts.append("Published in Table 1 of the paper: average / best over 8 trajectories.\n" + layout(
+        parts.append("Published in Table 1 of the paper: average / best over 8 trajectories.\n" + format_table(
             [(*row[:2], *more) for row, more in zip(rows[1:], published[1:]) if set(more) - {"", "-"}]))
     return "\n\n".join(parts)
 
@@ -453,21 +455,21 @@ def read_results(folder):
     path = Path(folder, "results.json")
     if (raw := read_bytes(path)) is None:
         return None
-    results = from_json(raw, RESULTS, path)
+    results = parse_json(raw, RESULTS, path)
     for id, one in results["tasks"].items():
         sums = [one[name] for name in ("score_summary", "oracle_summary") if name in one]
         if not re.fullmatch(r"[\w.-]{1,100}", id, re.ASCII) or sums and not one.get("trajectories") or any(
                 (each["gain"] is None) != (one["starter"] == 0) for each in sums):
-            raise ValueError(f"{path}: what it says of the task {clip(ascii(id), 80)} does not fit together")
+            raise ValueError(f"{path}: what it says of the task {shorten(ascii(id), 80)} does not fit together")
     return results
 
 
 def read_run(folder, name):
     """What the page shows of a folder: name, results, and of each trajectory that was begun the task, k, header and
     steps, the score that counts, its gain, and how it went."""
-    inside(folder)
+    refuse_links_out(folder)
     results, played = read_results(folder) or {"settings": {}, "tasks": {}}, []
-    for path in records_in(folder):
+    for path in trajectory_files(folder):
         lines, (id, _, k) = read_record(path, mend=False), path.stem.rpartition("-")
         if lines:
             one, steps = results["tasks"].get(id), [line for line in lines if line["type"] == "step"]
@@ -475,7 +477,7 @@ def read_run(folder, name):
             scores = [step["score"] for step in steps if step["score"] is not None]
             score = counted.get(int(k), scores[-1] if scores else None)
             start, direction = lines[0]["m_init"], one["direction"] if one else tasks.load(id).direction
-            state = ("unfinished" if not ended(lines) else "failed" if score is None else
+            state = ("unfinished" if not end_reason(lines) else "failed" if score is None else
                      "better" if score != start and (score > start) == (direction == "up") else "not better")
             played.append({"task": id, "k": int(k), "head": lines[0], "steps": steps, "score": score, "state": state,
                            "direction": direction, "gain": None if score is None else gain(score, start, direction)})
@@ -498,7 +500,7 @@ def shown_step(step):
     if step["printed"] is not None:
         labels.append(["dim", f"printed {number(step['printed'])}"])
     if step["outcome"]:
-        said = [step["outcome"], clip(step["detail"], 300)]
+        said = [step["outcome"], shorten(step["detail"], 300)]
         labels.append(["dim" if step["outcome"] == "ok" else "bad", ". ".join(filter(None, said))])
     seconds = f"{step['seconds']:.1f} s" + f", script {step['script_seconds']:.1f} s" * bool(step["outcome"])
     labels.append(["dim", seconds])
@@ -517,7 +519,7 @@ def shown_step(step):
                       "\n".join(f"{name}: {value}" for name, value in step["args"].items())])
     parts += [["A reply of the coder", "fold", text] for text in step["coder"]]
     parts.append(["Observation", "diff" if edited else "code", step["observation"]])
-    return [labels, [[heading, kind, clip(text, SHOWN)] for heading, kind, text in parts]]
+    return [labels, [[heading, kind, shorten(text, SHOWN)] for heading, kind, text in parts]]
 
 
 def span(values):
@@ -758,10 +760,10 @@ def write_report(s, agents=None):
     folders = {folder: folder for folder in s.compare} or {
         name: one.out for name, one in (agents or {s.model or "starters": s}).items()}
     logs = [*map(Path, s.log), *(log for folder in s.compare if (log := Path(folder, "log.jsonl")).is_file())]
-    logs = [(str(log.parent), read_lines(log, LOG)) for log in dict.fromkeys(logs)]
+    logs = [(str(log.parent), read_json_lines(log, LOG)) for log in dict.fromkeys(logs)]
     what = (f"{', '.join(s.compare)} side by side" if s.compare else
             f"{s.model or 'the starters'} on {s.task}" if s.task else "the paper in miniature")
-    write(path, page(f"ML-Agent: {what}", [read_run(folder, name) for name, folder in folders.items()], logs))
+    write_atomic(path, page(f"ML-Agent: {what}", [read_run(folder, name) for name, folder in folders.items()], logs))
     return path
 
 
@@ -791,7 +793,7 @@ def check_same(s, now):
     if not any(Path(s.out, "trajectories").glob("*.jsonl")):
         return
     then = (read_results(s.out) or {"settings": {}})["settings"]
-    differ = [f"{clip(name, 80)} was {clip(repr(then.get(name)), 200)} and is {now.get(name)!r}"
+    differ = [f"{shorten(name, 80)} was {shorten(repr(then.get(name)), 200)} and is {now.get(name)!r}"
               for name in {**then, **now} if then.get(name) != now.get(name)]
     if differ:
         raise ValueError(f"{s.out} holds a run with other settings: {'; '.join(differ)}. "
@@ -802,9 +804,9 @@ def baseline(s, infos, cache):
     """Runs each starter once; what results.json says of each task."""
     found = {}
     for task, info in infos:
-        score, result = world(s, task, s.out, cache).score()
+        score, result = make_env(s, task, s.out, cache).score()
         if score is None:
-            raise Failed(f"the starter of {task.id}: {result.outcome}. {result.detail}\n{result.stderr}")
+            raise RunError(f"the starter of {task.id}: {result.outcome}. {result.detail}\n{result.stderr}")
         found[task.id] = {**about(task, info), "starter": score, "printed": printed_metric(result.stdout, task.metric),
                           "seconds": result.seconds, "sandbox": result.sandbox,
                           "flagged": int(tasks.flagged(result.canary_p))}
@@ -816,20 +818,20 @@ class Agent:
 
     def __init__(self, s):
         Path(s.out, "trajectories").mkdir(parents=True, exist_ok=True)
-        self.s, self.infos, self.path = s, prepare(s), Path(s.out, "results.json")
+        self.s, self.infos, self.path = s, prepare_tasks(s), Path(s.out, "results.json")
         self.results = {"complete": False, "settings": conditions(s, self.infos), "final": s.final, "tasks": {},
                         "versions": {name: version(name) for name in ("torch", "tokenizers", "numpy", "pandas",
                                                                       "scikit-learn")}}
         check_same(s, self.results["settings"])
         self.save()
-        found = [(task, k, file_of(Path(s.out, "trajectories"), task.id, k))
+        found = [(task, k, trajectory_path(Path(s.out, "trajectories"), task.id, k))
                  for k in range(s.trajectories) for task, _ in self.infos if s.model]
         self.records = {path: read_record(path) for *_, path in found}
-        self.jobs = [(self, task, k, path) for task, k, path in found if not ended(self.records[path])]
+        self.jobs = [(self, task, k, path) for task, k, path in found if not end_reason(self.records[path])]
 
     def save(self, **more):
         self.results.update(more)
-        write(self.path, self.results)
+        write_atomic(self.path, self.results)
 
     def load(self, load):
         """Loads the model and the coder, if there is anything to play."""
@@ -844,7 +846,7 @@ class Agent:
                           load(s.coder, **options, key=sample.coder_key(s.coder, s.model)))
 
     def play(self, task, k, path, cache, run, home):
-        trajectory(self.s, task, k, path, spoken(self.s, self.policy), self.coder, home, cache, run,
+        play_trajectory(self.s, task, k, path, model_policy(self.s, self.policy), self.coder, home, cache, run,
                    {"model": self.s.model, "coder": self.s.coder})
 
 
@@ -853,20 +855,20 @@ def evaluate(s, agents=None, load=sample.load):
     what results.json of each then holds. By default s is the only agent. s.out receives the files of all, what scripts
     gave, and the report. ValueError: something is wrong with the settings."""
     agents = agents or {s.model or "starters": s}
-    with alone(s.out, "eval.py"):
+    with folder_lock(s.out, "eval.py"):
         found = {name: Agent(one) for name, one in agents.items()}
         jobs = [job for one in found.values() for job in one.jobs]
         records = {path: lines for one in found.values() for path, lines in one.records.items()}
-        cache, done = Cache(Path(s.out, "cache"), s.recheck), False
+        cache, done = ResultCache(Path(s.out, "cache"), s.recheck), False
         if jobs:
-            run = Run(records, max(one.steps for one in agents.values()))
+            run = Progress(records, max(one.steps for one in agents.values()))
             if any(records.values()):
                 print(f"{s.out}: {len(run.over)} of {len(records)} trajectories are done; going on", file=sys.stderr)
             for one in found.values():
                 one.load(load)
         try:
             if jobs:
-                together(jobs, lambda one, *job: one.play(*job, cache, run, s.out), sum(
+                run_parallel(jobs, lambda one, *job: one.play(*job, cache, run, s.out), sum(
                     one.parallel for one in agents.values()), run)
             done = True
         except ValueError as error:     # with its traceback: it is nothing that settings could put right
@@ -887,11 +889,11 @@ def miniature(s, argv=None):
     if not found:
         raise ValueError("there is no agent to evaluate in runs/sft or runs/rl. Make them with: python sft.py, then "
                          "python rl.py. Or run a starter alone: python eval.py --task leaf-classification")
-    with alone(s.out, "eval.py"):       # scripts that ran while they learned need not run again
-        inside(POOL)
+    with folder_lock(s.out, "eval.py"):       # scripts that ran while they learned need not run again
+        refuse_links_out(POOL)
         for path in (*Path(POOL).glob("blobs/??/*"), *Path(POOL).glob("cache/??/*")):
             if not (known := Path(s.out, *path.parts[-3:])).exists():
-                write(known, path.read_bytes())
+                write_atomic(known, path.read_bytes())
     torch.set_num_threads(1)        # threads that wait for each other are slow beside scripts on every core
 
     def agent(folder):
@@ -914,7 +916,7 @@ def main(argv=None):
     s = cli.parse(Settings, argv, fill)
 
     def work():
-        one_process("an evaluation")
+        refuse_torchrun("an evaluation")
         if s.compare:
             return print(f"Written to {write_report(s)}")
         if s.task:
@@ -927,8 +929,8 @@ def main(argv=None):
             if name not in agents:
                 print(f"\nNot there yet: {name}. Make {folder} with: {command}, and run this again.")
         print(f"\nEvery trajectory step by step, and how it was trained: {s.out}/report.html")
-    return attempt("eval.py", work, s.out)
+    return exit_status("eval.py", work, s.out)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

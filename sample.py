@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 import model as modeling
 from model import Config, Linear, Qwen2, attend, find_folder, sight, use_kernels
-from support.cli import ContextFull, Failed, parse, tell
+from support.cli import ContextFull, RunError, parse, announce
 from support.files import sync
 
 
@@ -906,7 +906,7 @@ LONGEST_DRAFT = 32          # tokens of one row
 # ---------------------------------------------------------------------------------------------------------------------
 # OpenAI-compatible servers
 
-class EndpointError(Failed):
+class EndpointError(RunError):
     """A server that gave no usable answer: the message names the URL, what came back and what to do. `retry_s` is None
     where asking again cannot help, else the least number of seconds to wait first."""
 
@@ -994,9 +994,9 @@ class Endpoint:
         if not self._key.isascii() or not self._key.isprintable():
             raise ValueError(f"{key} holds characters that cannot be sent in a header; set it again")
         if self._key and scheme == "http" and not is_near(host):
-            tell(f"{self.url}: the key in {key} goes there unencrypted; is there no https?")
+            announce(f"{self.url}: the key in {key} goes there unencrypted; is there no https?")
         if not self._key and key != "OPENAI_API_KEY" and os.environ.get("OPENAI_API_KEY"):
-            tell(f"{self.url} is asked without a key: OPENAI_API_KEY is for the host of the model; set {key}")
+            announce(f"{self.url} is asked without a key: OPENAI_API_KEY is for the host of the model; set {key}")
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0):

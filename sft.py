@@ -29,18 +29,22 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 import sample
 import tasks
-from support import cli
-from env import (AGENT, DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, Gone, Run, check_record, clip, ended, file_of,
-                 prepare, printed_metric, prompt_of, read_agent, read_record, shown_lines, spoken, together,
-                 trajectory)
+from env import (
+    AGENT_FORMAT, DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, MissingBlob, Progress, ResultCache, check_record,
+    end_reason, model_policy, play_trajectory, prepare_tasks, printed_metric, prompt_of, read_agent, read_record,
+    run_parallel, shown_lines, trajectory_path)
 from model import Config, find_folder, hash_checkpoint, use_kernels
-from support.miniature import (AGENT_STEPS, SHORT_ACTIONS, TINY, TINY_STEPS, VOCABULARY, constants, copies_of, fitting,
-                               scripted_short, try_out)
-from support.distributed import (STATES, AdamW, batch_of, build, compute_type, export, flops_of, full, gib, hash_texts,
-                                 linked, load_state, memory_of, num_weights, on_first, peak_flops, peak_memory,
-                                 processes, row_of, rows_of, save_state, shape_of)
-from support.files import FLAG, NUMBER, TEXT, VALUE, alone, fingerprint, from_json, read_bytes, write
-from support.cli import Failed, attempt, layout, one_process, run_program
+from support import cli
+from support.cli import RunError, exit_status, format_table, refuse_torchrun, run_main
+from support.distributed import (
+    STATES, AdamW, batch_indices, build_model, collate_packed, compute_type, explain_dist_errors, export_model,
+    flops_of, full_tensor, gib, hash_texts, init_distributed, load_state, memory_of, num_weights,
+    packed_micro_batches, peak_flops, peak_memory, rank0_broadcast, save_state, shape_of)
+from support.files import (
+    FLAG, NUMBER, TEXT, VALUE, fingerprint, folder_lock, parse_json, read_bytes, shorten, write_atomic)
+from support.miniature import (
+    AGENT_STEPS, SHORT_ACTIONS, TINY, TINY_STEPS, VOCABULARY, augmented_copies, constants, fitting, reply_stats,
+    scripted_short)
 
 
 RECIPES = {     # --preset: the paper's section on fine-tuning
@@ -71,7 +75,7 @@ class Settings:
     beta2: float = 0.999  # of AdamW
     weight_decay: float = 0.0  # of AdamW
     optimizer_state: str = "float32"  # what AdamW's two moments are kept in: float32, bfloat16 or int8
-    clip: float = 1.0  # largest norm of a step's gradient
+    shorten: float = 1.0  # largest norm of a step's gradient
     copies: int = 0  # texts made of each conversation with an edit (of another a quarter), in most of which names and
         # numbers of the script are drawn anew, so that a small model learns to copy; 0: the conversation itself
     valid: float = 0.05  # share of the conversations that is held back to validate
@@ -168,7 +172,7 @@ def distinct(ideas):
 def candidates(s, task, expert):
     """The ideas of a task: at least s.ideas that the expert has written, or those shipped with it. The answers are kept
     in the folder's ideas/TASK.json, so that none is asked for again. With short prompts the expert has ideas of
-    one edit, whose text the prompt shows, and the script's own numbers. Failed: the expert writes none."""
+    one edit, whose text the prompt shows, and the script's own numbers. RunError: the expert writes none."""
     if expert is None and s.prompt == "short":
         script = (task.folder / task.entry).read_text()
         found = [idea for idea in tasks.ideas(task.id) if len(idea["edits"]) == 1
@@ -180,7 +184,7 @@ def candidates(s, task, expert):
         return found
     path = Path(s.trajectories, "ideas", f"{task.id}.json")
     raw = read_bytes(path)
-    answers = [] if raw is None else from_json(raw, {"answers": [TEXT]}, path)["answers"]
+    answers = [] if raw is None else parse_json(raw, {"answers": [TEXT]}, path)["answers"]
     while True:
         found = distinct([idea for answer in answers for idea in parse_ideas(answer)])
         if len(found) >= s.ideas or len(answers) >= 3 * math.ceil(s.ideas / A_PROMPT) + len(tasks.IDEA_KINDS):
@@ -193,9 +197,9 @@ def candidates(s, task, expert):
                          avoid=f"\n\nThese are known already:{known}" if known else "")
         answers.append(expert.chat([{"role": "user", "content": ask}], temperature=1.0, max_new_tokens=1024,
                                    seed=zlib.crc32(f"{s.seed} {task.id} {len(answers)} ideas".encode())).text)
-        write(path, {"task": task.id, "expert": s.expert, "answers": answers})
+        write_atomic(path, {"task": task.id, "expert": s.expert, "answers": answers})
     if not found:
-        raise Failed(f"{s.expert} has written no idea for {task.id} that could be read in {len(answers)} answers, kept "
+        raise RunError(f"{s.expert} has written no idea for {task.id} that could be read in {len(answers)} answers, kept "
                      f"in {path}. Take the shipped ideas with --ideas 0, or another --expert.")
     if len(found) < s.ideas:
         print(f"{task.id}: {len(found)} different ideas in {len(answers)} answers; {s.ideas} were asked for",
@@ -344,7 +348,7 @@ def scripted(task, fields, steps, ideas, rng):
         for i, (find, put) in enumerate(edits, 1):
             old = next((line.strip() for line in find.splitlines() if line.strip() and line not in put.splitlines()),
                        find.strip())
-            part = f"{tell('part', i=i, n=len(edits), line=f'`{clip(old, 120)}`')}" if len(edits) > 1 else ""
+            part = f"{tell('part', i=i, n=len(edits), line=f'`{shorten(old, 120)}`')}" if len(edits) > 1 else ""
             step = yield reply(f"Try {name}", f"{thought * (i == 1)} {part}".strip() or thought, "Replace In Script",
                                script_name=entry, find=find, replace=put)
             script = script.replace(find, put)
@@ -362,7 +366,7 @@ def scripted(task, fields, steps, ideas, rng):
                            script_name=entry)
         new, values = score(step), {"title": name, "old": show(best), "new": show(score(step))}
         if new is None:
-            reflection = tell("failed", detail=clip(step["detail"] or "It printed no score.", 300))
+            reflection = tell("failed", detail=shorten(step["detail"] or "It printed no score.", 300))
             fact = f"That {name} does not work like this is confirmed by the last observation."
             result = "failed"
         else:
@@ -421,17 +425,17 @@ def followed(speaker, path):
 def collected(s, task, k, ideas, expert, cache, run):
     """Plays trajectory k of a task to its end. ideas: those of the task. expert: what sample.load gave, None for the
     scripted one. cache, run: see eval.trajectory."""
-    path, rng = file_of(s.trajectories, task.id, k), random.Random(f"{s.seed} {task.id} {k}")
+    path, rng = trajectory_path(s.trajectories, task.id, k), random.Random(f"{s.seed} {task.id} {k}")
     num_ideas = 2 * s.steps if expert is None and s.prompt == "short" else rng.randint(1, 3)
     drawn = rng.sample(ideas, min(num_ideas, len(ideas)))
     if expert:
-        reply = spoken(s, expert, "\n\nIdeas that may be worth trying:" + "".join(
+        reply = model_policy(s, expert, "\n\nIdeas that may be worth trying:" + "".join(
             f"\n- {idea['title']}: {idea['instruction']}" for idea in drawn))
     else:
         script = scripted_short if s.prompt == "short" else scripted
         reply = followed(script(task, s.fields, s.steps, drawn, rng), path)
     tokenizer = getattr(expert, "tokenizer", None)
-    trajectory(s, task, k, path, reply, expert if s.coder == "expert" else None, s.trajectories, cache, run,
+    play_trajectory(s, task, k, path, reply, expert if s.coder == "expert" else None, s.trajectories, cache, run,
                {"expert": s.expert, "ideas": [idea["title"] for idea in drawn],
                 "data_sha256": tasks.info(task.id, s.data)["sha256"],
                 "tokenizer": tokenizer and fingerprint(tokenizer)})
@@ -460,24 +464,24 @@ def diversity(actions):
 def counted(s, task):
     """What manifest.json says of the finished trajectories in a task's files, and all their valid actions."""
     records = [read_record(path) for path in Path(s.trajectories).glob(f"{task.id}-*.jsonl")]
-    records = [lines for lines in records if ended(lines) and lines[0]["task"] == task.id]
+    records = [lines for lines in records if end_reason(lines) and lines[0]["task"] == task.id]
     steps = [line for lines in records for line in lines if line["type"] == "step"]
     last = [([line["m_after"] for line in lines if "m_after" in line][-1], lines[0]["m_init"]) for lines in records]
     return {"trajectories": len(records), "steps": len(steps), "valid": sum(step["valid"] for step in steps),
             "rose": sum(task.better(score, start) for score, start in last),
-            "ended": dict(Counter(map(ended, records))), "kinds": dict(Counter(step["kind"] for step in steps))
+            "ended": dict(Counter(map(end_reason, records))), "kinds": dict(Counter(step["kind"] for step in steps))
             }, [(step["action"], step["args"]) for step in steps if step["valid"]]
 
 
 def collect(s, load=sample.load):
     """Collects s.num trajectories of each task of s.task and returns what manifest.json then holds. ValueError:
-    something is wrong with the settings. Failed: the expert is of no use."""
+    something is wrong with the settings. RunError: the expert is of no use."""
     if refused := [id for id in tasks.names(s.task) if tasks.load(id).split != "held-in"]:
         raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
                          f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
     folder = Path(s.trajectories)
-    with alone(folder, "sft.py --collect"):
-        infos = prepare(s)
+    with folder_lock(folder, "sft.py --collect"):
+        infos = prepare_tasks(s)
         forbidden = tasks.held_out_hashes(s.data)
         for task, info in infos:
             tasks.refuse_held_out(task.id, info["sha256"], forbidden)
@@ -487,7 +491,7 @@ def collect(s, load=sample.load):
             if Path(same[name] or "-").is_dir():
                 same[f"{name} of sha256"] = hash_checkpoint(same[name])
         raw = read_bytes(path)
-        manifest = {"settings": same, "tasks": {}} if raw is None else from_json(raw, MANIFEST, path)
+        manifest = {"settings": same, "tasks": {}} if raw is None else parse_json(raw, MANIFEST, path)
         then = manifest["settings"]
         found = [f"--{name.replace('_', '-')} was {then.get(name)} and is {same[name]}"
                  for name in same if then.get(name) != same[name]]
@@ -497,14 +501,14 @@ def collect(s, load=sample.load):
         if s.expert == "scripted" and (lacking := set(needed) - set(s.actions)):
             raise ValueError(f"the scripted expert needs the actions {','.join(needed)}; missing in --actions: "
                              f"{', '.join(sorted(lacking))}")
-        paths = [file_of(folder, task.id, k) for task, _ in infos for k in range(s.num)]
+        paths = [trajectory_path(folder, task.id, k) for task, _ in infos for k in range(s.num)]
         records = {path: read_record(path) for path in paths}
         found += [f"its manifest.json does not tell of {task.id}" for task, _ in infos if task.id not in manifest["tasks"]
-                  and any(records[file_of(folder, task.id, k)] for k in range(s.num))]
+                  and any(records[trajectory_path(folder, task.id, k)] for k in range(s.num))]
         if found:
             raise ValueError(f"{folder} holds trajectories of another kind: {'; '.join(found)}. Give another "
                              "--trajectories, or delete that folder")
-        jobs = [(task, k) for k in range(s.num) for task, _ in infos if not ended(records[file_of(folder, task.id, k)])]
+        jobs = [(task, k) for k in range(s.num) for task, _ in infos if not end_reason(records[trajectory_path(folder, task.id, k)])]
         pools, playing = {}, replace(s, steps=s.steps or NUM_STEPS)
         if jobs:
             options = dict(dtype=s.dtype, device=s.device, rows=min(s.parallel, len(jobs)), context=s.context)
@@ -515,7 +519,7 @@ def collect(s, load=sample.load):
             if embedder and not hasattr(embedder, "model"):
                 raise ValueError("--embed needs a local model; a server does not give hidden states")
             wanted = sorted({task.id for task, _ in jobs})
-            pools = dict(zip(wanted, together([(tasks.load(id), expert) for id in wanted],
+            pools = dict(zip(wanted, run_parallel([(tasks.load(id), expert) for id in wanted],
                                               lambda task, expert: pool(s, task, expert, embedder), s.parallel)))
         for task, info in infos:
             now = {"miniature": info["miniature"], "sha256": info["sha256"], "m_init": info["m_init"],
@@ -523,18 +527,18 @@ def collect(s, load=sample.load):
             old = manifest["tasks"].setdefault(task.id, now)
             if task.id in pools and old.setdefault("ideas", pools[task.id]) != pools[task.id]:
                 raise ValueError(f"the ideas for {task.id} have changed since {folder} was begun; give another folder")
-        write(path, {**manifest, "complete": False})
-        run = Run(records, playing.steps)
+        write_atomic(path, {**manifest, "complete": False})
+        run = Progress(records, playing.steps)
         if any(records.values()):
             print(f"{folder}: {len(run.over)} of {len(records)} trajectories are done; going on", file=sys.stderr)
-        cache = Cache(folder / "cache")
-        together(jobs, lambda task, k: collected(playing, task, k, pools[task.id], expert, cache, run), s.parallel, run)
+        cache = ResultCache(folder / "cache")
+        run_parallel(jobs, lambda task, k: collected(playing, task, k, pools[task.id], expert, cache, run), s.parallel, run)
         actions = []
         for id, about in manifest["tasks"].items():
             counts, some = counted(s, tasks.load(id))
             about["counts"], actions = counts, actions + some
         manifest.update(complete=True, diversity=diversity(actions))
-        write(path, manifest)
+        write_atomic(path, manifest)
         return manifest
 
 
@@ -546,7 +550,7 @@ def report(manifest):
         rows.append((id, "miniature" if one["miniature"] else "real", *map(str, numbers)))
     d = manifest["diversity"]
     mean = "-" if d["distance"] is None else f"{d['distance']:.3f}"
-    return (f"{layout(rows)}\n\nDiversity: mean distance of two actions {mean} (0: the same, 1: no word in common), "
+    return (f"{format_table(rows)}\n\nDiversity: mean distance of two actions {mean} (0: the same, 1: no word in common), "
             f"{d['distinct_edits']} distinct edits of {d['edits']}, entropy of the action names "
             f"{d['entropy']:.2f} bits.")
 
@@ -648,7 +652,7 @@ def read_own(entry, source):
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or role not in ROLES:
-            raise Bad(f"unknown role {clip(repr(role), 40)}")
+            raise Bad(f"unknown role {shorten(repr(role), 40)}")
         messages.append({"role": ROLES[role], "content": content})
     if not all(isinstance(message["content"], str) for message in messages):
         raise Bad("a content that is no text")
@@ -678,14 +682,14 @@ def read_played(file, text, parsed, rose, forbidden, tokenizer):
         tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    if not ended(lines):
+    if not end_reason(lines):
         raise Bad("not finished: collect again to go on with it")
     folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
     blobs = Blobs(folder / "blobs")
     try:
         for sha in {sha for line in (head, *steps) for sha in line["snapshot"].values()}:
             blobs.path(sha)
-    except Gone:
+    except MissingBlob:
         raise Bad("a missing blob") from None
     task, messages, trained, single = tasks.load(head["task"]), [dict(m) for m in head["messages"]], [], []
     snapshot, short = head["snapshot"], head.get("prompt") == "short"
@@ -739,7 +743,7 @@ def add_gradients(model, rows, num_targets, world, device, size):
     """
     total = torch.zeros((), device=device)
     for row in rows:
-        tokens, lengths, targets = row_of(row, device)
+        tokens, lengths, targets = collate_packed(row, device)
         logp, _, _ = model(tokens, lengths=lengths, targets=targets, size=size)
         loss = -logp.sum() / num_targets
         (loss * world).backward()
@@ -751,8 +755,8 @@ def add_gradients(model, rows, num_targets, world, device, size):
 def validate(model, texts, rank, world, device, size, longest):
     """(mean negative log-prob, share of targets that were the most likely token) over the chosen tokens of texts."""
     sums = torch.zeros(3, device=device, dtype=torch.float64)
-    for row in rows_of(texts, list(range(len(texts))), rank, world, longest):
-        tokens, lengths, targets = row_of(row, device)
+    for row in packed_micro_batches(texts, list(range(len(texts))), rank, world, longest):
+        tokens, lengths, targets = collate_packed(row, device)
         logp, _, first = model(tokens, lengths=lengths, targets=targets, size=size)
         sums += torch.stack([-logp.double().sum(), first.double().sum(), torch.tensor(float(len(logp)), device=device)])
     if dist.is_initialized():
@@ -786,13 +790,13 @@ SCHEDULE = ("batch", "length", "lr", "warmup", "beta2", "weight_decay", "optimiz
 def train(s, texts, valid, tokenizer, config, folder):
     """Fine-tune on texts, [(ids, chosen)], and write out/: checkpoints, log.jsonl, and the model as a Hugging Face
     folder. Goes on from the newest checkpoint there. Returns the model."""
-    rank, world, device = processes()
+    rank, world, device = init_distributed()
     use_kernels(s.kernels, device)
-    model = build(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
+    model = build_model(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
     optimizer = AdamW(model.parameters(), s.lr, s.weight_decay, (0.9, s.beta2), state=s.optimizer_state)
     steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)
     origin = {"optimizer steps": steps, "products in": str(model.compute).removeprefix("torch."),
-              **on_first(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
+              **rank0_broadcast(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
                                   "texts of sha256": hash_texts(texts, valid)})}
     state = load_state(s, SCHEDULE, model, optimizer, origin)
     first, size, peak = state["step"] if state else 0, tokenizer.size, peak_flops(device)
@@ -801,11 +805,11 @@ def train(s, texts, valid, tokenizer, config, folder):
     log = open(Path(s.out, "log.jsonl"), "a") if rank == 0 else None
     started = time.monotonic()
     for step in range(first, steps):
-        start, chosen = time.monotonic(), batch_of(len(texts), step, s.batch, s.seed)
+        start, chosen = time.monotonic(), batch_indices(len(texts), step, s.batch, s.seed)
         num_targets = sum(sum(texts[i][1]) for i in chosen)
-        rows = rows_of(texts, chosen, rank, world, s.length)
+        rows = packed_micro_batches(texts, chosen, rank, world, s.length)
         loss = add_gradients(model, rows, num_targets, world, device, size)
-        norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip))
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip))
         losses = torch.zeros(world, device=device)
         losses[rank] = loss
         if dist.is_initialized():
@@ -815,7 +819,7 @@ def train(s, texts, valid, tokenizer, config, folder):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             ill = [r for r in range(world) if not math.isfinite(losses[r])] or range(world)
             where = "; ".join(f"rank {r}, conversations {chosen[r::world]}" for r in ill)
-            raise Failed(f"step {step + 1}: loss {loss}, gradient norm {norm}; {where}. The checkpoints in {s.out} are "
+            raise RunError(f"step {step + 1}: loss {loss}, gradient norm {norm}; {where}. The checkpoints in {s.out} are "
                          "from before")
         lr = cosine(step, steps, s.lr) * min(1.0, (step + 1) / (s.warmup or 1))
         optimizer.param_groups[0]["lr"] = lr
@@ -840,7 +844,7 @@ def train(s, texts, valid, tokenizer, config, folder):
                   + (f"  valid {loss:.4f}, {right:.1%} right" if "valid_loss" in figures else ""), flush=True)
         if last or (step + 1) % s.save_every == 0:
             save_state(s, step + 1, model, optimizer, origin)
-    export(model, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    export_model(model, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model
 
 
@@ -892,7 +896,7 @@ def texts_of(s, tokenizer, say=print):
     train, valid = ([text for i, text in enumerate(texts) if (i in held) == side] for side in (False, True))
     if s.copies:
         copies = [tokenizer.conversation(copy) for i, one in enumerate(kept) if i not in held
-                  for copy in copies_of(one, s.copies, s.seed)]
+                  for copy in augmented_copies(one, s.copies, s.seed)]
         # of every tenth the prompt is learned too: a few names stand in it twice, which is more to learn copying from
         copies = [(ids, [True] * len(ids)) if i % 10 == 0 else (ids, chosen) for i, (ids, chosen) in enumerate(copies)]
         train = [(ids[:s.length + 1], chosen[:s.length + 1]) for ids, chosen in copies if any(chosen[:s.length + 1])]
@@ -923,12 +927,12 @@ def own_tokenizer(s):
 
 def fine_tune(s):
     """Trains s.model on s.trajectories and writes s.out."""
-    rank, world, device = processes()
-    with linked(rank), contextlib.ExitStack() as held:
-        on_first(lambda: held.enter_context(alone(s.out, "sft.py")))
+    rank, world, device = init_distributed()
+    with explain_dist_errors(rank), contextlib.ExitStack() as held:
+        rank0_broadcast(lambda: held.enter_context(folder_lock(s.out, "sft.py")))
         say = print if rank == 0 else lambda line: None
         if s.model == "tiny" and s.prompt == "short":
-            on_first(lambda: own_tokenizer(s))
+            rank0_broadcast(lambda: own_tokenizer(s))
             folder, tokenizer = None, sample.Tokenizer.from_pretrained(s.out)
             config = replace(Config.preset("tiny"), vocab_size=tokenizer.size)
         elif s.model == "tiny":
@@ -943,9 +947,9 @@ def fine_tune(s):
         model = train(s, texts, valid, tokenizer, config, folder)
         agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
         if s.prompt == "short":
-            agent = {name: getattr(s, name) for name in AGENT} | {"steps": AGENT_STEPS}
+            agent = {name: getattr(s, name) for name in AGENT_FORMAT} | {"steps": AGENT_STEPS}
         if rank == 0 and agent:
-            write(Path(s.out, "agent.json"), agent)
+            write_atomic(Path(s.out, "agent.json"), agent)
         say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
         return model, tokenizer
 
@@ -957,14 +961,14 @@ def fine_tune(s):
 def miniature(s):
     """Collects with the scripted expert on the miniatures, trains the tiny model from scratch, shows what it says. Of
     several processes the first one collects and shows; all train."""
-    rank, _, device = processes()
+    rank, _, device = init_distributed()
 
     def collect_first():
         print("1. Collecting: a scripted expert edits and runs the starters of the held-in tasks, on miniature data.")
         print(report(collect(replace(s, steps=TINY_STEPS))))
         print("\n2. Training a model of a million weights from scratch on what it did.", flush=True)
-    with linked(rank):
-        on_first(collect_first)
+    with explain_dist_errors(rank):
+        rank0_broadcast(collect_first)
     fine_tune(replace(s, model="tiny"))
     if rank:
         return
@@ -972,9 +976,9 @@ def miniature(s):
     print("\n3. Its replies in states it has not seen, 64 of each kind:")
     rows = [("tasks", "can be read", "edits", "of them with text that occurs once", "different ones")]
     for split in ("held-in", "held-out"):
-        found, prompt, text = try_out(s, engine, split)
+        found, prompt, text = reply_stats(s, engine, split)
         rows.append((split, *(f"{found[name]:.0%}" for name in ("parsed", "edits", "valid")), str(found["distinct"])))
-    print(layout(rows) + f"\n\nOne state:\n{prompt[-1]['content']}\n\nIts reply:\n{text}\n\nNext: python rl.py")
+    print(format_table(rows) + f"\n\nOne state:\n{prompt[-1]['content']}\n\nIts reply:\n{text}\n\nNext: python rl.py")
 
 
 def fill(values):
@@ -998,12 +1002,12 @@ def main(argv=None):
             return miniature(s)
         if not s.collect:
             return fine_tune(s)
-        one_process("collecting")
+        refuse_torchrun("collecting")
         print("\n" + report(collect(s)))
         print(f"Written to {s.trajectories}: manifest.json, trajectories, blobs")
     kept = s.trajectories if s.collect else s.out if s.model else f"{s.trajectories} and {s.out}"
-    return attempt("sft.py", work, kept)
+    return exit_status("sft.py", work, kept)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

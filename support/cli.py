@@ -1,8 +1,57 @@
 """What the programs share: settings from a dataclass, exit status, a folder for what scripts leave."""
-import argparse, contextlib, dataclasses, difflib, fcntl, inspect, os, re, signal, sys, tempfile, traceback, typing
+import argparse, contextlib, dataclasses, difflib, fcntl, inspect, math, os, re, signal, sys, tempfile, traceback, typing
+from dataclasses import dataclass
 from pathlib import Path
 
 from support.sandbox import Unprotected, _remove
+
+
+@dataclass
+class ModelSettings:
+    """Settings of every program that runs a model."""
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # that products are computed in: float32, bfloat16, float64, or auto, which is bfloat16 where the
+        # hardware multiplies it; weights that are trained are kept and updated in float32
+    kernels: str = "torch"  # torch, or triton, on CUDA, which has not been measured on a GPU yet
+    seed: int = 0  # of all that is drawn at random
+
+    def __post_init__(self):
+        check_choices(self, device=("auto", "cpu", "cuda"), dtype=("auto", "float64", "float32", "bfloat16"),
+                      kernels=("torch", "triton"))
+
+
+@dataclass
+class TaskSettings(ModelSettings):
+    """Settings of every program that runs the scripts of tasks."""
+    data: str = "data"  # where prepared tasks are kept
+    raw: str = ""  # folder of the publisher's files, prepared on first use; for several tasks, the folder that holds
+        # one such folder per task id. Empty: the data prepared before, else the miniature
+    python: str = sys.executable  # the interpreter that runs the tasks' scripts
+    gpu: str = ""  # GPUs for the scripts, such as 0 or 0,1: each script gets one of them; empty hides all
+    threads: int = 1  # that a script may use for numerics
+    sandbox: str = "on"  # on, or off: scripts can then read the answers and all your files; every row says so
+    context: int = 16384  # tokens of one conversation; a trajectory that outgrows it ends
+    max_new_tokens: int = 1024  # of one reply
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choices(self, sandbox=("on", "off"))
+        check_positive(self, "threads", "context", "max_new_tokens")
+
+
+def check_choices(cfg, **choices):
+    """Raises ValueError for a setting that is not one of those allowed, {name: values}."""
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            expected = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {expected}, found {getattr(cfg, name)!r}")
+
+
+def check_positive(cfg, *names):
+    """Raises ValueError for a setting that is not a finite number above 0."""
+    for name in names:
+        if not 0 < getattr(cfg, name) < math.inf:       # nor NaN
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(cfg, name)}")
 
 
 def parse(cls, argv=None, fill=None):
@@ -18,14 +67,17 @@ def parse(cls, argv=None, fill=None):
     listed), a value of the wrong type or a ValueError of fill or the class's own __post_init__ ends the program with
     status 2.
     """
-    about, name = {}, None  # field -> its trailing comment
-    for line in inspect.getsource(cls).splitlines():
-        if found := re.match(r"    (\w+)\s*:\s*\S.*?(?:  # (.*))?$", line):
-            name, about[found[1]] = found[1], found[2] or ""
-        elif name and (found := re.match(r"     +# ?(.*)", line)):
-            about[name] += " " + found[1]
-        else:
-            name = None
+    about = {}      # field -> its trailing comment
+    for base in reversed(cls.__mro__[:-1]):
+        name = None
+        for line in inspect.getsource(base).splitlines():
+            if match := re.match(r"    (\w+)\s*:\s*\S.*?(?:  # (.*))?$", line):
+                name = match[1]
+                about[name] = match[2] or ""
+            elif name and (match := re.match(r"     +# ?(.*)", line)):
+                about[name] += " " + match[1]
+            else:
+                name = None
 
     def convert(text, kind):
         inner = typing.get_args(kind)
@@ -69,13 +121,13 @@ def parse(cls, argv=None, fill=None):
             values.update(new)
             said = ", ".join(as_flag(name, value) for name, value in new.items() if value != default[name])
             if said:
-                tell(f"{source}: {said}")
+                announce(f"{source}: {said}")
         return cls(**values)
     except ValueError as error:
         parser.error(str(error))
 
 
-def tell(text):
+def announce(text):
     """Says something on the error stream; of several processes under torchrun the first one says it."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
@@ -100,11 +152,11 @@ class ContextFull(ValueError):
     """The prompt and the reply asked for do not fit the model's context."""
 
 
-class Failed(RuntimeError):
+class RunError(RuntimeError):
     """The run cannot go on, for a reason that is not a bug; the message is for the user."""
 
 
-def attempt(program, work, kept):
+def exit_status(program, work, kept):
     """The exit status of work(): 0 done, 1 failed or interrupted, 2 bad settings, with the message on the error
     stream. kept: the folder where what was done stays."""
     try:
@@ -113,7 +165,7 @@ def attempt(program, work, kept):
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except (Failed, Unprotected, OSError) as error:      # a wrong path, a full disk
+    except (RunError, Unprotected, OSError) as error:      # a wrong path, a full disk
         print(f"{program}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
@@ -121,7 +173,7 @@ def attempt(program, work, kept):
     return 1
 
 
-def one_process(what):
+def refuse_torchrun(what):
     """ValueError, said once, where torchrun has started several processes of a program that runs in one."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if os.environ.get("RANK") != "0":
@@ -129,7 +181,7 @@ def one_process(what):
         raise ValueError(f"{what} runs in one process; start it with python instead of torchrun")
 
 
-def run_program(main):
+def run_main(main):
     """Ends the process with main()'s status. A batch system's request to end is a Ctrl-C; the scripts' folders lie
     below one that is removed, and a second Ctrl-C does not leave it behind. What a kill -9 leaves, the next start
     removes: a folder whose file `owner` nobody holds."""
@@ -161,7 +213,7 @@ def run_program(main):
     os._exit(code)      # threads may still wait for a reply or a script; the scripts end when we do
 
 
-def layout(rows):
+def format_table(rows):
     """Rows of texts, those without any left out, as lines with aligned columns; the first two are set to the left."""
     rows = [row for row in rows if any(row)]
     widths = [max(map(len, column)) for column in zip(*rows)]

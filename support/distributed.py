@@ -12,11 +12,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import IGNORE, Config, Qwen2, load_tensors, write_checkpoint
-from support.cli import Failed
-from support.files import clip, sync
+from support.cli import RunError
+from support.files import shorten, sync
 
 
-def processes():
+def init_distributed():
     """(rank, world size, device) of this process, alone or under torchrun; joins the group of all of them."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
@@ -30,24 +30,24 @@ def processes():
 
 
 @contextlib.contextmanager
-def linked(rank):
-    """Failed in place of what torch raises where another process of the run has ended."""
+def explain_dist_errors(rank):
+    """RunError in place of what torch raises where another process of the run has ended."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise Failed(f"rank {rank}: another process of this run has ended, and its own message says why, unless it was "
-                     f"killed ({clip(str(error), 200)})") from None
+        raise RunError(f"rank {rank}: another process of this run has ended, and its own message says why, unless it was "
+                     f"killed ({shorten(str(error), 200)})") from None
 
 
-def on_first(work):
-    """What work() returns on the first process, or the ValueError or Failed that it raises, on all."""
+def rank0_broadcast(work):
+    """What work() returns on the first process, or the ValueError or RunError that it raises, on all."""
     done = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             done = work()
-        except (ValueError, Failed) as error:
+        except (ValueError, RunError) as error:
             done = error
     if dist.is_initialized():
         box = [done]
@@ -67,7 +67,7 @@ def compute_type(dtype, device):
     return getattr(torch, dtype)
 
 
-def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2,
+def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2,
           copying=False):
     """A model to train, with fp32 master weights and gradients, sharded over all processes where there are several.
 
@@ -94,7 +94,7 @@ def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qw
     model.tie()
     own = {}    # name -> (this process's rows, the index of the first, the whole shape)
     for name, p in model.named_parameters():
-        own[name] = local(p), min(rank * -(-p.shape[0] // world), p.shape[0]), tuple(p.shape)
+        own[name] = local_rows(p), min(rank * -(-p.shape[0] // world), p.shape[0]), tuple(p.shape)
     with torch.no_grad():
         for name in [name for name in own if name.startswith("score.")]:
             own.pop(name)[0].zero_()
@@ -109,7 +109,7 @@ def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qw
     return model
 
 
-def shards(model):
+def sharded_parameters(model):
     """Name and parameter of all that this process holds of a model, as model.named_parameters(). Where it is sharded,
     these are the shards: after a forward without a backward the root of FSDP2 stays gathered, and its parameters are
     until then other tensors, whole, in the dtype of the products and unknown to the optimizer."""
@@ -119,20 +119,20 @@ def shards(model):
     return model.named_parameters()
 
 
-def local(x):
+def local_rows(x):
     """This process's rows of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def full(x):
+def full_tensor(x):
     """A tensor whole on every process; where it is sharded all of them must ask."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def export(model, tokenizer, folder, dtype):
+def export_model(model, tokenizer, folder, dtype):
     """Write an ordinary Hugging Face folder from a model that may be sharded, without a critic's head `score`; every
     process must call it."""
-    tensors = ((name, full(p.detach())) for name, p in shards(model) if not name.startswith("score."))
+    tensors = ((name, full_tensor(p.detach())) for name, p in sharded_parameters(model) if not name.startswith("score."))
     if not dist.is_initialized() or dist.get_rank() == 0:
         tokenizer.save(folder)
         write_checkpoint(folder, model.config, tensors, dtype)
@@ -173,10 +173,10 @@ def save_state(s, step, model, optimizer, origin, keep=2, **more):
             shutil.rmtree(left)
         part.mkdir(parents=True)
     barrier()
-    own = dict(shards(model))
+    own = dict(sharded_parameters(model))
     file = part / f"rank-{rank}.pt"
     torch.save({"step": step, "world": world, "settings": vars(s), "origin": origin, "rng": torch.get_rng_state(),
-                **more, "model": {name: local(p.detach()) for name, p in own.items()},
+                **more, "model": {name: local_rows(p.detach()) for name, p in own.items()},
                 "optimizer": [optimizer.state[p] for p in own.values()]}, file)
     sync(file)
     barrier()
@@ -210,10 +210,10 @@ def load_state(s, names, model, optimizer, origin):
                          "another --out to begin anew")
     weights = state.pop("model")            # the caller must not keep them alive
     moments = state.pop("optimizer")
-    own = dict(shards(model))
+    own = dict(sharded_parameters(model))
     with torch.no_grad():
         for name, p in own.items():
-            local(p).copy_(weights[name])
+            local_rows(p).copy_(weights[name])
     for p, values in zip(own.values(), moments):
         optimizer.state[p] = {key: value.to(p.device) if torch.is_tensor(value) else value
                               for key, value in values.items()}
@@ -285,7 +285,7 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 place += 1
                 if p.grad is not None:
-                    weight, grad = local(p), local(p.grad)
+                    weight, grad = local_rows(p), local_rows(p.grad)
                     if not self.state[p]:
                         self.state[p] = self.begin(weight.numel(), weight.device)
                     self.update(weight.view(-1), grad.reshape(-1), self.state[p], place, group)
@@ -318,7 +318,7 @@ class AdamW(torch.optim.Optimizer):
                         kept.copy_(to_bf16(x, own))
 
 
-def pack(lengths, longest):
+def pack_lengths(lengths, longest):
     """Indices of texts in rows of at most `longest` tokens: each text goes into the first row with room, in order."""
     rows, room = [], []
     for i, n in enumerate(lengths):
@@ -333,7 +333,7 @@ def pack(lengths, longest):
     return rows
 
 
-def batch_of(num, step, size, seed):
+def batch_indices(num, step, size, seed):
     """Indices of the texts, out of `num`, of optimizer step `step`: the epochs' shuffled orders, one after the other,
     cut into runs of `size`. It depends on nothing else, so a resumed run needs no memory of what it has seen."""
     places = range(step * size, (step + 1) * size)
@@ -345,7 +345,7 @@ def epoch_order(num, seed, epoch):
     return torch.randperm(num, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
-def row_of(texts, device):
+def collate_packed(texts, device):
     """(tokens (1, T), lengths, targets (1, T)) of one packed row; targets[i] is the token after i if that was chosen.
 
     An empty list gives a row of one token and no target, for a process that has nothing left to do in a step.
@@ -364,17 +364,17 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def share(lengths, chosen, rank, world, longest):
+def shard_across_ranks(lengths, chosen, rank, world, longest):
     """The packed rows of one process for the texts `chosen`, as lists of their indices; lengths: tokens of every text.
     As many rows for every process, because FSDP gathers and reduces for all of them together."""
-    packed = [pack([lengths[i] for i in chosen[r::world]], longest) for r in range(world)]
+    packed = [pack_lengths([lengths[i] for i in chosen[r::world]], longest) for r in range(world)]
     rows = [[chosen[rank::world][j] for j in row] for row in packed[rank]]
     return rows + [[]] * (max(map(len, packed)) - len(rows))
 
 
-def rows_of(texts, chosen, rank, world, longest):
-    """The packed rows, lists of texts, of one process; see share."""
-    rows = share([len(ids) - 1 for ids, _ in texts], chosen, rank, world, longest)
+def packed_micro_batches(texts, chosen, rank, world, longest):
+    """The packed rows, lists of texts, of one process; see shard_across_ranks."""
+    rows = shard_across_ranks([len(ids) - 1 for ids, _ in texts], chosen, rank, world, longest)
     return [[texts[i] for i in row] for row in rows]
 
 

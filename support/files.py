@@ -34,22 +34,22 @@ VALUE = "a text, a number, true, false, null or a list of these", lambda value: 
     for each in (value if isinstance(value, list) else [value]))
 
 
-def check(value, form, where):
+def check_form(value, form, where):
     """ValueError, which names the place, unless a value read from JSON has a form: (words, test) for a value; [form]
     for a list; {name: form} for an object that has these entries, "name?": if it likes, str: for all it has."""
     names = {list: "a list", dict: "an object"}
     words, good = form if isinstance(form, tuple) else (names[type(form)], lambda value: type(value) is type(form))
     if not good(value):
-        found = names.get(type(value)) or clip(ascii(value), 80)
+        found = names.get(type(value)) or shorten(ascii(value), 80)
         raise ValueError(f"{where}: expected {words}, found {found}")
     if isinstance(form, list):
         for i, each in enumerate(value):
-            check(each, form[0], f"{where}, entry {i}")
+            check_form(each, form[0], f"{where}, entry {i}")
     if isinstance(form, dict):
         for name, inner in form.items():
             for key in value if name is str else [name.removesuffix("?")]:
                 if key in value:
-                    check(value[key], inner, f"{where}, {clip(ascii(key), 80)}")
+                    check_form(value[key], inner, f"{where}, {shorten(ascii(key), 80)}")
                 elif not name.endswith("?"):
                     raise ValueError(f"{where}: {name!r} is missing")
 
@@ -70,27 +70,27 @@ def read_bytes(path, most=LARGEST):
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def from_json(raw, form, where):
+def parse_json(raw, form, where):
     """The value of JSON from who knows where. ValueError: it is not JSON, or not of that form."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
         raise ValueError(f"{where} is not JSON") from None
-    check(value, form, where)
+    check_form(value, form, where)
     return value
 
 
-def read_lines(path, form, mend=False):
+def read_json_lines(path, form, mend=False):
     """The lines of a file of JSON lines, [] where there is no file. A last line that was cut short is left out, and
     with mend removed from the file; any other that is not JSON or not of this form is a ValueError."""
     raw = read_bytes(path) or b""
     whole = raw.rfind(b"\n") + 1
     if mend and whole < len(raw):
         os.truncate(path, whole)
-    return [from_json(line, form, f"{path}, line {i}") for i, line in enumerate(raw[:whole].splitlines(), 1)]
+    return [parse_json(line, form, f"{path}, line {i}") for i, line in enumerate(raw[:whole].splitlines(), 1)]
 
 
-def write(path, value):
+def write_atomic(path, value):
     """Writes bytes, or a value as JSON, aside and renames the file: it is whole, or the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -103,10 +103,10 @@ def write(path, value):
 
 
 @contextlib.contextmanager
-def alone(folder, program):
+def folder_lock(folder, program):
     """Makes a folder and holds it for this process. ValueError: another process has it, or it leads elsewhere."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    inside(folder)
+    refuse_links_out(folder)
     with Path(folder, "lock").open("w") as lock:        # let go however this process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,7 +115,7 @@ def alone(folder, program):
         yield
 
 
-def inside(folder):
+def refuse_links_out(folder):
     """ValueError where something in a folder leads out of it, or is neither a file nor a folder: the folder may come
     from others, and what is written to it must not end up elsewhere."""
     root = os.path.realpath(folder)
@@ -138,11 +138,11 @@ def inside(folder):
                 raise ValueError(f"{ascii(entry.path)} is neither a file nor a folder; remove it")
 
 
-def digest(value):
+def hash_json(value):
     return hashlib.sha256((value if isinstance(value, str) else json.dumps(value, sort_keys=True)).encode()).hexdigest()
 
 
-def clip(text, limit):
+def shorten(text, limit):
     """The text, its middle cut out and the cut marked if it is longer than `limit` characters."""
     half, cut = limit // 2, len(text) - limit
     return text if cut <= 0 else f"{text[:half]} ... {cut:,} characters cut ... {text[half + cut:]}"
@@ -161,4 +161,4 @@ def sync(path):
 
 def fingerprint(tokenizer):
     """Tells tokenizers apart: sampled token ids are of use to a model with the same one alone."""
-    return digest(tokenizer.bpe.to_str())[:16]
+    return hash_json(tokenizer.bpe.to_str())[:16]

@@ -85,7 +85,7 @@ DRILLS = 8              # more edits of the same script that a redrawn copy has,
 NUMBER = re.compile(r"([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)")      # a line of a script that gives a constant
 
 
-def redrawn(messages, rng):
+def augment_constants(messages, rng):
     """A short prompt and its reply in which the constants of the script have other names, other numbers and another
     order, in both alike, and often most lines of the script are gone. The edit, if it is one, still fits the script:
     its text occurs in it once. Edits of the script's other constants follow it, as replies too: the long prompt is read
@@ -139,11 +139,11 @@ def redrawn(messages, rng):
             *({"role": "assistant", "content": before + key + json.dumps(each, ensure_ascii=False)} for each in replies)]
 
 
-def copies_of(one, num, seed):
+def augmented_copies(one, num, seed):
     """num copies of the messages of a short prompt and its reply, 7 of 10 of them redrawn; a quarter if no edit."""
     rng = random.Random(f"{seed} {one.source}")
     num = num if '"find": ' in one.messages[-1]["content"] else -(-num // 4)
-    return [redrawn(one.messages, rng) if rng.random() < 0.7 else one.messages for _ in range(num)]
+    return [augment_constants(one.messages, rng) if rng.random() < 0.7 else one.messages for _ in range(num)]
 
 VOCABULARY = 1024       # ids of the tokenizer that is trained for a model from scratch
 
@@ -154,7 +154,7 @@ TINY = {"prompt": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "co
 TINY_STEPS = 8          # replies of a collected trajectory
 
 
-def unseen(split, num, rng):
+def perturbed_states(split, num, rng):
     """num states that nobody was in, [(script, prompt)]: the starters of a split's tasks with two numbers changed, just
     run. Of held-out tasks the scripts are shown to the model here; nothing is learned of them."""
     found, ids = [], tasks.names(split)
@@ -172,10 +172,10 @@ def unseen(split, num, rng):
     return found
 
 
-def try_out(s, engine, split, num=64):
+def reply_stats(s, engine, split, num=64):
     """(figures, a prompt, its reply) of num sampled replies in unseen states: the shares that can be read, that edit,
     and of the edits those whose text occurs once in the script; and how many of these differ."""
-    states = unseen(split, num, random.Random(s.seed))
+    states = perturbed_states(split, num, random.Random(s.seed))
     replies = engine.generate([prompt for _, prompt in states], max_new_tokens=s.max_new_tokens, seed=s.seed)
     read = [parse(reply.text, s.fields, s.actions) for reply, in replies]
     edits = [(args, script) for (_, action, args, error), (script, _) in zip(read, states)

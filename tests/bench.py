@@ -345,8 +345,8 @@ def fine_tuning(s):
     else:
         folder = find_folder(s.model)
         config = Config.from_pretrained(folder)
-    model, row = distributed.build(config, folder, device, compute=compute), packed(s, config)
-    tokens, lengths, targets = distributed.row_of(row, device)
+    model, row = distributed.build_model(config, folder, device, compute=compute), packed(s, config)
+    tokens, lengths, targets = distributed.collate_packed(row, device)
     num = int((targets != IGNORE).sum())
 
     def ours():
@@ -450,7 +450,7 @@ def rl_updates(s):
     import rl
     import sample
     import test_rl_run
-    known, advance = env.Cache.get, sample.Engine.step
+    known, advance = env.ResultCache.get, sample.Engine.step
 
     def slowly(engine):
         time.sleep(s.script_seconds / 2)
@@ -478,10 +478,10 @@ def rl_updates(s):
         for name, more in {"step": dict(states=8, num=2), "episode": dict(states=2, num=1, steps=8)}.items():
             figures = updates(name, rollout=name, **more)
             yield {"rollout": name, "updates an hour": 3600 / figures["seconds"], **figures}
-        env.Cache.get, sample.Engine.step = (lambda cache, key: None), slowly
+        env.ResultCache.get, sample.Engine.step = (lambda cache, key: None), slowly
         for overlap in (False, True):
             yield {"overlap": overlap, **updates(f"overlap-{overlap}", overlap=overlap, states=4, num=2)}
-        env.Cache.get, sample.Engine.step = known, advance
+        env.ResultCache.get, sample.Engine.step = known, advance
 
 
 MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "kernels": kernels, "load": load_checkpoint,

@@ -184,7 +184,7 @@ def test_an_expert_without_ideas_is_an_error(toys):
     class Mute(Expert):
         def chat(self, messages, **options):
             return sample.Completion("I have none.", [], [], "stop")
-    with pytest.raises(cli.Failed, match="has written no idea for toy-a"):
+    with pytest.raises(cli.RunError, match="has written no idea for toy-a"):
         sft.candidates(settings(toys, expert="mute"), tasks.load("toy-a"), Mute())
 
 

@@ -95,7 +95,7 @@ def text_of(results):
 
 
 def file_of(s, k):
-    return env.file_of(Path(s.out, "trajectories"), "tiny-task", k)
+    return env.trajectory_path(Path(s.out, "trajectories"), "tiny-task", k)
 
 
 def masked(out):
@@ -498,7 +498,7 @@ def test_a_record_of_others_that_is_gone_on_with_is_data(change, words, tmp_path
         play(s, Scripted(fail_at=2, error=sample.EndpointError("down")))
     *lines, last = file_of(s, 0).read_text().splitlines()
     file_of(s, 0).write_text("\n".join([*lines, json.dumps({**json.loads(last), **change}), ""]))
-    with pytest.raises((ValueError, cli.Failed), match=words) as error:
+    with pytest.raises((ValueError, cli.RunError), match=words) as error:
         play(s, Scripted())
     assert str(file_of(s, 0)) in str(error.value)
 
@@ -549,7 +549,7 @@ def test_time_spent_before_an_interruption_counts(tmp_path, task):
 def test_our_own_bugs_are_raised_not_scored(tmp_path, task):
     with pytest.raises(RuntimeError) as error:
         play(settings(tmp_path), Scripted(fail_at=3, error=ValueError("a bug")))
-    assert str(error.value.__cause__) == "a bug" and not isinstance(error.value, cli.Failed)
+    assert str(error.value.__cause__) == "a bug" and not isinstance(error.value, cli.RunError)
 
 
 def test_the_coder_is_asked_with_its_own_seed(tmp_path, task):
@@ -569,7 +569,7 @@ def test_the_coder_is_asked_with_its_own_seed(tmp_path, task):
 
 
 def test_progress_line():
-    run = env.Run({Path("a"): [], Path("b"): [{"type": "header"}, {"type": "step", "ended": ""}]}, num_steps=4)
+    run = env.Progress({Path("a"): [], Path("b"): [{"type": "header"}, {"type": "step", "ended": ""}]}, num_steps=4)
     assert run.line() == "0/2 trajectories, 1 steps, 0:00:00 elapsed"
     run.steps[Path("a")], run.tokens = 3, 600
     run.start = time.monotonic() - 60.5       # 3 of 8 steps took a minute, 4 are left
@@ -738,7 +738,7 @@ def test_a_file_in_place_of_a_folder_is_one_sentence(tmp_path, capsys):
     (tmp_path / "file").touch()
 
     def work():
-        with files.alone(tmp_path / "file", "eval.py"):
+        with files.folder_lock(tmp_path / "file", "eval.py"):
             pass
-    assert cli.attempt("eval.py", work, tmp_path) == 1
+    assert cli.exit_status("eval.py", work, tmp_path) == 1
     assert "eval.py: [Errno 17] File exists" in capsys.readouterr().err

@@ -408,7 +408,7 @@ def test_a_folder_that_leads_elsewhere_is_neither_written_nor_shown(name, make, 
     assert mine.read_text() == "without an end of line"
     link = tmp_path / "results.part"
     link.symlink_to(mine)
-    files.write(tmp_path / "results.json", {})
+    files.write_atomic(tmp_path / "results.json", {})
     assert mine.read_text() == "without an end of line" and (tmp_path / "results.json").read_text() == "{}\n"
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 import rl, sample                                                # noqa: E402
 from model import Config, Qwen2                                 # noqa: E402
 from sample import Tokenizer                                    # noqa: E402
-from support.distributed import epoch_order, export, processes, share  # noqa: E402
+from support.distributed import epoch_order, export_model, init_distributed, shard_across_ranks  # noqa: E402
 
 import torch                                                    # noqa: E402
 from torch.distributed.tensor import DTensor                    # noqa: E402
@@ -63,7 +63,7 @@ class Plain:
 
     @torch.no_grad()
     def step(self):
-        self.steps.append({name: distributed.full(p.grad).clone() for name, p in self.named.items() if p.grad is not None})
+        self.steps.append({name: distributed.full_tensor(p.grad).clone() for name, p in self.named.items() if p.grad is not None})
         for name, p in self.named.items():
             if p.grad is not None:
                 p -= self.rates[name] * p.grad
@@ -542,12 +542,12 @@ WORLDS = {2: (120, list(METHODS)), 4: (90, ["shared critic"])}      # tokens of 
 
 def one_of_several(folder):
     """What each of several processes does; the first saves the figures and the gaps, all of them export the actor."""
-    rank, world, device = processes()
+    rank, world, device = init_distributed()
     length, methods = WORLDS[world]
     found = {method: steps_of(method, rank, world, device, length=length) for method in methods}
     actor = found["shared critic"][2].actor
     assert any(isinstance(p, DTensor) for p in actor.parameters())
-    export(actor, Tokenizer.of_bytes(), Path(folder, str(world)), torch.float32)
+    export_model(actor, Tokenizer.of_bytes(), Path(folder, str(world)), torch.float32)
     learner = rl.Learner(rl.Settings(**SAMPLING), SMALL, None, SIZE, rank, world, device)
     gaps = gaps_after_updates(learner) if world == 2 else []
     figures = {method: each[:2] for method, each in found.items()}
@@ -565,7 +565,7 @@ def test_nothing_depends_on_the_number_of_processes(forks, tmp_path):
     lengths = [len(one.prompt + one.tokens) - 1 for one in some_samples()]
     for world, (length, methods) in WORLDS.items():
         found, gaps = torch.load(tmp_path / f"{world}.pt")
-        rows = [sum(map(bool, share(lengths, epoch_order(12, 0, 0), rank, world, length))) for rank in range(world)]
+        rows = [sum(map(bool, shard_across_ranks(lengths, epoch_order(12, 0, 0), rank, world, length))) for rank in range(world)]
         assert len(set(rows)) > 1
         for method in methods:
             alone = steps_of(method, length=10_000)
@@ -584,7 +584,7 @@ def test_an_exported_actor_is_an_ordinary_folder(tmp_path):
     samples = some_samples(4)
     learner.step(samples, 0)
     assert learner.actor.score.weight.any()
-    export(learner.actor, Tokenizer.of_bytes(), tmp_path, torch.float32)
+    export_model(learner.actor, Tokenizer.of_bytes(), tmp_path, torch.float32)
     model, tokens = Qwen2.from_pretrained(tmp_path), torch.tensor([samples[0].prompt])
     assert not [name for name, _ in model.named_parameters() if "score" in name]
     with torch.no_grad():

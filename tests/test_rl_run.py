@@ -45,7 +45,7 @@ def save_model(folder, prompts):
              for prompt in prompts for reply in REPLIES]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(36):
-        row = [texts[i] for i in distributed.batch_of(len(texts), step, 6, 0)]
+        row = [texts[i] for i in distributed.batch_indices(len(texts), step, 6, 0)]
         sft.add_gradients(model, [row], sum(sum(chosen) for _, chosen in row), 1, torch.device("cpu"), tokenizer.size)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -165,7 +165,7 @@ def test_a_state_that_cannot_be_used_gives_way_to_another_of_its_task():
     for seed in range(5):
         weights.clear()
         assert sorted(rl.draw(found, 4, random.Random(seed), weights, usable)) == ["b", "b", "c", "c"]
-    with pytest.raises(cli.Failed, match="no state of the pool can be played"):
+    with pytest.raises(cli.RunError, match="no state of the pool can be played"):
         rl.draw({"one": {"a": "A"}}, 1, random.Random(0), weights := {}, usable)
 
 
@@ -288,7 +288,7 @@ def test_a_prompt_that_is_too_long_is_left_out_and_said(made, capsys):
     assert len(names) == 40 and 0 < len(too_long) < 12 and not too_long & set(names)
     out = {name for name, weight in rollout.weights.items() if weight == 0}
     assert out and out <= too_long and capsys.readouterr().err.count(f"--context is {limit}") == len(out)
-    with pytest.raises(cli.Failed, match="no state of the pool"):
+    with pytest.raises(cli.RunError, match="no state of the pool"):
         playing(made, Scripted(context=20)).draw(0)
 
 
@@ -587,7 +587,7 @@ def test_ctrl_c_is_said_and_the_run_goes_on(made, run):
 
 
 def test_two_runs_in_one_folder_are_refused(made, run):
-    with files.alone(made / "held", "rl.py"):
+    with files.folder_lock(made / "held", "rl.py"):
         code, said = run(out=made / "held")
         assert code == 2 and "another rl.py writes to" in said
         done = run(out=made / "held", world=2)

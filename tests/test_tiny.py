@@ -192,7 +192,7 @@ def test_names_drawn_anew_still_fit():
         for find, put in (("EPOCHS = 5", "EPOCHS = 50"), ("step(RATE, SIDE_A)", "step(RATE, SIDE_A, 1)")):
             args = {"script_name": "train.py", "find": find, "replace": put}
             reply = {"role": "assistant", "content": f"Action: Replace In Script\nAction Input: {json.dumps(args)}"}
-            user, robot, *more = miniature.redrawn([prompt, reply], random.Random(seed))
+            user, robot, *more = miniature.augment_constants([prompt, reply], random.Random(seed))
             shown = user["content"].split("\n", 3)[3]
             fields, action, new, error = env.parse(robot["content"], miniature.SHORT_FIELDS, miniature.SHORT_ACTIONS)
             assert not error and shown.count(new["find"]) == 1 and new["find"] != new["replace"]
@@ -255,7 +255,7 @@ def test_weights_that_copy():
 # ---- the command
 
 CODE = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; "
-        "import sft, {0}; from support import miniature; miniature.try_out.__defaults__ = (8,); sys.exit({0}.main(sys.argv[1:]))")    # 8 states, not 64
+        "import sft, {0}; from support import miniature; miniature.reply_stats.__defaults__ = (8,); sys.exit({0}.main(sys.argv[1:]))")    # 8 states, not 64
 
 
 def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_path):

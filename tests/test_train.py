@@ -37,7 +37,7 @@ def texts_of(num=24, seed=0):
 def gradients(texts, chosen, world, rank, longest, compute=None):
     model = Qwen2.from_scratch(SMALL, seed=1)
     model.compute = compute
-    rows = distributed.rows_of(texts, chosen, rank, world, longest)
+    rows = distributed.packed_micro_batches(texts, chosen, rank, world, longest)
     num = sum(sum(texts[i][1]) for i in chosen)
     loss = sft.add_gradients(model, rows, num, 1, torch.device("cpu"), 259)
     return loss, {name: p.grad for name, p in model.named_parameters()}
@@ -66,7 +66,7 @@ def test_micro_batches_are_one_batch(parts):
     for pieces in (1, parts):
         model, loss = Qwen2.from_scratch(SMALL, seed=1), 0.0
         for m in range(pieces):
-            rows = distributed.rows_of(texts, chosen[m::pieces], 0, 1, 120)
+            rows = distributed.packed_micro_batches(texts, chosen[m::pieces], 0, 1, 120)
             loss = loss + sft.add_gradients(model, rows, num, 1, torch.device("cpu"), 259)
         found.append((loss, {name: p.grad for name, p in model.named_parameters()}))
     assert_same(*found)
@@ -74,23 +74,23 @@ def test_micro_batches_are_one_batch(parts):
 
 def test_packing_loses_nothing_and_keeps_the_limit():
     lengths = [5, 9, 1, 7, 3, 10, 2]
-    rows = distributed.pack(lengths, 10)
+    rows = distributed.pack_lengths(lengths, 10)
     assert sorted(i for row in rows for i in row) == list(range(7))
     assert all(sum(lengths[i] for i in row) <= 10 for row in rows)
     assert rows == [[0, 2, 4], [1], [3, 6], [5]]        # first fit, by hand
 
 
 def test_each_epoch_has_each_text_once_in_an_order_of_its_own():
-    seen = [i for step in range(6) for i in distributed.batch_of(9, step, 3, seed=5)]
+    seen = [i for step in range(6) for i in distributed.batch_indices(9, step, 3, seed=5)]
     assert sorted(seen[:9]) == sorted(seen[9:]) == list(range(9)) and seen[:9] != seen[9:]
-    assert seen == [i for step in range(3) for i in distributed.batch_of(9, step, 6, seed=5)]
+    assert seen == [i for step in range(3) for i in distributed.batch_indices(9, step, 6, seed=5)]
 
 
 def test_only_what_the_assistant_chose_has_a_gradient():
     """d loss / d logits is 0 at every position but those before a chosen token, the end of turn among them."""
     t = Tokenizer.of_bytes()
     ids, chosen = t.conversation([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}])
-    tokens, lengths, targets = distributed.row_of([(ids, chosen)], "cpu")
+    tokens, lengths, targets = distributed.collate_packed([(ids, chosen)], "cpu")
     model = Qwen2.from_scratch(SMALL, seed=1)
     kept = {}
     model.model.norm.register_forward_hook(lambda m, i, o: (o.retain_grad(), kept.update(x=o)) and None)
@@ -104,11 +104,11 @@ import json, sys, torch
 import sft, test_train as t
 from support import distributed
 torch.manual_seed(0)
-rank, world, device = distributed.processes()
+rank, world, device = distributed.init_distributed()
 texts = t.texts_of()
 chosen, recompute, compute = json.loads(sys.argv[1])
-model = distributed.build(t.SMALL, None, device, seed=1, recompute=recompute, compute=getattr(torch, compute))
-rows = distributed.rows_of(texts, chosen, rank, world, 120)
+model = distributed.build_model(t.SMALL, None, device, seed=1, recompute=recompute, compute=getattr(torch, compute))
+rows = distributed.packed_micro_batches(texts, chosen, rank, world, 120)
 num = sum(sum(texts[i][1]) for i in chosen)
 loss = sft.add_gradients(model, rows, num, world, device, 259)
 torch.distributed.all_reduce(loss)
@@ -146,13 +146,13 @@ def test_a_process_of_several_joins_the_others_unless_it_has(monkeypatch):
     """What torchrun sets says which of how many it is; alone there is nothing to join."""
     joined = []
     monkeypatch.setattr(sft.dist, "init_process_group", lambda *args, **more: joined.append(args))
-    assert distributed.processes()[:2] == (0, 1) and not joined
+    assert distributed.init_distributed()[:2] == (0, 1) and not joined
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(sft.torch.cuda, "is_available", lambda: False)
-    assert distributed.processes() == (3, 4, torch.device("cpu")) and joined == [("gloo",)]
+    assert distributed.init_distributed() == (3, 4, torch.device("cpu")) and joined == [("gloo",)]
     monkeypatch.setattr(sft.dist, "is_initialized", lambda: True)
-    assert distributed.processes()[:2] == (3, 4) and len(joined) == 1
+    assert distributed.init_distributed()[:2] == (3, 4) and len(joined) == 1
 
 
 # -- the optimizer
@@ -229,7 +229,7 @@ config, length, kinds, recompute, compute, state = eval(sys.argv[1])
 torch.set_num_threads(1)
 now = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 def steps(config, length):
-    model = distributed.build(config, None, torch.device("cpu"), recompute=recompute, compute=getattr(torch, compute))
+    model = distributed.build_model(config, None, torch.device("cpu"), recompute=recompute, compute=getattr(torch, compute))
     optimizer = distributed.AdamW(model.parameters(), 1e-4, state=state)
     text = torch.arange(length // 4 + 1) % 250
     row = [(text.tolist(), [i % kinds == 0 for i in range(len(text))])] * 4
@@ -472,7 +472,7 @@ def test_what_a_rename_promises_is_on_the_disk_first(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     assert done == ["model", "model-0.safetensors", "to model.safetensors", "model", "config.json", "model"]
     done.clear()
-    files.write(tmp_path / "manifest.json", {"a": 1})
+    files.write_atomic(tmp_path / "manifest.json", {"a": 1})
     assert done == ["manifest.part"] and json.loads((tmp_path / "manifest.json").read_text()) == {"a": 1}
 
 
@@ -507,7 +507,7 @@ def test_who_validates_is_drawn_by_trajectory():
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path, capsys):
     conversations(tmp_path / "own.jsonl")
-    with files.alone(tmp_path / "out", "sft.py"):
+    with files.folder_lock(tmp_path / "out", "sft.py"):
         assert fine_tune(tmp_path) == 2 and "another sft.py writes to" in capsys.readouterr().err
 
 
@@ -548,7 +548,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rank_and_batch(tm
     Tokenizer.of_bytes().save(tmp_path / "ill")
     assert fine_tune(tmp_path, "--model", str(tmp_path / "ill")) == 1
     said = capsys.readouterr().err
-    batch = distributed.batch_of(11, 0, 4, 0)       # 12 conversations, of which one validates
+    batch = distributed.batch_indices(11, 0, 4, 0)       # 12 conversations, of which one validates
     assert f"step 1: loss nan, gradient norm nan; rank 0, conversations {batch}" in said
     assert not (tmp_path / "out/checkpoints").exists()
 
@@ -579,14 +579,14 @@ def test_a_step_and_the_folder_are_those_of_transformers(tmp_path):
         expected += loss.item()
     norm = norm_of(model)
     del model, logp, loss
-    model = distributed.build(Config.from_pretrained(real), Path(real), device)
-    rows = distributed.rows_of(texts, range(3), 0, 1, 1000)
+    model = distributed.build_model(Config.from_pretrained(real), Path(real), device)
+    rows = distributed.packed_micro_batches(texts, range(3), 0, 1, 1000)
     assert len(rows) == 1
     assert sft.add_gradients(model, rows, num, 1, device, tokenizer.size).item() == pytest.approx(expected, rel=1e-4)
     assert norm_of(model) == pytest.approx(norm, rel=1e-4)
     distributed.AdamW(model.parameters(), 1e-5, state="int8").step()
     model.zero_grad()
-    distributed.export(model, tokenizer, tmp_path / "out", torch.float32)
+    distributed.export_model(model, tokenizer, tmp_path / "out", torch.float32)
     tokens = torch.tensor([texts[2][0]])
     with torch.no_grad():
         ours = model(tokens)
