@@ -75,7 +75,7 @@ class Settings:
     beta2: float = 0.999  # of AdamW
     weight_decay: float = 0.0  # of AdamW
     optimizer_state: str = "float32"  # what AdamW's two moments are kept in: float32, bfloat16 or int8
-    shorten: float = 1.0  # largest norm of a step's gradient
+    clip: float = 1.0  # largest norm of a step's gradient
     copies: int = 0  # texts made of each conversation with an edit (of another a quarter), in most of which names and
         # numbers of the script are drawn anew, so that a small model learns to copy; 0: the conversation itself
     valid: float = 0.05  # share of the conversations that is held back to validate
