@@ -82,7 +82,8 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *d):
-        (x, weight), C = ctx.saved_tensors, ctx.saved_tensors[0].shape[-1]
+        x, weight = ctx.saved_tensors       # read once: recomputed activations are given out a single time
+        C = x.shape[-1]
         N, d = x.numel() // C, [each.contiguous() for each in d]
         dx, parts = torch.empty_like(x), torch.empty(min(N, 264), C, dtype=torch.float32, device=x.device)
         block, warps = _block(C)

@@ -140,13 +140,16 @@ def loss_and_gradients(net, tokens, targets):
     return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
 
 
-def test_a_whole_model_with_kernels_is_the_plain_one():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_whole_model_with_kernels_is_the_plain_one(recompute):
     net = Qwen2.from_scratch(ODD, seed=2)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
     tokens = torch.randint(290, (1, 13), generator=torch.Generator().manual_seed(1))
     plain = loss_and_gradients(net, tokens, tokens.roll(-1))
+    for block in net.model.layers:
+        block.recompute = recompute
     model.use_kernels("triton", "cpu")
     try:
         ours = loss_and_gradients(net, tokens, tokens.roll(-1))
