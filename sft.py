@@ -41,6 +41,7 @@ from model import (
 from eval import (
     AGENT, FLAG, NUMBER, TEXT, VALUE, Failed, Run, alone, attempt, ended, file_of, from_json, layout, one_process,
     prepare, read_agent, read_bytes, read_record, run_program, spoken, together, trajectory, write)
+from support.miniature import draw_copying
 
 
 RECIPES = {     # --preset: the paper's section on fine-tuning
@@ -877,7 +878,7 @@ def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qw
     folder is None. compute: the dtype of the products and activations; None: see compute_type. The units of FSDP2 are
     the blocks, and the rest; they are gathered in that dtype and gradients reduced in fp32. A process alone casts each
     weight where it is used. recompute: activation checkpointing, block by block. make: the class; a head `score` that
-    it adds begins at zero. copying: the weights that are drawn are those of Qwen2.draw_copying.
+    it adds begins at zero. copying: the weights that are drawn are those of support.miniature.draw_copying.
     """
     with torch.device("meta"):
         model = make(config)
@@ -904,7 +905,9 @@ def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qw
         load_tensors(folder, own, unused=() if hasattr(model, "lm_head") else ("lm_head.weight",))
     else:
         drawn = Qwen2.from_scratch(config, seed)
-        drawn = dict((drawn.draw_copying(seed) if copying else drawn).named_parameters())
+        if copying:
+            draw_copying(drawn, seed)
+        drawn = dict(drawn.named_parameters())
         with torch.no_grad():
             for name, (rows, first, _) in own.items():
                 rows.copy_(drawn[name][first:first + len(rows)])
