@@ -13,7 +13,6 @@ V vocabulary, L layers, S positions of the key/value cache that a pass can see.
 """
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -207,47 +206,11 @@ def use_kernels(name, device):
 # Layers
 
 class Linear(nn.Linear):
-    """y = x W^T + b, by whichever form of the product is fast for the few rows of a decoding step on a CPU.
-
-    Training, CUDA and long prefills use F.linear. A step of 1 to 64 rows in fp32 takes its time from reading weights,
-    so pack() keeps a second copy for it. Weights that are exact in fp16 but for a power of two, as those of a published
-    bf16 checkpoint are, are stored so, half the bytes; products and sums stay fp32. Others are stored in oneDNN's
-    blocked layout. Measured on two cores at the 0.5B shapes, in GB/s of fp32 weights (30 is the memory's own rate):
-    F.linear 29, 13, 10 and 5 at 1, 4, 8 and 64 rows; fp16 37 to 42, 31, 25, 7; blocked 23, 22, 20, 8. In bf16 on a CPU
-    with AMX, W @ x^T does about twice the work of F.linear.
-    """
-    packed = None       # (numbers of rows, function of x) of the copy; Engine makes it for fp32 sampling on a CPU
-
-    def pack(self):
-        """Make the copy, or make it again after the weight has changed."""
-        weight = self.weight.detach()
-        scale = 2.0 ** (15 - math.ceil(math.log2(max(weight.abs().max().item(), 1e-30))))
-        if all(torch.equal((rows * scale).half().float(), rows * scale) for rows in weight.split(4096)):
-            bias = None if self.bias is None else self.bias.detach() * scale
-            copy = torch.ops.quantized.linear_prepack_fp16(weight * scale, bias)
-            self.packed = range(1, 65), lambda x: torch.ops.quantized.linear_dynamic_fp16(x, copy).div_(scale)
-        else:
-            copy = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
-            self.packed = range(4, 65), lambda x: torch.ops.mkldnn._linear_pointwise(x, copy, self.bias, "none", [], "")
-
-    def step_bytes(self):
-        """Bytes that a product with one row reads: the weight's, or the fp16 copy's."""
-        return self.weight.nbytes // (2 if self.packed and 1 in self.packed[0] else 1)
+    """y = x W^T + b. The weight is cast to the dtype of x, which in mixed precision is not its own (Qwen2.compute)."""
 
     def forward(self, x):
-        rows = x.numel() // x.shape[-1]
-        if x.dtype is not self.weight.dtype:        # Qwen2.compute
-            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if x.device.type != "cpu" or torch.is_grad_enabled():
-            return F.linear(x, self.weight, self.bias)
-        if x.dtype is torch.bfloat16:
-            flat = x.reshape(rows, -1)
-            y = torch.mv(self.weight, flat[0])[None] if rows == 1 else (self.weight @ flat.T).T
-            y = y if self.bias is None else y + self.bias
-            return y.reshape(*x.shape[:-1], -1)
-        if self.packed and rows in self.packed[0]:
-            return self.packed[1](x)
-        return F.linear(x, self.weight, self.bias)
+        bias = self.bias.to(x.dtype) if self.bias is not None else None
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 IGNORE = -100       # the target of a token that has none: padding, and what the policy did not choose

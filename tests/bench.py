@@ -105,7 +105,7 @@ def decode(s):
     engine.draft = False
     limit = read_bandwidth(engine.device) / streamed_bytes(engine.model)       # decoding steps a second
     whole = sum(m.weight.nbytes for m in engine.model.modules() if isinstance(m, model.Linear)) / streamed_bytes(
-        engine.model)           # of fp32 weights half the bytes may be read: Linear.pack
+        engine.model)           # of fp32 weights half the bytes may be read: support/cpu_linear.py
     peer = open_peer(s, engine.device)
     for B in s.batches:
         prompts = random_prompts(engine, B, s.prompt_tokens)

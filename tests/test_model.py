@@ -13,6 +13,7 @@ import model
 import sample
 from model import IGNORE, Config, Linear, LinearLogProb, Qwen2, find_folder, hash_checkpoint
 from sample import Tokenizer
+from support import cpu_linear
 
 ODD = Config(vocab_size=301, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=2, tie_word_embeddings=False)
@@ -170,12 +171,25 @@ def test_every_form_of_the_linear_layer_is_the_same_product(dtype, tolerance, ro
     plain = x.double() @ layer.weight.double().T + layer.bias.double()
     with torch.no_grad():
         unpacked = layer(x)
-        if dtype is torch.float32:
-            layer.pack()
+        cpu_linear.pack(layer)
         packed = layer(x)
     for y in (unpacked, packed):
         assert y.shape == (rows, 1, 41) and (y - plain).abs().max() <= tolerance * plain.abs().max()
     assert layer(x).requires_grad       # with gradients on, the differentiable form
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_packed_weights_scores_targets_and_trains_as_before(dtype):
+    model = Qwen2.from_scratch(ODD, seed=4, dtype=dtype)
+    tokens = tokens_of(ODD, 1, 9)
+    results = []
+    for packed in (False, True):
+        if packed:
+            cpu_linear.pack(model)
+        logp, entropy, is_argmax = model(tokens, targets=tokens.roll(-1), size=290)
+        grads = torch.autograd.grad(logp.sum() + entropy.sum(), list(model.parameters()))
+        results.append((logp, entropy, is_argmax, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_kernels_that_cannot_run_are_refused_and_torchs_stay(monkeypatch):

@@ -13,8 +13,8 @@ import sample
 import sft
 import tasks
 from model import Config, Qwen2
-from support.miniature import draw_copying
 from sample import Tokenizer
+from support.miniature import draw_copying
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
 
 
