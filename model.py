@@ -15,10 +15,10 @@ import hashlib
 import json
 import os
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 # Read when torch is first imported: threads that wait for each other sleep after so many spins. To spin on, the
 # default, is 3 % faster on an idle machine, but beside a running script a decoding step takes seven times as long.
@@ -184,22 +184,30 @@ def attend(q, k, v, seen):
     return y.view(B, K, T, H // K, D).transpose(1, 2).reshape(B, T, H, D)
 
 
-ops = sys.modules[__name__]
+PLAIN = {f.__name__: f for f in (norm, add_norm, rope, swiglu, word_sums, word_slopes, sight, attend)}
+KERNELS = SimpleNamespace(**PLAIN)      # what the layers call; use_kernels changes it in place
 
 
 def use_kernels(name, device):
-    """Let "torch", the functions above, or "triton", those of fused.py, do their work from now on in this process.
-    Raises ValueError where they cannot, on this device or without the package."""
-    global ops
-    if name not in ("torch", "triton"):
-        raise ValueError(f"expected kernels torch or triton, found {name!r}")
-    if name == "triton":
+    """Lets the functions above ("torch") or those of fused.py ("triton") do the work from now on in this process.
+
+    Raises ValueError for another name, and where Triton's cannot run: on this device, or without the package.
+    """
+    if name == "torch":
+        functions = PLAIN
+    elif name == "triton":
         try:
             import fused
         except ImportError as error:
             raise ValueError(f"the Triton kernels need triton ({error}); pip install it, or use torch's") from None
         fused.check(device)
-    ops = fused if name == "triton" else sys.modules[__name__]
+        functions = {name: getattr(fused, name) for name in PLAIN}
+    else:
+        raise ValueError(f"expected kernels torch or triton, found {name!r}")
+    vars(KERNELS).update(functions)
+
+
+ops = KERNELS       # the name by which sample.py knows it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,7 +240,7 @@ class LinearLogProb(torch.autograd.Function):
         best = torch.full_like(total, -torch.inf)
         for start in range(0, size, words):
             part = weight[start:min(start + words, size)].to(x.dtype)
-            ops.word_sums(x @ part.T, targets - start, temperature, best, total, mean, target)
+            KERNELS.word_sums(x @ part.T, targets - start, temperature, best, total, mean, target)
         lse = best + total.log()
         entropy, first = lse - mean / total, target >= best
         ctx.save_for_backward(x, weight, targets, lse, entropy)
@@ -250,7 +258,7 @@ class LinearLogProb(torch.autograd.Function):
         for start in range(0, size, words):
             stop = min(start + words, size)
             part = weight[start:stop].to(x.dtype)
-            d = ops.word_slopes(x @ part.T, targets - start, temperature, lse, entropy, d_logp, d_entropy)
+            d = KERNELS.word_slopes(x @ part.T, targets - start, temperature, lse, entropy, d_logp, d_entropy)
             dx += d @ part
             dw[start:stop] = d.T @ x
         return dx.to(x.dtype), dw, None, None, None, None
@@ -282,7 +290,7 @@ class RMSNorm(nn.Module):
     def forward(self, x, y=None):
         """The norm of x; with y, of the same shape: x + y, and its norm."""
         weight = self.weight.to(x.dtype)
-        return ops.norm(x, weight, self.eps) if y is None else ops.add_norm(x, y, weight, self.eps)
+        return KERNELS.norm(x, weight, self.eps) if y is None else KERNELS.add_norm(x, y, weight, self.eps)
 
 
 def rotary(positions, head_dim, theta):
@@ -309,7 +317,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, window, layer, lengths):
         B, T, C = x.shape
-        q, k = ops.rope(self.q_proj(x).view(B, T, self.H, self.D), self.k_proj(x).view(B, T, self.K, self.D), cos, sin)
+        q, k = KERNELS.rope(self.q_proj(x).view(B, T, self.H, self.D), self.k_proj(x).view(B, T, self.K, self.D), cos, sin)
         v = self.v_proj(x).view(B, T, self.K, self.D)
         if window is not None:
             window.append(layer, k[0], v[0])
@@ -332,7 +340,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(KERNELS.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
