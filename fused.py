@@ -1,7 +1,7 @@
 """The operations of model.py in Triton, for CUDA: the same names, arguments and results (model.use_kernels picks them).
 
 Each does in one pass over its data what torch's own calls do in several. Not here, because they cannot pay: the matrix
-products, also those of the log-probs, which cuBLAS does at the machine's rate. word_sums and word_slopes are what is
+products, also those of the log-probs, which cuBLAS does at the machine's rate. logprob_stats and logprob_backward are what is
 left of the log-probs: one reading of the logits forward, one reading and writing backward, where torch makes about
 eight.
 The file is not called kernels.py because transformers would take it for the package of that name.
@@ -190,7 +190,7 @@ def swiglu(gate, up):
 # Log-probs: what follows the product with some words of the vocabulary
 
 @triton.jit
-def _word_sums(logits, targets, best, total, mean, target, words, scale, BLOCK: tl.constexpr):
+def _logprob_stats(logits, targets, best, total, mean, target, words, scale, BLOCK: tl.constexpr):
     """A program goes along one row."""
     row = tl.program_id(0).to(tl.int64)
     top, sums, mass = tl.load(best + row), tl.load(total + row), tl.load(mean + row)
@@ -211,7 +211,7 @@ def _word_sums(logits, targets, best, total, mean, target, words, scale, BLOCK: 
 
 
 @triton.jit
-def _word_slopes(logits, targets, lse, entropy, d_logp, d_entropy, words, scale, ENTROPY: tl.constexpr,
+def _logprob_backward(logits, targets, lse, entropy, d_logp, d_entropy, words, scale, ENTROPY: tl.constexpr,
                  BLOCK: tl.constexpr):
     """In place."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -223,17 +223,17 @@ def _word_slopes(logits, targets, lse, entropy, d_logp, d_entropy, words, scale,
     tl.store(place, (tl.exp(logq) * slope + up) * scale, mask=live)
 
 
-def word_sums(logits, targets, temperature, best, total, mean, target):
+def logprob_stats(logits, targets, temperature, best, total, mean, target):
     if len(logits):
-        _word_sums[(len(logits),)](logits, targets, best, total, mean, target, logits.shape[1], 1 / temperature,
+        _logprob_stats[(len(logits),)](logits, targets, best, total, mean, target, logits.shape[1], 1 / temperature,
                                    BLOCK=4096, num_warps=8)
 
 
-def word_slopes(logits, targets, temperature, lse, entropy, d_logp, d_entropy):
+def logprob_backward(logits, targets, temperature, lse, entropy, d_logp, d_entropy):
     N, words = logits.shape
     if N:
         rows = [d.contiguous() for d in (d_logp, d_logp if d_entropy is None else d_entropy)]
-        _word_slopes[(N, triton.cdiv(words, 4096))](logits, targets, lse, entropy, *rows, words, 1 / temperature,
+        _logprob_backward[(N, triton.cdiv(words, 4096))](logits, targets, lse, entropy, *rows, words, 1 / temperature,
                                                     ENTROPY=d_entropy is not None, BLOCK=4096, num_warps=8)
     return logits
 
@@ -294,8 +294,11 @@ def _join(parts, sums, out, D, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
     tl.store(out + row * D + d, tl.sum(found * share[:, None], 0) / tl.sum(mass * share), mask=d < D)
 
 
-def sight(places, S, group, dtype):
+def attention_mask(places, S, group, dtype):
     return places
+
+
+sight = attention_mask      # the name in sample.py
 
 
 def attend(q, k, v, seen):

@@ -138,7 +138,7 @@ def swiglu(gate, up):
     return F.silu(gate) * up
 
 
-def word_sums(logits, targets, temperature, best, total, mean, target):
+def logprob_stats(logits, targets, temperature, best, total, mean, target):
     """Take notice of more words: with z = logits / temperature over all of them so far, best becomes max z, total the
     sum of exp(z - best), mean that of z exp(z - best) and target the target's z, each (N,), in place.
 
@@ -153,9 +153,9 @@ def word_sums(logits, targets, temperature, best, total, mean, target):
     target.copy_(torch.where(here, z.gather(1, targets.clamp(0, z.shape[1] - 1)[:, None])[:, 0], target))
 
 
-def word_slopes(logits, targets, temperature, lse, entropy, d_logp, d_entropy):
+def logprob_backward(logits, targets, temperature, lse, entropy, d_logp, d_entropy):
     """The gradient of sum(d_logp * logp + d_entropy * entropy), without d_entropy where that is None, with respect to
-    the logits of some words: (N, words), in their dtype. See word_sums for logits and targets.
+    the logits of some words: (N, words), in their dtype. See logprob_stats for logits and targets.
 
     With p the softmax and E its entropy, d logp / dz = 1[target] - p and d E / dz = -p (log p + E).
     """
@@ -169,7 +169,7 @@ def word_slopes(logits, targets, temperature, lse, entropy, d_logp, d_entropy):
     return d.div_(temperature).to(logits.dtype)
 
 
-def sight(places, S, group, dtype):
+def attention_mask(places, S, group, dtype):
     """What attend has to know of who sees what: query t of row b sees positions 0 .. places[b, t] of S. Here a mask
     to add to the scores, (B, 1, T * group, S); group: query heads that share a key."""
     unseen = torch.arange(S, device=places.device) > places.repeat_interleave(group, 1)[:, None, :, None]
@@ -184,7 +184,8 @@ def attend(q, k, v, seen):
     return y.view(B, K, T, H // K, D).transpose(1, 2).reshape(B, T, H, D)
 
 
-PLAIN = {f.__name__: f for f in (norm, add_norm, rope, swiglu, word_sums, word_slopes, sight, attend)}
+PLAIN = {f.__name__: f for f in (norm, add_norm, rope, swiglu, logprob_stats, logprob_backward, attention_mask, attend)}
+PLAIN["sight"] = sight = attention_mask      # the name in sample.py
 KERNELS = SimpleNamespace(**PLAIN)      # what the layers call; use_kernels changes it in place
 
 
@@ -207,7 +208,7 @@ def use_kernels(name, device):
     vars(KERNELS).update(functions)
 
 
-ops = KERNELS       # the name by which sample.py knows it
+ops = KERNELS               # the name in sample.py
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,8 +229,8 @@ class LinearLogProb(torch.autograd.Function):
     """log softmax(x W^T / temperature)[target], the entropy of the softmax, and if the target is its likeliest token,
     without ever holding (N, V) logits.
 
-    Logits are made for some `words` of the vocabulary at a time, with a running maximum and sums in fp32 (word_sums);
-    backward makes them again, and scales each row by its own upstream gradient (word_slopes). Going along the
+    Logits are made for some `words` of the vocabulary at a time, with a running maximum and sums in fp32 (logprob_stats);
+    backward makes them again, and scales each row by its own upstream gradient (logprob_backward). Going along the
     vocabulary, each row of the weight and of its gradient is touched once in a pass, however many tokens there are.
     """
 
@@ -240,7 +241,7 @@ class LinearLogProb(torch.autograd.Function):
         best = torch.full_like(total, -torch.inf)
         for start in range(0, size, words):
             part = weight[start:min(start + words, size)].to(x.dtype)
-            KERNELS.word_sums(x @ part.T, targets - start, temperature, best, total, mean, target)
+            KERNELS.logprob_stats(x @ part.T, targets - start, temperature, best, total, mean, target)
         lse = best + total.log()
         entropy, first = lse - mean / total, target >= best
         ctx.save_for_backward(x, weight, targets, lse, entropy)
@@ -258,7 +259,7 @@ class LinearLogProb(torch.autograd.Function):
         for start in range(0, size, words):
             stop = min(start + words, size)
             part = weight[start:stop].to(x.dtype)
-            d = KERNELS.word_slopes(x @ part.T, targets - start, temperature, lse, entropy, d_logp, d_entropy)
+            d = KERNELS.logprob_backward(x @ part.T, targets - start, temperature, lse, entropy, d_logp, d_entropy)
             dx += d @ part
             dw[start:stop] = d.T @ x
         return dx.to(x.dtype), dw, None, None, None, None

@@ -285,7 +285,7 @@ def kernel_cases(c, tokens, rows, length, dtype, device):
     for B in (1, rows):
         q, k, v = new(B, 1, H, D).detach(), new(B, K, length, D).detach(), new(B, K, length, D).detach()
         places = torch.linspace(length // 2, length - 1, B, device=device).long()[:, None]
-        seen = {ops: ops.sight(places, length, H // K, dtype) for ops in (model, fused)}
+        seen = {ops: ops.attention_mask(places, length, H // K, dtype) for ops in (model, fused)}
         yield (f"attend, {B} rows", lambda ops, q, k, v, seen=seen: ops.attend(q, k, v, seen[ops]), (q, k, v), False,
                2 * size * K * D * int(places.sum() + B), "GB/s", None)
 

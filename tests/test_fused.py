@@ -126,8 +126,8 @@ def test_attention_over_a_ragged_cache(B, T, H, K, D, S, dtype, tolerance):
         k[row, :, n + 1:], v[row, :, n + 1:] = 1e4, -1e4
     q, k, v = (x.to(dtype) for x in (q, k, v))
     k, v = k[:, :, :S], v[:, :, :S]
-    ours = fused.attend(q, k, v, fused.sight(places, S, H // K, dtype))
-    plain = model.attend(q.float(), k.float(), v.float(), model.sight(places, S, H // K, torch.float32))
+    ours = fused.attend(q, k, v, fused.attention_mask(places, S, H // K, dtype))
+    plain = model.attend(q.float(), k.float(), v.float(), model.attention_mask(places, S, H // K, torch.float32))
     assert ours.dtype is dtype
     assert_close(ours, plain, tolerance)
 
@@ -220,9 +220,9 @@ q, k = fused.rope(new(1, 1024, 28, 128), new(1, 1024, 4, 128), *[new(1, 1024, 1,
 q.backward(q)
 fused.swiglu(new(1, 1024, 18944), new(1, 1024, 18944)).sum().backward()
 logits, targets = new(1024, 131072).detach(), new(1024, dtype=torch.int64)
-fused.word_sums(logits, targets, 0.7, row(), row(), row(), row())
+fused.logprob_stats(logits, targets, 0.7, row(), row(), row(), row())
 for entropy in (None, row()):
-    fused.word_slopes(logits, targets, 0.7, row(), row(), row(), entropy)
+    fused.logprob_backward(logits, targets, 0.7, row(), row(), row(), entropy)
 cache = new(64, 4, 16384, 128).detach()
 for B, T in ((1, 1), (64, 1), (1, 16)):
     fused.attend(new(B, T, 28, 128).detach(), cache[:B], cache[:B], new(B, T, dtype=torch.int64))
