@@ -4,24 +4,23 @@
     logits = model(tokens)                                          # (B, T) int64 -> (B, T, V)
     model.save_pretrained("my-folder")                              # opens in transformers and vLLM
 
-The network (Qwen2.5 report, arXiv 2412.15115, section 2): L blocks of pre-norm attention and SwiGLU. RMSNorm, rotary
-positions, grouped-query attention with biases on q, k and v only, output head tied to the embedding in the small sizes.
-Parameters carry the names of the published checkpoints, so loading is an identity map.
+The network (Qwen2.5 report, arXiv 2412.15115, section 2) is L blocks of pre-norm attention and SwiGLU, with RMSNorm,
+rotary positions, grouped-query attention and, in the small sizes, the embedding as output head. Parameters carry the
+names of the published checkpoints.
 
-Letters: B rows, T tokens in a row, C model width, H query heads, K key/value heads, D head width, F feed-forward width,
-V vocabulary, L layers, S positions of the key/value cache that a pass can see.
+Letters in shapes: B rows, T tokens in a row, N tokens with a target, S cached positions, V vocabulary, L layers,
+C model width, F feed-forward width, H query heads, K key/value heads, D head width.
 """
 import hashlib
 import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-# Read when torch is first imported: threads that wait for each other sleep after so many spins. To spin on, the
-# default, is 3 % faster on an idle machine, but beside a running script a decoding step takes seven times as long.
+# Read when torch is first imported: idle threads soon sleep, and do not spin beside a running script.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -31,14 +30,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
+IGNORE = -100               # the target of a token that has none
+MAX_LAYERS = 2**10          # what a config.json may ask for, so that no file starts an endless build
+MAX_SIZE = 2**24
+CPU_LOGITS = 2**24          # logits that the log-probs hold at a time: 64 MiB in fp32
+GPU_LOGITS = 2**27          # 512 MiB
+SHARD_BYTES = 5 * 10**9     # of the largest file of a checkpoint
+HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
 @dataclass
 class Config:
-    """The shape of a model, under the names of its published config.json."""
-    vocab_size: int = 512
+    """The shape of a model, under the names of its published config.json. The defaults are the "tiny" preset."""
+    vocab_size: int = 512                   # V
     hidden_size: int = 128                  # C
     intermediate_size: int = 384            # F
     num_hidden_layers: int = 4              # L
@@ -55,62 +62,61 @@ class Config:
 
     @classmethod
     def preset(cls, name):
-        """The shape of a published size ("0.5b" ... "32b"), or "tiny", small enough to train on a laptop's CPU."""
+        """Returns the shape of a published size ("0.5b" ... "32b"), or "tiny", which a laptop's CPU can train."""
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
-        return cls(**dict(zip(keys, PRESETS[name])))
+        return replace(PRESETS[name])
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read config.json. Raises ValueError for a missing file, another architecture, or an unsupported variant."""
+        """Reads config.json. Raises ValueError where it is missing, damaged, or of a model that is not built here."""
         path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no config.json; expected the folder of a Qwen2.5 checkpoint")
-        try:
-            raw = json.loads(path.read_text())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON ({error}); download it again") from None
-        kind = raw.get("model_type") if isinstance(raw, dict) else None
-        if kind != "qwen2":
-            raise ValueError(f"{path} says model_type {kind!r}; expected 'qwen2' (Qwen2, Qwen2.5)")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}      # newer files nest rope_theta here
-        scaled = not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default"
-        if scaled or raw.get("use_sliding_window"):
+        raw = read_json(path)
+        if raw.get("model_type") != "qwen2":
+            raise ValueError(f"{path} says model_type {raw.get('model_type')!r}; expected 'qwen2' (Qwen2, Qwen2.5)")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if rope_type != "default" or raw.get("use_sliding_window"):
             raise ValueError(f"{path} asks for scaled rotary positions or a sliding window; only plain ones are built")
-        raw = {"rope_theta": rope.get("rope_theta", 1e6), **raw}
-        missing = [f.name for f in fields(cls) if f.name not in raw]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
-        for f in fields(cls):
-            value, kinds = raw[f.name], (int, float) if f.type is float else (f.type,)
-            most = 1 << (10 if f.name == "num_hidden_layers" else 24)       # no model that is built for ever
-            if type(value) not in kinds or f.type is not bool and not 0 < value <= most:
-                raise ValueError(f"{path}: {f.name} must be of type {f.type.__name__}, and above 0 and at most {most:,} "
-                                 "if it is a number")
-        config = cls(**{f.name: raw[f.name] for f in fields(cls)})
-        if config.head_dim * config.num_attention_heads != config.hidden_size or "head_dim" in raw \
-                and raw["head_dim"] not in (None, config.head_dim):
+        raw.setdefault("rope_theta", rope.get("rope_theta", 1e6))       # newer files nest it
+
+        config = cls(**{field.name: raw.get(field.name) for field in fields(cls)})
+        for field in fields(cls):
+            value = getattr(config, field.name)
+            largest = MAX_LAYERS if field.name == "num_hidden_layers" else MAX_SIZE
+            if field.type is bool:
+                valid = isinstance(value, bool)
+            else:
+                valid = type(value) in (int, field.type) and 0 < value <= largest
+            if not valid:
+                raise ValueError(f"{path}: {field.name} must be of type {field.type.__name__}, and a number above 0 "
+                                 f"and at most {largest:,}")
+        head_dim = raw.get("head_dim") or config.head_dim
+        if config.num_attention_heads * head_dim != config.hidden_size:
             raise ValueError(f"{path}: hidden_size {config.hidden_size} must be num_attention_heads "
-                             f"{config.num_attention_heads} times the head width")
+                             f"{config.num_attention_heads} times the head width {head_dim}")
         return config
 
     def save(self, folder, dtype):
-        """Write config.json as transformers and vLLM expect it."""
-        text = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-                "use_sliding_window": False, "torch_dtype": str(dtype).removeprefix("torch."), **asdict(self)}
-        (Path(folder) / "config.json").write_text(json.dumps(text, indent=2) + "\n")
+        """Writes config.json as transformers and vLLM expect it."""
+        values = {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "torch_dtype": str(dtype).removeprefix("torch."),
+        }
+        write_json(Path(folder) / "config.json", {**values, **asdict(self)})
 
 
-PRESETS = {  # V, C, F, L, H, K, longest row, tied head
-    "tiny": (512, 128, 384, 4, 4, 2, 32768, True),
-    "0.5b": (151936, 896, 4864, 24, 14, 2, 32768, True),
-    "1.5b": (151936, 1536, 8960, 28, 12, 2, 32768, True),
-    "3b": (151936, 2048, 11008, 36, 16, 2, 32768, True),
-    "7b": (152064, 3584, 18944, 28, 28, 4, 32768, False),
-    "14b": (152064, 5120, 13824, 48, 40, 8, 32768, False),
-    "32b": (152064, 5120, 27648, 64, 40, 8, 32768, False),
+PRESETS = {     # V, C, F, L, H, K
+    "tiny": Config(),
+    "0.5b": Config(151936, 896, 4864, 24, 14, 2),
+    "1.5b": Config(151936, 1536, 8960, 28, 12, 2),
+    "3b": Config(151936, 2048, 11008, 36, 16, 2),
+    "7b": Config(152064, 3584, 18944, 28, 28, 4, tie_word_embeddings=False),
+    "14b": Config(152064, 5120, 13824, 48, 40, 8, tie_word_embeddings=False),
+    "32b": Config(152064, 5120, 27648, 64, 40, 8, tie_word_embeddings=False),
 }
 
 
@@ -220,9 +226,6 @@ class Linear(nn.Linear):
     def forward(self, x):
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         return F.linear(x, self.weight.to(x.dtype), bias)
-
-
-IGNORE = -100       # the target of a token that has none: padding, and what the policy did not choose
 
 
 class LinearLogProb(torch.autograd.Function):
@@ -463,9 +466,11 @@ class Qwen2(nn.Module):
         write_checkpoint(folder, self.config, tensors, next(self.parameters()).dtype, max_shard_bytes)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoint folders
+
 def sync(path):
-    """Returns when what a file holds, or which names a folder has, is on the disk: to be called before the rename that
-    says so, which after a loss of power may otherwise be there without it."""
+    """Returns when a file's contents, or a folder's names, are on the disk; after it a rename may announce them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -473,138 +478,151 @@ def sync(path):
         os.close(descriptor)
 
 
-def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=5 * 10**9):
-    """Write an ordinary checkpoint folder from an iterable of (name, tensor), converted to dtype, a shard at a time.
+def read_json(path):
+    """Returns the JSON object in a file of a checkpoint. Raises ValueError where there is none."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no {path.name}; expected the folder of a Qwen2.5 checkpoint")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a JSON {type(values).__name__}; expected an object")
+    return values
 
-    The config is removed first and written last: a folder whose writing broke off does not load.
+
+def write_json(path, values):
+    path.write_text(json.dumps(values, indent=2) + "\n")
+    sync(path)
+
+
+def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=SHARD_BYTES):
+    """Writes config.json and model.safetensors, or shards of at most max_shard_bytes with their index.
+
+    tensors: an iterable of (name, tensor), converted to dtype, of which one shard is held at a time. The config
+    is removed first and written last: a folder whose writing broke off does not load.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
     sync(folder)
-    shards, shard, size, total = [], {}, 0, 0       # shards: the names in each file
 
-    def write():
-        file = folder / f"model-{len(shards)}.safetensors"
-        save_file(shard, file, metadata={"format": "pt"})
-        sync(file)
-        shards.append(list(shard))
-        shard.clear()
+    paths = []
+    weight_map = {}
+    total_bytes = 0
+    for shard in split_shards(tensors, dtype, max_shard_bytes):
+        paths.append(folder / f"model-{len(paths)}.safetensors")
+        save_file(shard, paths[-1], metadata={"format": "pt"})
+        sync(paths[-1])
+        weight_map.update(dict.fromkeys(shard, len(paths)))
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
 
-    for name, tensor in tensors:
-        tensor = tensor.to("cpu", dtype).contiguous()
-        if shard and size + tensor.nbytes > max_shard_bytes:
-            write()
-            size = 0
-        shard[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    write()
-    index = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        (folder / f"model-{i}.safetensors").rename(folder / file)
-        index.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-        (folder / "model.safetensors.index.json").write_text(text + "\n")
-        sync(folder / "model.safetensors.index.json")
+    count = len(paths)
+    if count == 1:
+        paths[0].rename(folder / "model.safetensors")
+    else:
+        files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        for path, file in zip(paths, files):
+            path.rename(folder / file)
+        weight_map = {name: files[i - 1] for name, i in weight_map.items()}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
     sync(folder)
     config.save(folder, dtype)
-    sync(folder / "config.json")
     sync(folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading checkpoints
+def split_shards(tensors, dtype, max_shard_bytes):
+    """Yields {name: tensor} for each file. It is always the same dictionary, so that one shard is held at a time."""
+    shard = {}
+    shard_bytes = 0
+    for name, tensor in tensors:
+        tensor = tensor.to("cpu", dtype).contiguous()
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            yield shard
+            shard.clear()
+            shard_bytes = 0
+        shard[name] = tensor
+        shard_bytes += tensor.nbytes
+    yield shard
+
 
 def find_folder(path, files=("*.json", "*.safetensors", "merges.txt")):
-    """The local folder of a checkpoint; a hub id's ("owner/name") `files` are downloaded once into the hub's cache."""
+    """Returns the local folder of a checkpoint; `files` of a hub id ("owner/name") are downloaded once into a cache."""
     if Path(path).is_dir():
         return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise ValueError(f"no model folder {str(path)!r}, and it is not a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(files)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {why}") from None
+    except (OSError, ValueError) as error:      # the hub's own errors are among these
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {reason}") from None
 
 
 def hash_checkpoint(folder):
-    """The sha256, shortened, of all that a model is read from: weights, config and tokenizer. A copy has the same, and
-    a model that was trained anew in the same folder another. It reads the files whole."""
-    told = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    files = sorted(file for file in Path(folder).iterdir()
-                   if file.is_file() and (file.suffix == ".safetensors" or file.name in told))
-
-    def one(file):
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+    """Returns a shortened sha256 of the weights, the config and the tokenizer in a folder. It reads the files whole."""
+    files = [path for path in sorted(Path(folder).iterdir())
+             if path.is_file() and (path.suffix == ".safetensors" or path.name in HASHED)]
     with ThreadPoolExecutor() as threads:
-        found = {file.name: sha for file, sha in zip(files, threads.map(one, files))}
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+        hashes = dict(zip([path.name for path in files], threads.map(hash_file, files)))
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 
 
-def checkpoint_files(folder):
-    """{tensor name: safetensors file that holds it}, from the index or from the single file's header."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+def hash_file(path):
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_headers(folder):
+    """Returns {tensor name: (file, shape)} of model.safetensors, or of the files that the index of a folder names."""
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
     if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map; download it again")
+        files = list(weight_map.values())
+    headers = {}
+    for file in dict.fromkeys(map(str, files)):
+        path = folder / file
+        if path.name != file or not path.is_file():
+            raise ValueError(f"{folder} lacks {file!r:.80}; expected model.safetensors, or {index.name} and its files")
         try:
-            named = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise ValueError(f"{index} is damaged; download it again") from None
-        if others := [file for file in named.values() if not isinstance(file, str) or Path(file).name != file]:
-            raise ValueError(f"{index} names {others[0]!r:.80}, which is no file of that folder")
-        where = {name: folder / file for name, file in named.items()}
-        absent = sorted({file.name for file in where.values() if not file.is_file()})
-        if absent:
-            raise ValueError(f"{folder} lacks {', '.join(absent)}, named in {index.name}; download it again")
-    elif single.is_file():
-        where = {}
-    else:
-        raise ValueError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
-    held = {}
-    for file in sorted(set(where.values()) or {single}):
-        try:
-            with safe_open(file, framework="pt") as f:
-                held.update(dict.fromkeys(f.keys(), file))
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():
+                    headers[name] = path, tuple(tensors.get_slice(name).get_shape())
         except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); download it again") from None
-    return held
+            raise ValueError(f"{path} is damaged ({error}); download it again") from None
+    return headers
 
 
 def load_tensors(folder, parameters, slice_bytes=32 * 2**20, unused=()):
-    """Fill parameters from the checkpoint in `folder`, a slice of rows at a time.
+    """Fills parameters from the checkpoint in `folder`, a slice of rows at a time.
 
     parameters: {name: (tensor, first, shape)}; the tensor receives the rows from `first` on of one of this shape, so
-    that a process which holds a part reads only that part. unused: names in the checkpoint that need no parameter. The
-    file is opened anew for each slice: the library maps it into memory, and pages once read would count until it is
-    closed. Raises ValueError naming missing, unexpected and mis-shaped tensors together, before anything is copied.
+    that a process which holds a part reads only that part. unused: names in the checkpoint that need no parameter.
+    Raises ValueError naming missing, unexpected and mis-shaped tensors together, before anything is copied.
     """
-    where = checkpoint_files(folder)
-    shapes = {}
-    for file in sorted(set(where.values())):
-        with safe_open(file, framework="pt") as f:
-            shapes.update({name: tuple(f.get_slice(name).get_shape()) for name in f.keys()})
+    headers = read_headers(folder)
+    shared = sorted(parameters.keys() & headers.keys())
     faults = {
-        "missing": sorted(parameters.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - parameters.keys() - set(unused)),
-        "of another shape": [f"{name} (expected {parameters[name][2]}, found {shapes[name]})"
-                             for name in sorted(parameters.keys() & shapes.keys())
-                             if parameters[name][2] != shapes[name]],
+        "missing": sorted(parameters.keys() - headers.keys()),
+        "unexpected": sorted(headers.keys() - parameters.keys() - set(unused)),
+        "of another shape": [f"{name} (expected {parameters[name][2]}, found {headers[name][1]})"
+                             for name in shared if parameters[name][2] != headers[name][1]],
     }
-    if any(faults.values()):
-        text = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-                         for kind, names in faults.items() if names)
-        raise ValueError(f"{folder} does not fit its config.json: {text}")
+    text = [f"{len(names)} {fault}: {', '.join(names[:5])}" for fault, names in faults.items() if names]
+    if text:
+        raise ValueError(f"{folder} does not fit its config.json: {'; '.join(text)}")
     with torch.no_grad():
         for name, (rows, first, _) in parameters.items():
             step = max(1, slice_bytes // max(1, rows[:1].nbytes))
             for start in range(0, len(rows), step):
                 stop = min(start + step, len(rows))
-                with safe_open(where[name], framework="pt") as f:
-                    rows[start:stop].copy_(f.get_slice(name)[first + start:first + stop])
+                # Opened anew for each slice: the file is mapped, and pages once read count until it is closed.
+                with safe_open(headers[name][0], framework="pt") as file:
+                    rows[start:stop].copy_(file.get_slice(name)[first + start:first + stop])
