@@ -86,11 +86,12 @@ class Config:
             largest = MAX_LAYERS if field.name == "num_hidden_layers" else MAX_SIZE
             if field.type is bool:
                 valid = isinstance(value, bool)
+                expected = "true or false"
             else:
                 valid = type(value) in (int, field.type) and 0 < value <= largest
+                expected = f"of type {field.type.__name__}, above 0 and at most {largest:,}"
             if not valid:
-                raise ValueError(f"{path}: {field.name} must be of type {field.type.__name__}, and a number above 0 "
-                                 f"and at most {largest:,}")
+                raise ValueError(f"{path}: {field.name} must be {expected}")
         head_dim = raw.get("head_dim") or config.head_dim
         if config.num_attention_heads * head_dim != config.hidden_size:
             raise ValueError(f"{path}: hidden_size {config.hidden_size} must be num_attention_heads "
@@ -121,78 +122,97 @@ PRESETS = {     # V, C, F, L, H, K
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operations that fused.py also has, in Triton, under the same names
+# Operations that fused.py also has, in Triton, with the same names, arguments and results
 
 def norm(x, weight, eps):
-    """RMSNorm of x (..., C)."""
+    """Returns the RMSNorm of x (..., C)."""
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def add_norm(x, y, weight, eps):
-    """x + y, and its RMSNorm, each (..., C)."""
-    x = x + y
-    return x, norm(x, weight, eps)
+    """Returns x + y and its RMSNorm, each (..., C)."""
+    total = x + y
+    return total, norm(total, weight, eps)
 
 
 def rope(q, k, cos, sin):
-    """q (B, T, H, D) and k (B, T, K, D) with each pair (i, i + D/2) turned by its angle, in fp32; see rotary."""
-    return tuple(torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, -1), sin).to(q.dtype) for y in (q.float(), k.float()))
+    """Returns q (B, T, H, D) and k (B, T, K, D), each pair (i, i + D/2) turned by its angle in fp32; see rotary."""
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rotate(x, cos, sin):
+    y = x.float()
+    return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def swiglu(gate, up):
-    """silu(gate) * up."""
+    """Returns silu(gate) * up."""
     return F.silu(gate) * up
 
 
-def logprob_stats(logits, targets, temperature, best, total, mean, target):
-    """Take notice of more words: with z = logits / temperature over all of them so far, best becomes max z, total the
-    sum of exp(z - best), mean that of z exp(z - best) and target the target's z, each (N,), in place.
+def logprob_stats(logits, targets, temperature, row_max, sum_exp, sum_z_exp, target_logit):
+    """Adds a chunk of the vocabulary to the statistics of N softmaxes, each (N,) and changed in place.
 
-    logits: (N, words), lost. targets: (N,), which of these words; outside 0 .. words - 1 it is none of them.
+    With z = logits / temperature over all chunks so far: row_max is max z, sum_exp the sum of exp(z - row_max),
+    sum_z_exp that of z exp(z - row_max), and target_logit the z of the target. logits: (N, chunk), overwritten.
+    targets: (N,), columns of this chunk; one that is none of them lies in another chunk.
     """
-    z, here = logits.to(best.dtype).div_(temperature), (targets >= 0) & (targets < logits.shape[1])
-    top = torch.maximum(best, z.amax(-1))
-    p, shrink = (z - top[:, None]).exp_(), (best - top).exp_()
-    total.mul_(shrink).add_(p.sum(-1))
-    mean.mul_(shrink).add_(torch.linalg.vecdot(p, z))
-    best.copy_(top)
-    target.copy_(torch.where(here, z.gather(1, targets.clamp(0, z.shape[1] - 1)[:, None])[:, 0], target))
+    z = logits.to(row_max.dtype).div_(temperature)
+    new_max = torch.maximum(row_max, z.amax(-1))
+    p = (z - new_max[:, None]).exp_()
+    shrink = (row_max - new_max).exp_()
+    sum_exp.mul_(shrink).add_(p.sum(-1))
+    sum_z_exp.mul_(shrink).add_(torch.linalg.vecdot(p, z))
+    row_max.copy_(new_max)
+    columns, in_chunk = target_columns(targets, z.shape[1])
+    target_logit.copy_(torch.where(in_chunk, z.gather(1, columns)[:, 0], target_logit))
 
 
 def logprob_backward(logits, targets, temperature, lse, entropy, d_logp, d_entropy):
-    """The gradient of sum(d_logp * logp + d_entropy * entropy), without d_entropy where that is None, with respect to
-    the logits of some words: (N, words), in their dtype. See logprob_stats for logits and targets.
+    """Returns the gradient of sum(d_logp * logp + d_entropy * entropy) with respect to a chunk of logits, (N, chunk).
 
-    With p the softmax and E its entropy, d logp / dz = 1[target] - p and d E / dz = -p (log p + E).
+    With p the softmax and E its entropy, d logp / dz = 1[target] - p and d E / dz = -p (log p + E). d_entropy: None
+    where nothing depends on the entropies. See logprob_stats for logits and targets.
     """
-    here = (targets >= 0) & (targets < logits.shape[1])
-    logq = logits.to(lse.dtype).div_(temperature).sub_(lse[:, None])                    # log p
+    logq = logits.to(lse.dtype).div_(temperature).sub_(lse[:, None])        # log p
     if d_entropy is None:
         d = logq.exp_().mul_(-d_logp[:, None])
     else:
         d = logq.exp().mul_(-d_logp[:, None] - (logq + entropy[:, None]) * d_entropy[:, None])
-    d.scatter_add_(1, targets.clamp(0, d.shape[1] - 1)[:, None], torch.where(here, d_logp, 0)[:, None])
+    columns, in_chunk = target_columns(targets, d.shape[1])
+    d.scatter_add_(1, columns, torch.where(in_chunk, d_logp, 0)[:, None])
     return d.div_(temperature).to(logits.dtype)
 
 
-def attention_mask(places, S, group, dtype):
-    """What attend has to know of who sees what: query t of row b sees positions 0 .. places[b, t] of S. Here a mask
-    to add to the scores, (B, 1, T * group, S); group: query heads that share a key."""
-    unseen = torch.arange(S, device=places.device) > places.repeat_interleave(group, 1)[:, None, :, None]
+def target_columns(targets, chunk):
+    """Returns the targets as columns (N, 1) that can be indexed, and which of them are columns of the chunk, (N,)."""
+    return targets.clamp(0, chunk - 1)[:, None], (targets >= 0) & (targets < chunk)
+
+
+def attention_mask(positions, S, group, dtype):
+    """Returns what attend needs to know of who sees what: query t of row b sees positions 0 .. positions[b, t] of S.
+
+    Here it is added to the scores: (B, 1, T * group, S), 0 or -inf. group: query heads that share a key head.
+    """
+    last_seen = positions.repeat_interleave(group, 1)[:, None, :, None]
+    unseen = torch.arange(S, device=positions.device) > last_seen
     return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)
 
 
-def attend(q, k, v, seen):
-    """What queries (B, T, H, D) find in cached keys and values (B, K, S, D), as far as each sees: (B, T, H, D)."""
-    (B, T, H, D), K = q.shape, k.shape[1]       # heads that share a key stand as extra queries: no copy of the cache
-    x = q.view(B, T, K, H // K, D).transpose(1, 2).reshape(B, K, -1, D)
-    y = F.scaled_dot_product_attention(x, k, v, attn_mask=seen)
+def attend(q, k, v, mask):
+    """Returns the attention of queries (B, T, H, D) over cached keys and values (B, K, S, D): (B, T, H, D)."""
+    B, T, H, D = q.shape
+    K = k.shape[1]
+    # Heads that share a key head become further queries of it, so that the cache is not copied for each of them.
+    q = q.view(B, T, K, H // K, D).transpose(1, 2).reshape(B, K, T * H // K, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.view(B, K, T, H // K, D).transpose(1, 2).reshape(B, T, H, D)
 
 
 PLAIN = {f.__name__: f for f in (norm, add_norm, rope, swiglu, logprob_stats, logprob_backward, attention_mask, attend)}
-PLAIN["sight"] = sight = attention_mask      # the name in sample.py
-KERNELS = SimpleNamespace(**PLAIN)      # what the layers call; use_kernels changes it in place
+PLAIN["sight"] = sight = attention_mask         # its name in sample.py
+KERNELS = SimpleNamespace(**PLAIN)              # the operations in use; use_kernels changes it in place
+ops = KERNELS                                   # its name in sample.py
 
 
 def use_kernels(name, device):
@@ -200,21 +220,17 @@ def use_kernels(name, device):
 
     Raises ValueError for another name, and where Triton's cannot run: on this device, or without the package.
     """
-    if name == "torch":
-        functions = PLAIN
-    elif name == "triton":
+    if name not in ("torch", "triton"):
+        raise ValueError(f"expected kernels torch or triton, found {name!r}")
+    functions = PLAIN
+    if name == "triton":
         try:
             import fused
         except ImportError as error:
             raise ValueError(f"the Triton kernels need triton ({error}); pip install it, or use torch's") from None
         fused.check(device)
         functions = {name: getattr(fused, name) for name in PLAIN}
-    else:
-        raise ValueError(f"expected kernels torch or triton, found {name!r}")
     vars(KERNELS).update(functions)
-
-
-ops = KERNELS               # the name in sample.py
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,38 +245,44 @@ class Linear(nn.Linear):
 
 
 class LinearLogProb(torch.autograd.Function):
-    """log softmax(x W^T / temperature)[target], the entropy of the softmax, and if the target is its likeliest token,
-    without ever holding (N, V) logits.
+    """Log-prob of each target under softmax(x W^T / temperature), the entropy of that softmax, and whether the target
+    is its likeliest token, without ever holding (N, V) logits.
 
-    Logits are made for some `words` of the vocabulary at a time, with a running maximum and sums in fp32 (logprob_stats);
-    backward makes them again, and scales each row by its own upstream gradient (logprob_backward). Going along the
-    vocabulary, each row of the weight and of its gradient is touched once in a pass, however many tokens there are.
+    Logits are made for a chunk of the vocabulary at a time, with running statistics in fp32; backward makes them again
+    and scales each row by its own upstream gradient. In this order each row of the weight and of its gradient is
+    touched once in a pass, however many tokens there are.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, temperature, size, words):
-        exact = torch.promote_types(x.dtype, torch.float32)
-        total, mean, target = (torch.zeros(len(x), dtype=exact, device=x.device) for _ in range(3))
-        best = torch.full_like(total, -torch.inf)
-        for start in range(0, size, words):
-            part = weight[start:min(start + words, size)].to(x.dtype)
-            KERNELS.logprob_stats(x @ part.T, targets - start, temperature, best, total, mean, target)
-        lse = best + total.log()
-        entropy, first = lse - mean / total, target >= best
+    def forward(ctx, x, weight, targets, temperature, vocab_limit, vocab_chunk):
+        """x (N, C), weight (V, C), targets (N,) -> three (N,). Only the first vocab_limit rows of weight count."""
+        row_max = x.new_full((len(x),), -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32))
+        sum_exp = torch.zeros_like(row_max)
+        sum_z_exp = torch.zeros_like(row_max)
+        target_logit = torch.zeros_like(row_max)
+        for start in range(0, vocab_limit, vocab_chunk):
+            part = weight[start:min(start + vocab_chunk, vocab_limit)].to(x.dtype)
+            KERNELS.logprob_stats(x @ part.T, targets - start, temperature, row_max, sum_exp, sum_z_exp, target_logit)
+        lse = row_max + sum_exp.log()
+        entropy = lse - sum_z_exp / sum_exp
+        is_argmax = target_logit >= row_max
         ctx.save_for_backward(x, weight, targets, lse, entropy)
-        ctx.settings = temperature, size, words
-        ctx.mark_non_differentiable(first)
-        ctx.set_materialize_grads(False)
-        return target - lse, entropy, first
+        ctx.settings = temperature, vocab_limit, vocab_chunk
+        ctx.mark_non_differentiable(is_argmax)
+        ctx.set_materialize_grads(False)        # None for a result that nothing depends on
+        return target_logit - lse, entropy, is_argmax
 
     @staticmethod
     def backward(ctx, d_logp, d_entropy, _):
-        (x, weight, targets, lse, entropy), (temperature, size, words) = ctx.saved_tensors, ctx.settings
-        d_logp = torch.zeros_like(lse) if d_logp is None else d_logp
-        dx, dw = torch.zeros_like(x, dtype=lse.dtype), torch.empty_like(weight)
-        dw[size:] = 0
-        for start in range(0, size, words):
-            stop = min(start + words, size)
+        x, weight, targets, lse, entropy = ctx.saved_tensors
+        temperature, vocab_limit, vocab_chunk = ctx.settings
+        if d_logp is None:
+            d_logp = torch.zeros_like(lse)
+        dx = torch.zeros_like(x, dtype=lse.dtype)
+        dw = torch.empty_like(weight)
+        dw[vocab_limit:] = 0
+        for start in range(0, vocab_limit, vocab_chunk):
+            stop = min(start + vocab_chunk, vocab_limit)
             part = weight[start:stop].to(x.dtype)
             d = KERNELS.logprob_backward(x @ part.T, targets - start, temperature, lse, entropy, d_logp, d_entropy)
             dx += d @ part
@@ -269,18 +291,18 @@ class LinearLogProb(torch.autograd.Function):
 
 
 class Head(Linear):
-    """The output layer: logits, or what LinearLogProb says of given targets."""
+    """The output layer: logits, or with targets what LinearLogProb gives of them."""
 
     def forward(self, x, targets=None, temperature=1.0, size=None):
-        """x (..., C) -> logits (..., V); with targets (N,) int64: x (N, C) -> logp, entropy, first, each (N,).
+        """x (..., C) -> logits (..., V); with targets (N,) int64: x (N, C) -> logp, entropy, is_argmax, each (N,).
 
         size: the number of token ids; rows of the vocabulary beyond it get no probability, as in sampling.
         """
         if targets is None:
             return super().forward(x)
-        size = size or self.out_features
-        budget = 2**24 if x.device.type == "cpu" else 2**27         # logits at a time: 64 MiB, 512 MiB
-        return LinearLogProb.apply(x, self.weight, targets, temperature, size, max(64, budget // max(1, len(x))))
+        max_logits = CPU_LOGITS if x.device.type == "cpu" else GPU_LOGITS
+        vocab_chunk = max(64, max_logits // max(1, len(x)))
+        return LinearLogProb.apply(x, self.weight, targets, temperature, size or self.out_features, vocab_chunk)
 
 
 class RMSNorm(nn.Module):
@@ -292,17 +314,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x, y=None):
-        """The norm of x; with y, of the same shape: x + y, and its norm."""
+        """Returns the norm of x; with y, of the same shape: x + y, and its norm."""
         weight = self.weight.to(x.dtype)
-        return KERNELS.norm(x, weight, self.eps) if y is None else KERNELS.add_norm(x, y, weight, self.eps)
+        if y is None:
+            return KERNELS.norm(x, weight, self.eps)
+        return KERNELS.add_norm(x, y, weight, self.eps)
 
 
 def rotary(positions, head_dim, theta):
-    """(cos, sin) of the angles position * theta^(-2i/D), i < D/2, for rope: fp32, each (B, T, 1, D), where i and
-    i + D/2 share an angle and the first half of sin is negative. positions: (B, T) integers.
+    """Returns (cos, sin) of the angles position * theta^(-2i/D), i < D/2, in fp32, each (B, T, 1, D), for rope.
 
-    RoFormer (arXiv 2104.09864), equation 15. Computed at each pass and never stored: a buffer would be one more thing
-    that the meta device leaves uninitialised.
+    i and i + D/2 share an angle, and the first half of sin is negative. positions: (B, T) integers. RoFormer
+    (arXiv 2104.09864), equation 15. A stored buffer would be one more thing that the meta device leaves unset.
     """
     frequency = theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / -head_dim)
     angle = positions[:, :, None, None].float() * frequency
@@ -310,25 +333,38 @@ def rotary(positions, head_dim, theta):
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
+def packed_attention(q, k, v, lengths):
+    """Returns the causal attention within each of the texts that stand back to back in the rows, (B, T, H, D).
+
+    q: (B, T, H, D). k, v: (B, T, K, D). lengths: of the texts, which sum to T. Each text is a product of its own, so
+    that none sees another and no mask of T x T is made.
+    """
+    q, k, v = (x.transpose(1, 2).split(lengths, dim=2) for x in (q, k, v))      # of each text (B, heads, length, D)
+    texts = [F.scaled_dot_product_attention(*text, is_causal=True, enable_gqa=True) for text in zip(q, k, v)]
+    return torch.cat(texts, dim=2).transpose(1, 2)
+
+
 class Attention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.H, self.K, self.D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = Linear(c.hidden_size, self.H * self.D, bias=True)
-        self.k_proj = Linear(c.hidden_size, self.K * self.D, bias=True)
-        self.v_proj = Linear(c.hidden_size, self.K * self.D, bias=True)
-        self.o_proj = Linear(self.H * self.D, c.hidden_size, bias=False)
+        C, D = config.hidden_size, config.head_dim
+        self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, D
+        self.q_proj = Linear(C, self.H * D, bias=True)
+        self.k_proj = Linear(C, self.K * D, bias=True)
+        self.v_proj = Linear(C, self.K * D, bias=True)
+        self.o_proj = Linear(self.H * D, C, bias=False)
 
     def forward(self, x, cos, sin, window, layer, lengths):
+        """x (B, T, C) -> (B, T, C). For the rest see Qwen2.hidden; layer: the index of this block."""
         B, T, C = x.shape
-        q, k = KERNELS.rope(self.q_proj(x).view(B, T, self.H, self.D), self.k_proj(x).view(B, T, self.K, self.D), cos, sin)
+        q = self.q_proj(x).view(B, T, self.H, self.D)
+        k = self.k_proj(x).view(B, T, self.K, self.D)
         v = self.v_proj(x).view(B, T, self.K, self.D)
+        q, k = KERNELS.rope(q, k, cos, sin)
         if window is not None:
             window.append(layer, k[0], v[0])
-        if window is None or window.fresh:      # a text's whole past is in this pass: plain causal attention
-            texts = zip(*(x.transpose(1, 2).split(lengths or [T], dim=2) for x in (q, k, v)))
-            y = torch.cat([F.scaled_dot_product_attention(*text, is_causal=True, enable_gqa=True) for text in texts], 2)
-            y = y.transpose(1, 2)
+        if window is None or window.fresh:      # the whole past of every token is in this pass
+            y = packed_attention(q, k, v, lengths or [T])
         else:
             y = window.attend(layer, q[0])
         return self.o_proj(y.reshape(B, T, C))
@@ -337,11 +373,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
 
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
+        C, F = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(C, F, bias=False)
+        self.up_proj = Linear(C, F, bias=False)
+        self.down_proj = Linear(F, C, bias=False)
 
     def forward(self, x):
         return self.down_proj(KERNELS.swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -350,30 +387,30 @@ class MLP(nn.Module):
 class Block(nn.Module):
     recompute = False       # activation checkpointing: backward computes the block again, from its input alone
 
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.self_attn = Attention(c)
-        self.mlp = MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, window, layer, lengths):
+    def forward(self, *inputs):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, cos, sin, window, layer, lengths, use_reentrant=False)
-        return self.compute(x, cos, sin, window, layer, lengths)
+            return checkpoint(self.residual, *inputs, use_reentrant=False)
+        return self.residual(*inputs)
 
-    def compute(self, x, cos, sin, window, layer, lengths):
-        x, y = self.post_attention_layernorm(
-            x, self.self_attn(self.input_layernorm(x), cos, sin, window, layer, lengths))
-        return x + self.mlp(y)
+    def residual(self, x, cos, sin, window, layer, lengths):
+        y = self.self_attn(self.input_layernorm(x), cos, sin, window, layer, lengths)
+        x, normed = self.post_attention_layernorm(x, y)         # x + y, and its norm
+        return x + self.mlp(normed)
 
 
 class Backbone(nn.Module):
-    def __init__(self, c):
+    def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Qwen2(nn.Module):
@@ -388,45 +425,46 @@ class Qwen2(nn.Module):
         self.tie()
 
     def tie(self):
-        """Make head and embedding one parameter where the config says so; moving off the meta device parts them."""
+        """Makes head and embedding one parameter where the config says so; moving off the meta device parts them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden(self, tokens, window=None, lengths=None):
-        """The last normalised hidden states, (B, T, C), of `tokens`, (B, T) int64.
+        """Returns the last normalised hidden states, (B, T, C), of `tokens`, (B, T) int64.
 
         Without a window each row is a text from its first token, and token t sees 0..t. With lengths, a list that
         sums to T, each row is such texts back to back, none of which sees another. With a window (sample.Window) the
         one row is the window's tokens, which continue what is cached.
         """
         if window is not None:
-            positions, lengths = window.positions, window.counts
+            positions = window.positions
+            lengths = window.counts
         else:
-            parts = [torch.arange(n, device=tokens.device) for n in lengths or [tokens.shape[1]]]
-            positions = torch.cat(parts)[None]
+            texts = [torch.arange(length, device=tokens.device) for length in lengths or [tokens.shape[1]]]
+            positions = torch.cat(texts)[None]                              # (1, T), from 0 in every text
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(tokens)
-        x = x.to(self.compute or x.dtype)
-        for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, window, i, lengths)
+        x = x.to(self.compute or x.dtype)                                   # (B, T, C)
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, window, layer, lengths)
         return self.model.norm(x)
 
     def forward(self, tokens, window=None, lengths=None, targets=None, temperature=1.0, size=None):
-        """Logits of the next token at every position: (B, T) int64 -> (B, T, V).
+        """Returns the logits of the next token at every position: (B, T) int64 -> (B, T, V).
 
-        With targets, (B, T) int64 and IGNORE where there is none: of the N targets in the order of the rows the
-        log-probs, the entropies of their distributions, both (N,) fp32, and whether each is the likeliest token, (N,)
-        bool. See hidden for the rest, and Head for size.
+        With targets, (B, T) int64 and IGNORE where there is none, it returns of the N targets, in the order of the
+        rows, the log-probs and the entropies of their distributions, both (N,) fp32, and whether each is the likeliest
+        token, (N,) bool. See hidden for the rest, and Head for size.
         """
         x = self.hidden(tokens, window, lengths)
         if targets is None:
             return self.lm_head(x)
-        kept = targets != IGNORE
-        return self.lm_head(x[kept], targets[kept], temperature, size)
+        has_target = targets != IGNORE
+        return self.lm_head(x[has_target], targets[has_target], temperature, size)
 
     @classmethod
     def from_scratch(cls, config, seed=0, dtype=torch.float32, device="cpu"):
-        """Random weights: normal with deviation 0.02, unit norms, zero biases."""
+        """Returns a model of random weights: normal with deviation 0.02, unit norms, zero biases."""
         model = cls._empty(config, dtype, device)
         generator = torch.Generator(device).manual_seed(seed)
         for name, p in model.named_parameters():
@@ -448,20 +486,18 @@ class Qwen2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Load a published checkpoint: a folder, or a hub id such as "Qwen/Qwen2.5-7B".
+        """Loads a published checkpoint: a folder, or a hub id such as "Qwen/Qwen2.5-7B".
 
-        Built on the meta device, then filled tensor by tensor, each read once and converted to `dtype` on its way into
-        place, so the peak of memory is the model itself and one slice. Raises ValueError naming every tensor that is
-        missing, unexpected or of another shape.
+        Each slice is read once and converted on its way into place, so that the peak of memory is the model itself.
+        Raises ValueError where the files do not fit the config (load_tensors).
         """
         folder = find_folder(path)
         model = cls._empty(Config.from_pretrained(folder), dtype, device)
         load_tensors(folder, {name: (p, 0, tuple(p.shape)) for name, p in model.named_parameters()})
         return model
 
-    def save_pretrained(self, folder, max_shard_bytes=5 * 10**9):
-        """Write config.json and model.safetensors, or shards of at most max_shard_bytes with their index. The
-        tokenizer's files are not written here (Tokenizer.save)."""
+    def save_pretrained(self, folder, max_shard_bytes=SHARD_BYTES):
+        """Writes config.json and the weights; see write_checkpoint. Tokenizer.save writes the tokenizer's files."""
         tensors = ((name, p.detach()) for name, p in self.named_parameters())   # a tied head comes once, as embedding
         write_checkpoint(folder, self.config, tensors, next(self.parameters()).dtype, max_shard_bytes)
 
