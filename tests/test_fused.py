@@ -116,9 +116,11 @@ def test_log_probs_and_entropies(triton, N, C, V, size, words, dtype, tolerance,
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
-@pytest.mark.parametrize("B, T, H, K, D, S", [(3, 1, 6, 2, 8, 900), (2, 3, 7, 1, 24, 300), (1, 5, 4, 4, 64, 70)])
+@pytest.mark.parametrize("B, T, H, K, D, S", [(3, 1, 6, 2, 8, 900), (2, 3, 7, 1, 24, 300), (1, 5, 4, 4, 64, 70),
+                                              (1, 40, 6, 2, 8, 50)])
 def test_attention_over_a_ragged_cache(B, T, H, K, D, S, dtype, tolerance):
-    """Rows of length 1 to S, and beyond them what no one may read; the first two are cut into parts."""
+    """Rows of length 1 to S, and beyond them what no one may read; the first two are cut into parts, and the second and
+    the last take several blocks of queries."""
     q, k, v = normal(B, T, H, D), normal(B, K, S + 9, D), normal(B, K, S + 9, D, seed=1)
     last = torch.linspace(T - 1, S - 1, B).long() if B > 1 else torch.tensor([S - 1])
     places = last[:, None] - torch.arange(T).flip(0)
@@ -224,7 +226,7 @@ fused.logprob_stats(logits, targets, 0.7, row(), row(), row(), row())
 for entropy in (None, row()):
     fused.logprob_backward(logits, targets, 0.7, row(), row(), row(), entropy)
 cache = new(64, 4, 16384, 128).detach()
-for B, T in ((1, 1), (64, 1), (1, 16)):
+for B, T in ((1, 1), (64, 1), (1, 16), (1, 1000)):
     fused.attend(new(B, T, 28, 128).detach(), cache[:B], cache[:B], new(B, T, dtype=torch.int64))
 """
 
@@ -237,6 +239,6 @@ def test_every_kernel_compiles_for_an_h100_at_the_shapes_of_the_7b(tmp_path):
     assert done.returncode == 0, done.stderr
     made = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, *_ in made} == {name for name, value in vars(fused).items() if name.startswith("_")
-                                           and hasattr(value, "arg_names")} - {"_turn", "_dot"}
+                                           and hasattr(value, "arg_names")} - {"_rotate", "_dot"}
     for name, shared, size, target in made:
         assert int(shared) <= 232448 and int(size) > 0 and target == "True", name
