@@ -83,7 +83,8 @@ class _AddNorm(torch.autograd.Function):
         out = torch.empty_like(x)
         _norm[(x.numel() // C,)](x, y, weight, total, out, C, eps, ADD=add, **row_launch(C))
         ctx.save_for_backward(total, weight)
-        ctx.eps, ctx.add = eps, add
+        ctx.eps = eps
+        ctx.add = add
         ctx.set_materialize_grads(False)        # None for a result that nothing depends on
         return total, out
 
