@@ -38,7 +38,8 @@ import torch.nn.functional as F
 
 import model as modeling
 from model import Config, Linear, Qwen2, attend, find_folder, sight, use_kernels
-from support.cli import ContextFull, RunError, parse, announce
+from support import cpu_linear
+from support.cli import ContextFull, RunError, announce, parse
 from support.files import sync
 
 
@@ -564,7 +565,8 @@ class Engine:
         self.device = weight.device
         dtype = getattr(model, "compute", None) or weight.dtype     # of what is computed, and so of what is cached
         streamed = sum(p.nbytes for p in model.parameters()) > 2**26 if pack is None else pack
-        self.pack = streamed and self.device.type == "cpu" and weight.dtype is dtype is torch.float32
+        forms = (torch.float32, torch.bfloat16) if streamed else (torch.bfloat16,)      # see cpu_linear
+        self.pack = self.device.type == "cpu" and weight.dtype is dtype and dtype in forms
         self.static, self.frames = static, {}       # {shape: Frame}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if static and self.device.type == "cuda" else None
         self.cache = Cache(model.config, rows, self.context + static, dtype, self.device)
@@ -591,9 +593,7 @@ class Engine:
         self.forget()
         self.odds = [[1, 2] for _ in range(17)]     # see Lookup
         if self.pack:
-            for layer in self.model.modules():
-                if isinstance(layer, Linear):
-                    layer.pack()
+            cpu_linear.pack(self.model)
 
     # -- what callers use
 
@@ -1177,7 +1177,8 @@ def read_bandwidth(device="cpu", num_bytes=2**28):
 
 def streamed_bytes(model):
     """Bytes of weights that a decoding step of one row reads: every matrix product's, in the form it is read in."""
-    return sum(layer.step_bytes() for layer in model.modules() if isinstance(layer, Linear))
+    linears = (layer for layer in model.modules() if isinstance(layer, Linear))
+    return sum(getattr(layer, "step_bytes", layer.weight.nbytes) for layer in linears)
 
 
 @dataclass

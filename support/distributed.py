@@ -102,7 +102,10 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
         load_tensors(folder, own, unused=() if hasattr(model, "lm_head") else ("lm_head.weight",))
     else:
         drawn = Qwen2.from_scratch(config, seed)
-        drawn = dict((drawn.draw_copying(seed) if copying else drawn).named_parameters())
+        if copying:
+            from support.miniature import draw_copying
+            draw_copying(drawn, seed)
+        drawn = dict(drawn.named_parameters())
         with torch.no_grad():
             for name, (rows, first, _) in own.items():
                 rows.copy_(drawn[name][first:first + len(rows)])

@@ -107,7 +107,7 @@ def decode(s):
     engine.draft = False
     limit = read_bandwidth(engine.device) / streamed_bytes(engine.model)       # decoding steps a second
     whole = sum(m.weight.nbytes for m in engine.model.modules() if isinstance(m, model.Linear)) / streamed_bytes(
-        engine.model)           # of fp32 weights half the bytes may be read: Linear.pack
+        engine.model)           # of fp32 weights half the bytes may be read: support/cpu_linear.py
     peer = open_peer(s, engine.device)
     for B in s.batches:
         prompts = random_prompts(engine, B, s.prompt_tokens)
@@ -252,15 +252,17 @@ def kernel_cases(c, tokens, rows, length, dtype, device):
     """What `kernels` measures: (name, function of the operations' module and the inputs, inputs, with gradients, bytes
     or FLOPs that it cannot do without, "GB/s" or "TFLOP/s", function of the inputs for torch.compile where another than
     the first is its best). c: Config; tokens of a training row, rows and cached positions of a decoding step."""
+    import fused
+
     def new(*shape):
         return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
     def log_probs(ops, x, weight):
-        before, model.ops = model.ops, ops
+        model.use_kernels("triton" if ops is fused else "torch", device)
         try:
             return LinearLogProb.apply(x, weight, targets, 1.0, c.vocab_size, max(64, 2**27 // tokens))[:2]
         finally:
-            model.ops = before
+            model.use_kernels("triton", device)
 
     def simple(x, weight):
         logq = (x @ weight.T).float().log_softmax(-1)
@@ -285,7 +287,7 @@ def kernel_cases(c, tokens, rows, length, dtype, device):
     for B in (1, rows):
         q, k, v = new(B, 1, H, D).detach(), new(B, K, length, D).detach(), new(B, K, length, D).detach()
         places = torch.linspace(length // 2, length - 1, B, device=device).long()[:, None]
-        seen = {ops: ops.sight(places, length, H // K, dtype) for ops in (model, model.ops)}
+        seen = {ops: ops.attention_mask(places, length, H // K, dtype) for ops in (model, fused)}
         yield (f"attend, {B} rows", lambda ops, q, k, v, seen=seen: ops.attend(q, k, v, seen[ops]), (q, k, v), False,
                2 * size * K * D * int(places.sum() + B), "GB/s", None)
 
@@ -307,13 +309,14 @@ def kernels(s):
     if not torch.cuda.is_available():
         yield {"not measured": "there is no CUDA device here"}
         return
+    import fused
     from triton.testing import do_bench
     model.use_kernels("triton", "cuda")
     a = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
     limits = {"GB/s": read_bandwidth("cuda", 2**32) / 1e9, "TFLOP/s": 2 * 8192 ** 3 / do_bench(lambda: a @ a) / 1e9}
     for name, function, inputs, grad, amount, unit, simple in kernel_cases(Config.preset("7b"), 4096, 64, 2048,
                                                                            torch.bfloat16, "cuda"):
-        ways = {"ours": functools.partial(function, model.ops), "eager": functools.partial(function, model),
+        ways = {"ours": functools.partial(function, fused), "eager": functools.partial(function, model),
                 "compiled": torch.compile(simple or functools.partial(function, model))}
         ms = {way: do_bench(functools.partial(run_case, run, inputs, grad, []), return_mode="median")
               for way, run in ways.items()}

@@ -116,9 +116,11 @@ def test_log_probs_and_entropies(triton, N, C, V, size, words, dtype, tolerance,
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES)
-@pytest.mark.parametrize("B, T, H, K, D, S", [(3, 1, 6, 2, 8, 900), (2, 3, 7, 1, 24, 300), (1, 5, 4, 4, 64, 70)])
+@pytest.mark.parametrize("B, T, H, K, D, S", [(3, 1, 6, 2, 8, 900), (2, 3, 7, 1, 24, 300), (1, 5, 4, 4, 64, 70),
+                                              (1, 40, 6, 2, 8, 50)])
 def test_attention_over_a_ragged_cache(B, T, H, K, D, S, dtype, tolerance):
-    """Rows of length 1 to S, and beyond them what no one may read; the first two are cut into parts."""
+    """Rows of length 1 to S, and beyond them what no one may read; the first two are cut into parts, and the second and
+    the last take several blocks of queries."""
     q, k, v = normal(B, T, H, D), normal(B, K, S + 9, D), normal(B, K, S + 9, D, seed=1)
     last = torch.linspace(T - 1, S - 1, B).long() if B > 1 else torch.tensor([S - 1])
     places = last[:, None] - torch.arange(T).flip(0)
@@ -126,8 +128,8 @@ def test_attention_over_a_ragged_cache(B, T, H, K, D, S, dtype, tolerance):
         k[row, :, n + 1:], v[row, :, n + 1:] = 1e4, -1e4
     q, k, v = (x.to(dtype) for x in (q, k, v))
     k, v = k[:, :, :S], v[:, :, :S]
-    ours = fused.attend(q, k, v, fused.sight(places, S, H // K, dtype))
-    plain = model.attend(q.float(), k.float(), v.float(), model.sight(places, S, H // K, torch.float32))
+    ours = fused.attend(q, k, v, fused.attention_mask(places, S, H // K, dtype))
+    plain = model.attend(q.float(), k.float(), v.float(), model.attention_mask(places, S, H // K, torch.float32))
     assert ours.dtype is dtype
     assert_close(ours, plain, tolerance)
 
@@ -140,13 +142,16 @@ def loss_and_gradients(net, tokens, targets):
     return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
 
 
-def test_a_whole_model_with_kernels_is_the_plain_one():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_whole_model_with_kernels_is_the_plain_one(recompute):
     net = Qwen2.from_scratch(ODD, seed=2)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
     tokens = torch.randint(290, (1, 13), generator=torch.Generator().manual_seed(1))
     plain = loss_and_gradients(net, tokens, tokens.roll(-1))
+    for block in net.model.layers:
+        block.recompute = recompute
     model.use_kernels("triton", "cpu")
     try:
         ours = loss_and_gradients(net, tokens, tokens.roll(-1))
@@ -185,14 +190,14 @@ def test_the_benchmark_measures_the_same_computation_three_times(triton):
             for a, b in zip(plain, other):
                 assert_close(b, a, 1e-4)        # logits of up to 20, in fp32
         seen.append(name)
-    assert len(seen) == 12 and model.ops is fused
+    assert len(seen) == 12 and model.KERNELS.attend is fused.attend
 
 
 def test_a_device_that_cannot_run_them_is_refused(monkeypatch):
     monkeypatch.setattr(fused, "INTERPRETED", False)
     with pytest.raises(ValueError, match="need a CUDA device, found 'cpu'"):
         model.use_kernels("triton", "cpu")
-    assert model.ops is model
+    assert vars(model.KERNELS) == model.PLAIN
 
 
 COMPILE = """
@@ -217,11 +222,11 @@ q, k = fused.rope(new(1, 1024, 28, 128), new(1, 1024, 4, 128), *[new(1, 1024, 1,
 q.backward(q)
 fused.swiglu(new(1, 1024, 18944), new(1, 1024, 18944)).sum().backward()
 logits, targets = new(1024, 131072).detach(), new(1024, dtype=torch.int64)
-fused.word_sums(logits, targets, 0.7, row(), row(), row(), row())
+fused.logprob_stats(logits, targets, 0.7, row(), row(), row(), row())
 for entropy in (None, row()):
-    fused.word_slopes(logits, targets, 0.7, row(), row(), row(), entropy)
+    fused.logprob_backward(logits, targets, 0.7, row(), row(), row(), entropy)
 cache = new(64, 4, 16384, 128).detach()
-for B, T in ((1, 1), (64, 1), (1, 16)):
+for B, T in ((1, 1), (64, 1), (1, 16), (1, 1000)):
     fused.attend(new(B, T, 28, 128).detach(), cache[:B], cache[:B], new(B, T, dtype=torch.int64))
 """
 
@@ -234,6 +239,6 @@ def test_every_kernel_compiles_for_an_h100_at_the_shapes_of_the_7b(tmp_path):
     assert done.returncode == 0, done.stderr
     made = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, *_ in made} == {name for name, value in vars(fused).items() if name.startswith("_")
-                                           and hasattr(value, "arg_names")} - {"_turn", "_dot"}
+                                           and hasattr(value, "arg_names")} - {"_rotate", "_dot"}
     for name, shared, size, target in made:
         assert int(shared) <= 232448 and int(size) > 0 and target == "True", name

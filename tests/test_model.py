@@ -13,6 +13,7 @@ import model
 import sample
 from model import IGNORE, Config, Linear, LinearLogProb, Qwen2, find_folder, hash_checkpoint
 from sample import Tokenizer
+from support import cpu_linear
 
 ODD = Config(vocab_size=301, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=2, tie_word_embeddings=False)
@@ -113,24 +114,28 @@ DAMAGES = {
     "two at once": (lambda f: edit_tensors(f, lambda t: (t.pop(K), t.update({EMBED: torch.zeros(2, 2)}))),
                     ["1 missing", K, "1 of another shape", EMBED]),
     "no config": (lambda f: (f / "config.json").unlink(), ["holds no config.json"]),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["neither model.safetensors nor"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["lacks 'model.safetensors'"]),
     "torn file": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
                   ["model.safetensors is damaged"]),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), ["is not JSON"]),
     "other family": (lambda f: edit_config(f, model_type="llama"), ["'llama'", "'qwen2'"]),
     "scaled rope": (lambda f: edit_config(f, rope_scaling={"type": "yarn", "factor": 4}), ["scaled rotary"]),
     "lost shard": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
-                   ["lacks b.safetensors"]),
-    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), ["model_type None"]),
+                   ["lacks 'b.safetensors'"]),
+    "a list for a config": (lambda f: (f / "config.json").write_text("[]"), ["holds a JSON list"]),
     "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), ["is not JSON"]),
     "a text for a number": (lambda f: edit_config(f, hidden_size="96"), ["hidden_size must be of type int"]),
     "no heads": (lambda f: edit_config(f, num_attention_heads=0), ["num_attention_heads must be", "above 0"]),
     "layers for ever": (lambda f: edit_config(f, num_hidden_layers=10**12), ["num_hidden_layers must be", "1,024"]),
     "no float": (lambda f: edit_config(f, rope_theta=10**400), ["rope_theta must be of type float"]),
     "odd rope": (lambda f: edit_config(f, rope_scaling=[1]), ["scaled rotary"]),
-    "odd index": (lambda f: (f / "model.safetensors.index.json").write_text("[1]"), ["index.json is damaged"]),
+    "odd index": (lambda f: (f / "model.safetensors.index.json").write_text("[1]"), ["index.json holds a JSON list"]),
+    "an index without a map": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+                               ["index.json has no weight_map"]),
+    "a number for a file": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": [1]}}'),
+                            ["lacks '[1]'"]),
     "a file elsewhere": (lambda f: (f / "model.safetensors.index.json").write_text(json.dumps(
-        {"weight_map": {"a": "../b.safetensors"}})), ["'../b.safetensors', which is no file of that folder"]),
+        {"weight_map": {"a": str(f / "model.safetensors")}})), ["lacks '/"]),
 }
 
 
@@ -170,12 +175,25 @@ def test_every_form_of_the_linear_layer_is_the_same_product(dtype, tolerance, ro
     plain = x.double() @ layer.weight.double().T + layer.bias.double()
     with torch.no_grad():
         unpacked = layer(x)
-        if dtype is torch.float32:
-            layer.pack()
+        cpu_linear.pack(layer)
         packed = layer(x)
     for y in (unpacked, packed):
         assert y.shape == (rows, 1, 41) and (y - plain).abs().max() <= tolerance * plain.abs().max()
     assert layer(x).requires_grad       # with gradients on, the differentiable form
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_packed_weights_scores_targets_and_trains_as_before(dtype):
+    model = Qwen2.from_scratch(ODD, seed=4, dtype=dtype)
+    tokens = tokens_of(ODD, 1, 9)
+    results = []
+    for packed in (False, True):
+        if packed:
+            cpu_linear.pack(model)
+        logp, entropy, is_argmax = model(tokens, targets=tokens.roll(-1), size=290)
+        grads = torch.autograd.grad(logp.sum() + entropy.sum(), list(model.parameters()))
+        results.append((logp, entropy, is_argmax, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_kernels_that_cannot_run_are_refused_and_torchs_stay(monkeypatch):
@@ -185,7 +203,7 @@ def test_kernels_that_cannot_run_are_refused_and_torchs_stay(monkeypatch):
     monkeypatch.delitem(sys.modules, "fused", raising=False)
     with pytest.raises(ValueError, match="need triton"):
         sample.load("tiny", kernels="triton")
-    assert model.ops is model
+    assert vars(model.KERNELS) == model.PLAIN
 
 
 # -- what training needs

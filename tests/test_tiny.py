@@ -14,6 +14,7 @@ import sft
 import tasks
 from model import Config, Qwen2
 from sample import Tokenizer
+from support.miniature import draw_copying
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
 from support import cli, miniature
 
@@ -167,7 +168,8 @@ def test_a_conversation_has_no_system_message_unless_given_one(tokenizer):
 
 def test_transformers_opens_what_was_saved(tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = Qwen2.from_scratch(Config(vocab_size=tokenizer.size), seed=1).draw_copying(1)
+    model = Qwen2.from_scratch(Config(vocab_size=tokenizer.size), seed=1)
+    draw_copying(model, 1)
     for own in (tokenizer, Tokenizer.of_bytes()):
         own.save(tmp_path)
         peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -238,18 +240,18 @@ def test_weights_that_copy():
     config, g = Config(vocab_size=500), torch.Generator().manual_seed(3)
     once = torch.randint(500, (8, 50), generator=g)
     twice = torch.cat([once, once], 1)
-    right = [(model(twice)[:, 50:-1].argmax(-1) == twice[:, 51:]).float().mean().item()
-             for model in (Qwen2.from_scratch(config, 0).draw_copying(0), Qwen2.from_scratch(config, 0))]
+    model, plain = Qwen2.from_scratch(config, 0), Qwen2.from_scratch(config, 0)
+    draw_copying(model, 0)
+    right = [(net(twice)[:, 50:-1].argmax(-1) == twice[:, 51:]).float().mean().item() for net in (model, plain)]
     assert right[0] > 0.5 and right[1] < 0.05
     # "x = p", "y = q", ...: what follows " = " is told by the token before it alone
     order = torch.stack([torch.randperm(498, generator=g)[:30] for _ in range(8)]) + 2
     lines = torch.stack([order[:, :15], torch.ones(8, 15).long(), order[:, 15:], torch.zeros(8, 15).long()], 2)
     again = torch.stack([each[torch.randperm(15, generator=g)] for each in lines])
     shuffled = torch.cat([lines.flatten(1), again.flatten(1)], 1)
-    model = Qwen2.from_scratch(config, 0).draw_copying(0)
     assert (model(shuffled).argmax(-1)[:, 61:-1:4] == shuffled[:, 62::4]).float().mean() > 0.2       # by " = " alone: 1 / 15
     with pytest.raises(ValueError, match="copying needs 2 blocks"):
-        Qwen2.from_scratch(Config(num_hidden_layers=1)).draw_copying()
+        draw_copying(Qwen2.from_scratch(Config(num_hidden_layers=1)), 0)
 
 
 # ---- the command

@@ -1,0 +1,165 @@
+"""Folders of published models: config.json, the weights in safetensors files, the files of the tokenizer."""
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from support.files import sync
+
+SHARD_BYTES = 5 * 10**9     # of the largest file of weights
+HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def read_json(path):
+    """Returns the JSON object in a file of a checkpoint. Raises ValueError where there is none."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no {path.name}; expected the folder of a Qwen2.5 checkpoint")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a JSON {type(values).__name__}; expected an object")
+    return values
+
+
+def write_json(path, values):
+    path.write_text(json.dumps(values, indent=2) + "\n")
+    sync(path)
+
+
+def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=SHARD_BYTES):
+    """Writes config.json and model.safetensors, or shards of at most max_shard_bytes with their index.
+
+    tensors: an iterable of (name, tensor), converted to dtype, of which one shard is held at a time. The config
+    is removed first and written last: a folder whose writing broke off does not load.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    sync(folder)
+
+    paths = []
+    weight_map = {}
+    total_bytes = 0
+    for shard in split_shards(tensors, dtype, max_shard_bytes):
+        paths.append(folder / f"model-{len(paths)}.safetensors")
+        save_file(shard, paths[-1], metadata={"format": "pt"})
+        sync(paths[-1])
+        weight_map.update(dict.fromkeys(shard, len(paths)))
+        total_bytes += sum(tensor.nbytes for tensor in shard.values())
+
+    count = len(paths)
+    if count == 1:
+        paths[0].rename(folder / "model.safetensors")
+    else:
+        files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        for path, file in zip(paths, files):
+            path.rename(folder / file)
+        weight_map = {name: files[i - 1] for name, i in weight_map.items()}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    sync(folder)
+    config.save(folder, dtype)
+    sync(folder)
+
+
+def split_shards(tensors, dtype, max_shard_bytes):
+    """Yields {name: tensor} for each file. It is always the same dictionary, so that one shard is held at a time."""
+    shard = {}
+    shard_bytes = 0
+    for name, tensor in tensors:
+        tensor = tensor.to("cpu", dtype).contiguous()
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            yield shard
+            shard.clear()
+            shard_bytes = 0
+        shard[name] = tensor
+        shard_bytes += tensor.nbytes
+    yield shard
+
+
+def find_folder(path, files=("*.json", "*.safetensors", "merges.txt")):
+    """Returns the local folder of a checkpoint; `files` of a hub id ("owner/name") are downloaded once into a cache."""
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise ValueError(f"no model folder {str(path)!r}, and it is not a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(files)))
+    except (OSError, ValueError) as error:      # the hub's own errors are among these
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {reason}") from None
+
+
+def hash_checkpoint(folder):
+    """Returns a shortened sha256 of the weights, the config and the tokenizer in a folder. It reads the files whole."""
+    files = [path for path in sorted(Path(folder).iterdir())
+             if path.is_file() and (path.suffix == ".safetensors" or path.name in HASHED)]
+    with ThreadPoolExecutor() as threads:
+        hashes = dict(zip([path.name for path in files], threads.map(hash_file, files)))
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+
+
+def hash_file(path):
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_headers(folder):
+    """Returns {tensor name: (file, shape)} of model.safetensors, or of the files that the index of a folder names."""
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map; download it again")
+        files = list(weight_map.values())
+    headers = {}
+    for file in dict.fromkeys(map(str, files)):
+        path = folder / file
+        if path.name != file or not path.is_file():
+            raise ValueError(f"{folder} lacks {file!r:.80}; expected model.safetensors, or {index.name} and its files")
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():
+                    headers[name] = path, tuple(tensors.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); download it again") from None
+    return headers
+
+
+def load_tensors(folder, parameters, slice_bytes=32 * 2**20, unused=()):
+    """Fills parameters from the checkpoint in `folder`, a slice of rows at a time.
+
+    parameters: {name: (tensor, first, shape)}; the tensor receives the rows from `first` on of one of this shape, so
+    that a process which holds a part reads only that part. unused: names in the checkpoint that need no parameter.
+    Raises ValueError naming missing, unexpected and mis-shaped tensors together, before anything is copied.
+    """
+    headers = read_headers(folder)
+    shared = sorted(parameters.keys() & headers.keys())
+    faults = {
+        "missing": sorted(parameters.keys() - headers.keys()),
+        "unexpected": sorted(headers.keys() - parameters.keys() - set(unused)),
+        "of another shape": [f"{name} (expected {parameters[name][2]}, found {headers[name][1]})"
+                             for name in shared if parameters[name][2] != headers[name][1]],
+    }
+    text = [f"{len(names)} {fault}: {', '.join(names[:5])}" for fault, names in faults.items() if names]
+    if text:
+        raise ValueError(f"{folder} does not fit its config.json: {'; '.join(text)}")
+    with torch.no_grad():
+        for name, (rows, first, _) in parameters.items():
+            step = max(1, slice_bytes // max(1, rows[:1].nbytes))
+            for start in range(0, len(rows), step):
+                stop = min(start + step, len(rows))
+                # Opened anew for each slice: the file is mapped, and pages once read count until it is closed.
+                with safe_open(headers[name][0], framework="pt") as file:
+                    rows[start:stop].copy_(file.get_slice(name)[first + start:first + stop])
