@@ -117,19 +117,20 @@ def parse(cls, argv=None, fill=None):
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
         parser.error(f"there is no {flag}; {hint}")
     values = vars(typed)
+    origins = [f"typed: {_as_flags(values)}"] if values else []
     try:
-        sources = fill(defaults | values) if fill else []
-        if values:
-            announce(f"typed: {_as_flags(values)}")
-        for source, settings in sources:
+        for source, settings in fill(defaults | values) if fill else []:
             filled = {name: value for name, value in settings.items() if name in defaults and name not in values}
             values |= filled
             changed = {name: value for name, value in filled.items() if value != defaults[name]}
             if changed:
-                announce(f"{source}: {_as_flags(changed)}")
-        return cls(**values)
+                origins.append(f"{source}: {_as_flags(changed)}")
+        cfg = cls(**values)
     except ValueError as error:
         parser.error(str(error))
+    for line in origins:        # after the checks: what was typed may hold a key, which they refuse
+        announce(line)
+    return cfg
 
 
 def _parser(cls):
