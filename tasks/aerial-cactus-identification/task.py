@@ -8,8 +8,7 @@ import zipfile
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, copy_raw_folder, matched, numbers, raw_csv, train_test_split, write_csv
-from tasks.images import jpeg
+from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, train_test_split, write_csv
 
 
 def prepare(raw, public, private, variant):

@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tasks import (
-    MissingRaw, Task, copy_raw_folder, log_loss, matched, numbers, raw_files, train_test_split, write_csv)
-from tasks.images import jpeg
+    MissingRaw, Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_files, train_test_split, write_csv)
 
 
 def prepare(raw, public, private, variant):

@@ -5,8 +5,7 @@ Split, names and grader are MLE-bench's.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, copy_raw_folder, matched, numbers, raw_csv, train_test_split, write_csv
-from tasks.images import jpeg
+from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, train_test_split, write_csv
 
 TARGETS = ["healthy", "multiple_diseases", "rust", "scab"]
 

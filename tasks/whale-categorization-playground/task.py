@@ -5,8 +5,8 @@ Split and grader are MLE-bench's.
 import numpy as np
 import pandas as pd
 
-from tasks import InvalidSubmission, Task, copy_raw_folder, map5, matched, raw_csv, show, train_test_split, write_csv
-from tasks.images import jpeg
+from tasks import (
+    InvalidSubmission, Task, copy_raw_folder, jpeg, map5, matched, raw_csv, show, train_test_split, write_csv)
 
 SAMPLE = "new_whale w_1287fbc w_98baff9 w_7554f44 w_1eafe46"
 
