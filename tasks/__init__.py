@@ -37,8 +37,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
-
 from support import sandbox
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
@@ -487,7 +485,7 @@ def score_file(task, home, path, score=None):
     """The score of the submission at path for the task prepared in home, by the function `score` (default: the task's);
     NaN or infinity where the metric is not defined for these predictions. Errors as grade's."""
     limit_bytes = (home / "public" / task.sample).stat().st_size * 4 + (4 << 20)    # numbers in full are 3 times longer
-    with GRADING, np.errstate(over="ignore", invalid="ignore", divide="ignore"):    # predictions near 1e308
+    with GRADING:
         submission = read_submission(path, limit_bytes)
         return float((score or task.score)(read_answers(task, home), submission))
 

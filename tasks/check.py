@@ -1,13 +1,12 @@
 """Proofs that a prepared task is sound: what would be wrong is found by trying it. `python -m tasks check` runs them.
 
-Each proof is a function of a Case that returns a sentence for each fault; PROOFS lists them. Of long tables the first
-MAX_ROWS test rows are searched.
+Each of PROOFS is a function of a Case that returns a sentence for each fault. The first MAX_ROWS test rows are searched,
+and public tables of up to MAX_BYTES.
 """
 import csv
 import functools
 import gzip
 import io
-import itertools
 import json
 import math
 import re
@@ -28,10 +27,10 @@ MIN_GROUP = 5           # rows; smaller groups count as one
 MIN_IDEAS = 10
 MIN_KINDS = 5
 MAX_ROWS = 20_000
-MAX_JSON = 64 << 20     # bytes of a JSON file that is searched
+MAX_BYTES = 128 << 20
 CHANCE = 1e-6           # how likely it may be that a class is missing by chance
+TABLES = (".csv", ".tsv", ".txt", ".json", ".npy")
 VALIDATION_LINE = re.compile(r"^validation .+: -?\d+(\.\d+)?\s*$", re.MULTILINE)
-TEXT = {"dtype": str, "keep_default_na": False, "chunksize": MAX_ROWS}      # for pandas: cells as they stand
 
 
 @dataclass
@@ -44,19 +43,18 @@ class Case:
     sample: dict
     answers: dict       # in the order of the private file
     gold: dict          # the answers in the columns and the order of the sample
-    shuffled: dict      # gold with its rows in another order
     starter: float      # its score
     printed: str        # by the starter
 
     def __post_init__(self):
         self.public = self.home / "public"
-        self.train = self.public / "train.csv"
-        self.test = self.public / "test.csv"
+        self.tables = read_public_tables(self.public)
+        self.train = self.tables.get("train.csv", pd.DataFrame())
+        self.test = self.tables.get("test.csv", pd.DataFrame())
         self.is_miniature = self.facts["miniature"]
-        self.num_rows = len(self.gold[self.targets[0]])
-        self.ids = self.gold[self.task.key][:MAX_ROWS] if self.task.key else []     # of the rows that are searched
-        rows = zip(*[self.gold[name] for name in self.targets])
-        self.scored = [i for i, row in enumerate(rows) if set(row) != {self.task.unscored}]
+        self.labels = list(zip(*[self.gold[name] for name in self.targets]))    # a tuple of texts for each row
+        self.scored = [i for i, texts in enumerate(self.labels) if set(texts) != {self.task.unscored}]
+        self.ids = self.gold[self.task.key][:MAX_ROWS] if self.task.key else []
         self.test_files = []
         if self.task.test_file:
             self.test_files = [self.public / self.task.test_file.format(id) for id in self.gold[self.task.key]]
@@ -78,10 +76,38 @@ def read_case(id, data, python):
     sample = tasks.read_table(home / "public" / task.sample)
     answers = tasks.read_answers(task, home)
     gold = {**sample, **tasks.matched(answers, sample, task.key, targets)}
-    order = np.random.default_rng(0).permutation(len(gold[targets[0]]))
-    shuffled = {name: [gold[name][i] for i in order] for name in gold}
     starter, _, printed = tasks.run_starter(task, home, python)
-    return Case(task, home, tasks.info(id, data), targets, sample, answers, gold, shuffled, starter, printed)
+    return Case(task, home, tasks.info(id, data), targets, sample, answers, gold, starter, printed)
+
+
+def read_public_tables(public):
+    """{path: text frame} of the public files that are tables, loose, in a zip or in gzip."""
+    tables = {}
+    for path, opened in tasks.raw_files(public):
+        name = path.removesuffix(".gz")
+        if not name.endswith(TABLES):
+            continue
+        try:
+            with opened() as stream:
+                data = (gzip.open(stream) if name != path else stream).read(MAX_BYTES + 1)
+            if len(data) <= MAX_BYTES:
+                tables[path] = _frame(name, data)
+        except (ValueError, TypeError, OSError, EOFError):
+            pass            # not a table
+    return tables
+
+
+def _frame(name, data):
+    """The bytes of a file as a text frame."""
+    if name.endswith(".npy"):
+        array = np.load(io.BytesIO(data))
+        return pd.DataFrame(array.reshape(len(array), -1)[:, :100]).astype(str)
+    if name.endswith(".json"):
+        data = json.loads(data)
+        return pd.DataFrame(data.items() if isinstance(data, dict) else data).astype(str)
+    separator = "\t" if name.endswith(".tsv") else ","
+    return pd.read_csv(io.BytesIO(data), sep=separator, dtype=str, keep_default_na=False, on_bad_lines="skip",
+                       index_col=False)
 
 
 def check(id, data, python):
@@ -93,7 +119,7 @@ def check(id, data, python):
     if case.is_miniature or not case.task.known_twins:
         failures += known
         known = []
-    return {"train": case.facts["rows"].get("public/train.csv"), "test": case.num_rows, "starter": case.starter,
+    return {"train": case.facts["rows"].get("public/train.csv"), "test": len(case.labels), "starter": case.starter,
             "m_best": case.facts["m_best"], "seconds": round(time.monotonic() - start, 1), "known": known}, failures
 
 
@@ -115,10 +141,12 @@ def wrong_scores(case):
     task = case.task
     m_init = case.facts["m_init"]
     m_best = case.facts["m_best"]
+    order = np.random.default_rng(0).permutation(len(case.labels))
+    shuffled = {name: [case.gold[name][i] for i in order] for name in case.gold}
     best = case.score(case.gold)
-    reordered = case.score(case.shuffled) if task.key else best
+    reordered = case.score(shuffled) if task.key else best
     poor = case.score(case.sample)
-    chance = case.score({**case.gold, **{name: case.shuffled[name] for name in case.targets}})
+    chance = case.score({**case.gold, **{name: shuffled[name] for name in case.targets}})
     real_m_init = None
     if not case.is_miniature and case.facts["variant"] == task.variants[0]:
         real_m_init = task.m_init
@@ -126,7 +154,7 @@ def wrong_scores(case):
     scored = f"The starter scores {case.starter:.6g};"
     faults = [
         (not math.isclose(best, task.perfect, abs_tol=1e-9), f"The answers score {best}, not {task.perfect}."),
-        (not math.isclose(reordered, best, abs_tol=1e-9), "The answers score less when their rows are in another order."),
+        (not math.isclose(reordered, best, abs_tol=1e-9), "The answers score less with their rows in another order."),
         (not _is_worse(case, poor), f"The sample submission scores {poor:.5g}, {better}"),
         (not _is_worse(case, chance), f"A submission of other rows' answers scores {chance:.5g}, {better}"),
         (not task.better(m_best, case.starter), f"m_best ({m_best:.5g}) is no better than {case.starter:.5g}."),
@@ -205,16 +233,16 @@ def unscored_columns(case):
 def unscored_rows(case):
     """Every row that has an answer counts; some are drawn."""
     rng = np.random.default_rng(0)
-    num_drawn = min(20 if case.num_rows <= MAX_ROWS else 8, len(case.scored))
-    labels = list(zip(*[case.gold[name] for name in case.targets]))
+    num_drawn = min(20 if len(case.labels) <= MAX_ROWS else 8, len(case.scored))
     ignored = []
     for i in rng.permutation(case.scored)[:num_drawn].tolist():
-        others = (labels[j] for j in rng.permutation(case.scored)[:1000] if labels[j] != labels[i])
-        if other := next(others, None):
-            changed = {name: [*case.gold[name][:i], text, *case.gold[name][i + 1:]]
-                       for name, text in zip(case.targets, other)}
-            if _stays_perfect(case, changed):
-                ignored.append(i + 1)
+        for j in rng.permutation(case.scored)[:1000]:
+            if case.labels[j] != case.labels[i]:
+                changed = {name: [*case.gold[name][:i], case.gold[name][j], *case.gold[name][i + 1:]]
+                           for name in case.targets}
+                if _stays_perfect(case, changed):
+                    ignored.append(i + 1)
+                break
     return [f"{len(ignored)} of {num_drawn} rows may be wrong and the answers score as well, such as row {row}."
             for row in ignored[:1]]
 
@@ -240,19 +268,17 @@ def _number(text):
 # What public files give away
 
 def given_away(case):
-    """No column of a public table is the answers, or other names for the classes, or, where train.csv lacks it, numbers
-    in the same order."""
+    """No column of a public table that can be matched with the test rows is the answers, or other names for the
+    classes, or, where train.csv lacks it, numbers in the same order."""
     columns = _label_columns(case)
-    labels = list(zip(*[case.gold[name][:MAX_ROWS] for name in case.targets]))
-    trained_on = _header(case.train)
     failures = []
-    for path, table in public_tables(case):
-        for name, cells in table.items():
+    for path, table in case.tables.items():
+        for name, cells in _test_rows(case, table).items():
             is_submission = path == case.task.sample and name in case.targets   # its score says how good it is
             if is_submission or name == case.task.key or cells.nunique() < 2:
                 continue
-            is_feature = name in trained_on and path in ("train.csv", "test.csv")
-            tells = _is_renamed(cells, labels) or any(
+            is_feature = name in case.train and path in ("train.csv", "test.csv")
+            tells = _is_renamed(cells, case.labels[:MAX_ROWS]) or any(
                 _is_equal(cells, column) or _is_renamed(cells, column) or not is_feature and _is_ordered(cells, column)
                 for column in columns.values())
             if tells:
@@ -270,62 +296,21 @@ def _label_columns(case):
     return dict(table.items())
 
 
-def public_tables(case):
-    """Yields (path, text frame of the test rows) for the CSV, TSV, JSON and NPY files that can be matched with them, by
-    id or by position, loose, in a zip or in gzip."""
-    for path, opened in tasks.raw_files(case.public):
-        name = path.removesuffix(".gz")
-        if name.endswith((".csv", ".tsv", ".txt", ".json", ".npy")):
-            try:
-                with opened() as stream:
-                    table = _test_rows(_frames(name, gzip.open(stream) if name != path else stream), case)
-            except (ValueError, TypeError, LookupError, AttributeError, OSError, EOFError):
-                continue        # not a table
-            if table is not None:
-                yield path, table
-
-
-def _frames(name, stream):
-    """The table in a binary stream as text frames, the header its first row; the file's name says what it is."""
-    if name.endswith(".npy"):
-        array = np.load(io.BytesIO(stream.read()), allow_pickle=False)
-        array = array.reshape(len(array), -1)[:, :100]
-        return [pd.DataFrame([range(array.shape[1]), *array.tolist()]).astype(str)]
-    if name.endswith(".json"):
-        records = json.loads(stream.read(MAX_JSON))
-        if isinstance(records, dict):
-            records = [{"": name, "value": value} for name, value in records.items()]
-        records = [record if isinstance(record, dict) else {"value": record} for record in records]
-        names = [name for name, value in records[0].items() if not isinstance(value, (list, dict))]
-        return [pd.DataFrame([names, *([record.get(name) for name in names] for record in records)]).astype(str)]
-    return pd.read_csv(stream, header=None, sep="\t" if name.endswith(".tsv") else ",", on_bad_lines="skip", **TEXT)
-
-
-def _test_rows(frames, case):
-    """The rows of a table that have the test rows' ids, or all rows where there are as many; None where neither is."""
-    frames = iter(frames)
-    first = next(frames)
-    header = list(first.iloc[0])
-    key = header.index(case.task.key) if case.task.key in header else 0
-    with_id = []
-    total = 0
-    for frame in itertools.chain([first], frames):
-        total += len(frame)
-        with_id.append(frame[frame[key].isin(case.ids)])
-    with_id = pd.concat(with_id).drop_duplicates(key).set_index(key, drop=False)
-    if case.ids and len(with_id) == len(set(case.ids)):
-        rows = with_id.loc[case.ids]
-    elif case.num_rows in (total - 1, total):               # with or without a header
-        rows = first[total - case.num_rows:]
-    else:
-        return None
-    return rows[:min(case.num_rows, MAX_ROWS)].set_axis(header, axis=1).reset_index(drop=True).fillna("")
+def _test_rows(case, table):
+    """The rows of a frame that have the test rows' ids, or all rows where there are as many; else an empty frame."""
+    key = case.task.key if case.task.key in table else table.columns[0]
+    with_id = table.drop_duplicates(key).set_index(key, drop=False)
+    if case.ids and set(case.ids) <= set(with_id.index):
+        return with_id.loc[case.ids].reset_index(drop=True)
+    if len(table) == len(case.labels) - 1:          # the file has no header
+        table = pd.concat([table.columns.to_frame().T.set_axis(table.columns, axis=1), table], ignore_index=True)
+    return table[:MAX_ROWS] if len(table) == len(case.labels) else pd.DataFrame()
 
 
 def _is_equal(cells, column):
     """Whether two columns hold the same texts or numbers."""
     same_number = np.isclose(_numeric(cells), _numeric(column), rtol=1e-6, atol=1e-12)
-    return len(cells) == len(column) and ((cells == column) | same_number).all()
+    return ((cells == column) | same_number).all()
 
 
 def _is_renamed(cells, labels):
@@ -349,15 +334,10 @@ def _numeric(cells):
     return pd.Series(list(cells)).map(_number).astype(float)
 
 
-def _header(path):
-    """The columns of a CSV file; none where there is no such file."""
-    return list(pd.read_csv(path, nrows=0)) if path.exists() else []
-
-
 def shown_targets(case):
     """The test file does not have a target's column, and files that belong to test rows are there."""
     failures = [f"{path} is missing." for path in case.test_files if not path.exists()][:1]
-    if set(case.targets) & set(_header(case.test)):
+    if set(case.targets) & set(case.test):
         failures.append("The public test file has the target's column.")
     return failures
 
@@ -367,16 +347,14 @@ def twins(case):
     of real rows may be."""
     failures = []
     ids = set() if case.task.key_is_feature else set(case.sample) - set(case.targets)
-    features = [name for name in _header(case.test) if name in _header(case.train) and name not in ids]
-    if features:
-        tested = _row_hashes(case.test, features)
-        learned = _row_hashes(case.train, features)
-        exact, alike = (np.flatnonzero(np.isin(tested[:, k], learned[:, k])) + 1 for k in range(2))
-        if len(exact):
-            failures.append(f"{len(exact)} rows are in train and in test, such as row {exact[0]} of test.")
-        elif len(alike) > (0 if case.is_miniature else 0.01 * len(tested)):
-            failures.append(f"{len(alike)} rows are in train and in test but for capitals and blanks, such as row "
-                            f"{alike[0]} of test.")
+    features = [name for name in case.test if name in case.train and name not in ids]
+    exact = _shared_rows(case.test[features], case.train[features])
+    alike = _shared_rows(case.test[features].map(_plain), case.train[features].map(_plain))
+    if exact:
+        failures.append(f"{len(exact)} rows are in train and in test, such as row {exact[0]} of test.")
+    elif len(alike) > (0 if case.is_miniature else 0.01 * len(case.test)):
+        failures.append(f"{len(alike)} rows are in train and in test but for capitals and blanks, such as row "
+                        f"{alike[0]} of test.")
     if case.test_files:
         hashes = {tasks.hash_files(path) for path in case.test_files if path.exists()}
         others = set(case.public.rglob(f"*{Path(case.task.test_file).suffix}")) - set(case.test_files)
@@ -385,14 +363,14 @@ def twins(case):
     return failures
 
 
-def _row_hashes(path, columns):
-    """Hashes of each row's cells in these columns, as they are and without capitals and blanks: uint64 (rows, 2)."""
-    hashes = []
-    for frame in pd.read_csv(path, usecols=columns, **TEXT):
-        frame = frame[columns]
-        plain = frame.apply(lambda cells: cells.str.casefold().str.replace(r"\s+", "", regex=True))
-        hashes.append(np.stack([pd.util.hash_pandas_object(cells, index=False) for cells in (frame, plain)], 1))
-    return np.concatenate(hashes)
+def _shared_rows(test, train):
+    """The numbers, from 1, of the rows of test that are in train too."""
+    learned = set(train.itertuples(index=False, name=None))
+    return [number for number, row in enumerate(test.itertuples(index=False, name=None), 1) if row in learned]
+
+
+def _plain(text):
+    return "".join(text.split()).casefold()
 
 
 def missing_classes(case):
@@ -401,14 +379,13 @@ def missing_classes(case):
     if case.task.kind != "classification":
         return []
     failures = []
-    only_learned = [name for name in _header(case.train) if name not in _header(case.test)]
+    only_learned = [name for name in case.train if name not in case.test]
     for name, texts in _label_columns(case).items():
-        if name == "class":     # the classes have columns in the answers; in train they are told in one
-            name = only_learned[0] if len(only_learned) == 1 else None
+        if name == "class" and len(only_learned) == 1:      # the answers are one-hot, train has one column
+            name = only_learned[0]
         if name not in only_learned:
             continue
-        frames = pd.read_csv(case.train, usecols=[name], **TEXT)
-        learned = sum((_classes(frame[name]) for frame in frames), Counter())
+        learned = _classes(case.train[name])
         answers = _classes(text for text in texts if text != case.task.unscored)
         if 2 * len(learned) > learned.total():
             continue            # no classes
@@ -483,7 +460,9 @@ def _standardised(case):
 
 def _orders(case):
     """{name: a number for each test row} that the rows can be ordered by."""
-    orders = {} if case.task.known_order else {"position in the test file": np.arange(min(case.num_rows, MAX_ROWS))}
+    orders = {"position in the test file": np.arange(len(case.labels[:MAX_ROWS]))}
+    if case.task.known_order:
+        orders = {}
     if case.task.key:
         ids = pd.Series(case.ids)
         number = pd.to_numeric(ids, errors="coerce")
@@ -508,12 +487,11 @@ def _groups(case, orders):
     for name, numbers in remainders.items():
         for k in range(2, 17):
             groups[f"{name} modulo {k}"] = numbers % k
-    if case.is_miniature and case.test.exists():
-        with open(case.test, "rb") as stream:
-            table = _test_rows(_frames("test.csv", stream), case)
-        for name, cells in table.items():
-            groups[f"number of blanks at the end of {name!r}"] = cells.str.len() - cells.str.rstrip().str.len()
-            groups[f"number of blanks at the start of {name!r}"] = cells.str.len() - cells.str.lstrip().str.len()
+    if case.is_miniature:
+        for name, cells in _test_rows(case, case.test).items():
+            length = cells.str.len()
+            groups[f"number of blanks at the end of {name!r}"] = length - cells.str.rstrip().str.len()
+            groups[f"number of blanks at the start of {name!r}"] = length - cells.str.lstrip().str.len()
     return groups
 
 

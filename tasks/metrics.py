@@ -10,6 +10,8 @@ import sys
 import numpy as np
 from sklearn import metrics
 
+quiet = np.errstate(over="ignore", invalid="ignore")     # squares, sums and differences of values near 1e308
+
 
 def _paired(y, p):
     y = np.asarray(y)
@@ -44,6 +46,7 @@ def log_loss(y, p):
     return float(-(y * np.log(np.clip(p, eps, 1 - eps))).sum(1).mean())
 
 
+@quiet
 def auc(y, p):
     """Area under the ROC curve, ties counted half; of 0/1 labels (N,), or the mean over the columns of (N, K).
 
@@ -61,12 +64,14 @@ def accuracy(y, p):
     return float(metrics.accuracy_score(y.ravel(), p.ravel()))
 
 
+@quiet
 def rmse(y, p):
     """Root of the mean squared difference over all values."""
     y, p = _checked(y, p)
     return _finite(metrics.root_mean_squared_error(y.ravel(), p.ravel()))
 
 
+@quiet
 def mae(y, p):
     """Mean absolute difference over all values."""
     y, p = _checked(y, p)
@@ -81,6 +86,7 @@ def rmsle(y, p):
     return float(metrics.root_mean_squared_log_error(y, p))
 
 
+@quiet
 def mcrmse(y, p):
     """Mean over the columns of (N, K) of each column's RMSE."""
     return _finite(metrics.root_mean_squared_error(*_checked(y, p)))
