@@ -7,6 +7,7 @@ import csv
 import functools
 import gzip
 import io
+import itertools
 import json
 import math
 import re
@@ -106,8 +107,9 @@ def _frame(name, data):
         data = json.loads(data)
         return pd.DataFrame(data.items() if isinstance(data, dict) else data).astype(str)
     separator = "\t" if name.endswith(".tsv") else ","
-    return pd.read_csv(io.BytesIO(data), sep=separator, dtype=str, keep_default_na=False, on_bad_lines="skip",
-                       index_col=False)
+    frame = pd.read_csv(io.BytesIO(data), sep=separator, dtype=str, keep_default_na=False, on_bad_lines="skip")
+    # Where rows are longer than the header pandas takes the first cells for an index.
+    return frame.reset_index(drop=isinstance(frame.index, pd.RangeIndex))
 
 
 def check(id, data, python):
@@ -115,7 +117,7 @@ def check(id, data, python):
     start = time.monotonic()
     case = read_case(id, data, python)
     failures = [failure for proof in PROOFS for failure in proof(case)]
-    known = twins(case)
+    known = duplicates(case)
     if case.is_miniature or not case.task.known_twins:
         failures += known
         known = []
@@ -298,6 +300,8 @@ def _label_columns(case):
 
 def _test_rows(case, table):
     """The rows of a frame that have the test rows' ids, or all rows where there are as many; else an empty frame."""
+    if table.empty:
+        return table
     key = case.task.key if case.task.key in table else table.columns[0]
     with_id = table.drop_duplicates(key).set_index(key, drop=False)
     if case.ids and set(case.ids) <= set(with_id.index):
@@ -342,7 +346,7 @@ def shown_targets(case):
     return failures
 
 
-def twins(case):
+def duplicates(case):
     """No row, and no file of a row, is both in train and in test, be it with other capitals or blanks, as a hundredth
     of real rows may be."""
     failures = []
@@ -364,7 +368,9 @@ def twins(case):
 
 
 def _shared_rows(test, train):
-    """The numbers, from 1, of the rows of test that are in train too."""
+    """The numbers, from 1, of the rows of test that are in train too; none where they have no columns in common."""
+    if len(test.columns) == 0:
+        return []
     learned = set(train.itertuples(index=False, name=None))
     return [number for number, row in enumerate(test.itertuples(index=False, name=None), 1) if row in learned]
 
@@ -415,33 +421,29 @@ def signals(case):
     """The position in the test file and the id tell nothing of the target, and in miniatures nor do the size of a row's
     file and the blanks around texts: no statistic is beyond SIGMAS standard deviations of those of shuffled targets.
     The publisher's own ids or order may tell (known_signal, known_order); sizes of real images do."""
-    y = _standardised(case)
-    orders = _orders(case)
+    # 1. What may tell: orders of the rows, and groups of them.
     statistics = {}
+    orders = _orders(case)
     for name, values in _groups(case, orders).items():
         weights = _group_weights(values)
         if len(weights) > 1:
-            statistics[f"The {name} tells of the target: the distance of its groups"] = functools.partial(
-                _distance, weights)
+            statistics[name, "distance of its groups"] = functools.partial(_distance, weights)
     if case.test_files and case.is_miniature:
         orders["size of the file"] = np.array([path.stat().st_size for path in case.test_files if path.exists()])
     for name, values in orders.items():
         if np.ptp(values) > 0:
             rank = pd.Series(values).rank().to_numpy()
-            order = np.argsort(values, kind="stable")
-            tells = f"The {name} tells of the target:"
-            statistics[f"{tells} the rank correlation with it"] = functools.partial(_correlation, rank - rank.mean())
-            statistics[f"{tells} the likeness of neighbours"] = functools.partial(_likeness, order)
+            statistics[name, "rank correlation with it"] = functools.partial(_correlation, rank - rank.mean())
+            statistics[name, "likeness of neighbours"] = functools.partial(_likeness, np.argsort(values, kind="stable"))
+
+    # 2. What they tell of the target, against what they tell of shuffled ones.
+    y = _standardised(case)
     rng = np.random.default_rng(0)
-    chance = []
-    for _ in range(NUM_SHUFFLES):
-        shuffled = y[rng.permutation(len(y))]
-        chance.append([statistic(shuffled) for statistic in statistics.values()])
-    chance = np.array(chance)
-    value = np.array([statistic(y) for statistic in statistics.values()])
-    z = (value - chance.mean(0)) / (chance.std(0) + 1e-12)
-    return [f"{name} is {z[k]:.0f} standard deviations beyond chance."
-            for k, name in enumerate(statistics) if z[k] > SIGMAS]
+    targets = itertools.chain([y], (y[rng.permutation(len(y))] for _ in range(NUM_SHUFFLES)))
+    value, *chance = ([statistic(target) for statistic in statistics.values()] for target in targets)
+    z = (np.array(value) - np.mean(chance, 0)) / (np.std(chance, 0) + 1e-12)
+    return [f"The {name} tells of the target: the {what} is {z[k]:.0f} standard deviations beyond chance."
+            for k, (name, what) in enumerate(statistics) if z[k] > SIGMAS]
 
 
 def _standardised(case):

@@ -27,7 +27,7 @@ import tasks
 from common import md5, quiet, sides
 from tasks import InvalidSubmission
 from tasks.__main__ import main
-from tasks.check import check, check_ideas, read_case, twins
+from tasks.check import check, check_ideas, duplicates, read_case
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data"
@@ -947,7 +947,7 @@ def test_what_the_publishers_own_data_tell_can_be_declared(toy, toy_raw, tmp_pat
     assert "1 rows are in train and in test, such as row 1 of test" in failures(toy_raw)
     assert failures(toy_raw, "known_twins='so they are', ") == ""
     case = read_case("toy", tmp_path / "data", sys.executable)
-    assert twins(dataclasses.replace(case, task=dataclasses.replace(case.task, key=None))) != []    # its id is an id still
+    assert duplicates(dataclasses.replace(case, task=dataclasses.replace(case.task, key=None))) != []    # its id is an id still
 
 
 @pytest.mark.parametrize("old, new, found", [
