@@ -87,23 +87,20 @@ def run_list(args, ids):
     chosen = [tasks.load(id) for id in ids]
     for split in ("held-in", "held-out"):
         rows = [[split, "modality", "metric", "aim", "m_init", "m_best", "weakest", "ML-Agent"]]
-        for task in chosen:
-            if task.split == split:
-                ours = task.published["ML-Agent"][0] if task.published else None
-                rows.append([task.id, task.modality, task.metric, task.direction, task.m_init, task.m_best,
-                             task.weakest(), ours])
+        rows += [[task.id, task.modality, task.metric, task.direction, task.m_init, task.m_best, task.weakest(),
+                  task.published.get("ML-Agent", [None])[0]] for task in chosen if task.split == split]
         if len(rows) > 1:
             print(tasks.format_table(rows, num_left=4), end="\n\n")
     for task in chosen:
-        facts = [f"{task.id} ({kind(task.id, args.data) or 'not prepared'}): get {task.download}, {task.size}.",
-                 f"Follows {task.source}. m_best: {task.m_best_source}."]
-        if task.medals:
-            medals = "/".join(f"{task.medals[name]:g}" for name in ("gold", "silver", "bronze") if name in task.medals)
-            facts.append(f"Gold/silver/bronze{' of ' * bool(task.medals_metric)}{task.medals_metric}: {medals}.")
-        if task.published:
-            scores = [f"{model} {average:g}/{best:g}" for model, (average, best) in task.published.items()]
-            facts.append(f"Table 1, average/best of 8: {', '.join(scores)}.")
-        print(textwrap.fill(" ".join(facts), 120, subsequent_indent="    ", break_on_hyphens=False))
+        medals = "/".join(f"{task.medals[name]:g}" for name in ("gold", "silver", "bronze") if name in task.medals)
+        scores = ", ".join(f"{model} {average:g}/{best:g}" for model, (average, best) in task.published.items())
+        text = (f"{task.id} ({kind(task.id, args.data) or 'not prepared'}): get {task.download}, {task.size}. "
+                f"Follows {task.source}. m_best: {task.m_best_source}.")
+        if medals:
+            text += f" Gold/silver/bronze, {task.medals_metric or task.metric}: {medals}."
+        if scores:
+            text += f" Table 1, average/best of 8: {scores}."
+        print(textwrap.fill(text, 120, subsequent_indent="    ", break_on_hyphens=False))
     return 0
 
 

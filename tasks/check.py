@@ -3,7 +3,6 @@
 Each of PROOFS is a function of a Case that returns a sentence for each fault. The first MAX_ROWS test rows are searched,
 and public tables of up to MAX_BYTES.
 """
-import csv
 import functools
 import gzip
 import io
@@ -64,9 +63,7 @@ class Case:
         """The score of a table that is handed in; {} is an empty file."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "submission.csv"
-            with open(path, "w", newline="", encoding="utf-8") as stream:
-                if table:
-                    csv.writer(stream, lineterminator="\n").writerows([table, *zip(*table.values())])
+            path.write_text(pd.DataFrame(table).to_csv(index=False) if table else "")
             return tasks.score_file(self.task, self.home, path)
 
 
@@ -226,8 +223,10 @@ def unscored_columns(case):
             if _number(column[i]) == 1:
                 swapped[name][i] = case.gold[other][i]
                 swapped[other][i] = column[i]
-        verdicts = [_stays_perfect(case, changed) for changed in (turned, swapped) if changed[name] != column]
-        if next((verdict for verdict in verdicts if verdict is not None), False):
+        stays = _stays_perfect(case, turned)
+        if stays is None or turned[name] == column:
+            stays = _stays_perfect(case, swapped) and swapped[name] != column
+        if stays:
             failures.append(f"The column {name!r} must be predicted and is not scored.")
     return failures
 
@@ -479,21 +478,19 @@ def _orders(case):
 def _groups(case, orders):
     """{name: a value for each test row} that groups the rows in a way that should tell nothing."""
     groups = {}
-    remainders = dict(orders)
+    numbers = dict(orders)
     if "id" in orders:
         digits = [re.findall(r"\d+", id) for id in case.ids]
-        remainders["id"] = np.array([int(runs[-1][-15:]) if runs else -1 for runs in digits])
+        numbers["id"] = np.array([int(runs[-1][-15:]) if runs else -1 for runs in digits])
         groups["last letter of the id"] = [id[-1:] for id in case.ids]
         groups["first letter of the id"] = [id[:1] for id in case.ids]
         groups["length of the id"] = [len(id) for id in case.ids]
-    for name, numbers in remainders.items():
-        for k in range(2, 17):
-            groups[f"{name} modulo {k}"] = numbers % k
-    if case.is_miniature:
-        for name, cells in _test_rows(case, case.test).items():
-            length = cells.str.len()
-            groups[f"number of blanks at the end of {name!r}"] = length - cells.str.rstrip().str.len()
-            groups[f"number of blanks at the start of {name!r}"] = length - cells.str.lstrip().str.len()
+    for name, values in numbers.items():
+        groups |= {f"{name} modulo {k}": values % k for k in range(2, 17)}
+    for name, cells in _test_rows(case, case.test).items() if case.is_miniature else ():
+        length = cells.str.len()
+        groups[f"number of blanks at the end of {name!r}"] = length - cells.str.rstrip().str.len()
+        groups[f"number of blanks at the start of {name!r}"] = length - cells.str.lstrip().str.len()
     return groups
 
 
@@ -552,10 +549,10 @@ def check_ideas(id, data, python):
     failures = []
     scores = {}
     for idea in tasks.ideas(id):
-        title = idea["title"]
+        name = f"The idea {idea['title']!r}"
         try:
-            scores[title], _, _ = tasks.run_script(task, Path(data) / id, tasks.apply(task.starter, idea), python,
-                                                   f"The idea {title!r}")
+            script = tasks.apply(task.starter, idea)
+            scores[idea["title"]], _, _ = tasks.run_script(task, Path(data) / id, script, python, name)
         except (RuntimeError, ValueError) as error:
             failures.append(str(error))
     changed = [score for score in scores.values() if not math.isclose(score, starter, rel_tol=1e-9)]
