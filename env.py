@@ -23,14 +23,20 @@ network; each is tried before it is trusted (protection), and where none holds n
 sandbox="off". Scripts that use numpy or torch are forked from a process that has imported them, which saves most of
 their time, and live under the same layers and limits. Linux only; the rest works anywhere.
 """
-import argparse, contextlib, dataclasses, difflib, hashlib, io, json, math, os, random, re, shutil, stat, sys, tempfile
+import argparse, contextlib, dataclasses, difflib, hashlib, io, json, math, os, random, re, shutil, stat, sys
+import tempfile, zlib
 import threading, time, uuid, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import tasks
+from support import cli
 from reward import KINDS, best_of, reward
 from support.sandbox import NO_SPACE, SLOTS, Result, Unprotected, _discard, describe, execute, protection
+from support.cli import ContextFull, RunError
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from support.files import check_form, shorten, parse_json, refuse_links_out, one_of, read_bytes, read_json_lines, some_of, up_to
+from datetime import timedelta
 
 OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and what the agent reads after the output
     "ok": ("scored", ""),  # exit code 0 and, where it is graded, a valid submission
@@ -85,9 +91,9 @@ def check_snapshot(files):
     for path, sha in files.items():
         kept = re.fullmatch(r"\.undo/[1-9][0-9]{0,8}/(.+)", path) if isinstance(path, str) else None
         if not isinstance(path, str) or not usable(kept[1] if kept else path):
-            raise ValueError(f"a snapshot names {clip(repr(path), 80)}, which cannot be a file of a workspace")
+            raise ValueError(f"a snapshot names {shorten(repr(path), 80)}, which cannot be a file of a workspace")
         if not isinstance(sha, str) or not HASH.fullmatch(sha):
-            raise ValueError(f"a snapshot has {clip(repr(sha), 80)} for {path}, which is no sha256")
+            raise ValueError(f"a snapshot has {shorten(repr(sha), 80)} for {path}, which is no sha256")
         folders |= {path[:place] for place, letter in enumerate(path) if letter == "/"}
     if both := folders & files.keys():
         raise ValueError(f"a snapshot has {min(both)} both as a file and as a folder")
@@ -132,30 +138,7 @@ def _write_aside(path, source, sha=None):
         aside.unlink(missing_ok=True)
 
 
-def inside(folder):
-    """ValueError where something in a folder leads out of it, or is neither a file nor a folder: the folder may come
-    from others, and what is written to it must not end up elsewhere."""
-    root = os.path.realpath(folder)
-    todo = [root]
-    while todo:
-        try:
-            entries = list(os.scandir(todo.pop()))
-        except FileNotFoundError:       # removed meanwhile
-            continue
-        except OSError as error:
-            raise ValueError(f"{ascii(error.filename)} cannot be read: {error.strerror}") from None
-        for entry in entries:
-            if entry.is_symlink():
-                if not Path(os.path.realpath(entry.path)).is_relative_to(root):
-                    raise ValueError(f"{ascii(entry.path)} is a link that leads out of {folder}; remove it, or put "
-                                     "there what it leads to")
-            elif entry.is_dir():
-                todo.append(entry.path)
-            elif not entry.is_file():
-                raise ValueError(f"{ascii(entry.path)} is neither a file nor a folder; remove it")
-
-
-class Cache:
+class ResultCache:
     """What runs gave, so that one state is run once: <folder>/<aa>/<key>. An entry is a line with the sha256 of the
     rest, and the rest, JSON; a damaged one counts as absent. Safe for many writers. recheck: the share of hits, 0 to 1,
     that are run again; `moved` lists those whose score is another now."""
@@ -188,7 +171,7 @@ class Cache:
         _write_aside(self.folder / key[:2] / key, io.BytesIO(content))
 
 
-class Gone(ValueError):
+class MissingBlob(ValueError):
     """A recorded state cannot be restored: one of its files is missing, or is not what was recorded."""
 
 
@@ -221,7 +204,7 @@ class Blobs:
         stamp = self._stamp(sha)
         if not stamp or stamp not in _sound and not _is_sound(stamp):
             why = "damaged" if stamp else "missing"
-            raise Gone(f"the blob {clip(str(sha), 80)} is {why} in {self.folder}: this state cannot be restored")
+            raise MissingBlob(f"the blob {shorten(str(sha), 80)} is {why} in {self.folder}: this state cannot be restored")
         return stamp[0]
 
     def put(self, content):
@@ -230,7 +213,7 @@ class Blobs:
             sha = _copy(source)
             try:
                 self.path(sha)
-            except Gone:
+            except MissingBlob:
                 source.seek(0)
                 _write_aside(self.folder / sha[:2] / sha, source, sha)
                 _keep_sound(self._stamp(sha))
@@ -443,15 +426,15 @@ def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
         last, begin = name, found.end()
     action, source = values["Action"].strip("`*\"'[] \t\n"), text[begin:]
     if action not in actions:
-        return values, None, {}, f"There is no tool {clip(action, 60)!r}; the tools are: {', '.join(actions)}."
+        return values, None, {}, f"There is no tool {shorten(action, 60)!r}; the tools are: {', '.join(actions)}."
     keys = ACTIONS[action][0]
     expected = f"expected is {json.dumps(keys)}"
     try:
         args = json.JSONDecoder(strict=False).raw_decode("{" + source.partition("{")[2])[0]
     except (ValueError, RecursionError) as error:
-        return values, action, {}, f"The Action Input is not a JSON object ({clip(str(error), 100)}); {expected}."
+        return values, action, {}, f"The Action Input is not a JSON object ({shorten(str(error), 100)}); {expected}."
     if set(args) != set(keys):
-        found = clip(", ".join(map(repr, args)), 200) or "none"
+        found = shorten(", ".join(map(repr, args)), 200) or "none"
         return values, action, {}, f"The Action Input of {action} has the keys {found}; {expected}."
     for key, value in args.items():
         number = key.endswith("line_number")
@@ -459,7 +442,7 @@ def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
             args[key] = value = str(value)
         if type(value) is not str or number and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
             kind = "a whole number" if number else "a text in double quotes"
-            return values, action, {}, f'"{key}" must be {kind}; found {clip(repr(value), 60)}.'
+            return values, action, {}, f'"{key}" must be {kind}; found {shorten(repr(value), 60)}.'
         if re.search("[\ud800-\udfff]", value):
             return values, action, {}, f'"{key}" holds half a surrogate pair, which is no character.'
     return values, action, args, ""
@@ -497,12 +480,6 @@ def difference(old, new):
             *(f"+{line}" for line in come)]
 
 
-def clip(text, limit):
-    """The text, its middle cut out and the cut marked if it is longer than `limit` characters."""
-    half, cut = limit // 2, len(text) - limit
-    return text if cut <= 0 else f"{text[:half]} ... {cut:,} characters cut ... {text[half + cut:]}"
-
-
 def printed_metric(stdout, metric=""):
     """The validation score that a script printed: the last number of the last line that mentions "validation" or the
     metric's name; None if there is none."""
@@ -520,7 +497,7 @@ def printed_metric(stdout, metric=""):
 CANNOT_TAKE = "The helper cannot take this: "
 
 
-class Refused(ValueError):
+class InvalidAction(ValueError):
     """An action whose arguments cannot be carried out; the message is for the agent."""
 
 
@@ -581,7 +558,7 @@ class Env:
         self.graders = tasks.hash_files(*sorted(Path(tasks.__file__).parent.glob("*.py")),
                                         *self.task.folder.glob("task.py"))
         self.data, self.public = Path(data), (Path(data) / self.task.id / "public").resolve()
-        self.blobs, self.cache = Blobs(Path(out) / "blobs"), cache or Cache(Path(out) / "cache")
+        self.blobs, self.cache = Blobs(Path(out) / "blobs"), cache or ResultCache(Path(out) / "cache")
         self.actions = tuple(name for name in actions if coder or name not in NEEDS_CODER)
         self.fields, self.steps, self.seconds, self.coder, self.shown = tuple(fields), steps, seconds, coder, prompt
         self.python, self.gpu, self.threads, self.sandbox = python, gpu, threads, sandbox
@@ -609,7 +586,7 @@ class Env:
         check_snapshot(snapshot)
         sizes = {path: self.blobs.path(sha).stat().st_size for path, sha in snapshot.items()}
         if sum(size for path, size in sizes.items() if not path.startswith(UNDO)) > MAX_BYTES:
-            raise Gone(f"the files of this state have more than {MAX_BYTES >> 20} MiB")
+            raise MissingBlob(f"the files of this state have more than {MAX_BYTES >> 20} MiB")
         self.files, self.index = dict(snapshot), index
         self.messages = [dict(message) for message in (self.messages if messages is None else messages)]
         self.m_before = self.info["m_init"] if m_before is None else m_before
@@ -643,13 +620,13 @@ class Env:
         step.fields, step.action, step.args, unread = parse(reply, self.fields, self.actions)
         try:
             if unread:
-                raise Refused(unread)
+                raise InvalidAction(unread)
             if step.time_left_s > 0:
                 name = step.action.lower().replace(" (ai)", "_ai").replace(" ", "_")
                 step.observation, step.valid = getattr(self, f"_{name}")(step, **step.args), True
             else:
                 step.kind, step.observation = "limit", "The time for this work was over before this reply."
-        except Refused as error:
+        except InvalidAction as error:
             step.kind, step.error, step.observation = "invalid", str(error), f"Nothing was done. {error}"
         except OSError as error:
             if error.errno not in NO_SPACE:
@@ -663,7 +640,7 @@ class Env:
             self.m_top = best_of(self.task.direction, self.m_top, step.score)
         step.m_after, left = self.m_before, self.deadline - time.monotonic()
         self.ended = self.ended or ("time" if left <= 0 else "steps" if self.index >= self.steps else "")
-        step.observation = clip(step.observation, MAX_OBSERVATION)
+        step.observation = shorten(step.observation, MAX_OBSERVATION)
         if not self.ended:
             step.observation += f"\n[{self.steps - self.index} steps and {left / 60:.0f} min left]"
         step.reward = reward(step.kind, step.m_before, step.score, m_top=step.m_top, m_init=self.info["m_init"],
@@ -683,20 +660,20 @@ class Env:
 
     def _path(self, text, write=False):
         """The normalised path, "" for the workspace itself; Refused if it leads out of it or must not be written."""
-        text, shown = text.strip(), clip(repr(text), 80)
+        text, shown = text.strip(), shorten(repr(text), 80)
         if not text.isprintable() or len(text) > 300 or any(len(part.encode()) > 100 for part in text.split("/")):
-            raise Refused(f"{shown} is not a usable file name.")
+            raise InvalidAction(f"{shown} is not a usable file name.")
         if text.startswith(("/", "~")) or ".." in text.split("/"):
-            raise Refused(f"{shown} is outside the workspace; name files relative to it, such as {self.task.entry}.")
+            raise InvalidAction(f"{shown} is outside the workspace; name files relative to it, such as {self.task.entry}.")
         path = "/".join(part for part in text.split("/") if part not in ("", "."))
         if path[:1] in ("~", "-"):      # the interpreter would take it for an option
-            raise Refused(f"{shown} is not a usable file name: it begins with {path[0]!r}.")
+            raise InvalidAction(f"{shown} is not a usable file name: it begins with {path[0]!r}.")
         if write and (not path or text.endswith("/") or any(name.startswith(path + "/") for name in self.files)):
-            raise Refused(f"{shown} is a folder, not a file.")
+            raise InvalidAction(f"{shown} is a folder, not a file.")
         if f"{path}/".startswith(UNDO) or write and self._public(path):
-            raise Refused(f"{shown} is read-only.")
+            raise InvalidAction(f"{shown} is read-only.")
         if write and (file := next((name for name in self.files if path.startswith(name + "/")), None)):
-            raise Refused(f"{shown} cannot be written: {file} is a file, not a folder.")
+            raise InvalidAction(f"{shown} cannot be written: {file} is a file, not a folder.")
         return path
 
     def _public(self, path):
@@ -705,7 +682,7 @@ class Env:
             return None
         real = (self.public / path[5:]).resolve()
         if not real.is_relative_to(self.public):
-            raise Refused(f"{path} leads outside the data folder.")
+            raise InvalidAction(f"{path} leads outside the data folder.")
         return real
 
     def _file(self, path):
@@ -716,9 +693,9 @@ class Env:
         if path in self.files:
             return self.blobs.path(self.files[path])
         if not path or real and real.is_dir() or any(name.startswith(path + "/") for name in self.files):
-            raise Refused(f"{path or '.'} is a folder, not a file.")
+            raise InvalidAction(f"{path or '.'} is a folder, not a file.")
         here = sorted(name for name in self.files if not name.startswith(UNDO))
-        raise Refused(f"There is no file {path}; the workspace holds {', '.join(here[:20])}, data/.")
+        raise InvalidAction(f"There is no file {path}; the workspace holds {', '.join(here[:20])}, data/.")
 
     def _text(self, path, edit=False):
         """(text, size in bytes) of a file, of which the first MAX_READ bytes are looked at. Refused for binary files
@@ -728,10 +705,10 @@ class Env:
         content = read_start(file, MAX_READ)
         text = content.decode("utf-8", "replace")
         if b"\0" in content[:8192] or text.count("\ufffd") > len(text) // 10:
-            raise Refused(f"{path} is a binary file of {size:,} bytes that starts with {content[:8].hex(' ')}; "
+            raise InvalidAction(f"{path} is a binary file of {size:,} bytes that starts with {content[:8].hex(' ')}; "
                           "it cannot be shown. Read it in a script.")
         if edit and (size > MAX_SCRIPT or text.encode() != content):
-            raise Refused(f"{path} cannot be edited: it must be UTF-8 text of at most {MAX_SCRIPT:,} bytes.")
+            raise InvalidAction(f"{path} cannot be edited: it must be UTF-8 text of at most {MAX_SCRIPT:,} bytes.")
         return text, size
 
     def _write(self, path, content):
@@ -740,7 +717,7 @@ class Env:
         sha = self.blobs.put(content)
         after = {name: each for name, each in self.files.items() if not name.startswith(UNDO)} | {path: sha}
         if len(after) > MAX_FILES or sum(self.blobs.path(each).stat().st_size for each in after.values()) > MAX_BYTES:
-            raise Refused(f"The workspace is full: it may hold {MAX_FILES:,} files and {MAX_BYTES >> 20:,} MiB.")
+            raise InvalidAction(f"The workspace is full: it may hold {MAX_FILES:,} files and {MAX_BYTES >> 20:,} MiB.")
         if path in self.files:
             kept = sorted((int(name.split("/")[1]), name) for name in self.files if name.startswith(UNDO))
             if len(kept) == MAX_UNDO:
@@ -755,7 +732,7 @@ class Env:
             return f"{path} is as it was: the edit changes nothing."
         content = new.encode()
         if len(content) > MAX_SCRIPT:
-            raise Refused(f"{path} would have {len(content):,} bytes; a script may have {MAX_SCRIPT:,}.")
+            raise InvalidAction(f"{path} would have {len(content):,} bytes; a script may have {MAX_SCRIPT:,}.")
         self._write(path, content)
         self._score_into(step)
         return "\n".join([f"{path} is saved. The difference:", *difference(old, new)])
@@ -777,7 +754,7 @@ class Env:
             if not path:
                 size_of["data/"] = None
         if not size_of:
-            raise Refused(f"There is no folder {path}.")
+            raise InvalidAction(f"There is no folder {path}.")
         lines = [name if name.endswith("/") else f"{name}  {size_of[name]().st_size:,} bytes"
                  for name in sorted(size_of)[:100]]
         return "\n".join(lines + [f"... and {len(size_of) - 100:,} more"] * (len(size_of) > 100))
@@ -787,8 +764,8 @@ class Env:
         text, size = self._text(path)
         lines, first, last = text.splitlines(), int(start_line_number), int(end_line_number)
         if not 1 <= first <= min(last, max(1, len(lines))):
-            raise Refused(f"Lines {first} to {last} cannot be shown: {path} has {len(lines):,} lines.")
-        shown = [clip(line, MAX_OBSERVATION - 1000) for line in lines[first - 1:min(last, first - 1 + MAX_LINES)]]
+            raise InvalidAction(f"Lines {first} to {last} cannot be shown: {path} has {len(lines):,} lines.")
+        shown = [shorten(line, MAX_OBSERVATION - 1000) for line in lines[first - 1:min(last, first - 1 + MAX_LINES)]]
         while len(shown) > 1 and len("\n".join(shown)) >= MAX_OBSERVATION - 200:
             shown.pop()
         more = f" (those of its first {MAX_READ:,} bytes)" if size > MAX_READ else ""
@@ -799,7 +776,7 @@ class Env:
         text, size = self._text(path)
         return self._ask(step, f"Read the file {path} ({size:,} bytes). Report shortly, quote the lines that matter, "
                                "guess nothing, and say what you could not find.\n\nLook for: "
-                               f"{things_to_look_for}\n\n```\n{clip(text, MAX_CODER)}\n```")
+                               f"{things_to_look_for}\n\n```\n{shorten(text, MAX_CODER)}\n```")
 
     def _edit_script_ai(self, step, script_name, edit_instruction, save_name):
         path, target = self._path(script_name), self._path(save_name, write=True)
@@ -820,10 +797,10 @@ class Env:
             if not isinstance(answer, str):
                 raise ValueError(f"its answer is no text but of type {type(answer).__name__}")
         except ValueError as error:
-            raise Refused(CANNOT_TAKE + clip(plain(str(error)), 200)) from error
+            raise InvalidAction(CANNOT_TAKE + shorten(plain(str(error)), 200)) from error
         step.coder.append(plain(answer[:MAX_SCRIPT + 1]))
         if len(answer) > MAX_SCRIPT:
-            raise Refused(f"The helper's answer is longer than {MAX_SCRIPT:,} characters; ask for less.")
+            raise InvalidAction(f"The helper's answer is longer than {MAX_SCRIPT:,} characters; ask for less.")
         return step.coder[-1]
 
     def _replace_in_script(self, step, script_name, find, replace):
@@ -831,9 +808,9 @@ class Env:
         old = self._text(path, edit=True)[0]
         place = old.find(find) if find else -1
         if place < 0:
-            raise Refused(f'"find" does not occur in {path}; copy it exactly as Inspect Script Lines shows it.')
+            raise InvalidAction(f'"find" does not occur in {path}; copy it exactly as Inspect Script Lines shows it.')
         if old.find(find, place + 1) >= 0:      # also where the two overlap
-            raise Refused(f'"find" occurs {max(2, old.count(find))} times in {path}, not once; take in more of the '
+            raise InvalidAction(f'"find" occurs {max(2, old.count(find))} times in {path}, not once; take in more of the '
                           "lines around it.")
         return self._edited(step, path, old, old[:place] + replace + old[place + len(find):])
 
@@ -842,7 +819,7 @@ class Env:
         numbers = [int(name.split("/")[1]) for name in self.files
                    if name.startswith(UNDO) and name.split("/", 2)[2] == path]
         if not numbers:
-            raise Refused(f"There is no edit of {path} to undo.")
+            raise InvalidAction(f"There is no edit of {path} to undo.")
         before = self.files.get(path)
         self.files[path] = self.files.pop(f"{UNDO}{max(numbers)}/{path}")
         if self.files[path] == before:
@@ -855,7 +832,7 @@ class Env:
     def _copy_file(self, step, source, destination):
         origin, target = self._path(source), self._path(destination, write=True)
         if (file := self._file(origin)).stat().st_size > MAX_BYTES // 2:
-            raise Refused(f"{origin} is too large to be copied; scripts can read it where it is.")
+            raise InvalidAction(f"{origin} is too large to be copied; scripts can read it where it is.")
         if origin != target:
             self._write(target, file)
             if target == self.task.entry:
@@ -865,9 +842,9 @@ class Env:
     def _execute_script(self, step, script_name):
         path = self._path(script_name)
         if self._file(path) and path not in self.files:
-            raise Refused(f"{path} is data; only scripts in the workspace can be executed.")
+            raise InvalidAction(f"{path} is data; only scripts in the workspace can be executed.")
         if self._is_too_large(path):
-            raise Refused(f"{path} is no script: it has more than {MAX_SCRIPT:,} bytes.")
+            raise InvalidAction(f"{path} is no script: it has more than {MAX_SCRIPT:,} bytes.")
         result, files = self._run_into(step, path)
         if files is not None:
             self.files = files | {name: sha for name, sha in self.files.items() if name.startswith(UNDO)}
@@ -875,14 +852,14 @@ class Env:
         ending = "ran to the end in" if result.outcome == "ok" else f"ended with: {result.outcome}, after"
         parts, room = [f"{path} {ending} {result.seconds:.1f} s."], MAX_OBSERVATION - 1000
         if result.exit_code == 0:
-            parts.append(clip(result.stdout.strip() or result.stderr.strip() or "It printed nothing.", room))
+            parts.append(shorten(result.stdout.strip() or result.stderr.strip() or "It printed nothing.", room))
         else:  # what it printed before the error stays
-            parts += [clip(text.strip(), room // 2) for text in (result.stdout, result.stderr) if text.strip()]
+            parts += [shorten(text.strip(), room // 2) for text in (result.stdout, result.stderr) if text.strip()]
         missing = re.match(r"ModuleNotFoundError: No module named '([^']{1,60})'", result.detail)
         if missing:
             parts.append(f"The package {missing[1]} is not installed and cannot be; do without it.")
         elif result.outcome != "ok":
-            parts.append(f"{clip(result.detail, 300)} {OUTCOMES[result.outcome][1]}".strip())
+            parts.append(f"{shorten(result.detail, 300)} {OUTCOMES[result.outcome][1]}".strip())
         text = "\n".join(parts)
         known = any(text in message["content"] for message in self.messages)
         return text + "\nYou have seen this result: nothing has changed since. Edit the script first." * known
@@ -1151,11 +1128,11 @@ def check_types(values, types, needed):
         value = values[name]
         if not _fits(value, kind) and not (name == "printed" and type(value) is float):     # NaN too: it is only shown
             expected = getattr(kind, "__name__", str(kind))
-            raise ValueError(f'its entry "{name}" must be of type {expected}; found {clip(ascii(value), 60)}')
+            raise ValueError(f'its entry "{name}" must be of type {expected}; found {shorten(ascii(value), 60)}')
         for each in value if type(value) is list else [value]:
             if name in CHOICES and each is not None and each not in CHOICES[name]:
                 raise ValueError(f'its entry "{name}" must be one of {", ".join(CHOICES[name])}; found '
-                                 f"{clip(ascii(each), 60)}")
+                                 f"{shorten(ascii(each), 60)}")
 
 
 def check_record(line, first):
@@ -1166,7 +1143,7 @@ def check_record(line, first):
         raise ValueError("it is no JSON object")
     kind = line.get("type")
     if kind not in (("header",) if first else ("step", "end")):
-        raise ValueError(f"its type is {clip(ascii(kind), 60)}")
+        raise ValueError(f"its type is {shorten(ascii(kind), 60)}")
     needed, types = RECORDED[kind]
     check_types(line, types, needed)
     if kind == "end":
@@ -1183,7 +1160,7 @@ def check_record(line, first):
         if type(tokens) is not list or not all(type(each) is int and 0 <= each < 1 << 31 for each in tokens):
             raise ValueError('its entry "messages" has "tokens" that are no list of ids')
     if kind == "header" and not re.fullmatch(r"\w[\w.-]{0,99}", line["task"]):
-        raise ValueError(f'its entry "task" is {clip(ascii(line["task"]), 60)}, which is no id of a task')
+        raise ValueError(f'its entry "task" is {shorten(ascii(line["task"]), 60)}, which is no id of a task')
     fields = line.get("fields", FIELDS) if kind == "header" else FIELDS
     if not set(fields) <= set(FIELDS) or tuple(fields[-2:]) != FIELDS[-2:]:
         raise ValueError(f'its entry "fields" must be taken from {", ".join(FIELDS)} and end in the last two')
@@ -1215,6 +1192,222 @@ def best_before(task, head, steps):
     return best_of(task.direction, head["m_init"], *(step["m_after"] for step in steps))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Playing with a policy: one trajectory, and many at a time
+
+CODER_TOKENS = 4096     # a reply of the coder may have: it writes whole scripts
+CODE_END = "\n```\n"    # the line that ends a script in a reply
+
+AGENT_FORMAT = {       # what a model's folder may say of how it was trained to act
+    "prompt": one_of(*PROMPTS), "actions": some_of(*DEFAULT_ACTIONS),
+    "fields": (f"some of {', '.join(FIELDS)}, with the last two at the end", lambda value: (
+        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
+    "context": up_to(1 << 20), "max_new_tokens": up_to(1 << 20), "steps": up_to(1000)}
+
+USED = {        # what a line of a trajectory must have to be gone on with, counted and shown
+    "header": ("m_after", "seconds_left", "miniature"),
+    "step": ("seconds_left", "reply", "error", "observation", "detail", "sandbox", "action", "outcome", "kind", "printed",
+             "score", "canary_p", "index", "reward", "seconds", "script_seconds", "coder", "fields", "args"),
+    "end": ()}
+
+
+def read_agent(folder):
+    """{name: value} of what agent.json in a model's folder says of how the model was trained to act, {} where it says
+    nothing. ValueError: an entry is of another type, or out of bounds."""
+    path = Path(folder, "agent.json")
+    if (raw := read_bytes(path, 1 << 16)) is None:
+        return {}
+    found = parse_json(raw, {f"{name}?": form for name, form in AGENT_FORMAT.items()}, path)
+    if others := sorted(found.keys() - AGENT_FORMAT.keys()):
+        cli.announce(f"{path} may say {', '.join(AGENT_FORMAT)}; ignored: {shorten(', '.join(map(ascii, others)), 200)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items() if name in AGENT_FORMAT}
+
+
+def trajectory_path(folder, id, k):
+    return Path(folder, f"{id}-{k}.jsonl")
+
+
+def trajectory_files(folder):
+    """The files of the trajectories in a folder of eval.py or sft.py --collect, those of a task in order."""
+    found = [*Path(folder).glob("trajectories/*-*.jsonl"), *Path(folder).glob("*-*.jsonl")]
+    named = [(*path.stem.rpartition("-")[::2], path) for path in found]
+    return [path for id, k, path in sorted(named, key=lambda one: (one[0], len(one[1]), one[1]))
+            if re.fullmatch(r"[\w.-]+ \d{1,9}", f"{id} {k}", re.ASCII)]
+
+
+def read_record(path, mend=True):
+    """The lines of a trajectory's file, as read_lines; each is checked to be a record of this task."""
+    try:
+        lines = read_json_lines(path, {}, mend)
+        for i, line in enumerate(lines, 1):
+            try:
+                check_record(line, i == 1)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {i} is no record of a trajectory: {error}") from None
+            if missing := [name for name in USED[line["type"]] if name not in line]:
+                raise ValueError(f"{path}, line {i}: {missing[0]!r} is missing")
+        if lines:
+            check_form(lines[0]["task"], one_of(path.stem.rpartition("-")[0]), f"{path}, line 1, 'task'")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete that file to play it again") from None
+    return lines
+
+
+def end_reason(lines):
+    """Why the trajectory is over ("final answer", "steps", "time", "context full"), "" if it is not."""
+    return lines[-1].get("ended", "") if lines else ""
+
+
+def make_env(s, task, out, cache, **more):
+    """The Env of a task by what the settings of eval.py and sft.py have in common."""
+    return Env(task, s.data, out=out, python=s.python, gpu=s.gpu or None, threads=s.threads, sandbox=s.sandbox,
+               cache=cache, **more)
+
+
+def model_policy(s, model, hint=""):
+    """How a model replies in trajectory(). hint: said to it besides; the record of the trajectory is without it."""
+    def reply(env, lines, seed):
+        prompt = [dict(message) for message in env.prompt()]
+        next(one for one in prompt if one["role"] == "user")["content"] += hint
+        said = model.chat(prompt, max_new_tokens=s.max_new_tokens, stop=("\nObservation:",), seed=seed,
+                          temperature=s.temperature, top_p=s.top_p)
+        tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
+        return said.text, tokenizer and tokenizer.spelling(said.tokens, said.text), {
+            "finish": said.finish, "tokens": len(said.tokens), "prompt_tokens": said.prompt_tokens,
+            "cached_tokens": said.cached_tokens, "sample_seconds": said.seconds}
+    return reply
+
+
+def play_trajectory(s, task, k, path, reply, coder, out, cache, run, about):
+    """Plays trajectory k of a task to its end, from the last step in its file `path`, where it adds a line a step.
+    reply(env, lines, seed): what the agent says after these lines, (text, token ids or None, {what its line is to tell
+    besides}). coder: what sample.load gave, or None. out, cache: where files and what scripts gave are kept, shared by
+    all. run: the Run that writes the lines, and that may stop it. about: what else the header tells."""
+    def seed(speaker):  # differs between trajectories, steps and speakers; the same again after an interruption
+        return zlib.crc32(f"{s.seed} {task.id} {k} {env.index} {speaker}".encode())
+
+    def ask_coder(messages):
+        said = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed("coder"), **sampling)
+        return said.text + CODE_END * (said.finish == "stop")       # a whole script, without what is said after it
+
+    lines, sampling = read_record(path), dict(temperature=s.temperature, top_p=s.top_p)
+    env = make_env(s, task, out, cache, actions=s.actions, fields=s.fields, steps=s.steps, seconds=s.seconds,
+                coder=coder and ask_coder, prompt=s.prompt)
+    if lines:
+        last, messages = lines[-1], [message for line in lines for message in line["messages"]]
+        try:
+            env.restore(last["snapshot"], messages, index=len(lines) - 1, m_before=last["m_after"],
+                        m_top=best_before(task, lines[0], lines[1:]), seconds=min(last["seconds_left"], s.seconds))
+        except ValueError as error:
+            raise RunError(f"{path}: its last state cannot be restored: {error}. Delete it to play it anew") from None
+    else:
+        lines = [header(env, k=k, seed=s.seed, max_new_tokens=s.max_new_tokens, m_after=env.m_before,
+                        seconds_left=s.seconds, **sampling, **about)]
+        run.write(path, lines[0])
+    while not (env.done or run.stop.is_set()):
+        try:
+            text, tokens, more = reply(env, lines, seed("policy"))
+        except ContextFull as error:
+            return run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
+        step = env.step(text, tokens=tokens)
+        lines.append(record(step, seconds_left=env.deadline - time.monotonic(), **more))
+        run.write(path, lines[-1])
+
+
+class Progress:
+    """What the threads of one run share: where they report, and how they are stopped."""
+
+    def __init__(self, records, num_steps):
+        """records: {path: the lines it holds} of every trajectory, each of at most num_steps."""
+        self.stop, self.lock, self.start, self.tokens = threading.Event(), threading.Lock(), time.monotonic(), 0
+        self.num_steps, self.over = num_steps, {path for path, lines in records.items() if end_reason(lines)}
+        self.steps = {path: sum(line["type"] == "step" for line in lines) for path, lines in records.items()}
+        self.share_before = self.share()
+
+    def write(self, path, line):
+        """Appends a line to a trajectory's file, unless all was stopped: each line is whole, and none follows."""
+        with self.lock:
+            if self.stop.is_set():
+                return
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.steps[path] += line["type"] == "step"
+            self.tokens += line.get("tokens") or 0
+            self.over |= {path} if line.get("ended") else set()
+
+    def share(self):
+        """What is done of all, 0 to 1, if each trajectory that is not over needs all its steps."""
+        done = [1.0 if path in self.over else steps / self.num_steps for path, steps in self.steps.items()]
+        return sum(done) / len(done)
+
+    def line(self):
+        """The progress in one line."""
+        with self.lock:
+            seconds, share = time.monotonic() - self.start, self.share()
+        won = share - self.share_before
+        return (f"{len(self.over)}/{len(self.steps)} trajectories, {sum(self.steps.values())} steps, "
+                + f"{self.tokens / seconds:.1f} tokens/s, " * bool(self.tokens)      # an endpoint does not tell
+                + f"{timedelta(seconds=int(seconds))} elapsed"
+                + (f", ETA {timedelta(seconds=int(seconds * (1 - share) / won))}" if won > 0 else ""))
+
+
+def run_parallel(jobs, work, parallel, run=None):
+    """[work(*job) for each job], so many at a time. The first error stops all and is raised."""
+    threads, futures = ThreadPoolExecutor(parallel), []
+
+    def one(*job):
+        try:
+            return work(*job)
+        except BaseException:
+            for future in futures:      # here, before this thread takes the next one
+                future.cancel()
+            raise
+    futures += [threads.submit(one, *job) for job in jobs]
+    # a terminal's line is rewritten in place; a log gets a line now and then
+    before, after, pause = ("\r", "\033[K", 0.5) if sys.stderr.isatty() else ("", "\n", 30.0)
+    try:
+        open_ = set(futures)
+        while open_:
+            over, open_ = wait(open_, pause, FIRST_EXCEPTION)
+            for future in over:
+                if not future.cancelled():
+                    future.result()
+            if run and open_:
+                print(before + run.line(), end=after, file=sys.stderr, flush=True)
+    finally:
+        if run:
+            with run.lock:      # not in the middle of a line
+                run.stop.set()
+            print(before + run.line(), end=after.strip() + "\n", file=sys.stderr, flush=True)
+        threads.shutdown(wait=False, cancel_futures=True)
+    return [future.result() for future in futures]
+
+
+def prepare_tasks(s):
+    """Prepares the tasks, each on first use, and returns [(task, what its task.json says)]. ValueError: no such task,
+    or a raw folder that lacks something. RunError: a starter that does not run."""
+    chosen = [tasks.load(id) for id in tasks.names(s.task)]
+    if not chosen:
+        raise ValueError(f"there is no {s.task} task here yet; python -m tasks list shows those there are")
+
+    def one(task):
+        raw = s.raw if len(chosen) == 1 else s.raw and Path(s.raw, task.id)
+        if raw and not Path(raw).is_dir():
+            raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size})."
+                             + " For several tasks --raw holds a folder for each task id." * (len(chosen) > 1))
+        try:
+            tasks.prepare(task.id, raw or None, s.data, python=s.python, say=lambda line: print(line, file=sys.stderr))
+        except RuntimeError as error:
+            raise RunError(str(error)) from error
+        return task, tasks.info(task.id, s.data)
+    if len(chosen) == 1:        # here, where a request to end ends its starter
+        return [one(chosen[0])]
+    return run_parallel([[task] for task in chosen], one, SLOTS.cpus)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replay
+
 COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
             "score", "m_before", "m_after", "m_top", "reward", "snapshot", "ended")
 
@@ -1227,7 +1420,7 @@ def replay(path, say=print, *, data="data", sandbox="on", python=None, gpu=None,
     out = next((parent for parent in Path(path).resolve().parents if (parent / "blobs").is_dir()), None)
     if out is None:
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
-    inside(out)
+    refuse_links_out(out)
     for number, old in enumerate(steps):
         if missing := [name for name in ("index", "reply", "coder", "time_left_s", *COMPARED)
                        if name not in old and name != "m_top"]:
@@ -1236,7 +1429,7 @@ def replay(path, say=print, *, data="data", sandbox="on", python=None, gpu=None,
     for name, value in used.items():
         was = head.get(name) or {"python": sys.executable}.get(name)
         if name in head and was != value:
-            say(f"it was recorded with {name} {clip(ascii(was), 100)}; here it is {value!r}, as --{name} says")
+            say(f"it was recorded with {name} {shorten(ascii(was), 100)}; here it is {value!r}, as --{name} says")
     answers, errors, count = [], [], 0
 
     def coder(messages):
@@ -1247,7 +1440,7 @@ def replay(path, say=print, *, data="data", sandbox="on", python=None, gpu=None,
     settings = {name: head[name] for name in ("actions", "fields", "steps", "seconds", "prompt") if name in head}
     snapshot, messages = head["snapshot"], head["messages"]
     with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
-        env = Env(head["task"], data, out=out, coder=coder, cache=Cache(empty), sandbox=sandbox, python=python, gpu=gpu,
+        env = Env(head["task"], data, out=out, coder=coder, cache=ResultCache(empty), sandbox=sandbox, python=python, gpu=gpu,
                   threads=threads, **settings)
         for number, old in enumerate(steps):
             top = best_before(env.task, head, steps[:number])
@@ -1260,8 +1453,8 @@ def replay(path, say=print, *, data="data", sandbox="on", python=None, gpu=None,
                 before, now = _masked(old.get(name, new[name])), _masked(new[name])
                 if before != now:
                     count += 1
-                    say(f"step {old['index']}, {name}:\n  recorded: {clip(repr(before), 1000)}\n"
-                        f"  replayed: {clip(repr(now), 1000)}")
+                    say(f"step {old['index']}, {name}:\n  recorded: {shorten(repr(before), 1000)}\n"
+                        f"  replayed: {shorten(repr(now), 1000)}")
             snapshot, messages = old["snapshot"], messages + old["messages"]
     say(f"{len(steps)} steps replayed, {count} differences")
     return count

@@ -15,12 +15,9 @@ A trajectory's score is that of its final submission, the last valid one. A traj
 counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
 Exit status: 0 done, 1 failed or interrupted, 2 bad arguments.
 """
-import base64, contextlib, fcntl, hashlib, html, json, math, os, re, signal, stat, sys, tempfile, threading
-import time, traceback, zlib
+import base64, hashlib, html, json, math, re, sys
 from collections import Counter
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,11 +26,16 @@ import torch
 
 import sample
 import tasks
-from env import (DEFAULT_ACTIONS, FIELDS, PROMPTS, Cache, Env, best_before, check_record, clip, header, inside,
-                 printed_metric, record)
-from model import find_folder, hash_checkpoint, sync
+from env import (
+    DEFAULT_ACTIONS, FIELDS, PROMPTS, Progress, ResultCache, end_reason, make_env, model_policy, play_trajectory,
+    prepare_tasks, printed_metric, read_agent, read_record, run_parallel, trajectory_files, trajectory_path)
+from model import hash_checkpoint
 from reward import KINDS
-from support.sandbox import SLOTS, Unprotected, _remove
+from support import cli
+from support.cli import RunError, exit_status, format_table, refuse_torchrun, run_main
+from support.files import (
+    COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, folder_lock, maybe, one_of, parse_json, read_bytes, read_json_lines,
+    refuse_links_out, shorten, write_atomic)
 
 FINAL = {"last-valid": "the last valid submission",
          "best-validation": "the valid submission whose script printed the best score"}
@@ -42,8 +44,6 @@ MADE = {"fine-tuned": ("runs/sft", "python sft.py"), "after RL": ("runs/rl", "py
 POOL = "runs/trajectories"      # where both left what scripts gave
 # float64, so that what is sampled does not hang on which replies were sampled together, as rounding would have it
 TOGETHER = {"task": "all", "temperature": 1.0, "parallel": 160, "dtype": "float64"}
-CODER_TOKENS = 4096     # a reply of the coder may have: it writes whole scripts
-CODE_END = "\n```\n"    # the line that ends a script in a reply
 NO_MODEL = """
 No --model was given, so only the starter scripts ran. To run an agent, add one of
   --model Qwen/Qwen2.5-0.5B-Instruct       a model on the Hugging Face hub, downloaded when first used
@@ -114,53 +114,15 @@ class Settings:
             if not Path(path).is_file():
                 raise ValueError(f"--log: there is no file {path}; rl.py and sft.py write a log.jsonl to their --out")
         for path in self.compare:
-            if not (any(Path(path, name).is_file() for name in ("results.json", "log.jsonl")) or records_in(path)):
+            if not (any(Path(path, name).is_file() for name in ("results.json", "log.jsonl")) or trajectory_files(path)):
                 raise ValueError(f"--compare: {path} holds no results.json, log.jsonl or trajectories")
-
-
-class Failed(RuntimeError):
-    """The run cannot go on, for a reason that is not a bug; the message is for the user."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files that others may have made: a model's agent.json, and whatever lies in a folder that is gone on with or compared.
 # They are data: each entry that is used has a form, and no other entry has an effect.
 
-LARGEST = 1 << 28       # bytes of a file that is read as a whole
 
-
-def maybe(form):
-    return f"{form[0]} or null", lambda value: value is None or form[1](value)
-
-
-def one_of(*values):
-    return f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values
-
-
-def some_of(*values):
-    def good(value):
-        return (isinstance(value, list) and all(isinstance(each, str) and each in values for each in value)
-                and 0 < len(value) == len(set(value)))
-    return f"a list of some of {', '.join(values)}", good
-
-
-def up_to(most):
-    return f"a whole number from 1 to {most}", lambda value: type(value) is int and 1 <= value <= most
-
-
-TEXT = "a text", lambda value: isinstance(value, str)
-WORD = "a few printable characters", lambda value: isinstance(value, str) and value.isprintable() and len(value) <= 100
-FLAG = "true or false", lambda value: isinstance(value, bool)
-NUMBER = "a number", lambda value: type(value) is float or type(value) is int and abs(value) < 1e300
-COUNT = "a whole number of at least 0", lambda value: type(value) is int and 0 <= value < 2**53
-VALUE = "a text, a number, true, false, null or a list of these", lambda value: all(
-    each is None or any(form[1](each) for form in (TEXT, FLAG, NUMBER))
-    for each in (value if isinstance(value, list) else [value]))
-AGENT = {       # what a model's folder may say of how it was trained to act
-    "prompt": one_of(*PROMPTS), "actions": some_of(*DEFAULT_ACTIONS),
-    "fields": (f"some of {', '.join(FIELDS)}, with the last two at the end", lambda value: (
-        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
-    "context": up_to(1 << 20), "max_new_tokens": up_to(1 << 20), "steps": up_to(1000)}
 SUMMARY = {**dict.fromkeys(("average", "best"), NUMBER), **dict.fromkeys(("failed", "trajectories"), COUNT),
            **dict.fromkeys(("gain", "best_gain", "standard_error"), maybe(NUMBER)),
            "interval": maybe(("two numbers", lambda value: isinstance(value, list) and len(value) == 2
@@ -173,258 +135,14 @@ RESULTS = {
         "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
         "published": {str: [NUMBER]}, "flagged": COUNT, "printed?": maybe(NUMBER), "seconds?": NUMBER,
         "trajectories?": [PLAYED], "score_summary?": SUMMARY, "oracle_summary?": SUMMARY}}}
-USED = {        # what a line of a trajectory must have to be gone on with, counted and shown
-    "header": ("m_after", "seconds_left", "miniature"),
-    "step": ("seconds_left", "reply", "error", "observation", "detail", "sandbox", "action", "outcome", "kind", "printed",
-             "score", "canary_p", "index", "reward", "seconds", "script_seconds", "coder", "fields", "args"),
-    "end": ()}
-
-
-def check(value, form, where):
-    """ValueError, which names the place, unless a value read from JSON has a form: (words, test) for a value; [form]
-    for a list; {name: form} for an object that has these entries, "name?": if it likes, str: for all it has."""
-    names = {list: "a list", dict: "an object"}
-    words, good = form if isinstance(form, tuple) else (names[type(form)], lambda value: type(value) is type(form))
-    if not good(value):
-        found = names.get(type(value)) or clip(ascii(value), 80)
-        raise ValueError(f"{where}: expected {words}, found {found}")
-    if isinstance(form, list):
-        for i, each in enumerate(value):
-            check(each, form[0], f"{where}, entry {i}")
-    if isinstance(form, dict):
-        for name, inner in form.items():
-            for key in value if name is str else [name.removesuffix("?")]:
-                if key in value:
-                    check(value[key], inner, f"{where}, {clip(ascii(key), 80)}")
-                elif not name.endswith("?"):
-                    raise ValueError(f"{where}: {name!r} is missing")
-
-
-def read_bytes(path, most=LARGEST):
-    """The content of a file, None where there is none. ValueError: it is no ordinary file, or has more bytes."""
-    def opener(path, flags):        # waits for nobody at the other end of a pipe
-        return os.open(path, flags | os.O_NONBLOCK)
-    try:
-        with open(path, "rb", opener=opener) as file:
-            state = os.fstat(file.fileno())
-            if not stat.S_ISREG(state.st_mode) or state.st_size > most:
-                raise ValueError(f"{path}: expected an ordinary file of at most {most:,} bytes")
-            return file.read(most)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def from_json(raw, form, where):
-    """The value of JSON from who knows where. ValueError: it is not JSON, or not of that form."""
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{where} is not JSON") from None
-    check(value, form, where)
-    return value
-
-
-def read_agent(folder):
-    """{name: value} of what agent.json in a model's folder says of how the model was trained to act, {} where it says
-    nothing. ValueError: an entry is of another type, or out of bounds."""
-    path = Path(folder, "agent.json")
-    if (raw := read_bytes(path, 1 << 16)) is None:
-        return {}
-    found = from_json(raw, {f"{name}?": form for name, form in AGENT.items()}, path)
-    if others := sorted(found.keys() - AGENT.keys()):
-        sample.tell(f"{path} may say {', '.join(AGENT)}; ignored: {clip(', '.join(map(ascii, others)), 200)}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items() if name in AGENT}
-
-
-def small_files(model):
-    """A folder with the small files of the model that --model names, which may be on the hub; None if it has none."""
-    try:
-        return None if sample.is_server(model) or model in ("", "tiny") else find_folder(model, ("*.json",))
-    except ValueError:      # there is no such model; who loads it says so
-        return None
-
-
-def acts_as(model, folder):
-    """For sample.parse: how the model that --model names was trained to act. folder: that of its files, or None."""
-    return [(f"{model}/agent.json", read_agent(folder))] if folder else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One trajectory. Its file: a header, a line for each step, and a line of type "end" if it outgrew the context.
 
-def file_of(folder, id, k):
-    return Path(folder, f"{id}-{k}.jsonl")
-
-
-def records_in(folder):
-    """The files of the trajectories in a folder of eval.py or sft.py --collect, those of a task in order."""
-    found = [*Path(folder).glob("trajectories/*-*.jsonl"), *Path(folder).glob("*-*.jsonl")]
-    named = [(*path.stem.rpartition("-")[::2], path) for path in found]
-    return [path for id, k, path in sorted(named, key=lambda one: (one[0], len(one[1]), one[1]))
-            if re.fullmatch(r"[\w.-]+ \d{1,9}", f"{id} {k}", re.ASCII)]
-
-
-def read_lines(path, form, mend=False):
-    """The lines of a file of JSON lines, [] where there is no file. A last line that was cut short is left out, and
-    with mend removed from the file; any other that is not JSON or not of this form is a ValueError."""
-    raw = read_bytes(path) or b""
-    whole = raw.rfind(b"\n") + 1
-    if mend and whole < len(raw):
-        os.truncate(path, whole)
-    return [from_json(line, form, f"{path}, line {i}") for i, line in enumerate(raw[:whole].splitlines(), 1)]
-
-
-def read_record(path, mend=True):
-    """The lines of a trajectory's file, as read_lines; each is checked to be a record of this task."""
-    try:
-        lines = read_lines(path, {}, mend)
-        for i, line in enumerate(lines, 1):
-            try:
-                check_record(line, i == 1)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {i} is no record of a trajectory: {error}") from None
-            if missing := [name for name in USED[line["type"]] if name not in line]:
-                raise ValueError(f"{path}, line {i}: {missing[0]!r} is missing")
-        if lines:
-            check(lines[0]["task"], one_of(path.stem.rpartition("-")[0]), f"{path}, line 1, 'task'")
-    except ValueError as error:
-        raise ValueError(f"{error}; delete that file to play it again") from None
-    return lines
-
-
-def ended(lines):
-    """Why the trajectory is over ("final answer", "steps", "time", "context full"), "" if it is not."""
-    return lines[-1].get("ended", "") if lines else ""
-
-
-def world(s, task, out, cache, **more):
-    """The Env of a task by what the settings of eval.py and sft.py have in common."""
-    return Env(task, s.data, out=out, python=s.python, gpu=s.gpu or None, threads=s.threads, sandbox=s.sandbox,
-               cache=cache, **more)
-
-
-def spoken(s, model, hint=""):
-    """How a model replies in trajectory(). hint: said to it besides; the record of the trajectory is without it."""
-    def reply(env, lines, seed):
-        prompt = [dict(message) for message in env.prompt()]
-        next(one for one in prompt if one["role"] == "user")["content"] += hint
-        said = model.chat(prompt, max_new_tokens=s.max_new_tokens, stop=("\nObservation:",), seed=seed,
-                          temperature=s.temperature, top_p=s.top_p)
-        tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
-        return said.text, tokenizer and tokenizer.spelling(said.tokens, said.text), {
-            "finish": said.finish, "tokens": len(said.tokens), "prompt_tokens": said.prompt_tokens,
-            "cached_tokens": said.cached_tokens, "sample_seconds": said.seconds}
-    return reply
-
-
-def trajectory(s, task, k, path, reply, coder, out, cache, run, about):
-    """Plays trajectory k of a task to its end, from the last step in its file `path`, where it adds a line a step.
-    reply(env, lines, seed): what the agent says after these lines, (text, token ids or None, {what its line is to tell
-    besides}). coder: what sample.load gave, or None. out, cache: where files and what scripts gave are kept, shared by
-    all. run: the Run that writes the lines, and that may stop it. about: what else the header tells."""
-    def seed(speaker):  # differs between trajectories, steps and speakers; the same again after an interruption
-        return zlib.crc32(f"{s.seed} {task.id} {k} {env.index} {speaker}".encode())
-
-    def ask_coder(messages):
-        said = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed("coder"), **sampling)
-        return said.text + CODE_END * (said.finish == "stop")       # a whole script, without what is said after it
-
-    lines, sampling = read_record(path), dict(temperature=s.temperature, top_p=s.top_p)
-    env = world(s, task, out, cache, actions=s.actions, fields=s.fields, steps=s.steps, seconds=s.seconds,
-                coder=coder and ask_coder, prompt=s.prompt)
-    if lines:
-        last, messages = lines[-1], [message for line in lines for message in line["messages"]]
-        try:
-            env.restore(last["snapshot"], messages, index=len(lines) - 1, m_before=last["m_after"],
-                        m_top=best_before(task, lines[0], lines[1:]), seconds=min(last["seconds_left"], s.seconds))
-        except ValueError as error:
-            raise Failed(f"{path}: its last state cannot be restored: {error}. Delete it to play it anew") from None
-    else:
-        lines = [header(env, k=k, seed=s.seed, max_new_tokens=s.max_new_tokens, m_after=env.m_before,
-                        seconds_left=s.seconds, **sampling, **about)]
-        run.write(path, lines[0])
-    while not (env.done or run.stop.is_set()):
-        try:
-            text, tokens, more = reply(env, lines, seed("policy"))
-        except sample.ContextFull as error:
-            return run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
-        step = env.step(text, tokens=tokens)
-        lines.append(record(step, seconds_left=env.deadline - time.monotonic(), **more))
-        run.write(path, lines[-1])
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All of them together
-
-class Run:
-    """What the threads of one run share: where they report, and how they are stopped."""
-
-    def __init__(self, records, num_steps):
-        """records: {path: the lines it holds} of every trajectory, each of at most num_steps."""
-        self.stop, self.lock, self.start, self.tokens = threading.Event(), threading.Lock(), time.monotonic(), 0
-        self.num_steps, self.over = num_steps, {path for path, lines in records.items() if ended(lines)}
-        self.steps = {path: sum(line["type"] == "step" for line in lines) for path, lines in records.items()}
-        self.share_before = self.share()
-
-    def write(self, path, line):
-        """Appends a line to a trajectory's file, unless all was stopped: each line is whole, and none follows."""
-        with self.lock:
-            if self.stop.is_set():
-                return
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            self.steps[path] += line["type"] == "step"
-            self.tokens += line.get("tokens") or 0
-            self.over |= {path} if line.get("ended") else set()
-
-    def share(self):
-        """What is done of all, 0 to 1, if each trajectory that is not over needs all its steps."""
-        done = [1.0 if path in self.over else steps / self.num_steps for path, steps in self.steps.items()]
-        return sum(done) / len(done)
-
-    def line(self):
-        """The progress in one line."""
-        with self.lock:
-            seconds, share = time.monotonic() - self.start, self.share()
-        won = share - self.share_before
-        return (f"{len(self.over)}/{len(self.steps)} trajectories, {sum(self.steps.values())} steps, "
-                + f"{self.tokens / seconds:.1f} tokens/s, " * bool(self.tokens)      # an endpoint does not tell
-                + f"{timedelta(seconds=int(seconds))} elapsed"
-                + (f", ETA {timedelta(seconds=int(seconds * (1 - share) / won))}" if won > 0 else ""))
-
-
-def together(jobs, work, parallel, run=None):
-    """[work(*job) for each job], so many at a time. The first error stops all and is raised."""
-    threads, futures = ThreadPoolExecutor(parallel), []
-
-    def one(*job):
-        try:
-            return work(*job)
-        except BaseException:
-            for future in futures:      # here, before this thread takes the next one
-                future.cancel()
-            raise
-    futures += [threads.submit(one, *job) for job in jobs]
-    # a terminal's line is rewritten in place; a log gets a line now and then
-    before, after, pause = ("\r", "\033[K", 0.5) if sys.stderr.isatty() else ("", "\n", 30.0)
-    try:
-        open_ = set(futures)
-        while open_:
-            over, open_ = wait(open_, pause, FIRST_EXCEPTION)
-            for future in over:
-                if not future.cancelled():
-                    future.result()
-            if run and open_:
-                print(before + run.line(), end=after, file=sys.stderr, flush=True)
-    finally:
-        if run:
-            with run.lock:      # not in the middle of a line
-                run.stop.set()
-            print(before + run.line(), end=after.strip() + "\n", file=sys.stderr, flush=True)
-        threads.shutdown(wait=False, cancel_futures=True)
-    return [future.result() for future in futures]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,7 +157,7 @@ def outcome(lines, direction, final):
     chosen, oracle = valid[-1] if valid else {}, max(valid, key=lambda step: sign * step["score"], default={})
     if final == "best-validation" and printed:
         chosen = max(printed, key=lambda step: (sign * step["printed"], step["index"]))
-    return {"score": chosen.get("score"), "oracle": oracle.get("score"), "ended": ended(lines), "steps": len(steps),
+    return {"score": chosen.get("score"), "oracle": oracle.get("score"), "ended": end_reason(lines), "steps": len(steps),
             "valid_replies": sum(step["valid"] for step in steps),
             "flagged": 0,
             "sandbox": sorted({step["sandbox"] for step in steps if step["sandbox"]})}
@@ -496,9 +214,9 @@ def collect(s, infos):
     """What results.json says of each task: its finished trajectories and, if there are any, their statistics."""
     found = {}
     for task, info in infos:
-        records = [read_record(file_of(Path(s.out, "trajectories"), task.id, k)) for k in range(s.trajectories)]
+        records = [read_record(trajectory_path(Path(s.out, "trajectories"), task.id, k)) for k in range(s.trajectories)]
         done = [{"k": k, **outcome(lines, task.direction, s.final)}
-                for k, lines in enumerate(records) if ended(lines)]
+                for k, lines in enumerate(records) if end_reason(lines)]
         found[task.id] = {**about(task, info), "trajectories": done, "flagged": sum(one["flagged"] for one in done)}
         for name in ("score", "oracle") if done else ():
             scores = [one[name] for one in done]
@@ -508,14 +226,6 @@ def collect(s, infos):
 
 def number(x, form=".4f"):
     return "-" if x is None else f"{x:{'.1f' if abs(x) >= 1000 else form}}"
-
-
-def layout(rows):
-    """Rows of texts, those without any left out, as lines with aligned columns; the first two are set to the left."""
-    rows = [row for row in rows if any(row)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def warnings(run):
@@ -599,7 +309,7 @@ def report(runs):
     if again := runs[0]["results"].get("rechecked"):
         parts.append(f"{again['runs']} known results were run again; {len(again['moved'])} came out differently.")
     if not any(run["results"]["settings"]["model"] for run in runs):
-        return "\n\n".join([*parts, layout(rows)])
+        return "\n\n".join([*parts, format_table(rows)])
     about, name = [], "{}: ".format if len(runs) > 1 else lambda name: ""
     for run in runs:
         results, s = run["results"], run["results"]["settings"]
@@ -612,12 +322,12 @@ def report(runs):
     rules = " or ".join(dict.fromkeys(FINAL[run["results"]["final"]] for run in runs))
     parts += ["\n".join(about), f"Counted is {rules} of each trajectory; one without any has failed and counts at the\n"
               "starter's score. The interval is that of the gain: the middle 95 % of bootstrap samples of the "
-              f"trajectories.\n\n{layout(rows)}"]
+              f"trajectories.\n\n{format_table(rows)}"]
     if len(runs) == 1:
         parts.append("Not a result: the best graded step of each trajectory, which no agent can know.\n"
-                     + layout(table(runs, "oracle")[0]))
+                     + format_table(table(runs, "oracle")[0]))
     if any(published):
-        parts.append("Published in Table 1 of the paper: average / best over 8 trajectories.\n" + layout(
+        parts.append("Published in Table 1 of the paper: average / best over 8 trajectories.\n" + format_table(
             [(*row[:2], *more) for row, more in zip(rows[1:], published[1:]) if set(more) - {"", "-"}]))
     return "\n\n".join(parts)
 
@@ -745,21 +455,21 @@ def read_results(folder):
     path = Path(folder, "results.json")
     if (raw := read_bytes(path)) is None:
         return None
-    results = from_json(raw, RESULTS, path)
+    results = parse_json(raw, RESULTS, path)
     for id, one in results["tasks"].items():
         sums = [one[name] for name in ("score_summary", "oracle_summary") if name in one]
         if not re.fullmatch(r"[\w.-]{1,100}", id, re.ASCII) or sums and not one.get("trajectories") or any(
                 (each["gain"] is None) != (one["starter"] == 0) for each in sums):
-            raise ValueError(f"{path}: what it says of the task {clip(ascii(id), 80)} does not fit together")
+            raise ValueError(f"{path}: what it says of the task {shorten(ascii(id), 80)} does not fit together")
     return results
 
 
 def read_run(folder, name):
     """What the page shows of a folder: name, results, and of each trajectory that was begun the task, k, header and
     steps, the score that counts, its gain, and how it went."""
-    inside(folder)
+    refuse_links_out(folder)
     results, played = read_results(folder) or {"settings": {}, "tasks": {}}, []
-    for path in records_in(folder):
+    for path in trajectory_files(folder):
         lines, (id, _, k) = read_record(path, mend=False), path.stem.rpartition("-")
         if lines:
             one, steps = results["tasks"].get(id), [line for line in lines if line["type"] == "step"]
@@ -767,7 +477,7 @@ def read_run(folder, name):
             scores = [step["score"] for step in steps if step["score"] is not None]
             score = counted.get(int(k), scores[-1] if scores else None)
             start, direction = lines[0]["m_init"], one["direction"] if one else tasks.load(id).direction
-            state = ("unfinished" if not ended(lines) else "failed" if score is None else
+            state = ("unfinished" if not end_reason(lines) else "failed" if score is None else
                      "better" if score != start and (score > start) == (direction == "up") else "not better")
             played.append({"task": id, "k": int(k), "head": lines[0], "steps": steps, "score": score, "state": state,
                            "direction": direction, "gain": None if score is None else gain(score, start, direction)})
@@ -790,7 +500,7 @@ def shown_step(step):
     if step["printed"] is not None:
         labels.append(["dim", f"printed {number(step['printed'])}"])
     if step["outcome"]:
-        said = [step["outcome"], clip(step["detail"], 300)]
+        said = [step["outcome"], shorten(step["detail"], 300)]
         labels.append(["dim" if step["outcome"] == "ok" else "bad", ". ".join(filter(None, said))])
     seconds = f"{step['seconds']:.1f} s" + f", script {step['script_seconds']:.1f} s" * bool(step["outcome"])
     labels.append(["dim", seconds])
@@ -807,7 +517,7 @@ def shown_step(step):
                       "\n".join(f"{name}: {value}" for name, value in step["args"].items())])
     parts += [["A reply of the coder", "fold", text] for text in step["coder"]]
     parts.append(["Observation", "diff" if edited else "code", step["observation"]])
-    return [labels, [[heading, kind, clip(text, SHOWN)] for heading, kind, text in parts]]
+    return [labels, [[heading, kind, shorten(text, SHOWN)] for heading, kind, text in parts]]
 
 
 def span(values):
@@ -1048,36 +758,15 @@ def write_report(s, agents=None):
     folders = {folder: folder for folder in s.compare} or {
         name: one.out for name, one in (agents or {s.model or "starters": s}).items()}
     logs = [*map(Path, s.log), *(log for folder in s.compare if (log := Path(folder, "log.jsonl")).is_file())]
-    logs = [(str(log.parent), read_lines(log, LOG)) for log in dict.fromkeys(logs)]
+    logs = [(str(log.parent), read_json_lines(log, LOG)) for log in dict.fromkeys(logs)]
     what = (f"{', '.join(s.compare)} side by side" if s.compare else
             f"{s.model or 'the starters'} on {s.task}" if s.task else "the paper in miniature")
-    write(path, page(f"ML-Agent: {what}", [read_run(folder, name) for name, folder in folders.items()], logs))
+    write_atomic(path, page(f"ML-Agent: {what}", [read_run(folder, name) for name, folder in folders.items()], logs))
     return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
-
-def prepare(s):
-    """Prepares the tasks, each on first use, and returns [(task, what its task.json says)]. ValueError: no such task,
-    or a raw folder that lacks something. Failed: a starter that does not run."""
-    chosen = [tasks.load(id) for id in tasks.names(s.task)]
-    if not chosen:
-        raise ValueError(f"there is no {s.task} task here yet; python -m tasks list shows those there are")
-
-    def one(task):
-        raw = s.raw if len(chosen) == 1 else s.raw and Path(s.raw, task.id)
-        if raw and not Path(raw).is_dir():
-            raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size})."
-                             + " For several tasks --raw holds a folder for each task id." * (len(chosen) > 1))
-        try:
-            tasks.prepare(task.id, raw or None, s.data, python=s.python, say=lambda line: print(line, file=sys.stderr))
-        except RuntimeError as error:
-            raise Failed(str(error)) from error
-        return task, tasks.info(task.id, s.data)
-    if len(chosen) == 1:        # here, where a request to end ends its starter
-        return [one(chosen[0])]
-    return together([[task] for task in chosen], one, SLOTS.cpus)
 
 
 def conditions(s, infos):
@@ -1102,7 +791,7 @@ def check_same(s, now):
     if not any(Path(s.out, "trajectories").glob("*.jsonl")):
         return
     then = (read_results(s.out) or {"settings": {}})["settings"]
-    differ = [f"{clip(name, 80)} was {clip(repr(then.get(name)), 200)} and is {now.get(name)!r}"
+    differ = [f"{shorten(name, 80)} was {shorten(repr(then.get(name)), 200)} and is {now.get(name)!r}"
               for name in {**then, **now} if then.get(name) != now.get(name)]
     if differ:
         raise ValueError(f"{s.out} holds a run with other settings: {'; '.join(differ)}. "
@@ -1113,9 +802,9 @@ def baseline(s, infos, cache):
     """Runs each starter once; what results.json says of each task."""
     found = {}
     for task, info in infos:
-        score, result = world(s, task, s.out, cache).score()
+        score, result = make_env(s, task, s.out, cache).score()
         if score is None:
-            raise Failed(f"the starter of {task.id}: {result.outcome}. {result.detail}\n{result.stderr}")
+            raise RunError(f"the starter of {task.id}: {result.outcome}. {result.detail}\n{result.stderr}")
         found[task.id] = {**about(task, info), "starter": score, "printed": printed_metric(result.stdout, task.metric),
                           "seconds": result.seconds, "sandbox": result.sandbox,
                           "flagged": 0}
@@ -1127,20 +816,20 @@ class Agent:
 
     def __init__(self, s):
         Path(s.out, "trajectories").mkdir(parents=True, exist_ok=True)
-        self.s, self.infos, self.path = s, prepare(s), Path(s.out, "results.json")
+        self.s, self.infos, self.path = s, prepare_tasks(s), Path(s.out, "results.json")
         self.results = {"complete": False, "settings": conditions(s, self.infos), "final": s.final, "tasks": {},
                         "versions": {name: version(name) for name in ("torch", "tokenizers", "numpy", "pandas",
                                                                       "scikit-learn")}}
         check_same(s, self.results["settings"])
         self.save()
-        found = [(task, k, file_of(Path(s.out, "trajectories"), task.id, k))
+        found = [(task, k, trajectory_path(Path(s.out, "trajectories"), task.id, k))
                  for k in range(s.trajectories) for task, _ in self.infos if s.model]
         self.records = {path: read_record(path) for *_, path in found}
-        self.jobs = [(self, task, k, path) for task, k, path in found if not ended(self.records[path])]
+        self.jobs = [(self, task, k, path) for task, k, path in found if not end_reason(self.records[path])]
 
     def save(self, **more):
         self.results.update(more)
-        write(self.path, self.results)
+        write_atomic(self.path, self.results)
 
     def load(self, load):
         """Loads the model and the coder, if there is anything to play."""
@@ -1155,7 +844,7 @@ class Agent:
                           load(s.coder, **options, key=sample.coder_key(s.coder, s.model)))
 
     def play(self, task, k, path, cache, run, home):
-        trajectory(self.s, task, k, path, spoken(self.s, self.policy), self.coder, home, cache, run,
+        play_trajectory(self.s, task, k, path, model_policy(self.s, self.policy), self.coder, home, cache, run,
                    {"model": self.s.model, "coder": self.s.coder})
 
 
@@ -1164,20 +853,20 @@ def evaluate(s, agents=None, load=sample.load):
     what results.json of each then holds. By default s is the only agent. s.out receives the files of all, what scripts
     gave, and the report. ValueError: something is wrong with the settings."""
     agents = agents or {s.model or "starters": s}
-    with alone(s.out, "eval.py"):
+    with folder_lock(s.out, "eval.py"):
         found = {name: Agent(one) for name, one in agents.items()}
         jobs = [job for one in found.values() for job in one.jobs]
         records = {path: lines for one in found.values() for path, lines in one.records.items()}
-        cache, done = Cache(Path(s.out, "cache"), s.recheck), False
+        cache, done = ResultCache(Path(s.out, "cache"), s.recheck), False
         if jobs:
-            run = Run(records, max(one.steps for one in agents.values()))
+            run = Progress(records, max(one.steps for one in agents.values()))
             if any(records.values()):
                 print(f"{s.out}: {len(run.over)} of {len(records)} trajectories are done; going on", file=sys.stderr)
             for one in found.values():
                 one.load(load)
         try:
             if jobs:
-                together(jobs, lambda one, *job: one.play(*job, cache, run, s.out), sum(
+                run_parallel(jobs, lambda one, *job: one.play(*job, cache, run, s.out), sum(
                     one.parallel for one in agents.values()), run)
             done = True
         except ValueError as error:     # with its traceback: it is nothing that settings could put right
@@ -1198,115 +887,34 @@ def miniature(s, argv=None):
     if not found:
         raise ValueError("there is no agent to evaluate in runs/sft or runs/rl. Make them with: python sft.py, then "
                          "python rl.py. Or run a starter alone: python eval.py --task leaf-classification")
-    with alone(s.out, "eval.py"):       # scripts that ran while they learned need not run again
-        inside(POOL)
+    with folder_lock(s.out, "eval.py"):       # scripts that ran while they learned need not run again
+        refuse_links_out(POOL)
         for path in (*Path(POOL).glob("blobs/??/*"), *Path(POOL).glob("cache/??/*")):
             if not (known := Path(s.out, *path.parts[-3:])).exists():
-                write(known, path.read_bytes())
+                write_atomic(known, path.read_bytes())
     torch.set_num_threads(1)        # threads that wait for each other are slow beside scripts on every core
 
     def agent(folder):
         more = f"the paper in miniature, and {folder}/agent.json", {**TOGETHER, **read_agent(folder)}
-        one = sample.parse(Settings, argv, lambda typed: [more])
+        one = cli.parse(Settings, argv, lambda typed: [more])
         return replace(one, model=folder, out=str(Path(s.out, Path(folder).name)))
     return {name: agent(folder) for name, folder in found.items()}
 
 
-def write(path, value):
-    """Writes bytes, or a value as JSON, aside and renames the file: it is whole, or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)        # a link that lies there must not be followed
-    with open(part, "xb") as file:
-        file.write(value if isinstance(value, bytes) else (json.dumps(value, indent=1) + "\n").encode())
-    if not isinstance(value, bytes):        # those are pages and copies, often thousands, and can be made again
-        sync(part)
-    part.replace(path)
-
-
-@contextlib.contextmanager
-def alone(folder, program):
-    """Makes a folder and holds it for this process. ValueError: another process has it, or it leads elsewhere."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    inside(folder)
-    with Path(folder, "lock").open("w") as lock:        # let go however this process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another {program} writes to {folder}; wait for it, or give another folder") from None
-        yield
-
-
-def attempt(program, work, kept):
-    """The exit status of work(): 0 done, 1 failed or interrupted, 2 bad settings, with the message on the error
-    stream. kept: the folder where what was done stays."""
-    try:
-        work()
-        return 0
-    except ValueError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    except (Failed, Unprotected, sample.EndpointError, OSError) as error:      # a wrong path, a full disk
-        print(f"{program}: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-    print(f"What was done is kept in {kept}; the same command goes on from there.", file=sys.stderr)
-    return 1
-
-
-def one_process(what):
-    """ValueError, said once, where torchrun has started several processes of a program that runs in one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if os.environ.get("RANK") != "0":
-            sys.exit(2)
-        raise ValueError(f"{what} runs in one process; start it with python instead of torchrun")
-
-
-def run_program(main):
-    """Ends the process with main()'s status. A batch system's request to end is a Ctrl-C; the scripts' folders lie
-    below one that is removed, and a second Ctrl-C does not leave it behind. What a kill -9 leaves, the next start
-    removes: a folder whose file `owner` nobody holds."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    code = 1
-    for file in Path(tempfile.gettempdir()).glob("ml-agent-*/owner"):
-        with contextlib.suppress(OSError), file.open() as owner:    # held, or another user's
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(file.parent)
-    tempfile.tempdir = tempfile.mkdtemp(prefix="ml-agent-")
-    try:
-        owner = Path(tempfile.tempdir, "starts").open("w")
-        fcntl.flock(owner, fcntl.LOCK_EX)
-        os.rename(owner.name, Path(tempfile.tempdir, "owner"))      # so it is never seen before it is held
-        try:
-            code = main()
-        except SystemExit as error:
-            code = error.code
-        except KeyboardInterrupt:       # before the work began
-            pass
-        except BaseException:
-            traceback.print_exc()
-    finally:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, signal.SIG_IGN)
-        _remove(tempfile.tempdir)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)      # threads may still wait for a reply or a script; the scripts end when we do
-
-
 def fill(values):
-    """For sample.parse: what holds where nothing was typed."""
+    """For cli.parse: what holds where nothing was typed."""
     if values["task"] or values["model"] or values["compare"]:
-        return acts_as(values["model"], small_files(values["model"]))
+        folder = sample.small_files(values["model"])
+        return [(f"{values['model']}/agent.json", read_agent(folder))] if folder else []
     logs = tuple(log for folder, _ in MADE.values() if Path(log := f"{folder}/log.jsonl").is_file())
     return [("the paper in miniature", {"log": logs})]
 
 
 def main(argv=None):
-    s = sample.parse(Settings, argv, fill)
+    s = cli.parse(Settings, argv, fill)
 
     def work():
-        one_process("an evaluation")
+        refuse_torchrun("an evaluation")
         if s.compare:
             return print(f"Written to {write_report(s)}")
         if s.task:
@@ -1319,8 +927,8 @@ def main(argv=None):
             if name not in agents:
                 print(f"\nNot there yet: {name}. Make {folder} with: {command}, and run this again.")
         print(f"\nEvery trajectory step by step, and how it was trained: {s.out}/report.html")
-    return attempt("eval.py", work, s.out)
+    return exit_status("eval.py", work, s.out)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

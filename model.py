@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
+from support.files import sync
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,16 +530,6 @@ class Qwen2(nn.Module):
         tokenizer's files are not written here (Tokenizer.save)."""
         tensors = ((name, p.detach()) for name, p in self.named_parameters())   # a tied head comes once, as embedding
         write_checkpoint(folder, self.config, tensors, next(self.parameters()).dtype, max_shard_bytes)
-
-
-def sync(path):
-    """Returns when what a file holds, or which names a folder has, is on the disk: to be called before the rename that
-    says so, which after a loss of power may otherwise be there without it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=5 * 10**9):

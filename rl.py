@@ -34,16 +34,20 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import NEEDS_CODER, Blobs, Cache, Env, Gone, best_before, clip, inside, read_trajectory
-from eval import (CODE_END, CODER_TOKENS, Failed, acts_as, alone, attempt, prepare, read_agent, run_program,
-                  small_files, write)
+from env import (
+    CODER_TOKENS, CODE_END, NEEDS_CODER, Blobs, Env, MissingBlob, ResultCache, best_before, prepare_tasks,
+    read_agent, read_trajectory)
 from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, use_kernels
 from reward import KINDS
-from sft import (AdamW, build, compute_type, digest, epoch_order, export, fingerprint, flops_of, full, gib, held_out,
-                 linked, load_state, memory_of, num_weights, on_first, peak_flops, peak_memory, processes,
-                 refuse_held_out, row_of, save_state, shape_of, shards, share)
-
+from support import cli
+from support.cli import RunError, exit_status, run_main
+from support.distributed import (
+    AdamW, build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of,
+    full_tensor, gib, init_distributed, load_state, memory_of, num_weights, peak_flops, peak_memory, rank0_broadcast,
+    save_state, shape_of, shard_across_ranks, sharded_parameters)
+from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten, write_atomic
 from support.sandbox import SLOTS, protection
+
 
 SMALL = 50e6    # weights; for a model of fewer the recipe is tiny, else 7b
 RECIPES = {     # --preset: what differs from the defaults, which are for 7B
@@ -190,9 +194,9 @@ def pool(s, tokenizer, say=print):
     States whose files are gone, and files that are no trajectory, are left out, named and counted. ValueError: a
     held-out task, other data than those of the trajectories, a link that leads out of the folder, or no state at all.
     """
-    inside(s.trajectories)      # what scripts give is added there
+    refuse_links_out(s.trajectories)      # what scripts give is added there
     wanted, found, left_out, blobs = set(tasks.names(s.task)), {}, {}, Blobs(Path(s.trajectories, "blobs"))
-    forbidden, there, own = held_out(s.data), cache(blobs.has), fingerprint(tokenizer)
+    forbidden, there, own = tasks.held_out_hashes(s.data), cache(blobs.has), fingerprint(tokenizer)
     for file in sorted(Path(s.trajectories).glob("*.jsonl")):
         try:
             head, steps = read_trajectory(file)
@@ -201,11 +205,11 @@ def pool(s, tokenizer, say=print):
         except (ValueError, OSError) as error:
             left_out.setdefault("no record of a trajectory", []).append(str(error))
             continue
-        refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
+        tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
         if head["task"] not in wanted:
             continue
         now = tasks.info(head["task"], s.data)["sha256"]
-        refuse_held_out(head["task"], now, forbidden)
+        tasks.refuse_held_out(head["task"], now, forbidden)
         if head.get("data_sha256", now) != now:
             raise ValueError(f"{file} was collected on other data than {Path(s.data, head['task'])} holds; prepare "
                              "those again, or collect anew")
@@ -246,20 +250,20 @@ def inputs(s, folder, found):
     files = {state.file.stem: [state.head, state.steps] for state in states}
     data = {id: [tasks.info(id, s.data)[name] for name in ("sha256", "m_init", "m_best")] for id in found}
     own = s.coder not in ("none", "model") and Path(s.coder).is_dir()
-    return {"--model of sha256": hash_checkpoint(folder), "states of sha256": digest([names, files])[:16],
-            "data of sha256": digest(data)[:16], **({"--coder of sha256": hash_checkpoint(s.coder)} if own else {})}
+    return {"--model of sha256": hash_checkpoint(folder), "states of sha256": hash_json([names, files])[:16],
+            "data of sha256": hash_json(data)[:16], **({"--coder of sha256": hash_checkpoint(s.coder)} if own else {})}
 
 
 def draw(found, num, rng, weights, usable=lambda state: True):
     """Names of num States: the tasks in turn, in random order, and of each a state with a chance in proportion to its
     weight. weights: {name: weight}, 1 where there is none; usable may set some to 0, and another state of that task is
-    drawn then. Failed: no state has a weight any more."""
+    drawn then. RunError: no state has a weight any more."""
     names, turn = [], []
     while len(names) < num:
         if not turn:
             live = [task for task in sorted(found) if any(weights.get(name, 1.0) for name in found[task])]
             if not live:
-                raise Failed("no state of the pool can be played any more; the reasons stand above")
+                raise RunError("no state of the pool can be played any more; the reasons stand above")
             turn = rng.sample(live, len(live))
         states = found[turn[-1]]
         chances = [weights.get(name, 1.0) for name in states]
@@ -305,7 +309,7 @@ class Rollout:
         self.states = {name: state for states in found.values() for name, state in states.items()}
         self.weights = {}       # name of a state -> weight in drawing; 0: it cannot be played
         self.begun = None       # of the next iteration: (actions that are sampled, futures of their Samples)
-        self.cache = Cache(Path(s.trajectories, "cache"))
+        self.cache = ResultCache(Path(s.trajectories, "cache"))
         self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if s.rollout == "step" else s.states * s.num)
         other = s.coder not in ("auto", "none", "model")
         self.coder = engine if s.coder == "model" else sample.load(
@@ -342,7 +346,7 @@ class Rollout:
         """Whether the state can be played: its files are there, and prompt and action fit the context."""
         try:
             length, room = len(self.prompt(self.at(state))) + self.s.max_new_tokens, self.engine.context
-        except Gone as error:
+        except MissingBlob as error:
             return self.leave_out(state.name, error)
         return length <= room or self.leave_out(state.name, f"prompt and action take {length} tokens, and --context "
                                                             f"is {room}")
@@ -357,13 +361,13 @@ class Rollout:
         place where that begins."""
         s, rng = self.s, random.Random(f"{self.s.seed} {iteration}")
         usable = self.usable if s.rollout == "step" else lambda state: True
-        names = on_first(lambda: draw(self.found, s.states, rng, self.weights, usable))
+        names = rank0_broadcast(lambda: draw(self.found, s.states, rng, self.weights, usable))
         first = self.rank * -(-len(names) // self.world)
         return names[first:first + -(-len(names) // self.world)], first
 
     def collect(self, iteration, clock):
         """The Samples of an iteration, of all processes, in the order of their states. clock: a list that receives the
-        times at which all was sampled and all was carried out. Failed: there is none."""
+        times at which all was sampled and all was carried out. RunError: there is none."""
         try:
             if self.s.rollout == "episode":
                 futures = self.episodes(iteration)
@@ -377,14 +381,14 @@ class Rollout:
             samples = gather([one for future in futures for one in future.result()])
             clock.append(time.monotonic())
         except FloatingPointError as error:
-            raise Failed(f"iteration {iteration + 1}, sampling, rank {self.rank}: {error}. The checkpoints in "
+            raise RunError(f"iteration {iteration + 1}, sampling, rank {self.rank}: {error}. The checkpoints in "
                          f"{self.s.out} are from before") from None
         gone = {one.state for one in samples if one.step is None}
         for name in sorted(gone):
             self.leave_out(name, "its files are gone")
         samples = numbered([one for one in samples if one.state not in gone])
         if not samples:
-            raise Failed(f"iteration {iteration + 1} has no action: the files of its states are gone, or every "
+            raise RunError(f"iteration {iteration + 1} has no action: the files of its states are gone, or every "
                          "conversation outgrew --context")
         if self.s.choose == "learnable":
             for group in {one.group: one.state for one in samples}.items():
@@ -413,12 +417,12 @@ class Rollout:
         """[Sample] of one action: carried out, run, graded, rewarded."""
         try:
             if name not in self.states:     # it was left out when this run went on
-                raise Gone(name)
+                raise MissingBlob(name)
             env = self.at(self.states[name])
             prompt = self.prompt(env)
             step = vars(env.step(text, self.engine.tokenizer.spelling(tokens, text)))
             return [Sample(group, number, prompt, tokens, logps, step, env.task.id, name)]
-        except Gone:
+        except MissingBlob:
             return [Sample(group, number, [], tokens, logps, None, "", name)]
         except Exception as error:
             error.add_note(f"It happened in the state {name}.")
@@ -557,9 +561,9 @@ class Learner:
         self.s, self.config, self.size, self.rank, self.world, self.device = s, config, size, rank, world, device
         made = dict(device=device, seed=s.seed, recompute=s.recompute, compute=compute_type(s.dtype, device))
         critic = s.critic if s.advantage == "gae" else ""
-        self.actor = build(config, folder, make=Shared if critic == "shared" else Qwen2, **made)
-        self.critic = build(config, folder, make=Critic, **made) if critic == "own" else None
-        self.reference = build(config, folder, **made).requires_grad_(False) if s.kl else None
+        self.actor = build_model(config, folder, make=Shared if critic == "shared" else Qwen2, **made)
+        self.critic = build_model(config, folder, make=Critic, **made) if critic == "own" else None
+        self.reference = build_model(config, folder, **made).requires_grad_(False) if s.kl else None
         self.models = nn.ModuleDict({name: model for name in ("actor", "critic") if (model := getattr(self, name))})
         heads = [p for name, p in self.models.named_parameters() if "score." in name]
         self.slow = [p for p in self.actor.parameters() if not any(p is head for head in heads)]
@@ -578,8 +582,8 @@ class Learner:
         """What forward(tokens, lengths, targets) says of the chosen tokens of each text: a list of (N,) tensors on the
         CPU, for all texts on all processes, each having computed its share."""
         found = []
-        for row in share([len(ids) - 1 for ids, _ in texts], range(len(texts)), self.rank, self.world, self.s.length):
-            values = forward(*row_of([texts[i] for i in row], self.device)).float().cpu()
+        for row in shard_across_ranks([len(ids) - 1 for ids, _ in texts], range(len(texts)), self.rank, self.world, self.s.length):
+            values = forward(*collate_packed([texts[i] for i in row], self.device)).float().cpu()
             found += zip(row, values.split([sum(texts[i][1]) for i in row])) if row else []
         return [values for _, values in sorted(gather(found), key=lambda one: one[0])]
 
@@ -627,7 +631,7 @@ class Learner:
 
     def update(self, texts, old, advantages, returns, values, weights, iteration, policy=True):
         """The passes over one iteration's actions; policy False: of the critic alone, s.value_steps of them. Returns
-        figures. Failed: a loss or a gradient that is not finite; no parameter has been changed by it."""
+        figures. RunError: a loss or a gradient that is not finite; no parameter has been changed by it."""
         s, sums, norms = self.s, torch.zeros(5, device=self.device, dtype=torch.float64), []
         largest = torch.ones((), device=self.device)
         limit = s.value_clip * (s.steps if s.rollout == "episode" else 1)
@@ -638,8 +642,8 @@ class Learner:
             order = epoch_order(len(texts), s.seed, iteration * s.epochs + epoch)
             chosen = order[m::parts] if policy else order
             num = sum(len(old[i]) for i in chosen)
-            for row in share([len(ids) - 1 for ids, _ in texts], chosen, self.rank, self.world, s.length):
-                tokens, lengths, targets = row_of([texts[i] for i in row], self.device)
+            for row in shard_across_ranks([len(ids) - 1 for ids, _ in texts], chosen, self.rank, self.world, s.length):
+                tokens, lengths, targets = collate_packed([texts[i] for i in row], self.device)
                 a, o, r, v, w = (torch.cat([torch.zeros(0), *(x[i] for i in row)]).to(self.device)
                                  for x in (advantages, old, returns, values, weights))
                 loss, value = torch.zeros((), device=self.device), None
@@ -661,11 +665,11 @@ class Learner:
             if not policy:      # of a shared backbone only the critic's head
                 for p in self.slow:
                     p.grad = None
-            norms.append(torch.stack([full(nn.utils.clip_grad_norm_(model.parameters(), s.clip)) for model in
+            norms.append(torch.stack([full_tensor(nn.utils.clip_grad_norm_(model.parameters(), s.clip)) for model in
                                       ([self.actor] if policy or not self.critic else [])
                                       + ([self.critic] if self.critic else [])]))
             if not torch.isfinite(norms[-1]).all():
-                raise Failed(f"iteration {iteration + 1}, step {number + 1}, rank {self.rank}: gradient norms "
+                raise RunError(f"iteration {iteration + 1}, step {number + 1}, rank {self.rank}: gradient norms "
                              f"{norms[-1].tolist()} of actor and critic, in actions {chosen[:20]}. The checkpoints in "
                              f"{s.out} are from before")
             self.optimizer.step()
@@ -689,14 +693,14 @@ def sampler(s, learner, tokenizer):
     the trained module itself where that is whole and computes in its weights' dtype; else a copy in the dtype that it
     computes in (--dtype), filled in place."""
     actor, dtype = learner.actor, learner.actor.compute
-    whole = not any(isinstance(p, DTensor) or p.dtype is not dtype for _, p in shards(actor))
+    whole = not any(isinstance(p, DTensor) or p.dtype is not dtype for _, p in sharded_parameters(actor))
     model = actor if whole else Qwen2._empty(learner.config, dtype, learner.device).requires_grad_(False)
     copies = dict(model.named_parameters())
 
     @torch.no_grad()
     def fill():
-        for name, p in shards(actor) if not whole else ():
-            p = full(p)
+        for name, p in sharded_parameters(actor) if not whole else ():
+            p = full_tensor(p)
             if name in copies:
                 copies[name].copy_(p)
 
@@ -749,7 +753,7 @@ def shown(one):
     score = "" if step["score"] is None else f", score {step['m_before']:.6g} -> {step['score']:.6g}"
     outcome = f", the script: {step['outcome']}" if step["outcome"] else ""
     return (f"--- {one.task}, step {step['index']}, {len(one.prompt)} prompt tokens\n"
-            f"{clip(step['reply'].strip(), 1200)}\n--- {step['kind']}{outcome}{score}"
+            f"{shorten(step['reply'].strip(), 1200)}\n--- {step['kind']}{outcome}{score}"
             f"{', ' * bool(step['error'])}{step['error']}; reward {step['reward']:.3f}")
 
 
@@ -763,7 +767,7 @@ def learn(s, rank, world, device):
         raise ValueError(f"there is no {s.model} to go on from; make it with: python sft.py, or give another --model")
     folder = find_folder(s.model)
     tokenizer, config = sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)
-    on_first(lambda: prepare(s) and None)
+    rank0_broadcast(lambda: prepare_tasks(s) and None)
     if s.sandbox == "on":
         protection()        # here, before many threads ask at once
     found = pool(s, tokenizer, say)
@@ -771,7 +775,7 @@ def learn(s, rank, world, device):
     use_kernels(s.kernels, device)
     learner = Learner(s, config, folder, tokenizer.size, rank, world, device)
     origin = {"products in": str(learner.actor.compute).removeprefix("torch."),
-              **on_first(lambda: inputs(s, folder, found))}
+              **rank0_broadcast(lambda: inputs(s, folder, found))}
     # with overlap the last iteration samples no other, so a run that was to be longer is another from there on
     names = sorted(vars(s).keys() - (FREE - {"iterations"} if s.overlap else FREE))
     state = load_state(s, names, learner.models, learner.optimizer, origin) or {"step": 0}
@@ -793,9 +797,9 @@ def learn(s, rank, world, device):
                 print(shown(random.Random(iteration).choice(samples)), flush=True)
         if (iteration + 1) % s.save_every == 0 or iteration + 1 == s.iterations:
             save_state(s, iteration + 1, learner.models, learner.optimizer, origin, rollout=rollout.save())
-    export(learner.actor, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    export_model(learner.actor, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if rank == 0 and (agent := read_agent(folder)):
-        write(Path(s.out, "agent.json"), agent)
+        write_atomic(Path(s.out, "agent.json"), agent)
     say(f"Written to {s.out}: the model, log.jsonl, checkpoints" + "\n\nNext: python eval.py" * (s.preset == "tiny"))
 
 
@@ -863,12 +867,12 @@ def report(f, s, log, left):
 
 
 def fill(values):
-    """For sample.parse: what holds where nothing was typed, by what the model's folder says and by its size."""
+    """For cli.parse: what holds where nothing was typed, by what the model's folder says and by its size."""
     model, name, there = values["model"], values["preset"], Path(values["model"]).is_dir()
-    folder = None if not there and (values["plan"] or model == Settings.model) else small_files(model)
-    found = acts_as(model, folder)
+    folder = None if not there and (values["plan"] or model == Settings.model) else sample.small_files(model)
+    found = [(f"{model}/agent.json", read_agent(folder))] if folder else []
     if folder is None and (model == Settings.model or not values["plan"]):      # no such model, as is said later
-        return [sample.preset(name, RECIPES)] if name else []
+        return [cli.preset(name, RECIPES)] if name else []
     config = Config.from_pretrained(folder) if folder else shape_of(model)      # of a plan for "7b"
     num = num_weights(config)[-1]
     fitting = "tiny" if num < SMALL else "7b"
@@ -876,23 +880,23 @@ def fill(values):
         why = f"{model} has {num:,} weights, {'' if fitting == 'tiny' else 'not '}below {SMALL:,.0f}"
         return [*found, (f"{why}, so (another --preset may be typed)", {"preset": fitting, **RECIPES[fitting]})]
     if name == "tiny" != fitting:
-        sample.tell(f"rl.py: WARNING: --preset tiny is for less than {SMALL:,.0f} weights, and {model} has {num:,}; "
+        cli.announce(f"rl.py: WARNING: --preset tiny is for less than {SMALL:,.0f} weights, and {model} has {num:,}; "
                     f"such a learning rate ({RECIPES['tiny']['lr']:g}, of 7b {Settings.lr:g}) may ruin it")
-    return [*found, sample.preset(name, RECIPES)]
+    return [*found, cli.preset(name, RECIPES)]
 
 
 def main(argv=None):
-    s = sample.parse(Settings, argv, fill)
+    s = cli.parse(Settings, argv, fill)
 
     def work():
         if s.plan:
             return print(plan(s))
-        rank, world, device = processes()
-        with linked(rank), contextlib.ExitStack() as held:
-            on_first(lambda: held.enter_context(alone(s.out, "rl.py")))
+        rank, world, device = init_distributed()
+        with explain_dist_errors(rank), contextlib.ExitStack() as held:
+            rank0_broadcast(lambda: held.enter_context(folder_lock(s.out, "rl.py")))
             learn(s, rank, world, device)
-    return attempt("rl.py", work, s.out)
+    return exit_status("rl.py", work, s.out)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

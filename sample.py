@@ -8,14 +8,10 @@
 
 The letters B, T, K, D, S, V, L are those of model.py; R is the number of rows of the cache.
 """
-import argparse
 import base64
 import codecs
-import dataclasses
-import difflib
 import email.utils
 import http.client
-import inspect
 import ipaddress
 import json
 import math
@@ -41,11 +37,9 @@ import torch
 import torch.nn.functional as F
 
 import model as modeling
-from model import Config, Linear, Qwen2, attend, find_folder, sight, sync, use_kernels
-
-
-class ContextFull(ValueError):
-    """The prompt and the reply asked for do not fit the model's context."""
+from model import Config, Linear, Qwen2, attend, find_folder, sight, use_kernels
+from support.cli import ContextFull, RunError, parse, announce
+from support.files import sync
 
 
 @dataclass
@@ -912,7 +906,7 @@ LONGEST_DRAFT = 32          # tokens of one row
 # ---------------------------------------------------------------------------------------------------------------------
 # OpenAI-compatible servers
 
-class EndpointError(RuntimeError):
+class EndpointError(RunError):
     """A server that gave no usable answer: the message names the URL, what came back and what to do. `retry_s` is None
     where asking again cannot help, else the least number of seconds to wait first."""
 
@@ -1000,9 +994,9 @@ class Endpoint:
         if not self._key.isascii() or not self._key.isprintable():
             raise ValueError(f"{key} holds characters that cannot be sent in a header; set it again")
         if self._key and scheme == "http" and not is_near(host):
-            tell(f"{self.url}: the key in {key} goes there unencrypted; is there no https?")
+            announce(f"{self.url}: the key in {key} goes there unencrypted; is there no https?")
         if not self._key and key != "OPENAI_API_KEY" and os.environ.get("OPENAI_API_KEY"):
-            tell(f"{self.url} is asked without a key: OPENAI_API_KEY is for the host of the model; set {key}")
+            announce(f"{self.url} is asked without a key: OPENAI_API_KEY is for the host of the model; set {key}")
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0):
@@ -1126,96 +1120,6 @@ def _retry_after(value):
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
-def parse(cls, argv=None, fill=None):
-    """An instance of the dataclass `cls`, filled from the command line (`argv`, by default sys.argv[1:]).
-
-    fill: a function of all settings, {name: value} as typed or by default, that gives [(where from, {name: value})]:
-    settings that hold where none was typed, the first that has one. What they change is said on the error stream. What
-    was typed holds, also where it is what the default would have been.
-
-    A field reads `name: type = default  # help text`; comment lines below it, indented deeper, continue the text.
-    Types: int, float, str, bool (--name / --no-name), X | None (the word `none`) and tuple[X, ...] (a comma list).
-    --max-new-tokens and --max_new_tokens are one flag and --x=1 works. A name that does not exist (near ones are
-    listed), a value of the wrong type or a ValueError of fill or the class's own __post_init__ ends the program with
-    status 2.
-    """
-    about, name = {}, None  # field -> its trailing comment
-    for line in inspect.getsource(cls).splitlines():
-        if found := re.match(r"    (\w+)\s*:\s*\S.*?(?:  # (.*))?$", line):
-            name, about[found[1]] = found[1], found[2] or ""
-        elif name and (found := re.match(r"     +# ?(.*)", line)):
-            about[name] += " " + found[1]
-        else:
-            name = None
-
-    def convert(text, kind):
-        inner = typing.get_args(kind)
-        if typing.get_origin(kind) is tuple:
-            return tuple(convert(word.strip(), inner[0]) for word in text.split(",") if word.strip())
-        if inner:  # X | None
-            return None if text.lower() == "none" else convert(text, inner[0])
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, found {text!r}") from None
-
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = typing.get_type_hints(cls)
-    for one in dataclasses.fields(cls):
-        kind, default = kinds[one.name], one.default
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        needed = default is dataclasses.MISSING
-        text = (about.get(one.name, "") + (" (required)" if needed else f" (default: {shown})")).replace("%", "%%")
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        else:
-            letters = re.findall("int|float|str", str(kind))[0].upper() + ",..." * (typing.get_origin(kind) is tuple)
-            how = {"type": lambda text, kind=kind: convert(text, kind), "metavar": letters}
-        parser.add_argument("--" + one.name.replace("_", "-"), required=needed, default=argparse.SUPPRESS, help=text,
-                            **how)
-
-    argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
-            for word in (sys.argv[1:] if argv is None else argv)]
-    typed, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(flag, ["--" + name.replace("_", "-") for name in kinds], n=3)
-        parser.error(f"there is no {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
-    default = {one.name: one.default for one in dataclasses.fields(cls)}
-    values = vars(typed)
-    try:
-        for source, more in fill({**default, **values}) if fill else ():
-            new = {name: value for name, value in more.items() if name in default and name not in values}
-            values.update(new)
-            said = ", ".join(as_flag(name, value) for name, value in new.items() if value != default[name])
-            if said:
-                tell(f"{source}: {said}")
-        return cls(**values)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def tell(text):
-    """Says something on the error stream; of several processes under torchrun the first one says it."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
-
-
-def as_flag(name, value):
-    """A setting as one would type it."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
-
-
-def preset(name, recipes):
-    """What parse's fill gives for --preset NAME; recipes: {name: settings}. ValueError: there is no such one."""
-    if name not in recipes:
-        raise ValueError(f"there is no --preset {name}; there is {', '.join(recipes)}")
-    return f"--preset {name}", recipes[name]
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading what --model names, and the command line
@@ -1251,6 +1155,14 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
         raise ValueError(f"{spec}: the tokenizer has {tokenizer.size} ids and the model rows for "
                          f"{model.config.vocab_size}; they are not of one checkpoint")
     return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec), static=graphs)
+
+
+def small_files(model):
+    """A folder with the small files of the model that --model names, which may be on the hub; None if it has none."""
+    try:
+        return None if is_server(model) or model in ("", "tiny") else find_folder(model, ("*.json",))
+    except ValueError:      # there is no such model; who loads it says so
+        return None
 
 
 def read_bandwidth(device="cpu", num_bytes=2**28):

@@ -16,31 +16,35 @@ The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), 
 ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, counts). A run that was killed goes on with
 the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import contextlib, hashlib, json, math, os, random, re, resource, shutil, sys, time, zlib
+import contextlib, json, math, os, random, re, sys, time, zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from sklearn.feature_extraction.text import TfidfVectorizer
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
 from env import (
-    DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, Cache, Gone, check_record, clip, parse, printed_metric, prompt_of,
-    short_prompt, shown_lines)
-from model import (
-    IGNORE, Config, Qwen2, find_folder, hash_checkpoint, load_tensors, sync, use_kernels, write_checkpoint)
-from eval import (
-    AGENT, FLAG, NUMBER, TEXT, VALUE, Failed, Run, alone, attempt, ended, file_of, from_json, layout, one_process,
-    prepare, read_agent, read_bytes, read_record, run_program, spoken, together, trajectory, write)
+    AGENT_FORMAT, DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, MissingBlob, Progress, ResultCache, check_record,
+    end_reason, model_policy, play_trajectory, prepare_tasks, printed_metric, prompt_of, read_agent, read_record,
+    run_parallel, shown_lines, trajectory_path)
+from model import Config, find_folder, hash_checkpoint, use_kernels
+from support import cli
+from support.cli import RunError, exit_status, format_table, refuse_torchrun, run_main
+from support.distributed import (
+    STATES, AdamW, batch_indices, build_model, collate_packed, compute_type, explain_dist_errors, export_model,
+    flops_of, full_tensor, gib, hash_texts, init_distributed, load_state, memory_of, num_weights,
+    packed_micro_batches, peak_flops, peak_memory, rank0_broadcast, save_state, shape_of)
+from support.files import (
+    FLAG, NUMBER, TEXT, VALUE, fingerprint, folder_lock, parse_json, read_bytes, shorten, write_atomic)
+from support.miniature import (
+    AGENT_STEPS, SHORT_ACTIONS, TINY, TINY_STEPS, VOCABULARY, augmented_copies, constants, fitting, reply_stats,
+    scripted_short)
 
 
 RECIPES = {     # --preset: the paper's section on fine-tuning
@@ -168,7 +172,7 @@ def distinct(ideas):
 def candidates(s, task, expert):
     """The ideas of a task: at least s.ideas that the expert has written, or those shipped with it. The answers are kept
     in the folder's ideas/TASK.json, so that none is asked for again. With short prompts the expert has ideas of
-    one edit, whose text the prompt shows, and the script's own numbers. Failed: the expert writes none."""
+    one edit, whose text the prompt shows, and the script's own numbers. RunError: the expert writes none."""
     if expert is None and s.prompt == "short":
         script = (task.folder / task.entry).read_text()
         found = [idea for idea in tasks.ideas(task.id) if len(idea["edits"]) == 1
@@ -180,7 +184,7 @@ def candidates(s, task, expert):
         return found
     path = Path(s.trajectories, "ideas", f"{task.id}.json")
     raw = read_bytes(path)
-    answers = [] if raw is None else from_json(raw, {"answers": [TEXT]}, path)["answers"]
+    answers = [] if raw is None else parse_json(raw, {"answers": [TEXT]}, path)["answers"]
     while True:
         found = distinct([idea for answer in answers for idea in parse_ideas(answer)])
         if len(found) >= s.ideas or len(answers) >= 3 * math.ceil(s.ideas / A_PROMPT) + len(tasks.IDEA_KINDS):
@@ -193,9 +197,9 @@ def candidates(s, task, expert):
                          avoid=f"\n\nThese are known already:{known}" if known else "")
         answers.append(expert.chat([{"role": "user", "content": ask}], temperature=1.0, max_new_tokens=1024,
                                    seed=zlib.crc32(f"{s.seed} {task.id} {len(answers)} ideas".encode())).text)
-        write(path, {"task": task.id, "expert": s.expert, "answers": answers})
+        write_atomic(path, {"task": task.id, "expert": s.expert, "answers": answers})
     if not found:
-        raise Failed(f"{s.expert} has written no idea for {task.id} that could be read in {len(answers)} answers, kept "
+        raise RunError(f"{s.expert} has written no idea for {task.id} that could be read in {len(answers)} answers, kept "
                      f"in {path}. Take the shipped ideas with --ideas 0, or another --expert.")
     if len(found) < s.ideas:
         print(f"{task.id}: {len(found)} different ideas in {len(answers)} answers; {s.ideas} were asked for",
@@ -284,26 +288,6 @@ SAY = {
 }
 
 
-def fitting(idea, script):
-    """The idea's edits for this script as [(find, replace)], [] where one would not find its text once. An import that
-    gives way to another is kept beside it until the end, so that the script runs between the edits where it can."""
-    for keep_imports in (True, False):
-        text, edits = script, []
-        for number, edit in enumerate(idea["edits"], 1):
-            find, put = edit["find"], edit["replace"]
-            imports = all(line.startswith(("import ", "from ")) for line in find.splitlines())
-            if keep_imports and imports and find.endswith("\n") and find not in put and number < len(idea["edits"]):
-                put = find + put
-            if text.count(find) != 1:
-                break
-            if find != put:
-                edits.append((find, put))
-            text = text.replace(find, put)
-        else:
-            return edits
-    return []
-
-
 def scripted(task, fields, steps, ideas, rng):
     """Generator of the scripted expert's replies; send it the record of each step. It runs the script, reads it, and
     tries the ideas one after the other: edits, run, and back where the printed score is no better."""
@@ -364,7 +348,7 @@ def scripted(task, fields, steps, ideas, rng):
         for i, (find, put) in enumerate(edits, 1):
             old = next((line.strip() for line in find.splitlines() if line.strip() and line not in put.splitlines()),
                        find.strip())
-            part = f"{tell('part', i=i, n=len(edits), line=f'`{clip(old, 120)}`')}" if len(edits) > 1 else ""
+            part = f"{tell('part', i=i, n=len(edits), line=f'`{shorten(old, 120)}`')}" if len(edits) > 1 else ""
             step = yield reply(f"Try {name}", f"{thought * (i == 1)} {part}".strip() or thought, "Replace In Script",
                                script_name=entry, find=find, replace=put)
             script = script.replace(find, put)
@@ -382,7 +366,7 @@ def scripted(task, fields, steps, ideas, rng):
                            script_name=entry)
         new, values = score(step), {"title": name, "old": show(best), "new": show(score(step))}
         if new is None:
-            reflection = tell("failed", detail=clip(step["detail"] or "It printed no score.", 300))
+            reflection = tell("failed", detail=shorten(step["detail"] or "It printed no score.", 300))
             fact = f"That {name} does not work like this is confirmed by the last observation."
             result = "failed"
         else:
@@ -410,64 +394,6 @@ def scripted(task, fields, steps, ideas, rng):
     yield reply("End the work", tell("end"), "Final Answer", final_answer=answer)
 
 
-SHORT_ACTIONS = ("Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")
-SHORT_FIELDS = ("Action", "Action Input")      # each word more is one more that a model of a million weights gets wrong
-
-
-def constants(script):
-    """Ideas made of a script's named numbers, "NAME = 5" at the start of a line: each multiplied and divided."""
-    found = []
-    for name, text in re.findall(r"^([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)(?=\s)", script, re.MULTILINE):
-        if not re.fullmatch(r"\d{1,15}(\.\d{0,15})?(e-?\d{1,2})?", text):    # 5-3, or a number beyond all bounds
-            continue
-        old, whole = float(text), text.isdigit()
-        factors = (2, 0.5) if whole else (2, 0.5, 3, 0.1)       # three times as many of something takes too long
-        values = [old * factor for factor in factors] if old else [1, 2, 5] if whole else [0.1, 0.01, 0.5]
-        for value in dict.fromkeys(max(1, round(value)) if whole else value for value in values):
-            new, find = f"{value:.3g}" if not whole else str(value), f"{name} = {text}"
-            if name != "SEED" and float(new) != old and script.count(find) == 1 and not 0 < old < 1 <= value:
-                found.append({"title": f"{name} {new}", "instruction": f"Set {name} to {new} instead of {text}.",
-                              "edits": [{"find": find, "replace": f"{name} = {new}"}]})
-    return found
-
-
-def scripted_short(task, fields, steps, ideas, rng):
-    """As scripted, for short prompts: they show the script, so it is not read, and a thought is the idea's title. Now
-    and then it does not run the starter, or goes on to another idea before it runs the last: what always follows is not
-    explored, and rl.py learns only from what is tried."""
-    script, best, new = (task.folder / task.entry).read_text(), None, 0
-    kept = script       # what the last good run had; since then there were `new` edits
-
-    def reply(thought, action, **args):
-        values = {"Thought": thought, "Action": action, "Action Input": json.dumps(args, ensure_ascii=False)}
-        return "\n".join(f"{name}: {values[name]}" for name in fields if name in values)
-
-    def run():
-        return reply("run it", "Execute Script", script_name=task.entry)
-
-    if rng.random() < 0.5:
-        step = yield run()
-        best = printed_metric(step["observation"], task.metric)
-    for idea in ideas:
-        edits = fitting(idea, script)
-        for find, put in edits:
-            step = yield reply(idea["title"], "Replace In Script", script_name=task.entry, find=find, replace=put)
-            script = script.replace(find, put)
-        new += len(edits)
-        if not edits or rng.random() < 0.5:
-            continue
-        step = yield run()
-        score = printed_metric(step["observation"], task.metric) if step["outcome"] == "ok" else None
-        if score is not None and (best is None or task.better(score, best)):
-            best, kept = score, script
-        else:
-            for _ in range(new):
-                step = yield reply("take it back", "Undo Edit Script", script_name=task.entry)
-            script = kept
-        new = 0
-    yield reply("end", "Final Answer", final_answer=f"{task.metric} {best}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Collecting
 
@@ -478,33 +404,6 @@ NUM_STEPS = 15
 MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {
     "miniature": FLAG, "sha256": {str: TEXT}, "m_init": NUMBER, "m_best": NUMBER, "ideas": [{
         "title": TEXT, "instruction": TEXT}]}}}
-
-
-def digest(value):
-    return hashlib.sha256((value if isinstance(value, str) else json.dumps(value, sort_keys=True)).encode()).hexdigest()
-
-
-def fingerprint(tokenizer):
-    """Tells tokenizers apart: sampled token ids are of use to a model with the same one alone."""
-    return digest(tokenizer.bpe.to_str())[:16]
-
-
-def held_out(data):
-    """{sha256: id} of the files of all held-out tasks that are prepared in the folder `data`. Sample submissions are
-    left out: they hold no answer, and those of two tasks may be alike."""
-    return {sha: id for id in tasks.names("held-out") if Path(data, id, "task.json").exists()
-            for name, sha in tasks.info(id, data)["sha256"].items() if name != f"public/{tasks.load(id).sample}"}
-
-
-def refuse_held_out(id, sha256, forbidden):
-    """ValueError if a task or one of its files, {name: sha256}, is held out; also if there is no such task here, as
-    nothing can then be said about it. forbidden: see held_out."""
-    if tasks.load(id).split != "held-in":
-        raise ValueError(f"{id} is held out: it is for evaluation, and nothing of it may be trained on")
-    for name, sha in sha256.items():
-        if sha in forbidden:
-            raise ValueError(f"{name} of {id} is a file of {forbidden[sha]}, which is held out (sha256 {sha[:16]}...): "
-                             "nothing of it may be trained on")
 
 
 def followed(speaker, path):
@@ -526,17 +425,17 @@ def followed(speaker, path):
 def collected(s, task, k, ideas, expert, cache, run):
     """Plays trajectory k of a task to its end. ideas: those of the task. expert: what sample.load gave, None for the
     scripted one. cache, run: see eval.trajectory."""
-    path, rng = file_of(s.trajectories, task.id, k), random.Random(f"{s.seed} {task.id} {k}")
+    path, rng = trajectory_path(s.trajectories, task.id, k), random.Random(f"{s.seed} {task.id} {k}")
     num_ideas = 2 * s.steps if expert is None and s.prompt == "short" else rng.randint(1, 3)
     drawn = rng.sample(ideas, min(num_ideas, len(ideas)))
     if expert:
-        reply = spoken(s, expert, "\n\nIdeas that may be worth trying:" + "".join(
+        reply = model_policy(s, expert, "\n\nIdeas that may be worth trying:" + "".join(
             f"\n- {idea['title']}: {idea['instruction']}" for idea in drawn))
     else:
         script = scripted_short if s.prompt == "short" else scripted
         reply = followed(script(task, s.fields, s.steps, drawn, rng), path)
     tokenizer = getattr(expert, "tokenizer", None)
-    trajectory(s, task, k, path, reply, expert if s.coder == "expert" else None, s.trajectories, cache, run,
+    play_trajectory(s, task, k, path, reply, expert if s.coder == "expert" else None, s.trajectories, cache, run,
                {"expert": s.expert, "ideas": [idea["title"] for idea in drawn],
                 "data_sha256": tasks.info(task.id, s.data)["sha256"],
                 "tokenizer": tokenizer and fingerprint(tokenizer)})
@@ -565,34 +464,34 @@ def diversity(actions):
 def counted(s, task):
     """What manifest.json says of the finished trajectories in a task's files, and all their valid actions."""
     records = [read_record(path) for path in Path(s.trajectories).glob(f"{task.id}-*.jsonl")]
-    records = [lines for lines in records if ended(lines) and lines[0]["task"] == task.id]
+    records = [lines for lines in records if end_reason(lines) and lines[0]["task"] == task.id]
     steps = [line for lines in records for line in lines if line["type"] == "step"]
     last = [([line["m_after"] for line in lines if "m_after" in line][-1], lines[0]["m_init"]) for lines in records]
     return {"trajectories": len(records), "steps": len(steps), "valid": sum(step["valid"] for step in steps),
             "rose": sum(task.better(score, start) for score, start in last),
-            "ended": dict(Counter(map(ended, records))), "kinds": dict(Counter(step["kind"] for step in steps))
+            "ended": dict(Counter(map(end_reason, records))), "kinds": dict(Counter(step["kind"] for step in steps))
             }, [(step["action"], step["args"]) for step in steps if step["valid"]]
 
 
 def collect(s, load=sample.load):
     """Collects s.num trajectories of each task of s.task and returns what manifest.json then holds. ValueError:
-    something is wrong with the settings. Failed: the expert is of no use."""
+    something is wrong with the settings. RunError: the expert is of no use."""
     if refused := [id for id in tasks.names(s.task) if tasks.load(id).split != "held-in"]:
         raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
                          f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
     folder = Path(s.trajectories)
-    with alone(folder, "sft.py --collect"):
-        infos = prepare(s)
-        forbidden = held_out(s.data)
+    with folder_lock(folder, "sft.py --collect"):
+        infos = prepare_tasks(s)
+        forbidden = tasks.held_out_hashes(s.data)
         for task, info in infos:
-            refuse_held_out(task.id, info["sha256"], forbidden)
+            tasks.refuse_held_out(task.id, info["sha256"], forbidden)
         path = folder / "manifest.json"
         same = {name: value for name, value in json.loads(json.dumps(asdict(s))).items() if name in SAME}
         for name in ("expert", "embed"):        # a model that was trained anew in the same folder is another model
             if Path(same[name] or "-").is_dir():
                 same[f"{name} of sha256"] = hash_checkpoint(same[name])
         raw = read_bytes(path)
-        manifest = {"settings": same, "tasks": {}} if raw is None else from_json(raw, MANIFEST, path)
+        manifest = {"settings": same, "tasks": {}} if raw is None else parse_json(raw, MANIFEST, path)
         then = manifest["settings"]
         found = [f"--{name.replace('_', '-')} was {then.get(name)} and is {same[name]}"
                  for name in same if then.get(name) != same[name]]
@@ -602,14 +501,14 @@ def collect(s, load=sample.load):
         if s.expert == "scripted" and (lacking := set(needed) - set(s.actions)):
             raise ValueError(f"the scripted expert needs the actions {','.join(needed)}; missing in --actions: "
                              f"{', '.join(sorted(lacking))}")
-        paths = [file_of(folder, task.id, k) for task, _ in infos for k in range(s.num)]
+        paths = [trajectory_path(folder, task.id, k) for task, _ in infos for k in range(s.num)]
         records = {path: read_record(path) for path in paths}
         found += [f"its manifest.json does not tell of {task.id}" for task, _ in infos if task.id not in manifest["tasks"]
-                  and any(records[file_of(folder, task.id, k)] for k in range(s.num))]
+                  and any(records[trajectory_path(folder, task.id, k)] for k in range(s.num))]
         if found:
             raise ValueError(f"{folder} holds trajectories of another kind: {'; '.join(found)}. Give another "
                              "--trajectories, or delete that folder")
-        jobs = [(task, k) for k in range(s.num) for task, _ in infos if not ended(records[file_of(folder, task.id, k)])]
+        jobs = [(task, k) for k in range(s.num) for task, _ in infos if not end_reason(records[trajectory_path(folder, task.id, k)])]
         pools, playing = {}, replace(s, steps=s.steps or NUM_STEPS)
         if jobs:
             options = dict(dtype=s.dtype, device=s.device, rows=min(s.parallel, len(jobs)), context=s.context)
@@ -620,7 +519,7 @@ def collect(s, load=sample.load):
             if embedder and not hasattr(embedder, "model"):
                 raise ValueError("--embed needs a local model; a server does not give hidden states")
             wanted = sorted({task.id for task, _ in jobs})
-            pools = dict(zip(wanted, together([(tasks.load(id), expert) for id in wanted],
+            pools = dict(zip(wanted, run_parallel([(tasks.load(id), expert) for id in wanted],
                                               lambda task, expert: pool(s, task, expert, embedder), s.parallel)))
         for task, info in infos:
             now = {"miniature": info["miniature"], "sha256": info["sha256"], "m_init": info["m_init"],
@@ -628,18 +527,18 @@ def collect(s, load=sample.load):
             old = manifest["tasks"].setdefault(task.id, now)
             if task.id in pools and old.setdefault("ideas", pools[task.id]) != pools[task.id]:
                 raise ValueError(f"the ideas for {task.id} have changed since {folder} was begun; give another folder")
-        write(path, {**manifest, "complete": False})
-        run = Run(records, playing.steps)
+        write_atomic(path, {**manifest, "complete": False})
+        run = Progress(records, playing.steps)
         if any(records.values()):
             print(f"{folder}: {len(run.over)} of {len(records)} trajectories are done; going on", file=sys.stderr)
-        cache = Cache(folder / "cache")
-        together(jobs, lambda task, k: collected(playing, task, k, pools[task.id], expert, cache, run), s.parallel, run)
+        cache = ResultCache(folder / "cache")
+        run_parallel(jobs, lambda task, k: collected(playing, task, k, pools[task.id], expert, cache, run), s.parallel, run)
         actions = []
         for id, about in manifest["tasks"].items():
             counts, some = counted(s, tasks.load(id))
             about["counts"], actions = counts, actions + some
         manifest.update(complete=True, diversity=diversity(actions))
-        write(path, manifest)
+        write_atomic(path, manifest)
         return manifest
 
 
@@ -651,7 +550,7 @@ def report(manifest):
         rows.append((id, "miniature" if one["miniature"] else "real", *map(str, numbers)))
     d = manifest["diversity"]
     mean = "-" if d["distance"] is None else f"{d['distance']:.3f}"
-    return (f"{layout(rows)}\n\nDiversity: mean distance of two actions {mean} (0: the same, 1: no word in common), "
+    return (f"{format_table(rows)}\n\nDiversity: mean distance of two actions {mean} (0: the same, 1: no word in common), "
             f"{d['distinct_edits']} distinct edits of {d['edits']}, entropy of the action names "
             f"{d['entropy']:.2f} bits.")
 
@@ -690,7 +589,7 @@ def conversations(path, *, parsed=True, rose=False, per_idea=0, data="data", tok
     path = Path(path)
     if not path.exists():
         raise ValueError(f"there is no {path}; collect it with: python sft.py --collect --trajectories {path}")
-    found, left_out, times, forbidden = [], defaultdict(list), Counter(), held_out(data)
+    found, left_out, times, forbidden = [], defaultdict(list), Counter(), tasks.held_out_hashes(data)
     for file in sorted(file for file in path.glob("*.jsonl") if file.is_file()) if path.is_dir() else [path]:
         try:
             text = file.read_text(encoding="utf-8-sig")
@@ -753,7 +652,7 @@ def read_own(entry, source):
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or role not in ROLES:
-            raise Bad(f"unknown role {clip(repr(role), 40)}")
+            raise Bad(f"unknown role {shorten(repr(role), 40)}")
         messages.append({"role": ROLES[role], "content": content})
     if not all(isinstance(message["content"], str) for message in messages):
         raise Bad("a content that is no text")
@@ -780,17 +679,17 @@ def read_played(file, text, parsed, rose, forbidden, tokenizer):
             raise Bad(f"line {number} is no record of a trajectory: {error}") from None
     head, steps = lines[0], [line for line in lines[1:] if line["type"] == "step"]
     try:
-        refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
+        tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    if not ended(lines):
+    if not end_reason(lines):
         raise Bad("not finished: collect again to go on with it")
     folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
     blobs = Blobs(folder / "blobs")
     try:
         for sha in {sha for line in (head, *steps) for sha in line["snapshot"].values()}:
             blobs.path(sha)
-    except Gone:
+    except MissingBlob:
         raise Bad("a missing blob") from None
     task, messages, trained, single = tasks.load(head["task"]), [dict(m) for m in head["messages"]], [], []
     snapshot, short = head["snapshot"], head.get("prompt") == "short"
@@ -818,381 +717,22 @@ def read_played(file, text, parsed, rose, forbidden, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes, sharding and checkpoints: shared with rl.py
 
-def processes():
-    """(rank, world size, device) of this process, alone or under torchrun; joins the group of all of them."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized() and world > 1:
-        # A script may run for half an hour while others wait. Who dies is noticed by torchrun, or by a lost connection.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
-    return rank, world, device
-
-
-@contextlib.contextmanager
-def linked(rank):
-    """Failed in place of what torch raises where another process of the run has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        raise Failed(f"rank {rank}: another process of this run has ended, and its own message says why, unless it was "
-                     f"killed ({clip(str(error), 200)})") from None
-
-
-def on_first(work):
-    """What work() returns on the first process, or the ValueError or Failed that it raises, on all."""
-    done = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            done = work()
-        except (ValueError, Failed) as error:
-            done = error
-    if dist.is_initialized():
-        box = [done]
-        dist.broadcast_object_list(box)
-        done = box[0]
-    if isinstance(done, Exception):
-        raise done
-    return done
-
-
-def compute_type(dtype, device):
-    """The torch.dtype that --dtype names for training: auto is bfloat16 on a GPU and float32 on a CPU."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"expected --dtype auto, float32 or bfloat16, found {dtype!r}")
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, dtype)
-
-
-def build(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2,
-          copying=False):
-    """A model to train, with fp32 master weights and gradients, sharded over all processes where there are several.
-
-    Made on the meta device; each process then reads its own rows of the checkpoint in `folder`, or draws them where
-    folder is None. compute: the dtype of the products and activations; None: see compute_type. The units of FSDP2 are
-    the blocks, and the rest; they are gathered in that dtype and gradients reduced in fp32. A process alone casts each
-    weight where it is used. recompute: activation checkpointing, block by block. make: the class; a head `score` that
-    it adds begins at zero. copying: the weights that are drawn are those of Qwen2.draw_copying.
-    """
-    with torch.device("meta"):
-        model = make(config)
-    model.compute = compute or compute_type("auto", device)
-    for block in model.model.layers:
-        block.recompute = recompute
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-        mesh = init_device_mesh(device.type, (world,))
-        # FSDP must not cast what the blocks are given: cosines and sines of positions stay fp32
-        policy = MixedPrecisionPolicy(param_dtype=model.compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for unit in (*model.model.layers, model):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-    model.to_empty(device=device)
-    model.tie()
-    own = {}    # name -> (this process's rows, the index of the first, the whole shape)
-    for name, p in model.named_parameters():
-        own[name] = local(p), min(rank * -(-p.shape[0] // world), p.shape[0]), tuple(p.shape)
-    with torch.no_grad():
-        for name in [name for name in own if name.startswith("score.")]:
-            own.pop(name)[0].zero_()
-    if folder:
-        load_tensors(folder, own, unused=() if hasattr(model, "lm_head") else ("lm_head.weight",))
-    else:
-        drawn = Qwen2.from_scratch(config, seed)
-        drawn = dict((drawn.draw_copying(seed) if copying else drawn).named_parameters())
-        with torch.no_grad():
-            for name, (rows, first, _) in own.items():
-                rows.copy_(drawn[name][first:first + len(rows)])
-    return model
-
-
-def shards(model):
-    """Name and parameter of all that this process holds of a model, as model.named_parameters(). Where it is sharded,
-    these are the shards: after a forward without a backward the root of FSDP2 stays gathered, and its parameters are
-    until then other tensors, whole, in the dtype of the products and unknown to the optimizer."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return model.named_parameters()
-
-
-def local(x):
-    """This process's rows of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def full(x):
-    """A tensor whole on every process; where it is sharded all of them must ask."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def export(model, tokenizer, folder, dtype):
-    """Write an ordinary Hugging Face folder from a model that may be sharded, without a critic's head `score`; every
-    process must call it."""
-    tensors = ((name, full(p.detach())) for name, p in shards(model) if not name.startswith("score."))
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        tokenizer.save(folder)
-        write_checkpoint(folder, model.config, tensors, dtype)
-    else:
-        for _ in tensors:       # gathering takes all of them
-            pass
-    barrier()
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def hash_texts(*parts):
-    """The sha256, shortened, of lists of texts, [(ids, chosen)]."""
-    sha = hashlib.sha256()
-    for texts in parts:
-        sha.update(f"{len(texts)} texts".encode())
-        for ids, chosen in texts:
-            sha.update(f"{len(ids)} ids".encode())
-            sha.update(np.array(ids, np.int32))
-            sha.update(np.array(chosen, np.bool_))
-    return sha.hexdigest()[:16]
-
-
-def save_state(s, step, model, optimizer, origin, keep=2, **more):
-    """Write everything a later process needs to go on exactly after `step` steps, each process its own part. origin:
-    {what: value} of all that the run hangs on besides its settings.
-
-    Written aside and renamed when all are done, so a folder s.out/checkpoints/step-N is whole. The last `keep` stay.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    final = Path(s.out, "checkpoints", f"step-{step:06d}")
-    part = final.with_suffix(".part")
-    if rank == 0:
-        for left in final.parent.glob("*.part"):        # by a kill
-            shutil.rmtree(left)
-        part.mkdir(parents=True)
-    barrier()
-    own = dict(shards(model))
-    file = part / f"rank-{rank}.pt"
-    torch.save({"step": step, "world": world, "settings": vars(s), "origin": origin, "rng": torch.get_rng_state(),
-                **more, "model": {name: local(p.detach()) for name, p in own.items()},
-                "optimizer": [optimizer.state[p] for p in own.values()]}, file)
-    sync(file)
-    barrier()
-    if rank == 0:
-        sync(part)
-        part.rename(final)
-        sync(final.parent)
-        for old in sorted(final.parent.glob("step-??????"))[:-keep]:
-            old.rename(old.with_suffix(".part"))        # a folder that is half deleted must not look whole
-            shutil.rmtree(old.with_suffix(".part"))
-    barrier()
-
-
-def load_state(s, names, model, optimizer, origin):
-    """The newest complete state below s.out, put into model and optimizer: what else it holds, as a dict; None where
-    there is none. ValueError: it is of a run of another number of processes, or that had other settings of these names
-    or another origin, see save_state."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = sorted(Path(s.out, "checkpoints").glob("step-??????"))
-    if not found:
-        return None
-    num = len(list(found[-1].glob("rank-*.pt")))
-    if num != world:
-        raise ValueError(f"{found[-1]} was written by {num} processes and this run has {world}; start {num}, or give "
-                         "another --out")
-    state = torch.load(found[-1] / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
-    flags = {f"--{name.replace('_', '-')}": (state["settings"].get(name), getattr(s, name)) for name in names}
-    given = {what: (state.get("origin", {}).get(what), now) for what, now in origin.items()}
-    if other := [f"{what} {then} (now {now})" for what, (then, now) in {**flags, **given}.items() if then != now]:
-        raise ValueError(f"{found[-1]} is of a run with {', '.join(other)}; give these again to go on with it, or "
-                         "another --out to begin anew")
-    weights = state.pop("model")            # the caller must not keep them alive
-    moments = state.pop("optimizer")
-    own = dict(shards(model))
-    with torch.no_grad():
-        for name, p in own.items():
-            local(p).copy_(weights[name])
-    for p, values in zip(own.values(), moments):
-        optimizer.state[p] = {key: value.to(p.device) if torch.is_tensor(value) else value
-                              for key, value in values.items()}
-    torch.set_rng_state(state["rng"])
-    return state
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The optimizer
-
-STATES = ("float32", "bfloat16", "int8")
-BLOCK = 256     # neighbouring values that share a scale in 8 bits
-
-
-def to_bf16(x, bits):
-    """fp32 x in bf16, rounded up or down at random so that the mean is x. bits: integers, even over 0..2^16 - 1."""
-    return ((x.view(torch.int32) + bits) & -2**16).view(torch.float32).bfloat16()
-
-
-def to_8bit(x, bits, signed):
-    """(codes, scales) of fp32 x, whose length is a multiple of BLOCK: sign and logarithm of each value's share of the
-    largest in its block, in 8 levels an octave down to 2^-15.75 (signed, int8) or 10 down to 2^-25.4 (uint8).
-
-    Rounded up or down at random so that the mean is x. A signed value below the lowest level becomes it or 0, in the
-    mean itself; an unsigned one always becomes it, because a second moment of 0 would make its step huge.
-    """
-    octave, top, kind = (8, 127, torch.int8) if signed else (10, 255, torch.uint8)
-    x, u = x.view(-1, BLOCK), (bits * 2**-16).view(-1, BLOCK)
-    scale = x.abs().amax(1, keepdim=True)
-    share = x.abs() / scale.clamp_min(1e-45)                                    # 0 to 1
-    level = (share.log2() * octave).floor().clamp_min(1 - top)
-    low = (level / octave).exp2()
-    code = (level + top + (u < (share / low - 1) / (2 ** (1 / octave) - 1))).clamp_max(top)
-    if signed:
-        code = torch.where(share < low, (u < share / low).float(), code) * x.sign()
-    return torch.where(share > 0, code, 0).to(kind).view(-1), scale.view(-1)
-
-
-def from_8bit(codes, scales):
-    """The fp32 values that to_8bit has put into codes and scales."""
-    octave, top = (8, 127) if codes.dtype is torch.int8 else (10, 255)
-    code = codes.float().view(-1, BLOCK)
-    return (((code.abs() - top) / octave).exp2() * code.sign() * scales[:, None]).view(-1)
-
-
-class AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101, algorithm 2) on the rows that this process holds, with its two moments in fp32, bf16 or
-    8 bits: 8, 4 or 2 bytes a weight.
-
-    A step computes in fp32 whatever the state, and applies the new moments before they are rounded. Rounding is to a
-    random neighbour, right in the mean: a second moment moves by a thousandth of itself a step, where bf16 resolves
-    1/256 and 8 bits 1/14, so rounding to the nearest would hold it there. The noise that is left is 9 % of a second
-    moment in bf16 and 20 % in 8 bits (tests/test_train.py), half of that in a single weight's step. The random bits
-    depend on the step and the weight's place alone, so a resumed run draws the same.
-    """
-    def __init__(self, params, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, state="float32"):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
-        self.kind = state
-
-    def begin(self, size, device):
-        """The moments of `size` weights before the first step."""
-        if self.kind == "int8":
-            num = -(-size // BLOCK)
-            codes = {"m": torch.int8, "v": torch.uint8, "m_scale": torch.float32, "v_scale": torch.float32}
-            return {"step": 0, **{name: torch.zeros(num * (1 if "_" in name else BLOCK), dtype=dtype, device=device)
-                                  for name, dtype in codes.items()}}
-        return {"step": 0, **{name: torch.zeros(size, dtype=getattr(torch, self.kind), device=device) for name in "mv"}}
-
-    @torch.no_grad()
-    def step(self):
-        place = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                place += 1
-                if p.grad is not None:
-                    weight, grad = local(p), local(p.grad)
-                    if not self.state[p]:
-                        self.state[p] = self.begin(weight.numel(), weight.device)
-                    self.update(weight.view(-1), grad.reshape(-1), self.state[p], place, group)
-
-    def update(self, weight, grad, state, place, group):
-        state["step"] += 1
-        (b1, b2), step = group["betas"], state["step"]
-        random = torch.Generator(weight.device).manual_seed(step * 1_000_003 + place)
-        some = 2**18 if weight.device.type == "cpu" else 2**24     # at a time: what a cache holds, or bounds memory
-        for start in range(0, len(weight), some):
-            part, blocks = slice(start, start + some), slice(start // BLOCK, (start + some) // BLOCK)
-            w, g, m, v = (x[part] for x in (weight, grad, state["m"], state["v"]))
-            if self.kind == "int8":
-                now = from_8bit(m, state["m_scale"][blocks]), from_8bit(v, state["v_scale"][blocks])
-                g = torch.nn.functional.pad(g, (0, len(m) - len(g)))
-            else:
-                now = m.float(), v.float()                          # in fp32 the state itself
-            now[0].lerp_(g, 1 - b1)
-            now[1].mul_(b2).addcmul_(g, g, value=1 - b2)
-            root = (now[1].sqrt() / math.sqrt(1 - b2**step)).add_(group["eps"])
-            w.mul_(1 - group["lr"] * group["weight_decay"])
-            w.addcdiv_(now[0][:len(w)], root[:len(w)], value=-group["lr"] / (1 - b1**step))
-            if self.kind != "float32":
-                bits = torch.empty(len(m), dtype=torch.int32, device=w.device).random_(generator=random)
-                for name, x, kept, own in zip("mv", now, (m, v), (bits & 0xFFFF, bits >> 15)):
-                    if self.kind == "int8":
-                        codes, state[f"{name}_scale"][blocks] = to_8bit(x, own, signed=name == "m")
-                        kept.copy_(codes)
-                    else:
-                        kept.copy_(to_bf16(x, own))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
-def pack(lengths, longest):
-    """Indices of texts in rows of at most `longest` tokens: each text goes into the first row with room, in order."""
-    rows, room = [], []
-    for i, n in enumerate(lengths):
-        for r, free in enumerate(room):
-            if n <= free:
-                rows[r].append(i)
-                room[r] -= n
-                break
-        else:
-            rows.append([i])
-            room.append(longest - n)
-    return rows
-
-
-def batch_of(num, step, size, seed):
-    """Indices of the texts, out of `num`, of optimizer step `step`: the epochs' shuffled orders, one after the other,
-    cut into runs of `size`. It depends on nothing else, so a resumed run needs no memory of what it has seen."""
-    places = range(step * size, (step + 1) * size)
-    return [epoch_order(num, seed, place // num)[place % num] for place in places]
-
-
-@lru_cache(maxsize=4)
-def epoch_order(num, seed, epoch):
-    return torch.randperm(num, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-
-
-def row_of(texts, device):
-    """(tokens (1, T), lengths, targets (1, T)) of one packed row; targets[i] is the token after i if that was chosen.
-
-    An empty list gives a row of one token and no target, for a process that has nothing left to do in a step.
-    """
-    texts = texts or [([0, 0], [False, False])]
-    tokens = [t for ids, _ in texts for t in ids[:-1]]
-    targets = [t if c else IGNORE for ids, chosen in texts for t, c in zip(ids[1:], chosen[1:])]
-    return (torch.tensor([tokens], device=device), [len(ids) - 1 for ids, _ in texts],
-            torch.tensor([targets], device=device))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
-
-def peak_memory(device):
-    """Bytes: what the GPU has held at most, or the resident set of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cosine(step, steps, peak):
     """The learning rate of a step: half a cosine from `peak` at step 0 towards 0 at step `steps`."""
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def share(lengths, chosen, rank, world, longest):
-    """The packed rows of one process for the texts `chosen`, as lists of their indices; lengths: tokens of every text.
-    As many rows for every process, because FSDP gathers and reduces for all of them together."""
-    packed = [pack([lengths[i] for i in chosen[r::world]], longest) for r in range(world)]
-    rows = [[chosen[rank::world][j] for j in row] for row in packed[rank]]
-    return rows + [[]] * (max(map(len, packed)) - len(rows))
-
-
-def rows_of(texts, chosen, rank, world, longest):
-    """The packed rows, lists of texts, of one process; see share."""
-    rows = share([len(ids) - 1 for ids, _ in texts], chosen, rank, world, longest)
-    return [[texts[i] for i in row] for row in rows]
 
 
 def add_gradients(model, rows, num_targets, world, device, size):
@@ -1203,7 +743,7 @@ def add_gradients(model, rows, num_targets, world, device, size):
     """
     total = torch.zeros((), device=device)
     for row in rows:
-        tokens, lengths, targets = row_of(row, device)
+        tokens, lengths, targets = collate_packed(row, device)
         logp, _, _ = model(tokens, lengths=lengths, targets=targets, size=size)
         loss = -logp.sum() / num_targets
         (loss * world).backward()
@@ -1215,91 +755,13 @@ def add_gradients(model, rows, num_targets, world, device, size):
 def validate(model, texts, rank, world, device, size, longest):
     """(mean negative log-prob, share of targets that were the most likely token) over the chosen tokens of texts."""
     sums = torch.zeros(3, device=device, dtype=torch.float64)
-    for row in rows_of(texts, list(range(len(texts))), rank, world, longest):
-        tokens, lengths, targets = row_of(row, device)
+    for row in packed_micro_batches(texts, list(range(len(texts))), rank, world, longest):
+        tokens, lengths, targets = collate_packed(row, device)
         logp, _, first = model(tokens, lengths=lengths, targets=targets, size=size)
         sums += torch.stack([-logp.double().sum(), first.double().sum(), torch.tensor(float(len(logp)), device=device)])
     if dist.is_initialized():
         dist.all_reduce(sums)
     return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
-
-
-def peak_flops(device):
-    """Floating-point operations a second this device can do: the vendor's figure for known GPUs, else measured."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = {"H100": 989e12, "H200": 989e12, "A100": 312e12}        # dense bf16
-        return next((flops for key, flops in known.items() if key in name), None)
-    x, best = torch.randn(1024, 1024), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        x @ x
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
-    return best
-
-
-def flops_of(config, rows):
-    """Floating-point operations of a training step over packed rows: 6 a token for each weight of the products, 12 a
-    pair of tokens that see each other for each unit of width and layer (PaLM, arXiv 2204.02311, appendix B)."""
-    c = config
-    block = c.hidden_size * (2 * c.hidden_size + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
-    lengths = [len(ids) - 1 for row in rows for ids, _ in row]
-    heads = sum(sum(chosen) for row in rows for _, chosen in row)
-    return (6 * sum(lengths) * block * c.num_hidden_layers + 6 * heads * c.vocab_size * c.hidden_size
-            + 12 * sum(n * n / 2 for n in lengths) * c.hidden_size * c.num_hidden_layers)
-
-
-def num_weights(config):
-    """(of a block, of the embedding, of the head: 0 where it is the embedding, of all)."""
-    c, kv = config, config.num_key_value_heads * config.head_dim
-    block = c.hidden_size * (2 * c.hidden_size + 2 * kv + 3 * c.intermediate_size) + 3 * c.hidden_size + 2 * kv
-    table = c.vocab_size * c.hidden_size
-    head = 0 if c.tie_word_embeddings else table
-    return block, table, head, c.num_hidden_layers * block + table + head + c.hidden_size
-
-
-def memory_of(config, length, gpus=1, targets=None, optimizer_state="float32", recompute=True, compute=torch.bfloat16,
-              device="cuda"):
-    """{part: bytes} of one process at the peak of a training step of more than one packed row; the sum is the peak.
-
-    length: tokens of a row; targets: how many of them are learned, by default all. Weights, gradients and the optimizer
-    are shared out over `gpus`. "gathered" is what FSDP2 collects of the others' weights, or the copies in `compute` of
-    a process alone. Activations are what autograd keeps, counted operation by operation (Block), and the work of one
-    block's backward. "logits" is what the head takes beyond that work: pieces of the logits, and its new gradient
-    beside the old one. It counts tensors: an allocator's own waste, the CUDA context and NCCL's buffers come on top.
-    """
-    c, size = config, compute.itemsize
-    C, F, kv, L = c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim, c.num_hidden_layers
-    block, table, head, total = num_weights(c)
-    targets = length if targets is None else targets
-    state = {"float32": 8, "bfloat16": 4, "int8": 2 + 8 / BLOCK}[optimizer_state]
-    norm = 2 * size if device == "cuda" else 8 + size       # fused on a GPU; else its input and quotient in fp32
-    token = C * (2 * norm + 3 * size) + size * (2 * kv + 4 * F) + 4 * c.num_attention_heads + 8
-    kept = L * length * (size * C if recompute else token)
-    work = length * size * (2 * F + 2 * C) + (length * token if recompute else 0)       # of a block's backward
-    gathered = size * (table + head + 2 * block) if gpus > 1 else (0 if size == 4 else size * block * (
-        1 if recompute else L))
-    if gpus > 1:        # gradients before they are shared out: of a block, and at the end of embedding and head
-        work = max(work + (size + 4) * block, (size + 4) * (table + head) - kept)
-    piece = targets * max(64, min(c.vocab_size, (2**27 if device == "cuda" else 2**24) // max(1, targets)))
-    logits = piece * (8 + (size if size < 4 else 4)) + targets * C * (size + 4) + length * C * norm
-    new = (size if gpus > 1 else 4) * table
-    work += new if c.tie_word_embeddings else 0             # there it waits for the embedding's, which is dense
-    work = max(work, new * (2 if c.tie_word_embeddings else 1) - kept)
-    return {"weights": 4 * total // gpus, "gradients": 4 * total // gpus, "optimizer": int(state * total) // gpus,
-            "gathered": gathered, "activations": kept + work, "logits": max(0, logits + new - work)}
-
-
-def shape_of(model):
-    """The Config of a folder, a published Qwen2.5 by its name, or a preset ("7b"); reads no weights."""
-    named = re.fullmatch(r"(?:.*/)?Qwen2\.5-(?:Coder-|Math-)?([\d.]+b)(?:-Instruct)?", model, re.I)
-    return (Config.from_pretrained(model) if Path(model).is_dir() else
-            Config.preset(named[1].lower() if named else model or "tiny"))
-
-
-def gib(parts):
-    """{part: bytes} as lines, the sum last."""
-    return [f"  {name:<14} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
 
 
 def plan(s):
@@ -1328,13 +790,13 @@ SCHEDULE = ("batch", "length", "lr", "warmup", "beta2", "weight_decay", "optimiz
 def train(s, texts, valid, tokenizer, config, folder):
     """Fine-tune on texts, [(ids, chosen)], and write out/: checkpoints, log.jsonl, and the model as a Hugging Face
     folder. Goes on from the newest checkpoint there. Returns the model."""
-    rank, world, device = processes()
+    rank, world, device = init_distributed()
     use_kernels(s.kernels, device)
-    model = build(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
+    model = build_model(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
     optimizer = AdamW(model.parameters(), s.lr, s.weight_decay, (0.9, s.beta2), state=s.optimizer_state)
     steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)
     origin = {"optimizer steps": steps, "products in": str(model.compute).removeprefix("torch."),
-              **on_first(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
+              **rank0_broadcast(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
                                   "texts of sha256": hash_texts(texts, valid)})}
     state = load_state(s, SCHEDULE, model, optimizer, origin)
     first, size, peak = state["step"] if state else 0, tokenizer.size, peak_flops(device)
@@ -1343,11 +805,11 @@ def train(s, texts, valid, tokenizer, config, folder):
     log = open(Path(s.out, "log.jsonl"), "a") if rank == 0 else None
     started = time.monotonic()
     for step in range(first, steps):
-        start, chosen = time.monotonic(), batch_of(len(texts), step, s.batch, s.seed)
+        start, chosen = time.monotonic(), batch_indices(len(texts), step, s.batch, s.seed)
         num_targets = sum(sum(texts[i][1]) for i in chosen)
-        rows = rows_of(texts, chosen, rank, world, s.length)
+        rows = packed_micro_batches(texts, chosen, rank, world, s.length)
         loss = add_gradients(model, rows, num_targets, world, device, size)
-        norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip))
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip))
         losses = torch.zeros(world, device=device)
         losses[rank] = loss
         if dist.is_initialized():
@@ -1357,7 +819,7 @@ def train(s, texts, valid, tokenizer, config, folder):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             ill = [r for r in range(world) if not math.isfinite(losses[r])] or range(world)
             where = "; ".join(f"rank {r}, conversations {chosen[r::world]}" for r in ill)
-            raise Failed(f"step {step + 1}: loss {loss}, gradient norm {norm}; {where}. The checkpoints in {s.out} are "
+            raise RunError(f"step {step + 1}: loss {loss}, gradient norm {norm}; {where}. The checkpoints in {s.out} are "
                          "from before")
         lr = cosine(step, steps, s.lr) * min(1.0, (step + 1) / (s.warmup or 1))
         optimizer.param_groups[0]["lr"] = lr
@@ -1382,73 +844,8 @@ def train(s, texts, valid, tokenizer, config, folder):
                   + (f"  valid {loss:.4f}, {right:.1%} right" if "valid_loss" in figures else ""), flush=True)
         if last or (step + 1) % s.save_every == 0:
             save_state(s, step + 1, model, optimizer, origin)
-    export(model, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    export_model(model, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return model
-
-
-DRILLS = 8              # more edits of the same script that a redrawn copy has, where it has so many constants
-NUMBER = re.compile(r"([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)")      # a line of a script that gives a constant
-
-
-def redrawn(messages, rng):
-    """A short prompt and its reply in which the constants of the script have other names, other numbers and another
-    order, in both alike, and often most lines of the script are gone. The edit, if it is one, still fits the script:
-    its text occurs in it once. Edits of the script's other constants follow it, as replies too: the long prompt is read
-    once for up to nine texts to copy."""
-    (prompt, reply), number = (one["content"] for one in messages), rng.random() < 0.7
-    head, lines = prompt.split("\n")[:3], prompt.split("\n")[3:]
-    before, key, args = reply.rpartition("Action Input: ")
-    try:
-        args = json.loads(args)
-    except ValueError:      # parse() takes more forms than this one
-        return messages
-    places = [i for i, line in enumerate(lines) if NUMBER.fullmatch(line)]
-    for i, line in zip(places, rng.sample([lines[i] for i in places], len(places))):
-        lines[i] = line
-
-    def word(_):
-        return "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZEAIOTRSNL", k=rng.choice((1, 2, 3, 4, 5, 6, 8))))
-
-    def other(digits):      # the same form: 0.25 may become 0.73, never 00.1
-        new = re.sub(r"\d", lambda _: rng.choice("123456789"), digits)
-        return digits if re.fullmatch(r"0\.0*", digits) else "0" + new[1:] if digits.startswith("0.") else new
-
-    changed = {}
-    for i in places:
-        name, digits = NUMBER.fullmatch(lines[i]).groups()
-        changed[f"{name} = {digits}"] = f"{name} = {other(digits) if number else digits}"
-    names = {name: "_".join(map(word, range(rng.randint(1, 3)))) for i in places if rng.random() < 0.8
-             for name in [NUMBER.fullmatch(lines[i])[1]]}
-
-    def put(text):
-        for old, new in changed.items():
-            text = re.sub(rf"\b{re.escape(old)}(?![\d.e])", new, text)
-        return re.sub(r"\b[A-Z][A-Z0-9_]*\b", lambda found: names.get(found[0], found[0]), text)
-
-    find, lines = put(args.get("find", "")), put("\n".join(lines)).split("\n")
-    at = "\n".join(lines).find(find)
-    if at >= 0 and rng.random() < 0.5:
-        first = "\n".join(lines)[:at].count("\n")
-        last = first + find.count("\n")
-        lines = lines[rng.randint(0, first):rng.randint(last, min(last + 3, len(lines))) + 1]
-    args |= {name: put(args[name]) for name in ("find", "replace") if name in args}
-    if find and ("\n".join(lines).count(find) != 1 or args["replace"] == find):    # names that happen to be alike
-        return messages
-    replies = [args]
-    if find:
-        others = constants("\n".join(lines) + "\n")
-        edits = {edit["find"]: edit for idea in rng.sample(others, len(others)) for edit in idea["edits"]}
-        edits.pop(find, None)
-        replies += [args | edit for edit in list(edits.values())[:DRILLS]]
-    return [{**messages[0], "content": "\n".join(head + lines)},
-            *({"role": "assistant", "content": before + key + json.dumps(each, ensure_ascii=False)} for each in replies)]
-
-
-def copies_of(one, num, seed):
-    """num copies of the messages of a short prompt and its reply, 7 of 10 of them redrawn; a quarter if no edit."""
-    rng = random.Random(f"{seed} {one.source}")
-    num = num if '"find": ' in one.messages[-1]["content"] else -(-num // 4)
-    return [redrawn(one.messages, rng) if rng.random() < 0.7 else one.messages for _ in range(num)]
 
 
 def held_back(origins, share, seed):
@@ -1499,7 +896,7 @@ def texts_of(s, tokenizer, say=print):
     train, valid = ([text for i, text in enumerate(texts) if (i in held) == side] for side in (False, True))
     if s.copies:
         copies = [tokenizer.conversation(copy) for i, one in enumerate(kept) if i not in held
-                  for copy in copies_of(one, s.copies, s.seed)]
+                  for copy in augmented_copies(one, s.copies, s.seed)]
         # of every tenth the prompt is learned too: a few names stand in it twice, which is more to learn copying from
         copies = [(ids, [True] * len(ids)) if i % 10 == 0 else (ids, chosen) for i, (ids, chosen) in enumerate(copies)]
         train = [(ids[:s.length + 1], chosen[:s.length + 1]) for ids, chosen in copies if any(chosen[:s.length + 1])]
@@ -1510,8 +907,6 @@ def texts_of(s, tokenizer, say=print):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
-
-VOCABULARY = 1024       # ids of the tokenizer that is trained for a model from scratch
 
 
 def own_tokenizer(s):
@@ -1532,12 +927,12 @@ def own_tokenizer(s):
 
 def fine_tune(s):
     """Trains s.model on s.trajectories and writes s.out."""
-    rank, world, device = processes()
-    with linked(rank), contextlib.ExitStack() as held:
-        on_first(lambda: held.enter_context(alone(s.out, "sft.py")))
+    rank, world, device = init_distributed()
+    with explain_dist_errors(rank), contextlib.ExitStack() as held:
+        rank0_broadcast(lambda: held.enter_context(folder_lock(s.out, "sft.py")))
         say = print if rank == 0 else lambda line: None
         if s.model == "tiny" and s.prompt == "short":
-            on_first(lambda: own_tokenizer(s))
+            rank0_broadcast(lambda: own_tokenizer(s))
             folder, tokenizer = None, sample.Tokenizer.from_pretrained(s.out)
             config = replace(Config.preset("tiny"), vocab_size=tokenizer.size)
         elif s.model == "tiny":
@@ -1552,9 +947,9 @@ def fine_tune(s):
         model = train(s, texts, valid, tokenizer, config, folder)
         agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
         if s.prompt == "short":
-            agent = {name: getattr(s, name) for name in AGENT} | {"steps": AGENT_STEPS}
+            agent = {name: getattr(s, name) for name in AGENT_FORMAT} | {"steps": AGENT_STEPS}
         if rank == 0 and agent:
-            write(Path(s.out, "agent.json"), agent)
+            write_atomic(Path(s.out, "agent.json"), agent)
         say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
         return model, tokenizer
 
@@ -1562,56 +957,18 @@ def fine_tune(s):
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper in miniature: what `python sft.py` does
 
-AGENT_STEPS = 5         # replies of a trajectory of the small model, in evaluation
-TINY = {"prompt": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640,
-        "keep": 24, "num": 5, "max_new_tokens": 96, "epochs": 1.0, "batch": 8, "copies": 56, "length": 1024,
-        "lr": 1.5e-3, "warmup": 20, "beta2": 0.95, "validate_every": 500, "save_every": 500, "recompute": False}
-TINY_STEPS = 8          # replies of a collected trajectory
-
-
-def unseen(split, num, rng):
-    """num states that nobody was in, [(script, prompt)]: the starters of a split's tasks with two numbers changed, just
-    run. Of held-out tasks the scripts are shown to the model here; nothing is learned of them."""
-    found, ids = [], tasks.names(split)
-    while len(found) < num:
-        task = tasks.load(ids[len(found) % len(ids)])
-        script = (task.folder / task.entry).read_text()
-        for _ in range(2):
-            ideas = [idea for idea in constants(script) if idea["edits"][0]["find"] in shown_lines(script)]
-            if ideas:
-                edit, = rng.choice(ideas)["edits"]
-                script = script.replace(edit["find"], edit["replace"])
-        seen = [{"role": "assistant", "content": "Action: Execute Script"},
-                {"role": "user", "content": f"{task.entry} ran to the end in 1 s.\n{task.metric}: {rng.random():.4f}"}]
-        found.append((script, short_prompt(task, [{}, {}, *seen], script)))
-    return found
-
-
-def try_out(s, engine, split, num=64):
-    """(figures, a prompt, its reply) of num sampled replies in unseen states: the shares that can be read, that edit,
-    and of the edits those whose text occurs once in the script; and how many of these differ."""
-    states = unseen(split, num, random.Random(s.seed))
-    replies = engine.generate([prompt for _, prompt in states], max_new_tokens=s.max_new_tokens, seed=s.seed)
-    read = [parse(reply.text, s.fields, s.actions) for reply, in replies]
-    edits = [(args, script) for (_, action, args, error), (script, _) in zip(read, states)
-             if not error and action == "Replace In Script"]
-    fit = [json.dumps(args) + script for args, script in edits
-           if args["find"] and script.count(args["find"]) == 1 and args["replace"] != args["find"]]
-    return {"parsed": sum(not error for *_, error in read) / num, "edits": len(edits) / num,
-            "valid": len(fit) / max(1, len(edits)), "distinct": len(set(fit))}, states[0][1], replies[0][0].text
-
 
 def miniature(s):
     """Collects with the scripted expert on the miniatures, trains the tiny model from scratch, shows what it says. Of
     several processes the first one collects and shows; all train."""
-    rank, _, device = processes()
+    rank, _, device = init_distributed()
 
     def collect_first():
         print("1. Collecting: a scripted expert edits and runs the starters of the held-in tasks, on miniature data.")
         print(report(collect(replace(s, steps=TINY_STEPS))))
         print("\n2. Training a model of a million weights from scratch on what it did.", flush=True)
-    with linked(rank):
-        on_first(collect_first)
+    with explain_dist_errors(rank):
+        rank0_broadcast(collect_first)
     fine_tune(replace(s, model="tiny"))
     if rank:
         return
@@ -1619,20 +976,20 @@ def miniature(s):
     print("\n3. Its replies in states it has not seen, 64 of each kind:")
     rows = [("tasks", "can be read", "edits", "of them with text that occurs once", "different ones")]
     for split in ("held-in", "held-out"):
-        found, prompt, text = try_out(s, engine, split)
+        found, prompt, text = reply_stats(s, engine, split)
         rows.append((split, *(f"{found[name]:.0%}" for name in ("parsed", "edits", "valid")), str(found["distinct"])))
-    print(layout(rows) + f"\n\nOne state:\n{prompt[-1]['content']}\n\nIts reply:\n{text}\n\nNext: python rl.py")
+    print(format_table(rows) + f"\n\nOne state:\n{prompt[-1]['content']}\n\nIts reply:\n{text}\n\nNext: python rl.py")
 
 
 def fill(values):
-    """For sample.parse: what holds where nothing was typed."""
+    """For cli.parse: what holds where nothing was typed."""
     if values["preset"]:
-        return [sample.preset(values["preset"], RECIPES)]
+        return [cli.preset(values["preset"], RECIPES)]
     return [] if values["collect"] or values["model"] else [("the paper in miniature", TINY)]
 
 
 def main(argv=None):
-    s = sample.parse(Settings, argv, fill)
+    s = cli.parse(Settings, argv, fill)
     if s.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before anything has looked for a GPU
 
@@ -1645,12 +1002,12 @@ def main(argv=None):
             return miniature(s)
         if not s.collect:
             return fine_tune(s)
-        one_process("collecting")
+        refuse_torchrun("collecting")
         print("\n" + report(collect(s)))
         print(f"Written to {s.trajectories}: manifest.json, trajectories, blobs")
     kept = s.trajectories if s.collect else s.out if s.model else f"{s.trajectories} and {s.out}"
-    return attempt("sft.py", work, kept)
+    return exit_status("sft.py", work, kept)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_main(main)

@@ -35,6 +35,8 @@ import torch
 
 import model
 from model import IGNORE, Config, LinearLogProb, find_folder, rotary
+from support import distributed
+import env
 
 try:
     import transformers
@@ -343,8 +345,8 @@ def fine_tuning(s):
     else:
         folder = find_folder(s.model)
         config = Config.from_pretrained(folder)
-    model, row = sft.build(config, folder, device, compute=compute), packed(s, config)
-    tokens, lengths, targets = sft.row_of(row, device)
+    model, row = distributed.build_model(config, folder, device, compute=compute), packed(s, config)
+    tokens, lengths, targets = distributed.collate_packed(row, device)
     num = int((targets != IGNORE).sum())
 
     def ours():
@@ -375,7 +377,7 @@ def fine_tuning(s):
     figures |= {f"{name} tokens/s": tokens.numel() / t for name, t in seconds.items()}
     if transformers:
         figures["ratio"] = seconds["transformers"] / seconds["ours"]
-    share = sft.flops_of(config, [row]) / seconds["ours"] / sft.peak_flops(device)
+    share = distributed.flops_of(config, [row]) / seconds["ours"] / distributed.peak_flops(device)
     yield figures | {"share of measured fp32 products": share}
     grown = {name: int(subprocess.run(
         [sys.executable, "-c", LOGPROB, name], capture_output=True, text=True, check=True,
@@ -448,7 +450,7 @@ def rl_updates(s):
     import rl
     import sample
     import test_rl_run
-    known, advance = rl.Cache.get, sample.Engine.step
+    known, advance = env.ResultCache.get, sample.Engine.step
 
     def slowly(engine):
         time.sleep(s.script_seconds / 2)
@@ -476,10 +478,10 @@ def rl_updates(s):
         for name, more in {"step": dict(states=8, num=2), "episode": dict(states=2, num=1, steps=8)}.items():
             figures = updates(name, rollout=name, **more)
             yield {"rollout": name, "updates an hour": 3600 / figures["seconds"], **figures}
-        rl.Cache.get, sample.Engine.step = (lambda cache, key: None), slowly
+        env.ResultCache.get, sample.Engine.step = (lambda cache, key: None), slowly
         for overlap in (False, True):
             yield {"overlap": overlap, **updates(f"overlap-{overlap}", overlap=overlap, states=4, num=2)}
-        rl.Cache.get, sample.Engine.step = known, advance
+        env.ResultCache.get, sample.Engine.step = known, advance
 
 
 MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "kernels": kernels, "load": load_checkpoint,

@@ -20,6 +20,7 @@ import sample
 import sft
 import tasks
 from common import act, add_task
+from support import cli, miniature
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,7 +184,7 @@ def test_an_expert_without_ideas_is_an_error(toys):
     class Mute(Expert):
         def chat(self, messages, **options):
             return sample.Completion("I have none.", [], [], "stop")
-    with pytest.raises(sft.Failed, match="has written no idea for toy-a"):
+    with pytest.raises(cli.RunError, match="has written no idea for toy-a"):
         sft.candidates(settings(toys, expert="mute"), tasks.load("toy-a"), Mute())
 
 
@@ -253,9 +254,9 @@ def test_an_idea_that_would_not_end_within_the_steps_is_not_begun(steps, toys):
 
 
 def test_ideas_fit_a_script_or_not():
-    assert sft.fitting(IDEAS[0], "nothing of it") == []
-    assert sft.fitting(IDEAS[0], "VALUE = 3 VALUE = 3 ") == []
-    kept = sft.fitting(IDEAS[4], STARTER)
+    assert miniature.fitting(IDEAS[0], "nothing of it") == []
+    assert miniature.fitting(IDEAS[0], "VALUE = 3 VALUE = 3 ") == []
+    kept = miniature.fitting(IDEAS[4], STARTER)
     assert kept[0] == ("from math import fabs\n", "from math import fabs\nfrom math import sqrt\n") and len(kept) == 2
 
 

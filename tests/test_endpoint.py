@@ -19,6 +19,7 @@ import sft
 import tasks
 from common import add_task, quiet
 from sample import Endpoint, EndpointError
+from support import cli
 
 ASK = [{"role": "user", "content": "hello"}]
 
@@ -192,7 +193,7 @@ def test_what_cannot_get_better_is_not_tried_again(serve, status, words):
 @pytest.mark.parametrize("said", ["This model's maximum context length is 4096 tokens", "prompt is too long: 5 > 4",
                                   "the request exceeds the available context size"])
 def test_a_prompt_over_the_context_is_named_as_such(serve, said):
-    with pytest.raises(sample.ContextFull, match="longer than 'some/model' takes"):
+    with pytest.raises(cli.ContextFull, match="longer than 'some/model' takes"):
         serve((400, {}, json.dumps({"error": {"message": said}}))).endpoint().chat(ASK)
 
 
@@ -325,7 +326,7 @@ def test_a_key_that_goes_out_unencrypted_is_warned_about(host, warned, monkeypat
     (sft.Settings, "--expert", sft.fill), (rl.Settings, "--coder", rl.fill)])
 def test_a_key_in_an_address_is_refused_before_it_is_written_anywhere(spec, cls, flag, fill, capsys):
     with pytest.raises(SystemExit) as end:
-        sample.parse(cls, [f"{flag}={spec}"], fill)
+        cli.parse(cls, [f"{flag}={spec}"], fill)
     said = capsys.readouterr().err
     assert end.value.code == 2 and "http://host:port/v1#model-name" in said and "secret-key" not in said
 

@@ -8,7 +8,7 @@ import pytest
 
 import env as env_module
 import tasks
-from env import ACTIONS, FIELDS, Env, clip, header, parse, printed_metric, record, system_prompt
+from env import ACTIONS, FIELDS, Env, shorten, header, parse, printed_metric, record, system_prompt
 from reward import KINDS
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
@@ -485,7 +485,7 @@ def test_results_are_kept_so_a_scored_edit_runs_at_once(make, monkeypatch):
 
 
 def test_the_same_script_in_many_threads_runs_once(make, tmp_path, monkeypatch):
-    runs, steps, execute, cache = [], [], env_module.execute, env_module.Cache(tmp_path / "kept")
+    runs, steps, execute, cache = [], [], env_module.execute, env_module.ResultCache(tmp_path / "kept")
     monkeypatch.setattr(env_module, "execute", lambda *args, **options: runs.append(args) or execute(*args, **options))
     threads = [threading.Thread(target=lambda: steps.append(run(make(cache=cache)))) for _ in range(6)]
     for thread in threads:
@@ -675,8 +675,8 @@ def test_printed_metric(text, value):
 
 
 def test_clip_keeps_head_and_tail():
-    assert clip("abc", 3) == "abc"
-    assert clip("a" * 10 + "b" * 90, 20) == "a" * 10 + " ... 80 characters cut ... " + "b" * 10
+    assert shorten("abc", 3) == "abc"
+    assert shorten("a" * 10 + "b" * 90, 20) == "a" * 10 + " ... 80 characters cut ... " + "b" * 10
 
 
 # --------------------------------------------------------------------------------------------------------------- replay
@@ -831,9 +831,9 @@ def test_a_blob_that_is_not_what_it_is_named_by_is_never_used(make, tmp_path):
     place = blobs.path(state["train.py"])
     place.write_text("print('planted')")
     assert blobs.has(state["train.py"])
-    with pytest.raises(env_module.Gone, match="damaged"):
+    with pytest.raises(env_module.MissingBlob, match="damaged"):
         env.restore(state)
-    with pytest.raises(env_module.Gone, match="damaged"):
+    with pytest.raises(env_module.MissingBlob, match="damaged"):
         env_module.prompt_of("short", env.task, env.messages, state, blobs)
     env.reset()     # which stores it again
     assert place.read_text() == STARTER and run(env).outcome == "ok"
@@ -841,7 +841,7 @@ def test_a_blob_that_is_not_what_it_is_named_by_is_never_used(make, tmp_path):
     sha = tasks.hash_files(secret)
     (blobs.folder / sha[:2]).mkdir(exist_ok=True)
     (blobs.folder / sha[:2] / sha).symlink_to(secret)
-    with pytest.raises(env_module.Gone, match="missing"):
+    with pytest.raises(env_module.MissingBlob, match="missing"):
         env.restore({**state, "x": sha})
 
 
@@ -851,7 +851,7 @@ def test_a_text_that_is_no_hash_is_not_looked_up(make, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "lstat", None)
     for sha in (*BAD_HASHES, "../secret", str(tmp_path / "out" / "secret")):
         assert not blobs.has(sha)
-        with pytest.raises(env_module.Gone):
+        with pytest.raises(env_module.MissingBlob):
             blobs.path(sha)
 
 
@@ -860,7 +860,7 @@ def test_a_state_with_too_large_files_is_gone(make, monkeypatch):
     state = {"a": env.blobs.put(b"x" * 600), "b": env.blobs.put(b"x" * 600), ".undo/1/a": env.blobs.put(b"y" * 600)}
     env.restore(state)
     monkeypatch.setattr(env_module, "MAX_BYTES", 1000)
-    with pytest.raises(env_module.Gone, match="more than"):
+    with pytest.raises(env_module.MissingBlob, match="more than"):
         env.restore(state)
 
 
@@ -888,7 +888,7 @@ def test_a_cache_entry_that_a_run_does_not_give_counts_as_absent(make, change):
 
 
 def test_a_cache_entry_may_be_any_file(make, tmp_path):
-    cache = env_module.Cache(tmp_path / "kept")
+    cache = env_module.ResultCache(tmp_path / "kept")
     cache.put("aa", 1)
     place = tmp_path / "kept" / "aa" / "aa"
     for text in (b"[" * 100_000, b"\xff", b""):
@@ -1294,7 +1294,7 @@ def test_work_on_any_text_is_linear(task, text):
     printed_metric(text, "validation")
     env_module._masked(text)
     parse(text[:50_000])
-    env_module.clip(text, 100)
+    env_module.shorten(text, 100)
     assert time.process_time() - began < 20
 
 

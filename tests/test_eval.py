@@ -25,6 +25,7 @@ from common import act, add_task
 from env import replay
 from model import Config, Qwen2
 from test_execute import parent, processes, wait_until
+from support import cli, files
 
 ROOT = Path(__file__).parent.parent
 MINIATURE = "Miniature data are made up from a seed: scores on them do not compare with published ones."
@@ -94,7 +95,7 @@ def text_of(results):
 
 
 def file_of(s, k):
-    return evaluation.file_of(Path(s.out, "trajectories"), "tiny-task", k)
+    return env.trajectory_path(Path(s.out, "trajectories"), "tiny-task", k)
 
 
 def masked(out):
@@ -323,7 +324,7 @@ def made(tmp_path, task, monkeypatch):
 
 def play_all(made, *more):
     argv = ["--trajectories=2", "--coder=none", *more]
-    s = sample.parse(evaluation.Settings, argv)
+    s = cli.parse(evaluation.Settings, argv)
     return evaluation.evaluate(s, evaluation.miniature(s, argv), load=lambda spec, **options: made[spec])
 
 
@@ -348,7 +349,7 @@ def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):
 
 def test_what_is_typed_holds_for_the_agents_that_were_made(made):
     argv = ["--trajectories=2", "--temperature=0.7", "--steps=15", "--dtype", "auto"]
-    agents = evaluation.miniature(sample.parse(evaluation.Settings, argv, evaluation.fill), argv)
+    agents = evaluation.miniature(cli.parse(evaluation.Settings, argv, evaluation.fill), argv)
     for name, s in agents.items():
         assert (s.temperature, s.steps, s.dtype, s.trajectories) == (0.7, 15, "auto", 2)
         assert (s.parallel, s.max_new_tokens, s.task) == (160, 96, "tiny-task")     # of the miniature, and agent.json
@@ -392,7 +393,7 @@ AGENT = {"prompt": "short", "actions": ["Execute Script", "Final Answer"], "fiel
 
 
 def parsed(model, *more):
-    return sample.parse(evaluation.Settings, ["--model", str(model), *more], evaluation.fill)
+    return cli.parse(evaluation.Settings, ["--model", str(model), *more], evaluation.fill)
 
 
 def test_a_model_says_how_it_acts_and_nothing_else(tmp_path, capsys):
@@ -497,7 +498,7 @@ def test_a_record_of_others_that_is_gone_on_with_is_data(change, words, tmp_path
         play(s, Scripted(fail_at=2, error=sample.EndpointError("down")))
     *lines, last = file_of(s, 0).read_text().splitlines()
     file_of(s, 0).write_text("\n".join([*lines, json.dumps({**json.loads(last), **change}), ""]))
-    with pytest.raises((ValueError, evaluation.Failed), match=words) as error:
+    with pytest.raises((ValueError, cli.RunError), match=words) as error:
         play(s, Scripted())
     assert str(file_of(s, 0)) in str(error.value)
 
@@ -509,14 +510,14 @@ def test_a_record_cannot_give_itself_more_time(tmp_path, task):
     *lines, last = file_of(s, 0).read_text().splitlines()
     file_of(s, 0).write_text("\n".join([*lines, json.dumps({**json.loads(last), "seconds_left": 1e6}), ""]))
     play(s, Scripted())
-    assert all(line["seconds_left"] <= 1000 for line in evaluation.read_record(file_of(s, 0))[3:])
+    assert all(line["seconds_left"] <= 1000 for line in env.read_record(file_of(s, 0))[3:])
 
 
 # ---- ends and errors
 
 def test_a_conversation_that_outgrows_the_context_ends_and_keeps_its_score(tmp_path, task):
     s = settings(tmp_path, trajectories=1)
-    result = play(s, Scripted(fail_at=2, error=sample.ContextFull("5000 tokens")))
+    result = play(s, Scripted(fail_at=2, error=cli.ContextFull("5000 tokens")))
     one = result["tasks"]["tiny-task"]["trajectories"][0]
     assert (one["ended"], one["score"], one["steps"]) == ("context full", 1, 2)
     assert play(s, None)["complete"]        # it is over: nothing is asked again
@@ -548,7 +549,7 @@ def test_time_spent_before_an_interruption_counts(tmp_path, task):
 def test_our_own_bugs_are_raised_not_scored(tmp_path, task):
     with pytest.raises(RuntimeError) as error:
         play(settings(tmp_path), Scripted(fail_at=3, error=ValueError("a bug")))
-    assert str(error.value.__cause__) == "a bug" and not isinstance(error.value, evaluation.Failed)
+    assert str(error.value.__cause__) == "a bug" and not isinstance(error.value, cli.RunError)
 
 
 def test_the_coder_is_asked_with_its_own_seed(tmp_path, task):
@@ -568,7 +569,7 @@ def test_the_coder_is_asked_with_its_own_seed(tmp_path, task):
 
 
 def test_progress_line():
-    run = evaluation.Run({Path("a"): [], Path("b"): [{"type": "header"}, {"type": "step", "ended": ""}]}, num_steps=4)
+    run = env.Progress({Path("a"): [], Path("b"): [{"type": "header"}, {"type": "step", "ended": ""}]}, num_steps=4)
     assert run.line() == "0/2 trajectories, 1 steps, 0:00:00 elapsed"
     run.steps[Path("a")], run.tokens = 3, 600
     run.start = time.monotonic() - 60.5       # 3 of 8 steps took a minute, 4 are left
@@ -653,7 +654,7 @@ def test_ctrl_c_while_waiting_for_a_reply_leaves_what_can_be_continued(tmp_path,
         run.send_signal(signal.SIGINT)
         _, said = run.communicate(timeout=600)
     assert run.returncode == 1 and "interrupted" in said and "the same command goes on" in said
-    lines = evaluation.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
+    lines = env.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
     assert [line["type"] for line in lines] == ["header", "step", "step"]
     server.hold_at = None
     server.turns.clear()
@@ -680,7 +681,7 @@ def test_ctrl_c_while_a_script_runs_ends_the_script(tmp_path, task, server):
         run.communicate(timeout=600)
     assert run.returncode == 1
     assert wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in script))
-    lines = evaluation.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
+    lines = env.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
     assert [line.get("score") for line in lines] == [None, 2.0]
 
 
@@ -703,9 +704,10 @@ def test_what_a_killed_program_leaves_is_removed_by_the_next(tmp_path):
 import os, signal, sys, tempfile
 sys.path.insert(0, {str(Path(evaluation.__file__).parent)!r})
 import eval
+from support import cli
 for line in sys.stdin:
     if (program := os.fork()) == 0:
-        eval.run_program(lambda: (print(os.getpid(), tempfile.gettempdir(), flush=True), signal.pause()))
+        cli.run_main(lambda: (print(os.getpid(), tempfile.gettempdir(), flush=True), signal.pause()))
     if line == "wait\\n":
         os.waitpid(program, 0)
 """
@@ -737,7 +739,7 @@ def test_a_file_in_place_of_a_folder_is_one_sentence(tmp_path, capsys):
     (tmp_path / "file").touch()
 
     def work():
-        with evaluation.alone(tmp_path / "file", "eval.py"):
+        with files.folder_lock(tmp_path / "file", "eval.py"):
             pass
-    assert evaluation.attempt("eval.py", work, tmp_path) == 1
+    assert cli.exit_status("eval.py", work, tmp_path) == 1
     assert "eval.py: [Errno 17] File exists" in capsys.readouterr().err

@@ -21,6 +21,7 @@ import eval as evaluation
 import sample
 from common import act
 from test_eval import MINIATURE, ROOT, SCRIPTS, Scripted, edit, file_of, play, settings, task  # noqa: F401  (a fixture)
+from support import files
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium or google-chrome here to open the page")
@@ -407,7 +408,7 @@ def test_a_folder_that_leads_elsewhere_is_neither_written_nor_shown(name, make, 
     assert mine.read_text() == "without an end of line"
     link = tmp_path / "results.part"
     link.symlink_to(mine)
-    evaluation.write(tmp_path / "results.json", {})
+    files.write_atomic(tmp_path / "results.json", {})
     assert mine.read_text() == "without an end of line" and (tmp_path / "results.json").read_text() == "{}\n"
 
 

@@ -19,10 +19,11 @@ sys.path.insert(0, str(HERE.parent))
 import rl, sample                                                # noqa: E402
 from model import Config, Qwen2                                 # noqa: E402
 from sample import Tokenizer                                    # noqa: E402
-from sft import epoch_order, export, processes, share          # noqa: E402
+from support.distributed import epoch_order, export_model, init_distributed, shard_across_ranks  # noqa: E402
 
 import torch                                                    # noqa: E402
 from torch.distributed.tensor import DTensor                    # noqa: E402
+from support import cli, distributed
 
 WIDTHS = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ class Plain:
 
     @torch.no_grad()
     def step(self):
-        self.steps.append({name: rl.full(p.grad).clone() for name, p in self.named.items() if p.grad is not None})
+        self.steps.append({name: distributed.full_tensor(p.grad).clone() for name, p in self.named.items() if p.grad is not None})
         for name, p in self.named.items():
             if p.grad is not None:
                 p -= self.rates[name] * p.grad
@@ -541,12 +542,12 @@ WORLDS = {2: (120, list(METHODS)), 4: (90, ["shared critic"])}      # tokens of 
 
 def one_of_several(folder):
     """What each of several processes does; the first saves the figures and the gaps, all of them export the actor."""
-    rank, world, device = processes()
+    rank, world, device = init_distributed()
     length, methods = WORLDS[world]
     found = {method: steps_of(method, rank, world, device, length=length) for method in methods}
     actor = found["shared critic"][2].actor
     assert any(isinstance(p, DTensor) for p in actor.parameters())
-    export(actor, Tokenizer.of_bytes(), Path(folder, str(world)), torch.float32)
+    export_model(actor, Tokenizer.of_bytes(), Path(folder, str(world)), torch.float32)
     learner = rl.Learner(rl.Settings(**SAMPLING), SMALL, None, SIZE, rank, world, device)
     gaps = gaps_after_updates(learner) if world == 2 else []
     figures = {method: each[:2] for method, each in found.items()}
@@ -564,7 +565,7 @@ def test_nothing_depends_on_the_number_of_processes(forks, tmp_path):
     lengths = [len(one.prompt + one.tokens) - 1 for one in some_samples()]
     for world, (length, methods) in WORLDS.items():
         found, gaps = torch.load(tmp_path / f"{world}.pt")
-        rows = [sum(map(bool, share(lengths, epoch_order(12, 0, 0), rank, world, length))) for rank in range(world)]
+        rows = [sum(map(bool, shard_across_ranks(lengths, epoch_order(12, 0, 0), rank, world, length))) for rank in range(world)]
         assert len(set(rows)) > 1
         for method in methods:
             alone = steps_of(method, length=10_000)
@@ -583,7 +584,7 @@ def test_an_exported_actor_is_an_ordinary_folder(tmp_path):
     samples = some_samples(4)
     learner.step(samples, 0)
     assert learner.actor.score.weight.any()
-    export(learner.actor, Tokenizer.of_bytes(), tmp_path, torch.float32)
+    export_model(learner.actor, Tokenizer.of_bytes(), tmp_path, torch.float32)
     model, tokens = Qwen2.from_pretrained(tmp_path), torch.tensor([samples[0].prompt])
     assert not [name for name, _ in model.named_parameters() if "score" in name]
     with torch.no_grad():
@@ -670,10 +671,10 @@ def test_settings_at_their_limits_are_taken():
 
 
 def test_a_preset_holds_where_no_flag_says_otherwise(capsys):
-    s = sample.parse(rl.Settings, ["--preset", "7b", "--kl", "0.5"], rl.fill)
+    s = cli.parse(rl.Settings, ["--preset", "7b", "--kl", "0.5"], rl.fill)
     assert (s.lr, s.critic_lr, s.recompute, s.kl) == (1e-6, 1e-5, True, 0.5)
     with pytest.raises(SystemExit):
-        sample.parse(rl.Settings, ["--preset", "8b"], rl.fill)
+        cli.parse(rl.Settings, ["--preset", "8b"], rl.fill)
     assert "there is no --preset 8b; there is tiny, 7b" in capsys.readouterr().err
 
 
@@ -701,12 +702,14 @@ def test_a_group_update_leaves_out_states_whose_actions_all_earned_the_same():
 def test_every_setting_is_read(name):
     """Outside the class and its checks, in the script or in what it hands its settings to: as s.NAME, or quoted."""
     read = ""
-    for each in {name, "eval", "sample"}:      # sample.parse reads --preset
-        source = (HERE.parent / f"{each}.py").read_text().splitlines()
-        cls = next(node for node in ast.parse("\n".join(source)).body if getattr(node, "name", "") == "Settings")
-        read += "\n".join(source[:cls.lineno - 1] + source[cls.end_lineno:])
-        if each == name:
+    for path in [f"{name}.py", "env.py", *(f"support/{each}.py" for each in ("cli", "distributed", "miniature"))]:
+        source = (HERE.parent / path).read_text().splitlines()
+        cls = next((node for node in ast.parse("\n".join(source)).body if getattr(node, "name", "") == "Settings"), None)
+        if cls:
+            read += "\n".join(source[:cls.lineno - 1] + source[cls.end_lineno:])
             fields = [node.target.id for node in cls.body if isinstance(node, ast.AnnAssign)]
+        else:
+            read += "\n".join(source)
     assert len(fields) > 8
     holder = r"\b(s|self\.s|settings|values)\."
     assert not [field for field in fields if not re.search(rf'{holder}{field}\b|"{field}"', read)]

@@ -24,6 +24,7 @@ from model import Config, Qwen2
 from support import sandbox
 from test_collect import add_toys
 from test_collect import settings as collecting
+from support import cli, distributed, files, miniature
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = ['Thought: a\nAction: Replace In Script\nAction Input: {"script_name": "train.py", "find": ',
@@ -44,7 +45,7 @@ def save_model(folder, prompts):
              for prompt in prompts for reply in REPLIES]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(36):
-        row = [texts[i] for i in sft.batch_of(len(texts), step, 6, 0)]
+        row = [texts[i] for i in distributed.batch_indices(len(texts), step, 6, 0)]
         sft.add_gradients(model, [row], sum(sum(chosen) for _, chosen in row), 1, torch.device("cpu"), tokenizer.size)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -66,7 +67,7 @@ def make(folder, pause=0.0):
     add_toys(folder / "tasks")
     for script in (folder / "tasks").glob("*/train.py") if pause else ():
         script.write_text(script.read_text() + f"import time\ntime.sleep({pause})\n")
-    sft.collect(collecting(folder, "pool", prompt="short", fields=sft.SHORT_FIELDS, actions=sft.SHORT_ACTIONS, num=2,
+    sft.collect(collecting(folder, "pool", prompt="short", fields=miniature.SHORT_FIELDS, actions=miniature.SHORT_ACTIONS, num=2,
                            steps=6, keep=100))
     rollout = playing(folder)
     save_model(folder / "model", [rollout.at(state).prompt() for state in list(rollout.states.values())[::4]])
@@ -164,7 +165,7 @@ def test_a_state_that_cannot_be_used_gives_way_to_another_of_its_task():
     for seed in range(5):
         weights.clear()
         assert sorted(rl.draw(found, 4, random.Random(seed), weights, usable)) == ["b", "b", "c", "c"]
-    with pytest.raises(rl.Failed, match="no state of the pool can be played"):
+    with pytest.raises(cli.RunError, match="no state of the pool can be played"):
         rl.draw({"one": {"a": "A"}}, 1, random.Random(0), weights := {}, usable)
 
 
@@ -221,7 +222,7 @@ def test_a_pool_collected_with_a_coder_is_played_with_one_or_refused(made, run, 
     s = settings(made, trajectories=str(folder))
     found = rl.pool(s, tokenizer, say=lambda line: None)
     assert s.coder == "auto" and rl.with_coder(s, found).coder == "none"
-    edit_head(folder / "toy-a-1.jsonl", actions=env.DEFAULT_ACTIONS, fields=sft.SHORT_FIELDS)
+    edit_head(folder / "toy-a-1.jsonl", actions=env.DEFAULT_ACTIONS, fields=miniature.SHORT_FIELDS)
     found = rl.pool(s, tokenizer, say=lambda line: None)
     for given, taken in (("auto", "model"), ("model", "model"), ("http://host/v1#name", "http://host/v1#name")):
         assert rl.with_coder(settings(made, coder=given), found).coder == taken
@@ -244,7 +245,7 @@ def test_ids_of_another_tokenizer_are_not_used(made, tmp_path):
     path = folder / "toy-a-0.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1]["messages"][0]["tokens"] = [7, 7, 7]
-    for own, kept in ((sft.fingerprint(tokenizer), True), ("another", False)):
+    for own, kept in ((files.fingerprint(tokenizer), True), ("another", False)):
         lines[0]["tokenizer"] = own
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         state = playing(made, trajectories=str(folder)).states["toy-a-0, step 1"]
@@ -287,7 +288,7 @@ def test_a_prompt_that_is_too_long_is_left_out_and_said(made, capsys):
     assert len(names) == 40 and 0 < len(too_long) < 12 and not too_long & set(names)
     out = {name for name, weight in rollout.weights.items() if weight == 0}
     assert out and out <= too_long and capsys.readouterr().err.count(f"--context is {limit}") == len(out)
-    with pytest.raises(rl.Failed, match="no state of the pool"):
+    with pytest.raises(cli.RunError, match="no state of the pool"):
         playing(made, Scripted(context=20)).draw(0)
 
 
@@ -441,8 +442,9 @@ RUN = """
 import json, os, sys
 import torch, env, rl, sample, sft, tasks
 from pathlib import Path
-WHERE = {"sampling": (sample.Engine, "step"), "executing": (env.Env, "step"), "updating": (rl.AdamW, "step"),
-         "saving": (torch, "save"), "saved": (sft, "sync"), "learning": (rl.Learner, "step")}
+from support import distributed
+WHERE = {"sampling": (sample.Engine, "step"), "executing": (env.Env, "step"), "updating": (distributed.AdamW, "step"),
+         "saving": (torch, "save"), "saved": (distributed, "sync"), "learning": (rl.Learner, "step")}
 
 def after(where, n, what):
     owner, name = WHERE[where]
@@ -585,7 +587,7 @@ def test_ctrl_c_is_said_and_the_run_goes_on(made, run):
 
 
 def test_two_runs_in_one_folder_are_refused(made, run):
-    with rl.alone(made / "held", "rl.py"):
+    with files.folder_lock(made / "held", "rl.py"):
         code, said = run(out=made / "held")
         assert code == 2 and "another rl.py writes to" in said
         done = run(out=made / "held", world=2)

@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import env
 import tasks
-from env import OUTCOMES, Cache
+from env import OUTCOMES, ResultCache
 from support import sandbox
 from support.sandbox import Slots, Stopped, Unprotected, execute, execute_many
 from test_env import edit, make, put, run, task  # noqa: F401  (fixtures)
@@ -630,7 +630,7 @@ def test_only_an_end_that_comes_again_is_kept(make, monkeypatch, outcome, code, 
     """Not one by wall time, by imports that a warm script does not make, or because the machine had no memory."""
     trajectory = make()
     sandbox.protection()        # is found out by running a script
-    ended = env.Result(outcome, code, "", "", 1.0, 1, "off", "It ended.", warm=warm, limit=limit)
+    ended = sandbox.Result(outcome, code, "", "", 1.0, 1, "off", "It ended.", warm=warm, limit=limit)
     monkeypatch.setattr(env, "execute", lambda *args, **more: ended)
     assert trajectory.score()[1].outcome == trajectory.score()[1].outcome == outcome
     assert trajectory.cache.counts["runs"] == runs
@@ -690,7 +690,7 @@ def test_the_tasks_own_grader_is_in_the_key(make, task):
 
 
 def test_rechecking_finds_scores_that_moved(make, tmp_path):
-    cache = Cache(tmp_path / "kept", recheck=1.0)
+    cache = ResultCache(tmp_path / "kept", recheck=1.0)
     trajectory = make(cache=cache)
     trajectory.score()
     assert trajectory.score()[0] == 0.5 and cache.counts == {"runs": 1, "hits": 1, "rechecked": 1} and cache.moved == []
@@ -712,7 +712,7 @@ def test_writers_that_are_killed_leave_whole_entries(tmp_path):
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     writers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
-    cache, seen = Cache(tmp_path), 0
+    cache, seen = ResultCache(tmp_path), 0
     for writer in writers:
         writer.stdout.readline()
     end = time.monotonic() + 1

@@ -15,6 +15,7 @@ import tasks
 from model import Config, Qwen2
 from sample import Tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
+from support import cli, miniature
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def short(whole):
     folder, _ = whole
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "FOLDERS", [folder / "tasks"])
-        s = settings(folder, "short", prompt="short", fields=sft.SHORT_FIELDS, actions=sft.SHORT_ACTIONS, num=3, steps=8,
+        s = settings(folder, "short", prompt="short", fields=miniature.SHORT_FIELDS, actions=miniature.SHORT_ACTIONS, num=3, steps=8,
                      keep=100)
         sft.collect(s)
         yield folder, s
@@ -96,13 +97,13 @@ def test_a_short_prompt_shows_whole_lines_and_never_more_than_its_limit():
 # ---- the scripted expert with short prompts
 
 def test_ideas_made_of_a_scripts_numbers():
-    ideas = sft.constants("SEED = 3\nSIDE = 4   # pixels\nRATE = 0.5\nSHIFT = 0\nNAME = 'x'\nTWICE = 2\nNOT_TWICE = 2\n"
+    ideas = miniature.constants("SEED = 3\nSIDE = 4   # pixels\nRATE = 0.5\nSHIFT = 0\nNAME = 'x'\nTWICE = 2\nNOT_TWICE = 2\n"
                           "def f():\n    LOCAL = 3\n")
     edits = [one["edits"][0]["replace"] for one in ideas]
     assert edits == ["SIDE = 8", "SIDE = 2", "RATE = 0.25", "RATE = 0.05", "SHIFT = 1", "SHIFT = 2", "SHIFT = 5",
                      "NOT_TWICE = 4", "NOT_TWICE = 1"]
     assert [one["title"] for one in ideas[:2]] == ["SIDE 8", "SIDE 2"]
-    odd = sft.constants(f"A = 5-3\nB = 1.2.3\nC = {'9' * 400}\nD = 1e\nE = 1e999\nF = 2\n")
+    odd = miniature.constants(f"A = 5-3\nB = 1.2.3\nC = {'9' * 400}\nD = 1e\nE = 1e999\nF = 2\n")
     assert [one["title"] for one in odd] == ["F 4", "F 1"]
 
 
@@ -191,9 +192,9 @@ def test_names_drawn_anew_still_fit():
         for find, put in (("EPOCHS = 5", "EPOCHS = 50"), ("step(RATE, SIDE_A)", "step(RATE, SIDE_A, 1)")):
             args = {"script_name": "train.py", "find": find, "replace": put}
             reply = {"role": "assistant", "content": f"Action: Replace In Script\nAction Input: {json.dumps(args)}"}
-            user, robot, *more = sft.redrawn([prompt, reply], random.Random(seed))
+            user, robot, *more = miniature.augment_constants([prompt, reply], random.Random(seed))
             shown = user["content"].split("\n", 3)[3]
-            fields, action, new, error = env.parse(robot["content"], sft.SHORT_FIELDS, sft.SHORT_ACTIONS)
+            fields, action, new, error = env.parse(robot["content"], miniature.SHORT_FIELDS, miniature.SHORT_ACTIONS)
             assert not error and shown.count(new["find"]) == 1 and new["find"] != new["replace"]
             assert new["replace"].startswith(new["find"][:4]) and user["content"].startswith("Task: x\nMAE, lower")
             moved += new["find"] != find
@@ -204,7 +205,7 @@ def test_names_drawn_anew_still_fit():
                 names.add(name)
             texts = [new["find"]]
             for each in more:       # an edit of another constant, as good
-                fields, action, args, error = env.parse(each["content"], sft.SHORT_FIELDS, sft.SHORT_ACTIONS)
+                fields, action, args, error = env.parse(each["content"], miniature.SHORT_FIELDS, miniature.SHORT_ACTIONS)
                 texts.append(args["find"])
                 assert not error and shown.split("\n").count(args["find"]) == 1
                 assert args["replace"].split(" = ")[0] == args["find"].split(" = ")[0] != args["replace"]
@@ -254,7 +255,7 @@ def test_weights_that_copy():
 # ---- the command
 
 CODE = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; "
-        "import sft, {0}; sft.try_out.__defaults__ = (8,); sys.exit({0}.main(sys.argv[1:]))")    # 8 states, not 64
+        "import sft, {0}; from support import miniature; miniature.reply_stats.__defaults__ = (8,); sys.exit({0}.main(sys.argv[1:]))")    # 8 states, not 64
 
 
 def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_path):
@@ -274,12 +275,12 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
     assert said.count("1. Collecting") == again.count("1. Collecting") == 1
     assert "already trained" in again and again.split("One state:")[1] == said.split("One state:")[1]
     assert {path: path.read_bytes() for path in before} == before
-    s = sample.parse(evaluation.Settings, ["--model", str(out), "--steps=3"], evaluation.fill)
-    assert (s.prompt, s.fields, s.steps, s.context) == ("short", sft.SHORT_FIELDS, 3, sft.TINY["context"])
+    s = cli.parse(evaluation.Settings, ["--model", str(out), "--steps=3"], evaluation.fill)
+    assert (s.prompt, s.fields, s.steps, s.context) == ("short", miniature.SHORT_FIELDS, 3, miniature.TINY["context"])
     run("eval", f"--model={out}", f"--data={folder / 'data'}", f"--out={tmp_path / 'eval'}", "--task=toy-out",
         "--trajectories=1")
     head, steps = env.read_trajectory(tmp_path / "eval" / "trajectories" / "toy-out-0.jsonl")
-    assert head["prompt"] == "short" and len(steps) == sft.AGENT_STEPS
+    assert head["prompt"] == "short" and len(steps) == miniature.AGENT_STEPS
 
 
 def test_of_two_processes_the_first_collects_and_both_train(forks, whole, tmp_path):
@@ -289,7 +290,7 @@ def test_of_two_processes_the_first_collects_and_both_train(forks, whole, tmp_pa
     said = forks(CODE.format("sft"), folder / "tasks", *flags, world=2)
     for part in ("1. Collecting", "2 processes, cpu", "Its reply:", "Next: python rl.py"):
         assert said.count(part) == 1
-    assert json.loads((tmp_path / "sft" / "agent.json").read_text())["steps"] == sft.AGENT_STEPS
+    assert json.loads((tmp_path / "sft" / "agent.json").read_text())["steps"] == miniature.AGENT_STEPS
     assert (tmp_path / "sft" / "checkpoints").is_dir() and (tmp_path / "sft" / "model.safetensors").is_file()
 
 

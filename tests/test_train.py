@@ -15,6 +15,7 @@ import torch
 import sft
 from model import Config, Qwen2, rotary
 from sample import Tokenizer
+from support import distributed, files
 
 SMALL = Config(vocab_size=267, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
                num_key_value_heads=2, max_position_embeddings=512)
@@ -36,7 +37,7 @@ def texts_of(num=24, seed=0):
 def gradients(texts, chosen, world, rank, longest, compute=None):
     model = Qwen2.from_scratch(SMALL, seed=1)
     model.compute = compute
-    rows = sft.rows_of(texts, chosen, rank, world, longest)
+    rows = distributed.packed_micro_batches(texts, chosen, rank, world, longest)
     num = sum(sum(texts[i][1]) for i in chosen)
     loss = sft.add_gradients(model, rows, num, 1, torch.device("cpu"), 259)
     return loss, {name: p.grad for name, p in model.named_parameters()}
@@ -65,7 +66,7 @@ def test_micro_batches_are_one_batch(parts):
     for pieces in (1, parts):
         model, loss = Qwen2.from_scratch(SMALL, seed=1), 0.0
         for m in range(pieces):
-            rows = sft.rows_of(texts, chosen[m::pieces], 0, 1, 120)
+            rows = distributed.packed_micro_batches(texts, chosen[m::pieces], 0, 1, 120)
             loss = loss + sft.add_gradients(model, rows, num, 1, torch.device("cpu"), 259)
         found.append((loss, {name: p.grad for name, p in model.named_parameters()}))
     assert_same(*found)
@@ -73,23 +74,23 @@ def test_micro_batches_are_one_batch(parts):
 
 def test_packing_loses_nothing_and_keeps_the_limit():
     lengths = [5, 9, 1, 7, 3, 10, 2]
-    rows = sft.pack(lengths, 10)
+    rows = distributed.pack_lengths(lengths, 10)
     assert sorted(i for row in rows for i in row) == list(range(7))
     assert all(sum(lengths[i] for i in row) <= 10 for row in rows)
     assert rows == [[0, 2, 4], [1], [3, 6], [5]]        # first fit, by hand
 
 
 def test_each_epoch_has_each_text_once_in_an_order_of_its_own():
-    seen = [i for step in range(6) for i in sft.batch_of(9, step, 3, seed=5)]
+    seen = [i for step in range(6) for i in distributed.batch_indices(9, step, 3, seed=5)]
     assert sorted(seen[:9]) == sorted(seen[9:]) == list(range(9)) and seen[:9] != seen[9:]
-    assert seen == [i for step in range(3) for i in sft.batch_of(9, step, 6, seed=5)]
+    assert seen == [i for step in range(3) for i in distributed.batch_indices(9, step, 6, seed=5)]
 
 
 def test_only_what_the_assistant_chose_has_a_gradient():
     """d loss / d logits is 0 at every position but those before a chosen token, the end of turn among them."""
     t = Tokenizer.of_bytes()
     ids, chosen = t.conversation([{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}])
-    tokens, lengths, targets = sft.row_of([(ids, chosen)], "cpu")
+    tokens, lengths, targets = distributed.collate_packed([(ids, chosen)], "cpu")
     model = Qwen2.from_scratch(SMALL, seed=1)
     kept = {}
     model.model.norm.register_forward_hook(lambda m, i, o: (o.retain_grad(), kept.update(x=o)) and None)
@@ -101,12 +102,13 @@ def test_only_what_the_assistant_chose_has_a_gradient():
 WORKER = """
 import json, sys, torch
 import sft, test_train as t
+from support import distributed
 torch.manual_seed(0)
-rank, world, device = sft.processes()
+rank, world, device = distributed.init_distributed()
 texts = t.texts_of()
 chosen, recompute, compute = json.loads(sys.argv[1])
-model = sft.build(t.SMALL, None, device, seed=1, recompute=recompute, compute=getattr(torch, compute))
-rows = sft.rows_of(texts, chosen, rank, world, 120)
+model = distributed.build_model(t.SMALL, None, device, seed=1, recompute=recompute, compute=getattr(torch, compute))
+rows = distributed.packed_micro_batches(texts, chosen, rank, world, 120)
 num = sum(sum(texts[i][1]) for i in chosen)
 loss = sft.add_gradients(model, rows, num, world, device, 259)
 torch.distributed.all_reduce(loss)
@@ -144,13 +146,13 @@ def test_a_process_of_several_joins_the_others_unless_it_has(monkeypatch):
     """What torchrun sets says which of how many it is; alone there is nothing to join."""
     joined = []
     monkeypatch.setattr(sft.dist, "init_process_group", lambda *args, **more: joined.append(args))
-    assert sft.processes()[:2] == (0, 1) and not joined
+    assert distributed.init_distributed()[:2] == (0, 1) and not joined
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(sft.torch.cuda, "is_available", lambda: False)
-    assert sft.processes() == (3, 4, torch.device("cpu")) and joined == [("gloo",)]
+    assert distributed.init_distributed() == (3, 4, torch.device("cpu")) and joined == [("gloo",)]
     monkeypatch.setattr(sft.dist, "is_initialized", lambda: True)
-    assert sft.processes()[:2] == (3, 4) and len(joined) == 1
+    assert distributed.init_distributed()[:2] == (3, 4) and len(joined) == 1
 
 
 # -- the optimizer
@@ -178,7 +180,7 @@ def learned(make, steps=400):
 def test_adamw_goes_where_torchs_goes(state, away, worse):
     """After 400 steps with weight decay: how far from torch's weights, as a share of the way, and the loss."""
     theirs, loss = learned(lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1))
-    ours, other = learned(lambda p: sft.AdamW(p, 3e-3, 0.1, state=state))
+    ours, other = learned(lambda p: distributed.AdamW(p, 3e-3, 0.1, state=state))
     assert (ours - theirs).norm() <= away * theirs.norm() and abs(other / loss - 1) <= worse
 
 
@@ -187,13 +189,13 @@ def test_second_moments_do_not_stall(state, spread):
     """Gradients that become ten times smaller after 300 steps: 2,000 steps later v is the exact average, in the mean.
     Rounded to the nearest it would stay where it was, about 4 times too high."""
     p, exact = torch.nn.Parameter(torch.zeros(1000)), torch.zeros(1000)
-    optimizer, g = sft.AdamW([p], lr=0.0, state=state), torch.Generator().manual_seed(0)
+    optimizer, g = distributed.AdamW([p], lr=0.0, state=state), torch.Generator().manual_seed(0)
     for step in range(2300):
         p.grad = torch.randn(1000, generator=g) * (10 if step < 300 else 1)
         optimizer.step()
         exact.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
     kept = optimizer.state[p]
-    v = sft.from_8bit(kept["v"], kept["v_scale"])[:1000] if state == "int8" else kept["v"].float()
+    v = distributed.from_8bit(kept["v"], kept["v_scale"])[:1000] if state == "int8" else kept["v"].float()
     ratio = v / exact
     assert abs(ratio.mean() - 1) < 0.03 and ratio.std() < spread
 
@@ -203,12 +205,12 @@ def test_rounding_is_right_in_the_mean_and_to_a_neighbour():
     unsigned value that is tiny beside it does not become 0."""
     bits = torch.arange(2**16, dtype=torch.int32)
     for value in (1.0, 1.001, -3.1415926, 1e-30):
-        rounded = sft.to_bf16(torch.full((2**16,), value), bits)
+        rounded = distributed.to_bf16(torch.full((2**16,), value), bits)
         assert rounded.unique().numel() <= 2 and rounded.double().mean() == pytest.approx(value, rel=1e-6)
     values = torch.tensor([1.0, 0.7, 0.01, 2.0**-15, 2.0**-20, 0.0] + [0.0] * 250)
     for signed, x in ((True, values), (True, -values), (False, values)):
-        codes = sft.to_8bit(x.repeat(4096), bits[::16].repeat_interleave(256), signed)     # 4,096 draws of each value
-        many = sft.from_8bit(*codes).view(4096, 256)
+        codes = distributed.to_8bit(x.repeat(4096), bits[::16].repeat_interleave(256), signed)     # 4,096 draws of each value
+        many = distributed.from_8bit(*codes).view(4096, 256)
         mean = many.double().mean(0)
         assert torch.equal(many[:, 0], x[0].expand(len(many))) and (many[:, 5:] == 0).all()
         assert torch.allclose(mean[1:4], x[1:4].double(), rtol=1e-3, atol=1e-9)
@@ -222,12 +224,13 @@ PEAK = """
 import re, sys, torch
 import sft
 from model import Config
+from support import distributed
 config, length, kinds, recompute, compute, state = eval(sys.argv[1])
 torch.set_num_threads(1)
 now = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 def steps(config, length):
-    model = sft.build(config, None, torch.device("cpu"), recompute=recompute, compute=getattr(torch, compute))
-    optimizer = sft.AdamW(model.parameters(), 1e-4, state=state)
+    model = distributed.build_model(config, None, torch.device("cpu"), recompute=recompute, compute=getattr(torch, compute))
+    optimizer = distributed.AdamW(model.parameters(), 1e-4, state=state)
     text = torch.arange(length // 4 + 1) % 250
     row = [(text.tolist(), [i % kinds == 0 for i in range(len(text))])] * 4
     short = [([1, 2, 3], [False, True, True])]
@@ -257,7 +260,7 @@ def test_planned_memory_is_what_training_takes(shape, length, every, recompute, 
                          check=True, capture_output=True, text=True, env={
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "MALLOC_MMAP_THRESHOLD_": "1000000",
         "MALLOC_TRIM_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"})
-    parts = sft.memory_of(config, length, 1, length // every, state, recompute, getattr(torch, compute), "cpu")
+    parts = distributed.memory_of(config, length, 1, length // every, state, recompute, getattr(torch, compute), "cpu")
     assert sum(parts.values()) == pytest.approx(int(out.stdout), rel=0.1), parts
 
 
@@ -284,7 +287,7 @@ def test_weights_are_counted_and_activations_are_what_autograd_keeps():
     """num_weights against the model's own; a block's activations, in fp32 and bf16, against the tensors it saves."""
     for config in (SMALL, Config(tie_word_embeddings=False)):
         model = Qwen2.from_scratch(config)
-        assert sft.num_weights(config)[-1] == sum(p.numel() for p in model.parameters())
+        assert distributed.num_weights(config)[-1] == sum(p.numel() for p in model.parameters())
     block, own = model.model.layers[0], {p.data_ptr() for p in model.parameters()}
     angles = rotary(torch.arange(96)[None], config.head_dim, 1e6)       # which all blocks share
     for compute in (torch.float32, torch.bfloat16):
@@ -295,9 +298,9 @@ def test_weights_are_counted_and_activations_are_what_autograd_keeps():
         kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}     # each storage once
         tokens = sum(size for at, size in kept.items() if at not in own)
         if compute is torch.bfloat16:       # the weights' copies
-            tokens -= 2 * sft.num_weights(config)[0] - 2 * sum(p.numel() for name, p in block.named_parameters()
+            tokens -= 2 * distributed.num_weights(config)[0] - 2 * sum(p.numel() for name, p in block.named_parameters()
                                                                if name.endswith("bias"))
-        one, two = (sft.memory_of(replace(config, num_hidden_layers=n), 96, targets=1, recompute=False, compute=compute,
+        one, two = (distributed.memory_of(replace(config, num_hidden_layers=n), 96, targets=1, recompute=False, compute=compute,
                                   device="cpu") for n in (8, 9))
         assert two["activations"] - one["activations"] == tokens - sum(x.nbytes for x in angles)
 
@@ -463,28 +466,28 @@ def test_what_a_rename_promises_is_on_the_disk_first(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (rename(path, to), done.append(f"to {to.name}")))
     model = Qwen2.from_scratch(SMALL)
-    sft.save_state(sft.Settings(out=str(tmp_path)), 3, model, sft.AdamW(model.parameters(), 1e-3), {})
+    distributed.save_state(sft.Settings(out=str(tmp_path)), 3, model, distributed.AdamW(model.parameters(), 1e-3), {})
     assert done == ["rank-0.pt", "step-000003.part", "to step-000003", "checkpoints"]
     done.clear()
     model.save_pretrained(tmp_path / "model")
     assert done == ["model", "model-0.safetensors", "to model.safetensors", "model", "config.json", "model"]
     done.clear()
-    sft.write(tmp_path / "manifest.json", {"a": 1})
+    files.write_atomic(tmp_path / "manifest.json", {"a": 1})
     assert done == ["manifest.part"] and json.loads((tmp_path / "manifest.json").read_text()) == {"a": 1}
 
 
 def test_what_was_loaded_does_not_stay(tmp_path):
     """Of a checkpoint nothing is read to a GPU, and its weights and moments are not kept beside the model's own."""
     model = Qwen2.from_scratch(SMALL)
-    optimizer, s = sft.AdamW(model.parameters(), 1e-3), sft.Settings(out=str(tmp_path))
+    optimizer, s = distributed.AdamW(model.parameters(), 1e-3), sft.Settings(out=str(tmp_path))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    sft.save_state(s, 1, model, optimizer, {"a": 1}, more=[3])
+    distributed.save_state(s, 1, model, optimizer, {"a": 1}, more=[3])
     load, places = torch.load, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "load", lambda *args, **more: places.append(more["map_location"]) or load(*args, **more))
-        state = sft.load_state(s, ["lr"], model, optimizer, {"a": 1})
+        state = distributed.load_state(s, ["lr"], model, optimizer, {"a": 1})
     assert places == ["cpu"] and state["step"] == 1 and state["more"] == [3] and not {"model", "optimizer"} & set(state)
 
 
@@ -504,7 +507,7 @@ def test_who_validates_is_drawn_by_trajectory():
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path, capsys):
     conversations(tmp_path / "own.jsonl")
-    with sft.alone(tmp_path / "out", "sft.py"):
+    with files.folder_lock(tmp_path / "out", "sft.py"):
         assert fine_tune(tmp_path) == 2 and "another sft.py writes to" in capsys.readouterr().err
 
 
@@ -545,7 +548,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rank_and_batch(tm
     Tokenizer.of_bytes().save(tmp_path / "ill")
     assert fine_tune(tmp_path, "--model", str(tmp_path / "ill")) == 1
     said = capsys.readouterr().err
-    batch = sft.batch_of(11, 0, 4, 0)       # 12 conversations, of which one validates
+    batch = distributed.batch_indices(11, 0, 4, 0)       # 12 conversations, of which one validates
     assert f"step 1: loss nan, gradient norm nan; rank 0, conversations {batch}" in said
     assert not (tmp_path / "out/checkpoints").exists()
 
@@ -576,14 +579,14 @@ def test_a_step_and_the_folder_are_those_of_transformers(tmp_path):
         expected += loss.item()
     norm = norm_of(model)
     del model, logp, loss
-    model = sft.build(Config.from_pretrained(real), Path(real), device)
-    rows = sft.rows_of(texts, range(3), 0, 1, 1000)
+    model = distributed.build_model(Config.from_pretrained(real), Path(real), device)
+    rows = distributed.packed_micro_batches(texts, range(3), 0, 1, 1000)
     assert len(rows) == 1
     assert sft.add_gradients(model, rows, num, 1, device, tokenizer.size).item() == pytest.approx(expected, rel=1e-4)
     assert norm_of(model) == pytest.approx(norm, rel=1e-4)
-    sft.AdamW(model.parameters(), 1e-5, state="int8").step()
+    distributed.AdamW(model.parameters(), 1e-5, state="int8").step()
     model.zero_grad()
-    sft.export(model, tokenizer, tmp_path / "out", torch.float32)
+    distributed.export_model(model, tokenizer, tmp_path / "out", torch.float32)
     tokens = torch.tensor([texts[2][0]])
     with torch.no_grad():
         ours = model(tokens)

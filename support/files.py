@@ -1,0 +1,164 @@
+"""Files on disk: whole or not there, held by one process, and checked where others may have made them."""
+import contextlib, fcntl, hashlib, json, os, stat
+from pathlib import Path
+
+
+LARGEST = 1 << 28       # bytes of a file that is read as a whole
+
+
+def maybe(form):
+    return f"{form[0]} or null", lambda value: value is None or form[1](value)
+
+
+def one_of(*values):
+    return f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values
+
+
+def some_of(*values):
+    def good(value):
+        return (isinstance(value, list) and all(isinstance(each, str) and each in values for each in value)
+                and 0 < len(value) == len(set(value)))
+    return f"a list of some of {', '.join(values)}", good
+
+
+def up_to(most):
+    return f"a whole number from 1 to {most}", lambda value: type(value) is int and 1 <= value <= most
+
+TEXT = "a text", lambda value: isinstance(value, str)
+WORD = "a few printable characters", lambda value: isinstance(value, str) and value.isprintable() and len(value) <= 100
+FLAG = "true or false", lambda value: isinstance(value, bool)
+NUMBER = "a number", lambda value: type(value) is float or type(value) is int and abs(value) < 1e300
+COUNT = "a whole number of at least 0", lambda value: type(value) is int and 0 <= value < 2**53
+VALUE = "a text, a number, true, false, null or a list of these", lambda value: all(
+    each is None or any(form[1](each) for form in (TEXT, FLAG, NUMBER))
+    for each in (value if isinstance(value, list) else [value]))
+
+
+def check_form(value, form, where):
+    """ValueError, which names the place, unless a value read from JSON has a form: (words, test) for a value; [form]
+    for a list; {name: form} for an object that has these entries, "name?": if it likes, str: for all it has."""
+    names = {list: "a list", dict: "an object"}
+    words, good = form if isinstance(form, tuple) else (names[type(form)], lambda value: type(value) is type(form))
+    if not good(value):
+        found = names.get(type(value)) or shorten(ascii(value), 80)
+        raise ValueError(f"{where}: expected {words}, found {found}")
+    if isinstance(form, list):
+        for i, each in enumerate(value):
+            check_form(each, form[0], f"{where}, entry {i}")
+    if isinstance(form, dict):
+        for name, inner in form.items():
+            for key in value if name is str else [name.removesuffix("?")]:
+                if key in value:
+                    check_form(value[key], inner, f"{where}, {shorten(ascii(key), 80)}")
+                elif not name.endswith("?"):
+                    raise ValueError(f"{where}: {name!r} is missing")
+
+
+def read_bytes(path, most=LARGEST):
+    """The content of a file, None where there is none. ValueError: it is no ordinary file, or has more bytes."""
+    def opener(path, flags):        # waits for nobody at the other end of a pipe
+        return os.open(path, flags | os.O_NONBLOCK)
+    try:
+        with open(path, "rb", opener=opener) as file:
+            state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode) or state.st_size > most:
+                raise ValueError(f"{path}: expected an ordinary file of at most {most:,} bytes")
+            return file.read(most)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_json(raw, form, where):
+    """The value of JSON from who knows where. ValueError: it is not JSON, or not of that form."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where} is not JSON") from None
+    check_form(value, form, where)
+    return value
+
+
+def read_json_lines(path, form, mend=False):
+    """The lines of a file of JSON lines, [] where there is no file. A last line that was cut short is left out, and
+    with mend removed from the file; any other that is not JSON or not of this form is a ValueError."""
+    raw = read_bytes(path) or b""
+    whole = raw.rfind(b"\n") + 1
+    if mend and whole < len(raw):
+        os.truncate(path, whole)
+    return [parse_json(line, form, f"{path}, line {i}") for i, line in enumerate(raw[:whole].splitlines(), 1)]
+
+
+def write_atomic(path, value):
+    """Writes bytes, or a value as JSON, aside and renames the file: it is whole, or the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)        # a link that lies there must not be followed
+    with open(part, "xb") as file:
+        file.write(value if isinstance(value, bytes) else (json.dumps(value, indent=1) + "\n").encode())
+    if not isinstance(value, bytes):        # those are pages and copies, often thousands, and can be made again
+        sync(part)
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def folder_lock(folder, program):
+    """Makes a folder and holds it for this process. ValueError: another process has it, or it leads elsewhere."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    refuse_links_out(folder)
+    with Path(folder, "lock").open("w") as lock:        # let go however this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another {program} writes to {folder}; wait for it, or give another folder") from None
+        yield
+
+
+def refuse_links_out(folder):
+    """ValueError where something in a folder leads out of it, or is neither a file nor a folder: the folder may come
+    from others, and what is written to it must not end up elsewhere."""
+    root = os.path.realpath(folder)
+    todo = [root]
+    while todo:
+        try:
+            entries = list(os.scandir(todo.pop()))
+        except FileNotFoundError:       # removed meanwhile
+            continue
+        except OSError as error:
+            raise ValueError(f"{ascii(error.filename)} cannot be read: {error.strerror}") from None
+        for entry in entries:
+            if entry.is_symlink():
+                if not Path(os.path.realpath(entry.path)).is_relative_to(root):
+                    raise ValueError(f"{ascii(entry.path)} is a link that leads out of {folder}; remove it, or put "
+                                     "there what it leads to")
+            elif entry.is_dir():
+                todo.append(entry.path)
+            elif not entry.is_file():
+                raise ValueError(f"{ascii(entry.path)} is neither a file nor a folder; remove it")
+
+
+def hash_json(value):
+    return hashlib.sha256((value if isinstance(value, str) else json.dumps(value, sort_keys=True)).encode()).hexdigest()
+
+
+def shorten(text, limit):
+    """The text, its middle cut out and the cut marked if it is longer than `limit` characters."""
+    half, cut = limit // 2, len(text) - limit
+    return text if cut <= 0 else f"{text[:half]} ... {cut:,} characters cut ... {text[half + cut:]}"
+
+
+def sync(path):
+    """Returns when what a file holds, or which names a folder has, is on the disk: to be called before the rename that
+    says so, which after a loss of power may otherwise be there without it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+
+def fingerprint(tokenizer):
+    """Tells tokenizers apart: sampled token ids are of use to a model with the same one alone."""
+    return hash_json(tokenizer.bpe.to_str())[:16]
