@@ -145,8 +145,8 @@ def names(which="all"):
             return [load(which).id]
         except ValueError as error:
             raise ValueError(f"{error} Groups of tasks are {', '.join(groups)}.") from None
-    tasks = sorted(map(load, _folders()), key=lambda task: (task.split, task.id))
-    return [task.id for task in tasks if which in ("all", task.split) or (which == "paper" and task.published)]
+    chosen = sorted(map(load, _folders()), key=lambda task: (task.split, task.id))
+    return [task.id for task in chosen if which in ("all", task.split) or (which == "paper" and task.published)]
 
 
 def _folders():
@@ -276,29 +276,29 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
     part = home.with_name(f".{id}.part")
-    old = home.with_name(f".{id}.old")
+    previous = home.with_name(f".{id}.old")
     with open(home.with_name(f".{id}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)    # several processes may want the same task: the others wait and find it done
-        _tidy(home, part, old)              # what a process that was killed left behind
+        _tidy(home, part, previous)              # what a process that was killed left behind
         if _may_stay(home, facts, force, say):
             return home
         try:
             _build(task, part, raw, {**facts, "variant": variant or task.variants[0]}, say, python)
             if home.exists():
-                home.rename(old)
+                home.rename(previous)
             part.rename(home)
         finally:
-            _tidy(home, part, old)
+            _tidy(home, part, previous)
     facts = info(id, data)
     say(f"{id}: ready; the starter scores {task.metric} {facts['m_init']:.5g} in {facts['starter_seconds']:.1f} s")
     return home
 
 
-def _tidy(home, part, old):
-    if old.exists() and not home.exists():
-        old.rename(home)                        # interrupted between the two renames
+def _tidy(home, part, previous):
+    if previous.exists() and not home.exists():
+        previous.rename(home)                   # interrupted between the two renames
     shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _may_stay(home, wanted, force, say):

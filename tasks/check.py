@@ -1,7 +1,7 @@
 """Proofs that a prepared task is sound: what would be wrong is found by trying it. `python -m tasks check` runs them.
 
-Each of PROOFS is a function of a Case that returns a sentence for each fault. The first MAX_ROWS test rows are searched,
-and public tables of up to MAX_BYTES.
+Each of PROOFS is a function of a Case that returns a sentence for each fault. The first MAX_ROWS test rows are
+searched, and public tables of up to MAX_BYTES.
 """
 import functools
 import gzip
@@ -177,23 +177,24 @@ def spoilt_submissions(case):
     gold = case.gold
     targets = case.targets
     key = case.task.key
-
-    def first_cell(name, text):
-        return {**gold, name: [text, *gold[name][1:]]}
     yield "a missing column", {name: column for name, column in gold.items() if name != targets[-1]}
     yield "a missing row", {name: column[:-1] for name, column in gold.items()}
     yield "a surplus row", {name: [*column, column[-1]] for name, column in gold.items()}
     yield "no rows", {name: [] for name in gold}
     yield "an empty file", {}
-    yield "a blank", first_cell(targets[0], "")
+    yield "a blank", _with_first_cell(gold, targets[0], "")
     if key:
-        yield "an unknown id", first_cell(key, "no-such-id")
-        yield "a doubled id", first_cell(key, gold[key][1])
+        yield "an unknown id", _with_first_cell(gold, key, "no-such-id")
+        yield "a doubled id", _with_first_cell(gold, key, gold[key][1])
     if not case.task.text_targets:
-        yield "text", first_cell(targets[0], "text")
+        yield "text", _with_first_cell(gold, targets[0], "text")
         for name in targets[:10] + targets[10:][-10:]:
-            yield f"NaN in the column {name!r}", first_cell(name, "nan")
+            yield f"NaN in the column {name!r}", _with_first_cell(gold, name, "nan")
         yield "a blank at the end", {**gold, targets[-1]: [*gold[targets[-1]][:-1], ""]}
+
+
+def _with_first_cell(table, name, text):
+    return {**table, name: [text, *table[name][1:]]}
 
 
 def not_refused(case):
@@ -487,10 +488,11 @@ def _groups(case, orders):
         groups["length of the id"] = [len(id) for id in case.ids]
     for name, values in numbers.items():
         groups |= {f"{name} modulo {k}": values % k for k in range(2, 17)}
-    for name, cells in _test_rows(case, case.test).items() if case.is_miniature else ():
-        length = cells.str.len()
-        groups[f"number of blanks at the end of {name!r}"] = length - cells.str.rstrip().str.len()
-        groups[f"number of blanks at the start of {name!r}"] = length - cells.str.lstrip().str.len()
+    if case.is_miniature:
+        for name, cells in _test_rows(case, case.test).items():
+            length = cells.str.len()
+            groups[f"number of blanks at the end of {name!r}"] = length - cells.str.rstrip().str.len()
+            groups[f"number of blanks at the start of {name!r}"] = length - cells.str.lstrip().str.len()
     return groups
 
 

@@ -205,6 +205,30 @@ def test_table_1_and_medals():
     assert tasks.load("spaceship-titanic").weakest() is None
 
 
+def test_held_out_tasks_are_refused_by_name_and_by_the_hash_of_their_files(data):
+    hashes = tasks.held_out_hashes(data)
+    leaf, ship = (tasks.info(id, data)["sha256"] for id in ("leaf-classification", "spaceship-titanic"))
+    assert hashes[leaf["private/test.csv"]] == hashes[leaf["public/train.csv"]] == "leaf-classification"
+    assert leaf["public/sample_submission.csv"] not in hashes and not set(ship.values()) & set(hashes)
+    tasks.refuse_held_out("spaceship-titanic", ship, hashes)
+    tasks.refuse_held_out_names(["spaceship-titanic", "cifar-10"])
+    with pytest.raises(ValueError, match="leaf-classification is held out"):
+        tasks.refuse_held_out("leaf-classification", {}, {})
+    with pytest.raises(ValueError, match="a.csv of spaceship-titanic is a file of leaf-classification, which is held"):
+        tasks.refuse_held_out("spaceship-titanic", {**ship, "a.csv": leaf["private/test.csv"]}, hashes)
+    with pytest.raises(ValueError, match="^leaf-classification: held out, .* held-in tasks are: aerial-cactus"):
+        tasks.refuse_held_out_names(["spaceship-titanic", "leaf-classification"])
+    with pytest.raises(ValueError, match="There is no task"):
+        tasks.refuse_held_out_names(["leaf"])
+
+
+def test_tables_as_text_have_aligned_columns():
+    rows = [["task", "data", "score"], ["a", "x", 0.123456], ["", None, ""], ["long name", "y", None], ["b", "", 12]]
+    assert tasks.format_table(rows).splitlines() == [
+        "task       data    score", "a          x     0.12346", "long name  y           -", "b" + " " * 21 + "12"]
+    assert tasks.format_table([["a", 1], ["b", 20]], num_left=1) == "a   1\nb  20"
+
+
 # ---------------------------------------------------------------------------------------------------------------- ideas
 
 def idea(number, find, replace):
@@ -831,7 +855,8 @@ def test_random_edits_of_a_good_file_give_a_score_or_a_reason(id, data, tmp_path
 
 
 def test_tables_are_read_as_they_stand(tmp_path):
-    for text, table in (("a, b\r\n1,2\r\n3,x y", {"a": ["1", "3"], "b": ["2", "x y"]}), ("\ufeffa\né\n", {"a": ["é"]}),
+    for text, table in (("a, b\r\n1,2\r\n3,x y", {"a": ["1", "3"], "b": ["2", "x y"]}),
+                        ("\ufeffa\né\n", {"a": ["é"]}),
                         ("a,b\n", {"a": [], "b": []}), ('a,b\n"x, ""y""\nz",NA\n', {"a": ['x, "y"\nz'], "b": ["NA"]})):
         (tmp_path / "s.csv").write_bytes(text.encode())
         assert tasks.read_table(tmp_path / "s.csv") == tasks.read_submission(tmp_path / "s.csv", 100) == table
@@ -947,7 +972,8 @@ def test_what_the_publishers_own_data_tell_can_be_declared(toy, toy_raw, tmp_pat
     assert "1 rows are in train and in test, such as row 1 of test" in failures(toy_raw)
     assert failures(toy_raw, "known_twins='so they are', ") == ""
     case = read_case("toy", tmp_path / "data", sys.executable)
-    assert duplicates(dataclasses.replace(case, task=dataclasses.replace(case.task, key=None))) != []    # its id is an id still
+    by_position = dataclasses.replace(case.task, key=None)
+    assert duplicates(dataclasses.replace(case, task=by_position)) != []                    # its id is an id still
 
 
 @pytest.mark.parametrize("old, new, found", [
