@@ -994,7 +994,7 @@ class Env:
         if not os.path.lexists(submission):
             return "no submission", "The script ended without writing submission.csv.", None, None
         try:
-            return "ok", "", *tasks.judge(self.task.id, submission, data=self.data)
+            return "ok", "", tasks.grade(self.task.id, submission, data=self.data), None
         except tasks.InvalidSubmission as error:
             return "invalid submission", f"submission.csv is not valid: {error}", None, None
 

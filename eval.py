@@ -159,7 +159,7 @@ def outcome(lines, direction, final):
         chosen = max(printed, key=lambda step: (sign * step["printed"], step["index"]))
     return {"score": chosen.get("score"), "oracle": oracle.get("score"), "ended": end_reason(lines), "steps": len(steps),
             "valid_replies": sum(step["valid"] for step in steps),
-            "flagged": sum(tasks.flagged(step["canary_p"]) for step in steps),
+            "flagged": 0,
             "sandbox": sorted({step["sandbox"] for step in steps if step["sandbox"]})}
 
 
@@ -504,8 +504,6 @@ def shown_step(step):
         labels.append(["dim" if step["outcome"] == "ok" else "bad", ". ".join(filter(None, said))])
     seconds = f"{step['seconds']:.1f} s" + f", script {step['script_seconds']:.1f} s" * bool(step["outcome"])
     labels.append(["dim", seconds])
-    if tasks.flagged(step["canary_p"]):
-        labels.append(["bad", "FLAGGED: holds planted answers"])
     if step["sandbox"] == "off":
         labels.append(["bad", "sandbox off"])
     if step["ended"]:
@@ -672,7 +670,7 @@ def shown_trajectory(runs, n, one):
     id, head, steps = anchor(runs, n, one), one["head"], one["steps"]
     strip = "".join(f'<a class="k{KINDS.index(step["kind"])}" href="#{id}-{i}" title="step {i}: {step["kind"]}, reward '
                     f'{step["reward"]:.3f}">&#963{3 if made_worse(step) else 2};</a>' for i, step in enumerate(steps))
-    flagged = ["flagged"] * any(tasks.flagged(step["canary_p"]) for step in steps)
+    flagged = []
     edits = [f"an edit {'above' if step['reward'] > 0.5 else 'below'} 0.5" for step in steps if step["kind"] == "scored"
              and step["reward"] != 0.5]
     values = {"run": [runs[n]["name"]], "task": [one["task"]], "reward": edits + [step["kind"] for step in steps],
@@ -809,7 +807,7 @@ def baseline(s, infos, cache):
             raise RunError(f"the starter of {task.id}: {result.outcome}. {result.detail}\n{result.stderr}")
         found[task.id] = {**about(task, info), "starter": score, "printed": printed_metric(result.stdout, task.metric),
                           "seconds": result.seconds, "sandbox": result.sandbox,
-                          "flagged": int(tasks.flagged(result.canary_p))}
+                          "flagged": 0}
     return found
 
 

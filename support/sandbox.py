@@ -75,7 +75,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     program, folders, _ = describe(python or sys.executable)
     folders = [*folders, *map(str, readable)]
     layers = protection() if sandbox == "on" else () if sandbox == "off" else tuple(sandbox.split("+"))
-    if not layers and "off" not in _seen:
+    if not layers and hidden and "off" not in _seen:     # without anything hidden the script is our own
         print("sandbox off: scripts run as this user, with its files, the answers and the network in reach",
               file=sys.stderr)
         _seen.add("off")

@@ -8,10 +8,9 @@ and, where it has some,
     ideas.json   ways to change the starter, each told in words and as edits; see `ideas`
 More folders of tasks can be named in the environment variable ML_AGENT_TASKS, separated by ":".
 
-Prepared data lie in `data/<id>/`: `public` (all the agent may see), `private` (the answers, a few of them planted, see
-canary.py) and `task.json` (what was prepared, from what, with row counts, hashes and the starter's measured score).
-Without the publisher's files a *miniature* is prepared: data of the same form, made up from a seed. Scores on a
-miniature do not compare with published ones.
+Prepared data lie in `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (what was
+prepared, from what, with row counts, hashes and the starter's measured score). Without the publisher's files a
+*miniature* is prepared: data of the same form, made up from a seed. Its scores do not compare with published ones.
 
     import tasks
     tasks.prepare("leaf-classification")                           # the miniature; raw="DIR" for the real data
@@ -19,29 +18,40 @@ miniature do not compare with published ones.
 On the command line: `python -m tasks list | prepare | grade | check`. The metrics are in metrics.py, the publisher's
 files and the split in raw.py, the reading of submissions in submission.py; all their names are here too.
 """
-import contextlib, csv, difflib, fcntl, functools, hashlib, importlib.util, json, math, os, re, shutil, subprocess, sys
-import tempfile, threading, time
+import contextlib
+import csv
+import difflib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
-
-from tasks import canary
+from support import sandbox
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
-    MissingRaw, copy_raw, copy_raw_folder, is_disk_full, loose_files, open_raw, progress, raw_csv, raw_files,
+    MissingRaw, copy_raw, copy_raw_folder, is_disk_full, jpeg, loose_files, open_raw, progress, raw_csv, raw_files,
     read_csv, train_test_split, write_csv)
 from tasks.submission import InvalidSubmission, matched, numbers, read_submission, read_table, show
 
 # What an idea may be about: the closed set of "kind" in ideas.json.
 IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentation", "ensembling", "calibration",
               "validation")
+IDEA_FIELDS = {"title", "kind", "instruction", "edits"}
 INSTALL = "Install what the tasks' scripts use: pip install -r tasks/requirements.txt"
 MINIATURE_S = 10            # seconds of processor time of one script on a miniature; starters take one to three
-LARGE_BYTES = 32 << 20      # answers beyond this are read each time and graded one at a time, to save memory
-ONE_LARGE = threading.Lock()
 FOLDERS = [Path(__file__).parent, *map(Path, filter(None, os.environ.get("ML_AGENT_TASKS", "").split(":")))]
+GRADING = threading.Lock()  # one submission is graded at a time, since tables of text can take much memory
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,11 @@ class Task:
         return (self.folder / "problem.md").read_text()
 
     @property
+    def starter(self):
+        """The text of the script that the agent starts from."""
+        return (self.folder / self.entry).read_text()
+
+    @property
     def perfect(self):
         """The score of flawless predictions."""
         return 1.0 if self.direction == "up" else 0.0
@@ -103,10 +118,12 @@ class Task:
     def weakest(self):
         """The weakest average of Table 1, or None where the table does not have the task."""
         averages = [average for average, _ in self.published.values()]
-        return (min if self.direction == "up" else max)(averages) if averages else None
+        worst = min if self.direction == "up" else max
+        return worst(averages, default=None)
 
 
-# -------------------------------------------------------------------------------------------------------- the registry
+# ---------------------------------------------------------------------------------------------------------------------
+# The registry
 
 def load(id):
     """The task with this id, the name of a folder that was found. ValueError with the nearest ids where there is none,
@@ -128,8 +145,8 @@ def names(which="all"):
             return [load(which).id]
         except ValueError as error:
             raise ValueError(f"{error} Groups of tasks are {', '.join(groups)}.") from None
-    every = sorted(map(load, _folders()), key=lambda task: (task.split, task.id))
-    return [task.id for task in every if which in ("all", task.split) or (which == "paper" and task.published)]
+    chosen = sorted(map(load, _folders()), key=lambda task: (task.split, task.id))
+    return [task.id for task in chosen if which in ("all", task.split) or (which == "paper" and task.published)]
 
 
 def _folders():
@@ -148,7 +165,41 @@ def _load(folder):
     return replace(module.TASK, folder=folder)
 
 
-# --------------------------------------------------------------------------------------------------------------- ideas
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out tasks: nothing of them may be trained on
+
+def held_out_hashes(data):
+    """{sha256: id} of the files of all held-out tasks that are prepared in the folder `data`. Sample submissions are
+    left out: they hold no answer, and those of two tasks may be alike."""
+    hashes = {}
+    for id in names("held-out"):
+        if (Path(data) / id / "task.json").exists():
+            for name, sha in info(id, data)["sha256"].items():
+                if name != f"public/{load(id).sample}":
+                    hashes[sha] = id
+    return hashes
+
+
+def refuse_held_out(id, sha256, forbidden):
+    """ValueError if a task or one of its files, {name: sha256}, is held out; also if there is no such task here, as
+    nothing can then be said about it. forbidden: see held_out_hashes."""
+    if load(id).split != "held-in":
+        raise ValueError(f"{id} is held out: it is for evaluation, and nothing of it may be trained on")
+    for name, sha in sha256.items():
+        if sha in forbidden:
+            raise ValueError(f"{name} of {id} is a file of {forbidden[sha]}, which is held out (sha256 {sha[:16]}...): "
+                             "nothing of it may be trained on")
+
+
+def refuse_held_out_names(ids):
+    """ValueError naming those of the tasks that are held out."""
+    if refused := [id for id in ids if load(id).split != "held-in"]:
+        raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
+                         f"held-in tasks are: {', '.join(names('held-in'))}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ideas
 
 def ideas(id):
     """The ideas of the task's ideas.json, in its order; [] where there is no such file.
@@ -156,39 +207,40 @@ def ideas(id):
     An idea is a dict: "title", "kind" (one of IDEA_KINDS), "instruction" (what to do, in words) and "edits", a list of
     {"find": text, "replace": text} for `apply`. ValueError names the file and the entry that is not like that.
     """
-    path, titles = load(id).folder / "ideas.json", set()
+    path = load(id).folder / "ideas.json"
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(found, list):
+    if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list of ideas.")
-    for number, idea in enumerate(found, 1):
-        if wrong := _wrong_with(idea, titles):
-            raise ValueError(f"{path}, entry {number}: {wrong}")
+    titles = set()
+    for number, idea in enumerate(entries, 1):
+        if fault := _fault_of_idea(idea, titles):
+            raise ValueError(f"{path}, entry {number}: {fault}")
         titles.add(idea["title"])
-    return found
+    return entries
 
 
-def _wrong_with(idea, titles):
+def _fault_of_idea(idea, titles):
     """What is wrong with an entry of ideas.json, or None. titles are those of the entries before it."""
-    def fields(entry, *names):
-        return isinstance(entry, dict) and set(entry) == set(names)
-    if not fields(idea, "title", "kind", "instruction", "edits"):
+    if not isinstance(idea, dict) or set(idea) != IDEA_FIELDS:
         return "it must have exactly the fields title, kind, instruction and edits."
-    if not all(isinstance(idea[name], str) and idea[name].strip() for name in ("title", "kind", "instruction")):
+    if not all(isinstance(idea[name], str) and idea[name].strip() for name in IDEA_FIELDS - {"edits"}):
         return "its title, kind and instruction must be text, and not blank."
     if idea["title"] in titles:
         return f"the title {idea['title']!r} occurs twice."
     if idea["kind"] not in IDEA_KINDS:
         return f"its kind is {idea['kind']!r}; it must be one of {', '.join(IDEA_KINDS)}."
-    edits = idea["edits"]
-    if not (isinstance(edits, list) and edits and all(
-            fields(edit, "find", "replace") and all(isinstance(text, str) for text in edit.values()) and edit["find"]
-            for edit in edits)):
+    if not (isinstance(idea["edits"], list) and idea["edits"] and all(map(_is_edit, idea["edits"]))):
         return 'its edits must be a list, not empty, of {"find": text, "replace": text}, with something to find.'
+
+
+def _is_edit(edit):
+    is_pair = isinstance(edit, dict) and set(edit) == {"find", "replace"}
+    return is_pair and all(isinstance(text, str) for text in edit.values()) and edit["find"] != ""
 
 
 def apply(script, idea):
@@ -201,7 +253,8 @@ def apply(script, idea):
     return script
 
 
-# ------------------------------------------------------------------------------------------------------------- prepare
+# ---------------------------------------------------------------------------------------------------------------------
+# Preparation
 
 def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=print, python=sys.executable):
     """Prepares a task into data/id and returns that path; does nothing where that is done already.
@@ -213,61 +266,62 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
     ValueError: unknown task or variant; MissingRaw, which is one: the raw folder holds something else. RuntimeError:
     the starter fails, or a program is needed to read the files.
     """
-    task, home = load(id), Path(data).resolve() / id
+    task = load(id)
+    home = Path(data).resolve() / id
     if variant is not None and variant not in task.variants:
         raise ValueError(f"{id} has no variant {variant!r}; it has {', '.join(task.variants)}.")
     facts = {"id": id, "miniature": raw is None, "variant": variant, "seed": seed if raw is None else None,
              "raw": None if raw is None else _fingerprint(task, raw), "code": hash_code(task)}
-    if _prepared(task, home, facts, force, say):
+    if _may_stay(home, facts, force, say):
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
-    part, old = home.with_name(f".{id}.part"), home.with_name(f".{id}.old")
+    part = home.with_name(f".{id}.part")
+    previous = home.with_name(f".{id}.old")
     with open(home.with_name(f".{id}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)    # several processes may want the same task: the others wait and find it done
-        _tidy(home, part, old)              # what a process that was killed left behind
-        if _prepared(task, home, facts, force, say):
+        _tidy(home, part, previous)              # what a process that was killed left behind
+        if _may_stay(home, facts, force, say):
             return home
         try:
             _build(task, part, raw, {**facts, "variant": variant or task.variants[0]}, say, python)
             if home.exists():
-                home.rename(old)
+                home.rename(previous)
             part.rename(home)
         finally:
-            _tidy(home, part, old)
+            _tidy(home, part, previous)
     facts = info(id, data)
     say(f"{id}: ready; the starter scores {task.metric} {facts['m_init']:.5g} in {facts['starter_seconds']:.1f} s")
     return home
 
 
-def _tidy(home, part, old):
-    if old.exists() and not home.exists():
-        old.rename(home)                        # interrupted between the two renames
+def _tidy(home, part, previous):
+    if previous.exists() and not home.exists():
+        previous.rename(home)                   # interrupted between the two renames
     shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
-def _prepared(task, home, wanted, force, say):
-    """Whether home may stay as it is: real data where a miniature is wanted, or what is wanted itself."""
+def _may_stay(home, wanted, force, say):
+    """Whether home holds what is wanted, or real data where a miniature is wanted."""
     if not (home / "task.json").is_file():
         return False
-    found = _facts(home)
-    if wanted["miniature"] and not found["miniature"]:
+    facts = _facts(home)
+    if wanted["miniature"] and not facts["miniature"]:
         if force:
             raise ValueError(f"{home} holds real data. Give --raw to prepare it again, or delete it first.")
-        stale = "" if found["code"] == wanted["code"] else "; the task has changed since: prepare it again with --raw"
-        say(f"{task.id}: keeping the real data in {home}{stale}")
+        stale = "" if facts["code"] == wanted["code"] else "; the task has changed since: prepare it again with --raw"
+        say(f"{home.name}: keeping the real data in {home}{stale}")
         return True
-    wanted = {name: value for name, value in wanted.items() if name != "variant" or value is not None}
-    return not force and all(found.get(name) == value for name, value in wanted.items())
+    if wanted["variant"] is None:
+        wanted = {**wanted, "variant": facts["variant"]}
+    return not force and all(facts.get(name) == value for name, value in wanted.items())
 
 
 def _build(task, part, raw, facts, say, python):
     """Fills the folder `part` with public, private and task.json."""
-    def num_rows(path):
-        with open(path, newline="", encoding="utf-8") as stream:
-            return sum(1 for _ in csv.reader(stream)) - 1
-
-    public, private = part / "public", part / "private"
+    # 1. The data.
+    public = part / "public"
+    private = part / "private"
     public.mkdir(parents=True)
     private.mkdir()
     if raw is None:
@@ -282,22 +336,30 @@ def _build(task, part, raw, facts, say, python):
     for path in public.rglob("*"):
         if path.is_file():
             path.chmod(0o444)                   # scripts see this very folder, so a slip must not write into it
-    num_canaries = canary.plant(private, task.answers, target_columns(task, part))
+
+    # 2. The starter's score.
     say(f"{task.id}: running the starter once")
-    before = os.times()
-    score, seconds, _, _ = run_starter(task, part, python)
-    used_s = sum(os.times()[2:4]) - sum(before[2:4])        # processor time of children, which the limits count
-    limit_s = min(task.time_limit_s, MINIATURE_S if raw is None else math.inf)
-    if used_s > limit_s / 3:
-        say(f"{task.id}: the starter takes {used_s:.1f} s of processor time, over a third of the {limit_s:g} s that a "
-            "script has; edits that make it slower may be stopped")
+    score, seconds, _ = run_starter(task, part, python)
+    limit_s = task.time_limit_s if raw is not None else min(task.time_limit_s, MINIATURE_S)
+    if seconds > limit_s / 3:
+        say(f"{task.id}: the starter takes {seconds:.1f} s, over a third of the {limit_s:g} s that a script has; edits "
+            "that make it slower may be stopped")
+
+    # 3. What is known of both.
     files = [path for folder in (public, private) for path in sorted(folder.iterdir()) if path.is_file()]
-    facts = {**facts, "m_init": score, "m_best": task.m_best_miniature if raw is None else task.m_best,
-             "m_best_source": task.m_best_miniature_source if raw is None else task.m_best_source,
-             "starter_seconds": round(seconds, 2), "canaries": num_canaries,
-             "rows": {str(path.relative_to(part)): num_rows(path) for path in files if path.suffix == ".csv"},
+    tables = [path for path in files if path.suffix == ".csv"]
+    facts = {**facts, "m_init": score, "m_best": task.m_best, "m_best_source": task.m_best_source,
+             "starter_seconds": round(seconds, 2),
+             "rows": {str(path.relative_to(part)): _num_rows(path) for path in tables},
              "sha256": {str(path.relative_to(part)): hash_files(path) for path in files}}
+    if raw is None:
+        facts.update(m_best=task.m_best_miniature, m_best_source=task.m_best_miniature_source)
     (part / "task.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _num_rows(path):
+    with open(path, newline="", encoding="utf-8") as stream:
+        return sum(1 for _ in csv.reader(stream)) - 1
 
 
 @contextlib.contextmanager
@@ -308,9 +370,17 @@ def _told_where_to_get(task):
     except Exception as error:
         if isinstance(error, (ImportError, RuntimeError)) or is_disk_full(error):
             raise
-        found = str(error) if isinstance(error, MissingRaw) else (
-            f"The files are not as the publisher's ({type(error).__name__}: {error}).")
-        raise MissingRaw(f"{found} Get {task.download} ({task.size}) and put it there as it comes.") from error
+        reason = str(error)
+        if not isinstance(error, MissingRaw):
+            reason = f"The files are not as the publisher's ({type(error).__name__}: {error})."
+        raise MissingRaw(f"{reason} Get {task.download} ({task.size}) and put it there as it comes.") from error
+
+
+def _fingerprint(task, raw):
+    """Text that changes when a file under raw appears, goes or changes its size; to hash gigabytes takes too long."""
+    with _told_where_to_get(task):
+        files = [(str(path.relative_to(raw)), path.stat().st_size) for path in loose_files(raw)]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def target_columns(task, home):
@@ -319,67 +389,65 @@ def target_columns(task, home):
         return list(task.targets or [name for name in next(csv.reader(stream)) if name != task.key])
 
 
-# what a score may depend on is as where the agent's scripts run, or to change nothing would change the score
-AS_JUDGED = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")} | {
-    "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
-
-
 def run_starter(task, home, python=sys.executable):
-    """Runs the starter on home/public: (graded score, seconds, stdout, canary_p). RuntimeError where it fails."""
-    return run_script(task, home, (task.folder / task.entry).read_text(), python, f"The starter of {task.id}")
+    """Runs the starter on home/public: (graded score, seconds, stdout). RuntimeError where it fails."""
+    return run_script(task, home, task.starter, python, f"The starter of {task.id}")
 
 
-def run_script(task, home, script, python=sys.executable, name="The script"):
-    """As run_starter, for a script given as text that messages call `name`. Unlike env.execute it keeps nothing from a
-    script: for our own only, and without what may be a key in its environment."""
-    inherited = {name: value for name, value in os.environ.items() if not re.search("KEY|TOKEN|SECRET|PASSWORD", name)}
+def run_script(task, home, script, python, name):
+    """As run_starter, for a script of ours given as text, which messages call `name`. It runs without a sandbox."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / task.entry).write_text(script)
-        os.symlink((home / "public").resolve(), Path(folder) / "data")
-        start = time.monotonic()
+        (Path(folder) / "data").symlink_to((home / "public").resolve())
+        result = sandbox.execute(task.entry, folder, timeout_s=task.time_limit_s, python=python, sandbox="off",
+                                 memory_bytes=task.memory_limit_bytes)
+        if module := re.search(r"^ModuleNotFoundError: No module named '(\w+)", result.stderr, re.MULTILINE):
+            raise RuntimeError(f"{name} needs the module {module[1]}, which {python} lacks. {INSTALL}")
+        if result.outcome == "error":
+            raise RuntimeError(f"{name} exits with {result.exit_code}:\n{result.stderr[-2000:]}")
+        if result.outcome != "ok":
+            raise RuntimeError(f"{name}: {result.outcome}. {result.detail}")
         try:
-            run = subprocess.run([python, task.entry], cwd=folder, timeout=task.time_limit_s, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**inherited, **AS_JUDGED})
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"{name} takes over {task.time_limit_s:g} s, its limit.") from None
-        seconds = time.monotonic() - start
-        if missing := re.search(r"^ModuleNotFoundError: No module named '(\w+)", run.stderr, re.MULTILINE):
-            raise RuntimeError(f"{name} needs the module {missing[1]}, which {python} lacks. {INSTALL}")
-        if run.returncode != 0:
-            raise RuntimeError(f"{name} exits with {run.returncode}:\n{run.stderr[-2000:]}")
-        try:
-            score, canary_p = judge_file(task, home, Path(folder) / "submission.csv")
-            return _finite(score), seconds, run.stdout, canary_p
+            return _finite(score_file(task, home, Path(folder) / "submission.csv")), result.seconds, result.stdout
         except InvalidSubmission as error:
             raise RuntimeError(f"{name} writes a submission that is not valid. {error}") from None
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What is prepared
+
 FACTS = {"id": str, "miniature": bool, "variant": str, "code": str, "m_init": (int, float), "m_best": (int, float),
          "rows": dict, "sha256": dict}
+PREPARED_FILE = re.compile(r"(public|private)/(?!\.\.?$)[^/]+")
 
 
-def info(id, data="data", needed=tuple(FACTS)):
+def info(id, data="data"):
     """What task.json says of the prepared task. ValueError where there is none, or not what prepare has written."""
+    return _facts(_home(id, data))
+
+
+def _home(id, data):
     home = Path(data) / load(id).id
     if not (home / "task.json").is_file():
         raise ValueError(f"{id} is not prepared in {data}. Run: python -m tasks prepare {id} --data {data}")
-    return _facts(home, needed)
+    return home
 
 
-def _facts(home, needed=FACTS):
-    """What task.json in home says. ValueError where a fact is of another type, or one that is needed is not there."""
+def _facts(home):
     try:
-        found = json.loads((home / "task.json").read_bytes())
-        sound = all(isinstance(found[name], FACTS[name]) for name in FACTS if name in found or name in needed)
-        sound = sound and all(abs(found.get(name, 0)) <= sys.float_info.max for name in ("m_init", "m_best"))   # no NaN
-        sound = sound and all(re.fullmatch(r"(public|private)/(?!\.\.?$)[^/]+", name) and isinstance(sha, str)
-                              for name, sha in found.get("sha256", {}).items())
+        facts = json.loads((home / "task.json").read_bytes())
+        scores = (facts["m_init"], facts["m_best"])
+        valid = (all(isinstance(facts[name], kind) for name, kind in FACTS.items())
+                 and facts["id"] == home.name
+                 and all(abs(score) <= sys.float_info.max for score in scores)      # no NaN
+                 and all(map(PREPARED_FILE.fullmatch, facts["sha256"]))
+                 and all(isinstance(sha, str) for sha in facts["sha256"].values()))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound or found.get("id", home.name) != home.name:
+        valid = False
+    if not valid:
         raise ValueError(
             f"{home / 'task.json'} is not what prepare has written. Delete {home} and prepare the task again.")
-    return found
+    return facts
 
 
 def hash_files(*paths):
@@ -394,70 +462,32 @@ def hash_files(*paths):
 
 def hash_code(task):
     """The hash that task.json has as "code": what is prepared is stale when the task's has become another."""
-    return hash_files(task.folder / "task.py", task.folder / task.entry, Path(canary.__file__))
+    return hash_files(task.folder / "task.py", task.folder / task.entry)
 
 
-def _fingerprint(task, raw):
-    """Text that changes when a file under raw appears, goes or changes its size; to hash gigabytes takes too long."""
-    with _told_where_to_get(task):
-        files = [(str(path.relative_to(raw)), path.stat().st_size) for path in loose_files(raw)]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------- grading
+# ---------------------------------------------------------------------------------------------------------------------
+# Grading
 
 def grade(id, path, data="data"):
     """The score of the submission file at path by the prepared task's answers. InvalidSubmission, with the reason in
     one sentence, for anything at path that cannot be scored, whatever its bytes are."""
-    return judge(id, path, data)[0]
-
-
-def judge(id, path, data="data"):
-    """(score, canary_p) of the submission at path; errors as grade's. canary_p: how likely it is to hold as many of the
-    planted answers as it does without having read them (canary.p_value); 1 where the test set is too small for any."""
-    score, canary_p = judge_file(load(id), _home(id, data), path)
-    return _finite(score), canary_p
-
-
-def flagged(canary_p):
-    """Whether a submission with this canary_p has been made with the private answers. None: there is no submission."""
-    return canary_p is not None and canary_p <= canary.ALARM
+    return _finite(score_file(load(id), _home(id, data), path))
 
 
 def also(id, path, data="data"):
     """The further metrics of the submission at path, which are only shown: {name: float}, in the order of Task.also;
     NaN where one is not defined for these predictions. Errors as grade's."""
-    return _judge(load(id), _home(id, data), path, load(id).also)[0]
+    task = load(id)
+    return {name: score_file(task, _home(id, data), path, score) for name, score in task.also.items()}
 
 
-def judge_file(task, home, path):
-    """As judge, for a task prepared in home; NaN or infinity where the metric is not defined for these predictions."""
-    scores, canary_p = _judge(task, home, path, {task.metric: task.score})
-    return scores[task.metric], canary_p
-
-
-def _home(id, data):
-    """The folder of a prepared task. ValueError where canary rows were planted and their true answers are lost."""
-    home = Path(data) / id
-    num_canaries = info(id, data, needed=()).get("canaries", 0)     # none: by an older version
-    if num_canaries != len(canary.load(home / "private")):
-        raise ValueError(f"{home / 'private' / canary.FILE} is not what was prepared. Prepare the task again: "
-                         f"python -m tasks prepare {id} --data {data} --force, with --raw for real data.")
-    return home
-
-
-def _judge(task, home, path, functions):
-    """({name: score by that function}, canary_p)"""
-    limit = (home / "public" / task.sample).stat().st_size * 4 + (4 << 20)  # numbers in full are 3 times the sample's
-    facts = (home / "private" / task.answers).stat()
-    large = facts.st_size > LARGE_BYTES
-    with ONE_LARGE if large else contextlib.nullcontext():      # threads grade at once; text takes 5 times the file
-        submission = read_submission(path, limit)
-        answers = (_read_answers if large else _kept_answers)(
-            home / "private" / task.answers, facts.st_mtime_ns, task.key, task.targets)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):     # predictions near 1e308
-            scores = {name: float(function(answers, submission)) for name, function in functions.items()}
-        return scores, canary.p_value(submission, answers, canary.load(home / "private"), task.key)
+def score_file(task, home, path, score=None):
+    """The score of the submission at path for the task prepared in home, by the function `score` (default: the task's);
+    NaN or infinity where the metric is not defined for these predictions. Errors as grade's."""
+    limit_bytes = (home / "public" / task.sample).stat().st_size * 4 + (4 << 20)    # numbers in full are 3 times longer
+    with GRADING:
+        submission = read_submission(path, limit_bytes)
+        return float((score or task.score)(read_answers(task, home), submission))
 
 
 def _finite(score):
@@ -466,35 +496,27 @@ def _finite(score):
     return score
 
 
-def true_answers(task, home):
-    """The answers of the task prepared in home as a table, canary rows put right; only the columns that are needed."""
-    return _read_answers(home / "private" / task.answers, None, task.key, task.targets)
+def read_answers(task, home):
+    """The answers of the task prepared in home as a table; of columns only the key and the targets."""
+    table = read_table(home / "private" / task.answers)
+    columns = task.targets or [name for name in table if name != task.key]
+    return {name: table[name] for name in table if name == task.key or name in columns}
 
 
-def _read_answers(path, mtime, key, targets):
-    """As true_answers; columns that are not needed can be many."""
-    table = read_table(path)
-    canary.restore(table, canary.load(path.parent))
-    columns = list(table) if not targets else [key, *targets] if key else list(targets)
-    return {name: table[name] for name in columns}
+def format_table(rows, num_left=2):
+    """Lines of text with aligned columns, of rows of cells; rows without any content are left out. The first num_left
+    columns are set to the left. Floats are written with five digits, None as "-"."""
+    rows = [[_cell_text(cell) for cell in row] for row in rows if any(cell not in ("", None) for cell in row)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:num_left], widths)]
+        right = [cell.rjust(width) for cell, width in zip(row[num_left:], widths[num_left:])]
+        lines.append("  ".join(left + right).rstrip())
+    return "\n".join(lines)
 
 
-_kept_answers = functools.lru_cache(maxsize=8)(_read_answers)
-
-
-def held_out_hashes(data):
-    """{sha256: id} of the files of all held-out tasks that are prepared in the folder `data`. Sample submissions are
-    left out: they hold no answer, and those of two tasks may be alike."""
-    return {sha: id for id in names("held-out") if Path(data, id, "task.json").exists()
-            for name, sha in info(id, data)["sha256"].items() if name != f"public/{load(id).sample}"}
-
-
-def refuse_held_out(id, sha256, forbidden):
-    """ValueError if a task or one of its files, {name: sha256}, is held out; also if there is no such task here, as
-    nothing can then be said about it. forbidden: see held_out_hashes."""
-    if load(id).split != "held-in":
-        raise ValueError(f"{id} is held out: it is for evaluation, and nothing of it may be trained on")
-    for name, sha in sha256.items():
-        if sha in forbidden:
-            raise ValueError(f"{name} of {id} is a file of {forbidden[sha]}, which is held out (sha256 {sha[:16]}...): "
-                             "nothing of it may be trained on")
+def _cell_text(cell):
+    if cell is None:
+        return "-"
+    return f"{cell:.5g}" if isinstance(cell, float) else str(cell)

@@ -1,7 +1,9 @@
-"""The publisher's files: found wherever they lie, streamed, split, and written so that the recorded MD5 sums hold."""
+"""The publisher's files: found wherever they lie, streamed, split, and written so that the recorded MD5 sums hold; and
+pictures for files that are made up."""
 import contextlib
 import errno
 import functools
+import io
 import math
 import shutil
 import sys
@@ -18,6 +20,9 @@ class MissingRaw(ValueError):
     """The raw folder does not hold what the publisher ships."""
 
 
+# What reading a damaged file raises.
+DAMAGED = (OSError, EOFError, RuntimeError, NotImplementedError, UnicodeError, zipfile.BadZipFile, zlib.error,
+           pd.errors.ParserError, pd.errors.EmptyDataError)
 # From pandas 3.1 on every float is read exactly and the option is deprecated.
 EXACT_FLOATS = {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
 
@@ -30,6 +35,17 @@ def read_csv(source, **options):
 def write_csv(frame, path):
     """Writes a data frame as the recorded MD5 sums need it: no index column, `\\n` line ends."""
     frame.to_csv(path, index=False, lineterminator="\n")
+
+
+def jpeg(pixels, size, step=8):
+    """A JPEG of uint8 pixels (H, W) or (H, W, 3), as `size` bytes: the end is filled with zeros, which readers skip, so
+    that the length of the file does not tell what is in it. step quantises all coefficients: larger is coarser."""
+    from PIL import Image       # the tasks of tables and texts do without it
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", qtables=[[step] * 64], subsampling=0)
+    if stream.tell() > size:
+        raise ValueError(f"The image takes {stream.tell()} bytes and cannot be padded to {size}.")
+    return stream.getvalue().ljust(size, b"\0")
 
 
 def train_test_split(n, fraction, seed=0):
@@ -49,15 +65,14 @@ def readable(path):
     """Turns what reading a damaged file raises into MissingRaw with its path."""
     try:
         yield
-    except (OSError, EOFError, RuntimeError, NotImplementedError, UnicodeError, zipfile.BadZipFile, zlib.error,
-            pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except DAMAGED as error:
         if is_disk_full(error):
             raise
         raise MissingRaw(f"{path} is damaged, or no such file as its name says ({error}).") from None
 
 
 def is_disk_full(error):
-    """Whether it says that there is no room to write, which is no fault of what is read."""
+    """Whether the error says that there is no room to write, which is no fault of what is read."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -107,29 +122,35 @@ def _zip_files(name, stream):
 def open_raw(raw, name, columns=(), **options):
     """A binary stream of the first file called `name` under raw that has these columns, or exactly these where options
     say header=None. A folder may hold other tasks' files of that name. MissingRaw says what was found instead."""
+    wanted = name
+    if columns and "header" not in options:
+        wanted = f"{name} with the columns {_some(columns)}"
     others = []
     for path, opened in raw_files(raw):
         if path.split("/")[-1] != name:
             continue
+        header = []
         try:
-            with readable(path), opened() as stream:
-                found = list(read_csv(stream, **{**options, "nrows": 1})) if columns else []
+            if columns:
+                with readable(path), opened() as stream:
+                    header = list(read_csv(stream, **{**options, "nrows": 1}))
         except MissingRaw as error:
             others.append(str(error))
             continue
-        if found == list(columns) if "header" in options else set(columns) <= set(found):
+        if header == list(columns) if "header" in options else set(columns) <= set(header):
             with readable(path), opened() as stream:
                 yield stream
             return
-        others.append(f"{path} has the columns {_some(found)}.")
-    wanted = f"{name} with the columns {_some(columns)}" if columns and "header" not in options else name
+        others.append(f"{path} has the columns {_some(header)}.")
     raise MissingRaw(" ".join([f"{wanted} is not in {raw}, neither loose nor inside a zip.", *others[:1]]))
 
 
 def _some(names, most=8):
     """The first names, each cut short and in visible characters: they may be out of any file."""
     shown = [str(name)[:40].encode("unicode_escape").decode() for name in names[:most]]
-    return ", ".join(shown if len(names) <= most else [*shown, "..."])
+    if len(names) > most:
+        shown.append("...")
+    return ", ".join(shown)
 
 
 def raw_csv(raw, name, columns=(), **options):
@@ -158,8 +179,9 @@ def copy_raw_folder(raw, folder, target, wanted):
             progress(total - len(missing), total, "files copied")
             if not missing:
                 return
-    some = f"{min(missing)} is" if total == 1 else f"{len(missing)} of {total} files (such as {min(missing)}) are"
-    raise MissingRaw(f"{some} not in a folder {folder} of {raw}, neither loose nor inside a zip.")
+    first = min(missing)
+    lacking = f"{first} is" if total == 1 else f"{len(missing)} of {total} files (such as {first}) are"
+    raise MissingRaw(f"{lacking} not in a folder {folder} of {raw}, neither loose nor inside a zip.")
 
 
 def progress(done, total, what):

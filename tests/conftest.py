@@ -35,9 +35,11 @@ def forks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A data folder with all miniatures, in place of most starters' scores 0.5; beside them, in `true` the private
-    folder of each before anything was planted, in `raw` what each was prepared from."""
-    folder, plant, run, load = tmp_path_factory.mktemp("data"), tasks.canary.plant, tasks.run_starter, tasks.load
+    """A data folder with all miniatures, in place of most starters' scores 0.5; beside them, in `raw`, what each was
+    prepared from."""
+    folder = tmp_path_factory.mktemp("data")
+    run = tasks.run_starter
+    load = tasks.load
 
     def load_to_keep(id):
         task = load(id)
@@ -47,14 +49,9 @@ def data(tmp_path_factory):
             shutil.copytree(raw, folder / "raw" / id)
         return dataclasses.replace(task, miniature=miniature)
 
-    def keep_then_plant(private, *args):
-        shutil.copytree(private, folder / "true" / private.parent.name.strip(".").removesuffix(".part"))
-        return plant(private, *args)
-
     def run_or_not(task, *args):
-        return run(task, *args) if task.id in RUN else (0.5, 0.0, "", 1.0)
+        return run(task, *args) if task.id in RUN else (0.5, 0.0, "")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks.canary, "plant", keep_then_plant)
         patch.setattr(tasks, "run_starter", run_or_not)
         patch.setattr(tasks, "load", load_to_keep)
         for id in tasks.names():

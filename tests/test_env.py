@@ -46,7 +46,7 @@ def task(tmp_path, monkeypatch):
     info = {"id": "made", "m_init": 0.5, "m_best": 0.9, "miniature": True}
     monkeypatch.setattr(tasks, "load", lambda id: task)
     monkeypatch.setattr(tasks, "info", lambda id, data="data": info)
-    monkeypatch.setattr(tasks, "judge", lambda id, path, data: (grade(id, path, data), 1.0))
+    monkeypatch.setattr(tasks, "grade", grade)
     return task
 
 

@@ -94,7 +94,7 @@ def test_a_forest_that_lines_cannot_carry_over_exactly_is_refused(tmp_path, old,
 
 
 def test_the_forest_is_graded_by_accuracy(data):
-    truth = pd.read_csv(data / "true" / FOREST / "test.csv")[["Id", "Cover_Type"]]
+    truth = pd.read_csv(data / FOREST / "private" / "test.csv")[["Id", "Cover_Type"]]
     assert graded(FOREST, data, truth.sample(frac=1, random_state=1)) == 1
     assert graded(FOREST, data, truth.assign(Cover_Type=2.0)) == (truth["Cover_Type"] == 2).mean()
 
@@ -150,7 +150,7 @@ def test_a_crystal_without_geometry_is_named(crystals, tmp_path):
 
 
 def test_crystals_are_compared_by_position_and_ids_do_not_matter(data):
-    truth = pd.read_csv(data / "true" / NOMAD / "test.csv")
+    truth = pd.read_csv(data / NOMAD / "private" / "test.csv")
     a, b = tasks.load(NOMAD).targets
     guess = truth[[a, b]] * 1.1 + 0.05
     by_hand = np.mean([np.sqrt(((np.log1p(guess[name]) - np.log1p(truth[name])) ** 2).mean()) for name in (a, b)])
@@ -174,7 +174,7 @@ def test_pairs_of_phrases_are_split_row_by_row(tmp_path):
 
 
 def test_a_constant_prediction_has_no_correlation_and_is_refused(data):
-    truth = pd.read_csv(data / "true" / PATENT / "test.csv")[["id", "score"]]
+    truth = pd.read_csv(data / PATENT / "private" / "test.csv")[["id", "score"]]
     assert graded(PATENT, data, truth.assign(score=7 - 3 * truth["score"])) == pytest.approx(-1)
     noisy = truth.assign(score=truth["score"] + np.random.default_rng(0).normal(0, 0.3, len(truth)))
     expected = np.corrcoef(noisy["score"], truth["score"])[0, 1]
@@ -204,7 +204,7 @@ def test_comments_are_written_as_pandas_reads_them(tmp_path):
 
 def test_comments_without_labels_must_be_there_and_are_not_scored(data):
     labels = list(tasks.load(JIGSAW).targets)
-    truth = pd.read_csv(data / "true" / JIGSAW / "test.csv")
+    truth = pd.read_csv(data / JIGSAW / "private" / "test.csv")
     scored = truth[labels].sum(axis=1) >= 0
     assert 0 < scored.sum() < len(truth)
     rng = np.random.default_rng(4)
@@ -332,7 +332,7 @@ def test_comments_survive_being_read_and_written_by_a_script(comments, how):
 
 
 def test_insults_are_graded_by_accuracy_and_by_auc(data):
-    truth = read(data / "true" / INSULTS / "test.csv")
+    truth = read(data / INSULTS / "private" / "test.csv")
     rng = np.random.default_rng(4)
     chances = np.round(0.3 * truth["Insult"] + 0.7 * rng.random(len(truth)), 1)         # many ties, some at 0.5
     score = graded(INSULTS, data, truth.assign(Insult=chances))
@@ -344,7 +344,7 @@ def test_insults_are_graded_by_accuracy_and_by_auc(data):
 
 
 def test_spooky_is_graded_by_log_loss(data):
-    truth = read(data / "true" / SPOOKY / "test.csv")
+    truth = read(data / SPOOKY / "private" / "test.csv")
     chances = np.random.default_rng(5).dirichlet([1, 1, 1], len(truth))
     frame = truth[["id"]].assign(**{name: chances[:, k] for k, name in enumerate(["EAP", "HPL", "MWS"])})
     wanted = sklearn.metrics.log_loss(truth[["EAP", "HPL", "MWS"]].to_numpy().argmax(1), chances)
@@ -352,7 +352,7 @@ def test_spooky_is_graded_by_log_loss(data):
 
 
 def test_scored_essays_are_graded_by_kappa(data):
-    truth = read(data / "true" / ESSAYS / "answers.csv")
+    truth = read(data / ESSAYS / "private" / "answers.csv")
     for guess in (truth["score"].clip(2, 4), np.random.default_rng(6).choice([1, 3, 9], len(truth))):
         wanted = sklearn.metrics.cohen_kappa_score(truth["score"], guess, weights="quadratic")
         frame = pd.DataFrame({"essay_id": truth["essay_id"], "score": np.asarray(guess, float)})     # 3.0 is fine
@@ -360,7 +360,7 @@ def test_scored_essays_are_graded_by_kappa(data):
 
 
 def test_rated_essays_are_graded_column_by_column(data):
-    truth = read(data / "true" / FEEDBACK / "answer.csv")
+    truth = read(data / FEEDBACK / "private" / "answer.csv")
     frame = truth.assign(cohesion=truth["cohesion"] + 3, grammar=9.0)
     by_hand = (3 + np.sqrt(np.mean([(9 - rating) ** 2 for rating in truth["grammar"]]))) / 6
     assert graded(FEEDBACK, data, frame[::-1]) == pytest.approx(by_hand)

@@ -8,8 +8,7 @@ import zipfile
 import numpy as np
 import pandas as pd
 
-from tasks import Task, copy_raw_folder, log_loss, matched, numbers, raw_csv, train_test_split, write_csv
-from tasks.images import jpeg
+from tasks import Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_csv, train_test_split, write_csv
 
 FEATURES = [f"{group}{i}" for group in ("margin", "shape", "texture") for i in range(1, 65)]
 

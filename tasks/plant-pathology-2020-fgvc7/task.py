@@ -5,8 +5,7 @@ Split, names and grader are MLE-bench's.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, copy_raw_folder, matched, numbers, raw_csv, train_test_split, write_csv
-from tasks.images import jpeg
+from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, train_test_split, write_csv
 
 TARGETS = ["healthy", "multiple_diseases", "rust", "scab"]
 
@@ -55,7 +54,7 @@ def miniature(raw, seed):
     names = [f"Train_{i}" for i in range(num_labelled)] + [f"Test_{i}" for i in range(20)]
     (raw / "images").mkdir()
     for name, kind in zip(names, label):
-        picture = jpeg(_picture(rng, rust=kind in (1, 2), scab=kind in (1, 3)), step=16, size=8192)
+        picture = jpeg(_picture(rng, rust=kind in (1, 2), scab=kind in (1, 3)), size=8192)
         (raw / "images" / f"{name}.jpg").write_bytes(picture)
     frame = pd.DataFrame({"image_id": names, **{name: (label == k).astype(int) for k, name in enumerate(TARGETS)}})
     write_csv(frame[:num_labelled], raw / "train.csv")
@@ -106,6 +105,6 @@ TASK = Task(
     size="800 MB",
     m_init=None,
     m_best=0.98445, m_best_source="first place of Kaggle's private leaderboard",
-    m_best_miniature=0.964, m_best_miniature_source="random forest on histograms of colour and relative brightness",
+    m_best_miniature=0.917, m_best_miniature_source="random forest on histograms of colour and relative brightness",
     medals={"gold": 0.97836, "silver": 0.97465, "bronze": 0.97361, "median": 0.94852},
 )
