@@ -133,23 +133,6 @@ class Tokenizer:
         bpe.add_special_tokens([cls.TEXT_END, cls.TURN, cls.END])
         return cls(bpe)
 
-    @classmethod
-    def train(cls, texts, size, phrases=()):
-        """A byte-level BPE of `size` ids, learned from texts, without a default system text. A digit is always a token
-        of its own, and a word the same tokens after any punctuation, which both make copying easier to learn. Each of
-        `phrases` is one more token wherever it stands: what many replies have word for word."""
-        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-        words = tokenizers.Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-        bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-            tokenizers.pre_tokenizers.Split(words, "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        bpe.decoder = tokenizers.decoders.ByteLevel()
-        bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-            vocab_size=size, special_tokens=[cls.TEXT_END, cls.TURN, cls.END], show_progress=False,
-            initial_alphabet=byte_alphabet()))
-        bpe.add_tokens([tokenizers.AddedToken(phrase, normalized=False) for phrase in phrases])
-        return cls(bpe, system=None)
-
     def save(self, folder):
         """Write the tokenizer's files beside a saved model, so that transformers and vLLM open the folder."""
         folder = Path(folder)

@@ -41,6 +41,7 @@ from model import (
 from eval import (
     AGENT, FLAG, NUMBER, TEXT, VALUE, Failed, Run, alone, attempt, ended, file_of, from_json, layout, one_process,
     prepare, read_agent, read_bytes, read_record, run_program, spoken, together, trajectory, write)
+from support.miniature_tokenizer import train_tokenizer
 
 
 RECIPES = {     # --preset: the paper's section on fine-tuning
@@ -1526,8 +1527,8 @@ def own_tokenizer(s):
         pieces = Counter(piece for reply in replies for piece in
                          re.split(r'(?<="find": ").*?(?=", "replace": ")|(?<=", "replace": ").*?(?="}$)', reply))
         phrases = [piece for piece, times in pieces.items() if len(piece) > 3 and times * 50 > len(replies)]
-        sample.Tokenizer.train((message["content"] for one in found for message in one.messages), VOCABULARY,
-                               [*phrases, " = "]).save(s.out)
+        train_tokenizer((message["content"] for one in found for message in one.messages), VOCABULARY,
+                        [*phrases, " = "]).save(s.out)
 
 
 def fine_tune(s):
