@@ -502,31 +502,6 @@ class Lookup:
         return (self.recent[0] + 2 * right / made) / (self.recent[1] + 2)
 
 
-class PassTime:
-    """Seconds that a pass of N tokens takes, base + N * each: least squares over the passes so far, older ones counting
-    less. Before passes of different N were seen, a token is taken to cost a tenth of the base."""
-
-    def __init__(self):
-        self.weight = self.n = self.t = self.nn = self.nt = 0.0
-
-    def add(self, N, seconds):
-        if self.weight:         # a pass that the machine interrupted says little
-            base, each = self.fit()
-            seconds = min(seconds, 3 * (base + N * each))
-        for name, value in dict(weight=1.0, n=N, t=seconds, nn=N * N, nt=N * seconds).items():
-            setattr(self, name, 0.98 * getattr(self, name) + value)
-
-    def fit(self):
-        """(base, each) in seconds."""
-        if not self.weight:
-            return 10.0, 1.0
-        n, t = self.n / self.weight, self.t / self.weight
-        usual, doubt = t / (n + 10), 1.0
-        each = (self.nt - self.weight * n * t + doubt * usual) / (self.nn - self.weight * n * n + doubt)
-        each = min(max(each, 0.0), t / n)
-        return t - n * each, each
-
-
 class Engine:
     """Samples many conversations at once from one model.
 
@@ -536,8 +511,8 @@ class Engine:
     refresh(). On a CPU in fp32, pack=True keeps a second copy of the weights in a layout that is about twice as fast
     for 4 to 64 rows; None does so where they are too large for the processor's cache (64 MiB). draft: guess tokens from
     the prompt and the reply so far, and check several in one pass where that is expected to pay; the tokens stay those
-    of plain decoding. What pays is measured; repeatable=True takes it from what was sampled since refresh() alone, so
-    that the same calls give the same log-probs to the last bit. static: decode in Frames, which on CUDA are graphs: off
+    of plain decoding. What pays depends on what was sampled since refresh() alone, so that the same calls give the same
+    log-probs to the last bit. static: decode in Frames, which on CUDA are graphs: off
     by default as long as nobody has run it on a GPU. What is sampled is the same.
 
     chat, generate and submit may be called from any thread. The first chat or submit starts one that runs the model
@@ -546,7 +521,7 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True,
-                 repeatable=False, static=False):
+                 static=False):
         weight = model.lm_head.weight
         self.model, self.tokenizer, self.name, self.rows = model, tokenizer, name, rows
         self.context = min(context, model.config.max_position_embeddings)
@@ -564,7 +539,7 @@ class Engine:
         self.used = [0] * rows                                              # when each was parked last
         self.waiting, self.wake, self.thread, self.turn = deque(), threading.Condition(), None, threading.Lock()
         self.sampled_tokens = self.prefilled_tokens = self.reused_tokens = 0
-        self.draft, self.cost, self.repeatable = draft, PassTime(), repeatable
+        self.draft = draft
         self.passes = self.drafted_tokens = self.accepted_tokens = 0
         self.refresh()
 
@@ -695,10 +670,7 @@ class Engine:
         self._admit()
         drafts = self._drafts()
         passes, frame = self._frame(drafts)
-        start = time.perf_counter()
         replies = self._replay(drafts, passes, frame) if frame else self._pass(drafts)
-        if not self.repeatable:
-            self.cost.add(len(drafts) + sum(map(len, drafts)), (time.perf_counter() - start) / passes)
         self.passes += passes
         self.drafted_tokens += sum(map(len, drafts))
         done = []
@@ -764,20 +736,20 @@ class Engine:
     def _drafts(self):
         """For each active row the tokens to try after its last.
 
-        A guess that is right with probability p, after j others, is right with p^(j + 1) and costs `each` seconds. It
-        pays if that is above each times the tokens per second without it; to take all that pay raises the rate, so the
+        A guess that is right with probability p, after j others, is right with p^(j + 1) and costs TOKEN_COST. It
+        pays if that is above TOKEN_COST times the tokens per cost without it; to take all that pay raises the rate, so the
         lengths are found again with the new one.
         """
         B = len(self.active)
         if not self.draft:
             return [[]] * B
-        (base, each), chances = self.cost.fit(), [r.lookup.chance() for r in self.active]
-        counts, rate = [0] * B, B / (base + each * B)
+        chances = [r.lookup.chance() for r in self.active]
+        counts, rate = [0] * B, B / (PASS_COST + TOKEN_COST * B)
         for _ in range(3):
-            least = max(each * rate, 1e-9)
+            least = max(TOKEN_COST * rate, 1e-9)
             counts = [int(min(LONGEST_DRAFT, math.log(least) / math.log(p))) if p > least else 0 for p in chances]
             tokens = B + sum(p * (1 - p ** k) / (1 - p) for p, k in zip(chances, counts) if k)
-            rate = max(rate, tokens / (base + each * (B + sum(counts))))
+            rate = max(rate, tokens / (PASS_COST + TOKEN_COST * (B + sum(counts))))
         counts = [min(k, r.max_new_tokens - len(r.tokens) - 1) for k, r in zip(counts, self.active)]
         return [r.lookup.seq[r.lookup.at:r.lookup.at + k] if k else [] for k, r in zip(counts, self.active)]
 
@@ -890,6 +862,8 @@ class Engine:
 
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 LONGEST_DRAFT = 32          # tokens of one row
+PASS_COST = 10.0            # of a pass, and of each of its tokens, in a unit that does not matter: constants, so that the
+TOKEN_COST = 1.0            # same seeds always make the same passes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

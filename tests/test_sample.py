@@ -360,7 +360,12 @@ def test_rows_of_the_vocabulary_without_a_token_are_never_sampled():
 @pytest.fixture
 def eager(monkeypatch):
     """A drafted token is taken to cost next to nothing, so that every guess is tried."""
-    monkeypatch.setattr(sample.PassTime, "fit", lambda self: (1.0, 1e-6))
+    make_drafts_cheap(monkeypatch)
+
+
+def make_drafts_cheap(monkeypatch):
+    monkeypatch.setattr(sample, "PASS_COST", 1.0)
+    monkeypatch.setattr(sample, "TOKEN_COST", 1e-6)
 
 
 def repeating_prompts(num):
@@ -451,23 +456,12 @@ def test_lookup_by_hand():
     assert text.chance() == pytest.approx((0.9 * 1 + 0 + 2 * 2 / 3) / (0.9 * 1 + 1 + 2))
 
 
-def test_pass_time_finds_base_and_slope():
-    cost = sample.PassTime()
-    assert cost.fit() == (10, 1)
-    cost.add(4, 0.14)
-    assert cost.fit() == pytest.approx((0.1, 0.01))         # one size: a token costs a tenth of the base
-    for N in [1, 9, 17, 2, 30] * 40:
-        cost.add(N, 0.05 + 0.02 * N)
-    assert cost.fit() == pytest.approx((0.05, 0.02), rel=0.02)
-    cost.add(10, 100.0)                                     # the machine slept
-    assert cost.fit()[0] < 0.1
-
-
 @pytest.mark.parametrize("chance, base, each, length", [
     (0.9, 1.0, 0.0, 32), (0.9, 1.0, 2.0, 2), (0.5, 1.0, 2.0, 0), (0.5, 1.0, 0.1, 2), (0.05, 1.0, 0.1, 0), (0.0, 1.0, 0.0, 0)])
 def test_a_draft_is_as_long_as_pays(model, chance, base, each, length, monkeypatch):
     """Tokens per second of one row, (1 - p^(k + 1)) / (1 - p) / (base + each * (k + 1)), is largest at that length."""
-    monkeypatch.setattr(sample.PassTime, "fit", lambda self: (base, each))
+    monkeypatch.setattr(sample, "PASS_COST", base)
+    monkeypatch.setattr(sample, "TOKEN_COST", each)
     monkeypatch.setattr(sample.Lookup, "chance", lambda self: chance)
     engine = engine_of(model)
     with engine.wake:
@@ -490,7 +484,7 @@ def test_frames_sample_what_plain_passes_sample(model, drafts, monkeypatch):
     """Ragged rows that come and go, so that frames have padding rows and, with drafts, padding tokens; one request's
     limits of top_p and top_k change its own distribution alone."""
     if drafts:
-        monkeypatch.setattr(sample.PassTime, "fit", lambda self: (1.0, 1e-6))
+        make_drafts_cheap(monkeypatch)
     prompts, runs = repeating_prompts(11), []
     for engine in (engine_of(model, rows=5, draft=drafts), static_engine(model, rows=5, draft=drafts)):
         futures = []
