@@ -1210,21 +1210,6 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
     return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec), static=graphs)
 
 
-def read_bandwidth(device="cpu", num_bytes=2**28):
-    """Bytes a second at which this device reads its memory: the best of five sums over a large tensor."""
-    x, best = torch.ones(num_bytes // 4, device=device), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        x.sum().item()
-        best = max(best, x.nbytes / (time.perf_counter() - start))
-    return best
-
-
-def streamed_bytes(model):
-    """Bytes of weights that a decoding step of one row reads: every matrix product's, in the form it is read in."""
-    return sum(layer.step_bytes() for layer in model.modules() if isinstance(layer, Linear))
-
-
 @dataclass
 class Settings:
     """Command line of sample.py."""
@@ -1264,10 +1249,9 @@ def main(s):
     print(decoder.decode(b"", final=True))
     if len(passes) > 1 and passes[-1][0] > passes[0][0]:
         seconds = passes[-1][1] - passes[0][1]
-        share = (passes[-1][0] - passes[0][0]) / seconds * streamed_bytes(policy.model) / read_bandwidth(policy.device)
         print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes (drafted "
               f"{policy.drafted_tokens}, accepted {policy.accepted_tokens}), {(len(passes) - 1) / seconds:.1f} "
-              f"tokens/s after the first: {share:.0%} of the memory's read bandwidth", file=sys.stderr)
+              "tokens/s after the first", file=sys.stderr)
 
 
 if __name__ == "__main__":
