@@ -9,14 +9,11 @@
 The letters B, T, K, D, S, V, L are those of model.py; R is the number of rows of the cache.
 """
 import argparse
-import base64
 import codecs
 import dataclasses
 import difflib
-import email.utils
 import http.client
 import inspect
-import ipaddress
 import json
 import math
 import os
@@ -831,9 +828,7 @@ class Engine:
         if not ended:
             new = self.tokenizer.bytes[token]
             r.text += new
-            for stop in r.stop:
-                at = r.text.find(stop, max(0, len(r.text) - len(new) - len(stop) + 1))
-                cut = at if at >= 0 and (cut is None or at < cut) else cut
+            cut = find_stop(r.text, r.stop, len(new))
             if r.stream:
                 r.stream(bytes(new))
         stopped = ended or cut is not None
@@ -860,6 +855,12 @@ class Engine:
                 values[a], values[b] = values[b], values[a]
 
 
+def find_stop(text, stops, num_new):
+    """Return where the earliest stop string begins in a text, or None. Only its last num_new characters are new."""
+    starts = [text.find(stop, max(0, len(text) - num_new - len(stop) + 1)) for stop in stops]
+    return min((start for start in starts if start >= 0), default=None)
+
+
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 LONGEST_DRAFT = 32          # tokens of one row
 PASS_COST = 10.0            # of a pass, and of each of its tokens, in a unit that does not matter: constants, so that the
@@ -870,214 +871,172 @@ TOKEN_COST = 1.0            # same seeds always make the same passes
 # OpenAI-compatible servers
 
 class EndpointError(RuntimeError):
-    """A server that gave no usable answer: the message names the URL, what came back and what to do. `retry_s` is None
-    where asking again cannot help, else the least number of seconds to wait first."""
+    """A server gave no usable answer. retry_s: seconds to wait before asking again; None: asking again cannot help."""
 
     def __init__(self, message, retry_s=None):
         super().__init__(message)
         self.retry_s = retry_s
 
 
-def is_near(host):
-    """Whether a host is this machine or in a private network, by its name or number."""
-    try:
-        return ipaddress.ip_address(host).is_private
-    except ValueError:
-        return host == "localhost" or "." not in host
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):  # following one would send the prompt and the key to another host
-        return None
-
-
 def is_server(spec):
-    """Whether a --model value is the address of a server."""
+    """Return whether a --model value is the address of a server."""
     return str(spec).lower().startswith(("http://", "https://"))
 
 
 def address(spec):
-    """((scheme, host, port), the URL to post to, the model's name) of "http://host:port/v1#name". ValueError: it has
-    another form. A key in it is refused: the address stands in messages and results."""
-    right = "expected an endpoint like http://host:port/v1#model-name"
+    """Return ((scheme, host, port), the URL to post to, the model's name) of "http://host:port/v1#name".
+
+    Raises ValueError for another form, and for a key in it, because addresses stand in messages and results.
+    """
+    expected = "expected an endpoint like http://host:port/v1#model-name"
     url, _, name = str(spec).partition("#")
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
-        raise ValueError(f"{right}, found one whose host or port cannot be read") from None
+        raise ValueError(f"{expected}, found one whose host or port cannot be read") from None
     if "@" in parts.netloc or parts.query:
-        raise ValueError(f"{right}, found one with a password or a query in it; a key belongs in OPENAI_API_KEY")
-    if parts.scheme not in ("http", "https") or not parts.hostname or not name or not url.isprintable() or " " in url:
-        raise ValueError(f"{right}, found {spec!r}")
+        raise ValueError(f"{expected}, found one with a password or a query in it; a key belongs in OPENAI_API_KEY")
+    if not is_server(url) or not parts.hostname or not name or not url.isprintable() or " " in url:
+        raise ValueError(f"{expected}, found {spec!r}")
     url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     return (parts.scheme, parts.hostname, port), url, name
 
 
 def coder_key(coder, model):
-    """The name of the variable that holds the key for the server `coder`: OPENAI_API_KEY_CODER, if it is set or if
-    `model` is a server on another host, which OPENAI_API_KEY then belongs to; else OPENAI_API_KEY."""
-    other = is_server(coder) and is_server(model) and address(coder)[0] != address(model)[0]
-    return "OPENAI_API_KEY_CODER" if other or os.environ.get("OPENAI_API_KEY_CODER") else "OPENAI_API_KEY"
+    """Return the name of the environment variable that holds the key for the server `coder`.
+
+    OPENAI_API_KEY is for the host of `model`: a coder on another host has OPENAI_API_KEY_CODER, and so has any coder
+    where that is set.
+    """
+    other_host = is_server(coder) and is_server(model) and address(coder)[0] != address(model)[0]
+    if other_host or os.environ.get("OPENAI_API_KEY_CODER"):
+        return "OPENAI_API_KEY_CODER"
+    return "OPENAI_API_KEY"
 
 
-def without_key(text, key):
-    """The text with *** for all that could be of the key: each eight or more of its characters, or all if it has less,
-    as they are, or in base64, hexadecimal or percent-encoded; a server may have cut it or put it into quotes."""
-    raw, size, kept = key.encode(), min(8, len(key)), [True] * len(text)
-    forms = [key, raw.hex(), "".join(f"%{byte:02x}" for byte in raw), urllib.parse.quote(key, safe="")]
-    forms += [base64.b64encode(b"\0" * i + raw).decode()[(0, 2, 3)[i]:].rstrip("=")[:-1] for i in range(3)]
-    forms += [json.dumps(key)[1:-1], *(form.translate({43: "-", 47: "_"}) for form in forms[-3:])]
-    pieces = {form[i:i + size].lower() for form in forms for i in range(len(form) - size + 1) if size}
-    lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)      # as long as the text
-    if not any(piece in lower for piece in pieces):
+def mask_key(text, key):
+    """Return the text with * for each piece of eight or more characters of the key (a server may have cut it)."""
+    if not key:
         return text
+    spellings = "\n".join((key, json.dumps(key), urllib.parse.quote(key, safe="")))
+    size = min(8, len(key))
+    masked = list(text)
     for i in range(len(text) - size + 1):
-        if lower[i:i + size] in pieces:
-            kept[i:i + size] = [False] * size
-    return re.sub("\0+", "***", "".join(c if keep else "\0" for c, keep in zip(text, kept)))
+        if text[i:i + size] in spellings:
+            masked[i:i + size] = "*" * size
+    return "".join(masked)
+
+
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Hands over answers of any status, and so follows no redirect: it would take the conversation to another host."""
+
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 class Endpoint:
-    """The same blocking, thread-safe `chat` as Engine's, answered by any server that speaks /v1/chat/completions.
+    """The same `chat` as Engine's, answered by any server that speaks /v1/chat/completions. Threads may share it.
 
-    spec is "http://host:port/v1#model-name". key: the environment variable that holds the server's key; the key is sent
-    to that host alone, and stands in no message. timeout_s bounds a request. Busy servers (429), server errors (5xx),
-    lost connections, timeouts and replies that are no chat completion are tried again `retries` times, after backoff_s,
-    2 * backoff_s, ... seconds (with jitter) or what Retry-After asks.
+    spec is "http://host:port/v1#model-name". key: the environment variable that holds the server's key, which is sent
+    to that host alone and stands in no message. Busy servers, server errors, lost connections, timeouts and answers
+    that are no chat completion are tried again, after pauses that double.
     """
-    context = None            # in tokens: only the server knows
-    max_bytes = 16 * 2**20    # of one reply
+    context = None              # in tokens; only the server knows
+    timeout_s = 120.0           # of one request
+    retries = 5
+    backoff_s = 1.0             # the first pause
+    max_bytes = 16 * 2**20      # of one answer
 
-    def __init__(self, spec, timeout_s=120.0, retries=5, backoff_s=1.0, key="OPENAI_API_KEY"):
-        (scheme, host, _), self.url, self.name = address(spec)
-        self.timeout_s, self.retries, self.backoff_s = timeout_s, retries, backoff_s
-        self._variable = key
+    def __init__(self, spec, key="OPENAI_API_KEY"):
+        _, self.url, self.name = address(spec)
+        self.key_name = key
         self._key = os.environ.get(key, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
             raise ValueError(f"{key} holds characters that cannot be sent in a header; set it again")
-        if self._key and scheme == "http" and not is_near(host):
-            tell(f"{self.url}: the key in {key} goes there unencrypted; is there no https?")
-        if not self._key and key != "OPENAI_API_KEY" and os.environ.get("OPENAI_API_KEY"):
-            tell(f"{self.url} is asked without a key: OPENAI_API_KEY is for the host of the model; set {key}")
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(AnyStatus)
 
     def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0):
-        """Completion for `messages` ([{"role", "content"}]); its tokens and logps are empty, the server keeps them.
-        Raises ContextFull where the server says so and EndpointError for everything else that is not a reply."""
-        stop = [stop] if isinstance(stop, str) else [s for s in stop if s]
+        """Return a Completion without tokens and logps, which the server keeps. messages: [{"role", "content"}].
+
+        Raises ContextFull where the server says so, and EndpointError for any other answer that is no reply.
+        """
+        stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
         body = {"model": self.name, "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
                 "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         if stop:
             body["stop"] = stop
-        if top_k:  # not in OpenAI's own interface; vLLM, SGLang, llama.cpp and others take it
+        if top_k:       # not in OpenAI's own interface; vLLM, SGLang, llama.cpp and others take it
             body["top_k"] = top_k
-        body, start = json.dumps(body).encode(), time.perf_counter()
+        start = time.perf_counter()
         for attempt in range(self.retries + 1):
             try:
-                text, finish, usage = self._ask(body)
+                completion = self._ask(json.dumps(body).encode())
                 break
             except EndpointError as error:
-                if error.retry_s is None:
+                if error.retry_s is None or attempt == self.retries:
                     raise
-                if attempt == self.retries:
-                    raise EndpointError(f"{error} (gave up after {attempt + 1} attempts)", error.retry_s) from None
-                pause = min(self.backoff_s * 2 ** attempt, 60.0) * random.uniform(0.5, 1.0)
+                pause = min(60.0, self.backoff_s * 2 ** attempt) * random.uniform(0.5, 1.0)
                 time.sleep(max(pause, min(error.retry_s, self.timeout_s)))
-        ends = [at for at in (text.find(s) for s in stop) if at >= 0]
-        if ends:  # a server that ignores `stop`, or returns the string with the text
-            text, finish = text[:min(ends)], "stop"
-        details = usage.get("prompt_tokens_details")
-        counts = usage.get("prompt_tokens"), details.get("cached_tokens") if isinstance(details, dict) else 0
-        counts = [count if isinstance(count, int) and 0 <= count < 2**31 else 0 for count in counts]
-        return Completion(text, [], [], finish, *counts, time.perf_counter() - start)
+        cut = find_stop(completion.text, stop, len(completion.text))
+        if cut is not None:     # the server ignores `stop`, or returns the string with the text
+            completion.text = completion.text[:cut]
+            completion.finish = "stop"
+        completion.seconds = time.perf_counter() - start
+        return completion
 
     def _ask(self, body):
-        """(text, "stop" | "length", usage) of one request."""
+        status, retry_after, said = self._post(body)
+        answered = f"{self.url} answered {status}: {self._excerpt(said)}"
+        too_long = re.search(r"context.{0,12}(length|window|size)|too long|too many tokens", said[:4096], re.I)
+        if too_long and status in (400, 413, 422):
+            raise ContextFull(f"{answered}; the conversation is longer than {self.name!r} takes")
+        if status in (408, 409, 425, 429) or status >= 500:
+            seconds = re.fullmatch(r"\d{1,9}(\.\d+)?", retry_after)
+            raise EndpointError(f"{answered}; it is busy or broken", float(seconds[0]) if seconds else 0.0)
+        if status != 200:
+            raise EndpointError(f"{answered}; check the address, the model's name {self.name!r} and the key in "
+                                f"{self.key_name}")
+        try:
+            answer = json.loads(said)
+            choice = answer["choices"][0]
+            text = choice["message"]["content"].encode("utf-8", "replace").decode()     # half a surrogate pair: "?"
+            finish = "length" if choice.get("finish_reason") == "length" else "stop"
+            usage = answer.get("usage") or {}
+            counts = [usage.get("prompt_tokens"), (usage.get("prompt_tokens_details") or {}).get("cached_tokens")]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise EndpointError(f"{answered}; that is no chat completion: is this an OpenAI-compatible /v1?", 0.0) from None
+        if len(self._key) >= 16:        # a shorter one, such as EMPTY, is a word that a reply may well hold
+            text = mask_key(text, self._key)
+        counts = [count if isinstance(count, int) and 0 <= count < 2**31 else 0 for count in counts]
+        return Completion(text, [], [], finish, *counts)
+
+    def _post(self, body):
+        """Return (status, Retry-After, text) of the server's answer to one request."""
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json", "User-Agent": "ml-agent"})
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        raw = bytearray()
+        deadline = time.monotonic() + self.timeout_s        # the socket's own limit is for each piece of an answer
         try:
             with self._opener.open(request, timeout=self.timeout_s) as response:
-                raw = self._read(response)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refused(error) from None
-        except TimeoutError:
-            late = f"{self.url} did not answer within {self.timeout_s:g} s; is the server overloaded?"
-            raise EndpointError(late, 0.0) from None
-        except (OSError, http.client.HTTPException) as error:  # refused, reset, unknown host, broken HTTP, cut short
-            why = getattr(error, "reason", None) or error
-            if isinstance(why, TimeoutError):
-                why = f"no connection within {self.timeout_s:g} s"
-            lost = (f"{self.url} cannot be reached ({type(why).__name__}: {self._excerpt(str(why))}); is the server "
-                    "running there?")
-            raise EndpointError(lost, 0.0) from None
-        try:
-            reply = json.loads(raw)
-            choice = reply["choices"][0]
-            text, usage = choice["message"]["content"], reply.get("usage")
-            finish = "length" if choice.get("finish_reason") == "length" else "stop"
-            if not isinstance(text, str):
-                raise TypeError
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise EndpointError(f"{self.url} answered, but not with a chat completion: {self._excerpt(raw)}; "
-                                "is this the address of an OpenAI-compatible /v1?", 0.0) from None
-        text = text.encode("utf-8", "replace").decode()     # half a surrogate pair is no character
-        if len(self._key) >= 16:        # no word that servers without keys are given; replies are recorded and shown
-            text = without_key(text, self._key)
-        return text, finish, usage if isinstance(usage, dict) else {}
-
-    def _read(self, response):
-        """The body; TimeoutError when it is not whole in time (a slow drip passes the socket's own timeout)."""
-        raw, deadline = bytearray(), time.monotonic() + self.timeout_s
-        while part := response.read1(65536):
-            raw += part
-            if len(raw) > self.max_bytes:
-                raise EndpointError(f"{self.url} sent more than {self.max_bytes} bytes for one reply", 0.0)
-            if time.monotonic() > deadline:
-                raise TimeoutError
-        return bytes(raw)
-
-    def _refused(self, error):
-        """The exception for an HTTP status other than 2xx."""
-        try:
-            said = self._read(error)[:4096]
-        except (OSError, http.client.HTTPException, EndpointError):
-            said = b""
-        code, message = error.code, f"{self.url} answered {error.code}: {self._excerpt(said)}"
-        over = re.search(rb"context.{0,12}(length|window|size)|too long|too many tokens", said, re.I)
-        if over and code in (400, 413, 422):
-            return ContextFull(f"{message}; the conversation is longer than {self.name!r} takes")
-        if code in (408, 409, 425, 429) or code >= 500:
-            advice = "ask less in parallel, or later" if code == 429 else "see the server's log"
-            return EndpointError(f"{message}; {advice}", _retry_after(error.headers.get("Retry-After")))
-        name = self._variable
-        advice = {401: f"set {name} to a key it accepts" if self._key else f"set {name}",
-                  403: f"the key in {name} may not use this model" if self._key else f"set {name}",
-                  404: f"check the address (it usually ends in /v1) and the model's name, {self.name!r}"}
-        if 300 <= code < 400:
-            where = self._excerpt(error.headers.get("Location", ""))
-            advice[code] = f"give the address it points to ({where}) instead"
-        return EndpointError(f"{message}; {advice.get(code, 'it does not accept this request')}")
+                while part := response.read1(65536):
+                    raw += part
+                    if len(raw) > self.max_bytes:
+                        raise OSError(f"more than {self.max_bytes} bytes")
+                    if time.monotonic() > deadline:
+                        raise TimeoutError("not complete in time")
+        except (OSError, http.client.HTTPException) as error:
+            raise EndpointError(f"{self.url} gave no answer ({self._excerpt(str(error))}; the limit is {self.timeout_s:g} "
+                                "s); is the server running there, and is it overloaded?", 0.0) from None
+        return response.status, response.headers.get("Retry-After", ""), raw.decode("utf-8", "replace")
 
     def _excerpt(self, said):
-        """The beginning of what a server said, as text that shows no key and does nothing to a terminal."""
-        text = said[:4096].decode("utf-8", "replace") if isinstance(said, bytes) else said[:4096]
-        text = " ".join(without_key(text, self._key).split())
-        return ascii(without_key(text, self._key)[:300]) if text else "an empty body"
-
-
-def _retry_after(value):
-    """Seconds that a Retry-After header asks for (a number or a date), 0 where it says nothing usable."""
-    try:
-        return max(0.0, float(value))
-    except (TypeError, ValueError):
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, AttributeError):
-        return 0.0
+        """Return the beginning of what a server said, in printable ASCII and without the key."""
+        text = " ".join(said[:4096].split())
+        return ascii(mask_key(text, self._key)[:300])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
