@@ -1007,7 +1007,8 @@ class Endpoint:
             usage = answer.get("usage") or {}
             counts = [usage.get("prompt_tokens"), (usage.get("prompt_tokens_details") or {}).get("cached_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise EndpointError(f"{answered}; that is no chat completion: is this an OpenAI-compatible /v1?", 0.0) from None
+            raise EndpointError(f"{self.url} answered, but not with a chat completion: {self._excerpt(said)}; is this the "
+                                "address of an OpenAI-compatible /v1?", 0.0) from None
         if len(self._key) >= 16:        # a shorter one, such as EMPTY, is a word that a reply may well hold
             text = mask_key(text, self._key)
         counts = [count if isinstance(count, int) and 0 <= count < 2**31 else 0 for count in counts]

@@ -166,8 +166,8 @@ def test_one_bad_answer_is_tried_again(serve, bad):
 @pytest.mark.parametrize("bad, words", [
     ((500, {}, "oops\n  at line 3"), ["answered 500", "oops at line 3", "busy or broken"]),
     ((429, {}, "slow down"), ["answered 429", "slow down", "busy or broken"]),
-    ((200, {}, "<html>log in</html>"), ["no chat completion", "<html>log in</html>", "/v1"]),
-    ((200, {}, ""), ["no chat completion"]),
+    ((200, {}, "<html>log in</html>"), ["not with a chat completion", "<html>log in</html>", "/v1"]),
+    ((200, {}, ""), ["not with a chat completion"]),
     (hang_up, ["gave no answer"]),
 ])
 def test_a_server_that_stays_bad_gives_one_clear_error(serve, bad, words):
