@@ -225,7 +225,7 @@ def _json(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Key/value cache
 
-class Cache:
+class KVCache:
     """Keys and values of R conversations of up to S_max tokens: two tensors (L, R, K, S_max, D), allocated once."""
 
     def __init__(self, config, rows, length, dtype, device):
@@ -248,7 +248,7 @@ class Cache:
             t[:, b, :, :length] = kept
 
 
-class Window:
+class ForwardBatch:
     """What one pass sees: rows of a cache, each continued by counts[i] >= 1 tokens after its starts[i] tokens.
 
     The new tokens of all rows, N together, stand back to back; positions: (1, N), where each stands in its row. A token
@@ -296,7 +296,7 @@ class Window:
         return out
 
 
-class Frame:
+class DecodeGraph:
     """A decoding pass of one shape, made again and again: the first B rows of a cache, each continued by T tokens that
     see its first S positions. All it reads and leaves is in tensors that stay where they are, so that on CUDA a pass is
     one graph, replayed without asking the device anything; on a CPU the same function runs as it stands.
@@ -304,7 +304,7 @@ class Frame:
     A token at the cache's last position, which no row ever reaches, is padding: it writes there alone and its result
     means nothing. After each pass positions move on by one and, where T is 1, the tokens drawn are the next pass's, so
     that several passes follow each other before what they drew, in `drawn` and `logps`, (passes, B * T), is read.
-    limits: whether top_p and top_k are looked at. A token takes one uniform number, as in `draw`, not a race between
+    limits: whether top_p and top_k are looked at. A token takes one uniform number, as in `sample_tokens`, not a race between
     the words of the vocabulary: it needs no answer from the device either, and a seed means the same as without frames.
     """
     fresh, counts = False, None
@@ -318,7 +318,7 @@ class Frame:
         self.settings = torch.ones(N, 3, dtype=torch.float64, device=device)            # temperature, top_p, top_k
         self.uniform = torch.zeros(CHECK_EVERY, N, dtype=torch.float64, device=device)
         self.drawn, self.logps = torch.zeros_like(self.uniform, dtype=torch.int64), torch.zeros_like(self.uniform)
-        self.at, self.graph = torch.zeros(1, dtype=torch.int64, device=device), None    # at: which pass this is
+        self.pass_index, self.graph = torch.zeros(1, dtype=torch.int64, device=device), None    # which pass this is
         if device.type == "cuda":       # captured while everything is padding: no live row is written
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -336,14 +336,14 @@ class Frame:
         logits = self.model(self.tokens, self)[0].float()
         logits[:, self.size:] = -torch.inf
         temperature, top_p, top_k = self.settings.unbind(1)
-        drawn, logps = draw(logits, temperature, top_p, top_k.long(), self.uniform.index_select(0, self.at)[0],
+        drawn, logps = sample_tokens(logits, temperature, top_p, top_k.long(), self.uniform.index_select(0, self.pass_index)[0],
                             self.limits)
-        self.drawn.index_copy_(0, self.at, drawn[None])
-        self.logps.index_copy_(0, self.at, logps[None].double())
+        self.drawn.index_copy_(0, self.pass_index, drawn[None])
+        self.logps.index_copy_(0, self.pass_index, logps[None].double())
         if T == 1:
             self.tokens.copy_(drawn[None])
         self.positions.add_(1).clamp_(max=self.spare)
-        self.at.add_(1)
+        self.pass_index.add_(1)
 
     def append(self, layer, k, v):
         """Store this pass's keys and values, (N, K, D)."""
@@ -364,7 +364,7 @@ class Frame:
                                (self.settings, settings.repeat(T, 0)),
                                (self.uniform[:passes], uniform.transpose(1, 0, 2).reshape(passes, -1))):
             buffer.copy_(torch.from_numpy(values))
-        self.at.zero_()
+        self.pass_index.zero_()
         for _ in range(passes):
             self.graph.replay() if self.graph else self.compute()
         drawn = torch.stack((self.drawn[:passes].double(), self.logps[:passes])).cpu().numpy()      # the only wait
@@ -372,14 +372,14 @@ class Frame:
         return drawn[0].astype(int), drawn[1]
 
 
-CHECK_EVERY = 4             # passes of a Frame between two looks at what they drew
-FRAME_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
+CHECK_EVERY = 4             # passes of a DecodeGraph between two looks at what they drew
+GRAPH_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing a token
 
-def draw(logits, temperature, top_p, top_k, uniform, limits=None):
+def sample_tokens(logits, temperature, top_p, top_k, uniform, limits=None):
     """One token for each row, and its log-probability under the distribution it was drawn from.
 
     logits: (B, V) fp32. temperature, top_p, uniform in [0, 1): (B,) float64; top_k: (B,) int64, 0 for no limit.
@@ -443,7 +443,7 @@ class Request:
     logps: list = field(default_factory=list)
     text: bytearray = field(default_factory=bytearray)
     cached: int = 0
-    lookup: "Lookup" = None     # what may come next; None without drafting
+    lookup: "PromptLookup" = None     # what may come next; None without drafting
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -452,7 +452,7 @@ class Request:
         return self.tokens[-1] if self.tokens else self.prompt[-1]
 
 
-class Lookup:
+class PromptLookup:
     """Guesses what comes next in a text: what followed when its last GRAM tokens occurred before (prompt lookup).
 
     at: where in `seq` the token expected next stands, or None. match: how many tokens before it equal the end of the
@@ -463,40 +463,40 @@ class Lookup:
 
     def __init__(self, prompt, odds):
         seq = self.seq = prompt.tolist()
-        self.odds, self.recent = odds, [0.0, 0.0]
+        self.counts, self.acceptance = odds, [0.0, 0.0]
         grams = zip(*(seq[i:] for i in range(self.GRAM)))
-        self.places = dict(zip(grams, range(self.GRAM, len(seq))))      # n-gram -> where it was last followed
+        self.ngram_index = dict(zip(grams, range(self.GRAM, len(seq))))      # n-gram -> where it was last followed
         self._find()
 
     def _find(self):
         """Look the last n-gram up, and count how much more than it matches."""
-        self.at, self.match = self.places.get(tuple(self.seq[-self.GRAM:])), self.GRAM
-        if self.at is not None:
-            while self.match < min(16, self.at) and self.seq[self.at - 1 - self.match] == self.seq[-1 - self.match]:
-                self.match += 1
+        self.pos, self.match_len = self.ngram_index.get(tuple(self.seq[-self.GRAM:])), self.GRAM
+        if self.pos is not None:
+            while self.match_len < min(16, self.pos) and self.seq[self.pos - 1 - self.match_len] == self.seq[-1 - self.match_len]:
+                self.match_len += 1
 
     def add(self, token):
         """Take notice of the next token. A copy goes on where it is, wherever else its n-grams occur."""
         right = False
-        if self.at is not None:
-            right = self.seq[self.at] == token
-            odds = self.odds[self.match]
+        if self.pos is not None:
+            right = self.seq[self.pos] == token
+            odds = self.counts[self.match_len]
             odds[0] += right
             odds[1] += 1
-            self.recent = [0.9 * self.recent[0] + right, 0.9 * self.recent[1] + 1]
-        self.places[tuple(self.seq[-self.GRAM:])] = len(self.seq)
+            self.acceptance = [0.9 * self.acceptance[0] + right, 0.9 * self.acceptance[1] + 1]
+        self.ngram_index[tuple(self.seq[-self.GRAM:])] = len(self.seq)
         self.seq.append(token)
         if right:
-            self.at, self.match = self.at + 1, min(16, self.match + 1)
+            self.pos, self.match_len = self.pos + 1, min(16, self.match_len + 1)
         else:
             self._find()
 
-    def chance(self):
+    def accept_prob(self):
         """Probability that the next guess is right: that of such matches, and this text's own record."""
-        if self.at is None:
+        if self.pos is None:
             return 0.0
-        right, made = self.odds[self.match]
-        return (self.recent[0] + 2 * right / made) / (self.recent[1] + 2)
+        right, made = self.counts[self.match_len]
+        return (self.acceptance[0] + 2 * right / made) / (self.acceptance[1] + 2)
 
 
 class Engine:
@@ -509,7 +509,7 @@ class Engine:
     for 4 to 64 rows; None does so where they are too large for the processor's cache (64 MiB). draft: guess tokens from
     the prompt and the reply so far, and check several in one pass where that is expected to pay; the tokens stay those
     of plain decoding. What pays depends on what was sampled since refresh() alone, so that the same calls give the same
-    log-probs to the last bit. static: decode in Frames, which on CUDA are graphs: off
+    log-probs to the last bit. static: decode in DecodeGraphs, which on CUDA are graphs: off
     by default as long as nobody has run it on a GPU. What is sampled is the same.
 
     chat, generate and submit may be called from any thread. The first chat or submit starts one that runs the model
@@ -526,9 +526,9 @@ class Engine:
         dtype = getattr(model, "compute", None) or weight.dtype     # of what is computed, and so of what is cached
         streamed = sum(p.nbytes for p in model.parameters()) > 2**26 if pack is None else pack
         self.pack = streamed and self.device.type == "cpu" and weight.dtype is dtype is torch.float32
-        self.static, self.frames = static, {}       # {shape: Frame}, kept while weights are changed in place
+        self.static, self.graphs = static, {}       # {shape: DecodeGraph}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if static and self.device.type == "cuda" else None
-        self.cache = Cache(model.config, rows, self.context + static, dtype, self.device)
+        self.cache = KVCache(model.config, rows, self.context + static, dtype, self.device)
         # Rows 0 .. len(active) - 1 are being sampled; the rest are parked, their cached tokens waiting for reuse.
         self.active = []
         self.tokens = np.zeros((rows, self.context), int)                   # what each row's cache holds
@@ -550,7 +550,7 @@ class Engine:
     def refresh(self):
         """Take notice of changed weights: drop what the old ones cached, and pack anew."""
         self.forget()
-        self.odds = [[1, 2] for _ in range(17)]     # see Lookup
+        self.guess_counts = [[1, 2] for _ in range(17)]     # see PromptLookup
         if self.pack:
             for layer in self.model.modules():
                 if isinstance(layer, Linear):
@@ -654,7 +654,7 @@ class Engine:
             self.waiting = deque(r for r in self.waiting if id(r) not in requests)
             for row in reversed(range(len(self.active))):
                 if id(self.active[row]) in requests:
-                    self._park(row)
+                    self.release_row(row)
 
     def step(self):
         """Start waiting requests while rows are free, then one pass: a token for every active row, and with it those of
@@ -664,9 +664,9 @@ class Engine:
         as without a draft; the draft only decides whether the positions after it count. So the tokens, and their
         log-probs, are those of plain decoding.
         """
-        self._admit()
-        drafts = self._drafts()
-        passes, frame = self._frame(drafts)
+        self.schedule()
+        drafts = self.propose_drafts()
+        passes, frame = self.decode_graph(drafts)
         replies = self._replay(drafts, passes, frame) if frame else self._pass(drafts)
         self.passes += passes
         self.drafted_tokens += sum(map(len, drafts))
@@ -676,7 +676,7 @@ class Engine:
                 if not math.isfinite(logp):
                     raise FloatingPointError(f"{self.name} gives logits that are not finite; its weights are damaged")
                 self.lengths[row] += 1
-                completion = self._take(request, token, logp)
+                completion = self.append_token(request, token, logp)
                 if completion or i < len(draft) and token != draft[i]:
                     break
             self.sampled_tokens += i + 1
@@ -684,7 +684,7 @@ class Engine:
             if completion:
                 done.append((row, request, completion))
         for row, _, _ in reversed(done):
-            self._park(row)
+            self.release_row(row)
         for _, request, completion in done:     # last, so that who waits for a reply finds its row free
             request.future.set_result(completion)
 
@@ -696,29 +696,29 @@ class Engine:
             for u in r.uniform[len(r.tokens):len(r.tokens) + 1 + len(draft)]:
                 settings.append((r.temperature, r.top_p, r.top_k, u))
         counts = [1 + len(draft) for draft in drafts]
-        window = Window(self.cache, range(len(counts)), self.lengths[:len(counts)], counts)
+        window = ForwardBatch(self.cache, range(len(counts)), self.lengths[:len(counts)], counts)
         logits = self.model(torch.tensor([inputs], device=self.device), window)[0].float()                # (N, V)
         logits[:, self.tokenizer.size:] = -torch.inf        # rows of the vocabulary that stand for no token
         settings = torch.tensor(settings, dtype=torch.float64, device=self.device)
-        tokens, logps = draw(logits, settings[:, 0], settings[:, 1], settings[:, 2].long(), settings[:, 3])
+        tokens, logps = sample_tokens(logits, settings[:, 0], settings[:, 1], settings[:, 2].long(), settings[:, 3])
         drawn = iter(zip(tokens.tolist(), logps.tolist()))
         return [[next(drawn) for _ in range(count)] for count in counts]
 
-    def _frame(self, drafts):
+    def decode_graph(self, drafts):
         """(passes, frame) that fit the active rows, each size of the frame one of few; or (1, None) where none does."""
         power = lambda n: 1 << (n - 1).bit_length()
         B, T = min(power(len(drafts)), self.rows), power(1 + max(map(len, drafts)))
-        if not self.static or B * T > FRAME_TOKENS:
+        if not self.static or B * T > GRAPH_TOKENS:
             return 1, None
         passes = 1 if T > 1 else min(CHECK_EVERY, max(r.max_new_tokens - len(r.tokens) for r in self.active))
         S = min(max(256, power(max(self.lengths[:len(drafts)]) + T + passes)), self.context)
         shape = B, T, S, any(r.temperature and (r.top_p < 1 or r.top_k) for r in self.active)
-        if shape not in self.frames:
-            self.frames[shape] = Frame(self.model, self.tokenizer.size, self.cache, *shape, self.pool)
-        return passes, self.frames[shape]
+        if shape not in self.graphs:
+            self.graphs[shape] = DecodeGraph(self.model, self.tokenizer.size, self.cache, *shape, self.pool)
+        return passes, self.graphs[shape]
 
     def _replay(self, drafts, passes, frame):
-        """As _pass, in a Frame, and where no row has a draft, several passes."""
+        """As _pass, in a DecodeGraph, and where no row has a draft, several passes."""
         B, T, *_ = frame.shape
         tokens, positions = np.zeros((B, T), int), np.full((B, T), frame.spare)
         settings, uniform = np.ones((B, 3)), np.zeros((B, passes, T))
@@ -730,7 +730,7 @@ class Engine:
         tokens, logps = (drawn.tolist() for drawn in frame.run(tokens, positions, settings, uniform))
         return [list(zip(tokens[row], logps[row]))[:passes + len(draft)] for row, draft in enumerate(drafts)]
 
-    def _drafts(self):
+    def propose_drafts(self):
         """For each active row the tokens to try after its last.
 
         A guess that is right with probability p, after j others, is right with p^(j + 1) and costs TOKEN_COST. It
@@ -740,7 +740,7 @@ class Engine:
         B = len(self.active)
         if not self.draft:
             return [[]] * B
-        chances = [r.lookup.chance() for r in self.active]
+        chances = [r.lookup.accept_prob() for r in self.active]
         counts, rate = [0] * B, B / (PASS_COST + TOKEN_COST * B)
         for _ in range(3):
             least = max(TOKEN_COST * rate, 1e-9)
@@ -748,9 +748,9 @@ class Engine:
             tokens = B + sum(p * (1 - p ** k) / (1 - p) for p, k in zip(chances, counts) if k)
             rate = max(rate, tokens / (PASS_COST + TOKEN_COST * (B + sum(counts))))
         counts = [min(k, r.max_new_tokens - len(r.tokens) - 1) for k, r in zip(counts, self.active)]
-        return [r.lookup.seq[r.lookup.at:r.lookup.at + k] if k else [] for k, r in zip(counts, self.active)]
+        return [r.lookup.seq[r.lookup.pos:r.lookup.pos + k] if k else [] for k, r in zip(counts, self.active)]
 
-    def _admit(self):
+    def schedule(self):
         """Give free rows to waiting requests, and bring all of their prompts but the last token into the cache.
 
         Each reuses the longest beginning that some row holds. Prompts are computed several at a time; one that begins
@@ -772,7 +772,7 @@ class Engine:
                 if same[ready:row].max(initial=0) > shared[source] + 16:
                     later.append(request)
                     continue
-                self._place(request, row, source, int(shared[source]))
+                self.assign_row(request, row, source, int(shared[source]))
                 known[row:] = self.lengths[row:]
                 self.active[row] = request
                 row += 1
@@ -780,7 +780,7 @@ class Engine:
             self._prefill(range(ready, row))
             ready = row
 
-    def _place(self, request, row, source, reused):
+    def assign_row(self, request, row, source, reused):
         """Make `row` begin with the `reused` tokens of the row `source` that are the request's first."""
         P, parked = len(request.prompt) - 1, range(row, self.rows)
         home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))       # an empty row, or the oldest
@@ -791,11 +791,11 @@ class Engine:
             if source != home:
                 self.cache.copy(source, home, reused)
             self.lengths[home] = reused         # so that what was copied moves with the row
-        self._exchange(home, row)
+        self.swap_rows(home, row)
         self.lengths[row] = request.cached = reused
         self.tokens[row, :P] = request.prompt[:P]
         if self.draft:
-            request.lookup = Lookup(request.prompt, self.odds)
+            request.lookup = PromptLookup(request.prompt, self.guess_counts)
         self.reused_tokens += reused
         self.prefilled_tokens += P - reused
 
@@ -815,10 +815,10 @@ class Engine:
                 self.lengths[row] += len(part)
                 if self.lengths[row] == len(self.active[row].prompt) - 1:
                     todo.popleft()
-            window = Window(self.cache, chosen, starts, [len(part) for part in parts])
+            window = ForwardBatch(self.cache, chosen, starts, [len(part) for part in parts])
             self.model.hidden(torch.from_numpy(np.concatenate(parts))[None].to(self.device), window)
 
-    def _take(self, request, token, logp):
+    def append_token(self, request, token, logp):
         """Add a sampled token to its reply; its Completion when that ends it, else None."""
         r, ended, cut = request, token in self.tokenizer.eos, None
         r.tokens.append(token)
@@ -837,17 +837,17 @@ class Engine:
         return Completion(bytes(r.text[:cut]).decode("utf-8", "replace"), r.tokens, r.logps,
                           "stop" if stopped else "length", len(r.prompt), r.cached, time.perf_counter() - r.started)
 
-    def _park(self, row):
+    def release_row(self, row):
         """Take a finished row out of the batch, keeping what it has cached."""
         last, request = len(self.active) - 1, self.active[row]
         P, length = len(request.prompt) - 1, self.lengths[row]
         self.tokens[row, P:length] = [request.prompt[-1], *request.tokens[:-1]][:length - P]
-        self._exchange(row, last)
+        self.swap_rows(row, last)
         self.active[row] = self.active[last]
         self.active.pop()
         self.used[last] = max(self.used) + 1
 
-    def _exchange(self, a, b):
+    def swap_rows(self, a, b):
         if a != b:
             self.cache.swap(a, b, max(self.lengths[a], self.lengths[b]))
             self.tokens[[a, b]] = self.tokens[[b, a]]

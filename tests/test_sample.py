@@ -9,7 +9,7 @@ import torch
 
 import sample
 from model import Config, Qwen2
-from sample import ContextFull, Engine, Tokenizer, Window, draw, load
+from sample import ContextFull, Engine, ForwardBatch, Tokenizer, load, sample_tokens
 
 SMALL = Config(vocab_size=267, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
                num_key_value_heads=2, max_position_embeddings=512)
@@ -139,7 +139,7 @@ def test_a_tokenizer_that_is_not_of_bytes_or_has_huge_ids_is_one_clear_error(tmp
         Tokenizer.from_pretrained(tmp_path)
 
 
-# -- one draw
+# -- sampling a token
 
 def settings_of(B, temperature=1.0, top_p=1.0, top_k=0, uniform=0.5):
     full = lambda x, dtype=torch.float64: torch.full((B,), x, dtype=dtype)
@@ -148,7 +148,7 @@ def settings_of(B, temperature=1.0, top_p=1.0, top_k=0, uniform=0.5):
 
 
 def plain_truncated(logits, temperature, top_p, top_k):
-    """The distribution that draw promises, by a plain loop over one row."""
+    """The distribution that sample_tokens promises, by a plain loop over one row."""
     p = (logits.double() / temperature).softmax(-1)
     order = p.argsort(descending=True).tolist()[:top_k or None]
     mass, kept, total = sum(p[i].item() for i in order), [], 0.0
@@ -165,18 +165,18 @@ def plain_truncated(logits, temperature, top_p, top_k):
 @pytest.mark.parametrize("temperature, top_p, top_k", [(1, 1, 0), (0.7, 0.8, 0), (1.3, 1, 5), (0.9, 0.6, 7),
                                                        (1, 0.999, 0), (2, 0.5, 5000)])
 @pytest.mark.parametrize("V", [11, 3000])
-def test_draw_has_the_promised_distribution(V, temperature, top_p, top_k):
+def test_sample_tokens_has_the_promised_distribution(V, temperature, top_p, top_k):
     """Inverse CDF on an even grid of uniforms: counts equal n * p within one, and logps are those of the plain loop."""
     logits = torch.randn(V, generator=torch.Generator().manual_seed(V)) * 2
     expected, n = plain_truncated(logits, temperature, top_p, top_k), 500
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    tokens, logps = draw(logits.repeat(n, 1), *settings_of(n, temperature, top_p, top_k, uniform))
+    tokens, logps = sample_tokens(logits.repeat(n, 1), *settings_of(n, temperature, top_p, top_k, uniform))
     counts = torch.bincount(tokens, minlength=V)
     assert ((counts - n * expected).abs() <= 1.001).all()
     assert (logps.double() - expected[tokens].log()).abs().max() < 1e-5
 
 
-def test_draw_agrees_with_transformers_warpers():
+def test_sample_tokens_agrees_with_transformers_warpers():
     peer = pytest.importorskip("transformers", reason="transformers is the peer this is compared with")
     logits = torch.randn(6, 2500, generator=torch.Generator().manual_seed(1)) * 3
     warpers = [peer.TemperatureLogitsWarper(0.7), peer.TopKLogitsWarper(40), peer.TopPLogitsWarper(0.85)]
@@ -184,13 +184,13 @@ def test_draw_agrees_with_transformers_warpers():
     for warp in warpers:
         scores = warp(None, scores)
     for u in (0.0, 0.3, 0.77, 0.999999):
-        tokens, logps = draw(logits, *settings_of(6, 0.7, 0.85, 40, u))
+        tokens, logps = sample_tokens(logits, *settings_of(6, 0.7, 0.85, 40, u))
         assert torch.allclose(logps, scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0], atol=1e-5)
 
 
 def test_rows_with_different_settings_do_not_mix():
     logits = torch.tensor([[2.0, 1.0, 0.0]] * 3)
-    tokens, logps = draw(logits, torch.tensor([0.0, 1.0, 1.0]).double(), torch.tensor([1.0, 1.0, 0.5]).double(),
+    tokens, logps = sample_tokens(logits, torch.tensor([0.0, 1.0, 1.0]).double(), torch.tensor([1.0, 1.0, 0.5]).double(),
                          torch.tensor([0, 0, 0]), torch.full((3,), 0.99, dtype=torch.float64))
     p = torch.tensor([2.0, 1.0, 0.0]).softmax(-1)
     assert tokens.tolist() == [0, 2, 0]
@@ -199,7 +199,7 @@ def test_rows_with_different_settings_do_not_mix():
 
 def test_a_token_of_zero_probability_is_never_drawn():
     logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]] * 2)
-    tokens, _ = draw(logits, *settings_of(2, uniform=torch.tensor([0.5, 1 - 2**-53], dtype=torch.float64)))
+    tokens, _ = sample_tokens(logits, *settings_of(2, uniform=torch.tensor([0.5, 1 - 2**-53], dtype=torch.float64)))
     assert tokens.tolist() == [2, 2]
 
 
@@ -294,8 +294,8 @@ def test_appending_several_tokens_to_ragged_rows_is_the_full_forward(model):
     more = torch.randint(256, (3, 5), generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         for r, ids in enumerate(rows):
-            model.hidden(torch.tensor([ids]), Window(engine.cache, [r], [0], [len(ids)]))
-        logits = model(more.view(1, -1), Window(engine.cache, [0, 1, 2], [11, 30, 2], [5] * 3)).view(3, 5, -1)
+            model.hidden(torch.tensor([ids]), ForwardBatch(engine.cache, [r], [0], [len(ids)]))
+        logits = model(more.view(1, -1), ForwardBatch(engine.cache, [0, 1, 2], [11, 30, 2], [5] * 3)).view(3, 5, -1)
         for r, ids in enumerate(rows):
             whole = model(torch.tensor([ids + more[r].tolist()]))[0, -5:]
             assert torch.allclose(logits[r], whole, atol=1e-4, rtol=1e-5)
@@ -442,18 +442,18 @@ def test_a_draft_never_passes_the_end_of_a_reply(eager):
 
 
 def test_lookup_by_hand():
-    text = sample.Lookup(torch.tensor([1, 2, 3, 4, 1, 2, 5, 6, 1, 2]).numpy(), odds := [[1, 2] for _ in range(17)])
-    draft = lambda k: text.seq[text.at:text.at + k]
-    assert text.match == 2 and draft(3) == [5, 6, 1]        # after "1 2" came 5 the last time
-    assert text.chance() == 0.5
+    text = sample.PromptLookup(torch.tensor([1, 2, 3, 4, 1, 2, 5, 6, 1, 2]).numpy(), odds := [[1, 2] for _ in range(17)])
+    draft = lambda k: text.seq[text.pos:text.pos + k]
+    assert text.match_len == 2 and draft(3) == [5, 6, 1]        # after "1 2" came 5 the last time
+    assert text.accept_prob() == 0.5
     text.add(5)
-    assert text.match == 3 and draft(2) == [6, 1] and odds[2] == [2, 3]
+    assert text.match_len == 3 and draft(2) == [6, 1] and odds[2] == [2, 3]
     text.add(7)                                             # a wrong guess, and "5 7" has not been seen
-    assert text.at is None and text.chance() == 0 and odds[3] == [1, 3]
+    assert text.pos is None and text.accept_prob() == 0 and odds[3] == [1, 3]
     text.add(3)
     text.add(4)
     assert draft(2) == [1, 2]                               # "3 4" stands at the beginning
-    assert text.chance() == pytest.approx((0.9 * 1 + 0 + 2 * 2 / 3) / (0.9 * 1 + 1 + 2))
+    assert text.accept_prob() == pytest.approx((0.9 * 1 + 0 + 2 * 2 / 3) / (0.9 * 1 + 1 + 2))
 
 
 @pytest.mark.parametrize("chance, base, each, length", [
@@ -462,13 +462,13 @@ def test_a_draft_is_as_long_as_pays(model, chance, base, each, length, monkeypat
     """Tokens per second of one row, (1 - p^(k + 1)) / (1 - p) / (base + each * (k + 1)), is largest at that length."""
     monkeypatch.setattr(sample, "PASS_COST", base)
     monkeypatch.setattr(sample, "TOKEN_COST", each)
-    monkeypatch.setattr(sample.Lookup, "chance", lambda self: chance)
+    monkeypatch.setattr(sample.PromptLookup, "accept_prob", lambda self: chance)
     engine = engine_of(model)
     with engine.wake:
         engine.waiting.append(engine._request([1, 2] * 50, max_new_tokens=100))
-    engine._admit()
-    engine.active[0].lookup.at = 2
-    assert len(engine._drafts()[0]) == length
+    engine.schedule()
+    engine.active[0].lookup.pos = 2
+    assert len(engine.propose_drafts()[0]) == length
     rate = [sum(chance ** i for i in range(k + 1)) / (base + each * (k + 1)) for k in range(33)]
     assert rate[length] == max(rate)
 
@@ -499,15 +499,15 @@ def test_frames_sample_what_plain_passes_sample(model, drafts, monkeypatch):
     for plain, framed in zip(*runs):
         assert framed.tokens == plain.tokens and framed.text == plain.text and framed.finish == plain.finish
         assert (torch.tensor(framed.logps) - torch.tensor(plain.logps)).abs().max() < 1e-5
-    assert {B for B, *_ in engine.frames} >= {1, 2, 4, 5} and {limits for *_, limits in engine.frames} == {True, False}
-    assert drafts == any(T > 1 for _, T, *_ in engine.frames) == (engine.accepted_tokens > 0)
+    assert {B for B, *_ in engine.graphs} >= {1, 2, 4, 5} and {limits for *_, limits in engine.graphs} == {True, False}
+    assert drafts == any(T > 1 for _, T, *_ in engine.graphs) == (engine.accepted_tokens > 0)
 
 
 def test_a_frame_writes_where_its_tokens_stand_and_in_the_spare_position_alone(model):
-    cache = sample.Cache(SMALL, 4, 33, torch.float32, torch.device("cpu"))
+    cache = sample.KVCache(SMALL, 4, 33, torch.float32, torch.device("cpu"))
     cache.k.normal_(generator=torch.Generator().manual_seed(0))
     before = cache.k.clone()
-    frame = sample.Frame(model, 259, cache, 4, 4, 32, False, None)
+    frame = sample.DecodeGraph(model, 259, cache, 4, 4, 32, False, None)
     positions = torch.full((4, 4), 32).numpy()
     positions[0, :3], positions[1, :1] = [7, 8, 9], 30      # the other tokens, and two rows, are padding
     frame.run(torch.ones(4, 4, dtype=torch.int64).numpy(), positions, torch.ones(4, 3).double().numpy(),
@@ -522,16 +522,16 @@ def test_frames_stay_where_they_are_when_weights_change(model):
     changed.load_state_dict(model.state_dict())
     engine, prompts = static_engine(changed, draft=False), prompts_of([30, 31, 32])
     engine.generate(prompts, max_new_tokens=5)
-    frames = dict(engine.frames)
+    frames = dict(engine.graphs)
     tensors = lambda: [engine.cache.k, engine.cache.v, *changed.parameters()] + [
-        t for f in engine.frames.values() for name, t in vars(f).items() if torch.is_tensor(t) and name != "seen"]
+        t for f in engine.graphs.values() for name, t in vars(f).items() if torch.is_tensor(t) and name != "seen"]
     places = [t.data_ptr() for t in tensors()]
     for p in changed.parameters():
         p.mul_(1.1)
     engine.refresh()
     for (reply,), prompt in zip(engine.generate(prompts, max_new_tokens=5), prompts):
         assert_plain(changed, prompt, reply)
-    assert frames and engine.frames == frames and [t.data_ptr() for t in tensors()] == places
+    assert frames and engine.graphs == frames and [t.data_ptr() for t in tensors()] == places
 
 
 @pytest.mark.parametrize("active, draft, left, length, found", [
@@ -542,7 +542,7 @@ def test_the_sizes_of_a_frame_are_few_and_large_enough(active, draft, left, leng
     engine = Engine(model, Tokenizer.of_bytes(), rows=6, context=400, static=True)
     engine.active = [engine._request([1], max_new_tokens=left) for _ in range(active)]
     engine.lengths[:active] = [length] + [3] * (active - 1)
-    passes, frame = engine._frame([[7] * draft] + [[]] * (active - 1))
+    passes, frame = engine.decode_graph([[7] * draft] + [[]] * (active - 1))
     assert (passes, *(frame.shape[:3] if frame else [None])) == found
 
 
