@@ -96,12 +96,12 @@ def test_reply_and_everything_that_is_sent(serve, monkeypatch):
     server = serve((200, {}, good("hello there", usage=usage)))
     endpoint = server.endpoint()
     messages = [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a", "tokens": [1, 2]}]
-    reply = endpoint.chat(messages, max_new_tokens=33, temperature=0.25, top_p=0.9, top_k=7, stop=("END",), seed=5)
+    reply = endpoint.chat(messages, max_new_tokens=33, temperature=0.25, top_p=0.9, stop=("END",), seed=5)
     assert (reply.text, reply.finish, reply.tokens, reply.logps) == ("hello there", "stop", [], [])
     assert (reply.prompt_tokens, reply.cached_tokens) == (12, 8) and reply.seconds > 0
     path, headers, body = server.seen[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret-key"
-    assert body == {"model": "some/model", "max_tokens": 33, "temperature": 0.25, "top_p": 0.9, "top_k": 7,
+    assert body == {"model": "some/model", "max_tokens": 33, "temperature": 0.25, "top_p": 0.9,
                     "stop": ["END"], "seed": 5,
                     "messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]}
     assert endpoint.name == "some/model" and endpoint.context is None
