@@ -282,8 +282,8 @@ class ForwardBatch:
     """The tokens of one pass: row rows[i] of a cache goes on with counts[i] >= 1 tokens after its starts[i] tokens.
 
     The new tokens of all rows, N together, stand back to back; positions: (1, N), where each stands in its row. A token
-    sees the cache up to its own position. What a row's past leaves beyond that is never read. fresh: every row is at
-    its start, so that plain causal attention over the new tokens gives the same.
+    sees its row up to its own position, so what an earlier conversation left beyond is never read. fresh: every row is
+    at its start, where plain causal attention gives the same.
     """
     ops = modeling      # torch's: ragged shapes are not for the kernels of fused.py
 
@@ -295,25 +295,24 @@ class ForwardBatch:
         positions = [np.arange(start, start + count) for start, count in zip(starts, counts)]
         self.positions = torch.from_numpy(np.concatenate(positions))[None].to(device)
         self.rows = torch.from_numpy(np.repeat(rows, counts)).to(device)
-        self.parts = []     # (new tokens, rows, S, mask) of each product: these tokens see S positions of these rows
+        self.parts = []     # of the attention: (new tokens, their rows, the number S of positions they see, mask)
         if self.fresh:
             return
         ends = list(itertools.accumulate(counts))
         begins = [0, *ends[:-1]]
-        # The first token of every row goes into one product. Rows with more tokens have one of their own, below.
+        # The first token of every row goes into one product; a row with more tokens has one of its own after it.
         together = len(rows) > 1 and min(counts) == 1 and rows[-1] - rows[0] == len(rows) - 1
         if together:
-            first = slice(None) if max(counts) == 1 else begins
-            self.add_part(first, slice(rows[0], rows[-1] + 1), len(rows))
+            self.add_part(slice(None) if max(counts) == 1 else begins, rows[0], rows[-1] + 1)
         for row, begin, end in zip(rows, begins, ends):
             if end - begin > 1 or not together:
-                self.add_part(slice(begin, end), slice(row, row + 1), 1)
+                self.add_part(slice(begin, end), row, row + 1)
 
-    def add_part(self, tokens, rows, num_rows):
-        positions = self.positions[0, tokens].view(num_rows, -1)
+    def add_part(self, tokens, first_row, end_row):
+        positions = self.positions[0, tokens].view(end_row - first_row, -1)
         S = int(positions.max()) + 1
         mask = self.ops.sight(positions, S, self.cache.group, self.cache.k.dtype)
-        self.parts.append((tokens, rows, S, mask))
+        self.parts.append((tokens, slice(first_row, end_row), S, mask))
 
     def append(self, layer, k, v):
         """Store this pass's keys and values, (N, K, D)."""
@@ -332,13 +331,12 @@ class ForwardBatch:
 
 
 class DecodeGraph(ForwardBatch):
-    """A pass of one shape that is run again and again: the first B rows of a cache, each with T new tokens that see its
-    first S positions. All it reads and writes are tensors that stay where they are, so that on CUDA a pass is one
-    graph, replayed without asking the device anything. On a CPU the same function runs as it stands.
+    """A pass of one shape, run again and again: the first B rows of a cache, each with T new tokens that see its first
+    S positions. All it reads and writes are tensors that stay where they are, so that on CUDA a pass is one graph, which
+    is replayed without asking the device anything. On a CPU the same function runs as it stands.
 
-    A token at the cache's last position, which no row ever reaches, is padding: it writes there alone and its result
-    means nothing. Where T is 1, what a pass samples are the next pass's tokens, so that several passes follow each
-    other before `sampled` and `logps`, (passes, B * T), are read. limits: whether any row has a top_p below 1.
+    A token at the cache's last position, which no row ever reaches, is padding: it writes there alone. Where T is 1, the
+    tokens that a pass samples are the input of the next. limits: whether any row has a top_p below 1.
     """
     fresh = False
     counts = None
@@ -351,24 +349,17 @@ class DecodeGraph(ForwardBatch):
         self.ops = modeling.ops         # Triton's, if use_kernels chose them
         self.padding = cache.k.shape[3] - 1
         device = cache.k.device
-        N = B * T
         self.rows = torch.arange(B, device=device).repeat_interleave(T)
-        self.tokens = torch.zeros(1, N, dtype=torch.int64, device=device)
-        self.positions = torch.full((1, N), self.padding, device=device)
-        self.settings = torch.ones(N, 2, dtype=torch.float64, device=device)        # temperature, top_p
-        self.uniform = torch.zeros(CHECK_EVERY, N, dtype=torch.float64, device=device)
-        self.sampled = torch.zeros(CHECK_EVERY, N, dtype=torch.int64, device=device)
-        self.logps = torch.zeros(CHECK_EVERY, N, dtype=torch.float64, device=device)
-        self.pass_index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(1, B * T, dtype=torch.int64, device=device)
+        self.positions = torch.full((1, B * T), self.padding, device=device)
+        self.settings = torch.ones(B * T, 2, dtype=torch.float64, device=device)
+        self.uniform = torch.zeros(B * T, dtype=torch.float64, device=device)
+        self.result = torch.zeros(2, B * T, dtype=torch.float64, device=device)     # tokens, log-probs
         self.graph = None
-        if device.type == "cuda":       # captured while everything is padding: no live row is written
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.compute()          # libraries set themselves up in a first call, which cannot be captured
-            torch.cuda.current_stream().wait_stream(side)
+        if device.type == "cuda":
+            self.compute()              # libraries set themselves up in a first call, which cannot be captured
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
+            with torch.cuda.graph(self.graph, pool=pool):       # while all is padding: no live row is written
                 self.compute()
 
     def compute(self):
@@ -376,34 +367,29 @@ class DecodeGraph(ForwardBatch):
         positions = torch.where(self.positions < self.padding, self.positions, 0).view(B, T)
         mask = self.ops.sight(positions, S, self.cache.group, self.cache.k.dtype)
         self.parts = [(slice(None), slice(0, B), S, mask)]
-        uniform = self.uniform.index_select(0, self.pass_index)[0]
-        sampled, logps = next_tokens(self.model, self, self.num_ids, self.tokens, self.settings, uniform, limits)
-        self.sampled.index_copy_(0, self.pass_index, sampled[None])
-        self.logps.index_copy_(0, self.pass_index, logps[None].double())
+        sampled, logps = next_tokens(self.model, self, self.num_ids, self.tokens, self.settings, self.uniform, limits)
+        self.result.copy_(torch.stack((sampled.double(), logps.double())))
         if T == 1:
             self.tokens.copy_(sampled[None])
         self.positions.add_(1).clamp_(max=self.padding)
-        self.pass_index.add_(1)
 
     def run(self, tokens, positions, settings, uniform):
         """Run passes from tokens (B, T) at positions (B, T) with settings (B, 2) and uniform numbers (B, passes * T),
         all numpy. Returns what they sampled and its log-probs, two arrays (B, passes * T)."""
-        B, T, _, _ = self.shape
-        passes = uniform.shape[1] // T
-        uniform = uniform.reshape(B, passes, T).swapaxes(0, 1).reshape(passes, B * T)
+        B, T = tokens.shape
         self.tokens.copy_(torch.from_numpy(tokens.reshape(1, -1)))
         self.positions.copy_(torch.from_numpy(positions.reshape(1, -1)))
         self.settings.copy_(torch.from_numpy(settings.repeat(T, 0)))
-        self.uniform[:passes].copy_(torch.from_numpy(uniform))
-        self.pass_index.zero_()
-        for _ in range(passes):
+        numbers = torch.from_numpy(uniform).to(self.uniform.device)
+        results = []
+        for numbers_of_pass in numbers.split(T, dim=1):
+            self.uniform.copy_(numbers_of_pass.reshape(-1))
             if self.graph:
                 self.graph.replay()
             else:
                 self.compute()
-        results = torch.stack((self.sampled[:passes].double(), self.logps[:passes]))
-        results = results.cpu().numpy()     # the only wait for the device
-        sampled, logps = results.reshape(2, passes, B, T).swapaxes(1, 2).reshape(2, B, passes * T)
+            results.append(self.result.view(2, B, T).clone())
+        sampled, logps = torch.cat(results, dim=2).cpu().numpy()        # the only wait for the device
         return sampled.astype(int), logps
 
 
@@ -492,44 +478,37 @@ class Request:
     lookup: "PromptLookup" = None       # None without drafting
     started: float = field(default_factory=time.perf_counter)
 
-    @property
-    def last(self):
-        """The newest token, which no pass has seen yet."""
-        return self.tokens[-1] if self.tokens else self.prompt[-1]
-
 
 class PromptLookup:
-    """Guesses how a text goes on: with what followed when its last GRAM tokens occurred before.
+    """Guesses how a text goes on: as it did after its last two tokens when they occurred before.
 
     pos: where in `seq` the token stands that is guessed next, or None. match_len: how many tokens before it equal the
-    end of the text, up to LONGEST. counts: [right, made] guesses of all texts for each match_len; every token that is
-    added counts, drafted or not. acceptance: the same of this text alone, where older guesses count less.
+    end of the text, up to LONGEST. counts: [right, made] guesses of all texts for each match_len, drafted or not.
+    acceptance: the same of this text alone, where older guesses count less.
     """
-    GRAM = 2
     LONGEST = 16
     DECAY = 0.9
 
     def __init__(self, prompt, counts):
-        seq = prompt.tolist()
-        self.seq = seq
+        self.seq = prompt.tolist()
         self.counts = counts
         self.acceptance = [0.0, 0.0]
-        ngrams = zip(*(seq[i:] for i in range(self.GRAM)))
-        self.ngram_index = dict(zip(ngrams, range(self.GRAM, len(seq))))        # n-gram -> where it was last followed
-        self._find()
+        bigrams = zip(self.seq, self.seq[1:])
+        self.ngram_index = dict(zip(bigrams, range(2, len(self.seq))))      # bigram -> where it was last followed
+        self.find()
 
-    def _find(self):
-        """Look up the last n-gram, and count how many more tokens before it match."""
+    def find(self):
+        """Look up the last bigram, and count how many more tokens before it match."""
         seq = self.seq
-        self.pos = self.ngram_index.get(tuple(seq[-self.GRAM:]))
-        self.match_len = self.GRAM
+        self.pos = self.ngram_index.get(tuple(seq[-2:]))
+        self.match_len = 2
         if self.pos is not None:
             longest = min(self.LONGEST, self.pos)
             while self.match_len < longest and seq[self.pos - 1 - self.match_len] == seq[-1 - self.match_len]:
                 self.match_len += 1
 
     def add(self, token):
-        """Append the next token to the text. While guesses are right, it is copied from the same place."""
+        """Append the next token to the text."""
         right = False
         if self.pos is not None:
             right = self.seq[self.pos] == token
@@ -537,13 +516,13 @@ class PromptLookup:
             counts[0] += right
             counts[1] += 1
             self.acceptance = [self.DECAY * self.acceptance[0] + right, self.DECAY * self.acceptance[1] + 1]
-        self.ngram_index[tuple(self.seq[-self.GRAM:])] = len(self.seq)
+        self.ngram_index[tuple(self.seq[-2:])] = len(self.seq)
         self.seq.append(token)
-        if right:
+        if right:       # the copy goes on, wherever else its last bigram occurs
             self.pos += 1
             self.match_len = min(self.LONGEST, self.match_len + 1)
         else:
-            self._find()
+            self.find()
 
     def accept_prob(self):
         """Return the probability that the next guess is right: this text's record, after two guesses like others'."""
@@ -557,18 +536,17 @@ class PromptLookup:
 
 
 class Engine:
-    """Samples many conversations at once from one model.
+    """Samples many conversations at once from one model. Any thread may call chat, generate and submit.
 
-    rows: conversations in the cache, which is also the largest batch. context: tokens of one conversation, prompt and
-    reply. A finished row keeps its keys and values; a prompt that begins with the same tokens (the next turn of a
-    conversation, another sample of the same prompt) reuses them. pack: on a CPU in fp32, keep a second copy of the
-    weights that is about twice as fast for 4 to 64 rows; None: if they are too large for the processor's cache.
-    draft: guess tokens from the prompt and the reply so far, and check several in one pass; the tokens stay those of
-    plain decoding. static: decode in passes of fixed shapes (DecodeGraph); the tokens stay the same.
+    rows: conversations in the cache, which is also the largest batch. context: tokens of one conversation. A finished
+    row keeps its keys and values: a prompt that begins with the same tokens (the next turn of a conversation, another
+    sample of the same prompt) reuses them. pack: on a CPU in fp32, keep a second copy of the weights, about twice as
+    fast for few rows; None: if they are large. draft: guess tokens from the text so far, and check several in one pass.
+    static: decode in passes of fixed shapes, DecodeGraph. Neither changes what is sampled.
 
-    After the model's weights change, call refresh(). chat, generate and submit may be called from any thread. The first
-    chat or submit starts a thread that runs the model from then on. Until then generate runs it in the caller's thread,
-    which on a CPU is a quarter faster: there is one pool of OpenMP threads, not two that share the cores.
+    The first chat or submit starts a thread that runs the model from then on. Until then generate runs it in the
+    caller's thread, which on a CPU is a quarter faster: there is one pool of OpenMP threads, not two that share the
+    cores.
     """
 
     def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True, static=False):
@@ -598,12 +576,8 @@ class Engine:
         self.wake = threading.Condition()       # guards active and waiting
         self.turn = threading.Lock()            # held by who runs the model
         self.thread = None
-        self.sampled_tokens = 0
-        self.prefilled_tokens = 0
-        self.reused_tokens = 0
-        self.drafted_tokens = 0
-        self.accepted_tokens = 0
-        self.passes = 0
+        self.sampled_tokens = self.prefilled_tokens = self.reused_tokens = 0
+        self.passes = self.drafted_tokens = self.accepted_tokens = 0
         self.refresh()
 
     def forget(self):
@@ -615,7 +589,7 @@ class Engine:
             self.used = [0] * self.rows
 
     def refresh(self):
-        """Take notice of changed weights: drop what the old ones cached, and pack anew."""
+        """Take notice of changed weights: drop what the old ones cached and guessed, and pack anew."""
         self.forget()
         self.guess_counts = [[1, 2] for _ in range(PromptLookup.LONGEST + 1)]
         if self.pack:
@@ -630,44 +604,45 @@ class Engine:
         return self.submit(self.tokenizer.chat(messages), **options).result()
 
     def generate(self, prompts, n=1, seed=0, each=None, **options):
-        """Return n samples of each prompt (a text, a list of ids, or a conversation): a list of n Completions for each.
+        """Return a list of n Completions for each prompt (a text, a list of ids, or a conversation).
 
-        The n samples of a prompt share one prefill. Sample j of prompt i draws from seed + i * n + j. each(i, j,
-        completion) is called in the caller's thread as soon as that sample is done; the others wait meanwhile, so it
-        should hand longer work to another thread. What it raises ends the call and takes back what is not done.
+        Sample j of prompt i draws from seed + i * n + j; the n samples of a prompt share one prefill. each(i, j,
+        completion) is called in the caller's thread as soon as that sample is done, while the others wait. What it
+        raises ends the call and takes back what is not done.
         """
         done = queue.SimpleQueue()
-        requests = {}       # {future: (i, j, request)}
+        requests = []
+        index = {}      # {future: (i, j)}
         for i, prompt in enumerate(prompts):
             ids = self._ids(prompt)
             for j in range(n):
                 request = self._request(ids, seed=seed + i * n + j, **options)
                 request.future.add_done_callback(done.put)
-                requests[request.future] = i, j, request
+                index[request.future] = i, j
+                requests.append(request)
         with self.wake:     # the engine sees all or none, so that a run can be repeated exactly
-            self.waiting.extend(request for _, _, request in requests.values())
+            self.waiting.extend(requests)
             self.wake.notify()
         groups = [[None] * n for _ in prompts]
         try:
-            for _ in requests:
+            for _ in index:
                 while self.thread is None and done.empty():
                     self._advance()
                 future = done.get()
-                i, j, _ = requests[future]
+                i, j = index[future]
                 groups[i][j] = future.result()
                 if each:
                     each(i, j, groups[i][j])
         except BaseException:
-            self._withdraw(requests)
+            self._withdraw(index)
             raise
         return groups
 
     def submit(self, ids, **options):
         """Queue one reply to the token ids of a prompt. Returns a Future of its Completion.
 
-        Options: max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0, and stream, which is called with the
-        bytes of each new token. Raises ContextFull if ids and max_new_tokens do not fit the context, and ValueError for
-        options out of range.
+        Options: max_new_tokens, temperature, top_p, stop (strings), seed, and stream, which is called with the bytes of
+        each new token. Raises ContextFull if the reply may not fit the context, ValueError for options out of range.
         """
         request = self._request(ids, **options)
         with self.wake:
@@ -730,11 +705,10 @@ class Engine:
                     self.release_row(row)
 
     def step(self):
-        """Start waiting requests while rows are free, then run a pass: every active row gets a token, and with it those
-        of its draft that prove right.
+        """Run one pass: every active row gets a token, and with it those of its draft that prove right.
 
-        At each drafted position a token is sampled with that position's own random number, as without a draft. The
-        draft only decides whether the positions after it count. So the tokens are those of plain decoding.
+        A token is sampled at each drafted position with that position's own random number, as without a draft. The
+        draft only decides whether the positions after it count, so the tokens are those of plain decoding.
         """
         # 1. New requests get rows, and their prompts come into the cache.
         self.schedule()
@@ -768,9 +742,8 @@ class Engine:
     def propose_drafts(self):
         """Return for each active row the tokens to try after its last.
 
-        A guess that is right with probability p, after j others, is right with p^(j + 1) and costs TOKEN_COST. It pays
-        if that is above TOKEN_COST times the rate of tokens per cost without it. To take all that pay raises the rate,
-        so the lengths are found again with the new one.
+        A guess that is right with probability p, after j others, is right with p^(j + 1). It pays if that is more
+        tokens than its cost would give otherwise. All that pay raise that rate, so the lengths are found again with it.
         """
         B = len(self.active)
         if not self.draft:
@@ -804,7 +777,7 @@ class Engine:
 
     def forward(self, drafts, passes, graph):
         """Return for each active row [(token, logp)]: what is sampled after its last token and after each of its draft,
-        or where a graph makes several passes, what each of them samples."""
+        or in each of several passes."""
         # 1. All rows' tokens, padded to (B, T).
         counts = [1 + len(draft) for draft in drafts]
         B, T = graph.shape[:2] if graph else (len(counts), max(counts))
@@ -813,7 +786,8 @@ class Engine:
         settings = np.ones((B, 2))                      # temperature, top_p
         uniform = np.zeros((B, passes * T))
         for row, (request, draft) in enumerate(zip(self.active, drafts)):
-            tokens[row, :counts[row]] = [request.last, *draft]
+            newest = request.tokens[-1] if request.tokens else request.prompt[-1]       # no pass has seen it yet
+            tokens[row, :counts[row]] = [newest, *draft]
             positions[row, :counts[row]] = np.arange(self.lengths[row], self.lengths[row] + counts[row])
             settings[row] = request.temperature, request.top_p
             numbers = request.uniform[len(request.tokens):][:passes * T]
@@ -835,23 +809,20 @@ class Engine:
         return [list(zip(sampled[row, :num].tolist(), logps[row, :num].tolist())) for row, num in enumerate(num_new)]
 
     def schedule(self):
-        """Give free rows to waiting requests, and bring all of their prompts but the last token into the cache.
-
-        Each reuses the longest beginning that some row holds. Prompts are computed several at a time; one that begins
-        like another of them waits for that one, to copy it.
-        """
+        """Give free rows to waiting requests, and bring their prompts but for the last token into the cache. Each reuses
+        the longest beginning that some row holds."""
         # 1. Requests get rows while there are any.
         with self.wake:
             ready = len(self.active)
             while self.waiting and len(self.active) < self.rows:
                 self.active.append(self.waiting.popleft())
         while ready < len(self.active):
-            # 2. How many tokens of each row are computed: of an active row, those of its prompt.
+            # 2. The tokens of each row that a prompt may reuse: of an active row, those of its own prompt.
             known = [len(request.prompt) - 1 for request in self.active[:ready]] + self.lengths[ready:]
             row = ready
             later = []
             for request in self.active[ready:]:
-                # 3. The row that shares most with the prompt; or a row of this round, which is not computed yet.
+                    # 3. The row that shares most with the prompt, unless one of this round will share more.
                 same = self.shared_prefix(request.prompt[:-1])
                 shared = np.minimum(same, known)
                 source = int(shared.argmax())
@@ -862,7 +833,7 @@ class Engine:
                 known[row:] = self.lengths[row:]
                 self.active[row] = request
                 row += 1
-            # 4. The prompts of this round are computed; what waited for them comes next.
+            # 4. This round is computed at once. Who waited for it copies from it in the next one.
             self.active[row:] = later
             self.prefill(range(ready, row))
             ready = row
@@ -874,8 +845,8 @@ class Engine:
 
     def assign_row(self, request, row, source, reused):
         """Make `row` begin with the `reused` tokens of the row `source` that are the request's first."""
-        # 1. Take over a row: the source, if it is parked and holds this conversation's last turn or another reply to
-        #    its prompt; else copy what is shared to an empty row, or to the one that was parked first.
+        # 1. Take over the source if it is parked and holds this conversation's last turn, or another reply to its
+        #    prompt. Else copy what is shared to an empty row, or to the one that was parked first.
         P = len(request.prompt) - 1
         parked = range(row, self.rows)
         home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))
