@@ -29,7 +29,8 @@ import typing
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,8 +179,8 @@ class Tokenizer:
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
 
     def spelling(self, ids, text):
-        """Return the first of the sampled ids, those that spell exactly the text, without what ended it (an end of turn
-        or a stop string). Returns None where they do not, or are no ids at all: they may come from a file."""
+        """Return those of the sampled ids that spell exactly the text, without what ended it (an end of turn or a stop
+        string); None where they do not, or are no ids at all: they may come from a file."""
         if not isinstance(ids, list):
             return None
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -201,13 +202,13 @@ class Tokenizer:
         return ids + [self.turn, *self.encode("assistant\n")] if add_generation_prompt else ids
 
     def conversation(self, messages, assistant_turns=None):
-        """Return (ids, loss_mask) of a conversation, [{"role", "content"}], in Qwen's chat format.
+        """Return (ids, loss_mask) of a conversation, [{"role", "content"}]. A message is
+        <|im_start|>role\\ncontent<|im_end|>\\n; the default system message comes first where the conversation has none.
 
-        A message is <|im_start|>role\\ncontent<|im_end|>\\n. The default system message comes first where there is one
-        and the conversation has none. The loss mask is True for what the assistant chose: its replies, and the token
-        that ends each. assistant_turns: the indices of the messages that count as chosen; None: all of the assistant's.
-        The ids that were sampled for a message, its "tokens", stand for its content where they spell it: to tokenise
-        the text again may give other ids. Raises ValueError for another role, or a message without content.
+        The loss mask is True for what the assistant chose: its replies, and the token that ends each. assistant_turns:
+        the indices of the messages that count; None: all of the assistant's. The ids that were sampled for a reply, its
+        "tokens", stand for its content where they spell it, because encoding the text may give others. Raises
+        ValueError for another role, or a message without content.
         """
         numbered = list(enumerate(messages))
         if self.system is not None and (not messages or messages[0].get("role") != "system"):
@@ -469,7 +470,7 @@ class Request:
     top_p: float
     stop: list                  # of bytes
     uniform: np.ndarray         # (max_new_tokens,): all its random numbers, so batching cannot change them
-    stream: typing.Callable     # called with the bytes of each new token, or None
+    stream: Callable            # called with the bytes of each new token, or None
     future: Future = field(default_factory=Future)
     tokens: list = field(default_factory=list)
     logps: list = field(default_factory=list)
@@ -822,7 +823,7 @@ class Engine:
             row = ready
             later = []
             for request in self.active[ready:]:
-                    # 3. The row that shares most with the prompt, unless one of this round will share more.
+                # 3. The row that shares most with the prompt, unless one of this round will share more.
                 same = self.shared_prefix(request.prompt[:-1])
                 shared = np.minimum(same, known)
                 source = int(shared.argmax())
@@ -869,26 +870,17 @@ class Engine:
         self.prefilled_tokens += P - reused
 
     def prefill(self, rows):
-        """Compute the prompts of these rows, PREFILL_TOKENS in one pass: of several rows, or a part of one."""
-        todo = deque(row for row in rows if self.lengths[row] < len(self.active[row].prompt) - 1)
-        while todo:
-            chosen = []
-            starts = []
-            parts = []
-            room = PREFILL_TOKENS
-            while todo and room:
-                row = todo[0]
-                prompt = self.active[row].prompt[:-1]
-                part = prompt[self.lengths[row]:][:room]
-                chosen.append(row)
-                starts.append(self.lengths[row])
-                parts.append(part)
-                room -= len(part)
-                self.lengths[row] += len(part)
-                if self.lengths[row] == len(prompt):
-                    todo.popleft()
-            batch = ForwardBatch(self.cache, chosen, starts, [len(part) for part in parts])
-            self.model.hidden(torch.from_numpy(np.concatenate(parts))[None].to(self.device), batch)
+        """Compute what the cache lacks of the prompts in these rows, PREFILL_TOKENS in one pass."""
+        missing = [(row, pos) for row in rows for pos in range(self.lengths[row], len(self.active[row].prompt) - 1)]
+        for begin in range(0, len(missing), PREFILL_TOKENS):
+            part = missing[begin:begin + PREFILL_TOKENS]
+            counts = Counter(row for row, _ in part)
+            starts = [self.lengths[row] for row in counts]
+            batch = ForwardBatch(self.cache, list(counts), starts, list(counts.values()))
+            tokens = torch.tensor([[self.tokens[row, pos] for row, pos in part]], device=self.device)
+            self.model.hidden(tokens, batch)
+            for row, count in counts.items():
+                self.lengths[row] += count
 
     def append_token(self, request, token, logp):
         """Add a sampled token to its reply. Returns the Completion if that ends it, else None."""
@@ -1024,8 +1016,7 @@ class Endpoint:
     """The same `chat` as Engine's, answered by any server that speaks /v1/chat/completions. Threads may share it.
 
     spec is "http://host:port/v1#model-name". key: the environment variable that holds the server's key, which is sent
-    to that host alone and stands in no message. Busy servers, server errors, lost connections, timeouts and answers
-    that are no chat completion are tried again, after pauses that double.
+    to that host alone and stands in no message. What may get better is tried again, after pauses that double.
     """
     context = None              # in tokens; only the server knows
     timeout_s = 120.0           # of one request
@@ -1074,12 +1065,13 @@ class Endpoint:
         too_long = re.search(r"context.{0,12}(length|window|size)|too long|too many tokens", said[:4096], re.I)
         if too_long and status in (400, 413, 422):
             raise ContextFull(f"{answered}; the conversation is longer than {self.name!r} takes")
-        if status in (408, 409, 425, 429) or status >= 500:
-            seconds = re.fullmatch(r"\d{1,9}(\.\d+)?", retry_after)
-            raise EndpointError(f"{answered}; it is busy or broken", float(seconds[0]) if seconds else 0.0)
         if status != 200:
-            raise EndpointError(f"{answered}; check the address, the model's name {self.name!r} and the key in "
-                                f"{self.key_name}")
+            retry_s = None
+            if status in (408, 409, 425, 429) or status >= 500:     # busy or broken, for now
+                seconds = re.fullmatch(r"\d{1,9}(\.\d+)?", retry_after)
+                retry_s = float(seconds[0]) if seconds else 0.0
+            raise EndpointError(f"{answered}; check the server, the model's name {self.name!r} and the key in "
+                                f"{self.key_name}", retry_s)
         try:
             answer = json.loads(said)
             choice = answer["choices"][0]
@@ -1088,8 +1080,8 @@ class Endpoint:
             usage = answer.get("usage") or {}
             counts = [usage.get("prompt_tokens"), (usage.get("prompt_tokens_details") or {}).get("cached_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise EndpointError(f"{self.url} answered, but not with a chat completion: {self._excerpt(said)}; is this the "
-                                "address of an OpenAI-compatible /v1?", 0.0) from None
+            raise EndpointError(f"{self.url} answered, but not with a chat completion: {self._excerpt(said)}; is it an "
+                                "OpenAI-compatible /v1?", 0.0) from None
         if len(self._key) >= 16:        # a shorter one, such as EMPTY, is a word that a reply may well hold
             text = mask_key(text, self._key)
         counts = [count if isinstance(count, int) and 0 <= count < 2**31 else 0 for count in counts]

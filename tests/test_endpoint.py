@@ -164,8 +164,8 @@ def test_one_bad_answer_is_tried_again(serve, bad):
 
 
 @pytest.mark.parametrize("bad, words", [
-    ((500, {}, "oops\n  at line 3"), ["answered 500", "oops at line 3", "busy or broken"]),
-    ((429, {}, "slow down"), ["answered 429", "slow down", "busy or broken"]),
+    ((500, {}, "oops\n  at line 3"), ["answered 500", "oops at line 3"]),
+    ((429, {}, "slow down"), ["answered 429", "slow down"]),
     ((200, {}, "<html>log in</html>"), ["not with a chat completion", "<html>log in</html>", "/v1"]),
     ((200, {}, ""), ["not with a chat completion"]),
     (hang_up, ["gave no answer"]),
@@ -200,7 +200,7 @@ def test_a_redirect_is_not_followed_with_the_key(serve, monkeypatch):
     other = serve(OK)
     for status in (301, 302, 307, 308):
         server = serve((status, {"Location": other.endpoint().url}, ""))
-        with pytest.raises(EndpointError, match=f"answered {status}.*check the address"):
+        with pytest.raises(EndpointError, match=f"answered {status}.*check the server"):
             server.endpoint().chat(ASK)
     assert other.seen == []
 
