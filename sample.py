@@ -787,11 +787,12 @@ class Engine:
         settings = np.ones((B, 2))                      # temperature, top_p
         uniform = np.zeros((B, passes * T))
         for row, (request, draft) in enumerate(zip(self.active, drafts)):
-            newest = request.tokens[-1] if request.tokens else request.prompt[-1]       # no pass has seen it yet
+            num_done = len(request.tokens)
+            newest = request.tokens[-1] if num_done else request.prompt[-1]     # no pass has seen it yet
             tokens[row, :counts[row]] = [newest, *draft]
-            positions[row, :counts[row]] = np.arange(self.lengths[row], self.lengths[row] + counts[row])
+            positions[row, :counts[row]] = range(self.lengths[row], self.lengths[row] + counts[row])
             settings[row] = request.temperature, request.top_p
-            numbers = request.uniform[len(request.tokens):][:passes * T]
+            numbers = request.uniform[num_done:num_done + passes * T]
             uniform[row, :len(numbers)] = numbers
         # 2. The graph computes the padding too; a ragged batch leaves it out.
         if graph:
@@ -806,8 +807,8 @@ class Engine:
             logps = np.zeros((B, T))
             sampled[real], logps[real] = (result.cpu().numpy() for result in results)
         # 3. Without the padding.
-        num_new = [passes + len(draft) for draft in drafts]
-        return [list(zip(sampled[row, :num].tolist(), logps[row, :num].tolist())) for row, num in enumerate(num_new)]
+        rows = zip(sampled.tolist(), logps.tolist(), drafts)
+        return [list(zip(row_tokens, row_logps))[:passes + len(draft)] for row_tokens, row_logps, draft in rows]
 
     def schedule(self):
         """Give free rows to waiting requests, and bring their prompts but for the last token into the cache. Each reuses
