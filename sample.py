@@ -613,9 +613,11 @@ class Engine:
         """
         done = queue.SimpleQueue()
         requests = []
+        groups = []
         index = {}      # {future: (i, j)}
         for i, prompt in enumerate(prompts):
             ids = self._ids(prompt)
+            groups.append([None] * n)
             for j in range(n):
                 request = self._request(ids, seed=seed + i * n + j, **options)
                 request.future.add_done_callback(done.put)
@@ -624,7 +626,6 @@ class Engine:
         with self.wake:     # the engine sees all or none, so that a run can be repeated exactly
             self.waiting.extend(requests)
             self.wake.notify()
-        groups = [[None] * n for _ in prompts]
         try:
             for _ in index:
                 while self.thread is None and done.empty():
@@ -727,7 +728,7 @@ class Engine:
                     raise FloatingPointError(f"{self.name} gives logits that are not finite; its weights are damaged")
                 self.lengths[row] += 1
                 completion = self.append_token(request, token, logp)
-                if completion or i < len(draft) and token != draft[i]:
+                if completion or (i < len(draft) and token != draft[i]):
                     break
             self.sampled_tokens += i + 1
             if draft:

@@ -480,15 +480,15 @@ def test_a_draft_is_as_long_as_pays(model, chance, base, each, length, monkeypat
     assert rate[length] == max(rate)
 
 
-# -- frames
+# -- passes of one shape
 
 def static_engine(model, **options):
     return engine_of(model, static=True, **options)
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-def test_frames_sample_what_plain_passes_sample(model, drafts, monkeypatch):
-    """Ragged rows that come and go, so that frames have padding rows and, with drafts, padding tokens; one request's
+def test_graphs_sample_what_plain_passes_sample(model, drafts, monkeypatch):
+    """Ragged rows that come and go, so that graphs have padding rows and, with drafts, padding tokens; one request's
     limit of top_p changes its own distribution alone."""
     if drafts:
         make_drafts_cheap(monkeypatch)
@@ -503,60 +503,60 @@ def test_frames_sample_what_plain_passes_sample(model, drafts, monkeypatch):
         while engine.active or engine.waiting:
             engine._advance()
         runs.append([future.result() for future in futures])
-    for plain, framed in zip(*runs):
-        assert framed.tokens == plain.tokens and framed.text == plain.text and framed.finish == plain.finish
-        assert (torch.tensor(framed.logps) - torch.tensor(plain.logps)).abs().max() < 1e-5
+    for plain, replayed in zip(*runs):
+        assert replayed.tokens == plain.tokens and replayed.text == plain.text and replayed.finish == plain.finish
+        assert (torch.tensor(replayed.logps) - torch.tensor(plain.logps)).abs().max() < 1e-5
     assert {B for B, *_ in engine.graphs} >= {1, 2, 4, 5} and {limits for *_, limits in engine.graphs} == {True, False}
     assert drafts == any(T > 1 for _, T, *_ in engine.graphs) == (engine.accepted_tokens > 0)
 
 
-def test_a_frame_writes_where_its_tokens_stand_and_in_the_spare_position_alone(model):
+def test_a_graph_writes_where_its_tokens_stand_and_in_the_spare_position_alone(model):
     cache = sample.KVCache(SMALL, 4, 33, torch.float32, torch.device("cpu"))
     cache.k.normal_(generator=torch.Generator().manual_seed(0))
     before = cache.k.clone()
-    frame = sample.DecodeGraph(model, 259, cache, 4, 4, 32, False, None)
+    graph = sample.DecodeGraph(model, 259, cache, 4, 4, 32, False, None)
     positions = torch.full((4, 4), 32).numpy()
     positions[0, :3], positions[1, :1] = [7, 8, 9], 30      # the other tokens, and two rows, are padding
-    frame.run(torch.ones(4, 4, dtype=torch.int64).numpy(), positions, torch.ones(4, 2).double().numpy(),
+    graph.run(torch.ones(4, 4, dtype=torch.int64).numpy(), positions, torch.ones(4, 2).double().numpy(),
               torch.rand(4, 4).double().numpy())
     changed = (cache.k != before).any(-1).any(2).any(0)     # (rows, positions)
     assert changed[:, :32].nonzero().tolist() == [[0, 7], [0, 8], [0, 9], [1, 30]]
 
 
-def test_frames_stay_where_they_are_when_weights_change(model):
+def test_graphs_stay_where_they_are_when_weights_change(model):
     """What a captured graph holds are addresses."""
     changed = Qwen2.from_scratch(SMALL).requires_grad_(False)
     changed.load_state_dict(model.state_dict())
     engine, prompts = static_engine(changed, draft=False), prompts_of([30, 31, 32])
     engine.generate(prompts, max_new_tokens=5)
-    frames = dict(engine.graphs)
+    graphs = dict(engine.graphs)
     tensors = lambda: [engine.cache.k, engine.cache.v, *changed.parameters()] + [
-        t for f in engine.graphs.values() for name, t in vars(f).items() if torch.is_tensor(t)]
+        t for graph in engine.graphs.values() for name, t in vars(graph).items() if torch.is_tensor(t)]
     places = [t.data_ptr() for t in tensors()]
     for p in changed.parameters():
         p.mul_(1.1)
     engine.refresh()
     for (reply,), prompt in zip(engine.generate(prompts, max_new_tokens=5), prompts):
         assert_plain(changed, prompt, reply)
-    assert frames and engine.graphs == frames and [t.data_ptr() for t in tensors()] == places
+    assert graphs and engine.graphs == graphs and [t.data_ptr() for t in tensors()] == places
 
 
 @pytest.mark.parametrize("active, draft, left, length, found", [
     (1, 0, 90, 9, (4, 1, 1, 256)), (3, 0, 2, 9, (2, 4, 1, 256)), (5, 0, 90, 300, (4, 6, 1, 400)),
     (2, 4, 90, 9, (1, 2, 8, 256)), (6, 32, 90, 9, (1, None)), (1, 3, 90, 254, (1, 1, 4, 400))])
-def test_the_sizes_of_a_frame_are_few_and_large_enough(active, draft, left, length, found, model):
-    """Six rows, a context of 400: rows and tokens to the next power of two, sight to one of 256 or more."""
+def test_the_sizes_of_a_graph_are_few_and_large_enough(active, draft, left, length, found, model):
+    """Six rows, a context of 400: rows and tokens to the next power of two, positions to one of 256 or more."""
     engine = Engine(model, Tokenizer.of_bytes(), rows=6, context=400, static=True)
     engine.active = [engine._request([1], max_new_tokens=left) for _ in range(active)]
     engine.lengths[:active] = [length] + [3] * (active - 1)
-    passes, frame = engine.decode_graph([[7] * draft] + [[]] * (active - 1))
-    assert (passes, *(frame.shape[:3] if frame else [None])) == found
+    passes, graph = engine.decode_graph([[7] * draft] + [[]] * (active - 1))
+    assert (passes, *(graph.shape[:3] if graph else [None])) == found
 
 
 @pytest.mark.parametrize("said, options, text, finish", [
     ("abcdef", {}, "abcdef", "stop"), ("abcdef", dict(max_new_tokens=5), "abcde", "length"),
     ("abc def", dict(stop="c d"), "ab", "stop")])
-def test_a_reply_that_ends_between_two_looks_at_a_frame_is_cut_there(said, options, text, finish):
+def test_a_reply_that_ends_between_two_looks_at_a_graph_is_cut_there(said, options, text, finish):
     t, pieces = Tokenizer.of_bytes(), []
     engine = Engine(Scripted(said, t), t, rows=2, context=40, pack=False, draft=False, static=True)
     reply = engine.generate([[0]], temperature=0, stream=pieces.append, **{"max_new_tokens": 30, **options})[0][0]
