@@ -708,7 +708,7 @@ def test_every_setting_is_read(name):
         if each == name:
             fields = [node.target.id for node in cls.body if isinstance(node, ast.AnnAssign)]
     assert len(fields) > 8
-    holder = r"\b(s|self\.s|settings|values)\."
+    holder = r"\b(s|cfg|self\.s|settings|values)\."
     assert not [field for field in fields if not re.search(rf'{holder}{field}\b|"{field}"', read)]
 
 
