@@ -708,7 +708,7 @@ def sampler(s, learner, tokenizer):
         fill()
         engine.refresh()
     fill()
-    engine = sample.Engine(model, tokenizer, s.rows, s.context, name=s.model, repeatable=True)
+    engine = sample.Engine(model, tokenizer, s.rows, s.context, name=s.model)
     return engine, refresh
 
 

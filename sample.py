@@ -6,13 +6,12 @@
     reply = engine.chat([{"role": "user", "content": "Hello"}])     # thread-safe; many threads share one batch
     groups = engine.generate(["1 + 1 =", "def f("], n=4)            # 4 samples of each prompt, one prefill each
 
-The letters B, T, K, D, S, V, L are those of model.py; R is the number of rows of the cache.
+The letters B, T, N, K, D, S, V, L are those of model.py; R is the number of rows of the cache.
 """
-import base64
 import codecs
-import email.utils
+import hashlib
 import http.client
-import ipaddress
+import itertools
 import json
 import math
 import os
@@ -22,11 +21,11 @@ import re
 import sys
 import threading
 import time
-import typing
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +35,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 
-import model as modeling
-from model import Config, Linear, Qwen2, attend, find_folder, sight, use_kernels
+from model import KERNELS, Config, Qwen2, find_folder, use_kernels
 from support import cpu_linear
 from support.cli import ContextFull, RunError, announce, parse
 from support.files import sync
@@ -46,7 +44,7 @@ from support.files import sync
 @dataclass
 class Completion:
     """One sampled reply. `tokens` hold the end-of-turn token, or the last token of a stop string, where one ended it;
-    `text` does not. `logps[i]` is the log-probability of `tokens[i]` under the distribution it was drawn from."""
+    `text` does not. `logps[i]` is the log-prob of `tokens[i]` under the distribution it was drawn from."""
     text: str
     tokens: list        # of int
     logps: list         # of float, in nats
@@ -59,188 +57,199 @@ class Completion:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
-SYSTEM_TURN = ("{% if messages[0]['role'] != 'system' %}"       # what transformers and vLLM read of Qwen's chat format
-               r"{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}")
+# What transformers and vLLM read of Qwen's chat format. They put the default system message first, if there is one.
 CHAT_TEMPLATE = (r"{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
                  r"{% endfor %}"
                  r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+SYSTEM_TEMPLATE = ("{% if messages[0]['role'] != 'system' %}"
+                   r"{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}")
+SYSTEM_IN_TEMPLATE = r"<\|im_start\|>system\\n(You are[^'<{]*)<\|im_end\|>"
+LARGEST_ID = 1 << 24        # a tokenizer file is data from others, and a table of all its ids is made
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer (tokenizer.json) with Qwen's chat format.
 
-    size: number of token ids; the model's vocabulary may be larger, and its spare ids are never sampled.
-    eos: ids that end a turn.
+    size: the number of token ids. The model's vocabulary may be larger; its spare ids are never sampled.
+    eos: the ids that end a turn. bytes: of each id.
     """
-    TURN, END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+    TURN = "<|im_start|>"
+    END = "<|im_end|>"
+    TEXT_END = "<|endoftext|>"
     SYSTEM = "You are a helpful assistant."
 
     def __init__(self, bpe, eos=(), system=SYSTEM, folder=None):
-        """system: the text that stands where a conversation has no system message; None: nothing does."""
-        self.bpe, self.system, self.folder = bpe, system, folder
-        self.bpe.encode_special_tokens = True       # "<|im_end|>" in a script's output stays text, and ends no turn
+        """system: the message that a conversation without a system message gets; None: it gets none."""
+        self.bpe = bpe
+        self.system = system
+        self.folder = folder
+        self.bpe.encode_special_tokens = True       # "<|im_end|>" in a script's output stays text and ends no turn
         self.size = max(bpe.get_vocab(with_added_tokens=True).values()) + 1
-        self.turn, self.end = (bpe.token_to_id(t) for t in (self.TURN, self.END))
+        self.turn = bpe.token_to_id(self.TURN)
+        self.end = bpe.token_to_id(self.END)
+        expected = "expected that of a Qwen2.5 checkpoint"
         if self.turn is None or self.end is None:
-            raise ValueError(f"the tokenizer has no {self.TURN} or {self.END}; expected that of a Qwen2.5 checkpoint")
-        if self.size > 1 << 24:     # a table of all ids is made
-            raise ValueError(f"the tokenizer has an id of {self.size - 1:,}; expected that of a Qwen2.5 checkpoint")
-        self.eos = set(eos) | {self.end}
-        # Byte-level BPE spells each byte as one printable character: the inverse map gives the bytes of every id, so
-        # that text can grow token by token and a stop string is found without decoding from the start.
-        byte_of = {c: b for b, c in enumerate(byte_alphabet())}
+            raise ValueError(f"the tokenizer has no {self.TURN} or {self.END}; {expected}")
+        if self.size > LARGEST_ID:
+            raise ValueError(f"the tokenizer has an id of {self.size - 1:,}; {expected}")
         added = bpe.get_added_tokens_decoder()
+        self.eos = {*eos, self.end}
         self.control = {i for i, token in added.items() if token.special} | self.eos | {self.turn}
+        # With the bytes of every id text can grow token by token, and stop strings are found without decoding it all.
+        byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
         self.bytes = [b""] * self.size
         for text, i in bpe.get_vocab(with_added_tokens=True).items():
-            if i not in added and not byte_of.keys() >= set(text):
-                raise ValueError(f"the tokenizer spells {text[:80]!r} in no bytes; expected that of a Qwen2.5 checkpoint")
-            self.bytes[i] = text.encode() if i in added else bytes(byte_of[c] for c in text)
+            if i in added:
+                self.bytes[i] = text.encode()
+            elif byte_of.keys() >= set(text):
+                self.bytes[i] = bytes(byte_of[char] for char in text)
+            else:
+                raise ValueError(f"the tokenizer spells {text[:80]!r} in no bytes; {expected}")
 
     @classmethod
     def from_pretrained(cls, folder):
         """Read tokenizer.json of a checkpoint folder, and from its other files the ids that end a turn and the default
-        system text. Raises ValueError for a missing or damaged file."""
+        system message. Raises ValueError for a missing or damaged file."""
         folder = Path(folder)
-        if not (folder / "tokenizer.json").is_file():
+        path = folder / "tokenizer.json"
+        if not path.is_file():
             raise ValueError(f"{folder} holds no tokenizer.json; copy it from the checkpoint the model came from")
         try:
-            bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:      # the library raises bare Exception for every malformed file
-            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); download it again") from None
-        eos = _json(folder / "generation_config.json").get("eos_token_id") or []
+            raise ValueError(f"{path} cannot be read ({error}); download it again") from None
+        eos = read_object(folder / "generation_config.json").get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(each, int) for each in eos):
+        if not all(isinstance(i, int) for i in eos):
             raise ValueError(f"{folder / 'generation_config.json'}: eos_token_id must be numbers, found {str(eos):.80}")
-        template = str(_json(folder / "tokenizer_config.json").get("chat_template", ""))
+        template = str(read_object(folder / "tokenizer_config.json").get("chat_template", ""))
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
-        found = re.search(r"<\|im_start\|>system\\n(You are[^'<{]*)<\|im_end\|>", template)
-        system = found[1] if found else None if template else cls.SYSTEM
+        system = cls.SYSTEM
+        if template:
+            match = re.search(SYSTEM_IN_TEMPLATE, template)
+            system = match[1] if match else None
         return cls(bpe, eos, system, folder)
 
     @classmethod
     def of_bytes(cls):
-        """One token a byte, and the three special tokens: enough for a model without a checkpoint."""
-        bpe = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
+        """Return a tokenizer of one token a byte and three special tokens, for a model without a checkpoint."""
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(byte_alphabet())}, []))
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.decoder = tokenizers.decoders.ByteLevel()
         bpe.add_special_tokens([cls.TEXT_END, cls.TURN, cls.END])
         return cls(bpe)
-
-    @classmethod
-    def train(cls, texts, size, phrases=()):
-        """A byte-level BPE of `size` ids, learned from texts, without a default system text. A digit is always a token
-        of its own, and a word the same tokens after any punctuation, which both make copying easier to learn. Each of
-        `phrases` is one more token wherever it stands: what many replies have word for word."""
-        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-        words = tokenizers.Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-        bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-            tokenizers.pre_tokenizers.Split(words, "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        bpe.decoder = tokenizers.decoders.ByteLevel()
-        bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-            vocab_size=size, special_tokens=[cls.TEXT_END, cls.TURN, cls.END], show_progress=False,
-            initial_alphabet=byte_alphabet()))
-        bpe.add_tokens([tokenizers.AddedToken(phrase, normalized=False) for phrase in phrases])
-        return cls(bpe, system=None)
 
     def save(self, folder):
         """Write the tokenizer's files beside a saved model, so that transformers and vLLM open the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not self.folder:
-            template = SYSTEM_TURN.replace("SYSTEM", self.system or "") * (self.system is not None) + CHAT_TEMPLATE
-            for name, value in (("generation_config.json", {"eos_token_id": self.end}), ("tokenizer_config.json", {
-                    "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.END, "pad_token": self.TEXT_END,
-                    "clean_up_tokenization_spaces": False, "chat_template": template})):
-                (folder / name).write_text(json.dumps(value, indent=2) + "\n")
-        for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-            if self.folder and (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
-                (folder / name).write_bytes((self.folder / name).read_bytes())
-        part = folder / "tokenizer.part"        # a run that is killed here finds the whole file or none
+            system = "" if self.system is None else SYSTEM_TEMPLATE.replace("SYSTEM", self.system)
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.END, "pad_token": self.TEXT_END,
+                        "clean_up_tokenization_spaces": False, "chat_template": system + CHAT_TEMPLATE}
+            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": self.end}, indent=2) + "\n")
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        elif self.folder.resolve() != folder.resolve():
+            for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+                if (self.folder / name).is_file():
+                    (folder / name).write_bytes((self.folder / name).read_bytes())
+        part = folder / "tokenizer.part"        # a run that is killed here leaves a whole tokenizer.json or none
         self.bpe.save(str(part))
         sync(part)
         part.replace(folder / "tokenizer.json")
 
+    def fingerprint(self):
+        """Return 16 hex digits that tell tokenizers apart: sampled ids help a model with the same one alone."""
+        return hashlib.sha256(self.bpe.to_str().encode()).hexdigest()[:16]
+
     def encode(self, text):
-        """Token ids of plain text."""
+        """Return the token ids of plain text."""
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        """Text of token ids; bytes that are no valid UTF-8 become U+FFFD."""
+        """Return the text of token ids. Bytes that are no valid UTF-8 become U+FFFD."""
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
 
     def spelling(self, ids, text):
-        """Those of the sampled ids that are the text, without what ended it: an end of turn, a stop string. None where
-        they are not exactly that, or are no ids at all, since they may come from a file."""
+        """Return those of the sampled ids that spell exactly the text, without what ended it (an end of turn or a stop
+        string); None where they do not, or are no ids at all: they may come from a file."""
+        if not isinstance(ids, list):
+            return None
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        place = 0
-        for n, i in enumerate(ids if isinstance(ids, list) else []):
-            if place == len(text) and not decoder.getstate()[0]:
+        pos = 0
+        for n, i in enumerate(ids):
+            if pos == len(text) and not decoder.getstate()[0]:
                 return ids[:n]
-            piece = self.bytes[i] if type(i) is int and 0 <= i < self.size and i not in self.control else b""
-            said = decoder.decode(piece)
-            if not piece or not text.startswith(said, place):
+            is_text = type(i) is int and 0 <= i < self.size and i not in self.control
+            raw = self.bytes[i] if is_text else b""
+            piece = decoder.decode(raw)
+            if not raw or not text.startswith(piece, pos):
                 return None
-            place += len(said)
-        return ids if text[place:] == decoder.decode(b"", final=True) else None
+            pos += len(piece)
+        return ids if text[pos:] == decoder.decode(b"", final=True) else None
 
     def chat(self, messages, add_generation_prompt=True):
-        """Token ids of a conversation in Qwen's chat format, ending where the assistant speaks; see conversation."""
-        ids = self.conversation(messages)[0]
+        """Return the token ids of a conversation, up to where the assistant speaks next. See conversation."""
+        ids, _ = self.conversation(messages)
         return ids + [self.turn, *self.encode("assistant\n")] if add_generation_prompt else ids
 
-    def conversation(self, messages, trained=None):
-        """(ids, chosen) of a conversation, [{"role", "content"}]: its token ids in Qwen's chat format, and for each
-        whether the assistant chose it, which holds for its replies and the token that ends each. trained: indices of
-        the messages that count as chosen; None: all of the assistant's.
+    def conversation(self, messages, assistant_turns=None):
+        """Return (ids, loss_mask) of a conversation, [{"role", "content"}]. A message is
+        <|im_start|>role\\ncontent<|im_end|>\\n; the default system message comes first where the conversation has none.
 
-        A message is <|im_start|>role\\ncontent<|im_end|>\\n; without a system message the checkpoint's default one
-        comes first, if it has one. A message's "tokens", the ids that were sampled for it, stand for its content where
-        they spell it: a reply that was sampled is not tokenised again. Raises ValueError for another role, or a message
-        without content.
+        The loss mask is True for what the assistant chose: its replies, and the token that ends each. assistant_turns:
+        the indices of the messages that count; None: all of the assistant's. The ids that were sampled for a reply, its
+        "tokens", stand for its content where they spell it, because encoding the text may give others. Raises
+        ValueError for another role, or a message without content.
         """
         numbered = list(enumerate(messages))
         if self.system is not None and (not messages or messages[0].get("role") != "system"):
             numbered.insert(0, (-1, {"role": "system", "content": self.system}))
-        ids, chosen, newline = [], [], self.encode("\n")
+        ids = []
+        loss_mask = []
+        newline = self.encode("\n")
         for i, message in numbered:
-            role, content, tokens = message.get("role"), message.get("content"), message.get("tokens")
+            role = message.get("role")
+            content = message.get("content")
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise ValueError(f"message {i}: expected a role of system, user or assistant and a text as content, "
                                  f"found role {role!r} and content {str(content)[:40]!r}")
-            head, reply = self.encode(f"{role}\n{content}"), []
-            if role == "assistant":     # apart, as when it was sampled
-                head, reply = self.encode("assistant\n"), self.spelling(tokens, content) or self.encode(content)
-            ids += [self.turn, *head, *reply, self.end, *newline]
-            counts = role == "assistant" and (trained is None or i in trained)
-            chosen += [False] * (1 + len(head)) + [counts] * (len(reply) + 1) + [False] * len(newline)
-        return ids, chosen
+            if role == "assistant":     # header and reply are encoded apart, as when the reply was sampled
+                header = self.encode("assistant\n")
+                reply = self.spelling(message.get("tokens"), content) or self.encode(content)
+                learned = assistant_turns is None or i in assistant_turns
+            else:
+                header = self.encode(f"{role}\n{content}")
+                reply = []
+                learned = False
+            ids += [self.turn, *header, *reply, self.end, *newline]
+            loss_mask += [False] * (1 + len(header)) + [learned] * (len(reply) + 1) + [False] * len(newline)
+        return ids, loss_mask
 
 
 def byte_alphabet():
-    """GPT-2's character for each of the 256 bytes: printable Latin-1 stands for itself, the rest for U+0100 onwards."""
+    """Return GPT-2's character for each of the 256 bytes: printable Latin-1 stays, the rest is U+0100 onwards."""
     plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
     spare = iter(range(256, 512))
     return [chr(b) if b in plain else chr(next(spare)) for b in range(256)]
 
 
-def _json(path):
-    """The object in a file of a checkpoint, {} where there is none."""
+def read_object(path):
+    """Return the JSON object in a file of a checkpoint, {} where there is no such file."""
     try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        value = json.loads(path.read_text()) if path.is_file() else {}
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        value = None
+    if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged; download it again")
-    return found
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Key/value cache
 
-class Cache:
+class KVCache:
     """Keys and values of R conversations of up to S_max tokens: two tensors (L, R, K, S_max, D), allocated once."""
 
     def __init__(self, config, rows, length, dtype, device):
@@ -252,188 +261,188 @@ class Cache:
 
     def copy(self, source, target, length):
         """Copy the first `length` positions of one row to another."""
-        for t in (self.k, self.v):
-            t[:, target, :, :length] = t[:, source, :, :length]
+        for cached in (self.k, self.v):
+            cached[:, target, :, :length] = cached[:, source, :, :length]
 
     def swap(self, a, b, length):
         """Exchange the first `length` positions of two rows."""
-        for t in (self.k, self.v):
-            kept = t[:, a, :, :length].clone()
-            t[:, a, :, :length] = t[:, b, :, :length]
-            t[:, b, :, :length] = kept
+        for cached in (self.k, self.v):
+            kept = cached[:, a, :, :length].clone()
+            cached[:, a, :, :length] = cached[:, b, :, :length]
+            cached[:, b, :, :length] = kept
 
 
-class Window:
-    """What one pass sees: rows of a cache, each continued by counts[i] >= 1 tokens after its starts[i] tokens.
+class ForwardBatch:
+    """The tokens of one pass: row rows[i] of a cache goes on with counts[i] >= 1 tokens after its starts[i] tokens.
 
     The new tokens of all rows, N together, stand back to back; positions: (1, N), where each stands in its row. A token
-    looks at the cache up to its own position: what a row's past leaves beyond that is never read. fresh: every row is
-    at its start, so that plain causal attention over the new tokens says the same.
+    sees its row up to its own position, so what an earlier conversation left beyond is never read. fresh: every row is
+    at its start, where plain causal attention gives the same.
     """
-
     def __init__(self, cache, rows, starts, counts):
         device = cache.k.device
-        self.cache, self.counts, self.fresh = cache, counts, not any(starts)
-        begin, end = [0], []
-        for count in counts:
-            end.append(begin[-1] + count)
-            begin.append(end[-1])
-        self.positions = torch.tensor([[s + i for s, n in zip(starts, counts) for i in range(n)]], device=device)
-        self.rows = torch.tensor([row for row, n in zip(rows, counts) for _ in range(n)], device=device)
-        self.parts = []     # what attends together: (new tokens, rows, S, what they see of S))
+        self.cache = cache
+        self.counts = counts
+        self.fresh = not any(starts)
+        positions = [np.arange(start, start + count) for start, count in zip(starts, counts)]
+        self.positions = torch.from_numpy(np.concatenate(positions))[None].to(device)
+        self.rows = torch.from_numpy(np.repeat(rows, counts)).to(device)
+        self.parts = []     # of the attention: (new tokens, their rows, the number S of positions they see, mask)
         if self.fresh:
             return
-        lone = len(rows) > 1 and min(counts) == 1 and rows[-1] - rows[0] == len(rows) - 1
-        if lone:            # the first token of every row in one product; where a row has more, it is done again below
-            parts = [(begin[:-1] if end[-1] > len(rows) else slice(None), slice(rows[0], rows[-1] + 1), len(rows))]
-        else:
-            parts = []
-        parts += [(slice(b, e), slice(r, r + 1), 1) for r, b, e in zip(rows, begin, end) if e - b > 1 or not lone]
-        for new, where, B in parts:
-            places = self.positions[0, new].view(B, -1)                                 # (rows, tokens of each)
-            S = int(places.max()) + 1
-            self.parts.append((new, where, S, sight(places, S, cache.group, cache.k.dtype)))
+        ends = list(itertools.accumulate(counts))
+        begins = [0, *ends[:-1]]
+        # The first token of every row goes into one product; a row with more tokens has one of its own after it.
+        together = len(rows) > 1 and min(counts) == 1 and rows[-1] - rows[0] == len(rows) - 1
+        if together:
+            self.add_part(slice(None) if max(counts) == 1 else begins, rows[0], rows[-1] + 1)
+        for row, begin, end in zip(rows, begins, ends):
+            if end - begin > 1 or not together:
+                self.add_part(slice(begin, end), row, row + 1)
+
+    def add_part(self, tokens, first_row, end_row):
+        positions = self.positions[0, tokens].view(end_row - first_row, -1)
+        S = int(positions.max()) + 1
+        mask = KERNELS.attention_mask(positions, S, self.cache.group, self.cache.k.dtype)
+        self.parts.append((tokens, slice(first_row, end_row), S, mask))
 
     def append(self, layer, k, v):
         """Store this pass's keys and values, (N, K, D)."""
-        for cached, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
-            cached[self.rows, :, self.positions[0]] = new
+        self.cache.k[layer][self.rows, :, self.positions[0]] = k
+        self.cache.v[layer][self.rows, :, self.positions[0]] = v
 
     def attend(self, layer, q):
-        """What queries (N, H, D) find in the cache: (N, H, D)."""
+        """Return what the queries (N, H, D) find in the cache, (N, H, D)."""
         out = torch.empty_like(q)
-        for new, rows, S, seen in self.parts:
-            k, v = self.cache.k[layer, rows, :, :S], self.cache.v[layer, rows, :, :S]           # (B, K, S, D)
-            y = attend(q[new].view(len(k), -1, *q.shape[1:]), k, v, seen).view(-1, *q.shape[1:])
-            if len(self.parts) == 1:
-                return y
-            out[new] = y
+        for tokens, rows, S, mask in self.parts:
+            k = self.cache.k[layer, rows, :, :S]        # (B, K, S, D)
+            v = self.cache.v[layer, rows, :, :S]
+            y = KERNELS.attend(q[tokens].view(len(k), -1, *q.shape[1:]), k, v, mask)
+            out[tokens] = y.view(-1, *q.shape[1:])
         return out
 
 
-class Frame:
-    """A decoding pass of one shape, made again and again: the first B rows of a cache, each continued by T tokens that
-    see its first S positions. All it reads and leaves is in tensors that stay where they are, so that on CUDA a pass is
-    one graph, replayed without asking the device anything; on a CPU the same function runs as it stands.
+class DecodeGraph(ForwardBatch):
+    """A pass of one shape, run again and again: the first B rows of a cache, each with T new tokens that see its first
+    S positions. All it reads and writes are tensors that stay where they are, so that on CUDA a pass is one graph, which
+    is replayed without asking the device anything. On a CPU the same function runs as it stands.
 
-    A token at the cache's last position, which no row ever reaches, is padding: it writes there alone and its result
-    means nothing. After each pass positions move on by one and, where T is 1, the tokens drawn are the next pass's, so
-    that several passes follow each other before what they drew, in `drawn` and `logps`, (passes, B * T), is read.
-    limits: whether top_p and top_k are looked at. A token takes one uniform number, as in `draw`, not a race between
-    the words of the vocabulary: it needs no answer from the device either, and a seed means the same as without frames.
+    A token at the cache's last position, which no row ever reaches, is padding: it writes there alone. Where T is 1, the
+    tokens that a pass samples are the input of the next. limits: whether any row has a top_p below 1.
     """
-    fresh, counts = False, None
+    fresh = False
+    counts = None
 
-    def __init__(self, model, size, cache, B, T, S, limits, pool):
-        self.model, self.size, self.cache, self.shape, self.limits = model, size, cache, (B, T, S), limits
-        device, N, self.spare = cache.k.device, B * T, cache.k.shape[3] - 1
+    def __init__(self, model, num_ids, cache, B, T, S, limits, pool):
+        self.model = model
+        self.num_ids = num_ids
+        self.cache = cache
+        self.shape = B, T, S, limits
+        self.padding = cache.k.shape[3] - 1
+        device = cache.k.device
         self.rows = torch.arange(B, device=device).repeat_interleave(T)
-        self.tokens, self.positions = torch.zeros(1, N, dtype=torch.int64, device=device), torch.full(
-            (1, N), self.spare, device=device)
-        self.settings = torch.ones(N, 3, dtype=torch.float64, device=device)            # temperature, top_p, top_k
-        self.uniform = torch.zeros(CHECK_EVERY, N, dtype=torch.float64, device=device)
-        self.drawn, self.logps = torch.zeros_like(self.uniform, dtype=torch.int64), torch.zeros_like(self.uniform)
-        self.at, self.graph = torch.zeros(1, dtype=torch.int64, device=device), None    # at: which pass this is
-        if device.type == "cuda":       # captured while everything is padding: no live row is written
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.compute()          # libraries set themselves up in a first call, which cannot be captured
-            torch.cuda.current_stream().wait_stream(side)
+        self.tokens = torch.zeros(1, B * T, dtype=torch.int64, device=device)
+        self.positions = torch.full((1, B * T), self.padding, device=device)
+        self.settings = torch.ones(B * T, 2, dtype=torch.float64, device=device)
+        self.uniform = torch.zeros(B * T, dtype=torch.float64, device=device)
+        self.result = torch.zeros(2, B * T, dtype=torch.float64, device=device)     # tokens, log-probs
+        self.graph = None
+        if device.type == "cuda":
+            self.compute()              # libraries set themselves up in a first call, which cannot be captured
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
+            with torch.cuda.graph(self.graph, pool=pool):       # while all is padding: no live row is written
                 self.compute()
 
     def compute(self):
-        B, T, S = self.shape
-        places = torch.where(self.positions < self.spare, self.positions, 0).view(B, T)
-        self.seen = modeling.ops.sight(places, S, self.cache.group, self.cache.k.dtype)
-        logits = self.model(self.tokens, self)[0].float()
-        logits[:, self.size:] = -torch.inf
-        temperature, top_p, top_k = self.settings.unbind(1)
-        drawn, logps = draw(logits, temperature, top_p, top_k.long(), self.uniform.index_select(0, self.at)[0],
-                            self.limits)
-        self.drawn.index_copy_(0, self.at, drawn[None])
-        self.logps.index_copy_(0, self.at, logps[None].double())
+        B, T, S, limits = self.shape
+        positions = torch.where(self.positions < self.padding, self.positions, 0).view(B, T)
+        mask = KERNELS.attention_mask(positions, S, self.cache.group, self.cache.k.dtype)
+        self.parts = [(slice(None), slice(0, B), S, mask)]
+        sampled, logps = next_tokens(self.model, self, self.num_ids, self.tokens, self.settings, self.uniform, limits)
+        self.result.copy_(torch.stack((sampled.double(), logps.double())))
         if T == 1:
-            self.tokens.copy_(drawn[None])
-        self.positions.add_(1).clamp_(max=self.spare)
-        self.at.add_(1)
-
-    def append(self, layer, k, v):
-        """Store this pass's keys and values, (N, K, D)."""
-        for cached, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
-            cached[self.rows, :, self.positions[0]] = new
-
-    def attend(self, layer, q):
-        """What queries (N, H, D) find in the cache: (N, H, D)."""
-        B, T, S = self.shape
-        k, v = self.cache.k[layer, :B, :, :S], self.cache.v[layer, :B, :, :S]
-        return modeling.ops.attend(q.view(B, T, *q.shape[1:]), k, v, self.seen).view(q.shape)
+            self.tokens.copy_(sampled[None])
+        self.positions.add_(1).clamp_(max=self.padding)
 
     def run(self, tokens, positions, settings, uniform):
-        """Passes over the given tokens (B, T), positions (B, T), settings (B, 3), and uniform numbers (B, passes, T):
-        the tokens drawn and their log-probs, two arrays (B, passes * T)."""
-        (B, T, _), passes = self.shape, uniform.shape[1]
-        for buffer, values in ((self.tokens, tokens.reshape(1, -1)), (self.positions, positions.reshape(1, -1)),
-                               (self.settings, settings.repeat(T, 0)),
-                               (self.uniform[:passes], uniform.transpose(1, 0, 2).reshape(passes, -1))):
-            buffer.copy_(torch.from_numpy(values))
-        self.at.zero_()
-        for _ in range(passes):
-            self.graph.replay() if self.graph else self.compute()
-        drawn = torch.stack((self.drawn[:passes].double(), self.logps[:passes])).cpu().numpy()      # the only wait
-        drawn = drawn.reshape(2, passes, B, T).transpose(0, 2, 1, 3).reshape(2, B, -1)
-        return drawn[0].astype(int), drawn[1]
+        """Run passes from tokens (B, T) at positions (B, T) with settings (B, 2) and uniform numbers (B, passes * T),
+        all numpy. Returns what they sampled and its log-probs, two arrays (B, passes * T)."""
+        B, T = tokens.shape
+        self.tokens.copy_(torch.from_numpy(tokens.reshape(1, -1)))
+        self.positions.copy_(torch.from_numpy(positions.reshape(1, -1)))
+        self.settings.copy_(torch.from_numpy(settings.repeat(T, 0)))
+        numbers = torch.from_numpy(uniform).to(self.uniform.device)
+        results = []
+        for numbers_of_pass in numbers.split(T, dim=1):
+            self.uniform.copy_(numbers_of_pass.reshape(-1))
+            if self.graph:
+                self.graph.replay()
+            else:
+                self.compute()
+            results.append(self.result.view(2, B, T).clone())
+        sampled, logps = torch.cat(results, dim=2).cpu().numpy()        # the only wait for the device
+        return sampled.astype(int), logps
 
 
-CHECK_EVERY = 4             # passes of a Frame between two looks at what they drew
-FRAME_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
+CHECK_EVERY = 4             # passes of a DecodeGraph between two looks at what they sampled
+GRAPH_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
+SHORTEST_SIGHT = 256        # positions that a graph's tokens see at least, so that there are few graphs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Drawing a token
+# Sampling a token
 
-def draw(logits, temperature, top_p, top_k, uniform, limits=None):
-    """One token for each row, and its log-probability under the distribution it was drawn from.
+PRESORTED = 1024            # most likely tokens that are sorted first
 
-    logits: (B, V) fp32. temperature, top_p, uniform in [0, 1): (B,) float64; top_k: (B,) int64, 0 for no limit.
-    The distribution is softmax(logits / temperature), cut to its top_k tokens, renormalised, cut to the smallest set of
-    most likely tokens whose probability reaches top_p, renormalised; the token is its inverse CDF at `uniform`.
-    Temperature 0 takes the most likely token and reports its log-probability at temperature 1, uncut. limits: whether
-    any row has a top_p or top_k, from one who knows; the device is then asked nothing.
-    Returns (tokens (B,) int64, logps (B,) fp32).
+
+def next_tokens(model, batch, num_ids, tokens, settings, uniform, limits=None):
+    """Return what is sampled after each of the batch's tokens (1, N), and its log-probs, both (N,).
+
+    num_ids: the tokenizer's size. settings: (N, 2), temperature and top_p of each token. See sample_tokens.
+    """
+    # The log-probs must be those that the trainer computes for the same tokens. So the vocabulary's rows that stand for
+    # no token get no probability, as with Head's `size`; logits become fp32 before they are divided by the temperature;
+    # and training samples with a top_p of 1, as the trainer knows no other.
+    logits = model(tokens, batch)[0].float()        # (N, V)
+    logits[:, num_ids:] = -torch.inf
+    return sample_tokens(logits, settings[:, 0], settings[:, 1], uniform, limits)
+
+
+def sample_tokens(logits, temperature, top_p, uniform, limits=None):
+    """Return one token for each row, (B,) int64, and its log-prob under the distribution it was drawn from, (B,) fp32.
+
+    logits: (B, V) fp32. temperature, top_p, uniform in [0, 1): (B,) float64. The distribution is
+    softmax(logits / temperature), cut to the smallest set of most likely tokens whose probability reaches top_p, and
+    renormalised. The token is its inverse CDF at `uniform`. Temperature 0 takes the most likely token and reports its
+    log-prob at temperature 1, uncut. limits: whether any row has a top_p below 1, from a caller who knows, so that the
+    device is asked nothing; None: look.
     """
     greedy = temperature == 0
     logp = F.log_softmax(logits / torch.where(greedy, 1.0, temperature).float()[:, None], dim=-1)
     if limits is None and greedy.all():
         tokens = logits.argmax(-1)
         return tokens, logp.gather(1, tokens[:, None])[:, 0]
-    limited = ((top_p < 1) | (top_k > 0)) & ~greedy
-    if limits:
-        logp = torch.where(limited[:, None], truncate(logp, top_p, top_k, logp.shape[-1]), logp)
-    elif limits is None and limited.any():
-        logp[limited] = truncate(logp[limited], top_p[limited], top_k[limited])
+    limited = (top_p < 1) & ~greedy
+    if limits or (limits is None and limited.any()):
+        cut = nucleus(logp, top_p, PRESORTED if limits is None else logp.shape[-1])
+        logp = torch.where(limited[:, None], cut, logp)
     cdf = logp.exp().cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     tokens = torch.where(greedy, logits.argmax(-1), tokens)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
-def truncate(logp, top_p, top_k, width=1024):
-    """Log-probabilities, (B, V), after top-k and then nucleus truncation, renormalised; -inf outside.
+def nucleus(logp, top_p, width):
+    """Return log-probs (B, V) after nucleus truncation, renormalised; -inf outside.
 
-    Sorting 152,064 values a row costs more than a decoding step of a small model, so only the `width` most likely are
+    To sort 152,064 values a row costs more than a decoding step of a small model, so only the `width` most likely are
     sorted first, and all of them only where these do not settle it.
     """
     V = logp.shape[-1]
     value, index = logp.topk(min(width, V), dim=-1)
-    unsettled = torch.where(top_k == 0, value.double().exp().sum(-1) < top_p, top_k > width)
-    if width < V and unsettled.any():
-        return truncate(logp, top_p, top_k, V)
-    rank = torch.arange(value.shape[1], device=logp.device)
-    p = torch.where((top_k == 0)[:, None] | (rank < top_k[:, None]), value.double().exp(), 0.0)
-    p = p / torch.where(top_k == 0, 1.0, p.sum(-1))[:, None]         # without a top-k the mass is 1 already
+    p = value.double().exp()
+    if width < V and (p.sum(-1) < top_p).any():
+        return nucleus(logp, top_p, V)
     keep = (p > 0) & (p.cumsum(-1) - p < top_p[:, None])
     kept = torch.where(keep, value, -torch.inf)
     return torch.full_like(logp, -torch.inf).scatter(1, index, kept - kept.logsumexp(-1, keepdim=True))
@@ -449,135 +458,117 @@ class Request:
     max_new_tokens: int
     temperature: float
     top_p: float
-    top_k: int
     stop: list                  # of bytes
-    uniform: list               # max_new_tokens floats: all its random numbers, so batching cannot change them
-    stream: typing.Callable     # called with each new piece of text, or None
+    uniform: np.ndarray         # (max_new_tokens,): all its random numbers, so batching cannot change them
+    stream: Callable            # called with the bytes of each new token, or None
     future: Future = field(default_factory=Future)
     tokens: list = field(default_factory=list)
     logps: list = field(default_factory=list)
     text: bytearray = field(default_factory=bytearray)
     cached: int = 0
-    lookup: "Lookup" = None     # what may come next; None without drafting
+    lookup: "PromptLookup" = None       # None without drafting
     started: float = field(default_factory=time.perf_counter)
 
-    @property
-    def last(self):
-        """The newest token, which no pass has seen yet."""
-        return self.tokens[-1] if self.tokens else self.prompt[-1]
 
+class PromptLookup:
+    """Guesses how a text goes on: as it did after its last two tokens when they occurred before.
 
-class Lookup:
-    """Guesses what comes next in a text: what followed when its last GRAM tokens occurred before (prompt lookup).
-
-    at: where in `seq` the token expected next stands, or None. match: how many tokens before it equal the end of the
-    text, at most 16. odds: [right, made] guesses of all texts for each length of match; every token added tells,
-    drafted or not. recent: the same of this text alone, older guesses counting less.
+    pos: where in `seq` the token stands that is guessed next, or None. match_len: how many tokens before it equal the
+    end of the text, up to LONGEST. counts: [right, made] guesses of all texts for each match_len, drafted or not.
+    acceptance: the same of this text alone, where older guesses count less.
     """
-    GRAM = 2
+    LONGEST = 16
+    DECAY = 0.9
 
-    def __init__(self, prompt, odds):
-        seq = self.seq = prompt.tolist()
-        self.odds, self.recent = odds, [0.0, 0.0]
-        grams = zip(*(seq[i:] for i in range(self.GRAM)))
-        self.places = dict(zip(grams, range(self.GRAM, len(seq))))      # n-gram -> where it was last followed
-        self._find()
+    def __init__(self, prompt, counts):
+        self.seq = prompt.tolist()
+        self.counts = counts
+        self.acceptance = [0.0, 0.0]
+        bigrams = zip(self.seq, self.seq[1:])
+        self.ngram_index = dict(zip(bigrams, range(2, len(self.seq))))      # bigram -> where it was last followed
+        self.find()
 
-    def _find(self):
-        """Look the last n-gram up, and count how much more than it matches."""
-        self.at, self.match = self.places.get(tuple(self.seq[-self.GRAM:])), self.GRAM
-        if self.at is not None:
-            while self.match < min(16, self.at) and self.seq[self.at - 1 - self.match] == self.seq[-1 - self.match]:
-                self.match += 1
+    def find(self):
+        """Look up the last bigram, and count how many more tokens before it match."""
+        seq = self.seq
+        self.pos = self.ngram_index.get(tuple(seq[-2:]))
+        self.match_len = 2
+        if self.pos is not None:
+            longest = min(self.LONGEST, self.pos)
+            while self.match_len < longest and seq[self.pos - 1 - self.match_len] == seq[-1 - self.match_len]:
+                self.match_len += 1
 
     def add(self, token):
-        """Take notice of the next token. A copy goes on where it is, wherever else its n-grams occur."""
+        """Append the next token to the text."""
         right = False
-        if self.at is not None:
-            right = self.seq[self.at] == token
-            odds = self.odds[self.match]
-            odds[0] += right
-            odds[1] += 1
-            self.recent = [0.9 * self.recent[0] + right, 0.9 * self.recent[1] + 1]
-        self.places[tuple(self.seq[-self.GRAM:])] = len(self.seq)
+        if self.pos is not None:
+            right = self.seq[self.pos] == token
+            counts = self.counts[self.match_len]
+            counts[0] += right
+            counts[1] += 1
+            self.acceptance = [self.DECAY * self.acceptance[0] + right, self.DECAY * self.acceptance[1] + 1]
+        self.ngram_index[tuple(self.seq[-2:])] = len(self.seq)
         self.seq.append(token)
-        if right:
-            self.at, self.match = self.at + 1, min(16, self.match + 1)
+        if right:       # the copy goes on, wherever else its last bigram occurs
+            self.pos += 1
+            self.match_len = min(self.LONGEST, self.match_len + 1)
         else:
-            self._find()
+            self.find()
 
-    def chance(self):
-        """Probability that the next guess is right: that of such matches, and this text's own record."""
-        if self.at is None:
+    def accept_prob(self):
+        """Return the probability that the next guess is right: this text's record, after two guesses like others'."""
+        if self.pos is None:
             return 0.0
-        right, made = self.odds[self.match]
-        return (self.recent[0] + 2 * right / made) / (self.recent[1] + 2)
+        right, made = self.counts[self.match_len]
+        return (self.acceptance[0] + 2 * right / made) / (self.acceptance[1] + 2)
 
-
-class PassTime:
-    """Seconds that a pass of N tokens takes, base + N * each: least squares over the passes so far, older ones counting
-    less. Before passes of different N were seen, a token is taken to cost a tenth of the base."""
-
-    def __init__(self):
-        self.weight = self.n = self.t = self.nn = self.nt = 0.0
-
-    def add(self, N, seconds):
-        if self.weight:         # a pass that the machine interrupted says little
-            base, each = self.fit()
-            seconds = min(seconds, 3 * (base + N * each))
-        for name, value in dict(weight=1.0, n=N, t=seconds, nn=N * N, nt=N * seconds).items():
-            setattr(self, name, 0.98 * getattr(self, name) + value)
-
-    def fit(self):
-        """(base, each) in seconds."""
-        if not self.weight:
-            return 10.0, 1.0
-        n, t = self.n / self.weight, self.t / self.weight
-        usual, doubt = t / (n + 10), 1.0
-        each = (self.nt - self.weight * n * t + doubt * usual) / (self.nn - self.weight * n * n + doubt)
-        each = min(max(each, 0.0), t / n)
-        return t - n * each, each
+    def guess(self, length):
+        return self.seq[self.pos:self.pos + length] if length else []
 
 
 class Engine:
-    """Samples many conversations at once from one model.
+    """Samples many conversations at once from one model. Any thread may call chat, generate and submit.
 
-    rows: conversations in the cache, which is also the largest batch. context: tokens of one conversation, prompt and
-    reply. A finished row keeps its keys and values: when a prompt comes that begins with the same tokens (the next turn
-    of a conversation, another sample of the same prompt), they are reused. After the model's weights change call
-    refresh(). On a CPU in fp32, pack=True keeps a second copy of the weights in a layout that is about twice as fast
-    for 4 to 64 rows; None does so where they are too large for the processor's cache (64 MiB). draft: guess tokens from
-    the prompt and the reply so far, and check several in one pass where that is expected to pay; the tokens stay those
-    of plain decoding. What pays is measured; repeatable=True takes it from what was sampled since refresh() alone, so
-    that the same calls give the same log-probs to the last bit. static: decode in Frames, which on CUDA are graphs: off
-    by default as long as nobody has run it on a GPU. What is sampled is the same.
+    rows: conversations in the cache, which is also the largest batch. context: tokens of one conversation. A finished
+    row keeps its keys and values: a prompt that begins with the same tokens (the next turn of a conversation, another
+    sample of the same prompt) reuses them. pack: on a CPU in fp32, keep a second copy of the weights, about twice as
+    fast for few rows; None: if they are large. draft: guess tokens from the text so far, and check several in one pass.
+    static: decode in passes of fixed shapes, DecodeGraph. Neither changes what is sampled.
 
-    chat, generate and submit may be called from any thread. The first chat or submit starts one that runs the model
-    from then on. Until then generate runs it in the caller's thread, which on a CPU is a quarter faster: there is one
-    pool of OpenMP threads, not two that share the cores.
+    The first chat or submit starts a thread that runs the model from then on. Until then generate runs it in the
+    caller's thread, which on a CPU is a quarter faster: there is one pool of OpenMP threads, not two that share the
+    cores.
     """
 
-    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True,
-                 repeatable=False, static=False):
+    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True, static=False):
         weight = model.lm_head.weight
-        self.model, self.tokenizer, self.name, self.rows = model, tokenizer, name, rows
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.rows = rows
         self.context = min(context, model.config.max_position_embeddings)
         self.device = weight.device
-        dtype = getattr(model, "compute", None) or weight.dtype     # of what is computed, and so of what is cached
-        streamed = sum(p.nbytes for p in model.parameters()) > 2**26 if pack is None else pack
-        forms = (torch.float32, torch.bfloat16) if streamed else (torch.bfloat16,)      # see cpu_linear
-        self.pack = self.device.type == "cpu" and weight.dtype is dtype and dtype in forms
-        self.static, self.frames = static, {}       # {shape: Frame}, kept while weights are changed in place
+        self.draft = draft
+        self.static = static
+        self.graphs = {}        # {shape: DecodeGraph}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if static and self.device.type == "cuda" else None
-        self.cache = Cache(model.config, rows, self.context + static, dtype, self.device)
-        # Rows 0 .. len(active) - 1 are being sampled; the rest are parked, their cached tokens waiting for reuse.
+        dtype = getattr(model, "compute", None) or weight.dtype     # of what is computed, and so of what is cached
+        if pack is None:
+            pack = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
+        packable = (torch.float32, torch.bfloat16) if pack else (torch.bfloat16,)       # see cpu_linear
+        self.pack = self.device.type == "cpu" and weight.dtype is dtype and dtype in packable
+        # Position `context` holds no token: padding is written there.
+        self.cache = KVCache(model.config, rows, self.context + 1, dtype, self.device)
+        # Rows 0 .. len(active) - 1 are being sampled; the others are parked, their cached tokens waiting for reuse.
         self.active = []
-        self.tokens = np.zeros((rows, self.context), int)                   # what each row's cache holds
-        self.lengths = [0] * rows                                           # how many of them
-        self.used = [0] * rows                                              # when each was parked last
-        self.waiting, self.wake, self.thread, self.turn = deque(), threading.Condition(), None, threading.Lock()
+        self.tokens = np.zeros((rows, self.context), int)       # what each row's cache holds
+        self.lengths = [0] * rows                               # how many of them
+        self.used = [0] * rows                                  # when each was parked last
+        self.waiting = deque()
+        self.wake = threading.Condition()       # guards active and waiting
+        self.turn = threading.Lock()            # held by who runs the model
+        self.thread = None
         self.sampled_tokens = self.prefilled_tokens = self.reused_tokens = 0
-        self.draft, self.cost, self.repeatable = draft, PassTime(), repeatable
         self.passes = self.drafted_tokens = self.accepted_tokens = 0
         self.refresh()
 
@@ -586,56 +577,63 @@ class Engine:
         with self.wake:
             if self.active or self.waiting:
                 raise RuntimeError("the cache cannot be dropped while replies are being sampled; wait for them first")
-            self.lengths, self.used = [0] * self.rows, [0] * self.rows
+            self.lengths = [0] * self.rows
+            self.used = [0] * self.rows
 
     def refresh(self):
-        """Take notice of changed weights: drop what the old ones cached, and pack anew."""
+        """Take notice of changed weights: drop what the old ones cached and guessed, and pack anew."""
         self.forget()
-        self.odds = [[1, 2] for _ in range(17)]     # see Lookup
+        self.guess_counts = [[1, 2] for _ in range(PromptLookup.LONGEST + 1)]
         if self.pack:
             cpu_linear.pack(self.model)
 
     # -- what callers use
 
-    def chat(self, messages, *, stream=None, **options):
-        """The assistant's next reply to a conversation: one Completion (see submit for the options)."""
-        return self.submit(self.tokenizer.chat(messages), stream=stream, **options).result()
+    def chat(self, messages, **options):
+        """Return the assistant's next reply to a conversation, a Completion. See submit for the options."""
+        return self.submit(self.tokenizer.chat(messages), **options).result()
 
     def generate(self, prompts, n=1, seed=0, each=None, **options):
-        """n samples of each prompt (a text, a list of ids, or a conversation): a list of n Completions for each.
+        """Return a list of n Completions for each prompt (a text, a list of ids, or a conversation).
 
-        The n samples of a prompt share one prefill. Sample j of prompt i draws from seed + i * n + j. each(i, j,
-        completion) is called in the caller's thread as soon as that sample is done; the others wait meanwhile, so it
-        should hand longer work to another thread. What it raises ends the call and takes back what is not done.
+        Sample j of prompt i draws from seed + i * n + j; the n samples of a prompt share one prefill. each(i, j,
+        completion) is called in the caller's thread as soon as that sample is done, while the others wait. What it
+        raises ends the call and takes back what is not done.
         """
         done = queue.SimpleQueue()
-        with self.wake:     # all or none are there when the engine looks, so a run can be repeated exactly
-            requests = [[self._request(self._ids(prompt), seed=seed + i * n + j, **options) for j in range(n)]
-                        for i, prompt in enumerate(prompts)]
-            for i, group in enumerate(requests):
-                for j, request in enumerate(group):
-                    request.future.add_done_callback(lambda _, at=(i, j): done.put(at))
-                self.waiting.extend(group)
+        requests = []
+        groups = []
+        index = {}      # {future: (i, j)}
+        for i, prompt in enumerate(prompts):
+            ids = self._ids(prompt)
+            groups.append([None] * n)
+            for j in range(n):
+                request = self._request(ids, seed=seed + i * n + j, **options)
+                request.future.add_done_callback(done.put)
+                index[request.future] = i, j
+                requests.append(request)
+        with self.wake:     # the engine sees all or none, so that a run can be repeated exactly
+            self.waiting.extend(requests)
             self.wake.notify()
         try:
-            for _ in range(len(requests) * n):
+            for _ in index:
                 while self.thread is None and done.empty():
                     self._advance()
-                i, j = done.get()
-                reply = requests[i][j].future.result()
+                future = done.get()
+                i, j = index[future]
+                groups[i][j] = future.result()
                 if each:
-                    each(i, j, reply)
+                    each(i, j, groups[i][j])
         except BaseException:
-            self._withdraw({id(request) for group in requests for request in group})
+            self._withdraw(index)
             raise
-        return [[request.future.result() for request in group] for group in requests]
+        return groups
 
     def submit(self, ids, **options):
-        """Queue one reply to the token ids of a prompt; returns a Future of its Completion.
+        """Queue one reply to the token ids of a prompt. Returns a Future of its Completion.
 
-        Options: max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0, and stream, called with the
-        bytes of each new token. Raises ContextFull when ids and max_new_tokens do not fit the context, ValueError for
-        options out of range.
+        Options: max_new_tokens, temperature, top_p, stop (strings), seed, and stream, which is called with the bytes of
+        each new token. Raises ContextFull if the reply may not fit the context, ValueError for options out of range.
         """
         request = self._request(ids, **options)
         with self.wake:
@@ -646,17 +644,17 @@ class Engine:
             self.wake.notify()
         return request.future
 
-    def _request(self, ids, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0, stream=None):
-        if not (ids and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0):
-            raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and top_k >= 0; "
-                             f"found {len(ids)} prompt tokens, {max_new_tokens}, {temperature}, {top_p}, {top_k}")
+    def _request(self, ids, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0, stream=None):
+        if not (ids and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1):
+            raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1; found "
+                             f"{len(ids)} prompt tokens, {max_new_tokens}, {temperature} and {top_p}")
         if len(ids) + max_new_tokens > self.context:
             raise ContextFull(f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the context of "
                               f"{self.context}; shorten the prompt, or give the engine a larger context")
-        generator = torch.Generator().manual_seed(seed)
-        return Request(np.array(ids), max_new_tokens, temperature, top_p, top_k,
-                       [s.encode() for s in ([stop] if isinstance(stop, str) else stop) if s],
-                       torch.rand(max_new_tokens, generator=generator, dtype=torch.float64).tolist(), stream)
+        stop = [stop] if isinstance(stop, str) else stop
+        uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return Request(np.array(ids), max_new_tokens, temperature, top_p, [text.encode() for text in stop if text],
+                       uniform.numpy(), stream)
 
     def _ids(self, prompt):
         if isinstance(prompt, str):
@@ -673,225 +671,242 @@ class Engine:
             self._advance()
 
     def _advance(self):
-        """One step, if there is anything to do. What it raises is handed to everyone who waits for a reply."""
+        """Make one step if there is anything to do. What it raises is handed to everyone who waits for a reply."""
         with self.turn, torch.no_grad():        # not inference_mode: it would break later training of the same module
             try:
                 if self.active or self.waiting:
                     self.step()
             except BaseException as error:      # also Ctrl-C, which may come while a row is half written
                 with self.wake:
-                    failed, self.active, self.waiting = [*self.active, *self.waiting], [], deque()
+                    failed = [*self.active, *self.waiting]
+                    self.active = []
+                    self.waiting.clear()
                     self.lengths = [0] * self.rows
                 for request in failed:
                     request.future.set_exception(error)
                 if not isinstance(error, Exception):
                     raise
 
-    def _withdraw(self, requests):
-        """Sample no further what nobody waits for any more. requests: a set of their ids."""
+    def _withdraw(self, futures):
+        """Sample no further the replies that nobody waits for any more."""
         with self.turn, self.wake:
-            self.waiting = deque(r for r in self.waiting if id(r) not in requests)
+            self.waiting = deque(request for request in self.waiting if request.future not in futures)
             for row in reversed(range(len(self.active))):
-                if id(self.active[row]) in requests:
-                    self._park(row)
+                if self.active[row].future in futures:
+                    self.release_row(row)
 
     def step(self):
-        """Start waiting requests while rows are free, then one pass: a token for every active row, and with it those of
-        its draft that prove right.
+        """Run one pass: every active row gets a token, and with it those of its draft that prove right.
 
-        At each drafted position a token is drawn from the model's distribution with that position's own random number,
-        as without a draft; the draft only decides whether the positions after it count. So the tokens, and their
-        log-probs, are those of plain decoding.
+        A token is sampled at each drafted position with that position's own random number, as without a draft. The
+        draft only decides whether the positions after it count, so the tokens are those of plain decoding.
         """
-        self._admit()
-        drafts = self._drafts()
-        passes, frame = self._frame(drafts)
-        start = time.perf_counter()
-        replies = self._replay(drafts, passes, frame) if frame else self._pass(drafts)
-        if not self.repeatable:
-            self.cost.add(len(drafts) + sum(map(len, drafts)), (time.perf_counter() - start) / passes)
+        # 1. New requests get rows, and their prompts come into the cache.
+        self.schedule()
+        # 2. One pass over each row's last token and its draft; in a graph without drafts, several passes.
+        drafts = self.propose_drafts()
+        passes, graph = self.decode_graph(drafts)
+        replies = self.forward(drafts, passes, graph)
         self.passes += passes
         self.drafted_tokens += sum(map(len, drafts))
-        done = []
+        # 3. Each row takes its tokens up to the first that ends the reply or differs from the draft.
+        finished = []
         for row, (request, draft, reply) in enumerate(zip(self.active, drafts, replies)):
             for i, (token, logp) in enumerate(reply):
                 if not math.isfinite(logp):
                     raise FloatingPointError(f"{self.name} gives logits that are not finite; its weights are damaged")
                 self.lengths[row] += 1
-                completion = self._take(request, token, logp)
-                if completion or i < len(draft) and token != draft[i]:
+                completion = self.append_token(request, token, logp)
+                if completion or (i < len(draft) and token != draft[i]):
                     break
             self.sampled_tokens += i + 1
-            self.accepted_tokens += i if draft else 0
+            if draft:
+                self.accepted_tokens += i
             if completion:
-                done.append((row, request, completion))
-        for row, _, _ in reversed(done):
-            self._park(row)
-        for _, request, completion in done:     # last, so that who waits for a reply finds its row free
-            request.future.set_result(completion)
+                finished.append((row, request.future, completion))
+        # 4. Finished rows are parked, and only then handed over, so that who waits for a reply finds its row free.
+        for row, _, _ in reversed(finished):
+            self.release_row(row)
+        for _, future, completion in finished:
+            future.set_result(completion)
 
-    def _pass(self, drafts):
-        """For each active row [(token, logp)]: what is drawn after its last token and after each of its draft."""
-        inputs, settings = [], []
-        for r, draft in zip(self.active, drafts):
-            inputs += [r.last, *draft]
-            for u in r.uniform[len(r.tokens):len(r.tokens) + 1 + len(draft)]:
-                settings.append((r.temperature, r.top_p, r.top_k, u))
-        counts = [1 + len(draft) for draft in drafts]
-        window = Window(self.cache, range(len(counts)), self.lengths[:len(counts)], counts)
-        logits = self.model(torch.tensor([inputs], device=self.device), window)[0].float()                # (N, V)
-        logits[:, self.tokenizer.size:] = -torch.inf        # rows of the vocabulary that stand for no token
-        settings = torch.tensor(settings, dtype=torch.float64, device=self.device)
-        tokens, logps = draw(logits, settings[:, 0], settings[:, 1], settings[:, 2].long(), settings[:, 3])
-        drawn = iter(zip(tokens.tolist(), logps.tolist()))
-        return [[next(drawn) for _ in range(count)] for count in counts]
+    def propose_drafts(self):
+        """Return for each active row the tokens to try after its last.
 
-    def _frame(self, drafts):
-        """(passes, frame) that fit the active rows, each size of the frame one of few; or (1, None) where none does."""
-        power = lambda n: 1 << (n - 1).bit_length()
-        B, T = min(power(len(drafts)), self.rows), power(1 + max(map(len, drafts)))
-        if not self.static or B * T > FRAME_TOKENS:
-            return 1, None
-        passes = 1 if T > 1 else min(CHECK_EVERY, max(r.max_new_tokens - len(r.tokens) for r in self.active))
-        S = min(max(256, power(max(self.lengths[:len(drafts)]) + T + passes)), self.context)
-        shape = B, T, S, any(r.temperature and (r.top_p < 1 or r.top_k) for r in self.active)
-        if shape not in self.frames:
-            self.frames[shape] = Frame(self.model, self.tokenizer.size, self.cache, *shape, self.pool)
-        return passes, self.frames[shape]
-
-    def _replay(self, drafts, passes, frame):
-        """As _pass, in a Frame, and where no row has a draft, several passes."""
-        B, T, *_ = frame.shape
-        tokens, positions = np.zeros((B, T), int), np.full((B, T), frame.spare)
-        settings, uniform = np.ones((B, 3)), np.zeros((B, passes, T))
-        for row, (r, draft) in enumerate(zip(self.active, drafts)):
-            n, u = 1 + len(draft), r.uniform[len(r.tokens):len(r.tokens) + passes * T]
-            tokens[row, :n], positions[row, :n] = [r.last, *draft], self.lengths[row] + np.arange(n)
-            settings[row] = r.temperature, r.top_p, r.top_k
-            uniform[row].reshape(-1)[:len(u)] = u
-        tokens, logps = (drawn.tolist() for drawn in frame.run(tokens, positions, settings, uniform))
-        return [list(zip(tokens[row], logps[row]))[:passes + len(draft)] for row, draft in enumerate(drafts)]
-
-    def _drafts(self):
-        """For each active row the tokens to try after its last.
-
-        A guess that is right with probability p, after j others, is right with p^(j + 1) and costs `each` seconds. It
-        pays if that is above each times the tokens per second without it; to take all that pay raises the rate, so the
-        lengths are found again with the new one.
+        A guess that is right with probability p, after j others, is right with p^(j + 1). It pays if that is more
+        tokens than its cost would give otherwise. All that pay raise that rate, so the lengths are found again with it.
         """
         B = len(self.active)
         if not self.draft:
             return [[]] * B
-        (base, each), chances = self.cost.fit(), [r.lookup.chance() for r in self.active]
-        counts, rate = [0] * B, B / (base + each * B)
+        probs = [request.lookup.accept_prob() for request in self.active]
+        rate = B / (PASS_COST + TOKEN_COST * B)
         for _ in range(3):
-            least = max(each * rate, 1e-9)
-            counts = [int(min(LONGEST_DRAFT, math.log(least) / math.log(p))) if p > least else 0 for p in chances]
-            tokens = B + sum(p * (1 - p ** k) / (1 - p) for p, k in zip(chances, counts) if k)
-            rate = max(rate, tokens / (base + each * (B + sum(counts))))
-        counts = [min(k, r.max_new_tokens - len(r.tokens) - 1) for k, r in zip(counts, self.active)]
-        return [r.lookup.seq[r.lookup.at:r.lookup.at + k] if k else [] for k, r in zip(counts, self.active)]
+            least = max(TOKEN_COST * rate, 1e-9)
+            lengths = [int(min(LONGEST_DRAFT, math.log(least) / math.log(p))) if p > least else 0 for p in probs]
+            tokens = B + sum(p * (1 - p ** k) / (1 - p) for p, k in zip(probs, lengths) if k)
+            rate = max(rate, tokens / (PASS_COST + TOKEN_COST * (B + sum(lengths))))
+        left = [request.max_new_tokens - len(request.tokens) - 1 for request in self.active]
+        return [request.lookup.guess(min(k, most)) for request, k, most in zip(self.active, lengths, left)]
 
-    def _admit(self):
-        """Give free rows to waiting requests, and bring all of their prompts but the last token into the cache.
+    def decode_graph(self, drafts):
+        """Return (passes, graph) for the active rows, each size of the graph one of few; (1, None) where none fits."""
+        B = min(round_up(len(drafts)), self.rows)
+        T = round_up(1 + max(map(len, drafts)))
+        if not self.static or B * T > GRAPH_TOKENS:
+            return 1, None
+        passes = 1
+        if T == 1:
+            passes = min(CHECK_EVERY, max(request.max_new_tokens - len(request.tokens) for request in self.active))
+        longest = max(self.lengths[:len(drafts)])
+        S = min(max(SHORTEST_SIGHT, round_up(longest + T + passes)), self.context)
+        limits = any(request.temperature and request.top_p < 1 for request in self.active)
+        shape = B, T, S, limits
+        if shape not in self.graphs:
+            self.graphs[shape] = DecodeGraph(self.model, self.tokenizer.size, self.cache, *shape, self.pool)
+        return passes, self.graphs[shape]
 
-        Each reuses the longest beginning that some row holds. Prompts are computed several at a time; one that begins
-        like another of them waits for that one, to copy it.
-        """
+    def forward(self, drafts, passes, graph):
+        """Return for each active row [(token, logp)]: what is sampled after its last token and after each of its draft,
+        or in each of several passes."""
+        # 1. All rows' tokens, padded to (B, T).
+        counts = [1 + len(draft) for draft in drafts]
+        B, T = graph.shape[:2] if graph else (len(counts), max(counts))
+        tokens = np.zeros((B, T), int)
+        positions = np.full((B, T), self.context)       # of padding
+        settings = np.ones((B, 2))                      # temperature, top_p
+        uniform = np.zeros((B, passes * T))
+        for row, (request, draft) in enumerate(zip(self.active, drafts)):
+            num_done = len(request.tokens)
+            newest = request.tokens[-1] if num_done else request.prompt[-1]     # no pass has seen it yet
+            tokens[row, :counts[row]] = [newest, *draft]
+            positions[row, :counts[row]] = range(self.lengths[row], self.lengths[row] + counts[row])
+            settings[row] = request.temperature, request.top_p
+            numbers = request.uniform[num_done:num_done + passes * T]
+            uniform[row, :len(numbers)] = numbers
+        # 2. The graph computes the padding too; a ragged batch leaves it out.
+        if graph:
+            sampled, logps = graph.run(tokens, positions, settings, uniform)
+        else:
+            real = positions < self.context
+            batch = ForwardBatch(self.cache, range(B), self.lengths[:B], counts)
+            inputs = [torch.from_numpy(array).to(self.device) for array in (
+                tokens[real][None], settings.repeat(counts, 0), uniform[real])]
+            results = next_tokens(self.model, batch, self.tokenizer.size, *inputs)
+            sampled = np.zeros((B, T), int)
+            logps = np.zeros((B, T))
+            sampled[real], logps[real] = (result.cpu().numpy() for result in results)
+        # 3. Without the padding.
+        rows = zip(sampled.tolist(), logps.tolist(), drafts)
+        return [list(zip(row_tokens, row_logps))[:passes + len(draft)] for row_tokens, row_logps, draft in rows]
+
+    def schedule(self):
+        """Give free rows to waiting requests, and bring their prompts but for the last token into the cache. Each reuses
+        the longest beginning that some row holds."""
+        # 1. Requests get rows while there are any.
         with self.wake:
             ready = len(self.active)
             while self.waiting and len(self.active) < self.rows:
                 self.active.append(self.waiting.popleft())
         while ready < len(self.active):
-            known = [len(r.prompt) - 1 for r in self.active[:ready]] + self.lengths[ready:]     # tokens of each row
-            row, later = ready, []
+            # 2. The tokens of each row that a prompt may reuse: of an active row, those of its own prompt.
+            known = [len(request.prompt) - 1 for request in self.active[:ready]] + self.lengths[ready:]
+            row = ready
+            later = []
             for request in self.active[ready:]:
-                P = len(request.prompt) - 1
-                same = self.tokens[:, :P] == request.prompt[:P]                                     # (R, P)
-                same = np.where(same.all(1), P, same.argmin(1)) if P else np.zeros(self.rows, int)
+                # 3. The row that shares most with the prompt, unless one of this round will share more.
+                same = self.shared_prefix(request.prompt[:-1])
                 shared = np.minimum(same, known)
                 source = int(shared.argmax())
-                if same[ready:row].max(initial=0) > shared[source] + 16:
+                if same[ready:row].max(initial=0) > shared[source] + FEW_TOKENS:
                     later.append(request)
                     continue
-                self._place(request, row, source, int(shared[source]))
+                self.assign_row(request, row, source, int(shared[source]))
                 known[row:] = self.lengths[row:]
                 self.active[row] = request
                 row += 1
+            # 4. This round is computed at once. Who waited for it copies from it in the next one.
             self.active[row:] = later
-            self._prefill(range(ready, row))
+            self.prefill(range(ready, row))
             ready = row
 
-    def _place(self, request, row, source, reused):
+    def shared_prefix(self, prompt):
+        """Return how many tokens at the beginning of each row are the prompt's, (R,)."""
+        equal = self.tokens[:, :len(prompt)] == prompt
+        return np.pad(equal, ((0, 0), (0, 1))).argmin(1)        # the first that is not, if only the one after the end
+
+    def assign_row(self, request, row, source, reused):
         """Make `row` begin with the `reused` tokens of the row `source` that are the request's first."""
-        P, parked = len(request.prompt) - 1, range(row, self.rows)
-        home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))       # an empty row, or the oldest
-        goes_on, again = reused + 16 >= self.lengths[source], reused == P and self.lengths[home] > 0
-        if source in parked and (goes_on or again):         # take its row over: next turn, or other reply to its prompt
+        # 1. Take over the source if it is parked and holds this conversation's last turn, or another reply to its
+        #    prompt. Else copy what is shared to an empty row, or to the one that was parked first.
+        P = len(request.prompt) - 1
+        parked = range(row, self.rows)
+        home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))
+        is_next_turn = reused + FEW_TOKENS >= self.lengths[source]
+        is_same_prompt = reused == P and self.lengths[home] > 0
+        if source in parked and (is_next_turn or is_same_prompt):
             home = source
-        else:                           # another conversation begins alike
+        else:
             if source != home:
                 self.cache.copy(source, home, reused)
-            self.lengths[home] = reused         # so that what was copied moves with the row
-        self._exchange(home, row)
-        self.lengths[row] = request.cached = reused
+            self.lengths[home] = reused         # before the swap, so that what was copied moves with the row
+        # 2. Bring it to its place.
+        self.swap_rows(home, row)
+        self.lengths[row] = reused
         self.tokens[row, :P] = request.prompt[:P]
+        request.cached = reused
         if self.draft:
-            request.lookup = Lookup(request.prompt, self.odds)
+            request.lookup = PromptLookup(request.prompt, self.guess_counts)
         self.reused_tokens += reused
         self.prefilled_tokens += P - reused
 
-    def _prefill(self, rows):
-        """Compute the prompts of these rows, PREFILL_TOKENS in one pass: of several rows, or a part of one."""
-        todo = deque(row for row in rows if self.lengths[row] < len(self.active[row].prompt) - 1)
-        while todo:
-            chosen, starts, parts = [], [], []
-            room = PREFILL_TOKENS
-            while todo and room:
-                row = todo[0]
-                part = self.active[row].prompt[self.lengths[row]:-1][:room]
-                chosen.append(row)
-                starts.append(self.lengths[row])
-                parts.append(part)
-                room -= len(part)
-                self.lengths[row] += len(part)
-                if self.lengths[row] == len(self.active[row].prompt) - 1:
-                    todo.popleft()
-            window = Window(self.cache, chosen, starts, [len(part) for part in parts])
-            self.model.hidden(torch.from_numpy(np.concatenate(parts))[None].to(self.device), window)
+    def prefill(self, rows):
+        """Compute what the cache lacks of the prompts in these rows, PREFILL_TOKENS in one pass."""
+        missing = [(row, pos) for row in rows for pos in range(self.lengths[row], len(self.active[row].prompt) - 1)]
+        for begin in range(0, len(missing), PREFILL_TOKENS):
+            part = missing[begin:begin + PREFILL_TOKENS]
+            counts = Counter(row for row, _ in part)
+            starts = [self.lengths[row] for row in counts]
+            batch = ForwardBatch(self.cache, list(counts), starts, list(counts.values()))
+            tokens = torch.tensor([[self.tokens[row, pos] for row, pos in part]], device=self.device)
+            self.model.hidden(tokens, batch)
+            for row, count in counts.items():
+                self.lengths[row] += count
 
-    def _take(self, request, token, logp):
-        """Add a sampled token to its reply; its Completion when that ends it, else None."""
-        r, ended, cut = request, token in self.tokenizer.eos, None
-        r.tokens.append(token)
-        r.logps.append(logp)
-        if r.lookup:
-            r.lookup.add(token)
+    def append_token(self, request, token, logp):
+        """Add a sampled token to its reply. Returns the Completion if that ends it, else None."""
+        request.tokens.append(token)
+        request.logps.append(logp)
+        if request.lookup:
+            request.lookup.add(token)
+        ended = token in self.tokenizer.eos
+        cut = None
         if not ended:
-            new = self.tokenizer.bytes[token]
-            r.text += new
-            for stop in r.stop:
-                at = r.text.find(stop, max(0, len(r.text) - len(new) - len(stop) + 1))
-                cut = at if at >= 0 and (cut is None or at < cut) else cut
-            if r.stream:
-                r.stream(bytes(new))
+            piece = self.tokenizer.bytes[token]
+            request.text += piece
+            cut = find_stop(request.text, request.stop, len(piece))
+            if request.stream:
+                request.stream(piece)
         stopped = ended or cut is not None
-        if not stopped and len(r.tokens) < r.max_new_tokens:
+        if not stopped and len(request.tokens) < request.max_new_tokens:
             return None
-        return Completion(bytes(r.text[:cut]).decode("utf-8", "replace"), r.tokens, r.logps,
-                          "stop" if stopped else "length", len(r.prompt), r.cached, time.perf_counter() - r.started)
+        return Completion(bytes(request.text[:cut]).decode("utf-8", "replace"), request.tokens, request.logps,
+                          "stop" if stopped else "length", len(request.prompt), request.cached,
+                          time.perf_counter() - request.started)
 
-    def _park(self, row):
-        """Take a finished row out of the batch, keeping what it has cached."""
-        last, request = len(self.active) - 1, self.active[row]
-        P, length = len(request.prompt) - 1, self.lengths[row]
-        self.tokens[row, P:length] = [request.prompt[-1], *request.tokens[:-1]][:length - P]
-        self._exchange(row, last)
+    def release_row(self, row):
+        """Take a finished row out of the batch, and keep what it has cached."""
+        request = self.active[row]
+        last = len(self.active) - 1
+        P = len(request.prompt) - 1
+        sampled = [request.prompt[-1], *request.tokens[:-1]]        # no pass has seen the last token
+        self.tokens[row, P:self.lengths[row]] = sampled[:self.lengths[row] - P]
+        self.swap_rows(row, last)
         self.active[row] = self.active[last]
         self.active.pop()
         self.used[last] = max(self.used) + 1
 
-    def _exchange(self, a, b):
+    def swap_rows(self, a, b):
         if a != b:
             self.cache.swap(a, b, max(self.lengths[a], self.lengths[b]))
             self.tokens[[a, b]] = self.tokens[[b, a]]
@@ -899,222 +914,196 @@ class Engine:
                 values[a], values[b] = values[b], values[a]
 
 
+def round_up(n):
+    """Return the next power of two."""
+    return 1 << (n - 1).bit_length()
+
+
+def find_stop(text, stops, num_new):
+    """Return where the earliest stop string begins in a text, or None. Only its last num_new characters are new."""
+    starts = [text.find(stop, max(0, len(text) - num_new - len(stop) + 1)) for stop in stops]
+    return min((start for start in starts if start >= 0), default=None)
+
+
+LARGE_BYTES = 2**26         # of weights, beyond what a processor's cache holds
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
+FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
 LONGEST_DRAFT = 32          # tokens of one row
+PASS_COST = 10.0            # of a pass, and of each of its tokens, in a unit that does not matter: constants, so that the
+TOKEN_COST = 1.0            # same seeds always make the same passes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # OpenAI-compatible servers
 
 class EndpointError(RunError):
-    """A server that gave no usable answer: the message names the URL, what came back and what to do. `retry_s` is None
-    where asking again cannot help, else the least number of seconds to wait first."""
+    """A server gave no usable answer. retry_s: seconds to wait before asking again; None: asking again cannot help."""
 
     def __init__(self, message, retry_s=None):
         super().__init__(message)
         self.retry_s = retry_s
 
 
-def is_near(host):
-    """Whether a host is this machine or in a private network, by its name or number."""
-    try:
-        return ipaddress.ip_address(host).is_private
-    except ValueError:
-        return host == "localhost" or "." not in host
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):  # following one would send the prompt and the key to another host
-        return None
-
-
 def is_server(spec):
-    """Whether a --model value is the address of a server."""
+    """Return whether a --model value is the address of a server."""
     return str(spec).lower().startswith(("http://", "https://"))
 
 
 def address(spec):
-    """((scheme, host, port), the URL to post to, the model's name) of "http://host:port/v1#name". ValueError: it has
-    another form. A key in it is refused: the address stands in messages and results."""
-    right = "expected an endpoint like http://host:port/v1#model-name"
+    """Return ((scheme, host, port), the URL to post to, the model's name) of "http://host:port/v1#name".
+
+    Raises ValueError for another form, and for a key in it, because addresses stand in messages and results.
+    """
+    expected = "expected an endpoint like http://host:port/v1#model-name"
     url, _, name = str(spec).partition("#")
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
-        raise ValueError(f"{right}, found one whose host or port cannot be read") from None
+        raise ValueError(f"{expected}, found one whose host or port cannot be read") from None
     if "@" in parts.netloc or parts.query:
-        raise ValueError(f"{right}, found one with a password or a query in it; a key belongs in OPENAI_API_KEY")
-    if parts.scheme not in ("http", "https") or not parts.hostname or not name or not url.isprintable() or " " in url:
-        raise ValueError(f"{right}, found {spec!r}")
+        raise ValueError(f"{expected}, found one with a password or a query in it; a key belongs in OPENAI_API_KEY")
+    if not is_server(url) or not parts.hostname or not name or not url.isprintable() or " " in url:
+        raise ValueError(f"{expected}, found {spec!r}")
     url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     return (parts.scheme, parts.hostname, port), url, name
 
 
 def coder_key(coder, model):
-    """The name of the variable that holds the key for the server `coder`: OPENAI_API_KEY_CODER, if it is set or if
-    `model` is a server on another host, which OPENAI_API_KEY then belongs to; else OPENAI_API_KEY."""
-    other = is_server(coder) and is_server(model) and address(coder)[0] != address(model)[0]
-    return "OPENAI_API_KEY_CODER" if other or os.environ.get("OPENAI_API_KEY_CODER") else "OPENAI_API_KEY"
+    """Return the name of the environment variable that holds the key for the server `coder`.
+
+    OPENAI_API_KEY is for the host of `model`: a coder on another host has OPENAI_API_KEY_CODER, and so has any coder
+    where that is set.
+    """
+    other_host = is_server(coder) and is_server(model) and address(coder)[0] != address(model)[0]
+    if other_host or os.environ.get("OPENAI_API_KEY_CODER"):
+        return "OPENAI_API_KEY_CODER"
+    return "OPENAI_API_KEY"
 
 
-def without_key(text, key):
-    """The text with *** for all that could be of the key: each eight or more of its characters, or all if it has less,
-    as they are, or in base64, hexadecimal or percent-encoded; a server may have cut it or put it into quotes."""
-    raw, size, kept = key.encode(), min(8, len(key)), [True] * len(text)
-    forms = [key, raw.hex(), "".join(f"%{byte:02x}" for byte in raw), urllib.parse.quote(key, safe="")]
-    forms += [base64.b64encode(b"\0" * i + raw).decode()[(0, 2, 3)[i]:].rstrip("=")[:-1] for i in range(3)]
-    forms += [json.dumps(key)[1:-1], *(form.translate({43: "-", 47: "_"}) for form in forms[-3:])]
-    pieces = {form[i:i + size].lower() for form in forms for i in range(len(form) - size + 1) if size}
-    lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)      # as long as the text
-    if not any(piece in lower for piece in pieces):
+def mask_key(text, key):
+    """Return the text with * for each piece of eight or more characters of the key (a server may have cut it)."""
+    if not key:
         return text
+    spellings = "\n".join((key, json.dumps(key), urllib.parse.quote(key, safe="")))
+    size = min(8, len(key))
+    masked = list(text)
     for i in range(len(text) - size + 1):
-        if lower[i:i + size] in pieces:
-            kept[i:i + size] = [False] * size
-    return re.sub("\0+", "***", "".join(c if keep else "\0" for c, keep in zip(text, kept)))
+        if text[i:i + size] in spellings:
+            masked[i:i + size] = "*" * size
+    return "".join(masked)
+
+
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """Hands over answers of any status, and so follows no redirect: it would take the conversation to another host."""
+
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 class Endpoint:
-    """The same blocking, thread-safe `chat` as Engine's, answered by any server that speaks /v1/chat/completions.
+    """The same `chat` as Engine's, answered by any server that speaks /v1/chat/completions. Threads may share it.
 
-    spec is "http://host:port/v1#model-name". key: the environment variable that holds the server's key; the key is sent
-    to that host alone, and stands in no message. timeout_s bounds a request. Busy servers (429), server errors (5xx),
-    lost connections, timeouts and replies that are no chat completion are tried again `retries` times, after backoff_s,
-    2 * backoff_s, ... seconds (with jitter) or what Retry-After asks.
+    spec is "http://host:port/v1#model-name". key: the environment variable that holds the server's key, which is sent
+    to that host alone and stands in no message. What may get better is tried again, after pauses that double.
     """
-    context = None            # in tokens: only the server knows
-    max_bytes = 16 * 2**20    # of one reply
+    context = None              # in tokens; only the server knows
+    timeout_s = 120.0           # of one request
+    retries = 5
+    backoff_s = 1.0             # the first pause
+    max_bytes = 16 * 2**20      # of one answer
 
-    def __init__(self, spec, timeout_s=120.0, retries=5, backoff_s=1.0, key="OPENAI_API_KEY"):
-        (scheme, host, _), self.url, self.name = address(spec)
-        self.timeout_s, self.retries, self.backoff_s = timeout_s, retries, backoff_s
-        self._variable = key
+    def __init__(self, spec, key="OPENAI_API_KEY"):
+        _, self.url, self.name = address(spec)
+        self.key_name = key
         self._key = os.environ.get(key, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
             raise ValueError(f"{key} holds characters that cannot be sent in a header; set it again")
-        if self._key and scheme == "http" and not is_near(host):
+        if self._key and scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
             announce(f"{self.url}: the key in {key} goes there unencrypted; is there no https?")
-        if not self._key and key != "OPENAI_API_KEY" and os.environ.get("OPENAI_API_KEY"):
-            announce(f"{self.url} is asked without a key: OPENAI_API_KEY is for the host of the model; set {key}")
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(AnyStatus)
 
-    def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, stop=(), seed=0):
-        """Completion for `messages` ([{"role", "content"}]); its tokens and logps are empty, the server keeps them.
-        Raises ContextFull where the server says so and EndpointError for everything else that is not a reply."""
-        stop = [stop] if isinstance(stop, str) else [s for s in stop if s]
+    def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0):
+        """Return a Completion without tokens and logps, which the server keeps. messages: [{"role", "content"}].
+
+        Raises ContextFull where the server says so, and EndpointError for any other answer that is no reply.
+        """
+        stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
         body = {"model": self.name, "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
                 "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         if stop:
             body["stop"] = stop
-        if top_k:  # not in OpenAI's own interface; vLLM, SGLang, llama.cpp and others take it
-            body["top_k"] = top_k
-        body, start = json.dumps(body).encode(), time.perf_counter()
+        start = time.perf_counter()
         for attempt in range(self.retries + 1):
             try:
-                text, finish, usage = self._ask(body)
+                completion = self._ask(json.dumps(body).encode())
                 break
             except EndpointError as error:
-                if error.retry_s is None:
+                if error.retry_s is None or attempt == self.retries:
                     raise
-                if attempt == self.retries:
-                    raise EndpointError(f"{error} (gave up after {attempt + 1} attempts)", error.retry_s) from None
-                pause = min(self.backoff_s * 2 ** attempt, 60.0) * random.uniform(0.5, 1.0)
+                pause = min(60.0, self.backoff_s * 2 ** attempt) * random.uniform(0.5, 1.0)
                 time.sleep(max(pause, min(error.retry_s, self.timeout_s)))
-        ends = [at for at in (text.find(s) for s in stop) if at >= 0]
-        if ends:  # a server that ignores `stop`, or returns the string with the text
-            text, finish = text[:min(ends)], "stop"
-        details = usage.get("prompt_tokens_details")
-        counts = usage.get("prompt_tokens"), details.get("cached_tokens") if isinstance(details, dict) else 0
-        counts = [count if isinstance(count, int) and 0 <= count < 2**31 else 0 for count in counts]
-        return Completion(text, [], [], finish, *counts, time.perf_counter() - start)
+        cut = find_stop(completion.text, stop, len(completion.text))
+        if cut is not None:     # the server ignores `stop`, or returns the string with the text
+            completion.text = completion.text[:cut]
+            completion.finish = "stop"
+        completion.seconds = time.perf_counter() - start
+        return completion
 
     def _ask(self, body):
-        """(text, "stop" | "length", usage) of one request."""
+        status, retry_after, said = self._post(body)
+        answered = f"{self.url} answered {status}: {self._excerpt(said)}"
+        too_long = re.search(r"context.{0,12}(length|window|size)|too long|too many tokens", said[:4096], re.I)
+        if too_long and status in (400, 413, 422):
+            raise ContextFull(f"{answered}; the conversation is longer than {self.name!r} takes")
+        if status != 200:
+            retry_s = None
+            if status in (408, 409, 425, 429) or status >= 500:     # busy or broken, for now
+                seconds = re.fullmatch(r"\d{1,9}(\.\d+)?", retry_after)
+                retry_s = float(seconds[0]) if seconds else 0.0
+            raise EndpointError(f"{answered}; check the server, the model's name {self.name!r} and the key in "
+                                f"{self.key_name}", retry_s)
+        try:
+            answer = json.loads(said)
+            choice = answer["choices"][0]
+            text = choice["message"]["content"].encode("utf-8", "replace").decode()     # half a surrogate pair: "?"
+            finish = "length" if choice.get("finish_reason") == "length" else "stop"
+            usage = answer.get("usage") or {}
+            counts = [usage.get("prompt_tokens"), (usage.get("prompt_tokens_details") or {}).get("cached_tokens")]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise EndpointError(f"{self.url} answered, but not with a chat completion: {self._excerpt(said)}; is it an "
+                                "OpenAI-compatible /v1?", 0.0) from None
+        if len(self._key) >= 16:        # a shorter one, such as EMPTY, is a word that a reply may well hold
+            text = mask_key(text, self._key)
+        counts = [count if isinstance(count, int) and 0 <= count < 2**31 else 0 for count in counts]
+        return Completion(text, [], [], finish, *counts)
+
+    def _post(self, body):
+        """Return (status, Retry-After, text) of the server's answer to one request."""
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json", "User-Agent": "ml-agent"})
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        raw = bytearray()
+        deadline = time.monotonic() + self.timeout_s        # the socket's own limit is for each piece of an answer
         try:
             with self._opener.open(request, timeout=self.timeout_s) as response:
-                raw = self._read(response)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refused(error) from None
-        except TimeoutError:
-            late = f"{self.url} did not answer within {self.timeout_s:g} s; is the server overloaded?"
-            raise EndpointError(late, 0.0) from None
-        except (OSError, http.client.HTTPException) as error:  # refused, reset, unknown host, broken HTTP, cut short
-            why = getattr(error, "reason", None) or error
-            if isinstance(why, TimeoutError):
-                why = f"no connection within {self.timeout_s:g} s"
-            lost = (f"{self.url} cannot be reached ({type(why).__name__}: {self._excerpt(str(why))}); is the server "
-                    "running there?")
-            raise EndpointError(lost, 0.0) from None
-        try:
-            reply = json.loads(raw)
-            choice = reply["choices"][0]
-            text, usage = choice["message"]["content"], reply.get("usage")
-            finish = "length" if choice.get("finish_reason") == "length" else "stop"
-            if not isinstance(text, str):
-                raise TypeError
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise EndpointError(f"{self.url} answered, but not with a chat completion: {self._excerpt(raw)}; "
-                                "is this the address of an OpenAI-compatible /v1?", 0.0) from None
-        text = text.encode("utf-8", "replace").decode()     # half a surrogate pair is no character
-        if len(self._key) >= 16:        # no word that servers without keys are given; replies are recorded and shown
-            text = without_key(text, self._key)
-        return text, finish, usage if isinstance(usage, dict) else {}
-
-    def _read(self, response):
-        """The body; TimeoutError when it is not whole in time (a slow drip passes the socket's own timeout)."""
-        raw, deadline = bytearray(), time.monotonic() + self.timeout_s
-        while part := response.read1(65536):
-            raw += part
-            if len(raw) > self.max_bytes:
-                raise EndpointError(f"{self.url} sent more than {self.max_bytes} bytes for one reply", 0.0)
-            if time.monotonic() > deadline:
-                raise TimeoutError
-        return bytes(raw)
-
-    def _refused(self, error):
-        """The exception for an HTTP status other than 2xx."""
-        try:
-            said = self._read(error)[:4096]
-        except (OSError, http.client.HTTPException, EndpointError):
-            said = b""
-        code, message = error.code, f"{self.url} answered {error.code}: {self._excerpt(said)}"
-        over = re.search(rb"context.{0,12}(length|window|size)|too long|too many tokens", said, re.I)
-        if over and code in (400, 413, 422):
-            return ContextFull(f"{message}; the conversation is longer than {self.name!r} takes")
-        if code in (408, 409, 425, 429) or code >= 500:
-            advice = "ask less in parallel, or later" if code == 429 else "see the server's log"
-            return EndpointError(f"{message}; {advice}", _retry_after(error.headers.get("Retry-After")))
-        name = self._variable
-        advice = {401: f"set {name} to a key it accepts" if self._key else f"set {name}",
-                  403: f"the key in {name} may not use this model" if self._key else f"set {name}",
-                  404: f"check the address (it usually ends in /v1) and the model's name, {self.name!r}"}
-        if 300 <= code < 400:
-            where = self._excerpt(error.headers.get("Location", ""))
-            advice[code] = f"give the address it points to ({where}) instead"
-        return EndpointError(f"{message}; {advice.get(code, 'it does not accept this request')}")
+                while part := response.read1(65536):
+                    raw += part
+                    if len(raw) > self.max_bytes:
+                        raise OSError(f"more than {self.max_bytes} bytes")
+                    if time.monotonic() > deadline:
+                        raise TimeoutError("not complete in time")
+        except (OSError, http.client.HTTPException) as error:
+            raise EndpointError(f"{self.url} gave no answer ({self._excerpt(str(error))}; the limit is {self.timeout_s:g} "
+                                "s); is the server running there, and is it overloaded?", 0.0) from None
+        return response.status, response.headers.get("Retry-After", ""), raw.decode("utf-8", "replace")
 
     def _excerpt(self, said):
-        """The beginning of what a server said, as text that shows no key and does nothing to a terminal."""
-        text = said[:4096].decode("utf-8", "replace") if isinstance(said, bytes) else said[:4096]
-        text = " ".join(without_key(text, self._key).split())
-        return ascii(without_key(text, self._key)[:300]) if text else "an empty body"
-
-
-def _retry_after(value):
-    """Seconds that a Retry-After header asks for (a number or a date), 0 where it says nothing usable."""
-    try:
-        return max(0.0, float(value))
-    except (TypeError, ValueError):
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, AttributeError):
-        return 0.0
+        """Return the beginning of what a server said, in printable ASCII and without the key."""
+        text = " ".join(said[:4096].split())
+        return ascii(mask_key(text, self._key)[:300])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1126,7 +1115,7 @@ def _retry_after(value):
 
 def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch", graphs=False,
          key="OPENAI_API_KEY"):
-    """The Engine or Endpoint that a --model value names.
+    """Return the Engine or Endpoint that a --model value names.
 
     spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
     out), or "http://host:port/v1#name". device "auto": CUDA if there is one. dtype "auto": bfloat16 where the hardware
@@ -1134,7 +1123,7 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
     graphs. key: the environment variable that holds a server's key. Raises ValueError for what cannot be loaded.
     """
     if is_server(spec):
-        return Endpoint(spec, key=key)
+        return Endpoint(spec, key)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -1145,12 +1134,14 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
     if graphs and not str(device).startswith("cuda"):
         raise ValueError(f"CUDA graphs need a CUDA device, found {device!r}; leave them off there")
     use_kernels(kernels, device)
-    kind = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     if spec == "tiny":
-        tokenizer, model = Tokenizer.of_bytes(), Qwen2.from_scratch(Config.preset("tiny"), dtype=kind, device=device)
+        tokenizer = Tokenizer.of_bytes()
+        model = Qwen2.from_scratch(Config.preset("tiny"), dtype=torch_dtype, device=device)
     else:
         folder = find_folder(spec)
-        tokenizer, model = Tokenizer.from_pretrained(folder), Qwen2.from_pretrained(folder, kind, device)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        model = Qwen2.from_pretrained(folder, torch_dtype, device)
     if tokenizer.size > model.config.vocab_size:
         raise ValueError(f"{spec}: the tokenizer has {tokenizer.size} ids and the model rows for "
                          f"{model.config.vocab_size}; they are not of one checkpoint")
@@ -1165,32 +1156,14 @@ def small_files(model):
         return None
 
 
-def read_bandwidth(device="cpu", num_bytes=2**28):
-    """Bytes a second at which this device reads its memory: the best of five sums over a large tensor."""
-    x, best = torch.ones(num_bytes // 4, device=device), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        x.sum().item()
-        best = max(best, x.nbytes / (time.perf_counter() - start))
-    return best
-
-
-def streamed_bytes(model):
-    """Bytes of weights that a decoding step of one row reads: every matrix product's, in the form it is read in."""
-    linears = (layer for layer in model.modules() if isinstance(layer, Linear))
-    return sum(getattr(layer, "step_bytes", layer.weight.nbytes) for layer in linears)
-
-
 @dataclass
 class Settings:
     """Command line of sample.py."""
     prompt: str                         # what to say to the model
     model: str = "tiny"                 # a folder, a hub id, "tiny" (random weights), or http://host:port/v1#name
-    system: str = ""                    # system message; empty: the checkpoint's own
     max_new_tokens: int = 256           # the longest reply, in tokens
     temperature: float = 0.7            # 0 always takes the most likely token
     top_p: float = 1.0                  # sample from the most likely tokens that together reach this probability
-    top_k: int = 0                      # sample from this many most likely tokens; 0: all
     seed: int = 0                       # of the random numbers
     dtype: str = "auto"                 # auto, float32 or bfloat16
     device: str = "auto"                # auto, cpu or cuda
@@ -1198,32 +1171,22 @@ class Settings:
     graphs: bool = False                # decode in CUDA graphs, which nobody has run on a GPU yet
 
 
-def main(s):
-    start = time.perf_counter()
-    policy = load(s.model, s.dtype, s.device, rows=1, kernels=s.kernels, graphs=s.graphs)
-    options = {name: getattr(s, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
-    messages = [{"role": "system", "content": s.system}] * bool(s.system) + [{"role": "user", "content": s.prompt}]
+def main(cfg):
+    policy = load(cfg.model, cfg.dtype, cfg.device, rows=1, kernels=cfg.kernels, graphs=cfg.graphs)
+    messages = [{"role": "user", "content": cfg.prompt}]
+    options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     if isinstance(policy, Endpoint):
         print(policy.chat(messages, **options).text)
         return
-    weight = policy.model.lm_head.weight
-    print(f"{s.model}: {sum(p.numel() for p in policy.model.parameters()) / 1e6:,.0f}M parameters, "
-          f"{str(weight.dtype).removeprefix('torch.')}, {weight.device}, loaded in {time.perf_counter() - start:.1f} s",
-          file=sys.stderr)
-    decoder, passes = codecs.getincrementaldecoder("utf-8")("replace"), []
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def show(piece):
-        passes.append((policy.passes, time.perf_counter()))
         print(decoder.decode(piece), end="", flush=True)
 
     reply = policy.generate([messages], stream=show, **options)[0][0]
     print(decoder.decode(b"", final=True))
-    if len(passes) > 1 and passes[-1][0] > passes[0][0]:
-        seconds = passes[-1][1] - passes[0][1]
-        share = (passes[-1][0] - passes[0][0]) / seconds * streamed_bytes(policy.model) / read_bandwidth(policy.device)
-        print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes (drafted "
-              f"{policy.drafted_tokens}, accepted {policy.accepted_tokens}), {(len(passes) - 1) / seconds:.1f} "
-              f"tokens/s after the first: {share:.0%} of the memory's read bandwidth", file=sys.stderr)
+    print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes (drafted "
+          f"{policy.drafted_tokens}, accepted {policy.accepted_tokens}) and {reply.seconds:.1f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from support.files import (
     FLAG, NUMBER, TEXT, VALUE, fingerprint, folder_lock, parse_json, read_bytes, shorten, write_atomic)
 from support.miniature import (
     AGENT_STEPS, SHORT_ACTIONS, TINY, TINY_STEPS, VOCABULARY, augmented_copies, constants, fitting, reply_stats,
-    scripted_short)
+    scripted_short, train_tokenizer)
 
 
 RECIPES = {     # --preset: the paper's section on fine-tuning
@@ -921,8 +921,8 @@ def own_tokenizer(s):
         pieces = Counter(piece for reply in replies for piece in
                          re.split(r'(?<="find": ").*?(?=", "replace": ")|(?<=", "replace": ").*?(?="}$)', reply))
         phrases = [piece for piece, times in pieces.items() if len(piece) > 3 and times * 50 > len(replies)]
-        sample.Tokenizer.train((message["content"] for one in found for message in one.messages), VOCABULARY,
-                               [*phrases, " = "]).save(s.out)
+        train_tokenizer((message["content"] for one in found for message in one.messages), VOCABULARY,
+                        [*phrases, " = "]).save(s.out)
 
 
 def fine_tune(s):

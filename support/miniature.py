@@ -1,11 +1,13 @@
 """All that exists only because the laptop's model has a million weights."""
 import json, random, re
 
+import tokenizers
 import torch
 import torch.nn as nn
 
 import tasks
 from env import parse, printed_metric, short_prompt, shown_lines
+from sample import Tokenizer, byte_alphabet
 
 
 def fitting(idea, script):
@@ -247,3 +249,29 @@ def draw_copying(model, seed):
         rows = torch.arange(head * D, (head + 1) * D)
         copy.q_proj.weight[rows] = slow * (3 * V.T + turn @ U[0].T)
         copy.o_proj.weight[:, rows] = 1.6 * W
+
+
+# A digit is always a token of its own, and a word is the same tokens after any punctuation.
+# Both make it easier for a small model to learn to copy.
+WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def train_tokenizer(texts, size, phrases=()):
+    """Return a Tokenizer of `size` ids that is learned from the texts. It has no default system message.
+
+    Each of `phrases` gets one more id, wherever it stands: it is what many replies have word for word.
+    """
+    pre_tokenizers = tokenizers.pre_tokenizers
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[Tokenizer.TEXT_END, Tokenizer.TURN, Tokenizer.END],
+        initial_alphabet=byte_alphabet(),
+        show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_tokens([tokenizers.AddedToken(phrase, normalized=False) for phrase in phrases])
+    return Tokenizer(bpe, system=None)

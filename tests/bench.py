@@ -28,8 +28,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tasks
+from support.cli import parse
 from support.sandbox import execute, protection
-from sample import load, parse, read_bandwidth, streamed_bytes     # sets how threads wait, so it comes before torch
+from sample import load     # sets how threads wait, so it comes before torch
 
 import torch
 
@@ -73,6 +74,22 @@ def alternate(runs, repeats, warm=True):
             if i or not warm:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def read_bandwidth(device="cpu", num_bytes=2**28):
+    """Bytes a second at which this device reads its memory: the best of five sums over a large tensor."""
+    x, best = torch.ones(num_bytes // 4, device=device), 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        x.sum().item()
+        best = max(best, x.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def streamed_bytes(net):
+    """Bytes of weights that a decoding step of one row reads: every matrix product's, in the form it is read in."""
+    linears = (layer for layer in net.modules() if isinstance(layer, model.Linear))
+    return sum(getattr(layer, "step_bytes", layer.weight.nbytes) for layer in linears)
 
 
 def open_engine(s, rows, context):

@@ -1,7 +1,4 @@
 """Endpoint against a small local server that also misbehaves."""
-import base64
-import email.utils
-import html
 import json
 import re
 import socket
@@ -69,8 +66,11 @@ class Server:
         self.http.shutdown()
         self.http.server_close()
 
-    def endpoint(self, **how):
-        return Endpoint(self.spec, **{"timeout_s": 5, "retries": 3, "backoff_s": 0.01, **how})
+    def endpoint(self, **limits):
+        endpoint = Endpoint(self.spec)
+        for name, value in {"timeout_s": 5, "retries": 3, "backoff_s": 0.01, **limits}.items():
+            setattr(endpoint, name, value)
+        return endpoint
 
 
 @pytest.fixture
@@ -97,12 +97,12 @@ def test_reply_and_everything_that_is_sent(serve, monkeypatch):
     server = serve((200, {}, good("hello there", usage=usage)))
     endpoint = server.endpoint()
     messages = [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a", "tokens": [1, 2]}]
-    reply = endpoint.chat(messages, max_new_tokens=33, temperature=0.25, top_p=0.9, top_k=7, stop=("END",), seed=5)
+    reply = endpoint.chat(messages, max_new_tokens=33, temperature=0.25, top_p=0.9, stop=("END",), seed=5)
     assert (reply.text, reply.finish, reply.tokens, reply.logps) == ("hello there", "stop", [], [])
     assert (reply.prompt_tokens, reply.cached_tokens) == (12, 8) and reply.seconds > 0
     path, headers, body = server.seen[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret-key"
-    assert body == {"model": "some/model", "max_tokens": 33, "temperature": 0.25, "top_p": 0.9, "top_k": 7,
+    assert body == {"model": "some/model", "max_tokens": 33, "temperature": 0.25, "top_p": 0.9,
                     "stop": ["END"], "seed": 5,
                     "messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]}
     assert endpoint.name == "some/model" and endpoint.context is None
@@ -165,11 +165,11 @@ def test_one_bad_answer_is_tried_again(serve, bad):
 
 
 @pytest.mark.parametrize("bad, words", [
-    ((500, {}, "oops\n  at line 3"), ["answered 500", "oops at line 3", "server's log", "3 attempts"]),
-    ((429, {}, "slow down"), ["answered 429", "slow down", "in parallel"]),
+    ((500, {}, "oops\n  at line 3"), ["answered 500", "oops at line 3"]),
+    ((429, {}, "slow down"), ["answered 429", "slow down"]),
     ((200, {}, "<html>log in</html>"), ["not with a chat completion", "<html>log in</html>", "/v1"]),
-    ((200, {}, ""), ["an empty body"]),
-    (hang_up, ["cannot be reached"]),
+    ((200, {}, ""), ["not with a chat completion"]),
+    (hang_up, ["gave no answer"]),
 ])
 def test_a_server_that_stays_bad_gives_one_clear_error(serve, bad, words):
     server = serve(bad)
@@ -181,13 +181,12 @@ def test_a_server_that_stays_bad_gives_one_clear_error(serve, bad, words):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize("status, words", [(400, "does not accept this request"), (401, "set OPENAI_API_KEY"),
-                                           (403, "OPENAI_API_KEY"), (404, "'some/model'"), (405, "does not accept")])
-def test_what_cannot_get_better_is_not_tried_again(serve, status, words):
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405])
+def test_what_cannot_get_better_is_not_tried_again(serve, status):
     server = serve((status, {}, '{"error": {"message": "the reason"}}'))
-    with pytest.raises(EndpointError, match=str(status)) as error:
+    with pytest.raises(EndpointError, match=f"answered {status}.*the reason.*'some/model' and the key in OPENAI_API_KEY"):
         server.endpoint().chat(ASK)
-    assert len(server.seen) == 1 and words in str(error.value) and "the reason" in str(error.value)
+    assert len(server.seen) == 1
 
 
 @pytest.mark.parametrize("said", ["This model's maximum context length is 4096 tokens", "prompt is too long: 5 > 4",
@@ -202,73 +201,55 @@ def test_a_redirect_is_not_followed_with_the_key(serve, monkeypatch):
     other = serve(OK)
     for status in (301, 302, 307, 308):
         server = serve((status, {"Location": other.endpoint().url}, ""))
-        with pytest.raises(EndpointError, match="give the address it points to"):
+        with pytest.raises(EndpointError, match=f"answered {status}.*check the server"):
             server.endpoint().chat(ASK)
     assert other.seen == []
 
 
-def test_the_key_is_never_shown(serve, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    with pytest.raises(EndpointError) as error:
-        serve((401, {}, "bad key secret-key")).endpoint().chat(ASK)
-    assert "secret-key" not in str(error.value) and "***" in str(error.value)
+KEY = "sk-Proj/4f+8b1c2-9Zq_77xyz"
+
+
+def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "se\ncret")
     with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
         Endpoint("http://127.0.0.1:1/v1#m")
     assert "cret" not in str(error.value)
 
 
-KEY = "sk-Proj/4f+8b1'c2\\9Zq_77 xyz"      # what JSON, URLs and Python write in another way
-
-
-def said_with(key):
-    """What a server may make of the key that it was sent."""
-    raw = key.encode()
-    shifted = [base64.b64encode(b"x" * i + raw + b"y").decode() for i in range(3)]
-    percent = "".join(f"%{b:02X}" for b in raw)
-    return [key, repr(key), json.dumps(key), urllib.parse.quote(key), percent, raw.hex(), *shifted,
-            base64.urlsafe_b64encode(raw).decode(), html.escape(key, quote=False), key.upper(), key[:14] + "...",
-            "..." + key[-12:], f"Bearer {key}!" * 50, "x" * 290 + key, "x" * 4090 + key, f"\x1b]0;{key}\x07"]
-
-
-def pieces(text, size=8):
-    return {text[i:i + size].lower() for i in range(len(text) - size + 1)}
-
-
-@pytest.mark.parametrize("number", range(len(said_with(KEY))))
+@pytest.mark.parametrize("said", [
+    KEY, json.dumps({"error": f"bad key {KEY}"}), urllib.parse.quote(KEY, safe=""), KEY[:14] + "...", "..." + KEY[-12:],
+    f"Bearer {KEY}!" * 50, "x" * 290 + KEY, "x" * 4090 + KEY, f"\x1b]0;{KEY}\x07"])
 @pytest.mark.parametrize("where", ["body", "error", "redirect", "status line"])
-def test_a_key_that_a_server_sends_back_is_not_shown(number, where, serve, monkeypatch):
+def test_a_key_that_a_server_sends_back_is_not_shown(said, where, serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    said = said_with(KEY)[number]
     header = said.encode("unicode_escape").decode()
 
     def odd(handler):
         handler.wfile.write(f"{header}\r\n\r\n".encode())
         handler.close_connection = True
-    answer = {"body": (200, {}, said), "error": (400, {}, said), "redirect": (302, {"Location": header}, ""),
+    answer = {"body": (200, {}, said), "error": (400, {}, said), "redirect": (302, {"Location": header}, said),
               "status line": odd}[where]
     with pytest.raises(EndpointError) as error:
         serve(answer).endpoint(retries=0).chat(ASK)
     shown = str(error.value)
     assert shown.isprintable() and len(shown) < 1000 and shown.isascii()
-    for form in (KEY, KEY.encode().hex(), urllib.parse.quote(KEY), *said_with(KEY)[6:10]):
-        assert not pieces(form) & pieces(shown), shown
+    for form in (KEY, urllib.parse.quote(KEY, safe="")):
+        assert not any(form[i:i + 8] in shown for i in range(len(form) - 7)), shown
 
 
 def test_a_key_does_not_get_into_a_reply(serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     reply = serve((200, {}, good(f"print('{KEY}')"))).endpoint().chat(ASK)
-    assert reply.text == "print('***')"
+    assert reply.text == f"print('{'*' * len(KEY)}')"
     monkeypatch.setenv("OPENAI_API_KEY", "token")       # what a server without keys is given
     assert serve((200, {}, good("a token"))).endpoint().chat(ASK).text == "a token"
 
 
 def test_what_is_not_of_the_key_is_shown():
     text = "Incorrect API key provided: sk-Proj/*****. You can find your API key at https://example.com/keys."
-    assert sample.without_key(text, KEY) == text.replace("sk-Proj/", "***")
-    assert sample.without_key("an EMPTY key, empty", "EMPTY") == "an *** key, ***"
-    assert sample.without_key("a", "") == "a"
-    assert sample.without_key("", KEY) == "" and sample.without_key("İstanbul " + KEY, KEY) == "İstanbul ***"
+    assert sample.mask_key(text, KEY) == text.replace("sk-Proj/", "********")
+    assert sample.mask_key("an EMPTY key, empty", "EMPTY") == "an ***** key, empty"
+    assert sample.mask_key("a", "") == "a" and sample.mask_key("", KEY) == ""
 
 
 def keys_sent(server):
@@ -280,7 +261,7 @@ def keys_sent(server):
     ({"OPENAI_API_KEY": "one", "OPENAI_API_KEY_CODER": "two"}, False, "Bearer two"),
     ({"OPENAI_API_KEY": "one", "OPENAI_API_KEY_CODER": "two"}, True, "Bearer two"),
     ({"OPENAI_API_KEY_CODER": "two"}, False, "Bearer two")])
-def test_a_coders_server_gets_no_key_of_another_host(keys, same, expected, serve, monkeypatch, tmp_path, capsys):
+def test_a_coders_server_gets_no_key_of_another_host(keys, same, expected, serve, monkeypatch, tmp_path):
     """As eval.py and rl.py load them; another port is another host."""
     for name, key in keys.items():
         monkeypatch.setenv(name, key)
@@ -293,8 +274,6 @@ def test_a_coders_server_gets_no_key_of_another_host(keys, same, expected, serve
     assert keys_sent(server if same else other) == [expected]
     agent.policy.chat(ASK)
     assert keys_sent(server)[-1] == (f"Bearer {keys['OPENAI_API_KEY']}" if "OPENAI_API_KEY" in keys else None)
-    told = f"{other.endpoint().url} is asked without a key: OPENAI_API_KEY is for the host of the model"
-    assert (told in capsys.readouterr().err) == (keys == {"OPENAI_API_KEY": "one"} and not same)
 
 
 def test_which_key_a_coder_gets(monkeypatch):
@@ -305,17 +284,6 @@ def test_which_key_a_coder_gets(monkeypatch):
             ("http://a.example/v1#m", one, True), ("https://a.example:444/v1#m", one, True),
             ("https://b.example/v1#m", one, True), ("https://a.example.evil/v1#m", one, True)):
         assert sample.coder_key(coder, model) == ("OPENAI_API_KEY_CODER" if own else "OPENAI_API_KEY")
-
-
-@pytest.mark.parametrize("host, warned", [
-    ("example.com", True), ("8.8.8.8", True), ("localhost", False), ("gpu3", False), ("127.0.0.1", False),
-    ("[::1]", False), ("10.1.2.3", False)])
-def test_a_key_that_goes_out_unencrypted_is_warned_about(host, warned, monkeypatch, capsys):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    Endpoint(f"https://{host}/v1#m")
-    assert capsys.readouterr().err == ""
-    Endpoint(f"http://{host}/v1#m")
-    assert ("goes there unencrypted" in capsys.readouterr().err) == warned
 
 
 @pytest.mark.parametrize("spec", ["http://user:secret-key@host/v1#m", "http://secret-key@host/v1#m",
@@ -354,18 +322,13 @@ def test_figures_that_are_no_counts_are_left_out(serve):
     assert reply.text == "a?b"      # half a surrogate pair is no character
 
 
-def test_retry_after_is_honoured(serve):
-    server = serve((429, {"Retry-After": "0.3"}, ""), OK)
-    start = time.monotonic()
-    server.endpoint().chat(ASK)
-    assert time.monotonic() - start >= 0.3
-
-
-@pytest.mark.parametrize("header, low, high", [(None, 0, 0), ("7", 7, 7), ("-3", 0, 0), ("soon", 0, 0), ("nan", 0, 0),
-                                               (email.utils.formatdate(time.time() + 1e5), 9e4, 1e5),
-                                               (email.utils.formatdate(0), 0, 0)])
-def test_retry_after_forms(header, low, high):
-    assert low <= sample._retry_after(header) <= high
+@pytest.mark.parametrize("header, waited", [("0.3", 0.3), ("7", 5), ("-3", 0), ("soon", 0), ("nan", 0), (None, 0)])
+def test_what_retry_after_asks_is_waited_for_up_to_the_limit_of_a_request(serve, monkeypatch, header, waited):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    server = serve((429, {"Retry-After": header} if header else {}, ""), OK)
+    assert server.endpoint().chat(ASK).text == "hi"
+    assert waits == [waited] or (waited == 0 and waits[0] <= 0.01)
 
 
 def test_waits_double_with_jitter(serve, monkeypatch):
@@ -382,48 +345,39 @@ def test_a_server_that_is_down():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(EndpointError, match="cannot be reached.*refused.*is the server running there.*2 attempts"):
-        Endpoint(f"http://127.0.0.1:{port}/v1#m", retries=1, backoff_s=0.01).chat(ASK)
+    with pytest.raises(EndpointError, match="gave no answer.*refused.*is the server running there"):
+        endpoint = Endpoint(f"http://127.0.0.1:{port}/v1#m")
+        endpoint.retries = 0
+        endpoint.chat(ASK)
 
 
 def test_a_server_that_is_slow(serve):
     done = threading.Event()
     server = serve(lambda handler: done.wait(10))
-    with pytest.raises(EndpointError, match=r"did not answer within 0.2 s"):
+    with pytest.raises(EndpointError, match="timed out.* the limit is 0.2 s"):
         server.endpoint(timeout_s=0.2, retries=1).chat(ASK)
     done.set()
     assert len(server.seen) == 2
 
 
-def drip(handler, what=b" "):  # always alive, never done
-    handler.send_response(200)
-    handler.end_headers()
-    try:
-        for _ in range(100):
-            handler.wfile.write(what)
-            time.sleep(0.05)
-    except OSError:
-        pass
-
-
 def test_a_server_that_drips(serve):
-    with pytest.raises(EndpointError, match="did not answer within 0.3 s"):
+    def drip(handler):      # always alive, never done
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            for _ in range(100):
+                handler.wfile.write(b" ")
+                time.sleep(0.05)
+        except OSError:
+            pass
+
+    with pytest.raises(EndpointError, match="not complete in time.*the limit is 0.3 s"):
         serve(drip).endpoint(timeout_s=0.3, retries=0).chat(ASK)
 
 
-def test_an_error_that_drips(serve):
-    def refuse(handler):
-        handler.send_response = lambda status: type(handler).send_response(handler, 400)
-        drip(handler, b"x")
-    with pytest.raises(EndpointError, match="answered 400: an empty body"):     # and not what came before it was late
-        serve(refuse).endpoint(timeout_s=0.3).chat(ASK)
-
-
 def test_a_flood_is_cut_off(serve):
-    endpoint = serve((200, {}, "x" * 300_000)).endpoint(retries=0)
-    endpoint.max_bytes = 100_000
     with pytest.raises(EndpointError, match="more than 100000 bytes"):
-        endpoint.chat(ASK)
+        serve((200, {}, "x" * 300_000)).endpoint(retries=0, max_bytes=100_000).chat(ASK)
 
 
 def test_many_threads_share_one_endpoint(serve):

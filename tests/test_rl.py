@@ -711,7 +711,7 @@ def test_every_setting_is_read(name):
         else:
             read += "\n".join(source)
     assert len(fields) > 8
-    holder = r"\b(s|self\.s|settings|values)\."
+    holder = r"\b(s|cfg|self\.s|settings|values)\."
     assert not [field for field in fields if not re.search(rf'{holder}{field}\b|"{field}"', read)]
 
 

@@ -14,7 +14,7 @@ import sft
 import tasks
 from model import Config, Qwen2
 from sample import Tokenizer
-from support.miniature import draw_copying
+from support.miniature import draw_copying, train_tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
 from support import cli, miniature
 
@@ -137,7 +137,7 @@ def test_the_short_expert_tries_runs_and_takes_back(short):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(["EPOCHS = 12345\nC = 0.25 and so on, EPOCHS", "the cat, EPOCHS = 7"] * 9, 300,
+    return train_tokenizer(["EPOCHS = 12345\nC = 0.25 and so on, EPOCHS", "the cat, EPOCHS = 7"] * 9, 300,
                            ['Action: Go\nAction Input: {"find": "', '"}'])
 
 
