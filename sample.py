@@ -1016,7 +1016,7 @@ class Endpoint:
     max_bytes = 16 * 2**20      # of one answer
 
     def __init__(self, spec, key="OPENAI_API_KEY"):
-        _, self.url, self.name = address(spec)
+        (scheme, host, _), self.url, self.name = address(spec)
         self.key_name = key
         self._key = os.environ.get(key, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
