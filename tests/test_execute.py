@@ -64,10 +64,21 @@ def warm_up(text, python=None, threads=1, serial=False):
     libraries = next(libraries for mention, libraries in executor.WARM.items() if re.search(mention, text))
     key = executor.describe(python or sys.executable)[0], libraries, threads, serial
     with executor._lock:
-        server = executor._servers.setdefault(key, executor._servers.get(key) or executor._Server(key))
+        server = executor._servers[key] = executor._servers.get(key) or executor._Server(key)
     while server.is_up() is None:
         time.sleep(0.02)
     return server.up
+
+
+def alter_supervisor(monkeypatch, folder, code):
+    """The servers are started anew, and run this code before their program."""
+    program = folder / "supervisor.py"
+    main = 'if __name__ == "__main__":'
+    text = Path(executor.SUPERVISOR).read_text()
+    assert text.count(main) == 1
+    program.write_text(text.replace(main, f"{code}\n{main}"))
+    monkeypatch.setattr(executor, "SUPERVISOR", str(program))
+    monkeypatch.setattr(executor, "_servers", {})       # their processes end when it is collected
 
 
 def run(folder, text, timeout_s=30, memory_bytes=1 << 30, **options):
@@ -244,7 +255,7 @@ def test_processor_time_of_all_processes_counts_together(tmp_path, sandbox):
 
 
 def test_processor_time_without_the_kernels_counter(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor, "_number", lambda *numbers: -1)    # as where perf_event_open is not allowed
+    alter_supervisor(monkeypatch, tmp_path, "def count_cpu_time(): raise OSError(1, 'not allowed')")
     burn = """
         import os
         while True:
@@ -295,10 +306,10 @@ def test_any_tree_is_deleted(tmp_path, name, capfd):
     (tmp_path / "tree").mkdir()
     code = f"import os, subprocess\nKEPT = {str(tmp_path / 'kept').encode()!r}\n{TREES[name]}"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "tree").returncode == 0
-    assert executor._remove(tmp_path / "tree") == ""
+    assert executor.remove(tmp_path / "tree") == ""
     assert [path.name for path in tmp_path.iterdir() if path.name != "temporary"] == ["kept"]
     assert (tmp_path / "kept/file").read_text() == "kept" and capfd.readouterr().err == ""
-    assert executor._remove(tmp_path / "tree") == ""     # what is not there is no error
+    assert executor.remove(tmp_path / "tree") == ""     # what is not there is no error
 
 
 def test_what_cannot_be_deleted_is_said_and_stays(tmp_path, capfd, monkeypatch):
@@ -309,18 +320,18 @@ def test_what_cannot_be_deleted_is_said_and_stays(tmp_path, capfd, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refuse)
-        assert executor._remove(tmp_path / "tree") == ""
+        assert executor.remove(tmp_path / "tree") == ""
     assert capfd.readouterr().err.count("could not be deleted") == 1
 
 
 def test_a_long_deletion_holds_up_nobody(tmp_path):
     for number in range(2000):
         (tmp_path / "tree" / str(number)).mkdir(parents=True)
-    rest = executor._remove(tmp_path / "tree", 0.0)
+    rest = executor.remove(tmp_path / "tree", 0.0)
     assert rest and not (tmp_path / "tree").exists() and Path(rest).is_dir()    # its name is free
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "_remove", lambda folder, seconds: str(folder))
-        executor._discard(rest)
+        patch.setattr(executor, "remove", lambda folder, seconds: str(folder))
+        executor.discard(rest)
     executor._wait_for_deleting()
     assert not Path(rest).exists() and [path.name for path in tmp_path.iterdir()] == ["temporary"]
 
@@ -336,7 +347,7 @@ def test_deep_folders_left_by_a_script(tmp_path, temporary, sandbox):
     """, timeout_s=300)
     executor._wait_for_deleting()
     assert result.outcome == "ok" and list(temporary.iterdir()) == []
-    assert executor._remove(tmp_path / ("d" * 50)) == ""
+    assert executor.remove(tmp_path / ("d" * 50)) == ""
 
 
 @pytest.mark.parametrize("layers", ["namespaces+seccomp", "landlock+seccomp"])
@@ -755,52 +766,46 @@ os.fork = refuse
 
 def test_a_machine_without_room_for_processes_is_waited_for(tmp_path, monkeypatch):
     """As beside a script's fork bomb, each start of a process of ours fails for a moment."""
-    popen, source, refusals = subprocess.Popen, executor.inspect.getsource, iter(range(3))
+    popen, refusals = subprocess.Popen, iter(range(3))
 
     def refuse(*args, **options):
         if next(refusals, None) is not None:
             raise BlockingIOError(11, "Resource temporarily unavailable")
         return popen(*args, **options)
-    monkeypatch.setattr(executor, "_servers", {})
+    alter_supervisor(monkeypatch, tmp_path, FULL)
     monkeypatch.setattr(executor.subprocess, "Popen", refuse)
-    monkeypatch.setattr(executor.inspect, "getsource", lambda each: source(each) + FULL * (each is executor._remove))
     for sandbox in ("on", "off"):
         assert run(tmp_path, "print(1)", sandbox=sandbox).stdout == "1\n"
-    executor._servers.pop(None).requests.close()
 
 
 def test_a_full_disk_is_told_from_other_errors(tmp_path, monkeypatch):
-    source = executor.inspect.getsource
-    full = "\ndef mkdir(*args): raise OSError(28, 'No space left on device')\nos.mkdir = mkdir\n"
-    monkeypatch.setattr(executor, "_servers", {})
-    monkeypatch.setattr(executor.inspect, "getsource", lambda each: source(each) + full * (each is executor._remove))
+    alter_supervisor(monkeypatch, tmp_path,
+                     "def mkdir(*args): raise OSError(28, 'No space left on device')\nos.mkdir = mkdir")
     with pytest.raises(OSError, match="No space left on device") as error:
         run(tmp_path, "print(1)")
     assert error.value.errno in executor.NO_SPACE
-    executor._servers.pop(None).requests.close()
 
 
 def test_a_machine_that_stays_without_room_is_one_sentence(tmp_path, monkeypatch):
-    source, always = executor.inspect.getsource, FULL.replace("range(3)", "range(10**9)")
-    monkeypatch.setattr(executor, "_servers", {})
-    monkeypatch.setattr(executor.inspect, "getsource", lambda each: source(each).replace("seconds=10", "seconds=0.2")
-                        + always * (each is executor._remove))
+    alter_supervisor(monkeypatch, tmp_path, FULL.replace("range(3)", "range(10**9)") + "START_S = 0.2")
     for _ in range(2):      # it goes on then
         with pytest.raises(RuntimeError, match="no process can be started on this machine"):
             run(tmp_path, "print(1)")
     (tmp_path / "left" / "a").mkdir(parents=True)
-    remove = executor._remove    # and what a process was to delete is deleted here
-    monkeypatch.setattr(executor, "_remove", lambda path, seconds=9e9: str(path) if seconds < 9e9 else remove(str(path)))
-    executor._discard(str(tmp_path / "left"))
+    remove = executor.remove    # and what a process was to delete is deleted here
+
+    def refuse(*args, **options):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    monkeypatch.setattr(executor, "remove", lambda path, seconds=9e9: str(path) if seconds < 9e9 else remove(str(path)))
+    monkeypatch.setattr(executor.subprocess, "Popen", refuse)
+    executor.discard(str(tmp_path / "left"))
     assert not (tmp_path / "left").exists()
-    executor._servers.pop(None).requests.close()
 
 
 def test_the_second_script_starts_the_warm_process(tmp_path, monkeypatch):
     monkeypatch.setattr(executor, "_servers", {})
-    monkeypatch.setattr(executor, "_seen", set())
-    assert not run(tmp_path, "# numpy").warm and set(executor._servers) <= {None}
-    assert not run(tmp_path, "# numpy").warm and len(executor._servers) == 2     # it is still importing
+    assert not run(tmp_path, "# numpy").warm and not any(key and server for key, server in executor._servers.items())
+    assert not run(tmp_path, "# numpy").warm and all(executor._servers.values())        # it is still importing
     assert warm_up(b"numpy") and run(tmp_path, "# numpy").warm and not run(tmp_path, "# numpy", warm=False).warm
     assert not run(tmp_path, "pass").warm       # nothing to gain
     for server in executor._servers.values():
