@@ -15,7 +15,6 @@ supervisor.py stands beside each script; it is forked from a server, a program t
 numpy or torch are forked from a server that has imported them, which saves most of their time, and live under the same
 layers and limits. docs/sandbox.md says more.
 """
-import atexit
 import contextlib
 import functools
 import glob
@@ -101,8 +100,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     """
     # 1. What is asked for
     if not sys.platform.startswith("linux"):
-        raise RuntimeError(f"scripts can be executed on Linux only (they are supervised through /proc); "
-                           f"this is {sys.platform}")
+        raise RuntimeError(f"scripts can be executed on Linux only, not on {sys.platform}")
     if sandbox not in ("on", "off") and not {*LAYERS, FILTER}.issuperset(sandbox.split("+")):
         raise ValueError(f"sandbox must be 'on' or 'off'; found {sandbox!r}")
     cwd = os.path.realpath(cwd)
@@ -322,8 +320,7 @@ class Slots:
         threads = min(threads, self.cpus)
         names = [name for name in (gpus or "").split(",") if name]
         with self.changed:
-            while self.free < threads or names and self.busy.issuperset(names):
-                self.changed.wait()
+            self.changed.wait_for(lambda: self.free >= threads and not (names and self.busy.issuperset(names)))
             gpu = next((name for name in names if name not in self.busy), None)
             self.free -= threads
             self.busy.add(gpu)
@@ -417,36 +414,40 @@ def _run(job, key):
     """Has a job done by a supervisor; returns (its report, or None if the script has killed it; whether the script was
     warm). OSError: there is no space left for the run's folders."""
     supervisor_id, connection, warm = _request(key)
-    report, rest = None, job["base"]
+    connection.settimeout(10)
+    report = None
     try:
         with contextlib.suppress(ConnectionError, TimeoutError, ValueError):    # it was killed, or stopped
             connection.sendall(json.dumps(job).encode() + b"\n")
-            connection.settimeout(10)
             ended = time.monotonic() + job["timeout_s"] + 30
             while not select.select([connection], [], [], 1)[0]:
                 if time.monotonic() > ended or _is_stopped(supervisor_id):
                     raise TimeoutError
-            report, rest = json.load(connection.makefile())
+            report = json.load(connection.makefile())
     finally:
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_WR)     # which tells it to end all
-        try:
-            if _is_stopped(supervisor_id):
-                raise TimeoutError
-            while connection.recv(1 << 16):
-                pass
-        except (ConnectionError, TimeoutError):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(supervisor_id, signal.SIGKILL)
-        connection.close()
         if not report or "error" in report:
+            _end(supervisor_id, connection)
             _kill_marked(job["mark"])
-        discard(rest)
+        connection.close()
+        discard(job["base"])
     if report and "error" in report:
         if report["errno"] in NO_SPACE:
             raise OSError(report["errno"], report["error"])
         raise RuntimeError(report["error"])
     return report, warm
+
+
+def _end(supervisor_id, connection):
+    """Has a supervisor end all that the script started, and kills it if it does not answer."""
+    try:
+        connection.shutdown(socket.SHUT_WR)
+        if _is_stopped(supervisor_id):
+            raise TimeoutError
+        while connection.recv(1 << 16):
+            pass
+    except OSError:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(supervisor_id, signal.SIGKILL)
 
 
 def _is_stopped(pid):
@@ -471,25 +472,14 @@ def _kill_marked(mark):
         time.sleep(0.01)
 
 
-_deleting = []      # processes that delete what took us too long
-
-
 def discard(folder):
-    """Deletes a folder as remove does. What takes longer than a moment is left to a process, which at the end of this
-    one is waited for."""
+    """Deletes a folder as remove does. What takes longer than a moment is left to a thread, for which the end of this
+    process waits."""
     if rest := remove(folder, 0.5):
         try:
-            _deleting.append(subprocess.Popen([sys.executable, "-I", "-S", SUPERVISOR, "remove", rest],
-                                              stdin=subprocess.DEVNULL, start_new_session=True))
-        except OSError:         # no process can be started
+            threading.Thread(target=remove, args=[rest]).start()
+        except RuntimeError:        # no thread can be started
             remove(rest)
-    _deleting[:] = [process for process in _deleting if process.poll() is None]
-
-
-@atexit.register
-def _wait_for_deleting():
-    for process in _deleting:
-        process.wait()
 
 
 _remove, _discard = remove, discard

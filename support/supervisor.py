@@ -3,7 +3,6 @@ started. This program uses the standard library alone, and is started by its pat
 
     python -I -S support/supervisor.py 3            # forks a supervisor for each request on the socket 3
     python support/supervisor.py 3 numpy pandas     # the same, and its scripts are forks that have these libraries
-    python -I -S support/supervisor.py remove PATH  # deletes a folder
 
 Two layers keep a script in, each enough to hide the answers; job.layers names those to put up.
 namespaces: the script's parent is process 1 of a world of its own: there are no other processes, no network, and a file
@@ -16,10 +15,8 @@ import atexit
 import contextlib
 import ctypes
 import errno
-import fcntl
 import gc
 import importlib
-import itertools
 import json
 import os
 import platform
@@ -44,9 +41,7 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 28, 1 << 29, 1 << 30
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 1 << 12, 1 << 14, 1 << 18
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, AT_RECURSIVE = 1, 2, 0x8000
 AT_FDCWD = -100                                     # the paths are absolute
-MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
-FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR = 0x80086601, 0x40086602, 0x401C5820
-FS_IMMUTABLE_FL, FS_APPEND_FL = 0x10, 0x20
+FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR = 0x40086602, 0x401C5820    # chattr
 LANDLOCK_EXECUTE, LANDLOCK_WRITE_FILE, LANDLOCK_READ_FILE, LANDLOCK_READ_DIR = 1, 2, 4, 8
 LANDLOCK_MAKE_CHAR, LANDLOCK_MAKE_BLOCK, LANDLOCK_TRUNCATE, LANDLOCK_IOCTL_DEV = 1 << 6, 1 << 11, 1 << 14, 1 << 15
 F_SETLEASE, F_SETPIPE_SZ, F_SET_RW_HINT, F_SET_FILE_RW_HINT = 1024, 1031, 1036, 1038
@@ -146,9 +141,9 @@ def numbers_in(table, column):
     for line in table.splitlines():
         if line.strip() and not line.strip().startswith("#"):
             for entry in line.split(","):
-                name, *values = entry.split()
-                if values[-1 if len(values) == 1 else column] != "-":
-                    numbers[name] = int(values[-1 if len(values) == 1 else column])
+                name, *both = entry.split()
+                if both[column % len(both)] != "-":
+                    numbers[name] = int(both[column % len(both)])
     return numbers
 
 
@@ -196,7 +191,6 @@ def filter_program(layers, gpu):
 
 libc = ctypes.CDLL(None, use_errno=True)
 START_S = 10    # for so long it is tried to start a process
-NAMES = itertools.count()   # for folders that are moved
 
 
 def call(name, *values):
@@ -236,94 +230,45 @@ def patiently(start, *args, **options):
         time.sleep(0.1)
 
 
-@contextlib.contextmanager
-def opened(path, flags, parent=None):
-    """A descriptor of a file, for a `with` block."""
-    descriptor = os.open(path, flags, dir_fd=parent)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def remove(folder, seconds=float("inf")):
     """Deletes a folder, if it is there, with all that a script may have left in it. Never raises: what cannot be
     deleted stays, and stderr says so. Returns "", or when the seconds are over the path of what is left.
 
     The folder is renamed first, so that its name is free at once. The folders in it are moved up into it before they
-    are emptied: so nothing is recursive, no path grows, and no other file system is entered, since the kernel does not
-    rename a mount. No link is followed.
+    are emptied: so nothing is recursive, no path grows, and no mount is entered, since the kernel does not rename one.
     """
-    if not os.path.lexists(folder):
-        return ""
     ended = time.monotonic() + seconds
-    above, name = os.path.split(os.path.abspath(folder))
     token = f".gone-{os.urandom(8).hex()}"
-    trouble = []
+    top = os.path.join(os.path.dirname(os.path.abspath(folder)), token)
+    pending = [top]
+    number = 0
     try:
-        with opened(above, os.O_PATH | os.O_DIRECTORY) as parent:
-            attempt(trouble, os.rename, name, parent, dst=token, src_dir_fd=parent, dst_dir_fd=parent)
-            if not stat.S_ISDIR(os.lstat(token, dir_fd=parent).st_mode):
-                os.unlink(token, dir_fd=parent)
-                return ""
-            attempt(trouble, os.chmod, token, parent, mode=0o700, dir_fd=parent)
-            with opened(token, os.O_RDONLY | os.O_NOFOLLOW, parent) as top:
-                pending = ["."]
-                while pending:
-                    if not empty(pending, top, token, ended, trouble):
-                        return os.path.join(above, token)
-            attempt(trouble, os.rmdir, token, parent, dir_fd=parent)
+        os.rename(folder, top)
+        if not stat.S_ISDIR(os.lstat(top).st_mode):
+            os.unlink(top)
+            return ""
+        while pending:
+            path = pending.pop()
+            os.chmod(path, 0o700)
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if time.monotonic() > ended:
+                        return top
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.path)
+                    elif not entry.name.startswith(token):
+                        number += 1
+                        if not os.access(entry.path, os.W_OK):
+                            os.chmod(entry.path, 0o700)
+                        os.rename(entry.path, f"{top}/{token}-{number}")
+                        pending.append(f"{top}/{token}-{number}")
+            if path != top:
+                os.rmdir(path)
+        os.rmdir(top)
     except OSError as error:
-        trouble.append(error)
-    if trouble:
-        print(f"{folder} could not be deleted: {trouble[0]}", file=sys.stderr)
+        if os.path.lexists(top) or os.path.lexists(folder):
+            print(f"{folder} could not be deleted: {error}", file=sys.stderr)
     return ""
-
-
-def empty(pending, top, token, ended, trouble):
-    """Deletes the files of the last pending folder and moves its folders into `top`, where they are pending instead of
-    it. Returns whether it was done before the time `ended`."""
-    name = pending[-1]
-    moved = []
-    attempt(trouble, os.chmod, name, top, mode=0o700, dir_fd=top)
-    with opened(name, os.O_RDONLY | os.O_NOFOLLOW, top) as folder, os.scandir(folder) as entries:
-        for entry in entries:
-            if time.monotonic() > ended:
-                return False
-            if not entry.is_dir(follow_symlinks=False):
-                attempt(trouble, os.unlink, entry.name, folder, dir_fd=folder)
-            elif not entry.name.startswith(token):
-                target = f"{token}-{next(NAMES)}"
-                if attempt(trouble, os.rename, entry.name, folder, dst=target, src_dir_fd=folder, dst_dir_fd=top):
-                    moved.append(target)
-    if name != ".":
-        attempt(trouble, os.rmdir, name, top, dir_fd=top)
-    pending[-1:] = moved
-    return True
-
-
-def attempt(trouble, action, name, parent, **options):
-    """Returns whether the action on an entry of the folder `parent` succeeds, at the latest when all that a script may
-    have put on the two is taken away: mounts, modes, flags of chattr. Else the error is appended to `trouble`."""
-    with contextlib.suppress(OSError):
-        action(name, **options)
-        return True
-    libc.umount2(os.fsencode(f"/proc/self/fd/{parent}/{name}"), MNT_DETACH | UMOUNT_NOFOLLOW)
-    for entry in (".", name):
-        with contextlib.suppress(OSError):
-            if stat.S_ISDIR(os.lstat(entry, dir_fd=parent).st_mode):
-                os.chmod(entry, 0o700, dir_fd=parent)
-        with contextlib.suppress(OSError), opened(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, parent) as file:
-            flags = bytearray(8)
-            fcntl.ioctl(file, FS_IOC_GETFLAGS, flags)
-            flags[0] &= ~(FS_IMMUTABLE_FL | FS_APPEND_FL)
-            fcntl.ioctl(file, FS_IOC_SETFLAGS, flags)
-    try:
-        action(name, **options)
-    except OSError as error:
-        trouble.append(error)
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,7 +284,7 @@ def become_script(job, run):
         rename(job)
     # 2. Its world
     fresh_proc = False
-    if run.boxed:
+    if job.boxed:
         fresh_proc = build_root(job, run)
         if script := patiently(os.fork):
             be_first(script, run.ended)
@@ -350,7 +295,7 @@ def become_script(job, run):
     # 3. Its limits
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: job.file_bytes,
               resource.RLIMIT_NOFILE: min(MAX_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])}
-    if run.boxed:       # counts the threads of this run alone; the kernel ignores it for root
+    if job.boxed:       # counts the threads of this run alone; the kernel ignores it for root
         limits[resource.RLIMIT_NPROC] = 4 * job.processes
     if job.address_bytes:
         limits[resource.RLIMIT_AS] = job.address_bytes
@@ -364,7 +309,7 @@ def become_script(job, run):
         with contextlib.suppress(OSError):
             call("keyctl", KEYCTL_JOIN_SESSION_KEYRING, None)       # a new one
         if "landlock" in job.layers:
-            restrict_files(job, run.boxed, fresh_proc)
+            restrict_files(job, fresh_proc)
         call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)())
     if "seccomp" in job.layers:
         put_up_filter(job)
@@ -417,8 +362,9 @@ def build_root(job, run):
     os.makedirs(f"{root}/dev/shm", exist_ok=True)
     protect(root, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0)
     call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={job.memory_bytes // 2}")
-    with opened(f"{root}/dev/shm", os.O_PATH) as shared:
-        socket.send_fds(run.ready[1], [b"shared"], [shared])        # so that it can be counted
+    shared = os.open(f"{root}/dev/shm", os.O_PATH)
+    socket.send_fds(run.ready[1], [b"shared"], [shared])            # so that it can be counted
+    os.close(shared)
     for path, right in job.shown:
         if right == "write":
             protect(root + path, 0, MOUNT_ATTR_RDONLY)
@@ -452,7 +398,7 @@ def be_first(script, ended):
             os._exit(0)
 
 
-def restrict_files(job, boxed, fresh_proc):
+def restrict_files(job, fresh_proc):
     """Landlock, as far as this kernel knows it. OSError where it does not."""
     version = call("landlock_create_ruleset", None, 0, 1)
     every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
@@ -465,15 +411,15 @@ def restrict_files(job, boxed, fresh_proc):
     rules = call("landlock_create_ruleset", handled, size, 0)
     shown = list(job.shown)
     shown += [(path, "read") for path in (["/proc"] if fresh_proc else ["/proc/self", *PROC])]
-    if boxed:
+    if job.boxed:
         shown.append(("/dev/shm", "write"))
     for path, right in shown:
         if os.path.exists(path):
             allowed = rights[right] & every
             if not os.path.isdir(path):
                 allowed &= of_files
-            with opened(path, os.O_PATH) as file:
-                call("landlock_add_rule", rules, 1, struct.pack("=QI", allowed, file), 0)
+            file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            call("landlock_add_rule", rules, 1, struct.pack("=QI", allowed, file), 0)
     call("landlock_restrict_self", rules, 0)
 
 
@@ -552,14 +498,14 @@ def start(job):
     Without namespaces this process adopts every orphan below it (a child subreaper): who double-forks or calls setsid
     stays its descendant, and the kernel's "no child left" is the proof that nothing survived.
     """
-    run = SimpleNamespace(boxed="namespaces" in job.layers, counter=None, cpu_s=time.process_time())
+    run = SimpleNamespace(counter=None, cpu_s=time.process_time())
     # 1. This process
     call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with contextlib.suppress(OSError):
         run.counter = count_cpu_time()
     with contextlib.suppress(OSError):                  # a container may forbid it
         write("/proc/self/oom_score_adj", "1000")       # when the machine runs out of memory, the scripts go first
-    if run.boxed:
+    if job.boxed:
         user, group = os.geteuid(), os.getegid()
         call("unshare", CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID)     # the last one for children
         write("/proc/self/setgroups", "deny")
@@ -632,7 +578,7 @@ def watch(job, run):
             peak = max(peak, used)
             look = time.monotonic() + min(0.5, max(0.05, 5 * (time.monotonic() - now)))     # so that it costs little
     seconds = time.monotonic() - run.started
-    status = end_all(run, status)
+    status = end_all(run, status, job.boxed)
     for stream in run.streams.values():
         while stream.read():        # all writers are dead, so this ends
             pass
@@ -648,11 +594,14 @@ def watch(job, run):
 def exceeded(job, run):
     """(the limit that the processes are above now, or "", bytes of memory they use)"""
     everyone = descendants()
-    processes = {pid: process for pid, process in everyone.items() if not (run.boxed and pid == run.child)}
+    processes = {pid: process for pid, process in everyone.items() if not (job.boxed and pid == run.child)}
     if len(processes) > job.processes or sum(process.threads for process in processes.values()) > 4 * job.processes:
         return "processes", 0       # at once: a fork bomb grows
     held = held_bytes(processes)
-    shared = shared_bytes(run.shared)
+    shared = 0
+    if run.shared is not None:      # the files in /dev/shm, which belong to no process
+        facts = os.fstatvfs(run.shared)
+        shared = (facts.f_blocks - facts.f_bfree) * facts.f_frsize
     used = held + shared + sum(process.resident for process in processes.values())
     if used > job.memory_bytes:     # to tell takes milliseconds a process
         private, mapped = counted_once(processes)
@@ -710,14 +659,6 @@ def held_bytes(processes):
     return total + sockets * SOCKET_BYTES + pipes * PIPE_BYTES
 
 
-def shared_bytes(folder):
-    """Bytes of the files in the script's /dev/shm, which belong to no process."""
-    if folder is None:
-        return 0
-    facts = os.fstatvfs(folder)
-    return (facts.f_blocks - facts.f_bfree) * facts.f_frsize
-
-
 def counted_once(processes):
     """(bytes of the processes' own memory, bytes of files in memory that they have mapped), with pages that several
     share counted once: forked workers share most of theirs, and a warm script the libraries. Resident bytes where the
@@ -742,10 +683,10 @@ def oom_kills():
     return 0
 
 
-def end_all(run, status):
+def end_all(run, status, boxed):
     """Ends all processes below this one, until the kernel says that there is no child; returns the first one's status.
     status: that, if it has been waited for."""
-    if run.boxed and status is None:
+    if boxed and status is None:
         os.kill(run.child, signal.SIGKILL)      # process 1 is gone only after all others are
         status = os.waitpid(run.child, 0)[1]
     while True:
@@ -757,11 +698,11 @@ def end_all(run, status):
             if pid == run.child and status is None:     # later its number may be another's
                 status = code
             continue
-        frozen = None
-        while frozen != (groups := groups_below()):     # freeze first: what is frozen does not fork while we kill
-            frozen = groups
-            signal_groups(frozen, signal.SIGSTOP)
-        signal_groups(frozen, signal.SIGKILL)
+        groups, frozen = groups_below(), None
+        while groups != frozen:         # freeze first: what is frozen does not fork while we kill
+            signal_groups(groups, signal.SIGSTOP)
+            groups, frozen = groups_below(), groups
+        signal_groups(groups, signal.SIGKILL)
         time.sleep(0.001)
 
 
@@ -811,9 +752,8 @@ def serve(requests, libraries):
 
 
 def supervise(warm):
-    """The whole program of a supervisor: tells its process id on the socket 0, reads a job, does it, and writes [report,
-    folder that is still to be deleted]. The script's own folders are made and removed here, so that our parent's death
-    leaves nothing. Returns in the process of a warm script alone: the job."""
+    """The whole program of a supervisor: tells its process id on the socket 0, reads a job, does it and writes the
+    report. Returns in the process of a warm script alone: the job."""
     with contextlib.suppress(BrokenPipeError):
         os.write(0, b"%10d" % os.getpid())
     with open(0, closefd=False) as file:
@@ -821,6 +761,7 @@ def supervise(warm):
     if not line:        # our parent is gone already
         os._exit(0)
     job = SimpleNamespace(**json.loads(line), warm=warm)
+    job.boxed = "namespaces" in job.layers
     try:
         for folder in (job.base, job.root, job.env["TMPDIR"]):
             os.mkdir(folder, 0o700)
@@ -830,11 +771,10 @@ def supervise(warm):
         report = watch(job, run)
     except Exception as error:      # an error of ours, which the parent raises (sandbox._run)
         report = {"error": str(error), "errno": getattr(error, "errno", None)}
-    rest = remove(job.base, 0.5 if report else float("inf"))
     try:
-        socket.socket(fileno=0).sendall(json.dumps([report, rest]).encode())
-    except BrokenPipeError:         # our parent is gone
-        remove(rest)
+        socket.socket(fileno=0).sendall(json.dumps(report).encode())
+    except BrokenPipeError:         # our parent, which would delete them, is gone
+        remove(job.base)
         if job.temporary:
             remove(job.cwd)
     os._exit(0)
@@ -876,9 +816,6 @@ def spare(modules):
 
 def main():
     """Returns the job in the process that is to become a warm script, and nowhere else."""
-    if sys.argv[1] == "remove":
-        remove(sys.argv[2])
-        sys.exit()
     if not sys.flags.isolated:
         del sys.path[0]             # this folder, which is not the script's
     return serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
