@@ -75,7 +75,7 @@ class Result:
     limit: str = ""     # the limit that ended it: "wall", "cpu", "memory", "processes"
 
 
-class Unprotected(RuntimeError):
+class SandboxUnavailable(RuntimeError):
     """This machine cannot keep scripts from the answers; the message says why."""
 
 
@@ -96,7 +96,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     torch they are forked from a process that has imported these, as soon as it has; False starts each anew. temporary:
     cwd is to be deleted if we are killed meanwhile. ValueError: no such script, folder or interpreter, or something
     hidden lies where the script may read. RuntimeError: not on Linux, or the interpreter does not start. OSError: no
-    space is left. Unprotected: see protection.
+    space is left. SandboxUnavailable: see protection.
     """
     # 1. What is asked for
     if not sys.platform.startswith("linux"):
@@ -111,13 +111,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     # 2. What the script sees
     base = os.path.join(tempfile.gettempdir(), f"ml-agent-tmp-{uuid.uuid4().hex}")
     private = os.path.join(base, "tmp")
-    readable = [*folders, *map(str, readable)]
-    devices = list(DEVICES)
-    if gpu:
-        readable += [path for pattern in GPU_LIBRARIES for path in glob.glob(pattern)]
-        devices += [path for pattern in GPU_DEVICES for path in glob.glob(pattern)]
-    shown = {path: "read" for path in readable} | {path: "device" for path in devices}
-    shown = {path: right for path, right in shown.items() if os.path.exists(path)} | {cwd: "write", private: "write"}
+    shown = _shown([*folders, *map(str, readable)], gpu) | {cwd: "write", private: "write"}
     for secret in hidden if layers else ():
         for path in shown:
             if Path(secret).resolve().is_relative_to(os.path.realpath(path)):
@@ -154,6 +148,15 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     outcome, detail = limits[limit] if limit else _outcome(report["exit_code"], report["oom"], stderr)
     return Result(outcome, report["exit_code"], stdout, stderr, report["seconds"], report["peak_bytes"], layers, detail,
                   warm=warm, limit=limit)
+
+
+def _shown(readable, gpu):
+    """{path: right} of what a script sees beside its own folders."""
+    shown = dict.fromkeys(readable, "read") | dict.fromkeys(DEVICES, "device")
+    if gpu:
+        shown |= {path: "read" for pattern in GPU_LIBRARIES for path in glob.glob(pattern)}
+        shown |= {path: "device" for pattern in GPU_DEVICES for path in glob.glob(pattern)}
+    return {path: right for path, right in shown.items() if os.path.exists(path)}
 
 
 def _layers(sandbox):
@@ -264,7 +267,7 @@ _probing = threading.Lock()
 
 def protection():
     """What holds on this machine, such as ("namespaces", "landlock", "seccomp"). Each is tried by a script that
-    attempts what it must be denied. Unprotected: there is no layer; the message says why, and what can be done."""
+    attempts what it must be denied. SandboxUnavailable: there is no layer; the message says why, and what can be done."""
     with _probing:      # many threads may ask first
         return _probe()
 
@@ -292,7 +295,7 @@ def _probe():
             else:
                 held.append(layer)
     if not set(LAYERS) & set(held):
-        raise Unprotected(
+        raise SandboxUnavailable(
             f"scripts cannot be kept from the answers on this machine ({'; '.join(trouble)}). One of two layers is "
             "needed: user namespaces (in a container allow them, as with `docker run --security-opt "
             "seccomp=unconfined`; on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or "
@@ -482,4 +485,7 @@ def discard(folder):
             remove(rest)
 
 
-_remove, _discard = remove, discard
+# names of before
+Unprotected = SandboxUnavailable
+_remove = remove
+_discard = discard

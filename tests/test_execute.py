@@ -281,7 +281,7 @@ def test_only_the_head_of_a_script_is_read(tmp_path):
 
 
 TREES = {
-    "deep": "for _ in range(3000): os.mkdir('d' * 100); os.chdir('d' * 100)",
+    "deep": "for _ in range(1200): os.mkdir('d' * 100); os.chdir('d' * 100)",
     "wide": "for i in range(3000): open(str(i), 'w').close()",
     "names": "for i in range(1, 256):\n    if i != 47: open(bytes([i]) * 200, 'w').close()\nos.mkdir(b'\\xff'); "
              "open(b'\\xff/\\n', 'w').close()",
