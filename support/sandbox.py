@@ -115,8 +115,8 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     for secret in hidden if layers else ():
         for path in shown:
             if Path(secret).resolve().is_relative_to(os.path.realpath(path)):
-                raise ValueError(f"{secret} must be kept from scripts, but lies below {path}, which they may read; keep "
-                                 "the prepared data (--data) somewhere else")
+                raise ValueError(f"{secret} must be kept from scripts, but lies below {path}, which they may read; "
+                                 "keep the prepared data (--data) somewhere else")
     # 3. The run
     serial = bool(layers) and "namespaces" not in layers        # no /dev/shm and so no semaphores
     with open(os.path.join(cwd, script), "rb") as file:
@@ -267,19 +267,22 @@ _probing = threading.Lock()
 
 def protection():
     """What holds on this machine, such as ("namespaces", "landlock", "seccomp"). Each is tried by a script that
-    attempts what it must be denied. SandboxUnavailable: there is no layer; the message says why, and what can be done."""
+    attempts what it must be denied. SandboxUnavailable: no layer holds; the message says why and what to do."""
     with _probing:      # many threads may ask first
         return _probe()
 
 
 @functools.cache
 def _probe():
-    held, trouble = [], []
-    with tempfile.TemporaryDirectory(prefix="ml-agent-probe-") as folder, socket.create_server(("127.0.0.1", 0)) as server:
-        answers, work = Path(folder, "answers"), Path(folder, "work")
+    held = []
+    trouble = []
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, tempfile.TemporaryDirectory(prefix="ml-agent-probe-") as folder:
+        answers = Path(folder, "answers")
+        work = Path(folder, "work")
         answers.write_text("secret")
         work.mkdir()
-        known = {"answers": str(answers), "parent": os.getpid(), "port": server.getsockname()[1],
+        known = {"answers": str(answers), "parent": os.getpid(), "port": listener.getsockname()[1],
                  "keyctl": supervisor.NUMBERS.get("keyctl", -1)}
         (work / "probe.py").write_text(f"globals().update({known!r})\n{PROBE}")
         for layer in (*LAYERS, FILTER):
@@ -343,7 +346,8 @@ SLOTS = Slots(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SI
 # ---------------------------------------------------------------------------------------------------------------------
 # The processes that stand between us and a script
 
-_servers, _lock = {}, threading.Lock()      # key of _Server -> it, or None for a warm one that one run asked for
+_servers = {}       # key of a _Server -> it, or None for a warm one that one run alone has asked for
+_lock = threading.Lock()
 
 
 class _Server:
@@ -354,15 +358,16 @@ class _Server:
         self.key = key
         self.up = True if key is None else None     # whether it takes runs; None while it imports
         self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command, env, errors = [sys.executable, "-I", "-S", SUPERVISOR, str(theirs.fileno())], {}, None
+        command = [sys.executable, "-I", "-S", SUPERVISOR, str(theirs.fileno())]
+        options = dict(env={})
         if key:     # has the flags of `python script`, and is not to look for a GPU
             program, libraries, threads, serial = key
             command = [program, SUPERVISOR, str(theirs.fileno()), *libraries]
-            env = {**_environment(program, threads, serial), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-            errors = subprocess.DEVNULL
+            options = dict(env={**_environment(program, threads, serial), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+                           stderr=subprocess.DEVNULL)
         with theirs:
-            patiently(subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
-                      cwd="/", env=env, pass_fds=[theirs.fileno()], start_new_session=True)
+            patiently(subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/",
+                      pass_fds=[theirs.fileno()], start_new_session=True, **options)
 
     def is_up(self):
         """Whether it takes runs; None while it imports. What does not work is said once."""
@@ -398,7 +403,7 @@ def _request(key):
     for _ in range(5):
         ours, theirs = socket.socketpair()
         with theirs, _lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            key = key if key in _servers else None
+            key = key if _servers.get(key) else None
             server = _servers[key] = _servers.get(key) or _Server(key)
             socket.send_fds(server.requests, [b"run"], [theirs.fileno()])
         if answer := ours.recv(1000):
@@ -462,7 +467,8 @@ def _is_stopped(pid):
 
 def _kill_marked(mark):
     """Kills the processes with this mark among their limits: the second net, if a script killed its supervisor."""
-    killed, marked = set(), None
+    killed = set()
+    marked = None
     while marked != killed:
         killed |= marked or set()
         marked = set(killed)

@@ -36,12 +36,15 @@ from types import SimpleNamespace
 # Names of the kernel's numbers
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+SECCOMP_MODE_FILTER = 2
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 1 << 17, 1 << 25, 1 << 26, 1 << 27
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 28, 1 << 29, 1 << 30
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 1 << 12, 1 << 14, 1 << 18
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, AT_RECURSIVE = 1, 2, 0x8000
 AT_FDCWD = -100                                     # the paths are absolute
 FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR = 0x40086602, 0x401C5820    # chattr
+LANDLOCK_GET_VERSION = LANDLOCK_PATH_BENEATH = 1
+LANDLOCK_TCP = LANDLOCK_SIGNALS_AND_ABSTRACT_SOCKETS = 3
 LANDLOCK_EXECUTE, LANDLOCK_WRITE_FILE, LANDLOCK_READ_FILE, LANDLOCK_READ_DIR = 1, 2, 4, 8
 LANDLOCK_MAKE_CHAR, LANDLOCK_MAKE_BLOCK, LANDLOCK_TRUNCATE, LANDLOCK_IOCTL_DEV = 1 << 6, 1 << 11, 1 << 14, 1 << 15
 F_SETLEASE, F_SETPIPE_SZ, F_SET_RW_HINT, F_SET_FILE_RW_HINT = 1024, 1031, 1036, 1038
@@ -52,7 +55,7 @@ CAPABILITY_VERSION_3 = 0x20080522
 SOCKET_BYTES, PIPE_BYTES, MAX_FILES = 212_992, 65_536, 1024     # the most that one holds; files that a process opens
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The filter (seccomp). A system call with its number on x86_64 and on aarch64 (-: there is none), or with the one of both
+# The filter (seccomp): a system call with its numbers on x86_64 and on aarch64 (-: there is none), or the one of both
 
 REFUSED = """
     # keyrings: the user's secrets, and a place where things outlive a run
@@ -209,6 +212,10 @@ def call(name, *values):
     return result
 
 
+def prctl(option, value, rules=0):
+    call("prctl", option, value, rules, 0, 0)
+
+
 def write(path, text):
     with open(path, "w") as file:
         file.write(text)
@@ -274,11 +281,16 @@ def remove(folder, seconds=float("inf")):
 # ---------------------------------------------------------------------------------------------------------------------
 # The script's side, from the fork on: each step takes something away
 
+PROC = [f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg", "version", "filesystems", "devices",
+                                     "driver", "sys/vm", "sys/kernel/osrelease")]       # tells of no process
+MASKED = [f"/proc/{name}" for name in ("keys", "key-users", "timer_list", "sched_debug", "kcore")]      # the user's
+
+
 def become_script(job, run):
     """Turns this fork of a supervisor into the script. A cold one is an interpreter that is started anew. A warm one
     goes on as it is, with the libraries that it has imported: then, and only then, this function returns."""
     # 1. It dies with its parent, and is known by a limit that means nothing here (sandbox._kill_marked)
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_RTTIME, (job.mark, job.mark))
     if job.warm:
         rename(job)
@@ -304,7 +316,7 @@ def become_script(job, run):
     if job.cpu_s:       # the second net, for one process that alone is above the limit of all
         resource.setrlimit(resource.RLIMIT_CPU, (int(job.cpu_s) + 2, int(job.cpu_s) + 3))
     # 4. Its rights
-    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
     if job.layers:
         with contextlib.suppress(OSError):
             call("keyctl", KEYCTL_JOIN_SESSION_KEYRING, None)       # a new one
@@ -319,10 +331,10 @@ def become_script(job, run):
     # 5. Its program. A module beside the script comes before one that was imported already
     beside = os.listdir(os.path.dirname(os.path.abspath(job.command[1])))
     if not job.warm or any(name.partition(".")[0] in sys.modules for name in beside):
-        for name in (signal.SIGPIPE, signal.SIGXFSZ):       # Python ignores these two; a new program expects the default
+        for name in (signal.SIGPIPE, signal.SIGXFSZ):       # Python ignores them; a new program expects the default
             signal.signal(name, signal.SIG_DFL)
         os.execve(job.command[0], job.command, job.env)
-    call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)              # it may look into its own /proc
+    prctl(PR_SET_DUMPABLE, 1)       # it may look into its own /proc
     for end in run.ready:
         end.detach()                # or it would close a file of the script when it is collected
     os.closerange(3, 1 << 20)       # exec would do both; this also tells the supervisor that all is well
@@ -388,7 +400,7 @@ def protect(target, add, clear):
 
 def be_first(script, ended):
     """Process 1: adopts orphans, tells the script's status and ends, and all others with it."""
-    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)      # nobody traces it
+    prctl(PR_SET_DUMPABLE, 0)       # nobody traces it
     os.closerange(0, ended)
     os.closerange(ended + 1, 1 << 16)
     while True:
@@ -400,13 +412,13 @@ def be_first(script, ended):
 
 def restrict_files(job, fresh_proc):
     """Landlock, as far as this kernel knows it. OSError where it does not."""
-    version = call("landlock_create_ruleset", None, 0, 1)
+    version = call("landlock_create_ruleset", None, 0, LANDLOCK_GET_VERSION)
     every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     read = LANDLOCK_EXECUTE | LANDLOCK_READ_FILE | LANDLOCK_READ_DIR
     rights = {"read": read, "write": every & ~(LANDLOCK_MAKE_CHAR | LANDLOCK_MAKE_BLOCK),
               "device": read & ~LANDLOCK_EXECUTE | LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE | LANDLOCK_IOCTL_DEV}
     of_files = read & ~LANDLOCK_READ_DIR | LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE | LANDLOCK_IOCTL_DEV
-    handled = (ctypes.c_uint64 * 3)(every, 3, 3)        # TCP; signals and abstract sockets
+    handled = (ctypes.c_uint64 * 3)(every, LANDLOCK_TCP, LANDLOCK_SIGNALS_AND_ABSTRACT_SOCKETS)
     size = 8 if version < 4 else 16 if version < 6 else 24
     rules = call("landlock_create_ruleset", handled, size, 0)
     shown = list(job.shown)
@@ -419,13 +431,14 @@ def restrict_files(job, fresh_proc):
             if not os.path.isdir(path):
                 allowed &= of_files
             file = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            call("landlock_add_rule", rules, 1, struct.pack("=QI", allowed, file), 0)
+            call("landlock_add_rule", rules, LANDLOCK_PATH_BENEATH, struct.pack("=QI", allowed, file), 0)
     call("landlock_restrict_self", rules, 0)
 
 
 def put_up_filter(job):
     program = ctypes.create_string_buffer(filter_program(job.layers, job.gpu))
-    call("prctl", PR_SET_SECCOMP, 2, (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(program)), 0, 0)
+    rules = (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(program))
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, rules)
 
 
 def run_script(job):
@@ -461,9 +474,6 @@ def run_script(job):
 # ---------------------------------------------------------------------------------------------------------------------
 # The supervisor's side
 
-PROC = [f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg", "version", "filesystems", "devices",
-                                     "driver", "sys/vm", "sys/kernel/osrelease")]       # tells of no process
-MASKED = [f"/proc/{name}" for name in ("keys", "key-users", "timer_list", "sched_debug", "kcore")]      # the user's
 Process = namedtuple("Process", "parent group threads cpu_s resident")
 
 
@@ -500,7 +510,7 @@ def start(job):
     """
     run = SimpleNamespace(counter=None, cpu_s=time.process_time())
     # 1. This process
-    call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     with contextlib.suppress(OSError):
         run.counter = count_cpu_time()
     with contextlib.suppress(OSError):                  # a container may forbid it
@@ -549,7 +559,7 @@ def count_cpu_time():
 def watch(job, run):
     """Waits until the script ends or a limit is reached, ends all that it started, and returns the report: exit_code,
     limit (the one that ended it, or ""), seconds, peak_bytes, oom (whether meanwhile the kernel killed a process for
-    lack of memory), stdout, stderr. None: our parent is gone, or calls the run off, which the end of its socket tells."""
+    lack of memory), stdout, stderr. None: our parent is gone or calls the run off, as the end of its socket tells."""
     status = None
     limit = ""
     peak = 0
@@ -558,6 +568,7 @@ def watch(job, run):
     poll = select.poll()
     for descriptor in (0, exited, *run.streams):
         poll.register(descriptor, select.POLLIN)
+    # 1. Until it ends, or is above a limit
     deadline = run.started + job.timeout_s
     look = run.started + 0.05
     while status is None and not limit:
@@ -578,12 +589,14 @@ def watch(job, run):
             peak = max(peak, used)
             look = time.monotonic() + min(0.5, max(0.05, 5 * (time.monotonic() - now)))     # so that it costs little
     seconds = time.monotonic() - run.started
+    # 2. The end of all that it started
     status = end_all(run, status, job.boxed)
     for stream in run.streams.values():
         while stream.read():        # all writers are dead, so this ends
             pass
     if limit == "parent":
         return None
+    # 3. The report
     status = int(os.read(run.status, 20) or status)     # of process 1 it is not the script's
     stdout, stderr = (stream.text() for stream in run.streams.values())
     peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
@@ -773,7 +786,7 @@ def supervise(warm):
         report = {"error": str(error), "errno": getattr(error, "errno", None)}
     try:
         socket.socket(fileno=0).sendall(json.dumps(report).encode())
-    except BrokenPipeError:         # our parent, which would delete them, is gone
+    except ConnectionError:         # our parent, which would delete them, is gone
         remove(job.base)
         if job.temporary:
             remove(job.cwd)
@@ -814,12 +827,7 @@ def spare(modules):
             del sys.modules[name]
 
 
-def main():
-    """Returns the job in the process that is to become a warm script, and nowhere else."""
-    if not sys.flags.isolated:
-        del sys.path[0]             # this folder, which is not the script's
-    return serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
-
-
 if __name__ == "__main__":
-    run_script(main())
+    if not sys.flags.isolated:
+        del sys.path[0]     # the folder of this file, which is not the script's
+    run_script(serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:]))

@@ -30,6 +30,7 @@ import tasks  # noqa: E402
 from common import act, add_task  # noqa: E402
 from env import ACTIONS, Env, check_record, check_snapshot, record  # noqa: E402
 from reward import KINDS as REWARD_KINDS  # noqa: E402
+from support import sandbox
 
 HEAD = "import contextlib, os, shutil, signal, socket, stat, subprocess, sys, threading, time\n"
 SUBMIT = 'open("submission.csv", "w").write("id,y\\n1,{0}\\n2,{0}\\n")\n'
@@ -349,7 +350,7 @@ def main():
         rows, wrong = soak(home, s.steps, s.seed, s.limit, each=s.each,
                            say=lambda line: print(line, file=sys.stderr, flush=True))
     finally:
-        env_module._remove(home)
+        sandbox._remove(home)
     print(f"{'kind':34} steps  slowest    over  outcomes")
     for name in NAMES:
         if name in rows:

@@ -366,7 +366,8 @@ def test_honest_libraries_work_in_each_layer(tmp_path, layers):
             print(cross_val_score(RandomForestClassifier(5, n_jobs=2), X, X[:, 0] > 0.5, n_jobs=2, cv=2).mean() > 0.4)
             print(Parallel(2)(delayed(numpy.sum)(x) for x in [numpy.ones((600, 600))] * 3)[0])
             pandas.DataFrame({"a": [1]}).to_csv("a.csv")
-            shutil.copy2("a.csv", "b.csv"), shutil.copytree(os.path.dirname(asyncio.__file__), tempfile.mkdtemp() + "/copy")
+            shutil.copy2("a.csv", "b.csv")
+            shutil.copytree(os.path.dirname(asyncio.__file__), tempfile.mkdtemp() + "/copy")
             print(asyncio.run(asyncio.sleep(0.01, 5)), subprocess.run("cat a.csv | wc -l", shell=True).returncode)
     """, memory_bytes=2 << 30, sandbox=layers, timeout_s=120)
     assert result.outcome == "ok", result.stderr
@@ -477,8 +478,10 @@ def test_nothing_survives_its_parent(tmp_path, temporary, sent, warm):
     name, folder = f"script_{uuid.uuid4().hex}.py", tmp_path / "folder"
     folder.mkdir()
     (folder / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)  # numpy")
-    call = (f"import sys; sys.path += ['tests']; import test_execute; from support import sandbox; {warm} and test_execute.warm_up(b'numpy')\n"
-            f"sandbox.execute({name!r}, {str(folder)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm}, temporary=True)")
+    call = ("import sys; sys.path += ['tests']; from support import sandbox; import test_execute\n"
+            f"{warm} and test_execute.warm_up(b'numpy')\n"
+            f"sandbox.execute({name!r}, {str(folder)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm}, "
+            "temporary=True)")
     caller = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stderr=subprocess.DEVNULL,
                               env={**os.environ, "TMPDIR": str(temporary)})
     assert wait_until((folder / "pulse").exists) and len(processes(name)) >= 2
