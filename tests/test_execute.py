@@ -340,7 +340,7 @@ def test_a_long_deletion_holds_up_nobody(tmp_path):
         assert wait_until(lambda: [path.name for path in tmp_path.iterdir()] == ["temporary"])
 
 
-def test_deep_folders_left_by_a_script(tmp_path, temporary, sandbox):
+def test_deep_folders_left_by_a_script(tmp_path, temporary):
     result = run(tmp_path, """
         import os
         for place in (os.getcwd(), os.environ["TMPDIR"]):
