@@ -362,11 +362,12 @@ class _Server:
         options = dict(env={})
         if key:     # has the flags of `python script`, and is not to look for a GPU
             program, libraries, threads, serial = key
-            command = [program, SUPERVISOR, str(theirs.fileno()), *libraries]
+            command = [program, "-", str(theirs.fileno()), *libraries]
             options = dict(env={**_environment(program, threads, serial), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
                            stderr=subprocess.DEVNULL)
-        with theirs:
-            patiently(subprocess.Popen, command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/",
+        # a warm one reads its program from stdin: its path would be in the frames that a script sees below its own
+        with theirs, open(SUPERVISOR) as program_file:
+            patiently(subprocess.Popen, command, stdin=program_file, stdout=subprocess.DEVNULL, cwd="/",
                       pass_fds=[theirs.fileno()], start_new_session=True, **options)
 
     def is_up(self):

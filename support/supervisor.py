@@ -2,7 +2,7 @@
 started. This program uses the standard library alone, and is started by its path:
 
     python -I -S support/supervisor.py 3            # forks a supervisor for each request on the socket 3
-    python support/supervisor.py 3 numpy pandas     # the same, and its scripts are forks that have these libraries
+    python - 3 numpy pandas < support/supervisor.py # the same, and its scripts are forks that have these libraries
 
 Two layers keep a script in, each enough to hide the answers; job.layers names those to put up.
 namespaces: the script's parent is process 1 of a world of its own: there are no other processes, no network, and a file
@@ -829,5 +829,5 @@ def spare(modules):
 
 if __name__ == "__main__":
     if not sys.flags.isolated:
-        del sys.path[0]     # the folder of this file, which is not the script's
+        del sys.path[0]     # the current folder
     run_script(serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:]))

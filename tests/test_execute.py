@@ -723,6 +723,14 @@ def test_job_of_one_warm_script_is_not_in_the_memory_of_the_next(tmp_path):
     assert seen == ["False\n", "True\n"]       # what it looks for is found where it is
 
 
+def test_a_warm_script_sees_no_path_of_ours(tmp_path):
+    assert warm_up(b"numpy")
+    text = ("import inspect, sys, traceback, numpy\ntraceback.print_stack(file=sys.stdout)\n"
+            "print(sys.path, sys.argv, [frame.filename for frame in inspect.stack()])")
+    result = run(tmp_path, text)
+    assert result.warm and result.outcome == "ok" and str(ROOT) not in result.stdout.replace(str(tmp_path), "")
+
+
 def test_threads_of_a_warm_script(tmp_path):
     text = """
         import threadpoolctl, numpy, sklearn.ensemble, torch
