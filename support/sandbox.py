@@ -107,7 +107,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     if not os.path.isfile(os.path.join(cwd, script)):
         raise ValueError(f"there is no script {script!r} in {cwd}")
     program, folders, _ = describe(python or sys.executable)
-    layers = _layers(sandbox)
+    layers = _layers(sandbox, hidden)
     # 2. What the script sees
     base = os.path.join(tempfile.gettempdir(), f"ml-agent-tmp-{uuid.uuid4().hex}")
     private = os.path.join(base, "tmp")
@@ -159,12 +159,13 @@ def _shown(readable, gpu):
     return {path: right for path, right in shown.items() if os.path.exists(path)}
 
 
-def _layers(sandbox):
-    """The layers to put up."""
+def _layers(sandbox, hidden):
+    """The layers to put up. Without any, it is said what is in reach, unless nothing is hidden: the script is ours then."""
     if sandbox == "on":
         return protection()
     if sandbox == "off":
-        _say_once("sandbox off: scripts run as this user, with its files, the answers and the network in reach")
+        if hidden:
+            _say_once("sandbox off: scripts run as this user, with its files, the answers and the network in reach")
         return ()
     return tuple(sandbox.split("+"))
 
