@@ -160,7 +160,7 @@ def _shown(readable, gpu):
 
 
 def _layers(sandbox, hidden):
-    """The layers to put up. Without any, it is said what is in reach, unless nothing is hidden: the script is ours then."""
+    """The layers to put up. Without any it is said what is in reach, unless nothing is hidden: then it is ours."""
     if sandbox == "on":
         return protection()
     if sandbox == "off":
