@@ -32,7 +32,7 @@ from pathlib import Path
 import tasks
 from support import cli
 from reward import KINDS, best_of, reward
-from support.sandbox import NO_SPACE, SLOTS, Result, Unprotected, _discard, describe, execute, protection
+from support.sandbox import NO_SPACE, SLOTS, Result, SandboxUnavailable, discard, describe, execute, protection
 from support.cli import ContextFull, RunError
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from support.files import check_form, shorten, parse_json, refuse_links_out, one_of, read_bytes, read_json_lines, some_of, up_to
@@ -986,7 +986,7 @@ class Env:
                     outcome, detail, score, canary_p = self._grade(folder / "submission.csv")
                     result = dataclasses.replace(result, outcome=outcome, detail=detail, canary_p=canary_p)
             finally:
-                _discard(folder)
+                discard(folder)
         return result, score, after
 
     def _grade(self, submission):
@@ -1487,7 +1487,7 @@ def main(args):
         return end.code
     try:
         return 1 if replay(settings.pop("file"), **settings) else 0
-    except (ValueError, OSError, Unprotected) as error:
+    except (ValueError, OSError, SandboxUnavailable) as error:
         print(f"env.py replay: {error}", file=sys.stderr)
         return 2
 

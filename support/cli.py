@@ -20,7 +20,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.sandbox import Unprotected, _remove
+from support.sandbox import SandboxUnavailable, remove
 
 # Read when torch is first imported, so this comes before it: threads that wait for each other sleep after so many
 # spins. To spin on, the default, is 3 % faster on an idle machine, but beside a script a decoding step takes seven
@@ -240,7 +240,7 @@ def exit_status(program, work, folder):
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except (RunError, Unprotected, OSError) as error:      # OSError: a wrong path, a full disk
+    except (RunError, SandboxUnavailable, OSError) as error:      # OSError: a wrong path, a full disk
         print(f"{program}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
@@ -273,7 +273,7 @@ def run_main(main):
     for file in Path(tempfile.gettempdir()).glob("ml-agent-*/owner"):
         with contextlib.suppress(OSError), file.open() as owner:    # it is held, or another user's
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(file.parent)
+            remove(file.parent)
     # 2. A folder of our own. Its lock is held before it has its name, so that nobody sees it unlocked.
     tempfile.tempdir = tempfile.mkdtemp(prefix="ml-agent-")
     try:
@@ -292,7 +292,7 @@ def run_main(main):
     finally:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.SIG_IGN)
-        _remove(tempfile.tempdir)
+        remove(tempfile.tempdir)
     # 4. Threads may still wait for a reply or a script, so the interpreter is not asked to wait for them.
     sys.stdout.flush()
     sys.stderr.flush()

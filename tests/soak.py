@@ -350,7 +350,7 @@ def main():
         rows, wrong = soak(home, s.steps, s.seed, s.limit, each=s.each,
                            say=lambda line: print(line, file=sys.stderr, flush=True))
     finally:
-        sandbox._remove(home)
+        sandbox.remove(home)
     print(f"{'kind':34} steps  slowest    over  outcomes")
     for name in NAMES:
         if name in rows:

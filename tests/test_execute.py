@@ -1,6 +1,6 @@
 """The executor: one test a promise. Linux only, like the executor."""
 
-import os, re, resource, signal, subprocess, sys, tempfile, textwrap, threading, time, uuid
+import ctypes, os, re, resource, signal, subprocess, sys, tempfile, textwrap, threading, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,10 +64,21 @@ def warm_up(text, python=None, threads=1, serial=False):
     libraries = next(libraries for mention, libraries in executor.WARM.items() if re.search(mention, text))
     key = executor.describe(python or sys.executable)[0], libraries, threads, serial
     with executor._lock:
-        server = executor._servers.setdefault(key, executor._servers.get(key) or executor._Server(key))
+        server = executor._servers[key] = executor._servers.get(key) or executor._Server(key)
     while server.is_up() is None:
         time.sleep(0.02)
     return server.up
+
+
+def alter_supervisor(monkeypatch, folder, code):
+    """The servers are started anew, and run this code before their program."""
+    program = folder / "supervisor.py"
+    main = 'if __name__ == "__main__":'
+    text = Path(executor.SUPERVISOR).read_text()
+    assert text.count(main) == 1
+    program.write_text(text.replace(main, f"{code}\n{main}"))
+    monkeypatch.setattr(executor, "SUPERVISOR", str(program))
+    monkeypatch.setattr(executor, "_servers", {})       # their processes end when it is collected
 
 
 def run(folder, text, timeout_s=30, memory_bytes=1 << 30, **options):
@@ -244,7 +255,7 @@ def test_processor_time_of_all_processes_counts_together(tmp_path, sandbox):
 
 
 def test_processor_time_without_the_kernels_counter(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor, "_number", lambda *numbers: -1)    # as where perf_event_open is not allowed
+    alter_supervisor(monkeypatch, tmp_path, "def count_cpu_time(): raise OSError(1, 'not allowed')")
     burn = """
         import os
         while True:
@@ -270,7 +281,7 @@ def test_only_the_head_of_a_script_is_read(tmp_path):
 
 
 TREES = {
-    "deep": "for _ in range(3000): os.mkdir('d' * 100); os.chdir('d' * 100)",
+    "deep": "for _ in range(1200): os.mkdir('d' * 100); os.chdir('d' * 100)",
     "wide": "for i in range(3000): open(str(i), 'w').close()",
     "names": "for i in range(1, 256):\n    if i != 47: open(bytes([i]) * 200, 'w').close()\nos.mkdir(b'\\xff'); "
              "open(b'\\xff/\\n', 'w').close()",
@@ -278,27 +289,17 @@ TREES = {
                  "for each in ('a/b/c/f', 'a/b/c', 'a/b', 'a', '.'): os.chmod(each, 0)",
     "not files": "import socket; os.mkfifo('a'); os.symlink('/etc', 'b'); os.symlink('nowhere', 'c')\n"
                  "socket.socket(1).bind('d'); os.mkdir('e'); os.symlink(os.getcwd(), 'e/up')",
-    "chattr (root)": "os.makedirs('a/b'); open('a/b/c', 'w').close()\n"
-                     "for each in ('a/b/c', 'a/b', 'a', '.'): subprocess.call(['chattr', '+i', each])",
-    "mounts (root)": "import ctypes; mount = ctypes.CDLL(None).mount; os.makedirs('a/b'); open('c', 'w').close()\n"
-                     "mount(KEPT, b'a/b', None, 4096, None), mount(KEPT + b'/file', b'c', None, 4096, None)\n"
-                     "mount(KEPT, os.getcwd().encode(), None, 4096, None)",
 }
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_any_tree_is_deleted(tmp_path, name, capfd):
-    if "(root)" in name and os.geteuid():
-        pytest.skip("ordinary users cannot make it")
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept/file").write_text("kept")
     (tmp_path / "tree").mkdir()
-    code = f"import os, subprocess\nKEPT = {str(tmp_path / 'kept').encode()!r}\n{TREES[name]}"
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "tree").returncode == 0
-    assert executor._remove(tmp_path / "tree") == ""
-    assert [path.name for path in tmp_path.iterdir() if path.name != "temporary"] == ["kept"]
-    assert (tmp_path / "kept/file").read_text() == "kept" and capfd.readouterr().err == ""
-    assert executor._remove(tmp_path / "tree") == ""     # what is not there is no error
+    assert subprocess.run([sys.executable, "-c", f"import os\n{TREES[name]}"], cwd=tmp_path / "tree").returncode == 0
+    assert executor.remove(tmp_path / "tree") == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["temporary"]
+    assert executor.remove(tmp_path / "tree") == ""     # what is not there is no error
+    assert capfd.readouterr().err == ""
 
 
 def test_what_cannot_be_deleted_is_said_and_stays(tmp_path, capfd, monkeypatch):
@@ -309,23 +310,37 @@ def test_what_cannot_be_deleted_is_said_and_stays(tmp_path, capfd, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refuse)
-        assert executor._remove(tmp_path / "tree") == ""
+        assert executor.remove(tmp_path / "tree") == ""
     assert capfd.readouterr().err.count("could not be deleted") == 1
+
+
+def test_a_mount_that_a_script_left_is_not_entered(tmp_path, capfd):
+    libc = ctypes.CDLL(None, use_errno=True)
+    kept, target = tmp_path / "kept", tmp_path / "tree/a"
+    for folder in (kept, target):
+        folder.mkdir(parents=True)
+    (kept / "file").write_text("kept")
+    if libc.mount(str(kept).encode(), str(target).encode(), None, 4096, None):     # MS_BIND
+        pytest.skip("this user cannot mount")
+    assert executor.remove(tmp_path / "tree") == ""
+    rest, = tmp_path.glob(".gone-*/a")
+    assert libc.umount(str(rest).encode()) == 0
+    assert (kept / "file").read_text() == "kept" and capfd.readouterr().err.count("could not be deleted") == 1
 
 
 def test_a_long_deletion_holds_up_nobody(tmp_path):
     for number in range(2000):
         (tmp_path / "tree" / str(number)).mkdir(parents=True)
-    rest = executor._remove(tmp_path / "tree", 0.0)
+    rest = executor.remove(tmp_path / "tree", 0.0)
     assert rest and not (tmp_path / "tree").exists() and Path(rest).is_dir()    # its name is free
+    remove = executor.remove
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "_remove", lambda folder, seconds: str(folder))
-        executor._discard(rest)
-    executor._wait_for_deleting()
-    assert not Path(rest).exists() and [path.name for path in tmp_path.iterdir()] == ["temporary"]
+        patch.setattr(executor, "remove", lambda folder, seconds=9e9: str(folder) if seconds < 9 else remove(folder))
+        executor.discard(rest)
+        assert wait_until(lambda: [path.name for path in tmp_path.iterdir()] == ["temporary"])
 
 
-def test_deep_folders_left_by_a_script(tmp_path, temporary, sandbox):
+def test_deep_folders_left_by_a_script(tmp_path, temporary):
     result = run(tmp_path, """
         import os
         for place in (os.getcwd(), os.environ["TMPDIR"]):
@@ -334,9 +349,8 @@ def test_deep_folders_left_by_a_script(tmp_path, temporary, sandbox):
                 os.mkdir("d" * 50)
                 os.chdir("d" * 50)
     """, timeout_s=300)
-    executor._wait_for_deleting()
-    assert result.outcome == "ok" and list(temporary.iterdir()) == []
-    assert executor._remove(tmp_path / ("d" * 50)) == ""
+    assert result.outcome == "ok" and wait_until(lambda: not list(temporary.iterdir()))
+    assert executor.remove(tmp_path / ("d" * 50)) == ""
 
 
 @pytest.mark.parametrize("layers", ["namespaces+seccomp", "landlock+seccomp"])
@@ -352,7 +366,8 @@ def test_honest_libraries_work_in_each_layer(tmp_path, layers):
             print(cross_val_score(RandomForestClassifier(5, n_jobs=2), X, X[:, 0] > 0.5, n_jobs=2, cv=2).mean() > 0.4)
             print(Parallel(2)(delayed(numpy.sum)(x) for x in [numpy.ones((600, 600))] * 3)[0])
             pandas.DataFrame({"a": [1]}).to_csv("a.csv")
-            shutil.copy2("a.csv", "b.csv"), shutil.copytree(os.path.dirname(asyncio.__file__), tempfile.mkdtemp() + "/copy")
+            shutil.copy2("a.csv", "b.csv")
+            shutil.copytree(os.path.dirname(asyncio.__file__), tempfile.mkdtemp() + "/copy")
             print(asyncio.run(asyncio.sleep(0.01, 5)), subprocess.run("cat a.csv | wc -l", shell=True).returncode)
     """, memory_bytes=2 << 30, sandbox=layers, timeout_s=120)
     assert result.outcome == "ok", result.stderr
@@ -463,8 +478,10 @@ def test_nothing_survives_its_parent(tmp_path, temporary, sent, warm):
     name, folder = f"script_{uuid.uuid4().hex}.py", tmp_path / "folder"
     folder.mkdir()
     (folder / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)  # numpy")
-    call = (f"import sys; sys.path += ['tests']; import test_execute; from support import sandbox; {warm} and test_execute.warm_up(b'numpy')\n"
-            f"sandbox.execute({name!r}, {str(folder)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm}, temporary=True)")
+    call = ("import sys; sys.path += ['tests']; from support import sandbox; import test_execute\n"
+            f"{warm} and test_execute.warm_up(b'numpy')\n"
+            f"sandbox.execute({name!r}, {str(folder)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm}, "
+            "temporary=True)")
     caller = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stderr=subprocess.DEVNULL,
                               env={**os.environ, "TMPDIR": str(temporary)})
     assert wait_until((folder / "pulse").exists) and len(processes(name)) >= 2
@@ -706,6 +723,14 @@ def test_job_of_one_warm_script_is_not_in_the_memory_of_the_next(tmp_path):
     assert seen == ["False\n", "True\n"]       # what it looks for is found where it is
 
 
+def test_a_warm_script_sees_no_path_of_ours(tmp_path):
+    assert warm_up(b"numpy")
+    text = ("import inspect, sys, traceback, numpy\ntraceback.print_stack(file=sys.stdout)\n"
+            "print(sys.path, sys.argv, [frame.filename for frame in inspect.stack()])")
+    result = run(tmp_path, text)
+    assert result.warm and result.outcome == "ok" and str(ROOT) not in result.stdout.replace(str(tmp_path), "")
+
+
 def test_threads_of_a_warm_script(tmp_path):
     text = """
         import threadpoolctl, numpy, sklearn.ensemble, torch
@@ -755,52 +780,46 @@ os.fork = refuse
 
 def test_a_machine_without_room_for_processes_is_waited_for(tmp_path, monkeypatch):
     """As beside a script's fork bomb, each start of a process of ours fails for a moment."""
-    popen, source, refusals = subprocess.Popen, executor.inspect.getsource, iter(range(3))
+    popen, refusals = subprocess.Popen, iter(range(3))
 
     def refuse(*args, **options):
         if next(refusals, None) is not None:
             raise BlockingIOError(11, "Resource temporarily unavailable")
         return popen(*args, **options)
-    monkeypatch.setattr(executor, "_servers", {})
+    alter_supervisor(monkeypatch, tmp_path, FULL)
     monkeypatch.setattr(executor.subprocess, "Popen", refuse)
-    monkeypatch.setattr(executor.inspect, "getsource", lambda each: source(each) + FULL * (each is executor._remove))
     for sandbox in ("on", "off"):
         assert run(tmp_path, "print(1)", sandbox=sandbox).stdout == "1\n"
-    executor._servers.pop(None).requests.close()
 
 
 def test_a_full_disk_is_told_from_other_errors(tmp_path, monkeypatch):
-    source = executor.inspect.getsource
-    full = "\ndef mkdir(*args): raise OSError(28, 'No space left on device')\nos.mkdir = mkdir\n"
-    monkeypatch.setattr(executor, "_servers", {})
-    monkeypatch.setattr(executor.inspect, "getsource", lambda each: source(each) + full * (each is executor._remove))
+    alter_supervisor(monkeypatch, tmp_path,
+                     "def mkdir(*args): raise OSError(28, 'No space left on device')\nos.mkdir = mkdir")
     with pytest.raises(OSError, match="No space left on device") as error:
         run(tmp_path, "print(1)")
     assert error.value.errno in executor.NO_SPACE
-    executor._servers.pop(None).requests.close()
 
 
 def test_a_machine_that_stays_without_room_is_one_sentence(tmp_path, monkeypatch):
-    source, always = executor.inspect.getsource, FULL.replace("range(3)", "range(10**9)")
-    monkeypatch.setattr(executor, "_servers", {})
-    monkeypatch.setattr(executor.inspect, "getsource", lambda each: source(each).replace("seconds=10", "seconds=0.2")
-                        + always * (each is executor._remove))
+    alter_supervisor(monkeypatch, tmp_path, FULL.replace("range(3)", "range(10**9)") + "START_S = 0.2")
     for _ in range(2):      # it goes on then
         with pytest.raises(RuntimeError, match="no process can be started on this machine"):
             run(tmp_path, "print(1)")
     (tmp_path / "left" / "a").mkdir(parents=True)
-    remove = executor._remove    # and what a process was to delete is deleted here
-    monkeypatch.setattr(executor, "_remove", lambda path, seconds=9e9: str(path) if seconds < 9e9 else remove(str(path)))
-    executor._discard(str(tmp_path / "left"))
+    remove = executor.remove    # and what a thread was to delete is deleted here
+
+    def refuse(*args, **options):
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(executor, "remove", lambda path, seconds=9e9: str(path) if seconds < 9 else remove(path))
+    monkeypatch.setattr(executor.threading.Thread, "start", refuse)
+    executor.discard(str(tmp_path / "left"))
     assert not (tmp_path / "left").exists()
-    executor._servers.pop(None).requests.close()
 
 
 def test_the_second_script_starts_the_warm_process(tmp_path, monkeypatch):
     monkeypatch.setattr(executor, "_servers", {})
-    monkeypatch.setattr(executor, "_seen", set())
-    assert not run(tmp_path, "# numpy").warm and set(executor._servers) <= {None}
-    assert not run(tmp_path, "# numpy").warm and len(executor._servers) == 2     # it is still importing
+    assert not run(tmp_path, "# numpy").warm and not any(key and server for key, server in executor._servers.items())
+    assert not run(tmp_path, "# numpy").warm and all(executor._servers.values())        # it is still importing
     assert warm_up(b"numpy") and run(tmp_path, "# numpy").warm and not run(tmp_path, "# numpy", warm=False).warm
     assert not run(tmp_path, "pass").warm       # nothing to gain
     for server in executor._servers.values():

@@ -1,0 +1,833 @@
+"""Stands between us and one script: starts it under its limits and in its sandbox, watches it, and ends all that it
+started. This program uses the standard library alone, and is started by its path:
+
+    python -I -S support/supervisor.py 3            # forks a supervisor for each request on the socket 3
+    python - 3 numpy pandas < support/supervisor.py # the same, and its scripts are forks that have these libraries
+
+Two layers keep a script in, each enough to hide the answers; job.layers names those to put up.
+namespaces: the script's parent is process 1 of a world of its own: there are no other processes, no network, and a file
+tree in which job.shown is all there is. When process 1 ends, the kernel ends all others with it.
+landlock: the script may open what lies below job.shown and nothing else, may not connect, and may not signal anyone
+outside. It holds for root too.
+With either, a script has no capability and cannot gain one, and seccomp lets the kernel refuse the calls listed below.
+"""
+import atexit
+import contextlib
+import ctypes
+import errno
+import gc
+import importlib
+import json
+import os
+import platform
+import resource
+import select
+import signal
+import socket
+import stat
+import struct
+import sys
+import time
+import weakref
+from collections import namedtuple
+from types import SimpleNamespace
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of the kernel's numbers
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+SECCOMP_MODE_FILTER = 2
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 1 << 17, 1 << 25, 1 << 26, 1 << 27
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 28, 1 << 29, 1 << 30
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 1 << 12, 1 << 14, 1 << 18
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, AT_RECURSIVE = 1, 2, 0x8000
+AT_FDCWD = -100                                     # the paths are absolute
+FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR = 0x40086602, 0x401C5820    # chattr
+LANDLOCK_GET_VERSION = LANDLOCK_PATH_BENEATH = 1
+LANDLOCK_TCP = LANDLOCK_SIGNALS_AND_ABSTRACT_SOCKETS = 3
+LANDLOCK_EXECUTE, LANDLOCK_WRITE_FILE, LANDLOCK_READ_FILE, LANDLOCK_READ_DIR = 1, 2, 4, 8
+LANDLOCK_MAKE_CHAR, LANDLOCK_MAKE_BLOCK, LANDLOCK_TRUNCATE, LANDLOCK_IOCTL_DEV = 1 << 6, 1 << 11, 1 << 14, 1 << 15
+F_SETLEASE, F_SETPIPE_SZ, F_SET_RW_HINT, F_SET_FILE_RW_HINT = 1024, 1031, 1036, 1038
+MAP_SHARED_ANONYMOUS, MAP_HUGETLB = 0x21, 0x40000
+IOPRIO_WHO_PROCESS = 1
+KEYCTL_JOIN_SESSION_KEYRING = 1
+CAPABILITY_VERSION_3 = 0x20080522
+SOCKET_BYTES, PIPE_BYTES, MAX_FILES = 212_992, 65_536, 1024     # the most that one holds; files that a process opens
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The filter (seccomp): a system call with its numbers on x86_64 and on aarch64 (-: there is none), or the one of both
+
+REFUSED = """
+    # keyrings: the user's secrets, and a place where things outlive a run
+    add_key 248 217, request_key 249 218, keyctl 250 219
+    # memory and messages that belong to no process
+    shmget 29 194, shmat 30 196, shmctl 31 195, shmdt 67 197, semget 64 190, semop 65 193, semtimedop 220 192
+    semctl 66 191, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187, mq_open 240 180, mq_unlink 241 181
+    mq_timedsend 242 182, mq_timedreceive 243 183, mq_notify 244 184, mq_getsetattr 245 185, io_setup 206 0
+    io_destroy 207 1, io_getevents 208 4, io_submit 209 2, io_cancel 210 3, vmsplice 278 75
+    # memory and descriptors of other processes
+    ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, kcmp 312 272, pidfd_getfd 438
+    process_madvise 440, process_mrelease 448, get_robust_list 274 100
+    # mounts and namespaces, files by number instead of by path
+    mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, open_tree 428, move_mount 429, fsopen 430
+    fsconfig 431, fsmount 432, fspick 433, mount_setattr 442, open_tree_attr 467, unshare 272 97, setns 308 268
+    open_by_handle_at 304 265, quotactl 179 60, quotactl_fd 443
+    # the machine
+    kexec_load 246 104, kexec_file_load 320 294, init_module 175 105, finit_module 313 273, delete_module 176 106
+    swapon 167 224, swapoff 168 225, reboot 169 142, acct 163 89, syslog 103 116, settimeofday 164 170
+    clock_settime 227 112, sethostname 170 161, setdomainname 171 162, personality 135 92
+    # what a script has no use for and kernels had holes in
+    bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, io_uring_setup 425, io_uring_enter 426
+    io_uring_register 427, fanotify_init 300 262, vhangup 153 58, lookup_dcookie 212 18, modify_ldt 154 -, iopl 172 -
+    ioperm 173 -, uselib 134 -
+"""
+REFUSED_CPU = """
+    # files in memory; the driver of a GPU may need them
+    memfd_create 319 279, memfd_secret 447
+"""
+# Landlock alone knows neither who is called on a socket nor the attributes of files.
+REFUSED_ALONE = """
+    # without a session of its own, one signal to the group ends all, however fast they fork
+    setsid 112 157, setpgid 109 154
+    # a watch tells the names of what it must not list
+    connect 42 203, inotify_add_watch 254 27
+    chown 92 -, fchown 93 55, lchown 94 -, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7
+    setxattrat 463, removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, removexattrat 466, file_setattr 469
+"""
+IGNORED_ALONE = """
+    # reported as done: to copy a file with its mode and times must not fail
+    chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452, utime 132 -, utimes 235 -, futimesat 261 -
+    utimensat 280 88
+"""
+NAMED = """
+    # what ARGUMENTS name
+    prlimit64 302 261, setrlimit 160 164, clone 56 220, socket 41 198, socketpair 53 199, setsockopt 54 208
+    fcntl 72 25, mmap 9 222, ioctl 16 29, sched_setaffinity 203 122, sched_setparam 142 118
+    sched_setscheduler 144 119, sched_setattr 314 274, migrate_pages 256 238, move_pages 279 239
+    setpriority 141 140, ioprio_set 251 30
+    # what we call ourselves
+    landlock_create_ruleset 444, landlock_add_rule 445, landlock_restrict_self 446
+"""
+# (system call, number of an argument, relation, value): refused where that holds. "has": all bits of the value are set
+ARGUMENTS = [
+    ("prlimit64", 0, "is not", 0),                                      # limits of another process
+    ("socket", 0, "is not", socket.AF_UNIX),
+    ("socketpair", 0, "is not", socket.AF_UNIX),
+    ("setsockopt", 2, "is", socket.SO_SNDBUF),
+    ("setsockopt", 2, "is", socket.SO_RCVBUF),
+    ("fcntl", 1, "is", F_SETPIPE_SZ),                                   # pipes hold memory too
+    ("fcntl", 1, "is", F_SETLEASE),                                     # this and two hints stay on public data
+    ("fcntl", 1, "is", F_SET_RW_HINT),
+    ("fcntl", 1, "is", F_SET_FILE_RW_HINT),
+    ("mmap", 3, "has", MAP_HUGETLB),                                    # is not counted as resident
+    *(("clone", 0, "has", flag) for flag in (CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER,
+                                             CLONE_NEWPID, CLONE_NEWNET))]
+ARGUMENTS_MARK = [("prlimit64", 1, "is", resource.RLIMIT_RTTIME), ("setrlimit", 0, "is", resource.RLIMIT_RTTIME)]
+ARGUMENTS_CPU = [("mmap", 3, "has", MAP_SHARED_ANONYMOUS)]              # may be kept unmapped
+ARGUMENTS_ALONE = [
+    *((call, 0, "is not", 0) for call in ("sched_setaffinity", "sched_setparam", "sched_setscheduler", "sched_setattr",
+                                          "migrate_pages", "move_pages", "setpriority")),     # of other processes
+    ("setpriority", 1, "is not", 0),
+    ("ioprio_set", 0, "is not", IOPRIO_WHO_PROCESS),
+    ("ioprio_set", 1, "is not", 0),
+    ("socket", 1, "has", socket.SOCK_DGRAM),                            # datagrams need no connection
+    ("socketpair", 1, "has", socket.SOCK_DGRAM),
+    ("ioctl", 1, "is", FS_IOC_SETFLAGS),
+    ("ioctl", 1, "is", FS_IOC_FSSETXATTR)]
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}     # column of the tables, AUDIT_ARCH
+CLONE3, LAST_CALL = 435, 469    # a later one is to the script as on an older kernel, and so are those of the x32 ABI
+
+
+def numbers_in(table, column):
+    """{system call: its number} in a column of a table; those that the machine lacks are left out."""
+    numbers = {}
+    for line in table.splitlines():
+        if line.strip() and not line.strip().startswith("#"):
+            for entry in line.split(","):
+                name, *both = entry.split()
+                if both[column % len(both)] != "-":
+                    numbers[name] = int(both[column % len(both)])
+    return numbers
+
+
+COLUMN, ARCHITECTURE = MACHINES.get(platform.machine(), (None, None))
+NUMBERS = {} if COLUMN is None else numbers_in(REFUSED + NAMED, COLUMN)
+
+
+def filter_program(layers, gpu):
+    """The program of the filter: bytes of sock_filter structures. Without layers it only keeps the mark of a run."""
+    if COLUMN is None:
+        raise OSError(errno.ENOSYS, f"the system calls of {platform.machine()} are not known")
+    load, equal, above, mask, answer = 0x20, 0x15, 0x25, 0x54, 0x06             # instructions
+    allow, ignore = 0x7FFF0000, 0x50000
+    refuse, unknown = ignore | errno.EPERM, ignore | errno.ENOSYS
+    number_at, machine_at, arguments_at = 0, 4, 16                              # in what the program reads
+    alone = bool(layers) and "namespaces" not in layers
+    calls = []
+    arguments = list(ARGUMENTS_MARK)
+    if layers:
+        calls.append((refuse, REFUSED))
+        arguments += ARGUMENTS
+    if layers and not gpu:
+        calls.append((refuse, REFUSED_CPU))
+        arguments += ARGUMENTS_CPU
+    if alone:
+        calls += [(refuse, REFUSED_ALONE), (ignore, IGNORED_ALONE)]
+        arguments += ARGUMENTS_ALONE
+    program = [(load, 0, 0, machine_at), (equal, 1, 0, ARCHITECTURE), (answer, 0, 0, refuse),
+               (load, 0, 0, number_at), (above, 0, 1, LAST_CALL), (answer, 0, 0, unknown),
+               (equal, 0, 1, CLONE3), (answer, 0, 0, unknown)]
+    for verdict, table in calls:
+        for number in numbers_in(table, COLUMN).values():
+            program += [(equal, 0, 1, number), (answer, 0, 0, verdict)]
+    for name, index, relation, value in arguments:      # the kernel reads the low half of these arguments
+        bits = value if relation == "has" else 0xFFFFFFFF
+        jump = (equal, 1, 0, value) if relation == "is not" else (equal, 0, 1, value)
+        program += [(equal, 0, 5, NUMBERS[name]), (load, 0, 0, arguments_at + 8 * index), (mask, 0, 0, bits), jump,
+                    (answer, 0, 0, refuse), (load, 0, 0, number_at)]
+    program.append((answer, 0, 0, allow))
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small tools
+
+libc = ctypes.CDLL(None, use_errno=True)
+START_S = 10    # for so long it is tried to start a process
+
+
+def call(name, *values):
+    """Calls the C function or the system call of that name; OSError if it fails."""
+    converted = []
+    for value in values:
+        if isinstance(value, int):
+            value = ctypes.c_long(value)
+        converted.append(os.fsencode(value) if isinstance(value, str) else value)
+    if hasattr(libc, name):
+        result = getattr(libc, name)(*converted)
+    else:
+        result = libc.syscall(ctypes.c_long(NUMBERS.get(name, -1)), *converted)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def prctl(option, value, rules=0):
+    call("prctl", option, value, rules, 0, 0)
+
+
+def write(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def patiently(start, *args, **options):
+    """Returns what `start` returns, which starts a process. Where there is no room for one, as beside a script's fork
+    bomb, it is tried again for START_S seconds; then RuntimeError."""
+    ended = time.monotonic() + START_S
+    while True:
+        try:
+            return start(*args, **options)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ENOMEM):
+                raise
+            if time.monotonic() > ended:
+                raise RuntimeError(f"no process can be started on this machine ({error.strerror}): it has too many, or "
+                                   "too little memory") from None
+        time.sleep(0.1)
+
+
+def remove(folder, seconds=float("inf")):
+    """Deletes a folder, if it is there, with all that a script may have left in it. Never raises: what cannot be
+    deleted stays, and stderr says so. Returns "", or when the seconds are over the path of what is left.
+
+    The folder is renamed first, so that its name is free at once. The folders in it are moved up into it before they
+    are emptied: so nothing is recursive, no path grows, and no mount is entered, since the kernel does not rename one.
+    """
+    ended = time.monotonic() + seconds
+    token = f".gone-{os.urandom(8).hex()}"
+    top = os.path.join(os.path.dirname(os.path.abspath(folder)), token)
+    pending = [top]
+    number = 0
+    try:
+        os.rename(folder, top)
+        if not stat.S_ISDIR(os.lstat(top).st_mode):
+            os.unlink(top)
+            return ""
+        while pending:
+            path = pending.pop()
+            os.chmod(path, 0o700)
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if time.monotonic() > ended:
+                        return top
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.path)
+                    elif not entry.name.startswith(token):
+                        number += 1
+                        if not os.access(entry.path, os.W_OK):
+                            os.chmod(entry.path, 0o700)
+                        os.rename(entry.path, f"{top}/{token}-{number}")
+                        pending.append(f"{top}/{token}-{number}")
+            if path != top:
+                os.rmdir(path)
+        os.rmdir(top)
+    except OSError as error:
+        if os.path.lexists(top) or os.path.lexists(folder):
+            print(f"{folder} could not be deleted: {error}", file=sys.stderr)
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script's side, from the fork on: each step takes something away
+
+PROC = [f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg", "version", "filesystems", "devices",
+                                     "driver", "sys/vm", "sys/kernel/osrelease")]       # tells of no process
+MASKED = [f"/proc/{name}" for name in ("keys", "key-users", "timer_list", "sched_debug", "kcore")]      # the user's
+
+
+def become_script(job, run):
+    """Turns this fork of a supervisor into the script. A cold one is an interpreter that is started anew. A warm one
+    goes on as it is, with the libraries that it has imported: then, and only then, this function returns."""
+    # 1. It dies with its parent, and is known by a limit that means nothing here (sandbox._kill_marked)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_RTTIME, (job.mark, job.mark))
+    if job.warm:
+        rename(job)
+    # 2. Its world
+    fresh_proc = False
+    if job.boxed:
+        fresh_proc = build_root(job, run)
+        if script := patiently(os.fork):
+            be_first(script, run.ended)
+    os.setsid()
+    os.chdir(job.cwd)
+    for target, source in enumerate((os.open(os.devnull, os.O_RDONLY), run.out, run.err)):
+        os.dup2(source, target)
+    # 3. Its limits
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: job.file_bytes,
+              resource.RLIMIT_NOFILE: min(MAX_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])}
+    if job.boxed:       # counts the threads of this run alone; the kernel ignores it for root
+        limits[resource.RLIMIT_NPROC] = 4 * job.processes
+    if job.address_bytes:
+        limits[resource.RLIMIT_AS] = job.address_bytes
+    for limit, value in limits.items():
+        resource.setrlimit(limit, (value, value))
+    if job.cpu_s:       # the second net, for one process that alone is above the limit of all
+        resource.setrlimit(resource.RLIMIT_CPU, (int(job.cpu_s) + 2, int(job.cpu_s) + 3))
+    # 4. Its rights
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    if job.layers:
+        with contextlib.suppress(OSError):
+            call("keyctl", KEYCTL_JOIN_SESSION_KEYRING, None)       # a new one
+        if "landlock" in job.layers:
+            restrict_files(job, fresh_proc)
+        call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)())
+    if "seccomp" in job.layers:
+        put_up_filter(job)
+    elif not job.layers:
+        with contextlib.suppress(OSError):      # so that a script that kills us cannot take off its mark first
+            put_up_filter(job)
+    # 5. Its program. A module beside the script comes before one that was imported already
+    beside = os.listdir(os.path.dirname(os.path.abspath(job.command[1])))
+    if not job.warm or any(name.partition(".")[0] in sys.modules for name in beside):
+        for name in (signal.SIGPIPE, signal.SIGXFSZ):       # Python ignores them; a new program expects the default
+            signal.signal(name, signal.SIG_DFL)
+        os.execve(job.command[0], job.command, job.env)
+    prctl(PR_SET_DUMPABLE, 1)       # it may look into its own /proc
+    for end in run.ready:
+        end.detach()                # or it would close a file of the script when it is collected
+    os.closerange(3, 1 << 20)       # exec would do both; this also tells the supervisor that all is well
+
+
+def rename(job):
+    """Gives this fork the environment of the script, and its command in /proc."""
+    os.environ.clear()
+    os.environ.update(job.env)
+    with open("/proc/self/stat", "rb") as file:     # where the kernel has put the arguments
+        start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
+    block = b"".join(os.fsencode(text) + b"\0" for text in job.command)[:end - start - 1]
+    ctypes.memmove(start, block.ljust(end - start, b"\0"), end - start)
+
+
+def build_root(job, run):
+    """Makes the file tree in a mount namespace of our own and enters it. Returns whether its /proc is a fresh one."""
+    root = job.root
+    call("unshare", CLONE_NEWNS)
+    call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)       # no mount comes or goes
+    call("mount", "tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
+    for path, _ in job.shown:
+        show(path, root)
+    os.makedirs(f"{root}/proc", exist_ok=True)
+    fresh_proc = True
+    try:
+        call("mount", "proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
+    except OSError:     # inside a container whose own /proc is masked
+        fresh_proc = False
+        for path in PROC:
+            show(path, root)
+    for path in MASKED:
+        with contextlib.suppress(OSError):
+            call("mount", "/dev/null", root + path, None, MS_BIND | MS_REC, None)
+    with contextlib.suppress(OSError):      # holds for root too: from Linux 6.14 on, each world has its own
+        write(f"{root}/proc/sys/kernel/pid_max", str(max(400, 4 * job.processes)))
+    os.makedirs(f"{root}/dev/shm", exist_ok=True)
+    protect(root, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0)
+    call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={job.memory_bytes // 2}")
+    shared = os.open(f"{root}/dev/shm", os.O_PATH)
+    socket.send_fds(run.ready[1], [b"shared"], [shared])            # so that it can be counted
+    os.close(shared)
+    for path, right in job.shown:
+        if right == "write":
+            protect(root + path, 0, MOUNT_ATTR_RDONLY)
+    os.chroot(root)     # this also forbids namespaces below this one
+    return fresh_proc
+
+
+def show(path, root):
+    """Binds a file or folder into the tree, at the same place."""
+    target = root + path
+    os.makedirs(target if os.path.isdir(path) else os.path.dirname(target), exist_ok=True)
+    if not os.path.exists(target):
+        write(target, "")
+    call("mount", path, target, None, MS_BIND | MS_REC, None)
+
+
+def protect(target, add, clear):
+    """Sets and clears attributes of a mount and of all below it."""
+    call("mount_setattr", AT_FDCWD, target, AT_RECURSIVE, (ctypes.c_uint64 * 4)(add, clear), 32)
+
+
+def be_first(script, ended):
+    """Process 1: adopts orphans, tells the script's status and ends, and all others with it."""
+    prctl(PR_SET_DUMPABLE, 0)       # nobody traces it
+    os.closerange(0, ended)
+    os.closerange(ended + 1, 1 << 16)
+    while True:
+        pid, status = os.wait()
+        if pid == script:
+            os.write(ended, b"%d" % status)
+            os._exit(0)
+
+
+def restrict_files(job, fresh_proc):
+    """Landlock, as far as this kernel knows it. OSError where it does not."""
+    version = call("landlock_create_ruleset", None, 0, LANDLOCK_GET_VERSION)
+    every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
+    read = LANDLOCK_EXECUTE | LANDLOCK_READ_FILE | LANDLOCK_READ_DIR
+    rights = {"read": read, "write": every & ~(LANDLOCK_MAKE_CHAR | LANDLOCK_MAKE_BLOCK),
+              "device": read & ~LANDLOCK_EXECUTE | LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE | LANDLOCK_IOCTL_DEV}
+    of_files = read & ~LANDLOCK_READ_DIR | LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE | LANDLOCK_IOCTL_DEV
+    handled = (ctypes.c_uint64 * 3)(every, LANDLOCK_TCP, LANDLOCK_SIGNALS_AND_ABSTRACT_SOCKETS)
+    size = 8 if version < 4 else 16 if version < 6 else 24
+    rules = call("landlock_create_ruleset", handled, size, 0)
+    shown = list(job.shown)
+    shown += [(path, "read") for path in (["/proc"] if fresh_proc else ["/proc/self", *PROC])]
+    if job.boxed:
+        shown.append(("/dev/shm", "write"))
+    for path, right in shown:
+        if os.path.exists(path):
+            allowed = rights[right] & every
+            if not os.path.isdir(path):
+                allowed &= of_files
+            file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            call("landlock_add_rule", rules, LANDLOCK_PATH_BENEATH, struct.pack("=QI", allowed, file), 0)
+    call("landlock_restrict_self", rules, 0)
+
+
+def put_up_filter(job):
+    program = ctypes.create_string_buffer(filter_program(job.layers, job.gpu))
+    rules = (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(program))
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, rules)
+
+
+def run_script(job):
+    """Runs the script in this process, a fork of one that has imported libraries, as `python script` would: by the same
+    C function. It differs in one thing: more modules are in sys.modules."""
+    path = os.fsencode(os.path.join(job.cwd, job.command[1]))
+    main = type(sys)("__main__")
+    for name in ("__annotations__", "__builtins__"):
+        if name in globals():
+            setattr(main, name, globals()[name])
+    sys.modules.update({name: main for name in ("__main__", "__mp_main__") if name in sys.modules})
+    sys.argv = [job.command[1]]
+    sys.orig_argv = job.command
+    sys.path.insert(0, os.path.dirname(os.path.realpath(os.fsdecode(path))))
+    sys.setrecursionlimit(sys.getrecursionlimit() + 2 + (sys.version_info < (3, 12)))       # the two frames of ours
+    # what was drawn or looked up when the libraries were imported; random draws anew after each fork by itself
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
+    if "tempfile" in sys.modules:
+        sys.modules["tempfile"].tempdir = None
+    if "multiprocessing.process" in sys.modules:
+        sys.modules["multiprocessing.process"].ORIGINAL_DIR = job.cwd
+        sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
+    job = main = None
+    ctypes.pythonapi.fopen.restype = ctypes.c_void_p
+    file = ctypes.c_void_p(ctypes.pythonapi.fopen(path, b"rb"))
+    if ctypes.pythonapi.PyRun_SimpleFileExFlags(file, path, 1, None) and sys.last_type is not KeyboardInterrupt:
+        sys.exit(1)     # the interpreter knows of an interruption, and ends by the signal
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The supervisor's side
+
+Process = namedtuple("Process", "parent group threads cpu_s resident")
+
+
+class Stream:
+    """What comes out of a pipe. Of a long stream the middle is dropped as it comes."""
+
+    def __init__(self, pipe, size):
+        self.pipe = pipe
+        self.half = max(1, size // 2)
+        self.head = self.tail = b""
+        self.seen = 0
+
+    def read(self):
+        """Reads once; returns False at the end of the stream."""
+        chunk = os.read(self.pipe, 1 << 16)
+        room = self.half - len(self.head)
+        self.head += chunk[:room]
+        self.tail = (self.tail + chunk[room:])[-self.half:]
+        self.seen += len(chunk)
+        return bool(chunk)
+
+    def text(self):
+        cut = self.seen - len(self.head) - len(self.tail)
+        mark = b"\n... %d bytes of output cut ...\n" % cut if cut else b""
+        return (self.head + mark + self.tail).decode("utf-8", "replace")
+
+
+def start(job):
+    """Starts the script of a job; returns what watch needs. In the process of a warm script it returns None.
+    RuntimeError: the script could not be started, or a layer not be put up.
+
+    Without namespaces this process adopts every orphan below it (a child subreaper): who double-forks or calls setsid
+    stays its descendant, and the kernel's "no child left" is the proof that nothing survived.
+    """
+    run = SimpleNamespace(counter=None, cpu_s=time.process_time())
+    # 1. This process
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    with contextlib.suppress(OSError):
+        run.counter = count_cpu_time()
+    with contextlib.suppress(OSError):                  # a container may forbid it
+        write("/proc/self/oom_score_adj", "1000")       # when the machine runs out of memory, the scripts go first
+    if job.boxed:
+        user, group = os.geteuid(), os.getegid()
+        call("unshare", CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID)     # the last one for children
+        write("/proc/self/setgroups", "deny")
+        write("/proc/self/uid_map", f"{user} {user} 1")
+        write("/proc/self/gid_map", f"{group} {group} 1")
+    # 2. The script
+    out, run.out = os.pipe()
+    err, run.err = os.pipe()
+    status, run.ended = os.pipe()
+    run.ready = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    run.started = time.monotonic()
+    run.child = patiently(os.fork)
+    if run.child == 0:
+        try:
+            become_script(job, run)
+            return None
+        except BaseException as error:
+            run.ready[1].send(repr(error).encode())
+        os._exit(127)
+    # 3. What it says until it is the script: its /dev/shm, then perhaps an error
+    for descriptor in (run.out, run.err, run.ended):
+        os.close(descriptor)
+    run.ready[1].close()
+    message, shared, _, _ = socket.recv_fds(run.ready[0], 1000, 1)
+    failure = run.ready[0].recv(1000) if shared else message
+    if failure:         # empty once the script has closed the socket
+        raise RuntimeError(f"{job.command[0]} could not be started: {failure.decode()}")
+    run.shared = shared[0] if shared else None
+    run.status = status
+    run.streams = {pipe: Stream(pipe, job.output_bytes) for pipe in (out, err)}
+    return run
+
+
+def count_cpu_time():
+    """A counter of the processor time of this process and of all below it, those that have ended too."""
+    task_clock, enabled_of_all, without_kernel, close_on_exec = 1, 2, 32 | 64, 8
+    event = struct.pack("=2I5Q", 1, 64, task_clock, 0, 0, 0, enabled_of_all | without_kernel).ljust(64, b"\0")
+    return call("perf_event_open", ctypes.create_string_buffer(event), 0, -1, -1, close_on_exec)
+
+
+def watch(job, run):
+    """Waits until the script ends or a limit is reached, ends all that it started, and returns the report: exit_code,
+    limit (the one that ended it, or ""), seconds, peak_bytes, oom (whether meanwhile the kernel killed a process for
+    lack of memory), stdout, stderr. None: our parent is gone or calls the run off, as the end of its socket tells."""
+    status = None
+    limit = ""
+    peak = 0
+    kills = oom_kills()
+    exited = os.pidfd_open(run.child)
+    poll = select.poll()
+    for descriptor in (0, exited, *run.streams):
+        poll.register(descriptor, select.POLLIN)
+    # 1. Until it ends, or is above a limit
+    deadline = run.started + job.timeout_s
+    look = run.started + 0.05
+    while status is None and not limit:
+        for descriptor, _ in poll.poll(max(0.0, min(look, deadline) - time.monotonic()) * 1000 + 1):
+            if descriptor == 0:
+                limit = "parent"
+            elif descriptor == exited:
+                status = os.waitpid(run.child, 0)[1]
+            elif not run.streams[descriptor].read():
+                poll.unregister(descriptor)
+        now = time.monotonic()
+        if status is not None or limit:
+            break
+        if now >= deadline:
+            limit = "wall"
+        elif now >= look:
+            limit, used = exceeded(job, run)
+            peak = max(peak, used)
+            look = time.monotonic() + min(0.5, max(0.05, 5 * (time.monotonic() - now)))     # so that it costs little
+    seconds = time.monotonic() - run.started
+    # 2. The end of all that it started
+    status = end_all(run, status, job.boxed)
+    for stream in run.streams.values():
+        while stream.read():        # all writers are dead, so this ends
+            pass
+    if limit == "parent":
+        return None
+    # 3. The report
+    status = int(os.read(run.status, 20) or status)     # of process 1 it is not the script's
+    stdout, stderr = (stream.text() for stream in run.streams.values())
+    peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
+    return dict(exit_code=os.waitstatus_to_exitcode(status), limit=limit, seconds=seconds, peak_bytes=peak,
+                oom=oom_kills() > kills, stdout=stdout, stderr=stderr)
+
+
+def exceeded(job, run):
+    """(the limit that the processes are above now, or "", bytes of memory they use)"""
+    everyone = descendants()
+    processes = {pid: process for pid, process in everyone.items() if not (job.boxed and pid == run.child)}
+    if len(processes) > job.processes or sum(process.threads for process in processes.values()) > 4 * job.processes:
+        return "processes", 0       # at once: a fork bomb grows
+    held = held_bytes(processes)
+    shared = 0
+    if run.shared is not None:      # the files in /dev/shm, which belong to no process
+        facts = os.fstatvfs(run.shared)
+        shared = (facts.f_blocks - facts.f_bfree) * facts.f_frsize
+    used = held + shared + sum(process.resident for process in processes.values())
+    if used > job.memory_bytes:     # to tell takes milliseconds a process
+        private, mapped = counted_once(processes)
+        used = held + private + max(shared, mapped)
+    if used > job.memory_bytes:
+        return "memory", used
+    if job.cpu_s and cpu_seconds(run, everyone) > job.cpu_s:
+        return "cpu", used
+    return "", used
+
+
+def descendants():
+    """{pid: Process} of all processes below this one."""
+    processes = {}
+    ticks = os.sysconf("SC_CLK_TCK")
+    page = resource.getpagesize()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:    # or it has ended meanwhile
+            values = [int(value) for value in file.read().rpartition(b")")[2].split()[1:22]]    # a name may hold a ")"
+            cpu_s = sum(values[10:14]) / ticks      # with that of children it has waited for
+            processes[int(name)] = Process(values[0], values[1], values[16], cpu_s, values[20] * page)
+    below = {}
+    ring = {os.getpid()}
+    while ring:
+        ring = {pid for pid, process in processes.items() if process.parent in ring}
+        below.update({pid: processes[pid] for pid in ring})
+    return below
+
+
+def cpu_seconds(run, processes):
+    """Processor time of all processes so far. Without the kernel's counter that of an ended process is missing if
+    nobody has waited for it."""
+    if run.counter is not None:
+        total = int.from_bytes(os.read(run.counter, 8), sys.byteorder) / 1e9
+        return total - (time.process_time() - run.cpu_s)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(process.cpu_s for process in processes.values()) + ended.ru_utime + ended.ru_stime
+
+
+def held_bytes(processes):
+    """The most that the pipes and sockets of the processes hold."""
+    links = set()
+    total = 0
+    for pid in processes:
+        try:
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    links.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+        except PermissionError:     # it hides them
+            total += MAX_FILES * SOCKET_BYTES
+        except OSError:             # it has ended meanwhile
+            pass
+    sockets = sum(link.startswith("socket:") for link in links)
+    pipes = sum(link.startswith("pipe:") for link in links)
+    return total + sockets * SOCKET_BYTES + pipes * PIPE_BYTES
+
+
+def counted_once(processes):
+    """(bytes of the processes' own memory, bytes of files in memory that they have mapped), with pages that several
+    share counted once: forked workers share most of theirs, and a warm script the libraries. Resident bytes where the
+    kernel does not tell."""
+    private = mapped = 0
+    for pid, process in processes.items():
+        try:
+            with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+                sums = dict(line.split()[:2] for line in file if line.startswith(b"Pss"))
+            files = int(sums.get(b"Pss_Shmem:", 0)) << 10
+            private += (int(sums[b"Pss:"]) << 10) - files
+            mapped += files
+        except (OSError, LookupError):      # it hides them, or has ended meanwhile
+            private += process.resident
+    return private, mapped
+
+
+def oom_kills():
+    """How often the kernel has killed a process for lack of memory; 0 where it does not tell."""
+    with contextlib.suppress(OSError, IndexError), open("/proc/vmstat", "rb") as file:
+        return int(file.read().partition(b"\noom_kill ")[2].split()[0])
+    return 0
+
+
+def end_all(run, status, boxed):
+    """Ends all processes below this one, until the kernel says that there is no child; returns the first one's status.
+    status: that, if it has been waited for."""
+    if boxed and status is None:
+        os.kill(run.child, signal.SIGKILL)      # process 1 is gone only after all others are
+        status = os.waitpid(run.child, 0)[1]
+    while True:
+        try:
+            pid, code = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return status
+        if pid:
+            if pid == run.child and status is None:     # later its number may be another's
+                status = code
+            continue
+        groups, frozen = groups_below(), None
+        while groups != frozen:         # freeze first: what is frozen does not fork while we kill
+            signal_groups(groups, signal.SIGSTOP)
+            groups, frozen = groups_below(), groups
+        signal_groups(groups, signal.SIGKILL)
+        time.sleep(0.001)
+
+
+def groups_below():
+    """The process groups of all processes below this one: a signal to a group cannot be outrun by forking. Who is in
+    our own group stands for itself, as a negative number."""
+    return {process.group if process.group != os.getpgrp() else -pid for pid, process in descendants().items()}
+
+
+def signal_groups(groups, name):
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-group, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server, which supervisors are forked from: to start an interpreter for each would take longer than all the rest
+
+def serve(requests, libraries):
+    """The whole program of a server. A request holds a socket: the supervisor reads its job from it, so that one run's
+    is never in the memory of another, and writes its report to it. The end of the requests means that our parent is
+    gone. A warm server first imports libraries and says "up", or why it cannot be forked. The function returns only in
+    the process of a warm script: the job."""
+    requests.set_inheritable(False)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)       # the kernel clears away who ends
+    if libraries:
+        state = import_libraries(libraries)
+        requests.send(state.encode())
+        if state != "up":
+            os._exit(0)
+    while True:
+        _, received, _, _ = socket.recv_fds(requests, 1, 1)
+        if not received:
+            os._exit(0)
+        with socket.socket(fileno=received[0]) as connection:
+            try:
+                if patiently(os.fork):
+                    continue
+            except RuntimeError as error:
+                connection.sendall(str(error).encode())
+                continue
+            requests.close()
+            os.dup2(connection.fileno(), 0)
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return supervise(bool(libraries))
+
+
+def supervise(warm):
+    """The whole program of a supervisor: tells its process id on the socket 0, reads a job, does it and writes the
+    report. Returns in the process of a warm script alone: the job."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(0, b"%10d" % os.getpid())
+    with open(0, closefd=False) as file:
+        line = file.readline()
+    if not line:        # our parent is gone already
+        os._exit(0)
+    job = SimpleNamespace(**json.loads(line), warm=warm)
+    job.boxed = "namespaces" in job.layers
+    try:
+        for folder in (job.base, job.root, job.env["TMPDIR"]):
+            os.mkdir(folder, 0o700)
+        run = start(job)
+        if run is None:
+            return job
+        report = watch(job, run)
+    except Exception as error:      # an error of ours, which the parent raises (sandbox._run)
+        report = {"error": str(error), "errno": getattr(error, "errno", None)}
+    try:
+        socket.socket(fileno=0).sendall(json.dumps(report).encode())
+    except ConnectionError:         # our parent, which would delete them, is gone
+        remove(job.base)
+        if job.temporary:
+            remove(job.cwd)
+    os._exit(0)
+
+
+def import_libraries(names):
+    """Imports the libraries that are there, for forks of this process. Returns "up", or why it cannot be forked."""
+    modules = {}
+    atexit.register(spare, modules)     # before the libraries' own, so it comes last
+    for name in names:
+        with contextlib.suppress(ImportError):      # a script that needs it will say so
+            importlib.import_module(name)
+    modules.update(sys.modules)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(modules))
+    for finalizer in list(weakref.finalize._registry):      # what libraries wanted to do at the end, torch for 0.1 s
+        finalizer.atexit = False
+    gc.collect()
+    gc.freeze()         # a collection in a fork would copy every page
+    if hasattr(libc, "on_exit"):    # the forks run what C code wants to do at the end, but not these libraries'
+        libc.on_exit(libc._exit, None)
+        libc.on_exit(libc.fcloseall, None)
+    if patiently(os.fork) == 0:     # OpenBLAS ends its threads at the first fork, and starts them when they are needed
+        os._exit(0)
+    threads = os.listdir("/proc/self/task")
+    files = set(os.listdir("/proc/self/fd")) - {"0", "1", "2"}
+    if len(threads) > 1:
+        return f"the libraries keep {len(threads)} threads"
+    if len(files) > 2:              # requests, and one for the listing
+        return "the libraries keep files open"
+    return "up"
+
+
+def spare(modules):
+    """Keeps the end of an interpreter from taking the libraries apart, which would copy all that a fork shares."""
+    for name in modules:
+        if sys.modules.get(name) is modules[name]:
+            del sys.modules[name]
+
+
+if __name__ == "__main__":
+    if not sys.flags.isolated:
+        del sys.path[0]     # the current folder
+    run_script(serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:]))
