@@ -506,8 +506,8 @@ class Env:
         check_agent(actions, fields, prompt)
         self.task = tasks.load(task) if isinstance(task, str) else task
         self.info = tasks.info(self.task.id, data=data)
-        graders = sorted(Path(tasks.__file__).parent.glob("*.py"))
-        self.graders_sha256 = tasks.hash_files(*graders, *self.task.folder.glob("task.py"))
+        modules = sorted(Path(tasks.__file__).parent.glob("*.py"))
+        self.graders = tasks.hash_files(*modules, *self.task.folder.glob("task.py"))
         self.data = Path(data)
         self.public = Path(data, self.task.id, "public").resolve()
         self.blobs = Blobs(Path(out, "blobs"))
@@ -950,7 +950,7 @@ class Env:
     def _key(self, script, before):
         """Returns a hash of all that a run depends on: files, data, grader, limits, versions, and hardware."""
         data = {name: value for name, value in self.info.items() if name not in ("m_init", "starter_seconds")}
-        parts = [script, sorted(before.items()), data, self.graders_sha256, [self.time_limit_s, "cpu"],
+        parts = [script, sorted(before.items()), data, self.graders, [self.time_limit_s, "cpu"],
                  self.task.memory_limit_bytes, describe(self.python or sys.executable)[2], self.threads,
                  bool(self.gpu), protection() if self.sandbox == "on" else self.sandbox]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
