@@ -662,7 +662,8 @@ class Env:
                                 f"{self.task.entry}.")
         path = "/".join(part for part in text.split("/") if part not in ("", "."))
         if path and not storage.is_path(path):
-            raise InvalidAction(f"{shown} is not a usable file name.")
+            reason = f": it begins with {path[0]!r}" if path[0] in "~-" else ""     # as an option of the interpreter
+            raise InvalidAction(f"{shown} is not a usable file name{reason}.")
         if write and (not path or text.endswith("/") or any(name.startswith(path + "/") for name in self.files)):
             raise InvalidAction(f"{shown} is a folder, not a file.")
         if f"{path}/".startswith(UNDO) or write and self._public(path):

@@ -445,7 +445,7 @@ def test_other_scripts_are_graded_only_for_a_new_submission(make):
     ("print('before')\nfor i in range(1001): open(str(i), 'w')", "disk full", "limit", "1000 files"),
 ])
 def test_bad_scripts_tell_what_to_do_and_keep_what_they_printed(make, task, code, outcome, kind, word):
-    task.time_limit_s = 1.0 if outcome == "timeout" else 20.0
+    task.time_limit_s = 0.5 if outcome == "timeout" else 20.0
     env = make()
     put(env, train=code)
     before = env.snapshot()
@@ -1048,7 +1048,7 @@ def test_an_error_of_the_coder_is_replayed(make, tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------ what scripts and coders may leave
 
-def deep(folder, num=3000):
+def deep(folder, num=1200):
     here = os.open(folder, os.O_RDONLY)
     for _ in range(num):
         os.mkdir("d", dir_fd=here)
