@@ -550,6 +550,18 @@ def test_only_chosen_actions(make):
         make(fields=("Action", "Thought"))
 
 
+def test_an_action_is_an_entry_and_a_method(make, monkeypatch):
+    def count_lines(env, step, file_name):
+        return f"{len(text_of(env, file_name).splitlines())} lines"
+    monkeypatch.setitem(ACTIONS, "Count Lines", env_module.Action({"file_name": "file"}, "counts the lines of a file."))
+    monkeypatch.setattr(Env, "_count_lines", count_lines, raising=False)
+    env = make(actions=list(ACTIONS))
+    assert '- Count Lines {"file_name": "file"}: counts the lines of a file.' in env.messages[0]["content"]
+    step = do(env, "Count Lines", file_name="train.py")
+    assert step.valid and step.observation.startswith("6 lines\n")
+    env_module.check_record(json.loads(json.dumps(record(step))), first=False)
+
+
 # ------------------------------------------------------------------------------------------------------- the trajectory
 
 def test_prompt_names_every_tool_and_argument():
