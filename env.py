@@ -385,8 +385,10 @@ def check_agent(actions, fields, prompt_format):
         raise ValueError(f"--prompt-format must be {' or '.join(PROMPTS)}, found {prompt_format!r}")
     if unknown := sorted(set(actions) - set(ACTIONS)):
         raise ValueError(f"there is no action {unknown[0]!r}; the actions are: {','.join(ACTIONS)}")
-    if not set(fields) <= set(FIELDS) or tuple(fields[-2:]) != FIELDS[-2:]:
-        raise ValueError(f"--fields must be taken from {','.join(FIELDS)} and end in the last two")
+    if len(set(actions)) < len(actions):
+        raise ValueError(f"--actions must name an action once, found {','.join(actions)}")
+    if not set(fields) <= set(FIELDS) or len(set(fields)) < len(fields) or tuple(fields[-2:]) != FIELDS[-2:]:
+        raise ValueError(f"--fields must be taken from {','.join(FIELDS)}, each once, and end in the last two")
 
 
 @dataclass

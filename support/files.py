@@ -6,7 +6,7 @@ an object with these entries, where "name?" may be missing and `str` stands for 
 import contextlib, fcntl, hashlib, json, os, stat, sys, uuid
 from pathlib import Path
 
-MAX_READ = 1 << 28      # bytes of a file that is read as a whole
+MAX_FILE = 1 << 28      # bytes of a file that is read as a whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,8 +64,8 @@ def check_form(value, form, where):
     if isinstance(form, tuple):
         words, is_right = form
         if not is_right(value):
-            found = {list: "a list", dict: "an object"}.get(type(value)) or shorten(ascii(value), 80)
-            raise ValueError(f"{where}: expected {words}, found {found}")
+            shown = {list: "a list", dict: "an object"}.get(type(value)) or shorten(ascii(value), 80)
+            raise ValueError(f"{where}: expected {words}, found {shown}")
     elif isinstance(form, list):
         check_form(value, ("a list", lambda value: isinstance(value, list)), where)
         for i, item in enumerate(value):
@@ -84,7 +84,7 @@ def check_form(value, form, where):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading and writing
 
-def read_bytes(path, most=MAX_READ):
+def read_bytes(path, most=MAX_FILE):
     """The content of a file, None where there is none. ValueError: it is no ordinary file, or has more bytes."""
     def opener(path, flags):        # waits for nobody at the other end of a pipe
         return os.open(path, flags | os.O_NONBLOCK)

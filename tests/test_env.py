@@ -546,8 +546,11 @@ def test_only_chosen_actions(make):
     assert env.actions == ("List Files", "Final Answer") and not run(env).valid
     with pytest.raises(ValueError, match="Delete"):
         make(actions=["Delete"])
-    with pytest.raises(ValueError, match="fields"):
-        make(fields=("Action", "Thought"))
+    with pytest.raises(ValueError, match="once"):
+        make(actions=["List Files", "Final Answer", "List Files"])
+    for fields in (("Action", "Thought"), ("Thought", "Thought", "Action", "Action Input"), ("x", *FIELDS)):
+        with pytest.raises(ValueError, match="fields"):
+            make(fields=fields)
 
 
 def test_an_action_is_an_entry_and_a_method(make, monkeypatch):
