@@ -3,7 +3,7 @@
 A state of a workspace is a snapshot: a dict {path: sha256} whose contents lie in a store of blobs. Snapshots, blobs and
 results may come from others, so each is checked before it is used.
 """
-import contextlib, hashlib, io, json, os, re, shutil, stat, threading, weakref
+import contextlib, functools, hashlib, io, json, os, re, shutil, stat, threading, weakref
 from pathlib import Path
 
 from support.files import atomic_file, read_bytes, shorten, write_atomic
@@ -129,7 +129,6 @@ class MissingBlob(ValueError):
 class Blobs:
     """Contents by their sha256, in <folder>/<aa>/<sha256>. A blob that we wrote is whole; as the folder may come from
     others, each is read once before it is used. Many processes may write at once."""
-    verified = set()    # what identify() gave for blobs whose contents were read and are right; of all stores
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -155,28 +154,15 @@ class Blobs:
     def path(self, sha):
         """Returns the path of a blob. MissingBlob: it is missing, or its contents are not those it is named by."""
         identity = self.identify(sha)
-        if identity is None or not self.is_sound(identity):
+        try:
+            is_right = identity is not None and is_sound(*identity)
+        except OSError:     # which is not remembered: it may be readable the next time
+            is_right = False
+        if not is_right:
             reason = "missing" if identity is None else "damaged"
             raise MissingBlob(f"the blob {shorten(str(sha), 80)} is {reason} in {self.folder}: this state cannot be "
                               "restored")
         return identity[0]
-
-    def is_sound(self, identity):
-        """Returns whether the contents of a blob are those it is named by; reads them the first time."""
-        if identity not in self.verified:
-            try:
-                with open_regular(identity[0]) as file:
-                    if copy_file(file) != identity[0].name:
-                        return False
-            except OSError:
-                return False
-            self.remember(identity)
-        return True
-
-    def remember(self, identity):
-        if len(self.verified) >= 10_000:
-            self.verified.clear()
-        self.verified.add(identity)
 
     def put(self, content):
         """Stores bytes, or the file at a path, and returns the sha256."""
@@ -186,14 +172,22 @@ class Blobs:
     def put_file(self, source):
         """Stores an open file and returns its sha256. OSError: it changes meanwhile."""
         sha = copy_file(source)
-        identity = self.identify(sha)
-        if identity is None or not self.is_sound(identity):
+        try:
+            self.path(sha)
+        except MissingBlob:
             source.seek(0)
             with atomic_file(self.folder / sha[:2] / sha) as target:
                 if copy_file(source, target) != sha:
                     raise OSError(f"a file changed while it was stored in {self.folder}")
-            self.remember(self.identify(sha))
         return sha
+
+
+@functools.lru_cache(maxsize=10_000)
+def is_sound(path, inode, size, time_of_change):
+    """Returns whether the contents of a blob are those it is named by. It is read once as long as it stays the same
+    file of the same size and time."""
+    with open_regular(path) as file:
+        return copy_file(file) == path.name
 
 
 def copy_file(source, target=None):
