@@ -42,7 +42,7 @@ from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    AdamW, build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of,
+    build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of,
     full_tensor, gib, init_distributed, load_state, memory_of, num_weights, peak_flops, peak_memory, rank0_broadcast,
     save_state, shape_of, shard_across_ranks, sharded_parameters)
 from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten, write_atomic
@@ -569,7 +569,7 @@ class Learner:
         self.slow = [p for p in self.actor.parameters() if not any(p is head for head in heads)]
         fast = [p for p in self.models.parameters() if not any(p is one for one in self.slow)]
         groups = [{"params": self.slow, "lr": s.lr}] + [{"params": fast, "lr": s.critic_lr}] * bool(fast)
-        self.optimizer = AdamW(groups, lr=s.lr)
+        self.optimizer = torch.optim.AdamW(groups, lr=s.lr, weight_decay=0, fused=True)
 
     def act(self, tokens, lengths, targets):
         """logp, entropy, and of a shared critic the value, each (N,), of the actor."""
