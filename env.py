@@ -531,7 +531,7 @@ class Step:
     messages: list = field(default_factory=list)    # the chat messages that this step added: reply and observation,
 #                                                     or the observation alone after a reply that could not be read
     snapshot: dict = field(default_factory=dict)    # the workspace after the step
-    end_reason: str = ""                 # why the trajectory is over now: "final answer", "steps", "time"; "" if it goes on
+    ended: str = ""                 # why the trajectory is over now: "final answer", "steps", "time"; "" if it goes on
 
 
 class Env:
