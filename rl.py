@@ -37,16 +37,16 @@ import sample
 import tasks
 from env import (
     CODER_TOKENS, CODE_END, NEEDS_CODER, Blobs, Env, MissingBlob, ResultCache, best_before, prepare_tasks, read_agent,
-    read_trajectory)
+    read_trajectory, write_agent)
 from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, use_kernels
 from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    AdamW, build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of,
+    build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of,
     full_tensor, gib, init_distributed, load_state, memory_of, num_weights, peak_flops, peak_memory, rank0_broadcast,
     save_state, shape_of, shard_across_ranks, sharded_parameters)
-from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten, write_atomic
+from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten
 from support.sandbox import SLOTS, protection
 
 MAX_GRAD_NORM = 1.0         # of the actor and of the critic, each alone
@@ -636,7 +636,7 @@ class PPOTrainer:
             groups.append({"params": list(self.critic.parameters()), "lr": cfg.critic_lr})
         # One optimizer, so that a checkpoint has one state. A step of one model leaves the other alone: it has no
         # gradients then.
-        self.optimizer = AdamW(groups, lr=cfg.lr)
+        self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0, fused=True)
 
     def forward_model(self, model, tokens, lengths, targets):
         """Returns the log-probs of the targets and the entropies, each (N,), of an actor or the reference."""
@@ -952,7 +952,7 @@ def train(cfg, rank, world, device):
 
     export_model(trainer.actor, tokenizer, cfg.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if rank == 0 and (agent := read_agent(folder)):
-        write_atomic(Path(cfg.out, "agent.json"), agent)
+        write_agent(cfg.out, agent)
     log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
     if cfg.preset == "tiny":
         log("\nNext: python eval.py")

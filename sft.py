@@ -37,7 +37,7 @@ from model import Config, find_folder, hash_checkpoint, use_kernels
 from support import cli
 from support.cli import RunError, exit_status, format_table, refuse_torchrun, run_main
 from support.distributed import (
-    STATES, AdamW, batch_indices, build_model, collate_packed, compute_type, explain_dist_errors, export_model,
+    batch_indices, build_model, collate_packed, compute_type, explain_dist_errors, export_model,
     flops_of, full_tensor, gib, hash_texts, init_distributed, load_state, memory_of, num_weights,
     packed_micro_batches, peak_flops, peak_memory, rank0_broadcast, save_state, shape_of)
 from support.files import (
@@ -74,8 +74,7 @@ class Settings:
     warmup: int = 0  # ... after it has risen for so many steps
     beta2: float = 0.999  # of AdamW
     weight_decay: float = 0.0  # of AdamW
-    optimizer_state: str = "float32"  # what AdamW's two moments are kept in: float32, bfloat16 or int8
-    shorten: float = 1.0  # largest norm of a step's gradient
+    clip: float = 1.0  # largest norm of a step's gradient
     copies: int = 0  # texts made of each conversation with an edit (of another a quarter), in most of which names and
         # numbers of the script are drawn anew, so that a small model learns to copy; 0: the conversation itself
     valid: float = 0.05  # share of the conversations that is held back to validate
@@ -129,8 +128,6 @@ class Settings:
         if self.collect and self.model or self.expert != "scripted" and self.model:
             raise ValueError("--expert acts with --collect, and --model is trained without it; give one of the two")
         compute_type(self.dtype, torch.device("cpu"))
-        if self.optimizer_state not in STATES:
-            raise ValueError(f"expected --optimizer-state {', '.join(STATES)}, found {self.optimizer_state!r}")
         if self.coder not in ("expert", "none") or self.sandbox not in ("on", "off"):
             raise ValueError("expected --coder expert or none, and --sandbox on or off, found "
                              f"{self.coder!r} and {self.sandbox!r}")
@@ -767,7 +764,7 @@ def validate(model, texts, rank, world, device, size, longest):
 def plan(s):
     """What --plan prints: memory of one GPU by part, steps, tokens and time. Reads no weights and needs no GPU."""
     config = shape_of(s.model)
-    parts = memory_of(config, s.length, s.gpus, None, s.optimizer_state, s.recompute,
+    parts = memory_of(config, s.length, s.gpus, None, s.recompute,
                       compute_type(s.dtype, torch.device("cuda")))
     num, data = 10_000, "as many as the paper has"
     if Path(s.trajectories).exists():
@@ -777,13 +774,13 @@ def plan(s):
     row = [([0] * (s.length + 1), [True] * (s.length + 1))]
     seconds = steps * s.batch * flops_of(config, [row]) / (s.gpus * 0.4 * 989e12)
     lines = [f"{s.model or 'tiny'}: {num_weights(config)[-1]:,} weights; {s.gpus} GPUs, rows of {s.length:,} tokens, "
-             f"optimizer state {s.optimizer_state}, recompute {'on' if s.recompute else 'off'}", "", "GiB per GPU"]
+             f"recompute {'on' if s.recompute else 'off'}", "", "GiB per GPU"]
     return "\n".join([*lines, *gib(parts), "", f"{num:,} conversations ({data}): {steps:,} steps of {s.batch}, at most "
                       f"{steps * s.batch * s.length:,} tokens", f"about {seconds / 3600:.1f} hours at most, at 40 % of "
                       "an H100's 989 TFLOP/s per GPU"])
 
 
-SCHEDULE = ("batch", "length", "lr", "warmup", "beta2", "weight_decay", "optimizer_state", "clip", "copies", "valid",
+SCHEDULE = ("batch", "length", "lr", "warmup", "beta2", "weight_decay", "clip", "copies", "valid",
             "parsed", "rose", "per_idea", "dtype", "kernels", "seed")   # what a run that goes on must have as it began
 
 
@@ -793,7 +790,8 @@ def train(s, texts, valid, tokenizer, config, folder):
     rank, world, device = init_distributed()
     use_kernels(s.kernels, device)
     model = build_model(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
-    optimizer = AdamW(model.parameters(), s.lr, s.weight_decay, (0.9, s.beta2), state=s.optimizer_state)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay,
+                                  fused=True)
     steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)
     origin = {"optimizer steps": steps, "products in": str(model.compute).removeprefix("torch."),
               **rank0_broadcast(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",

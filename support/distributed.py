@@ -177,7 +177,8 @@ def save_state(s, step, model, optimizer, origin, keep=2, **more):
     file = part / f"rank-{rank}.pt"
     torch.save({"step": step, "world": world, "settings": vars(s), "origin": origin, "rng": torch.get_rng_state(),
                 **more, "model": {name: local_rows(p.detach()) for name, p in own.items()},
-                "optimizer": [optimizer.state[p] for p in own.values()]}, file)
+                "optimizer": [{key: local_rows(value) for key, value in optimizer.state[p].items()}
+                              for p in own.values()]}, file)
     sync(file)
     barrier()
     if rank == 0:
@@ -215,107 +216,15 @@ def load_state(s, names, model, optimizer, origin):
         for name, p in own.items():
             local_rows(p).copy_(weights[name])
     for p, values in zip(own.values(), moments):
-        optimizer.state[p] = {key: value.to(p.device) if torch.is_tensor(value) else value
-                              for key, value in values.items()}
+        optimizer.state[p] = {}
+        for key, value in values.items():
+            value = value.to(p.device)
+            if isinstance(p, DTensor) and key != "step":
+                value = DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, shape=p.shape,
+                                           stride=p.stride())
+            optimizer.state[p][key] = value
     torch.set_rng_state(state["rng"])
     return state
-
-STATES = ("float32", "bfloat16", "int8")
-BLOCK = 256     # neighbouring values that share a scale in 8 bits
-
-
-def to_bf16(x, bits):
-    """fp32 x in bf16, rounded up or down at random so that the mean is x. bits: integers, even over 0..2^16 - 1."""
-    return ((x.view(torch.int32) + bits) & -2**16).view(torch.float32).bfloat16()
-
-
-def to_8bit(x, bits, signed):
-    """(codes, scales) of fp32 x, whose length is a multiple of BLOCK: sign and logarithm of each value's share of the
-    largest in its block, in 8 levels an octave down to 2^-15.75 (signed, int8) or 10 down to 2^-25.4 (uint8).
-
-    Rounded up or down at random so that the mean is x. A signed value below the lowest level becomes it or 0, in the
-    mean itself; an unsigned one always becomes it, because a second moment of 0 would make its step huge.
-    """
-    octave, top, kind = (8, 127, torch.int8) if signed else (10, 255, torch.uint8)
-    x, u = x.view(-1, BLOCK), (bits * 2**-16).view(-1, BLOCK)
-    scale = x.abs().amax(1, keepdim=True)
-    share = x.abs() / scale.clamp_min(1e-45)                                    # 0 to 1
-    level = (share.log2() * octave).floor().clamp_min(1 - top)
-    low = (level / octave).exp2()
-    code = (level + top + (u < (share / low - 1) / (2 ** (1 / octave) - 1))).clamp_max(top)
-    if signed:
-        code = torch.where(share < low, (u < share / low).float(), code) * x.sign()
-    return torch.where(share > 0, code, 0).to(kind).view(-1), scale.view(-1)
-
-
-def from_8bit(codes, scales):
-    """The fp32 values that to_8bit has put into codes and scales."""
-    octave, top = (8, 127) if codes.dtype is torch.int8 else (10, 255)
-    code = codes.float().view(-1, BLOCK)
-    return (((code.abs() - top) / octave).exp2() * code.sign() * scales[:, None]).view(-1)
-
-
-class AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101, algorithm 2) on the rows that this process holds, with its two moments in fp32, bf16 or
-    8 bits: 8, 4 or 2 bytes a weight.
-
-    A step computes in fp32 whatever the state, and applies the new moments before they are rounded. Rounding is to a
-    random neighbour, right in the mean: a second moment moves by a thousandth of itself a step, where bf16 resolves
-    1/256 and 8 bits 1/14, so rounding to the nearest would hold it there. The noise that is left is 9 % of a second
-    moment in bf16 and 20 % in 8 bits (tests/test_train.py), half of that in a single weight's step. The random bits
-    depend on the step and the weight's place alone, so a resumed run draws the same.
-    """
-    def __init__(self, params, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, state="float32"):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
-        self.kind = state
-
-    def begin(self, size, device):
-        """The moments of `size` weights before the first step."""
-        if self.kind == "int8":
-            num = -(-size // BLOCK)
-            codes = {"m": torch.int8, "v": torch.uint8, "m_scale": torch.float32, "v_scale": torch.float32}
-            return {"step": 0, **{name: torch.zeros(num * (1 if "_" in name else BLOCK), dtype=dtype, device=device)
-                                  for name, dtype in codes.items()}}
-        return {"step": 0, **{name: torch.zeros(size, dtype=getattr(torch, self.kind), device=device) for name in "mv"}}
-
-    @torch.no_grad()
-    def step(self):
-        place = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                place += 1
-                if p.grad is not None:
-                    weight, grad = local_rows(p), local_rows(p.grad)
-                    if not self.state[p]:
-                        self.state[p] = self.begin(weight.numel(), weight.device)
-                    self.update(weight.view(-1), grad.reshape(-1), self.state[p], place, group)
-
-    def update(self, weight, grad, state, place, group):
-        state["step"] += 1
-        (b1, b2), step = group["betas"], state["step"]
-        random = torch.Generator(weight.device).manual_seed(step * 1_000_003 + place)
-        some = 2**18 if weight.device.type == "cpu" else 2**24     # at a time: what a cache holds, or bounds memory
-        for start in range(0, len(weight), some):
-            part, blocks = slice(start, start + some), slice(start // BLOCK, (start + some) // BLOCK)
-            w, g, m, v = (x[part] for x in (weight, grad, state["m"], state["v"]))
-            if self.kind == "int8":
-                now = from_8bit(m, state["m_scale"][blocks]), from_8bit(v, state["v_scale"][blocks])
-                g = torch.nn.functional.pad(g, (0, len(m) - len(g)))
-            else:
-                now = m.float(), v.float()                          # in fp32 the state itself
-            now[0].lerp_(g, 1 - b1)
-            now[1].mul_(b2).addcmul_(g, g, value=1 - b2)
-            root = (now[1].sqrt() / math.sqrt(1 - b2**step)).add_(group["eps"])
-            w.mul_(1 - group["lr"] * group["weight_decay"])
-            w.addcdiv_(now[0][:len(w)], root[:len(w)], value=-group["lr"] / (1 - b1**step))
-            if self.kind != "float32":
-                bits = torch.empty(len(m), dtype=torch.int32, device=w.device).random_(generator=random)
-                for name, x, kept, own in zip("mv", now, (m, v), (bits & 0xFFFF, bits >> 15)):
-                    if self.kind == "int8":
-                        codes, state[f"{name}_scale"][blocks] = to_8bit(x, own, signed=name == "m")
-                        kept.copy_(codes)
-                    else:
-                        kept.copy_(to_bf16(x, own))
 
 
 def pack_lengths(lengths, longest):
@@ -412,7 +321,7 @@ def num_weights(config):
     return block, table, head, c.num_hidden_layers * block + table + head + c.hidden_size
 
 
-def memory_of(config, length, gpus=1, targets=None, optimizer_state="float32", recompute=True, compute=torch.bfloat16,
+def memory_of(config, length, gpus=1, targets=None, recompute=True, compute=torch.bfloat16,
               device="cuda"):
     """{part: bytes} of one process at the peak of a training step of more than one packed row; the sum is the peak.
 
@@ -426,7 +335,6 @@ def memory_of(config, length, gpus=1, targets=None, optimizer_state="float32", r
     C, F, kv, L = c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim, c.num_hidden_layers
     block, table, head, total = num_weights(c)
     targets = length if targets is None else targets
-    state = {"float32": 8, "bfloat16": 4, "int8": 2 + 8 / BLOCK}[optimizer_state]
     norm = 2 * size if device == "cuda" else 8 + size       # fused on a GPU; else its input and quotient in fp32
     token = C * (2 * norm + 3 * size) + size * (2 * kv + 4 * F) + 4 * c.num_attention_heads + 8
     kept = L * length * (size * C if recompute else token)
@@ -440,7 +348,7 @@ def memory_of(config, length, gpus=1, targets=None, optimizer_state="float32", r
     new = (size if gpus > 1 else 4) * table
     work += new if c.tie_word_embeddings else 0             # there it waits for the embedding's, which is dense
     work = max(work, new * (2 if c.tie_word_embeddings else 1) - kept)
-    return {"weights": 4 * total // gpus, "gradients": 4 * total // gpus, "optimizer": int(state * total) // gpus,
+    return {"weights": 4 * total // gpus, "gradients": 4 * total // gpus, "optimizer": 8 * total // gpus,
             "gathered": gathered, "activations": kept + work, "logits": max(0, logits + new - work)}
 
 

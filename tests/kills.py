@@ -40,9 +40,9 @@ tasks.FOLDERS[:] = [Path(sys.argv[1], "tasks")]
 test_rl_run.make(Path(sys.argv[1]))
 """}
 RUN = {
-    "sft": "import sys, sft\nfrom support import cli\ncli.run_program(lambda: sft.main(sys.argv[2:]))",
+    "sft": "import sys, sft\nfrom support import cli\ncli.run_main(lambda: sft.main(sys.argv[2:]))",
     "rl": "import sys, rl, tasks\nfrom pathlib import Path\ntasks.FOLDERS.append(Path(sys.argv[1], 'tasks'))\n"
-          "from support import cli\ncli.run_program(lambda: rl.main(sys.argv[2:]))"}
+          "from support import cli\ncli.run_main(lambda: rl.main(sys.argv[2:]))"}
 
 
 def flags_of(program, folder, steps):

@@ -704,9 +704,10 @@ def test_what_a_killed_program_leaves_is_removed_by_the_next(tmp_path):
 import os, signal, sys, tempfile
 sys.path.insert(0, {str(Path(evaluation.__file__).parent)!r})
 import eval
+from support import cli
 for line in sys.stdin:
     if (program := os.fork()) == 0:
-        eval.run_program(lambda: (print(os.getpid(), tempfile.gettempdir(), flush=True), signal.pause()))
+        cli.run_main(lambda: (print(os.getpid(), tempfile.gettempdir(), flush=True), signal.pause()))
     if line == "wait\\n":
         os.waitpid(program, 0)
 """

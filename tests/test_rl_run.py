@@ -443,7 +443,7 @@ import json, os, sys
 import torch, env, rl, sample, sft, tasks
 from pathlib import Path
 from support import distributed
-WHERE = {"sampling": (sample.Engine, "step"), "executing": (env.Env, "step"), "updating": (distributed.AdamW, "step"),
+WHERE = {"sampling": (sample.Engine, "step"), "executing": (env.Env, "step"), "updating": (torch.optim.AdamW, "step"),
          "saving": (torch, "save"), "saved": (distributed, "sync"), "learning": (rl.Learner, "step")}
 
 def after(where, n, what):
