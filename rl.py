@@ -1,23 +1,13 @@
-"""Step-wise PPO: a state comes from recorded expert trajectories, the policy takes one action in it and is rewarded.
+"""Step-wise PPO (ML-Agent, arXiv 2505.23723): the policy takes one action in a recorded state and is rewarded.
 
     python rl.py                                        # goes on from runs/sft, on miniatures, on a laptop's CPU
     torchrun --nproc_per_node 8 rl.py --preset 7b       # the same on eight GPUs
     python rl.py --rollout episode --advantage gae      # whole trajectories instead, for comparison
 
-The method is that of ML-Agent (arXiv 2505.23723). Whole trajectories are slow to sample, since each of their steps runs
-a training script, and most of the states that they visit repeat. So the states are recorded ones here, and only the
-action is new. `iterate` is one iteration, from top to bottom:
+Whole trajectories are slow to sample, since each step runs a training script, and most states on their way repeat. So
+the states come from expert trajectories, and only the action is new. `iterate` is one iteration, from top to bottom.
 
-1. Sample --states recorded states, the tasks in turn.
-2. Rollout: sample --samples actions in each. While the engine samples on, each action is carried out in a restored
-   workspace, its script is run and graded, and reward.py turns the result into one number R.
-3. Compute the log-probs of the actor and of the reference, which is the model this run began with, and the values of
-   the critic. The reward of a token is -kl * (logp_old - logp_ref), plus R at the last token of the action
-   (arXiv 1909.08593, equation 2).
-4. Compute the advantages by one of the functions in ADVANTAGES.
-5. Update the actor by the clipped objective of PPO (arXiv 1707.06347, equation 7), and the critic by squared error.
-
---out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl with one line for each iteration. A killed
+--out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl with a line for each iteration. A killed
 run continues exactly with the same command. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
 import contextlib, json, math, os, random, statistics, sys, time, zlib
@@ -43,18 +33,18 @@ from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of,
-    full_tensor, gib, init_distributed, load_state, memory_of, num_weights, peak_flops, peak_memory, rank0_broadcast,
-    save_state, shape_of, shard_across_ranks, sharded_parameters)
+    build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of, full_tensor,
+    gib, init_distributed, load_state, memory_of, num_weights, peak_flops, peak_memory, rank0_broadcast, save_state,
+    shape_of, shard_across_ranks, sharded_parameters)
 from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten
 from support.sandbox import SLOTS, protection
 
-MAX_GRAD_NORM = 1.0         # of the actor and of the critic, each alone
+MAX_GRAD_NORM = 1.0
 DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (arXiv 1912.09729)
 VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
-TIS_CAP = 2.0               # cap of the weight pi_old / pi_sampler of a token (arXiv 2510.26788)
-WARM_UP_STEPS = 4           # steps of the critic alone before the first iteration's update: its head begins at zero
-EPS = 1e-4                  # is added to a standard deviation that something is divided by
+TIS_CAP = 2.0               # cap of a token's weight pi_old / pi_sampler (arXiv 2510.26788)
+WARM_UP_STEPS = 4           # of the critic alone, before the first update: its head begins at zero
+EPS = 1e-4                  # is added to a standard deviation that is divided by
 RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
 SHOW_EVERY = 10             # iterations between actions that are printed whole
 
@@ -67,18 +57,17 @@ RECIPES = {                 # --preset: what differs from the defaults, which ar
 
 @dataclass
 class Settings(cli.TaskSettings):
-    preset: str = ""  # settings for a size of model, which flags override: tiny (what sft.py makes) or 7b; empty: by
-        # the number of weights
+    preset: str = ""  # settings for a size of model, which flags override: tiny, 7b; empty: by the number of weights
     model: str = "runs/sft"  # what is trained: a folder or a hub id; the reference and the critic begin as it too
-    trajectories: str = "runs/trajectories"  # the recorded states; what new scripts give is added to its blobs and cache
+    trajectories: str = "runs/trajectories"  # the recorded states; results of new scripts are added to its cache
     out: str = "runs/rl"  # the actor as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
     task: str = "held-in"  # a task's id, or held-in for all that may be trained on
     rollout: str = "step"  # step: one action in a recorded state; episode: whole trajectories from the start
     iterations: int = 40  # rollouts, each followed by --epochs passes of updates
-    states: int = 32  # states of an iteration, over all processes; with --rollout episode: starts of trajectories
+    states: int = 32  # of an iteration, over all processes; with --rollout episode: starts of trajectories
     samples: int = 4  # actions sampled in each state
     steps: int = 15  # replies of a trajectory, with --rollout episode
-    advantage: str = "gae"  # gae: against a critic's values; rloo (or group), grpo: against the other actions of a state
+    advantage: str = "gae"  # gae: against a critic's values; rloo (or group), grpo: against the state's other actions
     epochs: int = 1  # passes over an iteration's actions
     minibatches: int = 1  # optimizer steps of a pass
     lr: float = 1e-6  # of the actor
@@ -91,30 +80,26 @@ class Settings(cli.TaskSettings):
     rows: int = 8  # actions sampled at the same time, on each process
     length: int = 16384  # tokens of a packed row in training, if no single example has more
     coder: str = "auto"  # who carries out the (AI) actions: none, model (the policy), another, as in --model, or auto:
-        # the policy if the recorded expert had a coder, else none. It samples with seed 0 at temperature 1, so that the
-        # same request has the same answer. The key of a server is read from OPENAI_API_KEY_CODER, or else
-        # OPENAI_API_KEY
+        # the policy if the recorded expert had a coder. A server's key is OPENAI_API_KEY_CODER or else OPENAI_API_KEY
     save_every: int = 10  # iterations between checkpoints
     plan: bool = False  # print memory per GPU by part for these settings, and end; --model may then be a size: 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
 
     def __post_init__(self):
         super().__post_init__()
-        cli.check_choices(self, rollout=("step", "episode"), advantage=tuple(ADVANTAGES))
+        cli.check_choices(self, rollout=("step", "episode"), advantage=tuple(ADVANTAGES),
+                          dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches", "temperature",
                            "rows", "length", "save_every", "gpus")
-        bounds = {"lr": (0, math.inf), "critic_lr": (0, math.inf), "kl": (0, math.inf), "lam": (0, 1),
-                  "clip_low": (0, 1), "clip_high": (0, DUAL_CLIP - 1), "context": (self.max_new_tokens + 1, math.inf)}
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be from {low:g} to {high:g}, found {getattr(self, name)}")
-        compute_type(self.dtype, torch.device("cpu"))
+        for name in ("lr", "critic_lr", "clip_low", "clip_high", "kl", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be from 0 to 1, found {getattr(self, name)}")
+        if self.context <= self.max_new_tokens:
+            raise ValueError(f"--context must be above --max-new-tokens {self.max_new_tokens}, found {self.context}")
         if sample.is_server(self.coder):
             sample.address(self.coder)
         if self.minibatches > self.states:
-            raise ValueError(f"--minibatches {self.minibatches} are more than --states {self.states}; some would be "
-                             "empty")
+            raise ValueError(f"--minibatches must be at most --states {self.states}, found {self.minibatches}")
         if not self.has_critic and (self.rollout == "episode" or self.samples < 2):
             raise ValueError(f"--advantage {self.advantage} compares actions of one state: it needs --rollout step and "
                              f"--samples of at least 2, found {self.rollout} and {self.samples}")
@@ -124,13 +109,12 @@ class Settings(cli.TaskSettings):
         return self.advantage == "gae"
 
 
-# settings that a run which goes on may change
+# Settings that may change when a run is continued.
 FREE = {"preset", "model", "trajectories", "out", "iterations", "rows", "data", "raw", "python", "gpu", "device",
         "save_every", "plan", "gpus"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The pool of states
+# -- The pool of states
 
 @dataclass(frozen=True)
 class State:
@@ -149,20 +133,13 @@ class State:
     def snapshot(self):
         return (self.steps[self.index - 1] if self.index else self.head)["snapshot"]
 
-    @property
-    def messages(self):
+    def restore(self, env):
+        """Puts an Env of the task into this state. MissingBlob: a file of it is missing."""
         messages = list(self.head["messages"])
         for step in self.steps[:self.index]:
             messages += step["messages"]
-        return messages
-
-    @property
-    def m_before(self):
-        return self.steps[self.index]["m_before"]
-
-    @property
-    def m_top(self):
-        return best_before(tasks.load(self.head["task"]), self.head, self.steps[:self.index])
+        env.restore(self.snapshot, messages, index=self.index, m_before=self.steps[self.index]["m_before"],
+                    m_top=best_before(env.task, self.head, self.steps[:self.index]))
 
 
 def load_pool(cfg, tokenizer, log=print):
@@ -171,18 +148,17 @@ def load_pool(cfg, tokenizer, log=print):
     States whose files are missing, and files that are no trajectory, are left out and reported by `log`. ValueError: a
     held-out task, other data than the trajectories were collected on, a link that leads out of the folder, or no state.
     """
-    refuse_links_out(cfg.trajectories)      # what scripts give is added there
-    wanted = set(tasks.names(cfg.task))
+    refuse_links_out(cfg.trajectories)      # results of scripts are added there
+    wanted = tasks.names(cfg.task)
     forbidden = tasks.held_out_hashes(cfg.data)
-    tokenizer_id = fingerprint(tokenizer)
     has_blob = cache(Blobs(Path(cfg.trajectories, "blobs")).has)
     pool = {}
-    left_out = {}       # reason -> names of what is left out
+    left_out = {}       # reason -> names
     for file in sorted(Path(cfg.trajectories).glob("*.jsonl")):
         try:
             head, steps = read_trajectory(file)
-            if lacking := [step for step in steps if "m_before" not in step]:
-                raise ValueError(f"{file}: {len(lacking)} of its steps do not tell the score before them")
+            if any("m_before" not in step for step in steps):
+                raise ValueError(f"{file}: some of its steps do not tell the score before them")
         except (ValueError, OSError) as error:
             left_out.setdefault("no record of a trajectory", []).append(str(error))
             continue
@@ -194,7 +170,7 @@ def load_pool(cfg, tokenizer, log=print):
         if head.get("data_sha256", data_sha256) != data_sha256:
             raise ValueError(f"{file} was collected on other data than {Path(cfg.data, head['task'])} holds; prepare "
                              "those again, or collect anew")
-        if head.get("tokenizer") != tokenizer_id:       # the recorded token ids mean nothing to this model
+        if head.get("tokenizer") != fingerprint(tokenizer):     # the recorded token ids mean nothing to this model
             for line in (head, *steps):
                 for message in line["messages"]:
                     message.pop("tokens", None)
@@ -204,42 +180,37 @@ def load_pool(cfg, tokenizer, log=print):
                 pool.setdefault(head["task"], {})[state.name] = state
             else:
                 left_out.setdefault("a missing blob", []).append(state.name)
-    lines = [f"{cfg.trajectories}: {sum(map(len, pool.values()))} states of {len(pool)} tasks"]
+    summary = f"{cfg.trajectories}: {sum(map(len, pool.values()))} states of {len(pool)} tasks"
     for reason, names in left_out.items():
-        dots = ", ..." if len(names) > 5 else ""
-        lines.append(f"  left out, {reason}: {len(names)} ({', '.join(names[:5])}{dots})")
+        summary += f"\n  left out, {reason}: {len(names)}, such as {', '.join(names[:5])}"
     if not pool:
         raise ValueError("there is no state to start from; collect trajectories with: python sft.py --collect "
-                         f"--trajectories {cfg.trajectories}. " + "\n".join(lines))
-    log("\n".join(lines))
+                         f"--trajectories {cfg.trajectories}. {summary}")
+    log(summary)
     return pool
 
 
 def choose_coder(cfg, pool):
     """Returns the settings, with --coder auto replaced by the coder that the recorded prompts need. ValueError: they
     offer (AI) actions and there is to be no coder."""
-    needed = set()
-    for states in pool.values():
-        for state in states.values():
-            needed |= set(NEEDS_CODER) & set(state.head.get("actions", ()))
+    offered = {name for states in pool.values() for state in states.values() for name in state.head.get("actions", ())}
+    needed = sorted(offered & set(NEEDS_CODER))
     if needed and cfg.coder == "none":
-        raise ValueError(f"the states of {cfg.trajectories} were collected with a coder: they offer "
-                         f"{', '.join(sorted(needed))}, which --coder none does not have; give --coder model, or "
-                         "collect with --coder none")
+        raise ValueError(f"the states of {cfg.trajectories} were collected with a coder: they offer {', '.join(needed)}"
+                         ", which --coder none does not have; give --coder model, or collect with --coder none")
     if cfg.coder == "auto":
         return replace(cfg, coder="model" if needed else "none")
     return cfg
 
 
 def hash_inputs(cfg, folder, pool):
-    """Returns {description: sha256, shortened} of what must be the same when a run goes on: the model in `folder`, from
-    which the reference is made again, the states, the data that give the rewards, and a coder in a folder."""
-    states = [state for states in pool.values() for state in states.values()]
-    records = {state.file.stem: [state.head, state.steps] for state in states}
+    """Returns {description: sha256} of what must be the same when a run is continued: the model in `folder`, which the
+    reference is made from, the states, the data that give the rewards, and a coder of one's own."""
+    states = {state.name: state for states in pool.values() for state in states.values()}
+    records = {state.file.stem: [state.head, state.steps] for state in states.values()}
     data = {id: [tasks.info(id, cfg.data)[name] for name in ("sha256", "m_init", "m_best")] for id in pool}
-    hashes = {"--model of sha256": hash_checkpoint(folder),
-              "states of sha256": hash_json([[state.name for state in states], records])[:16],
-              "data of sha256": hash_json(data)[:16]}
+    hashes = {"--model of sha256": hash_checkpoint(folder), "data of sha256": hash_json(data)[:16],
+              "states of sha256": hash_json([list(states), records])[:16]}
     if cfg.coder not in ("none", "model") and Path(cfg.coder).is_dir():
         hashes["--coder of sha256"] = hash_checkpoint(cfg.coder)
     return hashes
@@ -271,20 +242,18 @@ def sample_states(pool, num, rng, chances, playable):
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts
+# -- Rollouts
 
 @dataclass
 class Transition:
     """One action of the policy in a state, and its reward."""
-    group: int          # number of the state within the iteration; all its actions share it
-    episode_id: int     # steps of one trajectory share it, in order; a single action has one of its own
+    state: str          # the State's name
+    group: int          # the state's number within the iteration; all its actions share it
+    episode_id: int     # the steps of a trajectory share it, in order; a single action has its own
     prompt: list        # token ids that the policy saw
     tokens: list        # token ids of the action, with the end of turn
     logp_sampler: list  # their log-probs when they were sampled
     step: dict          # env.Step as a dict; None where files of the state are missing
-    task: str
-    state: str = ""     # the name of its State
 
     @property
     def reward(self):
@@ -292,7 +261,7 @@ class Transition:
 
     @property
     def example(self):
-        """(token ids, loss_mask) for training; the policy is trained on the tokens it chose alone."""
+        """(token ids, loss_mask): the policy is trained on the tokens that it chose."""
         loss_mask = [False] * len(self.prompt) + [True] * len(self.tokens)
         return self.prompt + self.tokens, loss_mask
 
@@ -300,9 +269,9 @@ class Transition:
 class RolloutWorker:
     """Samples actions with an engine and carries them out, on one process of several.
 
-    Every process plays a run of neighbouring states. Seeds depend on the number of the state and of the action alone,
-    and so does the order of the Transitions. They are the same whatever the number of processes and whichever script
-    ends first. (This does not hold for whole trajectories, whose observations tell the time left.)
+    Every process plays a run of neighbouring states. Seeds and the order of the Transitions depend on the numbers of
+    state and action alone, so they are the same whatever the number of processes and whichever script ends first.
+    (Whole trajectories are not: their observations tell the time left.)
     """
 
     def __init__(self, cfg, engine, pool, rank=0, world=1):
@@ -327,58 +296,54 @@ class RolloutWorker:
         return self.coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END).text + CODE_END
 
     def make_env(self, head, **changes):
-        """Returns an Env with the settings of a trajectory's header, in its first state."""
+        """Returns an Env at the start of a task, with the settings that a trajectory's header tells."""
         cfg = self.cfg
         recorded = {name: head[name] for name in ("actions", "fields", "prompt", "steps", "seconds") if name in head}
         return Env(head["task"], cfg.data, out=cfg.trajectories, coder=self.coder and self.ask_coder, cache=self.cache,
                    python=cfg.python, gpu=cfg.gpu or None, threads=cfg.threads, sandbox=cfg.sandbox,
                    **recorded | changes)
 
-    def restore(self, state):
-        """Returns an Env in this state. MissingBlob: a file of it is missing."""
+    def restore(self, name):
+        """Returns an Env in a state, and the token ids that the policy is shown there. MissingBlob: a file is gone."""
+        state = self.states[name]
         env = self.make_env(state.head)
-        env.restore(state.snapshot, state.messages, index=state.index, m_before=state.m_before, m_top=state.m_top)
-        return env
-
-    def prompt(self, env):
-        return self.engine.tokenizer.chat(env.prompt())
+        state.restore(env)
+        return env, self.engine.tokenizer.chat(env.prompt())
 
     def playable(self, state):
-        """Returns whether the files of the state are there, and prompt and action fit the context."""
-        if self.cfg.rollout == "episode":       # it begins at the start instead
+        """Returns whether the files of a state are there, and prompt and action fit the context."""
+        if self.cfg.rollout == "episode":       # which begins at the start instead
             return True
         try:
-            length = len(self.prompt(self.restore(state))) + self.cfg.max_new_tokens
+            length = len(self.restore(state.name)[1]) + self.cfg.max_new_tokens
         except MissingBlob as error:
-            return self.leave_out(state.name, error)
+            self.leave_out(state.name, error)
+            return False
         if length > self.engine.context:
-            return self.leave_out(state.name, f"prompt and action take {length} tokens, and --context is "
-                                              f"{self.engine.context}")
+            self.leave_out(state.name, f"prompt and action take {length} tokens; --context is {self.engine.context}")
+            return False
         return True
 
     def leave_out(self, name, reason):
         self.chances[name] = 0.0
         if self.rank == 0:
             print(f"left out: {name}: {reason}", file=sys.stderr)
-        return False
 
     def sample_states(self, iteration):
         """Returns the names of an iteration's states, of all processes; the first process draws them."""
         rng = random.Random(f"{self.cfg.seed} {iteration}")
-        draw = partial(sample_states, self.pool, self.cfg.states, rng, self.chances, self.playable)
-        return rank0_broadcast(draw)
+        return rank0_broadcast(partial(sample_states, self.pool, self.cfg.states, rng, self.chances, self.playable))
 
     def run(self, names, iteration):
         """Returns the Transitions of all processes, in the order of the states `names`. RunError: there is none."""
-        per_rank = -(-len(names) // self.world)
+        per_rank = math.ceil(len(names) / self.world)
         first = self.rank * per_rank
-        names = names[first:first + per_rank]
+        submit = self.submit_episodes if self.cfg.rollout == "episode" else self.submit_actions
         start = time.monotonic()
-        sampled_before = self.engine.sampled_tokens
-        cache_before = dict(self.cache.counts)
+        num_sampled = self.engine.sampled_tokens
+        counts = dict(self.cache.counts)
         try:
-            submit = self.submit_episodes if self.cfg.rollout == "episode" else self.submit_actions
-            futures = submit(names, first, iteration)
+            futures = submit(names[first:first + per_rank], first, iteration)
             sampled = time.monotonic()
             wait(futures, return_when=FIRST_EXCEPTION)
             transitions = gather([transition for future in futures for transition in future.result()])
@@ -392,67 +357,62 @@ class RolloutWorker:
         if not transitions:
             raise RunError(f"iteration {iteration + 1} has no action: the files of its states are gone, or every "
                            "conversation outgrew --context")
-        if not self.cfg.has_critic:
-            self.update_chances(transitions)
-        runs = self.cache.counts["runs"] - cache_before["runs"]
-        hits = self.cache.counts["hits"] - cache_before["hits"]
-        num_sampled = (self.engine.sampled_tokens - sampled_before) * self.world
+        if not self.cfg.has_critic:     # prefer states whose actions earned different rewards
+            rewards = group_rewards(transitions)
+            for transition in transitions:
+                self.chances[transition.state] = 0.1 + 2 * statistics.pstdev(rewards[transition.group])
+        runs = self.cache.counts["runs"] - counts["runs"]
+        hits = self.cache.counts["hits"] - counts["hits"]
+        num_sampled = (self.engine.sampled_tokens - num_sampled) * self.world
         self.stats = {"left_out": sum(chance == 0 for chance in self.chances.values()), "runs": runs,
                       "cache_hits": hits / max(1, hits + runs), "sample_s": sampled - start,
                       "execute_s": executed - sampled, "sampled_tokens_s": num_sampled / (executed - start)}
         return transitions
 
-    def update_chances(self, transitions):
-        """Prefers states whose actions earned different rewards: in the others there is nothing to compare."""
-        rewards = group_rewards(transitions)
-        for group, name in {transition.group: transition.state for transition in transitions}.items():
-            self.chances[name] = 0.1 + 2 * statistics.pstdev(rewards[group])
-
     def submit_actions(self, names, first, iteration):
-        """Samples actions in these states, of which the first has the number `first`. Each action is carried out as
-        soon as it is sampled. Returns the futures of [Transition], in order, when all are sampled."""
+        """Samples actions in these states, the first of which has the number `first`. Each is carried out as soon as it
+        is sampled. Returns, when all are sampled, the futures of [Transition] in order."""
         futures = {}
 
         def on_reply(i, j, reply):
             futures[i, j] = self.threads.submit(self.execute_action, names[i], first + i, j, reply)
         if names:
-            prompts = [self.prompt(self.restore(self.states[name])) for name in names]
             seed = zlib.crc32(f"{self.cfg.seed} {iteration}".encode()) + first * self.cfg.samples
-            self.engine.generate(prompts, n=self.cfg.samples, seed=seed, each=on_reply, **self.options)
+            self.engine.generate([self.restore(name)[1] for name in names], n=self.cfg.samples, seed=seed,
+                                 each=on_reply, **self.options)
         return [futures[key] for key in sorted(futures)]
 
     def execute_action(self, name, group, number, reply):
-        """Returns [Transition] of the action `number` in a state: carried out, run, graded and rewarded."""
-        episode_id = group * self.cfg.samples + number
+        """Returns [Transition] of a state's action: carried out, run, graded and rewarded."""
         try:
-            env = self.restore(self.states[name])
-            prompt = self.prompt(env)
-            step = vars(env.step(reply.text, self.engine.tokenizer.spelling(reply.tokens, reply.text)))
+            return [self.act(*self.restore(name), reply, name, group, number)]
         except MissingBlob:
-            return [Transition(group, episode_id, [], reply.tokens, reply.logps, None, "", name)]
+            return [Transition(name, group, 0, [], reply.tokens, reply.logps, None)]
         except Exception as error:
             error.add_note(f"It happened in the state {name}.")
             raise
-        return [Transition(group, episode_id, prompt, reply.tokens, reply.logps, step, env.task.id, name)]
+
+    def act(self, env, prompt, reply, name, group, number):
+        step = vars(env.step(reply.text, self.engine.tokenizer.spelling(reply.tokens, reply.text)))
+        episode_id = group * self.cfg.samples + number
+        return Transition(name, group, episode_id, prompt, reply.tokens, reply.logps, step)
 
     def submit_episodes(self, names, first, iteration):
-        """Returns the futures of [Transition, ...] of whole trajectories: cfg.samples from the start of each task."""
+        """Returns the futures of [Transition, ...] of whole trajectories, cfg.samples from each start."""
         return [self.threads.submit(self.play_episode, name, first + i, number, iteration)
                 for i, name in enumerate(names) for number in range(self.cfg.samples)]
 
     def play_episode(self, name, group, number, iteration):
         """Returns the Transitions of a trajectory from the start; it ends where it outgrows the context."""
         transitions = []
-        episode_id = group * self.cfg.samples + number
         env = self.make_env(self.states[name].head, steps=self.cfg.steps)
         while not env.done:
-            prompt = self.prompt(env)
+            prompt = self.engine.tokenizer.chat(env.prompt())
             if len(prompt) + self.cfg.max_new_tokens > self.engine.context:
                 break
             seed = zlib.crc32(f"{self.cfg.seed} {iteration} {group} {number} {env.index}".encode())
             reply = self.engine.submit(prompt, seed=seed, **self.options).result()
-            step = vars(env.step(reply.text, self.engine.tokenizer.spelling(reply.tokens, reply.text)))
-            transitions.append(Transition(group, episode_id, prompt, reply.tokens, reply.logps, step, env.task.id, name))
+            transitions.append(self.act(env, prompt, reply, name, group, number))
         return transitions
 
     def refresh(self, actor):
@@ -461,13 +421,31 @@ class RolloutWorker:
         self.engine.refresh()
 
 
+def make_engine(cfg, actor, tokenizer):
+    """Returns an Engine that samples from the actor: from the module that is trained where it is whole and computes in
+    the dtype of its weights, else from a copy in the dtype that it computes in."""
+    model = actor
+    if any(isinstance(p, DTensor) or p.dtype is not actor.compute for _, p in sharded_parameters(actor)):
+        model = Qwen2._empty(actor.config, actor.compute, next(actor.parameters()).device).requires_grad_(False)
+    copy_weights(actor, model)
+    return sample.Engine(model, tokenizer, cfg.rows, cfg.context, name=cfg.model, repeatable=True)
+
+
+@torch.no_grad()
+def copy_weights(actor, model):
+    copies = dict(model.named_parameters())
+    if model is not actor:
+        for name, p in sharded_parameters(actor):
+            copies[name].copy_(full_tensor(p))
+
+
 def gather(values):
     """Returns the lists of all processes joined, on every process."""
     if not dist.is_initialized():
         return values
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, values)
-    return [value for values in lists for value in values]
+    return sum(lists, [])
 
 
 def group_rewards(transitions):
@@ -478,20 +456,16 @@ def group_rewards(transitions):
     return rewards
 
 
-def without_zero_variance(transitions):
-    """Returns the transitions of groups whose rewards differ; in the others no action is better than another. Where
-    that leaves nothing, all of them."""
-    rewards = group_rewards(transitions)
-    varied = [transition for transition in transitions if len(set(rewards[transition.group])) > 1]
-    return varied or transitions
+def zero_variance_groups(transitions):
+    """Returns the groups whose actions all earned the same: none of them is better than another."""
+    return {group for group, rewards in group_rewards(transitions).items() if len(set(rewards)) == 1}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Advantages and losses
+# -- Advantages and losses
 
 def token_rewards(transitions, logp_old, logp_ref, kl):
-    """Returns the reward of each token, a list of (N_i,): the KL penalty -kl * (logp_old - logp_ref), which is k1 of
-    arXiv 1909.08593, and the action's reward at its last token. logp_ref None: there is no penalty."""
+    """Returns the reward of each token, a list of (N_i,): -kl * (logp_old - logp_ref) (arXiv 1909.08593, equation 2),
+    plus the action's reward at its last token. logp_ref None: there is no divergence."""
     rewards = []
     for i, transition in enumerate(transitions):
         reward = kl * (logp_ref[i] - logp_old[i]) if logp_ref else torch.zeros_like(logp_old[i])
@@ -505,8 +479,7 @@ def gae(rewards, values, gamma=1.0, lam=1.0):
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1} (arXiv 1506.02438, equations 11 and 16).
     The value behind the last token is 0: an action is a whole episode, and a full prompt tells a trajectory how many
-    steps it has left, so that ending there is part of its task. A short prompt does not tell it: values are then
-    averages over the places that such a state can have in a trajectory.
+    steps it has left, so that ending there is part of its task.
     """
     adv = []
     next_adv = 0.0
@@ -523,12 +496,11 @@ def gae_of_episodes(transitions, rewards, values, lam):
     episodes = {}
     for i, transition in enumerate(transitions):
         episodes.setdefault(transition.episode_id, []).append(i)
-    adv = [None] * len(transitions)
+    adv = {}
     for indices in episodes.values():
         episode = gae(torch.cat([rewards[i] for i in indices]), torch.cat([values[i] for i in indices]), lam=lam)
-        for i, part in zip(indices, episode.split([len(rewards[i]) for i in indices])):
-            adv[i] = part
-    return adv
+        adv |= zip(indices, episode.split([len(rewards[i]) for i in indices]))
+    return [adv[i] for i in range(len(transitions))]
 
 
 def rloo(transitions, rewards, values, lam):
@@ -540,22 +512,22 @@ def rloo(transitions, rewards, values, lam):
 
 def grpo(transitions, rewards, values, lam):
     """The reward to go less the mean reward of the state's actions, over their standard deviation (arXiv 2402.03300).
-    The KL penalty is part of the reward here, so it is divided too."""
-    groups = [group_rewards(transitions)[t.group] for t in transitions]
-    return [gae(r, torch.full_like(r, statistics.fmean(group))) / (statistics.pstdev(group) + EPS)
-            for r, group in zip(rewards, groups)]
+    The divergence is part of the reward here, so it is divided too."""
+    groups = group_rewards(transitions)
+    return [gae(r, torch.full_like(r, statistics.fmean(groups[t.group]))) / (statistics.pstdev(groups[t.group]) + EPS)
+            for r, t in zip(rewards, transitions)]
 
 
-# How to replace the advantage: add a function here and its name is a value of --advantage. It receives the Transitions,
-# the rewards of their tokens (lists of (N_i,), see token_rewards), the critic's values (None where there is no critic)
-# and --lam, and returns the advantages of the tokens, a list of (N_i,). All but gae compare the actions of one state:
-# they have no critic, states with equal rewards are left out of the update, and the others are sampled more often.
+# To try another advantage, add a function here; its name is then a value of --advantage. It receives the Transitions,
+# the rewards of their tokens (a list of (N_i,), see token_rewards), the critic's values (None where there is none) and
+# --lam, and returns the advantages of the tokens, a list of (N_i,). All but gae compare the actions of one state: they
+# have no critic, states of equal rewards are left out of the update, and other states are sampled more often.
 ADVANTAGES = {"gae": gae_of_episodes, "rloo": rloo, "group": rloo, "grpo": grpo}
 
 
 def whiten(adv):
-    """Returns the advantages, a list of (N_i,), less the mean over all tokens, over the standard deviation. Where that
-    is next to nothing, all rewards being equal, so is the result, and no noise is blown up."""
+    """Returns the advantages, a list of (N_i,), less their mean over all tokens, over their standard deviation. Where
+    all rewards are equal that is next to nothing, and so is the result: no noise is blown up."""
     tokens = torch.cat(adv)
     tokens = (tokens - tokens.mean()) / (tokens.std(correction=0) + EPS)
     return list(tokens.split([len(a) for a in adv]))
@@ -589,8 +561,7 @@ def value_loss(value, value_old, ret, max_change):
     return 0.5 * torch.maximum((value - ret) ** 2, (moved - ret) ** 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PPO
+# -- PPO
 
 class Critic(Qwen2):
     """The value of the state before each token of an action: the language model's backbone with a head of one row."""
@@ -611,11 +582,9 @@ class Critic(Qwen2):
 
 
 class PPOTrainer:
-    """The actor, the critic (with --advantage gae) and the reference, and their updates; on one process of several.
-
-    "Examples" are (token ids, loss_mask); per-token values are lists of (N_i,) fp32 tensors on the CPU, one for each
-    example of all processes, where N_i counts the tokens with a loss.
-    """
+    """The actor, the reference (if --kl is not 0), the critic (with --advantage gae) and their updates, on one process
+    of several. Examples are (token ids, loss_mask). "Per token" means a list of (N_i,) fp32 tensors on the CPU, for the
+    examples of all processes, where N_i counts the tokens that loss_mask selects."""
 
     def __init__(self, cfg, config, folder, num_token_ids, rank, world, device):
         self.cfg = cfg
@@ -624,22 +593,21 @@ class PPOTrainer:
         self.rank = rank
         self.world = world
         self.device = device
-        options = dict(device=device, seed=cfg.seed, recompute=num_weights(config)[-1] > RECOMPUTE_ABOVE,
-                       compute=compute_type(cfg.dtype, device))
-        self.actor = build_model(config, folder, **options)
-        self.reference = build_model(config, folder, **options).requires_grad_(False) if cfg.kl else None
-        self.critic = build_model(config, folder, make=Critic, **options) if cfg.has_critic else None
+        build = partial(build_model, config, folder, device=device, seed=cfg.seed, compute=compute_type(cfg.dtype, device),
+                        recompute=num_weights(config)[-1] > RECOMPUTE_ABOVE)
+        self.actor = build()
+        self.reference = build().requires_grad_(False) if cfg.kl else None
+        self.critic = build(make=Critic) if cfg.has_critic else None
         self.models = nn.ModuleDict({"actor": self.actor})
         groups = [{"params": list(self.actor.parameters()), "lr": cfg.lr}]
         if self.critic:
             self.models["critic"] = self.critic
             groups.append({"params": list(self.critic.parameters()), "lr": cfg.critic_lr})
-        # One optimizer, so that a checkpoint has one state. A step of one model leaves the other alone: it has no
-        # gradients then.
+        # A step leaves a model alone that has no gradients, so one optimizer serves both.
         self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0, fused=True)
 
-    def forward_model(self, model, tokens, lengths, targets):
-        """Returns the log-probs of the targets and the entropies, each (N,), of an actor or the reference."""
+    def forward(self, model, tokens, lengths, targets):
+        """Returns the log-probs of the targets and the entropies, each (N,), of the actor or the reference."""
         logp, entropy, _ = model(tokens, lengths=lengths, targets=targets, size=self.num_token_ids,
                                  temperature=self.cfg.temperature)
         return logp, entropy
@@ -653,12 +621,12 @@ class PPOTrainer:
         return collate_packed([examples[i] for i in row], self.device)
 
     def cat(self, values, row):
-        """Returns the per-token values of a row's examples as one tensor on the device; empty for an empty row."""
+        """Returns the per-token values of a row's examples as one tensor on the device, empty for an empty row."""
         return torch.cat([torch.zeros(0), *(values[i] for i in row)]).to(self.device)
 
     @torch.no_grad()
     def per_token(self, examples, forward):
-        """Returns forward(tokens, lengths, targets) per token of all examples; each process computes its share."""
+        """Returns forward(tokens, lengths, targets) per token; each process computes its share."""
         results = []
         for row in self.packed_rows(examples, range(len(examples))):
             output = forward(*self.collate(examples, row)).float().cpu()
@@ -667,11 +635,9 @@ class PPOTrainer:
         return [values for _, values in sorted(gather(results), key=lambda result: result[0])]
 
     def logprobs(self, model, examples):
-        """Returns the log-probs of the tokens per token."""
-        return self.per_token(examples, lambda *batch: self.forward_model(model, *batch)[0])
+        return self.per_token(examples, lambda *batch: self.forward(model, *batch)[0])
 
     def values(self, examples):
-        """Returns the critic's values per token."""
         return self.per_token(examples, self.critic)
 
     def minibatches(self, num, iteration):
@@ -684,36 +650,36 @@ class PPOTrainer:
             batches += [order[part::parts] for part in range(parts)]
         return batches
 
-    def optimizer_step(self, model, where):
-        """Clips the gradient of a model and changes its weights. Returns the norm before. RunError: it is not finite;
-        no weight has changed."""
+    def optimizer_step(self, model):
+        """Clips the gradient, updates the model and returns the gradient's norm. RunError: it is not finite; no weight
+        has changed."""
         norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
         if not torch.isfinite(norm):
-            raise RunError(f"{where}, rank {self.rank}: the gradient has the norm {norm.item()}. The checkpoints in "
-                           f"{self.cfg.out} are from before")
+            raise RunError(f"the norm of the gradient is {norm.item()}. The checkpoints in {self.cfg.out} are from "
+                           "before")
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
     def update_actor(self, examples, logp_old, adv, is_weight, iteration):
-        """Updates the actor by PPO's objective, an average over the tokens of all processes; returns statistics.
-        logp_old, adv, is_weight: per token. RunError: a gradient is not finite."""
+        """Updates the actor by PPO's objective, the mean over the tokens of all processes, and returns statistics.
+        logp_old, adv, is_weight: per token."""
         sums = torch.zeros(3, device=self.device, dtype=torch.float64)
         ratio_max = torch.ones((), device=self.device)
         norms = []
         for batch in self.minibatches(len(examples), iteration):
             num_tokens = sum(len(logp_old[i]) for i in batch)       # of all processes
             for row in self.packed_rows(examples, batch):
-                logp, entropy = self.forward_model(self.actor, *self.collate(examples, row))
+                logp, entropy = self.forward(self.actor, *self.collate(examples, row))
                 row_logp_old = self.cat(logp_old, row)
                 loss, clipped = policy_loss(logp, row_logp_old, self.cat(adv, row), self.cfg.clip_low,
                                             self.cfg.clip_high)
-                loss = self.cat(is_weight, row) * loss
-                (loss.sum() / num_tokens * self.world).backward()       # processes are averaged, hence * world
-                sums += torch.stack([loss.sum(), entropy.sum(), clipped.sum()]).detach() / num_tokens
+                loss = (self.cat(is_weight, row) * loss).sum() / num_tokens
+                (loss * self.world).backward()      # gradients are averaged over processes
+                sums += torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]).detach() / num_tokens
                 if row:
                     ratio_max = torch.maximum(ratio_max, (logp.detach() - row_logp_old).exp().max())
-            norms.append(self.optimizer_step(self.actor, f"iteration {iteration + 1}, actor's step {len(norms) + 1}"))
+            norms.append(self.optimizer_step(self.actor))
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
@@ -721,9 +687,9 @@ class PPOTrainer:
         return {"policy_loss": loss, "entropy": entropy, "clip_fraction": clip_fraction, "ratio_max": ratio_max.item(),
                 "grad_norm": torch.stack(norms).mean().item()}
 
-    def update_critic(self, examples, ret, value_old, batches, max_change, iteration):
-        """Brings the critic's values to the returns, a step for each of the batches, lists of indices; returns
-        statistics. ret, value_old: per token. max_change: see value_loss. RunError: a gradient is not finite."""
+    def update_critic(self, examples, ret, value_old, batches, max_change=math.inf):
+        """Brings the critic's values to the returns, in one step for each of the batches, lists of indices, and returns
+        statistics. ret, value_old: per token; max_change: see value_loss."""
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
         norms = []
         for batch in batches:
@@ -731,26 +697,19 @@ class PPOTrainer:
             for row in self.packed_rows(examples, batch):
                 value = self.critic(*self.collate(examples, row))
                 row_value_old = self.cat(value_old, row)
-                loss = value_loss(value, row_value_old, self.cat(ret, row), max_change)
-                (loss.sum() / num_tokens * self.world).backward()
+                loss = value_loss(value, row_value_old, self.cat(ret, row), max_change).sum() / num_tokens
+                (loss * self.world).backward()
                 clipped = (value - row_value_old).abs() > max_change
-                sums += torch.stack([loss.sum(), clipped.sum()]).detach() / num_tokens
-            norms.append(self.optimizer_step(self.critic, f"iteration {iteration + 1}, critic's step {len(norms) + 1}"))
+                sums += torch.stack([loss, clipped.sum() / num_tokens]).detach()
+            norms.append(self.optimizer_step(self.critic))
         if dist.is_initialized():
             dist.all_reduce(sums)
         loss, clip_fraction = (sums / len(norms)).tolist()
         return {"value_loss": loss, "value_clip_fraction": clip_fraction,
                 "critic_grad_norm": torch.stack(norms).mean().item()}
 
-    def flops(self, examples):
-        """Returns the floating-point operations of an iteration over these examples on this process: a forward pass of
-        each model, and a forward and a backward pass, three times as many, of what is trained, for each epoch."""
-        passes = (3 * self.cfg.epochs + 1) * len(self.models) + (self.reference is not None)
-        return flops_of(self.config, [examples]) / 3 * passes / self.world
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics: what log.jsonl says of an iteration
+# -- Statistics: what log.jsonl says of an iteration
 
 def mean(values):
     values = list(values)
@@ -758,22 +717,27 @@ def mean(values):
 
 
 def action_stats(transitions, max_new_tokens):
-    """Returns {name: number} about an iteration's actions. To log something else about them, such as the fraction that
-    undo an edit, add a line here: "undo": mean(step["action"] == "Undo Edit Script" for step in steps). The entries of
-    a step are those of env.Step."""
+    """Returns {name: number} about an iteration's actions.
+
+    To log something else about them, such as the fraction that undo an edit, add a line here:
+    "undo": mean(step["action"] == "Undo Edit Script" for step in steps). env.Step tells what a step has.
+    """
     steps = [transition.step for transition in transitions]
     rewards = torch.tensor([step["reward"] for step in steps])
     kinds = Counter(step["kind"] for step in steps)
-    groups = group_rewards(transitions).values()
+    edits = [step for step in steps if step["outcome"] and step["action"] != "Execute Script"]
     return {
-        "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
-        "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        "reward_min": rewards.min().item(),
+        "reward_max": rewards.max().item(),
         **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(steps) for kind in KINDS},
         "valid": mean(step["valid"] for step in steps),
-        "reward_edits": mean(step["reward"] for step in steps if step["outcome"] and step["action"] != "Execute Script"),
-        "equal_groups": mean(len(set(rewards)) == 1 for rewards in groups),      # groups of zero variance
+        "reward_edits": mean(step["reward"] for step in edits),
+        "equal_groups": len(zero_variance_groups(transitions)) / len(group_rewards(transitions)),
         "truncated": mean(len(transition.tokens) >= max_new_tokens for transition in transitions),
-        "action_tokens": mean(len(transition.tokens) for transition in transitions)}
+        "action_tokens": mean(len(transition.tokens) for transition in transitions),
+    }
 
 
 def policy_stats(logp_old, logp_ref, logp_sampler):
@@ -783,116 +747,80 @@ def policy_stats(logp_old, logp_ref, logp_sampler):
     stats = {"gap_mean": sampler_trainer_logp_diff.mean().item(), "gap_max": sampler_trainer_logp_diff.max().item()}
     if logp_ref:
         diff = (torch.cat(logp_ref) - logp_old).clamp(-10, 10)
-        stats["kl"] = -diff.mean().item()
-        stats["kl_k3"] = (diff.exp() - 1 - diff).mean().item()
+        stats |= {"kl": -diff.mean().item(), "kl_k3": (diff.exp() - 1 - diff).mean().item()}
     return stats
 
 
 def explained_variance(values, ret):
-    """Returns the share of the returns' variance that the values explain; None where the returns are all the same."""
+    """Returns the share of the returns' variance that the values explain; None where there is next to none."""
     ret = torch.cat(ret)
     variance = ret.var(correction=0)
-    if variance <= 1e-6:
-        return None
-    return (1 - (ret - torch.cat(values)).var(correction=0) / variance).item()
+    return (1 - (ret - torch.cat(values)).var(correction=0) / variance).item() if variance > 1e-6 else None
 
 
-def report(stats, cfg, log_file, eta):
-    """Writes an iteration's statistics to the log and to the screen, and warns where not to edit is the best policy."""
+def report(stats, cfg, log_file, eta, transition):
+    """Writes an iteration's statistics to the log and to the screen; every SHOW_EVERY iterations an action too."""
     log_file.write(json.dumps(stats) + "\n")
     log_file.flush()
     text = {name: "-" if value is None else f"{value:.3f}" for name, value in stats.items()}
     print(f"iteration {stats['iteration']:>4}/{cfg.iterations}  reward {text['reward']}  edits {text['reward_edits']}  "
-          f"valid {stats['valid']:4.0%}  kl {text.get('kl', '-')}  entropy {text['entropy']}  "
-          f"clip {text['clip_fraction']}  ev {text.get('explained_variance', '-')}  gap {stats['gap_max']:.1e}  "
-          f"hits {stats['cache_hits']:4.0%}  {stats['sample_s']:.1f} + {stats['execute_s']:.1f} + "
-          f"{stats['update_s']:.1f} s  ETA {eta}", flush=True)
-    edits = stats["reward_edits"]
-    if edits is not None and edits < 0.5 and stats["iteration"] % SHOW_EVERY == 0:
-        print("  edits earn less than 0.5 on average, which is what an action that is no edit earns: the policy learns "
-              "not to edit while this lasts", file=sys.stderr)
+          f"valid {text['valid']}  kl {text.get('kl', '-')}  entropy {text['entropy']}  clip {text['clip_fraction']}  "
+          f"ev {text.get('explained_variance', '-')}  gap {stats['gap_max']:.1e}  hits {text['cache_hits']}  "
+          f"{stats['sample_s']:.1f} + {stats['execute_s']:.1f} + {stats['update_s']:.1f} s  ETA {eta}", flush=True)
+    if stats["iteration"] % SHOW_EVERY == 1:
+        print(f"--- {transition.state}\n{shorten(transition.step['reply'].strip(), 1200)}\n"
+              f"--- {transition.step['kind']}, reward {transition.reward:.3f} {transition.step['error']}", flush=True)
+        if stats["reward_edits"] is not None and stats["reward_edits"] < 0.5:
+            print("  edits earn less than 0.5 on average, which is what an action that is no edit earns: the policy "
+                  "learns not to edit while this lasts", file=sys.stderr)
 
 
-def describe(transition):
-    """Returns an action as text: its state in short, the reply, and its result."""
-    step = transition.step
-    parts = [step["kind"]]
-    if step["outcome"]:
-        parts.append(f"the script: {step['outcome']}")
-    if step["score"] is not None:
-        parts.append(f"score {step['m_before']:.6g} -> {step['score']:.6g}")
-    if step["error"]:
-        parts.append(step["error"])
-    return (f"--- {transition.task}, step {step['index']}, {len(transition.prompt)} prompt tokens\n"
-            f"{shorten(step['reply'].strip(), 1200)}\n--- {', '.join(parts)}; reward {step['reward']:.3f}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-
-@torch.no_grad()
-def copy_weights(actor, model):
-    """Copies the actor's weights, whole, into the model that is sampled from; nothing where it is the actor itself."""
-    if model is actor:
-        return
-    copies = dict(model.named_parameters())
-    for name, p in sharded_parameters(actor):
-        copies[name].copy_(full_tensor(p))
-
-
-def make_engine(cfg, actor, tokenizer):
-    """Returns an Engine that samples from the actor: from the module that is trained where that is whole and computes
-    in its weights' dtype, else from a copy in the dtype of its products; see RolloutWorker.refresh."""
-    model = actor
-    if any(isinstance(p, DTensor) or p.dtype is not actor.compute for _, p in sharded_parameters(actor)):
-        device = next(actor.parameters()).device
-        model = Qwen2._empty(actor.config, actor.compute, device).requires_grad_(False)
-    copy_weights(actor, model)
-    return sample.Engine(model, tokenizer, cfg.rows, cfg.context, name=cfg.model, repeatable=True)
-
+# -- The loop
 
 def iterate(cfg, worker, trainer, iteration):
-    """One iteration of PPO. Returns the Transitions and {name: number} for the log."""
-    # 1. States of the pool, the same on all processes.
+    """One iteration of PPO. Returns the Transitions and {name: number} for the log. RunError: nothing can be played, or
+    a number is not finite."""
+    # 1. States of the pool, the tasks in turn; the same on all processes.
     names = worker.sample_states(iteration)
 
-    # 2. Actions in each of them, carried out and rewarded; scripts run while the engine samples on.
+    # 2. Rollout: actions in each state. While the engine samples on, each is carried out in a restored workspace, its
+    # script is run and graded, and reward.py turns the result into one number. Without a critic, states whose actions
+    # all earned the same teach nothing.
     transitions = worker.run(names, iteration)
-    learned = transitions if cfg.has_critic else without_zero_variance(transitions)
+    learned = transitions
+    if not cfg.has_critic:
+        useless = zero_variance_groups(transitions)
+        learned = [transition for transition in transitions if transition.group not in useless] or transitions
     examples = [transition.example for transition in learned]
     logp_sampler = [transition.logp_sampler for transition in learned]
 
-    # 3. Log-probs of the actor before the update and of the frozen reference; the reward of each token.
+    # 3. Log-probs of the actor as it was sampled from and of the frozen reference; the critic's values.
     logp_old = trainer.logprobs(trainer.actor, examples)
     logp_ref = trainer.logprobs(trainer.reference, examples) if trainer.reference else None
-    is_weight = importance_weights(logp_old, logp_sampler)
+    values = trainer.values(examples) if trainer.critic else None
+
+    # 4. Advantages. The critic's head begins at zero, so a few steps of the critic alone come first.
     rewards = token_rewards(learned, logp_old, logp_ref, cfg.kl)
-    advantage = ADVANTAGES[cfg.advantage]
-    stats = action_stats(transitions, cfg.max_new_tokens) | policy_stats(logp_old, logp_ref, logp_sampler)
-
-    if not cfg.has_critic:
-        # 4. Advantages, and 5. the update of the actor.
-        adv = advantage(learned, rewards, None, cfg.lam)
-        stats |= trainer.update_actor(examples, logp_old, adv, is_weight, iteration)
-    else:
-        # 4. Values and advantages. The value head begins at zero, so the critic takes a few steps alone first.
-        values = trainer.values(examples)
-        if iteration == 0:
-            adv = advantage(learned, rewards, values, cfg.lam)
-            ret = [a + value for a, value in zip(adv, values)]
-            batches = [list(range(len(examples)))] * WARM_UP_STEPS
-            trainer.update_critic(examples, ret, values, batches, math.inf, iteration)
-            values = trainer.values(examples)
-        adv = advantage(learned, rewards, values, cfg.lam)
+    advantages = partial(ADVANTAGES[cfg.advantage], learned, rewards)
+    adv = advantages(values, cfg.lam)
+    if trainer.critic and iteration == 0:
         ret = [a + value for a, value in zip(adv, values)]
+        trainer.update_critic(examples, ret, values, [list(range(len(examples)))] * WARM_UP_STEPS)
+        values = trainer.values(examples)
+        adv = advantages(values, cfg.lam)
 
-        # 5. Updates of the actor and of the critic.
-        stats |= trainer.update_actor(examples, logp_old, whiten(adv), is_weight, iteration)
-        # The returns of a trajectory are sums over as many rewards as it has steps, so its values may move farther.
+    # 5. PPO updates, of the critic and of the actor.
+    stats = action_stats(transitions, cfg.max_new_tokens) | policy_stats(logp_old, logp_ref, logp_sampler)
+    if trainer.critic:
+        ret = [a + value for a, value in zip(adv, values)]
+        adv = whiten(adv)
+        # The return of a trajectory is a sum over as many rewards as it has steps, so its values may move farther.
         max_change = VALUE_CLIP * (cfg.steps if cfg.rollout == "episode" else 1)
         batches = trainer.minibatches(len(examples), iteration)
-        stats |= trainer.update_critic(examples, ret, values, batches, max_change, iteration)
+        stats |= trainer.update_critic(examples, ret, values, batches, max_change)
         stats["explained_variance"] = explained_variance(values, ret)
+    is_weight = importance_weights(logp_old, logp_sampler)
+    stats |= trainer.update_actor(examples, logp_old, adv, is_weight, iteration)
 
     # 6. The sampler gets the new weights.
     worker.refresh(trainer.actor)
@@ -901,21 +829,21 @@ def iterate(cfg, worker, trainer, iteration):
 
 def train(cfg, rank, world, device):
     """Trains cfg.model on the pool and writes cfg.out, as process `rank` of `world`."""
-    if refused := [id for id in tasks.names(cfg.task) if tasks.load(id).split != "held-in"]:
-        raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
-                         f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
+    for id in tasks.names(cfg.task):
+        tasks.refuse_held_out(id, {}, {})
     log = print if rank == 0 else lambda line: None
     if cfg.model == Settings.model and not Path(cfg.model, "config.json").exists():
         raise ValueError(f"there is no {cfg.model} to go on from; make it with: python sft.py, or give another --model")
     folder = find_folder(cfg.model)
     tokenizer = sample.Tokenizer.from_pretrained(folder)
+    config = Config.from_pretrained(folder)
     rank0_broadcast(lambda: prepare_tasks(cfg) and None)
     if cfg.sandbox == "on":
         protection()        # here, before many threads ask at once
     pool = load_pool(cfg, tokenizer, log)
     cfg = choose_coder(cfg, pool)
     use_kernels(cfg.kernels, device)
-    trainer = PPOTrainer(cfg, Config.from_pretrained(folder), folder, tokenizer.size, rank, world, device)
+    trainer = PPOTrainer(cfg, config, folder, tokenizer.size, rank, world, device)
     origin = {"products in": str(trainer.actor.compute).removeprefix("torch."),
               **rank0_broadcast(lambda: hash_inputs(cfg, folder, pool))}
     state = load_state(cfg, sorted(vars(cfg).keys() - FREE), trainer.models, trainer.optimizer, origin)
@@ -927,24 +855,26 @@ def train(cfg, rank, world, device):
         log(f"{cfg.out}: going on after iteration {first}")
     log_file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
     peak = peak_flops(device)
+    passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)      # counted in forward passes
     began = time.monotonic()
 
     for iteration in range(first, cfg.iterations):
         start = time.monotonic()
-        transitions, stats = iterate(cfg, worker, trainer, iteration)       # steps 1 to 6
+        try:
+            transitions, stats = iterate(cfg, worker, trainer, iteration)       # steps 1 to 6
+        except RunError as error:
+            raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}") from None
 
         # 7. Log.
         seconds = time.monotonic() - start
-        elapsed = time.monotonic() - began
         update_s = seconds - stats["sample_s"] - stats["execute_s"]
-        flops_s = trainer.flops([transition.example for transition in transitions]) / update_s
+        elapsed = time.monotonic() - began
+        flops = flops_of(config, [[transition.example for transition in transitions]]) / 3 * passes / world
         stats = {"iteration": iteration + 1, **stats, "update_s": update_s, "seconds": seconds, "elapsed_s": elapsed,
-                 "mfu": flops_s / peak if peak else None, "peak_gib": peak_memory(device) / 2**30}
+                 "mfu": flops / update_s / peak if peak else None, "peak_gib": peak_memory(device) / 2**30}
+        eta = timedelta(seconds=int(elapsed / (iteration + 1 - first) * (cfg.iterations - iteration - 1)))
         if rank == 0:
-            left = elapsed / (iteration + 1 - first) * (cfg.iterations - iteration - 1)
-            report(stats, cfg, log_file, timedelta(seconds=int(left)))
-            if (iteration + 1) % SHOW_EVERY == 0 or iteration == 0:
-                print(describe(random.Random(iteration).choice(transitions)), flush=True)
+            report(stats, cfg, log_file, eta, random.Random(iteration).choice(transitions))
 
         # 8. Checkpoint.
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
@@ -953,52 +883,46 @@ def train(cfg, rank, world, device):
     export_model(trainer.actor, tokenizer, cfg.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if rank == 0 and (agent := read_agent(folder)):
         write_agent(cfg.out, agent)
-    log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
-    if cfg.preset == "tiny":
-        log("\nNext: python eval.py")
+    log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints" + ("\n\nNext: python eval.py" if cfg.preset == "tiny"
+                                                                      else ""))
 
 
 def plan(cfg):
-    """Returns the text of --plan: memory of one GPU by part, at the peak of an update. Reads no weights and needs no
-    GPU."""
+    """Returns the text of --plan: memory of one GPU by part, at the peak of an update. It reads no weights."""
     config = shape_of(cfg.model)
     compute = compute_type(cfg.dtype, torch.device("cuda"))
     total = num_weights(config)[-1]
-    recompute = total > RECOMPUTE_ABOVE
-    parts = memory_of(config, cfg.length, cfg.gpus, recompute=recompute, compute=compute)
+    parts = memory_of(config, cfg.length, cfg.gpus, recompute=total > RECOMPUTE_ABOVE, compute=compute)
     trained = parts["weights"] + parts["gradients"] + parts["optimizer"]
     is_copied = cfg.gpus > 1 or compute is not torch.float32        # see make_engine
-    kv_cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * cfg.rows * cfg.context
+    kv_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * cfg.rows * cfg.context
     table = {"actor": trained, "critic": trained if cfg.has_critic else 0,
              "reference": parts["weights"] if cfg.kl else 0,
-             "sampling copy": compute.itemsize * total if is_copied else 0, "KV cache": compute.itemsize * kv_cache,
+             "sampling copy": compute.itemsize * total if is_copied else 0, "KV cache": compute.itemsize * kv_values,
              "gathered": parts["gathered"], "activations": parts["activations"], "logits": parts["logits"]}
     return "\n".join([f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.length:,} tokens, {cfg.rows} x "
-                      f"{cfg.context:,} tokens sampled, recompute {'on' if recompute else 'off'}", "", "GiB per GPU",
-                      *gib(table)])
+                      f"{cfg.context:,} tokens sampled", "", "GiB per GPU", *gib(table)])
 
 
 def fill(values):
     """For cli.parse: the settings that hold where none was typed, from agent.json in the model's folder and from the
-    recipe, which follows the size of the model. The choice of the recipe is said."""
+    recipe, which follows the size of the model."""
     model = values["model"]
     preset = values["preset"]
-    folder = None
-    if Path(model).is_dir() or (model != Settings.model and not values["plan"]):
-        folder = sample.small_files(model)
-    if folder is None and (model == Settings.model or not values["plan"]):      # no such model, as train() says
+    folder = sample.small_files(model) if Path(model).is_dir() or not values["plan"] else None
+    if not folder and not values["plan"]:       # there is no such model, as train() says
         return [cli.preset(preset, RECIPES)] if preset else []
+    config = Config.from_pretrained(folder) if folder else shape_of(model)      # --plan knows "7b"
     fillings = [(f"{model}/agent.json", read_agent(folder))] if folder else []
-    config = Config.from_pretrained(folder) if folder else shape_of(model)      # of a plan for "7b"
     num = num_weights(config)[-1]
     fitting = "tiny" if num < TINY_BELOW else "7b"
+    relation = "below" if num < TINY_BELOW else "not below"
+    size = f"{model} has {num:,} weights, {relation} {TINY_BELOW:,.0f}"
     if not preset:
-        relation = "below" if fitting == "tiny" else "not below"
-        why = f"{model} has {num:,} weights, {relation} {TINY_BELOW:,.0f}, so (another --preset may be typed)"
-        return [*fillings, (why, {"preset": fitting, **RECIPES[fitting]})]
-    if preset == "tiny" and fitting != "tiny":
-        cli.announce(f"rl.py: WARNING: --preset tiny is for less than {TINY_BELOW:,.0f} weights, and {model} has "
-                     f"{num:,}; such a learning rate ({RECIPES['tiny']['lr']:g}, of 7b {Settings.lr:g}) may ruin it")
+        return [*fillings, (f"{size}, so (another --preset may be typed)", {"preset": fitting, **RECIPES[fitting]})]
+    if preset == "tiny" != fitting:
+        cli.announce(f"rl.py: WARNING: {size}; --preset tiny is for smaller models, and its learning rate, "
+                     f"{RECIPES['tiny']['lr']:g} in place of {Settings.lr:g}, may ruin this one")
     return [*fillings, cli.preset(preset, RECIPES)]
 
 
