@@ -348,15 +348,13 @@ class RolloutWorker:
             wait(futures, return_when=FIRST_EXCEPTION)
             transitions = gather([transition for future in futures for transition in future.result()])
         except FloatingPointError as error:
-            raise RunError(f"iteration {iteration + 1}, sampling, rank {self.rank}: {error}. The checkpoints in "
-                           f"{self.cfg.out} are from before") from None
+            raise RunError(f"sampling: {error}") from None
         executed = time.monotonic()
         for name in sorted({transition.state for transition in transitions if transition.step is None}):
             self.leave_out(name, "its files are gone")
         transitions = [transition for transition in transitions if self.chances.get(transition.state) != 0]
         if not transitions:
-            raise RunError(f"iteration {iteration + 1} has no action: the files of its states are gone, or every "
-                           "conversation outgrew --context")
+            raise RunError("there is no action: the files of all states are gone, or every conversation outgrew --context")
         if not self.cfg.has_critic:     # prefer states whose actions earned different rewards
             rewards = group_rewards(transitions)
             for transition in transitions:
@@ -655,8 +653,7 @@ class PPOTrainer:
         has changed."""
         norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
         if not torch.isfinite(norm):
-            raise RunError(f"the norm of the gradient is {norm.item()}. The checkpoints in {self.cfg.out} are from "
-                           "before")
+            raise RunError(f"the norm of the gradient is {norm.item()}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -863,7 +860,8 @@ def train(cfg, rank, world, device):
         try:
             transitions, stats = iterate(cfg, worker, trainer, iteration)       # steps 1 to 6
         except RunError as error:
-            raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}") from None
+            raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}. The checkpoints in {cfg.out} are from "
+                           "before") from None
 
         # 7. Log.
         seconds = time.monotonic() - start

@@ -16,7 +16,7 @@ import tokenizers
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import rl, sample                                                # noqa: E402
+import rl                                                        # noqa: E402
 from model import Config, Qwen2                                 # noqa: E402
 from sample import Tokenizer                                    # noqa: E402
 from support.distributed import epoch_order, export_model, init_distributed, shard_across_ranks  # noqa: E402
