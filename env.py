@@ -35,7 +35,7 @@ from reward import KINDS, best_of, reward
 from support.sandbox import NO_SPACE, SLOTS, Result, Unprotected, _discard, describe, execute, protection
 from support.cli import ContextFull, RunError
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from support.files import check_form, shorten, parse_json, refuse_links_out, one_of, read_bytes, read_json_lines, some_of, up_to
+from support.files import check_form, shorten, parse_json, refuse_links_out, one_of, read_bytes, read_json_lines, some_of, up_to, write_atomic
 from datetime import timedelta
 
 OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and what the agent reads after the output
@@ -489,6 +489,80 @@ def printed_metric(stdout, metric=""):
             if numbers and math.isfinite(value := float(numbers[-1])):
                 return value
     return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings of an agent
+
+def check_fields(fields):
+    """Raises ValueError unless a list or tuple names entries that a reply can be asked for."""
+    if not set(fields) <= set(FIELDS) or tuple(fields[-2:]) != FIELDS[-2:]:
+        raise ValueError(f"fields must be taken from {','.join(FIELDS)} and end in the last two")
+
+
+@dataclass
+class AgentSettings(cli.TaskSettings):
+    """Settings of every program in which an agent acts."""
+    actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the agent may do
+    fields: tuple[str, ...] = FIELDS  # entries of a reply; a weak model does better with "Thought,Action,Action Input"
+    prompt_format: str = "full"  # what the model is shown of a state: full (the conversation), or short (one message:
+        # the task, what the last step brought and the head of the script, for a model of a few million weights)
+    steps: int = 15  # replies that a trajectory may have
+    seconds: float = 1800.0  # that a trajectory may take
+
+    def __post_init__(self):
+        super().__post_init__()
+        cli.check_choices(self, prompt_format=PROMPTS)
+        cli.check_positive(self, "steps", "seconds")
+        if unknown := set(self.actions) - set(DEFAULT_ACTIONS):
+            raise ValueError(f"there is no action {min(unknown)!r}; the actions are: {','.join(DEFAULT_ACTIONS)}")
+        try:
+            check_fields(self.fields)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from None
+
+
+# agent.json in the folder of a model tells these settings, with which the model was trained to act.
+AGENT_FORMAT = {
+    "prompt_format": one_of(*PROMPTS),
+    "actions": some_of(*DEFAULT_ACTIONS),
+    "fields": (f"some of {', '.join(FIELDS)}, with the last two at the end", lambda value: (
+        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
+    "context": up_to(1 << 20),
+    "max_new_tokens": up_to(1 << 20),
+    "steps": up_to(1000),
+}
+
+
+def read_agent(folder):
+    """Returns {name: value} of the settings that agent.json in the folder of a model tells, {} where there is none.
+
+    ValueError: an entry has another type, or is out of bounds. Other entries are ignored, which is announced.
+    """
+    path = Path(folder, "agent.json")
+    raw = read_bytes(path, 1 << 16)
+    if raw is None:
+        return {}
+    form = {f"{name}?": value for name, value in AGENT_FORMAT.items()}
+    form["prompt?"] = AGENT_FORMAT["prompt_format"]     # an older name
+    values = parse_json(raw, form, path)
+    if "prompt" in values:
+        values["prompt_format"] = values["prompt"]
+    elif "prompt_format" in values:
+        values["prompt"] = values["prompt_format"]
+    if ignored := sorted(values.keys() - AGENT_FORMAT.keys() - {"prompt"}):
+        names = shorten(", ".join(map(ascii, ignored)), 200)
+        cli.announce(f"{path} may say {', '.join(AGENT_FORMAT)}; ignored: {names}")
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items() if name in AGENT_FORMAT or name == "prompt"}
+
+
+def write_agent(folder, agent):
+    """Writes agent.json to the folder of a model. agent: settings with the names of AGENT_FORMAT as attributes, or some
+    of them as a dict, as read_agent returns it."""
+    if not isinstance(agent, dict):
+        agent = {name: getattr(agent, name) for name in AGENT_FORMAT}
+    write_atomic(Path(folder, "agent.json"), agent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1198,29 +1272,11 @@ def best_before(task, head, steps):
 CODER_TOKENS = 4096     # a reply of the coder may have: it writes whole scripts
 CODE_END = "\n```\n"    # the line that ends a script in a reply
 
-AGENT_FORMAT = {       # what a model's folder may say of how it was trained to act
-    "prompt": one_of(*PROMPTS), "actions": some_of(*DEFAULT_ACTIONS),
-    "fields": (f"some of {', '.join(FIELDS)}, with the last two at the end", lambda value: (
-        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
-    "context": up_to(1 << 20), "max_new_tokens": up_to(1 << 20), "steps": up_to(1000)}
-
 USED = {        # what a line of a trajectory must have to be gone on with, counted and shown
     "header": ("m_after", "seconds_left", "miniature"),
     "step": ("seconds_left", "reply", "error", "observation", "detail", "sandbox", "action", "outcome", "kind", "printed",
              "score", "canary_p", "index", "reward", "seconds", "script_seconds", "coder", "fields", "args"),
     "end": ()}
-
-
-def read_agent(folder):
-    """{name: value} of what agent.json in a model's folder says of how the model was trained to act, {} where it says
-    nothing. ValueError: an entry is of another type, or out of bounds."""
-    path = Path(folder, "agent.json")
-    if (raw := read_bytes(path, 1 << 16)) is None:
-        return {}
-    found = parse_json(raw, {f"{name}?": form for name, form in AGENT_FORMAT.items()}, path)
-    if others := sorted(found.keys() - AGENT_FORMAT.keys()):
-        cli.announce(f"{path} may say {', '.join(AGENT_FORMAT)}; ignored: {shorten(', '.join(map(ascii, others)), 200)}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items() if name in AGENT_FORMAT}
 
 
 def trajectory_path(folder, id, k):
@@ -1292,7 +1348,8 @@ def play_trajectory(s, task, k, path, reply, coder, out, cache, run, about):
 
     lines, sampling = read_record(path), dict(temperature=s.temperature, top_p=s.top_p)
     env = make_env(s, task, out, cache, actions=s.actions, fields=s.fields, steps=s.steps, seconds=s.seconds,
-                coder=coder and ask_coder, prompt=s.prompt)
+                coder=coder and ask_coder,
+                prompt=s.prompt_format if hasattr(s, "prompt_format") else s.prompt)
     if lines:
         last, messages = lines[-1], [message for line in lines for message in line["messages"]]
         try:

@@ -945,7 +945,8 @@ def fine_tune(s):
         model = train(s, texts, valid, tokenizer, config, folder)
         agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
         if s.prompt == "short":
-            agent = {name: getattr(s, name) for name in AGENT_FORMAT} | {"steps": AGENT_STEPS}
+            agent = {name: getattr(s, name) for name in AGENT_FORMAT if name != "prompt_format"} | {
+                "prompt_format": s.prompt, "steps": AGENT_STEPS}
         if rank == 0 and agent:
             write_atomic(Path(s.out, "agent.json"), agent)
         say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
