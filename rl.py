@@ -43,7 +43,7 @@ from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
     build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of,
-    full_tensor, gib, init_distributed, load_state, memory_of, num_weights, peak_flops, peak_memory, rank0_broadcast,
+    full_tensor, gib, init_distributed, load_state, num_weights, peak_flops, plan_memory, peak_memory, rank0_broadcast,
     save_state, shape_of, shard_across_ranks, sharded_parameters)
 from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten, write_atomic
 from support.sandbox import SLOTS, protection
@@ -807,14 +807,9 @@ def plan(s):
     """What --plan prints: memory of one GPU by part, at the peak of an update. Reads no weights and needs no GPU."""
     c = shape_of(s.model)
     compute = compute_type(s.dtype, torch.device("cuda"))
-    parts, total = memory_of(c, s.length, s.gpus, recompute=s.recompute, compute=compute), num_weights(c)[-1]
-    held = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
-    own = s.advantage == "gae" and s.critic == "own"
-    copied = s.gpus > 1 or compute is not torch.float32         # see sampler
-    cached = s.rows * s.context * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim
-    table = {"actor": held, "critic": held * own, "reference": parts["weights"] * bool(s.kl),
-             "sampling copy": compute.itemsize * total * copied, "KV cache": compute.itemsize * cached,
-             "gathered": parts["gathered"], "activations": parts["activations"] * (1 + own), "logits": parts["logits"]}
+    total = num_weights(c)[-1]
+    table = plan_memory(c, s.length, s.gpus, compute, s.recompute, critic=s.advantage == "gae" and s.critic == "own",
+                        reference=s.kl > 0, sampled_tokens=s.rows * s.context)
     return "\n".join([f"{s.model}: {total:,} weights; {s.gpus} GPUs, rows of {s.length:,} tokens, {s.rows} x "
                       f"{s.context:,} tokens sampled, recompute {'on' if s.recompute else 'off'}", "", "GiB per GPU",
                       *gib(table)])
