@@ -26,20 +26,19 @@ from torch.distributed.tensor import DTensor
 import sample
 import tasks
 from env import (
-    CODER_TOKENS, CODE_END, NEEDS_CODER, Blobs, Env, MissingBlob, ResultCache, best_before, prepare_tasks, read_agent,
-    read_trajectory, write_agent)
+    CODER_TOKENS, CODE_END, NEEDS_CODER, best_before, make_env, prepare_tasks, read_agent, read_trajectory, write_agent)
 from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, use_kernels
 from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
     build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of, full_tensor,
-    gib, init_distributed, load_state, memory_of, num_weights, peak_flops, peak_memory, rank0_broadcast, save_state,
-    shape_of, shard_across_ranks, sharded_parameters)
+    gib, init_distributed, load_state, num_weights, optimizer_step, peak_flops, peak_memory, plan_memory,
+    rank0_broadcast, save_state, shape_of, shard_across_ranks, sharded_parameters)
 from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten
 from support.sandbox import SLOTS, protection
+from support.storage import Blobs, MissingBlob, ResultCache
 
-MAX_GRAD_NORM = 1.0
 DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (arXiv 1912.09729)
 VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
 TIS_CAP = 2.0               # cap of a token's weight pi_old / pi_sampler (arXiv 2510.26788)
@@ -297,11 +296,9 @@ class RolloutWorker:
 
     def make_env(self, head, **changes):
         """Returns an Env at the start of a task, with the settings that a trajectory's header tells."""
-        cfg = self.cfg
         recorded = {name: head[name] for name in ("actions", "fields", "prompt", "steps", "seconds") if name in head}
-        return Env(head["task"], cfg.data, out=cfg.trajectories, coder=self.coder and self.ask_coder, cache=self.cache,
-                   python=cfg.python, gpu=cfg.gpu or None, threads=cfg.threads, sandbox=cfg.sandbox,
-                   **recorded | changes)
+        return make_env(self.cfg, head["task"], self.cfg.trajectories, self.cache,
+                        coder=self.coder and self.ask_coder, **recorded | changes)
 
     def restore(self, name):
         """Returns an Env in a state, and the token ids that the policy is shown there. MissingBlob: a file is gone."""
@@ -648,16 +645,6 @@ class PPOTrainer:
             batches += [order[part::parts] for part in range(parts)]
         return batches
 
-    def optimizer_step(self, model):
-        """Clips the gradient, updates the model and returns the gradient's norm. RunError: it is not finite; no weight
-        has changed."""
-        norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
-        if not torch.isfinite(norm):
-            raise RunError(f"the norm of the gradient is {norm.item()}")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
-
     def update_actor(self, examples, logp_old, adv, is_weight, iteration):
         """Updates the actor by PPO's objective, the mean over the tokens of all processes, and returns statistics.
         logp_old, adv, is_weight: per token."""
@@ -676,7 +663,7 @@ class PPOTrainer:
                 sums += torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]).detach() / num_tokens
                 if row:
                     ratio_max = torch.maximum(ratio_max, (logp.detach() - row_logp_old).exp().max())
-            norms.append(self.optimizer_step(self.actor))
+            norms.append(optimizer_step(self.actor, self.optimizer))
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
@@ -698,7 +685,7 @@ class PPOTrainer:
                 (loss * self.world).backward()
                 clipped = (value - row_value_old).abs() > max_change
                 sums += torch.stack([loss, clipped.sum() / num_tokens]).detach()
-            norms.append(self.optimizer_step(self.critic))
+            norms.append(optimizer_step(self.critic, self.optimizer))
         if dist.is_initialized():
             dist.all_reduce(sums)
         loss, clip_fraction = (sums / len(norms)).tolist()
@@ -888,18 +875,11 @@ def train(cfg, rank, world, device):
 def plan(cfg):
     """Returns the text of --plan: memory of one GPU by part, at the peak of an update. It reads no weights."""
     config = shape_of(cfg.model)
-    compute = compute_type(cfg.dtype, torch.device("cuda"))
-    total = num_weights(config)[-1]
-    parts = memory_of(config, cfg.length, cfg.gpus, recompute=total > RECOMPUTE_ABOVE, compute=compute)
-    trained = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    is_copied = cfg.gpus > 1 or compute is not torch.float32        # see make_engine
-    kv_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * cfg.rows * cfg.context
-    table = {"actor": trained, "critic": trained if cfg.has_critic else 0,
-             "reference": parts["weights"] if cfg.kl else 0,
-             "sampling copy": compute.itemsize * total if is_copied else 0, "KV cache": compute.itemsize * kv_values,
-             "gathered": parts["gathered"], "activations": parts["activations"], "logits": parts["logits"]}
-    return "\n".join([f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.length:,} tokens, {cfg.rows} x "
-                      f"{cfg.context:,} tokens sampled", "", "GiB per GPU", *gib(table)])
+    parts = plan_memory(config, cfg.length, cfg.gpus, compute_type(cfg.dtype, torch.device("cuda")),
+                        recompute=num_weights(config)[-1] > RECOMPUTE_ABOVE, critic=cfg.has_critic,
+                        reference=cfg.kl > 0, sampled_tokens=cfg.rows * cfg.context)
+    return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.length:,} tokens, {cfg.rows} x {cfg.context:,} "
+                      "tokens sampled", "", "GiB per GPU", *gib(parts)])
 
 
 def fill(values):

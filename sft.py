@@ -16,7 +16,7 @@ The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), 
 ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, counts). A run that was killed goes on with
 the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import contextlib, json, math, os, random, re, sys, time, zlib
+import contextlib, hashlib, json, math, os, random, re, sys, time, zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -33,12 +33,12 @@ from env import (
     AGENT_FORMAT, DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, MissingBlob, Progress, ResultCache, check_record,
     end_reason, model_policy, play_trajectory, prepare_tasks, printed_metric, prompt_of, read_agent, read_record,
     run_parallel, shown_lines, trajectory_path)
-from model import Config, find_folder, hash_checkpoint, use_kernels
+from model import Config, Qwen2, find_folder, hash_checkpoint, use_kernels
 from support import cli
 from support.cli import RunError, exit_status, format_table, refuse_torchrun, run_main
 from support.distributed import (
     batch_indices, build_model, collate_packed, compute_type, explain_dist_errors, export_model,
-    flops_of, full_tensor, gib, hash_texts, init_distributed, load_state, memory_of, num_weights,
+    flops_of, full_tensor, gib, init_distributed, load_state, num_weights, plan_memory,
     packed_micro_batches, peak_flops, peak_memory, rank0_broadcast, save_state, shape_of)
 from support.files import (
     FLAG, NUMBER, TEXT, VALUE, fingerprint, folder_lock, parse_json, read_bytes, shorten, write_atomic)
@@ -727,6 +727,22 @@ def read_played(file, text, parsed, rose, forbidden, tokenizer):
 # Training
 
 
+def draw_model(config, seed):
+    return Qwen2.from_scratch(config, seed).draw_copying(seed)
+
+
+def hash_texts(*parts):
+    """The sha256, shortened, of lists of texts, [(ids, chosen)]."""
+    sha = hashlib.sha256()
+    for texts in parts:
+        sha.update(f"{len(texts)} texts".encode())
+        for ids, chosen in texts:
+            sha.update(f"{len(ids)} ids".encode())
+            sha.update(np.array(ids, np.int32))
+            sha.update(np.array(chosen, np.bool_))
+    return sha.hexdigest()[:16]
+
+
 def cosine(step, steps, peak):
     """The learning rate of a step: half a cosine from `peak` at step 0 towards 0 at step `steps`."""
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -764,8 +780,7 @@ def validate(model, texts, rank, world, device, size, longest):
 def plan(s):
     """What --plan prints: memory of one GPU by part, steps, tokens and time. Reads no weights and needs no GPU."""
     config = shape_of(s.model)
-    parts = memory_of(config, s.length, s.gpus, None, s.recompute,
-                      compute_type(s.dtype, torch.device("cuda")))
+    parts = plan_memory(config, s.length, s.gpus, compute_type(s.dtype, torch.device("cuda")), s.recompute)
     num, data = 10_000, "as many as the paper has"
     if Path(s.trajectories).exists():
         num, data = len(conversations(s.trajectories, parsed=s.parsed, rose=s.rose, per_idea=s.per_idea, data=s.data,
@@ -789,7 +804,7 @@ def train(s, texts, valid, tokenizer, config, folder):
     folder. Goes on from the newest checkpoint there. Returns the model."""
     rank, world, device = init_distributed()
     use_kernels(s.kernels, device)
-    model = build_model(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
+    model = build_model(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), draw=draw_model if s.copies else Qwen2.from_scratch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=(0.9, s.beta2), weight_decay=s.weight_decay,
                                   fused=True)
     steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)

@@ -1,10 +1,43 @@
-"""What the programs share: settings from a dataclass, exit status, a folder for what scripts leave."""
-import argparse, contextlib, dataclasses, difflib, fcntl, inspect, math, os, re, signal, sys, tempfile, traceback, typing
+"""What the programs share: settings from the command line, exit status, and one folder for all that scripts leave.
+
+`parse` fills a dataclass: what was typed always holds, and a program's `fill` gives what holds where nothing was typed
+(a preset, a model's agent.json, the miniature's values). `run_main` and `exit_status` end a program.
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import inspect
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import traceback
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 from support.sandbox import Unprotected, _remove
 
+# Read when torch is first imported, so this comes before it: threads that wait for each other sleep after so many
+# spins. To spin on, the default, is 3 % faster on an idle machine, but beside a script a decoding step takes seven
+# times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+class RunError(RuntimeError):
+    """The run cannot go on, for a reason that is not a bug. The message is for the user."""
+
+
+class ContextFull(ValueError):
+    """The prompt and the reply asked for do not fit the model's context."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
 
 @dataclass
 class ModelSettings:
@@ -39,93 +72,141 @@ class TaskSettings(ModelSettings):
         check_positive(self, "threads", "context", "max_new_tokens")
 
 
+def flag_of(name):
+    """Returns a setting's flag: --max-new-tokens of max_new_tokens."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check_choices(cfg, **choices):
     """Raises ValueError for a setting that is not one of those allowed, {name: values}."""
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             expected = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {expected}, found {getattr(cfg, name)!r}")
+            raise ValueError(f"{flag_of(name)} must be {expected}, found {getattr(cfg, name)!r}")
 
 
 def check_positive(cfg, *names):
     """Raises ValueError for a setting that is not a finite number above 0."""
     for name in names:
         if not 0 < getattr(cfg, name) < math.inf:       # nor NaN
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(cfg, name)}")
+            raise ValueError(f"{flag_of(name)} must be above 0, found {getattr(cfg, name)}")
 
 
 def parse(cls, argv=None, fill=None):
-    """An instance of the dataclass `cls`, filled from the command line (`argv`, by default sys.argv[1:]).
+    """Returns an instance of the dataclass `cls`, filled from the command line.
 
-    fill: a function of all settings, {name: value} as typed or by default, that gives [(where from, {name: value})]:
-    settings that hold where none was typed, the first that has one. What they change is said on the error stream. What
-    was typed holds, also where it is what the default would have been.
+    A field reads `name: type = default  # help text`; comment lines below it that are indented deeper go on with the
+    text. Types are int, float, str, bool (--name / --no-name), X | None (the word `none`) and tuple[X, ...] (a list
+    with commas). --max-new-tokens and --max_new_tokens are one flag, and --x=1 works.
 
-    A field reads `name: type = default  # help text`; comment lines below it, indented deeper, continue the text.
-    Types: int, float, str, bool (--name / --no-name), X | None (the word `none`) and tuple[X, ...] (a comma list).
-    --max-new-tokens and --max_new_tokens are one flag and --x=1 works. A name that does not exist (near ones are
-    listed), a value of the wrong type or a ValueError of fill or the class's own __post_init__ ends the program with
-    status 2.
+    argv: the words; by default those of the program.
+    fill: a function of {name: value}, of all settings as typed or by default. It returns [(source, {name: value})]:
+        settings that hold where none was typed; the first source that has one counts.
+    What was typed, and what came from where, is said on the error stream. An unknown flag (near ones are listed), a
+    value of the wrong type, and a ValueError of `fill` or of the class end the program with status 2.
     """
-    about = {}      # field -> its trailing comment
+    parser = _parser(cls)
+    if argv is None:
+        argv = sys.argv[1:]
+    argv = [re.sub(r"^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in argv]
+    typed, unknown = parser.parse_known_args(argv)
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(flag, map(flag_of, defaults), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
+        parser.error(f"there is no {flag}; {hint}")
+    values = vars(typed)
+    try:
+        sources = fill(defaults | values) if fill else []
+        if values:
+            announce(f"typed: {_as_flags(values)}")
+        for source, settings in sources:
+            filled = {name: value for name, value in settings.items() if name in defaults and name not in values}
+            values |= filled
+            changed = {name: value for name, value in filled.items() if value != defaults[name]}
+            if changed:
+                announce(f"{source}: {_as_flags(changed)}")
+        return cls(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _parser(cls):
+    """Returns the argument parser of a dataclass; a flag that was not typed leaves no value."""
+    help_texts = _comments(cls)
+    types = typing.get_type_hints(cls)
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(cls):
+        kind = types[field.name]
+        required = field.default is dataclasses.MISSING
+        default = "required" if required else f"default: {_as_text(field.default)}"
+        options = {"help": f"{help_texts.get(field.name, '')} ({default})".replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = lambda text, kind=kind: _convert(text, kind)
+            options["metavar"] = re.search("int|float|str", str(kind))[0].upper()
+        parser.add_argument(flag_of(field.name), required=required, default=argparse.SUPPRESS, **options)
+    return parser
+
+
+def _comments(cls):
+    """Returns {field: its trailing comment} of a dataclass and its bases, from their source."""
+    comments = {}
     for base in reversed(cls.__mro__[:-1]):
         name = None
         for line in inspect.getsource(base).splitlines():
             if match := re.match(r"    (\w+)\s*:\s*\S.*?(?:  # (.*))?$", line):
                 name = match[1]
-                about[name] = match[2] or ""
+                comments[name] = match[2] or ""
             elif name and (match := re.match(r"     +# ?(.*)", line)):
-                about[name] += " " + match[1]
+                comments[name] += " " + match[1]
             else:
                 name = None
+    return comments
 
-    def convert(text, kind):
-        inner = typing.get_args(kind)
-        if typing.get_origin(kind) is tuple:
-            return tuple(convert(word.strip(), inner[0]) for word in text.split(",") if word.strip())
-        if inner:  # X | None
-            return None if text.lower() == "none" else convert(text, inner[0])
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, found {text!r}") from None
 
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = typing.get_type_hints(cls)
-    for one in dataclasses.fields(cls):
-        kind, default = kinds[one.name], one.default
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        needed = default is dataclasses.MISSING
-        text = (about.get(one.name, "") + (" (required)" if needed else f" (default: {shown})")).replace("%", "%%")
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        else:
-            letters = re.findall("int|float|str", str(kind))[0].upper() + ",..." * (typing.get_origin(kind) is tuple)
-            how = {"type": lambda text, kind=kind: convert(text, kind), "metavar": letters}
-        parser.add_argument("--" + one.name.replace("_", "-"), required=needed, default=argparse.SUPPRESS, help=text,
-                            **how)
-
-    argv = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
-            for word in (sys.argv[1:] if argv is None else argv)]
-    typed, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(flag, ["--" + name.replace("_", "-") for name in kinds], n=3)
-        parser.error(f"there is no {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
-    default = {one.name: one.default for one in dataclasses.fields(cls)}
-    values = vars(typed)
+def _convert(text, kind):
+    """Returns the value of a flag's text, of the type `kind`."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_convert(word.strip(), inner[0]) for word in text.split(",") if word.strip())
+    if inner:       # X | None
+        return None if text.lower() == "none" else _convert(text, inner[0])
     try:
-        for source, more in fill({**default, **values}) if fill else ():
-            new = {name: value for name, value in more.items() if name in default and name not in values}
-            values.update(new)
-            said = ", ".join(as_flag(name, value) for name, value in new.items() if value != default[name])
-            if said:
-                announce(f"{source}: {said}")
-        return cls(**values)
-    except ValueError as error:
-        parser.error(str(error))
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {kind.__name__}, found {text!r}") from None
 
+
+def _as_text(value):
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _as_flags(values):
+    """Returns {name: value} as one would type them."""
+    words = []
+    for name, value in values.items():
+        if value is True:
+            words.append(flag_of(name))
+        elif value is False:
+            words.append(flag_of(f"no_{name}"))
+        else:
+            words.append(f"{flag_of(name)} {_as_text(value)}")
+    return ", ".join(words)
+
+
+def preset(name, recipes):
+    """Returns the source that `fill` gives for --preset NAME. recipes: {name: settings}."""
+    if name not in recipes:
+        raise ValueError(f"there is no --preset {name}; there is {', '.join(recipes)}")
+    return f"--preset {name}", recipes[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
 
 def announce(text):
     """Says something on the error stream; of several processes under torchrun the first one says it."""
@@ -133,48 +214,46 @@ def announce(text):
         print(text, file=sys.stderr)
 
 
-def as_flag(name, value):
-    """A setting as one would type it."""
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+def format_table(rows):
+    """Returns rows of texts as lines with aligned columns. Rows without any text are left out; the first two columns
+    are set to the left."""
+    rows = [row for row in rows if any(row)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2])]
+        cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
-def preset(name, recipes):
-    """What parse's fill gives for --preset NAME; recipes: {name: settings}. ValueError: there is no such one."""
-    if name not in recipes:
-        raise ValueError(f"there is no --preset {name}; there is {', '.join(recipes)}")
-    return f"--preset {name}", recipes[name]
+# ---------------------------------------------------------------------------------------------------------------------
+# A program from start to end
 
-
-class ContextFull(ValueError):
-    """The prompt and the reply asked for do not fit the model's context."""
-
-
-class RunError(RuntimeError):
-    """The run cannot go on, for a reason that is not a bug; the message is for the user."""
-
-
-def exit_status(program, work, kept):
-    """The exit status of work(): 0 done, 1 failed or interrupted, 2 bad settings, with the message on the error
-    stream. kept: the folder where what was done stays."""
+def exit_status(program, work, folder):
+    """Runs work() and returns the exit status: 0 done, 1 failed or interrupted, 2 bad settings. The error stream gets
+    the message. folder: where all that was done is kept."""
     try:
         work()
         return 0
     except ValueError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except (RunError, Unprotected, OSError) as error:      # a wrong path, a full disk
+    except (RunError, Unprotected, OSError) as error:      # OSError: a wrong path, a full disk
         print(f"{program}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-    print(f"What was done is kept in {kept}; the same command goes on from there.", file=sys.stderr)
+    print(f"What was done is kept in {folder}; the same command goes on from there.", file=sys.stderr)
     return 1
 
 
+def under_torchrun():
+    """Returns whether torchrun has started this process, alone or with others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def refuse_torchrun(what):
-    """ValueError, said once, where torchrun has started several processes of a program that runs in one."""
+    """Raises ValueError, on the first process alone, where torchrun has started several of a program that runs in one."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if os.environ.get("RANK") != "0":
             sys.exit(2)
@@ -182,20 +261,25 @@ def refuse_torchrun(what):
 
 
 def run_main(main):
-    """Ends the process with main()'s status. A batch system's request to end is a Ctrl-C; the scripts' folders lie
-    below one that is removed, and a second Ctrl-C does not leave it behind. What a kill -9 leaves, the next start
-    removes: a folder whose file `owner` nobody holds."""
+    """Ends the process with main()'s status; SIGTERM, a batch system's request to end, is a Ctrl-C.
+
+    All that scripts leave lies below one temporary folder, which is removed at the end, also after a second Ctrl-C.
+    What a kill -9 leaves is removed by the next start: a folder whose file `owner` is locked by nobody.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 1
+    # 1. What killed programs have left.
     for file in Path(tempfile.gettempdir()).glob("ml-agent-*/owner"):
-        with contextlib.suppress(OSError), file.open() as owner:    # held, or another user's
+        with contextlib.suppress(OSError), file.open() as owner:    # it is held, or another user's
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(file.parent)
+    # 2. A folder of our own. Its lock is held before it has its name, so that nobody sees it unlocked.
     tempfile.tempdir = tempfile.mkdtemp(prefix="ml-agent-")
     try:
         owner = Path(tempfile.tempdir, "starts").open("w")
         fcntl.flock(owner, fcntl.LOCK_EX)
-        os.rename(owner.name, Path(tempfile.tempdir, "owner"))      # so it is never seen before it is held
+        os.rename(owner.name, Path(tempfile.tempdir, "owner"))
+        # 3. The program.
         try:
             code = main()
         except SystemExit as error:
@@ -208,14 +292,7 @@ def run_main(main):
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.SIG_IGN)
         _remove(tempfile.tempdir)
+    # 4. Threads may still wait for a reply or a script, so the interpreter is not asked to wait for them.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)      # threads may still wait for a reply or a script; the scripts end when we do
-
-
-def format_table(rows):
-    """Rows of texts, those without any left out, as lines with aligned columns; the first two are set to the left."""
-    rows = [row for row in rows if any(row)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    os._exit(code)

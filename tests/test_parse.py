@@ -9,7 +9,7 @@ import torch
 import rl
 import sft
 from model import Config
-from sample import parse
+from support.cli import parse
 
 
 @dataclass
@@ -111,7 +111,8 @@ def test_what_is_typed_comes_before_what_fills_and_what_fills_first_before_the_r
     got = parse(Flags, ["--task", "leaf", "--temperature=0.5"], fill)
     assert got == Flags("leaf", temperature=0.5, limit=3, cache=False, actions=("x", "y"))
     assert asked[0]["temperature"] == 0.5 and asked[0]["max_new_tokens"] == 256     # all settings, typed or not
-    assert capsys.readouterr().err == "first: --limit 3\nsecond: --no-cache, --actions x,y\n"
+    assert capsys.readouterr().err == ("typed: --task leaf, --temperature 0.5\nfirst: --limit 3\n"
+                                       "second: --no-cache, --actions x,y\n")
     got = parse(Flags, ["--task=leaf", "--limit=none", "--cache", "--no-verbose", "--actions=a,b"], fill)
     assert got == Flags("leaf", temperature=0.1)
 

@@ -4,6 +4,7 @@ the work is divided. As a program it looks for a planted best reply with each ki
     python tests/test_rl.py
 """
 import ast
+import functools
 import re
 import sys
 import time
@@ -33,7 +34,7 @@ METHODS = {"critic": {}, "rloo": {"advantage": "rloo"}, "grpo": {"advantage": "g
 @pytest.fixture(autouse=True)
 def unclipped(monkeypatch):
     """Gradients are compared as they are."""
-    monkeypatch.setattr(rl, "MAX_GRAD_NORM", 1e9)
+    monkeypatch.setattr(rl, "optimizer_step", functools.partial(distributed.optimizer_step, max_norm=1e9))
 
 
 def tokenizer_of(letters):
@@ -538,7 +539,7 @@ def steps_of(method, rank=0, world=1, device=CPU, reverse=False, **settings):
             one.group, one.episode_id = 5 - one.group, i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "WARM_UP_STEPS", 1)
-        patch.setattr(rl, "MAX_GRAD_NORM", 1e9)
+        patch.setattr(rl, "optimizer_step", functools.partial(distributed.optimizer_step, max_norm=1e9))
         return plain.steps, learn(trainer, samples), trainer
 
 
