@@ -92,7 +92,7 @@ class Settings(cli.TaskSettings):
                            "rows", "length", "save_every", "gpus")
         for name in ("lr", "critic_lr", "clip_low", "clip_high", "kl", "lam"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be from 0 to 1, found {getattr(self, name)}")
+                raise ValueError(f"{cli.flag_of(name)} must be from 0 to 1, found {getattr(self, name)}")
         if self.context <= self.max_new_tokens:
             raise ValueError(f"--context must be above --max-new-tokens {self.max_new_tokens}, found {self.context}")
         if sample.is_server(self.coder):
@@ -125,7 +125,6 @@ class State:
 
     @property
     def name(self):
-        """The state's name in checkpoints and messages; it is the same whatever else is in the pool."""
         return f"{self.file.stem}, step {self.index}"
 
     @property
@@ -148,8 +147,8 @@ def load_pool(cfg, tokenizer, log=print):
     held-out task, other data than the trajectories were collected on, a link that leads out of the folder, or no state.
     """
     refuse_links_out(cfg.trajectories)      # results of scripts are added there
-    wanted = tasks.names(cfg.task)
     forbidden = tasks.held_out_hashes(cfg.data)
+    tokenizer_id = fingerprint(tokenizer)
     has_blob = cache(Blobs(Path(cfg.trajectories, "blobs")).has)
     pool = {}
     left_out = {}       # reason -> names
@@ -162,14 +161,14 @@ def load_pool(cfg, tokenizer, log=print):
             left_out.setdefault("no record of a trajectory", []).append(str(error))
             continue
         tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
-        if head["task"] not in wanted:
+        if head["task"] not in tasks.names(cfg.task):
             continue
         data_sha256 = tasks.info(head["task"], cfg.data)["sha256"]
         tasks.refuse_held_out(head["task"], data_sha256, forbidden)
         if head.get("data_sha256", data_sha256) != data_sha256:
             raise ValueError(f"{file} was collected on other data than {Path(cfg.data, head['task'])} holds; prepare "
                              "those again, or collect anew")
-        if head.get("tokenizer") != fingerprint(tokenizer):     # the recorded token ids mean nothing to this model
+        if head.get("tokenizer") != tokenizer_id:       # the recorded token ids mean nothing to this model
             for line in (head, *steps):
                 for message in line["messages"]:
                     message.pop("tokens", None)
@@ -252,7 +251,7 @@ class Transition:
     prompt: list        # token ids that the policy saw
     tokens: list        # token ids of the action, with the end of turn
     logp_sampler: list  # their log-probs when they were sampled
-    step: dict          # env.Step as a dict; None where files of the state are missing
+    step: dict          # env.Step as a dict
 
     @property
     def reward(self):
@@ -308,18 +307,18 @@ class RolloutWorker:
         return env, self.engine.tokenizer.chat(env.prompt())
 
     def playable(self, state):
-        """Returns whether the files of a state are there, and prompt and action fit the context."""
+        """Returns whether the files of a state are there, and prompt and action fit the context; else leaves it out."""
         if self.cfg.rollout == "episode":       # which begins at the start instead
             return True
         try:
             length = len(self.restore(state.name)[1]) + self.cfg.max_new_tokens
+            if length <= self.engine.context:
+                return True
+            reason = f"prompt and action take {length} tokens, and --context is {self.engine.context}"
         except MissingBlob as error:
-            self.leave_out(state.name, error)
-            return False
-        if length > self.engine.context:
-            self.leave_out(state.name, f"prompt and action take {length} tokens; --context is {self.engine.context}")
-            return False
-        return True
+            reason = error
+        self.leave_out(state.name, reason)
+        return False
 
     def leave_out(self, name, reason):
         self.chances[name] = 0.0
@@ -347,11 +346,10 @@ class RolloutWorker:
         except FloatingPointError as error:
             raise RunError(f"sampling: {error}") from None
         executed = time.monotonic()
-        for name in sorted({transition.state for transition in transitions if transition.step is None}):
-            self.leave_out(name, "its files are gone")
-        transitions = [transition for transition in transitions if self.chances.get(transition.state) != 0]
+        for name in sorted(set(names) - {transition.state for transition in transitions}):
+            self.leave_out(name, "its files are gone, or its prompt has outgrown --context")
         if not transitions:
-            raise RunError("there is no action: the files of all states are gone, or every conversation outgrew --context")
+            raise RunError("there is no action; the reasons stand above")
         if not self.cfg.has_critic:     # prefer states whose actions earned different rewards
             rewards = group_rewards(transitions)
             for transition in transitions:
@@ -378,11 +376,11 @@ class RolloutWorker:
         return [futures[key] for key in sorted(futures)]
 
     def execute_action(self, name, group, number, reply):
-        """Returns [Transition] of a state's action: carried out, run, graded and rewarded."""
+        """Returns [Transition] of a state's action: carried out, run, graded and rewarded; [] where a file is gone."""
         try:
             return [self.act(*self.restore(name), reply, name, group, number)]
         except MissingBlob:
-            return [Transition(name, group, 0, [], reply.tokens, reply.logps, None)]
+            return []
         except Exception as error:
             error.add_note(f"It happened in the state {name}.")
             raise
@@ -588,8 +586,8 @@ class PPOTrainer:
         self.rank = rank
         self.world = world
         self.device = device
-        build = partial(build_model, config, folder, device=device, seed=cfg.seed, compute=compute_type(cfg.dtype, device),
-                        recompute=num_weights(config)[-1] > RECOMPUTE_ABOVE)
+        build = partial(build_model, config, folder, device, cfg.seed, num_weights(config)[-1] > RECOMPUTE_ABOVE,
+                        compute_type(cfg.dtype, device))
         self.actor = build()
         self.reference = build().requires_grad_(False) if cfg.kl else None
         self.critic = build(make=Critic) if cfg.has_critic else None
@@ -711,10 +709,8 @@ def action_stats(transitions, max_new_tokens):
     kinds = Counter(step["kind"] for step in steps)
     edits = [step for step in steps if step["outcome"] and step["action"] != "Execute Script"]
     return {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(correction=0).item(),
-        "reward_min": rewards.min().item(),
-        "reward_max": rewards.max().item(),
+        "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
+        "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
         **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(steps) for kind in KINDS},
         "valid": mean(step["valid"] for step in steps),
         "reward_edits": mean(step["reward"] for step in edits),
@@ -868,16 +864,18 @@ def train(cfg, rank, world, device):
     export_model(trainer.actor, tokenizer, cfg.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if rank == 0 and (agent := read_agent(folder)):
         write_agent(cfg.out, agent)
-    log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints" + ("\n\nNext: python eval.py" if cfg.preset == "tiny"
-                                                                      else ""))
+    next_command = "\n\nNext: python eval.py" if cfg.preset == "tiny" else ""
+    log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints{next_command}")
 
 
 def plan(cfg):
     """Returns the text of --plan: memory of one GPU by part, at the peak of an update. It reads no weights."""
     config = shape_of(cfg.model)
-    parts = plan_memory(config, cfg.length, cfg.gpus, compute_type(cfg.dtype, torch.device("cuda")),
-                        recompute=num_weights(config)[-1] > RECOMPUTE_ABOVE, critic=cfg.has_critic,
-                        reference=cfg.kl > 0, sampled_tokens=cfg.rows * cfg.context)
+    compute = compute_type(cfg.dtype, torch.device("cuda"))
+    parts = plan_memory(config, cfg.length, cfg.gpus, compute, recompute=num_weights(config)[-1] > RECOMPUTE_ABOVE,
+                        critic=cfg.has_critic, reference=cfg.kl > 0, sampled_tokens=cfg.rows * cfg.context)
+    if cfg.gpus == 1 and compute is torch.float32:      # see make_engine
+        del parts["sampling copy"]
     return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.length:,} tokens, {cfg.rows} x {cfg.context:,} "
                       "tokens sampled", "", "GiB per GPU", *gib(parts)])
 
@@ -890,18 +888,20 @@ def fill(values):
     folder = sample.small_files(model) if Path(model).is_dir() or not values["plan"] else None
     if not folder and not values["plan"]:       # there is no such model, as train() says
         return [cli.preset(preset, RECIPES)] if preset else []
-    config = Config.from_pretrained(folder) if folder else shape_of(model)      # --plan knows "7b"
-    fillings = [(f"{model}/agent.json", read_agent(folder))] if folder else []
-    num = num_weights(config)[-1]
-    fitting = "tiny" if num < TINY_BELOW else "7b"
-    relation = "below" if num < TINY_BELOW else "not below"
-    size = f"{model} has {num:,} weights, {relation} {TINY_BELOW:,.0f}"
+    num = num_weights(Config.from_pretrained(folder) if folder else shape_of(model))[-1]      # --plan knows "7b"
+    agent = [(f"{model}/agent.json", read_agent(folder))] if folder else []
+    if num < TINY_BELOW:
+        fitting = "tiny"
+        size = f"{model} has {num:,} weights, below {TINY_BELOW:,.0f}"
+    else:
+        fitting = "7b"
+        size = f"{model} has {num:,} weights, not below {TINY_BELOW:,.0f}"
     if not preset:
-        return [*fillings, (f"{size}, so (another --preset may be typed)", {"preset": fitting, **RECIPES[fitting]})]
+        return [*agent, (f"{size}, so (another --preset may be typed)", {"preset": fitting, **RECIPES[fitting]})]
     if preset == "tiny" != fitting:
         cli.announce(f"rl.py: WARNING: {size}; --preset tiny is for smaller models, and its learning rate, "
                      f"{RECIPES['tiny']['lr']:g} in place of {Settings.lr:g}, may ruin this one")
-    return [*fillings, cli.preset(preset, RECIPES)]
+    return [*agent, cli.preset(preset, RECIPES)]
 
 
 def run(cfg):

@@ -276,7 +276,7 @@ def test_a_missing_blob_is_named_at_the_start_and_in_the_middle(made, tmp_path, 
     rollout.submit_actions = lambda names, first, iteration: [
         rollout.threads.submit(rollout.execute_action, name, group, 0, Scripted().reply("no action"))
         for group, name in enumerate(names)]
-    rollout.chances = {}
+    rollout.chances.clear()
     samples = rollout.run([name, "toy-a-0, step 0"], 0)
     assert [one.state for one in samples] == ["toy-a-0, step 0"]
     assert rollout.chances == {name: 0.0}
@@ -527,7 +527,7 @@ def test_two_processes_play_and_learn_as_one(made, run):
 def test_nan_stops_the_run_and_names_the_place(made, run):
     """A weight of the critic, or of the policy, becomes NaN after the third iteration; the checkpoint of the second
     is good."""
-    for name, words in (("critic.score.weight", "iteration 4, rank 0: the norm of the gradient is nan"),
+    for name, words in (("critic.score.weight", "iteration 4, rank 0: gradient norm nan"),
                         ("actor.model.norm.weight", "iteration 4, rank 0: sampling: ")):
         out = made / f"nan-{name}"
         code, said = run(out=out, code=f"after('learning', 3, lambda cfg, worker, trainer, *_: "
@@ -542,7 +542,7 @@ def test_equal_rewards_and_invalid_actions_are_logged_and_do_no_harm(made, run):
     """No token is an action when only the end of turn is sampled: all rewards are 0, nothing is divided by 0."""
     for flags in ((), ("--advantage", "group")):
         out = made / f"equal{len(flags)}"
-        code, said = run(*flags, out=out, iterations=2, kl=0, code="rl.Env.step.__globals__['parse'] = "
+        code, said = run(*flags, out=out, iterations=2, kl=0, code="env.Env.step.__globals__['parse'] = "
                          "lambda *a: ({}, None, {}, 'It cannot be read.')")
         assert code == 0, said
         for figures in curve(out).values():
@@ -633,6 +633,6 @@ def test_the_plan_by_hand(capsys):
     for dtype, copy in (("auto", 2 * total), ("float32", 0)):
         rl.main([*plan, "--gpus", "1", "--advantage", "group", "--kl", "0", "--rows", "1", "--dtype", dtype])
         said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
-        assert float(said["  critic"]) == float(said["  reference"]) == 0
-        assert float(said["  sampling copy"]) == pytest.approx(copy / gib, abs=0.01)
+        assert "  critic" not in said and "  reference" not in said
+        assert float(said.get("  sampling copy", 0)) == pytest.approx(copy / gib, abs=0.01)
         assert float(said["  KV cache"]) == pytest.approx((1 if copy else 2) * 16384 * 57_344 / gib, abs=0.01)
