@@ -159,7 +159,7 @@ def outcome(lines, direction, final):
         chosen = max(printed, key=lambda step: (sign * step["printed"], step["index"]))
     return {"score": chosen.get("score"), "oracle": oracle.get("score"), "ended": end_reason(lines), "steps": len(steps),
             "valid_replies": sum(step["valid"] for step in steps),
-            "flagged": sum(tasks.flagged(step["canary_p"]) for step in steps),
+            "flagged": sum(tasks.flagged(step.get("canary_p")) for step in steps),
             "sandbox": sorted({step["sandbox"] for step in steps if step["sandbox"]})}
 
 
@@ -504,7 +504,7 @@ def shown_step(step):
         labels.append(["dim" if step["outcome"] == "ok" else "bad", ". ".join(filter(None, said))])
     seconds = f"{step['seconds']:.1f} s" + f", script {step['script_seconds']:.1f} s" * bool(step["outcome"])
     labels.append(["dim", seconds])
-    if tasks.flagged(step["canary_p"]):
+    if tasks.flagged(step.get("canary_p")):
         labels.append(["bad", "FLAGGED: holds planted answers"])
     if step["sandbox"] == "off":
         labels.append(["bad", "sandbox off"])
@@ -672,7 +672,7 @@ def shown_trajectory(runs, n, one):
     id, head, steps = anchor(runs, n, one), one["head"], one["steps"]
     strip = "".join(f'<a class="k{KINDS.index(step["kind"])}" href="#{id}-{i}" title="step {i}: {step["kind"]}, reward '
                     f'{step["reward"]:.3f}">&#963{3 if made_worse(step) else 2};</a>' for i, step in enumerate(steps))
-    flagged = ["flagged"] * any(tasks.flagged(step["canary_p"]) for step in steps)
+    flagged = ["flagged"] * any(tasks.flagged(step.get("canary_p")) for step in steps)
     edits = [f"an edit {'above' if step['reward'] > 0.5 else 'below'} 0.5" for step in steps if step["kind"] == "scored"
              and step["reward"] != 0.5]
     values = {"run": [runs[n]["name"]], "task": [one["task"]], "reward": edits + [step["kind"] for step in steps],
@@ -859,7 +859,7 @@ def evaluate(s, agents=None, load=sample.load):
         found = {name: Agent(one) for name, one in agents.items()}
         jobs = [job for one in found.values() for job in one.jobs]
         records = {path: lines for one in found.values() for path, lines in one.records.items()}
-        cache, done = ResultCache(Path(s.out, "cache"), s.recheck), False
+        cache, done = ResultCache(Path(s.out, "cache")), False
         if jobs:
             run = Progress(records, max(one.steps for one in agents.values()))
             if any(records.values()):
@@ -874,7 +874,7 @@ def evaluate(s, agents=None, load=sample.load):
         except ValueError as error:     # with its traceback: it is nothing that settings could put right
             raise RuntimeError("a trajectory could not be played") from error
         finally:
-            again = {"rechecked": {"runs": cache.counts["rechecked"], "moved": cache.moved}} if cache.recheck else {}
+            again = {}
             for one in found.values():
                 one.save(tasks=collect(one.s, one.infos) if one.s.model else baseline(one.s, one.infos, cache),
                          complete=done, **again)

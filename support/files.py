@@ -1,9 +1,28 @@
-"""Files on disk: whole or not there, held by one process, and checked where others may have made them."""
-import contextlib, fcntl, hashlib, json, os, stat
+"""Files on disk: written whole, held by one process, and checked where others may have made them.
+
+A form says which values from JSON are accepted: (words, test) for a value; [form] for a list of such; {name: form} for
+an object with these entries, where "name?" may be missing and `str` stands for all names. See check_form.
+"""
+import contextlib, fcntl, hashlib, json, os, stat, sys, uuid
 from pathlib import Path
 
+MAX_READ = 1 << 28      # bytes of a file that is read as a whole
 
-LARGEST = 1 << 28       # bytes of a file that is read as a whole
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forms of values from JSON
+
+def is_text(value):
+    """Returns whether a value is a text that can be written to a file: it has no half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def is_number(value):
+    """Returns whether a value is a number, not NaN and not infinite."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def maybe(form):
@@ -15,46 +34,57 @@ def one_of(*values):
 
 
 def some_of(*values):
-    def good(value):
-        return (isinstance(value, list) and all(isinstance(each, str) and each in values for each in value)
-                and 0 < len(value) == len(set(value)))
-    return f"a list of some of {', '.join(values)}", good
+    def is_some(value):
+        if not isinstance(value, list) or not all(isinstance(name, str) and name in values for name in value):
+            return False
+        return 0 < len(value) == len(set(value))
+    return f"a list of some of {', '.join(values)}", is_some
 
 
 def up_to(most):
     return f"a whole number from 1 to {most}", lambda value: type(value) is int and 1 <= value <= most
 
-TEXT = "a text", lambda value: isinstance(value, str)
+
+def is_value(value):
+    """Returns whether a value is a text, a number, true, false, null or a list of these."""
+    items = value if isinstance(value, list) else [value]
+    return all(item is None or any(form[1](item) for form in (TEXT, FLAG, NUMBER)) for item in items)
+
+
+TEXT = "a text", is_text
 WORD = "a few printable characters", lambda value: isinstance(value, str) and value.isprintable() and len(value) <= 100
 FLAG = "true or false", lambda value: isinstance(value, bool)
 NUMBER = "a number", lambda value: type(value) is float or type(value) is int and abs(value) < 1e300
 COUNT = "a whole number of at least 0", lambda value: type(value) is int and 0 <= value < 2**53
-VALUE = "a text, a number, true, false, null or a list of these", lambda value: all(
-    each is None or any(form[1](each) for form in (TEXT, FLAG, NUMBER))
-    for each in (value if isinstance(value, list) else [value]))
+VALUE = "a text, a number, true, false, null or a list of these", is_value
 
 
 def check_form(value, form, where):
-    """ValueError, which names the place, unless a value read from JSON has a form: (words, test) for a value; [form]
-    for a list; {name: form} for an object that has these entries, "name?": if it likes, str: for all it has."""
-    names = {list: "a list", dict: "an object"}
-    words, good = form if isinstance(form, tuple) else (names[type(form)], lambda value: type(value) is type(form))
-    if not good(value):
-        found = names.get(type(value)) or shorten(ascii(value), 80)
-        raise ValueError(f"{where}: expected {words}, found {found}")
-    if isinstance(form, list):
-        for i, each in enumerate(value):
-            check_form(each, form[0], f"{where}, entry {i}")
-    if isinstance(form, dict):
+    """Raises ValueError, one sentence that says where, unless a value from JSON has a form."""
+    if isinstance(form, tuple):
+        words, is_right = form
+        if not is_right(value):
+            found = {list: "a list", dict: "an object"}.get(type(value)) or shorten(ascii(value), 80)
+            raise ValueError(f"{where}: expected {words}, found {found}")
+    elif isinstance(form, list):
+        check_form(value, ("a list", lambda value: isinstance(value, list)), where)
+        for i, item in enumerate(value):
+            check_form(item, form[0], f"{where}, entry {i}")
+    else:
+        check_form(value, ("an object", lambda value: isinstance(value, dict)), where)
         for name, inner in form.items():
-            for key in value if name is str else [name.removesuffix("?")]:
+            keys = list(value) if name is str else [name.removesuffix("?")]
+            for key in keys:
                 if key in value:
                     check_form(value[key], inner, f"{where}, {shorten(ascii(key), 80)}")
                 elif not name.endswith("?"):
                     raise ValueError(f"{where}: {name!r} is missing")
 
 
-def read_bytes(path, most=LARGEST):
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing
+
+def read_bytes(path, most=MAX_READ):
     """The content of a file, None where there is none. ValueError: it is no ordinary file, or has more bytes."""
     def opener(path, flags):        # waits for nobody at the other end of a pipe
         return os.open(path, flags | os.O_NONBLOCK)
@@ -90,16 +120,29 @@ def read_json_lines(path, form, mend=False):
     return [parse_json(line, form, f"{path}, line {i}") for i, line in enumerate(raw[:whole].splitlines(), 1)]
 
 
-def write_atomic(path, value):
-    """Writes bytes, or a value as JSON, aside and renames the file: it is whole, or the one before."""
+@contextlib.contextmanager
+def atomic_file(path):
+    """Opens a new file beside `path` for writing bytes, which takes the place of `path` when the block ends without an
+    error. So `path` is whole or as it was, also with many writers and where this process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)        # a link that lies there must not be followed
-    with open(part, "xb") as file:
-        file.write(value if isinstance(value, bytes) else (json.dumps(value, indent=1) + "\n").encode())
-    if not isinstance(value, bytes):        # those are pages and copies, often thousands, and can be made again
-        sync(part)
-    part.replace(path)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with open(part, "xb") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomic(path, value):
+    """Writes bytes, or a value as JSON, to a file that is whole or as it was before."""
+    with atomic_file(path) as file:
+        if isinstance(value, bytes):    # pages and copies, often thousands, which can be made again
+            file.write(value)
+        else:
+            file.write((json.dumps(value, indent=1) + "\n").encode())
+            file.flush()
+            sync(file.name)
 
 
 @contextlib.contextmanager
@@ -156,7 +199,6 @@ def sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
 
 
 def fingerprint(tokenizer):

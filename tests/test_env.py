@@ -1,6 +1,6 @@
 """The environment on a task made by hand: its script needs no library, and its grader reads one number."""
 
-import dataclasses, json, os, random, re, subprocess, sys, threading, time
+import dataclasses, hashlib, json, os, random, re, subprocess, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +10,7 @@ import env as env_module
 import tasks
 from env import ACTIONS, FIELDS, Env, shorten, header, parse, printed_metric, record, system_prompt
 from reward import KINDS
+from support import parallel, storage
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
 STARTER = """\
@@ -46,7 +47,7 @@ def task(tmp_path, monkeypatch):
     info = {"id": "made", "m_init": 0.5, "m_best": 0.9, "miniature": True}
     monkeypatch.setattr(tasks, "load", lambda id: task)
     monkeypatch.setattr(tasks, "info", lambda id, data="data": info)
-    monkeypatch.setattr(tasks, "judge", lambda id, path, data: (grade(id, path, data), 1.0))
+    monkeypatch.setattr(tasks, "grade", grade)
     return task
 
 
@@ -87,6 +88,10 @@ def put(env, **files):
     """Files straight into the workspace: put(env, train='...') writes train.py."""
     for name, text in files.items():
         env.files[f"{name}.py"] = env.blobs.put(text.encode())
+
+
+def lines_of(values):
+    return "".join(json.dumps(value) + "\n" for value in values)
 
 
 def text_of(env, path):
@@ -549,8 +554,8 @@ def test_only_chosen_actions(make):
 
 def test_prompt_names_every_tool_and_argument():
     prompt = system_prompt()
-    for name, (args, _) in ACTIONS.items():
-        assert f"- {name} {{" in prompt and all(f'"{key}"' in prompt for key in args)
+    for name, action in ACTIONS.items():
+        assert f"- {name} {{" in prompt and all(f'"{key}"' in prompt for key in action.args)
     assert all(f"\n{name}: (" in prompt for name in FIELDS) and len(prompt) < 4_800  # about 850 tokens
     for without, first in ((None, "Edit Script (AI)"), ("Edit Script (AI)", "Replace In Script")):
         actions = [name for name in ACTIONS if name != without]
@@ -631,7 +636,7 @@ def test_snapshot_and_restore(make):
     env.restore(state, messages, index=2, m_before=0.6)
     assert env.snapshot() == state and env.messages == messages and "extra.py" not in env.files
     second = edit(env, "0.60", "0.70")
-    times = dict(seconds=0, script_seconds=0, time_left_s=0)
+    times = dict(seconds=0, script_seconds=0, time_left_s=0, seconds_left=0)
     assert record(first, **times) == record(second, **times)
     missing = dict(state, absent="0" * 64)
     with pytest.raises(ValueError, match="0000 is missing"):
@@ -711,7 +716,7 @@ def test_replay_detects_a_planted_difference(recorded, tmp_path, capsys, index, 
     lines = [json.loads(line) for line in recorded.read_text().splitlines()]
     assert lines[index][name] != value
     lines[index][name] = value
-    recorded.write_text("\n".join(map(json.dumps, lines)))
+    recorded.write_text(lines_of(lines))
     if name == "snapshot":  # the state of the next step is gone
         assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2
         assert "missing" in capsys.readouterr().err
@@ -721,17 +726,33 @@ def test_replay_detects_a_planted_difference(recorded, tmp_path, capsys, index, 
 
 
 def test_replay_says_what_is_wrong_with_a_file(recorded, tmp_path, capsys):
-    recorded.write_text(recorded.read_text() + '{"type": "st')
+    whole = recorded.read_text()
+    recorded.write_text(whole + '{"type": "st')      # as a kill leaves it
+    assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
+    assert "8 steps replayed, 0 differences" in capsys.readouterr().out
+    recorded.write_text(whole + '{"type": "st\n')
     assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2
-    assert "line 11 is no record" in capsys.readouterr().err
+    assert "line 11 is not JSON" in capsys.readouterr().err
     (tmp_path / "empty").write_text("")
     assert env_module.main(["replay", str(tmp_path / "empty")]) == 2 and "empty" in capsys.readouterr().err
-    assert env_module.main(["replay", str(tmp_path / "absent")]) == 2 and env_module.main([]) == 2
+    assert env_module.main(["replay", str(tmp_path / "absent")]) == 2
+    assert capsys.readouterr().err == (
+        f"env.py replay: {tmp_path}/absent does not exist or is empty; a trajectory starts with a header\n")
+    assert env_module.main([]) == 2
 
 
 def test_a_step_is_a_line_of_json(recorded):
     line = json.loads(recorded.read_text().splitlines()[1])
     assert line["type"] == "step" and {each.name for each in dataclasses.fields(env_module.Step)} <= set(line)
+
+
+def test_the_forms_name_all_that_is_written(make):
+    names = {each.name for each in dataclasses.fields(env_module.Result)}
+    assert set(env_module.RESULT_FORM) == names - {"canary_p"}
+    assert {name for name in env_module.STEP_FORM if not name.endswith("?")} == {
+        each.name for each in dataclasses.fields(env_module.Step)} - {"snapshot"}
+    assert {name for name in env_module.HEADER_FORM if not name.endswith("?")} == set(header(make())) - {
+        "snapshot", "type"}
 
 
 # ------------------------------------------------------------------------------------------- nothing is had for nothing
@@ -859,7 +880,7 @@ def test_a_state_with_too_large_files_is_gone(make, monkeypatch):
     env = make()
     state = {"a": env.blobs.put(b"x" * 600), "b": env.blobs.put(b"x" * 600), ".undo/1/a": env.blobs.put(b"y" * 600)}
     env.restore(state)
-    monkeypatch.setattr(env_module, "MAX_BYTES", 1000)
+    monkeypatch.setattr(storage, "MAX_BYTES", 1000)
     with pytest.raises(env_module.MissingBlob, match="more than"):
         env.restore(state)
 
@@ -874,8 +895,7 @@ def test_a_state_with_too_large_files_is_gone(make, monkeypatch):
     lambda entry: entry["result"].update(stdout=5), lambda entry: entry["result"].update(seconds="1"),
     lambda entry: entry["result"].update(exit_code=True), lambda entry: entry["result"].update(stdout="\ud800"),
     lambda entry: entry["result"].update(peak_bytes=10 ** 400), lambda entry: entry["result"].update(seconds=10 ** 400),
-    lambda entry: entry["result"].update(more=1), lambda entry: entry["result"].pop("stdout"),
-    lambda entry: entry["result"].update(canary_p=float("inf"))])
+    lambda entry: entry["result"].update(more=1), lambda entry: entry["result"].pop("stdout")])
 def test_a_cache_entry_that_a_run_does_not_give_counts_as_absent(make, change):
     env = make()
     assert env.score()[0] == 0.5 and env.cache.counts["runs"] == 1
@@ -883,7 +903,7 @@ def test_a_cache_entry_that_a_run_does_not_give_counts_as_absent(make, change):
     entry = json.loads(place.read_bytes().split(b"\n", 1)[1])
     change(entry)
     env.cache.put(place.name, entry)
-    assert env.score()[0] == 0.5 and env.cache.counts == {"runs": 2, "hits": 0, "rechecked": 0}
+    assert env.score()[0] == 0.5 and env.cache.counts == {"runs": 2, "hits": 0}
     assert env.score()[0] == 0.5 and env.cache.counts["hits"] == 1      # it has been put right
 
 
@@ -892,7 +912,7 @@ def test_a_cache_entry_may_be_any_file(make, tmp_path):
     cache.put("aa", 1)
     place = tmp_path / "kept" / "aa" / "aa"
     for text in (b"[" * 100_000, b"\xff", b""):
-        place.write_bytes(env_module.hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+        place.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
         assert cache.get("aa") is None
     place.unlink()
     os.mkfifo(place)
@@ -928,7 +948,7 @@ def test_wrong_types_in_a_trajectory_are_one_clear_sentence(some_lines, tmp_path
     lines = [dict(each) for each in some_lines]
     lines[line][name] = value
     path = tmp_path / "x.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
+    path.write_text(lines_of(lines))
     with pytest.raises(ValueError) as error:
         env_module.read_trajectory(path)
     said = str(error.value)
@@ -943,7 +963,7 @@ def test_what_a_record_lacks_is_named(some_lines, tmp_path, line, name):
     lines = [dict(each) for each in some_lines]
     del lines[line][name]
     path = tmp_path / "x.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
+    path.write_text(lines_of(lines))
     with pytest.raises(ValueError, match=f'line {line + 1} .*"{name}" is missing'):
         env_module.read_trajectory(path)
 
@@ -951,8 +971,8 @@ def test_what_a_record_lacks_is_named(some_lines, tmp_path, line, name):
 @pytest.mark.parametrize("content", [b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b"{}",
                                      b'{"type": "step"}', b'{"type": ' + b"1" * 5000 + b"}"])
 def test_lines_that_are_no_record_are_named(tmp_path, content):
-    (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ValueError, match="x, line 1 is no record"):
+    (tmp_path / "x").write_bytes(content + b"\n")
+    with pytest.raises(ValueError, match="x, line 1(: expected an object| is no record| is not JSON)"):
         env_module.read_trajectory(tmp_path / "x")
 
 
@@ -964,7 +984,7 @@ def some_lines(make):
 
 def test_a_line_break_of_unicode_in_a_text_ends_no_line(some_lines, tmp_path):
     some_lines[1]["observation"] = "a\u2028b\x85c"
-    (tmp_path / "x").write_text("\n".join(json.dumps(each, ensure_ascii=False) for each in some_lines), "utf-8")
+    (tmp_path / "x").write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in some_lines), "utf-8")
     assert env_module.read_trajectory(tmp_path / "x")[1][0]["observation"] == "a\u2028b\x85c"
 
 
@@ -979,7 +999,7 @@ def test_a_file_does_not_choose_how_scripts_are_run(recorded, tmp_path, monkeypa
     change = {name: str(program) if value == "PROGRAM" else value for name, value in change.items()}
     lines = [json.loads(line) for line in recorded.read_text().splitlines()]
     lines[0].update(change)
-    recorded.write_text("\n".join(map(json.dumps, lines)))
+    recorded.write_text(lines_of(lines))
     seen, execute = [], env_module.execute
     monkeypatch.setattr(env_module, "execute",
                         lambda *args, **options: seen.append(options) or execute(*args, **options))
@@ -1021,7 +1041,7 @@ def test_an_error_of_the_coder_is_replayed(make, tmp_path, capsys):
     env = make(coder=coder)
     lines = [header(env), record(do(env, "Understand File", file_name="train.py", things_to_look_for="x"))]
     path = tmp_path / "out" / "x.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
+    path.write_text(lines_of(lines))
     assert env_module.main(["replay", str(path), "--data", str(tmp_path / "data")]) == 0
     assert "1 steps replayed, 0 differences" in capsys.readouterr().out
 
@@ -1091,12 +1111,12 @@ def test_whatever_is_left_is_collected_or_dropped(make, tmp_path, kind):
     env = make()
     expected = trees(tmp_path / "left", kind)
     opened = len(os.listdir("/proc/self/fd"))
-    found = env._collect(tmp_path / "left")
+    found = storage.collect_folder(tmp_path / "left", env.blobs)
     assert sorted(found) == sorted(expected) and len(os.listdir("/proc/self/fd")) == opened
     assert all(env.blobs.path(sha).read_text() == (tmp_path / "left" / path).read_text() for path, sha in found.items())
     env.restore(found)
     (tmp_path / "built").mkdir()
-    env._build(tmp_path / "built", found)
+    storage.build_folder(tmp_path / "built", found, env.blobs, env.public)
     assert (tmp_path / "built" / "data" / "train.csv").read_text() == "a b c\n"
     subprocess.run(["rm", "-rf", tmp_path / "left"], check=True)    # pytest itself cannot remove the deep one
 
@@ -1111,7 +1131,7 @@ def test_too_much_is_told_before_any_of_it_is_stored(make, tmp_path, leave):
     trees(tmp_path / "left", "")
     leave(tmp_path / "left")
     before = sorted(env.blobs.folder.rglob("*"))
-    assert env._collect(tmp_path / "left") is None and sorted(env.blobs.folder.rglob("*")) == before
+    assert storage.collect_folder(tmp_path / "left", env.blobs) is None and sorted(env.blobs.folder.rglob("*")) == before
 
 
 def test_a_file_that_is_large_and_empty_costs_no_disk(make, tmp_path):
@@ -1119,7 +1139,7 @@ def test_a_file_that_is_large_and_empty_costs_no_disk(make, tmp_path):
     trees(tmp_path / "left", "")
     (tmp_path / "left" / "hole").write_text("begin")
     os.truncate(tmp_path / "left" / "hole", 60 << 20)
-    sha = env._collect(tmp_path / "left")["hole"]
+    sha = storage.collect_folder(tmp_path / "left", env.blobs)["hole"]
     assert sha == tasks.hash_files(tmp_path / "left" / "hole") == tasks.hash_files(env.blobs.path(sha))
     assert os.stat(env.blobs.path(sha)).st_blocks * 512 < 4 << 20
 
@@ -1130,11 +1150,12 @@ def test_a_file_that_changes_while_it_is_collected(make, tmp_path, monkeypatch):
     folder = tmp_path / "left"
     trees(folder, "below")
     (folder / "gone").write_text("x")
-    entries, turn = env_module._entries, []
+    walk, turn = storage.walk, []
 
-    def changing(where):
-        turn.append(where)
-        for path, parent, entry in entries(where):
+    def changing(where, *below):
+        if not below:
+            turn.append(where)
+        for path, parent, entry in walk(where, *below):
             if len(turn) == 2 and path in ("train.py", "gone"):
                 os.remove(folder / path)
                 path == "train.py" and os.symlink(secret, folder / path)
@@ -1142,18 +1163,18 @@ def test_a_file_that_changes_while_it_is_collected(make, tmp_path, monkeypatch):
                 os.rename(folder / "a", folder / "z")
                 os.symlink(secret.parent, folder / "a")
             yield path, parent, entry
-    monkeypatch.setattr(env_module, "_entries", changing)
-    found = env._collect(folder)
+    monkeypatch.setattr(storage, "walk", changing)
+    found = storage.collect_folder(folder, env.blobs)
     assert "train.py" not in found and "gone" not in found and len(turn) == 2
     assert not [path for path in env.blobs.folder.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
 
 
 def test_a_folder_that_is_gone_or_locked_is_collected(make, tmp_path):
     env = make()
-    assert env._collect(tmp_path / "absent") == {}
+    assert storage.collect_folder(tmp_path / "absent", env.blobs) == {}
     trees(tmp_path / "left", "below")
     os.chmod(tmp_path / "left", 0)
-    assert len(env._collect(tmp_path / "left")) == 4
+    assert len(storage.collect_folder(tmp_path / "left", env.blobs)) == 4
 
 
 @pytest.mark.parametrize("code", [
@@ -1177,6 +1198,7 @@ def test_a_full_disk_of_ours_is_an_outcome(make, monkeypatch):
         def put(content):
             raise OSError(number, os.strerror(number))
         monkeypatch.setattr(env.blobs, "put", put)
+        monkeypatch.setattr(env.blobs, "put_file", put)
         step = edit(env, "0.50", "0.60")
         assert (step.kind, step.outcome, step.reward, step.m_after) == ("limit", "disk full", 0.5, 0.5)
         assert "could not store" in step.detail and step.detail in step.observation and env.snapshot() == before
@@ -1192,12 +1214,12 @@ def test_a_full_disk_of_ours_is_an_outcome(make, monkeypatch):
 
 def test_a_workspace_cannot_grow_without_end(make, monkeypatch):
     env = make(steps=99)
-    monkeypatch.setattr(env_module, "MAX_FILES", 3)
+    monkeypatch.setattr(storage, "MAX_FILES", 3)
     copies = [do(env, "Copy File", source="train.py", destination=f"c{i}.py").valid for i in range(4)]
     assert copies == [True, True, False, False] and len(env.files) == 3
-    monkeypatch.setattr(env_module, "MAX_BYTES", 3 * len(STARTER) + 4)
+    monkeypatch.setattr(storage, "MAX_BYTES", 3 * len(STARTER) + 4)
     assert "full" in do(env, "Replace In Script", script_name="c1.py", find="rows:", replace="rows:" + "x" * 5).error
-    monkeypatch.setattr(env_module, "MAX_UNDO", 2)
+    monkeypatch.setattr(storage, "MAX_UNDO", 2)
     for i in range(4):
         assert do(env, "Replace In Script", script_name="c1.py", find=f"{i}.5", replace=f"{i + 1}.5").valid
     assert [sorted(path for path in env.files if path.startswith(".undo"))] == [[".undo/3/c1.py", ".undo/4/c1.py"]]
@@ -1344,7 +1366,36 @@ def test_every_kind_of_attack_leaves_a_step_and_nothing_else(tmp_path):
     assert wrong == [] and set(rows) == set(soak.NAMES) and len(soak.NAMES) > 90
 
 
+# ------------------------------------------------------------------------------------------------------ jobs in threads
+
+def test_the_line_of_progress(tmp_path):
+    run = parallel.Progress({tmp_path / "a": [], tmp_path / "b": [{"type": "header"}, {"type": "step", "ended": ""}]}, 4)
+    assert run.line().startswith("12% 1/8 [00:00<") and run.line().endswith(", 0/2 trajectories]")
+    for number in range(3):
+        run.write(tmp_path / "a", {"type": "step", "tokens": 200, "ended": "steps" if number == 2 else ""})
+    run.start = time.monotonic() - 60       # 4 of 7 steps are done, three of them in a minute
+    assert run.line() == "57% 4/7 [01:00<01:00, 20.00s/step, 1/2 trajectories, 10.0 tokens/s]"
+    run.stop.set()
+    run.write(tmp_path / "a", {"type": "step", "ended": ""})
+    assert len((tmp_path / "a").read_text().splitlines()) == 3
+
+
+def test_the_first_error_stops_all():
+    begun = []
+
+    def work(number):
+        begun.append(number)
+        if number == 1:
+            raise ValueError("the first")
+        time.sleep(0.2)
+        return number
+    with pytest.raises(ValueError, match="the first"):
+        parallel.run_parallel([(number,) for number in range(50)], work, 2)
+    assert len(begun) < 5
+    assert parallel.run_parallel([(number,) for number in (2, 3, 4)], work, 2) == [2, 3, 4]
+
+
 def test_a_pipe_in_place_of_a_trajectory_is_an_error_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "toy-0.jsonl")
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(ValueError, match="expected an ordinary file"):
         env_module.read_trajectory(tmp_path / "toy-0.jsonl")

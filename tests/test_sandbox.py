@@ -689,22 +689,12 @@ def test_the_tasks_own_grader_is_in_the_key(make, task):
     assert len(keys) == 2
 
 
-def test_rechecking_finds_scores_that_moved(make, tmp_path):
-    cache = ResultCache(tmp_path / "kept", recheck=1.0)
-    trajectory = make(cache=cache)
-    trajectory.score()
-    assert trajectory.score()[0] == 0.5 and cache.counts == {"runs": 1, "hits": 1, "rechecked": 1} and cache.moved == []
-    path, = entries(trajectory)
-    cache.put(path.name, {**cache.get(path.name), "score": 0.9})
-    assert trajectory.score()[0] == 0.9 and cache.moved[0]["score"] == [0.9, 0.5]
-
-
 def test_writers_that_are_killed_leave_whole_entries(tmp_path):
     code = f"""
         import sys
         sys.path.insert(0, {str(Path(env.__file__).parent)!r})
-        from env import Cache
-        cache = Cache({str(tmp_path)!r})
+        from env import ResultCache
+        cache = ResultCache({str(tmp_path)!r})
         print(flush=True)
         while True:
             for key in ("aa1", "aa2"):
@@ -754,10 +744,10 @@ def test_full_disk_of_ours_is_an_error_and_leaves_nothing_half(tmp_path):
     code = f"""
         import resource, sys
         sys.path.insert(0, {str(Path(env.__file__).parent)!r})
-        from env import Blobs, Cache
+        from env import Blobs, ResultCache
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         FOLDER = {str(tmp_path)!r}
-        for write, what in ((Blobs(FOLDER).put, [b"x" * 5000]), (Cache(FOLDER).put, ["aa1", "x" * 5000])):
+        for write, what in ((Blobs(FOLDER).put, [b"x" * 5000]), (ResultCache(FOLDER).put, ["aa1", "x" * 5000])):
             try:
                 write(*what)
             except OSError as error:

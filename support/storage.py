@@ -1,0 +1,247 @@
+"""Storage of what runs leave: files by their contents, states of a workspace, and the results of scripts.
+
+A state of a workspace is a snapshot: a dict {path: sha256} whose contents lie in a store of blobs. Snapshots, blobs and
+results may come from others, so each is checked before it is used.
+"""
+import contextlib, hashlib, io, json, os, re, shutil, stat, threading, weakref
+from pathlib import Path
+
+from support.files import atomic_file, read_bytes, shorten, write_atomic
+from support.sandbox import NO_SPACE
+
+MAX_FILES = 1_000           # files that a script may leave in the workspace
+MAX_BYTES = 1 << 28         # bytes that these files may have together
+MAX_UNDO = 1_000            # replaced files that are kept for Undo Edit Script
+MAX_RESULT = 16 << 20       # bytes of a stored result; one of ours has 3 MiB at most
+UNDO = ".undo/"             # `.undo/<number>/<path>` is what edit <number> replaced at <path>
+HASH = re.compile("[0-9a-f]{64}")
+UNDO_PATH = re.compile(r"\.undo/[1-9][0-9]{0,8}/(.+)")
+BLOCK = 1 << 20             # bytes that are copied at a time
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Snapshots
+
+def is_path(text):
+    """Returns whether a text is a normalised path below a folder that does not begin like an option of a program."""
+    if not text.isprintable() or not 0 < len(text) <= 300 or text[0] in "/~-":
+        return False
+    return all(part not in ("", ".", "..") and len(part.encode()) <= 100 for part in text.split("/"))
+
+
+def is_usable(path):
+    """Returns whether a text can name a file of the workspace; public data and replaced files are none."""
+    return is_path(path) and path.split("/")[0] not in ("data", ".undo")
+
+
+def check_snapshot(snapshot):
+    """Raises ValueError, one sentence, unless a value from anybody is a snapshot as Env.snapshot returns it."""
+    if type(snapshot) is not dict or len(snapshot) > MAX_FILES + MAX_UNDO:
+        raise ValueError(f"a snapshot must be {{path: sha256}}, of at most {MAX_FILES} files and {MAX_UNDO} that edits "
+                         "have replaced")
+    folders = set()
+    for path, sha in snapshot.items():
+        replaced = UNDO_PATH.fullmatch(path) if isinstance(path, str) else None
+        if not isinstance(path, str) or not is_usable(replaced[1] if replaced else path):
+            raise ValueError(f"a snapshot names {shorten(repr(path), 80)}, which cannot be a file of a workspace")
+        if not isinstance(sha, str) or not HASH.fullmatch(sha):
+            raise ValueError(f"a snapshot has {shorten(repr(sha), 80)} for {path}, which is no sha256")
+        folders.update(path[:i] for i, letter in enumerate(path) if letter == "/")
+    if both := folders & snapshot.keys():
+        raise ValueError(f"a snapshot has {min(both)} both as a file and as a folder")
+
+
+def without_undo(snapshot):
+    """Returns the files of a snapshot without those that edits have replaced."""
+    return {path: sha for path, sha in snapshot.items() if not path.startswith(UNDO)}
+
+
+def build_folder(folder, snapshot, blobs, public):
+    """Writes the files of a snapshot to a folder. `data` becomes a folder of links to the public files, so that a
+    script may add to it, and what it adds is lost."""
+    for path, sha in snapshot.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(blobs.path(sha), folder / path)
+    (folder / "data").mkdir()
+    for name in os.listdir(public):
+        (folder / "data" / name).symlink_to(public / name)
+
+
+def collect_folder(folder, blobs):
+    """Stores the regular files that a script has left, and returns them as a snapshot; None if they are too many or too
+    large. Links, pipes, files that cannot be read, and files without a usable name are left out."""
+    with contextlib.suppress(OSError):      # the script may have locked it
+        os.chmod(folder, 0o700)
+    for store in (False, True):     # nothing is stored before it is known to be not too much
+        snapshot = {}
+        num_bytes = 0
+        for number, (path, parent, entry) in enumerate(walk(folder), 1):
+            try:
+                if path and entry.is_file(follow_symlinks=False):
+                    with open_regular(entry.name, parent) as file:
+                        num_bytes += os.fstat(file.fileno()).st_size
+                        snapshot[path] = blobs.put_file(file) if store else None
+            except OSError as error:    # it may not be read, or it changes or is gone meanwhile
+                if error.errno in NO_SPACE:
+                    raise
+            if number > 10 * MAX_FILES or len(snapshot) > MAX_FILES or num_bytes > MAX_BYTES:
+                return None
+    return snapshot
+
+
+def walk(name, parent=None, prefix=""):
+    """Yields (path, descriptor of its folder, os.DirEntry) of everything below a folder. The path is "" where the name
+    is not usable; such a folder is not entered, so the tree is never too deep. No link is followed."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    except OSError:     # it is gone, or may not be read
+        return
+    try:
+        with os.scandir(descriptor) as entries:
+            for entry in entries:
+                path = prefix + entry.name
+                if not is_usable(path):
+                    path = ""
+                yield path, descriptor, entry
+                if path and entry.is_dir(follow_symlinks=False):
+                    yield from walk(entry.name, descriptor, path + "/")
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path, parent=None):
+    """Opens a regular file for reading. OSError: it is anything else; no link is followed, and no pipe waited for.
+    parent: the descriptor of the folder that the path is relative to."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file")
+    return open(descriptor, "rb")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blobs
+
+class MissingBlob(ValueError):
+    """A recorded state cannot be restored: one of its files is missing, or is not what was recorded."""
+
+
+class Blobs:
+    """Contents by their sha256, in <folder>/<aa>/<sha256>. A blob that we wrote is whole; as the folder may come from
+    others, each is read once before it is used. Many processes may write at once."""
+    verified = set()    # what identify() gave for blobs whose contents were read and are right; of all stores
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def identify(self, sha):
+        """Returns (path, inode, size, time of change) of a blob, None if there is none. A text that is no sha256 is
+        never looked up."""
+        if not isinstance(sha, str) or not HASH.fullmatch(sha):
+            return None
+        path = self.folder / sha[:2] / sha
+        try:
+            state = os.lstat(path)
+        except OSError:
+            return None
+        if not stat.S_ISREG(state.st_mode) or state.st_size > MAX_BYTES:
+            return None
+        return path, state.st_ino, state.st_size, state.st_ctime_ns
+
+    def has(self, sha):
+        """Returns whether a blob is there, without a look at its contents."""
+        return self.identify(sha) is not None
+
+    def path(self, sha):
+        """Returns the path of a blob. MissingBlob: it is missing, or its contents are not those it is named by."""
+        identity = self.identify(sha)
+        if identity is None or not self.is_sound(identity):
+            reason = "missing" if identity is None else "damaged"
+            raise MissingBlob(f"the blob {shorten(str(sha), 80)} is {reason} in {self.folder}: this state cannot be "
+                              "restored")
+        return identity[0]
+
+    def is_sound(self, identity):
+        """Returns whether the contents of a blob are those it is named by; reads them the first time."""
+        if identity not in self.verified:
+            try:
+                with open_regular(identity[0]) as file:
+                    if copy_file(file) != identity[0].name:
+                        return False
+            except OSError:
+                return False
+            self.remember(identity)
+        return True
+
+    def remember(self, identity):
+        if len(self.verified) >= 10_000:
+            self.verified.clear()
+        self.verified.add(identity)
+
+    def put(self, content):
+        """Stores bytes, or the file at a path, and returns the sha256."""
+        with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as source:
+            return self.put_file(source)
+
+    def put_file(self, source):
+        """Stores an open file and returns its sha256. OSError: it changes meanwhile."""
+        sha = copy_file(source)
+        identity = self.identify(sha)
+        if identity is None or not self.is_sound(identity):
+            source.seek(0)
+            with atomic_file(self.folder / sha[:2] / sha) as target:
+                if copy_file(source, target) != sha:
+                    raise OSError(f"a file changed while it was stored in {self.folder}")
+            self.remember(self.identify(sha))
+        return sha
+
+
+def copy_file(source, target=None):
+    """Reads an open file, at most MAX_BYTES of it, copies them to another if there is one, and returns the sha256."""
+    sha = hashlib.sha256()
+    num_left = MAX_BYTES
+    while block := source.read(min(num_left, BLOCK)):
+        sha.update(block)
+        num_left -= len(block)
+        if target and block == bytes(len(block)):   # a hole takes no disk in the source, and must take none in the copy
+            target.seek(len(block), os.SEEK_CUR)
+        elif target:
+            target.write(block)
+    if target:
+        target.truncate()
+    return sha.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results of scripts
+
+class ResultCache:
+    """Results of runs by a key, so that one state is run once, in <folder>/<aa>/<key>. An entry is a line with the
+    sha256 of the rest, and JSON; a damaged one counts as absent. Many processes may write at once."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.counts = {"runs": 0, "hits": 0}
+        self.lock = threading.Lock()
+        self.key_locks = weakref.WeakValueDictionary()
+
+    def key_lock(self, key):
+        """Returns a lock: a thread that wants a result which another thread is computing waits for it there."""
+        with self.lock:
+            return self.key_locks.setdefault(key, threading.Lock())
+
+    def count(self, name):
+        with self.lock:
+            self.counts[name] += 1
+
+    def get(self, key):
+        """Returns the entry, a value from JSON, or None if there is none."""
+        try:
+            digest, _, text = (read_bytes(self.folder / key[:2] / key, MAX_RESULT) or b"").partition(b"\n")
+            return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else None
+        except (ValueError, RecursionError):
+            return None
+
+    def put(self, key, entry):
+        text = json.dumps(entry).encode()
+        write_atomic(self.folder / key[:2] / key, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
