@@ -30,8 +30,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 import sample
 import tasks
 from env import (
-    AgentSettings, Blobs, MissingBlob, Progress, ResultCache, end_reason, model_policy, play_trajectory, prepare_tasks,
-    prompt_of, read_agent, read_record, run_parallel, trajectory_path, write_agent)
+    AgentSettings, end_reason, model_policy, play_trajectory, prepare_tasks, prompt_of, read_agent, read_record,
+    read_records, trajectory_path, write_agent)
 from model import Config, Qwen2, find_folder, hash_checkpoint, use_kernels
 from support import cli, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
@@ -41,6 +41,8 @@ from support.distributed import (
     peak_flops, peak_memory, plan_memory, rank0_broadcast, save_state, shape_of)
 from support.files import (
     FLAG, NUMBER, TEXT, VALUE, fingerprint, folder_lock, hash_json, parse_json, read_bytes, shorten, write_atomic)
+from support.parallel import Progress, run_parallel
+from support.storage import Blobs, MissingBlob, ResultCache
 
 
 RECIPES = {     # --preset: the paper's section on fine-tuning, which the defaults follow too
@@ -471,7 +473,7 @@ def read_trajectory_file(file, held_out, tokenizer):
     were carried out are learned. ValueError: it is of a held-out task. held_out: see tasks.held_out_hashes."""
     # 1. It is whole, and of a task that may be learned.
     try:
-        records = read_record(file, mend=False)
+        records = read_records(file)
     except ValueError as error:
         raise InvalidConversation(f"no record of a trajectory: {error}") from None
     if not end_reason(records):
