@@ -20,13 +20,10 @@ To add an action, write an entry in ACTIONS and a method of Env with the action'
 `_list_files` for "List Files". Everything else follows from the entry: the prompt, the parser, whether the action needs
 the coder (a second model that writes code), and whether its example may be shown.
 """
-import argparse, contextlib, dataclasses, difflib, hashlib, json, math, os, re, sys, tempfile, threading, time, zlib
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+import argparse, contextlib, dataclasses, difflib, hashlib, json, math, os, re, sys, tempfile, time, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 import tasks
 from reward import KINDS, best_of, reward
@@ -35,6 +32,7 @@ from support.cli import ContextFull, RunError
 from support.files import (
     FLAG, TEXT, check_form, is_number, maybe, one_of, parse_json, read_bytes, read_json_lines, refuse_links_out,
     shorten, some_of, up_to, write_atomic)
+from support.parallel import Progress, run_parallel      # noqa: F401  (the first for the programs)
 from support.sandbox import NO_SPACE, SLOTS, Result, Unprotected, _discard, describe, execute, protection
 from support.storage import UNDO, Blobs, MissingBlob, ResultCache, check_snapshot, without_undo
 
@@ -61,8 +59,9 @@ MAX_READ = 10 << 20                     # bytes of a file that an action looks a
 MAX_SCRIPT = 1 << 20                    # bytes of a file that an action may edit
 MAX_CODER = 20_000                      # characters of a file that Understand File shows to the coder
 MAX_DIFF = 2_000                        # lines of two texts together that difflib compares, in 0.6 s at worst
-SHORT_SCRIPT, SHORT_NEWS = 200, 100     # characters of the script and of the news in a short prompt
-WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so much more wall time is allowed
+SHORT_SCRIPT = 200                      # characters of the script in a short prompt
+SHORT_NEWS = 100                        # characters of the news in a short prompt
+WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so much wall time is allowed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,9 +185,7 @@ def prompt_of(shown, task, messages, snapshot, blobs):
     """
     if shown == "full":
         return messages
-    sha = snapshot.get(task.entry)
-    script = read_start(blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace") if sha else ""
-    return short_prompt(task, messages, script)
+    return short_prompt(task, messages, script_text(blobs, snapshot.get(task.entry)))
 
 
 def short_prompt(task, messages, script):
@@ -206,7 +203,8 @@ def shown_lines(script):
     """Returns what a short prompt shows of a script: from its first constant on (before it are docstring and imports),
     without comments and empty lines, as many whole lines as SHORT_SCRIPT characters hold."""
     first = re.search(r"^[A-Z][A-Z0-9_]* = ", script, re.MULTILINE)
-    lines, length = [], 0
+    lines = []
+    length = 0
     for line in script[first.start() if first else 0:].split("\n"):
         line = line.partition("#")[0].rstrip(" \t")
         if line:
@@ -224,7 +222,8 @@ def news_of(task, messages):
     observations = [message["content"] for message in messages[2:] if message["role"] == "user"]
     if not observations:
         return "nothing"
-    last, reply = observations[-1], messages[-2]
+    last = observations[-1]
+    reply = messages[-2]
     action = re.search(r"^Action: (.+)", reply["content"], re.MULTILINE)
     name = f"{action[1][:30]}: " if reply["role"] == "assistant" and action else ""
     if last.startswith(f"{task.entry} is saved."):
@@ -249,8 +248,8 @@ def news_of(task, messages):
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 
-class InvalidReply(ValueError):
-    """A reply that cannot be read; the message is for the agent."""
+class InvalidAction(ValueError):
+    """A reply that cannot be read, or an action that cannot be carried out; the message is for the agent."""
 
 
 def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
@@ -263,17 +262,17 @@ def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
     header; code fences before it, raw line breaks in its texts and anything after it pass. The keys must be exactly
     those of the tool, and the values texts; line numbers may be whole numbers. All searches take linear time.
     """
-    values, args = {}, {}
+    values = {}
     try:
         source = read_entries(reply, fields, values)
         name = values["Action"].strip("`*\"'[] \t\n")
         if name not in actions:
-            raise InvalidReply(f"There is no tool {shorten(name, 60)!r}; the tools are: {', '.join(actions)}.")
-    except InvalidReply as error:
+            raise InvalidAction(f"There is no tool {shorten(name, 60)!r}; the tools are: {', '.join(actions)}.")
+    except InvalidAction as error:
         return values, None, {}, str(error)
     try:
         args = read_args(name, source)
-    except InvalidReply as error:
+    except InvalidAction as error:
         return values, name, {}, str(error)
     return values, name, args, ""
 
@@ -281,20 +280,22 @@ def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
 def read_entries(reply, fields, values):
     """Puts the texts of all entries but the last into `values`, and returns the text after the last header."""
     if len(reply) > MAX_REPLY:
-        raise InvalidReply(f"The reply is longer than {MAX_REPLY:,} characters.")
+        raise InvalidAction(f"The reply is longer than {MAX_REPLY:,} characters.")
     if not reply.strip():
-        raise InvalidReply("The reply is empty.")
+        raise InvalidAction("The reply is empty.")
     text = cut_observation(reply)
-    last, begin = None, 0
+    last = None
+    begin = 0
     for name in fields:
         header = rf"^[ \t>*#-]{{0,8}}{re.escape(name)}[ \t*]{{0,8}}:[ \t*]{{0,8}}"
         match = re.compile(header, re.MULTILINE | re.IGNORECASE).search(text, begin)
         if not match:
-            raise InvalidReply(f'The entry "{name}:" is missing; expected are, in this order and each on its '
+            raise InvalidAction(f'The entry "{name}:" is missing; expected are, in this order and each on its '
                                f'own line: {", ".join(fields)}.')
         if last:
             values[last] = text[begin:match.start()].strip()
-        last, begin = name, match.end()
+        last = name
+        begin = match.end()
     return text[begin:]
 
 
@@ -305,19 +306,20 @@ def read_args(name, source):
     try:
         args = json.JSONDecoder(strict=False).raw_decode("{" + source.partition("{")[2])[0]
     except (ValueError, RecursionError) as error:
-        raise InvalidReply(f"The Action Input is not a JSON object ({shorten(str(error), 100)}); {expected}.") from None
+        reason = shorten(str(error), 100)
+        raise InvalidAction(f"The Action Input is not a JSON object ({reason}); {expected}.") from None
     if set(args) != set(keys):
         names = shorten(", ".join(map(repr, args)), 200) or "none"
-        raise InvalidReply(f"The Action Input of {name} has the keys {names}; {expected}.")
+        raise InvalidAction(f"The Action Input of {name} has the keys {names}; {expected}.")
     for key, value in args.items():
         is_line = key.endswith("line_number")
         if is_line and type(value) is int:
             args[key] = value = str(value)
         if type(value) is not str or is_line and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
             kind = "a whole number" if is_line else "a text in double quotes"
-            raise InvalidReply(f'"{key}" must be {kind}; found {shorten(repr(value), 60)}.')
+            raise InvalidAction(f'"{key}" must be {kind}; found {shorten(repr(value), 60)}.')
         if value != plain(value):
-            raise InvalidReply(f'"{key}" holds half a surrogate pair, which is no character.')
+            raise InvalidAction(f'"{key}" holds half a surrogate pair, which is no character.')
     return args
 
 
@@ -337,6 +339,11 @@ def read_start(path, limit):
         return file.read(limit)
 
 
+def script_text(blobs, sha):
+    """Returns the text of a script of the workspace; "" for None, where there is none."""
+    return read_start(blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace") if sha else ""
+
+
 def difference(before, after):
     """Returns the lines of a unified difference of two texts, without its heads. Of texts that are long together, for
     which difflib takes quadratic time, it is one piece from the first line that differs to the last."""
@@ -344,7 +351,8 @@ def difference(before, after):
     if len(before) + len(after) <= MAX_DIFF:
         return list(difflib.unified_diff(before, after, lineterm="", n=2))[2:]
     shortest = min(len(before), len(after))
-    head = tail = 0
+    head = 0
+    tail = 0
     while head < shortest and before[head] == after[head]:
         head += 1
     while tail < shortest - head and before[-1 - tail] == after[-1 - tail]:
@@ -371,10 +379,14 @@ def printed_metric(stdout, metric=""):
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings of an agent
 
-def check_fields(fields):
-    """Raises ValueError unless a list or tuple names entries that a reply can be asked for."""
+def check_agent(actions, fields, prompt_format):
+    """Raises ValueError unless these settings of an agent, which may come from a file or from a caller, exist."""
+    if prompt_format not in PROMPTS:
+        raise ValueError(f"--prompt-format must be {' or '.join(PROMPTS)}, found {prompt_format!r}")
+    if unknown := sorted(set(actions) - set(ACTIONS)):
+        raise ValueError(f"there is no action {unknown[0]!r}; the actions are: {','.join(ACTIONS)}")
     if not set(fields) <= set(FIELDS) or tuple(fields[-2:]) != FIELDS[-2:]:
-        raise ValueError(f"fields must be taken from {','.join(FIELDS)} and end in the last two")
+        raise ValueError(f"--fields must be taken from {','.join(FIELDS)} and end in the last two")
 
 
 @dataclass
@@ -389,14 +401,8 @@ class AgentSettings(cli.TaskSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        cli.check_choices(self, prompt_format=PROMPTS)
         cli.check_positive(self, "steps", "seconds")
-        if unknown := set(self.actions) - set(DEFAULT_ACTIONS):
-            raise ValueError(f"there is no action {min(unknown)!r}; the actions are: {','.join(DEFAULT_ACTIONS)}")
-        try:
-            check_fields(self.fields)
-        except ValueError as error:
-            raise ValueError(f"--{error}") from None
+        check_agent(self.actions, self.fields, self.prompt_format)
 
 
 REPLY_FIELDS = (f"some of {', '.join(FIELDS)}, with the last two at the end", lambda value: (
@@ -447,10 +453,6 @@ def write_agent(folder, agent):
 # The environment
 
 CANNOT_TAKE = "The helper cannot take this: "
-
-
-class InvalidAction(ValueError):
-    """An action whose arguments cannot be carried out; the message is for the agent."""
 
 
 class Run(NamedTuple):
@@ -507,11 +509,7 @@ class Env:
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
                  coder=None, prompt="full", python=None, gpu=None, threads=1, sandbox="on", cache=None):
-        if prompt not in PROMPTS:
-            raise ValueError(f"prompt must be one of {', '.join(PROMPTS)}; found {prompt!r}")
-        if unknown := [name for name in actions if name not in ACTIONS]:
-            raise ValueError(f"unknown actions {unknown}; known are: {', '.join(ACTIONS)}")
-        check_fields(fields)
+        check_agent(actions, fields, prompt)
         self.task = tasks.load(task) if isinstance(task, str) else task
         self.info = tasks.info(self.task.id, data=data)
         graders = sorted(Path(tasks.__file__).parent.glob("*.py"))
@@ -584,7 +582,8 @@ class Env:
         step = Step(self.index, reply, m_before=self.m_before, m_top=self.m_top, time_left_s=self.deadline - started)
         if self.done:
             step.kind = "invalid"
-            step.error = step.observation = "The trajectory is over; nothing was done."
+            step.error = "The trajectory is over; nothing was done."
+            step.observation = step.error
             step.m_after = self.m_before
             step.snapshot = self.snapshot()
             step.ended = self.ended
@@ -662,15 +661,14 @@ class Env:
     def _path(self, text, write=False):
         """Returns the normalised path, "" for the workspace itself. InvalidAction: it leads out of the workspace, or
         must not be written."""
-        text, shown = text.strip(), shorten(repr(text), 80)
-        if not text.isprintable() or len(text) > 300 or any(len(part.encode()) > 100 for part in text.split("/")):
-            raise InvalidAction(f"{shown} is not a usable file name.")
+        shown = shorten(repr(text), 80)
+        text = text.strip()
         if text.startswith(("/", "~")) or ".." in text.split("/"):
             raise InvalidAction(f"{shown} is outside the workspace; name files relative to it, such as "
                                 f"{self.task.entry}.")
         path = "/".join(part for part in text.split("/") if part not in ("", "."))
-        if path[:1] in ("~", "-"):      # the interpreter would take it for an option
-            raise InvalidAction(f"{shown} is not a usable file name: it begins with {path[0]!r}.")
+        if path and not storage.is_path(path):
+            raise InvalidAction(f"{shown} is not a usable file name.")
         if write and (not path or text.endswith("/") or any(name.startswith(path + "/") for name in self.files)):
             raise InvalidAction(f"{shown} is a folder, not a file.")
         if f"{path}/".startswith(UNDO) or write and self._public(path):
@@ -782,7 +780,8 @@ class Env:
         path = self._path(script_name)
         text, size = self._text(path)
         lines = text.splitlines()
-        first, last = int(start_line_number), int(end_line_number)
+        first = int(start_line_number)
+        last = int(end_line_number)
         if not 1 <= first <= min(last, max(1, len(lines))):
             raise InvalidAction(f"Lines {first} to {last} cannot be shown: {path} has {len(lines):,} lines.")
         last = min(last, first - 1 + MAX_LINES)
@@ -800,13 +799,14 @@ class Env:
                                      f"{things_to_look_for}\n\n```\n{shorten(text, MAX_CODER)}\n```")
 
     def _edit_script_ai(self, step, script_name, edit_instruction, save_name):
-        path, target = self._path(script_name), self._path(save_name, write=True)
+        path = self._path(script_name)
+        target = self._path(save_name, write=True)
         source = self._text(path, edit=True)[0]
         before = self._text(target, edit=True)[0] if target in self.files else ""
         answer = self._ask_coder(step, f"This is the Python script {path}:\n```python\n{source}\n```\n\nChange it as "
                                        f"follows, and nothing else:\n{edit_instruction}\n\nAnswer with the whole "
                                        "changed script in one ```python block.")
-        parts = re.split(r"^[ \t]*```.*\n?", answer, maxsplit=2, flags=re.MULTILINE)    # before, inside, after the block
+        parts = re.split(r"^[ \t]*```.*\n?", answer, maxsplit=2, flags=re.MULTILINE)    # before, in, after it
         if len(parts) < 3 or not parts[1].strip():
             return "The helper returned no whole script; nothing was changed. Ask for something simpler."
         return self._edit(step, target, before, parts[1].strip("\n") + "\n")
@@ -845,15 +845,13 @@ class Env:
         if self.files[path] == sha_before:
             return f"{path} is as it was: the edit changed nothing."
         self._score_edit(step)
-        before = self._shown_text(sha_before) if sha_before else ""     # a script may have removed it
-        after = self._shown_text(self.files[path])
+        before = script_text(self.blobs, sha_before)
+        after = script_text(self.blobs, self.files[path])
         return "\n".join([f"{path} is saved. The difference:", *difference(before, after)])
 
-    def _shown_text(self, sha):
-        return read_start(self.blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace")
-
     def _copy_file(self, step, source, destination):
-        origin, target = self._path(source), self._path(destination, write=True)
+        origin = self._path(source)
+        target = self._path(destination, write=True)
         file = self._file(origin)
         if file.stat().st_size > storage.MAX_BYTES // 2:
             raise InvalidAction(f"{origin} is too large to be copied; scripts can read it where it is.")
@@ -982,7 +980,8 @@ class Env:
 
     def _run(self, script, before, timeout_s):
         """Runs a script on the files `before` and grades its submission; returns the Run."""
-        score = files = None
+        score = None
+        files = None
         waiting = time.monotonic()
         with SLOTS.take(self.threads, self.gpu) as gpu:
             self.deadline += time.monotonic() - waiting
@@ -1030,7 +1029,8 @@ def comes_again(result):
     """Returns whether the same script on the same files would end like this again."""
     if result.limit:    # not wall time, nor processor time with slow first imports
         return result.limit in ("memory", "processes") or result.limit == "cpu" and result.warm
-    return result.exit_code >= 0 and result.outcome != "disk full"      # a signal may be the kernel's, for lack of memory
+    # a signal may be the kernel's, for lack of memory
+    return result.exit_code >= 0 and result.outcome != "disk full"
 
 
 def without_folder(result, folder):
@@ -1067,6 +1067,7 @@ def is_message(message):
             and type(tokens) is list and all(type(token) is int and 0 <= token < 1 << 31 for token in tokens))
 
 
+MESSAGE = "a message: role, content, and at most tokens", is_message
 RESULT_FORM = {
     "outcome": one_of(*OUTCOMES), "exit_code": INTEGER, "stdout": TEXT, "stderr": TEXT, "seconds": FINITE,
     "peak_bytes": INTEGER, "sandbox": TEXT, "detail": TEXT, "warm": FLAG, "limit": TEXT}
@@ -1075,7 +1076,7 @@ HEADER_FORM = {
     "task": TASK_ID, "data": TEXT, "prompt": one_of(*PROMPTS), "actions": ACTION_NAMES, "fields": REPLY_FIELDS,
     "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT), "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT,
     "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
-    "messages": [("a message", is_message)],
+    "messages": [MESSAGE],
     # written by the programs
     "k?": INTEGER, "seed?": INTEGER, "max_new_tokens?": INTEGER, "temperature?": FINITE, "top_p?": FINITE,
     "model?": TEXT, "coder?": TEXT, "expert?": TEXT, "tokenizer?": maybe(TEXT), "ideas?": [TEXT],
@@ -1086,7 +1087,7 @@ STEP_FORM = {
     "printed": maybe(ANY_NUMBER), "score": maybe(FINITE), "m_before": FINITE, "m_after": FINITE,
     "m_top": maybe(FINITE), "reward": FINITE, "seconds": FINITE, "time_left_s": FINITE, "seconds_left": FINITE,
     "script_seconds": FINITE, "peak_bytes": INTEGER, "sandbox": TEXT, "coder": [TEXT], "ended": TEXT,
-    "messages": [("a message", is_message)],
+    "messages": [MESSAGE],
     # written by the programs
     "tokens?": maybe(INTEGER), "prompt_tokens?": maybe(INTEGER), "cached_tokens?": maybe(INTEGER),
     "sample_seconds?": maybe(FINITE), "finish?": maybe(TEXT)}
@@ -1270,88 +1271,6 @@ def resume(env, lines):
                 m_top=best_before(env.task, lines[0], lines[1:]), seconds=min(last["seconds_left"], env.seconds))
 
 
-class Progress:
-    """What the threads of one run share: they write their lines here, and are stopped here."""
-
-    def __init__(self, records, num_steps):
-        """records: {path: its lines so far} of every trajectory, each of at most num_steps."""
-        self.stop = threading.Event()
-        self.lock = threading.Lock()
-        self.start = time.monotonic()
-        self.num_steps = num_steps
-        self.tokens = 0
-        self.over = {path for path, lines in records.items() if end_reason(lines)}
-        self.steps = {path: sum(line["type"] == "step" for line in lines) for path, lines in records.items()}
-        self.steps_before = sum(self.steps.values())
-
-    def write(self, path, line):
-        """Appends a line to a trajectory's file, unless all was stopped: each line is whole, and none follows."""
-        with self.lock:
-            if self.stop.is_set():
-                return
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            self.steps[path] += line["type"] == "step"
-            self.tokens += line.get("tokens") or 0
-            if line.get("ended"):
-                self.over.add(path)
-
-    def line(self):
-        """Returns the progress in one line. The total supposes that an open trajectory takes all its steps."""
-        with self.lock:
-            steps = sum(self.steps.values())
-            total = sum(n if path in self.over else self.num_steps for path, n in self.steps.items())
-            seconds = time.monotonic() - self.start
-            postfix = f"{len(self.over)}/{len(self.steps)} trajectories"
-            if self.tokens:     # an endpoint does not tell them
-                postfix += f", {self.tokens / seconds:.1f} tokens/s"
-        return tqdm.format_meter(steps, total, seconds, initial=self.steps_before, unit=" steps", postfix=postfix,
-                                 ncols=0)
-
-
-def run_parallel(jobs, work, parallel, run=None):
-    """Returns [work(*job) for each job], so many at a time. The first error stops all and is raised. run: a Progress,
-    whose line is shown: rewritten in place in a terminal, now and then in a log."""
-    is_terminal = sys.stderr.isatty()
-    pause = 0.5 if is_terminal else 30.0
-    failed = threading.Event()
-    threads = ThreadPoolExecutor(parallel)
-    futures = [threads.submit(run_job, work, job, failed) for job in jobs]
-    running = set(futures)
-    try:
-        while running:
-            finished, running = wait(running, pause, FIRST_EXCEPTION)
-            for future in finished:
-                future.result()
-            if run and running:
-                show(run.line(), is_terminal)
-    finally:
-        if run:
-            with run.lock:      # not in the middle of a line
-                run.stop.set()
-            show(run.line() + ("\n" if is_terminal else ""), is_terminal)
-        threads.shutdown(wait=False, cancel_futures=True)
-    return [future.result() for future in futures]
-
-
-def run_job(work, job, failed):
-    """Does a job, unless another has failed: its thread must not begin the next one before the main thread hears."""
-    if failed.is_set():
-        return None
-    try:
-        return work(*job)
-    except BaseException:
-        failed.set()
-        raise
-
-
-def show(line, is_terminal):
-    if is_terminal:
-        print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
-    else:
-        print(line, file=sys.stderr, flush=True)
-
-
 def prepare_tasks(cfg):
     """Prepares the tasks of cfg.task, each on first use, and returns [(task, the contents of its task.json)].
     ValueError: no such task, or a raw folder that lacks something. RunError: a starter that does not run."""
@@ -1400,7 +1319,8 @@ def replay(path, say=print, *, data="data", sandbox="on", python=None, gpu=None,
                 "says")
     coder = RecordedCoder()
     settings = {name: head[name] for name in ("actions", "fields", "steps", "seconds", "prompt")}
-    snapshot, messages = head["snapshot"], head["messages"]
+    snapshot = head["snapshot"]
+    messages = head["messages"]
     num_differences = 0
     with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
         env = Env(head["task"], data, out=out, coder=coder, cache=ResultCache(empty), sandbox=sandbox, python=python,

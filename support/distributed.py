@@ -14,6 +14,7 @@ from model import IGNORE, Config, Qwen2, load_tensors, write_checkpoint
 from support.cli import RunError, flag_of
 from support.files import shorten, sync
 
+RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes

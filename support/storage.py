@@ -22,15 +22,16 @@ BLOCK = 1 << 20             # bytes that are copied at a time
 # ---------------------------------------------------------------------------------------------------------------------
 # Snapshots
 
+def is_path(text):
+    """Returns whether a text is a normalised path below a folder that does not begin like an option of a program."""
+    if not text.isprintable() or not 0 < len(text) <= 300 or text[0] in "/~-":
+        return False
+    return all(part not in ("", ".", "..") and len(part.encode()) <= 100 for part in text.split("/"))
+
+
 def is_usable(path):
-    """Returns whether a text can name a file of the workspace: a normalised path below it that does not begin like an
-    option, and that is neither public data nor a file that an edit replaced."""
-    if not path.isprintable() or not 0 < len(path) <= 300 or path[0] in "/~-":
-        return False
-    parts = path.split("/")
-    if parts[0] in ("data", ".undo"):
-        return False
-    return all(part not in ("", ".", "..") and len(part.encode()) <= 100 for part in parts)
+    """Returns whether a text can name a file of the workspace; public data and replaced files are none."""
+    return is_path(path) and path.split("/")[0] not in ("data", ".undo")
 
 
 def check_snapshot(snapshot):
@@ -72,7 +73,8 @@ def collect_folder(folder, blobs):
     with contextlib.suppress(OSError):      # the script may have locked it
         os.chmod(folder, 0o700)
     for store in (False, True):     # nothing is stored before it is known to be not too much
-        snapshot, num_bytes = {}, 0
+        snapshot = {}
+        num_bytes = 0
         for number, (path, parent, entry) in enumerate(walk(folder), 1):
             try:
                 if path and entry.is_file(follow_symlinks=False):
@@ -196,7 +198,8 @@ class Blobs:
 
 def copy_file(source, target=None):
     """Reads an open file, at most MAX_BYTES of it, copies them to another if there is one, and returns the sha256."""
-    sha, num_left = hashlib.sha256(), MAX_BYTES
+    sha = hashlib.sha256()
+    num_left = MAX_BYTES
     while block := source.read(min(num_left, BLOCK)):
         sha.update(block)
         num_left -= len(block)

@@ -10,7 +10,7 @@ import env as env_module
 import tasks
 from env import ACTIONS, FIELDS, Env, shorten, header, parse, printed_metric, record, system_prompt
 from reward import KINDS
-from support import storage
+from support import parallel, storage
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
 STARTER = """\
@@ -746,6 +746,15 @@ def test_a_step_is_a_line_of_json(recorded):
     assert line["type"] == "step" and {each.name for each in dataclasses.fields(env_module.Step)} <= set(line)
 
 
+def test_the_forms_name_all_that_is_written(make):
+    names = {each.name for each in dataclasses.fields(env_module.Result)}
+    assert set(env_module.RESULT_FORM) == names - {"canary_p"}
+    assert {name for name in env_module.STEP_FORM if not name.endswith("?")} == {
+        each.name for each in dataclasses.fields(env_module.Step)} - {"snapshot"}
+    assert {name for name in env_module.HEADER_FORM if not name.endswith("?")} == set(header(make())) - {
+        "snapshot", "type"}
+
+
 # ------------------------------------------------------------------------------------------- nothing is had for nothing
 
 def test_a_run_changes_no_score_that_an_edit_is_compared_with(make):
@@ -1355,6 +1364,35 @@ def test_every_kind_of_attack_leaves_a_step_and_nothing_else(tmp_path):
     import soak
     rows, wrong = soak.soak(tmp_path, 0, limit=0.4, slack=60, each=True)
     assert wrong == [] and set(rows) == set(soak.NAMES) and len(soak.NAMES) > 90
+
+
+# ------------------------------------------------------------------------------------------------------ jobs in threads
+
+def test_the_line_of_progress(tmp_path):
+    run = parallel.Progress({tmp_path / "a": [], tmp_path / "b": [{"type": "header"}, {"type": "step", "ended": ""}]}, 4)
+    assert run.line().startswith("12% 1/8 [00:00<") and run.line().endswith(", 0/2 trajectories]")
+    for number in range(3):
+        run.write(tmp_path / "a", {"type": "step", "tokens": 200, "ended": "steps" if number == 2 else ""})
+    run.start = time.monotonic() - 60       # 4 of 7 steps are done, three of them in a minute
+    assert run.line() == "57% 4/7 [01:00<01:00, 20.00s/step, 1/2 trajectories, 10.0 tokens/s]"
+    run.stop.set()
+    run.write(tmp_path / "a", {"type": "step", "ended": ""})
+    assert len((tmp_path / "a").read_text().splitlines()) == 3
+
+
+def test_the_first_error_stops_all():
+    begun = []
+
+    def work(number):
+        begun.append(number)
+        if number == 1:
+            raise ValueError("the first")
+        time.sleep(0.2)
+        return number
+    with pytest.raises(ValueError, match="the first"):
+        parallel.run_parallel([(number,) for number in range(50)], work, 2)
+    assert len(begun) < 5
+    assert parallel.run_parallel([(number,) for number in (2, 3, 4)], work, 2) == [2, 3, 4]
 
 
 def test_a_pipe_in_place_of_a_trajectory_is_an_error_and_not_waited_for(tmp_path):

@@ -208,7 +208,7 @@ def test_a_plan_needs_neither_gpu_nor_weights(capsys):
     for part in ("7,615,616,512 weights", "actor 14.19", "313 steps of 64",
                  "at most 300,480,000 tokens"):
         assert part in said
-    assert sft.main(["--gpus", "1", "--preset", "7b", "--plan", "--steps", "10", "--batch=2",
+    assert sft.main(["--gpus", "1", "--preset", "7b", "--plan", "--updates", "10", "--batch=2",
                      "--trajectories", "nowhere"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert all(part in said for part in ("actor 113.48", "10 steps of 2, at most 300,000 tokens"))
@@ -287,7 +287,7 @@ def train(forks, tmp_path, out, *flags, kills=()):
     last time it is left alone, always by kill -9. True: the file half written. False: up to one and a half steps later,
     counted in calls of functions, so that no clock has a say. Forked, so that they share the imports."""
     forks(KILLER, json.dumps(kills), "--model", tmp_path / "small", "--trajectories", tmp_path / "own.jsonl", "--batch=4",
-          "--lr=1e-3", "--save-every=1", "--validate-every=4", "--out", tmp_path / out, *flags)
+          "--lr=1e-3", "--save-every=1", "--out", tmp_path / out, *flags)
     lines = [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
     # a step that was done again after a kill counts as it was done last
     return {line["step"]: [line.get(name) for name in ("loss", "grad_norm", "lr", "valid_loss", "valid_accuracy")]
@@ -295,9 +295,9 @@ def train(forks, tmp_path, out, *flags, kills=()):
 
 
 @pytest.mark.parametrize("flags, kills", [
-    (("--steps", "16"), [True, False] * 2),
-    (("--steps", "5", "--dtype", "bfloat16"), [False]),
-    (("--steps", "5", "--dtype", "bfloat16"), [True])])
+    (("--updates", "16"), [True, False] * 2),
+    (("--updates", "5", "--dtype", "bfloat16"), [False]),
+    (("--updates", "5", "--dtype", "bfloat16"), [True])])
 def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path, flags, kills):
     """Four deaths, half of them in the middle of a save: curve and weights are those of a run left alone."""
     conversations(tmp_path / "own.jsonl")
@@ -335,7 +335,7 @@ def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(forks, tmp_path):
     Qwen2.from_scratch(SMALL).save_pretrained(tmp_path / "small")
     Tokenizer.of_bytes().save(tmp_path / "small")
     flags = ["--model", tmp_path / "small", "--trajectories", tmp_path / "own.jsonl", "--batch=4", "--lr=1e-3",
-             "--steps=6", "--save-every=2", "--validate-every=2", "--dtype=bfloat16"]
+             "--updates=6", "--save-every=2", "--dtype=bfloat16"]
     found = {}
     for name, lives in (("whole", [0]), ("torn", [2, 0])):
         for fatal in lives:
@@ -360,7 +360,7 @@ def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(forks, tmp_path):
 
 def fine_tune(tmp_path, *flags):
     return sft.main(["--model", "tiny", "--trajectories", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "out"),
-                     "--batch", "4", "--steps", "2", *flags])
+                     "--batch", "4", "--updates", "2", *flags])
 
 
 def test_a_training_goes_on_with_what_it_began_with(tmp_path, capsys):
@@ -378,7 +378,7 @@ def test_a_training_goes_on_with_what_it_began_with(tmp_path, capsys):
         said = capsys.readouterr().err
         assert re.search(rf"is of a run with {words}; give these again", said), said
     refused(r"--lr 2e-05 \(now 0.5\)", "--lr", "0.5")
-    refused(r"optimizer steps 2 \(now 3\)", "--steps", "3")
+    refused(r"optimizer steps 2 \(now 3\)", "--updates", "3")
     Qwen2.from_scratch(SMALL, seed=1).save_pretrained(small)
     refused(r"--model of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
     Qwen2.from_scratch(SMALL).save_pretrained(small)
@@ -428,13 +428,13 @@ def test_who_validates_is_drawn_by_trajectory():
     The steps of a trajectory alone are parted."""
     for size, num, held in ((9, 10, 9), (1, 100, 5), (8, 40, 16), (7, 2, 7)):
         origins = [f"trajectory {i // size}" for i in range(size * num)]
-        found = [sft.held_back(origins, 0.05, seed) for seed in range(4)]
+        found = [sft.hold_back(origins, 0.05, seed) for seed in range(4)]
         assert all(len(each) == held for each in found) and (num == 2 or len(set(map(frozenset, found))) > 1)
         for each in found:
             assert not {origins[i] for i in each} & {one for i, one in enumerate(origins) if i not in each}
-    assert len(sft.held_back(["a"] * 40, 0.05, 0)) == 2 and sft.held_back([], 0.05, 0) == set()
+    assert len(sft.hold_back(["a"] * 40, 0.05, 0)) == 2 and sft.hold_back([], 0.05, 0) == set()
     several = [*"aaabbc"]
-    assert all(sft.held_back(several, 0.01, seed) in ({0, 1, 2}, {3, 4}, {5}) for seed in range(9))
+    assert all(sft.hold_back(several, 0.01, seed) in ({0, 1, 2}, {3, 4}, {5}) for seed in range(9))
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path, capsys):
@@ -448,8 +448,8 @@ def test_what_cannot_be_trained_is_said(tmp_path, capsys):
     own = conversations(tmp_path / "own.jsonl", num=1)
     assert fine_tune(tmp_path) == 2 and "too few to train on" in capsys.readouterr().err
     conversations(own, num=9)
-    lengths = [len(ids) - 1 for ids, _ in sft.texts_of(sft.Settings(trajectories=str(own), valid=0.01),
-                                                       Tokenizer.of_bytes(), say=lambda line: None)[0]]
+    lengths = [len(ids) - 1 for ids, _ in sft.build_dataset(sft.Settings(trajectories=str(own)), Tokenizer.of_bytes(),
+                                                            log=lambda line: None)[0]]
     longest = max(lengths)
     assert fine_tune(tmp_path, "--length", str(longest - 1)) == 0
     assert f"cut at {longest - 1} tokens: " in (said := capsys.readouterr().out) and f"{own}, line" in said
@@ -532,7 +532,7 @@ def test_the_cosine_by_hand():
 
 
 @pytest.mark.parametrize("name, value", [("batch", 0), ("length", -1), ("lr", math.nan), ("lr", math.inf),
-                                         ("epochs", 0.0), ("clip", 0.0), ("save_every", 0)])
+                                         ("epochs", 0.0), ("updates", 0), ("save_every", 0)])
 def test_a_setting_that_cannot_train_is_refused(name, value):
     with pytest.raises(ValueError, match="must be above 0"):
         sft.Settings(**{name: value})
