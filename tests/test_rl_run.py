@@ -67,8 +67,8 @@ def make(folder, pause=0.0):
     add_toys(folder / "tasks")
     for script in (folder / "tasks").glob("*/train.py") if pause else ():
         script.write_text(script.read_text() + f"import time\ntime.sleep({pause})\n")
-    sft.collect(collecting(folder, "pool", prompt="short", fields=miniature.SHORT_FIELDS, actions=miniature.SHORT_ACTIONS, num=2,
-                           steps=6, keep=100))
+    sft.collect(collecting(folder, "pool", prompt_format="short", fields=miniature.SHORT_FIELDS,
+                           actions=miniature.SHORT_ACTIONS, num=2, steps=6))
     rollout = playing(folder)
     save_model(folder / "model", [rollout.restore(name)[0].prompt() for name in list(rollout.states)[::4]])
     return folder
