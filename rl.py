@@ -807,17 +807,21 @@ def iterate(cfg, worker, trainer, iteration):
     return transitions, stats | worker.stats
 
 
+def ignore(text):
+    """Stands for print on all processes but the first."""
+
+
 def train(cfg, rank, world, device):
     """Trains cfg.model on the pool and writes cfg.out, as process `rank` of `world`."""
     for id in tasks.names(cfg.task):
         tasks.refuse_held_out(id, {}, {})
-    log = print if rank == 0 else lambda line: None
+    log = print if rank == 0 else ignore
     if cfg.model == Settings.model and not Path(cfg.model, "config.json").exists():
         raise ValueError(f"there is no {cfg.model} to go on from; make it with: python sft.py, or give another --model")
     folder = find_folder(cfg.model)
     tokenizer = sample.Tokenizer.from_pretrained(folder)
     config = Config.from_pretrained(folder)
-    rank0_broadcast(lambda: prepare_tasks(cfg) and None)
+    rank0_broadcast(lambda: len(prepare_tasks(cfg)))        # a Task itself cannot be sent
     if cfg.sandbox == "on":
         protection()        # here, before many threads ask at once
     pool = load_pool(cfg, tokenizer, log)
@@ -898,7 +902,7 @@ def fill(values):
         size = f"{model} has {num:,} weights, not below {TINY_BELOW:,.0f}"
     if not preset:
         return [*agent, (f"{size}, so (another --preset may be typed)", {"preset": fitting, **RECIPES[fitting]})]
-    if preset == "tiny" != fitting:
+    if preset == "tiny" and fitting != "tiny":
         cli.announce(f"rl.py: WARNING: {size}; --preset tiny is for smaller models, and its learning rate, "
                      f"{RECIPES['tiny']['lr']:g} in place of {Settings.lr:g}, may ruin this one")
     return [*agent, cli.preset(preset, RECIPES)]
