@@ -889,11 +889,13 @@ def fill(values):
     recipe, which follows the size of the model."""
     model = values["model"]
     preset = values["preset"]
-    folder = sample.small_files(model) if Path(model).is_dir() or not values["plan"] else None
+    folder = None
+    if Path(model).is_dir() or not (values["plan"] or model == Settings.model):      # which are never asked of the hub
+        folder = sample.small_files(model)
     if not folder and not values["plan"]:       # there is no such model, as train() says
         return [cli.preset(preset, RECIPES)] if preset else []
-    num = num_weights(Config.from_pretrained(folder) if folder else shape_of(model))[-1]      # --plan knows "7b"
     agent = [(f"{model}/agent.json", read_agent(folder))] if folder else []
+    num = num_weights(Config.from_pretrained(folder) if folder else shape_of(model))[-1]      # --plan knows "7b"
     if num < TINY_BELOW:
         fitting = "tiny"
         size = f"{model} has {num:,} weights, below {TINY_BELOW:,.0f}"

@@ -314,7 +314,8 @@ def test_gae_is_the_discounted_sum_of_errors_along_an_episode(lam):
 
 
 def test_whitening_by_hand():
-    x = torch.cat(rl.whiten([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]))       # mean 3, variance (4 + 1 + 0 + 9) / 4
+    x = torch.cat(rl.whiten([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]))
+    # the mean is 3 and the variance (4 + 1 + 0 + 9) / 4
     assert torch.allclose(x, torch.tensor([-2.0, -1.0, 0.0, 3.0]) / 3.5 ** 0.5, atol=1e-3)
     assert x.mean().abs() < 1e-6
 
@@ -567,7 +568,8 @@ def gap(trainer, engine, seed=0):
     """The largest difference between the sampler's and the trainer's log-probs of fresh samples, and these."""
     cfg = trainer.cfg
     replies = engine.generate(PIECES, n=2, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=seed)
-    samples = [sample_of(engine.tokenizer.encode(piece), reply.tokens, j * 0.5, reply.logps, group=i, episode_id=2 * i + j)
+    samples = [sample_of(engine.tokenizer.encode(piece), reply.tokens, j * 0.5, reply.logps, group=i,
+                         episode_id=2 * i + j)
                for i, (piece, group) in enumerate(zip(PIECES, replies)) for j, reply in enumerate(group)]
     old = trainer.logprobs(trainer.actor, [one.example for one in samples])
     return (torch.cat(old) - torch.cat([torch.tensor(one.logp_sampler) for one in samples])).abs().max().item(), samples
@@ -642,7 +644,8 @@ def test_nothing_depends_on_the_number_of_processes(forks, tmp_path):
     lengths = [len(one.prompt + one.tokens) - 1 for one in some_samples()]
     for world, (length, methods) in WORLDS.items():
         found, gaps = torch.load(tmp_path / f"{world}.pt")
-        rows = [sum(map(bool, shard_across_ranks(lengths, epoch_order(12, 0, 0), rank, world, length))) for rank in range(world)]
+        shards = [shard_across_ranks(lengths, epoch_order(12, 0, 0), rank, world, length) for rank in range(world)]
+        rows = [sum(map(bool, shard)) for shard in shards]
         assert len(set(rows)) > 1
         for method in methods:
             alone = steps_of(method, length=10_000)
@@ -780,7 +783,8 @@ def test_every_setting_is_read(name):
     read = ""
     for path in [f"{name}.py", "env.py", *(f"support/{each}.py" for each in ("cli", "distributed", "miniature"))]:
         source = (HERE.parent / path).read_text().splitlines()
-        cls = next((node for node in ast.parse("\n".join(source)).body if getattr(node, "name", "") == "Settings"), None)
+        nodes = ast.parse("\n".join(source)).body
+        cls = next((node for node in nodes if getattr(node, "name", "") == "Settings"), None)
         if cls:
             read += "\n".join(source[:cls.lineno - 1] + source[cls.end_lineno:])
             fields = [node.target.id for node in cls.body if isinstance(node, ast.AnnAssign)]

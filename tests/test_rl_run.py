@@ -75,9 +75,9 @@ def make(folder, pause=0.0):
 
 
 def settings(folder, **more):
-    return rl.Settings(**{"model": str(folder / "model"), "trajectories": str(folder / "pool"), "states": 4, "samples": 2,
-                          "data": str(folder / "data"), "out": str(folder / "out"), "max_new_tokens": 8,
-                          "context": 1000, **more})
+    return rl.Settings(**{"model": str(folder / "model"), "trajectories": str(folder / "pool"), "states": 4,
+                          "samples": 2, "data": str(folder / "data"), "out": str(folder / "out"),
+                          "max_new_tokens": 8, "context": 1000, **more})
 
 
 class Scripted:
