@@ -1,30 +1,21 @@
-"""Step-wise PPO: a state comes from the pool of expert trajectories, the policy takes one action, and is rewarded.
+"""Step-wise PPO (ML-Agent, arXiv 2505.23723): the policy takes one action in a recorded state and is rewarded.
 
     python rl.py                                        # goes on from runs/sft, on miniatures, on a laptop's CPU
     torchrun --nproc_per_node 8 rl.py --preset 7b       # the same on eight GPUs
-    python rl.py --rollout episode --advantage gae --choose uniform     # whole trajectories instead, for comparison
+    python rl.py --rollout episode --advantage gae      # whole trajectories instead, for comparison
 
-The method is that of ML-Agent (arXiv 2505.23723): sampling whole trajectories is slow, since each step runs a training
-script, and most of what they meet repeats. So the states are recorded ones, and only the action is new. An iteration:
+Whole trajectories are slow to sample, since each step runs a training script, and most states on their way repeat. So
+the states come from expert trajectories, and only the action is new. `iterate` is one iteration, from top to bottom.
 
-1. Draw --states recorded states, tasks in turn (draw).
-2. Sample --num actions for each. While the engine samples on, each action is carried out in a restored workspace, its
-   script is run and graded, and reward.py makes of all that one number R (start, finish).
-3. Log-probs of the actor and of the reference, the model this run began with, and the critic's values. The reward of a
-   token is -kl * (logp_old - logp_ref), and R more at the action's last token (arXiv 1909.08593, equation 2).
-4. Advantages by GAE (arXiv 1506.02438, equation 16), whitened over all tokens of all processes; or the mean of the
-   state's other actions as baseline (--advantage group, without a critic).
-5. Updates by the clipped objective of PPO (arXiv 1707.06347, equation 7), in fp32 master weights.
-
---out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl, a line an iteration. A killed run goes
-on exactly with the same command. Exit status: 0 done, 1 failed, 2 bad arguments.
+--out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl with a line for each iteration. A killed
+run continues exactly with the same command. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import contextlib, json, math, random, statistics, sys, time, zlib
+import contextlib, json, math, os, random, statistics, sys, time, zlib
 from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -35,128 +26,94 @@ from torch.distributed.tensor import DTensor
 import sample
 import tasks
 from env import (
-    CODER_TOKENS, CODE_END, NEEDS_CODER, Blobs, Env, MissingBlob, ResultCache, best_before, prepare_tasks,
-    read_agent, read_trajectory)
+    CODER_TOKENS, CODE_END, NEEDS_CODER, best_before, make_env, prepare_tasks, read_agent, read_trajectory, write_agent)
 from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, use_kernels
 from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    AdamW, build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of,
-    full_tensor, gib, init_distributed, load_state, memory_of, num_weights, peak_flops, peak_memory, rank0_broadcast,
-    save_state, shape_of, shard_across_ranks, sharded_parameters)
-from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten, write_atomic
+    build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of, full_tensor,
+    gib, init_distributed, load_state, num_weights, optimizer_step, peak_flops, peak_memory, plan_memory,
+    rank0_broadcast, save_state, shape_of, shard_across_ranks, sharded_parameters)
+from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten
 from support.sandbox import SLOTS, protection
+from support.storage import Blobs, MissingBlob, ResultCache
 
+DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (arXiv 1912.09729)
+VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
+TIS_CAP = 2.0               # cap of a token's weight pi_old / pi_sampler (arXiv 2510.26788)
+WARM_UP_STEPS = 4           # of the critic alone, before the first update: its head begins at zero
+EPS = 1e-4                  # is added to a standard deviation that is divided by
+RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
+SHOW_EVERY = 10             # iterations between actions that are printed whole
 
-SMALL = 50e6    # weights; for a model of fewer the recipe is tiny, else 7b
-RECIPES = {     # --preset: what differs from the defaults, which are for 7B
-    "tiny": dict(advantage="group", choose="learnable", iterations=16, num=8, epochs=2, minibatches=4, lr=2e-4,
-                 kl=0.05, length=1024, recompute=False),
-    "7b": dict(critic="shared", rows=16),       # of 80 GB each: --plan
-}
+TINY_BELOW = 50e6           # weights; the recipe of a smaller model is "tiny", of any other "7b"
+RECIPES = {                 # --preset: what differs from the defaults, which are those of 7B
+    "tiny": dict(advantage="rloo", iterations=16, samples=8, epochs=2, minibatches=4, lr=2e-4, kl=0.05, length=1024,
+                 rows=64),
+    "7b": {}}
 
 
 @dataclass
-class Settings:
-    preset: str = ""  # settings for a size of model, which flags override: tiny (what sft.py makes) or 7b; empty: by
-        # the number of weights
+class Settings(cli.TaskSettings):
+    preset: str = ""  # settings for a size of model, which flags override: tiny, 7b; empty: by the number of weights
     model: str = "runs/sft"  # what is trained: a folder or a hub id; the reference and the critic begin as it too
-    trajectories: str = "runs/trajectories"  # the pool of states; what new scripts give is added to its blobs and cache
+    trajectories: str = "runs/trajectories"  # the recorded states; results of new scripts are added to its cache
     out: str = "runs/rl"  # the actor as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
     task: str = "held-in"  # a task's id, or held-in for all that may be trained on
     rollout: str = "step"  # step: one action in a recorded state; episode: whole trajectories from the start
     iterations: int = 40  # rollouts, each followed by --epochs passes of updates
-    states: int = 32  # drawn in an iteration, over all processes; with --rollout episode: trajectories
-    num: int = 4  # actions sampled in each state
-    choose: str = "uniform"  # states of a task: uniform, or learnable (rather those whose actions' rewards differed)
+    states: int = 32  # of an iteration, over all processes; with --rollout episode: starts of trajectories
+    samples: int = 4  # actions sampled in each state
     steps: int = 15  # replies of a trajectory, with --rollout episode
-    skip_equal: bool = True  # with --advantage group: leave out of the update states whose actions all earned the same,
-        # and with them what --kl would do there
-    advantage: str = "gae"  # gae: against the critic's values; group: against the mean of the state's actions
-    critic: str = "own"  # own: a second backbone; shared: a second head on the actor's
+    advantage: str = "gae"  # gae: against a critic's values; rloo (or group), grpo: against the state's other actions
     epochs: int = 1  # passes over an iteration's actions
     minibatches: int = 1  # optimizer steps of a pass
-    value_steps: int = 4  # steps of the critic alone before the first update: its head begins at zero
     lr: float = 1e-6  # of the actor
     critic_lr: float = 1e-5  # of the critic
-    value_weight: float = 0.1  # of the value loss, where the critic shares the actor's backbone
-    clip: float = 1.0  # largest norm of a step's gradient, actor and critic apart
     clip_low: float = 0.2  # the ratio of new to old probability counts from 1 - this ...
     clip_high: float = 0.2  # ... to 1 + this
-    dual_clip: float = 3.0  # a bad action's loss counts up to this ratio (arXiv 1912.09729)
-    value_clip: float = 0.2  # a value may move this far from the old one within an iteration; times --steps with
-        # --rollout episode, whose returns are sums over as many rewards
     kl: float = 1e-3  # weight of the divergence from the reference, in the reward
-    gamma: float = 1.0  # discount of a token
     lam: float = 1.0  # lambda of GAE
-    truncate: float = 2.0  # cap of the weight trainer / sampler probability of a token (arXiv 2510.26788); 0: no weight
-    overlap: bool = False  # sample the next iteration while the last scripts of this one run: one update behind
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
-    max_new_tokens: int = 1024  # of an action
-    context: int = 16384  # tokens of prompt and action; states that do not fit are left out
-    rows: int = 64  # actions sampled at the same time, on each process
-    length: int = 16384  # tokens of a packed row in training, if no single text has more
-    recompute: bool = True  # compute a block's activations again in backward: a third more time, far less memory
-    dtype: str = "auto"  # of products and activations, as in sft.py; weights are kept and updated in float32
-    kernels: str = "torch"  # torch, or triton, on CUDA, which has not been measured on a GPU yet
+    rows: int = 8  # actions sampled at the same time, on each process
+    length: int = 16384  # tokens of a packed row in training, if no single example has more
     coder: str = "auto"  # who carries out the (AI) actions: none, model (the policy), another, as in --model, or auto:
-        # the policy if the pool's expert had a coder, else none. It samples with seed 0 at temperature 1, so that the
-        # same request has the same answer. The key of a server is read from OPENAI_API_KEY_CODER, or else
-        # OPENAI_API_KEY
-    data: str = "data"  # where prepared tasks are kept
-    raw: str = ""  # folder of the publisher's files, as in eval.py
-    python: str = sys.executable  # the interpreter that runs the tasks' scripts
-    gpu: str = ""  # CUDA_VISIBLE_DEVICES of the scripts; empty hides all GPUs from them
-    threads: int = 1  # that a script may use for numerics
-    sandbox: str = "on"  # on, or off: scripts can then read the answers and all your files
+        # the policy if the recorded expert had a coder. A server's key is OPENAI_API_KEY_CODER or else OPENAI_API_KEY
     save_every: int = 10  # iterations between checkpoints
-    show_every: int = 10  # iterations between whole samples that are printed
-    seed: int = 0  # of the states drawn and of sampling
     plan: bool = False  # print memory per GPU by part for these settings, and end; --model may then be a size: 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
 
     def __post_init__(self):
-        choices = {"rollout": ("step", "episode"), "advantage": ("gae", "group"), "critic": ("own", "shared"),
-                   "choose": ("uniform", "learnable"), "sandbox": ("on", "off")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} must be {' or '.join(allowed)}, found {getattr(self, name)!r}")
-        positive = ("iterations", "states", "num", "steps", "epochs", "minibatches", "rows", "max_new_tokens", "length",
-                    "threads", "temperature", "clip", "value_clip", "save_every", "show_every")
-        bounds = {**dict.fromkeys(positive, (1e-9, math.inf)), "dual_clip": (1 + self.clip_high, math.inf),
-                  **dict.fromkeys(("value_steps", "lr", "critic_lr", "value_weight", "clip_high", "kl", "truncate"),
-                                  (0, math.inf)),
-                  **dict.fromkeys(("clip_low", "gamma", "lam"), (0, 1)), "context": (self.max_new_tokens + 1, math.inf)}
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
-                right = "above 0" if low == 1e-9 else f"{low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
-                raise ValueError(f"--{name.replace('_', '-')} must be {right}, found {getattr(self, name)}")
+        super().__post_init__()
+        cli.check_choices(self, rollout=("step", "episode"), advantage=tuple(ADVANTAGES),
+                          dtype=("auto", "float32", "bfloat16"))
+        cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches", "temperature",
+                           "rows", "length", "save_every", "gpus")
+        for name in ("lr", "critic_lr", "clip_low", "clip_high", "kl", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{cli.flag_of(name)} must be from 0 to 1, found {getattr(self, name)}")
+        if self.context <= self.max_new_tokens:
+            raise ValueError(f"--context must be above --max-new-tokens {self.max_new_tokens}, found {self.context}")
         if sample.is_server(self.coder):
             sample.address(self.coder)
-        compute_type(self.dtype, torch.device("cpu"))
         if self.minibatches > self.states:
-            raise ValueError(f"--minibatches {self.minibatches} are more than --states {self.states}; some would be "
-                             "empty")
-        if self.advantage == "group" and (self.rollout == "episode" or self.num < 2):
-            raise ValueError("--advantage group compares actions of one state: it needs --rollout step and --num of at "
-                             f"least 2, found {self.rollout} and {self.num}")
-        if self.rollout == "episode" and self.overlap:
-            raise ValueError("--overlap is for --rollout step; episodes run and sample at the same time anyway")
-        if self.choose == "learnable" and (self.rollout == "episode" or self.num < 2):
-            raise ValueError("--choose learnable compares actions of one state: it needs --rollout step and --num of "
-                             f"at least 2, found {self.rollout} and {self.num}")
-        if self.overlap and self.coder == "model":
-            raise ValueError("--overlap lets scripts run while the policy is updated, so the policy cannot be their "
-                             "--coder; expected none, or another model")
+            raise ValueError(f"--minibatches must be at most --states {self.states}, found {self.minibatches}")
+        if not self.has_critic and (self.rollout == "episode" or self.samples < 2):
+            raise ValueError(f"--advantage {self.advantage} compares actions of one state: it needs --rollout step and "
+                             f"--samples of at least 2, found {self.rollout} and {self.samples}")
+
+    @property
+    def has_critic(self):
+        return self.advantage == "gae"
 
 
-FREE = {"preset", "model", "trajectories", "out", "iterations", "rows", "data", "raw", "python", "gpu", "save_every",
-        "show_every", "plan", "gpus"}       # settings that a run which goes on may have other than it began
+# Settings that may change when a run is continued.
+FREE = {"preset", "model", "trajectories", "out", "iterations", "rows", "data", "raw", "python", "gpu", "device",
+        "save_every", "plan", "gpus"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The pool of states
+# -- The pool of states
 
 @dataclass(frozen=True)
 class State:
@@ -168,734 +125,808 @@ class State:
 
     @property
     def name(self):
-        """What it is called in checkpoints and messages; the same whatever else is in the pool."""
         return f"{self.file.stem}, step {self.index}"
 
     @property
     def snapshot(self):
         return (self.steps[self.index - 1] if self.index else self.head)["snapshot"]
 
-    @property
-    def messages(self):
-        return [*self.head["messages"], *(each for step in self.steps[:self.index] for each in step["messages"])]
-
-    @property
-    def m_before(self):
-        return self.steps[self.index]["m_before"]
-
-    @property
-    def m_top(self):
-        return best_before(tasks.load(self.head["task"]), self.head, self.steps[:self.index])
+    def restore(self, env):
+        """Puts an Env of the task into this state. MissingBlob: a file of it is missing."""
+        messages = list(self.head["messages"])
+        for step in self.steps[:self.index]:
+            messages += step["messages"]
+        env.restore(self.snapshot, messages, index=self.index, m_before=self.steps[self.index]["m_before"],
+                    m_top=best_before(env.task, self.head, self.steps[:self.index]))
 
 
-def pool(s, tokenizer, say=print):
-    """{task id: {name: State}}: every prefix of every trajectory in the folder s.trajectories, of the tasks of s.task.
+def load_pool(cfg, tokenizer, log=print):
+    """Returns {task id: {name: State}}: every prefix of every trajectory in cfg.trajectories, of the tasks of cfg.task.
 
-    States whose files are gone, and files that are no trajectory, are left out, named and counted. ValueError: a
-    held-out task, other data than those of the trajectories, a link that leads out of the folder, or no state at all.
+    States whose files are missing, and files that are no trajectory, are left out and reported by `log`. ValueError: a
+    held-out task, other data than the trajectories were collected on, a link that leads out of the folder, or no state.
     """
-    refuse_links_out(s.trajectories)      # what scripts give is added there
-    wanted, found, left_out, blobs = set(tasks.names(s.task)), {}, {}, Blobs(Path(s.trajectories, "blobs"))
-    forbidden, there, own = tasks.held_out_hashes(s.data), cache(blobs.has), fingerprint(tokenizer)
-    for file in sorted(Path(s.trajectories).glob("*.jsonl")):
+    refuse_links_out(cfg.trajectories)      # results of scripts are added there
+    forbidden = tasks.held_out_hashes(cfg.data)
+    tokenizer_id = fingerprint(tokenizer)
+    has_blob = cache(Blobs(Path(cfg.trajectories, "blobs")).has)
+    pool = {}
+    left_out = {}       # reason -> names
+    for file in sorted(Path(cfg.trajectories).glob("*.jsonl")):
         try:
             head, steps = read_trajectory(file)
-            if lacking := [step for step in steps if "m_before" not in step]:
-                raise ValueError(f"{file}: {len(lacking)} of its steps do not tell the score before them")
+            if any("m_before" not in step for step in steps):
+                raise ValueError(f"{file}: some of its steps do not tell the score before them")
         except (ValueError, OSError) as error:
             left_out.setdefault("no record of a trajectory", []).append(str(error))
             continue
         tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
-        if head["task"] not in wanted:
+        if head["task"] not in tasks.names(cfg.task):
             continue
-        now = tasks.info(head["task"], s.data)["sha256"]
-        tasks.refuse_held_out(head["task"], now, forbidden)
-        if head.get("data_sha256", now) != now:
-            raise ValueError(f"{file} was collected on other data than {Path(s.data, head['task'])} holds; prepare "
+        data_sha256 = tasks.info(head["task"], cfg.data)["sha256"]
+        tasks.refuse_held_out(head["task"], data_sha256, forbidden)
+        if head.get("data_sha256", data_sha256) != data_sha256:
+            raise ValueError(f"{file} was collected on other data than {Path(cfg.data, head['task'])} holds; prepare "
                              "those again, or collect anew")
-        if head.get("tokenizer") != own:        # ids of another tokenizer say nothing to this model
-            for message in (message for line in (head, *steps) for message in line["messages"]):
-                message.pop("tokens", None)
-        for state in (State(file, head, steps, i) for i in range(len(steps))):
-            if all(map(there, state.snapshot.values())):
-                found.setdefault(head["task"], {})[state.name] = state
+        if head.get("tokenizer") != tokenizer_id:       # the recorded token ids mean nothing to this model
+            for line in (head, *steps):
+                for message in line["messages"]:
+                    message.pop("tokens", None)
+        for index in range(len(steps)):
+            state = State(file, head, steps, index)
+            if all(map(has_blob, state.snapshot.values())):
+                pool.setdefault(head["task"], {})[state.name] = state
             else:
                 left_out.setdefault("a missing blob", []).append(state.name)
-    lines = [f"{s.trajectories}: {sum(map(len, found.values()))} states of {len(found)} tasks"]
-    lines += [f"  left out, {why}: {len(where)} ({', '.join(where[:5])}{', ...' * (len(where) > 5)})"
-              for why, where in left_out.items()]
-    if not found:
+    summary = f"{cfg.trajectories}: {sum(map(len, pool.values()))} states of {len(pool)} tasks"
+    for reason, names in left_out.items():
+        summary += f"\n  left out, {reason}: {len(names)}, such as {', '.join(names[:5])}"
+    if not pool:
         raise ValueError("there is no state to start from; collect trajectories with: python sft.py --collect "
-                         f"--trajectories {s.trajectories}. " + "\n".join(lines))
-    say("\n".join(lines))
-    return found
+                         f"--trajectories {cfg.trajectories}. {summary}")
+    log(summary)
+    return pool
 
 
-def with_coder(s, found):
-    """The settings, --coder auto replaced by what the pool's prompts call for. ValueError: they offer the model tools
-    that it would not have."""
-    needed = sorted({name for states in found.values() for state in states.values()
-                     for name in NEEDS_CODER if name in state.head.get("actions", ())})
-    if needed and s.coder == "none":
-        raise ValueError(f"the states of {s.trajectories} were collected with a coder: they offer {', '.join(needed)}, "
-                         "which --coder none does not have; give --coder model, or collect with --coder none")
-    return replace(s, coder="model" if needed else "none") if s.coder == "auto" else s
+def choose_coder(cfg, pool):
+    """Returns the settings, with --coder auto replaced by the coder that the recorded prompts need. ValueError: they
+    offer (AI) actions and there is to be no coder."""
+    offered = {name for states in pool.values() for state in states.values() for name in state.head.get("actions", ())}
+    needed = sorted(offered & set(NEEDS_CODER))
+    if needed and cfg.coder == "none":
+        raise ValueError(f"the states of {cfg.trajectories} were collected with a coder: they offer {', '.join(needed)}"
+                         ", which --coder none does not have; give --coder model, or collect with --coder none")
+    if cfg.coder == "auto":
+        return replace(cfg, coder="model" if needed else "none")
+    return cfg
 
 
-def inputs(s, folder, found):
-    """{what: its sha256, shortened} of what a run that goes on must have as it began: the model in `folder`, from which
-    the reference is made anew, the pool's states, the data they are rewarded by, and a coder of its own."""
-    states = [state for each in found.values() for state in each.values()]
-    names = [state.name for state in states]
-    files = {state.file.stem: [state.head, state.steps] for state in states}
-    data = {id: [tasks.info(id, s.data)[name] for name in ("sha256", "m_init", "m_best")] for id in found}
-    own = s.coder not in ("none", "model") and Path(s.coder).is_dir()
-    return {"--model of sha256": hash_checkpoint(folder), "states of sha256": hash_json([names, files])[:16],
-            "data of sha256": hash_json(data)[:16], **({"--coder of sha256": hash_checkpoint(s.coder)} if own else {})}
+def hash_inputs(cfg, folder, pool):
+    """Returns {description: sha256} of what must be the same when a run is continued: the model in `folder`, which the
+    reference is made from, the states, the data that give the rewards, and a coder of one's own."""
+    states = {state.name: state for states in pool.values() for state in states.values()}
+    records = {state.file.stem: [state.head, state.steps] for state in states.values()}
+    data = {id: [tasks.info(id, cfg.data)[name] for name in ("sha256", "m_init", "m_best")] for id in pool}
+    hashes = {"--model of sha256": hash_checkpoint(folder), "data of sha256": hash_json(data)[:16],
+              "states of sha256": hash_json([list(states), records])[:16]}
+    if cfg.coder not in ("none", "model") and Path(cfg.coder).is_dir():
+        hashes["--coder of sha256"] = hash_checkpoint(cfg.coder)
+    return hashes
 
 
-def draw(found, num, rng, weights, usable=lambda state: True):
-    """Names of num States: the tasks in turn, in random order, and of each a state with a chance in proportion to its
-    weight. weights: {name: weight}, 1 where there is none; usable may set some to 0, and another state of that task is
-    drawn then. RunError: no state has a weight any more."""
-    names, turn = [], []
+def sample_states(pool, num, rng, chances, playable):
+    """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
+
+    chances: {name: relative chance}, 1 where there is none. playable(state) may set chances to 0; where it returns
+    False another state of the task is drawn. RunError: no state has a chance any more.
+    """
+    names = []
+    turn = []
     while len(names) < num:
         if not turn:
-            live = [task for task in sorted(found) if any(weights.get(name, 1.0) for name in found[task])]
+            live = [task for task in sorted(pool) if any(chances.get(name, 1.0) for name in pool[task])]
             if not live:
                 raise RunError("no state of the pool can be played any more; the reasons stand above")
             turn = rng.sample(live, len(live))
-        states = found[turn[-1]]
-        chances = [weights.get(name, 1.0) for name in states]
-        if not any(chances):
+        states = pool[turn[-1]]
+        task_chances = [chances.get(name, 1.0) for name in states]
+        if not any(task_chances):
             turn.pop()
-        elif usable(states[name := rng.choices(list(states), chances)[0]]):
+            continue
+        name = rng.choices(list(states), task_chances)[0]
+        if playable(states[name]):
             names.append(name)
             turn.pop()
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollouts
+# -- Rollouts
 
 @dataclass
-class Sample:
-    """One action of the policy, and what came of it."""
-    group: int          # the place of its state among those of the iteration; all its actions share it
-    chain: int          # steps of one trajectory share it, in order; a single action is a chain of its own
+class Transition:
+    """One action of the policy in a state, and its reward."""
+    state: str          # the State's name
+    group: int          # the state's number within the iteration; all its actions share it
+    episode_id: int     # the steps of a trajectory share it, in order; a single action has its own
     prompt: list        # token ids that the policy saw
-    tokens: list        # and those it chose, the end of turn included
-    logps: list         # their log-probs when they were sampled
-    step: dict          # env.Step as a dict; None where the state's files are gone
-    task: str
-    state: str = ""     # the name of its State
+    tokens: list        # token ids of the action, with the end of turn
+    logp_sampler: list  # their log-probs when they were sampled
+    step: dict          # env.Step as a dict
 
     @property
-    def text(self):
-        """(ids, chosen), as training takes them."""
-        return self.prompt + self.tokens, [False] * len(self.prompt) + [True] * len(self.tokens)
+    def reward(self):
+        return self.step["reward"]
+
+    @property
+    def example(self):
+        """(token ids, loss_mask): the policy is trained on the tokens that it chose."""
+        loss_mask = [False] * len(self.prompt) + [True] * len(self.tokens)
+        return self.prompt + self.tokens, loss_mask
 
 
-class Rollout:
+class RolloutWorker:
     """Samples actions with an engine and carries them out, on one process of several.
 
-    Every process plays a run of neighbouring states. Seeds depend on the place of state and action alone, and the order
-    of the Samples on nothing else, so they are the same whatever the number of processes and whichever script ends
-    first. (Not so whole trajectories: their observations tell the time left.)
+    Every process plays a run of neighbouring states. Seeds and the order of the Transitions depend on the numbers of
+    state and action alone, so they are the same whatever the number of processes and whichever script ends first.
+    (Whole trajectories are not: their observations tell the time left.)
     """
 
-    def __init__(self, s, engine, found, rank=0, world=1):
-        self.s, self.engine, self.found, self.rank, self.world = s, engine, found, rank, world
-        self.states = {name: state for states in found.values() for name, state in states.items()}
-        self.weights = {}       # name of a state -> weight in drawing; 0: it cannot be played
-        self.begun = None       # of the next iteration: (actions that are sampled, futures of their Samples)
-        self.cache = ResultCache(Path(s.trajectories, "cache"))
-        self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if s.rollout == "step" else s.states * s.num)
-        other = s.coder not in ("auto", "none", "model")
-        self.coder = engine if s.coder == "model" else sample.load(
-            s.coder, context=s.context, key=sample.coder_key(s.coder, s.model)) if other else None
-        self.options = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, stop=("\nObservation:",))
+    def __init__(self, cfg, engine, pool, rank=0, world=1):
+        self.cfg = cfg
+        self.engine = engine
+        self.pool = pool
+        self.rank = rank
+        self.world = world
+        self.states = {name: state for states in pool.values() for name, state in states.items()}
+        self.chances = {}       # name of a state -> its chance to be sampled; 0: it cannot be played
+        self.stats = {}         # of the last run
+        self.cache = ResultCache(Path(cfg.trajectories, "cache"))
+        self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if cfg.rollout == "step" else cfg.states * cfg.samples)
+        self.options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, stop=("\nObservation:",))
+        self.coder = None
+        if cfg.coder == "model":
+            self.coder = engine
+        elif cfg.coder not in ("auto", "none"):
+            self.coder = sample.load(cfg.coder, context=cfg.context, key=sample.coder_key(cfg.coder, cfg.model))
 
-    def save(self):
-        """What a later process needs, as plain values."""
-        return {"weights": self.weights, "begun": self.begun and self.begun[0]}
+    def ask_coder(self, messages):
+        return self.coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END).text + CODE_END
 
-    def load(self, saved):
-        self.weights = saved["weights"]
-        self.begun = saved["begun"] and (saved["begun"], self.carry_out(saved["begun"]))
+    def make_env(self, head, **changes):
+        """Returns an Env at the start of a task, with the settings that a trajectory's header tells."""
+        recorded = {name: head[name] for name in ("actions", "fields", "prompt", "steps", "seconds") if name in head}
+        return make_env(self.cfg, head["task"], self.cfg.trajectories, self.cache,
+                        coder=self.coder and self.ask_coder, **recorded | changes)
 
-    def env(self, head, **more):
-        """An Env with the settings of a trajectory's header, in its first state."""
-        ask = self.coder and (lambda messages: self.coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END)
-                              .text + CODE_END)
-        settings = {name: head[name] for name in ("actions", "fields", "prompt", "steps", "seconds") if name in head}
-        return Env(head["task"], self.s.data, out=self.s.trajectories, coder=ask, cache=self.cache,
-                   python=self.s.python, gpu=self.s.gpu or None, threads=self.s.threads, sandbox=self.s.sandbox,
-                   **settings | more)
+    def restore(self, name):
+        """Returns an Env in a state, and the token ids that the policy is shown there. MissingBlob: a file is gone."""
+        state = self.states[name]
+        env = self.make_env(state.head)
+        state.restore(env)
+        return env, self.engine.tokenizer.chat(env.prompt())
 
-    def at(self, state):
-        """An Env in this state. env.Gone: a file of it is missing."""
-        env = self.env(state.head)
-        env.restore(state.snapshot, state.messages, index=state.index, m_before=state.m_before, m_top=state.m_top)
-        return env
-
-    def prompt(self, env):
-        return self.engine.tokenizer.chat(env.prompt())
-
-    def usable(self, state):
-        """Whether the state can be played: its files are there, and prompt and action fit the context."""
+    def playable(self, state):
+        """Returns whether the files of a state are there, and prompt and action fit the context; else leaves it out."""
+        if self.cfg.rollout == "episode":       # which begins at the start instead
+            return True
         try:
-            length, room = len(self.prompt(self.at(state))) + self.s.max_new_tokens, self.engine.context
+            length = len(self.restore(state.name)[1]) + self.cfg.max_new_tokens
+            if length <= self.engine.context:
+                return True
+            reason = f"prompt and action take {length} tokens, and --context is {self.engine.context}"
         except MissingBlob as error:
-            return self.leave_out(state.name, error)
-        return length <= room or self.leave_out(state.name, f"prompt and action take {length} tokens, and --context "
-                                                            f"is {room}")
+            reason = error
+        self.leave_out(state.name, reason)
+        return False
 
-    def leave_out(self, name, why):
-        self.weights[name] = 0.0
+    def leave_out(self, name, reason):
+        self.chances[name] = 0.0
         if self.rank == 0:
-            print(f"left out: {name}: {why}", file=sys.stderr)
+            print(f"left out: {name}: {reason}", file=sys.stderr)
 
-    def draw(self, iteration):
-        """The names of an iteration's states, drawn by the first process for all; this process's share of them, and the
-        place where that begins."""
-        s, rng = self.s, random.Random(f"{self.s.seed} {iteration}")
-        usable = self.usable if s.rollout == "step" else lambda state: True
-        names = rank0_broadcast(lambda: draw(self.found, s.states, rng, self.weights, usable))
-        first = self.rank * -(-len(names) // self.world)
-        return names[first:first + -(-len(names) // self.world)], first
+    def sample_states(self, iteration):
+        """Returns the names of an iteration's states, of all processes; the first process draws them."""
+        rng = random.Random(f"{self.cfg.seed} {iteration}")
+        return rank0_broadcast(partial(sample_states, self.pool, self.cfg.states, rng, self.chances, self.playable))
 
-    def collect(self, iteration, clock):
-        """The Samples of an iteration, of all processes, in the order of their states. clock: a list that receives the
-        times at which all was sampled and all was carried out. RunError: there is none."""
+    def run(self, names, iteration):
+        """Returns the Transitions of all processes, in the order of the states `names`. RunError: there is none."""
+        per_rank = math.ceil(len(names) / self.world)
+        first = self.rank * per_rank
+        submit = self.submit_episodes if self.cfg.rollout == "episode" else self.submit_actions
+        start = time.monotonic()
+        num_sampled = self.engine.sampled_tokens
+        counts = dict(self.cache.counts)
         try:
-            if self.s.rollout == "episode":
-                futures = self.episodes(iteration)
-            else:
-                _, futures = self.begun or self.start(iteration)
-                self.begun = None
-                if self.s.overlap and iteration + 1 < self.s.iterations:    # by the weights of before this update
-                    self.begun = self.start(iteration + 1)
-            clock.append(time.monotonic())
+            futures = submit(names[first:first + per_rank], first, iteration)
+            sampled = time.monotonic()
             wait(futures, return_when=FIRST_EXCEPTION)
-            samples = gather([one for future in futures for one in future.result()])
-            clock.append(time.monotonic())
+            transitions = gather([transition for future in futures for transition in future.result()])
         except FloatingPointError as error:
-            raise RunError(f"iteration {iteration + 1}, sampling, rank {self.rank}: {error}. The checkpoints in "
-                         f"{self.s.out} are from before") from None
-        gone = {one.state for one in samples if one.step is None}
-        for name in sorted(gone):
-            self.leave_out(name, "its files are gone")
-        samples = numbered([one for one in samples if one.state not in gone])
-        if not samples:
-            raise RunError(f"iteration {iteration + 1} has no action: the files of its states are gone, or every "
-                         "conversation outgrew --context")
-        if self.s.choose == "learnable":
-            for group in {one.group: one.state for one in samples}.items():
-                rewards = [one.step["reward"] for one in samples if one.group == group[0]]
-                self.weights[group[1]] = 0.1 + 2 * statistics.pstdev(rewards)
-        return samples
+            raise RunError(f"sampling: {error}") from None
+        executed = time.monotonic()
+        for name in sorted(set(names) - {transition.state for transition in transitions}):
+            self.leave_out(name, "its files are gone, or its prompt has outgrown --context")
+        if not transitions:
+            raise RunError("there is no action; the reasons stand above")
+        if not self.cfg.has_critic:     # prefer states whose actions earned different rewards
+            rewards = group_rewards(transitions)
+            for transition in transitions:
+                self.chances[transition.state] = 0.1 + 2 * statistics.pstdev(rewards[transition.group])
+        runs = self.cache.counts["runs"] - counts["runs"]
+        hits = self.cache.counts["hits"] - counts["hits"]
+        num_sampled = (self.engine.sampled_tokens - num_sampled) * self.world
+        self.stats = {"left_out": sum(chance == 0 for chance in self.chances.values()), "runs": runs,
+                      "cache_hits": hits / max(1, hits + runs), "sample_s": sampled - start,
+                      "execute_s": executed - sampled, "sampled_tokens_s": num_sampled / (executed - start)}
+        return transitions
 
-    def start(self, iteration):
-        """Draws states and samples their actions; returns these, [[name, group, number, tokens, logps, text], ...], and
-        the futures of their Samples, whose scripts may still run."""
-        s, (names, first), done = self.s, self.draw(iteration), {}
+    def submit_actions(self, names, first, iteration):
+        """Samples actions in these states, the first of which has the number `first`. Each is carried out as soon as it
+        is sampled. Returns, when all are sampled, the futures of [Transition] in order."""
+        futures = {}
 
-        def each(i, j, reply):
-            action = [names[i], first + i, j, reply.tokens, reply.logps, reply.text]
-            done[i, j] = action, *self.carry_out([action])
+        def on_reply(i, j, reply):
+            futures[i, j] = self.threads.submit(self.execute_action, names[i], first + i, j, reply)
         if names:
-            self.engine.generate([self.prompt(self.at(self.states[name])) for name in names], n=s.num, each=each,
-                                 seed=zlib.crc32(f"{s.seed} {iteration}".encode()) + first * s.num, **self.options)
-        in_order = [done[key] for key in sorted(done)]
-        return [action for action, _ in in_order], [future for _, future in in_order]
+            seed = zlib.crc32(f"{self.cfg.seed} {iteration}".encode()) + first * self.cfg.samples
+            self.engine.generate([self.restore(name)[1] for name in names], n=self.cfg.samples, seed=seed,
+                                 each=on_reply, **self.options)
+        return [futures[key] for key in sorted(futures)]
 
-    def carry_out(self, actions):
-        return [self.threads.submit(self.act, *action) for action in actions]
-
-    def act(self, name, group, number, tokens, logps, text):
-        """[Sample] of one action: carried out, run, graded, rewarded."""
+    def execute_action(self, name, group, number, reply):
+        """Returns [Transition] of a state's action: carried out, run, graded and rewarded; [] where a file is gone."""
         try:
-            if name not in self.states:     # it was left out when this run went on
-                raise MissingBlob(name)
-            env = self.at(self.states[name])
-            prompt = self.prompt(env)
-            step = vars(env.step(text, self.engine.tokenizer.spelling(tokens, text)))
-            return [Sample(group, number, prompt, tokens, logps, step, env.task.id, name)]
+            return [self.act(*self.restore(name), reply, name, group, number)]
         except MissingBlob:
-            return [Sample(group, number, [], tokens, logps, None, "", name)]
+            return []
         except Exception as error:
             error.add_note(f"It happened in the state {name}.")
             raise
 
-    def episodes(self, iteration):
-        """The futures of the Samples of s.states * s.num whole trajectories: s.num of each start that is drawn."""
-        names, first = self.draw(iteration)
-        return [self.threads.submit(self.play, iteration, name, first + i, k)
-                for i, name in enumerate(names) for k in range(self.s.num)]
+    def act(self, env, prompt, reply, name, group, number):
+        step = vars(env.step(reply.text, self.engine.tokenizer.spelling(reply.tokens, reply.text)))
+        episode_id = group * self.cfg.samples + number
+        return Transition(name, group, episode_id, prompt, reply.tokens, reply.logps, step)
 
-    def play(self, iteration, name, group, k):
-        """[Sample, ...] of a trajectory from the start; it ends where it outgrows the context."""
-        s, found = self.s, []
-        env = self.env(self.states[name].head, steps=self.s.steps)
+    def submit_episodes(self, names, first, iteration):
+        """Returns the futures of [Transition, ...] of whole trajectories, cfg.samples from each start."""
+        return [self.threads.submit(self.play_episode, name, first + i, number, iteration)
+                for i, name in enumerate(names) for number in range(self.cfg.samples)]
+
+    def play_episode(self, name, group, number, iteration):
+        """Returns the Transitions of a trajectory from the start; it ends where it outgrows the context."""
+        transitions = []
+        env = self.make_env(self.states[name].head, steps=self.cfg.steps)
         while not env.done:
-            prompt = self.prompt(env)
-            if len(prompt) + s.max_new_tokens > self.engine.context:
+            prompt = self.engine.tokenizer.chat(env.prompt())
+            if len(prompt) + self.cfg.max_new_tokens > self.engine.context:
                 break
-            seed = zlib.crc32(f"{s.seed} {iteration} {group} {k} {env.index}".encode())
+            seed = zlib.crc32(f"{self.cfg.seed} {iteration} {group} {number} {env.index}".encode())
             reply = self.engine.submit(prompt, seed=seed, **self.options).result()
-            step = env.step(reply.text, self.engine.tokenizer.spelling(reply.tokens, reply.text))
-            found.append(Sample(group, k, prompt, reply.tokens, reply.logps, vars(step), env.task.id, name))
-        return found
+            transitions.append(self.act(env, prompt, reply, name, group, number))
+        return transitions
+
+    def refresh(self, actor):
+        """Brings the actor's present weights to the engine."""
+        copy_weights(actor, self.engine.model)
+        self.engine.refresh()
 
 
-def numbered(samples):
-    """The Samples with chains numbered through, where they had a number within their group."""
-    numbers = {}
-    for one in samples:
-        one.chain = numbers.setdefault((one.group, one.chain), len(numbers))
-    return samples
+def make_engine(cfg, actor, tokenizer):
+    """Returns an Engine that samples from the actor: from the module that is trained where it is whole and computes in
+    the dtype of its weights, else from a copy in the dtype that it computes in."""
+    model = actor
+    if any(isinstance(p, DTensor) or p.dtype is not actor.compute for _, p in sharded_parameters(actor)):
+        model = Qwen2._empty(actor.config, actor.compute, next(actor.parameters()).device).requires_grad_(False)
+    copy_weights(actor, model)
+    return sample.Engine(model, tokenizer, cfg.rows, cfg.context, name=cfg.model, repeatable=True)
+
+
+@torch.no_grad()
+def copy_weights(actor, model):
+    copies = dict(model.named_parameters())
+    if model is not actor:
+        for name, p in sharded_parameters(actor):
+            copies[name].copy_(full_tensor(p))
 
 
 def gather(values):
-    """The lists of all processes, one after the other, on all."""
+    """Returns the lists of all processes joined, on every process."""
     if not dist.is_initialized():
         return values
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, values)
-    return [value for each in lists for value in each]
+    return sum(lists, [])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PPO
-
-class Critic(Qwen2):
-    """The value of the state before each chosen token: the language model's backbone with a linear head of one row."""
-
-    def __init__(self, config):
-        nn.Module.__init__(self)
-        self.config, self.model = config, Qwen2(config).model
-        self.score = Linear(config.hidden_size, 1)
-
-    def tie(self):
-        """There is no output head."""
-
-    def forward(self, tokens, lengths=None, targets=None):
-        """(B, T) int64, as for Qwen2 -> the values at the N targets, (N,) fp32."""
-        return value_of(self.score, self.hidden(tokens, lengths=lengths)[targets != IGNORE])
+def group_rewards(transitions):
+    """Returns {group: the rewards of its actions}."""
+    rewards = {}
+    for transition in transitions:
+        rewards.setdefault(transition.group, []).append(transition.reward)
+    return rewards
 
 
-class Shared(Qwen2):
-    """Actor and critic on one backbone: the language model with a second head, of one row."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.score = Linear(config.hidden_size, 1)
-
-    def forward(self, tokens, window=None, lengths=None, targets=None, temperature=1.0, size=None):
-        """As Qwen2, with targets also the values at them, (N,) fp32: logp, entropy, first, value."""
-        if targets is None:
-            return super().forward(tokens, window, lengths)
-        x, kept = self.hidden(tokens, window, lengths), targets != IGNORE
-        return *self.lm_head(x[kept], targets[kept], temperature, size), value_of(self.score, x[kept])
+def zero_variance_groups(transitions):
+    """Returns the groups whose actions all earned the same: none of them is better than another."""
+    return {group for group, rewards in group_rewards(transitions).items() if len(set(rewards)) == 1}
 
 
-def value_of(score, x):
-    return x.float() @ score.weight[0].float() + score.bias.float()
+# -- Advantages and losses
+
+def token_rewards(transitions, logp_old, logp_ref, kl):
+    """Returns the reward of each token, a list of (N_i,): -kl * (logp_old - logp_ref) (arXiv 1909.08593, equation 2),
+    plus the action's reward at its last token. logp_ref None: there is no divergence."""
+    rewards = []
+    for i, transition in enumerate(transitions):
+        reward = kl * (logp_ref[i] - logp_old[i]) if logp_ref else torch.zeros_like(logp_old[i])
+        reward[-1] += transition.reward
+        rewards.append(reward)
+    return rewards
 
 
 def gae(rewards, values, gamma=1.0, lam=1.0):
-    """(advantages, returns) of one chain of tokens, both (N,), from its rewards and values, (N,).
+    """Returns the advantages of one episode's tokens, (N,), from their rewards and values, (N,).
 
-    delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1} (arXiv 1506.02438, equations 11 and 16), and
-    the return is A_t + V_t. Behind the last token there is nothing, and its value is 0: an action is a whole episode,
-    and a full prompt tells a trajectory how many steps it has left, so that to end there is part of its task. A short
-    prompt does not: values are then averages over where in its trajectory such a state may stand.
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1} (arXiv 1506.02438, equations 11 and 16).
+    The value behind the last token is 0: an action is a whole episode, and a full prompt tells a trajectory how many
+    steps it has left, so that ending there is part of its task.
     """
-    advantages, following, after = [], 0.0, 0.0
+    adv = []
+    next_adv = 0.0
+    next_value = 0.0
     for reward, value in zip(reversed(rewards.tolist()), reversed(values.tolist())):
-        following, after = reward + gamma * after - value + gamma * lam * following, value
-        advantages.append(following)
-    advantages = torch.tensor(advantages[::-1], dtype=rewards.dtype)
-    return advantages, advantages + values
+        next_adv = reward + gamma * next_value - value + gamma * lam * next_adv
+        next_value = value
+        adv.append(next_adv)
+    return torch.tensor(adv[::-1], dtype=rewards.dtype)
 
 
-def whiten(x):
-    """x less its mean, over its standard deviation. Where that is next to nothing, all rewards being equal, the result
-    is next to nothing too, and no noise is blown up."""
-    return (x - x.mean()) / (x.std(correction=0) + 1e-4)
+def gae_of_episodes(transitions, rewards, values, lam):
+    """GAE against the critic's values, along the tokens of each episode."""
+    episodes = {}
+    for i, transition in enumerate(transitions):
+        episodes.setdefault(transition.episode_id, []).append(i)
+    adv = {}
+    for indices in episodes.values():
+        episode = gae(torch.cat([rewards[i] for i in indices]), torch.cat([values[i] for i in indices]), lam=lam)
+        adv |= zip(indices, episode.split([len(rewards[i]) for i in indices]))
+    return [adv[i] for i in range(len(transitions))]
 
 
-def importance(old, sampled, cap):
-    """The weight of each token, pi_old / pi_sampler and at most cap (arXiv 2510.26788): it corrects the expectation
-    where sampler and trainer differ, by rounding or by an update (--overlap). cap 0: 1 for all. Lists of (N,)."""
-    return [(o - torch.tensor(each)).exp().clamp(max=cap) if cap else torch.ones(len(o))
-            for o, each in zip(old, sampled)]
+def rloo(transitions, rewards, values, lam):
+    """The reward to go less the mean reward of the state's other actions (leave-one-out, arXiv 2402.14740)."""
+    groups = group_rewards(transitions)
+    baselines = [(sum(groups[t.group]) - t.reward) / max(1, len(groups[t.group]) - 1) for t in transitions]
+    return [gae(r, torch.full_like(r, baseline)) for r, baseline in zip(rewards, baselines)]
 
 
-def policy_loss(logp, logp_old, advantage, s):
-    """The loss of each token, (N,), and whether the ratio's clip decided it.
+def grpo(transitions, rewards, values, lam):
+    """The reward to go less the mean reward of the state's actions, over their standard deviation (arXiv 2402.03300).
+    The divergence is part of the reward here, so it is divided too."""
+    groups = group_rewards(transitions)
+    return [gae(r, torch.full_like(r, statistics.fmean(groups[t.group]))) / (statistics.pstdev(groups[t.group]) + EPS)
+            for r, t in zip(rewards, transitions)]
+
+
+# To try another advantage, add a function here; its name is then a value of --advantage. It receives the Transitions,
+# the rewards of their tokens (a list of (N_i,), see token_rewards), the critic's values (None where there is none) and
+# --lam, and returns the advantages of the tokens, a list of (N_i,). All but gae compare the actions of one state: they
+# have no critic, states of equal rewards are left out of the update, and other states are sampled more often.
+ADVANTAGES = {"gae": gae_of_episodes, "rloo": rloo, "group": rloo, "grpo": grpo}
+
+
+def whiten(adv):
+    """Returns the advantages, a list of (N_i,), less their mean over all tokens, over their standard deviation. Where
+    all rewards are equal that is next to nothing, and so is the result: no noise is blown up."""
+    tokens = torch.cat(adv)
+    tokens = (tokens - tokens.mean()) / (tokens.std(correction=0) + EPS)
+    return list(tokens.split([len(a) for a in adv]))
+
+
+def importance_weights(logp_old, logp_sampler, cap=TIS_CAP):
+    """Returns the weight pi_old / pi_sampler of each token, at most `cap` (arXiv 2510.26788), a list of (N_i,): it
+    corrects the expectation where the rounding of sampler and trainer differs."""
+    return [(old - torch.tensor(sampler)).exp().clamp(max=cap) for old, sampler in zip(logp_old, logp_sampler)]
+
+
+def policy_loss(logp, logp_old, adv, clip_low, clip_high):
+    """Returns the loss of each token, (N,), and whether the ratio's clip decided it, (N,).
 
     With r = exp(logp - logp_old): -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and where A < 0 at most
-    -dual_clip A (arXiv 1707.06347, equation 7; arXiv 1912.09729, equation 5). The difference is kept within 10 before
+    -DUAL_CLIP A (arXiv 1707.06347, equation 7; arXiv 1912.09729, equation 5). The difference is kept within 10 before
     exp, which must not overflow; beyond that no gradient is left but those below A e^-10.
     """
     ratio = (logp - logp_old).clamp(-10, 10).exp()
-    plain, clipped = ratio * advantage, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * advantage
+    plain = ratio * adv
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * adv
     gain = torch.minimum(plain, clipped)
-    gain = torch.where(advantage < 0, torch.maximum(gain, s.dual_clip * advantage), gain)
+    gain = torch.where(adv < 0, torch.maximum(gain, DUAL_CLIP * adv), gain)
     return -gain, clipped < plain
 
 
-def value_loss(value, value_old, returns, clip):
-    """Half the squared error of each value, or of the value moved from the old one by at most clip, whichever is
-    larger, (N,)."""
-    moved = value_old + (value - value_old).clamp(-clip, clip)
-    return 0.5 * torch.maximum((value - returns) ** 2, (moved - returns) ** 2)
+def value_loss(value, value_old, ret, max_change):
+    """Returns half the squared error of each value, or of the value moved from the old one by at most max_change,
+    whichever is larger, (N,)."""
+    moved = value_old + (value - value_old).clamp(-max_change, max_change)
+    return 0.5 * torch.maximum((value - ret) ** 2, (moved - ret) ** 2)
 
 
-class Learner:
-    """The actor, the critic and the reference, and how they are trained; on one process of several."""
+# -- PPO
 
-    def __init__(self, s, config, folder, size, rank, world, device):
-        self.s, self.config, self.size, self.rank, self.world, self.device = s, config, size, rank, world, device
-        made = dict(device=device, seed=s.seed, recompute=s.recompute, compute=compute_type(s.dtype, device))
-        critic = s.critic if s.advantage == "gae" else ""
-        self.actor = build_model(config, folder, make=Shared if critic == "shared" else Qwen2, **made)
-        self.critic = build_model(config, folder, make=Critic, **made) if critic == "own" else None
-        self.reference = build_model(config, folder, **made).requires_grad_(False) if s.kl else None
-        self.models = nn.ModuleDict({name: model for name in ("actor", "critic") if (model := getattr(self, name))})
-        heads = [p for name, p in self.models.named_parameters() if "score." in name]
-        self.slow = [p for p in self.actor.parameters() if not any(p is head for head in heads)]
-        fast = [p for p in self.models.parameters() if not any(p is one for one in self.slow)]
-        groups = [{"params": self.slow, "lr": s.lr}] + [{"params": fast, "lr": s.critic_lr}] * bool(fast)
-        self.optimizer = AdamW(groups, lr=s.lr)
+class Critic(Qwen2):
+    """The value of the state before each token of an action: the language model's backbone with a head of one row."""
 
-    def act(self, tokens, lengths, targets):
-        """logp, entropy, and of a shared critic the value, each (N,), of the actor."""
-        logp, entropy, _, *value = self.actor(tokens, lengths=lengths, targets=targets, size=self.size,
-                                              temperature=self.s.temperature)
-        return logp, entropy, *value
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.config = config
+        self.model = Qwen2(config).model
+        self.score = Linear(config.hidden_size, 1)
+
+    def tie(self):
+        """There is no output head to tie."""
+
+    def forward(self, tokens, lengths=None, targets=None):
+        """tokens (B, T) int64, as for Qwen2 -> the values at the N targets, (N,) fp32."""
+        hidden = self.hidden(tokens, lengths=lengths)[targets != IGNORE]
+        return hidden.float() @ self.score.weight[0].float() + self.score.bias.float()
+
+
+class PPOTrainer:
+    """The actor, the reference (if --kl is not 0), the critic (with --advantage gae) and their updates, on one process
+    of several. Examples are (token ids, loss_mask). "Per token" means a list of (N_i,) fp32 tensors on the CPU, for the
+    examples of all processes, where N_i counts the tokens that loss_mask selects."""
+
+    def __init__(self, cfg, config, folder, num_token_ids, rank, world, device):
+        self.cfg = cfg
+        self.config = config
+        self.num_token_ids = num_token_ids
+        self.rank = rank
+        self.world = world
+        self.device = device
+        build = partial(build_model, config, folder, device, cfg.seed, num_weights(config)[-1] > RECOMPUTE_ABOVE,
+                        compute_type(cfg.dtype, device))
+        self.actor = build()
+        self.reference = build().requires_grad_(False) if cfg.kl else None
+        self.critic = build(make=Critic) if cfg.has_critic else None
+        self.models = nn.ModuleDict({"actor": self.actor})
+        groups = [{"params": list(self.actor.parameters()), "lr": cfg.lr}]
+        if self.critic:
+            self.models["critic"] = self.critic
+            groups.append({"params": list(self.critic.parameters()), "lr": cfg.critic_lr})
+        # A step leaves a model alone that has no gradients, so one optimizer serves both.
+        self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0, fused=True)
+
+    def forward(self, model, tokens, lengths, targets):
+        """Returns the log-probs of the targets and the entropies, each (N,), of the actor or the reference."""
+        logp, entropy, _ = model(tokens, lengths=lengths, targets=targets, size=self.num_token_ids,
+                                 temperature=self.cfg.temperature)
+        return logp, entropy
+
+    def packed_rows(self, examples, indices):
+        """Returns this process's packed rows of the examples `indices`, as lists of indices."""
+        lengths = [len(ids) - 1 for ids, _ in examples]
+        return shard_across_ranks(lengths, indices, self.rank, self.world, self.cfg.length)
+
+    def collate(self, examples, row):
+        return collate_packed([examples[i] for i in row], self.device)
+
+    def cat(self, values, row):
+        """Returns the per-token values of a row's examples as one tensor on the device, empty for an empty row."""
+        return torch.cat([torch.zeros(0), *(values[i] for i in row)]).to(self.device)
 
     @torch.no_grad()
-    def measure(self, texts, forward):
-        """What forward(tokens, lengths, targets) says of the chosen tokens of each text: a list of (N,) tensors on the
-        CPU, for all texts on all processes, each having computed its share."""
-        found = []
-        for row in shard_across_ranks([len(ids) - 1 for ids, _ in texts], range(len(texts)), self.rank, self.world, self.s.length):
-            values = forward(*collate_packed([texts[i] for i in row], self.device)).float().cpu()
-            found += zip(row, values.split([sum(texts[i][1]) for i in row])) if row else []
-        return [values for _, values in sorted(gather(found), key=lambda one: one[0])]
+    def per_token(self, examples, forward):
+        """Returns forward(tokens, lengths, targets) per token; each process computes its share."""
+        results = []
+        for row in self.packed_rows(examples, range(len(examples))):
+            output = forward(*self.collate(examples, row)).float().cpu()
+            if row:
+                results += zip(row, output.split([sum(examples[i][1]) for i in row]))
+        return [values for _, values in sorted(gather(results), key=lambda result: result[0])]
 
-    def advantages(self, samples, old, ref, values):
-        """(advantages, returns) of every sample's tokens, two lists of (N,), from the trainer's log-probs of old
-        and of the reference, and the values. The KL penalty is k1 of arXiv 1909.08593, in the reward."""
-        s, chains = self.s, {}
-        rewards = [s.kl * (ref[i] - old[i]) if ref else torch.zeros_like(old[i]) for i in range(len(samples))]
-        for i, one in enumerate(samples):
-            rewards[i][-1] += one.step["reward"]
-            chains.setdefault(one.chain, []).append(i)
-        if s.advantage == "group":      # the mean of the other actions of the state
-            total, count = Counter(), Counter(one.group for one in samples)
-            for one in samples:
-                total[one.group] += one.step["reward"]
-            values = [torch.full_like(old[i], (total[one.group] - one.step["reward"]) / max(1, count[one.group] - 1))
-                      for i, one in enumerate(samples)]
-        advantages, returns = [None] * len(samples), [None] * len(samples)
-        for chain in chains.values():
-            found = gae(torch.cat([rewards[i] for i in chain]), torch.cat([values[i] for i in chain]), s.gamma,
-                        1.0 if s.advantage == "group" else s.lam)
-            for i, a, r in zip(chain, *(x.split([len(old[i]) for i in chain]) for x in found)):
-                advantages[i], returns[i] = a, r
-        if s.advantage == "gae":
-            advantages = list(whiten(torch.cat(advantages)).split([len(a) for a in advantages]))
-        return advantages, returns
+    def logprobs(self, model, examples):
+        return self.per_token(examples, lambda *batch: self.forward(model, *batch)[0])
 
-    def step(self, samples, iteration):
-        """Learns from one iteration's samples, after a warm-up of the critic in the first; returns figures."""
-        s, everything = self.s, samples
-        if s.advantage == "group" and s.skip_equal:     # in the others nothing is better than anything
-            earned = by_group(samples)
-            samples = [one for one in samples if len(earned[one.group]) > 1] or samples
-        texts = [one.text for one in samples]
-        old = self.measure(texts, lambda *row: self.act(*row)[0])
-        ref = self.reference and self.measure(texts, lambda tokens, lengths, targets: self.reference(
-            tokens, lengths=lengths, targets=targets, size=self.size, temperature=s.temperature)[0])
-        weights = importance(old, [one.logps for one in samples], s.truncate)
-        judge = self.critic or (lambda *row: self.act(*row)[2])
-        for policy in [False, True] if iteration == 0 and s.advantage == "gae" and s.value_steps else [True]:
-            values = self.measure(texts, judge) if s.advantage == "gae" else None
-            advantages, returns = self.advantages(samples, old, ref, values)
-            found = self.update(texts, old, advantages, returns, values or old, weights, iteration, policy)
-        return figures_of(everything, samples, old, ref, values, returns, s) | found
+    def values(self, examples):
+        return self.per_token(examples, self.critic)
 
-    def update(self, texts, old, advantages, returns, values, weights, iteration, policy=True):
-        """The passes over one iteration's actions; policy False: of the critic alone, s.value_steps of them. Returns
-        figures. RunError: a loss or a gradient that is not finite; no parameter has been changed by it."""
-        s, sums, norms = self.s, torch.zeros(5, device=self.device, dtype=torch.float64), []
-        largest = torch.ones((), device=self.device)
-        limit = s.value_clip * (s.steps if s.rollout == "episode" else 1)
-        limit = limit if policy else math.inf               # the warm-up has no old values worth keeping to
-        parts = min(s.minibatches, len(texts))
-        for number in range(s.epochs * parts if policy else s.value_steps):
-            epoch, m = divmod(number, parts) if policy else (number, 0)
-            order = epoch_order(len(texts), s.seed, iteration * s.epochs + epoch)
-            chosen = order[m::parts] if policy else order
-            num = sum(len(old[i]) for i in chosen)
-            for row in shard_across_ranks([len(ids) - 1 for ids, _ in texts], chosen, self.rank, self.world, s.length):
-                tokens, lengths, targets = collate_packed([texts[i] for i in row], self.device)
-                a, o, r, v, w = (torch.cat([torch.zeros(0), *(x[i] for i in row)]).to(self.device)
-                                 for x in (advantages, old, returns, values, weights))
-                loss, value = torch.zeros((), device=self.device), None
-                if policy or not self.critic:
-                    logp, entropy, *value = self.act(tokens, lengths, targets)
-                    value = value[0] if value else None
-                    each, cut = policy_loss(logp, o, a, s)
-                    loss = (w * each).sum() / num if policy else 0.0 * logp.sum()
-                    sums[:3] += torch.stack([entropy.sum(), cut.sum(), w.mul(each).sum()]).detach() / num
-                    if len(logp):
-                        largest = torch.maximum(largest, (logp.detach() - o).exp().max())
-                if s.advantage == "gae":
-                    value = self.critic(tokens, lengths, targets) if self.critic else value
-                    error = value_loss(value, v, r, limit).sum() / num
-                    sums[3] += error.detach()
-                    sums[4] += ((value - v).abs() > limit).sum() / num
-                    loss = loss + error * (1.0 if self.critic else s.value_weight)
-                (loss * self.world).backward()
-            if not policy:      # of a shared backbone only the critic's head
-                for p in self.slow:
-                    p.grad = None
-            norms.append(torch.stack([full_tensor(nn.utils.clip_grad_norm_(model.parameters(), s.clip)) for model in
-                                      ([self.actor] if policy or not self.critic else [])
-                                      + ([self.critic] if self.critic else [])]))
-            if not torch.isfinite(norms[-1]).all():
-                raise RunError(f"iteration {iteration + 1}, step {number + 1}, rank {self.rank}: gradient norms "
-                             f"{norms[-1].tolist()} of actor and critic, in actions {chosen[:20]}. The checkpoints in "
-                             f"{s.out} are from before")
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        steps = len(norms)
+    def minibatches(self, num, iteration):
+        """Returns the indices, out of `num`, of each optimizer step of an iteration: --epochs passes in random order,
+        each cut into --minibatches."""
+        parts = min(self.cfg.minibatches, num)
+        batches = []
+        for epoch in range(self.cfg.epochs):
+            order = epoch_order(num, self.cfg.seed, iteration * self.cfg.epochs + epoch)
+            batches += [order[part::parts] for part in range(parts)]
+        return batches
+
+    def update_actor(self, examples, logp_old, adv, is_weight, iteration):
+        """Updates the actor by PPO's objective, the mean over the tokens of all processes, and returns statistics.
+        logp_old, adv, is_weight: per token."""
+        sums = torch.zeros(3, device=self.device, dtype=torch.float64)
+        ratio_max = torch.ones((), device=self.device)
+        norms = []
+        for batch in self.minibatches(len(examples), iteration):
+            num_tokens = sum(len(logp_old[i]) for i in batch)       # of all processes
+            for row in self.packed_rows(examples, batch):
+                logp, entropy = self.forward(self.actor, *self.collate(examples, row))
+                row_logp_old = self.cat(logp_old, row)
+                loss, clipped = policy_loss(logp, row_logp_old, self.cat(adv, row), self.cfg.clip_low,
+                                            self.cfg.clip_high)
+                loss = (self.cat(is_weight, row) * loss).sum() / num_tokens
+                (loss * self.world).backward()      # gradients are averaged over processes
+                sums += torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]).detach() / num_tokens
+                if row:
+                    ratio_max = torch.maximum(ratio_max, (logp.detach() - row_logp_old).exp().max())
+            norms.append(optimizer_step(self.actor, self.optimizer))
         if dist.is_initialized():
             dist.all_reduce(sums)
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        entropy, cut, loss, error, cut_value = (sums / steps).tolist()
-        norm = torch.stack(norms).mean(0).tolist()
-        return {"policy_loss": loss, "value_loss": error, "entropy": entropy, "clip_fraction": cut,
-                "value_clip_fraction": cut_value, "ratio_max": largest.item(), "grad_norm": norm[0],
-                "critic_grad_norm": norm[-1]}
+            dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
+        loss, entropy, clip_fraction = (sums / len(norms)).tolist()
+        return {"policy_loss": loss, "entropy": entropy, "clip_fraction": clip_fraction, "ratio_max": ratio_max.item(),
+                "grad_norm": torch.stack(norms).mean().item()}
+
+    def update_critic(self, examples, ret, value_old, batches, max_change=math.inf):
+        """Brings the critic's values to the returns, in one step for each of the batches, lists of indices, and returns
+        statistics. ret, value_old: per token; max_change: see value_loss."""
+        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
+        norms = []
+        for batch in batches:
+            num_tokens = sum(len(ret[i]) for i in batch)
+            for row in self.packed_rows(examples, batch):
+                value = self.critic(*self.collate(examples, row))
+                row_value_old = self.cat(value_old, row)
+                loss = value_loss(value, row_value_old, self.cat(ret, row), max_change).sum() / num_tokens
+                (loss * self.world).backward()
+                clipped = (value - row_value_old).abs() > max_change
+                sums += torch.stack([loss, clipped.sum() / num_tokens]).detach()
+            norms.append(optimizer_step(self.critic, self.optimizer))
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        loss, clip_fraction = (sums / len(norms)).tolist()
+        return {"value_loss": loss, "value_clip_fraction": clip_fraction,
+                "critic_grad_norm": torch.stack(norms).mean().item()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# -- Statistics: what log.jsonl says of an iteration
 
-def sampler(s, learner, tokenizer):
-    """(engine, refresh): what samples from the actor, and a function that brings it the actor's present weights. It has
-    the trained module itself where that is whole and computes in its weights' dtype; else a copy in the dtype that it
-    computes in (--dtype), filled in place."""
-    actor, dtype = learner.actor, learner.actor.compute
-    whole = not any(isinstance(p, DTensor) or p.dtype is not dtype for _, p in sharded_parameters(actor))
-    model = actor if whole else Qwen2._empty(learner.config, dtype, learner.device).requires_grad_(False)
-    copies = dict(model.named_parameters())
-
-    @torch.no_grad()
-    def fill():
-        for name, p in sharded_parameters(actor) if not whole else ():
-            p = full_tensor(p)
-            if name in copies:
-                copies[name].copy_(p)
-
-    def refresh():
-        fill()
-        engine.refresh()
-    fill()
-    engine = sample.Engine(model, tokenizer, s.rows, s.context, name=s.model)
-    return engine, refresh
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else None
 
 
-def by_group(samples):
-    """{group: the rewards that its actions earned, a set}."""
-    earned = {}
-    for one in samples:
-        earned.setdefault(one.group, set()).add(one.step["reward"])
-    return earned
+def action_stats(transitions, max_new_tokens):
+    """Returns {name: number} about an iteration's actions.
+
+    To log something else about them, such as the fraction that undo an edit, add a line here:
+    "undo": mean(step["action"] == "Undo Edit Script" for step in steps). env.Step tells what a step has.
+    """
+    steps = [transition.step for transition in transitions]
+    rewards = torch.tensor([step["reward"] for step in steps])
+    kinds = Counter(step["kind"] for step in steps)
+    edits = [step for step in steps if step["outcome"] and step["action"] != "Execute Script"]
+    return {
+        "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
+        "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
+        **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(steps) for kind in KINDS},
+        "valid": mean(step["valid"] for step in steps),
+        "reward_edits": mean(step["reward"] for step in edits),
+        "equal_groups": len(zero_variance_groups(transitions)) / len(group_rewards(transitions)),
+        "truncated": mean(len(transition.tokens) >= max_new_tokens for transition in transitions),
+        "action_tokens": mean(len(transition.tokens) for transition in transitions),
+    }
 
 
-def figures_of(samples, learned, old, ref, values, returns, s):
-    """What the log says of an iteration's samples, and of those that were learned from, as {name: number}."""
-    rewards = torch.tensor([one.step["reward"] for one in samples])
-    kinds = Counter(one.step["kind"] for one in samples)
-    edits = [one.step["reward"] for one in samples if one.step["outcome"] and one.step["action"] != "Execute Script"]
-    groups = by_group(samples)
-    gap = (torch.cat(old) - torch.cat([torch.tensor(one.logps) for one in learned])).abs()
-    found = {"reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
-             "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
-             **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(samples) for kind in KINDS},
-             "valid": sum(one.step["valid"] for one in samples) / len(samples),
-             "reward_edits": sum(edits) / len(edits) if edits else None,
-             "equal_groups": sum(len(each) == 1 for each in groups.values()) / len(groups),
-             "truncated": sum(len(one.tokens) >= s.max_new_tokens for one in samples) / len(samples),
-             "action_tokens": sum(len(one.tokens) for one in samples) / len(samples),
-             "gap_mean": gap.mean().item(), "gap_max": gap.max().item()}
-    if ref:
-        d = (torch.cat(ref) - torch.cat(old)).clamp(-10, 10)
-        found |= {"kl": -d.mean().item(), "kl_k3": (d.exp() - 1 - d).mean().item()}
-    if values:
-        value, target = torch.cat(values), torch.cat(returns)
-        spread = target.var(correction=0)
-        error = (target - value).var(correction=0)
-        found["explained_variance"] = (1 - error / spread).item() if spread > 1e-6 else None
-    return found
+def policy_stats(logp_old, logp_ref, logp_sampler):
+    """Returns how far the trainer's log-probs are from the sampler's, and the divergence from the reference."""
+    logp_old = torch.cat(logp_old)
+    sampler_trainer_logp_diff = (logp_old - torch.cat([torch.tensor(logp) for logp in logp_sampler])).abs()
+    stats = {"gap_mean": sampler_trainer_logp_diff.mean().item(), "gap_max": sampler_trainer_logp_diff.max().item()}
+    if logp_ref:
+        diff = (torch.cat(logp_ref) - logp_old).clamp(-10, 10)
+        stats |= {"kl": -diff.mean().item(), "kl_k3": (diff.exp() - 1 - diff).mean().item()}
+    return stats
 
 
-def shown(one):
-    """A sample as text: the state in short, the action, what came of it."""
-    step = one.step
-    score = "" if step["score"] is None else f", score {step['m_before']:.6g} -> {step['score']:.6g}"
-    outcome = f", the script: {step['outcome']}" if step["outcome"] else ""
-    return (f"--- {one.task}, step {step['index']}, {len(one.prompt)} prompt tokens\n"
-            f"{shorten(step['reply'].strip(), 1200)}\n--- {step['kind']}{outcome}{score}"
-            f"{', ' * bool(step['error'])}{step['error']}; reward {step['reward']:.3f}")
+def explained_variance(values, ret):
+    """Returns the share of the returns' variance that the values explain; None where there is next to none."""
+    ret = torch.cat(ret)
+    variance = ret.var(correction=0)
+    return (1 - (ret - torch.cat(values)).var(correction=0) / variance).item() if variance > 1e-6 else None
 
 
-def learn(s, rank, world, device):
-    """Trains s.model on the pool and writes s.out, as process `rank` of `world`."""
-    if refused := [id for id in tasks.names(s.task) if tasks.load(id).split != "held-in"]:
-        raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
-                         f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
-    say = print if rank == 0 else lambda line: None
-    if s.model == Settings.model and not Path(s.model, "config.json").exists():
-        raise ValueError(f"there is no {s.model} to go on from; make it with: python sft.py, or give another --model")
-    folder = find_folder(s.model)
-    tokenizer, config = sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)
-    rank0_broadcast(lambda: prepare_tasks(s) and None)
-    if s.sandbox == "on":
+def report(stats, cfg, log_file, eta, transition):
+    """Writes an iteration's statistics to the log and to the screen; every SHOW_EVERY iterations an action too."""
+    log_file.write(json.dumps(stats) + "\n")
+    log_file.flush()
+    text = {name: "-" if value is None else f"{value:.3f}" for name, value in stats.items()}
+    print(f"iteration {stats['iteration']:>4}/{cfg.iterations}  reward {text['reward']}  edits {text['reward_edits']}  "
+          f"valid {text['valid']}  kl {text.get('kl', '-')}  entropy {text['entropy']}  clip {text['clip_fraction']}  "
+          f"ev {text.get('explained_variance', '-')}  gap {stats['gap_max']:.1e}  hits {text['cache_hits']}  "
+          f"{stats['sample_s']:.1f} + {stats['execute_s']:.1f} + {stats['update_s']:.1f} s  ETA {eta}", flush=True)
+    if stats["iteration"] % SHOW_EVERY == 1:
+        print(f"--- {transition.state}\n{shorten(transition.step['reply'].strip(), 1200)}\n"
+              f"--- {transition.step['kind']}, reward {transition.reward:.3f} {transition.step['error']}", flush=True)
+        if stats["reward_edits"] is not None and stats["reward_edits"] < 0.5:
+            print("  edits earn less than 0.5 on average, which is what an action that is no edit earns: the policy "
+                  "learns not to edit while this lasts", file=sys.stderr)
+
+
+# -- The loop
+
+def iterate(cfg, worker, trainer, iteration):
+    """One iteration of PPO. Returns the Transitions and {name: number} for the log. RunError: nothing can be played, or
+    a number is not finite."""
+    # 1. States of the pool, the tasks in turn; the same on all processes.
+    names = worker.sample_states(iteration)
+
+    # 2. Rollout: actions in each state. While the engine samples on, each is carried out in a restored workspace, its
+    # script is run and graded, and reward.py turns the result into one number. Without a critic, states whose actions
+    # all earned the same teach nothing.
+    transitions = worker.run(names, iteration)
+    learned = transitions
+    if not cfg.has_critic:
+        useless = zero_variance_groups(transitions)
+        learned = [transition for transition in transitions if transition.group not in useless] or transitions
+    examples = [transition.example for transition in learned]
+    logp_sampler = [transition.logp_sampler for transition in learned]
+
+    # 3. Log-probs of the actor as it was sampled from and of the frozen reference; the critic's values.
+    logp_old = trainer.logprobs(trainer.actor, examples)
+    logp_ref = trainer.logprobs(trainer.reference, examples) if trainer.reference else None
+    values = trainer.values(examples) if trainer.critic else None
+
+    # 4. Advantages. The critic's head begins at zero, so a few steps of the critic alone come first.
+    rewards = token_rewards(learned, logp_old, logp_ref, cfg.kl)
+    advantages = partial(ADVANTAGES[cfg.advantage], learned, rewards)
+    adv = advantages(values, cfg.lam)
+    if trainer.critic and iteration == 0:
+        ret = [a + value for a, value in zip(adv, values)]
+        trainer.update_critic(examples, ret, values, [list(range(len(examples)))] * WARM_UP_STEPS)
+        values = trainer.values(examples)
+        adv = advantages(values, cfg.lam)
+
+    # 5. PPO updates, of the critic and of the actor.
+    stats = action_stats(transitions, cfg.max_new_tokens) | policy_stats(logp_old, logp_ref, logp_sampler)
+    if trainer.critic:
+        ret = [a + value for a, value in zip(adv, values)]
+        adv = whiten(adv)
+        # The return of a trajectory is a sum over as many rewards as it has steps, so its values may move farther.
+        max_change = VALUE_CLIP * (cfg.steps if cfg.rollout == "episode" else 1)
+        batches = trainer.minibatches(len(examples), iteration)
+        stats |= trainer.update_critic(examples, ret, values, batches, max_change)
+        stats["explained_variance"] = explained_variance(values, ret)
+    is_weight = importance_weights(logp_old, logp_sampler)
+    stats |= trainer.update_actor(examples, logp_old, adv, is_weight, iteration)
+
+    # 6. The sampler gets the new weights.
+    worker.refresh(trainer.actor)
+    return transitions, stats | worker.stats
+
+
+def ignore(text):
+    """Stands for print on all processes but the first."""
+
+
+def train(cfg, rank, world, device):
+    """Trains cfg.model on the pool and writes cfg.out, as process `rank` of `world`."""
+    for id in tasks.names(cfg.task):
+        tasks.refuse_held_out(id, {}, {})
+    log = print if rank == 0 else ignore
+    if cfg.model == Settings.model and not Path(cfg.model, "config.json").exists():
+        raise ValueError(f"there is no {cfg.model} to go on from; make it with: python sft.py, or give another --model")
+    folder = find_folder(cfg.model)
+    tokenizer = sample.Tokenizer.from_pretrained(folder)
+    config = Config.from_pretrained(folder)
+    rank0_broadcast(lambda: len(prepare_tasks(cfg)))        # a Task itself cannot be sent
+    if cfg.sandbox == "on":
         protection()        # here, before many threads ask at once
-    found = pool(s, tokenizer, say)
-    s = with_coder(s, found)
-    use_kernels(s.kernels, device)
-    learner = Learner(s, config, folder, tokenizer.size, rank, world, device)
-    origin = {"products in": str(learner.actor.compute).removeprefix("torch."),
-              **rank0_broadcast(lambda: inputs(s, folder, found))}
-    # with overlap the last iteration samples no other, so a run that was to be longer is another from there on
-    names = sorted(vars(s).keys() - (FREE - {"iterations"} if s.overlap else FREE))
-    state = load_state(s, names, learner.models, learner.optimizer, origin) or {"step": 0}
-    engine, refresh = sampler(s, learner, tokenizer)
-    rollout = Rollout(s, engine, found, rank, world)
-    if done := state["step"]:
-        rollout.load(state["rollout"])
-        say(f"{s.out}: going on after iteration {done}")
-    log, meter = open(Path(s.out, "log.jsonl"), "a") if rank == 0 else None, Meter(s, learner, rollout, done)
-    for iteration in range(done, s.iterations):
-        meter.start()
-        samples = rollout.collect(iteration, meter.clock)
-        figures = learner.step(samples, iteration)
-        refresh()
-        figures = {"iteration": iteration + 1, **figures, **meter.figures(samples)}
+    pool = load_pool(cfg, tokenizer, log)
+    cfg = choose_coder(cfg, pool)
+    use_kernels(cfg.kernels, device)
+    trainer = PPOTrainer(cfg, config, folder, tokenizer.size, rank, world, device)
+    origin = {"products in": str(trainer.actor.compute).removeprefix("torch."),
+              **rank0_broadcast(lambda: hash_inputs(cfg, folder, pool))}
+    state = load_state(cfg, sorted(vars(cfg).keys() - FREE), trainer.models, trainer.optimizer, origin)
+    worker = RolloutWorker(cfg, make_engine(cfg, trainer.actor, tokenizer), pool, rank, world)
+    first = 0
+    if state:
+        first = state["step"]
+        worker.chances = state["chances"]
+        log(f"{cfg.out}: going on after iteration {first}")
+    log_file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
+    peak = peak_flops(device)
+    passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)      # counted in forward passes
+    began = time.monotonic()
+
+    for iteration in range(first, cfg.iterations):
+        start = time.monotonic()
+        try:
+            transitions, stats = iterate(cfg, worker, trainer, iteration)       # steps 1 to 6
+        except RunError as error:
+            raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}. The checkpoints in {cfg.out} are from "
+                           "before") from None
+
+        # 7. Log.
+        seconds = time.monotonic() - start
+        update_s = seconds - stats["sample_s"] - stats["execute_s"]
+        elapsed = time.monotonic() - began
+        flops = flops_of(config, [[transition.example for transition in transitions]]) / 3 * passes / world
+        stats = {"iteration": iteration + 1, **stats, "update_s": update_s, "seconds": seconds, "elapsed_s": elapsed,
+                 "mfu": flops / update_s / peak if peak else None, "peak_gib": peak_memory(device) / 2**30}
+        eta = timedelta(seconds=int(elapsed / (iteration + 1 - first) * (cfg.iterations - iteration - 1)))
         if rank == 0:
-            report(figures, s, log, meter.left(iteration + 1))
-            if (iteration + 1) % s.show_every == 0 or iteration == 0:
-                print(shown(random.Random(iteration).choice(samples)), flush=True)
-        if (iteration + 1) % s.save_every == 0 or iteration + 1 == s.iterations:
-            save_state(s, iteration + 1, learner.models, learner.optimizer, origin, rollout=rollout.save())
-    export_model(learner.actor, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
+            report(stats, cfg, log_file, eta, random.Random(iteration).choice(transitions))
+
+        # 8. Checkpoint.
+        if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
+            save_state(cfg, iteration + 1, trainer.models, trainer.optimizer, origin, chances=worker.chances)
+
+    export_model(trainer.actor, tokenizer, cfg.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if rank == 0 and (agent := read_agent(folder)):
-        write_atomic(Path(s.out, "agent.json"), agent)
-    say(f"Written to {s.out}: the model, log.jsonl, checkpoints" + "\n\nNext: python eval.py" * (s.preset == "tiny"))
+        write_agent(cfg.out, agent)
+    next_command = "\n\nNext: python eval.py" if cfg.preset == "tiny" else ""
+    log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints{next_command}")
 
 
-def plan(s):
-    """What --plan prints: memory of one GPU by part, at the peak of an update. Reads no weights and needs no GPU."""
-    c = shape_of(s.model)
-    compute = compute_type(s.dtype, torch.device("cuda"))
-    parts, total = memory_of(c, s.length, s.gpus, recompute=s.recompute, compute=compute), num_weights(c)[-1]
-    held = sum(parts[name] for name in ("weights", "gradients", "optimizer"))
-    own = s.advantage == "gae" and s.critic == "own"
-    copied = s.gpus > 1 or compute is not torch.float32         # see sampler
-    cached = s.rows * s.context * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim
-    table = {"actor": held, "critic": held * own, "reference": parts["weights"] * bool(s.kl),
-             "sampling copy": compute.itemsize * total * copied, "KV cache": compute.itemsize * cached,
-             "gathered": parts["gathered"], "activations": parts["activations"] * (1 + own), "logits": parts["logits"]}
-    return "\n".join([f"{s.model}: {total:,} weights; {s.gpus} GPUs, rows of {s.length:,} tokens, {s.rows} x "
-                      f"{s.context:,} tokens sampled, recompute {'on' if s.recompute else 'off'}", "", "GiB per GPU",
-                      *gib(table)])
-
-
-class Meter:
-    """What an iteration took."""
-
-    def __init__(self, s, learner, rollout, done):
-        self.s, self.learner, self.rollout, self.done = s, learner, rollout, done
-        self.peak, self.began = peak_flops(learner.device), time.monotonic()
-
-    def start(self):
-        self.clock, self.sampled = [time.monotonic()], self.rollout.engine.sampled_tokens
-        self.before = dict(self.rollout.cache.counts)
-
-    def figures(self, samples):
-        """What the log says of it as {name: number}. The clock has: the start, all sampled, all carried out."""
-        start, sampled, executed, now = *self.clock, time.monotonic()
-        runs, hits = (self.rollout.cache.counts[name] - self.before[name] for name in ("runs", "hits"))
-        learner, tokens = self.learner, self.rollout.engine.sampled_tokens - self.sampled
-        passes = (3 * self.s.epochs + 1) * (1 + bool(learner.critic)) + bool(learner.reference)      # of a forward
-        flops = flops_of(learner.config, [[one.text for one in samples]]) / 3 * passes / learner.world
-        return {"left_out": sum(weight == 0 for weight in self.rollout.weights.values()), "runs": runs,
-                "cache_hits": hits / max(1, hits + runs), "sample_s": sampled - start,
-                "execute_s": executed - sampled, "update_s": now - executed, "seconds": now - start,
-                "elapsed_s": now - self.began, "sampled_tokens_s": tokens * learner.world / (executed - start),
-                "mfu": flops / (now - executed) / self.peak if self.peak else None,
-                "peak_gib": peak_memory(learner.device) / 2**30}
-
-    def left(self, done):
-        """The time that the other iterations will take, if they take as long as those so far."""
-        share = (self.s.iterations - done) / (done - self.done)
-        return timedelta(seconds=int((time.monotonic() - self.began) * share))
-
-
-def report(f, s, log, left):
-    """Writes an iteration's figures to the log and to the screen, and warns where not to edit is the best policy."""
-    log.write(json.dumps(f) + "\n")
-    log.flush()
-    form = lambda name, how: "-" if f.get(name) is None else format(f[name], how)
-    print(f"iteration {f['iteration']:>4}/{s.iterations}  reward {f['reward']:.3f}  edits "
-          f"{form('reward_edits', '.3f')}  valid {f['valid']:4.0%}  kl {form('kl', '.4f')}  entropy "
-          f"{f['entropy']:.3f}  clip {f['clip_fraction']:.3f}  ev {form('explained_variance', '.2f')}  gap "
-          f"{f['gap_max']:.1e}  hits {f['cache_hits']:4.0%}  "
-          f"{f['sample_s']:.1f} + {f['execute_s']:.1f} + {f['update_s']:.1f} s  ETA {left}", flush=True)
-    if f["reward_edits"] is not None and f["reward_edits"] < 0.5 and f["iteration"] % s.show_every == 0:
-        print("  edits earn less than 0.5 on average, which is what an action that is no edit earns: the policy learns "
-              "not to edit while this lasts", file=sys.stderr)
+def plan(cfg):
+    """Returns the text of --plan: memory of one GPU by part, at the peak of an update. It reads no weights."""
+    config = shape_of(cfg.model)
+    compute = compute_type(cfg.dtype, torch.device("cuda"))
+    parts = plan_memory(config, cfg.length, cfg.gpus, compute, recompute=num_weights(config)[-1] > RECOMPUTE_ABOVE,
+                        critic=cfg.has_critic, reference=cfg.kl > 0, sampled_tokens=cfg.rows * cfg.context)
+    if cfg.gpus == 1 and compute is torch.float32:      # see make_engine
+        del parts["sampling copy"]
+    return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.length:,} tokens, {cfg.rows} x {cfg.context:,} "
+                      "tokens sampled", "", "GiB per GPU", *gib(parts)])
 
 
 def fill(values):
-    """For cli.parse: what holds where nothing was typed, by what the model's folder says and by its size."""
-    model, name, there = values["model"], values["preset"], Path(values["model"]).is_dir()
-    folder = None if not there and (values["plan"] or model == Settings.model) else sample.small_files(model)
-    found = [(f"{model}/agent.json", read_agent(folder))] if folder else []
-    if folder is None and (model == Settings.model or not values["plan"]):      # no such model, as is said later
-        return [cli.preset(name, RECIPES)] if name else []
-    config = Config.from_pretrained(folder) if folder else shape_of(model)      # of a plan for "7b"
-    num = num_weights(config)[-1]
-    fitting = "tiny" if num < SMALL else "7b"
-    if not name:
-        why = f"{model} has {num:,} weights, {'' if fitting == 'tiny' else 'not '}below {SMALL:,.0f}"
-        return [*found, (f"{why}, so (another --preset may be typed)", {"preset": fitting, **RECIPES[fitting]})]
-    if name == "tiny" != fitting:
-        cli.announce(f"rl.py: WARNING: --preset tiny is for less than {SMALL:,.0f} weights, and {model} has {num:,}; "
-                    f"such a learning rate ({RECIPES['tiny']['lr']:g}, of 7b {Settings.lr:g}) may ruin it")
-    return [*found, cli.preset(name, RECIPES)]
+    """For cli.parse: the settings that hold where none was typed, from agent.json in the model's folder and from the
+    recipe, which follows the size of the model."""
+    model = values["model"]
+    preset = values["preset"]
+    folder = None
+    if Path(model).is_dir() or not (values["plan"] or model == Settings.model):      # which are never asked of the hub
+        folder = sample.small_files(model)
+    if not folder and not values["plan"]:       # there is no such model, as train() says
+        return [cli.preset(preset, RECIPES)] if preset else []
+    agent = [(f"{model}/agent.json", read_agent(folder))] if folder else []
+    num = num_weights(Config.from_pretrained(folder) if folder else shape_of(model))[-1]      # --plan knows "7b"
+    if num < TINY_BELOW:
+        fitting = "tiny"
+        size = f"{model} has {num:,} weights, below {TINY_BELOW:,.0f}"
+    else:
+        fitting = "7b"
+        size = f"{model} has {num:,} weights, not below {TINY_BELOW:,.0f}"
+    if not preset:
+        return [*agent, (f"{size}, so (another --preset may be typed)", {"preset": fitting, **RECIPES[fitting]})]
+    if preset == "tiny" and fitting != "tiny":
+        cli.announce(f"rl.py: WARNING: {size}; --preset tiny is for smaller models, and its learning rate, "
+                     f"{RECIPES['tiny']['lr']:g} in place of {Settings.lr:g}, may ruin this one")
+    return [*agent, cli.preset(preset, RECIPES)]
+
+
+def run(cfg):
+    if cfg.plan:
+        print(plan(cfg))
+        return
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that torch can use")
+    rank, world, device = init_distributed()
+    with explain_dist_errors(rank), contextlib.ExitStack() as stack:
+        rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, "rl.py")))
+        train(cfg, rank, world, device)
 
 
 def main(argv=None):
-    s = cli.parse(Settings, argv, fill)
-
-    def work():
-        if s.plan:
-            return print(plan(s))
-        rank, world, device = init_distributed()
-        with explain_dist_errors(rank), contextlib.ExitStack() as held:
-            rank0_broadcast(lambda: held.enter_context(folder_lock(s.out, "rl.py")))
-            learn(s, rank, world, device)
-    return exit_status("rl.py", work, s.out)
+    cfg = cli.parse(Settings, argv, fill)
+    if cfg.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before anything has looked for a GPU
+    return exit_status("rl.py", partial(run, cfg), cfg.out)
 
 
 if __name__ == "__main__":

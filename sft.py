@@ -1,24 +1,24 @@
 """Exploration-enriched fine-tuning: collects trajectories of a diverse expert, and trains a model on them.
 
     python sft.py                                               # all in miniature: collects, trains a tiny model
+    torchrun --nproc_per_node 8 sft.py                          # with CUDA the paper's recipe for Qwen2.5-7B
     python sft.py --collect                                     # no model, no data: the scripted expert, on miniatures
     python sft.py --collect --expert http://host:8000/v1#name   # an expert behind an OpenAI-compatible server
     python env.py replay runs/trajectories/spaceship-titanic-0.jsonl    # runs one of them again
     python sft.py --model DIR                                   # fine-tunes a checkpoint on what was collected
-    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen2.5-7B  # the same on eight GPUs
 
 Collecting, for each held-in task. 1. Candidates: ideas that the expert writes (100 by default), or those shipped with
-the task. 2. Of these the 10 that differ most from each other (farthest-point selection on their embeddings). 3. For
-each trajectory 1 to 3 of them stand in the expert's first prompt. The recorded prompt does not have them, so that the
-model learns to have the idea itself. Held-out tasks are refused, by name and by the hashes of those prepared in --data.
+the task. 2. Of these the 10 that differ most from each other (farthest-point selection on their words). 3. For each
+trajectory 1 to 3 of them stand in the expert's first prompt. The recorded prompt does not have them, so that the model
+learns to have the idea itself. Held-out tasks are refused, by name and by the hashes of those prepared in --data.
 
 The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), blobs/ (the files of every state),
 ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, counts). A run that was killed goes on with
 the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import contextlib, json, math, os, random, re, sys, time, zlib
+import contextlib, hashlib, json, math, os, random, re, time, zlib
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,110 +30,76 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 import sample
 import tasks
 from env import (
-    AGENT_FORMAT, DEFAULT_ACTIONS, FIELDS, PROMPTS, Blobs, MissingBlob, Progress, ResultCache, check_record,
-    end_reason, model_policy, play_trajectory, prepare_tasks, printed_metric, prompt_of, read_agent, read_record,
-    run_parallel, shown_lines, trajectory_path)
-from model import Config, find_folder, hash_checkpoint, use_kernels
-from support import cli
-from support.cli import RunError, exit_status, format_table, refuse_torchrun, run_main
+    AgentSettings, end_reason, model_policy, play_trajectory, prepare_tasks, prompt_of, read_agent, read_record,
+    read_records, trajectory_path, write_agent)
+from model import Config, Qwen2, find_folder, hash_checkpoint, use_kernels
+from support import cli, miniature
+from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
 from support.distributed import (
-    STATES, AdamW, batch_indices, build_model, collate_packed, compute_type, explain_dist_errors, export_model,
-    flops_of, full_tensor, gib, hash_texts, init_distributed, load_state, memory_of, num_weights,
-    packed_micro_batches, peak_flops, peak_memory, rank0_broadcast, save_state, shape_of)
+    RECOMPUTE_ABOVE, batch_indices, build_model, check_same, collate_packed, compute_type, explain_dist_errors,
+    export_model, flops_of, gib, init_distributed, load_state, num_weights, optimizer_step, packed_micro_batches,
+    peak_flops, peak_memory, plan_memory, rank0_broadcast, save_state, shape_of)
 from support.files import (
-    FLAG, NUMBER, TEXT, VALUE, fingerprint, folder_lock, parse_json, read_bytes, shorten, write_atomic)
-from support.miniature import (
-    AGENT_STEPS, SHORT_ACTIONS, TINY, TINY_STEPS, VOCABULARY, augmented_copies, constants, fitting, reply_stats,
-    scripted_short, train_tokenizer)
+    FLAG, NUMBER, TEXT, VALUE, fingerprint, folder_lock, hash_json, parse_json, read_bytes, shorten, write_atomic)
+from support.parallel import Progress, run_parallel
+from support.storage import Blobs, MissingBlob, ResultCache
 
 
-RECIPES = {     # --preset: the paper's section on fine-tuning
-    "7b": dict(model="Qwen/Qwen2.5-7B", lr=2e-5, epochs=2, batch=64, length=15000, weight_decay=0),
+RECIPES = {     # --preset: the paper's section on fine-tuning, which the defaults follow too
+    "7b": {"model": "Qwen/Qwen2.5-7B", "lr": 2e-5, "epochs": 2.0, "batch": 64, "length": 15000},
 }
+NUM_IDEAS = 10          # of a task, those that differ most
+PARALLEL = 8            # trajectories that are collected at the same time
+VALIDATION_SHARE = 0.05     # of the examples
 
 
 @dataclass
-class Settings:
+class Settings(AgentSettings):
     collect: bool = False  # collect trajectories of an expert
-    expert: str = "scripted"  # who acts: scripted (no model: it tries the ideas shipped with a task and writes down
-        # what it saw), a folder, a hub id, tiny, or http://host:port/v1#name
+    expert: str = "scripted"  # who acts: scripted (no model: it tries the ideas shipped with a task), a folder, a hub
+        # id, tiny, or http://host:port/v1#name
     task: str = "held-in"  # a task's id, or held-in for all that may be trained on
     trajectories: str = "runs/trajectories"  # what is collected goes here, and what is trained on comes from here: that
         # folder, or a JSON or JSON-lines file of your own with "messages" or ShareGPT "conversations"
     model: str = ""  # what is fine-tuned: a folder, a hub id, or tiny (from scratch); empty: the paper in miniature,
         # which collects with the scripted expert and then trains a tiny model, by settings of its own
     out: str = "runs/sft"  # the model as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
-    preset: str = ""  # settings of a published recipe, which other flags override: 7b, the paper's
-    plan: bool = False  # print memory per GPU by part, steps and time for these settings, and end; --model may then be
+    preset: str = ""  # settings of a published recipe, which other flags override: 7b, the paper's; it collects first
+        # where --trajectories is empty
+    plan: bool = False  # print memory per GPU by part, updates and time for these settings, and end; --model may then be
         # a size alone, such as 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
     epochs: float = 2.0  # times that training sees each conversation
-    batch: int = 64  # conversations of one optimizer step, over all processes
+    updates: int | None = None  # optimizer steps; none: as many as the epochs take
+    batch: int = 64  # conversations of one update, over all processes
     length: int = 15000  # tokens of a conversation, which is cut there, and of a packed row
     lr: float = 2e-5  # peak learning rate; it falls along half a cosine ...
-    warmup: int = 0  # ... after it has risen for so many steps
+    warmup: int = 0  # ... after it has risen for so many updates
     beta2: float = 0.999  # of AdamW
-    weight_decay: float = 0.0  # of AdamW
-    optimizer_state: str = "float32"  # what AdamW's two moments are kept in: float32, bfloat16 or int8
-    clip: float = 1.0  # largest norm of a step's gradient
-    copies: int = 0  # texts made of each conversation with an edit (of another a quarter), in most of which names and
-        # numbers of the script are drawn anew, so that a small model learns to copy; 0: the conversation itself
-    valid: float = 0.05  # share of the conversations that is held back to validate
-    validate_every: int = 50  # steps
-    save_every: int = 50  # steps between checkpoints
-    recompute: bool = True  # compute a block's activations again in backward: a third more time, far less memory
+    save_every: int = 50  # updates between checkpoints, at which the model is validated
+    copies: int = 0  # copies made of each short prompt with an edit (of another a quarter), in most of which the
+        # script's names and numbers are others, so that a small model learns to copy; 0: the conversation itself
     num: int = 8  # trajectories per task
-    steps: int | None = None  # optimizer steps; none: as many as the epochs take. With --collect: replies that a
-        # trajectory may have; none: 15
-    seconds: float = 1800.0  # that a collected trajectory may take
     ideas: int = 100  # candidates that the expert writes for each task; 0: the ideas shipped with it
-    keep: int = 10  # most distant of a task's candidates that are used
-    embed: str = ""  # local model whose mean hidden state tells how far ideas are apart; empty: their words (TF-IDF)
     coder: str = "expert"  # who carries out the (AI) actions: expert (the same model), or none
-    actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the expert may do
-    fields: tuple[str, ...] = FIELDS  # entries of a reply
-    prompt: str = "full"  # what the expert is shown of a state: full (the conversation), or short (one message: the
-        # task, what the last step brought and the head of the script); training then takes each step for itself
-    parallel: int = 8  # trajectories collected at the same time
-    max_new_tokens: int = 1024  # a reply of the expert may have
     temperature: float = 1.0  # of the expert
-    top_p: float = 1.0  # of the expert
-    context: int = 16384  # tokens of one conversation; a trajectory that outgrows it ends
-    data: str = "data"  # where prepared tasks are kept
-    raw: str = ""  # folder of the publisher's files, as in eval.py; empty: the data prepared before, else the miniature
-    python: str = sys.executable  # the interpreter that runs the tasks' scripts
-    gpu: str = ""  # CUDA_VISIBLE_DEVICES of the scripts; empty hides all GPUs from them
-    threads: int = 1  # that a script may use for numerics
-    sandbox: str = "on"  # on, or off: scripts can then read the answers and all your files
-    parsed: bool = True  # train on the replies that were carried out alone
-    rose: bool = False  # train on trajectories alone whose last score is better than the starter's
-    per_idea: int = 0  # train on at most so many trajectories of one idea; 0: no limit
-    dtype: str = "auto"  # that training computes in: float32, bfloat16 (several times faster on a CPU with AMX), or
-        # auto, which is bfloat16 on a GPU; the weights are kept and updated in float32. Also of an expert's weights
-    device: str = "auto"  # auto, cpu or cuda
-    kernels: str = "torch"  # of training: torch, or triton, on CUDA, which has not been measured on a GPU yet
-    seed: int = 0  # of the ideas' choice and of sampling
+    top_p = 1.0     # no setting: the whole distribution
 
     def __post_init__(self):
-        for name in ("gpus", "num", "seconds", "keep", "parallel", "max_new_tokens", "context", "threads", "batch",
-                     "length", "lr", "epochs", "clip", "save_every"):
-            if not 0 < getattr(self, name) < math.inf:      # nor NaN
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, found {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1 or self.ideas < 0 or self.per_idea < 0:
-            raise ValueError("expected --steps of at least 1, and no --ideas or --per-idea below 0, found "
-                             f"{self.steps}, {self.ideas}, {self.per_idea}")
-        if self.prompt not in PROMPTS:
-            raise ValueError(f"--prompt must be {' or '.join(PROMPTS)}, found {self.prompt!r}")
+        super().__post_init__()
+        cli.check_choices(self, coder=("expert", "none"))
+        cli.check_positive(self, "gpus", "epochs", "batch", "length", "lr", "save_every", "num")
+        if self.updates is not None:
+            cli.check_positive(self, "updates")
+        for name in ("warmup", "copies", "ideas", "temperature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be at least 0, found {getattr(self, name)}")
         if sample.is_server(self.expert):
             sample.address(self.expert)
-        if self.collect and self.model or self.expert != "scripted" and self.model:
+        if self.model and not self.preset and (self.collect or self.expert != "scripted"):
             raise ValueError("--expert acts with --collect, and --model is trained without it; give one of the two")
-        compute_type(self.dtype, torch.device("cpu"))
-        if self.optimizer_state not in STATES:
-            raise ValueError(f"expected --optimizer-state {', '.join(STATES)}, found {self.optimizer_state!r}")
-        if self.coder not in ("expert", "none") or self.sandbox not in ("on", "off"):
-            raise ValueError("expected --coder expert or none, and --sandbox on or off, found "
-                             f"{self.coder!r} and {self.sandbox!r}")
+        if not self.collect:
+            compute_type(self.dtype, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,86 +114,70 @@ This is {entry}, the script to improve; its metric is {metric}, {better} is bett
 Write {count} ideas for changing it, each different from the others{about}. They must work without installing or \
 downloading anything. One idea a line, in this form and nothing else:
 - short title: what to change in the script, in one or two sentences{avoid}"""
-A_PROMPT = 15       # ideas asked for at once; longer lists repeat themselves
+ASKED_AT_ONCE = 15      # ideas; longer lists repeat themselves
+IDEA = (r"^[ \t]{0,20}(?:[-*•]|\d{1,3}[.)])[ \t]{0,9}\*{0,3}([^:\n]{3,100}?)\*{0,3}[ \t]{0,9}(?:[:–—]| - )"
+        r"[ \t*]{0,9}(\S[^\n]{9,600})$")
 
 
 def parse_ideas(text):
-    """[{"title", "instruction"}] of the lines "- title: instruction" in a model's answer."""
-    form = (r"^[ \t]{0,20}(?:[-*•]|\d{1,3}[.)])[ \t]{0,9}\*{0,3}([^:\n]{3,100}?)\*{0,3}[ \t]{0,9}(?:[:–—]| - )"
-            r"[ \t*]{0,9}(\S[^\n]{9,600})$")
-    return [{"title": title.strip(), "instruction": what.strip()} for title, what in re.findall(form, text, re.M)]
+    """Returns [{"title", "instruction"}] of the lines "- title: instruction" in a model's answer."""
+    return [{"title": title.strip(), "instruction": text.strip()} for title, text in re.findall(IDEA, text, re.M)]
 
 
 def distinct(ideas):
-    """The ideas without those whose title or instruction has the words of an earlier one."""
-    seen, found = set(), []
+    """Returns the ideas without those whose title or instruction has the words of an earlier one."""
+    seen = set()
+    kept = []
     for idea in ideas:
         words = {" ".join(re.findall(r"\w+", idea[name].lower())) for name in ("title", "instruction")}
         if not words & seen:
-            found.append(idea)
+            kept.append(idea)
         seen |= words
-    return found
+    return kept
 
 
-def candidates(s, task, expert):
-    """The ideas of a task: at least s.ideas that the expert has written, or those shipped with it. The answers are kept
-    in the folder's ideas/TASK.json, so that none is asked for again. With short prompts the expert has ideas of
-    one edit, whose text the prompt shows, and the script's own numbers. RunError: the expert writes none."""
-    if expert is None and s.prompt == "short":
-        script = (task.folder / task.entry).read_text()
-        found = [idea for idea in tasks.ideas(task.id) if len(idea["edits"]) == 1
-                 and idea["edits"][0]["find"] in shown_lines(script)]
-        return constants(script) + found
-    if expert is None or s.ideas == 0:
-        if not (found := tasks.ideas(task.id)):
-            raise ValueError(f"{task.id} has no ideas.json; let an expert write ideas: --expert MODEL --ideas 100")
-        return found
-    path = Path(s.trajectories, "ideas", f"{task.id}.json")
+def ask_ideas(cfg, task, expert):
+    """Returns at least cfg.ideas ideas that the expert writes for a task. Its answers are kept in ideas/TASK.json of
+    the folder, so that none is asked for again. RunError: none of its answers can be read."""
+    path = Path(cfg.trajectories, "ideas", f"{task.id}.json")
     raw = read_bytes(path)
-    answers = [] if raw is None else parse_json(raw, {"answers": [TEXT]}, path)["answers"]
-    while True:
-        found = distinct([idea for answer in answers for idea in parse_ideas(answer)])
-        if len(found) >= s.ideas or len(answers) >= 3 * math.ceil(s.ideas / A_PROMPT) + len(tasks.IDEA_KINDS):
-            break
+    answers = parse_json(raw, {"answers": [TEXT]}, path)["answers"] if raw else []
+    most = 3 * math.ceil(cfg.ideas / ASKED_AT_ONCE) + len(tasks.IDEA_KINDS)
+    ideas = distinct([idea for answer in answers for idea in parse_ideas(answer)])
+    while len(ideas) < cfg.ideas and len(answers) < most:
         kind = (None, *tasks.IDEA_KINDS)[len(answers) % (1 + len(tasks.IDEA_KINDS))]
-        known = "".join(f"\n- {idea['title']}" for idea in found[-40:])
-        ask = ASK.format(problem=task.problem.strip(), entry=task.entry, metric=task.metric, count=A_PROMPT,
-                         better="higher" if task.direction == "up" else "lower",
-                         script=(task.folder / task.entry).read_text(), about=f", all about {kind}" if kind else "",
-                         avoid=f"\n\nThese are known already:{known}" if known else "")
-        answers.append(expert.chat([{"role": "user", "content": ask}], temperature=1.0, max_new_tokens=1024,
-                                   seed=zlib.crc32(f"{s.seed} {task.id} {len(answers)} ideas".encode())).text)
-        write_atomic(path, {"task": task.id, "expert": s.expert, "answers": answers})
-    if not found:
-        raise RunError(f"{s.expert} has written no idea for {task.id} that could be read in {len(answers)} answers, kept "
-                     f"in {path}. Take the shipped ideas with --ideas 0, or another --expert.")
-    if len(found) < s.ideas:
-        print(f"{task.id}: {len(found)} different ideas in {len(answers)} answers; {s.ideas} were asked for",
-              file=sys.stderr)
-    return found
+        known = "".join(f"\n- {idea['title']}" for idea in ideas[-40:])
+        question = ASK.format(
+            problem=task.problem.strip(), entry=task.entry, metric=task.metric, count=ASKED_AT_ONCE,
+            better="higher" if task.direction == "up" else "lower", script=(task.folder / task.entry).read_text(),
+            about=f", all about {kind}" if kind else "", avoid=f"\n\nThese are known already:{known}" if known else "")
+        seed = zlib.crc32(f"{cfg.seed} {task.id} {len(answers)} ideas".encode())
+        answer = expert.chat([{"role": "user", "content": question}], temperature=1.0, max_new_tokens=1024, seed=seed)
+        answers.append(answer.text)
+        write_atomic(path, {"task": task.id, "expert": cfg.expert, "answers": answers})
+        ideas = distinct([idea for answer in answers for idea in parse_ideas(answer)])
+    if not ideas:
+        raise RunError(f"{cfg.expert} has written no idea for {task.id} that could be read in {len(answers)} answers, "
+                       f"kept in {path}. Take the shipped ideas with --ideas 0, or another --expert.")
+    if len(ideas) < cfg.ideas:
+        cli.announce(f"{task.id}: {len(ideas)} different ideas in {len(answers)} answers; {cfg.ideas} were asked for")
+    return ideas
 
 
-def words(texts):
-    """TF-IDF vectors of the texts, of length 1: a sparse matrix, a row a text."""
+def tfidf_vectors(texts):
+    """Returns a sparse matrix with a row of length 1 for each text."""
     return TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts)
 
 
-def mean_states(texts, engine):
-    """A model's last hidden states, averaged over each text's tokens, of length 1: (N, C) float64."""
-    rows = [torch.tensor(engine.tokenizer.encode(text), device=engine.device) for text in texts]
-    with torch.no_grad():
-        vectors = np.stack([engine.model.hidden(row[None])[0].double().mean(0).cpu().numpy() for row in rows])
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
 def farthest(vectors, k):
-    """Indices of k rows far apart: first the two most distant, then again and again the row whose nearest chosen one is
-    farthest. Ties go to the first row. vectors: (N, C), rows of length 1, sparse or not; the distance is Euclidean. The
-    smallest distance among the chosen is at least half the best possible (Gonzalez 1985)."""
+    """Returns the indices of k rows far apart: the two most distant, then again and again the row whose nearest chosen
+    one is farthest. Ties go to the first row. vectors: (N, C), rows of length 1, sparse or not; the distance is
+    Euclidean. The smallest distance is at least half the best possible (Gonzalez 1985)."""
     products = vectors @ vectors.T
-    products = products.toarray() if hasattr(products, "toarray") else products
+    if hasattr(products, "toarray"):
+        products = products.toarray()
     distance = np.sqrt(np.maximum(2 - 2 * products, 0))     # |a - b|^2 = 2 - 2ab
-    distance[distance < 1e-7] = 0                           # equal rows: what rounding leaves must not choose
+    distance[distance < 1e-7] = 0                           # what rounding leaves of equal rows must not choose
     chosen = list(dict.fromkeys(np.unravel_index(distance.argmax(), distance.shape)))[:k]     # rows all equal: only 0
     while len(chosen) < min(k, len(distance)):
         nearest = distance[:, chosen].min(1)
@@ -236,778 +186,705 @@ def farthest(vectors, k):
     return [int(i) for i in chosen]
 
 
-def pool(s, task, expert, embedder):
-    """The ideas that a task's trajectories draw from."""
-    found = candidates(s, task, expert)
-    texts = [f"{idea['title']}. {idea['instruction']}" for idea in found]
-    return [found[i] for i in farthest(mean_states(texts, embedder) if embedder else words(texts), s.keep)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The scripted expert. It writes of nothing but what its observations have shown, in sentences chosen at random.
-
-SCRIPTED = ("List Files", "Inspect Script Lines", "Replace In Script", "Undo Edit Script", "Copy File",
-            "Execute Script", "Final Answer")       # what it does
-SAY = {
-    "begin": ("The work begins; there is no observation yet.", "Nothing has been run so far.",
-              "I have the task and have seen nothing of the script yet."),
-    "run first": ("I run {entry} as it is, to know the score to beat.", "First I need the starter's own {metric}.",
-                  "Before any change I want to see what {entry} prints."),
-    "list": ("I look at which files there are.", "Let me see the workspace before I go on."),
-    "listed": ("The workspace holds {seen}.", "There are these files: {seen}."),
-    "read": ("I read the script before I change it.", "To edit it I must see its exact lines.",
-             "Next I look at how {entry} works."),
-    "ran": ("{entry} runs and prints a validation {metric} of {value}; that is the score to beat.",
-            "The run went through. The {metric} is {value} before any change.", "The {metric} to beat is {value}."),
-    "have read": ("I have seen lines {first} to {last} of {total}.",
-                  "Lines {first} to {last} of the script's {total} are known now.",
-                  "The script has {total} lines; I have read {first} to {last} of them."),
-    "try": ("{idea}", "What I try now is this: {idea}", "It may help to do the following. {idea}"),
-    "part": ("This is change {i} of {n} for it: I replace {line}.", "Part {i} of {n}: {line} has to change."),
-    "copy": ("It takes {n} edits, so I keep a copy of the script first.", "Before these {n} edits I save {entry} as "
-             "{backup}, to be able to go back at once."),
-    "copied": ("The copy {backup} is there.", "{entry} is saved as {backup}."),
-    "edited": ("The difference shows {plus} and {minus}, as meant.", "The edit is saved: {plus}, {minus}.",
-               "The script now differs by {plus} and {minus}."),
-    "look": ("I look at the changed place once more before the run.", "Let me check these lines."),
-    "run": ("All of it is in the script, so I run it.", "Now I run {entry} and compare with {value}.",
-            "The run will show whether the {metric} of {value} is beaten."),
-    "better": ("The {metric} went from {old} to {new}, which is better, so the change stays.",
-               "{new} after {old}: the change helped and is kept.",
-               "With {title} the {metric} is {new} instead of {old}. It stays."),
-    "worse": ("The {metric} went from {old} to {new}, which is worse.", "{new} is no gain over {old}.",
-              "With {title} the {metric} is {new}; {old} was better."),
-    "equal": ("The {metric} is {new} as before, so the change does nothing.", "Nothing has changed: {new} again."),
-    "failed": ("The script failed: {detail}", "This did not run. {detail}"),
-    "undo": ("I take the change back.", "The last edit goes.", "I undo it, so that {entry} is what scored {value}."),
-    "restore": ("I copy {backup} back over {entry}.", "The saved script comes back in one step."),
-    "undone": ("{entry} is as it was before {title}.", "{title} is taken out again."),
-    "still": ("One of the edits is taken back, there is more to undo.", "Part of {title} is still in the script."),
-    "end": ("There is nothing left on my list.", "I stop here with the best script.",
-            "The plan is done; I end the work."),
-}
-
-
-def scripted(task, fields, steps, ideas, rng):
-    """Generator of the scripted expert's replies; send it the record of each step. It runs the script, reads it, and
-    tries the ideas one after the other: edits, run, and back where the printed score is no better."""
-    entry, backup, done = task.entry, "before.py", []
-    script = (task.folder / entry).read_text()
-    reflection, fact = rng.choice(SAY["begin"]), "Nothing is confirmed yet."
-    say = {"entry": entry, "metric": task.metric, "backup": backup}
-
-    def tell(what, **more):
-        text = rng.choice(SAY[what])
-        written = text.format(**say, **more)
-        return written if text.startswith("{entry}") else written[:1].upper() + written[1:]
-
-    def reply(now, thought, action, **args):
-        plan = " ".join(f"{i}. {part}" for i, part in enumerate([*done, f"**{now}.**"], 1))
-        values = (reflection, plan, fact, thought, action, json.dumps(args, ensure_ascii=False))
-        return "\n".join(f"{name}: {value}" for name, value in zip(FIELDS, values) if name in fields)
-
-    def score(step):
-        return printed_metric(step["observation"], task.metric) if step["outcome"] == "ok" else None
-
-    def show(value):
-        return "none" if value is None else f"{value:.6g}"
-
-    def lines_of(step):     # "Lines 1 to 37 of 37 of train.py:"
-        found = re.match(r"Lines ([\d,]+) to ([\d,]+) of ([\d,]+)", step["observation"]).groups()
-        return (int(number.replace(",", "")) for number in found)
-
-    step = yield reply(f"Run {entry} as it is", tell("run first"), "Execute Script", script_name=entry)
-    best = start = score(step)
-    done.append(f"Run {entry} as it is: {task.metric} {show(best)}.")
-    reflection = tell("ran", value=show(best)) if step["outcome"] == "ok" else tell("failed", detail=step["detail"])
-    fact = f"The {task.metric} of {show(best)} is confirmed by the last observation."
-    if rng.random() < 0.2:
-        step = yield reply("Look at the files", tell("list"), "List Files", dir_path=".")
-        reflection = tell("listed", seen=", ".join(re.findall(r"^[\w./-]+", step["observation"], re.M)[:6]))
-    last, total = 0, 1
-    while last < total:
-        reach = last + rng.choice((100, 150, 200))
-        step = yield reply(f"Read {entry}", tell("read"), "Inspect Script Lines", script_name=entry,
-                           start_line_number=str(last + 1), end_line_number=str(reach))
-        first, last, total = lines_of(step)
-        reflection = tell("have read", first=first, last=last, total=total)
-    done.append(f"Read {entry}.")
-    for idea in ideas:
-        left, edits, title = steps - step["index"] - 1, fitting(idea, script), idea["title"]
-        name = title if title[:2].isupper() else title[:1].lower() + title[1:]
-        whole = len(edits) > 2      # so many that a copy is the shorter way back
-        spare = left - (1 + len(edits) + (2 if whole else len(edits)) + 1)
-        if not edits or spare < 0:
-            continue
-        fact = f"The {task.metric} of {show(best)} is confirmed by its run. That {name} will help is guessed."
-        thought, before = tell("try", idea=idea["instruction"]), script
-        if whole:
-            step = yield reply(f"Copy {entry}, then try {name}", f"{thought} {tell('copy', n=len(edits))}", "Copy File",
-                               source=entry, destination=backup)
-            reflection = tell("copied")
-        for i, (find, put) in enumerate(edits, 1):
-            old = next((line.strip() for line in find.splitlines() if line.strip() and line not in put.splitlines()),
-                       find.strip())
-            part = f"{tell('part', i=i, n=len(edits), line=f'`{shorten(old, 120)}`')}" if len(edits) > 1 else ""
-            step = yield reply(f"Try {name}", f"{thought * (i == 1)} {part}".strip() or thought, "Replace In Script",
-                               script_name=entry, find=find, replace=put)
-            script = script.replace(find, put)
-            changed = Counter(line[:1] for line in step["observation"].splitlines())
-            plus, minus = (f"{changed[sign]} line{'s' * (changed[sign] != 1)} {how}"
-                           for sign, how in (("+", "more"), ("-", "less")))
-            reflection = tell("edited", plus=plus, minus=minus)
-        if spare > 0 and rng.random() < 0.25:
-            line = before[:before.find(edits[-1][0])].count("\n") + 1
-            step = yield reply(f"Try {name}: check the edit", tell("look"), "Inspect Script Lines", script_name=entry,
-                               start_line_number=str(max(1, line - 3)), end_line_number=str(line + 12))
-            first, last, total = lines_of(step)
-            reflection = tell("have read", first=first, last=last, total=total)
-        step = yield reply(f"Try {name}: run {entry}", tell("run", value=show(best)), "Execute Script",
-                           script_name=entry)
-        new, values = score(step), {"title": name, "old": show(best), "new": show(score(step))}
-        if new is None:
-            reflection = tell("failed", detail=shorten(step["detail"] or "It printed no score.", 300))
-            fact = f"That {name} does not work like this is confirmed by the last observation."
-            result = "failed"
-        else:
-            good = best is None or task.better(new, best)
-            reflection = tell("better" if good else "equal" if new == best else "worse", **values)
-            fact = f"The {task.metric} of {show(new)} is confirmed by the last observation."
-            result = f"{task.metric} {show(new)}"
-            if good:
-                best = new
-                done.append(f"{title}: {result}, kept.")
-                continue
-        for i in range(1 if whole else len(edits)):
-            if whole:
-                step = yield reply(f"Take {name} back", tell("restore"), "Copy File", source=backup, destination=entry)
-            else:
-                step = yield reply(f"Take {name} back", tell("undo", value=show(best)), "Undo Edit Script",
-                                   script_name=entry)
-            reflection = tell("undone" if whole or i == len(edits) - 1 else "still", title=name)
-        script = before
-        done.append(f"{title}: {result}, taken back.")
-    kept = [part.split(":")[0] for part in done if part.endswith("kept.")]
-    fact = f"The {task.metric} of {show(best)} is confirmed by the run of the script as it is now."
-    answer = (f"The validation {task.metric} went from {show(start)} to {show(best)} with: {'; '.join(kept)}." if kept
-              else f"No change that I tried beat the starter's {task.metric} of {show(start)}; {entry} is as it was.")
-    yield reply("End the work", tell("end"), "Final Answer", final_answer=answer)
+def choose_ideas(cfg, task, expert):
+    """Returns the ideas that the trajectories of a task draw from: of all candidates those that differ most. expert:
+    None for the scripted one."""
+    num = NUM_IDEAS
+    if expert is None and cfg.prompt_format == "short":
+        candidates = miniature.short_ideas(task)
+        num = miniature.NUM_IDEAS
+    elif expert is None or cfg.ideas == 0:
+        candidates = tasks.ideas(task.id)
+    else:
+        candidates = ask_ideas(cfg, task, expert)
+    if not candidates:
+        raise ValueError(f"{task.id} has no ideas.json; let an expert write ideas: --expert MODEL --ideas 100")
+    vectors = tfidf_vectors([f"{idea['title']}. {idea['instruction']}" for idea in candidates])
+    return [candidates[i] for i in farthest(vectors, num)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Collecting
 
-# what the trajectories of one folder agree in
-SAME = ("expert", "coder", "actions", "fields", "prompt", "steps", "seconds", "ideas", "keep", "embed",
-        "max_new_tokens", "temperature", "top_p", "context", "threads", "gpu", "sandbox", "seed")
-NUM_STEPS = 15
+SAME = ("expert", "coder", "actions", "fields", "prompt_format", "steps", "seconds", "ideas", "max_new_tokens",
+        "temperature", "context", "threads", "gpu", "sandbox", "seed")     # what trajectories of a folder agree in
 MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {
     "miniature": FLAG, "sha256": {str: TEXT}, "m_init": NUMBER, "m_best": NUMBER, "ideas": [{
         "title": TEXT, "instruction": TEXT}]}}}
 
 
-def followed(speaker, path):
-    """How a scripted expert replies in eval.trajectory: what is recorded brings it to where it was."""
-    said, seen = next(speaker), 1
-
-    def reply(env, lines, seed):
-        nonlocal said, seen
-        for line in lines[seen:]:
-            if line["reply"] != said:
-                raise ValueError(f"{path} was collected by another version of the scripted expert; give another "
-                                 "--trajectories, or delete that file")
-            said = speaker.send(line)
-        seen = len(lines)
-        return said, None, {}
-    return reply
-
-
-def collected(s, task, k, ideas, expert, cache, run):
-    """Plays trajectory k of a task to its end. ideas: those of the task. expert: what sample.load gave, None for the
-    scripted one. cache, run: see eval.trajectory."""
-    path, rng = trajectory_path(s.trajectories, task.id, k), random.Random(f"{s.seed} {task.id} {k}")
-    num_ideas = 2 * s.steps if expert is None and s.prompt == "short" else rng.randint(1, 3)
-    drawn = rng.sample(ideas, min(num_ideas, len(ideas)))
-    if expert:
-        reply = model_policy(s, expert, "\n\nIdeas that may be worth trying:" + "".join(
-            f"\n- {idea['title']}: {idea['instruction']}" for idea in drawn))
-    else:
-        script = scripted_short if s.prompt == "short" else scripted
-        reply = followed(script(task, s.fields, s.steps, drawn, rng), path)
-    tokenizer = getattr(expert, "tokenizer", None)
-    play_trajectory(s, task, k, path, reply, expert if s.coder == "expert" else None, s.trajectories, cache, run,
-               {"expert": s.expert, "ideas": [idea["title"] for idea in drawn],
-                "data_sha256": tasks.info(task.id, s.data)["sha256"],
-                "tokenizer": tokenizer and fingerprint(tokenizer)})
-
-
-def entropy(counts):
-    """Of the distribution with these counts, in bits."""
-    total = sum(counts)
-    return -sum(n / total * math.log2(n / total) for n in counts if n) + 0.0
-
-
-def diversity(actions):
-    """How much a set of actions, [(name, args)], differs: "distance", the mean cosine distance over all pairs of their
-    TF-IDF vectors (0: all the same, 1: no word in common; None for fewer than two), "edits" that change a script and
-    how many "distinct_edits" of them differ, and "entropy" of the action names in bits."""
-    edits = [json.dumps([name, args], sort_keys=True) for name, args in actions
-             if name in ("Replace In Script", "Edit Script (AI)")]
-    n, distance = len(actions), None
-    if n > 1:   # for rows of length 1 the sum over pairs follows from |sum of rows|^2, without n^2 products
-        total = np.asarray(words([f"{name} {' '.join(args.values())}" for name, args in actions]).sum(0))
-        distance = float(1 - ((total ** 2).sum() - n) / (n * (n - 1)))
-    return {"actions": n, "distance": distance, "edits": len(edits), "distinct_edits": len(set(edits)),
-            "entropy": entropy(Counter(name for name, _ in actions).values())}
-
-
-def counted(s, task):
-    """What manifest.json says of the finished trajectories in a task's files, and all their valid actions."""
-    records = [read_record(path) for path in Path(s.trajectories).glob(f"{task.id}-*.jsonl")]
-    records = [lines for lines in records if end_reason(lines) and lines[0]["task"] == task.id]
-    steps = [line for lines in records for line in lines if line["type"] == "step"]
-    last = [([line["m_after"] for line in lines if "m_after" in line][-1], lines[0]["m_init"]) for lines in records]
-    return {"trajectories": len(records), "steps": len(steps), "valid": sum(step["valid"] for step in steps),
-            "rose": sum(task.better(score, start) for score, start in last),
-            "ended": dict(Counter(map(end_reason, records))), "kinds": dict(Counter(step["kind"] for step in steps))
-            }, [(step["action"], step["args"]) for step in steps if step["valid"]]
-
-
-def collect(s, load=sample.load):
-    """Collects s.num trajectories of each task of s.task and returns what manifest.json then holds. ValueError:
+def collect(cfg, load=sample.load):
+    """Collects cfg.num trajectories of each task of cfg.task and returns what manifest.json then holds. ValueError:
     something is wrong with the settings. RunError: the expert is of no use."""
-    if refused := [id for id in tasks.names(s.task) if tasks.load(id).split != "held-in"]:
+    # 1. Nothing held out, by name and by the hashes of the data.
+    if refused := [id for id in tasks.names(cfg.task) if tasks.load(id).split != "held-in"]:
         raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
                          f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
-    folder = Path(s.trajectories)
+    needed = miniature.SCRIPTED_ACTIONS[cfg.prompt_format]
+    if cfg.expert == "scripted" and (lacking := set(needed) - set(cfg.actions)):
+        raise ValueError(f"the scripted expert needs the actions {','.join(needed)}; missing in --actions: "
+                         f"{', '.join(sorted(lacking))}")
+    folder = Path(cfg.trajectories)
     with folder_lock(folder, "sft.py --collect"):
-        infos = prepare_tasks(s)
-        forbidden = tasks.held_out_hashes(s.data)
-        for task, info in infos:
-            tasks.refuse_held_out(task.id, info["sha256"], forbidden)
-        path = folder / "manifest.json"
-        same = {name: value for name, value in json.loads(json.dumps(asdict(s))).items() if name in SAME}
-        for name in ("expert", "embed"):        # a model that was trained anew in the same folder is another model
-            if Path(same[name] or "-").is_dir():
-                same[f"{name} of sha256"] = hash_checkpoint(same[name])
-        raw = read_bytes(path)
-        manifest = {"settings": same, "tasks": {}} if raw is None else parse_json(raw, MANIFEST, path)
-        then = manifest["settings"]
-        found = [f"--{name.replace('_', '-')} was {then.get(name)} and is {same[name]}"
-                 for name in same if then.get(name) != same[name]]
-        found += [f"the data of {task.id} were others" for task, info in infos
-                  if manifest["tasks"].get(task.id, info)["sha256"] != info["sha256"]]
-        needed = SHORT_ACTIONS if s.prompt == "short" else SCRIPTED
-        if s.expert == "scripted" and (lacking := set(needed) - set(s.actions)):
-            raise ValueError(f"the scripted expert needs the actions {','.join(needed)}; missing in --actions: "
-                             f"{', '.join(sorted(lacking))}")
-        paths = [trajectory_path(folder, task.id, k) for task, _ in infos for k in range(s.num)]
-        records = {path: read_record(path) for path in paths}
-        found += [f"its manifest.json does not tell of {task.id}" for task, _ in infos if task.id not in manifest["tasks"]
-                  and any(records[trajectory_path(folder, task.id, k)] for k in range(s.num))]
-        if found:
-            raise ValueError(f"{folder} holds trajectories of another kind: {'; '.join(found)}. Give another "
-                             "--trajectories, or delete that folder")
-        jobs = [(task, k) for k in range(s.num) for task, _ in infos if not end_reason(records[trajectory_path(folder, task.id, k)])]
-        pools, playing = {}, replace(s, steps=s.steps or NUM_STEPS)
-        if jobs:
-            options = dict(dtype=s.dtype, device=s.device, rows=min(s.parallel, len(jobs)), context=s.context)
-            expert = None if s.expert == "scripted" else load(s.expert, **options)
-            if expert and expert.context and s.max_new_tokens >= expert.context:
-                raise ValueError(f"--max-new-tokens {s.max_new_tokens} leaves no room in a context of {expert.context}")
-            embedder = load(s.embed, **options) if s.embed else None
-            if embedder and not hasattr(embedder, "model"):
-                raise ValueError("--embed needs a local model; a server does not give hidden states")
-            wanted = sorted({task.id for task, _ in jobs})
-            pools = dict(zip(wanted, run_parallel([(tasks.load(id), expert) for id in wanted],
-                                              lambda task, expert: pool(s, task, expert, embedder), s.parallel)))
-        for task, info in infos:
-            now = {"miniature": info["miniature"], "sha256": info["sha256"], "m_init": info["m_init"],
-                   "m_best": info["m_best"]}
-            old = manifest["tasks"].setdefault(task.id, now)
-            if task.id in pools and old.setdefault("ideas", pools[task.id]) != pools[task.id]:
-                raise ValueError(f"the ideas for {task.id} have changed since {folder} was begun; give another folder")
-        write_atomic(path, {**manifest, "complete": False})
-        run = Progress(records, playing.steps)
+        task_infos = prepare_tasks(cfg)
+        held_out = tasks.held_out_hashes(cfg.data)
+        for task, info in task_infos:
+            tasks.refuse_held_out(task.id, info["sha256"], held_out)
+
+        # 2. What is there already.
+        jobs = [(task, k) for k in range(cfg.num) for task, _ in task_infos]
+        records = {trajectory_path(folder, task.id, k): read_record(trajectory_path(folder, task.id, k))
+                   for task, k in jobs}
+        manifest = open_manifest(cfg, task_infos, records)
+        jobs = [(task, k) for task, k in jobs if not end_reason(records[trajectory_path(folder, task.id, k)])]
+
+        # 3. The expert, and the ideas of each task.
+        expert = None
+        if jobs and cfg.expert != "scripted":
+            expert = load(cfg.expert, dtype=cfg.dtype, device=cfg.device, rows=min(PARALLEL, len(jobs)),
+                          context=cfg.context)
+            if expert.context and cfg.max_new_tokens >= expert.context:
+                raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of {expert.context}")
+        names = sorted({task.id for task, _ in jobs})
+        ideas = dict(zip(names, run_parallel([(cfg, tasks.load(id), expert) for id in names], choose_ideas, PARALLEL)))
+        for id in names:
+            if manifest["tasks"][id].setdefault("ideas", ideas[id]) != ideas[id]:
+                raise ValueError(f"the ideas for {id} have changed since {folder} was begun; give another folder")
+        write_atomic(folder / "manifest.json", {**manifest, "complete": False})
+
+        # 4. The trajectories.
+        progress = Progress(records, cfg.steps)
         if any(records.values()):
-            print(f"{folder}: {len(run.over)} of {len(records)} trajectories are done; going on", file=sys.stderr)
+            cli.announce(f"{folder}: {len(progress.over)} of {len(records)} trajectories are done; going on")
         cache = ResultCache(folder / "cache")
-        run_parallel(jobs, lambda task, k: collected(playing, task, k, pools[task.id], expert, cache, run), s.parallel, run)
-        actions = []
-        for id, about in manifest["tasks"].items():
-            counts, some = counted(s, tasks.load(id))
-            about["counts"], actions = counts, actions + some
-        manifest.update(complete=True, diversity=diversity(actions))
-        write_atomic(path, manifest)
+        run_parallel(jobs, lambda task, k: collect_one(cfg, task, k, ideas[task.id], expert, cache, progress),
+                     PARALLEL, progress)
+        for id, entry in manifest["tasks"].items():
+            entry["counts"] = count_trajectories(folder, tasks.load(id))
+        manifest["complete"] = True
+        write_atomic(folder / "manifest.json", manifest)
         return manifest
 
 
+def open_manifest(cfg, task_infos, records):
+    """Returns what manifest.json of the folder holds, with an entry for each task. ValueError: the folder is of other
+    settings, another expert or other data, or holds trajectories that the manifest does not tell of."""
+    path = Path(cfg.trajectories, "manifest.json")
+    settings = json.loads(json.dumps({name: getattr(cfg, name) for name in SAME}))      # tuples are lists there
+    if Path(cfg.expert).is_dir():       # a model that was trained anew in the same folder is another model
+        settings["expert of sha256"] = hash_checkpoint(cfg.expert)
+    raw = read_bytes(path)
+    manifest = parse_json(raw, MANIFEST, path) if raw else {"settings": settings, "tasks": {}}
+    then = {flag_of(name): value for name, value in manifest["settings"].items()}
+    now = {flag_of(name): value for name, value in settings.items()}
+    for task, info in task_infos:
+        if task.id in manifest["tasks"]:
+            then[f"data of {task.id}"] = hash_json(manifest["tasks"][task.id]["sha256"])[:16]
+            now[f"data of {task.id}"] = hash_json(info["sha256"])[:16]
+        elif any(lines and lines[0]["task"] == task.id for lines in records.values()):
+            raise ValueError(f"{path} does not tell of {task.id}, of which there are trajectories; delete them, or give "
+                             "another --trajectories")
+        manifest["tasks"].setdefault(task.id, {name: info[name] for name in ("miniature", "sha256", "m_init", "m_best")})
+    check_same(then, now, cfg.trajectories, "--trajectories")
+    return manifest
+
+
+def collect_one(cfg, task, k, ideas, expert, cache, progress):
+    """Plays trajectory k of a task to its end. ideas: those of the task. expert: what sample.load returned, None for
+    the scripted one. cache, progress: see play_trajectory."""
+    path = trajectory_path(cfg.trajectories, task.id, k)
+    rng = random.Random(f"{cfg.seed} {task.id} {k}")
+    num_ideas = 2 * cfg.steps if expert is None and cfg.prompt_format == "short" else rng.randint(1, 3)
+    drawn = rng.sample(ideas, min(num_ideas, len(ideas)))
+    if expert:
+        hints = "".join(f"\n- {idea['title']}: {idea['instruction']}" for idea in drawn)
+        policy = model_policy(cfg, expert, f"\n\nIdeas that may be worth trying:{hints}")
+    else:
+        policy = scripted_policy(miniature.scripted(cfg, task, drawn, rng), path)
+    tokenizer = getattr(expert, "tokenizer", None)
+    header = {"expert": cfg.expert, "ideas": [idea["title"] for idea in drawn],
+              "data_sha256": tasks.info(task.id, cfg.data)["sha256"], "tokenizer": tokenizer and fingerprint(tokenizer)}
+    coder = expert if cfg.coder == "expert" else None
+    play_trajectory(cfg, task, k, path, policy, coder, cfg.trajectories, cache, progress, header)
+
+
+def scripted_policy(replies, path):
+    """Returns a policy for play_trajectory from a generator of replies. The recorded steps bring it to where it was."""
+    next_reply = next(replies)
+    num_lines = 1       # of the file that the generator has received
+
+    def reply(env, lines, seed):
+        nonlocal next_reply, num_lines
+        for line in lines[num_lines:]:
+            if line["reply"] != next_reply:
+                raise ValueError(f"{path} was collected by another version of the scripted expert; give another "
+                                 "--trajectories, or delete that file")
+            next_reply = replies.send(line)
+        num_lines = len(lines)
+        return next_reply, None, {}
+    return reply
+
+
+def count_trajectories(folder, task):
+    """Returns what manifest.json says of the finished trajectories of a task."""
+    records = [read_record(path) for path in Path(folder).glob(f"{task.id}-*.jsonl")]
+    records = [lines for lines in records if end_reason(lines) and lines[0]["task"] == task.id]
+    steps = [line for lines in records for line in lines if line["type"] == "step"]
+    num_better = 0
+    for lines in records:
+        last_score = [line["m_after"] for line in lines if "m_after" in line][-1]
+        num_better += task.better(last_score, lines[0]["m_init"])
+    return {"trajectories": len(records), "steps": len(steps), "valid": sum(step["valid"] for step in steps),
+            "rose": num_better, "ended": dict(Counter(map(end_reason, records))),
+            "kinds": dict(Counter(step["kind"] for step in steps))}
+
+
 def report(manifest):
-    """The manifest's counts as text."""
+    """Returns the counts of a manifest as text."""
     rows = [("task", "data", "trajectories", "steps", "valid", "score rose", "ideas")]
-    for id, one in manifest["tasks"].items():
-        numbers = [one["counts"][name] for name in ("trajectories", "steps", "valid", "rose")] + [len(one["ideas"])]
-        rows.append((id, "miniature" if one["miniature"] else "real", *map(str, numbers)))
-    d = manifest["diversity"]
-    mean = "-" if d["distance"] is None else f"{d['distance']:.3f}"
-    return (f"{format_table(rows)}\n\nDiversity: mean distance of two actions {mean} (0: the same, 1: no word in common), "
-            f"{d['distinct_edits']} distinct edits of {d['edits']}, entropy of the action names "
-            f"{d['entropy']:.2f} bits.")
+    for id, entry in manifest["tasks"].items():
+        data = "miniature" if entry["miniature"] else "real"
+        numbers = [entry["counts"][name] for name in ("trajectories", "steps", "valid", "rose")]
+        rows.append((id, data, *map(str, [*numbers, len(entry["ideas"])])))
+    return format_table(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading conversations for training
+# Reading conversations
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
 
 @dataclass
 class Conversation:
-    """What one training sequence is made of."""
-    messages: list      # [{"role", "content"}], with "tokens" where the sampled ids are to be used; the last is trained
-    trained: list       # of int: indices of the messages that are learned, all of the assistant
+    """The source of one training example."""
+    messages: list      # [{"role", "content"}], with the sampled ids as "tokens" where they are used; the last is learned
+    assistant_turns: list       # of int: indices of the messages that are learned
     source: str         # file, and line or entry, for messages to the user
-    origin: str = ""    # what is held back together with it, to validate: its trajectory
-    task: str = ""      # of a trajectory: its task ...
-    ideas: tuple = ()   # ... and the titles of the ideas that its expert was given
+    origin: str         # all of one origin, such as a trajectory, validate together or not at all
+    is_miniature: bool = False      # the data of the task are
 
 
-class Bad(ValueError):
+class InvalidConversation(ValueError):
     """A conversation that cannot be used; the message says why."""
 
 
-def conversations(path, *, parsed=True, rose=False, per_idea=0, data="data", tokenizer=None, say=print):
-    """([Conversation, ...], {why left out: [source, ...]}) of a path, and says what was left out.
+def read_conversations(path, data="data", tokenizer=None, log=print):
+    """Returns ([Conversation, ...], {reason: sources that were left out}) of a folder of trajectories, or of a file: a
+    trajectory, or a user's conversations.
 
-    path: a folder of trajectories (*.jsonl), or a file. A file holds a trajectory, or a user's own conversations: JSON
-    (a list, or one) or JSON lines of {"messages": [{"role", "content"}]} or ShareGPT's {"conversations": [{"from",
-    "value"}]} with an optional "system". parsed, rose, per_idea: the filters of Settings, for trajectories. data: where
-    prepared tasks are, for the hashes of the held-out ones. tokenizer: that of the model to be trained; sampled token
-    ids stay in the messages if the expert had the same one, and are dropped if not.
-    ValueError: something held out, no such path, a JSON file that is broken as a whole, or nothing to train on.
+    Every entry that cannot be used is left out, counted and named. data: where prepared tasks are, for
+    the hashes of the held-out ones. tokenizer: of the model to be trained; the ids that an expert sampled are used if
+    it had the same one. ValueError: something held out, a file that is broken as a whole, or nothing to train on.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"there is no {path}; collect it with: python sft.py --collect --trajectories {path}")
-    found, left_out, times, forbidden = [], defaultdict(list), Counter(), tasks.held_out_hashes(data)
-    for file in sorted(file for file in path.glob("*.jsonl") if file.is_file()) if path.is_dir() else [path]:
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text ({error})") from None
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-        played = re.search(r'^\{"type": "(header|step|end)"', text, re.M)
-        for source, load in [(str(file), None)] if played else entries(file, text):
+    files = sorted(file for file in path.glob("*.jsonl") if file.is_file()) if path.is_dir() else [path]
+    held_out = tasks.held_out_hashes(data)
+    conversations = []
+    left_out = defaultdict(list)        # reason -> sources
+    for file in files:
+        text = read_text(file)
+        if text.startswith('{"type": "header"') or path.is_dir():
             try:
-                ones = (read_played(file, text, parsed, rose, forbidden, tokenizer) if played else
-                        [read_own(load(), source)])
-                if per_idea and any(times[ones[0].task, idea] >= per_idea for idea in ones[0].ideas):
-                    raise Bad("filter: more than --per-idea trajectories of one of its ideas")
-            except Bad as error:
+                conversations += read_trajectory_file(file, held_out, tokenizer)
+            except InvalidConversation as error:
+                left_out[str(error)].append(str(file))
+            continue
+        for source, entry in read_entries(file, text):
+            try:
+                conversations.append(read_own(entry, source))
+            except InvalidConversation as error:
                 left_out[str(error)].append(source)
-                continue
-            for message in (message for one in ones for message in one.messages):
-                named = re.match(r"Task: (\S+)\n", message["content"]) if message["role"] == "user" else None
-                if named and named[1] in tasks.names("held-out"):
-                    raise ValueError(f"{source} is about {named[1]}, which is held out: it may not be trained on")
-            times.update((ones[0].task, idea) for idea in ones[0].ideas)
-            found += ones
-    turns = sum(len(one.trained) for one in found)
-    lines = [f"{path}: {len(found)} conversations with {turns} replies to learn"]
-    lines += [f"  left out, {why}: {len(where)} ({', '.join(where[:5])}{', ...' * (len(where) > 5)})"
-              for why, where in left_out.items()]
-    if not found:
+    for one in conversations:
+        refuse_held_out_prompts(one)
+    num_turns = sum(len(one.assistant_turns) for one in conversations)
+    lines = [f"{path}: {len(conversations)} conversations with {num_turns} replies to learn"]
+    lines += [named(f"left out, {reason}", sources) for reason, sources in left_out.items()]
+    if not conversations:
         raise ValueError("there is nothing to train on. " + "\n".join(lines))
-    say("\n".join(lines))
-    return found, dict(left_out)
+    if num := sum(one.is_miniature for one in conversations):
+        lines.append(f"  {num} are of MINIATURE data, which stand in for the real ones")
+    log("\n".join(lines))
+    return conversations, dict(left_out)
 
 
-def entries(file, text):
-    """[(source, a function that returns the entry or raises Bad)] of a user's file."""
-    def line(text):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise Bad("not JSON") from error
+def named(what, sources):
+    """Returns a line of a log: how many there are, and the first of them."""
+    return f"  {what}: {len(sources)} ({', '.join(sources[:5])}{', ...' if len(sources) > 5 else ''})"
+
+
+def read_text(file):
     try:
-        whole = json.loads(text) if file.suffix != ".jsonl" else None
-    except (ValueError, RecursionError) as error:
-        if "Extra data" not in str(error):      # that is what JSON lines look like
-            raise ValueError(f"{file} is not JSON: {error}. Expected a list of conversations, or one a line") from None
-        whole = None
-    if whole is None:
-        return [(f"{file}, line {number}", lambda each=each: line(each))
-                for number, each in enumerate(text.split("\n"), 1) if each.strip()]      # U+2028 ends no line of JSON
-    return [(f"{file}, entry {number}", lambda each=each: each)
-            for number, each in enumerate(whole if isinstance(whole, list) else [whole], 1)]
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def read_entries(file, text):
+    """Returns [(source, entry)] of a user's file: JSON (a list, or one entry), or JSON lines, which stay text here."""
+    if file.suffix != ".jsonl":
+        try:
+            value = json.loads(text)
+            entries = value if isinstance(value, list) else [value]
+            return [(f"{file}, entry {i}", entry) for i, entry in enumerate(entries, 1)]
+        except (ValueError, RecursionError) as error:
+            if "Extra data" not in str(error):      # JSON lines look like that
+                raise ValueError(f"{file} is not JSON: {error}. Expected a list of conversations, or one a line") from None
+    lines = enumerate(text.split("\n"), 1)          # not splitlines(): U+2028 ends no line of JSON
+    return [(f"{file}, line {i}", line) for i, line in lines if line.strip()]
 
 
 def read_own(entry, source):
-    """The Conversation in an entry of a user's file. Every turn of the assistant is learned."""
+    """Returns the Conversation of an entry of a user's file, {"messages": [{"role", "content"}]} or ShareGPT's
+    {"conversations": [{"from", "value"}]}, with or without a "system". Every turn of the assistant is learned."""
+    if isinstance(entry, str):
+        try:
+            entry = json.loads(entry)
+        except (ValueError, RecursionError):
+            raise InvalidConversation("not JSON") from None
     turns = entry.get("messages", entry.get("conversations")) if isinstance(entry, dict) else None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Bad('no list "messages" or "conversations"')
-    messages = [{"role": "system", "content": entry["system"]}] if entry.get("system") else []
+        raise InvalidConversation('no list "messages" or "conversations"')
+    if entry.get("system"):
+        turns = [{"role": "system", "content": entry["system"]}, *turns]
+    messages = []
     for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
         if not isinstance(role, str) or role not in ROLES:
-            raise Bad(f"unknown role {shorten(repr(role), 40)}")
+            raise InvalidConversation(f"unknown role {shorten(repr(role), 40)}")
+        if not isinstance(content, str):
+            raise InvalidConversation("a content that is no text")
+        if re.search("[\ud800-\udfff]", content):
+            raise InvalidConversation("half a surrogate pair, which is no character")
         messages.append({"role": ROLES[role], "content": content})
-    if not all(isinstance(message["content"], str) for message in messages):
-        raise Bad("a content that is no text")
-    if any(re.search("[\ud800-\udfff]", message["content"]) for message in messages):
-        raise Bad("half a surrogate pair, which is no character")
-    trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
-    if not trained:
-        raise Bad("no turn of the assistant")
-    return Conversation(messages[:trained[-1] + 1], trained, source, source)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
+    if not turns:
+        raise InvalidConversation("no turn of the assistant")
+    return Conversation(messages[:turns[-1] + 1], turns, source, source)
 
 
-def read_played(file, text, parsed, rose, forbidden, tokenizer):
-    """[Conversation, ...] of a trajectory's file, which holds text: one, or with short prompts one for each reply that
-    is learned. ValueError if it is of a held-out task."""
-    lines = []
-    for number, line in enumerate(text.rstrip().split("\n"), 1):
-        try:
-            lines.append(json.loads(line))
-        except (ValueError, RecursionError):
-            raise Bad(f"broken line {number}") from None
-        try:
-            check_record(lines[-1], number == 1)
-        except ValueError as error:
-            raise Bad(f"line {number} is no record of a trajectory: {error}") from None
-    head, steps = lines[0], [line for line in lines[1:] if line["type"] == "step"]
+def read_trajectory_file(file, held_out, tokenizer):
+    """Returns [Conversation, ...] of a trajectory: one, or with short prompts one for each reply. Only replies that
+    were carried out are learned. ValueError: it is of a held-out task. held_out: see tasks.held_out_hashes."""
+    # 1. It is whole, and of a task that may be learned.
     try:
-        tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
+        records = read_records(file)
+    except ValueError as error:
+        raise InvalidConversation(f"no record of a trajectory: {error}") from None
+    if not end_reason(records):
+        raise InvalidConversation("not finished: collect again to go on with it")
+    head = records[0]
+    steps = [line for line in records if line["type"] == "step"]
+    try:
+        tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), held_out)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    if not end_reason(lines):
-        raise Bad("not finished: collect again to go on with it")
     folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
     blobs = Blobs(folder / "blobs")
     try:
         for sha in {sha for line in (head, *steps) for sha in line["snapshot"].values()}:
             blobs.path(sha)
     except MissingBlob:
-        raise Bad("a missing blob") from None
-    task, messages, trained, single = tasks.load(head["task"]), [dict(m) for m in head["messages"]], [], []
-    snapshot, short = head["snapshot"], head.get("prompt") == "short"
-    if rose and not (steps and task.better(steps[-1]["m_after"], head["m_init"])):
-        raise Bad("filter: its score did not rise")
-    for step in steps:      # a reply that could not be read is not in the messages, so it is never learned
-        if step["messages"][0]["role"] == "assistant" and (step["valid"] or not parsed):
-            trained.append(len(messages))
-            if short:
-                single.append([*prompt_of("short", task, messages, snapshot, blobs), dict(step["messages"][0])])
-        messages += [dict(message) for message in step["messages"]]
+        raise InvalidConversation("a missing blob") from None
+
+    # 2. Its messages; ids of another tokenizer say nothing to this model.
+    is_same = tokenizer is not None and head.get("tokenizer") == fingerprint(tokenizer)
+    for line in (head, *steps):
+        for message in line["messages"]:
+            if not is_same:
+                message.pop("tokens", None)
+    is_short = head.get("prompt") == "short"
+    task = tasks.load(head["task"])
+    messages = list(head["messages"])
+    snapshot = head["snapshot"]
+    assistant_turns = []
+    conversations = []
+    for step in steps:      # a reply that could not be read is not among the messages
+        if step["valid"] and step["messages"][0]["role"] == "assistant":
+            assistant_turns.append(len(messages))
+            if is_short:
+                prompt = prompt_of("short", task, messages, snapshot, blobs)
+                conversations.append(Conversation([*prompt, step["messages"][0]], [len(prompt)],
+                                                  f"{file}, message {len(messages)}", str(file)))
+        messages += step["messages"]
         snapshot = step["snapshot"]
-    if not trained:
-        raise Bad("no turn of the assistant")
-    ideas, same = tuple(head.get("ideas", ())), tokenizer and head.get("tokenizer") == fingerprint(tokenizer)
-    found = [Conversation(one, [len(one) - 1], f"{file}, message {i}", str(file), task.id, ideas)
-             for i, one in zip(trained, single)] or [
-        Conversation(messages[:trained[-1] + 1], trained, str(file), str(file), task.id, ideas)]
-    for one in () if same else found:
-        for message in one.messages:
-            message.pop("tokens", None)
-    return found
+    if not assistant_turns:
+        raise InvalidConversation("no turn of the assistant")
+    if not is_short:
+        conversations = [Conversation(messages[:assistant_turns[-1] + 1], assistant_turns, str(file), str(file))]
+    return [replace(one, is_miniature=bool(head.get("miniature"))) for one in conversations]
+
+
+def refuse_held_out_prompts(conversation):
+    """Raises ValueError where a conversation is about a held-out task by the first line of a prompt."""
+    for message in conversation.messages:
+        match = re.match(r"Task: (\S+)\n", message["content"]) if message["role"] == "user" else None
+        if match and match[1] in tasks.names("held-out"):
+            raise ValueError(f"{conversation.source} is about {match[1]}, which is held out: it may not be trained on")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes, sharding and checkpoints: shared with rl.py
+# The data set. An example is (ids, loss_mask): token ids, and for each of them whether it is learned.
+
+def build_dataset(cfg, tokenizer, log=print):
+    """Returns (examples to train on, examples to validate with) from cfg.trajectories. A conversation of more than
+    cfg.length tokens is cut there. ValueError: nothing is left."""
+    # 1. Conversations become examples.
+    conversations, _ = read_conversations(cfg.trajectories, cfg.data, tokenizer, log)
+    if cfg.copies and not all(len(one.messages) == 2 and one.messages[0]["content"].startswith("Task: ")
+                              for one in conversations):
+        raise ValueError("--copies are made of short prompts alone; collect with --prompt-format short")
+    examples = []
+    kept = []       # the conversation of each example
+    cut = []
+    empty = []
+    for one in conversations:
+        ids, loss_mask = tokenizer.conversation(one.messages, set(one.assistant_turns))
+        if len(ids) > cfg.length + 1:
+            cut.append(one.source)
+        if any(loss_mask[:cfg.length + 1]):
+            examples.append((ids[:cfg.length + 1], loss_mask[:cfg.length + 1]))
+            kept.append(one)
+        else:
+            empty.append(one.source)
+    if cut:
+        log(named(f"cut at {cfg.length} tokens", cut))
+    if empty:
+        log(named("left out, no reply before the cut", empty))
+
+    # 2. Some of them validate.
+    origins = [one.origin for one in kept]
+    if len(set(origins)) == 1 < len(origins):
+        log(f"  all are of {origins[0]}: some of its own steps validate")
+    held_back = hold_back(origins, VALIDATION_SHARE, cfg.seed)
+    valid = [example for i, example in enumerate(examples) if i in held_back]
+    train = [example for i, example in enumerate(examples) if i not in held_back]
+
+    # 3. Copies of the others.
+    if cfg.copies:
+        train = []
+        copies = [copy for i, one in enumerate(kept) if i not in held_back
+                  for copy in miniature.augmented_copies(one, cfg.copies, cfg.seed)]
+        for i, messages in enumerate(copies):
+            ids, loss_mask = tokenizer.conversation(messages)
+            if i % 10 == 0:     # the prompt too: a few names stand in it twice, which is more to learn copying from
+                loss_mask = [True] * len(ids)
+            if any(loss_mask[:cfg.length + 1]):
+                train.append((ids[:cfg.length + 1], loss_mask[:cfg.length + 1]))
+    if not train:
+        raise ValueError(f"{len(examples)} conversations are too few to train on and to validate with; collect more")
+    return train, valid
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The optimizer
+def hold_back(origins, share, seed):
+    """Returns the indices of about that share of the examples, at least one: all of some origins, drawn at random.
+    Neighbouring states of a trajectory are nearly alike, so none of one that validates is learned from. The steps of a
+    trajectory that is alone are held back one by one. origins: that of each example."""
+    if len(set(origins)) == 1:
+        origins = range(len(origins))
+    wanted = max(1, round(share * len(origins)))
+    groups = defaultdict(list)
+    for i, origin in enumerate(origins):
+        groups[origin].append(i)
+    groups = list(groups.values())
+    chosen = []
+    for g in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
+        if chosen and len(chosen) + len(groups[g]) - wanted >= wanted - len(chosen):
+            break
+        chosen += groups[g]
+    return set(chosen)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+def hash_examples(*lists):
+    """Returns the sha256, shortened, of lists of examples."""
+    sha = hashlib.sha256()
+    for examples in lists:
+        sha.update(f"{len(examples)} examples".encode())
+        for ids, loss_mask in examples:
+            sha.update(f"{len(ids)} ids".encode())
+            sha.update(np.array(ids, np.int32))
+            sha.update(np.array(loss_mask, np.bool_))
+    return sha.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+SCHEDULE = ("batch", "length", "lr", "warmup", "beta2", "copies", "dtype", "kernels", "seed")   # of a run that goes on
+
 
 def cosine(step, steps, peak):
-    """The learning rate of a step: half a cosine from `peak` at step 0 towards 0 at step `steps`."""
+    """Returns the learning rate of a step: half a cosine from `peak` at step 0 towards 0 at step `steps`."""
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def add_gradients(model, rows, num_targets, world, device, size):
-    """Add the gradients of the mean negative log-prob over all `num_targets` targets of the step, whatever process and
-    row they are in; returns this process's part of that mean, a tensor.
-
-    FSDP averages the processes' gradients where this sum needs their sum, hence the factor `world`.
-    """
+def add_gradients(model, rows, num_targets, world_size, device, num_ids):
+    """Adds the gradients of the mean negative log-prob over all `num_targets` targets of the step, of all processes and
+    rows. Returns this process's part of that mean, a tensor. num_ids: of the tokenizer."""
     total = torch.zeros((), device=device)
     for row in rows:
         tokens, lengths, targets = collate_packed(row, device)
-        logp, _, _ = model(tokens, lengths=lengths, targets=targets, size=size)
+        logp, _, _ = model(tokens, lengths=lengths, targets=targets, size=num_ids)
         loss = -logp.sum() / num_targets
-        (loss * world).backward()
+        (loss * world_size).backward()      # FSDP averages over the processes; this is a sum
         total += loss.detach()
     return total
 
 
 @torch.no_grad()
-def validate(model, texts, rank, world, device, size, longest):
-    """(mean negative log-prob, share of targets that were the most likely token) over the chosen tokens of texts."""
+def validate(model, examples, rank, world_size, device, num_ids, max_row_tokens):
+    """Returns (mean negative log-prob, share of targets that were the most likely token) of examples."""
     sums = torch.zeros(3, device=device, dtype=torch.float64)
-    for row in packed_micro_batches(texts, list(range(len(texts))), rank, world, longest):
+    for row in packed_micro_batches(examples, list(range(len(examples))), rank, world_size, max_row_tokens):
         tokens, lengths, targets = collate_packed(row, device)
-        logp, _, first = model(tokens, lengths=lengths, targets=targets, size=size)
-        sums += torch.stack([-logp.double().sum(), first.double().sum(), torch.tensor(float(len(logp)), device=device)])
+        logp, _, is_most_likely = model(tokens, lengths=lengths, targets=targets, size=num_ids)
+        count = torch.tensor(float(len(logp)), device=device)
+        sums += torch.stack([-logp.double().sum(), is_most_likely.double().sum(), count])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    return (sums[0] / sums[2]).item(), (sums[1] / sums[2]).item()
+    loss, num_right, count = sums.tolist()
+    return loss / count, num_right / count
 
 
-def plan(s):
-    """What --plan prints: memory of one GPU by part, steps, tokens and time. Reads no weights and needs no GPU."""
-    config = shape_of(s.model)
-    parts = memory_of(config, s.length, s.gpus, None, s.optimizer_state, s.recompute,
-                      compute_type(s.dtype, torch.device("cuda")))
-    num, data = 10_000, "as many as the paper has"
-    if Path(s.trajectories).exists():
-        num, data = len(conversations(s.trajectories, parsed=s.parsed, rose=s.rose, per_idea=s.per_idea, data=s.data,
-                                      say=lambda line: None)[0]), s.trajectories
-    steps = s.steps or math.ceil(s.epochs * num / s.batch)
-    row = [([0] * (s.length + 1), [True] * (s.length + 1))]
-    seconds = steps * s.batch * flops_of(config, [row]) / (s.gpus * 0.4 * 989e12)
-    lines = [f"{s.model or 'tiny'}: {num_weights(config)[-1]:,} weights; {s.gpus} GPUs, rows of {s.length:,} tokens, "
-             f"optimizer state {s.optimizer_state}, recompute {'on' if s.recompute else 'off'}", "", "GiB per GPU"]
-    return "\n".join([*lines, *gib(parts), "", f"{num:,} conversations ({data}): {steps:,} steps of {s.batch}, at most "
-                      f"{steps * s.batch * s.length:,} tokens", f"about {seconds / 3600:.1f} hours at most, at 40 % of "
-                      "an H100's 989 TFLOP/s per GPU"])
+def train(cfg, examples, valid, tokenizer, config, folder):
+    """Fine-tunes on examples and writes cfg.out: checkpoints, log.jsonl, and the model as a Hugging Face folder. Goes
+    on from the newest checkpoint there. folder: of the checkpoint that it begins with, None for random weights."""
+    rank, world_size, device = init_distributed()
+    use_kernels(cfg.kernels, device)
+    model = build_model(config, folder, device, cfg.seed, num_weights(config)[-1] > RECOMPUTE_ABOVE,
+                        compute_type(cfg.dtype, device), draw=miniature.draw_model if cfg.copies else Qwen2.from_scratch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
+    num_updates = cfg.updates or math.ceil(cfg.epochs * len(examples) / cfg.batch)
+    origin = {"optimizer steps": num_updates, "products in": str(model.compute).removeprefix("torch.")}
+    origin |= rank0_broadcast(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
+                                       "texts of sha256": hash_examples(examples, valid)})
+    state = load_state(cfg, SCHEDULE, model, optimizer, origin)
+    first = state["step"] if state else 0
+    if first >= num_updates and rank == 0:
+        print(f"{cfg.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
+    log = Log(cfg, rank, first, num_updates, peak_flops(device))
 
+    for step in range(first, num_updates):
+        start = time.monotonic()
 
-SCHEDULE = ("batch", "length", "lr", "warmup", "beta2", "weight_decay", "optimizer_state", "clip", "copies", "valid",
-            "parsed", "rose", "per_idea", "dtype", "kernels", "seed")   # what a run that goes on must have as it began
+        # 1. The examples of this step, and of them the packed rows of this process.
+        batch = batch_indices(len(examples), step, cfg.batch, cfg.seed)
+        rows = packed_micro_batches(examples, batch, rank, world_size, cfg.length)
 
+        # 2. Forward and backward.
+        num_targets = sum(sum(examples[i][1]) for i in batch)
+        loss = add_gradients(model, rows, num_targets, world_size, device, tokenizer.size)
+        losses = of_all_ranks(loss, rank, world_size)
 
-def train(s, texts, valid, tokenizer, config, folder):
-    """Fine-tune on texts, [(ids, chosen)], and write out/: checkpoints, log.jsonl, and the model as a Hugging Face
-    folder. Goes on from the newest checkpoint there. Returns the model."""
-    rank, world, device = init_distributed()
-    use_kernels(s.kernels, device)
-    model = build_model(config, folder, device, s.seed, s.recompute, compute_type(s.dtype, device), copying=s.copies > 0)
-    optimizer = AdamW(model.parameters(), s.lr, s.weight_decay, (0.9, s.beta2), state=s.optimizer_state)
-    steps = s.steps or math.ceil(s.epochs * len(texts) / s.batch)
-    origin = {"optimizer steps": steps, "products in": str(model.compute).removeprefix("torch."),
-              **rank0_broadcast(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
-                                  "texts of sha256": hash_texts(texts, valid)})}
-    state = load_state(s, SCHEDULE, model, optimizer, origin)
-    first, size, peak = state["step"] if state else 0, tokenizer.size, peak_flops(device)
-    if first >= steps and rank == 0:
-        print(f"{s.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
-    log = open(Path(s.out, "log.jsonl"), "a") if rank == 0 else None
-    started = time.monotonic()
-    for step in range(first, steps):
-        start, chosen = time.monotonic(), batch_indices(len(texts), step, s.batch, s.seed)
-        num_targets = sum(sum(texts[i][1]) for i in chosen)
-        rows = packed_micro_batches(texts, chosen, rank, world, s.length)
-        loss = add_gradients(model, rows, num_targets, world, device, size)
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip))
-        losses = torch.zeros(world, device=device)
-        losses[rank] = loss
-        if dist.is_initialized():
-            dist.all_reduce(losses)
-        *losses, norm = torch.cat([losses, norm[None]]).tolist()        # the step's one wait for the device
-        loss = sum(losses)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            ill = [r for r in range(world) if not math.isfinite(losses[r])] or range(world)
-            where = "; ".join(f"rank {r}, conversations {chosen[r::world]}" for r in ill)
-            raise RunError(f"step {step + 1}: loss {loss}, gradient norm {norm}; {where}. The checkpoints in {s.out} are "
-                         "from before")
-        lr = cosine(step, steps, s.lr) * min(1.0, (step + 1) / (s.warmup or 1))
+        # 3. The update.
+        lr = cosine(step, num_updates, cfg.lr) * min(1.0, (step + 1) / (cfg.warmup or 1))
         optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds, tokens = time.monotonic() - start, sum(len(texts[i][0]) - 1 for i in chosen)
-        figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_s": tokens / seconds,
-                   "mfu": flops_of(config, rows) / seconds / peak if peak else None,
+        try:
+            norm = optimizer_step(model, optimizer).item()
+        except RunError as error:
+            ranks = [r for r in range(world_size) if not math.isfinite(losses[r])] or range(world_size)
+            where = "; ".join(f"rank {r}, conversations {batch[r::world_size]}" for r in ranks)
+            raise RunError(f"step {step + 1}: loss {sum(losses)}, {error}; {where}. The checkpoints in {cfg.out} are "
+                           "from before") from None
+
+        # 4. The log, with a validation where a checkpoint follows.
+        seconds = time.monotonic() - start
+        num_tokens = sum(len(examples[i][0]) - 1 for i in batch)
+        figures = {"step": step + 1, "loss": sum(losses), "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
+                   "mfu": flops_of(config, rows) / seconds / log.peak if log.peak else None,
                    "peak_gib": peak_memory(device) / 2**30, "seconds": seconds}
-        last = step + 1 == steps
-        if last or (step + 1) % s.validate_every == 0:
-            loss, right = validate(model, valid, rank, world, device, size, s.length)
-            figures |= {"valid_loss": loss, "valid_accuracy": right}
-        if rank == 0:
-            log.write(json.dumps(figures) + "\n")
-            log.flush()
-            left = (time.monotonic() - started) / (step + 1 - first) * (steps - step - 1)
-        if rank == 0 and (last or "valid_loss" in figures or (step + 1) % max(1, steps // 100) == 0):
-            print(f"step {step + 1:>5}/{steps}  loss {figures['loss']:.4f}  norm {norm:7.3f}  lr {lr:.2e}  "
-                  f"{figures['tokens_s']:8,.0f} tokens/s  MFU {figures['mfu'] or 0:4.0%}  {figures['peak_gib']:5.1f} "
-                  f"GiB  {seconds:6.2f} s  ETA {timedelta(seconds=int(left))}"
-                  + (f"  valid {loss:.4f}, {right:.1%} right" if "valid_loss" in figures else ""), flush=True)
-        if last or (step + 1) % s.save_every == 0:
-            save_state(s, step + 1, model, optimizer, origin)
-    export_model(model, tokenizer, s.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return model
+        is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
+        if is_saved:
+            figures["valid_loss"], figures["valid_accuracy"] = validate(
+                model, valid, rank, world_size, device, tokenizer.size, cfg.length)
+        log.write(figures)
+
+        # 5. The checkpoint.
+        if is_saved:
+            save_state(cfg, step + 1, model, optimizer, origin)
+    export_model(model, tokenizer, cfg.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def held_back(origins, share, seed):
-    """Indices of about that share of the texts, at least one: all of some origins, drawn at random, as many as come
-    nearest to it. Neighbouring states of one trajectory are nearly alike, so none of a trajectory that validates is
-    learned from; the steps of a trajectory that is alone are held back one by one. origins: that of each text."""
-    if len(set(origins)) == 1:
-        origins = range(len(origins))
-    wanted = max(1, round(share * len(origins)))
-    groups = defaultdict(list)
-    chosen = []
-    for i, origin in enumerate(origins):
-        groups[origin].append(i)
-    for g in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
-        group = list(groups.values())[g]
-        if chosen and len(chosen) + len(group) - wanted >= wanted - len(chosen):
-            break
-        chosen += group
-    return set(chosen)
+def of_all_ranks(loss, rank, world_size):
+    """Returns the loss of each process, as a list of numbers."""
+    losses = torch.zeros(world_size, device=loss.device)
+    losses[rank] = loss
+    if world_size > 1:
+        dist.all_reduce(losses)
+    return losses.tolist()
 
 
-def texts_of(s, tokenizer, say=print):
-    """(to train on, to validate with): the conversations in s.trajectories as [(ids, chosen)]. A conversation of more
-    than s.length tokens is cut there. Raises ValueError where nothing is left."""
-    found, _ = conversations(s.trajectories, parsed=s.parsed, rose=s.rose, per_idea=s.per_idea, data=s.data,
-                             tokenizer=tokenizer, say=say)
-    if s.copies and not all(len(one.messages) == 2 and one.messages[0]["content"].startswith("Task: ")
-                            for one in found):
-        raise ValueError("--copies are made of short prompts alone; collect with --prompt short")
-    texts, cut, empty = [], [], []
-    kept = []       # the conversation of each text
-    for one in found:
-        ids, chosen = tokenizer.conversation(one.messages, set(one.trained))
-        if len(ids) > s.length + 1:
-            cut.append(one.source)
-        if any(chosen[:s.length + 1]):
-            texts.append((ids[:s.length + 1], chosen[:s.length + 1]))
-            kept.append(one)
+class Log:
+    """Where the figures of each step go: all of them to log.jsonl, about a hundred to the screen."""
+
+    def __init__(self, cfg, rank, first, num_updates, peak):
+        self.file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
+        self.first = first
+        self.num_updates = num_updates
+        self.peak = peak        # operations a second of the device, None if unknown
+        self.began = time.monotonic()
+
+    def write(self, figures):
+        if not self.file:
+            return
+        self.file.write(json.dumps(figures) + "\n")
+        self.file.flush()
+        step = figures["step"]
+        shown_every = max(1, self.num_updates // 100)
+        if "valid_loss" not in figures and step % shown_every:
+            return
+        left = (time.monotonic() - self.began) / (step - self.first) * (self.num_updates - step)
+        line = (f"step {step:>5}/{self.num_updates}  loss {figures['loss']:.4f}  norm {figures['grad_norm']:7.3f}  "
+                f"lr {figures['lr']:.2e}  {figures['tokens_s']:8,.0f} tokens/s  MFU {figures['mfu'] or 0:4.0%}  "
+                f"{figures['peak_gib']:5.1f} GiB  {figures['seconds']:6.2f} s  ETA {timedelta(seconds=int(left))}")
+        if "valid_loss" in figures:
+            line += f"  valid {figures['valid_loss']:.4f}, {figures['valid_accuracy']:.1%} right"
+        print(line, flush=True)
+
+
+def make_tokenizer(cfg):
+    """Makes the tokenizer of the miniature's model, once."""
+    if not Path(cfg.out, "tokenizer.json").exists():
+        conversations, _ = read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)
+        miniature.make_tokenizer(conversations, cfg.out)
+
+
+def fine_tune(cfg):
+    """Trains cfg.model on cfg.trajectories and writes cfg.out."""
+    rank, world_size, device = init_distributed()
+    log = print if rank == 0 else lambda line: None
+    with explain_dist_errors(rank), contextlib.ExitStack() as stack:
+        rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, "sft.py")))
+        folder = None
+        if cfg.model == "tiny" and cfg.prompt_format == "short":
+            rank0_broadcast(lambda: make_tokenizer(cfg))
+            tokenizer = sample.Tokenizer.from_pretrained(cfg.out)
+            config = replace(Config.preset("tiny"), vocab_size=tokenizer.size)
+        elif cfg.model == "tiny":
+            tokenizer = sample.Tokenizer.of_bytes()
+            config = Config.preset("tiny")
         else:
-            empty.append(one.source)
-    for what, sources in ((f"cut at {s.length} tokens", cut), ("left out, no reply before the cut", empty)):
-        if sources:
-            say(f"  {what}: {len(sources)} ({', '.join(sources[:5])}{', ...' * (len(sources) > 5)})")
-    origins = [one.origin for one in kept]
-    if len(set(origins)) == 1 < len(origins):
-        say(f"  all are of {origins[0]}: some of its own steps validate")
-    held = held_back(origins, s.valid, s.seed)
-    train, valid = ([text for i, text in enumerate(texts) if (i in held) == side] for side in (False, True))
-    if s.copies:
-        copies = [tokenizer.conversation(copy) for i, one in enumerate(kept) if i not in held
-                  for copy in augmented_copies(one, s.copies, s.seed)]
-        # of every tenth the prompt is learned too: a few names stand in it twice, which is more to learn copying from
-        copies = [(ids, [True] * len(ids)) if i % 10 == 0 else (ids, chosen) for i, (ids, chosen) in enumerate(copies)]
-        train = [(ids[:s.length + 1], chosen[:s.length + 1]) for ids, chosen in copies if any(chosen[:s.length + 1])]
-    if not train:
-        raise ValueError(f"{len(texts)} conversations are too few to train on and to validate with; collect more")
-    return train, valid
+            folder = find_folder(cfg.model)
+            tokenizer = sample.Tokenizer.from_pretrained(folder)
+            config = Config.from_pretrained(folder)
+        examples, valid = build_dataset(cfg, tokenizer, log)
+        num_tokens = sum(len(ids) for ids, _ in examples)
+        num_targets = sum(sum(loss_mask) for _, loss_mask in examples)
+        log(f"{cfg.model}: training on {len(examples)} conversations of {num_tokens:,} tokens, {num_targets:,} of them "
+            f"to learn; {len(valid)} to validate; {world_size} processes, {device}")
+        train(cfg, examples, valid, tokenizer, config, folder)
+        agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
+        if cfg.prompt_format == "short":
+            agent = replace(cfg, steps=miniature.AGENT_STEPS)
+        if rank == 0 and agent:
+            write_agent(cfg.out, agent)
+        log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-
-def own_tokenizer(s):
-    """Makes the tokenizer of s.out, trained on what is in s.trajectories if there is none yet. What replies of the
-    same action share is one token, so that a reply is a few decisions: which action, which text, which other text. So
-    is " = ", so that a number stands right after its name but for one token, which is how far back copying looks."""
-    if not Path(s.out, "tokenizer.json").exists():
-        found, _ = conversations(s.trajectories, parsed=s.parsed, rose=s.rose, per_idea=s.per_idea, data=s.data,
-                                 say=lambda line: None)
-        replies = [one.messages[i]["content"] for one in found for i in one.trained]
-        # the values of the two arguments that differ are cut out of the JSON
-        pieces = Counter(piece for reply in replies for piece in
-                         re.split(r'(?<="find": ").*?(?=", "replace": ")|(?<=", "replace": ").*?(?="}$)', reply))
-        phrases = [piece for piece, times in pieces.items() if len(piece) > 3 and times * 50 > len(replies)]
-        train_tokenizer((message["content"] for one in found for message in one.messages), VOCABULARY,
-                        [*phrases, " = "]).save(s.out)
-
-
-def fine_tune(s):
-    """Trains s.model on s.trajectories and writes s.out."""
-    rank, world, device = init_distributed()
-    with explain_dist_errors(rank), contextlib.ExitStack() as held:
-        rank0_broadcast(lambda: held.enter_context(folder_lock(s.out, "sft.py")))
-        say = print if rank == 0 else lambda line: None
-        if s.model == "tiny" and s.prompt == "short":
-            rank0_broadcast(lambda: own_tokenizer(s))
-            folder, tokenizer = None, sample.Tokenizer.from_pretrained(s.out)
-            config = replace(Config.preset("tiny"), vocab_size=tokenizer.size)
-        elif s.model == "tiny":
-            folder, tokenizer, config = None, sample.Tokenizer.of_bytes(), Config.preset("tiny")
-        else:
-            folder = find_folder(s.model)
-            tokenizer, config = sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)
-        texts, valid = texts_of(s, tokenizer, say)
-        say(f"{s.model}: training on {len(texts)} conversations of {sum(len(ids) for ids, _ in texts):,} tokens, "
-            f"{sum(sum(chosen) for _, chosen in texts):,} of them to learn; {len(valid)} to validate; {world} "
-            f"processes, {device}")
-        model = train(s, texts, valid, tokenizer, config, folder)
-        agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
-        if s.prompt == "short":
-            agent = {name: getattr(s, name) for name in AGENT_FORMAT if name != "prompt_format"} | {
-                "prompt_format": s.prompt, "steps": AGENT_STEPS}
-        if rank == 0 and agent:
-            write_atomic(Path(s.out, "agent.json"), agent)
-        say(f"Written to {s.out}: the model, log.jsonl, checkpoints")
-        return model, tokenizer
+def plan(cfg):
+    """Returns the text of --plan: memory of one GPU by part, updates, tokens and time. Reads no weights, needs no GPU."""
+    config = shape_of(cfg.model)
+    total = num_weights(config)[-1]
+    recompute = total > RECOMPUTE_ABOVE
+    parts = plan_memory(config, cfg.length, cfg.gpus, compute_type(cfg.dtype, torch.device("cuda")), recompute)
+    num = 10_000
+    source = "as many as the paper has"
+    if Path(cfg.trajectories).exists():
+        num = len(read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)[0])
+        source = cfg.trajectories
+    updates = cfg.updates or math.ceil(cfg.epochs * num / cfg.batch)
+    row = [([0] * (cfg.length + 1), [True] * (cfg.length + 1))]
+    seconds = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12)
+    return "\n".join([
+        f"{cfg.model or 'tiny'}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.length:,} tokens, recompute "
+        f"{'on' if recompute else 'off'}", "", "GiB per GPU", *gib(parts), "",
+        f"{num:,} conversations ({source}): {updates:,} steps of {cfg.batch}, at most "
+        f"{updates * cfg.batch * cfg.length:,} tokens",
+        f"about {seconds / 3600:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The paper in miniature: what `python sft.py` does
+def collect_first(cfg):
+    """Collects on the first process, while the others wait."""
+    rank, _, _ = init_distributed()
 
-
-def miniature(s):
-    """Collects with the scripted expert on the miniatures, trains the tiny model from scratch, shows what it says. Of
-    several processes the first one collects and shows; all train."""
-    rank, _, device = init_distributed()
-
-    def collect_first():
-        print("1. Collecting: a scripted expert edits and runs the starters of the held-in tasks, on miniature data.")
-        print(report(collect(replace(s, steps=TINY_STEPS))))
-        print("\n2. Training a model of a million weights from scratch on what it did.", flush=True)
+    def work():
+        print("1. Collecting: a scripted expert edits and runs the starters of the held-in tasks.")
+        print(report(collect(cfg)))
+        print(f"\n2. Training {cfg.model} on what it did.", flush=True)
     with explain_dist_errors(rank):
-        rank0_broadcast(collect_first)
-    fine_tune(replace(s, model="tiny"))
+        rank0_broadcast(work)
+
+
+def run_miniature(cfg):
+    """Collects with the scripted expert on the miniatures, trains the tiny model from scratch, shows what it replies.
+    Of several processes the first one collects and shows; all train."""
+    cfg = replace(cfg, model="tiny")
+    collect_first(cfg)
+    fine_tune(cfg)
+    rank, _, device = init_distributed()
     if rank:
         return
-    engine = sample.load(s.out, "float32", device, rows=32, context=s.context)
+    engine = sample.load(cfg.out, "float32", device, rows=32, context=cfg.context)
     print("\n3. Its replies in states it has not seen, 64 of each kind:")
     rows = [("tasks", "can be read", "edits", "of them with text that occurs once", "different ones")]
     for split in ("held-in", "held-out"):
-        found, prompt, text = reply_stats(s, engine, split)
-        rows.append((split, *(f"{found[name]:.0%}" for name in ("parsed", "edits", "valid")), str(found["distinct"])))
-    print(format_table(rows) + f"\n\nOne state:\n{prompt[-1]['content']}\n\nIts reply:\n{text}\n\nNext: python rl.py")
+        stats, prompt, reply = miniature.reply_stats(cfg, engine, split)
+        rows.append((split, *(f"{stats[name]:.0%}" for name in ("parsed", "edits", "valid")), str(stats["distinct"])))
+    print(format_table(rows) + f"\n\nOne state:\n{prompt[-1]['content']}\n\nIts reply:\n{reply}\n\nNext: python rl.py")
 
 
 def fill(values):
-    """For cli.parse: what holds where nothing was typed."""
+    """For cli.parse: the settings that hold where none was typed. The choice of what is run is said."""
     if values["preset"]:
         return [cli.preset(values["preset"], RECIPES)]
-    return [] if values["collect"] or values["model"] else [("the paper in miniature", TINY)]
+    if values["collect"] or values["model"]:
+        return []
+    if not under_torchrun():
+        why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun --nproc_per_node 8 sft.py)"
+    elif values["device"] != "cpu" and torch.cuda.is_available():
+        return [("the paper's run, as torchrun started it and there is CUDA (for the miniature: python sft.py)",
+                 {"preset": "7b", **RECIPES["7b"]})]
+    else:
+        why = "the paper in miniature on all processes, as there is no CUDA here (for Qwen2.5-7B: --preset 7b)"
+    return [(why, miniature.TINY)]
 
 
 def main(argv=None):
-    s = cli.parse(Settings, argv, fill)
-    if s.device == "cpu":
+    cfg = cli.parse(Settings, argv, fill)
+    if cfg.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before anything has looked for a GPU
 
     def work():
-        if s.plan:
-            return print(plan(s))
-        if s.device == "cuda" and not torch.cuda.is_available():
+        if cfg.plan:
+            print(plan(cfg))
+            return
+        if cfg.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: there is no GPU that torch can use")
-        if not (s.collect or s.model):
-            return miniature(s)
-        if not s.collect:
-            return fine_tune(s)
-        refuse_torchrun("collecting")
-        print("\n" + report(collect(s)))
-        print(f"Written to {s.trajectories}: manifest.json, trajectories, blobs")
-    kept = s.trajectories if s.collect else s.out if s.model else f"{s.trajectories} and {s.out}"
-    return exit_status("sft.py", work, kept)
+        if cfg.collect:
+            refuse_torchrun("collecting")
+            print("\n" + report(collect(cfg)))
+            print(f"Written to {cfg.trajectories}: manifest.json, trajectories, blobs")
+        elif not cfg.model:
+            run_miniature(cfg)
+        else:
+            if cfg.preset and not Path(cfg.trajectories).exists():
+                collect_first(cfg)
+            fine_tune(cfg)
+
+    folder = f"{cfg.trajectories} and {cfg.out}"
+    if cfg.collect:
+        folder = cfg.trajectories
+    elif cfg.model:
+        folder = cfg.out
+    return exit_status("sft.py", work, folder)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Processes, sharding, packed batches and checkpoints: what sft.py and rl.py train with."""
-import contextlib, hashlib, math, os, re, resource, shutil, time
+"""Processes, sharding, packed batches, checkpoints and memory: what sft.py and rl.py share to train a model."""
+import contextlib, os, re, resource, shutil, timeit
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -12,137 +11,61 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import IGNORE, Config, Qwen2, load_tensors, write_checkpoint
-from support.cli import RunError
+from support.cli import RunError, flag_of
 from support.files import shorten, sync
 
+RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
 
 def init_distributed():
-    """(rank, world size, device) of this process, alone or under torchrun; joins the group of all of them."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
+    """Returns (rank, world size, device) of this process, which joins the others that torchrun has started."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if not dist.is_initialized() and world > 1:
-        # A script may run for half an hour while others wait. Who dies is noticed by torchrun, or by a lost connection.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
-    return rank, world, device
+    if world_size > 1 and not dist.is_initialized():
+        # A script may run for half an hour while others wait. A process that dies is noticed at once all the same.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
+    return rank, world_size, device
+
+
+def rank_and_size():
+    """Returns (rank, world size) in the group that this process has joined."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextlib.contextmanager
 def explain_dist_errors(rank):
-    """RunError in place of what torch raises where another process of the run has ended."""
+    """Raises RunError in place of what torch raises where another process of the run has ended."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise RunError(f"rank {rank}: another process of this run has ended, and its own message says why, unless it was "
-                     f"killed ({shorten(str(error), 200)})") from None
+        raise RunError(f"rank {rank}: another process of this run has ended, and its own message says why, unless it "
+                       f"was killed ({shorten(str(error), 200)})") from None
 
 
 def rank0_broadcast(work):
-    """What work() returns on the first process, or the ValueError or RunError that it raises, on all."""
-    done = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    """Runs work() on the first process; returns its result, or raises its ValueError or RunError, on all of them."""
+    rank, world_size = rank_and_size()
+    result = None
+    if rank == 0:
         try:
-            done = work()
+            result = work()
         except (ValueError, RunError) as error:
-            done = error
-    if dist.is_initialized():
-        box = [done]
+            result = error
+    if world_size > 1:
+        box = [result]
         dist.broadcast_object_list(box)
-        done = box[0]
-    if isinstance(done, Exception):
-        raise done
-    return done
-
-
-def compute_type(dtype, device):
-    """The torch.dtype that --dtype names for training: auto is bfloat16 on a GPU and float32 on a CPU."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"expected --dtype auto, float32 or bfloat16, found {dtype!r}")
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, dtype)
-
-
-def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2,
-          copying=False):
-    """A model to train, with fp32 master weights and gradients, sharded over all processes where there are several.
-
-    Made on the meta device; each process then reads its own rows of the checkpoint in `folder`, or draws them where
-    folder is None. compute: the dtype of the products and activations; None: see compute_type. The units of FSDP2 are
-    the blocks, and the rest; they are gathered in that dtype and gradients reduced in fp32. A process alone casts each
-    weight where it is used. recompute: activation checkpointing, block by block. make: the class; a head `score` that
-    it adds begins at zero. copying: the weights that are drawn are those of Qwen2.draw_copying.
-    """
-    with torch.device("meta"):
-        model = make(config)
-    model.compute = compute or compute_type("auto", device)
-    for block in model.model.layers:
-        block.recompute = recompute
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-        mesh = init_device_mesh(device.type, (world,))
-        # FSDP must not cast what the blocks are given: cosines and sines of positions stay fp32
-        policy = MixedPrecisionPolicy(param_dtype=model.compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for unit in (*model.model.layers, model):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-    model.to_empty(device=device)
-    model.tie()
-    own = {}    # name -> (this process's rows, the index of the first, the whole shape)
-    for name, p in model.named_parameters():
-        own[name] = local_rows(p), min(rank * -(-p.shape[0] // world), p.shape[0]), tuple(p.shape)
-    with torch.no_grad():
-        for name in [name for name in own if name.startswith("score.")]:
-            own.pop(name)[0].zero_()
-    if folder:
-        load_tensors(folder, own, unused=() if hasattr(model, "lm_head") else ("lm_head.weight",))
-    else:
-        drawn = Qwen2.from_scratch(config, seed)
-        if copying:
-            from support.miniature import draw_copying
-            draw_copying(drawn, seed)
-        drawn = dict(drawn.named_parameters())
-        with torch.no_grad():
-            for name, (rows, first, _) in own.items():
-                rows.copy_(drawn[name][first:first + len(rows)])
-    return model
-
-
-def sharded_parameters(model):
-    """Name and parameter of all that this process holds of a model, as model.named_parameters(). Where it is sharded,
-    these are the shards: after a forward without a backward the root of FSDP2 stays gathered, and its parameters are
-    until then other tensors, whole, in the dtype of the products and unknown to the optimizer."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return model.named_parameters()
-
-
-def local_rows(x):
-    """This process's rows of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def full_tensor(x):
-    """A tensor whole on every process; where it is sharded all of them must ask."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def export_model(model, tokenizer, folder, dtype):
-    """Write an ordinary Hugging Face folder from a model that may be sharded, without a critic's head `score`; every
-    process must call it."""
-    tensors = ((name, full_tensor(p.detach())) for name, p in sharded_parameters(model) if not name.startswith("score."))
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        tokenizer.save(folder)
-        write_checkpoint(folder, model.config, tensors, dtype)
-    else:
-        for _ in tensors:       # gathering takes all of them
-            pass
-    barrier()
+        result = box[0]
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def barrier():
@@ -150,37 +73,198 @@ def barrier():
         dist.barrier()
 
 
-def hash_texts(*parts):
-    """The sha256, shortened, of lists of texts, [(ids, chosen)]."""
-    sha = hashlib.sha256()
-    for texts in parts:
-        sha.update(f"{len(texts)} texts".encode())
-        for ids, chosen in texts:
-            sha.update(f"{len(ids)} ids".encode())
-            sha.update(np.array(ids, np.int32))
-            sha.update(np.array(chosen, np.bool_))
-    return sha.hexdigest()[:16]
+# ---------------------------------------------------------------------------------------------------------------------
+# The model, whole or sharded
+
+def compute_type(dtype, device):
+    """Returns the torch.dtype that --dtype names for training: auto is bfloat16 on a GPU and float32 on a CPU."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"--dtype must be auto, float32 or bfloat16 to train, found {dtype!r}")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, dtype)
 
 
-def save_state(s, step, model, optimizer, origin, keep=2, **more):
-    """Write everything a later process needs to go on exactly after `step` steps, each process its own part. origin:
-    {what: value} of all that the run hangs on besides its settings.
+def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2, draw=Qwen2.from_scratch):
+    """Returns a model to train, with weights and gradients in float32, sharded over all processes (FSDP2).
 
-    Written aside and renamed when all are done, so a folder s.out/checkpoints/step-N is whole. The last `keep` stay.
+    Each process reads its own rows of the checkpoint in `folder`. If that is None, it takes them from the model that
+    draw(config, seed) returns. compute: dtype of products and activations, by default that of --dtype auto. Several
+    processes gather weights in this dtype and reduce gradients in float32; one alone casts each weight where it is
+    used. recompute: backward computes the activations of each block again. make: the class; a critic's head, `score`,
+    begins at zero.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    final = Path(s.out, "checkpoints", f"step-{step:06d}")
+    # 1. Made on the meta device, without memory. The units of FSDP are the blocks, and the rest.
+    with torch.device("meta"):
+        model = make(config)
+    model.compute = compute or compute_type("auto", device)
+    for block in model.model.layers:
+        block.recompute = recompute
+    rank, world_size = rank_and_size()
+    if world_size > 1:
+        mesh = init_device_mesh(device.type, (world_size,))
+        # Inputs of a block are not cast: cosines and sines of positions stay in float32.
+        policy = MixedPrecisionPolicy(param_dtype=model.compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for unit in (*model.model.layers, model):
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)
+    model.tie()
+
+    # 2. The rows of this process are filled.
+    parts = {}      # name -> (rows of this process, index of the first, shape of the whole)
+    for name, p in model.named_parameters():
+        rows_per_rank = -(-p.shape[0] // world_size)
+        parts[name] = local_rows(p), min(rank * rows_per_rank, p.shape[0]), tuple(p.shape)
+    with torch.no_grad():
+        for name in [name for name in parts if name.startswith("score.")]:
+            parts.pop(name)[0].zero_()
+        if folder:
+            load_tensors(folder, parts, unused=() if hasattr(model, "lm_head") else ("lm_head.weight",))
+        else:
+            drawn = dict(draw(config, seed).named_parameters())
+            for name, (rows, first, _) in parts.items():
+                rows.copy_(drawn[name][first:first + len(rows)])
+    return model
+
+
+def sharded_parameters(model):
+    """Returns model.named_parameters(), as shards where the model is sharded. After a forward without a backward the
+    root of FSDP2 stays gathered: its parameters are then other tensors, whole, which the optimizer does not know."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return model.named_parameters()
+
+
+def local_rows(x):
+    """Returns this process's rows of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def full_tensor(x):
+    """Returns a tensor whole; where it is sharded, every process must call this."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def export_model(model, tokenizer, folder, dtype):
+    """Writes a model as an ordinary Hugging Face folder, without a critic's head. Every process must call this."""
+    tensors = ((name, full_tensor(p.detach())) for name, p in sharded_parameters(model) if not name.startswith("score."))
+    if rank_and_size()[0] == 0:
+        tokenizer.save(folder)
+        write_checkpoint(folder, model.config, tensors, dtype)
+    else:
+        for _ in tensors:       # gathering takes all processes
+            pass
+    barrier()
+
+
+def optimizer_step(model, optimizer, max_norm=1.0):
+    """Clips the gradient of a model, changes its weights and clears the gradient. Returns the norm before clipping, a
+    tensor. RunError: the norm is not finite; no weight was changed."""
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    if not torch.isfinite(norm):
+        raise RunError(f"gradient norm {norm.item()}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches. An example is (ids, loss_mask): token ids, and for each of them whether it is learned.
+
+@lru_cache(maxsize=4)
+def epoch_order(num, seed, epoch):
+    """Returns the indices 0 to num - 1 in the random order of an epoch."""
+    return torch.randperm(num, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def batch_indices(num, step, size, seed):
+    """Returns the indices, out of `num`, of the examples of optimizer step `step`: the orders of the epochs, one after
+    the other, are cut into runs of `size`. A resumed run needs no memory of what it has seen."""
+    places = range(step * size, (step + 1) * size)
+    return [epoch_order(num, seed, place // num)[place % num] for place in places]
+
+
+def pack_lengths(lengths, max_row_tokens):
+    """Returns lists of indices, one for each packed row: every length goes into the first row with room for it."""
+    rows = []
+    room = []       # tokens that still fit into each row
+    for i, length in enumerate(lengths):
+        row = next((r for r, free in enumerate(room) if length <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max_row_tokens)
+        rows[row].append(i)
+        room[row] -= length
+    return rows
+
+
+def shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens):
+    """Returns the packed rows of one process, lists of indices out of `batch`; lengths: tokens of all examples. Every
+    process gets the same number of rows, some of them empty, because FSDP gathers and reduces for all of them."""
+    shares = [batch[r::world_size] for r in range(world_size)]
+    packed = [pack_lengths([lengths[i] for i in share], max_row_tokens) for share in shares]
+    rows = [[shares[rank][i] for i in row] for row in packed[rank]]
+    most = max(map(len, packed))
+    while len(rows) < most:
+        rows.append([])
+    return rows
+
+
+def packed_micro_batches(examples, batch, rank, world_size, max_row_tokens):
+    """Returns the packed rows of one process as lists of examples; see shard_across_ranks."""
+    lengths = [len(ids) - 1 for ids, _ in examples]
+    rows = shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens)
+    return [[examples[i] for i in row] for row in rows]
+
+
+def collate_packed(row, device):
+    """Returns (tokens (1, T), lengths, targets (1, T)) of a packed row; targets[i] is the token after i if it is
+    learned, else IGNORE. A process with nothing left to do gets an empty row: one token, and no target."""
+    row = row or [([0, 0], [False, False])]
+    tokens = [token for ids, _ in row for token in ids[:-1]]
+    targets = []
+    for ids, loss_mask in row:
+        targets += [token if learned else IGNORE for token, learned in zip(ids[1:], loss_mask[1:])]
+    lengths = [len(ids) - 1 for ids, _ in row]
+    return torch.tensor([tokens], device=device), lengths, torch.tensor([targets], device=device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def check_same(then, now, where, flag="--out"):
+    """Raises ValueError unless a run can go on: all that it hangs on, {what: value}, must be as it was when it began.
+    where: its folder; flag: the setting that would give it another."""
+    changes = []
+    for what, value in now.items():
+        if then.get(what) != value:
+            before, after = (shorten(ascii(x).strip("'"), 200) for x in (then.get(what), value))
+            changes.append(f"{what} {before} (now {after})")
+    if changes:
+        raise ValueError(f"{where} is of a run with {', '.join(changes)}; give these again to go on with it, or "
+                         f"another {flag} to begin anew")
+
+
+def save_state(cfg, step, model, optimizer, origin, keep=2, **more):
+    """Writes all that a later process needs to go on after `step` steps, each process its own part, and more.
+
+    origin: {what: value} of all that the run hangs on besides its settings. The folder cfg.out/checkpoints/step-N is
+    renamed when all are done, so it is whole. The last `keep` stay.
+    """
+    rank, world_size = rank_and_size()
+    final = Path(cfg.out, "checkpoints", f"step-{step:06d}")
     part = final.with_suffix(".part")
     if rank == 0:
-        for left in final.parent.glob("*.part"):        # by a kill
-            shutil.rmtree(left)
+        for leftover in final.parent.glob("*.part"):        # of a killed process
+            shutil.rmtree(leftover)
         part.mkdir(parents=True)
     barrier()
-    own = dict(sharded_parameters(model))
+    parameters = dict(sharded_parameters(model))
+    moments = [{key: local_rows(value) for key, value in optimizer.state[p].items()} for p in parameters.values()]
     file = part / f"rank-{rank}.pt"
-    torch.save({"step": step, "world": world, "settings": vars(s), "origin": origin, "rng": torch.get_rng_state(),
-                **more, "model": {name: local_rows(p.detach()) for name, p in own.items()},
-                "optimizer": [optimizer.state[p] for p in own.values()]}, file)
+    torch.save({"step": step, "settings": vars(cfg), "origin": origin, "rng": torch.get_rng_state(), **more,
+                "model": {name: local_rows(p.detach()) for name, p in parameters.items()}, "optimizer": moments}, file)
     sync(file)
     barrier()
     if rank == 0:
@@ -193,267 +277,126 @@ def save_state(s, step, model, optimizer, origin, keep=2, **more):
     barrier()
 
 
-def load_state(s, names, model, optimizer, origin):
-    """The newest complete state below s.out, put into model and optimizer: what else it holds, as a dict; None where
-    there is none. ValueError: it is of a run of another number of processes, or that had other settings of these names
-    or another origin, see save_state."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = sorted(Path(s.out, "checkpoints").glob("step-??????"))
-    if not found:
+def load_state(cfg, names, model, optimizer, origin):
+    """Puts the newest state below cfg.out into model and optimizer and returns the rest of it, None where there is
+    none. ValueError: the run had another number of processes, settings of these names or origin (save_state)."""
+    rank, world_size = rank_and_size()
+    folders = sorted(Path(cfg.out, "checkpoints").glob("step-??????"))
+    if not folders:
         return None
-    num = len(list(found[-1].glob("rank-*.pt")))
-    if num != world:
-        raise ValueError(f"{found[-1]} was written by {num} processes and this run has {world}; start {num}, or give "
+    newest = folders[-1]
+    num = len(list(newest.glob("rank-*.pt")))
+    if num != world_size:
+        raise ValueError(f"{newest} was written by {num} processes and this run has {world_size}; start {num}, or give "
                          "another --out")
-    state = torch.load(found[-1] / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
-    flags = {f"--{name.replace('_', '-')}": (state["settings"].get(name), getattr(s, name)) for name in names}
-    given = {what: (state.get("origin", {}).get(what), now) for what, now in origin.items()}
-    if other := [f"{what} {then} (now {now})" for what, (then, now) in {**flags, **given}.items() if then != now]:
-        raise ValueError(f"{found[-1]} is of a run with {', '.join(other)}; give these again to go on with it, or "
-                         "another --out to begin anew")
-    weights = state.pop("model")            # the caller must not keep them alive
+    state = torch.load(newest / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+    then = {flag_of(name): state["settings"].get(name) for name in names}
+    now = {flag_of(name): getattr(cfg, name) for name in names}
+    check_same(then | state.get("origin", {}), now | origin, newest)
+    weights = state.pop("model")            # so that the caller does not keep them
     moments = state.pop("optimizer")
-    own = dict(sharded_parameters(model))
-    with torch.no_grad():
-        for name, p in own.items():
-            local_rows(p).copy_(weights[name])
-    for p, values in zip(own.values(), moments):
-        optimizer.state[p] = {key: value.to(p.device) if torch.is_tensor(value) else value
-                              for key, value in values.items()}
+    for (name, p), values in zip(sharded_parameters(model), moments):
+        local_rows(p.detach()).copy_(weights[name])
+        optimizer.state[p] = {key: _as_shard(value.to(p.device), p) for key, value in values.items()}
     torch.set_rng_state(state["rng"])
     return state
 
-STATES = ("float32", "bfloat16", "int8")
-BLOCK = 256     # neighbouring values that share a scale in 8 bits
+
+def _as_shard(value, parameter):
+    """Returns a moment of AdamW as its parameter is, sharded or not; the number of steps is never sharded."""
+    if not isinstance(parameter, DTensor) or value.ndim == 0:
+        return value
+    return DTensor.from_local(value, parameter.device_mesh, parameter.placements, run_check=False,
+                              shape=parameter.shape, stride=parameter.stride())
 
 
-def to_bf16(x, bits):
-    """fp32 x in bf16, rounded up or down at random so that the mean is x. bits: integers, even over 0..2^16 - 1."""
-    return ((x.view(torch.int32) + bits) & -2**16).view(torch.float32).bfloat16()
-
-
-def to_8bit(x, bits, signed):
-    """(codes, scales) of fp32 x, whose length is a multiple of BLOCK: sign and logarithm of each value's share of the
-    largest in its block, in 8 levels an octave down to 2^-15.75 (signed, int8) or 10 down to 2^-25.4 (uint8).
-
-    Rounded up or down at random so that the mean is x. A signed value below the lowest level becomes it or 0, in the
-    mean itself; an unsigned one always becomes it, because a second moment of 0 would make its step huge.
-    """
-    octave, top, kind = (8, 127, torch.int8) if signed else (10, 255, torch.uint8)
-    x, u = x.view(-1, BLOCK), (bits * 2**-16).view(-1, BLOCK)
-    scale = x.abs().amax(1, keepdim=True)
-    share = x.abs() / scale.clamp_min(1e-45)                                    # 0 to 1
-    level = (share.log2() * octave).floor().clamp_min(1 - top)
-    low = (level / octave).exp2()
-    code = (level + top + (u < (share / low - 1) / (2 ** (1 / octave) - 1))).clamp_max(top)
-    if signed:
-        code = torch.where(share < low, (u < share / low).float(), code) * x.sign()
-    return torch.where(share > 0, code, 0).to(kind).view(-1), scale.view(-1)
-
-
-def from_8bit(codes, scales):
-    """The fp32 values that to_8bit has put into codes and scales."""
-    octave, top = (8, 127) if codes.dtype is torch.int8 else (10, 255)
-    code = codes.float().view(-1, BLOCK)
-    return (((code.abs() - top) / octave).exp2() * code.sign() * scales[:, None]).view(-1)
-
-
-class AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101, algorithm 2) on the rows that this process holds, with its two moments in fp32, bf16 or
-    8 bits: 8, 4 or 2 bytes a weight.
-
-    A step computes in fp32 whatever the state, and applies the new moments before they are rounded. Rounding is to a
-    random neighbour, right in the mean: a second moment moves by a thousandth of itself a step, where bf16 resolves
-    1/256 and 8 bits 1/14, so rounding to the nearest would hold it there. The noise that is left is 9 % of a second
-    moment in bf16 and 20 % in 8 bits (tests/test_train.py), half of that in a single weight's step. The random bits
-    depend on the step and the weight's place alone, so a resumed run draws the same.
-    """
-    def __init__(self, params, lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, state="float32"):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
-        self.kind = state
-
-    def begin(self, size, device):
-        """The moments of `size` weights before the first step."""
-        if self.kind == "int8":
-            num = -(-size // BLOCK)
-            codes = {"m": torch.int8, "v": torch.uint8, "m_scale": torch.float32, "v_scale": torch.float32}
-            return {"step": 0, **{name: torch.zeros(num * (1 if "_" in name else BLOCK), dtype=dtype, device=device)
-                                  for name, dtype in codes.items()}}
-        return {"step": 0, **{name: torch.zeros(size, dtype=getattr(torch, self.kind), device=device) for name in "mv"}}
-
-    @torch.no_grad()
-    def step(self):
-        place = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                place += 1
-                if p.grad is not None:
-                    weight, grad = local_rows(p), local_rows(p.grad)
-                    if not self.state[p]:
-                        self.state[p] = self.begin(weight.numel(), weight.device)
-                    self.update(weight.view(-1), grad.reshape(-1), self.state[p], place, group)
-
-    def update(self, weight, grad, state, place, group):
-        state["step"] += 1
-        (b1, b2), step = group["betas"], state["step"]
-        random = torch.Generator(weight.device).manual_seed(step * 1_000_003 + place)
-        some = 2**18 if weight.device.type == "cpu" else 2**24     # at a time: what a cache holds, or bounds memory
-        for start in range(0, len(weight), some):
-            part, blocks = slice(start, start + some), slice(start // BLOCK, (start + some) // BLOCK)
-            w, g, m, v = (x[part] for x in (weight, grad, state["m"], state["v"]))
-            if self.kind == "int8":
-                now = from_8bit(m, state["m_scale"][blocks]), from_8bit(v, state["v_scale"][blocks])
-                g = torch.nn.functional.pad(g, (0, len(m) - len(g)))
-            else:
-                now = m.float(), v.float()                          # in fp32 the state itself
-            now[0].lerp_(g, 1 - b1)
-            now[1].mul_(b2).addcmul_(g, g, value=1 - b2)
-            root = (now[1].sqrt() / math.sqrt(1 - b2**step)).add_(group["eps"])
-            w.mul_(1 - group["lr"] * group["weight_decay"])
-            w.addcdiv_(now[0][:len(w)], root[:len(w)], value=-group["lr"] / (1 - b1**step))
-            if self.kind != "float32":
-                bits = torch.empty(len(m), dtype=torch.int32, device=w.device).random_(generator=random)
-                for name, x, kept, own in zip("mv", now, (m, v), (bits & 0xFFFF, bits >> 15)):
-                    if self.kind == "int8":
-                        codes, state[f"{name}_scale"][blocks] = to_8bit(x, own, signed=name == "m")
-                        kept.copy_(codes)
-                    else:
-                        kept.copy_(to_bf16(x, own))
-
-
-def pack_lengths(lengths, longest):
-    """Indices of texts in rows of at most `longest` tokens: each text goes into the first row with room, in order."""
-    rows, room = [], []
-    for i, n in enumerate(lengths):
-        for r, free in enumerate(room):
-            if n <= free:
-                rows[r].append(i)
-                room[r] -= n
-                break
-        else:
-            rows.append([i])
-            room.append(longest - n)
-    return rows
-
-
-def batch_indices(num, step, size, seed):
-    """Indices of the texts, out of `num`, of optimizer step `step`: the epochs' shuffled orders, one after the other,
-    cut into runs of `size`. It depends on nothing else, so a resumed run needs no memory of what it has seen."""
-    places = range(step * size, (step + 1) * size)
-    return [epoch_order(num, seed, place // num)[place % num] for place in places]
-
-
-@lru_cache(maxsize=4)
-def epoch_order(num, seed, epoch):
-    return torch.randperm(num, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-
-
-def collate_packed(texts, device):
-    """(tokens (1, T), lengths, targets (1, T)) of one packed row; targets[i] is the token after i if that was chosen.
-
-    An empty list gives a row of one token and no target, for a process that has nothing left to do in a step.
-    """
-    texts = texts or [([0, 0], [False, False])]
-    tokens = [t for ids, _ in texts for t in ids[:-1]]
-    targets = [t if c else IGNORE for ids, chosen in texts for t, c in zip(ids[1:], chosen[1:])]
-    return (torch.tensor([tokens], device=device), [len(ids) - 1 for ids, _ in texts],
-            torch.tensor([targets], device=device))
-
+# ---------------------------------------------------------------------------------------------------------------------
+# Time and memory
 
 def peak_memory(device):
-    """Bytes: what the GPU has held at most, or the resident set of the process."""
+    """Returns the most bytes that the GPU has held, or the resident set of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def shard_across_ranks(lengths, chosen, rank, world, longest):
-    """The packed rows of one process for the texts `chosen`, as lists of their indices; lengths: tokens of every text.
-    As many rows for every process, because FSDP gathers and reduces for all of them together."""
-    packed = [pack_lengths([lengths[i] for i in chosen[r::world]], longest) for r in range(world)]
-    rows = [[chosen[rank::world][j] for j in row] for row in packed[rank]]
-    return rows + [[]] * (max(map(len, packed)) - len(rows))
-
-
-def packed_micro_batches(texts, chosen, rank, world, longest):
-    """The packed rows, lists of texts, of one process; see shard_across_ranks."""
-    rows = shard_across_ranks([len(ids) - 1 for ids, _ in texts], chosen, rank, world, longest)
-    return [[texts[i] for i in row] for row in rows]
-
-
 def peak_flops(device):
-    """Floating-point operations a second this device can do: the vendor's figure for known GPUs, else measured."""
+    """Returns the operations a second of a device: the vendor's figure for a known GPU, None for another; measured on
+    a CPU."""
     if device.type == "cuda":
+        vendor = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # dense bfloat16
         name = torch.cuda.get_device_name(device)
-        known = {"H100": 989e12, "H200": 989e12, "A100": 312e12}        # dense bf16
-        return next((flops for key, flops in known.items() if key in name), None)
-    x, best = torch.randn(1024, 1024), 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        x @ x
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
-    return best
+        return next((flops for key, flops in vendor.items() if key in name), None)
+    x = torch.randn(1024, 1024)
+    seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
+    return 2 * 1024**3 / seconds
 
 
 def flops_of(config, rows):
-    """Floating-point operations of a training step over packed rows: 6 a token for each weight of the products, 12 a
-    pair of tokens that see each other for each unit of width and layer (PaLM, arXiv 2204.02311, appendix B)."""
-    c = config
-    block = c.hidden_size * (2 * c.hidden_size + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
-    lengths = [len(ids) - 1 for row in rows for ids, _ in row]
-    heads = sum(sum(chosen) for row in rows for _, chosen in row)
-    return (6 * sum(lengths) * block * c.num_hidden_layers + 6 * heads * c.vocab_size * c.hidden_size
-            + 12 * sum(n * n / 2 for n in lengths) * c.hidden_size * c.num_hidden_layers)
+    """Returns the operations of a training step over packed rows: 6 a token for each weight, and 12 for each pair of
+    tokens that attend, unit of width and layer (PaLM, arXiv 2204.02311, appendix B)."""
+    examples = [example for row in rows for example in row]
+    lengths = [len(ids) - 1 for ids, _ in examples]
+    num_targets = sum(sum(loss_mask) for _, loss_mask in examples)
+    block, table, _, _ = num_weights(config)
+    pairs = sum(length * length / 2 for length in lengths)
+    return (6 * sum(lengths) * block * config.num_hidden_layers + 6 * num_targets * table
+            + 12 * pairs * config.hidden_size * config.num_hidden_layers)
 
 
 def num_weights(config):
-    """(of a block, of the embedding, of the head: 0 where it is the embedding, of all)."""
-    c, kv = config, config.num_key_value_heads * config.head_dim
-    block = c.hidden_size * (2 * c.hidden_size + 2 * kv + 3 * c.intermediate_size) + 3 * c.hidden_size + 2 * kv
-    table = c.vocab_size * c.hidden_size
-    head = 0 if c.tie_word_embeddings else table
-    return block, table, head, c.num_hidden_layers * block + table + head + c.hidden_size
-
-
-def memory_of(config, length, gpus=1, targets=None, optimizer_state="float32", recompute=True, compute=torch.bfloat16,
-              device="cuda"):
-    """{part: bytes} of one process at the peak of a training step of more than one packed row; the sum is the peak.
-
-    length: tokens of a row; targets: how many of them are learned, by default all. Weights, gradients and the optimizer
-    are shared out over `gpus`. "gathered" is what FSDP2 collects of the others' weights, or the copies in `compute` of
-    a process alone. Activations are what autograd keeps, counted operation by operation (Block), and the work of one
-    block's backward. "logits" is what the head takes beyond that work: pieces of the logits, and its new gradient
-    beside the old one. It counts tensors: an allocator's own waste, the CUDA context and NCCL's buffers come on top.
-    """
-    c, size = config, compute.itemsize
-    C, F, kv, L = c.hidden_size, c.intermediate_size, c.num_key_value_heads * c.head_dim, c.num_hidden_layers
-    block, table, head, total = num_weights(c)
-    targets = length if targets is None else targets
-    state = {"float32": 8, "bfloat16": 4, "int8": 2 + 8 / BLOCK}[optimizer_state]
-    norm = 2 * size if device == "cuda" else 8 + size       # fused on a GPU; else its input and quotient in fp32
-    token = C * (2 * norm + 3 * size) + size * (2 * kv + 4 * F) + 4 * c.num_attention_heads + 8
-    kept = L * length * (size * C if recompute else token)
-    work = length * size * (2 * F + 2 * C) + (length * token if recompute else 0)       # of a block's backward
-    gathered = size * (table + head + 2 * block) if gpus > 1 else (0 if size == 4 else size * block * (
-        1 if recompute else L))
-    if gpus > 1:        # gradients before they are shared out: of a block, and at the end of embedding and head
-        work = max(work + (size + 4) * block, (size + 4) * (table + head) - kept)
-    piece = targets * max(64, min(c.vocab_size, (2**27 if device == "cuda" else 2**24) // max(1, targets)))
-    logits = piece * (8 + (size if size < 4 else 4)) + targets * C * (size + 4) + length * C * norm
-    new = (size if gpus > 1 else 4) * table
-    work += new if c.tie_word_embeddings else 0             # there it waits for the embedding's, which is dense
-    work = max(work, new * (2 if c.tie_word_embeddings else 1) - kept)
-    return {"weights": 4 * total // gpus, "gradients": 4 * total // gpus, "optimizer": int(state * total) // gpus,
-            "gathered": gathered, "activations": kept + work, "logits": max(0, logits + new - work)}
+    """Returns the weights of (a block, the embedding, the head, which is 0 where it is the embedding, the model)."""
+    C = config.hidden_size
+    kv = config.num_key_value_heads * config.head_dim
+    block = C * (2 * C + 2 * kv + 3 * config.intermediate_size) + 3 * C + 2 * kv
+    table = config.vocab_size * C
+    head = 0 if config.tie_word_embeddings else table
+    return block, table, head, config.num_hidden_layers * block + table + head + C
 
 
 def shape_of(model):
-    """The Config of a folder, a published Qwen2.5 by its name, or a preset ("7b"); reads no weights."""
+    """Returns the Config of a folder, of a published Qwen2.5 by its name, or of a preset ("7b"); reads no weights."""
+    if Path(model).is_dir():
+        return Config.from_pretrained(model)
     named = re.fullmatch(r"(?:.*/)?Qwen2\.5-(?:Coder-|Math-)?([\d.]+b)(?:-Instruct)?", model, re.I)
-    return (Config.from_pretrained(model) if Path(model).is_dir() else
-            Config.preset(named[1].lower() if named else model or "tiny"))
+    return Config.preset(named[1].lower() if named else model or "tiny")
+
+
+def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True, critic=False, reference=False,
+                sampled_tokens=0):
+    """Returns {part: bytes} of one GPU at the peak of a training step, for --plan.
+
+    row_tokens: of a packed row, all of them learned. sampled_tokens: of the KV cache of a sampling copy of the model,
+    0 for none. critic, reference: whether there are a second model that is trained and a frozen one. This counts
+    tensors; the CUDA context, buffers of NCCL and waste of the allocator come on top.
+    """
+    size = compute.itemsize
+    C, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv = config.num_key_value_heads * config.head_dim
+    block, table, head, total = num_weights(config)
+    trained = 16 * total // gpus                            # weight, gradient and two moments, in float32
+    block_token = size * (8 * C + 2 * kv + 4 * F)           # what autograd keeps of a token in a block
+    kept = L * row_tokens * (size * C if recompute else block_token)
+    backward = row_tokens * (2 * size * (C + F) + (block_token if recompute else 0))
+    logits = 12 * min(row_tokens * config.vocab_size, 2**27) + 4 * table       # a piece, and the head's new gradient
+    if gpus > 1:
+        gathered = size * (table + head + 2 * block)
+        backward += (size + 4) * block                      # its gradient before it is shared out
+        logits = max(logits, (size + 4) * (table + head) - kept)
+    else:
+        cast_blocks = 1 if recompute else L
+        gathered = 0 if compute is torch.float32 else size * block * cast_blocks
+    parts = {"actor": trained, "gathered": gathered, "activations": kept, "backward": max(backward, logits)}
+    if critic:
+        parts["critic"] = trained
+    if reference:
+        parts["reference"] = 4 * total // gpus
+    if sampled_tokens:
+        parts["sampling copy"] = size * total
+        parts["KV cache"] = 2 * size * L * kv * sampled_tokens
+    return parts
 
 
 def gib(parts):
-    """{part: bytes} as lines, the sum last."""
+    """Returns {part: bytes} as lines of text, with the sum as the last."""
     return [f"  {name:<14} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]

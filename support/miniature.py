@@ -1,277 +1,279 @@
-"""All that exists only because the laptop's model has a million weights."""
+"""All that exists only because the model of the laptop demonstration has a million weights: settings, an expert that
+needs no model, edits of constants to copy, a tokenizer of its own, and figures of what it replies."""
 import json, random, re
-
-import tokenizers
-import torch
-import torch.nn as nn
+from collections import Counter
 
 import tasks
-from env import parse, printed_metric, short_prompt, shown_lines
-from sample import Tokenizer, byte_alphabet
-
-
-def fitting(idea, script):
-    """The idea's edits for this script as [(find, replace)], [] where one would not find its text once. An import that
-    gives way to another is kept beside it until the end, so that the script runs between the edits where it can."""
-    for keep_imports in (True, False):
-        text, edits = script, []
-        for number, edit in enumerate(idea["edits"], 1):
-            find, put = edit["find"], edit["replace"]
-            imports = all(line.startswith(("import ", "from ")) for line in find.splitlines())
-            if keep_imports and imports and find.endswith("\n") and find not in put and number < len(idea["edits"]):
-                put = find + put
-            if text.count(find) != 1:
-                break
-            if find != put:
-                edits.append((find, put))
-            text = text.replace(find, put)
-        else:
-            return edits
-    return []
+from env import MAX_LINES, parse, printed_metric, short_prompt, shown_lines
+from model import Qwen2
+from sample import Tokenizer
+from support.files import shorten
 
 SHORT_ACTIONS = ("Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")
-SHORT_FIELDS = ("Action", "Action Input")      # each word more is one more that a model of a million weights gets wrong
+SCRIPTED_ACTIONS = {"short": SHORT_ACTIONS, "full": ("Inspect Script Lines", *SHORT_ACTIONS)}    # of the scripted expert
+SHORT_FIELDS = ("Action", "Action Input")      # a model of a million weights gets every word more wrong
+NUM_IDEAS = 24          # of a task
+AGENT_STEPS = 5         # replies of a trajectory of the trained model
+VOCABULARY = 1024       # ids of its tokenizer
+TINY = {                # settings of the whole demonstration
+    "prompt_format": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640, "max_new_tokens": 96,
+    "num": 5, "steps": 8, "copies": 56, "length": 1024, "batch": 8, "epochs": 1.0, "lr": 1.5e-3, "beta2": 0.95,
+    "warmup": 20, "save_every": 500}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripted expert
+
+def fitting(idea, script):
+    """Returns the edits of an idea, [(find, replace)]; [] where the text of one does not occur once in the script."""
+    edits = []
+    for edit in idea["edits"]:
+        if script.count(edit["find"]) != 1:
+            return []
+        if edit["find"] != edit["replace"]:
+            edits.append((edit["find"], edit["replace"]))
+        script = script.replace(edit["find"], edit["replace"])
+    return edits
 
 
 def constants(script):
-    """Ideas made of a script's named numbers, "NAME = 5" at the start of a line: each multiplied and divided."""
-    found = []
+    """Returns ideas made of the named numbers of a script, "NAME = 5" at the start of a line, multiplied and divided."""
+    ideas = []
     for name, text in re.findall(r"^([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)(?=\s)", script, re.MULTILINE):
-        if not re.fullmatch(r"\d{1,15}(\.\d{0,15})?(e-?\d{1,2})?", text):    # 5-3, or a number beyond all bounds
-            continue
-        old, whole = float(text), text.isdigit()
-        factors = (2, 0.5) if whole else (2, 0.5, 3, 0.1)       # three times as many of something takes too long
-        values = [old * factor for factor in factors] if old else [1, 2, 5] if whole else [0.1, 0.01, 0.5]
-        for value in dict.fromkeys(max(1, round(value)) if whole else value for value in values):
-            new, find = f"{value:.3g}" if not whole else str(value), f"{name} = {text}"
-            if name != "SEED" and float(new) != old and script.count(find) == 1 and not 0 < old < 1 <= value:
-                found.append({"title": f"{name} {new}", "instruction": f"Set {name} to {new} instead of {text}.",
-                              "edits": [{"find": find, "replace": f"{name} = {new}"}]})
-    return found
+        find = f"{name} = {text}"
+        if name == "SEED" or script.count(find) != 1 or not re.fullmatch(r"\d{1,15}(\.\d{0,15})?(e-?\d{1,2})?", text):
+            continue        # such as 5-3, or a number beyond all bounds
+        old = float(text)
+        is_whole = text.isdigit()
+        factors = (2, 0.5) if is_whole else (2, 0.5, 3, 0.1)        # three times as many of something takes too long
+        values = [old * factor for factor in factors]
+        if old == 0:
+            values = [1, 2, 5] if is_whole else [0.1, 0.01, 0.5]
+        if is_whole:
+            values = [max(1, round(value)) for value in values]
+        for value in dict.fromkeys(values):
+            new = str(value) if is_whole else f"{value:.3g}"
+            if float(new) == old or 0 < old < 1 <= value:           # a share must stay one
+                continue
+            ideas.append({"title": f"{name} {new}", "instruction": f"Set {name} to {new} instead of {text}.",
+                          "edits": [{"find": find, "replace": f"{name} = {new}"}]})
+    return ideas
 
 
-def scripted_short(task, fields, steps, ideas, rng):
-    """As scripted, for short prompts: they show the script, so it is not read, and a thought is the idea's title. Now
-    and then it does not run the starter, or goes on to another idea before it runs the last: what always follows is not
-    explored, and rl.py learns only from what is tried."""
-    script, best, new = (task.folder / task.entry).read_text(), None, 0
-    kept = script       # what the last good run had; since then there were `new` edits
+def short_ideas(task):
+    """Returns ideas for short prompts: of constants, and those of one edit whose text the prompt shows."""
+    script = (task.folder / task.entry).read_text()
+    shown = shown_lines(script)
+    shipped = [idea for idea in tasks.ideas(task.id) if len(idea["edits"]) == 1 and idea["edits"][0]["find"] in shown]
+    return constants(script) + shipped
+
+
+def scripted(cfg, task, ideas, rng):
+    """Yields the replies of the scripted expert; send() it the record of each step, a dict.
+
+    It runs the script and tries the ideas one after another. An edit stays if the script then prints a better score
+    than ever before; else it is taken back. With full prompts it reads the script first, and begins no idea that
+    might not end within cfg.steps. Short prompts show the script; there it explores: sometimes it does not run the
+    starter, or goes on to another idea before it runs the last, because rl.py learns only from what is tried.
+    """
+    explores = cfg.prompt_format == "short"
+    script = (task.folder / task.entry).read_text()
+    best_script = script
+    best = None
+    num_edits = 0       # of `script` since best_script
+    results = []
+    step = {"index": -1, "observation": "Nothing has been done."}
 
     def reply(thought, action, **args):
-        values = {"Thought": thought, "Action": action, "Action Input": json.dumps(args, ensure_ascii=False)}
-        return "\n".join(f"{name}: {values[name]}" for name in fields if name in values)
+        lines = [line for line in step["observation"].splitlines() if not line.startswith("[")]     # [5 steps left]
+        texts = {"Reflection": f"The last observation says: {shorten(' '.join(lines), 200)}",
+                 "Research Plan and Status": f"1. Run the script. 2. Try ideas. Results: {'; '.join(results) or 'none'}.",
+                 "Fact Check": f"The best {task.metric} that a run has printed is {best}.",
+                 "Thought": thought, "Action": action, "Action Input": json.dumps(args, ensure_ascii=False)}
+        return "\n".join(f"{name}: {texts[name]}" for name in cfg.fields)
 
-    def run():
-        return reply("run it", "Execute Script", script_name=task.entry)
-
-    if rng.random() < 0.5:
-        step = yield run()
+    # 1. The score to beat, and the script.
+    if not explores or rng.random() < 0.5:
+        step = yield reply("run it", "Execute Script", script_name=task.entry)
         best = printed_metric(step["observation"], task.metric)
+    if not explores:
+        for first in range(1, script.count("\n") + 2, MAX_LINES):
+            step = yield reply("read it", "Inspect Script Lines", script_name=task.entry, start_line_number=str(first),
+                               end_line_number=str(first + MAX_LINES - 1))
+
+    # 2. Idea by idea: edits, a run, and back where that is no better.
     for idea in ideas:
         edits = fitting(idea, script)
-        for find, put in edits:
-            step = yield reply(idea["title"], "Replace In Script", script_name=task.entry, find=find, replace=put)
-            script = script.replace(find, put)
-        new += len(edits)
-        if not edits or rng.random() < 0.5:
+        needed = 2 * len(edits) + 2
+        if not explores and step["index"] + 1 + needed > cfg.steps:
             continue
-        step = yield run()
+        for find, replace in edits:
+            step = yield reply(idea["title"], "Replace In Script", script_name=task.entry, find=find, replace=replace)
+            script = script.replace(find, replace)
+        num_edits += len(edits)
+        if not edits or (explores and rng.random() < 0.5):
+            continue
+        step = yield reply("run it", "Execute Script", script_name=task.entry)
         score = printed_metric(step["observation"], task.metric) if step["outcome"] == "ok" else None
         if score is not None and (best is None or task.better(score, best)):
-            best, kept = score, script
+            best = score
+            best_script = script
+            results.append(f"{idea['title']}: {task.metric} {score}, kept")
         else:
-            for _ in range(new):
+            results.append(f"{idea['title']}: {'failed' if score is None else f'{task.metric} {score}'}, taken back")
+            for _ in range(num_edits):
                 step = yield reply("take it back", "Undo Edit Script", script_name=task.entry)
-            script = kept
-        new = 0
+            script = best_script
+        num_edits = 0
     yield reply("end", "Final Answer", final_answer=f"{task.metric} {best}")
 
-DRILLS = 8              # more edits of the same script that a redrawn copy has, where it has so many constants
-NUMBER = re.compile(r"([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)")      # a line of a script that gives a constant
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model and its training conversations
+
+def draw_model(config, seed):
+    """Returns a model that copies text before any training."""
+    return Qwen2.from_scratch(config, seed).draw_copying(seed)
+
+
+def make_tokenizer(conversations, folder):
+    """Trains a tokenizer on conversations and saves it. The text that replies of one action share is one token, so that
+    a reply takes few decisions. So is " = ": a number then stands right after its name, as far back as copying looks."""
+    replies = [one.messages[i]["content"] for one in conversations for i in one.assistant_turns]
+    # The values of the two arguments that differ are cut out of the JSON.
+    values = r'(?<="find": ").*?(?=", "replace": ")|(?<=", "replace": ").*?(?="}$)'
+    counts = Counter(piece for reply in replies for piece in re.split(values, reply))
+    phrases = [piece for piece, count in counts.items() if len(piece) > 3 and count * 50 > len(replies)]
+    texts = (message["content"] for one in conversations for message in one.messages)
+    Tokenizer.train(texts, VOCABULARY, [*phrases, " = "]).save(folder)
+
+
+CONSTANT = re.compile(r"([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)")      # a line of a script that gives a constant
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZEAIOTRSNL"
+NUM_DRILLS = 8          # edits of other constants that follow in a redrawn copy
+
+
+def augmented_copies(conversation, num, seed):
+    """Returns num copies of the messages of a short prompt and its reply, a quarter if it is no edit; 7 of 10 copies
+    have other constants."""
+    rng = random.Random(f"{seed} {conversation.source}")
+    if '"find": ' not in conversation.messages[-1]["content"]:
+        num = -(-num // 4)
+    return [augment_constants(conversation.messages, rng) if rng.random() < 0.7 else conversation.messages
+            for _ in range(num)]
 
 
 def augment_constants(messages, rng):
-    """A short prompt and its reply in which the constants of the script have other names, other numbers and another
-    order, in both alike, and often most lines of the script are gone. The edit, if it is one, still fits the script:
-    its text occurs in it once. Edits of the script's other constants follow it, as replies too: the long prompt is read
-    once for up to nine texts to copy."""
-    (prompt, reply), number = (one["content"] for one in messages), rng.random() < 0.7
+    """Returns a short prompt and its reply with other names, numbers and order of the script's constants, and often
+    with few lines of the script. The text of an edit still occurs once in the script. Edits of other constants follow,
+    as replies too: the long prompt is then read once for up to nine texts to copy."""
+    # 1. The parts of the prompt and of the reply.
+    prompt, reply = (message["content"] for message in messages)
+    has_new_numbers = rng.random() < 0.7
     head, lines = prompt.split("\n")[:3], prompt.split("\n")[3:]
-    before, key, args = reply.rpartition("Action Input: ")
+    before, key, text = reply.rpartition("Action Input: ")
     try:
-        args = json.loads(args)
+        args = json.loads(text)
     except ValueError:      # parse() takes more forms than this one
         return messages
-    places = [i for i, line in enumerate(lines) if NUMBER.fullmatch(line)]
+    if not isinstance(args, dict):
+        return messages
+
+    # 2. The constants change places, and get other numbers and names.
+    places = [i for i, line in enumerate(lines) if CONSTANT.fullmatch(line)]
     for i, line in zip(places, rng.sample([lines[i] for i in places], len(places))):
         lines[i] = line
+    pairs = [CONSTANT.fullmatch(lines[i]).groups() for i in places]
+    numbers = {}
+    for name, digits in pairs:
+        numbers[f"{name} = {digits}"] = f"{name} = {redraw_digits(digits, rng) if has_new_numbers else digits}"
+    names = {}
+    for name, _ in pairs:
+        if rng.random() < 0.8:
+            num_words = rng.randint(1, 3)
+            names[name] = "_".join(redraw_word(rng) for _ in range(num_words))
+    args |= {name: replace_all(args[name], numbers, names) for name in ("find", "replace") if name in args}
+    lines = replace_all("\n".join(lines), numbers, names).split("\n")
 
-    def word(_):
-        return "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZEAIOTRSNL", k=rng.choice((1, 2, 3, 4, 5, 6, 8))))
-
-    def other(digits):      # the same form: 0.25 may become 0.73, never 00.1
-        new = re.sub(r"\d", lambda _: rng.choice("123456789"), digits)
-        return digits if re.fullmatch(r"0\.0*", digits) else "0" + new[1:] if digits.startswith("0.") else new
-
-    changed = {}
-    for i in places:
-        name, digits = NUMBER.fullmatch(lines[i]).groups()
-        changed[f"{name} = {digits}"] = f"{name} = {other(digits) if number else digits}"
-    names = {name: "_".join(map(word, range(rng.randint(1, 3)))) for i in places if rng.random() < 0.8
-             for name in [NUMBER.fullmatch(lines[i])[1]]}
-
-    def put(text):
-        for old, new in changed.items():
-            text = re.sub(rf"\b{re.escape(old)}(?![\d.e])", new, text)
-        return re.sub(r"\b[A-Z][A-Z0-9_]*\b", lambda found: names.get(found[0], found[0]), text)
-
-    find, lines = put(args.get("find", "")), put("\n".join(lines)).split("\n")
-    at = "\n".join(lines).find(find)
-    if at >= 0 and rng.random() < 0.5:
-        first = "\n".join(lines)[:at].count("\n")
+    # 3. Most lines are often left out, but not those of the edit.
+    find = args.get("find", "")
+    start = "\n".join(lines).find(find)
+    if start >= 0 and rng.random() < 0.5:
+        first = "\n".join(lines)[:start].count("\n")
         last = first + find.count("\n")
         lines = lines[rng.randint(0, first):rng.randint(last, min(last + 3, len(lines))) + 1]
-    args |= {name: put(args[name]) for name in ("find", "replace") if name in args}
-    if find and ("\n".join(lines).count(find) != 1 or args["replace"] == find):    # names that happen to be alike
+    script = "\n".join(lines)
+    if find and (script.count(find) != 1 or args["replace"] == find):       # names that happen to be alike
         return messages
+
+    # 4. Edits of other constants.
     replies = [args]
     if find:
-        others = constants("\n".join(lines) + "\n")
-        edits = {edit["find"]: edit for idea in rng.sample(others, len(others)) for edit in idea["edits"]}
+        ideas = constants(script + "\n")
+        edits = {edit["find"]: edit for idea in rng.sample(ideas, len(ideas)) for edit in idea["edits"]}
         edits.pop(find, None)
-        replies += [args | edit for edit in list(edits.values())[:DRILLS]]
-    return [{**messages[0], "content": "\n".join(head + lines)},
-            *({"role": "assistant", "content": before + key + json.dumps(each, ensure_ascii=False)} for each in replies)]
+        replies += [args | edit for edit in list(edits.values())[:NUM_DRILLS]]
+    texts = [before + key + json.dumps(values, ensure_ascii=False) for values in replies]
+    return [{**messages[0], "content": "\n".join([*head, script])},
+            *({"role": "assistant", "content": text} for text in texts)]
 
 
-def augmented_copies(one, num, seed):
-    """num copies of the messages of a short prompt and its reply, 7 of 10 of them redrawn; a quarter if no edit."""
-    rng = random.Random(f"{seed} {one.source}")
-    num = num if '"find": ' in one.messages[-1]["content"] else -(-num // 4)
-    return [augment_constants(one.messages, rng) if rng.random() < 0.7 else one.messages for _ in range(num)]
+def redraw_digits(text, rng):
+    """Returns a number of the same form: 0.25 may become 0.73, never 00.1."""
+    if re.fullmatch(r"0\.0*", text):
+        return text
+    new = re.sub(r"\d", lambda _: rng.choice("123456789"), text)
+    return "0" + new[1:] if text.startswith("0.") else new
 
-VOCABULARY = 1024       # ids of the tokenizer that is trained for a model from scratch
 
-AGENT_STEPS = 5         # replies of a trajectory of the small model, in evaluation
-TINY = {"prompt": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640,
-        "keep": 24, "num": 5, "max_new_tokens": 96, "epochs": 1.0, "batch": 8, "copies": 56, "length": 1024,
-        "lr": 1.5e-3, "warmup": 20, "beta2": 0.95, "validate_every": 500, "save_every": 500, "recompute": False}
-TINY_STEPS = 8          # replies of a collected trajectory
+def redraw_word(rng):
+    return "".join(rng.choices(LETTERS, k=rng.choice((1, 2, 3, 4, 5, 6, 8))))
 
+
+def replace_all(text, numbers, names):
+    for old, new in numbers.items():
+        text = re.sub(rf"\b{re.escape(old)}(?![\d.e])", new, text)
+    return re.sub(r"\b[A-Z][A-Z0-9_]*\b", lambda match: names.get(match[0], match[0]), text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the trained model replies
 
 def perturbed_states(split, num, rng):
-    """num states that nobody was in, [(script, prompt)]: the starters of a split's tasks with two numbers changed, just
-    run. Of held-out tasks the scripts are shown to the model here; nothing is learned of them."""
-    found, ids = [], tasks.names(split)
-    while len(found) < num:
-        task = tasks.load(ids[len(found) % len(ids)])
+    """Returns num states that nobody was in, [(script, prompt)]: starters of a split's tasks with two numbers changed,
+    just run. The model is shown held-out scripts here; nothing is learned of them."""
+    states = []
+    ids = tasks.names(split)
+    while len(states) < num:
+        task = tasks.load(ids[len(states) % len(ids)])
         script = (task.folder / task.entry).read_text()
         for _ in range(2):
             ideas = [idea for idea in constants(script) if idea["edits"][0]["find"] in shown_lines(script)]
             if ideas:
                 edit, = rng.choice(ideas)["edits"]
                 script = script.replace(edit["find"], edit["replace"])
-        seen = [{"role": "assistant", "content": "Action: Execute Script"},
-                {"role": "user", "content": f"{task.entry} ran to the end in 1 s.\n{task.metric}: {rng.random():.4f}"}]
-        found.append((script, short_prompt(task, [{}, {}, *seen], script)))
-    return found
+        ran = [{"role": "assistant", "content": "Action: Execute Script"},
+               {"role": "user", "content": f"{task.entry} ran to the end in 1 s.\n{task.metric}: {rng.random():.4f}"}]
+        states.append((script, short_prompt(task, [{}, {}, *ran], script)))
+    return states
 
 
-def reply_stats(s, engine, split, num=64):
-    """(figures, a prompt, its reply) of num sampled replies in unseen states: the shares that can be read, that edit,
-    and of the edits those whose text occurs once in the script; and how many of these differ."""
-    states = perturbed_states(split, num, random.Random(s.seed))
-    replies = engine.generate([prompt for _, prompt in states], max_new_tokens=s.max_new_tokens, seed=s.seed)
-    read = [parse(reply.text, s.fields, s.actions) for reply, in replies]
-    edits = [(args, script) for (_, action, args, error), (script, _) in zip(read, states)
-             if not error and action == "Replace In Script"]
-    fit = [json.dumps(args) + script for args, script in edits
-           if args["find"] and script.count(args["find"]) == 1 and args["replace"] != args["find"]]
-    return {"parsed": sum(not error for *_, error in read) / num, "edits": len(edits) / num,
-            "valid": len(fit) / max(1, len(edits)), "distinct": len(set(fit))}, states[0][1], replies[0][0].text
-
-
-@torch.no_grad()
-def draw_copying(model, seed):
-    """Draws weights that copy: blocks 0 and 1 hold an induction circuit (arXiv 2209.11895) before any training.
-
-    Head 0 of block 0 looks one token back and head 1 two tokens. Each writes the embedding of the token it finds, seen
-    in D directions V, into D other directions: U[0] and U[1]. In block 1 both heads ask for the places that come after
-    the same two tokens, and write what stands there in the directions W: what followed the last time is what comes
-    next. Learned from random weights this takes millions of tokens; so drawn, the model gets 80 % of a repeated random
-    text right before the first step. All other weights are drawn small. Raises ValueError for a shape without room.
-    """
-    config = model.config
-    C, D = config.hidden_size, config.head_dim
-    group = config.num_attention_heads // config.num_key_value_heads
-    if C < 4 * D or config.num_hidden_layers < 2 or D < 16 or group != 2:
-        raise ValueError("copying needs 2 blocks, 4 heads of width 16 or more, and 2 query heads for each key head, "
-                         f"found {config}")
-
-    # 1. Everything else is small.
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if p.ndim == 2:
-            std = C ** -0.5
-            if "embed" in name:
-                std = 0.1
-            elif "o_proj" in name or "down" in name:
-                std = 0.005
-            nn.init.normal_(p, std=std, generator=generator)
-
-    # 2. Four sets of D orthogonal directions, each (C, D), and a rotation of one of them.
-    basis = torch.linalg.qr(torch.randn(C, C, generator=generator))[0]
-    turn = torch.linalg.qr(torch.randn(D, D, generator=generator))[0]
-    V, W, *U = basis[:, :4 * D].split(D, dim=1)
-
-    # 3. Block 0 looks back. With a on the fastest rotary pairs, R(i) a . R(j) R(1) a is largest at j = i - 1: biases of
-    # queries and keys alone tell how far back a head looks.
-    look_back = model.model.layers[0].self_attn
-    speed = config.rope_theta ** (torch.arange(0, 6, 2) / -D)                   # of the three fastest pairs
-    fast_rows = torch.cat([torch.arange(3), torch.arange(3) + D // 2])
-    look_back.k_proj.weight[:D] *= 0.3
-    look_back.k_proj.bias[fast_rows] = 8 * torch.cat([speed.cos(), speed.sin()])
-    look_back.v_proj.weight[:D] = V.T
-    for head in range(group):
-        rows = torch.arange(head * D, (head + 1) * D)
-        angle = head * speed
-        look_back.q_proj.weight[rows] *= 0.3
-        look_back.q_proj.bias[rows[fast_rows]] = 8 * torch.cat([angle.cos(), -angle.sin()])
-        look_back.o_proj.weight[:, rows] = 0.2 * U[head]
-
-    # 4. Block 1 copies: what is here and before it is looked for in U[0] and, turned, U[1], through the slow rotary
-    # pairs alone, which hardly tell one place from another.
-    copy = model.model.layers[1].self_attn
-    slow = (torch.arange(D) % (D // 2) >= 5).float()[:, None]
-    copy.k_proj.weight[:D] = slow * (3 * U[0].T + turn @ U[1].T)
-    copy.v_proj.weight[:D] = W.T
-    for head in range(group):
-        rows = torch.arange(head * D, (head + 1) * D)
-        copy.q_proj.weight[rows] = slow * (3 * V.T + turn @ U[0].T)
-        copy.o_proj.weight[:, rows] = 1.6 * W
-
-
-# A digit is always a token of its own, and a word is the same tokens after any punctuation.
-# Both make it easier for a small model to learn to copy.
-WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def train_tokenizer(texts, size, phrases=()):
-    """Return a Tokenizer of `size` ids that is learned from the texts. It has no default system message.
-
-    Each of `phrases` gets one more id, wherever it stands: it is what many replies have word for word.
-    """
-    pre_tokenizers = tokenizers.pre_tokenizers
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[Tokenizer.TEXT_END, Tokenizer.TURN, Tokenizer.END],
-        initial_alphabet=byte_alphabet(),
-        show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
-    bpe.add_tokens([tokenizers.AddedToken(phrase, normalized=False) for phrase in phrases])
-    return Tokenizer(bpe, system=None)
+def reply_stats(cfg, engine, split, num=64):
+    """Returns (statistics, a prompt, its reply) of num sampled replies in unseen states: the shares that can be read
+    and that edit, of the edits the share whose text occurs once in the script, and how many of these differ."""
+    states = perturbed_states(split, num, random.Random(cfg.seed))
+    replies = engine.generate([prompt for _, prompt in states], max_new_tokens=cfg.max_new_tokens, seed=cfg.seed)
+    num_parsed = 0
+    num_edits = 0
+    valid = []
+    for (reply,), (script, _) in zip(replies, states):
+        _, action, args, error = parse(reply.text, cfg.fields, cfg.actions)
+        num_parsed += not error
+        if error or action != "Replace In Script":
+            continue
+        num_edits += 1
+        if args["find"] and script.count(args["find"]) == 1 and args["replace"] != args["find"]:
+            valid.append(json.dumps(args) + script)
+    stats = {"parsed": num_parsed / num, "edits": num_edits / num, "valid": len(valid) / max(1, num_edits),
+             "distinct": len(set(valid))}
+    return stats, states[0][1], replies[0][0].text

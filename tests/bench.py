@@ -5,7 +5,7 @@
     python tests/bench.py edit --model DIR                      # replies that copy from their prompts, with drafts
     python tests/bench.py load --model DIR                      # reading a checkpoint, against transformers
     python tests/bench.py sft --model DIR                       # fine-tuning, against transformers with its own loss
-    python tests/bench.py rl --repeats 5                        # PPO: step-wise against episode-wise, and --overlap
+    python tests/bench.py rl --repeats 5                        # PPO: step-wise against episode-wise
     python tests/bench.py kernels                               # on a GPU: Triton's against torch, eager and compiled
     python tests/bench.py sandbox --repeats 50                  # running a script, against a bare subprocess
 
@@ -464,17 +464,10 @@ def sandbox(s):
 
 def rl_updates(s):
     """PPO on two toy tasks whose script takes --script-seconds. First step-wise against episode-wise, 16 actions an
-    update, each beginning with an empty cache. Then an iteration without and with --overlap, every script run anew,
-    with a sampler that waits before each pass, so that it takes about as long as the scripts. The default model knows
-    a few replies. Figures are medians of --repeats updates, without the first and the last, which differ."""
+    update, each beginning with an empty cache. The default model knows a few replies. Figures are medians of
+    --repeats updates, without the first and the last, which differ."""
     import rl
-    import sample
     import test_rl_run
-    known, advance = env.ResultCache.get, sample.Engine.step
-
-    def slowly(engine):
-        time.sleep(s.script_seconds / 2)
-        advance(engine)
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -486,22 +479,18 @@ def rl_updates(s):
             if s.model != "tiny":       # which writes whole replies, of more tokens
                 more |= dict(max_new_tokens=128, context=2048)
             r = test_rl_run.settings(folder, trajectories=str(folder / name), out=str(folder / f"{name}-out"), lr=1e-3,
-                                     critic_lr=1e-3, iterations=2 + s.repeats, save_every=99, show_every=99, **more)
+                                     critic_lr=1e-3, iterations=2 + s.repeats, save_every=99, **more)
             r.model = r.model if s.model == "tiny" else s.model
             Path(r.out).mkdir()
-            rl.learn(r, 0, 1, torch.device("cpu"))
+            rl.train(r, 0, 1, torch.device("cpu"))
             lines = [json.loads(line) for line in Path(r.out, "log.jsonl").read_text().splitlines()]
             median = lambda name: statistics.median(line[name] for line in lines[1:-1])
             return {name: median(name) for name in ("seconds", "sample_s", "execute_s", "update_s", "cache_hits")} | {
                 "first reward": lines[0]["reward"], "last reward": lines[-1]["reward"]}
 
-        for name, more in {"step": dict(states=8, num=2), "episode": dict(states=2, num=1, steps=8)}.items():
+        for name, more in {"step": dict(states=8, samples=2), "episode": dict(states=2, samples=1, steps=8)}.items():
             figures = updates(name, rollout=name, **more)
             yield {"rollout": name, "updates an hour": 3600 / figures["seconds"], **figures}
-        env.ResultCache.get, sample.Engine.step = (lambda cache, key: None), slowly
-        for overlap in (False, True):
-            yield {"overlap": overlap, **updates(f"overlap-{overlap}", overlap=overlap, states=4, num=2)}
-        env.ResultCache.get, sample.Engine.step = known, advance
 
 
 MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "kernels": kernels, "load": load_checkpoint,

@@ -2,7 +2,7 @@
 the same command, and compares it with one that was left alone: figures of every step, and the model's bytes.
 
     python tests/kills.py --program sft --processes 2 --kills 5 --seed 0
-    python tests/kills.py --program rl --overlap --choose learnable     # other flags are the program's
+    python tests/kills.py --program rl --advantage rloo     # other flags are the program's
 """
 import argparse
 import json
@@ -40,9 +40,9 @@ tasks.FOLDERS[:] = [Path(sys.argv[1], "tasks")]
 test_rl_run.make(Path(sys.argv[1]))
 """}
 RUN = {
-    "sft": "import sys, sft\nfrom support import cli\ncli.run_program(lambda: sft.main(sys.argv[2:]))",
+    "sft": "import sys, sft\nfrom support import cli\ncli.run_main(lambda: sft.main(sys.argv[2:]))",
     "rl": "import sys, rl, tasks\nfrom pathlib import Path\ntasks.FOLDERS.append(Path(sys.argv[1], 'tasks'))\n"
-          "from support import cli\ncli.run_program(lambda: rl.main(sys.argv[2:]))"}
+          "from support import cli\ncli.run_main(lambda: rl.main(sys.argv[2:]))"}
 
 
 def flags_of(program, folder, steps):
@@ -52,7 +52,7 @@ def flags_of(program, folder, steps):
         flags |= {"trajectories": folder / "own.jsonl", "steps": steps, "batch": 4, "lr": 1e-3, "validate-every": 2}
     else:
         flags |= {"trajectories": folder / "pool", "data": folder / "data", "task": "toy-a", "iterations": steps,
-                  "preset": "7b", "critic": "own", "rows": 8, "states": 4, "num": 2, "max-new-tokens": 8,
+                  "preset": "7b", "rows": 8, "states": 4, "samples": 2, "max-new-tokens": 8,
                   "context": 1000, "lr": 3e-3, "critic-lr": 1e-3, "kl": 0.1}
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 

@@ -145,18 +145,18 @@ def models(tmp_path_factory):
 def test_the_recipe_of_rl_follows_the_model(models, capsys):
     small, large = (["--model", str(models / name)] for name in ("small", "large"))
     s = parse(rl.Settings, large, rl.fill)
-    assert (s.lr, s.kl, s.length, s.recompute, s.advantage, s.preset) == (1e-6, 1e-3, 16384, True, "gae", "7b")
+    assert (s.lr, s.kl, s.length, s.advantage, s.preset) == (1e-6, 1e-3, 16384, "gae", "7b")
     assert "494,032,768 weights, not below 50,000,000" in capsys.readouterr().err
     s = parse(rl.Settings, small, rl.fill)
-    assert (s.lr, s.kl, s.length, s.advantage, s.preset) == (2e-4, 0.05, 1024, "group", "tiny")
+    assert (s.lr, s.kl, s.length, s.advantage, s.preset) == (2e-4, 0.05, 1024, "rloo", "tiny")
     assert "weights, below 50,000,000, so (another --preset may be typed): --preset tiny" in capsys.readouterr().err
     s = parse(rl.Settings, [*large, "--preset=tiny"], rl.fill)
     assert (s.lr, s.kl, s.preset) == (2e-4, 0.05, "tiny")
-    assert "WARNING: --preset tiny is for less than 50,000,000 weights" in capsys.readouterr().err
-    s = parse(rl.Settings, [*small, "--preset=7b", "--critic=own"], rl.fill)
-    assert (s.lr, s.advantage, s.critic, s.rows) == (1e-6, "gae", "own", 16)
-    s = parse(rl.Settings, [*small, "--lr=1e-6", "--num=4"], rl.fill)
-    assert (s.lr, s.num, s.minibatches) == (1e-6, 4, 4)
+    assert "weights, not below 50,000,000; --preset tiny is for smaller models" in capsys.readouterr().err
+    s = parse(rl.Settings, [*small, "--preset=7b"], rl.fill)
+    assert (s.lr, s.advantage, s.rows) == (1e-6, "gae", 8)
+    s = parse(rl.Settings, [*small, "--lr=1e-6", "--samples=4"], rl.fill)
+    assert (s.lr, s.samples, s.minibatches) == (1e-6, 4, 4)
     for model, name in (("7b", "7b"), ("Qwen/Qwen2.5-0.5B", "7b"), ("tiny", "tiny")):    # of a plan, without files
         assert parse(rl.Settings, ["--plan", "--model", model], rl.fill).preset == name
 
