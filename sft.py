@@ -633,12 +633,25 @@ def plan(cfg):
         f"about {seconds / 3600:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 
 
+def is_collected(path):
+    """Returns whether there is something to train on: a file, or a folder whose collection was not broken off."""
+    if path.is_file():
+        return True
+    manifest = path / "manifest.json"
+    raw = read_bytes(manifest)
+    if raw is None:
+        return any(path.glob("*.jsonl"))
+    return parse_json(raw, {"complete": FLAG}, manifest)["complete"]
+
+
 def collect_first(cfg):
-    """Collects on the first process, while the others wait."""
+    """Collects on the first process, while the others wait. With --preset only where nothing was collected before."""
     rank, _, _ = init_distributed()
 
     def work():
-        print("1. Collecting: a scripted expert edits and runs the starters of the held-in tasks.")
+        if cfg.preset and is_collected(Path(cfg.trajectories)):
+            return
+        print("1. Collecting: an expert edits and runs the starters of the held-in tasks.")
         print(report(collect(cfg)))
         print(f"\n2. Training {cfg.model} on what it did.", flush=True)
     with explain_dist_errors(rank):
@@ -697,7 +710,7 @@ def main(argv=None):
         elif not cfg.model:
             run_miniature(cfg)
         else:
-            if cfg.preset and not Path(cfg.trajectories).exists():
+            if cfg.preset:
                 collect_first(cfg)
             fine_tune(cfg)
 

@@ -2,7 +2,7 @@
 the same command, and compares it with one that was left alone: figures of every step, and the model's bytes.
 
     python tests/kills.py --program sft --processes 2 --kills 5 --seed 0
-    python tests/kills.py --program rl --overlap --choose learnable     # other flags are the program's
+    python tests/kills.py --program rl --save-every 1     # other flags are the program's
 """
 import argparse
 import json
@@ -49,7 +49,7 @@ def flags_of(program, folder, steps):
     """The command's flags but --out."""
     flags = {"model": folder / "model", "save-every": 2}
     if program == "sft":
-        flags |= {"trajectories": folder / "own.jsonl", "steps": steps, "batch": 4, "lr": 1e-3, "validate-every": 2}
+        flags |= {"trajectories": folder / "own.jsonl", "updates": steps, "batch": 4, "lr": 1e-3}
     else:
         flags |= {"trajectories": folder / "pool", "data": folder / "data", "task": "toy-a", "iterations": steps,
                   "preset": "7b", "critic": "own", "rows": 8, "states": 4, "num": 2, "max-new-tokens": 8,
