@@ -427,18 +427,12 @@ def read_agent(folder):
     raw = read_bytes(path, 1 << 16)
     if raw is None:
         return {}
-    form = {f"{name}?": value for name, value in AGENT_FORMAT.items()}
-    form["prompt?"] = AGENT_FORMAT["prompt_format"]     # an older name
-    values = parse_json(raw, form, path)
-    if "prompt" in values:
-        values["prompt_format"] = values["prompt"]
-    elif "prompt_format" in values:
-        values["prompt"] = values["prompt_format"]
-    if ignored := sorted(values.keys() - AGENT_FORMAT.keys() - {"prompt"}):
+    values = parse_json(raw, {f"{name}?": form for name, form in AGENT_FORMAT.items()}, path)
+    if ignored := sorted(values.keys() - AGENT_FORMAT.keys()):
         names = shorten(", ".join(map(ascii, ignored)), 200)
         cli.announce(f"{path} may say {', '.join(AGENT_FORMAT)}; ignored: {names}")
-    return {name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items() if name in AGENT_FORMAT or name == "prompt"}
+    agent = {name: value for name, value in values.items() if name in AGENT_FORMAT}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in agent.items()}
 
 
 def write_agent(folder, agent):
@@ -512,8 +506,8 @@ class Env:
         check_agent(actions, fields, prompt)
         self.task = tasks.load(task) if isinstance(task, str) else task
         self.info = tasks.info(self.task.id, data=data)
-        graders = sorted(Path(tasks.__file__).parent.glob("*.py"))
-        self.graders_sha256 = tasks.hash_files(*graders, *self.task.folder.glob("task.py"))
+        modules = sorted(Path(tasks.__file__).parent.glob("*.py"))
+        self.graders = tasks.hash_files(*modules, *self.task.folder.glob("task.py"))
         self.data = Path(data)
         self.public = Path(data, self.task.id, "public").resolve()
         self.blobs = Blobs(Path(out, "blobs"))
@@ -956,7 +950,7 @@ class Env:
     def _key(self, script, before):
         """Returns a hash of all that a run depends on: files, data, grader, limits, versions, and hardware."""
         data = {name: value for name, value in self.info.items() if name not in ("m_init", "starter_seconds")}
-        parts = [script, sorted(before.items()), data, self.graders_sha256, [self.time_limit_s, "cpu"],
+        parts = [script, sorted(before.items()), data, self.graders, [self.time_limit_s, "cpu"],
                  self.task.memory_limit_bytes, describe(self.python or sys.executable)[2], self.threads,
                  bool(self.gpu), protection() if self.sandbox == "on" else self.sandbox]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -1237,9 +1231,8 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about):
         return completion.text
 
     # 1. The first state, or the last recorded one.
-    prompt_format = cfg.prompt_format if hasattr(cfg, "prompt_format") else cfg.prompt
     env = make_env(cfg, task, out, cache, actions=cfg.actions, fields=cfg.fields, steps=cfg.steps,
-                   seconds=cfg.seconds, coder=ask_coder if coder else None, prompt=prompt_format)
+                   seconds=cfg.seconds, coder=ask_coder if coder else None, prompt=cfg.prompt_format)
     lines = read_record(path)
     if lines:
         try:
