@@ -489,7 +489,9 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     first = state["step"] if state else 0
     if first >= num_updates and rank == 0:
         print(f"{cfg.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
-    log = Log(cfg, rank, first, num_updates, peak_flops(device))
+    log_file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
+    peak = peak_flops(device)
+    began = time.monotonic()
 
     for step in range(first, num_updates):
         start = time.monotonic()
@@ -502,29 +504,31 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         num_targets = sum(sum(examples[i][1]) for i in batch)
         loss = add_gradients(model, rows, num_targets, world_size, device, tokenizer.size)
         losses = of_all_ranks(loss, rank, world_size)
+        loss = sum(losses)
 
         # 3. The update.
         lr = cosine(step, num_updates, cfg.lr) * min(1.0, (step + 1) / (cfg.warmup or 1))
         optimizer.param_groups[0]["lr"] = lr
         try:
-            norm = optimizer_step(model, optimizer).item()
+            norm = optimizer_step(model, optimizer, loss=loss).item()
         except RunError as error:
             ranks = [r for r in range(world_size) if not math.isfinite(losses[r])] or range(world_size)
             where = "; ".join(f"rank {r}, conversations {batch[r::world_size]}" for r in ranks)
-            raise RunError(f"step {step + 1}: loss {sum(losses)}, {error}; {where}. The checkpoints in {cfg.out} are "
-                           "from before") from None
+            raise RunError(f"step {step + 1}: {error}; {where}. The checkpoints in {cfg.out} are from before") from None
 
         # 4. The log, with a validation where a checkpoint follows.
         seconds = time.monotonic() - start
         num_tokens = sum(len(examples[i][0]) - 1 for i in batch)
-        figures = {"step": step + 1, "loss": sum(losses), "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
-                   "mfu": flops_of(config, rows) / seconds / log.peak if log.peak else None,
+        figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
+                   "mfu": flops_of(config, rows) / seconds / peak if peak else None,
                    "peak_gib": peak_memory(device) / 2**30, "seconds": seconds}
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
             figures["valid_loss"], figures["valid_accuracy"] = validate(
                 model, valid, rank, world_size, device, tokenizer.size, cfg.length)
-        log.write(figures)
+        if rank == 0:
+            left = (time.monotonic() - began) / (step + 1 - first) * (num_updates - step - 1)
+            log_step(log_file, figures, num_updates, timedelta(seconds=int(left)))
 
         # 5. The checkpoint.
         if is_saved:
@@ -541,32 +545,19 @@ def of_all_ranks(loss, rank, world_size):
     return losses.tolist()
 
 
-class Log:
-    """Where the figures of each step go: all of them to log.jsonl, about a hundred to the screen."""
-
-    def __init__(self, cfg, rank, first, num_updates, peak):
-        self.file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
-        self.first = first
-        self.num_updates = num_updates
-        self.peak = peak        # operations a second of the device, None if unknown
-        self.began = time.monotonic()
-
-    def write(self, figures):
-        if not self.file:
-            return
-        self.file.write(json.dumps(figures) + "\n")
-        self.file.flush()
-        step = figures["step"]
-        shown_every = max(1, self.num_updates // 100)
-        if "valid_loss" not in figures and step % shown_every:
-            return
-        left = (time.monotonic() - self.began) / (step - self.first) * (self.num_updates - step)
-        line = (f"step {step:>5}/{self.num_updates}  loss {figures['loss']:.4f}  norm {figures['grad_norm']:7.3f}  "
-                f"lr {figures['lr']:.2e}  {figures['tokens_s']:8,.0f} tokens/s  MFU {figures['mfu'] or 0:4.0%}  "
-                f"{figures['peak_gib']:5.1f} GiB  {figures['seconds']:6.2f} s  ETA {timedelta(seconds=int(left))}")
-        if "valid_loss" in figures:
-            line += f"  valid {figures['valid_loss']:.4f}, {figures['valid_accuracy']:.1%} right"
-        print(line, flush=True)
+def log_step(log_file, figures, num_updates, left):
+    """Writes the figures of a step to log.jsonl, and about a hundred times in a run to the screen."""
+    log_file.write(json.dumps(figures) + "\n")
+    log_file.flush()
+    step = figures["step"]
+    if "valid_loss" not in figures and step % max(1, num_updates // 100):
+        return
+    line = (f"step {step:>5}/{num_updates}  loss {figures['loss']:.4f}  norm {figures['grad_norm']:7.3f}  "
+            f"lr {figures['lr']:.2e}  {figures['tokens_s']:8,.0f} tokens/s  MFU {figures['mfu'] or 0:4.0%}  "
+            f"{figures['peak_gib']:5.1f} GiB  {figures['seconds']:6.2f} s  ETA {left}")
+    if "valid_loss" in figures:
+        line += f"  valid {figures['valid_loss']:.4f}, {figures['valid_accuracy']:.1%} right"
+    print(line, flush=True)
 
 
 def make_tokenizer(cfg):

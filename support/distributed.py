@@ -1,5 +1,5 @@
 """Processes, sharding, packed batches, checkpoints and memory: what sft.py and rl.py share to train a model."""
-import contextlib, os, re, resource, shutil, timeit
+import contextlib, math, os, re, resource, shutil, timeit
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -113,7 +113,7 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
     # 2. The rows of this process are filled.
     parts = {}      # name -> (rows of this process, index of the first, shape of the whole)
     for name, p in model.named_parameters():
-        rows_per_rank = -(-p.shape[0] // world_size)
+        rows_per_rank = math.ceil(p.shape[0] / world_size)
         parts[name] = local_rows(p), min(rank * rows_per_rank, p.shape[0]), tuple(p.shape)
     with torch.no_grad():
         for name in [name for name in parts if name.startswith("score.")]:
@@ -158,12 +158,13 @@ def export_model(model, tokenizer, folder, dtype):
     barrier()
 
 
-def optimizer_step(model, optimizer, max_norm=1.0):
+def optimizer_step(model, optimizer, max_norm=1.0, loss=None):
     """Clips the gradient of a model, changes its weights and clears the gradient. Returns the norm before clipping, a
-    tensor. RunError: the norm is not finite; no weight was changed."""
+    tensor. loss: a number to be checked too. RunError: one of the two is not finite; no weight was changed."""
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-    if not torch.isfinite(norm):
-        raise RunError(f"gradient norm {norm.item()}")
+    if not torch.isfinite(norm) or not math.isfinite(loss or 0.0):
+        before = "" if loss is None else f"loss {loss}, "
+        raise RunError(f"{before}gradient norm {norm.item()}")
     optimizer.step()
     optimizer.zero_grad()
     return norm
