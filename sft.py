@@ -67,8 +67,8 @@ class Settings(AgentSettings):
     out: str = "runs/sft"  # the model as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
     preset: str = ""  # settings of a published recipe, which other flags override: 7b, the paper's; it collects first
         # where --trajectories is empty
-    plan: bool = False  # print memory per GPU by part, updates and time for these settings, and end; --model may then be
-        # a size alone, such as 7b
+    plan: bool = False  # print memory per GPU by part, updates and time for these settings, and end; --model may then
+        # be a size alone, such as 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
     epochs: float = 2.0  # times that training sees each conversation
     updates: int | None = None  # optimizer steps; none: as many as the epochs take
@@ -245,7 +245,8 @@ def collect(cfg, load=sample.load):
             expert = load(cfg.expert, dtype=cfg.dtype, device=cfg.device, rows=min(PARALLEL, len(jobs)),
                           context=cfg.context)
             if expert.context and cfg.max_new_tokens >= expert.context:
-                raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of {expert.context}")
+                raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of "
+                                 f"{expert.context}")
         names = sorted({task.id for task, _ in jobs})
         ideas = dict(zip(names, run_parallel([(cfg, tasks.load(id), expert) for id in names], choose_ideas, PARALLEL)))
         for id in names:
@@ -283,9 +284,10 @@ def open_manifest(cfg, task_infos, records):
             then[f"data of {task.id}"] = hash_json(manifest["tasks"][task.id]["sha256"])[:16]
             now[f"data of {task.id}"] = hash_json(info["sha256"])[:16]
         elif any(lines and lines[0]["task"] == task.id for lines in records.values()):
-            raise ValueError(f"{path} does not tell of {task.id}, of which there are trajectories; delete them, or give "
-                             "another --trajectories")
-        manifest["tasks"].setdefault(task.id, {name: info[name] for name in ("miniature", "sha256", "m_init", "m_best")})
+            raise ValueError(f"{path} does not tell of {task.id}, of which there are trajectories; delete them, or "
+                             "give another --trajectories")
+        entry = {name: info[name] for name in ("miniature", "sha256", "m_init", "m_best")}
+        manifest["tasks"].setdefault(task.id, entry)
     check_same(then, now, cfg.trajectories, "--trajectories")
     return manifest
 
@@ -358,29 +360,30 @@ def build_dataset(cfg, tokenizer, log=print):
     cfg.length tokens is cut there. ValueError: nothing is left."""
     # 1. Conversations become examples.
     conversations, _ = read_conversations(cfg.trajectories, cfg.data, tokenizer, log)
-    if cfg.copies and not all(len(one.messages) == 2 and one.messages[0]["content"].startswith("Task: ")
-                              for one in conversations):
+    are_short = [len(conversation.messages) == 2 and conversation.messages[0]["content"].startswith("Task: ")
+                 for conversation in conversations]
+    if cfg.copies and not all(are_short):
         raise ValueError("--copies are made of short prompts alone; collect with --prompt-format short")
     examples = []
     kept = []       # the conversation of each example
     cut = []
     empty = []
-    for one in conversations:
-        ids, loss_mask = tokenizer.conversation(one.messages, set(one.assistant_turns))
+    for conversation in conversations:
+        ids, loss_mask = tokenizer.conversation(conversation.messages, set(conversation.assistant_turns))
         if len(ids) > cfg.length + 1:
-            cut.append(one.source)
+            cut.append(conversation.source)
         if any(loss_mask[:cfg.length + 1]):
             examples.append((ids[:cfg.length + 1], loss_mask[:cfg.length + 1]))
-            kept.append(one)
+            kept.append(conversation)
         else:
-            empty.append(one.source)
+            empty.append(conversation.source)
     if cut:
         log(named(f"cut at {cfg.length} tokens", cut))
     if empty:
         log(named("left out, no reply before the cut", empty))
 
     # 2. Some of them validate.
-    origins = [one.origin for one in kept]
+    origins = [conversation.origin for conversation in kept]
     if len(set(origins)) == 1 < len(origins):
         log(f"  all are of {origins[0]}: some of its own steps validate")
     held_back = hold_back(origins, VALIDATION_SHARE, cfg.seed)
@@ -390,8 +393,8 @@ def build_dataset(cfg, tokenizer, log=print):
     # 3. Copies of the others.
     if cfg.copies:
         train = []
-        copies = [copy for i, one in enumerate(kept) if i not in held_back
-                  for copy in miniature.augmented_copies(one, cfg.copies, cfg.seed)]
+        copies = [copy for i, conversation in enumerate(kept) if i not in held_back
+                  for copy in miniature.augmented_copies(conversation, cfg.copies, cfg.seed)]
         for i, messages in enumerate(copies):
             ids, loss_mask = tokenizer.conversation(messages)
             if i % 10 == 0:     # the prompt too: a few names stand in it twice, which is more to learn copying from
@@ -478,8 +481,9 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     on from the newest checkpoint there. folder: of the checkpoint that it begins with, None for random weights."""
     rank, world_size, device = init_distributed()
     use_kernels(cfg.kernels, device)
-    model = build_model(config, folder, device, cfg.seed, num_weights(config)[-1] > RECOMPUTE_ABOVE,
-                        compute_type(cfg.dtype, device), draw=miniature.draw_model if cfg.copies else Qwen2.from_scratch)
+    recompute = num_weights(config)[-1] > RECOMPUTE_ABOVE
+    draw = miniature.draw_model if cfg.copies else Qwen2.from_scratch
+    model = build_model(config, folder, device, cfg.seed, recompute, compute_type(cfg.dtype, device), draw=draw)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
     num_updates = cfg.updates or math.ceil(cfg.epochs * len(examples) / cfg.batch)
     origin = {"optimizer steps": num_updates, "products in": str(model.compute).removeprefix("torch.")}
@@ -603,7 +607,7 @@ def fine_tune(cfg):
 # The command
 
 def plan(cfg):
-    """Returns the text of --plan: memory of one GPU by part, updates, tokens and time. Reads no weights, needs no GPU."""
+    """Returns the text of --plan: memory of a GPU, updates, tokens and time. It needs no weights and no GPU."""
     config = shape_of(cfg.model)
     total = num_weights(config)[-1]
     recompute = total > RECOMPUTE_ABOVE
@@ -674,7 +678,7 @@ def fill(values):
     if values["collect"] or values["model"]:
         return []
     if not under_torchrun():
-        why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun --nproc_per_node 8 sft.py)"
+        why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun sft.py, or --preset 7b)"
     elif values["device"] != "cpu" and torch.cuda.is_available():
         return [("the paper's run, as torchrun started it and there is CUDA (for the miniature: python sft.py)",
                  {"preset": "7b", **RECIPES["7b"]})]

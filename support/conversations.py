@@ -15,7 +15,7 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": 
 @dataclass
 class Conversation:
     """The source of one training example."""
-    messages: list      # [{"role", "content"}], with the sampled ids as "tokens" where they are used; the last is learned
+    messages: list      # [{"role", "content"}], with sampled ids as "tokens" where they are used; the last is learned
     assistant_turns: list       # of int: indices of the messages that are learned
     source: str         # file, and line or entry, for messages to the user
     origin: str         # all of one origin, such as a trajectory, validate together or not at all
@@ -54,14 +54,14 @@ def read_conversations(path, data="data", tokenizer=None, log=print):
                 conversations.append(read_own(entry, source))
             except InvalidConversation as error:
                 left_out[str(error)].append(source)
-    for one in conversations:
-        refuse_held_out_prompts(one)
-    num_turns = sum(len(one.assistant_turns) for one in conversations)
+    for conversation in conversations:
+        refuse_held_out_prompts(conversation)
+    num_turns = sum(len(conversation.assistant_turns) for conversation in conversations)
     lines = [f"{path}: {len(conversations)} conversations with {num_turns} replies to learn"]
     lines += [named(f"left out, {reason}", sources) for reason, sources in left_out.items()]
     if not conversations:
         raise ValueError("there is nothing to train on. " + "\n".join(lines))
-    if num := sum(one.is_miniature for one in conversations):
+    if num := sum(conversation.is_miniature for conversation in conversations):
         lines.append(f"  {num} are of MINIATURE data, which stand in for the real ones")
     log("\n".join(lines))
     return conversations, dict(left_out)
@@ -90,7 +90,8 @@ def read_entries(file, text):
             return [(f"{file}, entry {i}", entry) for i, entry in enumerate(entries, 1)]
         except (ValueError, RecursionError) as error:
             if "Extra data" not in str(error):      # JSON lines look like that
-                raise ValueError(f"{file} is not JSON: {error}. Expected a list of conversations, or one a line") from None
+                raise ValueError(f"{file} is not JSON: {error}. Expected a list of conversations, or one a "
+                                 "line") from None
     lines = enumerate(text.split("\n"), 1)          # not splitlines(): U+2028 ends no line of JSON
     return [(f"{file}, line {i}", line) for i, line in lines if line.strip()]
 
@@ -174,7 +175,7 @@ def read_trajectory_file(file, held_out, tokenizer):
         raise InvalidConversation("no turn of the assistant")
     if not is_short:
         conversations = [Conversation(messages[:assistant_turns[-1] + 1], assistant_turns, str(file), str(file))]
-    return [replace(one, is_miniature=bool(head.get("miniature"))) for one in conversations]
+    return [replace(conversation, is_miniature=bool(head.get("miniature"))) for conversation in conversations]
 
 
 def refuse_held_out_prompts(conversation):

@@ -372,7 +372,9 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
     tensors; the CUDA context, buffers of NCCL and waste of the allocator come on top.
     """
     size = compute.itemsize
-    C, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    C = config.hidden_size
+    F = config.intermediate_size
+    L = config.num_hidden_layers
     kv = config.num_key_value_heads * config.head_dim
     block, table, head, total = num_weights(config)
     trained = 16 * total // gpus                            # weight, gradient and two moments, in float32

@@ -139,12 +139,12 @@ def draw_model(config, seed):
 def make_tokenizer(conversations, folder):
     """Trains a tokenizer on conversations and saves it. The text that replies of one action share is one token, so that
     a reply takes few decisions. So is " = ": a number then stands right after its name, as far back as copying looks."""
-    replies = [one.messages[i]["content"] for one in conversations for i in one.assistant_turns]
+    replies = [conversation.messages[i]["content"] for conversation in conversations for i in conversation.assistant_turns]
     # The values of the two arguments that differ are cut out of the JSON.
     values = r'(?<="find": ").*?(?=", "replace": ")|(?<=", "replace": ").*?(?="}$)'
     counts = Counter(piece for reply in replies for piece in re.split(values, reply))
     phrases = [piece for piece, count in counts.items() if len(piece) > 3 and count * 50 > len(replies)]
-    texts = (message["content"] for one in conversations for message in one.messages)
+    texts = (message["content"] for conversation in conversations for message in conversation.messages)
     Tokenizer.train(texts, VOCABULARY, [*phrases, " = "]).save(folder)
 
 
@@ -170,7 +170,8 @@ def augment_constants(messages, rng):
     # 1. The parts of the prompt and of the reply.
     prompt, reply = (message["content"] for message in messages)
     has_new_numbers = rng.random() < 0.7
-    head, lines = prompt.split("\n")[:3], prompt.split("\n")[3:]
+    *head, shown = prompt.split("\n", 3)      # three lines before the script
+    lines = shown.split("\n")
     before, key, text = reply.rpartition("Action Input: ")
     try:
         args = json.loads(text)
