@@ -148,7 +148,8 @@ def full_tensor(x):
 
 def export_model(model, tokenizer, folder, dtype):
     """Writes a model as an ordinary Hugging Face folder, without a critic's head. Every process must call this."""
-    tensors = ((name, full_tensor(p.detach())) for name, p in sharded_parameters(model) if not name.startswith("score."))
+    parameters = ((name, p) for name, p in sharded_parameters(model) if not name.startswith("score."))
+    tensors = ((name, full_tensor(p.detach())) for name, p in parameters)
     if rank_and_size()[0] == 0:
         tokenizer.save(folder)
         write_checkpoint(folder, model.config, tensors, dtype)

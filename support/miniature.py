@@ -10,7 +10,7 @@ from sample import Tokenizer
 from support.files import shorten
 
 SHORT_ACTIONS = ("Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")
-SCRIPTED_ACTIONS = {"short": SHORT_ACTIONS, "full": ("Inspect Script Lines", *SHORT_ACTIONS)}    # of the scripted expert
+SCRIPTED_ACTIONS = {"short": SHORT_ACTIONS, "full": ("Inspect Script Lines", *SHORT_ACTIONS)}   # of the scripted expert
 SHORT_FIELDS = ("Action", "Action Input")      # a model of a million weights gets every word more wrong
 NUM_IDEAS = 24          # of a task
 AGENT_STEPS = 5         # replies of a trajectory of the trained model
@@ -37,7 +37,7 @@ def fitting(idea, script):
 
 
 def constants(script):
-    """Returns ideas made of the named numbers of a script, "NAME = 5" at the start of a line, multiplied and divided."""
+    """Returns ideas made of the named numbers of a script, lines "NAME = 5", multiplied and divided."""
     ideas = []
     for name, text in re.findall(r"^([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)(?=\s)", script, re.MULTILINE):
         find = f"{name} = {text}"
@@ -87,7 +87,7 @@ def scripted(cfg, task, ideas, rng):
     def reply(thought, action, **args):
         lines = [line for line in step["observation"].splitlines() if not line.startswith("[")]     # [5 steps left]
         texts = {"Reflection": f"The last observation says: {shorten(' '.join(lines), 200)}",
-                 "Research Plan and Status": f"1. Run the script. 2. Try ideas. Results: {'; '.join(results) or 'none'}.",
+                 "Research Plan and Status": f"Run the script, try ideas. Results: {'; '.join(results) or 'none'}.",
                  "Fact Check": f"The best {task.metric} that a run has printed is {best}.",
                  "Thought": thought, "Action": action, "Action Input": json.dumps(args, ensure_ascii=False)}
         return "\n".join(f"{name}: {texts[name]}" for name in cfg.fields)
@@ -138,8 +138,9 @@ def draw_model(config, seed):
 
 def make_tokenizer(conversations, folder):
     """Trains a tokenizer on conversations and saves it. The text that replies of one action share is one token, so that
-    a reply takes few decisions. So is " = ": a number then stands right after its name, as far back as copying looks."""
-    replies = [conversation.messages[i]["content"] for conversation in conversations for i in conversation.assistant_turns]
+    a reply takes few decisions. So is " = ": a number then stands right after its name, where copying looks."""
+    replies = [conversation.messages[i]["content"]
+               for conversation in conversations for i in conversation.assistant_turns]
     # The values of the two arguments that differ are cut out of the JSON.
     values = r'(?<="find": ").*?(?=", "replace": ")|(?<=", "replace": ").*?(?="}$)'
     counts = Counter(piece for reply in replies for piece in re.split(values, reply))

@@ -132,7 +132,8 @@ def test_products_in_bf16_leave_weights_and_gradients_in_fp32():
 @pytest.mark.parametrize("world, chosen, recompute, compute, tolerance", [
     (2, range(12), False, "float32", 2e-6), (4, range(3), True, "float32", 2e-6),
     (2, range(12), True, "bfloat16", 0.03)])
-def test_gradients_do_not_depend_on_the_number_of_processes(forks, tmp_path, world, chosen, recompute, compute, tolerance):
+def test_gradients_do_not_depend_on_the_number_of_processes(forks, tmp_path, world, chosen, recompute, compute,
+                                                            tolerance):
     """Two and four gloo processes with unequal token counts; of four, one has no text at all."""
     forks(WORKER, json.dumps([list(chosen), recompute, compute]), tmp_path / "out.pt", world=world)
     loss, grads, norm = torch.load(tmp_path / "out.pt")
@@ -165,7 +166,8 @@ config, length, recompute, compute = eval(sys.argv[1])
 torch.set_num_threads(1)
 now = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 def steps(config, length):
-    model = distributed.build_model(config, None, torch.device("cpu"), recompute=recompute, compute=getattr(torch, compute))
+    model = distributed.build_model(config, None, torch.device("cpu"), recompute=recompute,
+                                    compute=getattr(torch, compute))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     text = torch.arange(length // 4 + 1) % 250
     row = [(text.tolist(), [True] * len(text))] * 4
@@ -189,8 +191,8 @@ print(now("VmHWM") - before)
           num_hidden_layers=1), 256, True, "bfloat16")])
 def test_planned_memory_is_what_training_takes(shape, length, recompute, compute):
     """A small model with long rows, where activations are nearly all, and a layer half as wide as the 0.5B's
-    with a large vocabulary, where weights are: within 15 % of how far the resident set grows, in a process of its own. glibc is told
-    to give back what is freed at once, since it is tensors that are planned."""
+    with a large vocabulary, where weights are: within 15 % of how far the resident set grows, in a process of its own.
+    glibc is told to give back what is freed at once, since it is tensors that are planned."""
     config = Config(**shape)
     out = subprocess.run([sys.executable, "-c", PEAK, repr((config, length, recompute, compute))],
                          check=True, capture_output=True, text=True, env={
