@@ -203,8 +203,8 @@ def test_planned_memory_is_what_training_takes(shape, length, recompute, compute
 
 
 def test_a_plan_needs_neither_gpu_nor_weights(capsys):
-    """The 7B's figures by hand: 7,615,616,512 weights of 16 bytes on 8 GPUs are 14.19 GiB; 10,000 conversations twice in
-    steps of 64 are 313 steps of at most 64 rows of 15,000 tokens. Other flags override the preset's."""
+    """The 7B's figures by hand: 7,615,616,512 weights of 16 bytes on 8 GPUs are 14.19 GiB; 10,000 conversations twice
+    in steps of 64 are 313 steps of at most 64 rows of 15,000 tokens. Other flags override the preset's."""
     assert sft.main(["--preset", "7b", "--plan", "--trajectories", "nowhere"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for part in ("7,615,616,512 weights", "actor 14.19", "313 steps of 64",
@@ -230,7 +230,8 @@ def test_weights_are_counted():
 def test_a_plan_counts_each_model_of_reinforcement_learning():
     """The 7B's parts by hand, on 8 GPUs with 8 rows of 16,384 tokens of 28 layers and 2 * 512 numbers of 2 bytes."""
     num = 7_615_616_512
-    parts = distributed.plan_memory(Config.preset("7b"), 16384, 8, critic=True, reference=True, sampled_tokens=8 * 16384)
+    parts = distributed.plan_memory(Config.preset("7b"), 16384, 8, critic=True, reference=True,
+                                    sampled_tokens=8 * 16384)
     assert parts["actor"] == parts["critic"] == 16 * num // 8 and parts["reference"] == 4 * num // 8
     assert parts["sampling copy"] == 2 * num and parts["KV cache"] == 28 * 2 * 512 * 2 * 8 * 16384
     alone = distributed.plan_memory(Config.preset("7b"), 16384, 8)
@@ -288,8 +289,8 @@ def train(forks, tmp_path, out, *flags, kills=()):
     """sft.py in a process of its own that dies at its second save, once for each of `kills`, and is started again; the
     last time it is left alone, always by kill -9. True: the file half written. False: up to one and a half steps later,
     counted in calls of functions, so that no clock has a say. Forked, so that they share the imports."""
-    forks(KILLER, json.dumps(kills), "--model", tmp_path / "small", "--trajectories", tmp_path / "own.jsonl", "--batch=4",
-          "--lr=1e-3", "--save-every=1", "--out", tmp_path / out, *flags)
+    forks(KILLER, json.dumps(kills), "--model", tmp_path / "small", "--trajectories", tmp_path / "own.jsonl",
+          "--batch=4", "--lr=1e-3", "--save-every=1", "--out", tmp_path / out, *flags)
     lines = [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
     # a step that was done again after a kill counts as it was done last
     return {line["step"]: [line.get(name) for name in ("loss", "grad_norm", "lr", "valid_loss", "valid_accuracy")]
@@ -405,7 +406,8 @@ def test_what_a_rename_promises_is_on_the_disk_first(tmp_path, monkeypatch):
     assert done == ["model", "model-0.safetensors", "to model.safetensors", "model", "config.json", "model"]
     done.clear()
     files.write_atomic(tmp_path / "manifest.json", {"a": 1})
-    assert len(done) == 1 and done[0].endswith(".part") and json.loads((tmp_path / "manifest.json").read_text()) == {"a": 1}
+    assert len(done) == 1 and done[0].endswith(".part")
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"a": 1}
 
 
 def test_what_was_loaded_does_not_stay(tmp_path):
