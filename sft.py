@@ -30,19 +30,20 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 import sample
 import tasks
 from env import (
-    AgentSettings, end_reason, model_policy, play_trajectory, prepare_tasks, prompt_of, read_agent, read_record,
-    read_records, trajectory_path, write_agent)
+    AgentSettings, end_reason, model_policy, play_trajectory, prepare_tasks, read_agent, read_record, trajectory_path,
+    write_agent)
 from model import Config, Qwen2, find_folder, hash_checkpoint, use_kernels
 from support import cli, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
+from support.conversations import named, read_conversations
 from support.distributed import (
     RECOMPUTE_ABOVE, batch_indices, build_model, check_same, collate_packed, compute_type, explain_dist_errors,
     export_model, flops_of, gib, init_distributed, load_state, num_weights, optimizer_step, packed_micro_batches,
     peak_flops, peak_memory, plan_memory, rank0_broadcast, save_state, shape_of)
 from support.files import (
-    FLAG, NUMBER, TEXT, VALUE, fingerprint, folder_lock, hash_json, parse_json, read_bytes, shorten, write_atomic)
+    FLAG, NUMBER, TEXT, VALUE, fingerprint, folder_lock, hash_json, parse_json, read_bytes, write_atomic)
 from support.parallel import Progress, run_parallel
-from support.storage import Blobs, MissingBlob, ResultCache
+from support.storage import ResultCache
 
 
 RECIPES = {     # --preset: the paper's section on fine-tuning, which the defaults follow too
@@ -66,8 +67,8 @@ class Settings(AgentSettings):
     out: str = "runs/sft"  # the model as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
     preset: str = ""  # settings of a published recipe, which other flags override: 7b, the paper's; it collects first
         # where --trajectories is empty
-    plan: bool = False  # print memory per GPU by part, updates and time for these settings, and end; --model may then be
-        # a size alone, such as 7b
+    plan: bool = False  # print memory per GPU by part, updates and time for these settings, and end; --model may then
+        # be a size alone, such as 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
     epochs: float = 2.0  # times that training sees each conversation
     updates: int | None = None  # optimizer steps; none: as many as the epochs take
@@ -244,7 +245,8 @@ def collect(cfg, load=sample.load):
             expert = load(cfg.expert, dtype=cfg.dtype, device=cfg.device, rows=min(PARALLEL, len(jobs)),
                           context=cfg.context)
             if expert.context and cfg.max_new_tokens >= expert.context:
-                raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of {expert.context}")
+                raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of "
+                                 f"{expert.context}")
         names = sorted({task.id for task, _ in jobs})
         ideas = dict(zip(names, run_parallel([(cfg, tasks.load(id), expert) for id in names], choose_ideas, PARALLEL)))
         for id in names:
@@ -282,9 +284,10 @@ def open_manifest(cfg, task_infos, records):
             then[f"data of {task.id}"] = hash_json(manifest["tasks"][task.id]["sha256"])[:16]
             now[f"data of {task.id}"] = hash_json(info["sha256"])[:16]
         elif any(lines and lines[0]["task"] == task.id for lines in records.values()):
-            raise ValueError(f"{path} does not tell of {task.id}, of which there are trajectories; delete them, or give "
-                             "another --trajectories")
-        manifest["tasks"].setdefault(task.id, {name: info[name] for name in ("miniature", "sha256", "m_init", "m_best")})
+            raise ValueError(f"{path} does not tell of {task.id}, of which there are trajectories; delete them, or "
+                             "give another --trajectories")
+        entry = {name: info[name] for name in ("miniature", "sha256", "m_init", "m_best")}
+        manifest["tasks"].setdefault(task.id, entry)
     check_same(then, now, cfg.trajectories, "--trajectories")
     return manifest
 
@@ -350,185 +353,6 @@ def report(manifest):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading conversations
-
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-
-
-@dataclass
-class Conversation:
-    """The source of one training example."""
-    messages: list      # [{"role", "content"}], with the sampled ids as "tokens" where they are used; the last is learned
-    assistant_turns: list       # of int: indices of the messages that are learned
-    source: str         # file, and line or entry, for messages to the user
-    origin: str         # all of one origin, such as a trajectory, validate together or not at all
-    is_miniature: bool = False      # the data of the task are
-
-
-class InvalidConversation(ValueError):
-    """A conversation that cannot be used; the message says why."""
-
-
-def read_conversations(path, data="data", tokenizer=None, log=print):
-    """Returns ([Conversation, ...], {reason: sources that were left out}) of a folder of trajectories, or of a file: a
-    trajectory, or a user's conversations.
-
-    Every entry that cannot be used is left out, counted and named. data: where prepared tasks are, for
-    the hashes of the held-out ones. tokenizer: of the model to be trained; the ids that an expert sampled are used if
-    it had the same one. ValueError: something held out, a file that is broken as a whole, or nothing to train on.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"there is no {path}; collect it with: python sft.py --collect --trajectories {path}")
-    files = sorted(file for file in path.glob("*.jsonl") if file.is_file()) if path.is_dir() else [path]
-    held_out = tasks.held_out_hashes(data)
-    conversations = []
-    left_out = defaultdict(list)        # reason -> sources
-    for file in files:
-        text = read_text(file)
-        if text.startswith('{"type": "header"') or path.is_dir():
-            try:
-                conversations += read_trajectory_file(file, held_out, tokenizer)
-            except InvalidConversation as error:
-                left_out[str(error)].append(str(file))
-            continue
-        for source, entry in read_entries(file, text):
-            try:
-                conversations.append(read_own(entry, source))
-            except InvalidConversation as error:
-                left_out[str(error)].append(source)
-    for one in conversations:
-        refuse_held_out_prompts(one)
-    num_turns = sum(len(one.assistant_turns) for one in conversations)
-    lines = [f"{path}: {len(conversations)} conversations with {num_turns} replies to learn"]
-    lines += [named(f"left out, {reason}", sources) for reason, sources in left_out.items()]
-    if not conversations:
-        raise ValueError("there is nothing to train on. " + "\n".join(lines))
-    if num := sum(one.is_miniature for one in conversations):
-        lines.append(f"  {num} are of MINIATURE data, which stand in for the real ones")
-    log("\n".join(lines))
-    return conversations, dict(left_out)
-
-
-def named(what, sources):
-    """Returns a line of a log: how many there are, and the first of them."""
-    return f"  {what}: {len(sources)} ({', '.join(sources[:5])}{', ...' if len(sources) > 5 else ''})"
-
-
-def read_text(file):
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error})") from None
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-
-
-def read_entries(file, text):
-    """Returns [(source, entry)] of a user's file: JSON (a list, or one entry), or JSON lines, which stay text here."""
-    if file.suffix != ".jsonl":
-        try:
-            value = json.loads(text)
-            entries = value if isinstance(value, list) else [value]
-            return [(f"{file}, entry {i}", entry) for i, entry in enumerate(entries, 1)]
-        except (ValueError, RecursionError) as error:
-            if "Extra data" not in str(error):      # JSON lines look like that
-                raise ValueError(f"{file} is not JSON: {error}. Expected a list of conversations, or one a line") from None
-    lines = enumerate(text.split("\n"), 1)          # not splitlines(): U+2028 ends no line of JSON
-    return [(f"{file}, line {i}", line) for i, line in lines if line.strip()]
-
-
-def read_own(entry, source):
-    """Returns the Conversation of an entry of a user's file, {"messages": [{"role", "content"}]} or ShareGPT's
-    {"conversations": [{"from", "value"}]}, with or without a "system". Every turn of the assistant is learned."""
-    if isinstance(entry, str):
-        try:
-            entry = json.loads(entry)
-        except (ValueError, RecursionError):
-            raise InvalidConversation("not JSON") from None
-    turns = entry.get("messages", entry.get("conversations")) if isinstance(entry, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise InvalidConversation('no list "messages" or "conversations"')
-    if entry.get("system"):
-        turns = [{"role": "system", "content": entry["system"]}, *turns]
-    messages = []
-    for turn in turns:
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise InvalidConversation(f"unknown role {shorten(repr(role), 40)}")
-        if not isinstance(content, str):
-            raise InvalidConversation("a content that is no text")
-        if re.search("[\ud800-\udfff]", content):
-            raise InvalidConversation("half a surrogate pair, which is no character")
-        messages.append({"role": ROLES[role], "content": content})
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
-    if not turns:
-        raise InvalidConversation("no turn of the assistant")
-    return Conversation(messages[:turns[-1] + 1], turns, source, source)
-
-
-def read_trajectory_file(file, held_out, tokenizer):
-    """Returns [Conversation, ...] of a trajectory: one, or with short prompts one for each reply. Only replies that
-    were carried out are learned. ValueError: it is of a held-out task. held_out: see tasks.held_out_hashes."""
-    # 1. It is whole, and of a task that may be learned.
-    try:
-        records = read_records(file)
-    except ValueError as error:
-        raise InvalidConversation(f"no record of a trajectory: {error}") from None
-    if not end_reason(records):
-        raise InvalidConversation("not finished: collect again to go on with it")
-    head = records[0]
-    steps = [line for line in records if line["type"] == "step"]
-    try:
-        tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), held_out)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
-    blobs = Blobs(folder / "blobs")
-    try:
-        for sha in {sha for line in (head, *steps) for sha in line["snapshot"].values()}:
-            blobs.path(sha)
-    except MissingBlob:
-        raise InvalidConversation("a missing blob") from None
-
-    # 2. Its messages; ids of another tokenizer say nothing to this model.
-    is_same = tokenizer is not None and head.get("tokenizer") == fingerprint(tokenizer)
-    for line in (head, *steps):
-        for message in line["messages"]:
-            if not is_same:
-                message.pop("tokens", None)
-    is_short = head.get("prompt") == "short"
-    task = tasks.load(head["task"])
-    messages = list(head["messages"])
-    snapshot = head["snapshot"]
-    assistant_turns = []
-    conversations = []
-    for step in steps:      # a reply that could not be read is not among the messages
-        if step["valid"] and step["messages"][0]["role"] == "assistant":
-            assistant_turns.append(len(messages))
-            if is_short:
-                prompt = prompt_of("short", task, messages, snapshot, blobs)
-                conversations.append(Conversation([*prompt, step["messages"][0]], [len(prompt)],
-                                                  f"{file}, message {len(messages)}", str(file)))
-        messages += step["messages"]
-        snapshot = step["snapshot"]
-    if not assistant_turns:
-        raise InvalidConversation("no turn of the assistant")
-    if not is_short:
-        conversations = [Conversation(messages[:assistant_turns[-1] + 1], assistant_turns, str(file), str(file))]
-    return [replace(one, is_miniature=bool(head.get("miniature"))) for one in conversations]
-
-
-def refuse_held_out_prompts(conversation):
-    """Raises ValueError where a conversation is about a held-out task by the first line of a prompt."""
-    for message in conversation.messages:
-        match = re.match(r"Task: (\S+)\n", message["content"]) if message["role"] == "user" else None
-        if match and match[1] in tasks.names("held-out"):
-            raise ValueError(f"{conversation.source} is about {match[1]}, which is held out: it may not be trained on")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The data set. An example is (ids, loss_mask): token ids, and for each of them whether it is learned.
 
 def build_dataset(cfg, tokenizer, log=print):
@@ -536,29 +360,30 @@ def build_dataset(cfg, tokenizer, log=print):
     cfg.length tokens is cut there. ValueError: nothing is left."""
     # 1. Conversations become examples.
     conversations, _ = read_conversations(cfg.trajectories, cfg.data, tokenizer, log)
-    if cfg.copies and not all(len(one.messages) == 2 and one.messages[0]["content"].startswith("Task: ")
-                              for one in conversations):
+    are_short = [len(conversation.messages) == 2 and conversation.messages[0]["content"].startswith("Task: ")
+                 for conversation in conversations]
+    if cfg.copies and not all(are_short):
         raise ValueError("--copies are made of short prompts alone; collect with --prompt-format short")
     examples = []
     kept = []       # the conversation of each example
     cut = []
     empty = []
-    for one in conversations:
-        ids, loss_mask = tokenizer.conversation(one.messages, set(one.assistant_turns))
+    for conversation in conversations:
+        ids, loss_mask = tokenizer.conversation(conversation.messages, set(conversation.assistant_turns))
         if len(ids) > cfg.length + 1:
-            cut.append(one.source)
+            cut.append(conversation.source)
         if any(loss_mask[:cfg.length + 1]):
             examples.append((ids[:cfg.length + 1], loss_mask[:cfg.length + 1]))
-            kept.append(one)
+            kept.append(conversation)
         else:
-            empty.append(one.source)
+            empty.append(conversation.source)
     if cut:
         log(named(f"cut at {cfg.length} tokens", cut))
     if empty:
         log(named("left out, no reply before the cut", empty))
 
     # 2. Some of them validate.
-    origins = [one.origin for one in kept]
+    origins = [conversation.origin for conversation in kept]
     if len(set(origins)) == 1 < len(origins):
         log(f"  all are of {origins[0]}: some of its own steps validate")
     held_back = hold_back(origins, VALIDATION_SHARE, cfg.seed)
@@ -568,8 +393,8 @@ def build_dataset(cfg, tokenizer, log=print):
     # 3. Copies of the others.
     if cfg.copies:
         train = []
-        copies = [copy for i, one in enumerate(kept) if i not in held_back
-                  for copy in miniature.augmented_copies(one, cfg.copies, cfg.seed)]
+        copies = [copy for i, conversation in enumerate(kept) if i not in held_back
+                  for copy in miniature.augmented_copies(conversation, cfg.copies, cfg.seed)]
         for i, messages in enumerate(copies):
             ids, loss_mask = tokenizer.conversation(messages)
             if i % 10 == 0:     # the prompt too: a few names stand in it twice, which is more to learn copying from
@@ -656,8 +481,9 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     on from the newest checkpoint there. folder: of the checkpoint that it begins with, None for random weights."""
     rank, world_size, device = init_distributed()
     use_kernels(cfg.kernels, device)
-    model = build_model(config, folder, device, cfg.seed, num_weights(config)[-1] > RECOMPUTE_ABOVE,
-                        compute_type(cfg.dtype, device), draw=miniature.draw_model if cfg.copies else Qwen2.from_scratch)
+    recompute = num_weights(config)[-1] > RECOMPUTE_ABOVE
+    draw = miniature.draw_model if cfg.copies else Qwen2.from_scratch
+    model = build_model(config, folder, device, cfg.seed, recompute, compute_type(cfg.dtype, device), draw=draw)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
     num_updates = cfg.updates or math.ceil(cfg.epochs * len(examples) / cfg.batch)
     origin = {"optimizer steps": num_updates, "products in": str(model.compute).removeprefix("torch.")}
@@ -667,7 +493,9 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     first = state["step"] if state else 0
     if first >= num_updates and rank == 0:
         print(f"{cfg.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
-    log = Log(cfg, rank, first, num_updates, peak_flops(device))
+    log_file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
+    peak = peak_flops(device)
+    began = time.monotonic()
 
     for step in range(first, num_updates):
         start = time.monotonic()
@@ -680,29 +508,31 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         num_targets = sum(sum(examples[i][1]) for i in batch)
         loss = add_gradients(model, rows, num_targets, world_size, device, tokenizer.size)
         losses = of_all_ranks(loss, rank, world_size)
+        loss = sum(losses)
 
         # 3. The update.
         lr = cosine(step, num_updates, cfg.lr) * min(1.0, (step + 1) / (cfg.warmup or 1))
         optimizer.param_groups[0]["lr"] = lr
         try:
-            norm = optimizer_step(model, optimizer).item()
+            norm = optimizer_step(model, optimizer, loss=loss).item()
         except RunError as error:
             ranks = [r for r in range(world_size) if not math.isfinite(losses[r])] or range(world_size)
             where = "; ".join(f"rank {r}, conversations {batch[r::world_size]}" for r in ranks)
-            raise RunError(f"step {step + 1}: loss {sum(losses)}, {error}; {where}. The checkpoints in {cfg.out} are "
-                           "from before") from None
+            raise RunError(f"step {step + 1}: {error}; {where}. The checkpoints in {cfg.out} are from before") from None
 
         # 4. The log, with a validation where a checkpoint follows.
         seconds = time.monotonic() - start
         num_tokens = sum(len(examples[i][0]) - 1 for i in batch)
-        figures = {"step": step + 1, "loss": sum(losses), "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
-                   "mfu": flops_of(config, rows) / seconds / log.peak if log.peak else None,
+        figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
+                   "mfu": flops_of(config, rows) / seconds / peak if peak else None,
                    "peak_gib": peak_memory(device) / 2**30, "seconds": seconds}
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
             figures["valid_loss"], figures["valid_accuracy"] = validate(
                 model, valid, rank, world_size, device, tokenizer.size, cfg.length)
-        log.write(figures)
+        if rank == 0:
+            left = (time.monotonic() - began) / (step + 1 - first) * (num_updates - step - 1)
+            log_step(log_file, figures, num_updates, timedelta(seconds=int(left)))
 
         # 5. The checkpoint.
         if is_saved:
@@ -719,32 +549,19 @@ def of_all_ranks(loss, rank, world_size):
     return losses.tolist()
 
 
-class Log:
-    """Where the figures of each step go: all of them to log.jsonl, about a hundred to the screen."""
-
-    def __init__(self, cfg, rank, first, num_updates, peak):
-        self.file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
-        self.first = first
-        self.num_updates = num_updates
-        self.peak = peak        # operations a second of the device, None if unknown
-        self.began = time.monotonic()
-
-    def write(self, figures):
-        if not self.file:
-            return
-        self.file.write(json.dumps(figures) + "\n")
-        self.file.flush()
-        step = figures["step"]
-        shown_every = max(1, self.num_updates // 100)
-        if "valid_loss" not in figures and step % shown_every:
-            return
-        left = (time.monotonic() - self.began) / (step - self.first) * (self.num_updates - step)
-        line = (f"step {step:>5}/{self.num_updates}  loss {figures['loss']:.4f}  norm {figures['grad_norm']:7.3f}  "
-                f"lr {figures['lr']:.2e}  {figures['tokens_s']:8,.0f} tokens/s  MFU {figures['mfu'] or 0:4.0%}  "
-                f"{figures['peak_gib']:5.1f} GiB  {figures['seconds']:6.2f} s  ETA {timedelta(seconds=int(left))}")
-        if "valid_loss" in figures:
-            line += f"  valid {figures['valid_loss']:.4f}, {figures['valid_accuracy']:.1%} right"
-        print(line, flush=True)
+def log_step(log_file, figures, num_updates, left):
+    """Writes the figures of a step to log.jsonl, and about a hundred times in a run to the screen."""
+    log_file.write(json.dumps(figures) + "\n")
+    log_file.flush()
+    step = figures["step"]
+    if "valid_loss" not in figures and step % max(1, num_updates // 100):
+        return
+    line = (f"step {step:>5}/{num_updates}  loss {figures['loss']:.4f}  norm {figures['grad_norm']:7.3f}  "
+            f"lr {figures['lr']:.2e}  {figures['tokens_s']:8,.0f} tokens/s  MFU {figures['mfu'] or 0:4.0%}  "
+            f"{figures['peak_gib']:5.1f} GiB  {figures['seconds']:6.2f} s  ETA {left}")
+    if "valid_loss" in figures:
+        line += f"  valid {figures['valid_loss']:.4f}, {figures['valid_accuracy']:.1%} right"
+    print(line, flush=True)
 
 
 def make_tokenizer(cfg):
@@ -790,7 +607,7 @@ def fine_tune(cfg):
 # The command
 
 def plan(cfg):
-    """Returns the text of --plan: memory of one GPU by part, updates, tokens and time. Reads no weights, needs no GPU."""
+    """Returns the text of --plan: memory of a GPU, updates, tokens and time. It needs no weights and no GPU."""
     config = shape_of(cfg.model)
     total = num_weights(config)[-1]
     recompute = total > RECOMPUTE_ABOVE
@@ -811,12 +628,25 @@ def plan(cfg):
         f"about {seconds / 3600:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 
 
+def is_collected(path):
+    """Returns whether there is something to train on: a file, or a folder whose collection was not broken off."""
+    if path.is_file():
+        return True
+    manifest = path / "manifest.json"
+    raw = read_bytes(manifest)
+    if raw is None:
+        return any(path.glob("*.jsonl"))
+    return parse_json(raw, {"complete": FLAG}, manifest)["complete"]
+
+
 def collect_first(cfg):
-    """Collects on the first process, while the others wait."""
+    """Collects on the first process, while the others wait. With --preset only where nothing was collected before."""
     rank, _, _ = init_distributed()
 
     def work():
-        print("1. Collecting: a scripted expert edits and runs the starters of the held-in tasks.")
+        if cfg.preset and is_collected(Path(cfg.trajectories)):
+            return
+        print("1. Collecting: an expert edits and runs the starters of the held-in tasks.")
         print(report(collect(cfg)))
         print(f"\n2. Training {cfg.model} on what it did.", flush=True)
     with explain_dist_errors(rank):
@@ -848,7 +678,7 @@ def fill(values):
     if values["collect"] or values["model"]:
         return []
     if not under_torchrun():
-        why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun --nproc_per_node 8 sft.py)"
+        why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun sft.py, or --preset 7b)"
     elif values["device"] != "cpu" and torch.cuda.is_available():
         return [("the paper's run, as torchrun started it and there is CUDA (for the miniature: python sft.py)",
                  {"preset": "7b", **RECIPES["7b"]})]
@@ -875,7 +705,7 @@ def main(argv=None):
         elif not cfg.model:
             run_miniature(cfg)
         else:
-            if cfg.preset and not Path(cfg.trajectories).exists():
+            if cfg.preset:
                 collect_first(cfg)
             fine_tune(cfg)
 

@@ -1,5 +1,5 @@
 """Processes, sharding, packed batches, checkpoints and memory: what sft.py and rl.py share to train a model."""
-import contextlib, os, re, resource, shutil, timeit
+import contextlib, math, os, re, resource, shutil, timeit
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -113,7 +113,7 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
     # 2. The rows of this process are filled.
     parts = {}      # name -> (rows of this process, index of the first, shape of the whole)
     for name, p in model.named_parameters():
-        rows_per_rank = -(-p.shape[0] // world_size)
+        rows_per_rank = math.ceil(p.shape[0] / world_size)
         parts[name] = local_rows(p), min(rank * rows_per_rank, p.shape[0]), tuple(p.shape)
     with torch.no_grad():
         for name in [name for name in parts if name.startswith("score.")]:
@@ -148,7 +148,8 @@ def full_tensor(x):
 
 def export_model(model, tokenizer, folder, dtype):
     """Writes a model as an ordinary Hugging Face folder, without a critic's head. Every process must call this."""
-    tensors = ((name, full_tensor(p.detach())) for name, p in sharded_parameters(model) if not name.startswith("score."))
+    parameters = ((name, p) for name, p in sharded_parameters(model) if not name.startswith("score."))
+    tensors = ((name, full_tensor(p.detach())) for name, p in parameters)
     if rank_and_size()[0] == 0:
         tokenizer.save(folder)
         write_checkpoint(folder, model.config, tensors, dtype)
@@ -158,12 +159,13 @@ def export_model(model, tokenizer, folder, dtype):
     barrier()
 
 
-def optimizer_step(model, optimizer, max_norm=1.0):
+def optimizer_step(model, optimizer, max_norm=1.0, loss=None):
     """Clips the gradient of a model, changes its weights and clears the gradient. Returns the norm before clipping, a
-    tensor. RunError: the norm is not finite; no weight was changed."""
+    tensor. loss: a number to be checked too. RunError: one of the two is not finite; no weight was changed."""
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-    if not torch.isfinite(norm):
-        raise RunError(f"gradient norm {norm.item()}")
+    if not torch.isfinite(norm) or not math.isfinite(loss or 0.0):
+        before = "" if loss is None else f"loss {loss}, "
+        raise RunError(f"{before}gradient norm {norm.item()}")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -355,8 +357,9 @@ def num_weights(config):
 
 
 def shape_of(model):
-    """Returns the Config of a folder, of a published Qwen2.5 by its name, or of a preset ("7b"); reads no weights."""
-    if Path(model).is_dir():
+    """Returns the Config of a folder, of a published Qwen2.5 by its name, or of a preset ("7b", by default "tiny"); reads
+    no weights."""
+    if model and Path(model).is_dir():
         return Config.from_pretrained(model)
     named = re.fullmatch(r"(?:.*/)?Qwen2\.5-(?:Coder-|Math-)?([\d.]+b)(?:-Instruct)?", model, re.I)
     return Config.preset(named[1].lower() if named else model or "tiny")
@@ -371,7 +374,9 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
     tensors; the CUDA context, buffers of NCCL and waste of the allocator come on top.
     """
     size = compute.itemsize
-    C, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    C = config.hidden_size
+    F = config.intermediate_size
+    L = config.num_hidden_layers
     kv = config.num_key_value_heads * config.head_dim
     block, table, head, total = num_weights(config)
     trained = 16 * total // gpus                            # weight, gradient and two moments, in float32

@@ -3,14 +3,18 @@ needs no model, edits of constants to copy, a tokenizer of its own, and figures 
 import json, random, re
 from collections import Counter
 
+import tokenizers
+import torch
+import torch.nn as nn
+
 import tasks
 from env import MAX_LINES, parse, printed_metric, short_prompt, shown_lines
 from model import Qwen2
-from sample import Tokenizer
+from sample import Tokenizer, byte_alphabet
 from support.files import shorten
 
 SHORT_ACTIONS = ("Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")
-SCRIPTED_ACTIONS = {"short": SHORT_ACTIONS, "full": ("Inspect Script Lines", *SHORT_ACTIONS)}    # of the scripted expert
+SCRIPTED_ACTIONS = {"short": SHORT_ACTIONS, "full": ("Inspect Script Lines", *SHORT_ACTIONS)}   # of the scripted expert
 SHORT_FIELDS = ("Action", "Action Input")      # a model of a million weights gets every word more wrong
 NUM_IDEAS = 24          # of a task
 AGENT_STEPS = 5         # replies of a trajectory of the trained model
@@ -37,7 +41,7 @@ def fitting(idea, script):
 
 
 def constants(script):
-    """Returns ideas made of the named numbers of a script, "NAME = 5" at the start of a line, multiplied and divided."""
+    """Returns ideas made of the named numbers of a script, lines "NAME = 5", multiplied and divided."""
     ideas = []
     for name, text in re.findall(r"^([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)(?=\s)", script, re.MULTILINE):
         find = f"{name} = {text}"
@@ -87,7 +91,7 @@ def scripted(cfg, task, ideas, rng):
     def reply(thought, action, **args):
         lines = [line for line in step["observation"].splitlines() if not line.startswith("[")]     # [5 steps left]
         texts = {"Reflection": f"The last observation says: {shorten(' '.join(lines), 200)}",
-                 "Research Plan and Status": f"1. Run the script. 2. Try ideas. Results: {'; '.join(results) or 'none'}.",
+                 "Research Plan and Status": f"Run the script, try ideas. Results: {'; '.join(results) or 'none'}.",
                  "Fact Check": f"The best {task.metric} that a run has printed is {best}.",
                  "Thought": thought, "Action": action, "Action Input": json.dumps(args, ensure_ascii=False)}
         return "\n".join(f"{name}: {texts[name]}" for name in cfg.fields)
@@ -133,19 +137,22 @@ def scripted(cfg, task, ideas, rng):
 
 def draw_model(config, seed):
     """Returns a model that copies text before any training."""
-    return Qwen2.from_scratch(config, seed).draw_copying(seed)
+    model = Qwen2.from_scratch(config, seed)
+    draw_copying(model, seed)
+    return model
 
 
 def make_tokenizer(conversations, folder):
     """Trains a tokenizer on conversations and saves it. The text that replies of one action share is one token, so that
-    a reply takes few decisions. So is " = ": a number then stands right after its name, as far back as copying looks."""
-    replies = [one.messages[i]["content"] for one in conversations for i in one.assistant_turns]
+    a reply takes few decisions. So is " = ": a number then stands right after its name, where copying looks."""
+    replies = [conversation.messages[i]["content"]
+               for conversation in conversations for i in conversation.assistant_turns]
     # The values of the two arguments that differ are cut out of the JSON.
     values = r'(?<="find": ").*?(?=", "replace": ")|(?<=", "replace": ").*?(?="}$)'
     counts = Counter(piece for reply in replies for piece in re.split(values, reply))
     phrases = [piece for piece, count in counts.items() if len(piece) > 3 and count * 50 > len(replies)]
-    texts = (message["content"] for one in conversations for message in one.messages)
-    Tokenizer.train(texts, VOCABULARY, [*phrases, " = "]).save(folder)
+    texts = (message["content"] for conversation in conversations for message in conversation.messages)
+    train_tokenizer(texts, VOCABULARY, [*phrases, " = "]).save(folder)
 
 
 CONSTANT = re.compile(r"([A-Z][A-Z0-9_]*) = (\d[\d.e-]*)")      # a line of a script that gives a constant
@@ -170,7 +177,8 @@ def augment_constants(messages, rng):
     # 1. The parts of the prompt and of the reply.
     prompt, reply = (message["content"] for message in messages)
     has_new_numbers = rng.random() < 0.7
-    head, lines = prompt.split("\n")[:3], prompt.split("\n")[3:]
+    *head, shown = prompt.split("\n", 3)      # three lines before the script
+    lines = shown.split("\n")
     before, key, text = reply.rpartition("Action Input: ")
     try:
         args = json.loads(text)
@@ -277,3 +285,92 @@ def reply_stats(cfg, engine, split, num=64):
     stats = {"parsed": num_parsed / num, "edits": num_edits / num, "valid": len(valid) / max(1, num_edits),
              "distinct": len(set(valid))}
     return stats, states[0][1], replies[0][0].text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first weights and the tokenizer
+
+@torch.no_grad()
+def draw_copying(model, seed):
+    """Draws weights that copy: blocks 0 and 1 hold an induction circuit (arXiv 2209.11895) before any training.
+
+    Head 0 of block 0 looks one token back and head 1 two tokens. Each writes the embedding of the token it finds, seen
+    in D directions V, into D other directions: U[0] and U[1]. In block 1 both heads ask for the places that come after
+    the same two tokens, and write what stands there in the directions W: what followed the last time is what comes
+    next. Learned from random weights this takes millions of tokens; so drawn, the model gets 80 % of a repeated random
+    text right before the first step. All other weights are drawn small. Raises ValueError for a shape without room.
+    """
+    config = model.config
+    C, D = config.hidden_size, config.head_dim
+    group = config.num_attention_heads // config.num_key_value_heads
+    if C < 4 * D or config.num_hidden_layers < 2 or D < 16 or group != 2:
+        raise ValueError("copying needs 2 blocks, 4 heads of width 16 or more, and 2 query heads for each key head, "
+                         f"found {config}")
+
+    # 1. Everything else is small.
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            std = C ** -0.5
+            if "embed" in name:
+                std = 0.1
+            elif "o_proj" in name or "down" in name:
+                std = 0.005
+            nn.init.normal_(p, std=std, generator=generator)
+
+    # 2. Four sets of D orthogonal directions, each (C, D), and a rotation of one of them.
+    basis = torch.linalg.qr(torch.randn(C, C, generator=generator))[0]
+    turn = torch.linalg.qr(torch.randn(D, D, generator=generator))[0]
+    V, W, *U = basis[:, :4 * D].split(D, dim=1)
+
+    # 3. Block 0 looks back. With a on the fastest rotary pairs, R(i) a . R(j) R(1) a is largest at j = i - 1: biases of
+    # queries and keys alone tell how far back a head looks.
+    look_back = model.model.layers[0].self_attn
+    speed = config.rope_theta ** (torch.arange(0, 6, 2) / -D)                   # of the three fastest pairs
+    fast_rows = torch.cat([torch.arange(3), torch.arange(3) + D // 2])
+    look_back.k_proj.weight[:D] *= 0.3
+    look_back.k_proj.bias[fast_rows] = 8 * torch.cat([speed.cos(), speed.sin()])
+    look_back.v_proj.weight[:D] = V.T
+    for head in range(group):
+        rows = torch.arange(head * D, (head + 1) * D)
+        angle = head * speed
+        look_back.q_proj.weight[rows] *= 0.3
+        look_back.q_proj.bias[rows[fast_rows]] = 8 * torch.cat([angle.cos(), -angle.sin()])
+        look_back.o_proj.weight[:, rows] = 0.2 * U[head]
+
+    # 4. Block 1 copies: what is here and before it is looked for in U[0] and, turned, U[1], through the slow rotary
+    # pairs alone, which hardly tell one place from another.
+    copy = model.model.layers[1].self_attn
+    slow = (torch.arange(D) % (D // 2) >= 5).float()[:, None]
+    copy.k_proj.weight[:D] = slow * (3 * U[0].T + turn @ U[1].T)
+    copy.v_proj.weight[:D] = W.T
+    for head in range(group):
+        rows = torch.arange(head * D, (head + 1) * D)
+        copy.q_proj.weight[rows] = slow * (3 * V.T + turn @ U[0].T)
+        copy.o_proj.weight[:, rows] = 1.6 * W
+
+
+# A digit is always a token of its own, and a word is the same tokens after any punctuation.
+# Both make it easier for a small model to learn to copy.
+WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def train_tokenizer(texts, size, phrases=()):
+    """Return a Tokenizer of `size` ids that is learned from the texts. It has no default system message.
+
+    Each of `phrases` gets one more id, wherever it stands: it is what many replies have word for word.
+    """
+    pre_tokenizers = tokenizers.pre_tokenizers
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[Tokenizer.TEXT_END, Tokenizer.TURN, Tokenizer.END],
+        initial_alphabet=byte_alphabet(),
+        show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_tokens([tokenizers.AddedToken(phrase, normalized=False) for phrase in phrases])
+    return Tokenizer(bpe, system=None)

@@ -49,7 +49,7 @@ def flags_of(program, folder, steps):
     """The command's flags but --out."""
     flags = {"model": folder / "model", "save-every": 2}
     if program == "sft":
-        flags |= {"trajectories": folder / "own.jsonl", "steps": steps, "batch": 4, "lr": 1e-3, "validate-every": 2}
+        flags |= {"trajectories": folder / "own.jsonl", "updates": steps, "batch": 4, "lr": 1e-3}
     else:
         flags |= {"trajectories": folder / "pool", "data": folder / "data", "task": "toy-a", "iterations": steps,
                   "preset": "7b", "rows": 8, "states": 4, "samples": 2, "max-new-tokens": 8,

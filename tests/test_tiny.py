@@ -279,7 +279,7 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
     assert "already trained" in again and again.split("One state:")[1] == said.split("One state:")[1]
     assert {path: path.read_bytes() for path in before} == before
     s = cli.parse(evaluation.Settings, ["--model", str(out), "--steps=3"], evaluation.fill)
-    assert (s.prompt_format if hasattr(s, "prompt_format") else s.prompt, s.fields, s.steps, s.context) == ("short", miniature.SHORT_FIELDS, 3, miniature.TINY["context"])
+    assert (s.prompt_format, s.fields, s.steps, s.context) == ("short", miniature.SHORT_FIELDS, 3, miniature.TINY["context"])
     run("eval", f"--model={out}", f"--data={folder / 'data'}", f"--out={tmp_path / 'eval'}", "--task=toy-out",
         "--trajectories=1")
     head, steps = env.read_trajectory(tmp_path / "eval" / "trajectories" / "toy-out-0.jsonl")
@@ -295,6 +295,41 @@ def test_of_two_processes_the_first_collects_and_both_train(forks, whole, tmp_pa
         assert said.count(part) == 1
     assert json.loads((tmp_path / "sft" / "agent.json").read_text())["steps"] == miniature.AGENT_STEPS
     assert (tmp_path / "sft" / "checkpoints").is_dir() and (tmp_path / "sft" / "model.safetensors").is_file()
+
+
+def test_a_recipe_collects_first_where_nothing_was_collected(toys, tmp_path, capsys):
+    """And goes on with a collection that was broken off. One trajectory is too few to train on."""
+    flags = ["--preset=7b", "--model=tiny", f"--data={toys / 'data'}", f"--trajectories={tmp_path / 'pool'}", "--num=1",
+             "--updates=1", "--batch=1", "--length=500", "--task=toy-a", "--seed=3"]
+    folder = tmp_path / "pool"
+    assert not sft.is_collected(folder)
+    for out, collects in (("first", True), ("second", False)):
+        assert sft.main([*flags, f"--out={tmp_path / out}"]) == 2
+        captured = capsys.readouterr()
+        assert ("1. Collecting" in captured.out) == collects and "too few to train on" in captured.err
+        assert sft.is_collected(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    assert not sft.is_collected(folder)
+
+
+@pytest.mark.parametrize("torchrun, cuda, flags, model, said", [
+    (False, False, [], "", "the paper in miniature, as torchrun did not start it .for Qwen2.5-7B: torchrun"),
+    (False, True, [], "", "the paper in miniature, as torchrun did not start it"),
+    (True, False, [], "", "the paper in miniature on all processes, as there is no CUDA here .for Qwen2.5-7B: --preset"),
+    (True, True, [], "Qwen/Qwen2.5-7B", "the paper's run, as .* there is CUDA .for the miniature: python sft.py.: .*7b"),
+    (True, True, ["--device=cpu"], "", "the paper in miniature on all processes"),
+    (True, True, ["--model=tiny"], "tiny", "typed: --model tiny")])
+def test_the_command_says_what_it_runs_and_why(torchrun, cuda, flags, model, said, monkeypatch, capsys):
+    """By how it was started and whether there is CUDA; what was typed holds."""
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    cfg = cli.parse(sft.Settings, flags, sft.fill)
+    lines = capsys.readouterr().err.splitlines()
+    assert cfg.model == model and any(re.match(said, line) for line in lines[:2])
+    if model != "tiny":
+        assert (cfg.lr, cfg.batch) == ((2e-5, 64) if model else (1.5e-3, 8))
 
 
 @pytest.mark.parametrize("program, flags, what", [("sft", ["--collect"], "collecting"), ("eval", [], "an evaluation")])

@@ -132,7 +132,8 @@ def test_products_in_bf16_leave_weights_and_gradients_in_fp32():
 @pytest.mark.parametrize("world, chosen, recompute, compute, tolerance", [
     (2, range(12), False, "float32", 2e-6), (4, range(3), True, "float32", 2e-6),
     (2, range(12), True, "bfloat16", 0.03)])
-def test_gradients_do_not_depend_on_the_number_of_processes(forks, tmp_path, world, chosen, recompute, compute, tolerance):
+def test_gradients_do_not_depend_on_the_number_of_processes(forks, tmp_path, world, chosen, recompute, compute,
+                                                            tolerance):
     """Two and four gloo processes with unequal token counts; of four, one has no text at all."""
     forks(WORKER, json.dumps([list(chosen), recompute, compute]), tmp_path / "out.pt", world=world)
     loss, grads, norm = torch.load(tmp_path / "out.pt")
@@ -165,7 +166,8 @@ config, length, recompute, compute = eval(sys.argv[1])
 torch.set_num_threads(1)
 now = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 def steps(config, length):
-    model = distributed.build_model(config, None, torch.device("cpu"), recompute=recompute, compute=getattr(torch, compute))
+    model = distributed.build_model(config, None, torch.device("cpu"), recompute=recompute,
+                                    compute=getattr(torch, compute))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     text = torch.arange(length // 4 + 1) % 250
     row = [(text.tolist(), [True] * len(text))] * 4
@@ -189,8 +191,8 @@ print(now("VmHWM") - before)
           num_hidden_layers=1), 256, True, "bfloat16")])
 def test_planned_memory_is_what_training_takes(shape, length, recompute, compute):
     """A small model with long rows, where activations are nearly all, and a layer half as wide as the 0.5B's
-    with a large vocabulary, where weights are: within 15 % of how far the resident set grows, in a process of its own. glibc is told
-    to give back what is freed at once, since it is tensors that are planned."""
+    with a large vocabulary, where weights are: within 15 % of how far the resident set grows, in a process of its own.
+    glibc is told to give back what is freed at once, since it is tensors that are planned."""
     config = Config(**shape)
     out = subprocess.run([sys.executable, "-c", PEAK, repr((config, length, recompute, compute))],
                          check=True, capture_output=True, text=True, env={
@@ -201,8 +203,8 @@ def test_planned_memory_is_what_training_takes(shape, length, recompute, compute
 
 
 def test_a_plan_needs_neither_gpu_nor_weights(capsys):
-    """The 7B's figures by hand: 7,615,616,512 weights of 16 bytes on 8 GPUs are 14.19 GiB; 10,000 conversations twice in
-    steps of 64 are 313 steps of at most 64 rows of 15,000 tokens. Other flags override the preset's."""
+    """The 7B's figures by hand: 7,615,616,512 weights of 16 bytes on 8 GPUs are 14.19 GiB; 10,000 conversations twice
+    in steps of 64 are 313 steps of at most 64 rows of 15,000 tokens. Other flags override the preset's."""
     assert sft.main(["--preset", "7b", "--plan", "--trajectories", "nowhere"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for part in ("7,615,616,512 weights", "actor 14.19", "313 steps of 64",
@@ -216,6 +218,8 @@ def test_a_plan_needs_neither_gpu_nor_weights(capsys):
         sft.main(["--preset", "8b"])
     assert "there is no --preset 8b" in capsys.readouterr().err
     assert sft.main(["--plan", "--model", "9b"]) == 2
+    assert sft.main(["--plan", "--trajectories", "nowhere"]) == 0
+    assert "tiny: 854,144 weights" in capsys.readouterr().out
 
 
 def test_weights_are_counted():
@@ -228,7 +232,8 @@ def test_weights_are_counted():
 def test_a_plan_counts_each_model_of_reinforcement_learning():
     """The 7B's parts by hand, on 8 GPUs with 8 rows of 16,384 tokens of 28 layers and 2 * 512 numbers of 2 bytes."""
     num = 7_615_616_512
-    parts = distributed.plan_memory(Config.preset("7b"), 16384, 8, critic=True, reference=True, sampled_tokens=8 * 16384)
+    parts = distributed.plan_memory(Config.preset("7b"), 16384, 8, critic=True, reference=True,
+                                    sampled_tokens=8 * 16384)
     assert parts["actor"] == parts["critic"] == 16 * num // 8 and parts["reference"] == 4 * num // 8
     assert parts["sampling copy"] == 2 * num and parts["KV cache"] == 28 * 2 * 512 * 2 * 8 * 16384
     alone = distributed.plan_memory(Config.preset("7b"), 16384, 8)
@@ -286,8 +291,8 @@ def train(forks, tmp_path, out, *flags, kills=()):
     """sft.py in a process of its own that dies at its second save, once for each of `kills`, and is started again; the
     last time it is left alone, always by kill -9. True: the file half written. False: up to one and a half steps later,
     counted in calls of functions, so that no clock has a say. Forked, so that they share the imports."""
-    forks(KILLER, json.dumps(kills), "--model", tmp_path / "small", "--trajectories", tmp_path / "own.jsonl", "--batch=4",
-          "--lr=1e-3", "--save-every=1", "--out", tmp_path / out, *flags)
+    forks(KILLER, json.dumps(kills), "--model", tmp_path / "small", "--trajectories", tmp_path / "own.jsonl",
+          "--batch=4", "--lr=1e-3", "--save-every=1", "--out", tmp_path / out, *flags)
     lines = [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
     # a step that was done again after a kill counts as it was done last
     return {line["step"]: [line.get(name) for name in ("loss", "grad_norm", "lr", "valid_loss", "valid_accuracy")]
@@ -295,9 +300,7 @@ def train(forks, tmp_path, out, *flags, kills=()):
 
 
 @pytest.mark.parametrize("flags, kills", [
-    (("--updates", "16"), [True, False] * 2),
-    (("--updates", "5", "--dtype", "bfloat16"), [False]),
-    (("--updates", "5", "--dtype", "bfloat16"), [True])])
+    (("--updates", "12"), [True, False] * 2), (("--updates", "5", "--dtype", "bfloat16"), [False])])
 def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path, flags, kills):
     """Four deaths, half of them in the middle of a save: curve and weights are those of a run left alone."""
     conversations(tmp_path / "own.jsonl")
@@ -405,7 +408,8 @@ def test_what_a_rename_promises_is_on_the_disk_first(tmp_path, monkeypatch):
     assert done == ["model", "model-0.safetensors", "to model.safetensors", "model", "config.json", "model"]
     done.clear()
     files.write_atomic(tmp_path / "manifest.json", {"a": 1})
-    assert done == ["manifest.part"] and json.loads((tmp_path / "manifest.json").read_text()) == {"a": 1}
+    assert len(done) == 1 and done[0].endswith(".part")
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"a": 1}
 
 
 def test_what_was_loaded_does_not_stay(tmp_path):

@@ -1,0 +1,186 @@
+"""Conversations to learn from: trajectories that an expert has played, and files of a user."""
+import json, re
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tasks
+from env import end_reason, prompt_of, read_records
+from support.files import fingerprint, shorten
+from support.storage import Blobs, MissingBlob
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+
+
+@dataclass
+class Conversation:
+    """The source of one training example."""
+    messages: list      # [{"role", "content"}], with sampled ids as "tokens" where they are used; the last is learned
+    assistant_turns: list       # of int: indices of the messages that are learned
+    source: str         # file, and line or entry, for messages to the user
+    origin: str         # all of one origin, such as a trajectory, validate together or not at all
+    is_miniature: bool = False      # the data of the task are
+
+
+class InvalidConversation(ValueError):
+    """A conversation that cannot be used; the message says why."""
+
+
+def read_conversations(path, data="data", tokenizer=None, log=print):
+    """Returns ([Conversation, ...], {reason: sources that were left out}) of a folder of trajectories, or of a file: a
+    trajectory, or a user's conversations.
+
+    Every entry that cannot be used is left out, counted and named. data: where prepared tasks are, for
+    the hashes of the held-out ones. tokenizer: of the model to be trained; the ids that an expert sampled are used if
+    it had the same one. ValueError: something held out, a file that is broken as a whole, or nothing to train on.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"there is no {path}; collect it with: python sft.py --collect --trajectories {path}")
+    files = sorted(file for file in path.glob("*.jsonl") if file.is_file()) if path.is_dir() else [path]
+    held_out = tasks.held_out_hashes(data)
+    conversations = []
+    left_out = defaultdict(list)        # reason -> sources
+    for file in files:
+        text = read_text(file)
+        if text.startswith('{"type": "header"') or path.is_dir():
+            try:
+                conversations += read_trajectory_file(file, held_out, tokenizer)
+            except InvalidConversation as error:
+                left_out[str(error)].append(str(file))
+            continue
+        for source, entry in read_entries(file, text):
+            try:
+                conversations.append(read_own(entry, source))
+            except InvalidConversation as error:
+                left_out[str(error)].append(source)
+    for conversation in conversations:
+        refuse_held_out_prompts(conversation)
+    num_turns = sum(len(conversation.assistant_turns) for conversation in conversations)
+    lines = [f"{path}: {len(conversations)} conversations with {num_turns} replies to learn"]
+    lines += [named(f"left out, {reason}", sources) for reason, sources in left_out.items()]
+    if not conversations:
+        raise ValueError("there is nothing to train on. " + "\n".join(lines))
+    if num := sum(conversation.is_miniature for conversation in conversations):
+        lines.append(f"  {num} are of MINIATURE data, which stand in for the real ones")
+    log("\n".join(lines))
+    return conversations, dict(left_out)
+
+
+def named(what, sources):
+    """Returns a line of a log: how many there are, and the first of them."""
+    return f"  {what}: {len(sources)} ({', '.join(sources[:5])}{', ...' if len(sources) > 5 else ''})"
+
+
+def read_text(file):
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error})") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def read_entries(file, text):
+    """Returns [(source, entry)] of a user's file: JSON (a list, or one entry), or JSON lines, which stay text here."""
+    if file.suffix != ".jsonl":
+        try:
+            value = json.loads(text)
+            entries = value if isinstance(value, list) else [value]
+            return [(f"{file}, entry {i}", entry) for i, entry in enumerate(entries, 1)]
+        except (ValueError, RecursionError) as error:
+            if "Extra data" not in str(error):      # JSON lines look like that
+                raise ValueError(f"{file} is not JSON: {error}. Expected a list of conversations, or one a "
+                                 "line") from None
+    lines = enumerate(text.split("\n"), 1)          # not splitlines(): U+2028 ends no line of JSON
+    return [(f"{file}, line {i}", line) for i, line in lines if line.strip()]
+
+
+def read_own(entry, source):
+    """Returns the Conversation of an entry of a user's file, {"messages": [{"role", "content"}]} or ShareGPT's
+    {"conversations": [{"from", "value"}]}, with or without a "system". Every turn of the assistant is learned."""
+    if isinstance(entry, str):
+        try:
+            entry = json.loads(entry)
+        except (ValueError, RecursionError):
+            raise InvalidConversation("not JSON") from None
+    turns = entry.get("messages", entry.get("conversations")) if isinstance(entry, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise InvalidConversation('no list "messages" or "conversations"')
+    if entry.get("system"):
+        turns = [{"role": "system", "content": entry["system"]}, *turns]
+    messages = []
+    for turn in turns:
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise InvalidConversation(f"unknown role {shorten(repr(role), 40)}")
+        if not isinstance(content, str):
+            raise InvalidConversation("a content that is no text")
+        if re.search("[\ud800-\udfff]", content):
+            raise InvalidConversation("half a surrogate pair, which is no character")
+        messages.append({"role": ROLES[role], "content": content})
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
+    if not turns:
+        raise InvalidConversation("no turn of the assistant")
+    return Conversation(messages[:turns[-1] + 1], turns, source, source)
+
+
+def read_trajectory_file(file, held_out, tokenizer):
+    """Returns [Conversation, ...] of a trajectory: one, or with short prompts one for each reply. Only replies that
+    were carried out are learned. ValueError: it is of a held-out task. held_out: see tasks.held_out_hashes."""
+    # 1. It is whole, and of a task that may be learned.
+    try:
+        records = read_records(file)
+    except ValueError as error:
+        raise InvalidConversation(f"no record of a trajectory: {error}") from None
+    if not end_reason(records):
+        raise InvalidConversation("not finished: collect again to go on with it")
+    head = records[0]
+    steps = [line for line in records if line["type"] == "step"]
+    try:
+        tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), held_out)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
+    blobs = Blobs(folder / "blobs")
+    try:
+        for sha in {sha for line in (head, *steps) for sha in line["snapshot"].values()}:
+            blobs.path(sha)
+    except MissingBlob:
+        raise InvalidConversation("a missing blob") from None
+
+    # 2. Its messages; ids of another tokenizer say nothing to this model.
+    is_same = tokenizer is not None and head.get("tokenizer") == fingerprint(tokenizer)
+    for line in (head, *steps):
+        for message in line["messages"]:
+            if not is_same:
+                message.pop("tokens", None)
+    is_short = head.get("prompt") == "short"
+    task = tasks.load(head["task"])
+    messages = list(head["messages"])
+    snapshot = head["snapshot"]
+    assistant_turns = []
+    conversations = []
+    for step in steps:      # a reply that could not be read is not among the messages
+        if step["valid"] and step["messages"][0]["role"] == "assistant":
+            assistant_turns.append(len(messages))
+            if is_short:
+                prompt = prompt_of("short", task, messages, snapshot, blobs)
+                conversations.append(Conversation([*prompt, step["messages"][0]], [len(prompt)],
+                                                  f"{file}, message {len(messages)}", str(file)))
+        messages += step["messages"]
+        snapshot = step["snapshot"]
+    if not assistant_turns:
+        raise InvalidConversation("no turn of the assistant")
+    if not is_short:
+        conversations = [Conversation(messages[:assistant_turns[-1] + 1], assistant_turns, str(file), str(file))]
+    return [replace(conversation, is_miniature=bool(head.get("miniature"))) for conversation in conversations]
+
+
+def refuse_held_out_prompts(conversation):
+    """Raises ValueError where a conversation is about a held-out task by the first line of a prompt."""
+    for message in conversation.messages:
+        match = re.match(r"Task: (\S+)\n", message["content"]) if message["role"] == "user" else None
+        if match and match[1] in tasks.names("held-out"):
+            raise ValueError(f"{conversation.source} is about {match[1]}, which is held out: it may not be trained on")
