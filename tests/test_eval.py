@@ -85,8 +85,8 @@ def settings(tmp_path, out="out", **more):
     return evaluation.Settings(data=str(tmp_path / "data"), out=str(tmp_path / out), **more)
 
 
-def play(s, policy):
-    run, = evaluation.evaluate(s, load=lambda spec, **options: policy)
+def play(cfg, policy):
+    run, = evaluation.evaluate(cfg, load=lambda spec, **options: policy)
     return run["results"]
 
 
@@ -161,24 +161,12 @@ def test_the_interval_is_seeded_and_about_right():
     assert high == pytest.approx(4.5 + 1.96 * 2.872 / 20, abs=0.02)
 
 
-@pytest.mark.parametrize("model", ["scripted", ""])
-def test_flagged_submissions_are_counted_and_shouted_about(tmp_path, task, monkeypatch, model):
-    judge, bad = tasks.judge, (4.0,) if model else (7.0,)      # one submission of the third trajectory; or the starter
-
-    def judged(id, path, data):
-        score, _ = judge(id, path, data)
-        return score, 1e-9 if score in bad else 1.0
-    monkeypatch.setattr(tasks, "judge", judged)
-    results = play(settings(tmp_path, model=model), Scripted())
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["tiny-task"]["flagged"] == 1
-    if model:
-        assert [one["flagged"] for one in results["tasks"]["tiny-task"]["trajectories"]] == [0, 0, 1, 0]
-    text = text_of(results)
-    assert "FLAGGED: submissions that hold answers planted" in text and "tiny-task (1 submission)." in text
-    assert "task (miniature)" in text and "tiny-task (FLAGGED)" in text
-    monkeypatch.setattr(tasks, "judge", judge)
-    results = play(settings(tmp_path, "honest", model=model), Scripted())
-    assert results["tasks"]["tiny-task"]["flagged"] == 0 and "FLAGGED" not in text_of(results)
+def test_the_mean_gain_of_two_tasks_by_hand():
+    varying = {"starter": 7.0, "direction": "down", "score_summary": {"gain": 225 / 7},
+               "trajectories": [{"score": score} for score in (1, None, 4, None)]}
+    steady = {"starter": 2.0, "direction": "up", "score_summary": {"gain": 50.0}, "trajectories": [{"score": 3.0}] * 4}
+    # a gain of 50 % that does not vary, and one of 0 to 4.5 / 7 (see test_table_by_hand) around 2.25 / 7
+    assert evaluation.mean_gain([varying, steady]) == pytest.approx(((50 + 225 / 7) / 2, 25, (50 + 450 / 7) / 2))
 
 
 def test_the_report_says_what_was_measured(tmp_path, task):
@@ -214,8 +202,9 @@ def whole(tmp_path, task, _found=[]):
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 5, 8, STEPS - 1])
-def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task, whole):
-    s = settings(tmp_path, parallel=1 + at % 4)
+def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task, whole, monkeypatch):
+    s, parallel = settings(tmp_path), 1 + at % 4
+    monkeypatch.setattr(evaluation, "TOKENS_TOGETHER", parallel * s.context)
     down = sample.EndpointError("http://there is down")
     with pytest.raises(sample.EndpointError):
         play(s, Scripted(fail_at=at, error=down))
@@ -223,7 +212,7 @@ def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task
     assert not half["complete"]
     again = Scripted()
     play(s, again)
-    assert again.calls <= STEPS - at + s.parallel       # what was recorded was not played again
+    assert again.calls <= STEPS - at + parallel       # what was recorded was not played again
     assert masked(s.out) == whole
     for file in Path(s.out, "trajectories").iterdir():
         assert replay(file, data=s.data) == 0
@@ -315,7 +304,7 @@ def test_a_second_process_on_the_same_folder_is_refused(tmp_path, task):
 def made(tmp_path, task, monkeypatch):
     """As if both had run in the present folder, which is a new one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(evaluation.TOGETHER, "task", "tiny-task")
+    monkeypatch.setattr(tasks, "FOLDERS", [task.parent])        # which is then all tasks
     for name in ("sft", "rl"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "agent.json").write_text('{"steps": 4, "max_new_tokens": 96}')
@@ -323,9 +312,8 @@ def made(tmp_path, task, monkeypatch):
 
 
 def play_all(made, *more):
-    argv = ["--trajectories=2", "--coder=none", *more]
-    s = cli.parse(evaluation.Settings, argv)
-    return evaluation.evaluate(s, evaluation.miniature(s, argv), load=lambda spec, **options: made[spec])
+    cfg = cli.parse(evaluation.Settings, ["--trajectories=2", "--coder=none", *more], evaluation.fill)
+    return evaluation.evaluate(cfg, evaluation.agents_made(cfg), load=lambda spec, **options: made[spec])
 
 
 def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):
@@ -349,11 +337,20 @@ def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):
 
 def test_what_is_typed_holds_for_the_agents_that_were_made(made):
     argv = ["--trajectories=2", "--temperature=0.7", "--steps=15", "--dtype", "auto"]
-    agents = evaluation.miniature(cli.parse(evaluation.Settings, argv, evaluation.fill), argv)
-    for name, s in agents.items():
-        assert (s.temperature, s.steps, s.dtype, s.trajectories) == (0.7, 15, "auto", 2)
-        assert (s.parallel, s.max_new_tokens, s.task) == (160, 96, "tiny-task")     # of the miniature, and agent.json
-        assert (s.model, s.out) == (evaluation.MADE[name][0], str(Path("runs/eval", Path(s.model).name)))
+    agents = evaluation.agents_made(cli.parse(evaluation.Settings, argv, evaluation.fill))
+    for name, cfg in agents.items():
+        assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (0.7, 15, "auto", 2)
+        assert (cfg.max_new_tokens, cfg.task) == (96, "all")        # of agent.json, and of the miniature
+        assert (cfg.model, cfg.out) == (evaluation.MADE[name][0], str(Path("runs/eval", Path(cfg.model).name)))
+    cfg = cli.parse(evaluation.Settings, [], evaluation.fill)
+    assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (1.0, 4, "float64", 8)
+
+
+def test_agents_that_act_in_two_ways_do_not_stand_in_one_table(made, capsys):
+    Path("runs/rl/agent.json").write_text('{"steps": 5, "max_new_tokens": 96}')
+    with pytest.raises(SystemExit) as end:
+        evaluation.main([])
+    assert end.value.code == 2 and "runs/sft/agent.json and runs/rl/agent.json differ" in capsys.readouterr().err
 
 
 def test_scripts_that_ran_while_they_learned_do_not_run_again(made, monkeypatch):
@@ -365,8 +362,8 @@ def test_scripts_that_ran_while_they_learned_do_not_run_again(made, monkeypatch)
 
 def test_what_is_there_is_evaluated_and_what_is_not_is_named(made, monkeypatch, capsys):
     evaluate = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda s, agents: evaluate(
-        s, agents, load=lambda spec, **options: made[spec]))
+    monkeypatch.setattr(evaluation, "evaluate", lambda cfg, agents: evaluate(
+        cfg, agents, load=lambda spec, **options: made[spec]))
     Path("runs/rl/agent.json").unlink()
     assert evaluation.main(["--trajectories", "2", "--coder", "none"]) == 0
     said = capsys.readouterr().out
@@ -388,7 +385,7 @@ def test_in_float64_a_reply_does_not_depend_on_what_is_sampled_beside_it():
 
 # ---- what a model's folder says
 
-AGENT = {"prompt": "short", "actions": ["Execute Script", "Final Answer"], "fields": ["Action", "Action Input"],
+AGENT = {"prompt_format": "short", "actions": ["Execute Script", "Final Answer"], "fields": ["Action", "Action Input"],
          "context": 640, "max_new_tokens": 96, "steps": 5}
 
 
@@ -401,13 +398,18 @@ def test_a_model_says_how_it_acts_and_nothing_else(tmp_path, capsys):
               "out": "/evil", "data": "/evil", "raw": "/evil", "gpu": "0", "seed": 5, "task": "all", "__init__": 1,
               "temperature": 0.0, "trajectories": 1000, "sandbox\n\x1b[31m": "off", "preset": "tiny"}
     (tmp_path / "agent.json").write_text(json.dumps({**others, **AGENT}))
-    s = parsed(tmp_path)
+    s = parsed(tmp_path, "--task=tiny-task")
     said = capsys.readouterr().err.splitlines()
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in AGENT.items()}
-    assert s == evaluation.Settings(model=str(tmp_path), **tuples)
+    assert s == evaluation.Settings(model=str(tmp_path), task="tiny-task", **tuples)
     assert len(said) == 2 and "ignored: '__init__', 'coder'" in said[0] and "\x1b" not in said[0]
-    assert said[1] == (f"{tmp_path}/agent.json: --prompt short, --actions Execute Script,Final Answer, "
+    assert said[1] == (f"{tmp_path}/agent.json: --prompt-format short, --actions Execute Script,Final Answer, "
                        "--fields Action,Action Input, --context 640, --max-new-tokens 96, --steps 5")
+
+
+def test_a_model_alone_acts_on_a_small_task_which_is_said(tmp_path, capsys):
+    assert parsed(tmp_path).task == "leaf-classification"
+    assert capsys.readouterr().err == "no --task: --task leaf-classification\n"
 
 
 def test_what_is_typed_holds_also_where_it_is_the_default(tmp_path, capsys):
@@ -423,7 +425,7 @@ def test_what_is_typed_holds_also_where_it_is_the_default(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("prompt", "long"), ("prompt", ["short"]), ("actions", []), ("actions", "Execute Script"), ("actions", ["Fly"]),
+    ("prompt_format", "long"), ("prompt_format", ["short"]), ("actions", []), ("actions", "Execute Script"), ("actions", ["Fly"]),
     ("actions", [["Execute Script"]]), ("actions", ["Final Answer"] * 2), ("actions", {"Final Answer": 1}),
     ("fields", ["Action"]), ("fields", ["Action Input", "Action"]), ("context", 0), ("context", "640"),
     ("context", 640.0), ("context", 10**9), ("context", True), ("context", math.nan), ("steps", -1), ("steps", None),
@@ -703,10 +705,10 @@ def test_what_a_killed_program_leaves_is_removed_by_the_next(tmp_path):
     code = f"""
 import os, signal, sys, tempfile
 sys.path.insert(0, {str(Path(evaluation.__file__).parent)!r})
-import eval
+from support import cli
 for line in sys.stdin:
     if (program := os.fork()) == 0:
-        eval.run_program(lambda: (print(os.getpid(), tempfile.gettempdir(), flush=True), signal.pause()))
+        cli.run_main(lambda: (print(os.getpid(), tempfile.gettempdir(), flush=True), signal.pause()))
     if line == "wait\\n":
         os.waitpid(program, 0)
 """
