@@ -166,18 +166,19 @@ def format_interval(ends):
 
 
 def format_figures(result, counted):
-    """Returns the texts of FIGURES for what results.json says of a task, or of STARTER_FIGURES without an agent."""
+    """Returns {column: text} for what results.json says of a task."""
     figures = result.get(f"{counted}_summary")
-    if "printed" in result:
-        return [format_number(result["printed"]), format_number(result.get("seconds"), ".1f")]
     if figures is None:
-        return ["-"] * len(FIGURES)
+        return {"it printed": format_number(result.get("printed")),
+                "seconds": format_number(result.get("seconds"), ".1f")}
     ends = []
     if figures["interval"] and result["starter"]:
         ends = [gain(score, result["starter"], result["direction"]) for score in figures["interval"]]
-    return [format_number(figures["average"]), format_number(figures["best"]), format_number(figures["gain"], "+.1f"),
-            format_interval(ends), format_number(figures["best_gain"], "+.1f"),
-            format_number(figures["standard_error"]), f"{figures['failed']}/{figures['trajectories']}"]
+    return {"average": format_number(figures["average"]), "best": format_number(figures["best"]),
+            "gain %": format_number(figures["gain"], "+.1f"), "95 % interval": format_interval(ends),
+            "best gain %": format_number(figures["best_gain"], "+.1f"),
+            "std. error": format_number(figures["standard_error"]),
+            "failed": f"{figures['failed']}/{figures['trajectories']}"}
 
 
 def all_miniature(runs):
@@ -213,7 +214,7 @@ def table(runs, counted="score"):
     first = {key: next(iter(group.values())) for key, group in groups.items()}
     models = list(dict.fromkeys(model for result in first.values() for model in result["published"]))
     columns = COMPARED if len(runs) > 1 else FIGURES
-    if all("printed" in result for result in first.values()):
+    if not any(run["results"]["settings"].get("model") for run in runs):
         columns = STARTER_FIGURES
 
     # 2. The heads; several runs are named above their columns
@@ -229,10 +230,10 @@ def table(runs, counted="score"):
         common = []
         for key in [key for key in groups if key[0] == split]:
             results = [groups[key].get(n, {}) for n in range(len(runs))]
-            figures = [format_figures(result, counted)[:len(columns)] for result in results]
-            rows.append([*key[1:], *sum(figures, [])])
-            figures = [first[key]["published"].get(model, [None]) for model in models]
-            published.append([" / ".join(map(format_number, pair)) for pair in figures])
+            texts = [format_figures(result, counted) for result in results]
+            rows.append([*key[1:], *(text.get(column, "-") for text in texts for column in columns)])
+            pairs = [first[key]["published"].get(model, [None]) for model in models]
+            published.append([" / ".join(map(format_number, pair)) for pair in pairs])
             if all(result.get(f"{counted}_summary", {}).get("gain") is not None for result in results):
                 common.append(results)
 
@@ -241,9 +242,10 @@ def table(runs, counted="score"):
             mean = {n: mean_gain([results[n] for results in common], counted) for n in range(len(runs))}
             means.append((split, len(common), mean))
         if len(common) > 1:
-            figures = [["", "", format_number(value, "+.1f"), format_interval(ends), "", "", ""][:len(columns)]
-                       for value, *ends in mean.values()]
-            rows.append([f"mean of {len(common)} {split} tasks", "", "", *sum(figures, [])])
+            texts = [{"gain %": format_number(value, "+.1f"), "95 % interval": format_interval(ends)}
+                     for value, *ends in mean.values()]
+            rows.append([f"mean of {len(common)} {split} tasks", "", "",
+                         *(text.get(column, "") for text in texts for column in columns)])
             published.append([""] * len(models))
     return rows, published, means
 
@@ -309,11 +311,11 @@ def read_run(folder, name):
         direction = results["tasks"].get(task, {}).get("direction") or tasks.load(task).direction
         starter = lines[0]["m_init"]
         score = summarize_trajectory(lines, direction, results["final"])["score"]
-        state = "failed" if score is None else "not better"
+        state = "not better" if best_of(direction, score, starter) == starter else "better"
+        if score is None:
+            state = "failed"
         if not end_reason(lines):
             state = "unfinished"
-        elif score not in (None, starter) and best_of(direction, score, starter) == score:
-            state = "better"
         percent = None if score is None else gain(score, starter, direction)
         trajectories.append({
             "task": task, "k": int(k), "miniature": lines[0]["miniature"], "starter": starter, "score": score,
@@ -356,8 +358,9 @@ def run_identity(cfg, infos):
     for task, info in infos:
         kind = "miniature" if info["miniature"] else "real"
         identity[f"data of {task.id}"] = f"{kind} {hash_json([info['sha256'], info['m_init']])[:12]}"
-    for name in {cfg.model, cfg.coder} - {"", "model", "none"}:
-        if Path(name).is_dir():     # a model that was trained anew in the same folder is another model
+    models = [cfg.model] if cfg.coder in ("model", "none") else [cfg.model, cfg.coder]
+    for name in models:
+        if name and Path(name).is_dir():    # a model that was trained anew in the same folder is another model
             identity[f"files of {name}"] = hash_checkpoint(name)
     return identity
 
@@ -447,9 +450,9 @@ def play_tasks(cfg, infos, home, cache, load):
         raise RuntimeError("a trajectory could not be played") from error
 
 
-def evaluate_agent(cfg, home, load):
-    """Plays what the settings say, or goes on with it, and returns what results.json in cfg.out then holds. home: the
-    folder of blobs and of the results of scripts."""
+def open_run(cfg):
+    """Makes cfg.out, or checks that what is there may be continued. Returns ([(task, what its task.json says)], what
+    results.json says)."""
     Path(cfg.out, "trajectories").mkdir(parents=True, exist_ok=True)
     infos = prepare_tasks(cfg)
     identity = run_identity(cfg, infos)
@@ -457,6 +460,11 @@ def evaluate_agent(cfg, home, load):
     results = {"complete": False, "settings": identity, "final": cfg.final, "tasks": {},
                "versions": {name: version(name) for name in PACKAGES}}
     write_atomic(Path(cfg.out, "results.json"), results)
+    return infos, results
+
+
+def evaluate_agent(cfg, infos, results, home, load):
+    """Plays what is left of a run and completes its results. home: the folder of blobs and of what scripts gave."""
     cache = ResultCache(Path(home, "cache"))
     try:
         if cfg.model:
@@ -465,7 +473,6 @@ def evaluate_agent(cfg, home, load):
     finally:
         results["tasks"] = collect_results(cfg, infos) if cfg.model else run_starters(cfg, infos, cache)
         write_atomic(Path(cfg.out, "results.json"), results)
-    return results
 
 
 def evaluate(cfg, agents=None, load=sample.load):
@@ -475,11 +482,14 @@ def evaluate(cfg, agents=None, load=sample.load):
     title = f"{cfg.model or 'the starters'} on {cfg.task}" if cfg.task else "the paper in miniature"
     trained = [] if cfg.task else [folder for folder, _ in MADE.values()]
     with folder_lock(cfg.out, "eval.py"):
+        runs = {name: open_run(agent) for name, agent in agents.items()}
         try:
-            return [{"name": name, "results": evaluate_agent(agent, cfg.out, load)} for name, agent in agents.items()]
+            for name, (infos, results) in runs.items():
+                evaluate_agent(agents[name], infos, results, cfg.out, load)
         finally:
             folders = {name: agent.out for name, agent in agents.items()}
             write_report(Path(cfg.out, "report.html"), folders, title, trained)
+        return [{"name": name, "results": results} for name, (_, results) in runs.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -286,12 +286,10 @@ def test_a_coders_server_gets_no_key_of_another_host(keys, same, expected, serve
         monkeypatch.setenv(name, key)
     server, other = serve(OK), serve(OK)
     s = evaluation.Settings(model=server.spec, coder=(server if same else other).spec, out=str(tmp_path))
-    agent = object.__new__(evaluation.Agent)
-    agent.s, agent.jobs = s, [1]
-    agent.load(sample.load)
-    agent.coder.chat(ASK)
+    policy, coder = evaluation.load_models(s, num_rows=1)
+    coder.chat(ASK)
     assert keys_sent(server if same else other) == [expected]
-    agent.policy.chat(ASK)
+    policy.chat(ASK)
     assert keys_sent(server)[-1] == (f"Bearer {keys['OPENAI_API_KEY']}" if "OPENAI_API_KEY" in keys else None)
     told = f"{other.endpoint().url} is asked without a key: OPENAI_API_KEY is for the host of the model"
     assert (told in capsys.readouterr().err) == (keys == {"OPENAI_API_KEY": "one"} and not same)

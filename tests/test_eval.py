@@ -425,7 +425,8 @@ def test_what_is_typed_holds_also_where_it_is_the_default(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("prompt_format", "long"), ("prompt_format", ["short"]), ("actions", []), ("actions", "Execute Script"), ("actions", ["Fly"]),
+    ("prompt_format", "long"), ("prompt_format", ["short"]), ("actions", []), ("actions", "Execute Script"),
+    ("actions", ["Fly"]),
     ("actions", [["Execute Script"]]), ("actions", ["Final Answer"] * 2), ("actions", {"Final Answer": 1}),
     ("fields", ["Action"]), ("fields", ["Action Input", "Action"]), ("context", 0), ("context", "640"),
     ("context", 640.0), ("context", 10**9), ("context", True), ("context", math.nan), ("steps", -1), ("steps", None),

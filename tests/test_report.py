@@ -1,5 +1,5 @@
-"""The page that eval.py writes: what it shows, that nothing an agent wrote can break it, and that the same files give the
-same bytes. Where node is, its script runs on a small stand-in for a browser; where a Chromium is, also there."""
+"""The page that eval.py writes: what it shows, that nothing an agent wrote can break it, and that the same files give
+the same bytes. Where node is, its script runs on a small stand-in for a browser; where a Chromium is, also there."""
 import base64
 import hashlib
 import itertools
@@ -179,7 +179,8 @@ def test_filters(path):
     assert options == {
         "task": ["any task", "tiny-task"],
         "outcome": ["any outcome", "better", "failed", "script: error", "script: ok"],
-        "reward": ["any reward", "an edit above 0.5", "an edit below 0.5", "failed", "invalid", "not an edit", "scored"]}
+        "reward": ["any reward", "an edit above 0.5", "an edit below 0.5", "failed", "invalid", "not an edit",
+                   "scored"]}
 
 
 @needs_node
@@ -207,8 +208,8 @@ def test_published_figures_stand_beside_real_data_only(tmp_path, task):
     (raw / "truth.csv").write_text("id,y\n1,10\n2,10\n")
     cfg = settings(tmp_path, raw=str(raw))
     play(cfg, Scripted())
-    assert [row[-1] for row in shown(Path(cfg.out, "report.html"))["table"]] == ["published", "ML-Agent", "0.5000 / 0.2500"]
     page = shown(Path(cfg.out, "report.html"))
+    assert [row[-1] for row in page["table"]] == ["published", "ML-Agent", "0.5000 / 0.2500"]
     assert "iniature" not in json.dumps([page["title"], page["warnings"], page["table"], page["runs"][0]["text"]])
 
 
@@ -466,7 +467,8 @@ def test_whatever_stands_in_others_files_breaks_nothing(tmp_path, task):
             counts["refused"] += 1
             return
         counts["shown"] += 1
-        elements = Counter((element.tag, *sorted(element.attributes)) for element in Elements(page.read_text()).elements)
+        elements = Elements(page.read_text()).elements
+        elements = Counter((element.tag, *sorted(element.attributes)) for element in elements)
         benign = benign or elements
         assert elements == benign
         shown(page)

@@ -276,7 +276,7 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
     assert "already trained" in again and again.split("One state:")[1] == said.split("One state:")[1]
     assert {path: path.read_bytes() for path in before} == before
     s = cli.parse(evaluation.Settings, ["--model", str(out), "--steps=3"], evaluation.fill)
-    assert (s.prompt, s.fields, s.steps, s.context) == ("short", miniature.SHORT_FIELDS, 3, miniature.TINY["context"])
+    assert (s.prompt_format, s.fields, s.steps, s.context) == ("short", miniature.SHORT_FIELDS, 3, miniature.TINY["context"])
     run("eval", f"--model={out}", f"--data={folder / 'data'}", f"--out={tmp_path / 'eval'}", "--task=toy-out",
         "--trajectories=1")
     head, steps = env.read_trajectory(tmp_path / "eval" / "trajectories" / "toy-out-0.jsonl")
