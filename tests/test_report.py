@@ -393,7 +393,7 @@ def test_a_stored_evaluation_gives_the_same_bytes(run, path, tmp_path):
 
 
 HOSTILE = ("</script><script>document.title = 'broken'</script><!--<script>",
-           "<img src=x onerror=\"document.title=1\">", "\0\x07\x1b[31m\x7f", "\u2028\u2029\ufeff\ud800",
+           "<img src=x onerror=\"document.title=1\">", "\0\x07\x1b[31m\x7f", "\u2028\u2029\ufeff",
            "&lt;&amp;\\u003c", "]]></textarea></style>{{data}}{{policy}}", "x" * 300_000)
 
 
@@ -416,7 +416,7 @@ def test_hostile_text_stays_text(run, path):
     step = shown(path)["runs"][0]["trajectories"][0]["steps"][0]
     assert step["action"] == HOSTILE[0] and step["printed"] == "nan"
     thought = step["fields"]["Thought"]
-    assert thought.startswith("\n".join(HOSTILE[:6]).replace("\ud800", "?")) and len(thought) < 21_000
+    assert thought.startswith("\n".join(HOSTILE[:6])) and len(thought) < 21_000
     assert path.stat().st_size < 11 * 8 * 30_000
     if NODE:
         page = drawn(path, "#tiny-task-0-0")
@@ -424,6 +424,15 @@ def test_hostile_text_stays_text(run, path):
         chips = page.texts("span", page.all("section", id="tiny-task-0-0")[0])
         assert HOSTILE[0] in chips and "printed nan" in chips
         assert "__proto__" in page.texts("summary") and "</pre>" in page.texts("summary")
+
+
+def test_what_no_browser_reads_is_written_as_text(tmp_path):
+    data = {"title": "\ud800<", "runs": [], "values": [math.nan, -math.inf, 0.5, 3, True, None, ("x" * 30_000,)]}
+    report.write_page(tmp_path / "page.html", data)
+    page = shown(tmp_path / "page.html")
+    *values, (text,) = page["values"]
+    assert page["title"] == "?<" and values == ["nan", "-inf", 0.5, 3, True, None]
+    assert len(text) < 21_000 and "characters cut" in text
 
 
 BREAKING = '"></script></title></svg><script>document.title = 1</script><img src=x onerror=alert(1)>\'\u2028'
