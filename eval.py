@@ -15,7 +15,7 @@ The score of a trajectory is that of its final submission, the last valid one. A
 it counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
 Exit status: 0 done, 1 failed or interrupted, 2 bad arguments.
 """
-import json, math, shutil, sys
+import json, math, sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -96,7 +96,7 @@ def summarize_trajectory(lines, direction, final):
     printed = [step for step in valid if step["printed"] is not None]
     sign = 1 if direction == "up" else -1
     chosen = valid[-1] if valid else {}
-    if final == "best-validation" and printed:
+    if final == "best-validation" and printed:      # of equal ones the latest
         chosen = max(printed, key=lambda step: (sign * step["printed"], step["index"]))
     oracle = max(valid, key=lambda step: sign * step["score"], default={})
     return {"score": chosen.get("score"), "oracle": oracle.get("score"), "ended": end_reason(lines),
@@ -507,9 +507,10 @@ def agents_made(cfg):
                          "python rl.py. Or run a starter alone: python eval.py --task leaf-classification")
     refuse_links_out(POOL)
     with folder_lock(cfg.out, "eval.py"):
-        for name in ("blobs", "cache"):
-            if Path(POOL, name).is_dir():
-                shutil.copytree(Path(POOL, name), Path(cfg.out, name), dirs_exist_ok=True)
+        for path in (*Path(POOL).glob("blobs/??/*"), *Path(POOL).glob("cache/??/*")):
+            target = Path(cfg.out, *path.parts[-3:])
+            if not target.exists():
+                write_atomic(target, path.read_bytes())
     return agents
 
 
