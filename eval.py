@@ -6,10 +6,9 @@
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
     python eval.py --compare runs/a,runs/b,runs/rl                   # runs nothing: draws what was run before
 
-All trajectories of all tasks run together, a thread each, through one model. --out receives results.json (settings,
-versions, every score), trajectories/TASK-K.jsonl (a line a step; `python env.py replay FILE` runs it again), blobs/
-(the files of every step) and report.html, a page that shows all of it. Ctrl-C keeps what is done, and the same command
-goes on from there.
+All trajectories of all tasks run together through one model. --out receives results.json (settings, versions, every
+score), trajectories/TASK-K.jsonl (a line a step; `python env.py replay FILE` runs it again), blobs/ (the files of every
+step) and report.html, a page that shows all of it. Ctrl-C keeps what is done; the same command goes on from there.
 
 The score of a trajectory is that of its final submission, the last valid one. A trajectory that left none has failed;
 it counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
@@ -130,12 +129,13 @@ def summary(scores, starter, direction, seed=0):
     values = np.array([starter if score is None else score for score in scores], dtype=float)
     average = float(values.mean())
     best = float(values.max() if direction == "up" else values.min())
-    enough = len(values) > 1
+    error = interval = None
+    if len(values) > 1:
+        error = float(values.std(ddof=1) / np.sqrt(len(values)))
+        interval = percentile_interval(bootstrap(values, seed))
     return {"average": average, "best": best, "gain": gain(average, starter, direction),
-            "best_gain": gain(best, starter, direction),
-            "standard_error": float(values.std(ddof=1) / np.sqrt(len(values))) if enough else None,
-            "interval": percentile_interval(bootstrap(values, seed)) if enough else None,
-            "failed": sum(score is None for score in scores), "trajectories": len(values)}
+            "best_gain": gain(best, starter, direction), "standard_error": error, "interval": interval,
+            "failed": scores.count(None), "trajectories": len(scores)}
 
 
 def mean_gain(results, counted="score", seed=0):
@@ -206,7 +206,7 @@ def table(runs, counted="score"):
     """Returns Table 1 of one run or several, [{"name", "results"}], as (rows, published, means).
 
     rows: lists of texts; two heads, then a row for each task and, below the tasks of a split, their mean gain.
-    published: for each row the texts of the paper's figures. means: [(split, number of tasks, {number of a run: (mean,
+    published: for each row the texts of the paper's figures. means: [(split, number of tasks, {name of a run: (mean,
     low, high)})] over the tasks that all runs have, where the starter's score is not 0. counted: score or oracle.
     """
     # 1. What stands in the rows and columns
@@ -239,7 +239,7 @@ def table(runs, counted="score"):
 
         # 4. The mean of their gains
         if common:
-            mean = {n: mean_gain([results[n] for results in common], counted) for n in range(len(runs))}
+            mean = {run["name"]: mean_gain([results[n] for results in common], counted) for n, run in enumerate(runs)}
             means.append((split, len(common), mean))
         if len(common) > 1:
             texts = [{"gain %": format_number(value, "+.1f"), "95 % interval": format_interval(ends)}
@@ -280,9 +280,12 @@ def report(runs):
         return "\n\n".join([*parts, format_table(rows)])
     for run in runs:
         settings = run["results"]["settings"]
-        played = [one for result in run["results"]["tasks"].values() for one in result.get("trajectories", ())]
+        played = []
+        for result in run["results"]["tasks"].values():
+            played += result.get("trajectories", [])
         ends = Counter(trajectory["ended"] for trajectory in played).most_common()
-        valid, steps = (sum(trajectory[name] for trajectory in played) for name in ("valid_replies", "steps"))
+        valid = sum(trajectory["valid_replies"] for trajectory in played)
+        steps = sum(trajectory["steps"] for trajectory in played)
         parts.append(f"{run['name']}: model {settings['model']}, at most {settings['steps']} steps. How they ended: "
                      f"{', '.join(f'{end} {count}' for end, count in ends)}. Valid replies: {valid} of {steps}.")
     parts += [counting_rule(runs), format_table(rows)]
@@ -327,7 +330,8 @@ def read_run(folder, name):
 def write_report(path, folders, title, trained):
     """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained."""
     runs = [read_run(folder, name) for name, folder in folders.items()]
-    rows, published, means = table(runs)
+    agents = [run for run in runs if run["results"]["settings"].get("model")]
+    rows, published, means = table(agents or runs)
     for run in runs:
         run["text"] = ""
         if run["results"]["settings"]:

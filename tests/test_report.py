@@ -259,7 +259,9 @@ def test_runs_side_by_side(run, tmp_path, capsys):
     cut = file_of(run, 3)
     cut.write_bytes(cut.read_bytes()[:-1])      # as while it is being written
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    folders = [run.out, str(tmp_path / "other")]
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "log.jsonl").write_text('{"iteration": 1, "reward": 0.5}\n')      # has no columns
+    folders = [run.out, str(tmp_path / "other"), str(tmp_path / "training")]
     assert evaluation.main(["--compare", ",".join(folders), "--out", str(tmp_path / "new")]) == 0
     assert "Written to" in capsys.readouterr().out
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -274,7 +276,9 @@ def test_runs_side_by_side(run, tmp_path, capsys):
     assert [box.attributes["id"] for box in boxes] == [
         "1/tiny-task-0", "1/tiny-task-1", "1/tiny-task-2", "1/tiny-task-3", "2/tiny-task-0"]
     assert page.all("section", id="2/tiny-task-0-1", class_="step here")
-    assert page.texts("b", inside=page.all("div", class_="cards")[0]) == ["+32.1 %", "+85.7 %"]
+    cards, = page.all("div", class_="cards")
+    assert page.texts("b", cards) == ["+32.1 %", "+85.7 %"]
+    assert page.texts("span", cards)[::2] == [f"held-out, {folder}" for folder in folders[:2]]
 
 
 def test_other_data_stand_in_a_row_of_their_own(run, tmp_path):
@@ -296,10 +300,10 @@ def test_the_mean_of_gains_is_over_the_tasks_that_all_runs_have(run):
     first["results"]["tasks"]["second"] = {
         **result, "trajectories": [{**trajectory, "score": 3.5} for trajectory in result["trajectories"]],
         "score_summary": evaluation.summary([3.5] * 4, 7, "down")}
-    other = {**first, "results": {**first["results"], "tasks": {"tiny-task": result}}}
+    other = {**first, "name": "b", "results": {**first["results"], "tasks": {"tiny-task": result}}}
     rows, _, means = evaluation.table([first])
     # a gain of 50 % that does not vary, and one of 0 to 4.5 / 7 around 2.25 / 7
-    assert means == [("held-out", 2, {0: pytest.approx(((50 + 225 / 7) / 2, 25, (50 + 450 / 7) / 2))})]
+    assert means == [("held-out", 2, {"a": pytest.approx(((50 + 225 / 7) / 2, 25, (50 + 450 / 7) / 2))})]
     assert rows[-1] == ["mean of 2 held-out tasks", "", "", "", "", "+41.1", "+25.0 to +57.1", "", "", ""]
     rows, _, means = evaluation.table([first, other])
     assert [row[0] for row in rows[2:]] == ["tiny-task", "second"] and [mean[1] for mean in means] == [1]
