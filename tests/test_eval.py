@@ -399,7 +399,7 @@ def test_a_model_says_how_it_acts_and_nothing_else(tmp_path, capsys):
               "temperature": 0.0, "trajectories": 1000, "sandbox\n\x1b[31m": "off", "preset": "tiny"}
     (tmp_path / "agent.json").write_text(json.dumps({**others, **AGENT}))
     s = parsed(tmp_path, "--task=tiny-task")
-    said = capsys.readouterr().err.splitlines()
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("typed: ")]
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in AGENT.items()}
     assert s == evaluation.Settings(model=str(tmp_path), task="tiny-task", **tuples)
     assert len(said) == 2 and "ignored: '__init__', 'coder'" in said[0] and "\x1b" not in said[0]
@@ -409,7 +409,7 @@ def test_a_model_says_how_it_acts_and_nothing_else(tmp_path, capsys):
 
 def test_a_model_alone_acts_on_a_small_task_which_is_said(tmp_path, capsys):
     assert parsed(tmp_path).task == "leaf-classification"
-    assert capsys.readouterr().err == "no --task: --task leaf-classification\n"
+    assert capsys.readouterr().err.splitlines()[-1] == "no --task: --task leaf-classification"
 
 
 def test_what_is_typed_holds_also_where_it_is_the_default(tmp_path, capsys):
@@ -421,7 +421,8 @@ def test_what_is_typed_holds_also_where_it_is_the_default(tmp_path, capsys):
         assert getattr(s, name) == value
         assert [other for other in AGENT if getattr(s, other) != getattr(default, other)] == [
             other for other in AGENT if other != name]
-        assert f"--{name.replace('_', '-')} " not in capsys.readouterr().err
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{tmp_path}/agent.json")]
+        assert len(said) == 1 and f"--{name.replace('_', '-')} " not in said[0]
 
 
 @pytest.mark.parametrize("name, value", [
@@ -485,7 +486,7 @@ def test_only_what_was_checked_is_written_on(tmp_path):
     (first / "agent.json").write_text(json.dumps({"steps": 5, "sandbox": "off", "context": 99}))
     line = {"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "Yes."}]}
     own.write_text(f"{json.dumps(line)}\n" * 3)
-    assert sft.main(["--model", str(first), "--trajectories", str(own), "--out", str(tmp_path / "second"), "--steps=1",
+    assert sft.main(["--model", str(first), "--trajectories", str(own), "--out", str(tmp_path / "second"), "--updates=1",
                      "--batch=1"]) == 0
     assert json.loads((tmp_path / "second" / "agent.json").read_text()) == {"steps": 5, "context": 99}
 
