@@ -535,10 +535,12 @@ def fill(values):
 
 
 def main(argv=None):
+    status = exit_status("eval.py", lambda: refuse_torchrun("an evaluation"), "")
+    if status:      # before anything else is said
+        return status
     cfg = cli.parse(Settings, argv, fill)
 
     def work():
-        refuse_torchrun("an evaluation")
         if cfg.compare:
             print(f"Written to {compare(cfg)}")
         elif cfg.task:

@@ -486,8 +486,8 @@ def test_only_what_was_checked_is_written_on(tmp_path):
     (first / "agent.json").write_text(json.dumps({"steps": 5, "sandbox": "off", "context": 99}))
     line = {"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "Yes."}]}
     own.write_text(f"{json.dumps(line)}\n" * 3)
-    assert sft.main(["--model", str(first), "--trajectories", str(own), "--out", str(tmp_path / "second"), "--updates=1",
-                     "--batch=1"]) == 0
+    assert sft.main(["--model", str(first), "--trajectories", str(own), "--out", str(tmp_path / "second"),
+                     "--updates=1", "--batch=1"]) == 0
     assert json.loads((tmp_path / "second" / "agent.json").read_text()) == {"steps": 5, "context": 99}
 
 
