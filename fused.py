@@ -345,7 +345,6 @@ def attention_mask(positions, S, group, dtype):
     return positions
 
 
-sight = attention_mask      # its name in sample.py
 
 
 def attend(q, k, v, mask):

@@ -24,8 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from support.pretrained import (  # noqa: F401  (some are imported from here)
-    SHARD_BYTES, find_folder, hash_checkpoint, load_tensors, read_json, sync, write_checkpoint, write_json)
+from support.pretrained import SHARD_BYTES, find_folder, load_tensors, read_json, write_checkpoint, write_json
 
 IGNORE = -100               # the target of a token that has none
 MAX_LAYERS = 2**10          # what a config.json may ask for, so that no file starts an endless build
@@ -205,9 +204,7 @@ def attend(q, k, v, mask):
 
 
 PLAIN = {f.__name__: f for f in (norm, add_norm, rope, swiglu, logprob_stats, logprob_backward, attention_mask, attend)}
-PLAIN["sight"] = sight = attention_mask         # its name in sample.py
 KERNELS = SimpleNamespace(**PLAIN)              # the operations in use; use_kernels changes it in place
-ops = KERNELS                                   # its name in sample.py
 
 
 def use_kernels(name, device):

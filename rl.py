@@ -27,15 +27,16 @@ import sample
 import tasks
 from env import (
     CODER_TOKENS, CODE_END, NEEDS_CODER, best_before, make_env, prepare_tasks, read_agent, read_trajectory, write_agent)
-from model import IGNORE, Config, Linear, Qwen2, find_folder, hash_checkpoint, use_kernels
+from model import IGNORE, Config, Linear, Qwen2, use_kernels
 from reward import KINDS
-from support import cli
+from support import cli, endpoint
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
     build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of, full_tensor,
     gib, init_distributed, load_state, num_weights, optimizer_step, peak_flops, peak_memory, plan_memory,
     rank0_broadcast, save_state, shape_of, shard_across_ranks, sharded_parameters)
 from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten
+from support.pretrained import find_folder, hash_checkpoint
 from support.sandbox import SLOTS, protection
 from support.storage import Blobs, MissingBlob, ResultCache
 
@@ -95,8 +96,8 @@ class Settings(cli.TaskSettings):
                 raise ValueError(f"{cli.flag_of(name)} must be from 0 to 1, found {getattr(self, name)}")
         if self.context <= self.max_new_tokens:
             raise ValueError(f"--context must be above --max-new-tokens {self.max_new_tokens}, found {self.context}")
-        if sample.is_server(self.coder):
-            sample.address(self.coder)
+        if endpoint.is_server(self.coder):
+            endpoint.address(self.coder)
         if self.minibatches > self.states:
             raise ValueError(f"--minibatches must be at most --states {self.states}, found {self.minibatches}")
         if not self.has_critic and (self.rollout == "episode" or self.samples < 2):
@@ -288,7 +289,7 @@ class RolloutWorker:
         if cfg.coder == "model":
             self.coder = engine
         elif cfg.coder not in ("auto", "none"):
-            self.coder = sample.load(cfg.coder, context=cfg.context, key=sample.coder_key(cfg.coder, cfg.model))
+            self.coder = sample.load(cfg.coder, context=cfg.context, key=endpoint.coder_key(cfg.coder, cfg.model))
 
     def ask_coder(self, messages):
         return self.coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END).text + CODE_END

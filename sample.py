@@ -32,8 +32,7 @@ import torch.nn.functional as F
 from model import KERNELS, Config, Qwen2, find_folder, use_kernels
 from support import cpu_linear
 from support.cli import ContextFull, parse
-from support.endpoint import (  # noqa: F401
-    Completion, Endpoint, EndpointError, address, coder_key, find_stop, is_server, mask_key)
+from support.endpoint import Completion, Endpoint, EndpointError, find_stop, is_server
 from support.files import sync
 
 

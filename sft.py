@@ -32,8 +32,8 @@ import tasks
 from env import (
     AgentSettings, end_reason, model_policy, play_trajectory, prepare_tasks, read_agent, read_record, trajectory_path,
     write_agent)
-from model import Config, Qwen2, find_folder, hash_checkpoint, use_kernels
-from support import cli, miniature
+from model import Config, Qwen2, use_kernels
+from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
 from support.conversations import named, read_conversations
 from support.distributed import (
@@ -42,6 +42,7 @@ from support.distributed import (
     peak_flops, peak_memory, plan_memory, rank0_broadcast, save_state, shape_of)
 from support.files import (
     FLAG, NUMBER, TEXT, VALUE, fingerprint, folder_lock, hash_json, parse_json, read_bytes, write_atomic)
+from support.pretrained import find_folder, hash_checkpoint
 from support.parallel import Progress, run_parallel
 from support.storage import ResultCache
 
@@ -95,8 +96,8 @@ class Settings(AgentSettings):
         for name in ("warmup", "copies", "ideas", "temperature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must be at least 0, found {getattr(self, name)}")
-        if sample.is_server(self.expert):
-            sample.address(self.expert)
+        if endpoint.is_server(self.expert):
+            endpoint.address(self.expert)
         if self.model and not self.preset and (self.collect or self.expert != "scripted"):
             raise ValueError("--expert acts with --collect, and --model is trained without it; give one of the two")
         if not self.collect:

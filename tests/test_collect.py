@@ -20,7 +20,7 @@ import sample
 import sft
 import tasks
 from common import act, add_task
-from support import cli, miniature
+from support import cli, endpoint, miniature
 
 ROOT = Path(__file__).parent.parent
 
@@ -149,18 +149,18 @@ class Expert:
             turn = sum(message["role"] == "assistant" for message in messages)
             if "ideas for changing" in messages[0]["content"]:
                 if self.asked == self.fail_after:
-                    raise sample.EndpointError("down")
+                    raise endpoint.EndpointError("down")
                 self.asked += 1
                 text = "\n".join(f"- idea {self.asked} {i} {seed}: do thing number {i} of {seed}" for i in range(15))
             else:
                 text = self.replies[turn]
         ids = self.tokenizer.encode(text)
-        return sample.Completion(text, ids, [0.0] * len(ids), "stop")
+        return endpoint.Completion(text, ids, [0.0] * len(ids), "stop")
 
 
 def test_a_hundred_ideas_are_asked_for_in_several_prompts_and_never_twice(toys):
     s, task = settings(toys, expert="model"), tasks.load("toy-a")
-    with pytest.raises(sample.EndpointError):
+    with pytest.raises(endpoint.EndpointError):
         sft.ask_ideas(s, task, Expert(fail_after=4))
     expert = Expert()
     found = sft.ask_ideas(s, task, expert)
@@ -174,7 +174,7 @@ def test_a_hundred_ideas_are_asked_for_in_several_prompts_and_never_twice(toys):
 def test_an_expert_without_ideas_is_an_error(toys):
     class Mute(Expert):
         def chat(self, messages, **options):
-            return sample.Completion("I have none.", [], [], "stop")
+            return endpoint.Completion("I have none.", [], [], "stop")
     with pytest.raises(cli.RunError, match="has written no idea for toy-a"):
         sft.ask_ideas(settings(toys, expert="mute"), tasks.load("toy-a"), Mute())
 

@@ -16,7 +16,7 @@ import sft
 import tasks
 from common import add_task, quiet
 from sample import Endpoint, EndpointError
-from support import cli
+from support import cli, endpoint
 
 ASK = [{"role": "user", "content": "hello"}]
 
@@ -247,9 +247,9 @@ def test_a_key_does_not_get_into_a_reply(serve, monkeypatch):
 
 def test_what_is_not_of_the_key_is_shown():
     text = "Incorrect API key provided: sk-Proj/*****. You can find your API key at https://example.com/keys."
-    assert sample.mask_key(text, KEY) == text.replace("sk-Proj/", "********")
-    assert sample.mask_key("an EMPTY key, empty", "EMPTY") == "an ***** key, empty"
-    assert sample.mask_key("a", "") == "a" and sample.mask_key("", KEY) == ""
+    assert endpoint.mask_key(text, KEY) == text.replace("sk-Proj/", "********")
+    assert endpoint.mask_key("an EMPTY key, empty", "EMPTY") == "an ***** key, empty"
+    assert endpoint.mask_key("a", "") == "a" and endpoint.mask_key("", KEY) == ""
 
 
 def keys_sent(server):
@@ -267,12 +267,10 @@ def test_a_coders_server_gets_no_key_of_another_host(keys, same, expected, serve
         monkeypatch.setenv(name, key)
     server, other = serve(OK), serve(OK)
     s = evaluation.Settings(model=server.spec, coder=(server if same else other).spec, out=str(tmp_path))
-    agent = object.__new__(evaluation.Agent)
-    agent.s, agent.jobs = s, [1]
-    agent.load(sample.load)
-    agent.coder.chat(ASK)
+    policy, coder = evaluation.load_models(s, num_rows=1)
+    coder.chat(ASK)
     assert keys_sent(server if same else other) == [expected]
-    agent.policy.chat(ASK)
+    policy.chat(ASK)
     assert keys_sent(server)[-1] == (f"Bearer {keys['OPENAI_API_KEY']}" if "OPENAI_API_KEY" in keys else None)
 
 
@@ -283,7 +281,7 @@ def test_which_key_a_coder_gets(monkeypatch):
             ("https://a.example/v2#n", one, False), ("HTTPS://A.example/v1#n", one, False), (one, "runs/sft", False),
             ("http://a.example/v1#m", one, True), ("https://a.example:444/v1#m", one, True),
             ("https://b.example/v1#m", one, True), ("https://a.example.evil/v1#m", one, True)):
-        assert sample.coder_key(coder, model) == ("OPENAI_API_KEY_CODER" if own else "OPENAI_API_KEY")
+        assert endpoint.coder_key(coder, model) == ("OPENAI_API_KEY_CODER" if own else "OPENAI_API_KEY")
 
 
 @pytest.mark.parametrize("spec", ["http://user:secret-key@host/v1#m", "http://secret-key@host/v1#m",

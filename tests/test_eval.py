@@ -25,7 +25,7 @@ from common import act, add_task
 from env import replay
 from model import Config, Qwen2
 from test_execute import parent, processes, wait_until
-from support import cli, files
+from support import cli, endpoint, files
 
 ROOT = Path(__file__).parent.parent
 MINIATURE = "Miniature data are made up from a seed: scores on them do not compare with published ones."
@@ -65,7 +65,7 @@ class Scripted:
             if self.calls == self.fail_at:
                 raise self.error
             self.calls += 1
-        return sample.Completion(self.replies[seed], [1, 2, 3], [0.0] * 3, "stop", 100, 50, 0.01)
+        return endpoint.Completion(self.replies[seed], [1, 2, 3], [0.0] * 3, "stop", 100, 50, 0.01)
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def settings(tmp_path, out="out", **more):
     return evaluation.Settings(data=str(tmp_path / "data"), out=str(tmp_path / out), **more)
 
 
-def play(s, policy):
-    run, = evaluation.evaluate(s, load=lambda spec, **options: policy)
+def play(cfg, policy):
+    run, = evaluation.evaluate(cfg, load=lambda spec, **options: policy)
     return run["results"]
 
 
@@ -161,24 +161,12 @@ def test_the_interval_is_seeded_and_about_right():
     assert high == pytest.approx(4.5 + 1.96 * 2.872 / 20, abs=0.02)
 
 
-@pytest.mark.parametrize("model", ["scripted", ""])
-def test_flagged_submissions_are_counted_and_shouted_about(tmp_path, task, monkeypatch, model):
-    judge, bad = tasks.judge, (4.0,) if model else (7.0,)      # one submission of the third trajectory; or the starter
-
-    def judged(id, path, data):
-        score, _ = judge(id, path, data)
-        return score, 1e-9 if score in bad else 1.0
-    monkeypatch.setattr(tasks, "judge", judged)
-    results = play(settings(tmp_path, model=model), Scripted())
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]["tiny-task"]["flagged"] == 1
-    if model:
-        assert [one["flagged"] for one in results["tasks"]["tiny-task"]["trajectories"]] == [0, 0, 1, 0]
-    text = text_of(results)
-    assert "FLAGGED: submissions that hold answers planted" in text and "tiny-task (1 submission)." in text
-    assert "task (miniature)" in text and "tiny-task (FLAGGED)" in text
-    monkeypatch.setattr(tasks, "judge", judge)
-    results = play(settings(tmp_path, "honest", model=model), Scripted())
-    assert results["tasks"]["tiny-task"]["flagged"] == 0 and "FLAGGED" not in text_of(results)
+def test_the_mean_gain_of_two_tasks_by_hand():
+    varying = {"starter": 7.0, "direction": "down", "score_summary": {"gain": 225 / 7},
+               "trajectories": [{"score": score} for score in (1, None, 4, None)]}
+    steady = {"starter": 2.0, "direction": "up", "score_summary": {"gain": 50.0}, "trajectories": [{"score": 3.0}] * 4}
+    # a gain of 50 % that does not vary, and one of 0 to 4.5 / 7 (see test_table_by_hand) around 2.25 / 7
+    assert evaluation.mean_gain([varying, steady]) == pytest.approx(((50 + 225 / 7) / 2, 25, (50 + 450 / 7) / 2))
 
 
 def test_the_report_says_what_was_measured(tmp_path, task):
@@ -214,16 +202,17 @@ def whole(tmp_path, task, _found=[]):
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 5, 8, STEPS - 1])
-def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task, whole):
-    s = settings(tmp_path, parallel=1 + at % 4)
-    down = sample.EndpointError("http://there is down")
-    with pytest.raises(sample.EndpointError):
+def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task, whole, monkeypatch):
+    s, parallel = settings(tmp_path), 1 + at % 4
+    monkeypatch.setattr(evaluation, "TOKENS_TOGETHER", parallel * s.context)
+    down = endpoint.EndpointError("http://there is down")
+    with pytest.raises(endpoint.EndpointError):
         play(s, Scripted(fail_at=at, error=down))
     half = masked(s.out)
     assert not half["complete"]
     again = Scripted()
     play(s, again)
-    assert again.calls <= STEPS - at + s.parallel       # what was recorded was not played again
+    assert again.calls <= STEPS - at + parallel       # what was recorded was not played again
     assert masked(s.out) == whole
     for file in Path(s.out, "trajectories").iterdir():
         assert replay(file, data=s.data) == 0
@@ -315,7 +304,7 @@ def test_a_second_process_on_the_same_folder_is_refused(tmp_path, task):
 def made(tmp_path, task, monkeypatch):
     """As if both had run in the present folder, which is a new one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(evaluation.TOGETHER, "task", "tiny-task")
+    monkeypatch.setattr(tasks, "FOLDERS", [task.parent])        # which is then all tasks
     for name in ("sft", "rl"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "agent.json").write_text('{"steps": 4, "max_new_tokens": 96}')
@@ -323,9 +312,8 @@ def made(tmp_path, task, monkeypatch):
 
 
 def play_all(made, *more):
-    argv = ["--trajectories=2", "--coder=none", *more]
-    s = cli.parse(evaluation.Settings, argv)
-    return evaluation.evaluate(s, evaluation.miniature(s, argv), load=lambda spec, **options: made[spec])
+    cfg = cli.parse(evaluation.Settings, ["--trajectories=2", "--coder=none", *more], evaluation.fill)
+    return evaluation.evaluate(cfg, evaluation.agents_made(cfg), load=lambda spec, **options: made[spec])
 
 
 def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):
@@ -349,11 +337,20 @@ def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):
 
 def test_what_is_typed_holds_for_the_agents_that_were_made(made):
     argv = ["--trajectories=2", "--temperature=0.7", "--steps=15", "--dtype", "auto"]
-    agents = evaluation.miniature(cli.parse(evaluation.Settings, argv, evaluation.fill), argv)
-    for name, s in agents.items():
-        assert (s.temperature, s.steps, s.dtype, s.trajectories) == (0.7, 15, "auto", 2)
-        assert (s.parallel, s.max_new_tokens, s.task) == (160, 96, "tiny-task")     # of the miniature, and agent.json
-        assert (s.model, s.out) == (evaluation.MADE[name][0], str(Path("runs/eval", Path(s.model).name)))
+    agents = evaluation.agents_made(cli.parse(evaluation.Settings, argv, evaluation.fill))
+    for name, cfg in agents.items():
+        assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (0.7, 15, "auto", 2)
+        assert (cfg.max_new_tokens, cfg.task) == (96, "all")        # of agent.json, and of the miniature
+        assert (cfg.model, cfg.out) == (evaluation.MADE[name][0], str(Path("runs/eval", Path(cfg.model).name)))
+    cfg = cli.parse(evaluation.Settings, [], evaluation.fill)
+    assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (1.0, 4, "float64", 8)
+
+
+def test_agents_that_act_in_two_ways_do_not_stand_in_one_table(made, capsys):
+    Path("runs/rl/agent.json").write_text('{"steps": 5, "max_new_tokens": 96}')
+    with pytest.raises(SystemExit) as end:
+        evaluation.main([])
+    assert end.value.code == 2 and "runs/sft/agent.json and runs/rl/agent.json differ" in capsys.readouterr().err
 
 
 def test_scripts_that_ran_while_they_learned_do_not_run_again(made, monkeypatch):
@@ -365,8 +362,8 @@ def test_scripts_that_ran_while_they_learned_do_not_run_again(made, monkeypatch)
 
 def test_what_is_there_is_evaluated_and_what_is_not_is_named(made, monkeypatch, capsys):
     evaluate = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda s, agents: evaluate(
-        s, agents, load=lambda spec, **options: made[spec]))
+    monkeypatch.setattr(evaluation, "evaluate", lambda cfg, agents: evaluate(
+        cfg, agents, load=lambda spec, **options: made[spec]))
     Path("runs/rl/agent.json").unlink()
     assert evaluation.main(["--trajectories", "2", "--coder", "none"]) == 0
     said = capsys.readouterr().out
@@ -388,7 +385,7 @@ def test_in_float64_a_reply_does_not_depend_on_what_is_sampled_beside_it():
 
 # ---- what a model's folder says
 
-AGENT = {"prompt": "short", "actions": ["Execute Script", "Final Answer"], "fields": ["Action", "Action Input"],
+AGENT = {"prompt_format": "short", "actions": ["Execute Script", "Final Answer"], "fields": ["Action", "Action Input"],
          "context": 640, "max_new_tokens": 96, "steps": 5}
 
 
@@ -401,13 +398,18 @@ def test_a_model_says_how_it_acts_and_nothing_else(tmp_path, capsys):
               "out": "/evil", "data": "/evil", "raw": "/evil", "gpu": "0", "seed": 5, "task": "all", "__init__": 1,
               "temperature": 0.0, "trajectories": 1000, "sandbox\n\x1b[31m": "off", "preset": "tiny"}
     (tmp_path / "agent.json").write_text(json.dumps({**others, **AGENT}))
-    s = parsed(tmp_path)
-    said = capsys.readouterr().err.splitlines()
+    s = parsed(tmp_path, "--task=tiny-task")
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("typed: ")]
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in AGENT.items()}
-    assert s == evaluation.Settings(model=str(tmp_path), **tuples)
+    assert s == evaluation.Settings(model=str(tmp_path), task="tiny-task", **tuples)
     assert len(said) == 2 and "ignored: '__init__', 'coder'" in said[0] and "\x1b" not in said[0]
-    assert said[1] == (f"{tmp_path}/agent.json: --prompt short, --actions Execute Script,Final Answer, "
+    assert said[1] == (f"{tmp_path}/agent.json: --prompt-format short, --actions Execute Script,Final Answer, "
                        "--fields Action,Action Input, --context 640, --max-new-tokens 96, --steps 5")
+
+
+def test_a_model_alone_acts_on_a_small_task_which_is_said(tmp_path, capsys):
+    assert parsed(tmp_path).task == "leaf-classification"
+    assert capsys.readouterr().err.splitlines()[-1] == "no --task: --task leaf-classification"
 
 
 def test_what_is_typed_holds_also_where_it_is_the_default(tmp_path, capsys):
@@ -419,11 +421,13 @@ def test_what_is_typed_holds_also_where_it_is_the_default(tmp_path, capsys):
         assert getattr(s, name) == value
         assert [other for other in AGENT if getattr(s, other) != getattr(default, other)] == [
             other for other in AGENT if other != name]
-        assert f"--{name.replace('_', '-')} " not in capsys.readouterr().err
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{tmp_path}/agent.json")]
+        assert len(said) == 1 and f"--{name.replace('_', '-')} " not in said[0]
 
 
 @pytest.mark.parametrize("name, value", [
-    ("prompt", "long"), ("prompt", ["short"]), ("actions", []), ("actions", "Execute Script"), ("actions", ["Fly"]),
+    ("prompt_format", "long"), ("prompt_format", ["short"]), ("actions", []), ("actions", "Execute Script"),
+    ("actions", ["Fly"]),
     ("actions", [["Execute Script"]]), ("actions", ["Final Answer"] * 2), ("actions", {"Final Answer": 1}),
     ("fields", ["Action"]), ("fields", ["Action Input", "Action"]), ("context", 0), ("context", "640"),
     ("context", 640.0), ("context", 10**9), ("context", True), ("context", math.nan), ("steps", -1), ("steps", None),
@@ -482,20 +486,20 @@ def test_only_what_was_checked_is_written_on(tmp_path):
     (first / "agent.json").write_text(json.dumps({"steps": 5, "sandbox": "off", "context": 99}))
     line = {"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "Yes."}]}
     own.write_text(f"{json.dumps(line)}\n" * 3)
-    assert sft.main(["--model", str(first), "--trajectories", str(own), "--out", str(tmp_path / "second"), "--steps=1",
-                     "--batch=1"]) == 0
+    assert sft.main(["--model", str(first), "--trajectories", str(own), "--out", str(tmp_path / "second"),
+                     "--updates=1", "--batch=1"]) == 0
     assert json.loads((tmp_path / "second" / "agent.json").read_text()) == {"steps": 5, "context": 99}
 
 
 @pytest.mark.parametrize("change, words", [
     ({"snapshot": {"train.py": "0" * 64}}, "its last state cannot be restored: .*blob"),
     ({"snapshot": {"train.py": 3}}, "snapshot"), ({"seconds_left": math.inf}, "seconds_left"),
-    ({"type": "header"}, "type.*header"), ({"messages": [{"role": "user"}]}, "messages.*content")])
+    ({"type": "header"}, "type.*header"), ({"messages": [{"role": "user"}]}, "messages.*(message|content)")])
 def test_a_record_of_others_that_is_gone_on_with_is_data(change, words, tmp_path, task):
     """What a trajectory's last line says may be anything; going on from it is then refused in a sentence."""
     s = settings(tmp_path, trajectories=1)
-    with pytest.raises(sample.EndpointError):
-        play(s, Scripted(fail_at=2, error=sample.EndpointError("down")))
+    with pytest.raises(endpoint.EndpointError):
+        play(s, Scripted(fail_at=2, error=endpoint.EndpointError("down")))
     *lines, last = file_of(s, 0).read_text().splitlines()
     file_of(s, 0).write_text("\n".join([*lines, json.dumps({**json.loads(last), **change}), ""]))
     with pytest.raises((ValueError, cli.RunError), match=words) as error:
@@ -505,8 +509,8 @@ def test_a_record_of_others_that_is_gone_on_with_is_data(change, words, tmp_path
 
 def test_a_record_cannot_give_itself_more_time(tmp_path, task):
     s = settings(tmp_path, trajectories=1, seconds=1000)
-    with pytest.raises(sample.EndpointError):
-        play(s, Scripted(fail_at=2, error=sample.EndpointError("down")))
+    with pytest.raises(endpoint.EndpointError):
+        play(s, Scripted(fail_at=2, error=endpoint.EndpointError("down")))
     *lines, last = file_of(s, 0).read_text().splitlines()
     file_of(s, 0).write_text("\n".join([*lines, json.dumps({**json.loads(last), "seconds_left": 1e6}), ""]))
     play(s, Scripted())
@@ -535,8 +539,8 @@ def test_the_step_limit_ends_a_trajectory(tmp_path, task):
 
 def test_time_spent_before_an_interruption_counts(tmp_path, task):
     s = settings(tmp_path, trajectories=1, seconds=1000)
-    with pytest.raises(sample.EndpointError):
-        play(s, Scripted(fail_at=1, error=sample.EndpointError("down")))
+    with pytest.raises(endpoint.EndpointError):
+        play(s, Scripted(fail_at=1, error=endpoint.EndpointError("down")))
     path = file_of(s, 0)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert 900 < lines[1]["seconds_left"] < 1000
@@ -560,12 +564,22 @@ def test_the_coder_is_asked_with_its_own_seed(tmp_path, task):
             if len(messages) == 1:
                 asked.append(options["seed"])
                 script = STARTER.replace("VALUE = 3", "VALUE = 9")
-                return sample.Completion(f"```python\n{script}```", [], [], "stop")
+                return endpoint.Completion(f"```python\n{script}```", [], [], "stop")
             return super().chat(messages, **options)
     ai = act("Edit Script (AI)", script_name="train.py", edit_instruction="use 9", save_name="train.py")
     results = play(settings(tmp_path, coder="model", trajectories=1), Coder([[ai, END]]))
     assert results["tasks"]["tiny-task"]["trajectories"][0]["score"] == 1
     assert asked == [zlib.crc32(b"0 tiny-task 0 0 coder")]
+
+
+def test_progress_line():
+    run = env.Progress({Path("a"): [], Path("b"): [{"type": "header"}, {"type": "step", "ended": ""}]}, num_steps=4)
+    assert "0/2 trajectories" in run.line() and "tokens/s" not in run.line()
+    run.steps[Path("a")], run.tokens = 3, 600
+    run.start = time.monotonic() - 60.5       # 3 of 8 steps took a minute, 4 are left
+    assert all(part in run.line() for part in ("0/2 trajectories", "9.9 tokens/s", "01:00", "01:20"))
+    run.over = {Path("a"), Path("b")}
+    assert "2/2 trajectories" in run.line() and "00:00" in run.line()
 
 
 # ---- the command
@@ -650,7 +664,7 @@ def test_ctrl_c_while_waiting_for_a_reply_leaves_what_can_be_continued(tmp_path,
     server.turns.clear()
     again = run_command(tmp_path, port=server.server_port)
     assert again.returncode == 0 and server.turns == [2, 3]
-    assert "0 of 1 trajectories are done; going on" in again.stderr and "4/4 [" in again.stderr
+    assert "0 of 1 trajectories are done; going on" in again.stderr and "1/1 trajectories" in again.stderr
     assert "1.0000" in again.stdout and "Traceback" not in again.stderr
 
 
@@ -693,7 +707,6 @@ def test_what_a_killed_program_leaves_is_removed_by_the_next(tmp_path):
     code = f"""
 import os, signal, sys, tempfile
 sys.path.insert(0, {str(Path(evaluation.__file__).parent)!r})
-import eval
 from support import cli
 for line in sys.stdin:
     if (program := os.fork()) == 0:

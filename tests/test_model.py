@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import model
 import sample
-from model import IGNORE, Config, Linear, LinearLogProb, Qwen2, find_folder, hash_checkpoint
+from model import IGNORE, Config, Linear, LinearLogProb, Qwen2
+from support.pretrained import find_folder, hash_checkpoint
 from sample import Tokenizer
 from support import cpu_linear
 

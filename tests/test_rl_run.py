@@ -21,7 +21,7 @@ import sample
 import sft
 import tasks
 from model import Config, Qwen2
-from support import sandbox
+from support import endpoint, sandbox
 from test_collect import add_toys
 from test_collect import settings as collecting
 from support import cli, distributed, files, miniature
@@ -100,7 +100,7 @@ class Scripted:
 
     def reply(self, text):
         tokens = self.tokenizer.encode(text) + [self.tokenizer.end]
-        return sample.Completion(text, tokens, [-0.01 * k for k in range(len(tokens))], "stop")
+        return endpoint.Completion(text, tokens, [-0.01 * k for k in range(len(tokens))], "stop")
 
 
 def playing(folder, engine=None, **more):
@@ -303,7 +303,7 @@ def test_ids_and_log_probs_are_those_that_were_sampled(made):
     """Also ids that no encoding of the text would give."""
     engine = Scripted()
     odd = [ord(c) for c in "no action"]         # as bytes, not as the one token that stands for it
-    reply = sample.Completion("no action", [*odd, engine.tokenizer.end], [-0.123456789 * k for k in range(10)], "stop")
+    reply = endpoint.Completion("no action", [*odd, engine.tokenizer.end], [-0.123456789 * k for k in range(10)], "stop")
     engine.reply = lambda text: reply
     one = rolled_out(playing(made, engine, states=1, samples=1))[0]
     assert one.tokens == reply.tokens and one.logp_sampler == reply.logps and one.prompt == engine.asked[0][0]
@@ -313,7 +313,7 @@ def test_ids_and_log_probs_are_those_that_were_sampled(made):
 def test_ids_of_a_stop_string_are_learned_from_but_not_in_the_next_prompt(made):
     """Of a trajectory whose replies were each ended by an invented observation."""
     engine = Scripted()
-    reply = lambda text: sample.Completion(text, engine.tokenizer.encode(text + "\nObservation:"), [0.0] * (
+    reply = lambda text: endpoint.Completion(text, engine.tokenizer.encode(text + "\nObservation:"), [0.0] * (
         len(engine.tokenizer.encode(text)) + 13), "stop")
     rollout = playing(made, engine, rollout="episode", states=1, samples=1, steps=2, max_new_tokens=200)
     engine.replies, engine.reply, engine.context = [REPLIES[4]] * 2, reply, 5000

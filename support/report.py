@@ -1,0 +1,93 @@
+"""Reads what is left of runs, and writes the page that shows them: one HTML file that needs no network."""
+import base64, hashlib, html, json, math, re
+from pathlib import Path
+
+from support.files import (
+    COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, maybe, one_of, parse_json, read_bytes, read_json_lines, shorten,
+    write_atomic)
+
+LONGEST_TEXT = 20_000       # characters of one text on the page
+FINAL = {"last-valid": "the last valid submission",
+         "best-validation": "the valid submission whose script printed the best score"}
+CURVES = {      # entry of a training log -> heading of its figure
+    "reward": "mean reward", "reward_edits": "mean reward of edits that ran", "valid": "valid replies, share",
+    "kl": "divergence from the first model, nats a token", "entropy": "entropy, nats a token",
+    "cache_hits": "runs known already, share", "loss": "training loss", "valid_loss": "validation loss"}
+SHARES = ("share_invalid", "share_failed", "share_not_an_edit", "share_limit", "share_scored")
+STEP = ("action", "args", "coder", "detail", "ended", "fields", "kind", "m_after", "m_before", "observation", "outcome",
+        "printed", "reply", "reward", "sandbox", "score", "script_seconds", "seconds", "valid")     # is shown of a step
+
+# Files may come from others. Each entry that is used has a form here, and no other entry has an effect.
+LOG = {f"{name}?": maybe(NUMBER) for name in (*CURVES, *SHARES, "iteration", "step", "seconds")}
+SUMMARY = {
+    "average": NUMBER, "best": NUMBER, "failed": COUNT, "trajectories": COUNT, "gain": maybe(NUMBER),
+    "best_gain": maybe(NUMBER), "standard_error": maybe(NUMBER), "interval": maybe(("two numbers", lambda value: (
+        isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value)))))}
+TRAJECTORY = {
+    "k": COUNT, "score": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD, "steps": COUNT, "valid_replies": COUNT}
+TASK = {
+    "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
+    "published": {str: [NUMBER]}, "printed?": maybe(NUMBER), "seconds?": NUMBER, "trajectories?": [TRAJECTORY],
+    "score_summary?": SUMMARY, "oracle_summary?": SUMMARY}
+RESULTS = {
+    "complete": FLAG, "settings": {"model": TEXT, "steps": COUNT, str: VALUE}, "final": one_of(*FINAL),
+    "versions": {str: TEXT}, "tasks": {str: TASK}}
+
+
+def read_results(folder):
+    """Returns what results.json in a folder of eval.py says, None where there is none. ValueError: it says something
+    that eval.py does not write."""
+    path = Path(folder, "results.json")
+    content = read_bytes(path)
+    if content is None:
+        return None
+    results = parse_json(content, RESULTS, path)
+    for task, result in results["tasks"].items():
+        summaries = [result[name] for name in ("score_summary", "oracle_summary") if name in result]
+        sound = re.fullmatch(r"[\w.-]{1,100}", task, re.ASCII) and (result.get("trajectories") or not summaries)
+        if not sound or any((summary["gain"] is None) != (result["starter"] == 0) for summary in summaries):
+            raise ValueError(f"{path}: what it says of the task {shorten(ascii(task), 80)} does not fit together")
+    return results
+
+
+def read_log(folder):
+    """Returns the lines of a training run's log.jsonl, each with the entries that the page draws."""
+    lines = read_json_lines(Path(folder, "log.jsonl"), LOG)
+    return [{name: line[name] for name in (entry.removesuffix("?") for entry in LOG) if name in line} for line in lines]
+
+
+def select_steps(trajectory):
+    """Returns a trajectory with what the page shows of its steps."""
+    return {**trajectory, "steps": [{name: step[name] for name in STEP} for step in trajectory["steps"]]}
+
+
+def for_browsers(value):
+    """Returns a value as JSON that every browser reads: long texts are cut, and NaN and infinities become texts."""
+    if isinstance(value, dict):
+        return {for_browsers(name): for_browsers(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [for_browsers(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return shorten(value, LONGEST_TEXT) if isinstance(value, str) else value
+
+
+def write_page(path, data):
+    """Writes the page: the template beside this file with `data` in it as JSON, of which the template's script draws
+    everything. data: title, warnings, means, table, note, logs, runs; see eval.write_report."""
+    template = Path(__file__).with_suffix(".html").read_text()
+    hashes = {}
+    for tag in ("script", "style"):
+        content = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
+        hashes[tag] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    runs = [{"name": run["name"], "text": run["text"], "trajectories": list(map(select_steps, run["trajectories"]))}
+            for run in data["runs"]]
+    text = json.dumps(for_browsers({**data, "curves": CURVES, "runs": runs}), ensure_ascii=False)
+    parts = {
+        "title": html.escape(data["title"]),
+        # a browser runs what we wrote, and nothing that might have got in
+        "policy": f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
+                  "base-uri 'none'; form-action 'none'",
+        "data": text.replace("<", "\\u003c")}
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    write_atomic(path, page.encode("utf-8", "replace"))     # half a surrogate pair is no character
