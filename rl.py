@@ -422,7 +422,7 @@ def make_engine(cfg, actor, tokenizer):
     if any(isinstance(p, DTensor) or p.dtype is not actor.compute for _, p in sharded_parameters(actor)):
         model = Qwen2._empty(actor.config, actor.compute, next(actor.parameters()).device).requires_grad_(False)
     copy_weights(actor, model)
-    return sample.Engine(model, tokenizer, cfg.rows, cfg.context, name=cfg.model, repeatable=True)
+    return sample.Engine(model, tokenizer, cfg.rows, cfg.context, name=cfg.model)
 
 
 @torch.no_grad()
