@@ -9,8 +9,8 @@ and, where it has some,
 More folders of tasks can be named in the environment variable ML_AGENT_TASKS, separated by ":".
 
 Prepared data lie in `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (what was
-prepared, from what, with row counts, hashes and the starter's measured score). Without the publisher's files a
-*miniature* is prepared: data of the same form, made up from a seed. Its scores do not compare with published ones.
+prepared, row counts, hashes and the starter's score). Without the publisher's files a *miniature* is prepared: data of
+the same form, made up from a seed. Its scores do not compare with published ones.
 
     import tasks
     tasks.prepare("leaf-classification")                           # the miniature; raw="DIR" for the real data
@@ -77,8 +77,7 @@ class Task:
     answers: str = "test.csv"       # the answers, a file in private
     sample: str = "sample_submission.csv"   # a valid, poor submission, a file in public
     test_file: str = ""             # the file that belongs to a test row, from the row's id: "images/{}.jpg"
-    known_signal: str = ""          # why the publisher's own ids tell of the target, where they do
-    known_order: str = ""           # why neighbouring rows of the test file have like targets, where they do
+    known_signal: str = ""          # why the publisher's own ids or order tell of the target, where they do
     known_twins: str = ""           # why train and test share rows in the publisher's own data, where they do
     also: dict = field(default_factory=dict)    # further metrics: name -> a function as score
     variants: tuple = ("default",)  # names of splits; the first is the default
@@ -111,8 +110,7 @@ class Task:
         return a > b if self.direction == "up" else a < b
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The registry
+# ---- The registry
 
 def load(id):
     """The task with this id, the name of a folder that was found. ValueError with the nearest ids where there is none,
@@ -144,16 +142,12 @@ def _load(folder):
 def names(which="all"):
     """The ids meant by `which`: one id, "held-in", "held-out", "paper" (the tasks of the paper's Table 1) or "all"."""
     if which not in ("all", "held-in", "held-out", "paper"):
-        try:
-            return [load(which).id]
-        except ValueError as error:
-            raise ValueError(f"{error} Groups of tasks are all, held-in, held-out, paper.") from None
+        return [load(which).id]
     registered = sorted(map(load, _folders()), key=lambda task: (task.split, task.id))
     return [task.id for task in registered if which in ("all", task.split) or (which == "paper" and task.published)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Held-out tasks: nothing of them may be trained on
+# ---- Held-out tasks: nothing of them may be trained on
 
 def held_out_hashes(data):
     """{sha256: id} of the files of all held-out tasks that are prepared in the folder `data`. Sample submissions are
@@ -185,8 +179,7 @@ def refuse_held_out_names(ids):
                          f"held-in tasks are: {', '.join(names('held-in'))}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ideas
+# ---- Ideas
 
 def ideas(id):
     """The ideas of the task's ideas.json, in its order; [] where there is no such file.
@@ -234,8 +227,7 @@ def apply(script, idea):
     return script
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Preparation
+# ---- Preparation
 
 def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=print, python=sys.executable):
     """Prepares a task into data/id and returns that path; does nothing where that is done already.
@@ -255,7 +247,10 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
     if raw is None:
         wanted["seed"] = seed
     else:
-        wanted["raw"] = _fingerprint(task, raw)
+        with _told_where_to_get(task):
+            # To hash the contents of gigabytes takes too long.
+            sizes = [(str(path.relative_to(raw)), path.stat().st_size) for path in loose_files(raw)]
+        wanted["raw"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     if variant:
         wanted["variant"] = variant
     if _may_stay(home, wanted, force, say):
@@ -287,8 +282,9 @@ def _may_stay(home, wanted, force, say):
     if wanted["miniature"] and not facts["miniature"]:
         if force:
             raise ValueError(f"{home} holds real data. Give --raw to prepare it again, or delete it first.")
-        stale = "" if facts["code"] == wanted["code"] else "; the task has changed since: prepare it again with --raw"
-        say(f"{home.name}: keeping the real data in {home}{stale}")
+        say(f"{home.name}: keeping the real data in {home}")
+        if facts["code"] != wanted["code"]:
+            say(f"{home.name}: the task has changed since these were prepared; prepare them again with --raw")
         return True
     return not force and all(facts.get(name) == value for name, value in wanted.items())
 
@@ -346,13 +342,6 @@ def _told_where_to_get(task):
         raise MissingRaw(f"{reason} Get {task.download} ({task.size}) and put it there as it comes.") from error
 
 
-def _fingerprint(task, raw):
-    """Text that changes when a file under raw appears, goes or changes its size; to hash gigabytes takes too long."""
-    with _told_where_to_get(task):
-        files = [(str(path.relative_to(raw)), path.stat().st_size) for path in loose_files(raw)]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
 def run_starter(task, home, python=sys.executable, script=None):
     """Runs the starter, or another script of ours given as text, on home/public: (graded score, seconds, stdout). It
     runs without a sandbox. RuntimeError where it fails."""
@@ -372,8 +361,7 @@ def run_starter(task, home, python=sys.executable, script=None):
             raise RuntimeError(f"{name} writes a submission that is not valid. {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is prepared
+# ---- What is prepared
 
 FACTS = {"id": str, "miniature": bool, "variant": str, "code": str, "m_init": (int, float), "m_best": (int, float),
          "rows": dict, "sha256": dict}
@@ -423,8 +411,7 @@ def hash_code(task):
     return hash_files(task.folder / "task.py", task.folder / task.entry)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grading
+# ---- Grading
 
 def grade(id, path, data="data"):
     """The score of the submission file at path by the prepared task's answers. InvalidSubmission, with the reason in

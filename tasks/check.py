@@ -15,9 +15,7 @@ import pandas as pd
 import tasks
 
 SIGMAS = 5              # a signal: a rank correlation so many standard deviations from zero
-MAX_ROWS = 20_000       # of the test rows, searched for signals
 MAX_BYTES = 128 << 20   # of a public table that is searched
-MAX_CLASSES = 100       # the most frequent ones, searched for signals
 VALIDATION_LINE = re.compile(r"^validation .+: -?\d+(\.\d+)?\s*$", re.MULTILINE)
 
 
@@ -33,6 +31,10 @@ class Case:
     starter: float      # its score now
     printed: str        # by the starter
 
+    @property
+    def num_rows(self):
+        return len(self.gold[self.targets[0]])
+
     def score(self, table):
         """The score of a table that is handed in; {} is an empty file."""
         with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +44,7 @@ class Case:
 
     def shuffled(self, columns):
         """The answers with these columns in another order of rows."""
-        order = np.random.default_rng(0).permutation(len(self.gold[self.targets[0]]))
+        order = np.random.default_rng(0).permutation(self.num_rows)
         return {**self.gold, **{name: [self.gold[name][i] for i in order] for name in columns}}
 
     def frame(self, name):
@@ -60,7 +62,7 @@ class Case:
 
 
 def check(id, data, python):
-    """(row, failures) of the task prepared in data/id: a dict of figures, and a sentence for each proof that failed."""
+    """(figures, failures) of the task prepared in data/id: a dict, and a sentence for each fault that was found."""
     start = time.monotonic()
     task = tasks.load(id)
     home = Path(data) / id
@@ -71,12 +73,10 @@ def check(id, data, python):
     starter, _, printed = tasks.run_starter(task, home, python)
     case = Case(task, home, facts, targets, sample, gold, starter, printed)
     failures = [failure for proof in PROOFS for failure in proof(case)]
-    return {"train": facts["rows"].get("public/train.csv"), "test": len(gold[targets[0]]), "starter": starter,
-            "m_best": facts["m_best"], "seconds": time.monotonic() - start}, failures
+    figures = {"test rows": case.num_rows, "starter": starter, "m_best": facts["m_best"],
+               "seconds": time.monotonic() - start}
+    return figures, failures
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and scores
 
 def changed_files(case):
     """The files are those that were prepared, by the task.py and the starter that are there now."""
@@ -89,16 +89,16 @@ def changed_files(case):
 
 def changed_starter(case):
     """The starter prints its validation score and scores what is recorded."""
-    recorded = case.facts["m_init"]
     if not VALIDATION_LINE.search(case.printed):
         yield "The starter prints no line such as 'validation accuracy: 0.9'."
+    recorded = case.facts["m_init"]
     if abs(case.starter - recorded) > 1e-6 * abs(recorded):
         yield f"The starter scores {case.starter:.6g}; task.json records {recorded:.6g}."
     measured = case.task.m_init
-    if case.facts["miniature"] or case.facts["variant"] != case.task.variants[0] or measured is None:
-        return
-    if abs(case.starter - measured) > 0.01 * abs(case.task.m_best - measured):      # machines round differently
-        yield f"The starter scores {case.starter:.6g}; the task records {measured}."
+    is_measured = measured is not None and not case.facts["miniature"]
+    if is_measured and case.facts["variant"] == case.task.variants[0]:
+        if abs(case.starter - measured) > 0.01 * abs(case.task.m_best - measured):      # machines round differently
+            yield f"The starter scores {case.starter:.6g}; the task records {measured}."
 
 
 def imperfect_answers(case):
@@ -125,39 +125,38 @@ def good_guesses(case):
 
 def accepted_faults(case):
     """Submissions that cannot be scored are refused with a reason."""
-    for fault, table in _faulty(case.gold, case.task, case.targets).items():
+    for fault, table in _faulty(case).items():
         try:
             case.score(table)
-            yield f"A submission with {fault} is not refused."
-        except tasks.InvalidSubmission as error:
-            if not str(error):
-                yield f"A submission with {fault} is refused without a reason."
+            outcome = "is not refused"
+        except tasks.InvalidSubmission:
+            continue
         except Exception as error:
-            yield f"A submission with {fault} ends in {type(error).__name__}, not in InvalidSubmission."
+            outcome = f"ends in {type(error).__name__}, not in InvalidSubmission"
+        yield f"A submission with {fault} {outcome}."
 
 
-def _faulty(gold, task, targets):
+def _faulty(case):
     """{what is wrong: table}."""
-    def with_first_cell(name, text):
-        return {**gold, name: [text, *gold[name][1:]]}
+    gold = case.gold
+    key = case.task.key
+    first = case.targets[0]
+    last = case.targets[-1]
     tables = {
-        "a missing column": {name: column for name, column in gold.items() if name != targets[-1]},
+        "a missing column": {name: column for name, column in gold.items() if name != last},
         "a missing row": {name: column[:-1] for name, column in gold.items()},
         "a surplus row": {name: [*column, column[-1]] for name, column in gold.items()},
         "no rows": {name: [] for name in gold},
         "an empty file": {},
-        "a blank": with_first_cell(targets[0], "")}
-    if task.key:
-        tables["an unknown id"] = with_first_cell(task.key, "no-such-id")
-        tables["a doubled id"] = with_first_cell(task.key, gold[task.key][1])
-    if not task.text_targets:
-        tables["text"] = with_first_cell(targets[0], "text")
-        tables["NaN"] = with_first_cell(targets[-1], "nan")
+        "a blank": {**gold, first: ["", *gold[first][1:]]}}
+    if key:
+        tables["an unknown id"] = {**gold, key: ["no-such-id", *gold[key][1:]]}
+        tables["a doubled id"] = {**gold, key: [gold[key][1], *gold[key][1:]]}
+    if not case.task.text_targets:
+        tables["text"] = {**gold, first: ["text", *gold[first][1:]]}
+        tables["NaN"] = {**gold, last: [*gold[last][:-1], "nan"]}
     return tables
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What public files give away
 
 def shown_answers(case):
     """The test file does not have a target's column, and files that belong to test rows are there."""
@@ -188,62 +187,48 @@ def shared_rows(case):
 def shared_files(case):
     """No file of a test row is also shown under another name."""
     files = case.test_files()
-    hashes = {tasks.hash_files(path) for path in files if path.exists()}
     others = set((case.home / "public").rglob("*.*")) - set(files) if files else []
-    if shared := [path for path in sorted(others) if path.is_file() and tasks.hash_files(path) in hashes]:
-        yield f"{len(shared)} files of train are in test too, such as {shared[0]}."
+    hashes = {tasks.hash_files(path) for path in files if path.exists()}
+    shared = [path for path in others if tasks.hash_files(path) in hashes]
+    if shared:
+        yield f"{len(shared)} files of train are in test too, such as {min(shared)}."
 
 
 def signals(case):
-    """The order of the ids, the position in the test file and, in miniatures, the size of a row's file do not go with
-    the target. The publisher's own ids or order may (known_signal, known_order), as the sizes of real images do."""
-    num_rows = min(len(case.gold[case.targets[0]]), MAX_ROWS)
+    """The position in the test file, the order of the ids and, in miniatures, the size of a row's file do not go with
+    the target. The publisher's own order and ids may (known_signal), as the sizes of real images do."""
     orders = {}
-    if not case.task.known_order:
-        orders["position in the test file"] = range(num_rows)
-    if case.task.key and not case.task.known_signal:
-        orders["id"] = case.gold[case.task.key][:num_rows]
+    if not case.task.known_signal:
+        orders["position in the test file"] = range(case.num_rows)
+        if case.task.key:
+            orders["id"] = case.gold[case.task.key]
     if case.task.test_file and case.facts["miniature"]:
         orders["size of the file"] = [path.stat().st_size if path.exists() else 0 for path in case.test_files()]
-    columns = [column for name in case.targets for column in _columns(case.gold[name][:num_rows])]
+    columns = pd.DataFrame({name: _numbers_or_texts(case.gold[name]) for name in case.targets})
+    ranks = pd.get_dummies(columns).rank()      # a class becomes a column of its own
     for name, values in orders.items():
-        strongest = max(abs(_rank_correlation(pd.Series(values), column)) for column in columns)
+        strongest = ranks.corrwith(_numbers_or_texts(values).rank()).abs().max()
         # Fisher's transformation makes a correlation normal, with variance 1 / (n - 3).
-        sigmas = math.atanh(min(strongest, 0.999999)) * math.sqrt(max(num_rows - 3, 0))
+        sigmas = math.atanh(min(strongest, 0.999999)) * math.sqrt(max(case.num_rows - 3, 0))
         if sigmas > SIGMAS:
             yield f"The {name} tells of the target: their rank correlation is {strongest:.2f}."
 
 
-def _columns(texts):
-    """A target as a list of columns that can be ranked: itself if it is numbers, else one for each class."""
-    column = pd.Series(texts)
-    if _is_numeric(column):
-        return [column]
-    return [column == name for name in column.value_counts().index[:MAX_CLASSES]]
-
-
-def _is_numeric(column):
-    return pd.to_numeric(column, errors="coerce").notna().all()
-
-
-def _rank_correlation(a, b):
-    """Spearman's correlation of two columns of numbers, or of texts, which may be numbers; 0 where one is constant."""
-    if a.nunique() < 2 or b.nunique() < 2:
-        return 0.0
-    ranks = [(pd.to_numeric(column) if _is_numeric(column) else column).rank() for column in (a, b)]
-    return np.corrcoef(*ranks)[0, 1]
+def _numbers_or_texts(values):
+    """A series of numbers where all values are some, else of texts."""
+    try:
+        return pd.to_numeric(pd.Series(values))
+    except ValueError:
+        return pd.Series(values)
 
 
 PROOFS = (changed_files, changed_starter, imperfect_answers, good_guesses, accepted_faults, shown_answers, shared_rows,
           shared_files, signals)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ideas
-
 def check_ideas(id, data, python):
-    """(row, failures) as check, of running each of the task's ideas on what is prepared in data/id: at least half must
-    improve the starter's score and at least one must make it worse."""
+    """(figures, failures) as check, of running each of the task's ideas on what is prepared in data/id: at least half
+    must improve the starter's score and at least one must make it worse."""
     start = time.monotonic()
     task = tasks.load(id)
     starter = tasks.info(id, data)["m_init"]
@@ -260,5 +245,6 @@ def check_ideas(id, data, python):
         failures.append(f"Only {num_better} of {len(scores)} ideas improve the score.")
     if scores and num_worse == 0:
         failures.append("No idea makes the score worse; some should, as with anyone's ideas.")
-    return {"starter": starter, "ideas": len(scores), "better": num_better, "worse": num_worse,
-            "seconds": time.monotonic() - start}, failures
+    figures = {"starter": starter, "ideas": len(scores), "better": num_better, "worse": num_worse,
+               "seconds": time.monotonic() - start}
+    return figures, failures

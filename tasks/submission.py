@@ -31,14 +31,14 @@ def read_submission(path, limit_bytes):
     except OSError as error:
         reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror.lower()
         raise InvalidSubmission(f"The submission cannot be opened: {reason}.") from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
         os.close(handle)
         raise InvalidSubmission("The submission is not an ordinary file.")
     with open(handle, "rb") as stream:
         data = stream.read(limit_bytes + 1)
-        num_bytes = os.fstat(handle).st_size
     if len(data) > limit_bytes:
-        raise InvalidSubmission(f"The file has {num_bytes} bytes; at most {limit_bytes} are read.")
+        raise InvalidSubmission(f"The file has {status.st_size} bytes; at most {limit_bytes} are read.")
     return _parse(data)
 
 
