@@ -8,13 +8,11 @@ and, where it has some,
     ideas.json   ways to change the starter, each told in words and as edits; see `ideas`
 More folders of tasks can be named in the environment variable ML_AGENT_TASKS, separated by ":".
 
-Prepared data lie in `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (what was
-prepared, row counts, hashes and the starter's score). Without the publisher's files a *miniature* is prepared: data of
-the same form, made up from a seed. Its scores do not compare with published ones.
-
     import tasks
     tasks.prepare("leaf-classification")                           # the miniature; raw="DIR" for the real data
     tasks.grade("leaf-classification", "submission.csv")           # a float, or tasks.InvalidSubmission with the reason
+This fills `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (what was prepared).
+A *miniature* is data of the same form, made up from a seed; its scores do not compare with published ones.
 """
 import contextlib
 import csv

@@ -142,16 +142,16 @@ def raw_csv(raw, name, columns=(), **options):
         return read_csv(stream, **options)
 
 
-def copy_raw(raw, name, target, columns=(), **options):
+def copy_raw(raw, name, target, columns=()):
     """Copies the file that open_raw finds to the path target, byte for byte."""
-    with open_raw(raw, name, columns, **options) as source, open(target, "wb") as sink:
+    with open_raw(raw, name, columns) as source, open(target, "wb") as sink:
         shutil.copyfileobj(source, sink)
 
 
 def copy_raw_folder(raw, folder, target, wanted):
     """Streams the files `wanted` (names, or {name: new name}) of a folder called `folder` under raw to the folder
     target. MissingRaw names the first files that were not there."""
-    missing = dict(wanted) if isinstance(wanted, dict) else {name: name for name in wanted}
+    missing = dict(wanted if isinstance(wanted, dict) else zip(wanted, wanted))
     total = len(missing)
     Path(target).mkdir(parents=True, exist_ok=True)
     for path, opened in raw_files(raw):

@@ -4,7 +4,6 @@ numbers.
 A table is a dict {column: [text]}. Everything that can be wrong raises InvalidSubmission with a reason of one sentence.
 """
 import csv
-import errno
 import io
 import math
 import os
@@ -29,8 +28,7 @@ def read_submission(path, limit_bytes):
         # Without O_NONBLOCK a named pipe would hold us up for ever.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror.lower()
-        raise InvalidSubmission(f"The submission cannot be opened: {reason}.") from None
+        raise InvalidSubmission(f"The submission cannot be opened: {error.strerror.lower()}.") from None
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
         os.close(handle)
@@ -92,9 +90,8 @@ def matched(submission, answers, key, columns, extra=True):
     if surplus and not extra:
         raise InvalidSubmission(f"{_some(surplus, 'column')} not expected.")
     num_rows = len(submission[needed[0]])
-    num_wanted = len(answers[needed[0]])
-    if num_rows != num_wanted:
-        raise InvalidSubmission(f"The file has {num_rows} rows; {num_wanted} were expected.")
+    if num_rows != len(answers[needed[0]]):
+        raise InvalidSubmission(f"The file has {num_rows} rows; {len(answers[needed[0]])} were expected.")
     if key is None or submission[key] == answers[key]:
         return {name: submission[name] for name in columns}
 
@@ -135,13 +132,9 @@ def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_on
         valid &= (values == np.floor(values)) & (np.abs(values) < MAX_CLASS)
     if not valid.all():
         i, j = np.argwhere(~valid)[0]
-        bounds = ""
-        if high < math.inf:
-            bounds = f" from {low:g} to {high:g}"
-        elif low > -math.inf:
-            bounds = f" of at least {low:g}"
         kind = "whole" if whole else "finite"
-        raise InvalidSubmission(f"{_cell(i, columns[j])} holds {values[i, j]:g}; it must be a {kind} number{bounds}.")
+        raise InvalidSubmission(f"{_cell(i, columns[j])} holds {values[i, j]:g}; it must be a {kind} number from "
+                                f"{low:g} to {high:g}.")
     if sum_to_one:
         for i, total in enumerate(values.sum(1)):
             if abs(total - 1) > SUM_TOLERANCE:
