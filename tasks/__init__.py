@@ -276,7 +276,7 @@ def _may_stay(home, wanted, force, say):
     """Whether home holds what is wanted, or real data where a miniature is wanted."""
     if not (home / "task.json").is_file():
         return False
-    facts = _facts(home)
+    facts = info(home.name, home.parent)
     if wanted["miniature"] and not facts["miniature"]:
         if force:
             raise ValueError(f"{home} holds real data. Give --raw to prepare it again, or delete it first.")
@@ -366,11 +366,6 @@ FACTS = {"id": str, "miniature": bool, "variant": str, "code": str, "m_init": (i
 PREPARED_FILE = re.compile(r"(public|private)/(?!\.\.?$)[^/]+")
 
 
-def info(id, data="data"):
-    """What task.json says of the prepared task. ValueError where there is none, or not what prepare has written."""
-    return _facts(_home(id, data))
-
-
 def _home(id, data):
     home = Path(data) / load(id).id
     if not (home / "task.json").is_file():
@@ -378,7 +373,9 @@ def _home(id, data):
     return home
 
 
-def _facts(home):
+def info(id, data="data"):
+    """What task.json says of the prepared task. ValueError where there is none, or not what prepare has written."""
+    home = _home(id, data)
     try:
         facts = json.loads((home / "task.json").read_bytes())
         valid = (all(isinstance(facts[name], kind) for name, kind in FACTS.items())
@@ -389,8 +386,7 @@ def _facts(home):
     except (ValueError, LookupError, TypeError, RecursionError):
         valid = False
     if not valid:
-        raise ValueError(
-            f"{home / 'task.json'} is not what prepare has written. Delete {home} and prepare the task again.")
+        raise ValueError(f"{home}/task.json is not what prepare has written. Delete {home} and prepare the task again.")
     return facts
 
 
