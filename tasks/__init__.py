@@ -255,21 +255,29 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
     part = home.with_name(f".{id}.part")
+    previous = home.with_name(f".{id}.old")
     with open(home.with_name(f".{id}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)    # several processes may want the same task: the others wait and find it done
+        _tidy(home, part, previous)         # what a process that was killed left behind
         if _may_stay(home, wanted, force, say):
             return home
-        shutil.rmtree(part, ignore_errors=True)             # what a process that was killed left behind
         try:
             _build(task, part, raw, {"variant": task.variants[0], **wanted}, say, python)
-            (home / "task.json").unlink(missing_ok=True)    # without it the rest counts as not prepared
-            shutil.rmtree(home, ignore_errors=True)
+            if home.exists():
+                home.rename(previous)
             part.rename(home)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            _tidy(home, part, previous)
     facts = info(id, data)
     say(f"{id}: ready; the starter scores {task.metric} {facts['m_init']:.5g} in {facts['starter_seconds']:.1f} s")
     return home
+
+
+def _tidy(home, part, previous):
+    if previous.exists() and not home.exists():
+        previous.rename(home)               # interrupted between the two renames
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _may_stay(home, wanted, force, say):

@@ -382,14 +382,14 @@ def test_interrupted_preparation_leaves_what_was_there_or_nothing(toy, toy_raw, 
     assert (home / "task.json").read_text() == before and (home / "public" / "train.csv").exists()
 
 
-def test_what_a_killed_process_left_is_cleared(toy, tmp_path):
+def test_what_a_killed_process_left_is_cleared_or_put_back(toy, tmp_path):
     data = tmp_path / "data"
     home = tasks.prepare("toy", data=data, say=quiet)
-    (home / "task.json").unlink()                                   # killed while the data were being replaced
-    shutil.rmtree(home / "public")
+    before = (home / "task.json").stat().st_mtime_ns
+    home.rename(data / ".toy.old")                                  # killed between the two renames
     (data / ".toy.part" / "public").mkdir(parents=True)
     tasks.prepare("toy", data=data, say=quiet)
-    assert (home / "public" / "train.csv").exists() and not (data / ".toy.part").exists()
+    assert (home / "task.json").stat().st_mtime_ns == before and not (data / ".toy.part").exists()
 
 
 def test_two_processes_prepare_a_task_once(toy, tmp_path):
