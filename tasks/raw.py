@@ -118,9 +118,7 @@ def _zip_files(name, stream):
 def open_raw(raw, name, columns=(), **options):
     """A binary stream of the first file called `name` under raw that has these columns, or exactly these where options
     say header=None. A folder may hold other tasks' files of that name. MissingRaw says what was found instead."""
-    reason = f"{name} is not in {raw}, neither loose nor inside a zip."
-    if columns and "header" not in options:
-        reason = reason.replace(" is", f" with the columns {listed(columns)} is", 1)
+    first_other = ""
     for path, opened in raw_files(raw):
         if path.split("/")[-1] != name:
             continue
@@ -128,12 +126,15 @@ def open_raw(raw, name, columns=(), **options):
         if columns:
             with readable(path), opened() as stream:
                 header = list(read_csv(stream, **{**options, "nrows": 1}))
-        if header == list(columns) if "header" in options else set(columns) <= set(header):
+        if header == list(columns) or "header" not in options and set(columns) <= set(header):
             with readable(path), opened() as stream:
                 yield stream
             return
-        reason += f" {path} has the columns {listed(header)}."
-    raise MissingRaw(reason)
+        first_other = first_other or f" {path} has the columns {listed(header)}."
+    wanted = name
+    if columns and "header" not in options:
+        wanted += f" with the columns {listed(columns)}"
+    raise MissingRaw(f"{wanted} is not in {raw}, neither loose nor inside a zip.{first_other}")
 
 
 def raw_csv(raw, name, columns=(), **options):
