@@ -8,15 +8,11 @@ and, where it has some,
     ideas.json   ways to change the starter, each told in words and as edits; see `ideas`
 More folders of tasks can be named in the environment variable ML_AGENT_TASKS, separated by ":".
 
-Prepared data lie in `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (what was
-prepared, from what, with row counts, hashes and the starter's measured score). Without the publisher's files a
-*miniature* is prepared: data of the same form, made up from a seed. Its scores do not compare with published ones.
-
     import tasks
     tasks.prepare("leaf-classification")                           # the miniature; raw="DIR" for the real data
     tasks.grade("leaf-classification", "submission.csv")           # a float, or tasks.InvalidSubmission with the reason
-On the command line: `python -m tasks list | prepare | grade | check`. The metrics are in metrics.py, the publisher's
-files and the split in raw.py, the reading of submissions in submission.py; all their names are here too.
+This fills `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (what was prepared).
+A *miniature* is data of the same form, made up from a seed; its scores do not compare with published ones.
 """
 import contextlib
 import csv
@@ -40,14 +36,13 @@ from typing import Callable
 from support import sandbox
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
-    MissingRaw, copy_raw, copy_raw_folder, is_disk_full, jpeg, loose_files, open_raw, progress, raw_csv, raw_files,
-    read_csv, train_test_split, write_csv)
+    MissingRaw, copy_raw, copy_raw_folder, is_disk_full, jpeg, loose_files, open_raw, raw_csv, raw_files,
+    train_test_split, write_csv)
 from tasks.submission import InvalidSubmission, matched, numbers, read_submission, read_table, show
 
 # What an idea may be about: the closed set of "kind" in ideas.json.
 IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentation", "ensembling", "calibration",
               "validation")
-IDEA_FIELDS = {"title", "kind", "instruction", "edits"}
 INSTALL = "Install what the tasks' scripts use: pip install -r tasks/requirements.txt"
 MINIATURE_S = 10            # seconds of processor time of one script on a miniature; starters take one to three
 FOLDERS = [Path(__file__).parent, *map(Path, filter(None, os.environ.get("ML_AGENT_TASKS", "").split(":")))]
@@ -69,22 +64,19 @@ class Task:
     miniature: Callable             # (raw, seed): writes files as the publisher ships them, 50 to 500 rows
     score: Callable                 # (answers, submission): two tables {column: [text]} -> float, or InvalidSubmission,
                                     # for what is in the submission, never for how it compares with the answers
-    m_init: float | None            # the starter's measured score on the real data, first variant; None: not measured
+    m_init: float | None            # the starter's score on the real data, first variant; None: not measured
     m_best: float                   # the best known score on the real data ...
     m_best_source: str              # ... and where that figure comes from
-    m_best_miniature: float         # a good model's score on the miniature of seed 0, measured ...
+    m_best_miniature: float         # a good model's score on the miniature of seed 0 ...
     m_best_miniature_source: str    # ... and which model that was
     key: str | None = "id"          # the submission's id column; None: rows are matched by position
-    targets: tuple = ()             # the columns that are predicted; (): all of the sample submission's but the key
-    text_targets: bool = False      # the predicted values are free text, so any text is a valid prediction
+    targets: tuple = ()             # the predicted columns; (): all of the sample submission's but the key
+    text_targets: bool = False      # any text is a valid prediction
     answers: str = "test.csv"       # the answers, a file in private
     sample: str = "sample_submission.csv"   # a valid, poor submission, a file in public
     test_file: str = ""             # the file that belongs to a test row, from the row's id: "images/{}.jpg"
-    known_signal: str = ""          # why the publisher's own ids tell of the target, where they do
-    known_order: str = ""           # why neighbouring rows of the test file have like targets, where they do
-    known_twins: str = ""           # why train and test share rows or files in the publisher's own data, where they do
-    unscored: str | None = None     # what stands in all targets of the answers' rows that are not scored
-    key_is_feature: bool = False    # the id is what is judged, such as the text itself, and is shown in train too
+    known_signal: str = ""          # why the publisher's own ids or order tell of the target, where they do
+    known_twins: str = ""           # why train and test share rows in the publisher's own data, where they do
     also: dict = field(default_factory=dict)    # further metrics: name -> a function as score
     variants: tuple = ("default",)  # names of splits; the first is the default
     published: dict = field(default_factory=dict)   # Table 1: model -> (average, best) of 8, accuracies from 0 to 1
@@ -94,7 +86,7 @@ class Task:
     time_limit_s: float = 600.0     # one script, seconds
     memory_limit_bytes: int = 4 << 30   # one script, bytes
     entry: str = "train.py"         # the script that is edited, run and scored
-    folder: Path | None = None      # where the task's three files lie; filled in by load
+    folder: Path | None = None      # where the task's files lie; filled in by load
 
     @property
     def problem(self):
@@ -115,15 +107,8 @@ class Task:
         """Whether score a beats score b."""
         return a > b if self.direction == "up" else a < b
 
-    def weakest(self):
-        """The weakest average of Table 1, or None where the table does not have the task."""
-        averages = [average for average, _ in self.published.values()]
-        worst = min if self.direction == "up" else max
-        return worst(averages, default=None)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The registry
+# ---- The registry
 
 def load(id):
     """The task with this id, the name of a folder that was found. ValueError with the nearest ids where there is none,
@@ -137,18 +122,6 @@ def load(id):
     return _load(folders[id])
 
 
-def names(which="all"):
-    """The ids meant by `which`: one id, "held-in", "held-out", "paper" (the tasks of the paper's Table 1) or "all"."""
-    groups = ("all", "held-in", "held-out", "paper")
-    if which not in groups:
-        try:
-            return [load(which).id]
-        except ValueError as error:
-            raise ValueError(f"{error} Groups of tasks are {', '.join(groups)}.") from None
-    chosen = sorted(map(load, _folders()), key=lambda task: (task.split, task.id))
-    return [task.id for task in chosen if which in ("all", task.split) or (which == "paper" and task.published)]
-
-
 def _folders():
     return {path.parent.name: path.parent for folder in FOLDERS for path in sorted(folder.glob("*/task.py"))}
 
@@ -158,15 +131,21 @@ def _load(folder):
     spec = importlib.util.spec_from_file_location("tasks." + re.sub(r"\W", "_", folder.name), folder / "task.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "TASK"):
-        raise ValueError(f"{folder / 'task.py'} must define TASK, a tasks.Task.")
-    if module.TASK.id != folder.name:
-        raise ValueError(f"{folder / 'task.py'} calls its task {module.TASK.id!r}; the id must be the folder's name.")
-    return replace(module.TASK, folder=folder)
+    task = getattr(module, "TASK", None)
+    if not isinstance(task, Task) or task.id != folder.name:
+        raise ValueError(f"{folder / 'task.py'} must define TASK, a tasks.Task, whose id is the folder's name.")
+    return replace(task, folder=folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Held-out tasks: nothing of them may be trained on
+def names(which="all"):
+    """The ids meant by `which`: one id, "held-in", "held-out", "paper" (the tasks of the paper's Table 1) or "all"."""
+    if which not in ("all", "held-in", "held-out", "paper"):
+        return [load(which).id]
+    registered = sorted(map(load, _folders()), key=lambda task: (task.split, task.id))
+    return [task.id for task in registered if which in ("all", task.split) or (which == "paper" and task.published)]
+
+
+# ---- Held-out tasks: nothing of them may be trained on
 
 def held_out_hashes(data):
     """{sha256: id} of the files of all held-out tasks that are prepared in the folder `data`. Sample submissions are
@@ -198,8 +177,7 @@ def refuse_held_out_names(ids):
                          f"held-in tasks are: {', '.join(names('held-in'))}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ideas
+# ---- Ideas
 
 def ideas(id):
     """The ideas of the task's ideas.json, in its order; [] where there is no such file.
@@ -211,36 +189,30 @@ def ideas(id):
     if not path.exists():
         return []
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} must hold a list of ideas.")
+        entries = list(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} must hold a list of ideas as JSON ({error}).") from None
     titles = set()
     for number, idea in enumerate(entries, 1):
-        if fault := _fault_of_idea(idea, titles):
-            raise ValueError(f"{path}, entry {number}: {fault}")
+        if not _is_idea(idea) or idea["title"] in titles:
+            raise ValueError(f"{path}, entry {number}, must have a title of its own, an instruction, a kind "
+                             f"({', '.join(IDEA_KINDS)}) and edits, a list of {{find, replace}}.")
         titles.add(idea["title"])
     return entries
 
 
-def _fault_of_idea(idea, titles):
-    """What is wrong with an entry of ideas.json, or None. titles are those of the entries before it."""
-    if not isinstance(idea, dict) or set(idea) != IDEA_FIELDS:
-        return "it must have exactly the fields title, kind, instruction and edits."
-    if not all(isinstance(idea[name], str) and idea[name].strip() for name in IDEA_FIELDS - {"edits"}):
-        return "its title, kind and instruction must be text, and not blank."
-    if idea["title"] in titles:
-        return f"the title {idea['title']!r} occurs twice."
-    if idea["kind"] not in IDEA_KINDS:
-        return f"its kind is {idea['kind']!r}; it must be one of {', '.join(IDEA_KINDS)}."
-    if not (isinstance(idea["edits"], list) and idea["edits"] and all(map(_is_edit, idea["edits"]))):
-        return 'its edits must be a list, not empty, of {"find": text, "replace": text}, with something to find.'
+def _is_idea(idea):
+    match idea:
+        case {"title": str(), "kind": kind, "instruction": str(), "edits": [_, *_] as edits}:
+            return kind in IDEA_KINDS and all(map(_is_edit, edits))
+    return False
 
 
 def _is_edit(edit):
-    is_pair = isinstance(edit, dict) and set(edit) == {"find", "replace"}
-    return is_pair and all(isinstance(text, str) for text in edit.values()) and edit["find"] != ""
+    match edit:
+        case {"find": str(find), "replace": str()}:
+            return find != ""
+    return False
 
 
 def apply(script, idea):
@@ -253,8 +225,7 @@ def apply(script, idea):
     return script
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Preparation
+# ---- Preparation
 
 def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=print, python=sys.executable):
     """Prepares a task into data/id and returns that path; does nothing where that is done already.
@@ -268,22 +239,30 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
     """
     task = load(id)
     home = Path(data).resolve() / id
-    if variant is not None and variant not in task.variants:
+    if variant not in (None, *task.variants):
         raise ValueError(f"{id} has no variant {variant!r}; it has {', '.join(task.variants)}.")
-    facts = {"id": id, "miniature": raw is None, "variant": variant, "seed": seed if raw is None else None,
-             "raw": None if raw is None else _fingerprint(task, raw), "code": hash_code(task)}
-    if _may_stay(home, facts, force, say):
+    wanted = {"id": id, "miniature": raw is None, "code": hash_code(task)}
+    if raw is None:
+        wanted["seed"] = seed
+    else:
+        with _told_where_to_get(task):
+            # To hash the contents of gigabytes takes too long.
+            sizes = [(str(path.relative_to(raw)), path.stat().st_size) for path in loose_files(raw)]
+        wanted["raw"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    if variant:
+        wanted["variant"] = variant
+    if _may_stay(home, wanted, force, say):
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
     part = home.with_name(f".{id}.part")
     previous = home.with_name(f".{id}.old")
     with open(home.with_name(f".{id}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)    # several processes may want the same task: the others wait and find it done
-        _tidy(home, part, previous)              # what a process that was killed left behind
-        if _may_stay(home, facts, force, say):
+        _tidy(home, part, previous)         # what a process that was killed left behind
+        if _may_stay(home, wanted, force, say):
             return home
         try:
-            _build(task, part, raw, {**facts, "variant": variant or task.variants[0]}, say, python)
+            _build(task, part, raw, {"variant": task.variants[0], **wanted}, say, python)
             if home.exists():
                 home.rename(previous)
             part.rename(home)
@@ -296,7 +275,7 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
 
 def _tidy(home, part, previous):
     if previous.exists() and not home.exists():
-        previous.rename(home)                   # interrupted between the two renames
+        previous.rename(home)               # interrupted between the two renames
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(previous, ignore_errors=True)
 
@@ -305,15 +284,14 @@ def _may_stay(home, wanted, force, say):
     """Whether home holds what is wanted, or real data where a miniature is wanted."""
     if not (home / "task.json").is_file():
         return False
-    facts = _facts(home)
+    facts = info(home.name, home.parent)
     if wanted["miniature"] and not facts["miniature"]:
         if force:
             raise ValueError(f"{home} holds real data. Give --raw to prepare it again, or delete it first.")
-        stale = "" if facts["code"] == wanted["code"] else "; the task has changed since: prepare it again with --raw"
-        say(f"{home.name}: keeping the real data in {home}{stale}")
+        say(f"{home.name}: keeping the real data in {home}")
+        if facts["code"] != wanted["code"]:
+            say(f"{home.name}: the task has changed since these were prepared; prepare them again with --raw")
         return True
-    if wanted["variant"] is None:
-        wanted = {**wanted, "variant": facts["variant"]}
     return not force and all(facts.get(name) == value for name, value in wanted.items())
 
 
@@ -335,31 +313,25 @@ def _build(task, part, raw, facts, say, python):
             task.prepare(Path(raw), public, private, facts["variant"])
     for path in public.rglob("*"):
         if path.is_file():
-            path.chmod(0o444)                   # scripts see this very folder, so a slip must not write into it
+            path.chmod(0o444)               # scripts see this very folder, so a slip must not write into it
 
     # 2. The starter's score.
     say(f"{task.id}: running the starter once")
     score, seconds, _ = run_starter(task, part, python)
-    limit_s = task.time_limit_s if raw is not None else min(task.time_limit_s, MINIATURE_S)
-    if seconds > limit_s / 3:
-        say(f"{task.id}: the starter takes {seconds:.1f} s, over a third of the {limit_s:g} s that a script has; edits "
-            "that make it slower may be stopped")
 
     # 3. What is known of both.
     files = [path for folder in (public, private) for path in sorted(folder.iterdir()) if path.is_file()]
-    tables = [path for path in files if path.suffix == ".csv"]
-    facts = {**facts, "m_init": score, "m_best": task.m_best, "m_best_source": task.m_best_source,
-             "starter_seconds": round(seconds, 2),
-             "rows": {str(path.relative_to(part)): _num_rows(path) for path in tables},
-             "sha256": {str(path.relative_to(part)): hash_files(path) for path in files}}
+    facts = {**facts, "m_init": score, "m_best": task.m_best, "starter_seconds": round(seconds, 2), "rows": {},
+             "sha256": {}}
     if raw is None:
-        facts.update(m_best=task.m_best_miniature, m_best_source=task.m_best_miniature_source)
+        facts["m_best"] = task.m_best_miniature
+    for path in files:
+        name = str(path.relative_to(part))
+        facts["sha256"][name] = hash_files(path)
+        if path.suffix == ".csv":
+            with open(path, newline="", encoding="utf-8") as stream:
+                facts["rows"][name] = sum(1 for _ in csv.reader(stream)) - 1
     (part / "task.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def _num_rows(path):
-    with open(path, newline="", encoding="utf-8") as stream:
-        return sum(1 for _ in csv.reader(stream)) - 1
 
 
 @contextlib.contextmanager
@@ -376,54 +348,30 @@ def _told_where_to_get(task):
         raise MissingRaw(f"{reason} Get {task.download} ({task.size}) and put it there as it comes.") from error
 
 
-def _fingerprint(task, raw):
-    """Text that changes when a file under raw appears, goes or changes its size; to hash gigabytes takes too long."""
-    with _told_where_to_get(task):
-        files = [(str(path.relative_to(raw)), path.stat().st_size) for path in loose_files(raw)]
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-def target_columns(task, home):
-    """The names of the predicted columns of the task prepared in home."""
-    with open(home / "public" / task.sample, newline="", encoding="utf-8") as stream:
-        return list(task.targets or [name for name in next(csv.reader(stream)) if name != task.key])
-
-
-def run_starter(task, home, python=sys.executable):
-    """Runs the starter on home/public: (graded score, seconds, stdout). RuntimeError where it fails."""
-    return run_script(task, home, task.starter, python, f"The starter of {task.id}")
-
-
-def run_script(task, home, script, python, name):
-    """As run_starter, for a script of ours given as text, which messages call `name`. It runs without a sandbox."""
+def run_starter(task, home, python=sys.executable, script=None):
+    """Runs the starter, or another script of ours given as text, on home/public: (graded score, seconds, stdout). It
+    runs without a sandbox. RuntimeError where it fails."""
+    name = f"{task.entry} of {task.id}"
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / task.entry).write_text(script)
+        (Path(folder) / task.entry).write_text(script or task.starter)
         (Path(folder) / "data").symlink_to((home / "public").resolve())
         result = sandbox.execute(task.entry, folder, timeout_s=task.time_limit_s, python=python, sandbox="off",
                                  memory_bytes=task.memory_limit_bytes)
         if module := re.search(r"^ModuleNotFoundError: No module named '(\w+)", result.stderr, re.MULTILINE):
             raise RuntimeError(f"{name} needs the module {module[1]}, which {python} lacks. {INSTALL}")
-        if result.outcome == "error":
-            raise RuntimeError(f"{name} exits with {result.exit_code}:\n{result.stderr[-2000:]}")
         if result.outcome != "ok":
-            raise RuntimeError(f"{name}: {result.outcome}. {result.detail}")
+            raise RuntimeError(f"{name}: {result.outcome}. {result.detail}\n{result.stderr[-2000:]}")
         try:
             return _finite(score_file(task, home, Path(folder) / "submission.csv")), result.seconds, result.stdout
         except InvalidSubmission as error:
             raise RuntimeError(f"{name} writes a submission that is not valid. {error}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is prepared
+# ---- What is prepared
 
 FACTS = {"id": str, "miniature": bool, "variant": str, "code": str, "m_init": (int, float), "m_best": (int, float),
          "rows": dict, "sha256": dict}
 PREPARED_FILE = re.compile(r"(public|private)/(?!\.\.?$)[^/]+")
-
-
-def info(id, data="data"):
-    """What task.json says of the prepared task. ValueError where there is none, or not what prepare has written."""
-    return _facts(_home(id, data))
 
 
 def _home(id, data):
@@ -433,20 +381,20 @@ def _home(id, data):
     return home
 
 
-def _facts(home):
+def info(id, data="data"):
+    """What task.json says of the prepared task. ValueError where there is none, or not what prepare has written."""
+    home = _home(id, data)
     try:
         facts = json.loads((home / "task.json").read_bytes())
-        scores = (facts["m_init"], facts["m_best"])
         valid = (all(isinstance(facts[name], kind) for name, kind in FACTS.items())
                  and facts["id"] == home.name
-                 and all(abs(score) <= sys.float_info.max for score in scores)      # no NaN
+                 and all(abs(facts[name]) <= sys.float_info.max for name in ("m_init", "m_best"))       # no NaN
                  and all(map(PREPARED_FILE.fullmatch, facts["sha256"]))
                  and all(isinstance(sha, str) for sha in facts["sha256"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         valid = False
     if not valid:
-        raise ValueError(
-            f"{home / 'task.json'} is not what prepare has written. Delete {home} and prepare the task again.")
+        raise ValueError(f"{home}/task.json is not what prepare has written. Delete {home} and prepare the task again.")
     return facts
 
 
@@ -465,8 +413,7 @@ def hash_code(task):
     return hash_files(task.folder / "task.py", task.folder / task.entry)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grading
+# ---- Grading
 
 def grade(id, path, data="data"):
     """The score of the submission file at path by the prepared task's answers. InvalidSubmission, with the reason in
@@ -499,24 +446,5 @@ def _finite(score):
 def read_answers(task, home):
     """The answers of the task prepared in home as a table; of columns only the key and the targets."""
     table = read_table(home / "private" / task.answers)
-    columns = task.targets or [name for name in table if name != task.key]
+    columns = task.targets or table
     return {name: table[name] for name in table if name == task.key or name in columns}
-
-
-def format_table(rows, num_left=2):
-    """Lines of text with aligned columns, of rows of cells; rows without any content are left out. The first num_left
-    columns are set to the left. Floats are written with five digits, None as "-"."""
-    rows = [[_cell_text(cell) for cell in row] for row in rows if any(cell not in ("", None) for cell in row)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        left = [cell.ljust(width) for cell, width in zip(row[:num_left], widths)]
-        right = [cell.rjust(width) for cell, width in zip(row[num_left:], widths[num_left:])]
-        lines.append("  ".join(left + right).rstrip())
-    return "\n".join(lines)
-
-
-def _cell_text(cell):
-    if cell is None:
-        return "-"
-    return f"{cell:.5g}" if isinstance(cell, float) else str(cell)

@@ -6,7 +6,6 @@ import functools
 import io
 import math
 import shutil
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -15,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from tasks.submission import listed
+
+# What reading a damaged file raises.
+DAMAGED = (OSError, EOFError, RuntimeError, UnicodeError, zipfile.BadZipFile, zlib.error, pd.errors.ParserError,
+           pd.errors.EmptyDataError)
+# From pandas 3.1 on every float is read exactly and the option is deprecated.
+EXACT_FLOATS = {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
+
 
 class MissingRaw(ValueError):
     """The raw folder does not hold what the publisher ships."""
-
-
-# What reading a damaged file raises.
-DAMAGED = (OSError, EOFError, RuntimeError, NotImplementedError, UnicodeError, zipfile.BadZipFile, zlib.error,
-           pd.errors.ParserError, pd.errors.EmptyDataError)
-# From pandas 3.1 on every float is read exactly and the option is deprecated.
-EXACT_FLOATS = {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
 
 
 def read_csv(source, **options):
@@ -50,11 +50,7 @@ def jpeg(pixels, size, step=8):
 
 def train_test_split(n, fraction, seed=0):
     """Positions of the train rows and of the test rows, int64 (n - ceil(fraction n),) and (ceil(fraction n),), in the
-    order both are written.
-
-    This is scikit-learn's shuffled, unstratified split restated, so that it stays the same whatever version is
-    installed.
-    """
+    order both are written. This is scikit-learn's shuffled split restated, so that no version of it moves a row."""
     num_test = math.ceil(fraction * n)
     order = np.random.RandomState(seed).permutation(n)
     return order[num_test:], order[:num_test]
@@ -79,7 +75,7 @@ def is_disk_full(error):
 def loose_files(raw):
     """The paths of all files under the folder raw, sorted. MissingRaw where it is no folder that can be read."""
     try:
-        next(Path(raw).iterdir(), None)
+        next(Path(raw).iterdir(), None)         # rglob is silent about a folder that is not there
         return sorted(path for path in Path(raw).rglob("*") if path.is_file())
     except OSError as error:
         raise MissingRaw(f"The raw folder {raw} cannot be read ({error.strerror}).") from None
@@ -92,15 +88,15 @@ def raw_files(raw):
     path is text with "/" between parts, zips included ("train.csv.zip/train.csv"). open() gives a binary stream and
     must be called before the next pair is asked for, because archives are closed behind it.
     """
-    loose = loose_files(raw)
-    for path in loose:
-        yield path.relative_to(raw).as_posix(), functools.partial(path.open, "rb")
-    for path in loose:
+    files = {path.relative_to(raw).as_posix(): path for path in loose_files(raw)}
+    for name, path in files.items():
+        yield name, functools.partial(path.open, "rb")
+    for name, path in files.items():
         if path.suffix == ".zip":
-            with readable(path):
+            with readable(name):
                 stream = path.open("rb")
             with stream:
-                yield from _zip_files(path.relative_to(raw).as_posix(), stream)
+                yield from _zip_files(name, stream)
 
 
 def _zip_files(name, stream):
@@ -122,35 +118,23 @@ def _zip_files(name, stream):
 def open_raw(raw, name, columns=(), **options):
     """A binary stream of the first file called `name` under raw that has these columns, or exactly these where options
     say header=None. A folder may hold other tasks' files of that name. MissingRaw says what was found instead."""
-    wanted = name
-    if columns and "header" not in options:
-        wanted = f"{name} with the columns {_some(columns)}"
-    others = []
+    first_other = ""
     for path, opened in raw_files(raw):
         if path.split("/")[-1] != name:
             continue
         header = []
-        try:
-            if columns:
-                with readable(path), opened() as stream:
-                    header = list(read_csv(stream, **{**options, "nrows": 1}))
-        except MissingRaw as error:
-            others.append(str(error))
-            continue
-        if header == list(columns) if "header" in options else set(columns) <= set(header):
+        if columns:
+            with readable(path), opened() as stream:
+                header = list(read_csv(stream, **{**options, "nrows": 1}))
+        if header == list(columns) or "header" not in options and set(columns) <= set(header):
             with readable(path), opened() as stream:
                 yield stream
             return
-        others.append(f"{path} has the columns {_some(header)}.")
-    raise MissingRaw(" ".join([f"{wanted} is not in {raw}, neither loose nor inside a zip.", *others[:1]]))
-
-
-def _some(names, most=8):
-    """The first names, each cut short and in visible characters: they may be out of any file."""
-    shown = [str(name)[:40].encode("unicode_escape").decode() for name in names[:most]]
-    if len(names) > most:
-        shown.append("...")
-    return ", ".join(shown)
+        first_other = first_other or f" {path} has the columns {listed(header)}."
+    wanted = name
+    if columns and "header" not in options:
+        wanted += f" with the columns {listed(columns)}"
+    raise MissingRaw(f"{wanted} is not in {raw}, neither loose nor inside a zip.{first_other}")
 
 
 def raw_csv(raw, name, columns=(), **options):
@@ -159,16 +143,16 @@ def raw_csv(raw, name, columns=(), **options):
         return read_csv(stream, **options)
 
 
-def copy_raw(raw, name, target, columns=(), **options):
+def copy_raw(raw, name, target, columns=()):
     """Copies the file that open_raw finds to the path target, byte for byte."""
-    with open_raw(raw, name, columns, **options) as source, open(target, "wb") as sink:
+    with open_raw(raw, name, columns) as source, open(target, "wb") as sink:
         shutil.copyfileobj(source, sink)
 
 
 def copy_raw_folder(raw, folder, target, wanted):
     """Streams the files `wanted` (names, or {name: new name}) of a folder called `folder` under raw to the folder
     target. MissingRaw names the first files that were not there."""
-    missing = dict(wanted) if isinstance(wanted, dict) else {name: name for name in wanted}
+    missing = dict(wanted if isinstance(wanted, dict) else zip(wanted, wanted))
     total = len(missing)
     Path(target).mkdir(parents=True, exist_ok=True)
     for path, opened in raw_files(raw):
@@ -176,15 +160,7 @@ def copy_raw_folder(raw, folder, target, wanted):
         if name in missing and parents[-1:] == [folder]:
             with readable(path), opened() as source, open(Path(target) / missing.pop(name), "wb") as sink:
                 shutil.copyfileobj(source, sink)
-            progress(total - len(missing), total, "files copied")
             if not missing:
                 return
-    first = min(missing)
-    lacking = f"{first} is" if total == 1 else f"{len(missing)} of {total} files (such as {first}) are"
-    raise MissingRaw(f"{lacking} not in a folder {folder} of {raw}, neither loose nor inside a zip.")
-
-
-def progress(done, total, what):
-    """One line on the terminal that counts up; silent when stderr is not a terminal or there is only one thing."""
-    if total > 1 and sys.stderr.isatty() and (done == total or done % max(1, total // 100) == 0):
-        print(f"\r{done}/{total} {what}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    raise MissingRaw(f"{len(missing)} of {total} files (such as {min(missing)}) are not in a folder {folder} of {raw}, "
+                     "neither loose nor inside a zip.")

@@ -4,7 +4,6 @@ numbers.
 A table is a dict {column: [text]}. Everything that can be wrong raises InvalidSubmission with a reason of one sentence.
 """
 import csv
-import errno
 import io
 import math
 import os
@@ -29,57 +28,52 @@ def read_submission(path, limit_bytes):
         # Without O_NONBLOCK a named pipe would hold us up for ever.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror.lower()
-        raise InvalidSubmission(f"The submission cannot be opened: {reason}.") from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        raise InvalidSubmission(f"The submission cannot be opened: {error.strerror.lower()}.") from None
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
         os.close(handle)
         raise InvalidSubmission("The submission is not an ordinary file.")
     with open(handle, "rb") as stream:
         data = stream.read(limit_bytes + 1)
-        num_bytes = os.fstat(handle).st_size
     if len(data) > limit_bytes:
-        raise InvalidSubmission(f"The file has {num_bytes} bytes; at most {limit_bytes} are read.")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidSubmission(f"The file is not UTF-8 text: {error.reason} at byte {error.start}.") from None
-    if "\0" in text:
-        raise InvalidSubmission("The file is not text: it holds zero bytes.")
-    return _parse(text)
+        raise InvalidSubmission(f"The file has {status.st_size} bytes; at most {limit_bytes} are read.")
+    return _parse(data)
 
 
 def read_table(path):
     """The table in a CSV file of ours."""
-    with open(path, newline="", encoding="utf-8-sig") as stream:
+    with open(path, "rb") as stream:
         return _parse(stream.read())
 
 
-def _parse(text):
-    """The table in CSV text. Blank lines are skipped, as pandas does."""
+def _parse(data):
+    """The table in the bytes of a CSV file. Blank lines are skipped, as pandas does."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidSubmission(f"The file is not UTF-8 text: {error.reason} at byte {error.start}.") from None
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header = []
     cells = []
     try:
-        header = next((row for row in rows if not _is_blank(row)), None)
-        if header is None:
-            raise InvalidSubmission("The file is empty.")
-        width = len(header)
-        if width > MAX_COLUMNS:
-            raise InvalidSubmission(f"The file has {width} columns; at most {MAX_COLUMNS} are read.")
         for row in rows:
-            if len(row) == width:
+            is_blank = len(row) < 2 and not "".join(row).strip(" \t")
+            if not header and not is_blank:
+                header = row
+                if len(header) > MAX_COLUMNS:
+                    raise InvalidSubmission(f"The file has {len(header)} columns; at most {MAX_COLUMNS} are read.")
+            elif header and len(row) == len(header):
                 cells += row
-            elif not _is_blank(row):
-                raise InvalidSubmission(f"Line {rows.line_num} has {len(row)} fields; the first has {width}.")
+            elif not is_blank:
+                raise InvalidSubmission(f"Line {rows.line_num} has {len(row)} fields; the first has {len(header)}.")
     except csv.Error as error:
         raise InvalidSubmission(f"The file is not CSV at line {rows.line_num}: {error}.") from None
-    table = {name.strip(): cells[j::width] for j, name in enumerate(header)}
-    if len(table) < width:
+    if not header:
+        raise InvalidSubmission("The file is empty.")
+    table = {name.strip(): cells[j::len(header)] for j, name in enumerate(header)}
+    if len(table) < len(header):
         raise InvalidSubmission("A column name occurs twice.")
     return table
-
-
-def _is_blank(row):
-    return len(row) < 2 and not "".join(row).strip(" \t")
 
 
 def matched(submission, answers, key, columns, extra=True):
@@ -91,15 +85,13 @@ def matched(submission, answers, key, columns, extra=True):
     # 1. The columns and the number of rows are as expected.
     needed = [key, *columns] if key else list(columns)
     if lacking := [name for name in needed if name not in submission]:
-        wanted = ", ".join(needed[:4]) + (", ..." if len(needed) > 4 else "")
-        raise InvalidSubmission(f"{_some(lacking, 'column')} missing; the columns must be {wanted}.")
-    if not extra and len(submission) > len(needed):
-        surplus = [name for name in submission if name not in needed]
+        raise InvalidSubmission(f"{_some(lacking, 'column')} missing; the columns must be {listed(needed)}.")
+    surplus = [name for name in submission if name not in needed]
+    if surplus and not extra:
         raise InvalidSubmission(f"{_some(surplus, 'column')} not expected.")
     num_rows = len(submission[needed[0]])
-    num_wanted = len(next(iter(answers.values())))
-    if num_rows != num_wanted:
-        raise InvalidSubmission(f"The file has {num_rows} rows; {num_wanted} were expected.")
+    if num_rows != len(answers[needed[0]]):
+        raise InvalidSubmission(f"The file has {num_rows} rows; {len(answers[needed[0]])} were expected.")
     if key is None or submission[key] == answers[key]:
         return {name: submission[name] for name in columns}
 
@@ -140,18 +132,13 @@ def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_on
         valid &= (values == np.floor(values)) & (np.abs(values) < MAX_CLASS)
     if not valid.all():
         i, j = np.argwhere(~valid)[0]
-        bounds = ""
-        if high < math.inf:
-            bounds = f" from {low:g} to {high:g}"
-        elif low > -math.inf:
-            bounds = f" of at least {low:g}"
         kind = "whole" if whole else "finite"
-        raise InvalidSubmission(f"{_cell(i, columns[j])} holds {values[i, j]:g}; it must be a {kind} number{bounds}.")
-    if sum_to_one and len(values):
-        sums = values.sum(1)
-        i = np.abs(sums - 1).argmax()
-        if abs(sums[i] - 1) > SUM_TOLERANCE:
-            raise InvalidSubmission(f"The values of row {i + 1} sum to {sums[i]:.6g}; each row must sum to 1.")
+        raise InvalidSubmission(f"{_cell(i, columns[j])} holds {values[i, j]:g}; it must be a {kind} number from "
+                                f"{low:g} to {high:g}.")
+    if sum_to_one:
+        for i, total in enumerate(values.sum(1)):
+            if abs(total - 1) > SUM_TOLERANCE:
+                raise InvalidSubmission(f"The values of row {i + 1} sum to {total:.6g}; each row must sum to 1.")
     return values
 
 
@@ -159,20 +146,23 @@ def _floats(column, name):
     """The cells of the column called `name` as floats."""
     if column and column[0] in TRUTHS and TRUTHS.keys() >= set(column):
         return [TRUTHS[text] for text in column]
-    try:
-        return np.fromiter(map(float, column), float, len(column))
-    except ValueError:
-        pass
+    values = np.empty(len(column))
     for i, text in enumerate(column):
         try:
-            float(text)
+            values[i] = float(text)
         except ValueError:
             raise InvalidSubmission(f"{_cell(i, name)} holds {show(text)}, which is not a number.") from None
+    return values
 
 
-def show(text):
+def show(text, most=40):
     """Text from a file made fit for a message: short, quoted, control characters escaped."""
-    return ascii(text if len(text) <= 40 else text[:37] + "...")
+    return ascii(text if len(text) <= most else text[:most - 3] + "...")
+
+
+def listed(names):
+    """Names of columns, which may be out of any file, made fit for a message."""
+    return show(", ".join(map(str, names)), 100)
 
 
 def _cell(row, column):

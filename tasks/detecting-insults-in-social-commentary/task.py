@@ -119,7 +119,7 @@ TASK = Task(
     id="detecting-insults-in-social-commentary", modality="text", kind="classification", metric="accuracy",
     direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), key="Comment",
     targets=("Insult",), sample="sample_submission_null.csv", prepare=prepare, miniature=miniature, score=score,
-    also={"AUC": area}, key_is_feature=True,
+    also={"AUC": area},
     known_signal="the comment itself is the key, and how it begins tells of the target",
     known_twins="comments have no ids, so the same short one may have been written in both files",
     download="train.csv and test_with_solutions.csv of the Kaggle competition detecting-insults-in-social-commentary, "

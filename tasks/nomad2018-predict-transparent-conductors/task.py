@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pandas as pd
 
-from tasks import MissingRaw, Task, matched, numbers, progress, raw_csv, raw_files, rmsle, train_test_split, write_csv
+from tasks import MissingRaw, Task, matched, numbers, raw_csv, raw_files, rmsle, train_test_split, write_csv
 
 TARGETS = ["formation_energy_ev_natom", "bandgap_energy_ev"]
 
@@ -46,7 +46,6 @@ def _copy_geometries(raw, places):
             target.parent.mkdir(parents=True)
             with opened() as source, open(target, "wb") as sink:
                 shutil.copyfileobj(source, sink)
-            progress(total - len(places), total, "geometries copied")
     if places:
         raise MissingRaw(f"{len(places)} of {total} geometries (such as train/{min(places)}/geometry.xyz) are not in "
                          f"{raw}, neither loose nor inside a zip.")

@@ -77,7 +77,7 @@ TASK = Task(
     id="ogbn-arxiv", modality="graph", kind="classification", metric="accuracy", direction="up", split="held-in",
     source="MLAgentBench", variants=("mlagentbench",), key=None, targets=("0",),
     prepare=prepare, miniature=miniature, score=score,
-    known_order="nodes lie in the order of their ids in the Microsoft Academic Graph, which may go with the subject",
+    known_signal="nodes lie in the order of their ids in the Microsoft Academic Graph, which may go with the subject",
     download="arxiv.zip of the Open Graph Benchmark (data set ogbn-arxiv), packed or unpacked", size="80 MB",
     m_init=None, m_best=0.7803, m_best_source="language models and RevGAT (SimTeG), arXiv 2308.02565",
     m_best_miniature=0.868,

@@ -7,7 +7,7 @@ as they stand, so its lines are moved as they are: 0.7 GB of memory instead of s
 import numpy as np
 import pandas as pd
 
-from tasks import MissingRaw, Task, accuracy, matched, numbers, open_raw, progress, train_test_split, write_csv
+from tasks import MissingRaw, Task, accuracy, matched, numbers, open_raw, train_test_split, write_csv
 
 
 def prepare(raw, public, private, variant):
@@ -53,9 +53,7 @@ def _lines(rows, starts, wanted):
     """Yields the wanted rows in their order, as views of bytes."""
     for i in range(0, len(wanted), 100_000):
         part = wanted[i:i + 100_000]
-        progress(i, len(wanted), "rows written")
         yield from (rows[start:end] for start, end in zip(starts[part].tolist(), starts[part + 1].tolist()))
-    progress(len(wanted), len(wanted), "rows written")
 
 
 def _write(path, header, lines):
