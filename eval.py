@@ -289,8 +289,7 @@ def read_run(folder, name):
             outcome = "better"
         trajectories.append({
             "task": task, "k": int(k), "miniature": lines[0]["miniature"], "starter": starter, "score": score,
-            "outcome": outcome, "ideas": lines[0].get("ideas", []),
-            "steps": [line for line in lines if line["type"] == "step"]})
+            "outcome": outcome, "steps": [line for line in lines if line["type"] == "step"]})
     return {"name": name, "results": results, "trajectories": trajectories}
 
 
