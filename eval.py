@@ -6,13 +6,12 @@
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
     python eval.py --compare runs/a,runs/b,runs/rl                   # runs nothing: draws what was run before
 
-All trajectories of all tasks run together through one model. --out receives results.json (settings, versions, every
-score), trajectories/TASK-K.jsonl (a line a step; `python env.py replay FILE` runs it again), blobs/ (the files of every
-step) and report.html, a page that shows all of it. Ctrl-C keeps what is done; the same command goes on from there.
+--out receives results.json (settings, versions, every score), trajectories/TASK-K.jsonl (a line a step, which
+`python env.py replay FILE` runs again), blobs/ (the files of every step) and report.html, a page that shows all of it.
+Ctrl-C keeps what is done; the same command goes on from there.
 
 The score of a trajectory is that of its final submission, the last valid one. A trajectory that left none has failed;
 it counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
-Exit status: 0 done, 1 failed or interrupted, 2 bad arguments.
 """
 import json, math, sys
 from collections import Counter
@@ -42,6 +41,7 @@ POOL = "runs/trajectories"      # where both keep the results of scripts
 MINIATURE = {"temperature": 1.0, "dtype": "float64"}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
 NUM_BOOTSTRAP = 10_000
+MIDDLE = [0.025, 0.975]        # quantiles, of an interval of 95 %
 PACKAGES = ("torch", "tokenizers", "numpy", "pandas", "scikit-learn")
 COLUMNS = ("task", "agent", "metric", "starter", "it printed", "seconds", "average", "best", "gain %", "95 % interval",
            "best gain %", "std. error", "failed", "(oracle)")
@@ -53,7 +53,7 @@ each trajectory, which no agent can know. (paper) is Table 1 of the paper: avera
 NO_MODEL = """
 No --model was given, so only the starter scripts ran. To run an agent, add one of
   --model Qwen/Qwen2.5-0.5B-Instruct       a model on the Hugging Face hub, downloaded when first used
-  --model models/qwen                      a folder with such a model
+  --model models/qwen                      a folder with a model
   --model http://localhost:8000/v1#name    any OpenAI-compatible server; its key is read from OPENAI_API_KEY
 """
 
@@ -93,8 +93,8 @@ class Settings(AgentSettings):
 # Statistics
 
 def summarize_trajectory(lines, direction, final):
-    """Returns what results.json says of a trajectory, from the lines of its record: the score of its final submission
-    by the rule `final` (None: it failed), its best score (which an oracle would choose), and counts."""
+    """Returns what results.json says of a trajectory, from its record: the score of its final submission by the rule
+    `final` (None: it failed), its best score (which an oracle would choose), and counts."""
     steps = [line for line in lines if line["type"] == "step"]
     valid = [step for step in steps if step["score"] is not None]
     printed = [step for step in valid if step["printed"] is not None]
@@ -122,11 +122,6 @@ def bootstrap(values, seed):
     return values[drawn].mean(1)
 
 
-def middle_interval(averages):
-    """Returns [low, high] of the middle 95 %."""
-    return np.quantile(averages, [0.025, 0.975]).tolist()
-
-
 def score_statistics(scores, starter, direction, seed=0):
     """Returns the statistics of a task's trajectories. scores: one for each, None where it failed, which counts as
     `starter`. The interval is that of the average, by bootstrap; it and the standard error need two scores."""
@@ -136,7 +131,7 @@ def score_statistics(scores, starter, direction, seed=0):
     error = interval = None
     if len(values) > 1:
         error = float(values.std(ddof=1) / np.sqrt(len(values)))
-        interval = middle_interval(bootstrap(values, seed))
+        interval = np.quantile(bootstrap(values, seed), MIDDLE).tolist()
     return {"average": average, "best": best, "gain": gain(average, starter, direction),
             "best_gain": gain(best, starter, direction), "standard_error": error, "interval": interval,
             "failed": scores.count(None), "trajectories": len(scores)}
@@ -144,8 +139,7 @@ def score_statistics(scores, starter, direction, seed=0):
 
 def mean_gain(results):
     """Returns (mean, low, high) of the gains on several tasks, in per cent. results: what results.json says of each
-    task. The interval tells how the mean would vary with other trajectories on the same tasks: those of each task are
-    drawn anew, with replacement."""
+    task. The interval is by bootstrap of the trajectories of each task."""
     averages = []
     for i, result in enumerate(results):
         scores = [trajectory["score"] for trajectory in result["trajectories"]]
@@ -153,7 +147,7 @@ def mean_gain(results):
         gains = [gain(score, result["starter"], result["direction"]) for score in scores]
         averages.append(bootstrap(gains, seed=i))
     mean = float(np.mean([result["score_summary"]["gain"] for result in results]))
-    return mean, *middle_interval(np.mean(averages, 0))
+    return mean, *np.quantile(np.mean(averages, 0), MIDDLE).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,31 +160,33 @@ def format_number(x, form=".4f"):
 
 
 def format_gains(mean, interval):
-    return {"gain %": format_number(mean, "+.1f"),
-            "95 % interval": " to ".join(format_number(end, "+.1f") for end in sorted(interval)) or "-"}
+    ends = [format_number(end, "+.1f") for end in sorted(interval)]
+    return {"gain %": format_number(mean, "+.1f"), "95 % interval": " to ".join(ends) or "-"}
 
 
 def format_result(result):
     """Returns {column: text} for what results.json says of a task."""
-    row = {"metric": f"{result['metric']} ({result['direction']})", "starter": format_number(result["starter"])}
-    figures = result.get("score_summary")
+    starter, direction = result["starter"], result["direction"]
+    row = {"metric": f"{result['metric']} ({direction})", "starter": format_number(starter)}
     if "printed" in result:         # the starter alone was run
-        row |= {"it printed": format_number(result["printed"]), "seconds": format_number(result.get("seconds"), ".1f")}
-    if figures:
-        interval = [gain(score, result["starter"], result["direction"]) for score in figures["interval"] or ()]
-        row |= {"average": format_number(figures["average"]), "best": format_number(figures["best"]),
-                **format_gains(figures["gain"], [end for end in interval if end is not None]),
-                "best gain %": format_number(figures["best_gain"], "+.1f"),
-                "std. error": format_number(figures["standard_error"]),
-                "failed": f"{figures['failed']}/{figures['trajectories']}",
-                "(oracle)": format_number(result["oracle_summary"]["average"])}
+        row["it printed"] = format_number(result["printed"])
+        row["seconds"] = format_number(result.get("seconds"), ".1f")
+    if "score_summary" in result:
+        figures = result["score_summary"]
+        row["average"] = format_number(figures["average"])
+        row["best"] = format_number(figures["best"])
+        ends = figures["interval"] if starter else None
+        row |= format_gains(figures["gain"], [gain(score, starter, direction) for score in ends or ()])
+        row["best gain %"] = format_number(figures["best_gain"], "+.1f")
+        row["std. error"] = format_number(figures["standard_error"])
+        row["failed"] = f"{figures['failed']}/{figures['trajectories']}"
+        row["(oracle)"] = format_number(result["oracle_summary"]["average"])
     return row
 
 
 def build_table(runs):
-    """Returns Table 1 of runs [{"name", "results"}]: a row for each task and agent, those of a task together with the
-    paper's, and below the tasks of a split the mean gain of each agent. The mean is over the tasks that all runs have
-    with the same starter, whose score is not 0."""
+    """Returns Table 1 of runs [{"name", "results"}]: a row for each task and agent, also the paper's agents, and below
+    the tasks of a split the mean gains, over the tasks that all runs have with the same starter score, if not 0."""
     splits = {}         # split: {task: {name of a run: what its results.json says of the task}}
     for run in runs:
         for task, result in run["results"]["tasks"].items():
@@ -293,7 +289,7 @@ def read_run(folder, name):
     return {"name": name, "results": results, "trajectories": trajectories}
 
 
-def write_report(path, folders, title, trained):
+def write_report(path, folders, trained):
     """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained."""
     runs = [read_run(folder, name) for name, folder in folders.items()]
     for run in runs:
@@ -302,16 +298,15 @@ def write_report(path, folders, title, trained):
     agents = [run for run in runs if run["results"]["settings"].get("model")]
     rows = build_table(agents or runs)
     write_page(path, {
-        "title": f"ML-Agent: {title}", "warnings": warnings(runs), "columns": table_columns(rows), "rows": rows,
-        "notes": notes(runs), "runs": runs,
+        "title": f"ML-Agent: {', '.join(folders)}", "warnings": warnings(runs), "notes": notes(runs),
+        "columns": table_columns(rows), "rows": rows, "runs": runs,
         "logs": [{"name": folder, "lines": read_log(folder)} for folder in trained]})
 
 
 def compare(cfg):
     """Writes compare.html, which shows the folders of --compare side by side, and returns its path."""
     path = Path(cfg.out, "compare.html")
-    folders = {folder: folder for folder in cfg.compare}
-    write_report(path, folders, f"{', '.join(folders)} side by side", trained=folders)
+    write_report(path, {folder: folder for folder in cfg.compare}, cfg.compare)
     return path
 
 
@@ -436,17 +431,14 @@ def evaluate(cfg, agents=None, load=sample.load):
     """Evaluates agents, {name: settings}, one after the other, by default the one of cfg, and returns [{"name",
     "results"}]. cfg.out receives a report of all, also after an interruption. ValueError: a setting is wrong."""
     agents = agents or {cfg.model or "starter": cfg}
-    title = f"{cfg.model or 'the starters'} on {cfg.task}"
-    trained = []
-    if not cfg.task:
-        title = "the paper in miniature"
-        trained = [folder for folder, _ in MADE.values()]
+    folders = {name: agent.out for name, agent in agents.items()}
+    trained = [] if cfg.task else [folder for folder, _ in MADE.values()]
     with folder_lock(cfg.out, "eval.py"):
         try:
             return [{"name": name, "results": evaluate_agent(agent, cfg.out, load)} for name, agent in agents.items()]
         finally:
-            folders = {name: agent.out for name, agent in agents.items()}
-            write_report(Path(cfg.out, "report.html"), folders, title, trained)
+            write_report(Path(cfg.out, "report.html"), folders, trained)
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,8 +454,8 @@ def agents_made(cfg):
         else:
             print(f"Not there yet: {name}. Make {folder} with: {command}")
     if not agents:
-        raise ValueError("there is no agent to evaluate. Make them with: python sft.py, then python rl.py. Or run a "
-                         "starter alone: python eval.py --task leaf-classification")
+        raise ValueError("there is no agent to evaluate: run python sft.py, then python rl.py. Or run a starter alone: "
+                         "python eval.py --task leaf-classification")
     refuse_links_out(POOL)
     with folder_lock(cfg.out, "eval.py"):
         for path in (*Path(POOL).glob("blobs/??/*"), *Path(POOL).glob("cache/??/*")):

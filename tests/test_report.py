@@ -574,7 +574,7 @@ def test_a_browser_shows_hostile_text_as_text(run, path):
     play(run, None)
     page, said = opened(path, "#tiny-task-0-0")
     assert said == [] and len(page.all("section", class_="step")) == 4 and not page.all("img")
-    assert page.texts("title")[0] == "ML-Agent: scripted on tiny-task"
+    assert page.texts("title")[0] == "ML-Agent: scripted"
     assert HOSTILE[0] in page.texts("span", class_="chip ")
 
 
