@@ -47,9 +47,9 @@ COLUMNS = ("task", "agent", "metric", "starter", "it printed", "seconds", "avera
            "best gain %", "std. error", "failed", "(oracle)")
 MINIATURE_MARK = " *"
 MINIATURE_WARNING = "* Miniature data are made up from a seed: scores on them do not compare with published ones."
-NOTE = """A trajectory without a valid submission has failed and counts at the starter's score. The interval is that of the gain:
-the middle 95 % of bootstrap samples of the trajectories. (oracle) is no result: the average of the best graded step of
-each trajectory, which no agent can know. (paper) is Table 1 of the paper: average and best of 8 trajectories."""
+NOTE = """A trajectory without a valid submission has failed and counts at the starter's score. The interval is that of
+the gain, by bootstrap of the trajectories. (oracle) is no result: the average of the best graded step of each
+trajectory, which no agent can know. (paper) is Table 1 of the paper: average and best of 8 trajectories."""
 NO_MODEL = """
 No --model was given, so only the starter scripts ran. To run an agent, add one of
   --model Qwen/Qwen2.5-0.5B-Instruct       a model on the Hugging Face hub, downloaded when first used

@@ -179,7 +179,8 @@ def test_filters(path):
 @needs_node
 def test_scores_by_step(path):
     page = drawn(path)
-    figure = next(figure for (_, title), figure in page.figures().items() if title == "tiny-task, from 7.0000")
+    titles = {title: figure for (_, title), figure in page.figures().items()}
+    figure = titles["tiny-task, from 7.0000"]
     curves = page.points(figure, class_="line c0 thin")
     y = curves[0][1::2]     # 7, 2, 1, 1, and 1 after the end: on a straight scale, and lower is better
     assert len(y) == 5 and y[2] == y[3] == y[4] and (y[1] - y[0]) / (y[2] - y[0]) == pytest.approx(5 / 6, abs=2e-3)
@@ -237,7 +238,7 @@ def test_an_interrupted_run_shows_what_was_done(tmp_path, task, monkeypatch):
     path = Path(cfg.out, "report.html")
     data = shown(path)
     assert "not complete" in data["warnings"][1]
-    assert data["rows"][0]["failed"] == "0/1"    # four steps of the first, which is done; one of the second, which is not
+    assert data["rows"][0]["failed"] == "0/1"    # the first is over, after four steps; the second has one
     played = data["runs"][0]["trajectories"]
     assert [(len(trajectory["steps"]), trajectory["outcome"]) for trajectory in played] == [(4, "better"),
                                                                                             (1, "unfinished")]
