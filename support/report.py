@@ -18,16 +18,16 @@ STEP = ("action", "args", "coder", "detail", "ended", "fields", "kind", "m_after
         "printed", "reply", "reward", "sandbox", "score", "script_seconds", "seconds", "valid")     # is shown of a step
 
 # Files may come from others. Each entry that is used has a form here, and no other entry has an effect.
-LOG = {f"{name}?": maybe(NUMBER) for name in (*CURVES, *SHARES, "iteration", "step", "seconds")}
+LOG = {f"{name}?": maybe(NUMBER) for name in (*CURVES, *SHARES, "iteration", "step")}
+PAIR = "two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value))
 SUMMARY = {
     "average": NUMBER, "best": NUMBER, "failed": COUNT, "trajectories": COUNT, "gain": maybe(NUMBER),
-    "best_gain": maybe(NUMBER), "standard_error": maybe(NUMBER), "interval": maybe(("two numbers", lambda value: (
-        isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value)))))}
+    "best_gain": maybe(NUMBER), "standard_error": maybe(NUMBER), "interval": maybe(PAIR)}
 TRAJECTORY = {
     "k": COUNT, "score": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD, "steps": COUNT, "valid_replies": COUNT}
 TASK = {
     "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
-    "published": {str: [NUMBER]}, "printed?": maybe(NUMBER), "seconds?": NUMBER, "trajectories?": [TRAJECTORY],
+    "published": {str: PAIR}, "printed?": maybe(NUMBER), "seconds?": NUMBER, "trajectories?": [TRAJECTORY],
     "score_summary?": SUMMARY, "oracle_summary?": SUMMARY}
 RESULTS = {
     "complete": FLAG, "settings": {"model": TEXT, "steps": COUNT, str: VALUE}, "final": one_of(*FINAL),
@@ -44,15 +44,18 @@ def read_results(folder):
     results = parse_json(content, RESULTS, path)
     for task, result in results["tasks"].items():
         summaries = [result[name] for name in ("score_summary", "oracle_summary") if name in result]
-        sound = re.fullmatch(r"[\w.-]{1,100}", task, re.ASCII) and (result.get("trajectories") or not summaries)
+        sound = re.fullmatch(r"[\w.-]{1,100}", task, re.ASCII) and (
+            len(summaries) == 2 and result.get("trajectories") or not summaries)
         if not sound or any((summary["gain"] is None) != (result["starter"] == 0) for summary in summaries):
             raise ValueError(f"{path}: what it says of the task {shorten(ascii(task), 80)} does not fit together")
     return results
 
 
 def read_log(folder):
-    """Returns the lines of a training run's log.jsonl, each with the entries that the page draws."""
+    """Returns the lines of a training run's log.jsonl, each with the entries that the page draws. A line that is there
+    twice, since the run was killed and went on, counts as last."""
     lines = read_json_lines(Path(folder, "log.jsonl"), LOG)
+    lines = {line.get("iteration", line.get("step")): line for line in lines}.values()
     return [{name: line[name] for name in (entry.removesuffix("?") for entry in LOG) if name in line} for line in lines]
 
 
@@ -74,7 +77,7 @@ def for_browsers(value):
 
 def write_page(path, data):
     """Writes the page: the template beside this file with `data` in it as JSON, of which the template's script draws
-    everything. data: title, warnings, means, table, note, logs, runs; see eval.write_report."""
+    everything. data: title, warnings, columns, rows, notes, logs, runs; see eval.write_report."""
     template = Path(__file__).with_suffix(".html").read_text()
     hashes = {}
     for tag in ("script", "style"):

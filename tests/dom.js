@@ -13,10 +13,6 @@ class Element {
   constructor(tag) {
     Object.assign(this, {tag, parentNode: null, nodes: [], text: "", className: "", attributes: {}, events: {}});
     if (tag == "select") this.value = "";
-    const names = () => this.className.split(" ").filter(Boolean);
-    this.classList = {
-      add: name => { this.className = [...new Set([...names(), name])].join(" "); },
-      remove: name => { this.className = names().filter(other => other != name).join(" "); }};
     return new Proxy(this, {
       get: (target, name) => {
         if (!(name in target) && !["open", "hidden"].includes(name)) throw Error(`the stub has no ${String(name)}`);

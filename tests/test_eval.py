@@ -28,7 +28,7 @@ from test_execute import parent, processes, wait_until
 from support import cli, endpoint, files
 
 ROOT = Path(__file__).parent.parent
-MINIATURE = "Miniature data are made up from a seed: scores on them do not compare with published ones."
+MINIATURE = "* Miniature data are made up from a seed: scores on them do not compare with published ones."
 
 # It predicts VALUE where all answers are 10, so it scores |VALUE - 10|, at first 7; it prints |VALUE - 9.5|.
 STARTER = '''VALUE = 3
@@ -91,7 +91,7 @@ def play(cfg, policy):
 
 
 def text_of(results):
-    return evaluation.report([{"name": "scripted", "results": results}])
+    return evaluation.format_report([{"name": "scripted", "results": results}])
 
 
 def file_of(s, k):
@@ -140,14 +140,14 @@ def test_how_it_is_counted_may_change_afterwards_without_playing_again(tmp_path,
 
 @pytest.mark.parametrize("direction, best, gain, best_gain", [("up", 6, 50, 200), ("down", 1, -50, 50)])
 def test_summary_in_both_directions(direction, best, gain, best_gain):
-    a = evaluation.summary([1, 6, None], 2, direction)      # 1, 6, 2: average 3
+    a = evaluation.score_statistics([1, 6, None], 2, direction)      # 1, 6, 2: average 3
     assert (a["average"], a["best"], a["failed"]) == (3, best, 1)
     assert (a["gain"], a["best_gain"]) == (gain, best_gain)
     assert a["standard_error"] == pytest.approx(((4 + 9 + 1) / 2) ** 0.5 / 3 ** 0.5)
 
 
 def test_summary_of_one_and_of_a_starter_at_zero():
-    a = evaluation.summary([3], 0, "up")
+    a = evaluation.score_statistics([3], 0, "up")
     assert (a["average"], a["gain"], a["standard_error"], a["interval"]) == (3, None, None, None)
     assert evaluation.gain(-1, -2, "up") == 50      # better is positive, below zero too
     assert str(evaluation.gain(5, 5, "down")) == "0.0"
@@ -155,8 +155,8 @@ def test_summary_of_one_and_of_a_starter_at_zero():
 
 def test_the_interval_is_seeded_and_about_right():
     scores = [float(i % 10) for i in range(400)]        # average 4.5, standard deviation 2.872
-    low, high = evaluation.summary(scores, 0.5, "up", seed=3)["interval"]
-    assert [low, high] == evaluation.summary(scores, 0.5, "up", seed=3)["interval"]
+    low, high = evaluation.score_statistics(scores, 0.5, "up", seed=3)["interval"]
+    assert [low, high] == evaluation.score_statistics(scores, 0.5, "up", seed=3)["interval"]
     assert low == pytest.approx(4.5 - 1.96 * 2.872 / 20, abs=0.02)
     assert high == pytest.approx(4.5 + 1.96 * 2.872 / 20, abs=0.02)
 
@@ -173,21 +173,23 @@ def test_the_report_says_what_was_measured(tmp_path, task):
     results = play(settings(tmp_path), Scripted())
     text = text_of(results)
     row = next(line for line in text.splitlines() if line.startswith("tiny-task"))
-    assert "\ntask (miniature)  metric" in text
     # the average lies between 2.5 and 7: between gains of 4.5 / 7 and 0
-    assert re.split(r" {2,}", row) == ["tiny-task", "MAE (down)", "7.0000", "4.7500", "1.0000", "+32.1",
-                                       "+0.0 to +64.3", "+85.7", "1.4361", "2/4"]
-    assert "Miniature data" in text and "the last valid submission" in text and "3.8750" in text.split("Not a")[1]
-    assert "Published" not in text and "How they ended: final answer 4. Valid replies: 10 of 11." in text
+    assert re.split(r" {2,}", row) == ["tiny-task *", "scripted", "MAE (down)", "7.0000", "4.7500", "1.0000", "+32.1",
+                                       "+0.0 to +64.3", "+85.7", "1.4361", "2/4", "3.8750"]
+    assert MINIATURE in text and "scripted: the last valid submission counts." in text and "(oracle) is no" in text
+    assert "ML-Agent (paper)" not in text and "How they ended: final answer 4. Valid replies: 10 of 11." in text
 
 
-def test_published_columns_stand_beside_real_data_only(tmp_path, task):
+def test_published_figures_stand_below_real_data_only(tmp_path, task):
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "truth.csv").write_text("id,y\n1,10\n2,10\n")
     results = play(settings(tmp_path, raw=str(raw)), Scripted())
     text = text_of(results)
-    assert "0.5000 / 0.2500" in text and "iniature" not in text and "iniature" not in json.dumps(results["settings"])
+    rows = [re.split(r" {2,}", line) for line in text.splitlines() if line.startswith("tiny-task ")]
+    assert [row[:2] for row in rows] == [["tiny-task", "scripted"], ["tiny-task", "ML-Agent (paper)"]]
+    assert rows[1][2:] == ["0.5000", "0.2500"]
+    assert "iniature" not in text and "iniature" not in json.dumps(results["settings"])
 
 
 # ---- nothing is lost
@@ -256,8 +258,8 @@ def test_more_trajectories_extend_a_run(tmp_path, task):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"temperature": 0.1}, "temperature was 0.7 and is 0.1"), ({"steps": 6}, "steps was 5 and is 6"),
-    ({"model": "other"}, "model was 'scripted' and is 'other'"), ({"seed": 1}, "seed was 0 and is 1")])
+    ({"temperature": 0.1}, "temperature 0.7 (now 0.1)"), ({"steps": 6}, "steps 5 (now 6)"),
+    ({"model": "other"}, "model scripted (now other)"), ({"seed": 1}, "seed 0 (now 1)")])
 def test_other_settings_in_the_same_folder_are_refused(change, words, tmp_path, task):
     play(settings(tmp_path), Scripted())
     before = Path(tmp_path, "out", "results.json").read_text()
@@ -278,7 +280,7 @@ def test_other_data_or_weights_under_the_same_name_are_refused(tmp_path, task):
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "truth.csv").write_text("id,y\n1,10\n2,11\n")
-    with pytest.raises(ValueError, match="data of tiny-task was 'miniature .*' and is 'real "):
+    with pytest.raises(ValueError, match="data of tiny-task miniature .*now real "):
         play(settings(tmp_path, model=str(model), raw=str(raw)), Scripted())
 
 
@@ -318,15 +320,15 @@ def play_all(made, *more):
 
 def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):
     runs = play_all(made)
-    text = evaluation.report(runs)
-    names, heads, row = text.splitlines()[-3:]
-    assert names.split() == ["fine-tuned", "after", "RL"]
-    assert heads.split() == "task (miniature) metric starter".split() + "average best gain % 95 % interval".split() * 2
+    text = evaluation.format_report(runs)
+    heads, *rows = (re.split(r" {2,}", line) for line in text.splitlines()[-3:])
+    assert heads == ["task", "agent", "metric", "starter", "average", "best", "gain %", "95 % interval", "best gain %",
+                     "std. error", "failed", "(oracle)"]
     # 1 and 7 (failed): 4 on average, of 7; 1 and 2: 1.5. Both of two draws are the same with probability 1/4 each
-    assert re.split(r" {2,}", row) == ["tiny-task", "MAE (down)", "7.0000",
-                                       "4.0000", "1.0000", "+42.9", "+0.0 to +85.7",
-                                       "1.5000", "1.0000", "+78.6", "+71.4 to +85.7"]
-    assert "Not a result" not in text and MINIATURE in text
+    assert [row[:8] for row in rows] == [
+        ["tiny-task *", "fine-tuned", "MAE (down)", "7.0000", "4.0000", "1.0000", "+42.9", "+0.0 to +85.7"],
+        ["tiny-task *", "after RL", "MAE (down)", "7.0000", "1.5000", "1.0000", "+78.6", "+71.4 to +85.7"]]
+    assert MINIATURE in text
     assert [run["results"]["settings"]["steps"] for run in runs] == [4, 4]      # as agent.json says
     assert Path("runs/eval/report.html").is_file()
     for name in ("sft", "rl"):
@@ -630,7 +632,7 @@ def run_command(*args, **more):
 def test_without_a_model_the_command_scores_the_starter_and_says_how_to_get_one(tmp_path, task):
     run = run_command(tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "task (miniature)" in run.stdout and "7.0000" in run.stdout and "--model" in run.stdout
+    assert MINIATURE in run.stdout and "7.0000" in run.stdout and "--model" in run.stdout
 
 
 @pytest.mark.parametrize("flags, words", [
