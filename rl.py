@@ -13,9 +13,9 @@ run continues exactly with the same command. Exit status: 0 done, 1 failed, 2 ba
 import contextlib, json, math, os, random, statistics, sys, time, zlib
 from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +25,7 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import (
-    CODER_TOKENS, CODE_END, NEEDS_CODER, best_before, make_env, prepare_tasks, read_agent, read_trajectory, write_agent)
+from env import CODER_TOKENS, CODE_END, make_env, prepare_tasks, read_agent, write_agent
 from model import IGNORE, Config, Linear, Qwen2, use_kernels
 from reward import KINDS
 from support import cli, endpoint
@@ -35,10 +34,11 @@ from support.distributed import (
     build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of, full_tensor,
     gib, init_distributed, load_state, num_weights, optimizer_step, peak_flops, peak_memory, plan_memory,
     rank0_broadcast, save_state, shape_of, shard_across_ranks, sharded_parameters)
-from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten
-from support.pretrained import find_folder, hash_checkpoint
+from support.files import folder_lock, shorten
+from support.pool import choose_coder, hash_inputs, load_pool
+from support.pretrained import find_folder
 from support.sandbox import SLOTS, protection
-from support.storage import Blobs, MissingBlob, ResultCache
+from support.storage import MissingBlob, ResultCache
 
 DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (arXiv 1912.09729)
 VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
@@ -114,106 +114,7 @@ FREE = {"preset", "model", "trajectories", "out", "iterations", "rows", "data", 
         "save_every", "plan", "gpus"}
 
 
-# -- The pool of states
-
-@dataclass(frozen=True)
-class State:
-    """The state before step `index` of a recorded trajectory."""
-    file: Path
-    head: dict      # the file's header
-    steps: list     # its step records
-    index: int
-
-    @property
-    def name(self):
-        return f"{self.file.stem}, step {self.index}"
-
-    @property
-    def snapshot(self):
-        return (self.steps[self.index - 1] if self.index else self.head)["snapshot"]
-
-    def restore(self, env):
-        """Puts an Env of the task into this state. MissingBlob: a file of it is missing."""
-        messages = list(self.head["messages"])
-        for step in self.steps[:self.index]:
-            messages += step["messages"]
-        env.restore(self.snapshot, messages, index=self.index, m_before=self.steps[self.index]["m_before"],
-                    m_top=best_before(env.task, self.head, self.steps[:self.index]))
-
-
-def load_pool(cfg, tokenizer, log=print):
-    """Returns {task id: {name: State}}: every prefix of every trajectory in cfg.trajectories, of the tasks of cfg.task.
-
-    States whose files are missing, and files that are no trajectory, are left out and reported by `log`. ValueError: a
-    held-out task, other data than the trajectories were collected on, a link that leads out of the folder, or no state.
-    """
-    refuse_links_out(cfg.trajectories)      # results of scripts are added there
-    forbidden = tasks.held_out_hashes(cfg.data)
-    tokenizer_id = fingerprint(tokenizer)
-    has_blob = cache(Blobs(Path(cfg.trajectories, "blobs")).has)
-    pool = {}
-    left_out = {}       # reason -> names
-    for file in sorted(Path(cfg.trajectories).glob("*.jsonl")):
-        try:
-            head, steps = read_trajectory(file)
-            if any("m_before" not in step for step in steps):
-                raise ValueError(f"{file}: some of its steps do not tell the score before them")
-        except (ValueError, OSError) as error:
-            left_out.setdefault("no record of a trajectory", []).append(str(error))
-            continue
-        tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
-        if head["task"] not in tasks.names(cfg.task):
-            continue
-        data_sha256 = tasks.info(head["task"], cfg.data)["sha256"]
-        tasks.refuse_held_out(head["task"], data_sha256, forbidden)
-        if head.get("data_sha256", data_sha256) != data_sha256:
-            raise ValueError(f"{file} was collected on other data than {Path(cfg.data, head['task'])} holds; prepare "
-                             "those again, or collect anew")
-        if head.get("tokenizer") != tokenizer_id:       # the recorded token ids mean nothing to this model
-            for line in (head, *steps):
-                for message in line["messages"]:
-                    message.pop("tokens", None)
-        for index in range(len(steps)):
-            state = State(file, head, steps, index)
-            if all(map(has_blob, state.snapshot.values())):
-                pool.setdefault(head["task"], {})[state.name] = state
-            else:
-                left_out.setdefault("a missing blob", []).append(state.name)
-    summary = f"{cfg.trajectories}: {sum(map(len, pool.values()))} states of {len(pool)} tasks"
-    for reason, names in left_out.items():
-        summary += f"\n  left out, {reason}: {len(names)}, such as {', '.join(names[:5])}"
-    if not pool:
-        raise ValueError("there is no state to start from; collect trajectories with: python sft.py --collect "
-                         f"--trajectories {cfg.trajectories}. {summary}")
-    log(summary)
-    return pool
-
-
-def choose_coder(cfg, pool):
-    """Returns the settings, with --coder auto replaced by the coder that the recorded prompts need. ValueError: they
-    offer (AI) actions and there is to be no coder."""
-    offered = {name for states in pool.values() for state in states.values() for name in state.head.get("actions", ())}
-    needed = sorted(offered & set(NEEDS_CODER))
-    if needed and cfg.coder == "none":
-        raise ValueError(f"the states of {cfg.trajectories} were collected with a coder: they offer {', '.join(needed)}"
-                         ", which --coder none does not have; give --coder model, or collect with --coder none")
-    if cfg.coder == "auto":
-        return replace(cfg, coder="model" if needed else "none")
-    return cfg
-
-
-def hash_inputs(cfg, folder, pool):
-    """Returns {description: sha256} of what must be the same when a run is continued: the model in `folder`, which the
-    reference is made from, the states, the data that give the rewards, and a coder of one's own."""
-    states = {state.name: state for states in pool.values() for state in states.values()}
-    records = {state.file.stem: [state.head, state.steps] for state in states.values()}
-    data = {id: [tasks.info(id, cfg.data)[name] for name in ("sha256", "m_init", "m_best")] for id in pool}
-    hashes = {"--model of sha256": hash_checkpoint(folder), "data of sha256": hash_json(data)[:16],
-              "states of sha256": hash_json([list(states), records])[:16]}
-    if cfg.coder not in ("none", "model") and Path(cfg.coder).is_dir():
-        hashes["--coder of sha256"] = hash_checkpoint(cfg.coder)
-    return hashes
-
+# -- Rollouts
 
 def sample_states(pool, num, rng, chances, playable):
     """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
@@ -240,8 +141,6 @@ def sample_states(pool, num, rng, chances, playable):
             turn.pop()
     return names
 
-
-# -- Rollouts
 
 @dataclass
 class Transition:

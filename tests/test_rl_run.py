@@ -24,7 +24,7 @@ from model import Config, Qwen2
 from support import endpoint, sandbox
 from test_collect import add_toys
 from test_collect import settings as collecting
-from support import cli, distributed, files, miniature
+from support import cli, distributed, files, miniature, pool
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = ['Thought: a\nAction: Replace In Script\nAction Input: {"script_name": "train.py", "find": ',
@@ -106,7 +106,7 @@ class Scripted:
 def playing(folder, engine=None, **more):
     """A RolloutWorker over the folder's pool."""
     cfg, engine = settings(folder, **more), engine or Scripted()
-    return rl.RolloutWorker(cfg, engine, rl.load_pool(cfg, engine.tokenizer, lambda line: None))
+    return rl.RolloutWorker(cfg, engine, pool.load_pool(cfg, engine.tokenizer, lambda line: None))
 
 
 def rolled_out(rollout, iteration=0):
@@ -188,7 +188,7 @@ def test_learnable_states_are_those_whose_rewards_varied(made):
 
 def refused(folder, match, **more):
     with pytest.raises(ValueError, match=match):
-        rl.load_pool(settings(folder, **more), sample.Tokenizer.of_bytes(), lambda line: None)
+        pool.load_pool(settings(folder, **more), sample.Tokenizer.of_bytes(), lambda line: None)
 
 
 def edit_head(path, **more):
@@ -213,7 +213,7 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     (folder / "folder.jsonl").mkdir()
     (folder / "toy-a-1.jsonl").write_text("{}\n")
     said = []
-    found = rl.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
+    found = pool.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
     num = sum(len(env.read_trajectory(folder / f"{name}.jsonl")[1]) for name in ("toy-a-0", "toy-b-0", "toy-b-1"))
     for part in (f"{num} states of 2 tasks", "no record of a trajectory: 3", "toy-a-1.jsonl"):
         assert part in said[0]
@@ -226,19 +226,19 @@ def test_a_pool_collected_with_a_coder_is_played_with_one_or_refused(made, run, 
     """Its states offer the (AI) actions. Without a word the policy is the coder, and such an action is carried out."""
     folder, tokenizer = copied(made, tmp_path), sample.Tokenizer.of_bytes()
     s = settings(made, trajectories=str(folder))
-    found = rl.load_pool(s, tokenizer, lambda line: None)
-    assert s.coder == "auto" and rl.choose_coder(s, found).coder == "none"
+    found = pool.load_pool(s, tokenizer, lambda line: None)
+    assert s.coder == "auto" and pool.choose_coder(s, found).coder == "none"
     edit_head(folder / "toy-a-1.jsonl", actions=env.DEFAULT_ACTIONS, fields=miniature.SHORT_FIELDS)
-    found = rl.load_pool(s, tokenizer, lambda line: None)
+    found = pool.load_pool(s, tokenizer, lambda line: None)
     for given, taken in (("auto", "model"), ("model", "model"), ("http://host/v1#name", "http://host/v1#name")):
-        assert rl.choose_coder(settings(made, coder=given), found).coder == taken
+        assert pool.choose_coder(settings(made, coder=given), found).coder == taken
     code, said = run(out=tmp_path / "out", trajectories=folder, coder="none")
     assert code == 2 and "they offer Edit Script (AI), Understand File, which --coder none does not have" in said, said
     edit = ('Action: Edit Script (AI)\nAction Input: {"script_name": "train.py", "edit_instruction": "x", '
             '"save_name": "train.py"}')
     engine = Scripted(edit)
     engine.chat = lambda messages, **options: engine.reply("```python\n" + "VALUE = 9\n```")
-    rollout = rl.RolloutWorker(rl.choose_coder(s, found), engine, found)
+    rollout = rl.RolloutWorker(pool.choose_coder(s, found), engine, found)
     step = rollout.execute_action("toy-a-1, step 0", 0, 0, engine.reply(edit))[0].step
     assert step["valid"] and step["kind"] != "invalid" and step["coder"]
 
@@ -263,7 +263,7 @@ def test_a_missing_blob_is_named_at_the_start_and_in_the_middle(made, tmp_path, 
     sha = next(iter(later.snapshot.values()))
     lost = {name for name, state in rollout.states.items() if sha in state.snapshot.values()}
     (folder / "blobs" / sha[:2] / sha).unlink()
-    found = rl.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
+    found = pool.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
     assert {name for states in found.values() for name in states} == set(rollout.states) - lost
     assert f"left out, a missing blob: {len(lost)}" in said[0] and min(lost) in said[0]
     # the rollout that began before: what is drawn next, and what was sampled already
@@ -572,19 +572,19 @@ def test_two_runs_in_one_folder_are_refused(made, run):
 def test_a_run_goes_on_with_what_it_began_with(made, run, tmp_path):
     """Other settings, another model in the same folder and another pool are refused; more iterations are not. A copy
     of the model is the same."""
-    out, model, pool = tmp_path / "out", tmp_path / "model", copied(made, tmp_path)
+    out, model, folder = tmp_path / "out", tmp_path / "model", copied(made, tmp_path)
     shutil.copytree(made / "model", model)
-    given = {"out": out, "model": model, "trajectories": pool, "iterations": 2}
+    given = {"out": out, "model": model, "trajectories": folder, "iterations": 2}
     assert run(**given)[0] == 0
 
     def refused(words, *flags, **more):
         code, said = run(*flags, **{**given, "iterations": 3, **more})
         assert code == 2 and re.search(rf"is of a run with {words}; give these again", said), said
     refused(r"--kl 0.1 \(now 0.5\)", kl=0.5)
-    lines = (pool / "toy-a-0.jsonl").read_text().splitlines(keepends=True)
-    (pool / "toy-a-0.jsonl").write_text("".join(lines[:-1]))
+    lines = (folder / "toy-a-0.jsonl").read_text().splitlines(keepends=True)
+    (folder / "toy-a-0.jsonl").write_text("".join(lines[:-1]))
     refused(r"states of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
-    (pool / "toy-a-0.jsonl").write_text("".join(lines))
+    (folder / "toy-a-0.jsonl").write_text("".join(lines))
     Qwen2.from_scratch(SHAPE, seed=9).save_pretrained(model)
     refused(r"--model of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
     code, said = run(**{**given, "model": made / "model", "iterations": 3})
