@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tasks
 from env import NEEDS_CODER, best_before, read_trajectory
+from support.cli import RunError
 from support.files import fingerprint, hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
 from support.storage import Blobs
@@ -46,23 +47,22 @@ def load_pool(cfg, tokenizer, log=print):
     tokenizer_id = fingerprint(tokenizer)
     has_blob = cache(Blobs(Path(cfg.trajectories, "blobs")).has)
     pool = {}
-    left_out = {}       # reason -> names
+    left_out = []       # a line for each state or file
     for file in sorted(Path(cfg.trajectories).glob("*.jsonl")):
         try:
             head, steps = read_trajectory(file)
-            if any("m_before" not in step for step in steps):
-                raise ValueError(f"{file}: some of its steps do not tell the score before them")
         except (ValueError, OSError) as error:
-            left_out.setdefault("no record of a trajectory", []).append(str(error))
+            left_out.append(str(error))
             continue
-        tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
-        if head["task"] not in tasks.names(cfg.task):
+        task = head["task"]
+        tasks.refuse_held_out(task, head.get("data_sha256", {}), forbidden)
+        if task not in tasks.names(cfg.task):
             continue
-        data_sha256 = tasks.info(head["task"], cfg.data)["sha256"]
-        tasks.refuse_held_out(head["task"], data_sha256, forbidden)
+        data_sha256 = tasks.info(task, cfg.data)["sha256"]
+        tasks.refuse_held_out(task, data_sha256, forbidden)
         if head.get("data_sha256", data_sha256) != data_sha256:
-            raise ValueError(f"{file} was collected on other data than {Path(cfg.data, head['task'])} holds; prepare "
-                             "those again, or collect anew")
+            raise ValueError(f"{file} was collected on other data than {Path(cfg.data, task)} holds; prepare those "
+                             "again, or collect anew")
         if head.get("tokenizer") != tokenizer_id:       # the recorded token ids mean nothing to this model
             for line in (head, *steps):
                 for message in line["messages"]:
@@ -70,12 +70,12 @@ def load_pool(cfg, tokenizer, log=print):
         for index in range(len(steps)):
             state = State(file, head, steps, index)
             if all(map(has_blob, state.snapshot.values())):
-                pool.setdefault(head["task"], {})[state.name] = state
+                pool.setdefault(task, {})[state.name] = state
             else:
-                left_out.setdefault("a missing blob", []).append(state.name)
+                left_out.append(f"{state.name}: a blob is missing")
     summary = f"{cfg.trajectories}: {sum(map(len, pool.values()))} states of {len(pool)} tasks"
-    for reason, names in left_out.items():
-        summary += f"\n  left out, {reason}: {len(names)}, such as {', '.join(names[:5])}"
+    if left_out:
+        summary = "\n  ".join([f"{summary}; left out: {len(left_out)}, such as", *left_out[:5]])
     if not pool:
         raise ValueError("there is no state to start from; collect trajectories with: python sft.py --collect "
                          f"--trajectories {cfg.trajectories}. {summary}")
@@ -83,10 +83,31 @@ def load_pool(cfg, tokenizer, log=print):
     return pool
 
 
+def sample_states(pool, num, rng, chances, fits):
+    """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
+
+    chances: {name: relative chance}, 1 where there is none. fits(name) sets the chance of a state to 0 where it returns
+    False; another one is drawn. RunError: no state has a chance any more.
+    """
+    names = []
+    turn = []
+    while len(names) < num:
+        live = [task for task in sorted(pool) if any(chances.get(name, 1.0) for name in pool[task])]
+        if not live:
+            raise RunError("no state of the pool can be played any more; the reasons stand above")
+        turn = [task for task in turn if task in live] or rng.sample(live, len(live))
+        states = list(pool[turn[-1]])
+        name = rng.choices(states, [chances.get(name, 1.0) for name in states])[0]
+        if fits(name):
+            names.append(name)
+            turn.pop()
+    return names
+
+
 def choose_coder(cfg, pool):
     """Returns the settings, with --coder auto replaced by the coder that the recorded prompts need. ValueError: they
     offer (AI) actions and there is to be no coder."""
-    offered = {name for states in pool.values() for state in states.values() for name in state.head.get("actions", ())}
+    offered = {name for states in pool.values() for state in states.values() for name in state.head["actions"]}
     needed = sorted(offered & set(NEEDS_CODER))
     if needed and cfg.coder == "none":
         raise ValueError(f"the states of {cfg.trajectories} were collected with a coder: they offer {', '.join(needed)}"
@@ -98,12 +119,9 @@ def choose_coder(cfg, pool):
 
 def hash_inputs(cfg, folder, pool):
     """Returns {description: sha256} of what must be the same when a run is continued: the model in `folder`, which the
-    reference is made from, the states, the data that give the rewards, and a coder of one's own."""
+    reference is made from, the states, and the data that give the rewards."""
     states = {state.name: state for states in pool.values() for state in states.values()}
     records = {state.file.stem: [state.head, state.steps] for state in states.values()}
     data = {id: [tasks.info(id, cfg.data)[name] for name in ("sha256", "m_init", "m_best")] for id in pool}
-    hashes = {"--model of sha256": hash_checkpoint(folder), "data of sha256": hash_json(data)[:16],
-              "states of sha256": hash_json([list(states), records])[:16]}
-    if cfg.coder not in ("none", "model") and Path(cfg.coder).is_dir():
-        hashes["--coder of sha256"] = hash_checkpoint(cfg.coder)
-    return hashes
+    return {"--model of sha256": hash_checkpoint(folder), "data of sha256": hash_json(data)[:16],
+            "states of sha256": hash_json([list(states), records])[:16]}
