@@ -708,7 +708,7 @@ def fill(values):
     num = num_weights(config)[-1]
     fitting = "tiny" if num < TINY_BELOW else "7b"
     preset = values["preset"] or fitting
-    source = f"--preset {preset} ({model} has {num:,} weights, which {fitting} is for)"
+    source = f"{model} has {num:,} weights, which --preset {fitting} is for; another may be typed"
     return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RECIPES[preset]})]
 
 

@@ -293,7 +293,8 @@ def test_ids_and_log_probs_are_those_that_were_sampled(made):
     """Also ids that no encoding of the text would give."""
     engine = Scripted()
     odd = [ord(c) for c in "no action"]         # as bytes, not as the one token that stands for it
-    reply = endpoint.Completion("no action", [*odd, engine.tokenizer.end], [-0.123456789 * k for k in range(10)], "stop")
+    logps = [-0.123456789 * k for k in range(10)]
+    reply = endpoint.Completion("no action", [*odd, engine.tokenizer.end], logps, "stop")
     engine.reply = lambda text: reply
     one = rolled_out(playing(made, engine, states=1, samples=1))[0]
     assert one.tokens == reply.tokens and one.logp_sampler == reply.logps and one.prompt == engine.asked[0][0]
@@ -516,14 +517,15 @@ def test_two_processes_play_and_learn_as_one(made, run):
 
 
 def test_nan_stops_the_run_and_names_the_place(made, run):
-    """A weight of the critic, or of the policy, becomes NaN after the third iteration; the checkpoint of the second
+    """A weight of the critic, or of the sampler, becomes NaN after the third iteration; the checkpoint of the second
     is good."""
-    for name, words in (("critic.score.weight", "iteration 4, rank 0: gradient norm nan"),
-                        ("actor.model.norm.weight", f"iteration 4, rank 0: {made / 'model'} gives logits that are not finite")):
-        out = made / f"nan-{name}"
+    sampling = f"{made / 'model'} gives logits that are not finite"
+    for weight, words in (("trainer.critic.score.weight", "gradient norm nan"),
+                          ("worker.engine.model.model.norm.weight", sampling)):
+        out = made / f"nan-{weight}"
         code, said = run(out=out, code=f"after('learning', 3, lambda cfg, worker, trainer, *_: "
-                                       f"trainer.models.get_parameter({name!r}).data.fill_(float('nan')))")
-        assert code == 1 and words in said and "Traceback" not in said, said
+                                       f"{weight}.data.fill_(float('nan')))")
+        assert code == 1 and f"iteration 4, rank 0: {words}" in said and "Traceback" not in said, said
         assert len(curve(out)) == 3 and not list(out.glob("*.safetensors"))
     code, said = run(out=out, iterations=3)
     assert code == 0 and "going on after iteration 2" in said and len(curve(out)) == 3
