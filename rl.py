@@ -10,13 +10,14 @@ trajectories, and only the action is new. `iterate` is one iteration, from top t
 --out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl with a line for each iteration. A killed
 run continues exactly with the same command.
 """
-import contextlib, json, math, os, random, statistics, sys, time, zlib
+import contextlib, json, math, os, random, sys, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import torch
 import torch.distributed as dist
@@ -188,37 +189,42 @@ class RolloutWorker:
     def run(self, names, iteration):
         """Returns the Transitions of all processes, in the order of the states `names`, and {name: number} about the
         work. FloatingPointError: the weights are not finite."""
-        submit = self.submit_episodes if self.cfg.rollout == "episode" else self.submit_actions
         per_rank = math.ceil(len(names) / self.world_size)
         first = self.rank * per_rank
         before = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
-        start = time.monotonic()
-        futures = submit(names[first:first + per_rank], first, iteration)
+        began = time.monotonic()
+        starts = list(enumerate(names))[first:first + per_rank]
+        if self.cfg.rollout == "episode":
+            futures = [self.threads.submit(self.play_episode, name, group, number, iteration)
+                       for group, name in starts for number in range(self.cfg.samples)]
+        else:
+            futures = self.submit_actions(starts, iteration)
         sampled = time.monotonic()
         transitions = gather([transition for future in futures for transition in future.result()])
         executed = time.monotonic()
         if not self.cfg.has_critic:     # prefer states whose actions earned different rewards
             rewards = group_rewards(transitions)
             for transition in transitions:
-                self.chances[transition.state] = 0.1 + 2 * statistics.pstdev(rewards[transition.group])
+                self.chances[transition.state] = 0.1 + 2 * pstdev(rewards[transition.group])
         counts = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
         counts.subtract(before)
         return transitions, {
             "left_out": sum(chance == 0 for chance in self.chances.values()), "runs": counts["runs"],
             "cache_hits": counts["hits"] / max(1, counts["hits"] + counts["runs"]),
-            "sample_s": sampled - start, "execute_s": executed - sampled,
-            "sampled_tokens_s": counts["sampled_tokens"] * self.world_size / (executed - start)}
+            "sample_s": sampled - began, "execute_s": executed - sampled,
+            "sampled_tokens_s": counts["sampled_tokens"] * self.world_size / (executed - began)}
 
-    def submit_actions(self, names, first, iteration):
-        """Samples actions in these states, the first of which has the number `first`, and has each carried out at once.
-        Returns, when all are sampled, the futures of [Transition] in order."""
+    def submit_actions(self, starts, iteration):
+        """Samples actions in these states, [(number, name)], and has each carried out at once. Returns, when all are
+        sampled, the futures of [Transition] in order."""
         futures = {}
 
         def on_reply(i, j, reply):
-            futures[i, j] = self.threads.submit(self.execute_action, names[i], first + i, j, reply)
-        if names:
-            seed = zlib.crc32(f"{self.cfg.seed} {iteration}".encode()) + first * self.cfg.samples
-            self.engine.generate([self.begin(name)[1] for name in names], n=self.cfg.samples, seed=seed,
+            group, name = starts[i]
+            futures[i, j] = self.threads.submit(self.execute_action, name, group, j, reply)
+        if starts:
+            seed = zlib.crc32(f"{self.cfg.seed} {iteration}".encode()) + starts[0][0] * self.cfg.samples
+            self.engine.generate([self.begin(name)[1] for _, name in starts], n=self.cfg.samples, seed=seed,
                                  each=on_reply, **self.options)
         return [futures[key] for key in sorted(futures)]
 
@@ -234,11 +240,6 @@ class RolloutWorker:
             raise
         episode_id = group * self.cfg.samples + number
         return Transition(name, group, episode_id, prompt, reply.tokens, reply.logps, step)
-
-    def submit_episodes(self, names, first, iteration):
-        """Returns the futures of [Transition, ...] of whole trajectories, cfg.samples from each start."""
-        return [self.threads.submit(self.play_episode, name, first + i, number, iteration)
-                for i, name in enumerate(names) for number in range(self.cfg.samples)]
 
     def play_episode(self, name, group, number, iteration):
         """Returns the Transitions of a trajectory from the start; it ends where it outgrows the context."""
@@ -341,7 +342,7 @@ def grpo(transitions, rewards, values, lam):
     """The reward to go less the mean reward of the state's actions, over their standard deviation (arXiv 2402.03300).
     The divergence is part of the reward here, so it is divided too."""
     groups = group_rewards(transitions)
-    return [gae(r, torch.full_like(r, statistics.fmean(groups[t.group]))) / (statistics.pstdev(groups[t.group]) + EPS)
+    return [gae(r, torch.full_like(r, fmean(groups[t.group]))) / (pstdev(groups[t.group]) + EPS)
             for r, t in zip(rewards, transitions)]
 
 
@@ -631,32 +632,27 @@ def train(cfg, rank, world_size, device):
 
 # -- Statistics: what log.jsonl says of an iteration
 
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
 def action_stats(cfg, transitions, logp_old, logp_ref, logp_sampler):
     """Returns {name: number} about an iteration's actions. The log-probs are per token, of those that are learned from.
 
     To log something else, such as the fraction that undo an edit, add a line here:
-    "undo": mean(step["action"] == "Undo Edit Script" for step in steps). env.Step tells what a step has.
+    "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step tells what a step has.
     """
     steps = [transition.step for transition in transitions]
     rewards = torch.tensor([step["reward"] for step in steps])
     kinds = Counter(step["kind"] for step in steps)
-    edits = [step for step in steps if step["outcome"] and step["action"] != "Execute Script"]
+    edits = [step["reward"] for step in steps if step["outcome"] and step["action"] != "Execute Script"]
     logp_old = torch.cat(logp_old)
     gap = (logp_old - torch.cat(logp_sampler)).abs()
     stats = {
         "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
         "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
         **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(steps) for kind in KINDS},
-        "valid": mean(step["valid"] for step in steps),
-        "reward_edits": mean(step["reward"] for step in edits),
-        "equal_groups": mean(len(set(rewards)) == 1 for rewards in group_rewards(transitions).values()),
-        "truncated": mean(len(transition.tokens) >= cfg.max_new_tokens for transition in transitions),
-        "action_tokens": mean(len(transition.tokens) for transition in transitions),
+        "valid": fmean(step["valid"] for step in steps),
+        "reward_edits": sum(edits) / len(edits) if edits else None,
+        "equal_groups": fmean(len(set(rewards)) == 1 for rewards in group_rewards(transitions).values()),
+        "truncated": fmean(len(transition.tokens) >= cfg.max_new_tokens for transition in transitions),
+        "action_tokens": fmean(len(transition.tokens) for transition in transitions),
         "gap_mean": gap.mean().item(), "gap_max": gap.max().item()}
     if logp_ref:
         diff = (torch.cat(logp_ref) - logp_old).clamp(-10, 10)
