@@ -4,49 +4,48 @@
     torchrun --nproc_per_node 8 rl.py --preset 7b       # the same on eight GPUs
     python rl.py --rollout episode --advantage gae      # whole trajectories instead, for comparison
 
-Whole trajectories are slow to sample, since each step runs a training script, and most states on their way repeat. So
-the states come from expert trajectories, and only the action is new. `iterate` is one iteration, from top to bottom.
+Whole trajectories are slow to sample, since each step runs a training script. So the states come from expert
+trajectories, and only the action is new. `iterate` is one iteration, from top to bottom.
 
 --out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl with a line for each iteration. A killed
-run continues exactly with the same command. Exit status: 0 done, 1 failed, 2 bad arguments.
+run continues exactly with the same command.
 """
-import contextlib, json, math, os, random, statistics, sys, time, zlib
+import contextlib, json, math, os, random, sys, time, zlib
 from collections import Counter
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import (
-    CODER_TOKENS, CODE_END, NEEDS_CODER, best_before, make_env, prepare_tasks, read_agent, read_trajectory, write_agent)
+from env import CODER_TOKENS, CODE_END, make_env, prepare_tasks, read_agent, write_agent
 from model import IGNORE, Config, Linear, Qwen2, use_kernels
 from reward import KINDS
-from support import cli, endpoint
+from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model, flops_of, full_tensor,
-    gib, init_distributed, load_state, num_weights, optimizer_step, peak_flops, peak_memory, plan_memory,
-    rank0_broadcast, save_state, shape_of, shard_across_ranks, sharded_parameters)
-from support.files import fingerprint, folder_lock, hash_json, refuse_links_out, shorten
-from support.pretrained import find_folder, hash_checkpoint
+    RECOMPUTE_ABOVE, build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model,
+    flops_of, full_tensor, gib, init_distributed, load_state, num_weights, optimizer_step, peak_flops, peak_memory,
+    plan_memory, rank0_broadcast, save_state, shape_of, shard_across_ranks, sharded_parameters)
+from support.files import folder_lock, shorten
+from support.pool import choose_coder, hash_inputs, load_pool, sample_states
+from support.pretrained import find_folder
 from support.sandbox import SLOTS, protection
-from support.storage import Blobs, MissingBlob, ResultCache
+from support.storage import ResultCache
 
 DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (arXiv 1912.09729)
 VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
 TIS_CAP = 2.0               # cap of a token's weight pi_old / pi_sampler (arXiv 2510.26788)
 WARM_UP_STEPS = 4           # of the critic alone, before the first update: its head begins at zero
 EPS = 1e-4                  # is added to a standard deviation that is divided by
-RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
-SHOW_EVERY = 10             # iterations between actions that are printed whole
+SHOW_EVERY = 10             # iterations between actions that are printed
 
 TINY_BELOW = 50e6           # weights; the recipe of a smaller model is "tiny", of any other "7b"
 RECIPES = {                 # --preset: what differs from the defaults, which are those of 7B
@@ -67,7 +66,7 @@ class Settings(cli.TaskSettings):
     states: int = 32  # of an iteration, over all processes; with --rollout episode: starts of trajectories
     samples: int = 4  # actions sampled in each state
     steps: int = 15  # replies of a trajectory, with --rollout episode
-    advantage: str = "gae"  # gae: against a critic's values; rloo (or group), grpo: against the state's other actions
+    advantage: str = "gae"  # gae: against a critic's values; rloo, grpo: against the state's other actions
     epochs: int = 1  # passes over an iteration's actions
     minibatches: int = 1  # optimizer steps of a pass
     lr: float = 1e-6  # of the actor
@@ -79,8 +78,8 @@ class Settings(cli.TaskSettings):
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
     rows: int = 8  # actions sampled at the same time, on each process
     length: int = 16384  # tokens of a packed row in training, if no single example has more
-    coder: str = "auto"  # who carries out the (AI) actions: none, model (the policy), another, as in --model, or auto:
-        # the policy if the recorded expert had a coder. A server's key is OPENAI_API_KEY_CODER or else OPENAI_API_KEY
+    coder: str = "auto"  # who carries out the (AI) actions: none, model (the policy), or auto: the policy if the
+        # recorded expert had a coder
     save_every: int = 10  # iterations between checkpoints
     plan: bool = False  # print memory per GPU by part for these settings, and end; --model may then be a size: 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
@@ -88,7 +87,7 @@ class Settings(cli.TaskSettings):
     def __post_init__(self):
         super().__post_init__()
         cli.check_choices(self, rollout=("step", "episode"), advantage=tuple(ADVANTAGES),
-                          dtype=("auto", "float32", "bfloat16"))
+                          coder=("auto", "none", "model"), dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches", "temperature",
                            "rows", "length", "save_every", "gpus")
         for name in ("lr", "critic_lr", "clip_low", "clip_high", "kl", "lam"):
@@ -96,8 +95,6 @@ class Settings(cli.TaskSettings):
                 raise ValueError(f"{cli.flag_of(name)} must be from 0 to 1, found {getattr(self, name)}")
         if self.context <= self.max_new_tokens:
             raise ValueError(f"--context must be above --max-new-tokens {self.max_new_tokens}, found {self.context}")
-        if endpoint.is_server(self.coder):
-            endpoint.address(self.coder)
         if self.minibatches > self.states:
             raise ValueError(f"--minibatches must be at most --states {self.states}, found {self.minibatches}")
         if not self.has_critic and (self.rollout == "episode" or self.samples < 2):
@@ -109,136 +106,9 @@ class Settings(cli.TaskSettings):
         return self.advantage == "gae"
 
 
-# Settings that may change when a run is continued.
+# Settings that may change when a run is continued. The kind of device may not, see train().
 FREE = {"preset", "model", "trajectories", "out", "iterations", "rows", "data", "raw", "python", "gpu", "device",
         "save_every", "plan", "gpus"}
-
-
-# -- The pool of states
-
-@dataclass(frozen=True)
-class State:
-    """The state before step `index` of a recorded trajectory."""
-    file: Path
-    head: dict      # the file's header
-    steps: list     # its step records
-    index: int
-
-    @property
-    def name(self):
-        return f"{self.file.stem}, step {self.index}"
-
-    @property
-    def snapshot(self):
-        return (self.steps[self.index - 1] if self.index else self.head)["snapshot"]
-
-    def restore(self, env):
-        """Puts an Env of the task into this state. MissingBlob: a file of it is missing."""
-        messages = list(self.head["messages"])
-        for step in self.steps[:self.index]:
-            messages += step["messages"]
-        env.restore(self.snapshot, messages, index=self.index, m_before=self.steps[self.index]["m_before"],
-                    m_top=best_before(env.task, self.head, self.steps[:self.index]))
-
-
-def load_pool(cfg, tokenizer, log=print):
-    """Returns {task id: {name: State}}: every prefix of every trajectory in cfg.trajectories, of the tasks of cfg.task.
-
-    States whose files are missing, and files that are no trajectory, are left out and reported by `log`. ValueError: a
-    held-out task, other data than the trajectories were collected on, a link that leads out of the folder, or no state.
-    """
-    refuse_links_out(cfg.trajectories)      # results of scripts are added there
-    forbidden = tasks.held_out_hashes(cfg.data)
-    tokenizer_id = fingerprint(tokenizer)
-    has_blob = cache(Blobs(Path(cfg.trajectories, "blobs")).has)
-    pool = {}
-    left_out = {}       # reason -> names
-    for file in sorted(Path(cfg.trajectories).glob("*.jsonl")):
-        try:
-            head, steps = read_trajectory(file)
-            if any("m_before" not in step for step in steps):
-                raise ValueError(f"{file}: some of its steps do not tell the score before them")
-        except (ValueError, OSError) as error:
-            left_out.setdefault("no record of a trajectory", []).append(str(error))
-            continue
-        tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), forbidden)
-        if head["task"] not in tasks.names(cfg.task):
-            continue
-        data_sha256 = tasks.info(head["task"], cfg.data)["sha256"]
-        tasks.refuse_held_out(head["task"], data_sha256, forbidden)
-        if head.get("data_sha256", data_sha256) != data_sha256:
-            raise ValueError(f"{file} was collected on other data than {Path(cfg.data, head['task'])} holds; prepare "
-                             "those again, or collect anew")
-        if head.get("tokenizer") != tokenizer_id:       # the recorded token ids mean nothing to this model
-            for line in (head, *steps):
-                for message in line["messages"]:
-                    message.pop("tokens", None)
-        for index in range(len(steps)):
-            state = State(file, head, steps, index)
-            if all(map(has_blob, state.snapshot.values())):
-                pool.setdefault(head["task"], {})[state.name] = state
-            else:
-                left_out.setdefault("a missing blob", []).append(state.name)
-    summary = f"{cfg.trajectories}: {sum(map(len, pool.values()))} states of {len(pool)} tasks"
-    for reason, names in left_out.items():
-        summary += f"\n  left out, {reason}: {len(names)}, such as {', '.join(names[:5])}"
-    if not pool:
-        raise ValueError("there is no state to start from; collect trajectories with: python sft.py --collect "
-                         f"--trajectories {cfg.trajectories}. {summary}")
-    log(summary)
-    return pool
-
-
-def choose_coder(cfg, pool):
-    """Returns the settings, with --coder auto replaced by the coder that the recorded prompts need. ValueError: they
-    offer (AI) actions and there is to be no coder."""
-    offered = {name for states in pool.values() for state in states.values() for name in state.head.get("actions", ())}
-    needed = sorted(offered & set(NEEDS_CODER))
-    if needed and cfg.coder == "none":
-        raise ValueError(f"the states of {cfg.trajectories} were collected with a coder: they offer {', '.join(needed)}"
-                         ", which --coder none does not have; give --coder model, or collect with --coder none")
-    if cfg.coder == "auto":
-        return replace(cfg, coder="model" if needed else "none")
-    return cfg
-
-
-def hash_inputs(cfg, folder, pool):
-    """Returns {description: sha256} of what must be the same when a run is continued: the model in `folder`, which the
-    reference is made from, the states, the data that give the rewards, and a coder of one's own."""
-    states = {state.name: state for states in pool.values() for state in states.values()}
-    records = {state.file.stem: [state.head, state.steps] for state in states.values()}
-    data = {id: [tasks.info(id, cfg.data)[name] for name in ("sha256", "m_init", "m_best")] for id in pool}
-    hashes = {"--model of sha256": hash_checkpoint(folder), "data of sha256": hash_json(data)[:16],
-              "states of sha256": hash_json([list(states), records])[:16]}
-    if cfg.coder not in ("none", "model") and Path(cfg.coder).is_dir():
-        hashes["--coder of sha256"] = hash_checkpoint(cfg.coder)
-    return hashes
-
-
-def sample_states(pool, num, rng, chances, playable):
-    """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
-
-    chances: {name: relative chance}, 1 where there is none. playable(state) may set chances to 0; where it returns
-    False another state of the task is drawn. RunError: no state has a chance any more.
-    """
-    names = []
-    turn = []
-    while len(names) < num:
-        if not turn:
-            live = [task for task in sorted(pool) if any(chances.get(name, 1.0) for name in pool[task])]
-            if not live:
-                raise RunError("no state of the pool can be played any more; the reasons stand above")
-            turn = rng.sample(live, len(live))
-        states = pool[turn[-1]]
-        task_chances = [chances.get(name, 1.0) for name in states]
-        if not any(task_chances):
-            turn.pop()
-            continue
-        name = rng.choices(list(states), task_chances)[0]
-        if playable(states[name]):
-            names.append(name)
-            turn.pop()
-    return names
 
 
 # -- Rollouts
@@ -273,140 +143,113 @@ class RolloutWorker:
     (Whole trajectories are not: their observations tell the time left.)
     """
 
-    def __init__(self, cfg, engine, pool, rank=0, world=1):
+    def __init__(self, cfg, engine, pool, rank=0, world_size=1):
         self.cfg = cfg
         self.engine = engine
         self.pool = pool
         self.rank = rank
-        self.world = world
+        self.world_size = world_size
         self.states = {name: state for states in pool.values() for name, state in states.items()}
-        self.chances = {}       # name of a state -> its chance to be sampled; 0: it cannot be played
-        self.stats = {}         # of the last run
+        self.chances = {}       # name of a state -> its chance to be sampled; 0: it does not fit the context
         self.cache = ResultCache(Path(cfg.trajectories, "cache"))
         self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if cfg.rollout == "step" else cfg.states * cfg.samples)
         self.options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, stop=("\nObservation:",))
-        self.coder = None
-        if cfg.coder == "model":
-            self.coder = engine
-        elif cfg.coder not in ("auto", "none"):
-            self.coder = sample.load(cfg.coder, context=cfg.context, key=endpoint.coder_key(cfg.coder, cfg.model))
+        self.coder = self.ask_coder if cfg.coder == "model" else None
 
     def ask_coder(self, messages):
-        return self.coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END).text + CODE_END
+        return self.engine.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END).text + CODE_END
 
-    def make_env(self, head, **changes):
-        """Returns an Env at the start of a task, with the settings that a trajectory's header tells."""
-        recorded = {name: head[name] for name in ("actions", "fields", "prompt", "steps", "seconds") if name in head}
-        return make_env(self.cfg, head["task"], self.cfg.trajectories, self.cache,
-                        coder=self.coder and self.ask_coder, **recorded | changes)
-
-    def restore(self, name):
-        """Returns an Env in a state, and the token ids that the policy is shown there. MissingBlob: a file is gone."""
+    def begin(self, name):
+        """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the token ids that
+        the policy is shown there. MissingBlob: a file of the state has gone since the pool was read."""
         state = self.states[name]
-        env = self.make_env(state.head)
-        state.restore(env)
+        recorded = {key: state.head[key] for key in ("actions", "fields", "prompt", "steps", "seconds")}
+        if self.cfg.rollout == "episode":
+            recorded["steps"] = self.cfg.steps
+        env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, coder=self.coder, **recorded)
+        if self.cfg.rollout == "step":
+            state.restore(env)
         return env, self.engine.tokenizer.chat(env.prompt())
 
-    def playable(self, state):
-        """Returns whether the files of a state are there, and prompt and action fit the context; else leaves it out."""
-        if self.cfg.rollout == "episode":       # which begins at the start instead
+    def fits(self, name):
+        """Returns whether prompt and action fit the context; if not, the state is not drawn again."""
+        num = len(self.begin(name)[1]) + self.cfg.max_new_tokens
+        if num <= self.engine.context:
             return True
-        try:
-            length = len(self.restore(state.name)[1]) + self.cfg.max_new_tokens
-            if length <= self.engine.context:
-                return True
-            reason = f"prompt and action take {length} tokens, and --context is {self.engine.context}"
-        except MissingBlob as error:
-            reason = error
-        self.leave_out(state.name, reason)
-        return False
-
-    def leave_out(self, name, reason):
         self.chances[name] = 0.0
-        if self.rank == 0:
-            print(f"left out: {name}: {reason}", file=sys.stderr)
+        print(f"left out: {name}: prompt and action take {num} tokens, and --context is {self.engine.context}",
+              file=sys.stderr)
+        return False
 
     def sample_states(self, iteration):
         """Returns the names of an iteration's states, of all processes; the first process draws them."""
         rng = random.Random(f"{self.cfg.seed} {iteration}")
-        return rank0_broadcast(partial(sample_states, self.pool, self.cfg.states, rng, self.chances, self.playable))
+        return rank0_broadcast(partial(sample_states, self.pool, self.cfg.states, rng, self.chances, self.fits))
 
     def run(self, names, iteration):
-        """Returns the Transitions of all processes, in the order of the states `names`. RunError: there is none."""
-        per_rank = math.ceil(len(names) / self.world)
+        """Returns the Transitions of all processes, in the order of the states `names`, and {name: number} about the
+        work. FloatingPointError: the weights are not finite."""
+        per_rank = math.ceil(len(names) / self.world_size)
         first = self.rank * per_rank
-        submit = self.submit_episodes if self.cfg.rollout == "episode" else self.submit_actions
-        start = time.monotonic()
-        num_sampled = self.engine.sampled_tokens
-        counts = dict(self.cache.counts)
-        try:
-            futures = submit(names[first:first + per_rank], first, iteration)
-            sampled = time.monotonic()
-            wait(futures, return_when=FIRST_EXCEPTION)
-            transitions = gather([transition for future in futures for transition in future.result()])
-        except FloatingPointError as error:
-            raise RunError(f"sampling: {error}") from None
+        before = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
+        began = time.monotonic()
+        starts = list(enumerate(names))[first:first + per_rank]
+        if self.cfg.rollout == "episode":
+            futures = [self.threads.submit(self.play_episode, name, group, number, iteration)
+                       for group, name in starts for number in range(self.cfg.samples)]
+        else:
+            futures = self.submit_actions(starts, iteration)
+        sampled = time.monotonic()
+        transitions = gather([transition for future in futures for transition in future.result()])
         executed = time.monotonic()
-        for name in sorted(set(names) - {transition.state for transition in transitions}):
-            self.leave_out(name, "its files are gone, or its prompt has outgrown --context")
-        if not transitions:
-            raise RunError("there is no action; the reasons stand above")
         if not self.cfg.has_critic:     # prefer states whose actions earned different rewards
             rewards = group_rewards(transitions)
             for transition in transitions:
-                self.chances[transition.state] = 0.1 + 2 * statistics.pstdev(rewards[transition.group])
-        runs = self.cache.counts["runs"] - counts["runs"]
-        hits = self.cache.counts["hits"] - counts["hits"]
-        num_sampled = (self.engine.sampled_tokens - num_sampled) * self.world
-        self.stats = {"left_out": sum(chance == 0 for chance in self.chances.values()), "runs": runs,
-                      "cache_hits": hits / max(1, hits + runs), "sample_s": sampled - start,
-                      "execute_s": executed - sampled, "sampled_tokens_s": num_sampled / (executed - start)}
-        return transitions
+                self.chances[transition.state] = 0.1 + 2 * pstdev(rewards[transition.group])
+        counts = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
+        counts.subtract(before)
+        return transitions, {
+            "left_out": sum(chance == 0 for chance in self.chances.values()), "runs": counts["runs"],
+            "cache_hits": counts["hits"] / max(1, counts["hits"] + counts["runs"]),
+            "sample_s": sampled - began, "execute_s": executed - sampled,
+            "sampled_tokens_s": counts["sampled_tokens"] * self.world_size / (executed - began)}
 
-    def submit_actions(self, names, first, iteration):
-        """Samples actions in these states, the first of which has the number `first`. Each is carried out as soon as it
-        is sampled. Returns, when all are sampled, the futures of [Transition] in order."""
+    def submit_actions(self, starts, iteration):
+        """Samples actions in these states, [(number, name)], and has each carried out at once. Returns, when all are
+        sampled, the futures of [Transition] in order."""
         futures = {}
 
         def on_reply(i, j, reply):
-            futures[i, j] = self.threads.submit(self.execute_action, names[i], first + i, j, reply)
-        if names:
-            seed = zlib.crc32(f"{self.cfg.seed} {iteration}".encode()) + first * self.cfg.samples
-            self.engine.generate([self.restore(name)[1] for name in names], n=self.cfg.samples, seed=seed,
+            group, name = starts[i]
+            futures[i, j] = self.threads.submit(self.execute_action, name, group, j, reply)
+        if starts:
+            seed = zlib.crc32(f"{self.cfg.seed} {iteration}".encode()) + starts[0][0] * self.cfg.samples
+            self.engine.generate([self.begin(name)[1] for _, name in starts], n=self.cfg.samples, seed=seed,
                                  each=on_reply, **self.options)
         return [futures[key] for key in sorted(futures)]
 
     def execute_action(self, name, group, number, reply):
-        """Returns [Transition] of a state's action: carried out, run, graded and rewarded; [] where a file is gone."""
+        return [self.act(*self.begin(name), reply, name, group, number)]
+
+    def act(self, env, prompt, reply, name, group, number):
+        """Returns the Transition of an action: it is carried out, its script is run and graded, and it is rewarded."""
         try:
-            return [self.act(*self.restore(name), reply, name, group, number)]
-        except MissingBlob:
-            return []
+            step = vars(env.step(reply.text, self.engine.tokenizer.spelling(reply.tokens, reply.text)))
         except Exception as error:
             error.add_note(f"It happened in the state {name}.")
             raise
-
-    def act(self, env, prompt, reply, name, group, number):
-        step = vars(env.step(reply.text, self.engine.tokenizer.spelling(reply.tokens, reply.text)))
         episode_id = group * self.cfg.samples + number
         return Transition(name, group, episode_id, prompt, reply.tokens, reply.logps, step)
-
-    def submit_episodes(self, names, first, iteration):
-        """Returns the futures of [Transition, ...] of whole trajectories, cfg.samples from each start."""
-        return [self.threads.submit(self.play_episode, name, first + i, number, iteration)
-                for i, name in enumerate(names) for number in range(self.cfg.samples)]
 
     def play_episode(self, name, group, number, iteration):
         """Returns the Transitions of a trajectory from the start; it ends where it outgrows the context."""
         transitions = []
-        env = self.make_env(self.states[name].head, steps=self.cfg.steps)
-        while not env.done:
-            prompt = self.engine.tokenizer.chat(env.prompt())
-            if len(prompt) + self.cfg.max_new_tokens > self.engine.context:
-                break
+        env, prompt = self.begin(name)
+        while not env.done and len(prompt) + self.cfg.max_new_tokens <= self.engine.context:
             seed = zlib.crc32(f"{self.cfg.seed} {iteration} {group} {number} {env.index}".encode())
             reply = self.engine.submit(prompt, seed=seed, **self.options).result()
             transitions.append(self.act(env, prompt, reply, name, group, number))
+            prompt = self.engine.tokenizer.chat(env.prompt())
         return transitions
 
     def refresh(self, actor):
@@ -416,11 +259,8 @@ class RolloutWorker:
 
 
 def make_engine(cfg, actor, tokenizer):
-    """Returns an Engine that samples from the actor: from the module that is trained where it is whole and computes in
-    the dtype of its weights, else from a copy in the dtype that it computes in."""
-    model = actor
-    if any(isinstance(p, DTensor) or p.dtype is not actor.compute for _, p in sharded_parameters(actor)):
-        model = Qwen2._empty(actor.config, actor.compute, next(actor.parameters()).device).requires_grad_(False)
+    """Returns an Engine that samples from a whole copy of the actor, in the dtype that the actor computes in."""
+    model = Qwen2._empty(actor.config, actor.compute, next(actor.parameters()).device).requires_grad_(False)
     copy_weights(actor, model)
     return sample.Engine(model, tokenizer, cfg.rows, cfg.context, name=cfg.model)
 
@@ -428,9 +268,8 @@ def make_engine(cfg, actor, tokenizer):
 @torch.no_grad()
 def copy_weights(actor, model):
     copies = dict(model.named_parameters())
-    if model is not actor:
-        for name, p in sharded_parameters(actor):
-            copies[name].copy_(full_tensor(p))
+    for name, p in sharded_parameters(actor):
+        copies[name].copy_(full_tensor(p))
 
 
 def gather(values):
@@ -450,21 +289,16 @@ def group_rewards(transitions):
     return rewards
 
 
-def zero_variance_groups(transitions):
-    """Returns the groups whose actions all earned the same: none of them is better than another."""
-    return {group for group, rewards in group_rewards(transitions).items() if len(set(rewards)) == 1}
-
-
 # -- Advantages and losses
 
 def token_rewards(transitions, logp_old, logp_ref, kl):
     """Returns the reward of each token, a list of (N_i,): -kl * (logp_old - logp_ref) (arXiv 1909.08593, equation 2),
     plus the action's reward at its last token. logp_ref None: there is no divergence."""
-    rewards = []
-    for i, transition in enumerate(transitions):
-        reward = kl * (logp_ref[i] - logp_old[i]) if logp_ref else torch.zeros_like(logp_old[i])
+    rewards = [torch.zeros_like(old) for old in logp_old]
+    if logp_ref:
+        rewards = [kl * (ref - old) for ref, old in zip(logp_ref, logp_old)]
+    for reward, transition in zip(rewards, transitions):
         reward[-1] += transition.reward
-        rewards.append(reward)
     return rewards
 
 
@@ -508,7 +342,7 @@ def grpo(transitions, rewards, values, lam):
     """The reward to go less the mean reward of the state's actions, over their standard deviation (arXiv 2402.03300).
     The divergence is part of the reward here, so it is divided too."""
     groups = group_rewards(transitions)
-    return [gae(r, torch.full_like(r, statistics.fmean(groups[t.group]))) / (statistics.pstdev(groups[t.group]) + EPS)
+    return [gae(r, torch.full_like(r, fmean(groups[t.group]))) / (pstdev(groups[t.group]) + EPS)
             for r, t in zip(rewards, transitions)]
 
 
@@ -516,7 +350,7 @@ def grpo(transitions, rewards, values, lam):
 # the rewards of their tokens (a list of (N_i,), see token_rewards), the critic's values (None where there is none) and
 # --lam, and returns the advantages of the tokens, a list of (N_i,). All but gae compare the actions of one state: they
 # have no critic, states of equal rewards are left out of the update, and other states are sampled more often.
-ADVANTAGES = {"gae": gae_of_episodes, "rloo": rloo, "group": rloo, "grpo": grpo}
+ADVANTAGES = {"gae": gae_of_episodes, "rloo": rloo, "grpo": grpo}
 
 
 def whiten(adv):
@@ -530,7 +364,7 @@ def whiten(adv):
 def importance_weights(logp_old, logp_sampler, cap=TIS_CAP):
     """Returns the weight pi_old / pi_sampler of each token, at most `cap` (arXiv 2510.26788), a list of (N_i,): it
     corrects the expectation where the rounding of sampler and trainer differs."""
-    return [(old - torch.tensor(sampler)).exp().clamp(max=cap) for old, sampler in zip(logp_old, logp_sampler)]
+    return [(old - sampler).exp().clamp(max=cap) for old, sampler in zip(logp_old, logp_sampler)]
 
 
 def policy_loss(logp, logp_old, adv, clip_low, clip_high):
@@ -580,12 +414,11 @@ class PPOTrainer:
     of several. Examples are (token ids, loss_mask). "Per token" means a list of (N_i,) fp32 tensors on the CPU, for the
     examples of all processes, where N_i counts the tokens that loss_mask selects."""
 
-    def __init__(self, cfg, config, folder, num_token_ids, rank, world, device):
+    def __init__(self, cfg, config, folder, num_token_ids, rank, world_size, device):
         self.cfg = cfg
-        self.config = config
         self.num_token_ids = num_token_ids
         self.rank = rank
-        self.world = world
+        self.world_size = world_size
         self.device = device
         build = partial(build_model, config, folder, device, cfg.seed, num_weights(config)[-1] > RECOMPUTE_ABOVE,
                         compute_type(cfg.dtype, device))
@@ -600,19 +433,18 @@ class PPOTrainer:
         # A step leaves a model alone that has no gradients, so one optimizer serves both.
         self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0, fused=True)
 
-    def forward(self, model, tokens, lengths, targets):
+    def forward(self, model, inputs):
         """Returns the log-probs of the targets and the entropies, each (N,), of the actor or the reference."""
+        tokens, lengths, targets = inputs
         logp, entropy, _ = model(tokens, lengths=lengths, targets=targets, size=self.num_token_ids,
                                  temperature=self.cfg.temperature)
         return logp, entropy
 
     def packed_rows(self, examples, indices):
-        """Returns this process's packed rows of the examples `indices`, as lists of indices."""
+        """Yields this process's share of the examples `indices`: the indices of a packed row, and a model's inputs."""
         lengths = [len(ids) - 1 for ids, _ in examples]
-        return shard_across_ranks(lengths, indices, self.rank, self.world, self.cfg.length)
-
-    def collate(self, examples, row):
-        return collate_packed([examples[i] for i in row], self.device)
+        for row in shard_across_ranks(lengths, indices, self.rank, self.world_size, self.cfg.length):
+            yield row, collate_packed([examples[i] for i in row], self.device)
 
     def cat(self, values, row):
         """Returns the per-token values of a row's examples as one tensor on the device, empty for an empty row."""
@@ -620,19 +452,19 @@ class PPOTrainer:
 
     @torch.no_grad()
     def per_token(self, examples, forward):
-        """Returns forward(tokens, lengths, targets) per token; each process computes its share."""
+        """Returns forward(inputs) per token; each process computes its share."""
         results = []
-        for row in self.packed_rows(examples, range(len(examples))):
-            output = forward(*self.collate(examples, row)).float().cpu()
+        for row, inputs in self.packed_rows(examples, range(len(examples))):
+            output = forward(inputs).float().cpu()
             if row:
                 results += zip(row, output.split([sum(examples[i][1]) for i in row]))
         return [values for _, values in sorted(gather(results), key=lambda result: result[0])]
 
     def logprobs(self, model, examples):
-        return self.per_token(examples, lambda *batch: self.forward(model, *batch)[0])
+        return self.per_token(examples, lambda inputs: self.forward(model, inputs)[0])
 
     def values(self, examples):
-        return self.per_token(examples, self.critic)
+        return self.per_token(examples, lambda inputs: self.critic(*inputs))
 
     def minibatches(self, num, iteration):
         """Returns the indices, out of `num`, of each optimizer step of an iteration: --epochs passes in random order,
@@ -652,13 +484,13 @@ class PPOTrainer:
         norms = []
         for batch in self.minibatches(len(examples), iteration):
             num_tokens = sum(len(logp_old[i]) for i in batch)       # of all processes
-            for row in self.packed_rows(examples, batch):
-                logp, entropy = self.forward(self.actor, *self.collate(examples, row))
+            for row, inputs in self.packed_rows(examples, batch):
+                logp, entropy = self.forward(self.actor, inputs)
                 row_logp_old = self.cat(logp_old, row)
                 loss, clipped = policy_loss(logp, row_logp_old, self.cat(adv, row), self.cfg.clip_low,
                                             self.cfg.clip_high)
                 loss = (self.cat(is_weight, row) * loss).sum() / num_tokens
-                (loss * self.world).backward()      # gradients are averaged over processes
+                (loss * self.world_size).backward()     # gradients are averaged over processes
                 sums += torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]).detach() / num_tokens
                 if row:
                     ratio_max = torch.maximum(ratio_max, (logp.detach() - row_logp_old).exp().max())
@@ -674,204 +506,175 @@ class PPOTrainer:
         """Brings the critic's values to the returns, in one step for each of the batches, lists of indices, and returns
         statistics. ret, value_old: per token; max_change: see value_loss."""
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
-        norms = []
         for batch in batches:
             num_tokens = sum(len(ret[i]) for i in batch)
-            for row in self.packed_rows(examples, batch):
-                value = self.critic(*self.collate(examples, row))
+            for row, inputs in self.packed_rows(examples, batch):
+                value = self.critic(*inputs)
                 row_value_old = self.cat(value_old, row)
                 loss = value_loss(value, row_value_old, self.cat(ret, row), max_change).sum() / num_tokens
-                (loss * self.world).backward()
+                (loss * self.world_size).backward()
                 clipped = (value - row_value_old).abs() > max_change
                 sums += torch.stack([loss, clipped.sum() / num_tokens]).detach()
-            norms.append(optimizer_step(self.critic, self.optimizer))
+            optimizer_step(self.critic, self.optimizer)
         if dist.is_initialized():
             dist.all_reduce(sums)
-        loss, clip_fraction = (sums / len(norms)).tolist()
+        loss, clip_fraction = (sums / len(batches)).tolist()
+        variance = torch.cat(ret).var(correction=0)
+        unexplained = (torch.cat(ret) - torch.cat(value_old)).var(correction=0)
         return {"value_loss": loss, "value_clip_fraction": clip_fraction,
-                "critic_grad_norm": torch.stack(norms).mean().item()}
-
-
-# -- Statistics: what log.jsonl says of an iteration
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
-def action_stats(transitions, max_new_tokens):
-    """Returns {name: number} about an iteration's actions.
-
-    To log something else about them, such as the fraction that undo an edit, add a line here:
-    "undo": mean(step["action"] == "Undo Edit Script" for step in steps). env.Step tells what a step has.
-    """
-    steps = [transition.step for transition in transitions]
-    rewards = torch.tensor([step["reward"] for step in steps])
-    kinds = Counter(step["kind"] for step in steps)
-    edits = [step for step in steps if step["outcome"] and step["action"] != "Execute Script"]
-    return {
-        "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
-        "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
-        **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(steps) for kind in KINDS},
-        "valid": mean(step["valid"] for step in steps),
-        "reward_edits": mean(step["reward"] for step in edits),
-        "equal_groups": len(zero_variance_groups(transitions)) / len(group_rewards(transitions)),
-        "truncated": mean(len(transition.tokens) >= max_new_tokens for transition in transitions),
-        "action_tokens": mean(len(transition.tokens) for transition in transitions),
-    }
-
-
-def policy_stats(logp_old, logp_ref, logp_sampler):
-    """Returns how far the trainer's log-probs are from the sampler's, and the divergence from the reference."""
-    logp_old = torch.cat(logp_old)
-    sampler_trainer_logp_diff = (logp_old - torch.cat([torch.tensor(logp) for logp in logp_sampler])).abs()
-    stats = {"gap_mean": sampler_trainer_logp_diff.mean().item(), "gap_max": sampler_trainer_logp_diff.max().item()}
-    if logp_ref:
-        diff = (torch.cat(logp_ref) - logp_old).clamp(-10, 10)
-        stats |= {"kl": -diff.mean().item(), "kl_k3": (diff.exp() - 1 - diff).mean().item()}
-    return stats
-
-
-def explained_variance(values, ret):
-    """Returns the share of the returns' variance that the values explain; None where there is next to none."""
-    ret = torch.cat(ret)
-    variance = ret.var(correction=0)
-    return (1 - (ret - torch.cat(values)).var(correction=0) / variance).item() if variance > 1e-6 else None
-
-
-def report(stats, cfg, log_file, eta, transition):
-    """Writes an iteration's statistics to the log and to the screen; every SHOW_EVERY iterations an action too."""
-    log_file.write(json.dumps(stats) + "\n")
-    log_file.flush()
-    text = {name: "-" if value is None else f"{value:.3f}" for name, value in stats.items()}
-    print(f"iteration {stats['iteration']:>4}/{cfg.iterations}  reward {text['reward']}  edits {text['reward_edits']}  "
-          f"valid {text['valid']}  kl {text.get('kl', '-')}  entropy {text['entropy']}  clip {text['clip_fraction']}  "
-          f"ev {text.get('explained_variance', '-')}  gap {stats['gap_max']:.1e}  hits {text['cache_hits']}  "
-          f"{stats['sample_s']:.1f} + {stats['execute_s']:.1f} + {stats['update_s']:.1f} s  ETA {eta}", flush=True)
-    if stats["iteration"] % SHOW_EVERY == 1:
-        print(f"--- {transition.state}\n{shorten(transition.step['reply'].strip(), 1200)}\n"
-              f"--- {transition.step['kind']}, reward {transition.reward:.3f} {transition.step['error']}", flush=True)
-        if stats["reward_edits"] is not None and stats["reward_edits"] < 0.5:
-            print("  edits earn less than 0.5 on average, which is what an action that is no edit earns: the policy "
-                  "learns not to edit while this lasts", file=sys.stderr)
+                "explained_variance": (1 - unexplained / variance).item() if variance > 1e-6 else None}
 
 
 # -- The loop
 
 def iterate(cfg, worker, trainer, iteration):
     """One iteration of PPO. Returns the Transitions and {name: number} for the log. RunError: nothing can be played, or
-    a number is not finite."""
+    a gradient is not finite. FloatingPointError: the weights are not."""
     # 1. States of the pool, the tasks in turn; the same on all processes.
     names = worker.sample_states(iteration)
 
     # 2. Rollout: actions in each state. While the engine samples on, each is carried out in a restored workspace, its
     # script is run and graded, and reward.py turns the result into one number. Without a critic, states whose actions
     # all earned the same teach nothing.
-    transitions = worker.run(names, iteration)
+    transitions, stats = worker.run(names, iteration)
     learned = transitions
     if not cfg.has_critic:
-        useless = zero_variance_groups(transitions)
-        learned = [transition for transition in transitions if transition.group not in useless] or transitions
+        rewards = group_rewards(transitions)
+        learned = [t for t in transitions if len(set(rewards[t.group])) > 1] or transitions
     examples = [transition.example for transition in learned]
-    logp_sampler = [transition.logp_sampler for transition in learned]
+    logp_sampler = [torch.tensor(transition.logp_sampler) for transition in learned]
 
     # 3. Log-probs of the actor as it was sampled from and of the frozen reference; the critic's values.
     logp_old = trainer.logprobs(trainer.actor, examples)
     logp_ref = trainer.logprobs(trainer.reference, examples) if trainer.reference else None
     values = trainer.values(examples) if trainer.critic else None
+    stats |= action_stats(cfg, transitions, logp_old, logp_ref, logp_sampler)
 
     # 4. Advantages. The critic's head begins at zero, so a few steps of the critic alone come first.
     rewards = token_rewards(learned, logp_old, logp_ref, cfg.kl)
-    advantages = partial(ADVANTAGES[cfg.advantage], learned, rewards)
-    adv = advantages(values, cfg.lam)
+    adv = ADVANTAGES[cfg.advantage](learned, rewards, values, cfg.lam)
     if trainer.critic and iteration == 0:
         ret = [a + value for a, value in zip(adv, values)]
         trainer.update_critic(examples, ret, values, [list(range(len(examples)))] * WARM_UP_STEPS)
         values = trainer.values(examples)
-        adv = advantages(values, cfg.lam)
+        adv = ADVANTAGES[cfg.advantage](learned, rewards, values, cfg.lam)
 
     # 5. PPO updates, of the critic and of the actor.
-    stats = action_stats(transitions, cfg.max_new_tokens) | policy_stats(logp_old, logp_ref, logp_sampler)
     if trainer.critic:
         ret = [a + value for a, value in zip(adv, values)]
         adv = whiten(adv)
         # The return of a trajectory is a sum over as many rewards as it has steps, so its values may move farther.
         max_change = VALUE_CLIP * (cfg.steps if cfg.rollout == "episode" else 1)
-        batches = trainer.minibatches(len(examples), iteration)
-        stats |= trainer.update_critic(examples, ret, values, batches, max_change)
-        stats["explained_variance"] = explained_variance(values, ret)
+        stats |= trainer.update_critic(examples, ret, values, trainer.minibatches(len(examples), iteration), max_change)
     is_weight = importance_weights(logp_old, logp_sampler)
     stats |= trainer.update_actor(examples, logp_old, adv, is_weight, iteration)
 
     # 6. The sampler gets the new weights.
     worker.refresh(trainer.actor)
-    return transitions, stats | worker.stats
+    return transitions, stats
 
 
-def ignore(text):
-    """Stands for print on all processes but the first."""
-
-
-def train(cfg, rank, world, device):
-    """Trains cfg.model on the pool and writes cfg.out, as process `rank` of `world`."""
-    for id in tasks.names(cfg.task):
-        tasks.refuse_held_out(id, {}, {})
-    log = print if rank == 0 else ignore
-    if cfg.model == Settings.model and not Path(cfg.model, "config.json").exists():
-        raise ValueError(f"there is no {cfg.model} to go on from; make it with: python sft.py, or give another --model")
+def train(cfg, rank, world_size, device):
+    """Trains cfg.model on the pool and writes cfg.out, as process `rank` of `world_size`."""
+    # 1. What is trained, and on what.
+    tasks.refuse_held_out_names(tasks.names(cfg.task))
     folder = find_folder(cfg.model)
     tokenizer = sample.Tokenizer.from_pretrained(folder)
     config = Config.from_pretrained(folder)
     rank0_broadcast(lambda: len(prepare_tasks(cfg)))        # a Task itself cannot be sent
     if cfg.sandbox == "on":
         protection()        # here, before many threads ask at once
-    pool = load_pool(cfg, tokenizer, log)
+    pool = load_pool(cfg, tokenizer, cli.announce)
     cfg = choose_coder(cfg, pool)
     use_kernels(cfg.kernels, device)
-    trainer = PPOTrainer(cfg, config, folder, tokenizer.size, rank, world, device)
-    origin = {"products in": str(trainer.actor.compute).removeprefix("torch."),
+    trainer = PPOTrainer(cfg, config, folder, tokenizer.size, rank, world_size, device)
+
+    # 2. Where a run was stopped, it goes on.
+    origin = {"products in": f"{trainer.actor.compute} on {device.type}".removeprefix("torch."),
               **rank0_broadcast(lambda: hash_inputs(cfg, folder, pool))}
     state = load_state(cfg, sorted(vars(cfg).keys() - FREE), trainer.models, trainer.optimizer, origin)
-    worker = RolloutWorker(cfg, make_engine(cfg, trainer.actor, tokenizer), pool, rank, world)
+    worker = RolloutWorker(cfg, make_engine(cfg, trainer.actor, tokenizer), pool, rank, world_size)
     first = 0
     if state:
         first = state["step"]
         worker.chances = state["chances"]
-        log(f"{cfg.out}: going on after iteration {first}")
-    log_file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
+        cli.announce(f"{cfg.out}: going on after iteration {first}")
+
+    # 3. The iterations.
     peak = peak_flops(device)
     passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)      # counted in forward passes
     began = time.monotonic()
-
     for iteration in range(first, cfg.iterations):
         start = time.monotonic()
         try:
-            transitions, stats = iterate(cfg, worker, trainer, iteration)       # steps 1 to 6
-        except RunError as error:
+            transitions, stats = iterate(cfg, worker, trainer, iteration)
+        except (RunError, FloatingPointError) as error:
             raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}. The checkpoints in {cfg.out} are from "
                            "before") from None
-
-        # 7. Log.
         seconds = time.monotonic() - start
         update_s = seconds - stats["sample_s"] - stats["execute_s"]
-        elapsed = time.monotonic() - began
-        flops = flops_of(config, [[transition.example for transition in transitions]]) / 3 * passes / world
-        stats = {"iteration": iteration + 1, **stats, "update_s": update_s, "seconds": seconds, "elapsed_s": elapsed,
-                 "mfu": flops / update_s / peak if peak else None, "peak_gib": peak_memory(device) / 2**30}
-        eta = timedelta(seconds=int(elapsed / (iteration + 1 - first) * (cfg.iterations - iteration - 1)))
+        flops = flops_of(config, [[transition.example for transition in transitions]]) / 3 * passes / world_size
+        stats |= {"iteration": iteration + 1, "update_s": update_s, "seconds": seconds,
+                  "elapsed_s": time.monotonic() - began, "mfu": flops / update_s / peak if peak else None,
+                  "peak_gib": peak_memory(device) / 2**30}
         if rank == 0:
-            report(stats, cfg, log_file, eta, random.Random(iteration).choice(transitions))
-
-        # 8. Checkpoint.
+            report(cfg, stats, random.Random(iteration).choice(transitions))
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
             save_state(cfg, iteration + 1, trainer.models, trainer.optimizer, origin, chances=worker.chances)
 
+    # 4. The actor as a Hugging Face folder.
     export_model(trainer.actor, tokenizer, cfg.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if rank == 0 and (agent := read_agent(folder)):
-        write_agent(cfg.out, agent)
-    next_command = "\n\nNext: python eval.py" if cfg.preset == "tiny" else ""
-    log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints{next_command}")
+    if rank == 0:
+        if agent := read_agent(folder):
+            write_agent(cfg.out, agent)
+        print(f"Written to {cfg.out}: the model, log.jsonl, checkpoints\n\nNext: python eval.py")
 
+
+# -- Statistics: what log.jsonl says of an iteration
+
+def action_stats(cfg, transitions, logp_old, logp_ref, logp_sampler):
+    """Returns {name: number} about an iteration's actions. The log-probs are per token, of those that are learned from.
+
+    To log something else, such as the fraction that undo an edit, add a line here:
+    "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step tells what a step has.
+    """
+    steps = [transition.step for transition in transitions]
+    rewards = torch.tensor([step["reward"] for step in steps])
+    kinds = Counter(step["kind"] for step in steps)
+    edits = [step["reward"] for step in steps if step["outcome"] and step["action"] != "Execute Script"]
+    logp_old = torch.cat(logp_old)
+    gap = (logp_old - torch.cat(logp_sampler)).abs()
+    stats = {
+        "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
+        "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
+        **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(steps) for kind in KINDS},
+        "valid": fmean(step["valid"] for step in steps),
+        "reward_edits": sum(edits) / len(edits) if edits else None,
+        "equal_groups": fmean(len(set(rewards)) == 1 for rewards in group_rewards(transitions).values()),
+        "truncated": fmean(len(transition.tokens) >= cfg.max_new_tokens for transition in transitions),
+        "action_tokens": fmean(len(transition.tokens) for transition in transitions),
+        "gap_mean": gap.mean().item(), "gap_max": gap.max().item()}
+    if logp_ref:
+        diff = (torch.cat(logp_ref) - logp_old).clamp(-10, 10)
+        stats |= {"kl": -diff.mean().item(), "kl_k3": (diff.exp() - 1 - diff).mean().item()}
+    return stats
+
+
+def report(cfg, stats, transition):
+    """Adds an iteration's statistics to log.jsonl and prints some; every SHOW_EVERY iterations an action too."""
+    with open(Path(cfg.out, "log.jsonl"), "a") as file:
+        file.write(json.dumps(stats) + "\n")
+    names = ("reward", "reward_edits", "valid", "kl", "entropy", "clip_fraction", "explained_variance", "gap_max")
+    numbers = [f"{name} {stats[name]:.3g}" for name in names if stats.get(name) is not None]
+    left = timedelta(seconds=int(stats["seconds"] * (cfg.iterations - stats["iteration"])))
+    print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{stats['sample_s']:.1f} + "
+          f"{stats['execute_s']:.1f} + {stats['update_s']:.1f} s", f"ETA {left}", sep="  ", flush=True)
+    if stats["iteration"] % SHOW_EVERY == 1:
+        print(f"--- {transition.state}, {transition.step['kind']}, reward {transition.reward:.3f}\n"
+              f"{shorten(transition.step['reply'].strip(), 1200)}\n---", flush=True)
+
+
+# -- As a program
 
 def plan(cfg):
     """Returns the text of --plan: memory of one GPU by part, at the peak of an update. It reads no weights."""
@@ -879,8 +682,6 @@ def plan(cfg):
     compute = compute_type(cfg.dtype, torch.device("cuda"))
     parts = plan_memory(config, cfg.length, cfg.gpus, compute, recompute=num_weights(config)[-1] > RECOMPUTE_ABOVE,
                         critic=cfg.has_critic, reference=cfg.kl > 0, sampled_tokens=cfg.rows * cfg.context)
-    if cfg.gpus == 1 and compute is torch.float32:      # see make_engine
-        del parts["sampling copy"]
     return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.length:,} tokens, {cfg.rows} x {cfg.context:,} "
                       "tokens sampled", "", "GiB per GPU", *gib(parts)])
 
@@ -889,26 +690,22 @@ def fill(values):
     """For cli.parse: the settings that hold where none was typed, from agent.json in the model's folder and from the
     recipe, which follows the size of the model."""
     model = values["model"]
-    preset = values["preset"]
-    folder = None
-    if Path(model).is_dir() or not (values["plan"] or model == Settings.model):      # which are never asked of the hub
-        folder = sample.small_files(model)
-    if not folder and not values["plan"]:       # there is no such model, as train() says
-        return [cli.preset(preset, RECIPES)] if preset else []
-    agent = [(f"{model}/agent.json", read_agent(folder))] if folder else []
-    num = num_weights(Config.from_pretrained(folder) if folder else shape_of(model))[-1]      # --plan knows "7b"
-    if num < TINY_BELOW:
-        fitting = "tiny"
-        size = f"{model} has {num:,} weights, below {TINY_BELOW:,.0f}"
+    if values["preset"]:
+        cli.preset(values["preset"], RECIPES)       # refuses another name
+    if values["plan"] and not Path(model).is_dir():     # such as 7b
+        agent = {}
+        config = shape_of(model)
+    elif model == Settings.model and not Path(model, "config.json").exists():       # nor is it asked of the hub
+        raise ValueError(f"there is no {model} to go on from; make it with: python sft.py, or give another --model")
     else:
-        fitting = "7b"
-        size = f"{model} has {num:,} weights, not below {TINY_BELOW:,.0f}"
-    if not preset:
-        return [*agent, (f"{size}, so (another --preset may be typed)", {"preset": fitting, **RECIPES[fitting]})]
-    if preset == "tiny" and fitting != "tiny":
-        cli.announce(f"rl.py: WARNING: {size}; --preset tiny is for smaller models, and its learning rate, "
-                     f"{RECIPES['tiny']['lr']:g} in place of {Settings.lr:g}, may ruin this one")
-    return [*agent, cli.preset(preset, RECIPES)]
+        folder = find_folder(model, ("*.json",))
+        agent = read_agent(folder)
+        config = Config.from_pretrained(folder)
+    num = num_weights(config)[-1]
+    fitting = "tiny" if num < TINY_BELOW else "7b"
+    preset = values["preset"] or fitting
+    source = f"{model} has {num:,} weights, which --preset {fitting} is for; another may be typed"
+    return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RECIPES[preset]})]
 
 
 def run(cfg):
@@ -917,10 +714,10 @@ def run(cfg):
         return
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that torch can use")
-    rank, world, device = init_distributed()
+    rank, world_size, device = init_distributed()
     with explain_dist_errors(rank), contextlib.ExitStack() as stack:
         rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, "rl.py")))
-        train(cfg, rank, world, device)
+        train(cfg, rank, world_size, device)
 
 
 def main(argv=None):

@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import eval as evaluation
-import rl
 import sample
 import sft
 import tasks
@@ -262,7 +261,7 @@ def keys_sent(server):
     ({"OPENAI_API_KEY": "one", "OPENAI_API_KEY_CODER": "two"}, True, "Bearer two"),
     ({"OPENAI_API_KEY_CODER": "two"}, False, "Bearer two")])
 def test_a_coders_server_gets_no_key_of_another_host(keys, same, expected, serve, monkeypatch, tmp_path):
-    """As eval.py and rl.py load them; another port is another host."""
+    """As eval.py loads them; another port is another host."""
     for name, key in keys.items():
         monkeypatch.setenv(name, key)
     server, other = serve(OK), serve(OK)
@@ -289,7 +288,7 @@ def test_which_key_a_coder_gets(monkeypatch):
                                   "http://a:secret-key/v1#m", "http://[secret-key/v1#m"])
 @pytest.mark.parametrize("cls, flag, fill", [
     (evaluation.Settings, "--model", evaluation.fill), (evaluation.Settings, "--coder", evaluation.fill),
-    (sft.Settings, "--expert", sft.fill), (rl.Settings, "--coder", rl.fill)])
+    (sft.Settings, "--expert", sft.fill)])
 def test_a_key_in_an_address_is_refused_before_it_is_written_anywhere(spec, cls, flag, fill, capsys):
     with pytest.raises(SystemExit) as end:
         cli.parse(cls, [f"{flag}={spec}"], fill)

@@ -146,13 +146,13 @@ def test_the_recipe_of_rl_follows_the_model(models, capsys):
     small, large = (["--model", str(models / name)] for name in ("small", "large"))
     s = parse(rl.Settings, large, rl.fill)
     assert (s.lr, s.kl, s.length, s.advantage, s.preset) == (1e-6, 1e-3, 16384, "gae", "7b")
-    assert "494,032,768 weights, not below 50,000,000" in capsys.readouterr().err
+    assert "494,032,768 weights, which --preset 7b is for; another may be typed: --preset 7b" in capsys.readouterr().err
     s = parse(rl.Settings, small, rl.fill)
     assert (s.lr, s.kl, s.length, s.advantage, s.preset) == (2e-4, 0.05, 1024, "rloo", "tiny")
-    assert "weights, below 50,000,000, so (another --preset may be typed): --preset tiny" in capsys.readouterr().err
+    assert "weights, which --preset tiny is for; another may be typed: --preset tiny" in capsys.readouterr().err
     s = parse(rl.Settings, [*large, "--preset=tiny"], rl.fill)
     assert (s.lr, s.kl, s.preset) == (2e-4, 0.05, "tiny")
-    assert "weights, not below 50,000,000; --preset tiny is for smaller models" in capsys.readouterr().err
+    assert "weights, which --preset 7b is for; another may be typed: --advantage rloo" in capsys.readouterr().err
     s = parse(rl.Settings, [*small, "--preset=7b"], rl.fill)
     assert (s.lr, s.advantage, s.rows) == (1e-6, "gae", 8)
     s = parse(rl.Settings, [*small, "--lr=1e-6", "--samples=4"], rl.fill)

@@ -58,13 +58,12 @@ class Given:
     def __init__(self, transitions, engine=None):
         self.transitions = transitions
         self.engine = engine
-        self.stats = {}
 
     def sample_states(self, iteration):
         return []
 
     def run(self, names, iteration):
-        return self.transitions
+        return self.transitions, {}
 
     def refresh(self, actor):
         if self.engine:
@@ -181,7 +180,7 @@ def scaled(grads, factor):
 
 
 def test_the_gradient_is_that_of_the_expected_reward():
-    trainer = trainer_of(FIVE, 5, spread=0.3, advantage="group", kl=0)
+    trainer = trainer_of(FIVE, 5, spread=0.3, advantage="rloo", kl=0)
     samples = all_actions()
     value, probabilities = expected(trainer.actor, samples)
     exact = gradient_of(trainer.actor, value)
@@ -210,7 +209,7 @@ def test_values_of_states_and_whitening_leave_the_expected_gradient():
 
 def test_the_other_actions_as_baseline_leave_the_expected_gradient():
     """All pairs of actions that a state can be given, each pair a group: twice the gradient of the expected reward."""
-    trainer = trainer_of(FIVE, 5, spread=0.3, advantage="group", kl=0)
+    trainer = trainer_of(FIVE, 5, spread=0.3, advantage="rloo", kl=0)
     single = all_actions()[:len(ACTIONS)]
     pairs = [sample_of(one.prompt, one.tokens, one.step["reward"], group=g, episode_id=2 * g + k)
              for g, pair in enumerate(product(single, single)) for k, one in enumerate(pair)]
@@ -275,8 +274,7 @@ def by_hand(advantage):
 
 def test_rloo_by_hand():
     """The baselines are the means of the others: 0.25, 0.5 and 0.75 in the first state, 0.75 and 0.25 in the second."""
-    for name in ("rloo", "group"):
-        assert by_hand(name) == [[0.5, 0.625], [0.0], [-0.75], [-0.5], [0.5]]
+    assert by_hand("rloo") == [[0.5, 0.625], [0.0], [-0.75], [-0.5], [0.5]]
 
 
 def test_grpo_by_hand():
@@ -324,7 +322,7 @@ def test_equal_rewards_teach_nothing():
     """No division by zero, and no rounding error blown up to the size of an advantage."""
     assert rl.whiten([torch.full((7,), 0.3)])[0].abs().max() < 2e-3
     assert rl.whiten([0.3 + 1e-8 * torch.arange(7)])[0].abs().max() < 2e-3
-    trainer = trainer_of(FIVE, 5, advantage="group", kl=0)
+    trainer = trainer_of(FIVE, 5, advantage="rloo", kl=0)
     samples = [sample_of(PROMPTS[0], action, 0.7, group=0, episode_id=i) for i, action in enumerate(ACTIONS)]
     advantages, _ = estimate(trainer, samples, [torch.zeros(len(a)) for a in ACTIONS], None, None)
     assert torch.cat(advantages).abs().max() < 1e-6
@@ -332,7 +330,8 @@ def test_equal_rewards_teach_nothing():
 
 def test_importance_by_hand():
     log = lambda *values: torch.tensor(values).log()
-    old, sampled = [log(0.5, 0.3), log(0.9)], [log(0.4, 0.6).tolist(), log(0.3).tolist()]
+    old = [log(0.5, 0.3), log(0.9)]
+    sampled = [log(0.4, 0.6), log(0.3)]
     assert torch.allclose(torch.cat(rl.importance_weights(old, sampled)), torch.tensor([1.25, 0.5, 2.0]))
     assert torch.allclose(torch.cat(rl.importance_weights(old, sampled, 4.0)), torch.tensor([1.25, 0.5, 3.0]))
 
@@ -477,7 +476,6 @@ def test_an_update_and_its_figures_equal_a_plain_loop(method):
     norm = lambda part: torch.stack([grad.norm() for name, grad in grads.items()
                                      if name.startswith(part)]).norm().item()
     assert figures["grad_norm"] == pytest.approx(norm("actor."), rel=1e-5)
-    assert not trainer.critic or figures["critic_grad_norm"] == pytest.approx(norm("critic."), rel=1e-5)
 
 
 def test_the_figures_of_samples_equal_a_plain_loop():
@@ -732,9 +730,10 @@ def test_values_of_whole_trajectories_may_move_as_far_as_their_returns_are_large
 @pytest.mark.parametrize("bad", [
     {"rollout": "steps"}, {"advantage": "best"}, {"sandbox": "maybe"}, {"dtype": "float64"}, {"iterations": 0},
     {"samples": 0}, {"epochs": 0}, {"temperature": 0.0}, {"max_new_tokens": 0}, {"length": 0}, {"kl": -0.1},
-    {"minibatches": 4, "states": 3}, {"advantage": "group", "samples": 1}, {"advantage": "grpo", "samples": 1},
+    {"minibatches": 4, "states": 3}, {"advantage": "rloo", "samples": 1}, {"advantage": "grpo", "samples": 1},
     {"advantage": "rloo", "rollout": "episode"}, {"lr": -1e-6}, {"critic_lr": float("nan")}, {"clip_low": 1.5},
-    {"clip_high": -0.1}, {"lam": -0.1}, {"lam": 1.1}, {"context": 1024, "max_new_tokens": 1024}])
+    {"clip_high": -0.1}, {"coder": "runs/other"}, {"lam": -0.1}, {"lam": 1.1},
+    {"context": 1024, "max_new_tokens": 1024}])
 def test_settings_that_make_no_sense_are_refused_by_name(bad):
     with pytest.raises(ValueError, match="--" + list(bad)[0].replace("_", "-")):
         rl.Settings(**bad)
@@ -742,11 +741,11 @@ def test_settings_that_make_no_sense_are_refused_by_name(bad):
 
 def test_settings_at_their_limits_are_taken():
     rl.Settings(kl=0, clip_low=1.0, lam=0.0, minibatches=32, lr=0)
-    rl.Settings(advantage="group", samples=2)
+    rl.Settings(advantage="rloo", samples=2)
 
 
 def test_a_preset_holds_where_no_flag_says_otherwise(capsys):
-    s = cli.parse(rl.Settings, ["--preset", "7b", "--kl", "0.5"], rl.fill)
+    s = cli.parse(rl.Settings, ["--plan", "--model", "tiny", "--preset", "7b", "--kl", "0.5"], rl.fill)
     assert (s.lr, s.critic_lr, s.rows, s.kl) == (1e-6, 1e-5, 8, 0.5)
     with pytest.raises(SystemExit):
         cli.parse(rl.Settings, ["--preset", "8b"], rl.fill)
@@ -761,16 +760,16 @@ def test_a_group_update_leaves_out_states_whose_actions_all_earned_the_same():
     kept = [one for one in samples if one.group != 0]
     found = []
     for learned in (samples, kept):
-        trainer = trainer_of(SMALL, SIZE, advantage="group", kl=0.0)
+        trainer = trainer_of(SMALL, SIZE, advantage="rloo", kl=0.0)
         plain = Plain(trainer)
         figures = learn(trainer, learned)
         assert figures["reward"] == pytest.approx(sum(one.reward for one in learned) / len(learned))
         found.append(plain.steps[0])
     assert_close(found[0], found[1], 0)
-    trainer = trainer_of(SMALL, SIZE, advantage="group", kl=0.0)
+    trainer = trainer_of(SMALL, SIZE, advantage="rloo", kl=0.0)
     logp_old = trainer.logprobs(trainer.actor, [one.example for one in samples])
     adv, _ = estimate(trainer, samples, logp_old, None, None)
-    weights = rl.importance_weights(logp_old, [one.logp_sampler for one in samples])
+    weights = rl.importance_weights(logp_old, [torch.tensor(one.logp_sampler) for one in samples])
     plain = Plain(trainer)
     trainer.update_actor([one.example for one in samples], logp_old, adv, weights, 0)
     share = sum(len(one.tokens) for one in kept) / sum(len(one.tokens) for one in samples)
@@ -790,7 +789,7 @@ def test_every_setting_is_read(name):
             fields = [node.target.id for node in cls.body if isinstance(node, ast.AnnAssign)]
         else:
             read += "\n".join(source)
-    assert len(fields) > 8
+    assert len(fields) > 5
     holder = r"\b(s|self\.s|cfg|self\.cfg|settings|values)\."
     assert not [field for field in fields if not re.search(rf'{holder}{field}\b|"{field}"', read)]
 

@@ -24,7 +24,7 @@ from model import Config, Qwen2
 from support import endpoint, sandbox
 from test_collect import add_toys
 from test_collect import settings as collecting
-from support import cli, distributed, files, miniature
+from support import cli, distributed, files, miniature, pool, storage
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = ['Thought: a\nAction: Replace In Script\nAction Input: {"script_name": "train.py", "find": ',
@@ -70,7 +70,7 @@ def make(folder, pause=0.0):
     sft.collect(collecting(folder, "pool", prompt_format="short", fields=miniature.SHORT_FIELDS,
                            actions=miniature.SHORT_ACTIONS, num=2, steps=6))
     rollout = playing(folder)
-    save_model(folder / "model", [rollout.restore(name)[0].prompt() for name in list(rollout.states)[::4]])
+    save_model(folder / "model", [rollout.begin(name)[0].prompt() for name in list(rollout.states)[::4]])
     return folder
 
 
@@ -106,11 +106,11 @@ class Scripted:
 def playing(folder, engine=None, **more):
     """A RolloutWorker over the folder's pool."""
     cfg, engine = settings(folder, **more), engine or Scripted()
-    return rl.RolloutWorker(cfg, engine, rl.load_pool(cfg, engine.tokenizer, lambda line: None))
+    return rl.RolloutWorker(cfg, engine, pool.load_pool(cfg, engine.tokenizer, lambda line: None))
 
 
 def rolled_out(rollout, iteration=0):
-    return rollout.run(rollout.sample_states(iteration), iteration)
+    return rollout.run(rollout.sample_states(iteration), iteration)[0]
 
 
 def copied(folder, tmp_path):
@@ -135,7 +135,7 @@ def test_every_state_is_that_of_the_recorded_run(made):
                        actions=head["actions"], steps=head["steps"])
         for step in steps:
             state = rollout.states[f"{file.stem}, step {step['index']}"]
-            here = rollout.restore(state.name)[0]
+            here = rollout.begin(state.name)[0]
             assert here.messages == live.messages and here.prompt() == live.prompt()
             assert here.snapshot() == live.snapshot() and here.m_before == live.m_before
             live.step(step["reply"])
@@ -149,7 +149,7 @@ def test_every_state_is_that_of_the_recorded_run(made):
 def test_draws_are_balanced_over_tasks_and_weighted_within():
     found = {"one": {"a": "A"}, "two": {"b": "B", "c": "C"}, "many": {str(i): i for i in range(50)}}
     rng = random.Random(0)
-    draw = lambda num, chances: rl.sample_states(found, num, rng, chances, lambda state: True)
+    draw = lambda num, chances: pool.sample_states(found, num, rng, chances, lambda state: True)
     names = draw(3 * 400, {"b": 3.0})
     count = lambda some: sum(name in some for name in names)
     assert count("a") == count("bc") == 400 and len(set(names)) > 48
@@ -164,14 +164,15 @@ def test_draws_are_balanced_over_tasks_and_weighted_within():
 def test_a_state_that_cannot_be_used_gives_way_to_another_of_its_task():
     found, weights = {"one": {"a": "A", "b": "B"}, "two": {"c": "C"}}, {}
 
-    def usable(state):
-        weights.update({state.lower(): 0.0} if state == "A" else {})
-        return state != "A"
+    def usable(name):
+        if name == "a":
+            weights[name] = 0.0
+        return name != "a"
     for seed in range(5):
         weights.clear()
-        assert sorted(rl.sample_states(found, 4, random.Random(seed), weights, usable)) == ["b", "b", "c", "c"]
+        assert sorted(pool.sample_states(found, 4, random.Random(seed), weights, usable)) == ["b", "b", "c", "c"]
     with pytest.raises(cli.RunError, match="no state of the pool can be played"):
-        rl.sample_states({"one": {"a": "A"}}, 1, random.Random(0), weights := {}, usable)
+        pool.sample_states({"one": {"a": "A"}}, 1, random.Random(0), weights := {}, usable)
 
 
 def test_learnable_states_are_those_whose_rewards_varied(made):
@@ -188,7 +189,7 @@ def test_learnable_states_are_those_whose_rewards_varied(made):
 
 def refused(folder, match, **more):
     with pytest.raises(ValueError, match=match):
-        rl.load_pool(settings(folder, **more), sample.Tokenizer.of_bytes(), lambda line: None)
+        pool.load_pool(settings(folder, **more), sample.Tokenizer.of_bytes(), lambda line: None)
 
 
 def edit_head(path, **more):
@@ -213,9 +214,9 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     (folder / "folder.jsonl").mkdir()
     (folder / "toy-a-1.jsonl").write_text("{}\n")
     said = []
-    found = rl.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
+    found = pool.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
     num = sum(len(env.read_trajectory(folder / f"{name}.jsonl")[1]) for name in ("toy-a-0", "toy-b-0", "toy-b-1"))
-    for part in (f"{num} states of 2 tasks", "no record of a trajectory: 3", "toy-a-1.jsonl"):
+    for part in (f"{num} states of 2 tasks; left out: 3, such as", "toy-a-1.jsonl"):
         assert part in said[0]
     assert len(found["toy-a"]) == 6
     (folder / "blobs" / "away").symlink_to(tmp_path)
@@ -226,19 +227,19 @@ def test_a_pool_collected_with_a_coder_is_played_with_one_or_refused(made, run, 
     """Its states offer the (AI) actions. Without a word the policy is the coder, and such an action is carried out."""
     folder, tokenizer = copied(made, tmp_path), sample.Tokenizer.of_bytes()
     s = settings(made, trajectories=str(folder))
-    found = rl.load_pool(s, tokenizer, lambda line: None)
-    assert s.coder == "auto" and rl.choose_coder(s, found).coder == "none"
+    found = pool.load_pool(s, tokenizer, lambda line: None)
+    assert s.coder == "auto" and pool.choose_coder(s, found).coder == "none"
     edit_head(folder / "toy-a-1.jsonl", actions=env.DEFAULT_ACTIONS, fields=miniature.SHORT_FIELDS)
-    found = rl.load_pool(s, tokenizer, lambda line: None)
-    for given, taken in (("auto", "model"), ("model", "model"), ("http://host/v1#name", "http://host/v1#name")):
-        assert rl.choose_coder(settings(made, coder=given), found).coder == taken
+    found = pool.load_pool(s, tokenizer, lambda line: None)
+    for given in ("auto", "model"):
+        assert pool.choose_coder(settings(made, coder=given), found).coder == "model"
     code, said = run(out=tmp_path / "out", trajectories=folder, coder="none")
     assert code == 2 and "they offer Edit Script (AI), Understand File, which --coder none does not have" in said, said
     edit = ('Action: Edit Script (AI)\nAction Input: {"script_name": "train.py", "edit_instruction": "x", '
             '"save_name": "train.py"}')
     engine = Scripted(edit)
     engine.chat = lambda messages, **options: engine.reply("```python\n" + "VALUE = 9\n```")
-    rollout = rl.RolloutWorker(rl.choose_coder(s, found), engine, found)
+    rollout = rl.RolloutWorker(pool.choose_coder(s, found), engine, found)
     step = rollout.execute_action("toy-a-1, step 0", 0, 0, engine.reply(edit))[0].step
     assert step["valid"] and step["kind"] != "invalid" and step["coder"]
 
@@ -252,40 +253,29 @@ def test_ids_of_another_tokenizer_are_not_used(made, tmp_path):
     for own, kept in ((files.fingerprint(tokenizer), True), ("another", False)):
         lines[0]["tokenizer"] = own
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        here, _ = playing(made, trajectories=str(folder)).restore("toy-a-0, step 1")
+        here, _ = playing(made, trajectories=str(folder)).begin("toy-a-0, step 1")
         assert ([7, 7, 7] in [message.get("tokens") for message in here.messages]) == kept
 
 
-def test_a_missing_blob_is_named_at_the_start_and_in_the_middle(made, tmp_path, capsys):
+def test_a_missing_blob_is_named_at_the_start_and_in_the_middle(made, tmp_path):
     folder, said = copied(made, tmp_path), []
     rollout = playing(made, trajectories=str(folder), states=8)
     later = max((state for name, state in rollout.states.items() if "toy-b-0" in name), key=lambda one: one.index)
     sha = next(iter(later.snapshot.values()))
     lost = {name for name, state in rollout.states.items() if sha in state.snapshot.values()}
     (folder / "blobs" / sha[:2] / sha).unlink()
-    found = rl.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
+    found = pool.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
     assert {name for states in found.values() for name in states} == set(rollout.states) - lost
-    assert f"left out, a missing blob: {len(lost)}" in said[0] and min(lost) in said[0]
-    # the rollout that began before: what is drawn next, and what was sampled already
-    names = [name for iteration in range(8) for name in rollout.sample_states(iteration)]
-    assert len(names) == 64 and not lost & set(names)
-    told = capsys.readouterr().err
-    assert told.count("left out") == sum(weight == 0 for weight in rollout.chances.values()) > 0
-    assert "is missing in" in told and min(name for name in lost if name in rollout.chances) in told
-    name = sorted(lost)[0]
-    rollout.submit_actions = lambda names, first, iteration: [
-        rollout.threads.submit(rollout.execute_action, name, group, 0, Scripted().reply("no action"))
-        for group, name in enumerate(names)]
-    rollout.chances.clear()
-    samples = rollout.run([name, "toy-a-0, step 0"], 0)
-    assert [one.state for one in samples] == ["toy-a-0, step 0"]
-    assert rollout.chances == {name: 0.0}
-    assert f"left out: {name}: its files are gone" in capsys.readouterr().err
+    assert f"left out: {len(lost)}, such as" in said[0] and f"{min(lost)}: a blob is missing" in said[0]
+    # the rollout that began before ends with the name of the blob
+    for play in (lambda name: rollout.begin(name), lambda name: rollout.run([name], 0)):
+        with pytest.raises(storage.MissingBlob, match=f"the blob {sha} is missing in"):
+            play(min(lost))
 
 
 def test_a_prompt_that_is_too_long_is_left_out_and_said(made, capsys):
     rollout = playing(made)
-    lengths = {name: len(rollout.restore(name)[1]) for name in rollout.states}
+    lengths = {name: len(rollout.begin(name)[1]) for name in rollout.states}
     limit = sorted(lengths.values())[12] + 8
     rollout = playing(made, Scripted(context=limit), states=40)
     names = rollout.sample_states(0)
@@ -303,7 +293,8 @@ def test_ids_and_log_probs_are_those_that_were_sampled(made):
     """Also ids that no encoding of the text would give."""
     engine = Scripted()
     odd = [ord(c) for c in "no action"]         # as bytes, not as the one token that stands for it
-    reply = endpoint.Completion("no action", [*odd, engine.tokenizer.end], [-0.123456789 * k for k in range(10)], "stop")
+    logps = [-0.123456789 * k for k in range(10)]
+    reply = endpoint.Completion("no action", [*odd, engine.tokenizer.end], logps, "stop")
     engine.reply = lambda text: reply
     one = rolled_out(playing(made, engine, states=1, samples=1))[0]
     assert one.tokens == reply.tokens and one.logp_sampler == reply.logps and one.prompt == engine.asked[0][0]
@@ -317,7 +308,8 @@ def test_ids_of_a_stop_string_are_learned_from_but_not_in_the_next_prompt(made):
         len(engine.tokenizer.encode(text)) + 13), "stop")
     rollout = playing(made, engine, rollout="episode", states=1, samples=1, steps=2, max_new_tokens=200)
     engine.replies, engine.reply, engine.context = [REPLIES[4]] * 2, reply, 5000
-    rollout.make_env = lambda head, **more: rl.RolloutWorker.make_env(rollout, {**head, "prompt": "full"}, **more)
+    for state in rollout.states.values():
+        state.head["prompt"] = "full"
     one, two = rolled_out(rollout, 0)
     said = engine.tokenizer.decode(two.prompt)
     assert one.tokens == engine.tokenizer.encode(REPLIES[4] + "\nObservation:")
@@ -525,14 +517,15 @@ def test_two_processes_play_and_learn_as_one(made, run):
 
 
 def test_nan_stops_the_run_and_names_the_place(made, run):
-    """A weight of the critic, or of the policy, becomes NaN after the third iteration; the checkpoint of the second
+    """A weight of the critic, or of the sampler, becomes NaN after the third iteration; the checkpoint of the second
     is good."""
-    for name, words in (("critic.score.weight", "iteration 4, rank 0: gradient norm nan"),
-                        ("actor.model.norm.weight", "iteration 4, rank 0: sampling: ")):
-        out = made / f"nan-{name}"
+    sampling = f"{made / 'model'} gives logits that are not finite"
+    for weight, words in (("trainer.critic.score.weight", "gradient norm nan"),
+                          ("worker.engine.model.model.norm.weight", sampling)):
+        out = made / f"nan-{weight}"
         code, said = run(out=out, code=f"after('learning', 3, lambda cfg, worker, trainer, *_: "
-                                       f"trainer.models.get_parameter({name!r}).data.fill_(float('nan')))")
-        assert code == 1 and words in said and "Traceback" not in said, said
+                                       f"{weight}.data.fill_(float('nan')))")
+        assert code == 1 and f"iteration 4, rank 0: {words}" in said and "Traceback" not in said, said
         assert len(curve(out)) == 3 and not list(out.glob("*.safetensors"))
     code, said = run(out=out, iterations=3)
     assert code == 0 and "going on after iteration 2" in said and len(curve(out)) == 3
@@ -540,7 +533,7 @@ def test_nan_stops_the_run_and_names_the_place(made, run):
 
 def test_equal_rewards_and_invalid_actions_are_logged_and_do_no_harm(made, run):
     """No token is an action when only the end of turn is sampled: all rewards are 0, nothing is divided by 0."""
-    for flags in ((), ("--advantage", "group")):
+    for flags in ((), ("--advantage", "rloo")):
         out = made / f"equal{len(flags)}"
         code, said = run(*flags, out=out, iterations=2, kl=0, code="env.Env.step.__globals__['parse'] = "
                          "lambda *a: ({}, None, {}, 'It cannot be read.')")
@@ -570,21 +563,29 @@ def test_two_runs_in_one_folder_are_refused(made, run):
 
 
 def test_a_run_goes_on_with_what_it_began_with(made, run, tmp_path):
-    """Other settings, another model in the same folder and another pool are refused; more iterations are not. A copy
-    of the model is the same."""
-    out, model, pool = tmp_path / "out", tmp_path / "model", copied(made, tmp_path)
+    """Other settings, another kind of device, another model in the same folder and another pool are refused; more
+    iterations are not. A copy of the model is the same."""
+    out, model, folder = tmp_path / "out", tmp_path / "model", copied(made, tmp_path)
     shutil.copytree(made / "model", model)
-    given = {"out": out, "model": model, "trajectories": pool, "iterations": 2}
+    given = {"out": out, "model": model, "trajectories": folder, "iterations": 2}
     assert run(**given)[0] == 0
 
     def refused(words, *flags, **more):
         code, said = run(*flags, **{**given, "iterations": 3, **more})
         assert code == 2 and re.search(rf"is of a run with {words}; give these again", said), said
     refused(r"--kl 0.1 \(now 0.5\)", kl=0.5)
-    lines = (pool / "toy-a-0.jsonl").read_text().splitlines(keepends=True)
-    (pool / "toy-a-0.jsonl").write_text("".join(lines[:-1]))
+    lines = (folder / "toy-a-0.jsonl").read_text().splitlines(keepends=True)
+    (folder / "toy-a-0.jsonl").write_text("".join(lines[:-1]))
     refused(r"states of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
-    (pool / "toy-a-0.jsonl").write_text("".join(lines))
+    (folder / "toy-a-0.jsonl").write_text("".join(lines))
+    saved = out / "checkpoints/step-000002/rank-0.pt"
+    state = torch.load(saved)
+    assert state["origin"]["products in"] == "float32 on cpu"
+    state["origin"]["products in"] = "float32 on cuda"
+    shutil.copy(saved, tmp_path / "saved")
+    torch.save(state, saved)
+    refused(r"products in float32 on cuda \(now float32 on cpu\)")
+    shutil.copy(tmp_path / "saved", saved)
     Qwen2.from_scratch(SHAPE, seed=9).save_pretrained(model)
     refused(r"--model of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
     code, said = run(**{**given, "model": made / "model", "iterations": 3})
@@ -613,14 +614,16 @@ def test_episodes_run_through_the_same_log(made, run):
 
 def test_without_a_fine_tuned_model_it_says_how_to_make_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert rl.main([]) == 2
+    with pytest.raises(SystemExit) as end:
+        rl.main([])
+    assert end.value.code == 2
     assert "there is no runs/sft to go on from; make it with: python sft.py" in capsys.readouterr().err
 
 
 def test_the_plan_by_hand(capsys):
     """Qwen2.5-7B on 8 GPUs: 7,615,616,512 weights in fp32 for actor, critic and reference, two gradients and two
-    optimizer states, a bf16 copy, and 57,344 bytes of keys and values a token. A GPU alone has that copy too, unless
-    products are in fp32, as the weights are."""
+    optimizer states, a bf16 copy, and 57,344 bytes of keys and values a token. Where products are in fp32, so are the
+    copy, the keys and the values."""
     total, gib = 7_615_616_512, 2**30
     plan = ["--plan", "--preset", "7b", "--model", "7b", "--context", "16384"]
     assert rl.main([*plan, "--gpus", "8", "--rows", "32"]) == 0
@@ -630,9 +633,9 @@ def test_the_plan_by_hand(capsys):
     assert float(said["  sampling copy"]) == pytest.approx(2 * total / gib, abs=0.01)
     assert float(said["  KV cache"]) == pytest.approx(32 * 16384 * 57_344 / gib, abs=0.01)
     assert float(said["  total"]) == pytest.approx(sum(map(float, said.values())) / 2, abs=0.05)
-    for dtype, copy in (("auto", 2 * total), ("float32", 0)):
-        rl.main([*plan, "--gpus", "1", "--advantage", "group", "--kl", "0", "--rows", "1", "--dtype", dtype])
+    for dtype, copy in (("auto", 2 * total), ("float32", 4 * total)):
+        rl.main([*plan, "--gpus", "1", "--advantage", "rloo", "--kl", "0", "--rows", "1", "--dtype", dtype])
         said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
         assert "  critic" not in said and "  reference" not in said
-        assert float(said.get("  sampling copy", 0)) == pytest.approx(copy / gib, abs=0.01)
-        assert float(said["  KV cache"]) == pytest.approx((1 if copy else 2) * 16384 * 57_344 / gib, abs=0.01)
+        assert float(said["  sampling copy"]) == pytest.approx(copy / gib, abs=0.01)
+        assert float(said["  KV cache"]) == pytest.approx(copy / total / 2 * 16384 * 57_344 / gib, abs=0.01)

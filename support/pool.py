@@ -1,0 +1,127 @@
+"""The pool of states that rl.py plays in: every prefix of every recorded trajectory."""
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import tasks
+from env import NEEDS_CODER, best_before, read_trajectory
+from support.cli import RunError
+from support.files import fingerprint, hash_json, refuse_links_out
+from support.pretrained import hash_checkpoint
+from support.storage import Blobs
+
+
+@dataclass(frozen=True)
+class State:
+    """The state before step `index` of a recorded trajectory."""
+    file: Path
+    head: dict      # the file's header
+    steps: list     # its step records
+    index: int
+
+    @property
+    def name(self):
+        return f"{self.file.stem}, step {self.index}"
+
+    @property
+    def snapshot(self):
+        return (self.steps[self.index - 1] if self.index else self.head)["snapshot"]
+
+    def restore(self, env):
+        """Puts an Env of the task into this state. MissingBlob: a file of it is missing."""
+        messages = list(self.head["messages"])
+        for step in self.steps[:self.index]:
+            messages += step["messages"]
+        env.restore(self.snapshot, messages, index=self.index, m_before=self.steps[self.index]["m_before"],
+                    m_top=best_before(env.task, self.head, self.steps[:self.index]))
+
+
+def load_pool(cfg, tokenizer, log=print):
+    """Returns {task id: {name: State}}: every prefix of every trajectory in cfg.trajectories, of the tasks of cfg.task.
+
+    States whose files are missing, and files that are no trajectory, are left out and reported by `log`. ValueError: a
+    held-out task, other data than the trajectories were collected on, a link that leads out of the folder, or no state.
+    """
+    refuse_links_out(cfg.trajectories)      # results of scripts are added there
+    forbidden = tasks.held_out_hashes(cfg.data)
+    tokenizer_id = fingerprint(tokenizer)
+    has_blob = cache(Blobs(Path(cfg.trajectories, "blobs")).has)
+    pool = {}
+    left_out = []       # a line for each state or file
+    for file in sorted(Path(cfg.trajectories).glob("*.jsonl")):
+        try:
+            head, steps = read_trajectory(file)
+        except (ValueError, OSError) as error:
+            left_out.append(str(error))
+            continue
+        task = head["task"]
+        tasks.refuse_held_out(task, head.get("data_sha256", {}), forbidden)
+        if task not in tasks.names(cfg.task):
+            continue
+        data_sha256 = tasks.info(task, cfg.data)["sha256"]
+        tasks.refuse_held_out(task, data_sha256, forbidden)
+        if head.get("data_sha256", data_sha256) != data_sha256:
+            raise ValueError(f"{file} was collected on other data than {Path(cfg.data, task)} holds; prepare those "
+                             "again, or collect anew")
+        if head.get("tokenizer") != tokenizer_id:       # the recorded token ids mean nothing to this model
+            for line in (head, *steps):
+                for message in line["messages"]:
+                    message.pop("tokens", None)
+        for index in range(len(steps)):
+            state = State(file, head, steps, index)
+            if all(map(has_blob, state.snapshot.values())):
+                pool.setdefault(task, {})[state.name] = state
+            else:
+                left_out.append(f"{state.name}: a blob is missing")
+    summary = f"{cfg.trajectories}: {sum(map(len, pool.values()))} states of {len(pool)} tasks"
+    if left_out:
+        summary = "\n  ".join([f"{summary}; left out: {len(left_out)}, such as", *left_out[:5]])
+    if not pool:
+        raise ValueError("there is no state to start from; collect trajectories with: python sft.py --collect "
+                         f"--trajectories {cfg.trajectories}. {summary}")
+    log(summary)
+    return pool
+
+
+def sample_states(pool, num, rng, chances, fits):
+    """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
+
+    chances: {name: relative chance}, 1 where there is none. fits(name) sets the chance of a state to 0 where it returns
+    False; another one is drawn. RunError: no state has a chance any more.
+    """
+    names = []
+    turn = []
+    while len(names) < num:
+        live = [task for task in sorted(pool) if any(chances.get(name, 1.0) for name in pool[task])]
+        if not live:
+            raise RunError("no state of the pool can be played any more; the reasons stand above")
+        turn = [task for task in turn if task in live] or rng.sample(live, len(live))
+        states = list(pool[turn[-1]])
+        name = rng.choices(states, [chances.get(name, 1.0) for name in states])[0]
+        if fits(name):
+            names.append(name)
+            turn.pop()
+    return names
+
+
+def choose_coder(cfg, pool):
+    """Returns the settings, with --coder auto replaced by the coder that the recorded prompts need. ValueError: they
+    offer (AI) actions and there is to be no coder."""
+    offered = {name for states in pool.values() for state in states.values() for name in state.head["actions"]}
+    needed = sorted(offered & set(NEEDS_CODER))
+    if needed and cfg.coder == "none":
+        raise ValueError(f"the states of {cfg.trajectories} were collected with a coder: they offer {', '.join(needed)}"
+                         ", which --coder none does not have; give --coder model, or collect with --coder none")
+    if cfg.coder == "auto":
+        return replace(cfg, coder="model" if needed else "none")
+    return cfg
+
+
+def hash_inputs(cfg, folder, pool):
+    """Returns {description: sha256} of what must be the same when a run is continued: the model in `folder`, which the
+    reference is made from, the states, and the data that give the rewards."""
+    states = {state.name: state for states in pool.values() for state in states.values()}
+    records = {state.file.stem: [state.head, state.steps] for state in states.values()}
+    data = {id: [tasks.info(id, cfg.data)[name] for name in ("sha256", "m_init", "m_best")] for id in pool}
+    return {"--model of sha256": hash_checkpoint(folder), "data of sha256": hash_json(data)[:16],
+            "states of sha256": hash_json([list(states), records])[:16]}
