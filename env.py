@@ -20,20 +20,20 @@ To add an action, write an entry in ACTIONS and a method of Env with the action'
 `_list_files` for "List Files". Everything else follows from the entry: the prompt, the parser, whether the action needs
 the coder (a second model that writes code), and whether its example may be shown.
 """
-import argparse, contextlib, dataclasses, difflib, hashlib, json, math, os, re, sys, tempfile, time, zlib
+import contextlib, dataclasses, difflib, functools, hashlib, json, math, os, re, sys, tempfile, time, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import tasks
-from reward import KINDS, best_of, reward
-from support import cli, storage
+from reward import best_of, reward
+from support import cli, records, storage
 from support.cli import ContextFull, RunError
-from support.files import (
-    FLAG, TEXT, check_form, is_number, maybe, one_of, parse_json, read_bytes, read_json_lines, refuse_links_out,
-    shorten, some_of, up_to, write_atomic)
+from support.files import check_form, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic
 from support.parallel import Progress, run_parallel      # noqa: F401  (the first for the programs)
-from support.sandbox import NO_SPACE, SLOTS, Result, SandboxUnavailable, discard, describe, execute, protection
+from support.records import (    # noqa: F401  (some of these for the programs)
+    CANNOT_TAKE, COMPARED, _masked, best_before, end_reason, header, record, trajectory_files, trajectory_path)
+from support.sandbox import NO_SPACE, SLOTS, Result, discard, describe, execute, protection
 from support.storage import UNDO, Blobs, MissingBlob, ResultCache, check_snapshot, without_undo
 
 OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the advice after the output
@@ -447,8 +447,6 @@ def write_agent(folder, agent):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The environment
-
-CANNOT_TAKE = "The helper cannot take this: "
 
 
 class Run(NamedTuple):
@@ -962,7 +960,7 @@ class Env:
         """Returns the Run in the cache; None if there is none, if no run gives such an entry, or if files are gone."""
         try:
             entry = self.cache.get(key)
-            check_form(entry, CACHED, "the entry")
+            check_form(entry, FORMS["cached"], "the entry")
             result = Result(**entry["result"])
             run = Run(result, entry["score"], entry["after"])
             if run.files is not None:
@@ -1042,148 +1040,6 @@ def stamps_of(folder):
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         states = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
         return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Records. A trajectory file holds one JSON object a line: a header, the steps, and at most an "end".
-
-ANY_NUMBER = "a number", lambda value: type(value) in (int, float)      # also NaN, where it is only shown
-FINITE = "a finite number", is_number
-POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
-INTEGER = "a whole number", lambda value: type(value) is int and abs(value) < 1 << 63
-SIZE = "a whole number above 0", lambda value: type(value) is int and 0 < value < 1 << 63
-TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,99}", value)
-ACTION_NAMES = f"a list of some of {', '.join(ACTIONS)}", lambda value: value == [] or some_of(*ACTIONS)[1](value)
-
-
-def is_message(message):
-    if type(message) is not dict or not {"role", "content"} <= set(message) <= {"role", "content", "tokens"}:
-        return False
-    tokens = message.get("tokens", [])
-    return (message["role"] in ("system", "user", "assistant") and TEXT[1](message["content"])
-            and type(tokens) is list and all(type(token) is int and 0 <= token < 1 << 31 for token in tokens))
-
-
-MESSAGE = "a message: role, content, and at most tokens", is_message
-RESULT_FORM = {
-    "outcome": one_of(*OUTCOMES), "exit_code": INTEGER, "stdout": TEXT, "stderr": TEXT, "seconds": FINITE,
-    "peak_bytes": INTEGER, "sandbox": TEXT, "detail": TEXT, "warm": FLAG, "limit": TEXT}
-CACHED = {"result": RESULT_FORM, "score": maybe(FINITE), "after": ("files or null", lambda value: True)}
-HEADER_FORM = {
-    "task": TASK_ID, "data": TEXT, "prompt": one_of(*PROMPTS), "actions": ACTION_NAMES, "fields": REPLY_FIELDS,
-    "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT), "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT,
-    "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
-    "messages": [MESSAGE],
-    # written by the programs
-    "k?": INTEGER, "seed?": INTEGER, "max_new_tokens?": INTEGER, "temperature?": FINITE, "top_p?": FINITE,
-    "model?": TEXT, "coder?": TEXT, "expert?": TEXT, "tokenizer?": maybe(TEXT), "ideas?": [TEXT],
-    "data_sha256?": {str: TEXT}}
-STEP_FORM = {
-    "index": INTEGER, "reply": TEXT, "fields": {str: TEXT}, "action": maybe(TEXT), "args": {str: TEXT}, "valid": FLAG,
-    "error": TEXT, "observation": TEXT, "kind": one_of(*KINDS), "outcome": maybe(one_of(*OUTCOMES)), "detail": TEXT,
-    "printed": maybe(ANY_NUMBER), "score": maybe(FINITE), "m_before": FINITE, "m_after": FINITE,
-    "m_top": maybe(FINITE), "reward": FINITE, "seconds": FINITE, "time_left_s": FINITE, "seconds_left": FINITE,
-    "script_seconds": FINITE, "peak_bytes": INTEGER, "sandbox": TEXT, "coder": [TEXT], "ended": TEXT,
-    "messages": [MESSAGE],
-    # written by the programs
-    "tokens?": maybe(INTEGER), "prompt_tokens?": maybe(INTEGER), "cached_tokens?": maybe(INTEGER),
-    "sample_seconds?": maybe(FINITE), "finish?": maybe(TEXT)}
-END_FORM = {"ended": TEXT, "detail?": TEXT}
-
-
-def header(env, **entries):
-    """Returns the first line, to be written right after reset(). entries: the caller's own (model, seed)."""
-    return {"type": "header", "task": env.task.id, "data": str(env.data), "prompt": env.prompt_format,
-            "actions": env.actions, "fields": env.fields, "steps": env.steps, "seconds": env.seconds,
-            "python": env.python, "gpu": env.gpu, "threads": env.threads, "sandbox": env.sandbox,
-            "m_init": env.info["m_init"], "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")),
-            "m_after": env.m_before, "seconds_left": env.seconds, "snapshot": env.snapshot(),
-            "messages": list(env.messages), **entries}
-
-
-def record(step, **entries):
-    """Returns the line of a step. The state before step i is the snapshot of step i - 1, or the header's; the messages
-    of the header and of all steps before i; m_before and m_top of step i."""
-    return {"type": "step", **dataclasses.asdict(step), **entries}
-
-
-def check_record(line, first):
-    """Raises ValueError, one sentence, unless a line from anybody is such as header() or record() returns, or an end.
-    first: it must be the header."""
-    if type(line) is not dict:
-        raise ValueError("it is no JSON object")
-    kind = line.get("type")
-    forms = {"header": HEADER_FORM} if first else {"step": STEP_FORM, "end": END_FORM}
-    if not isinstance(kind, str) or kind not in forms:
-        raise ValueError(f"its type is {shorten(ascii(kind), 60)}")
-    for name, form in forms[kind].items():
-        key = name.removesuffix("?")
-        if key in line:
-            check_form(line[key], form, f'its entry "{key}"')
-        elif key == name:
-            raise ValueError(f'its entry "{key}" is missing')
-    if kind != "end":
-        if "snapshot" not in line:
-            raise ValueError('its entry "snapshot" is missing')
-        check_snapshot(line["snapshot"])
-    if kind == "step" and not line["messages"]:
-        raise ValueError('its entry "messages" is empty')
-
-
-def read_records(path, mend=False):
-    """Returns the lines of a trajectory file, [] where there is none; a last line that was cut short is left out, and
-    with mend removed from the file. ValueError names the line that is no record, and the reason."""
-    lines = read_json_lines(path, {}, mend)
-    for number, line in enumerate(lines, 1):
-        try:
-            check_record(line, number == 1)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no record of a trajectory: {error}") from None
-    return lines
-
-
-def read_trajectory(path):
-    """Returns (header, [step, ...]) of a trajectory file. ValueError: as read_records, or there is no line."""
-    lines = read_records(path)
-    if not lines:
-        raise ValueError(f"{path} does not exist or is empty; a trajectory starts with a header")
-    return lines[0], [line for line in lines if line["type"] == "step"]
-
-
-def read_record(path, mend=True):
-    """Returns the lines of a file <task>-<k>.jsonl, as read_records; it must be of that task."""
-    try:
-        lines = read_records(path, mend)
-        if lines:
-            check_form(lines[0]["task"], one_of(path.stem.rpartition("-")[0]), f"{path}, line 1, 'task'")
-    except ValueError as error:
-        raise ValueError(f"{error}; delete that file to play it again") from None
-    return lines
-
-
-def end_reason(lines):
-    """Returns why a trajectory is over: "final answer", "steps", "time" or "context full"; "" if it is not."""
-    return lines[-1].get("ended", "") if lines else ""
-
-
-def best_before(task, head, steps):
-    """Returns the best score of a recorded trajectory after `steps`: the starter's, or an edit's."""
-    return best_of(task.direction, head["m_init"], *(step["m_after"] for step in steps))
-
-
-def trajectory_path(folder, id, k):
-    return Path(folder, f"{id}-{k}.jsonl")
-
-
-def trajectory_files(folder):
-    """Returns the trajectory files in a folder of eval.py or of sft.py --collect, those of a task in order."""
-    paths = [*Path(folder).glob("trajectories/*-*.jsonl"), *Path(folder).glob("*-*.jsonl")]
-    named = []
-    for path in paths:
-        id, _, k = path.stem.rpartition("-")
-        if re.fullmatch(r"[\w.-]+ \d{1,9}", f"{id} {k}", re.ASCII):
-            named.append((id, len(k), k, path))
-    return [path for *_, path in sorted(named)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1292,92 +1148,22 @@ def prepare_task(cfg, task, raw):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Replay
+# Records and their replay, with the words of this file
 
-COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
-            "score", "m_before", "m_after", "m_top", "reward", "snapshot", "ended")
-
-
-def replay(path, say=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
-    """Restores every recorded state, carries out its reply again, says what differs (times masked, figures to 6 digits)
-    and returns the number of differences. The other arguments are as for Env; where the file tells of others, that is
-    said, and not obeyed: a file must not choose a program, a folder or a weaker sandbox."""
-    head, steps = read_trajectory(path)
-    out = next((parent for parent in Path(path).resolve().parents if (parent / "blobs").is_dir()), None)
-    if out is None:
-        raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
-    refuse_links_out(out)
-    chosen = {"data": str(data), "sandbox": sandbox, "python": python or sys.executable, "gpu": gpu, "threads": threads}
-    recorded = head | {"python": head["python"] or sys.executable}
-    for name, value in chosen.items():
-        if recorded[name] != value:
-            say(f"it was recorded with {name} {shorten(ascii(recorded[name]), 100)}; here it is {value!r}, as --{name} "
-                "says")
-    coder = RecordedCoder()
-    settings = {name: head[name] for name in ("actions", "fields", "steps", "seconds", "prompt")}
-    snapshot = head["snapshot"]
-    messages = head["messages"]
-    num_differences = 0
-    with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
-        env = Env(head["task"], data, out=out, coder=coder, cache=ResultCache(empty), sandbox=sandbox, python=python,
-                  gpu=gpu, threads=threads, **settings)
-        for number, step in enumerate(steps):
-            env.restore(snapshot, messages, index=step["index"], m_before=step["m_before"],
-                        m_top=best_before(env.task, head, steps[:number]), seconds=step["time_left_s"])
-            coder.answers = list(step["coder"])
-            coder.error = step["error"]
-            replayed = json.loads(json.dumps(record(env.step(step["reply"]))))
-            for name in COMPARED:
-                before, after = _masked(step[name]), _masked(replayed[name])
-                if before != after:
-                    num_differences += 1
-                    say(f"step {step['index']}, {name}:\n  recorded: {shorten(repr(before), 1000)}\n"
-                        f"  replayed: {shorten(repr(after), 1000)}")
-            snapshot = step["snapshot"]
-            messages = messages + step["messages"]
-    say(f"{len(steps)} steps replayed, {num_differences} differences")
-    return num_differences
+FORMS = records.record_forms(PROMPTS, ACTIONS, REPLY_FIELDS, OUTCOMES)
+check_record = functools.partial(records.check_record, FORMS)
+read_records = functools.partial(records.read_records, FORMS)
+read_trajectory = functools.partial(records.read_trajectory, FORMS)
+read_record = functools.partial(records.read_record, FORMS)
 
 
-class RecordedCoder:
-    """Answers as the coder did when a step was recorded."""
-
-    def __call__(self, messages):
-        if not self.answers:     # it raised an error then
-            raise ValueError(self.error.removeprefix(CANNOT_TAKE))
-        return self.answers.pop(0)
-
-
-def _masked(value):
-    """Returns the value with times masked and figures rounded to 6 digits."""
-    if isinstance(value, str):
-        return re.sub(r"\d[\d.,]{0,30} ?(?=(?:ms|s|sec|seconds|min|minutes)\b)", "# ", value)
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def replay(path, say=print, **options):
+    """Runs a recorded trajectory again; returns the number of differences, see support/records.py."""
+    return records.replay(Env, FORMS, path, say, **options)
 
 
 def main(args):
-    parser = argparse.ArgumentParser("env.py", allow_abbrev=False, description="Runs a recorded trajectory again and "
-                                     "says what differs. How scripts are run is said here, and never by the file.")
-    parser.add_argument("command", choices=["replay"])
-    parser.add_argument("file", metavar="FILE", help="a trajectory, as eval.py and sft.py write them")
-    parser.add_argument("--data", default="data", help="where prepared tasks are kept (default: data)")
-    parser.add_argument("--sandbox", default="on", choices=["on", "off"],
-                        help="off: scripts can read the answers and all your files (default: on)")
-    parser.add_argument("--python", help="the interpreter that runs the scripts (default: this one)")
-    parser.add_argument("--gpu", help="CUDA_VISIBLE_DEVICES of the scripts (default: none)")
-    parser.add_argument("--threads", type=int, default=1, help="that a script may use for numerics (default: 1)")
-    try:
-        settings = vars(parser.parse_args(args))
-        settings.pop("command")
-        if settings["threads"] < 1:
-            parser.error(f"--threads must be at least 1, found {settings['threads']}")
-    except SystemExit as end:
-        return end.code
-    try:
-        return 1 if replay(settings.pop("file"), **settings) else 0
-    except (ValueError, OSError, SandboxUnavailable) as error:
-        print(f"env.py replay: {error}", file=sys.stderr)
-        return 2
+    return records.main(replay, args)
 
 
 if __name__ == "__main__":
