@@ -379,16 +379,24 @@ def printed_metric(stdout, metric=""):
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings of an agent
 
+AGENT_FORMAT = {      # what agent.json in the folder of a model tells: how it was trained to act
+    "prompt_format": one_of(*PROMPTS),
+    "actions": some_of(*DEFAULT_ACTIONS),
+    "fields": (f"some of {', '.join(FIELDS)}, each once, with the last two at the end", lambda value: (
+        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
+    "context": up_to(1 << 20),
+    "max_new_tokens": up_to(1 << 20),
+    "steps": up_to(1000),
+}
+
+
 def check_agent(actions, fields, prompt_format):
     """Raises ValueError unless these settings of an agent, which may come from a file or from a caller, exist."""
-    if prompt_format not in PROMPTS:
-        raise ValueError(f"--prompt-format must be {' or '.join(PROMPTS)}, found {prompt_format!r}")
-    if unknown := sorted(set(actions) - set(ACTIONS)):
-        raise ValueError(f"there is no action {unknown[0]!r}; the actions are: {','.join(ACTIONS)}")
-    if len(set(actions)) < len(actions):
-        raise ValueError(f"--actions must name an action once, found {','.join(actions)}")
-    if not set(fields) <= set(FIELDS) or len(set(fields)) < len(fields) or tuple(fields[-2:]) != FIELDS[-2:]:
-        raise ValueError(f"--fields must be taken from {','.join(FIELDS)}, each once, and end in the last two")
+    forms = AGENT_FORMAT | {"actions": some_of(*ACTIONS)}
+    for name, value in {"prompt_format": prompt_format, "actions": list(actions), "fields": list(fields)}.items():
+        expected, is_right = forms[name]
+        if not is_right(value):
+            raise ValueError(f"{cli.flag_of(name)}: expected {expected}, found {shorten(ascii(value), 200)}")
 
 
 @dataclass
@@ -407,24 +415,9 @@ class AgentSettings(cli.TaskSettings):
         check_agent(self.actions, self.fields, self.prompt_format)
 
 
-REPLY_FIELDS = (f"some of {', '.join(FIELDS)}, with the last two at the end", lambda value: (
-    some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:])))
-# agent.json in the folder of a model tells these settings, with which the model was trained to act.
-AGENT_FORMAT = {
-    "prompt_format": one_of(*PROMPTS),
-    "actions": some_of(*DEFAULT_ACTIONS),
-    "fields": REPLY_FIELDS,
-    "context": up_to(1 << 20),
-    "max_new_tokens": up_to(1 << 20),
-    "steps": up_to(1000),
-}
-
-
 def read_agent(folder):
     """Returns {name: value} of the settings that agent.json in the folder of a model tells, {} where there is none.
-
-    ValueError: an entry has another type, or is out of bounds. Other entries are ignored, which is announced.
-    """
+    ValueError: an entry has another type, or is out of bounds. Other entries are ignored, which is announced."""
     path = Path(folder, "agent.json")
     raw = read_bytes(path, 1 << 16)
     if raw is None:
@@ -433,13 +426,12 @@ def read_agent(folder):
     if ignored := sorted(values.keys() - AGENT_FORMAT.keys()):
         names = shorten(", ".join(map(ascii, ignored)), 200)
         cli.announce(f"{path} may say {', '.join(AGENT_FORMAT)}; ignored: {names}")
-    agent = {name: value for name, value in values.items() if name in AGENT_FORMAT}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in agent.items()}
+    return {name: tuple(values[name]) if isinstance(values[name], list) else values[name]
+            for name in AGENT_FORMAT if name in values}
 
 
 def write_agent(folder, agent):
-    """Writes agent.json to the folder of a model. agent: settings with the names of AGENT_FORMAT as attributes, or some
-    of them as a dict, as read_agent returns it."""
+    """Writes agent.json to the folder of a model. agent: a program's settings, or what read_agent returns."""
     if not isinstance(agent, dict):
         agent = {name: getattr(agent, name) for name in AGENT_FORMAT}
     write_atomic(Path(folder, "agent.json"), agent)
@@ -473,8 +465,8 @@ class Step:
     detail: str = ""                # one sentence about the outcome
     printed: float | None = None    # the validation score that the script printed, not to be believed
     score: float | None = None      # the graded score of the submission that this step's run wrote
-    m_before: float | None = None   # the score of the last edit before this step; at first the starter's
-    m_after: float | None = None    # the same after it: `score` if it was an edit and has one, else m_before
+    m_before: float = math.nan      # the score of the last edit before this step; at first the starter's
+    m_after: float = math.nan       # the same after it: `score` if it was an edit and has one, else m_before
     m_top: float | None = None      # the best of the starter's score and of all edits before this step
     reward: float = 0.0
     seconds: float = 0.0            # of the whole step
@@ -1150,7 +1142,7 @@ def prepare_task(cfg, task, raw):
 # ---------------------------------------------------------------------------------------------------------------------
 # Records and their replay, with the words of this file
 
-FORMS = records.record_forms(PROMPTS, ACTIONS, REPLY_FIELDS, OUTCOMES)
+FORMS = records.record_forms(Step, PROMPTS, ACTIONS, AGENT_FORMAT["fields"], OUTCOMES)
 check_record = functools.partial(records.check_record, FORMS)
 read_records = functools.partial(records.read_records, FORMS)
 read_trajectory = functools.partial(records.read_trajectory, FORMS)

@@ -38,7 +38,7 @@ def some_of(*values):
         if not isinstance(value, list) or not all(isinstance(name, str) and name in values for name in value):
             return False
         return 0 < len(value) == len(set(value))
-    return f"a list of some of {', '.join(values)}", is_some
+    return f"a list of some of {', '.join(values)}, each once", is_some
 
 
 def up_to(most):
