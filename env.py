@@ -6,19 +6,18 @@
         step = env.step(policy(env.messages))         # -> Step: the action, its observation, the reward
     python env.py replay runs/x/trajectories/FILE     # runs a recorded trajectory again and prints the differences
 
-A state is the chat messages and the workspace. The workspace is a dict {path: sha256} over a store of blobs
-(support/storage.py). It becomes a folder only while a script runs: the files are copied to a temporary folder, the
-script runs there, and the files that it leaves are stored. So a snapshot is free, a recorded state comes back exactly,
-and no `..`, link or daemon reaches the workspace. A script that was stopped leaves the workspace as it was.
+A state is the chat messages and the workspace: a dict {path: sha256} over a store of blobs (support/storage.py). It
+becomes a folder only while a script runs, and the files that the script leaves are stored. So a snapshot is free, a
+recorded state comes back exactly, and no `..`, link or daemon reaches the workspace. A script that was stopped leaves
+the workspace as it was.
 
 Actions have the names and arguments of MLAgentBench; Replace In Script is added, an edit that the policy writes itself.
-After every edit the entry script runs in a copy of the workspace, and its submission is graded here, in the parent,
-against answers that the script cannot reach (support/sandbox.py). The agent never sees that score. The score that a
-script prints is recorded beside it and not believed. Scripts run on Linux only.
+After every edit the entry script runs in a copy of the workspace, and its submission is graded here, against answers
+that the script cannot reach (support/sandbox.py). The agent never sees that score, and the score that a script prints
+is recorded beside it and not believed. Scripts run on Linux only.
 
 To add an action, write an entry in ACTIONS and a method of Env with the action's name in lower case, for example
-`_list_files` for "List Files". Everything else follows from the entry: the prompt, the parser, whether the action needs
-the coder (a second model that writes code), and whether its example may be shown.
+`_list_files` for "List Files".
 """
 import contextlib, dataclasses, difflib, functools, hashlib, json, math, os, re, sys, tempfile, time, zlib
 from dataclasses import dataclass, field
@@ -34,7 +33,8 @@ from support.parallel import Progress, run_parallel      # noqa: F401  (the firs
 from support.records import (    # noqa: F401  (some of these for the programs)
     CANNOT_TAKE, COMPARED, _masked, best_before, end_reason, header, record, trajectory_files, trajectory_path)
 from support.sandbox import NO_SPACE, SLOTS, Result, discard, describe, execute, protection
-from support.storage import UNDO, Blobs, MissingBlob, ResultCache, check_snapshot, without_undo
+from support.storage import (    # noqa: F401
+    UNDO, Blobs, MissingBlob, ResultCache, check_snapshot, check_state, fits, without_undo)
 
 OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the advice after the output
     "ok": ("scored", ""),  # exit code 0 and, where it is graded, a valid submission
@@ -200,8 +200,8 @@ def better_word(task):
 
 
 def shown_lines(script):
-    """Returns what a short prompt shows of a script: from its first constant on (before it are docstring and imports),
-    without comments and empty lines, as many whole lines as SHORT_SCRIPT characters hold."""
+    """Returns what a short prompt shows of a script: from its first constant on, without comments and empty lines, as
+    many whole lines as SHORT_SCRIPT characters hold."""
     first = re.search(r"^[A-Z][A-Z0-9_]* = ", script, re.MULTILINE)
     lines = []
     length = 0
@@ -224,8 +224,8 @@ def news_of(task, messages):
         return "nothing"
     last = observations[-1]
     reply = messages[-2]
-    action = re.search(r"^Action: (.+)", reply["content"], re.MULTILINE)
-    name = f"{action[1][:30]}: " if reply["role"] == "assistant" and action else ""
+    action = re.search(r"^Action: (.+)", reply["content"], re.MULTILINE) if reply["role"] == "assistant" else None
+    name = f"{action[1][:30]}: " if action else ""
     if last.startswith(f"{task.entry} is saved."):
         return name + "saved"
     ran_to_end = f"{task.entry} ran to the end"
@@ -263,18 +263,19 @@ def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
     those of the tool, and the values texts; line numbers may be whole numbers. All searches take linear time.
     """
     values = {}
+    action = None
+    args = {}
+    error = ""
     try:
         source = read_entries(reply, fields, values)
         name = values["Action"].strip("`*\"'[] \t\n")
         if name not in actions:
             raise InvalidAction(f"There is no tool {shorten(name, 60)!r}; the tools are: {', '.join(actions)}.")
-    except InvalidAction as error:
-        return values, None, {}, str(error)
-    try:
+        action = name
         args = read_args(name, source)
-    except InvalidAction as error:
-        return values, name, {}, str(error)
-    return values, name, args, ""
+    except InvalidAction as problem:
+        error = str(problem)
+    return values, action, args, error
 
 
 def read_entries(reply, fields, values):
@@ -487,10 +488,10 @@ class Env:
 
     task: a Task or its id. data: the folder of prepared data. out: where `blobs/` is kept; many Envs may share it.
     actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
-    steps, seconds: limits of the trajectory; waiting for a free slot to run a script does not count. coder:
-    callable(messages) -> str, a second model for the (AI) actions; its ValueError (a text that does not fit) goes to
-    the agent, other errors to the caller. prompt: what prompt() shows of a state, "full" or "short". python, threads,
-    sandbox: see execute. gpu: "0,1" gives each script one of these GPUs. cache: a ResultCache (default: one in out).
+    steps, seconds: limits of the trajectory; to wait for a free slot does not count. coder: callable(messages) -> str,
+    a second model for the (AI) actions; its ValueError (a text that does not fit) goes to the agent, other errors to
+    the caller. prompt: what prompt() shows of a state, "full" or "short". python, threads, sandbox: see execute. gpu:
+    "0,1" gives each script one of these GPUs. cache: a ResultCache (default: one in out).
     """
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
@@ -534,11 +535,7 @@ class Env:
         last edit (default: the starter's), the best score of an edit or the starter (default: the better of these two)
         and the seconds left (default: all). ValueError: it is no snapshot. MissingBlob: a file is missing or damaged,
         or they are too large."""
-        check_snapshot(snapshot)
-        for sha in snapshot.values():
-            self.blobs.path(sha)
-        if self.num_bytes(without_undo(snapshot)) > storage.MAX_BYTES:
-            raise MissingBlob(f"the files of this state have more than {storage.MAX_BYTES >> 20} MiB")
+        check_state(snapshot, self.blobs)
         self.files = dict(snapshot)
         self.index = index
         self.messages = [dict(message) for message in (self.messages if messages is None else messages)]
@@ -700,15 +697,12 @@ class Env:
             raise InvalidAction(f"{path} cannot be edited: it must be UTF-8 text of at most {MAX_SCRIPT:,} bytes.")
         return text, size
 
-    def num_bytes(self, files):
-        return sum(self.blobs.path(sha).stat().st_size for sha in files.values())
-
     def _write(self, path, content):
         """Puts bytes, or the file at a path, into the workspace; the file that was there is kept for Undo Edit Script.
         InvalidAction: the workspace is full."""
         sha = self.blobs.put(content)
         after = without_undo(self.files) | {path: sha}
-        if len(after) > storage.MAX_FILES or self.num_bytes(after) > storage.MAX_BYTES:
+        if not fits(after, self.blobs):
             raise InvalidAction(f"The workspace is full: it may hold {storage.MAX_FILES:,} files and "
                                 f"{storage.MAX_BYTES >> 20:,} MiB.")
         if path in self.files:
@@ -732,6 +726,9 @@ class Env:
         if len(content) > MAX_SCRIPT:
             raise InvalidAction(f"{path} would have {len(content):,} bytes; a script may have {MAX_SCRIPT:,}.")
         self._write(path, content)
+        return self._score_saved(step, path, before, after)
+
+    def _score_saved(self, step, path, before, after):
         self._score_edit(step)
         return "\n".join([f"{path} is saved. The difference:", *difference(before, after)])
 
@@ -831,10 +828,9 @@ class Env:
         self.files[path] = self.files.pop(names[-1])
         if self.files[path] == sha_before:
             return f"{path} is as it was: the edit changed nothing."
-        self._score_edit(step)
         before = script_text(self.blobs, sha_before)
         after = script_text(self.blobs, self.files[path])
-        return "\n".join([f"{path} is saved. The difference:", *difference(before, after)])
+        return self._score_saved(step, path, before, after)
 
     def _copy_file(self, step, source, destination):
         origin = self._path(source)
@@ -953,17 +949,13 @@ class Env:
         try:
             entry = self.cache.get(key)
             check_form(entry, FORMS["cached"], "the entry")
-            result = Result(**entry["result"])
-            run = Run(result, entry["score"], entry["after"])
+            run = Run(Result(**entry["result"]), entry["score"], entry["after"])
             if run.files is not None:
-                check_snapshot(run.files)
-                for sha in run.files.values():
-                    self.blobs.path(sha)
+                check_state(run.files, self.blobs)
         except (TypeError, ValueError):
             return None
-        if result.outcome == "ok":
-            return run if run.files is not None else None
-        return run if run.score is None else None
+        is_whole = run.files is not None if run.result.outcome == "ok" else run.score is None
+        return run if is_whole else None
 
     def _run(self, script, before, timeout_s):
         """Runs a script on the files `before` and grades its submission; returns the Run."""
@@ -1042,7 +1034,7 @@ CODE_END = "\n```\n"    # the line that ends a script in a reply
 
 
 def make_env(cfg, task, out, cache, **options):
-    """Returns the Env of a task by the settings that programs have in common."""
+    """Returns the Env of a task by a program's settings."""
     return Env(task, cfg.data, out=out, python=cfg.python, gpu=cfg.gpu or None, threads=cfg.threads,
                sandbox=cfg.sandbox, cache=cache, **options)
 
@@ -1118,25 +1110,25 @@ def resume(env, lines):
 def prepare_tasks(cfg):
     """Prepares the tasks of cfg.task, each on first use, and returns [(task, the contents of its task.json)].
     ValueError: no such task, or a raw folder that lacks something. RunError: a starter that does not run."""
-    chosen = [tasks.load(id) for id in tasks.names(cfg.task)]
-    if not chosen:
+    ids = list(tasks.names(cfg.task))
+    if not ids:
         raise ValueError(f"there is no {cfg.task} task here yet; python -m tasks list shows those there are")
-    if len(chosen) == 1:        # in this thread, where a request to end ends its starter
-        return [prepare_task(cfg, chosen[0], cfg.raw)]
-    jobs = [(cfg, task, cfg.raw and Path(cfg.raw, task.id)) for task in chosen]
+    if len(ids) == 1:        # in this thread, where a request to end ends its starter
+        return [prepare_task(cfg, ids[0], cfg.raw)]
+    jobs = [(cfg, id, cfg.raw and Path(cfg.raw, id)) for id in ids]
     return run_parallel(jobs, prepare_task, SLOTS.cpus)
 
 
-def prepare_task(cfg, task, raw):
+def prepare_task(cfg, id, raw):
+    task = tasks.load(id)
     if raw and not Path(raw).is_dir():
-        hint = "" if raw == cfg.raw else " For several tasks --raw holds a folder for each task id."
-        raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size}).{hint}")
+        raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size}); for several tasks "
+                         "--raw holds a folder for each task id")
     try:
-        tasks.prepare(task.id, raw or None, cfg.data, python=cfg.python,
-                      say=lambda line: print(line, file=sys.stderr))
+        tasks.prepare(id, raw or None, cfg.data, python=cfg.python, say=lambda line: print(line, file=sys.stderr))
     except RuntimeError as error:
         raise RunError(str(error)) from error
-    return task, tasks.info(task.id, cfg.data)
+    return task, tasks.info(id, cfg.data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
