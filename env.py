@@ -19,7 +19,7 @@ is recorded beside it and not believed. Scripts run on Linux only.
 To add an action, write an entry in ACTIONS and a method of Env with the action's name in lower case, for example
 `_list_files` for "List Files".
 """
-import contextlib, dataclasses, difflib, functools, hashlib, json, math, os, re, sys, tempfile, time, zlib
+import dataclasses, difflib, functools, hashlib, json, math, os, re, sys, tempfile, time, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -178,18 +178,15 @@ def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS):
 
 
 def prompt_of(shown, task, messages, snapshot, blobs):
-    """Returns the chat messages that the policy is shown in a state.
-
-    shown: "full" for the messages themselves; "short" for one message to a small model: the task, the news of the last
-    step, and the lines of the entry script that matter most.
-    """
+    """Returns the chat messages that the policy is shown in a state: "full" for the messages themselves; "short" for
+    one message to a small model, see short_prompt."""
     if shown == "full":
         return messages
     return short_prompt(task, messages, script_text(blobs, snapshot.get(task.entry)))
 
 
 def short_prompt(task, messages, script):
-    """Returns the short prompt for an entry script with this text."""
+    """Returns the short prompt: the task, the news of the last step, and the first settings of the entry script."""
     content = SHORT.format(task=task, better=better_word(task), news=news_of(task, messages),
                            script=shown_lines(script))
     return [{"role": "user", "content": content}]
@@ -204,13 +201,11 @@ def shown_lines(script):
     many whole lines as SHORT_SCRIPT characters hold."""
     first = re.search(r"^[A-Z][A-Z0-9_]* = ", script, re.MULTILINE)
     lines = []
-    length = 0
     for line in script[first.start() if first else 0:].split("\n"):
         line = line.partition("#")[0].rstrip(" \t")
         if line:
             lines.append(line + "\n")
-            length += len(line) + 1
-        if length > SHORT_SCRIPT:
+        if len(lines) > SHORT_SCRIPT:       # each has at least two characters
             break
     text = "".join(lines)
     end = text.rfind("\n", 0, SHORT_SCRIPT + 1) + 1 or SHORT_SCRIPT
@@ -231,10 +226,10 @@ def news_of(task, messages):
     ran_to_end = f"{task.entry} ran to the end"
     if last.startswith(ran_to_end):
         value = printed_metric(last, task.metric)
+        best = best_of(task.direction, *(
+            printed_metric(text, task.metric) for text in observations[:-1] if text.startswith(ran_to_end)))
         if value is None:
             return name + "ran"
-        printed = [printed_metric(text, task.metric) for text in observations[:-1] if text.startswith(ran_to_end)]
-        best = best_of(task.direction, *printed)
         if best is None:
             return f"{name}{value:.4g}"
         return f"{name}{value:.4g}, {'better' if task.better(value, best) else 'no better'} than {best:.4g}"
@@ -738,26 +733,28 @@ class Env:
         path = self._path(dir_path)
         prefix = path + "/" if path else ""
         public = self._public(path)
-        stat_of = {}        # name -> function that gives its os.stat_result; a folder's name ends in "/"
+        contents = {}        # name, a folder's with a "/" at its end -> path of what it holds
         if public and public.is_dir():
             with os.scandir(public) as entries:
                 for entry in entries:
-                    if not entry.is_symlink() or os.path.exists(entry.path):
-                        stat_of[entry.name + "/" if entry.is_dir() else entry.name] = entry.stat
+                    if entry.is_dir():
+                        contents[entry.name + "/"] = entry.path
+                    elif entry.is_file():
+                        contents[entry.name] = entry.path
         else:
             for name, sha in without_undo(self.files).items():
                 if name.startswith(prefix):
                     first, slash, _ = name[len(prefix):].partition("/")
-                    stat_of[first + slash] = self.blobs.path(sha).stat
+                    contents[first + slash] = self.blobs.path(sha)
             if not path:
-                stat_of["data/"] = None
-        if not stat_of:
+                contents["data/"] = self.public
+        if not contents:
             raise InvalidAction(f"There is no folder {path}.")
         lines = []
-        for name in sorted(stat_of)[:MAX_LISTED]:
-            lines.append(name if name.endswith("/") else f"{name}  {stat_of[name]().st_size:,} bytes")
-        if len(stat_of) > MAX_LISTED:
-            lines.append(f"... and {len(stat_of) - MAX_LISTED:,} more")
+        for name in sorted(contents)[:MAX_LISTED]:
+            lines.append(name if name.endswith("/") else f"{name}  {os.path.getsize(contents[name]):,} bytes")
+        if len(contents) > MAX_LISTED:
+            lines.append(f"... and {len(contents) - MAX_LISTED:,} more")
         return "\n".join(lines)
 
     def _inspect_script_lines(self, step, script_name, start_line_number, end_line_number):
@@ -977,7 +974,8 @@ class Env:
                 if stamps_of(self.public) != stamps:
                     raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
                                        f"python -m tasks prepare {self.task.id} --force")
-                result = without_folder(result, folder)
+                result = dataclasses.replace(result, **{        # without the random name of the folder
+                    name: getattr(result, name).replace(f"{folder}/", "") for name in ("stdout", "stderr", "detail")})
                 # 2. The files that it left are stored.
                 if result.outcome in ("ok", "error"):
                     files = storage.collect_folder(folder, self.blobs)
@@ -995,7 +993,7 @@ class Env:
         return Run(result, score, files)
 
     def _grade(self, submission):
-        """Returns (outcome, detail, graded score or None) of a run that ended well."""
+        """Returns (outcome, detail, graded score or None)."""
         if not os.path.lexists(submission):
             return "no submission", "The script ended without writing submission.csv.", None
         try:
@@ -1012,18 +1010,11 @@ def comes_again(result):
     return result.exit_code >= 0 and result.outcome != "disk full"
 
 
-def without_folder(result, folder):
-    """Returns the Result without the random name of the folder that the script ran in."""
-    texts = {name: getattr(result, name).replace(f"{folder}/", "") for name in ("stdout", "stderr", "detail")}
-    return dataclasses.replace(result, **texts)
-
-
 def stamps_of(folder):
-    """Returns names, sizes and times of a folder's entries: enough to see that a script has written to shared data.
-    None: they cannot be read."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+    """Returns names, sizes and times of a folder's entries, to see that a script has written to shared data."""
+    with os.scandir(folder) as entries:
         states = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
-        return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
+    return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1042,13 +1033,14 @@ def make_env(cfg, task, out, cache, **options):
 def model_policy(cfg, model, hint=""):
     """Returns the function by which a model replies in play_trajectory. hint: a text that the model is told besides;
     the record of the trajectory is without it."""
+    tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
+
     def reply(env, lines, seed):
         messages = [dict(message) for message in env.prompt()]
         first = next(message for message in messages if message["role"] == "user")
         first["content"] += hint
         completion = model.chat(messages, max_new_tokens=cfg.max_new_tokens, stop=("\nObservation:",), seed=seed,
                                 temperature=cfg.temperature, top_p=cfg.top_p)
-        tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
         tokens = tokenizer.spelling(completion.tokens, completion.text) if tokenizer else None
         return completion.text, tokens, {
             "finish": completion.finish, "tokens": len(completion.tokens), "prompt_tokens": completion.prompt_tokens,
@@ -1060,8 +1052,8 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about):
     """Plays trajectory k of a task to its end, from the last step in its file `path`, to which it adds a line a step.
 
     reply(env, lines, seed): the policy; returns (text, token ids or None, {further entries of the step's line}).
-    coder: a model of sample.load, or None. out: the folder of the blobs. cache: a ResultCache. run: the Progress that
-    writes the lines, and that may stop the work. about: further entries of the header.
+    coder: a model of sample.load, or None. out: the folder of the blobs. cache: a ResultCache. run: a Progress, which
+    writes the lines and may stop the work. about: further entries of the header.
     """
     def seed_of(speaker):   # differs between trajectories, steps and speakers; the same again after an interruption
         return zlib.crc32(f"{cfg.seed} {task.id} {k} {env.index} {speaker}".encode())
