@@ -51,13 +51,13 @@ OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the 
 FIELDS = ("Reflection", "Research Plan and Status", "Fact Check", "Thought", "Action", "Action Input")
 PROMPTS = ("full", "short")             # how a state is shown to the policy, see prompt_of
 MAX_REPLY = 50_000                      # characters of a reply; a longer one is refused unread
-MAX_OBSERVATION = 5_000                 # characters of an observation, about 1,500 tokens
+MAX_OBSERVATION = 5_000                 # characters, about 1,500 tokens
 OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # characters of a file or an output inside an observation
-MAX_LINES = 200                         # lines shown by one Inspect Script Lines
-MAX_LISTED = 100                        # names shown by one List Files
-MAX_READ = 10 << 20                     # bytes of a file that an action looks at
-MAX_SCRIPT = 1 << 20                    # bytes of a file that an action may edit
-MAX_CODER = 20_000                      # characters of a file that Understand File shows to the coder
+MAX_LINES = 200                         # of one Inspect Script Lines
+MAX_LISTED = 100                        # names of one List Files
+MAX_READ = 10 << 20                     # bytes that an action looks at
+MAX_SCRIPT = 1 << 20                    # bytes that an action may edit
+MAX_CODER = 20_000                      # characters that Understand File shows to the coder
 MAX_DIFF = 2_000                        # lines of two texts together that difflib compares, in 0.6 s at worst
 SHORT_SCRIPT = 200                      # characters of the script in a short prompt
 SHORT_NEWS = 100                        # characters of the news in a short prompt
@@ -164,8 +164,8 @@ Last: {news}
 
 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS):
-    """Returns the first message: tools, rules, format, and the examples of the first and the last action that has one.
-    It is the same for all tasks, so that its KV cache can be shared."""
+    """Returns the first message, the same for all tasks: tools, rules, format, and the examples of the first and the
+    last action that has one."""
     replies = [action.example for name, action in ACTIONS.items() if name in actions and action.example]
     examples = []
     for reply in replies[:1] + replies[1:][-1:]:
@@ -251,11 +251,10 @@ def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
     """Reads any reply. Returns (values, action, args, error): the texts of the entries, the name and the arguments of
     the action, and "" if the action may be carried out, else one sentence.
 
-    Every entry of `fields` must begin a line, in order; another case and markdown signs round its name pass. Of an
-    entry that is repeated the first counts. Text after a line that starts with "Observation:" is invented and not read.
-    The action must be a known name, exactly; quoting signs round it pass. Its input is the first JSON object after the
-    header; code fences before it, raw line breaks in its texts and anything after it pass. The keys must be exactly
-    those of the tool, and the values texts; line numbers may be whole numbers. All searches take linear time.
+    Entries begin a line, in the order of `fields`; another case and markdown signs round the name pass, and of one that
+    is repeated the first counts. Text after a line that starts with "Observation:" is invented and not read. Quoting
+    signs round the action pass. Its input is the first JSON object after the header; code fences before it, raw line
+    breaks in its texts and anything after it pass. All searches take linear time.
     """
     values = {}
     action = None
@@ -325,25 +324,25 @@ def cut_observation(reply):
 
 
 def plain(text):
-    """Returns the text with a question mark for each half of a surrogate pair, which cannot be written to a file."""
+    """Returns the text with a question mark for each half of a surrogate pair, which no file can hold."""
     return text.encode("utf-8", "replace").decode()
 
 
 def read_start(path, limit):
-    """Returns the first bytes of a file, at most `limit`."""
     with open(path, "rb") as file:
         return file.read(limit)
 
 
 def script_text(blobs, sha):
-    """Returns the text of a script of the workspace; "" for None, where there is none."""
+    """Returns the text of a script of the workspace; "" where there is none."""
     return read_start(blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace") if sha else ""
 
 
 def difference(before, after):
-    """Returns the lines of a unified difference of two texts, without its heads. Of texts that are long together, for
-    which difflib takes quadratic time, it is one piece from the first line that differs to the last."""
-    before, after = before.splitlines(), after.splitlines()
+    """Returns the lines of a unified difference of two texts, without its heads. Long texts, for which difflib takes
+    quadratic time, give one piece from the first line that differs to the last."""
+    before = before.splitlines()
+    after = after.splitlines()
     if len(before) + len(after) <= MAX_DIFF:
         return list(difflib.unified_diff(before, after, lineterm="", n=2))[2:]
     shortest = min(len(before), len(after))
@@ -362,8 +361,7 @@ def difference(before, after):
 
 
 def printed_metric(stdout, metric=""):
-    """Returns the validation score that a script printed: the last number of the last line that mentions "validation"
-    or the metric's name; None if there is none."""
+    """Returns the last number of the last line that mentions "validation" or the metric's name, or None."""
     for line in reversed(stdout.splitlines()):
         if "validation" in line.lower() or metric and metric.lower() in line.lower():
             numbers = re.findall(r"(?<![\w.])[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,4})?(?!\w)", line[-1000:])
@@ -438,8 +436,7 @@ def write_agent(folder, agent):
 
 
 class Run(NamedTuple):
-    """A script's Result, the graded score of its submission or None, and the files that it left or None: they stay as
-    they were."""
+    """How a script ended, the graded score of its submission, and the files that it left; None: they are as before."""
     result: Result
     score: float | None
     files: dict | None
@@ -553,8 +550,8 @@ class Env:
         return bool(self.ended)
 
     def step(self, reply, tokens=None):
-        """Carries out any reply and returns the Step. tokens: the sampled ids that spell the reply; they are kept in
-        the messages so that its text is not encoded again. After the end nothing is done, and the Step says so."""
+        """Carries out any reply and returns the Step; after the end nothing is done. tokens: the sampled ids that spell
+        the reply, kept in the messages so that its text is not encoded again."""
         started = time.monotonic()
         reply = plain(reply[:MAX_REPLY + 1])
         step = Step(self.index, reply, m_before=self.m_before, m_top=self.m_top, time_left_s=self.deadline - started)
@@ -599,7 +596,7 @@ class Env:
         return step
 
     def act(self, step, parse_error):
-        """Carries out the action of a step, and writes to the step what came of it."""
+        """Carries out the action of a step."""
         try:
             if parse_error:
                 raise InvalidAction(parse_error)
@@ -618,8 +615,8 @@ class Env:
             if error.errno not in NO_SPACE:
                 raise
             step.kind = "limit"
-            step.outcome = "disk full"
             step.valid = True
+            step.outcome = "disk full"
             step.detail = f"This machine could not store the files: {error.strerror}."
             step.observation = f"{step.detail} {OUTCOMES['disk full'][1]}"
 
@@ -637,8 +634,7 @@ class Env:
     # Files. A path is a normalised text below the workspace. "data/..." are the public files, which are only read.
 
     def _path(self, text, write=False):
-        """Returns the normalised path, "" for the workspace itself. InvalidAction: it leads out of the workspace, or
-        must not be written."""
+        """Returns the normalised path, "" for the workspace. InvalidAction: it leads out, or must not be written."""
         shown = shorten(repr(text), 80)
         text = text.strip()
         if text.startswith(("/", "~")) or ".." in text.split("/"):
@@ -679,8 +675,8 @@ class Env:
         raise InvalidAction(f"There is no file {path}; the workspace holds {', '.join(names[:20])}, data/.")
 
     def _text(self, path, edit=False):
-        """Returns (text, size in bytes) of a file, of which the first MAX_READ bytes are looked at. InvalidAction: it
-        is binary or, for an edit, it is not UTF-8 or larger than MAX_SCRIPT."""
+        """Returns (text of the first MAX_READ bytes, size in bytes) of a file. InvalidAction: it is binary or, for an
+        edit, not UTF-8 or larger than MAX_SCRIPT."""
         file = self._file(path)
         size = file.stat().st_size
         content = read_start(file, MAX_READ)
@@ -693,8 +689,7 @@ class Env:
         return text, size
 
     def _write(self, path, content):
-        """Puts bytes, or the file at a path, into the workspace; the file that was there is kept for Undo Edit Script.
-        InvalidAction: the workspace is full."""
+        """Puts bytes, or the file at a path, into the workspace, and keeps what was there for Undo Edit Script."""
         sha = self.blobs.put(content)
         after = without_undo(self.files) | {path: sha}
         if not fits(after, self.blobs):
@@ -709,12 +704,11 @@ class Env:
         self.files[path] = sha
 
     def _replaced(self):
-        """Returns [(number of the edit, path under .undo/)], in order, of the files that edits have replaced."""
+        """Returns [(number of an edit, path under .undo/)], in order."""
         return sorted((int(name.split("/")[1]), name) for name in self.files if name.startswith(UNDO))
 
     def _edit(self, step, path, before, after):
-        """Makes an edit and scores it; returns its observation, the difference. InvalidAction: it makes the file too
-        large for another edit."""
+        """Makes an edit and scores it; returns its observation, the difference."""
         if before == after:
             return f"{path} is as it was: the edit changes nothing."
         content = after.encode()
@@ -793,7 +787,7 @@ class Env:
         return self._edit(step, target, before, parts[1].strip("\n") + "\n")
 
     def _ask_coder(self, step, question):
-        """Asks the coder one question; its reply is kept in the step, for replay."""
+        """Returns the coder's reply, which is kept in the step for replay."""
         try:
             answer = self.coder([{"role": "user", "content": question}])
             if not isinstance(answer, str):
@@ -858,7 +852,6 @@ class Env:
         return text
 
     def _describe_run(self, path, result):
-        """Returns what the agent reads about a run."""
         ending = "ran to the end in" if result.outcome == "ok" else f"ended with: {result.outcome}, after"
         parts = [f"{path} {ending} {result.seconds:.1f} s."]
         if result.exit_code == 0:
@@ -881,8 +874,7 @@ class Env:
     # Running and scoring
 
     def score(self):
-        """Runs the entry script in a copy of the workspace with the task's own time limit. Returns (graded score or
-        None, Result) and changes nothing."""
+        """Runs the entry script in a copy of the workspace. Returns (graded score or None, Result)."""
         result, score, _ = self._cached_run(self.task.entry, WALL_FACTOR * self.time_limit_s)
         return score, result
 
@@ -899,7 +891,7 @@ class Env:
         return self.blobs.path(self.files[script]).stat().st_size > MAX_SCRIPT
 
     def _run_in_step(self, step, script):
-        """Runs a script in the time that is left, writes the results to the step, and returns the Run."""
+        """Runs a script in the time that is left, with the results in the step; returns the Run."""
         time_left = self.deadline - time.monotonic()
         run = self._cached_run(script, max(0.0, min(WALL_FACTOR * self.time_limit_s, time_left)))
         step.outcome = run.result.outcome
@@ -913,8 +905,8 @@ class Env:
         return run
 
     def _cached_run(self, script, timeout_s):
-        """Returns the Run of a script in a copy of the workspace. It depends on the state alone, so it is kept: to run
-        a script whose edit was scored costs nothing. The entry script starts without an old submission.csv."""
+        """Returns the Run of a script in a copy of the workspace. It depends on the state alone, so it is kept. The
+        entry script starts without an old submission.csv."""
         before = without_undo(self.files)
         if script == self.task.entry:
             before.pop("submission.csv", None)
@@ -974,8 +966,9 @@ class Env:
                 if stamps_of(self.public) != stamps:
                     raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
                                        f"python -m tasks prepare {self.task.id} --force")
-                result = dataclasses.replace(result, **{        # without the random name of the folder
-                    name: getattr(result, name).replace(f"{folder}/", "") for name in ("stdout", "stderr", "detail")})
+                texts = {name: getattr(result, name).replace(f"{folder}/", "")      # without its random name
+                         for name in ("stdout", "stderr", "detail")}
+                result = dataclasses.replace(result, **texts)
                 # 2. The files that it left are stored.
                 if result.outcome in ("ok", "error"):
                     files = storage.collect_folder(folder, self.blobs)
@@ -1049,7 +1042,7 @@ def model_policy(cfg, model, hint=""):
 
 
 def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about):
-    """Plays trajectory k of a task to its end, from the last step in its file `path`, to which it adds a line a step.
+    """Plays trajectory k of a task to its end, from the last step in its file `path`; each step adds a line.
 
     reply(env, lines, seed): the policy; returns (text, token ids or None, {further entries of the step's line}).
     coder: a model of sample.load, or None. out: the folder of the blobs. cache: a ResultCache. run: a Progress, which
@@ -1100,8 +1093,8 @@ def resume(env, lines):
 
 
 def prepare_tasks(cfg):
-    """Prepares the tasks of cfg.task, each on first use, and returns [(task, the contents of its task.json)].
-    ValueError: no such task, or a raw folder that lacks something. RunError: a starter that does not run."""
+    """Prepares the tasks of cfg.task on first use, and returns [(task, the contents of its task.json)].
+    ValueError: no such task, or raw files are missing. RunError: a starter does not run."""
     ids = list(tasks.names(cfg.task))
     if not ids:
         raise ValueError(f"there is no {cfg.task} task here yet; python -m tasks list shows those there are")

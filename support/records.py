@@ -3,10 +3,12 @@
 A trajectory file holds one JSON object a line: a header, the steps, and at most an "end". It may come from others, so
 each line is checked. env.py gives the words of its forms, and its class for a replay.
 """
-import argparse, dataclasses, json, re, sys, tempfile
+import dataclasses, json, re, sys, tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from reward import KINDS, best_of
+from support import cli
 from support.files import (
     FLAG, TEXT, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of, up_to)
 from support.sandbox import Result, SandboxUnavailable
@@ -160,21 +162,16 @@ def replay(Env, forms, path, say=print, *, data="data", sandbox="on", python=Non
     """Restores every recorded state, carries out its reply again, says what differs (times masked, figures to 6 digits)
     and returns the number of differences. The other arguments are as for Env; where the file tells of others, that is
     said, and not obeyed: a file must not choose a program, a folder or a weaker sandbox."""
-    # 1. The recorded states, and how scripts are run.
     head, steps = read_trajectory(forms, path)
     out = next((parent for parent in Path(path).resolve().parents if (parent / "blobs").is_dir()), None)
     if out is None:
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
     refuse_links_out(out)
     options = {"sandbox": sandbox, "python": python, "gpu": gpu, "threads": threads}
-    for name, value in (options | {"data": str(data), "python": python or sys.executable}).items():
-        recorded = head[name]
-        if name == "python":
-            recorded = recorded or sys.executable
-        if recorded != value:
-            say(f"it was recorded with {name} {shorten(ascii(recorded), 100)}; here it is {value!r}, as --{name} says")
-
-    # 2. Each step is carried out once more, in the state before it.
+    for name, value in (options | {"data": str(data)}).items():
+        if head[name] != value and {head[name], value} != {None, sys.executable}:
+            say(f"it was recorded with {name} {shorten(ascii(head[name]), 100)}; here it is {value!r}, as --{name} "
+                "says")
     coder = RecordedCoder()
     before = head
     messages = head["messages"]
@@ -215,23 +212,29 @@ def _masked(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+@dataclass
+class ReplaySettings:
+    """How the scripts of a trajectory are run again; its file does not choose it."""
+    data: str = "data"  # where prepared tasks are kept
+    sandbox: str = "on"  # on, or off: scripts can then read the answers and all your files
+    python: str | None = None  # the interpreter that runs the scripts; none for this one
+    gpu: str | None = None  # CUDA_VISIBLE_DEVICES of the scripts
+    threads: int = 1  # that a script may use for numerics
+
+    def __post_init__(self):
+        cli.check_choices(self, sandbox=("on", "off"))
+        cli.check_positive(self, "threads")
+
+
 def main(replay, args):
     """Runs `env.py replay`. Returns the exit status: 0 no difference, 1 some, 2 it cannot be run."""
-    parser = argparse.ArgumentParser("env.py", allow_abbrev=False, description="Runs a recorded trajectory again and "
-                                     "says what differs. How scripts are run is said here, and never by the file.")
-    parser.add_argument("command", choices=["replay"])
-    parser.add_argument("file", help="a trajectory, as eval.py and sft.py write them")
-    parser.add_argument("--data", default="data", help="where prepared tasks are kept")
-    parser.add_argument("--sandbox", default="on", choices=["on", "off"])
-    parser.add_argument("--python", help="the interpreter that runs the scripts")
-    parser.add_argument("--gpu", help="CUDA_VISIBLE_DEVICES of the scripts")
-    parser.add_argument("--threads", type=int, default=1, help="that a script may use for numerics")
-    options = vars(parser.parse_args(args))
-    del options["command"]
-    if options["threads"] < 1:
-        parser.error(f"--threads must be at least 1, found {options['threads']}")
+    if len(args) < 2 or args[0] != "replay" or args[1].startswith("-"):
+        print("usage: python env.py replay FILE [--data D] [--sandbox on|off] [--python P] [--gpu G] [--threads N]",
+              file=sys.stderr)
+        return 2
+    cfg = cli.parse(ReplaySettings, args[2:])
     try:
-        return 1 if replay(options.pop("file"), **options) else 0
+        return 1 if replay(args[1], **vars(cfg)) else 0
     except (ValueError, OSError, SandboxUnavailable) as error:
         print(f"env.py replay: {error}", file=sys.stderr)
         return 2
