@@ -6,35 +6,35 @@
         step = env.step(policy(env.messages))         # -> Step: the action, its observation, the reward
     python env.py replay runs/x/trajectories/FILE     # runs a recorded trajectory again and prints the differences
 
-A state is the chat messages and the workspace. The workspace is a dict {path: sha256} over a store of blobs
-(support/storage.py). It becomes a folder only while a script runs: the files are copied to a temporary folder, the
-script runs there, and the files that it leaves are stored. So a snapshot is free, a recorded state comes back exactly,
-and no `..`, link or daemon reaches the workspace. A script that was stopped leaves the workspace as it was.
+A state is the chat messages and the workspace: a dict {path: sha256} over a store of blobs (support/storage.py). It
+becomes a folder only while a script runs, and the files that the script leaves are stored. So a snapshot is free, a
+recorded state comes back exactly, and no `..`, link or daemon reaches the workspace. A script that was stopped leaves
+the workspace as it was.
 
 Actions have the names and arguments of MLAgentBench; Replace In Script is added, an edit that the policy writes itself.
-After every edit the entry script runs in a copy of the workspace, and its submission is graded here, in the parent,
-against answers that the script cannot reach (support/sandbox.py). The agent never sees that score. The score that a
-script prints is recorded beside it and not believed. Scripts run on Linux only.
+After every edit the entry script runs in a copy of the workspace, and its submission is graded here, against answers
+that the script cannot reach (support/sandbox.py). The agent never sees that score, and the score that a script prints
+is recorded beside it and not believed. Scripts run on Linux only.
 
 To add an action, write an entry in ACTIONS and a method of Env with the action's name in lower case, for example
-`_list_files` for "List Files". Everything else follows from the entry: the prompt, the parser, whether the action needs
-the coder (a second model that writes code), and whether its example may be shown.
+`_list_files` for "List Files".
 """
-import argparse, contextlib, dataclasses, difflib, hashlib, json, math, os, re, sys, tempfile, time, zlib
+import dataclasses, difflib, functools, hashlib, json, math, os, re, sys, tempfile, time, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import tasks
-from reward import KINDS, best_of, reward
-from support import cli, storage
+from reward import best_of, reward
+from support import cli, records, storage
 from support.cli import ContextFull, RunError
-from support.files import (
-    FLAG, TEXT, check_form, is_number, maybe, one_of, parse_json, read_bytes, read_json_lines, refuse_links_out,
-    shorten, some_of, up_to, write_atomic)
+from support.files import check_form, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic
 from support.parallel import Progress, run_parallel      # noqa: F401  (the first for the programs)
-from support.sandbox import NO_SPACE, SLOTS, Result, SandboxUnavailable, discard, describe, execute, protection
-from support.storage import UNDO, Blobs, MissingBlob, ResultCache, check_snapshot, without_undo
+from support.records import (    # noqa: F401  (some of these for the programs)
+    CANNOT_TAKE, COMPARED, _masked, best_before, end_reason, header, record, trajectory_files, trajectory_path)
+from support.sandbox import NO_SPACE, SLOTS, Result, discard, describe, execute, protection
+from support.storage import (    # noqa: F401
+    UNDO, Blobs, MissingBlob, ResultCache, check_snapshot, check_state, fits, without_undo)
 
 OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the advice after the output
     "ok": ("scored", ""),  # exit code 0 and, where it is graded, a valid submission
@@ -51,13 +51,13 @@ OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the 
 FIELDS = ("Reflection", "Research Plan and Status", "Fact Check", "Thought", "Action", "Action Input")
 PROMPTS = ("full", "short")             # how a state is shown to the policy, see prompt_of
 MAX_REPLY = 50_000                      # characters of a reply; a longer one is refused unread
-MAX_OBSERVATION = 5_000                 # characters of an observation, about 1,500 tokens
+MAX_OBSERVATION = 5_000                 # characters, about 1,500 tokens
 OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # characters of a file or an output inside an observation
-MAX_LINES = 200                         # lines shown by one Inspect Script Lines
-MAX_LISTED = 100                        # names shown by one List Files
-MAX_READ = 10 << 20                     # bytes of a file that an action looks at
-MAX_SCRIPT = 1 << 20                    # bytes of a file that an action may edit
-MAX_CODER = 20_000                      # characters of a file that Understand File shows to the coder
+MAX_LINES = 200                         # of one Inspect Script Lines
+MAX_LISTED = 100                        # names of one List Files
+MAX_READ = 10 << 20                     # bytes that an action looks at
+MAX_SCRIPT = 1 << 20                    # bytes that an action may edit
+MAX_CODER = 20_000                      # characters that Understand File shows to the coder
 MAX_DIFF = 2_000                        # lines of two texts together that difflib compares, in 0.6 s at worst
 SHORT_SCRIPT = 200                      # characters of the script in a short prompt
 SHORT_NEWS = 100                        # characters of the news in a short prompt
@@ -164,8 +164,8 @@ Last: {news}
 
 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS):
-    """Returns the first message: tools, rules, format, and the examples of the first and the last action that has one.
-    It is the same for all tasks, so that its KV cache can be shared."""
+    """Returns the first message, the same for all tasks: tools, rules, format, and the examples of the first and the
+    last action that has one."""
     replies = [action.example for name, action in ACTIONS.items() if name in actions and action.example]
     examples = []
     for reply in replies[:1] + replies[1:][-1:]:
@@ -178,18 +178,15 @@ def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS):
 
 
 def prompt_of(shown, task, messages, snapshot, blobs):
-    """Returns the chat messages that the policy is shown in a state.
-
-    shown: "full" for the messages themselves; "short" for one message to a small model: the task, the news of the last
-    step, and the lines of the entry script that matter most.
-    """
+    """Returns the chat messages that the policy is shown in a state: "full" for the messages themselves; "short" for
+    one message to a small model, see short_prompt."""
     if shown == "full":
         return messages
     return short_prompt(task, messages, script_text(blobs, snapshot.get(task.entry)))
 
 
 def short_prompt(task, messages, script):
-    """Returns the short prompt for an entry script with this text."""
+    """Returns the short prompt: the task, the news of the last step, and the first settings of the entry script."""
     content = SHORT.format(task=task, better=better_word(task), news=news_of(task, messages),
                            script=shown_lines(script))
     return [{"role": "user", "content": content}]
@@ -200,17 +197,15 @@ def better_word(task):
 
 
 def shown_lines(script):
-    """Returns what a short prompt shows of a script: from its first constant on (before it are docstring and imports),
-    without comments and empty lines, as many whole lines as SHORT_SCRIPT characters hold."""
+    """Returns what a short prompt shows of a script: from its first constant on, without comments and empty lines, as
+    many whole lines as SHORT_SCRIPT characters hold."""
     first = re.search(r"^[A-Z][A-Z0-9_]* = ", script, re.MULTILINE)
     lines = []
-    length = 0
     for line in script[first.start() if first else 0:].split("\n"):
         line = line.partition("#")[0].rstrip(" \t")
         if line:
             lines.append(line + "\n")
-            length += len(line) + 1
-        if length > SHORT_SCRIPT:
+        if len(lines) > SHORT_SCRIPT:       # each has at least two characters
             break
     text = "".join(lines)
     end = text.rfind("\n", 0, SHORT_SCRIPT + 1) + 1 or SHORT_SCRIPT
@@ -224,17 +219,17 @@ def news_of(task, messages):
         return "nothing"
     last = observations[-1]
     reply = messages[-2]
-    action = re.search(r"^Action: (.+)", reply["content"], re.MULTILINE)
-    name = f"{action[1][:30]}: " if reply["role"] == "assistant" and action else ""
+    action = re.search(r"^Action: (.+)", reply["content"], re.MULTILINE) if reply["role"] == "assistant" else None
+    name = f"{action[1][:30]}: " if action else ""
     if last.startswith(f"{task.entry} is saved."):
         return name + "saved"
     ran_to_end = f"{task.entry} ran to the end"
     if last.startswith(ran_to_end):
         value = printed_metric(last, task.metric)
+        best = best_of(task.direction, *(
+            printed_metric(text, task.metric) for text in observations[:-1] if text.startswith(ran_to_end)))
         if value is None:
             return name + "ran"
-        printed = [printed_metric(text, task.metric) for text in observations[:-1] if text.startswith(ran_to_end)]
-        best = best_of(task.direction, *printed)
         if best is None:
             return f"{name}{value:.4g}"
         return f"{name}{value:.4g}, {'better' if task.better(value, best) else 'no better'} than {best:.4g}"
@@ -256,25 +251,25 @@ def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
     """Reads any reply. Returns (values, action, args, error): the texts of the entries, the name and the arguments of
     the action, and "" if the action may be carried out, else one sentence.
 
-    Every entry of `fields` must begin a line, in order; another case and markdown signs round its name pass. Of an
-    entry that is repeated the first counts. Text after a line that starts with "Observation:" is invented and not read.
-    The action must be a known name, exactly; quoting signs round it pass. Its input is the first JSON object after the
-    header; code fences before it, raw line breaks in its texts and anything after it pass. The keys must be exactly
-    those of the tool, and the values texts; line numbers may be whole numbers. All searches take linear time.
+    Entries begin a line, in the order of `fields`; another case and markdown signs round the name pass, and of one that
+    is repeated the first counts. Text after a line that starts with "Observation:" is invented and not read. Quoting
+    signs round the action pass. Its input is the first JSON object after the header; code fences before it, raw line
+    breaks in its texts and anything after it pass. All searches take linear time.
     """
     values = {}
+    action = None
+    args = {}
+    error = ""
     try:
         source = read_entries(reply, fields, values)
         name = values["Action"].strip("`*\"'[] \t\n")
         if name not in actions:
             raise InvalidAction(f"There is no tool {shorten(name, 60)!r}; the tools are: {', '.join(actions)}.")
-    except InvalidAction as error:
-        return values, None, {}, str(error)
-    try:
+        action = name
         args = read_args(name, source)
-    except InvalidAction as error:
-        return values, name, {}, str(error)
-    return values, name, args, ""
+    except InvalidAction as problem:
+        error = str(problem)
+    return values, action, args, error
 
 
 def read_entries(reply, fields, values):
@@ -329,25 +324,25 @@ def cut_observation(reply):
 
 
 def plain(text):
-    """Returns the text with a question mark for each half of a surrogate pair, which cannot be written to a file."""
+    """Returns the text with a question mark for each half of a surrogate pair, which no file can hold."""
     return text.encode("utf-8", "replace").decode()
 
 
 def read_start(path, limit):
-    """Returns the first bytes of a file, at most `limit`."""
     with open(path, "rb") as file:
         return file.read(limit)
 
 
 def script_text(blobs, sha):
-    """Returns the text of a script of the workspace; "" for None, where there is none."""
+    """Returns the text of a script of the workspace; "" where there is none."""
     return read_start(blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace") if sha else ""
 
 
 def difference(before, after):
-    """Returns the lines of a unified difference of two texts, without its heads. Of texts that are long together, for
-    which difflib takes quadratic time, it is one piece from the first line that differs to the last."""
-    before, after = before.splitlines(), after.splitlines()
+    """Returns the lines of a unified difference of two texts, without its heads. Long texts, for which difflib takes
+    quadratic time, give one piece from the first line that differs to the last."""
+    before = before.splitlines()
+    after = after.splitlines()
     if len(before) + len(after) <= MAX_DIFF:
         return list(difflib.unified_diff(before, after, lineterm="", n=2))[2:]
     shortest = min(len(before), len(after))
@@ -366,8 +361,7 @@ def difference(before, after):
 
 
 def printed_metric(stdout, metric=""):
-    """Returns the validation score that a script printed: the last number of the last line that mentions "validation"
-    or the metric's name; None if there is none."""
+    """Returns the last number of the last line that mentions "validation" or the metric's name, or None."""
     for line in reversed(stdout.splitlines()):
         if "validation" in line.lower() or metric and metric.lower() in line.lower():
             numbers = re.findall(r"(?<![\w.])[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,4})?(?!\w)", line[-1000:])
@@ -379,16 +373,24 @@ def printed_metric(stdout, metric=""):
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings of an agent
 
+AGENT_FORMAT = {      # what agent.json in the folder of a model tells: how it was trained to act
+    "prompt_format": one_of(*PROMPTS),
+    "actions": some_of(*DEFAULT_ACTIONS),
+    "fields": (f"some of {', '.join(FIELDS)}, each once, with the last two at the end", lambda value: (
+        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
+    "context": up_to(1 << 20),
+    "max_new_tokens": up_to(1 << 20),
+    "steps": up_to(1000),
+}
+
+
 def check_agent(actions, fields, prompt_format):
     """Raises ValueError unless these settings of an agent, which may come from a file or from a caller, exist."""
-    if prompt_format not in PROMPTS:
-        raise ValueError(f"--prompt-format must be {' or '.join(PROMPTS)}, found {prompt_format!r}")
-    if unknown := sorted(set(actions) - set(ACTIONS)):
-        raise ValueError(f"there is no action {unknown[0]!r}; the actions are: {','.join(ACTIONS)}")
-    if len(set(actions)) < len(actions):
-        raise ValueError(f"--actions must name an action once, found {','.join(actions)}")
-    if not set(fields) <= set(FIELDS) or len(set(fields)) < len(fields) or tuple(fields[-2:]) != FIELDS[-2:]:
-        raise ValueError(f"--fields must be taken from {','.join(FIELDS)}, each once, and end in the last two")
+    forms = AGENT_FORMAT | {"actions": some_of(*ACTIONS)}
+    for name, value in {"prompt_format": prompt_format, "actions": list(actions), "fields": list(fields)}.items():
+        expected, is_right = forms[name]
+        if not is_right(value):
+            raise ValueError(f"{cli.flag_of(name)}: expected {expected}, found {shorten(ascii(value), 200)}")
 
 
 @dataclass
@@ -407,24 +409,9 @@ class AgentSettings(cli.TaskSettings):
         check_agent(self.actions, self.fields, self.prompt_format)
 
 
-REPLY_FIELDS = (f"some of {', '.join(FIELDS)}, with the last two at the end", lambda value: (
-    some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:])))
-# agent.json in the folder of a model tells these settings, with which the model was trained to act.
-AGENT_FORMAT = {
-    "prompt_format": one_of(*PROMPTS),
-    "actions": some_of(*DEFAULT_ACTIONS),
-    "fields": REPLY_FIELDS,
-    "context": up_to(1 << 20),
-    "max_new_tokens": up_to(1 << 20),
-    "steps": up_to(1000),
-}
-
-
 def read_agent(folder):
     """Returns {name: value} of the settings that agent.json in the folder of a model tells, {} where there is none.
-
-    ValueError: an entry has another type, or is out of bounds. Other entries are ignored, which is announced.
-    """
+    ValueError: an entry has another type, or is out of bounds. Other entries are ignored, which is announced."""
     path = Path(folder, "agent.json")
     raw = read_bytes(path, 1 << 16)
     if raw is None:
@@ -433,13 +420,12 @@ def read_agent(folder):
     if ignored := sorted(values.keys() - AGENT_FORMAT.keys()):
         names = shorten(", ".join(map(ascii, ignored)), 200)
         cli.announce(f"{path} may say {', '.join(AGENT_FORMAT)}; ignored: {names}")
-    agent = {name: value for name, value in values.items() if name in AGENT_FORMAT}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in agent.items()}
+    return {name: tuple(values[name]) if isinstance(values[name], list) else values[name]
+            for name in AGENT_FORMAT if name in values}
 
 
 def write_agent(folder, agent):
-    """Writes agent.json to the folder of a model. agent: settings with the names of AGENT_FORMAT as attributes, or some
-    of them as a dict, as read_agent returns it."""
+    """Writes agent.json to the folder of a model. agent: a program's settings, or what read_agent returns."""
     if not isinstance(agent, dict):
         agent = {name: getattr(agent, name) for name in AGENT_FORMAT}
     write_atomic(Path(folder, "agent.json"), agent)
@@ -448,12 +434,9 @@ def write_agent(folder, agent):
 # ---------------------------------------------------------------------------------------------------------------------
 # The environment
 
-CANNOT_TAKE = "The helper cannot take this: "
-
 
 class Run(NamedTuple):
-    """A script's Result, the graded score of its submission or None, and the files that it left or None: they stay as
-    they were."""
+    """How a script ended, the graded score of its submission, and the files that it left; None: they are as before."""
     result: Result
     score: float | None
     files: dict | None
@@ -475,8 +458,8 @@ class Step:
     detail: str = ""                # one sentence about the outcome
     printed: float | None = None    # the validation score that the script printed, not to be believed
     score: float | None = None      # the graded score of the submission that this step's run wrote
-    m_before: float | None = None   # the score of the last edit before this step; at first the starter's
-    m_after: float | None = None    # the same after it: `score` if it was an edit and has one, else m_before
+    m_before: float = math.nan      # the score of the last edit before this step; at first the starter's
+    m_after: float = math.nan       # the same after it: `score` if it was an edit and has one, else m_before
     m_top: float | None = None      # the best of the starter's score and of all edits before this step
     reward: float = 0.0
     seconds: float = 0.0            # of the whole step
@@ -497,10 +480,10 @@ class Env:
 
     task: a Task or its id. data: the folder of prepared data. out: where `blobs/` is kept; many Envs may share it.
     actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
-    steps, seconds: limits of the trajectory; waiting for a free slot to run a script does not count. coder:
-    callable(messages) -> str, a second model for the (AI) actions; its ValueError (a text that does not fit) goes to
-    the agent, other errors to the caller. prompt: what prompt() shows of a state, "full" or "short". python, threads,
-    sandbox: see execute. gpu: "0,1" gives each script one of these GPUs. cache: a ResultCache (default: one in out).
+    steps, seconds: limits of the trajectory; to wait for a free slot does not count. coder: callable(messages) -> str,
+    a second model for the (AI) actions; its ValueError (a text that does not fit) goes to the agent, other errors to
+    the caller. prompt: what prompt() shows of a state, "full" or "short". python, threads, sandbox: see execute. gpu:
+    "0,1" gives each script one of these GPUs. cache: a ResultCache (default: one in out).
     """
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
@@ -544,11 +527,7 @@ class Env:
         last edit (default: the starter's), the best score of an edit or the starter (default: the better of these two)
         and the seconds left (default: all). ValueError: it is no snapshot. MissingBlob: a file is missing or damaged,
         or they are too large."""
-        check_snapshot(snapshot)
-        for sha in snapshot.values():
-            self.blobs.path(sha)
-        if self.num_bytes(without_undo(snapshot)) > storage.MAX_BYTES:
-            raise MissingBlob(f"the files of this state have more than {storage.MAX_BYTES >> 20} MiB")
+        check_state(snapshot, self.blobs)
         self.files = dict(snapshot)
         self.index = index
         self.messages = [dict(message) for message in (self.messages if messages is None else messages)]
@@ -571,8 +550,8 @@ class Env:
         return bool(self.ended)
 
     def step(self, reply, tokens=None):
-        """Carries out any reply and returns the Step. tokens: the sampled ids that spell the reply; they are kept in
-        the messages so that its text is not encoded again. After the end nothing is done, and the Step says so."""
+        """Carries out any reply and returns the Step; after the end nothing is done. tokens: the sampled ids that spell
+        the reply, kept in the messages so that its text is not encoded again."""
         started = time.monotonic()
         reply = plain(reply[:MAX_REPLY + 1])
         step = Step(self.index, reply, m_before=self.m_before, m_top=self.m_top, time_left_s=self.deadline - started)
@@ -617,7 +596,7 @@ class Env:
         return step
 
     def act(self, step, parse_error):
-        """Carries out the action of a step, and writes to the step what came of it."""
+        """Carries out the action of a step."""
         try:
             if parse_error:
                 raise InvalidAction(parse_error)
@@ -636,8 +615,8 @@ class Env:
             if error.errno not in NO_SPACE:
                 raise
             step.kind = "limit"
-            step.outcome = "disk full"
             step.valid = True
+            step.outcome = "disk full"
             step.detail = f"This machine could not store the files: {error.strerror}."
             step.observation = f"{step.detail} {OUTCOMES['disk full'][1]}"
 
@@ -655,8 +634,7 @@ class Env:
     # Files. A path is a normalised text below the workspace. "data/..." are the public files, which are only read.
 
     def _path(self, text, write=False):
-        """Returns the normalised path, "" for the workspace itself. InvalidAction: it leads out of the workspace, or
-        must not be written."""
+        """Returns the normalised path, "" for the workspace. InvalidAction: it leads out, or must not be written."""
         shown = shorten(repr(text), 80)
         text = text.strip()
         if text.startswith(("/", "~")) or ".." in text.split("/"):
@@ -697,8 +675,8 @@ class Env:
         raise InvalidAction(f"There is no file {path}; the workspace holds {', '.join(names[:20])}, data/.")
 
     def _text(self, path, edit=False):
-        """Returns (text, size in bytes) of a file, of which the first MAX_READ bytes are looked at. InvalidAction: it
-        is binary or, for an edit, it is not UTF-8 or larger than MAX_SCRIPT."""
+        """Returns (text of the first MAX_READ bytes, size in bytes) of a file. InvalidAction: it is binary or, for an
+        edit, not UTF-8 or larger than MAX_SCRIPT."""
         file = self._file(path)
         size = file.stat().st_size
         content = read_start(file, MAX_READ)
@@ -710,15 +688,11 @@ class Env:
             raise InvalidAction(f"{path} cannot be edited: it must be UTF-8 text of at most {MAX_SCRIPT:,} bytes.")
         return text, size
 
-    def num_bytes(self, files):
-        return sum(self.blobs.path(sha).stat().st_size for sha in files.values())
-
     def _write(self, path, content):
-        """Puts bytes, or the file at a path, into the workspace; the file that was there is kept for Undo Edit Script.
-        InvalidAction: the workspace is full."""
+        """Puts bytes, or the file at a path, into the workspace, and keeps what was there for Undo Edit Script."""
         sha = self.blobs.put(content)
         after = without_undo(self.files) | {path: sha}
-        if len(after) > storage.MAX_FILES or self.num_bytes(after) > storage.MAX_BYTES:
+        if not fits(after, self.blobs):
             raise InvalidAction(f"The workspace is full: it may hold {storage.MAX_FILES:,} files and "
                                 f"{storage.MAX_BYTES >> 20:,} MiB.")
         if path in self.files:
@@ -730,18 +704,20 @@ class Env:
         self.files[path] = sha
 
     def _replaced(self):
-        """Returns [(number of the edit, path under .undo/)], in order, of the files that edits have replaced."""
+        """Returns [(number of an edit, path under .undo/)], in order."""
         return sorted((int(name.split("/")[1]), name) for name in self.files if name.startswith(UNDO))
 
     def _edit(self, step, path, before, after):
-        """Makes an edit and scores it; returns its observation, the difference. InvalidAction: it makes the file too
-        large for another edit."""
+        """Makes an edit and scores it; returns its observation, the difference."""
         if before == after:
             return f"{path} is as it was: the edit changes nothing."
         content = after.encode()
         if len(content) > MAX_SCRIPT:
             raise InvalidAction(f"{path} would have {len(content):,} bytes; a script may have {MAX_SCRIPT:,}.")
         self._write(path, content)
+        return self._score_saved(step, path, before, after)
+
+    def _score_saved(self, step, path, before, after):
         self._score_edit(step)
         return "\n".join([f"{path} is saved. The difference:", *difference(before, after)])
 
@@ -751,26 +727,28 @@ class Env:
         path = self._path(dir_path)
         prefix = path + "/" if path else ""
         public = self._public(path)
-        stat_of = {}        # name -> function that gives its os.stat_result; a folder's name ends in "/"
+        contents = {}        # name, a folder's with a "/" at its end -> path of what it holds
         if public and public.is_dir():
             with os.scandir(public) as entries:
                 for entry in entries:
-                    if not entry.is_symlink() or os.path.exists(entry.path):
-                        stat_of[entry.name + "/" if entry.is_dir() else entry.name] = entry.stat
+                    if entry.is_dir():
+                        contents[entry.name + "/"] = entry.path
+                    elif entry.is_file():
+                        contents[entry.name] = entry.path
         else:
             for name, sha in without_undo(self.files).items():
                 if name.startswith(prefix):
                     first, slash, _ = name[len(prefix):].partition("/")
-                    stat_of[first + slash] = self.blobs.path(sha).stat
+                    contents[first + slash] = self.blobs.path(sha)
             if not path:
-                stat_of["data/"] = None
-        if not stat_of:
+                contents["data/"] = self.public
+        if not contents:
             raise InvalidAction(f"There is no folder {path}.")
         lines = []
-        for name in sorted(stat_of)[:MAX_LISTED]:
-            lines.append(name if name.endswith("/") else f"{name}  {stat_of[name]().st_size:,} bytes")
-        if len(stat_of) > MAX_LISTED:
-            lines.append(f"... and {len(stat_of) - MAX_LISTED:,} more")
+        for name in sorted(contents)[:MAX_LISTED]:
+            lines.append(name if name.endswith("/") else f"{name}  {os.path.getsize(contents[name]):,} bytes")
+        if len(contents) > MAX_LISTED:
+            lines.append(f"... and {len(contents) - MAX_LISTED:,} more")
         return "\n".join(lines)
 
     def _inspect_script_lines(self, step, script_name, start_line_number, end_line_number):
@@ -809,7 +787,7 @@ class Env:
         return self._edit(step, target, before, parts[1].strip("\n") + "\n")
 
     def _ask_coder(self, step, question):
-        """Asks the coder one question; its reply is kept in the step, for replay."""
+        """Returns the coder's reply, which is kept in the step for replay."""
         try:
             answer = self.coder([{"role": "user", "content": question}])
             if not isinstance(answer, str):
@@ -841,10 +819,9 @@ class Env:
         self.files[path] = self.files.pop(names[-1])
         if self.files[path] == sha_before:
             return f"{path} is as it was: the edit changed nothing."
-        self._score_edit(step)
         before = script_text(self.blobs, sha_before)
         after = script_text(self.blobs, self.files[path])
-        return "\n".join([f"{path} is saved. The difference:", *difference(before, after)])
+        return self._score_saved(step, path, before, after)
 
     def _copy_file(self, step, source, destination):
         origin = self._path(source)
@@ -875,7 +852,6 @@ class Env:
         return text
 
     def _describe_run(self, path, result):
-        """Returns what the agent reads about a run."""
         ending = "ran to the end in" if result.outcome == "ok" else f"ended with: {result.outcome}, after"
         parts = [f"{path} {ending} {result.seconds:.1f} s."]
         if result.exit_code == 0:
@@ -898,8 +874,7 @@ class Env:
     # Running and scoring
 
     def score(self):
-        """Runs the entry script in a copy of the workspace with the task's own time limit. Returns (graded score or
-        None, Result) and changes nothing."""
+        """Runs the entry script in a copy of the workspace. Returns (graded score or None, Result)."""
         result, score, _ = self._cached_run(self.task.entry, WALL_FACTOR * self.time_limit_s)
         return score, result
 
@@ -916,7 +891,7 @@ class Env:
         return self.blobs.path(self.files[script]).stat().st_size > MAX_SCRIPT
 
     def _run_in_step(self, step, script):
-        """Runs a script in the time that is left, writes the results to the step, and returns the Run."""
+        """Runs a script in the time that is left, with the results in the step; returns the Run."""
         time_left = self.deadline - time.monotonic()
         run = self._cached_run(script, max(0.0, min(WALL_FACTOR * self.time_limit_s, time_left)))
         step.outcome = run.result.outcome
@@ -930,8 +905,8 @@ class Env:
         return run
 
     def _cached_run(self, script, timeout_s):
-        """Returns the Run of a script in a copy of the workspace. It depends on the state alone, so it is kept: to run
-        a script whose edit was scored costs nothing. The entry script starts without an old submission.csv."""
+        """Returns the Run of a script in a copy of the workspace. It depends on the state alone, so it is kept. The
+        entry script starts without an old submission.csv."""
         before = without_undo(self.files)
         if script == self.task.entry:
             before.pop("submission.csv", None)
@@ -962,18 +937,14 @@ class Env:
         """Returns the Run in the cache; None if there is none, if no run gives such an entry, or if files are gone."""
         try:
             entry = self.cache.get(key)
-            check_form(entry, CACHED, "the entry")
-            result = Result(**entry["result"])
-            run = Run(result, entry["score"], entry["after"])
+            check_form(entry, FORMS["cached"], "the entry")
+            run = Run(Result(**entry["result"]), entry["score"], entry["after"])
             if run.files is not None:
-                check_snapshot(run.files)
-                for sha in run.files.values():
-                    self.blobs.path(sha)
+                check_state(run.files, self.blobs)
         except (TypeError, ValueError):
             return None
-        if result.outcome == "ok":
-            return run if run.files is not None else None
-        return run if run.score is None else None
+        is_whole = run.files is not None if run.result.outcome == "ok" else run.score is None
+        return run if is_whole else None
 
     def _run(self, script, before, timeout_s):
         """Runs a script on the files `before` and grades its submission; returns the Run."""
@@ -995,7 +966,9 @@ class Env:
                 if stamps_of(self.public) != stamps:
                     raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
                                        f"python -m tasks prepare {self.task.id} --force")
-                result = without_folder(result, folder)
+                texts = {name: getattr(result, name).replace(f"{folder}/", "")      # without its random name
+                         for name in ("stdout", "stderr", "detail")}
+                result = dataclasses.replace(result, **texts)
                 # 2. The files that it left are stored.
                 if result.outcome in ("ok", "error"):
                     files = storage.collect_folder(folder, self.blobs)
@@ -1013,7 +986,7 @@ class Env:
         return Run(result, score, files)
 
     def _grade(self, submission):
-        """Returns (outcome, detail, graded score or None) of a run that ended well."""
+        """Returns (outcome, detail, graded score or None)."""
         if not os.path.lexists(submission):
             return "no submission", "The script ended without writing submission.csv.", None
         try:
@@ -1030,160 +1003,11 @@ def comes_again(result):
     return result.exit_code >= 0 and result.outcome != "disk full"
 
 
-def without_folder(result, folder):
-    """Returns the Result without the random name of the folder that the script ran in."""
-    texts = {name: getattr(result, name).replace(f"{folder}/", "") for name in ("stdout", "stderr", "detail")}
-    return dataclasses.replace(result, **texts)
-
-
 def stamps_of(folder):
-    """Returns names, sizes and times of a folder's entries: enough to see that a script has written to shared data.
-    None: they cannot be read."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+    """Returns names, sizes and times of a folder's entries, to see that a script has written to shared data."""
+    with os.scandir(folder) as entries:
         states = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
-        return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Records. A trajectory file holds one JSON object a line: a header, the steps, and at most an "end".
-
-ANY_NUMBER = "a number", lambda value: type(value) in (int, float)      # also NaN, where it is only shown
-FINITE = "a finite number", is_number
-POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
-INTEGER = "a whole number", lambda value: type(value) is int and abs(value) < 1 << 63
-SIZE = "a whole number above 0", lambda value: type(value) is int and 0 < value < 1 << 63
-TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,99}", value)
-ACTION_NAMES = f"a list of some of {', '.join(ACTIONS)}", lambda value: value == [] or some_of(*ACTIONS)[1](value)
-
-
-def is_message(message):
-    if type(message) is not dict or not {"role", "content"} <= set(message) <= {"role", "content", "tokens"}:
-        return False
-    tokens = message.get("tokens", [])
-    return (message["role"] in ("system", "user", "assistant") and TEXT[1](message["content"])
-            and type(tokens) is list and all(type(token) is int and 0 <= token < 1 << 31 for token in tokens))
-
-
-MESSAGE = "a message: role, content, and at most tokens", is_message
-RESULT_FORM = {
-    "outcome": one_of(*OUTCOMES), "exit_code": INTEGER, "stdout": TEXT, "stderr": TEXT, "seconds": FINITE,
-    "peak_bytes": INTEGER, "sandbox": TEXT, "detail": TEXT, "warm": FLAG, "limit": TEXT}
-CACHED = {"result": RESULT_FORM, "score": maybe(FINITE), "after": ("files or null", lambda value: True)}
-HEADER_FORM = {
-    "task": TASK_ID, "data": TEXT, "prompt": one_of(*PROMPTS), "actions": ACTION_NAMES, "fields": REPLY_FIELDS,
-    "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT), "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT,
-    "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
-    "messages": [MESSAGE],
-    # written by the programs
-    "k?": INTEGER, "seed?": INTEGER, "max_new_tokens?": INTEGER, "temperature?": FINITE, "top_p?": FINITE,
-    "model?": TEXT, "coder?": TEXT, "expert?": TEXT, "tokenizer?": maybe(TEXT), "ideas?": [TEXT],
-    "data_sha256?": {str: TEXT}}
-STEP_FORM = {
-    "index": INTEGER, "reply": TEXT, "fields": {str: TEXT}, "action": maybe(TEXT), "args": {str: TEXT}, "valid": FLAG,
-    "error": TEXT, "observation": TEXT, "kind": one_of(*KINDS), "outcome": maybe(one_of(*OUTCOMES)), "detail": TEXT,
-    "printed": maybe(ANY_NUMBER), "score": maybe(FINITE), "m_before": FINITE, "m_after": FINITE,
-    "m_top": maybe(FINITE), "reward": FINITE, "seconds": FINITE, "time_left_s": FINITE, "seconds_left": FINITE,
-    "script_seconds": FINITE, "peak_bytes": INTEGER, "sandbox": TEXT, "coder": [TEXT], "ended": TEXT,
-    "messages": [MESSAGE],
-    # written by the programs
-    "tokens?": maybe(INTEGER), "prompt_tokens?": maybe(INTEGER), "cached_tokens?": maybe(INTEGER),
-    "sample_seconds?": maybe(FINITE), "finish?": maybe(TEXT)}
-END_FORM = {"ended": TEXT, "detail?": TEXT}
-
-
-def header(env, **entries):
-    """Returns the first line, to be written right after reset(). entries: the caller's own (model, seed)."""
-    return {"type": "header", "task": env.task.id, "data": str(env.data), "prompt": env.prompt_format,
-            "actions": env.actions, "fields": env.fields, "steps": env.steps, "seconds": env.seconds,
-            "python": env.python, "gpu": env.gpu, "threads": env.threads, "sandbox": env.sandbox,
-            "m_init": env.info["m_init"], "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")),
-            "m_after": env.m_before, "seconds_left": env.seconds, "snapshot": env.snapshot(),
-            "messages": list(env.messages), **entries}
-
-
-def record(step, **entries):
-    """Returns the line of a step. The state before step i is the snapshot of step i - 1, or the header's; the messages
-    of the header and of all steps before i; m_before and m_top of step i."""
-    return {"type": "step", **dataclasses.asdict(step), **entries}
-
-
-def check_record(line, first):
-    """Raises ValueError, one sentence, unless a line from anybody is such as header() or record() returns, or an end.
-    first: it must be the header."""
-    if type(line) is not dict:
-        raise ValueError("it is no JSON object")
-    kind = line.get("type")
-    forms = {"header": HEADER_FORM} if first else {"step": STEP_FORM, "end": END_FORM}
-    if not isinstance(kind, str) or kind not in forms:
-        raise ValueError(f"its type is {shorten(ascii(kind), 60)}")
-    for name, form in forms[kind].items():
-        key = name.removesuffix("?")
-        if key in line:
-            check_form(line[key], form, f'its entry "{key}"')
-        elif key == name:
-            raise ValueError(f'its entry "{key}" is missing')
-    if kind != "end":
-        if "snapshot" not in line:
-            raise ValueError('its entry "snapshot" is missing')
-        check_snapshot(line["snapshot"])
-    if kind == "step" and not line["messages"]:
-        raise ValueError('its entry "messages" is empty')
-
-
-def read_records(path, mend=False):
-    """Returns the lines of a trajectory file, [] where there is none; a last line that was cut short is left out, and
-    with mend removed from the file. ValueError names the line that is no record, and the reason."""
-    lines = read_json_lines(path, {}, mend)
-    for number, line in enumerate(lines, 1):
-        try:
-            check_record(line, number == 1)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no record of a trajectory: {error}") from None
-    return lines
-
-
-def read_trajectory(path):
-    """Returns (header, [step, ...]) of a trajectory file. ValueError: as read_records, or there is no line."""
-    lines = read_records(path)
-    if not lines:
-        raise ValueError(f"{path} does not exist or is empty; a trajectory starts with a header")
-    return lines[0], [line for line in lines if line["type"] == "step"]
-
-
-def read_record(path, mend=True):
-    """Returns the lines of a file <task>-<k>.jsonl, as read_records; it must be of that task."""
-    try:
-        lines = read_records(path, mend)
-        if lines:
-            check_form(lines[0]["task"], one_of(path.stem.rpartition("-")[0]), f"{path}, line 1, 'task'")
-    except ValueError as error:
-        raise ValueError(f"{error}; delete that file to play it again") from None
-    return lines
-
-
-def end_reason(lines):
-    """Returns why a trajectory is over: "final answer", "steps", "time" or "context full"; "" if it is not."""
-    return lines[-1].get("ended", "") if lines else ""
-
-
-def best_before(task, head, steps):
-    """Returns the best score of a recorded trajectory after `steps`: the starter's, or an edit's."""
-    return best_of(task.direction, head["m_init"], *(step["m_after"] for step in steps))
-
-
-def trajectory_path(folder, id, k):
-    return Path(folder, f"{id}-{k}.jsonl")
-
-
-def trajectory_files(folder):
-    """Returns the trajectory files in a folder of eval.py or of sft.py --collect, those of a task in order."""
-    paths = [*Path(folder).glob("trajectories/*-*.jsonl"), *Path(folder).glob("*-*.jsonl")]
-    named = []
-    for path in paths:
-        id, _, k = path.stem.rpartition("-")
-        if re.fullmatch(r"[\w.-]+ \d{1,9}", f"{id} {k}", re.ASCII):
-            named.append((id, len(k), k, path))
-    return [path for *_, path in sorted(named)]
+    return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1194,7 +1018,7 @@ CODE_END = "\n```\n"    # the line that ends a script in a reply
 
 
 def make_env(cfg, task, out, cache, **options):
-    """Returns the Env of a task by the settings that programs have in common."""
+    """Returns the Env of a task by a program's settings."""
     return Env(task, cfg.data, out=out, python=cfg.python, gpu=cfg.gpu or None, threads=cfg.threads,
                sandbox=cfg.sandbox, cache=cache, **options)
 
@@ -1202,13 +1026,14 @@ def make_env(cfg, task, out, cache, **options):
 def model_policy(cfg, model, hint=""):
     """Returns the function by which a model replies in play_trajectory. hint: a text that the model is told besides;
     the record of the trajectory is without it."""
+    tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
+
     def reply(env, lines, seed):
         messages = [dict(message) for message in env.prompt()]
         first = next(message for message in messages if message["role"] == "user")
         first["content"] += hint
         completion = model.chat(messages, max_new_tokens=cfg.max_new_tokens, stop=("\nObservation:",), seed=seed,
                                 temperature=cfg.temperature, top_p=cfg.top_p)
-        tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
         tokens = tokenizer.spelling(completion.tokens, completion.text) if tokenizer else None
         return completion.text, tokens, {
             "finish": completion.finish, "tokens": len(completion.tokens), "prompt_tokens": completion.prompt_tokens,
@@ -1217,11 +1042,11 @@ def model_policy(cfg, model, hint=""):
 
 
 def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about):
-    """Plays trajectory k of a task to its end, from the last step in its file `path`, to which it adds a line a step.
+    """Plays trajectory k of a task to its end, from the last step in its file `path`; each step adds a line.
 
     reply(env, lines, seed): the policy; returns (text, token ids or None, {further entries of the step's line}).
-    coder: a model of sample.load, or None. out: the folder of the blobs. cache: a ResultCache. run: the Progress that
-    writes the lines, and that may stop the work. about: further entries of the header.
+    coder: a model of sample.load, or None. out: the folder of the blobs. cache: a ResultCache. run: a Progress, which
+    writes the lines and may stop the work. about: further entries of the header.
     """
     def seed_of(speaker):   # differs between trajectories, steps and speakers; the same again after an interruption
         return zlib.crc32(f"{cfg.seed} {task.id} {k} {env.index} {speaker}".encode())
@@ -1268,116 +1093,46 @@ def resume(env, lines):
 
 
 def prepare_tasks(cfg):
-    """Prepares the tasks of cfg.task, each on first use, and returns [(task, the contents of its task.json)].
-    ValueError: no such task, or a raw folder that lacks something. RunError: a starter that does not run."""
-    chosen = [tasks.load(id) for id in tasks.names(cfg.task)]
-    if not chosen:
+    """Prepares the tasks of cfg.task on first use, and returns [(task, the contents of its task.json)].
+    ValueError: no such task, or raw files are missing. RunError: a starter does not run."""
+    ids = list(tasks.names(cfg.task))
+    if not ids:
         raise ValueError(f"there is no {cfg.task} task here yet; python -m tasks list shows those there are")
-    if len(chosen) == 1:        # in this thread, where a request to end ends its starter
-        return [prepare_task(cfg, chosen[0], cfg.raw)]
-    jobs = [(cfg, task, cfg.raw and Path(cfg.raw, task.id)) for task in chosen]
+    if len(ids) == 1:        # in this thread, where a request to end ends its starter
+        return [prepare_task(cfg, ids[0], cfg.raw)]
+    jobs = [(cfg, id, cfg.raw and Path(cfg.raw, id)) for id in ids]
     return run_parallel(jobs, prepare_task, SLOTS.cpus)
 
 
-def prepare_task(cfg, task, raw):
+def prepare_task(cfg, id, raw):
+    task = tasks.load(id)
     if raw and not Path(raw).is_dir():
-        hint = "" if raw == cfg.raw else " For several tasks --raw holds a folder for each task id."
-        raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size}).{hint}")
+        raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size}); for several tasks "
+                         "--raw holds a folder for each task id")
     try:
-        tasks.prepare(task.id, raw or None, cfg.data, python=cfg.python,
-                      say=lambda line: print(line, file=sys.stderr))
+        tasks.prepare(id, raw or None, cfg.data, python=cfg.python, say=lambda line: print(line, file=sys.stderr))
     except RuntimeError as error:
         raise RunError(str(error)) from error
-    return task, tasks.info(task.id, cfg.data)
+    return task, tasks.info(id, cfg.data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Replay
+# Records and their replay, with the words of this file
 
-COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
-            "score", "m_before", "m_after", "m_top", "reward", "snapshot", "ended")
-
-
-def replay(path, say=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
-    """Restores every recorded state, carries out its reply again, says what differs (times masked, figures to 6 digits)
-    and returns the number of differences. The other arguments are as for Env; where the file tells of others, that is
-    said, and not obeyed: a file must not choose a program, a folder or a weaker sandbox."""
-    head, steps = read_trajectory(path)
-    out = next((parent for parent in Path(path).resolve().parents if (parent / "blobs").is_dir()), None)
-    if out is None:
-        raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
-    refuse_links_out(out)
-    chosen = {"data": str(data), "sandbox": sandbox, "python": python or sys.executable, "gpu": gpu, "threads": threads}
-    recorded = head | {"python": head["python"] or sys.executable}
-    for name, value in chosen.items():
-        if recorded[name] != value:
-            say(f"it was recorded with {name} {shorten(ascii(recorded[name]), 100)}; here it is {value!r}, as --{name} "
-                "says")
-    coder = RecordedCoder()
-    settings = {name: head[name] for name in ("actions", "fields", "steps", "seconds", "prompt")}
-    snapshot = head["snapshot"]
-    messages = head["messages"]
-    num_differences = 0
-    with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
-        env = Env(head["task"], data, out=out, coder=coder, cache=ResultCache(empty), sandbox=sandbox, python=python,
-                  gpu=gpu, threads=threads, **settings)
-        for number, step in enumerate(steps):
-            env.restore(snapshot, messages, index=step["index"], m_before=step["m_before"],
-                        m_top=best_before(env.task, head, steps[:number]), seconds=step["time_left_s"])
-            coder.answers = list(step["coder"])
-            coder.error = step["error"]
-            replayed = json.loads(json.dumps(record(env.step(step["reply"]))))
-            for name in COMPARED:
-                before, after = _masked(step[name]), _masked(replayed[name])
-                if before != after:
-                    num_differences += 1
-                    say(f"step {step['index']}, {name}:\n  recorded: {shorten(repr(before), 1000)}\n"
-                        f"  replayed: {shorten(repr(after), 1000)}")
-            snapshot = step["snapshot"]
-            messages = messages + step["messages"]
-    say(f"{len(steps)} steps replayed, {num_differences} differences")
-    return num_differences
+FORMS = records.record_forms(Step, PROMPTS, ACTIONS, AGENT_FORMAT["fields"], OUTCOMES)
+check_record = functools.partial(records.check_record, FORMS)
+read_records = functools.partial(records.read_records, FORMS)
+read_trajectory = functools.partial(records.read_trajectory, FORMS)
+read_record = functools.partial(records.read_record, FORMS)
 
 
-class RecordedCoder:
-    """Answers as the coder did when a step was recorded."""
-
-    def __call__(self, messages):
-        if not self.answers:     # it raised an error then
-            raise ValueError(self.error.removeprefix(CANNOT_TAKE))
-        return self.answers.pop(0)
-
-
-def _masked(value):
-    """Returns the value with times masked and figures rounded to 6 digits."""
-    if isinstance(value, str):
-        return re.sub(r"\d[\d.,]{0,30} ?(?=(?:ms|s|sec|seconds|min|minutes)\b)", "# ", value)
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def replay(path, say=print, **options):
+    """Runs a recorded trajectory again; returns the number of differences, see support/records.py."""
+    return records.replay(Env, FORMS, path, say, **options)
 
 
 def main(args):
-    parser = argparse.ArgumentParser("env.py", allow_abbrev=False, description="Runs a recorded trajectory again and "
-                                     "says what differs. How scripts are run is said here, and never by the file.")
-    parser.add_argument("command", choices=["replay"])
-    parser.add_argument("file", metavar="FILE", help="a trajectory, as eval.py and sft.py write them")
-    parser.add_argument("--data", default="data", help="where prepared tasks are kept (default: data)")
-    parser.add_argument("--sandbox", default="on", choices=["on", "off"],
-                        help="off: scripts can read the answers and all your files (default: on)")
-    parser.add_argument("--python", help="the interpreter that runs the scripts (default: this one)")
-    parser.add_argument("--gpu", help="CUDA_VISIBLE_DEVICES of the scripts (default: none)")
-    parser.add_argument("--threads", type=int, default=1, help="that a script may use for numerics (default: 1)")
-    try:
-        settings = vars(parser.parse_args(args))
-        settings.pop("command")
-        if settings["threads"] < 1:
-            parser.error(f"--threads must be at least 1, found {settings['threads']}")
-    except SystemExit as end:
-        return end.code
-    try:
-        return 1 if replay(settings.pop("file"), **settings) else 0
-    except (ValueError, OSError, SandboxUnavailable) as error:
-        print(f"env.py replay: {error}", file=sys.stderr)
-        return 2
+    return records.main(replay, args)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def some_of(*values):
         if not isinstance(value, list) or not all(isinstance(name, str) and name in values for name in value):
             return False
         return 0 < len(value) == len(set(value))
-    return f"a list of some of {', '.join(values)}", is_some
+    return f"a list of some of {', '.join(values)}, each once", is_some
 
 
 def up_to(most):
@@ -46,7 +46,6 @@ def up_to(most):
 
 
 def is_value(value):
-    """Returns whether a value is a text, a number, true, false, null or a list of these."""
     items = value if isinstance(value, list) else [value]
     return all(item is None or any(form[1](item) for form in (TEXT, FLAG, NUMBER)) for item in items)
 
@@ -85,7 +84,7 @@ def check_form(value, form, where):
 # Reading and writing
 
 def read_bytes(path, most=MAX_FILE):
-    """The content of a file, None where there is none. ValueError: it is no ordinary file, or has more bytes."""
+    """Returns the content of a file, None where there is none. ValueError: it is no ordinary file, or larger."""
     def opener(path, flags):        # waits for nobody at the other end of a pipe
         return os.open(path, flags | os.O_NONBLOCK)
     try:
@@ -101,7 +100,7 @@ def read_bytes(path, most=MAX_FILE):
 
 
 def parse_json(raw, form, where):
-    """The value of JSON from who knows where. ValueError: it is not JSON, or not of that form."""
+    """Returns the value of JSON from anybody. ValueError: it is not JSON, or not of that form."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
@@ -111,8 +110,8 @@ def parse_json(raw, form, where):
 
 
 def read_json_lines(path, form, mend=False):
-    """The lines of a file of JSON lines, [] where there is no file. A last line that was cut short is left out, and
-    with mend removed from the file; any other that is not JSON or not of this form is a ValueError."""
+    """Returns the lines of a file of JSON lines, [] where there is none. A last line that was cut short is left out,
+    and with mend removed from the file. ValueError: another line is not JSON, or not of this form."""
     raw = read_bytes(path) or b""
     whole = raw.rfind(b"\n") + 1
     if mend and whole < len(raw):
@@ -122,8 +121,8 @@ def read_json_lines(path, form, mend=False):
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """Opens a new file beside `path` for writing bytes, which takes the place of `path` when the block ends without an
-    error. So `path` is whole or as it was, also with many writers and where this process is killed."""
+    """Opens a new file for writing bytes, which takes the place of `path` when the block ends without an error. So
+    `path` is whole or as it was, also with many writers and where this process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -182,18 +181,20 @@ def refuse_links_out(folder):
 
 
 def hash_json(value):
-    return hashlib.sha256((value if isinstance(value, str) else json.dumps(value, sort_keys=True)).encode()).hexdigest()
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shorten(text, limit):
-    """The text, its middle cut out and the cut marked if it is longer than `limit` characters."""
-    half, cut = limit // 2, len(text) - limit
+    """Returns the text; where it is longer than `limit` characters its middle is cut out, which is marked."""
+    half = limit // 2
+    cut = len(text) - limit
     return text if cut <= 0 else f"{text[:half]} ... {cut:,} characters cut ... {text[half + cut:]}"
 
 
 def sync(path):
-    """Returns when what a file holds, or which names a folder has, is on the disk: to be called before the rename that
-    says so, which after a loss of power may otherwise be there without it."""
+    """Returns when the contents of a file or the names of a folder are on the disk: to be called before a rename, which
+    may otherwise be there without them after a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -202,5 +203,5 @@ def sync(path):
 
 
 def fingerprint(tokenizer):
-    """Tells tokenizers apart: sampled token ids are of use to a model with the same one alone."""
+    """Returns an id of a tokenizer: sampled token ids are of use to a model with the same one alone."""
     return hash_json(tokenizer.bpe.to_str())[:16]

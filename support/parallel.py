@@ -1,5 +1,5 @@
 """Jobs in threads, and their progress."""
-import json, sys, threading, time
+import json, sys, threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from tqdm import tqdm
@@ -12,12 +12,17 @@ class Progress:
         """records: {path: its lines so far} of every trajectory, each of at most num_steps."""
         self.stop = threading.Event()
         self.lock = threading.Lock()
-        self.start = time.monotonic()
         self.num_steps = num_steps
-        self.tokens = 0
-        self.over = {path for path, lines in records.items() if lines and lines[-1].get("ended")}
+        self.num_tokens = 0
         self.steps = {path: sum(line["type"] == "step" for line in lines) for path, lines in records.items()}
-        self.steps_before = sum(self.steps.values())
+        self.over = {path for path, lines in records.items() if lines and lines[-1].get("ended")}
+        self.bar = tqdm(total=self.total(), initial=sum(self.steps.values()), unit="step", ncols=0, miniters=1,
+                        mininterval=0.5 if sys.stderr.isatty() else 30.0)
+        self.count(0)
+
+    def total(self):
+        """Returns the number of steps, supposing that an open trajectory takes all its steps."""
+        return sum(number if path in self.over else self.num_steps for path, number in self.steps.items())
 
     def write(self, path, line):
         """Appends a line to a trajectory's file, unless all was stopped: each line is whole, and none follows."""
@@ -26,45 +31,40 @@ class Progress:
                 return
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            self.steps[path] += line["type"] == "step"
-            self.tokens += line.get("tokens") or 0
+            is_step = line["type"] == "step"
+            self.steps[path] += is_step
+            self.num_tokens += line.get("tokens") or 0
             if line.get("ended"):
                 self.over.add(path)
+            self.count(is_step)
 
-    def line(self):
-        """Returns the progress in one line. The total supposes that an open trajectory takes all its steps."""
+    def count(self, num_new):
+        self.bar.total = self.total()
+        postfix = f"{len(self.over)}/{len(self.steps)} trajectories"
+        if self.num_tokens:     # an endpoint does not tell them
+            postfix += f", {self.num_tokens / self.bar.format_dict['elapsed']:.1f} tokens/s"
+        self.bar.set_postfix_str(postfix, refresh=False)
+        self.bar.update(num_new)
+
+    def close(self):
+        """Stops all threads, not in the middle of a line."""
         with self.lock:
-            steps = sum(self.steps.values())
-            total = sum(n if path in self.over else self.num_steps for path, n in self.steps.items())
-            seconds = time.monotonic() - self.start
-            postfix = f"{len(self.over)}/{len(self.steps)} trajectories"
-            if self.tokens:     # an endpoint does not tell them
-                postfix += f", {self.tokens / seconds:.1f} tokens/s"
-        return tqdm.format_meter(steps, total, seconds, initial=self.steps_before, unit="step", postfix=postfix,
-                                 ncols=0).strip()
+            self.stop.set()
+            self.bar.close()
 
 
-def run_parallel(jobs, work, parallel, run=None):
-    """Returns [work(*job) for each job], so many at a time. The first error stops all and is raised. run: a Progress,
-    whose line is shown: rewritten in place in a terminal, now and then in a log."""
-    is_terminal = sys.stderr.isatty()
-    pause = 0.5 if is_terminal else 30.0
+def run_parallel(jobs, work, parallel, progress=None):
+    """Returns [work(*job) for each job], so many at a time. The first error stops all, also a Progress, and is
+    raised."""
     failed = threading.Event()
     threads = ThreadPoolExecutor(parallel)
     futures = [threads.submit(run_job, work, job, failed) for job in jobs]
-    running = set(futures)
     try:
-        while running:
-            finished, running = wait(running, pause, FIRST_EXCEPTION)
-            for future in finished:
-                future.result()
-            if run and running:
-                show(run.line(), is_terminal)
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
     finally:
-        if run:
-            with run.lock:      # not in the middle of a line
-                run.stop.set()
-            show(run.line() + ("\n" if is_terminal else ""), is_terminal)
+        if progress:
+            progress.close()
         threads.shutdown(wait=False, cancel_futures=True)
     return [future.result() for future in futures]
 
@@ -78,10 +78,3 @@ def run_job(work, job, failed):
     except BaseException:
         failed.set()
         raise
-
-
-def show(line, is_terminal):
-    if is_terminal:
-        print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
-    else:
-        print(line, file=sys.stderr, flush=True)

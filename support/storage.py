@@ -51,6 +51,20 @@ def check_snapshot(snapshot):
         raise ValueError(f"a snapshot has {min(both)} both as a file and as a folder")
 
 
+def check_state(snapshot, blobs):
+    """Raises ValueError unless a value is a snapshot whose blobs are there and sound, and not too large together."""
+    check_snapshot(snapshot)
+    for sha in snapshot.values():
+        blobs.path(sha)
+    if not fits(without_undo(snapshot), blobs):
+        raise MissingBlob(f"the files of this state are more than {MAX_FILES} or have more than {MAX_BYTES >> 20} MiB")
+
+
+def fits(files, blobs):
+    """Returns whether the files of a workspace are not too many and not too large."""
+    return len(files) <= MAX_FILES and sum(blobs.path(sha).stat().st_size for sha in files.values()) <= MAX_BYTES
+
+
 def without_undo(snapshot):
     """Returns the files of a snapshot without those that edits have replaced."""
     return {path: sha for path, sha in snapshot.items() if not path.startswith(UNDO)}
@@ -127,42 +141,26 @@ class MissingBlob(ValueError):
 
 
 class Blobs:
-    """Contents by their sha256, in <folder>/<aa>/<sha256>. A blob that we wrote is whole; as the folder may come from
-    others, each is read once before it is used. Many processes may write at once."""
+    """Contents by their sha256, in <folder>/<aa>/<sha256>. The folder may come from others, so each is read once before
+    it is used. Many processes may write at once."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
 
-    def identify(self, sha):
-        """Returns (path, inode, size, time of change) of a blob, None if there is none. A text that is no sha256 is
-        never looked up."""
-        if not isinstance(sha, str) or not HASH.fullmatch(sha):
-            return None
-        path = self.folder / sha[:2] / sha
-        try:
-            state = os.lstat(path)
-        except OSError:
-            return None
-        if not stat.S_ISREG(state.st_mode) or state.st_size > MAX_BYTES:
-            return None
-        return path, state.st_ino, state.st_size, state.st_ctime_ns
-
-    def has(self, sha):
-        """Returns whether a blob is there, without a look at its contents."""
-        return self.identify(sha) is not None
-
     def path(self, sha):
-        """Returns the path of a blob. MissingBlob: it is missing, or its contents are not those it is named by."""
-        identity = self.identify(sha)
-        try:
-            is_right = identity is not None and is_sound(*identity)
-        except OSError:     # which is not remembered: it may be readable the next time
-            is_right = False
-        if not is_right:
-            reason = "missing" if identity is None else "damaged"
-            raise MissingBlob(f"the blob {shorten(str(sha), 80)} is {reason} in {self.folder}: this state cannot be "
-                              "restored")
-        return identity[0]
+        """Returns the path of a blob. MissingBlob: it is missing, or its contents are not those it is named by. A text
+        that is no sha256 is never looked up."""
+        reason = "missing"
+        if isinstance(sha, str) and HASH.fullmatch(sha):
+            path = self.folder / sha[:2] / sha
+            with contextlib.suppress(OSError):      # which is not remembered: it may be readable the next time
+                state = os.lstat(path)
+                if stat.S_ISREG(state.st_mode) and state.st_size <= MAX_BYTES:
+                    reason = "damaged"
+                    if is_sound(path, state.st_ino, state.st_size, state.st_ctime_ns):
+                        return path
+        raise MissingBlob(f"the blob {shorten(str(sha), 80)} is {reason} in {self.folder}: this state cannot be "
+                          "restored")
 
     def put(self, content):
         """Stores bytes, or the file at a path, and returns the sha256."""
@@ -184,8 +182,7 @@ class Blobs:
 
 @functools.lru_cache(maxsize=10_000)
 def is_sound(path, inode, size, time_of_change):
-    """Returns whether the contents of a blob are those it is named by. It is read once as long as it stays the same
-    file of the same size and time."""
+    """Returns whether the contents of a blob are those it is named by; read once while it stays the same file."""
     with open_regular(path) as file:
         return copy_file(file) == path.name
 

@@ -574,16 +574,6 @@ def test_the_coder_is_asked_with_its_own_seed(tmp_path, task):
     assert asked == [zlib.crc32(b"0 tiny-task 0 0 coder")]
 
 
-def test_progress_line():
-    run = env.Progress({Path("a"): [], Path("b"): [{"type": "header"}, {"type": "step", "ended": ""}]}, num_steps=4)
-    assert "0/2 trajectories" in run.line() and "tokens/s" not in run.line()
-    run.steps[Path("a")], run.tokens = 3, 600
-    run.start = time.monotonic() - 60.5       # 3 of 8 steps took a minute, 4 are left
-    assert all(part in run.line() for part in ("0/2 trajectories", "9.9 tokens/s", "01:00", "01:20"))
-    run.over = {Path("a"), Path("b")}
-    assert "2/2 trajectories" in run.line() and "00:00" in run.line()
-
-
 # ---- the command
 
 class Speaker(BaseHTTPRequestHandler):

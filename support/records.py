@@ -1,0 +1,240 @@
+"""Records of trajectories, and their replay.
+
+A trajectory file holds one JSON object a line: a header, the steps, and at most an "end". It may come from others, so
+each line is checked. env.py gives the words of its forms, and its class for a replay.
+"""
+import dataclasses, json, re, sys, tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from reward import KINDS, best_of
+from support import cli
+from support.files import (
+    FLAG, TEXT, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of, up_to)
+from support.sandbox import Result, SandboxUnavailable
+from support.storage import ResultCache, check_snapshot
+
+CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder has refused
+COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
+            "score", "m_before", "m_after", "m_top", "reward", "snapshot", "ended")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forms
+
+def is_message(value):
+    if type(value) is not dict or not {"role", "content"} <= set(value) <= {"role", "content", "tokens"}:
+        return False
+    tokens = value.get("tokens", [])
+    return (value["role"] in ("system", "user", "assistant") and TEXT[1](value["content"])
+            and type(tokens) is list and all(type(token) is int and 0 <= token < 1 << 31 for token in tokens))
+
+
+FINITE = "a finite number", is_number
+POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
+INTEGER = "a whole number", lambda value: type(value) is int and abs(value) < 1 << 63
+SIZE = up_to(1 << 53)
+TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,99}", value)
+MESSAGE = "a message: role, content, and at most tokens", is_message
+FORM_OF_TYPE = {
+    int: INTEGER, float: FINITE, str: TEXT, bool: FLAG, dict: {str: TEXT}, list: [TEXT],
+    float | None: maybe(FINITE), str | None: maybe(TEXT)}
+
+
+def form_of(cls):
+    """Returns the form of a dataclass as JSON."""
+    return {field.name: FORM_OF_TYPE[field.type] for field in dataclasses.fields(cls)}
+
+
+def record_forms(step_class, prompts, actions, reply_fields, outcomes):
+    """Returns {type of a record: its form}, and under "cached" the form of a run in the cache."""
+    outcome = one_of(*outcomes)
+    printed = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
+    action_names = f"a list of some of {', '.join(actions)}", lambda value: value == [] or some_of(*actions)[1](value)
+    header = {
+        "task": TASK_ID, "data": TEXT, "prompt": one_of(*prompts), "actions": action_names, "fields": reply_fields,
+        "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT), "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT,
+        "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
+        "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT}}
+    step = form_of(step_class) | {
+        "kind": one_of(*KINDS), "outcome": maybe(outcome), "printed": printed, "messages": [MESSAGE]}
+    del step["snapshot"]        # it has its own check
+    cached = {
+        "result": form_of(Result) | {"outcome": outcome}, "score": maybe(FINITE),
+        "after": ("files or null", lambda value: True)}
+    return {"header": header, "step": step, "end": {"ended": TEXT}, "cached": cached}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+def header(env, **entries):
+    """Returns the first line, to be written right after reset(). entries: the caller's own (model, seed)."""
+    settings = {name: getattr(env, name) for name in (
+        "actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")}
+    return {"type": "header", "task": env.task.id, "data": str(env.data), "prompt": env.prompt_format, **settings,
+            "m_init": env.info["m_init"], "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")),
+            "m_after": env.m_before, "seconds_left": env.seconds, "snapshot": env.snapshot(),
+            "messages": list(env.messages), **entries}
+
+
+def record(step, **entries):
+    """Returns the line of a step. The state before step i is the snapshot of step i - 1, or the header's; the messages
+    of the header and of all steps before i; m_before and m_top of step i."""
+    return {"type": "step", **dataclasses.asdict(step), **entries}
+
+
+def check_record(forms, line, first):
+    """Raises ValueError, one sentence, unless a line from anybody is such as header() or record() returns, or an end.
+    first: it must be the header."""
+    kind = line.get("type") if type(line) is dict else None
+    if kind not in (["header"] if first else ["step", "end"]):
+        raise ValueError(f"its type is {shorten(ascii(kind), 60)}")
+    for name, form in forms[kind].items():
+        key = name.removesuffix("?")
+        if key in line:
+            check_form(line[key], form, f'its entry "{key}"')
+        elif key == name:
+            raise ValueError(f'its entry "{key}" is missing')
+    if kind == "end":
+        return
+    if "snapshot" not in line:
+        raise ValueError('its entry "snapshot" is missing')
+    check_snapshot(line["snapshot"])
+    if not line["messages"]:
+        raise ValueError('its entry "messages" is empty')
+
+
+def read_records(forms, path, mend=False):
+    """Returns the lines of a trajectory file, [] where there is none; a last line that was cut short is left out, and
+    with mend removed from the file. ValueError names the line that is no record, and the reason."""
+    lines = read_json_lines(path, {}, mend)
+    for number, line in enumerate(lines, 1):
+        try:
+            check_record(forms, line, number == 1)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no record of a trajectory: {error}") from None
+    return lines
+
+
+def read_trajectory(forms, path):
+    """Returns (header, [step, ...]) of a trajectory file. ValueError: as read_records, or there is no line."""
+    lines = read_records(forms, path)
+    if not lines:
+        raise ValueError(f"{path} does not exist or is empty; a trajectory starts with a header")
+    return lines[0], [line for line in lines if line["type"] == "step"]
+
+
+def read_record(forms, path, mend=True):
+    """Returns the lines of a file <task>-<k>.jsonl, as read_records; it must be of that task."""
+    lines = read_records(forms, path, mend)
+    if lines and lines[0]["task"] != path.stem.rpartition("-")[0]:
+        raise ValueError(f"{path} is a trajectory of {lines[0]['task']}; delete that file to play it again")
+    return lines
+
+
+def end_reason(lines):
+    """Returns why a trajectory is over: "final answer", "steps", "time" or "context full"; "" if it is not."""
+    return lines[-1].get("ended", "") if lines else ""
+
+
+def best_before(task, head, steps):
+    """Returns the best score of a recorded trajectory after `steps`: the starter's, or an edit's."""
+    return best_of(task.direction, head["m_init"], *(step["m_after"] for step in steps))
+
+
+def trajectory_path(folder, id, k):
+    return Path(folder, f"{id}-{k}.jsonl")
+
+
+def trajectory_files(folder):
+    """Returns the trajectory files in a folder of eval.py or of sft.py --collect, those of a task in order."""
+    paths = [*Path(folder).glob("trajectories/*-*.jsonl"), *Path(folder).glob("*-*.jsonl")]
+    numbered = [(*match.groups(), path) for path in paths
+                if (match := re.fullmatch(r"([\w.-]+)-([0-9]{1,9})", path.stem, re.ASCII))]
+    return [path for *_, path in sorted(numbered, key=lambda entry: (entry[0], int(entry[1]), entry[2]))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replay
+
+def replay(Env, forms, path, say=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
+    """Restores every recorded state, carries out its reply again, says what differs (times masked, figures to 6 digits)
+    and returns the number of differences. The other arguments are as for Env; where the file tells of others, that is
+    said, and not obeyed: a file must not choose a program, a folder or a weaker sandbox."""
+    head, steps = read_trajectory(forms, path)
+    out = next((parent for parent in Path(path).resolve().parents if (parent / "blobs").is_dir()), None)
+    if out is None:
+        raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
+    refuse_links_out(out)
+    options = {"sandbox": sandbox, "python": python, "gpu": gpu, "threads": threads}
+    for name, value in (options | {"data": str(data)}).items():
+        if head[name] != value and {head[name], value} != {None, sys.executable}:
+            say(f"it was recorded with {name} {shorten(ascii(head[name]), 100)}; here it is {value!r}, as --{name} "
+                "says")
+    coder = RecordedCoder()
+    before = head
+    messages = head["messages"]
+    num_differences = 0
+    with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
+        env = Env(head["task"], data, out=out, coder=coder, cache=ResultCache(empty), actions=head["actions"],
+                  fields=head["fields"], steps=head["steps"], seconds=head["seconds"], prompt=head["prompt"], **options)
+        for number, step in enumerate(steps):
+            env.restore(before["snapshot"], messages, index=step["index"], m_before=step["m_before"],
+                        m_top=best_before(env.task, head, steps[:number]), seconds=step["time_left_s"])
+            coder.answers = list(step["coder"])
+            coder.error = step["error"]
+            replayed = json.loads(json.dumps(record(env.step(step["reply"]))))
+            for name in COMPARED:
+                if _masked(step[name]) != _masked(replayed[name]):
+                    num_differences += 1
+                    say(f"step {step['index']}, {name}:\n  recorded: {shorten(repr(step[name]), 1000)}\n"
+                        f"  replayed: {shorten(repr(replayed[name]), 1000)}")
+            before = step
+            messages = messages + step["messages"]
+    say(f"{len(steps)} steps replayed, {num_differences} differences")
+    return num_differences
+
+
+class RecordedCoder:
+    """Answers as the coder did when a step was recorded."""
+
+    def __call__(self, messages):
+        if not self.answers:     # it raised an error then
+            raise ValueError(self.error.removeprefix(CANNOT_TAKE))
+        return self.answers.pop(0)
+
+
+def _masked(value):
+    """Returns the value with times masked and figures rounded to 6 digits."""
+    if isinstance(value, str):
+        return re.sub(r"\d[\d.,]{0,30} ?(?=(?:ms|s|sec|seconds|min|minutes)\b)", "# ", value)
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+@dataclass
+class ReplaySettings:
+    """How the scripts of a trajectory are run again; its file does not choose it."""
+    data: str = "data"  # where prepared tasks are kept
+    sandbox: str = "on"  # on, or off: scripts can then read the answers and all your files
+    python: str | None = None  # the interpreter that runs the scripts; none for this one
+    gpu: str | None = None  # CUDA_VISIBLE_DEVICES of the scripts
+    threads: int = 1  # that a script may use for numerics
+
+    def __post_init__(self):
+        cli.check_choices(self, sandbox=("on", "off"))
+        cli.check_positive(self, "threads")
+
+
+def main(replay, args):
+    """Runs `env.py replay`. Returns the exit status: 0 no difference, 1 some, 2 it cannot be run."""
+    if len(args) < 2 or args[0] != "replay" or args[1].startswith("-"):
+        print("usage: python env.py replay FILE [--data D] [--sandbox on|off] [--python P] [--gpu G] [--threads N]",
+              file=sys.stderr)
+        return 2
+    cfg = cli.parse(ReplaySettings, args[2:])
+    try:
+        return 1 if replay(args[1], **vars(cfg)) else 0
+    except (ValueError, OSError, SandboxUnavailable) as error:
+        print(f"env.py replay: {error}", file=sys.stderr)
+        return 2
