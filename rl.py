@@ -22,6 +22,7 @@ from statistics import fmean, pstdev
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
@@ -254,14 +255,18 @@ class RolloutWorker:
 
     def refresh(self, actor):
         """Brings the actor's present weights to the engine."""
-        copy_weights(actor, self.engine.model)
+        if self.engine.model is not actor:
+            copy_weights(actor, self.engine.model)
         self.engine.refresh()
 
 
 def make_engine(cfg, actor, tokenizer):
-    """Returns an Engine that samples from a whole copy of the actor, in the dtype that the actor computes in."""
-    model = Qwen2._empty(actor.config, actor.compute, next(actor.parameters()).device).requires_grad_(False)
-    copy_weights(actor, model)
+    """Returns an Engine that samples from the actor itself where that is whole and computes in the dtype of its
+    weights, else from a whole copy in the dtype that it computes in."""
+    model = actor
+    if any(isinstance(p, DTensor) or p.dtype is not actor.compute for _, p in sharded_parameters(actor)):
+        model = Qwen2._empty(actor.config, actor.compute, next(actor.parameters()).device).requires_grad_(False)
+        copy_weights(actor, model)
     return sample.Engine(model, tokenizer, cfg.rows, cfg.context, name=cfg.model)
 
 
