@@ -763,7 +763,7 @@ def test_a_step_is_a_line_of_json(recorded):
 
 def test_the_forms_name_all_that_is_written(make):
     names = {each.name for each in dataclasses.fields(env_module.Result)}
-    assert set(env_module.RESULT_FORM) == names - {"canary_p"}
+    assert set(env_module.RESULT_FORM) == names
     assert {name for name in env_module.STEP_FORM if not name.endswith("?")} == {
         each.name for each in dataclasses.fields(env_module.Step)} - {"snapshot"}
     assert {name for name in env_module.HEADER_FORM if not name.endswith("?")} == set(header(make())) - {
