@@ -96,10 +96,16 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
         raise ValueError(f"there is no script {script!r} in {cwd}")
     program, folders, _ = describe(python or sys.executable)
     layers = _layers(sandbox, hidden)
-    # 2. What the script sees
+    # 2. What the script sees: {path: right}
     base = os.path.join(tempfile.gettempdir(), f"ml-agent-tmp-{uuid.uuid4().hex}")
     private = os.path.join(base, "tmp")
-    shown = _shown([*folders, *map(str, readable)], gpu) | {cwd: "write", private: "write"}
+    libraries = [*folders, *map(str, readable)]
+    devices = list(DEVICES)
+    if gpu:
+        libraries += [path for pattern in GPU_LIBRARIES for path in glob.glob(pattern)]
+        devices += [path for pattern in GPU_DEVICES for path in glob.glob(pattern)]
+    shown = {path: "read" for path in filter(os.path.exists, libraries)}
+    shown |= {path: "device" for path in filter(os.path.exists, devices)} | {cwd: "write", private: "write"}
     for secret in hidden if layers else ():
         for path in shown:
             if Path(secret).resolve().is_relative_to(os.path.realpath(path)):
@@ -136,15 +142,6 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
                   warm=warm, limit=limit)
 
 
-def _shown(readable, gpu):
-    """{path: right} of what a script sees beside its own folders."""
-    shown = dict.fromkeys(readable, "read") | dict.fromkeys(DEVICES, "device")
-    if gpu:
-        shown |= {path: "read" for pattern in GPU_LIBRARIES for path in glob.glob(pattern)}
-        shown |= {path: "device" for pattern in GPU_DEVICES for path in glob.glob(pattern)}
-    return {path: right for path, right in shown.items() if os.path.exists(path)}
-
-
 def _layers(sandbox, hidden):
     """The layers to put up. Without any it is said what is in reach, unless nothing is hidden: then it is ours."""
     if sandbox == "on":
@@ -152,13 +149,14 @@ def _layers(sandbox, hidden):
     if sandbox != "off":
         return tuple(sandbox.split("+"))
     if hidden:
-        _say_once("sandbox off: scripts run as this user, with its files, the answers and the network in reach")
+        _warn_of_off()
     return ()
 
 
 @functools.cache
-def _say_once(text):
-    print(text, file=sys.stderr)
+def _warn_of_off():
+    print("sandbox off: scripts run as this user, with its files, the answers and the network in reach",
+          file=sys.stderr)
 
 
 def _last_states(text):

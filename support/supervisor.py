@@ -290,11 +290,11 @@ def become_script(job, run):
         restrict_files(job)
     if job.layers:
         call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())   # version 3: none
-    try:
+    if "seccomp" in job.layers:
         put_up_filter(job)
-    except OSError:
-        if "seccomp" in job.layers:     # else it only keeps the mark on
-            raise
+    elif not job.layers:
+        with contextlib.suppress(OSError):      # so that a script that kills us cannot take off its mark first
+            put_up_filter(job)
     # 5. Its program. A module beside the script comes before one that was imported already
     beside = os.listdir(os.path.dirname(os.path.abspath(job.command[1])))
     if not job.warm or any(name.partition(".")[0] in sys.modules for name in beside):
