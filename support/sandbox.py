@@ -416,6 +416,7 @@ def _run(job, key):
             while not select.select([connection], [], [], 1)[0]:
                 if time.monotonic() > ended or _is_stopped(supervisor_id):
                     os.kill(supervisor_id, signal.SIGKILL)
+                    break
             report = json.load(connection.makefile())
     finally:
         if not report or "error" in report:

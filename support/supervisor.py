@@ -645,7 +645,9 @@ def counted_once(processes):
             files = int(sums.get(b"Pss_Shmem:", 0)) << 10
             private += (int(sums[b"Pss:"]) << 10) - files
             mapped += files
-        except (OSError, LookupError):      # it hides them, or has ended meanwhile
+        except ProcessLookupError:          # it has ended meanwhile, and holds nothing any more
+            pass
+        except (OSError, LookupError):      # it hides them
             private += process.resident
     return private, mapped
 
