@@ -1,21 +1,11 @@
-"""Runs a script under limits, in a sandbox: execute. Linux only.
-
-What is covered, by two layers of which each is enough, and each is tried before it is trusted (protection):
-- The answers, other files, other processes and the network are out of reach; where no layer holds nothing runs, unless
-  told so with sandbox="off".
-- Time, memory, file size, output and processes have limits. The environment is clean.
-- Nothing that a script started survives it, even if this process is killed.
-
-What is not covered:
-- Bugs of the kernel, and with a GPU its driver.
-- The interpreter and its libraries, which scripts may read, and a disk that many files fill.
-- With sandbox="off" a script can read and write whatever this user can. Limits and the end of all processes stay.
+"""Runs a script under limits, in a sandbox: execute. Linux only. docs/sandbox.md says what is covered.
 
 supervisor.py stands beside each script; it is forked from a server, a program that this one starts. Scripts that use
 numpy or torch are forked from a server that has imported them, which saves most of their time, and live under the same
-layers and limits. docs/sandbox.md says more.
+layers and limits.
 """
 import contextlib
+import errno
 import functools
 import glob
 import json
@@ -37,7 +27,7 @@ from pathlib import Path
 from support import supervisor
 from support.supervisor import patiently, remove
 
-NO_SPACE = (27, 28, 122)    # EFBIG, ENOSPC, EDQUOT
+NO_SPACE = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 SUPERVISOR = supervisor.__file__
 LAYERS = ("namespaces", "landlock")     # each is enough to hide the answers
 FILTER = "seccomp"                      # goes with either, for what they leave open
@@ -49,13 +39,12 @@ TABLES = ("numpy", "pandas", "scipy.sparse", "sklearn.ensemble", "sklearn.linear
 WARM = {rb"\btorch": (*TABLES, "torch", "torch._dynamo"), rb"\b(numpy|pandas|scipy|sklearn)\b": TABLES}
 
 # what scripts may see beside the interpreter: not all of /usr, since some keep their own work there
-LIBRARIES = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32",
-             "/usr/lib64", "/usr/libexec", "/usr/include", "/usr/share", "/usr/local/bin", "/usr/local/lib",
-             "/usr/local/lib64", "/usr/local/share", "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts",
-             "/etc/alternatives", "/sys/devices/system", "/sys/fs/cgroup/cpu.max",
-             "/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+LIBRARIES = ("/bin", "/sbin", "/lib", "/lib64", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib64", "/usr/libexec",
+             "/usr/include", "/usr/share", "/usr/local/bin", "/usr/local/lib", "/usr/local/lib64", "/usr/local/share",
+             "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts", "/etc/alternatives",
+             "/sys/devices/system")
 DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")    # not zero: shared, it is memory of nobody
-GPU_LIBRARIES = ("/sys", "/usr/local/cuda*", "/opt/rocm*", "/etc/OpenCL", "/run/opengl-driver")
+GPU_LIBRARIES = ("/sys", "/usr/local/cuda*", "/opt/rocm*")
 GPU_DEVICES = ("/dev/nvidia*", "/dev/dri", "/dev/kfd", "/dev/dxg")
 
 
@@ -70,7 +59,6 @@ class Result:
     peak_bytes: int     # largest resident memory of all its processes together
     sandbox: str        # the layers that were active, such as "namespaces+landlock+seccomp", or "off"
     detail: str = ""    # one sentence about the outcome
-    canary_p: float | None = None       # of the graded submission, see tasks.judge
     warm: bool = False  # it was forked from a process that had the libraries imported already
     limit: str = ""     # the limit that ended it: "wall", "cpu", "memory", "processes"
 
@@ -85,18 +73,18 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     that the script started is alive. Many threads may call it at once.
 
     timeout_s: wall seconds. cpu_s: seconds of processor time of all its processes together, those that have ended
-    too; None: any. memory_bytes: memory of all its processes together, with what they keep in /dev/shm, pipes and
-    sockets; without a GPU each address space is limited too, 4 GiB above it, so that one huge allocation fails inside
-    the script. processes: at once; of threads there may be four times as many. python: the interpreter (default: this
-    one). sandbox: "on" uses every layer that holds here, "off" none, names as in Result.sandbox those.
-    readable: files and folders that the script may read beside the interpreter and the system's libraries; it may write
-    to cwd and to its TMPDIR. hidden: what it must not reach. output_bytes: kept of each stream, half from the start,
-    half from the end. file_bytes: the largest file it may write. threads: for OpenMP and BLAS. gpu: value of
-    CUDA_VISIBLE_DEVICES; None hides all. warm: from the second script on that mentions numpy, pandas, scikit-learn or
-    torch they are forked from a process that has imported these, as soon as it has; False starts each anew. temporary:
-    cwd is to be deleted if we are killed meanwhile. ValueError: no such script, folder or interpreter, or something
-    hidden lies where the script may read. RuntimeError: not on Linux, or the interpreter does not start. OSError: no
-    space is left. SandboxUnavailable: see protection.
+    too; None: any. memory_bytes: of all its processes together, with what they keep in /dev/shm, pipes and sockets;
+    without a GPU each address space is limited to 4 GiB more, so that a huge allocation fails inside the script.
+    processes: at once; of threads there may be four times as many. python: the interpreter (default: this one).
+    sandbox: "on" uses every layer that holds here, "off" none, names as in Result.sandbox those. readable: files and
+    folders that the script may read beside the interpreter and the system's libraries; it may write to cwd and to its
+    TMPDIR. hidden: what it must not reach. output_bytes: kept of each stream. file_bytes: the largest file it may
+    write. threads: for OpenMP and BLAS. gpu: value of CUDA_VISIBLE_DEVICES; None hides all. warm: the script may be
+    forked from a process that has imported its libraries, from the second one on. temporary: cwd is to be deleted if we
+    are killed meanwhile.
+
+    ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
+    not on Linux, or the interpreter does not start. OSError: no space is left. SandboxUnavailable: see protection.
     """
     # 1. What is asked for
     if not sys.platform.startswith("linux"):
@@ -108,10 +96,16 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
         raise ValueError(f"there is no script {script!r} in {cwd}")
     program, folders, _ = describe(python or sys.executable)
     layers = _layers(sandbox, hidden)
-    # 2. What the script sees
+    # 2. What the script sees: {path: right}
     base = os.path.join(tempfile.gettempdir(), f"ml-agent-tmp-{uuid.uuid4().hex}")
     private = os.path.join(base, "tmp")
-    shown = _shown([*folders, *map(str, readable)], gpu) | {cwd: "write", private: "write"}
+    libraries = [*folders, *map(str, readable)]
+    devices = list(DEVICES)
+    if gpu:
+        libraries += [path for pattern in GPU_LIBRARIES for path in glob.glob(pattern)]
+        devices += [path for pattern in GPU_DEVICES for path in glob.glob(pattern)]
+    shown = {path: "read" for path in filter(os.path.exists, libraries)}
+    shown |= {path: "device" for path in filter(os.path.exists, devices)} | {cwd: "write", private: "write"}
     for secret in hidden if layers else ():
         for path in shown:
             if Path(secret).resolve().is_relative_to(os.path.realpath(path)):
@@ -137,8 +131,6 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
         return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.",
                       warm=warm)
     limit = report["limit"]
-    if cpu_s and report["exit_code"] == -signal.SIGXCPU:
-        limit = "cpu"
     limits = {"wall": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
               "cpu": ("timeout", f"It used more than its limit of {cpu_s or 0:.3g} s of processor time."),
               "memory": ("out of memory", f"It used more than its limit of {memory_bytes / GIB:.2f} GiB."),
@@ -150,29 +142,21 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
                   warm=warm, limit=limit)
 
 
-def _shown(readable, gpu):
-    """{path: right} of what a script sees beside its own folders."""
-    shown = dict.fromkeys(readable, "read") | dict.fromkeys(DEVICES, "device")
-    if gpu:
-        shown |= {path: "read" for pattern in GPU_LIBRARIES for path in glob.glob(pattern)}
-        shown |= {path: "device" for pattern in GPU_DEVICES for path in glob.glob(pattern)}
-    return {path: right for path, right in shown.items() if os.path.exists(path)}
-
-
 def _layers(sandbox, hidden):
     """The layers to put up. Without any it is said what is in reach, unless nothing is hidden: then it is ours."""
     if sandbox == "on":
         return protection()
-    if sandbox == "off":
-        if hidden:
-            _say_once("sandbox off: scripts run as this user, with its files, the answers and the network in reach")
-        return ()
-    return tuple(sandbox.split("+"))
+    if sandbox != "off":
+        return tuple(sandbox.split("+"))
+    if hidden:
+        _warn_of_off()
+    return ()
 
 
 @functools.cache
-def _say_once(text):
-    print(text, file=sys.stderr)
+def _warn_of_off():
+    print("sandbox off: scripts run as this user, with its files, the answers and the network in reach",
+          file=sys.stderr)
 
 
 def _last_states(text):
@@ -185,8 +169,7 @@ def _outcome(exit_code, oom, stderr):
     lack of memory.
 
     It is told from what the kernel reports and, for exit code 1, from the line `Type: message` of the traceback that
-    ends the error stream, the first that is not indented after Python's own header. So words that a script prints do
-    not count. It can raise MemoryError for no reason; that is worth 0.5, no more than doing nothing.
+    ends the error stream, the first that is not indented after Python's own header: other words do not count.
     """
     if exit_code == 0:
         return "ok", ""
@@ -408,12 +391,12 @@ def _request(key):
             key = key if _servers.get(key) else None
             server = _servers[key] = _servers.get(key) or _Server(key)
             socket.send_fds(server.requests, [b"run"], [theirs.fileno()])
-        if answer := ours.recv(1000):
-            if answer.strip().isdigit():
-                return int(answer), ours, key is not None
-            ours.close()
-            raise RuntimeError(answer.decode())
+        answer = ours.recv(1000)
+        if answer.strip().isdigit():
+            return int(answer), ours, key is not None
         ours.close()
+        if answer:
+            raise RuntimeError(answer.decode())
         with _lock:     # somebody has killed the server
             if _servers.get(key) is server:
                 _servers.pop(key).requests.close()
@@ -427,12 +410,13 @@ def _run(job, key):
     connection.settimeout(10)
     report = None
     try:
-        with contextlib.suppress(ConnectionError, TimeoutError, ValueError):    # it was killed, or stopped
+        with contextlib.suppress(ConnectionError, ProcessLookupError, TimeoutError, ValueError):    # it is gone
             connection.sendall(json.dumps(job).encode() + b"\n")
             ended = time.monotonic() + job["timeout_s"] + 30
             while not select.select([connection], [], [], 1)[0]:
                 if time.monotonic() > ended or _is_stopped(supervisor_id):
-                    raise TimeoutError
+                    os.kill(supervisor_id, signal.SIGKILL)
+                    break
             report = json.load(connection.makefile())
     finally:
         if not report or "error" in report:
@@ -451,8 +435,6 @@ def _end(supervisor_id, connection):
     """Has a supervisor end all that the script started, and kills it if it does not answer."""
     try:
         connection.shutdown(socket.SHUT_WR)
-        if _is_stopped(supervisor_id):
-            raise TimeoutError
         while connection.recv(1 << 16):
             pass
     except OSError:
@@ -470,24 +452,23 @@ def _is_stopped(pid):
 def _kill_marked(mark):
     """Kills the processes with this mark among their limits: the second net, if a script killed its supervisor."""
     killed = set()
-    marked = None
-    while marked != killed:
-        killed |= marked or set()
-        marked = set(killed)
+    count = -1
+    while count < len(killed):
+        count = len(killed)
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):  # ended meanwhile, or another user's
                 if f" {mark} " in Path(f"/proc/{name}/limits").read_text():
-                    group = os.getpgid(int(name))       # at once with those that it forks meanwhile
-                    os.kill(-group if group != os.getpgrp() else int(name), signal.SIGKILL)
-                    marked.add(int(name))
+                    os.killpg(os.getpgid(int(name)), signal.SIGKILL)    # at once with those that it forks meanwhile
+                    killed.add(name)
         time.sleep(0.01)
 
 
 def discard(folder):
-    """Deletes a folder as remove does. What takes longer than a moment is left to a thread, for which the end of this
+    """Deletes a folder as remove does. What takes longer than a moment goes on in a thread, for which the end of this
     process waits."""
-    if rest := remove(folder, 0.5):
-        try:
-            threading.Thread(target=remove, args=[rest]).start()
-        except RuntimeError:        # no thread can be started
-            remove(rest)
+    thread = threading.Thread(target=remove, args=[folder])
+    try:
+        thread.start()
+        thread.join(0.5)
+    except RuntimeError:        # no thread can be started
+        remove(folder)

@@ -37,104 +37,87 @@ from types import SimpleNamespace
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 SECCOMP_MODE_FILTER = 2
-CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 1 << 17, 1 << 25, 1 << 26, 1 << 27
-CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 28, 1 << 29, 1 << 30
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 1 << 12, 1 << 14, 1 << 18
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, AT_RECURSIVE = 1, 2, 0x8000
-AT_FDCWD = -100                                     # the paths are absolute
-FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR = 0x40086602, 0x401C5820    # chattr
 LANDLOCK_GET_VERSION = LANDLOCK_PATH_BENEATH = 1
 LANDLOCK_TCP = LANDLOCK_SIGNALS_AND_ABSTRACT_SOCKETS = 3
 LANDLOCK_EXECUTE, LANDLOCK_WRITE_FILE, LANDLOCK_READ_FILE, LANDLOCK_READ_DIR = 1, 2, 4, 8
 LANDLOCK_MAKE_CHAR, LANDLOCK_MAKE_BLOCK, LANDLOCK_TRUNCATE, LANDLOCK_IOCTL_DEV = 1 << 6, 1 << 11, 1 << 14, 1 << 15
-F_SETLEASE, F_SETPIPE_SZ, F_SET_RW_HINT, F_SET_FILE_RW_HINT = 1024, 1031, 1036, 1038
-MAP_SHARED_ANONYMOUS, MAP_HUGETLB = 0x21, 0x40000
-IOPRIO_WHO_PROCESS = 1
-KEYCTL_JOIN_SESSION_KEYRING = 1
-CAPABILITY_VERSION_3 = 0x20080522
 SOCKET_BYTES, PIPE_BYTES, MAX_FILES = 212_992, 65_536, 1024     # the most that one holds; files that a process opens
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The filter (seccomp): a system call with its numbers on x86_64 and on aarch64 (-: there is none), or the one of both
+# The filter (seccomp). {where it holds: system calls that are refused}, each call with its numbers on x86_64 and on
+# aarch64 (-: there is none), or the one of both. Not listed is what needs a capability, such as to mount, and what
+# needs an object that only a refused call makes.
 
-REFUSED = """
+CALLS = {"any layer": """
     # keyrings: the user's secrets, and a place where things outlive a run
     add_key 248 217, request_key 249 218, keyctl 250 219
     # memory and messages that belong to no process
-    shmget 29 194, shmat 30 196, shmctl 31 195, shmdt 67 197, semget 64 190, semop 65 193, semtimedop 220 192
-    semctl 66 191, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187, mq_open 240 180, mq_unlink 241 181
-    mq_timedsend 242 182, mq_timedreceive 243 183, mq_notify 244 184, mq_getsetattr 245 185, io_setup 206 0
-    io_destroy 207 1, io_getevents 208 4, io_submit 209 2, io_cancel 210 3, vmsplice 278 75
+    shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190, semop 65 193, semtimedop 220 192, semctl 66 191
+    msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187, mq_open 240 180, mq_unlink 241 181
+    io_setup 206 0, vmsplice 278 75
     # memory and descriptors of other processes
     ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, kcmp 312 272, pidfd_getfd 438
     process_madvise 440, process_mrelease 448, get_robust_list 274 100
-    # mounts and namespaces, files by number instead of by path
-    mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, open_tree 428, move_mount 429, fsopen 430
-    fsconfig 431, fsmount 432, fspick 433, mount_setattr 442, open_tree_attr 467, unshare 272 97, setns 308 268
-    open_by_handle_at 304 265, quotactl 179 60, quotactl_fd 443
-    # the machine
-    kexec_load 246 104, kexec_file_load 320 294, init_module 175 105, finit_module 313 273, delete_module 176 106
-    swapon 167 224, swapoff 168 225, reboot 169 142, acct 163 89, syslog 103 116, settimeofday 164 170
-    clock_settime 227 112, sethostname 170 161, setdomainname 171 162, personality 135 92
+    # namespaces, in which a script would have all capabilities
+    unshare 272 97, setns 308 268
     # what a script has no use for and kernels had holes in
-    bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, io_uring_setup 425, io_uring_enter 426
-    io_uring_register 427, fanotify_init 300 262, vhangup 153 58, lookup_dcookie 212 18, modify_ldt 154 -, iopl 172 -
-    ioperm 173 -, uselib 134 -
-"""
-REFUSED_CPU = """
+    bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, io_uring_setup 425, fanotify_init 300 262
+    modify_ldt 154 -, personality 135 92, syslog 103 116, quotactl 179 60, quotactl_fd 443, uselib 134 -
+""", "no GPU": """
     # files in memory; the driver of a GPU may need them
     memfd_create 319 279, memfd_secret 447
-"""
-# Landlock alone knows neither who is called on a socket nor the attributes of files.
-REFUSED_ALONE = """
+""", "landlock alone": """
     # without a session of its own, one signal to the group ends all, however fast they fork
     setsid 112 157, setpgid 109 154
-    # a watch tells the names of what it must not list
+    # Landlock knows neither who is called on a socket nor the attributes of files; a watch tells names in a folder
     connect 42 203, inotify_add_watch 254 27
     chown 92 -, fchown 93 55, lchown 94 -, fchownat 260 54, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7
     setxattrat 463, removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, removexattrat 466, file_setattr 469
-"""
-IGNORED_ALONE = """
-    # reported as done: to copy a file with its mode and times must not fail
+""", "landlock alone, reported as done": """
+    # to copy a file with its mode and times must not fail
     chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452, utime 132 -, utimes 235 -, futimesat 261 -
     utimensat 280 88
-"""
-NAMED = """
+""", "named": """
     # what ARGUMENTS name
     prlimit64 302 261, setrlimit 160 164, clone 56 220, socket 41 198, socketpair 53 199, setsockopt 54 208
     fcntl 72 25, mmap 9 222, ioctl 16 29, sched_setaffinity 203 122, sched_setparam 142 118
     sched_setscheduler 144 119, sched_setattr 314 274, migrate_pages 256 238, move_pages 279 239
     setpriority 141 140, ioprio_set 251 30
     # what we call ourselves
-    landlock_create_ruleset 444, landlock_add_rule 445, landlock_restrict_self 446
-"""
-# (system call, number of an argument, relation, value): refused where that holds. "has": all bits of the value are set
-ARGUMENTS = [
-    ("prlimit64", 0, "is not", 0),                                      # limits of another process
-    ("socket", 0, "is not", socket.AF_UNIX),
-    ("socketpair", 0, "is not", socket.AF_UNIX),
-    ("setsockopt", 2, "is", socket.SO_SNDBUF),
-    ("setsockopt", 2, "is", socket.SO_RCVBUF),
-    ("fcntl", 1, "is", F_SETPIPE_SZ),                                   # pipes hold memory too
-    ("fcntl", 1, "is", F_SETLEASE),                                     # this and two hints stay on public data
-    ("fcntl", 1, "is", F_SET_RW_HINT),
-    ("fcntl", 1, "is", F_SET_FILE_RW_HINT),
-    ("mmap", 3, "has", MAP_HUGETLB),                                    # is not counted as resident
-    *(("clone", 0, "has", flag) for flag in (CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER,
-                                             CLONE_NEWPID, CLONE_NEWNET))]
-ARGUMENTS_MARK = [("prlimit64", 1, "is", resource.RLIMIT_RTTIME), ("setrlimit", 0, "is", resource.RLIMIT_RTTIME)]
-ARGUMENTS_CPU = [("mmap", 3, "has", MAP_SHARED_ANONYMOUS)]              # may be kept unmapped
-ARGUMENTS_ALONE = [
-    *((call, 0, "is not", 0) for call in ("sched_setaffinity", "sched_setparam", "sched_setscheduler", "sched_setattr",
-                                          "migrate_pages", "move_pages", "setpriority")),     # of other processes
-    ("setpriority", 1, "is not", 0),
-    ("ioprio_set", 0, "is not", IOPRIO_WHO_PROCESS),
-    ("ioprio_set", 1, "is not", 0),
-    ("socket", 1, "has", socket.SOCK_DGRAM),                            # datagrams need no connection
-    ("socketpair", 1, "has", socket.SOCK_DGRAM),
-    ("ioctl", 1, "is", FS_IOC_SETFLAGS),
-    ("ioctl", 1, "is", FS_IOC_FSSETXATTR)]
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}     # column of the tables, AUDIT_ARCH
+    landlock_create_ruleset 444, landlock_add_rule 445, landlock_restrict_self 446, mount_setattr 442
+"""}
+# {where it holds: (system call, number of an argument, relation, value)}: refused where the relation holds. "has": all
+# bits of the value are set
+ARGUMENTS = {
+    "always": [("prlimit64", 1, "is", resource.RLIMIT_RTTIME),          # the mark of a run
+               ("setrlimit", 0, "is", resource.RLIMIT_RTTIME)],
+    "any layer": [("prlimit64", 0, "is not", 0),                        # limits of another process
+                  ("socket", 0, "is not", socket.AF_UNIX),
+                  ("socketpair", 0, "is not", socket.AF_UNIX),
+                  ("setsockopt", 2, "is", socket.SO_SNDBUF),
+                  ("setsockopt", 2, "is", socket.SO_RCVBUF),
+                  ("fcntl", 1, "is", 1031),                             # F_SETPIPE_SZ: pipes hold memory too
+                  ("fcntl", 1, "is", 1024),                             # F_SETLEASE: it stays on public data,
+                  ("fcntl", 1, "is", 1036),                             # as do F_SET_RW_HINT
+                  ("fcntl", 1, "is", 1038),                             # and F_SET_FILE_RW_HINT
+                  ("mmap", 3, "has", 0x40000),                          # MAP_HUGETLB is not counted as resident
+                  ("clone", 0, "has", CLONE_NEWUSER)],
+    "no GPU": [("mmap", 3, "has", 0x21)],                               # MAP_SHARED_ANONYMOUS may be kept unmapped
+    "landlock alone": [
+        *((name, 0, "is not", 0) for name in ("sched_setaffinity", "sched_setparam", "sched_setscheduler",
+                                              "sched_setattr", "migrate_pages", "move_pages")),     # other processes'
+        ("setpriority", 0, "is not", os.PRIO_PROCESS),
+        ("setpriority", 1, "is not", 0),
+        ("ioprio_set", 0, "is not", 1),                                 # IOPRIO_WHO_PROCESS
+        ("ioprio_set", 1, "is not", 0),
+        ("socket", 1, "has", socket.SOCK_DGRAM),                        # datagrams need no connection
+        ("socketpair", 1, "has", socket.SOCK_DGRAM),
+        ("ioctl", 1, "is", 0x40086602),                                 # FS_IOC_SETFLAGS and FS_IOC_FSSETXATTR: chattr
+        ("ioctl", 1, "is", 0x401C5820)]}
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}     # column of the table, AUDIT_ARCH
 CLONE3, LAST_CALL = 435, 469    # a later one is to the script as on an older kernel, and so are those of the x32 ABI
 
 
@@ -151,7 +134,7 @@ def numbers_in(table, column):
 
 
 COLUMN, ARCHITECTURE = MACHINES.get(platform.machine(), (None, None))
-NUMBERS = {} if COLUMN is None else numbers_in(REFUSED + NAMED, COLUMN)
+NUMBERS = {} if COLUMN is None else numbers_in("".join(CALLS.values()), COLUMN)
 
 
 def filter_program(layers, gpu):
@@ -162,29 +145,25 @@ def filter_program(layers, gpu):
     allow, ignore = 0x7FFF0000, 0x50000
     refuse, unknown = ignore | errno.EPERM, ignore | errno.ENOSYS
     number_at, machine_at, arguments_at = 0, 4, 16                              # in what the program reads
-    alone = bool(layers) and "namespaces" not in layers
-    calls = []
-    arguments = list(ARGUMENTS_MARK)
+    scopes = ["always"]
     if layers:
-        calls.append((refuse, REFUSED))
-        arguments += ARGUMENTS
+        scopes.append("any layer")
     if layers and not gpu:
-        calls.append((refuse, REFUSED_CPU))
-        arguments += ARGUMENTS_CPU
-    if alone:
-        calls += [(refuse, REFUSED_ALONE), (ignore, IGNORED_ALONE)]
-        arguments += ARGUMENTS_ALONE
+        scopes.append("no GPU")
+    if layers and "namespaces" not in layers:
+        scopes += ["landlock alone", "landlock alone, reported as done"]
     program = [(load, 0, 0, machine_at), (equal, 1, 0, ARCHITECTURE), (answer, 0, 0, refuse),
                (load, 0, 0, number_at), (above, 0, 1, LAST_CALL), (answer, 0, 0, unknown),
                (equal, 0, 1, CLONE3), (answer, 0, 0, unknown)]
-    for verdict, table in calls:
-        for number in numbers_in(table, COLUMN).values():
+    for scope in scopes:
+        verdict = ignore if scope.endswith("done") else refuse
+        for number in numbers_in(CALLS.get(scope, ""), COLUMN).values():
             program += [(equal, 0, 1, number), (answer, 0, 0, verdict)]
-    for name, index, relation, value in arguments:      # the kernel reads the low half of these arguments
-        bits = value if relation == "has" else 0xFFFFFFFF
-        jump = (equal, 1, 0, value) if relation == "is not" else (equal, 0, 1, value)
-        program += [(equal, 0, 5, NUMBERS[name]), (load, 0, 0, arguments_at + 8 * index), (mask, 0, 0, bits), jump,
-                    (answer, 0, 0, refuse), (load, 0, 0, number_at)]
+        for name, index, relation, value in ARGUMENTS.get(scope, ()):
+            bits = value if relation == "has" else 0xFFFFFFFF       # of the low half of these arguments
+            jump = (equal, 1, 0, value) if relation == "is not" else (equal, 0, 1, value)
+            program += [(equal, 0, 5, NUMBERS[name]), (load, 0, 0, arguments_at + 8 * index), (mask, 0, 0, bits), jump,
+                        (answer, 0, 0, refuse), (load, 0, 0, number_at)]
     program.append((answer, 0, 0, allow))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
@@ -198,15 +177,12 @@ START_S = 10    # for so long it is tried to start a process
 
 def call(name, *values):
     """Calls the C function or the system call of that name; OSError if it fails."""
-    converted = []
-    for value in values:
-        if isinstance(value, int):
-            value = ctypes.c_long(value)
-        converted.append(os.fsencode(value) if isinstance(value, str) else value)
+    values = [ctypes.c_long(value) if isinstance(value, int) else value for value in values]
+    values = [os.fsencode(value) if isinstance(value, str) else value for value in values]
     if hasattr(libc, name):
-        result = getattr(libc, name)(*converted)
+        result = getattr(libc, name)(*values)
     else:
-        result = libc.syscall(ctypes.c_long(NUMBERS.get(name, -1)), *converted)
+        result = libc.syscall(ctypes.c_long(NUMBERS.get(name, -1)), *values)
     if result < 0:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
     return result
@@ -237,14 +213,13 @@ def patiently(start, *args, **options):
         time.sleep(0.1)
 
 
-def remove(folder, seconds=float("inf")):
+def remove(folder):
     """Deletes a folder, if it is there, with all that a script may have left in it. Never raises: what cannot be
-    deleted stays, and stderr says so. Returns "", or when the seconds are over the path of what is left.
+    deleted stays, and stderr says so.
 
     The folder is renamed first, so that its name is free at once. The folders in it are moved up into it before they
     are emptied: so nothing is recursive, no path grows, and no mount is entered, since the kernel does not rename one.
     """
-    ended = time.monotonic() + seconds
     token = f".gone-{os.urandom(8).hex()}"
     top = os.path.join(os.path.dirname(os.path.abspath(folder)), token)
     pending = [top]
@@ -253,14 +228,12 @@ def remove(folder, seconds=float("inf")):
         os.rename(folder, top)
         if not stat.S_ISDIR(os.lstat(top).st_mode):
             os.unlink(top)
-            return ""
+            return
         while pending:
             path = pending.pop()
             os.chmod(path, 0o700)
             with os.scandir(path) as entries:
                 for entry in entries:
-                    if time.monotonic() > ended:
-                        return top
                     if not entry.is_dir(follow_symlinks=False):
                         os.unlink(entry.path)
                     elif not entry.name.startswith(token):
@@ -275,7 +248,6 @@ def remove(folder, seconds=float("inf")):
     except OSError as error:
         if os.path.lexists(top) or os.path.lexists(folder):
             print(f"{folder} could not be deleted: {error}", file=sys.stderr)
-    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,9 +267,8 @@ def become_script(job, run):
     if job.warm:
         rename(job)
     # 2. Its world
-    fresh_proc = False
     if job.boxed:
-        fresh_proc = build_root(job, run)
+        build_root(job, run)
         if script := patiently(os.fork):
             be_first(script, run.ended)
     os.setsid()
@@ -313,16 +284,12 @@ def become_script(job, run):
         limits[resource.RLIMIT_AS] = job.address_bytes
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
-    if job.cpu_s:       # the second net, for one process that alone is above the limit of all
-        resource.setrlimit(resource.RLIMIT_CPU, (int(job.cpu_s) + 2, int(job.cpu_s) + 3))
     # 4. Its rights
     prctl(PR_SET_NO_NEW_PRIVS, 1)
+    if "landlock" in job.layers:
+        restrict_files(job)
     if job.layers:
-        with contextlib.suppress(OSError):
-            call("keyctl", KEYCTL_JOIN_SESSION_KEYRING, None)       # a new one
-        if "landlock" in job.layers:
-            restrict_files(job, fresh_proc)
-        call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)())
+        call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())   # version 3: none
     if "seccomp" in job.layers:
         put_up_filter(job)
     elif not job.layers:
@@ -351,7 +318,7 @@ def rename(job):
 
 
 def build_root(job, run):
-    """Makes the file tree in a mount namespace of our own and enters it. Returns whether its /proc is a fresh one."""
+    """Makes the file tree in a mount namespace of our own and enters it."""
     root = job.root
     call("unshare", CLONE_NEWNS)
     call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)       # no mount comes or goes
@@ -359,11 +326,9 @@ def build_root(job, run):
     for path, _ in job.shown:
         show(path, root)
     os.makedirs(f"{root}/proc", exist_ok=True)
-    fresh_proc = True
     try:
         call("mount", "proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
     except OSError:     # inside a container whose own /proc is masked
-        fresh_proc = False
         for path in PROC:
             show(path, root)
     for path in MASKED:
@@ -381,7 +346,6 @@ def build_root(job, run):
         if right == "write":
             protect(root + path, 0, MOUNT_ATTR_RDONLY)
     os.chroot(root)     # this also forbids namespaces below this one
-    return fresh_proc
 
 
 def show(path, root):
@@ -394,8 +358,8 @@ def show(path, root):
 
 
 def protect(target, add, clear):
-    """Sets and clears attributes of a mount and of all below it."""
-    call("mount_setattr", AT_FDCWD, target, AT_RECURSIVE, (ctypes.c_uint64 * 4)(add, clear), 32)
+    """Sets and clears attributes of a mount and of all below it. The path is absolute, so no folder is given."""
+    call("mount_setattr", 0, target, AT_RECURSIVE, (ctypes.c_uint64 * 4)(add, clear), 32)
 
 
 def be_first(script, ended):
@@ -410,26 +374,25 @@ def be_first(script, ended):
             os._exit(0)
 
 
-def restrict_files(job, fresh_proc):
+def restrict_files(job):
     """Landlock, as far as this kernel knows it. OSError where it does not."""
     version = call("landlock_create_ruleset", None, 0, LANDLOCK_GET_VERSION)
     every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    read = LANDLOCK_EXECUTE | LANDLOCK_READ_FILE | LANDLOCK_READ_DIR
-    rights = {"read": read, "write": every & ~(LANDLOCK_MAKE_CHAR | LANDLOCK_MAKE_BLOCK),
-              "device": read & ~LANDLOCK_EXECUTE | LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE | LANDLOCK_IOCTL_DEV}
-    of_files = read & ~LANDLOCK_READ_DIR | LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE | LANDLOCK_IOCTL_DEV
+    of_devices = LANDLOCK_READ_FILE | LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE | LANDLOCK_IOCTL_DEV
+    rights = {"read": LANDLOCK_EXECUTE | LANDLOCK_READ_FILE | LANDLOCK_READ_DIR,
+              "write": every & ~(LANDLOCK_MAKE_CHAR | LANDLOCK_MAKE_BLOCK),
+              "device": of_devices | LANDLOCK_READ_DIR}
     handled = (ctypes.c_uint64 * 3)(every, LANDLOCK_TCP, LANDLOCK_SIGNALS_AND_ABSTRACT_SOCKETS)
     size = 8 if version < 4 else 16 if version < 6 else 24
     rules = call("landlock_create_ruleset", handled, size, 0)
-    shown = list(job.shown)
-    shown += [(path, "read") for path in (["/proc"] if fresh_proc else ["/proc/self", *PROC])]
-    if job.boxed:
-        shown.append(("/dev/shm", "write"))
-    for path, right in shown:
+    rest = {"/proc": "read", "/dev/shm": "write"}       # of its own world
+    if not job.boxed:
+        rest = dict.fromkeys(["/proc/self", *PROC], "read")
+    for path, right in [*job.shown, *rest.items()]:
         if os.path.exists(path):
             allowed = rights[right] & every
             if not os.path.isdir(path):
-                allowed &= of_files
+                allowed &= of_devices | LANDLOCK_EXECUTE
             file = os.open(path, os.O_PATH | os.O_CLOEXEC)
             call("landlock_add_rule", rules, LANDLOCK_PATH_BENEATH, struct.pack("=QI", allowed, file), 0)
     call("landlock_restrict_self", rules, 0)
@@ -508,7 +471,7 @@ def start(job):
     Without namespaces this process adopts every orphan below it (a child subreaper): who double-forks or calls setsid
     stays its descendant, and the kernel's "no child left" is the proof that nothing survived.
     """
-    run = SimpleNamespace(counter=None, cpu_s=time.process_time())
+    run = SimpleNamespace(counter=None)
     # 1. This process
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     with contextlib.suppress(OSError):
@@ -524,7 +487,7 @@ def start(job):
     # 2. The script
     out, run.out = os.pipe()
     err, run.err = os.pipe()
-    status, run.ended = os.pipe()
+    run.status, run.ended = os.pipe()
     run.ready = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     run.started = time.monotonic()
     run.child = patiently(os.fork)
@@ -544,7 +507,6 @@ def start(job):
     if failure:         # empty once the script has closed the socket
         raise RuntimeError(f"{job.command[0]} could not be started: {failure.decode()}")
     run.shared = shared[0] if shared else None
-    run.status = status
     run.streams = {pipe: Stream(pipe, job.output_bytes) for pipe in (out, err)}
     return run
 
@@ -606,8 +568,10 @@ def watch(job, run):
 
 def exceeded(job, run):
     """(the limit that the processes are above now, or "", bytes of memory they use)"""
-    everyone = descendants()
-    processes = {pid: process for pid, process in everyone.items() if not (job.boxed and pid == run.child)}
+    processes = descendants()
+    cpu_s = cpu_seconds(run, processes)
+    if job.boxed:
+        processes.pop(run.child, None)
     if len(processes) > job.processes or sum(process.threads for process in processes.values()) > 4 * job.processes:
         return "processes", 0       # at once: a fork bomb grows
     held = held_bytes(processes)
@@ -621,7 +585,7 @@ def exceeded(job, run):
         used = held + private + max(shared, mapped)
     if used > job.memory_bytes:
         return "memory", used
-    if job.cpu_s and cpu_seconds(run, everyone) > job.cpu_s:
+    if job.cpu_s and cpu_s > job.cpu_s:
         return "cpu", used
     return "", used
 
@@ -630,12 +594,11 @@ def descendants():
     """{pid: Process} of all processes below this one."""
     processes = {}
     ticks = os.sysconf("SC_CLK_TCK")
-    page = resource.getpagesize()
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:    # or it has ended meanwhile
             values = [int(value) for value in file.read().rpartition(b")")[2].split()[1:22]]    # a name may hold a ")"
             cpu_s = sum(values[10:14]) / ticks      # with that of children it has waited for
-            processes[int(name)] = Process(values[0], values[1], values[16], cpu_s, values[20] * page)
+            processes[int(name)] = Process(values[0], values[1], values[16], cpu_s, values[20] * resource.getpagesize())
     below = {}
     ring = {os.getpid()}
     while ring:
@@ -648,8 +611,7 @@ def cpu_seconds(run, processes):
     """Processor time of all processes so far. Without the kernel's counter that of an ended process is missing if
     nobody has waited for it."""
     if run.counter is not None:
-        total = int.from_bytes(os.read(run.counter, 8), sys.byteorder) / 1e9
-        return total - (time.process_time() - run.cpu_s)
+        return int.from_bytes(os.read(run.counter, 8), sys.byteorder) / 1e9 - time.process_time()       # without ours
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return sum(process.cpu_s for process in processes.values()) + ended.ru_utime + ended.ru_stime
 
@@ -657,19 +619,18 @@ def cpu_seconds(run, processes):
 def held_bytes(processes):
     """The most that the pipes and sockets of the processes hold."""
     links = set()
-    total = 0
+    hidden = 0
     for pid in processes:
         try:
             for name in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
                     links.add(os.readlink(f"/proc/{pid}/fd/{name}"))
         except PermissionError:     # it hides them
-            total += MAX_FILES * SOCKET_BYTES
+            hidden += MAX_FILES * SOCKET_BYTES
         except OSError:             # it has ended meanwhile
             pass
-    sockets = sum(link.startswith("socket:") for link in links)
-    pipes = sum(link.startswith("pipe:") for link in links)
-    return total + sockets * SOCKET_BYTES + pipes * PIPE_BYTES
+    sizes = {"socket": SOCKET_BYTES, "pipe": PIPE_BYTES}
+    return hidden + sum(sizes.get(link.partition(":")[0], 0) for link in links)
 
 
 def counted_once(processes):
@@ -684,7 +645,9 @@ def counted_once(processes):
             files = int(sums.get(b"Pss_Shmem:", 0)) << 10
             private += (int(sums[b"Pss:"]) << 10) - files
             mapped += files
-        except (OSError, LookupError):      # it hides them, or has ended meanwhile
+        except ProcessLookupError:          # it has ended meanwhile, and holds nothing any more
+            pass
+        except (OSError, LookupError):      # it hides them
             private += process.resident
     return private, mapped
 
@@ -707,28 +670,14 @@ def end_all(run, status, boxed):
             pid, code = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return status
-        if pid:
-            if pid == run.child and status is None:     # later its number may be another's
-                status = code
-            continue
-        groups, frozen = groups_below(), None
-        while groups != frozen:         # freeze first: what is frozen does not fork while we kill
-            signal_groups(groups, signal.SIGSTOP)
-            groups, frozen = groups_below(), groups
-        signal_groups(groups, signal.SIGKILL)
-        time.sleep(0.001)
-
-
-def groups_below():
-    """The process groups of all processes below this one: a signal to a group cannot be outrun by forking. Who is in
-    our own group stands for itself, as a negative number."""
-    return {process.group if process.group != os.getpgrp() else -pid for pid, process in descendants().items()}
-
-
-def signal_groups(groups, name):
-    for group in groups:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(-group, name)
+        if pid == run.child and status is None:     # later its number may be another's
+            status = code
+        if pid == 0:
+            # a signal to a group cannot be outrun by forking; the script has left ours
+            for group in {process.group for process in descendants().values()} - {os.getpgrp()}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+            time.sleep(0.001)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -765,8 +714,8 @@ def serve(requests, libraries):
 
 
 def supervise(warm):
-    """The whole program of a supervisor: tells its process id on the socket 0, reads a job, does it and writes the
-    report. Returns in the process of a warm script alone: the job."""
+    """Tells the process id of this supervisor on the socket 0, reads a job, does it and writes the report. Returns in
+    the process of a warm script alone: the job."""
     with contextlib.suppress(BrokenPipeError):
         os.write(0, b"%10d" % os.getpid())
     with open(0, closefd=False) as file:
