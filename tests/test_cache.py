@@ -54,7 +54,7 @@ def test_an_entry_whose_files_are_gone_is_none(make):
     del trajectory.files["submission.csv"]
     step = run(trajectory)
     assert step.score == 0.5 and trajectory.cache.counts["runs"] == 2
-    assert trajectory.blobs.has(step.snapshot["submission.csv"])
+    assert trajectory.blobs.path(step.snapshot["submission.csv"])
 
 
 def test_what_a_run_depends_on_is_in_its_key(make, task, monkeypatch):
