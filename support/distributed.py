@@ -159,13 +159,12 @@ def export_model(model, tokenizer, folder, dtype):
     barrier()
 
 
-def optimizer_step(model, optimizer, max_norm=1.0, loss=None):
+def optimizer_step(model, optimizer, max_norm=1.0):
     """Clips the gradient of a model, changes its weights and clears the gradient. Returns the norm before clipping, a
-    tensor. loss: a number to be checked too. RunError: one of the two is not finite; no weight was changed."""
+    tensor. RunError: it is not finite; no weight was changed."""
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-    if not torch.isfinite(norm) or not math.isfinite(loss or 0.0):
-        before = "" if loss is None else f"loss {loss}, "
-        raise RunError(f"{before}gradient norm {norm.item()}")
+    if not torch.isfinite(norm):
+        raise RunError(f"gradient norm {norm.item()}")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -206,18 +205,14 @@ def shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens):
     process gets the same number of rows, some of them empty, because FSDP gathers and reduces for all of them."""
     shares = [batch[r::world_size] for r in range(world_size)]
     packed = [pack_lengths([lengths[i] for i in share], max_row_tokens) for share in shares]
-    rows = [[shares[rank][i] for i in row] for row in packed[rank]]
-    most = max(map(len, packed))
-    while len(rows) < most:
-        rows.append([])
-    return rows
+    num_empty = max(map(len, packed)) - len(packed[rank])
+    return [[shares[rank][i] for i in row] for row in packed[rank]] + [[] for _ in range(num_empty)]
 
 
 def packed_micro_batches(examples, batch, rank, world_size, max_row_tokens):
     """Returns the packed rows of one process as lists of examples; see shard_across_ranks."""
     lengths = [len(ids) - 1 for ids, _ in examples]
-    rows = shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens)
-    return [[examples[i] for i in row] for row in rows]
+    return [[examples[i] for i in row] for row in shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens)]
 
 
 def collate_packed(row, device):
@@ -235,14 +230,13 @@ def collate_packed(row, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def check_same(then, now, where, flag="--out"):
+def check_same(before, now, where, flag="--out"):
     """Raises ValueError unless a run can go on: all that it hangs on, {what: value}, must be as it was when it began.
     where: its folder; flag: the setting that would give it another."""
-    changes = []
-    for what, value in now.items():
-        if then.get(what) != value:
-            before, after = (shorten(ascii(x).strip("'"), 200) for x in (then.get(what), value))
-            changes.append(f"{what} {before} (now {after})")
+    def show(value):
+        return shorten(ascii(value).strip("'"), 200)
+    changes = [f"{what} {show(before.get(what))} (now {show(value)})"
+               for what, value in now.items() if before.get(what) != value]
     if changes:
         raise ValueError(f"{where} is of a run with {', '.join(changes)}; give these again to go on with it, or "
                          f"another {flag} to begin anew")
@@ -288,13 +282,10 @@ def load_state(cfg, names, model, optimizer, origin):
         return None
     newest = folders[-1]
     num = len(list(newest.glob("rank-*.pt")))
-    if num != world_size:
-        raise ValueError(f"{newest} was written by {num} processes and this run has {world_size}; start {num}, or give "
-                         "another --out")
+    check_same({"processes": num}, {"processes": world_size}, newest)
     state = torch.load(newest / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
-    then = {flag_of(name): state["settings"].get(name) for name in names}
-    now = {flag_of(name): getattr(cfg, name) for name in names}
-    check_same(then | state.get("origin", {}), now | origin, newest)
+    before = {flag_of(name): state["settings"].get(name) for name in names}
+    check_same(before | state["origin"], {flag_of(name): getattr(cfg, name) for name in names} | origin, newest)
     weights = state.pop("model")            # so that the caller does not keep them
     moments = state.pop("optimizer")
     for (name, p), values in zip(sharded_parameters(model), moments):
@@ -370,8 +361,8 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
     """Returns {part: bytes} of one GPU at the peak of a training step, for --plan.
 
     row_tokens: of a packed row, all of them learned. sampled_tokens: of the KV cache of a sampling copy of the model,
-    0 for none. critic, reference: whether there are a second model that is trained and a frozen one. This counts
-    tensors; the CUDA context, buffers of NCCL and waste of the allocator come on top.
+    0 for none. critic, reference: whether there are a second model that is trained and a frozen one. The CUDA context,
+    buffers of NCCL and waste of the allocator come on top.
     """
     size = compute.itemsize
     C = config.hidden_size

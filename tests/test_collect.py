@@ -20,7 +20,7 @@ import sample
 import sft
 import tasks
 from common import act, add_task
-from support import cli, endpoint, miniature
+from support import cli, endpoint, files, miniature
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,9 +130,8 @@ no list item: this line is prose and not an idea at all
 
 def test_ideas_are_read_and_made_distinct():
     ideas = sft.parse_ideas(ANSWER)
-    assert [one["title"] for one in ideas] == ["Bigger model", "Scale the inputs", "Scale the inputs"]
+    assert [one["title"] for one in ideas] == ["Bigger model", "Scale the inputs"]
     assert ideas[1]["instruction"] == "put a StandardScaler before the model."
-    assert [one["title"] for one in sft.distinct(ideas)] == ["Bigger model", "Scale the inputs"]
 
 
 class Expert:
@@ -183,10 +182,10 @@ def test_an_expert_without_ideas_is_an_error(toys):
 
 def test_scripted_trajectories_are_real(whole):
     folder, manifest = whole
-    files = sorted((folder / "out").glob("*.jsonl"))
-    assert [file.name for file in files] == [f"toy-{x}-{k}.jsonl" for x in "ab" for k in range(4)]
+    records = sorted((folder / "out").glob("*.jsonl"))
+    assert [file.name for file in records] == [f"toy-{x}-{k}.jsonl" for x in "ab" for k in range(4)]
     rose, actions = 0, set()
-    for file in files:
+    for file in records:
         head, steps = env.read_trajectory(file)
         played = file.stem[-1] <= "1"      # half of them, to save time
         assert not played or env.replay(file, say=lambda text: None, data=folder / "data") == 0
@@ -200,7 +199,8 @@ def test_scripted_trajectories_are_real(whole):
     assert {"Execute Script", "Inspect Script Lines", "Replace In Script", "Undo Edit Script"} <= actions
     counts = manifest["tasks"]["toy-a"]["counts"]
     assert counts["trajectories"] == 4 and counts["ended"] == {"final answer": 4} and counts["steps"] == counts["valid"]
-    assert manifest["tasks"]["toy-a"]["sha256"] == tasks.info("toy-a", folder / "data")["sha256"]
+    hashes = tasks.info("toy-a", folder / "data")["sha256"]
+    assert manifest["tasks"]["toy-a"]["data"] == files.hash_json(hashes)[:16]
 
 
 def drive(toys, ideas, steps=15, seed=0, **more):
@@ -257,8 +257,9 @@ def test_an_idea_that_would_not_end_within_the_steps_is_not_begun(steps, toys):
 def test_ideas_fit_a_script_or_not():
     assert miniature.fitting(IDEAS[0], "nothing of it") == []
     assert miniature.fitting(IDEAS[0], "VALUE = 3 VALUE = 3 ") == []
-    assert miniature.fitting(IDEAS[4], STARTER) == [("from math import fabs\n", "from math import sqrt\n"),
-                                                    ("fabs(value", "sqrt(4) * abs(value")]
+    assert miniature.fitting(IDEAS[4], STARTER) == IDEAS[4]["edits"]
+    same = {"find": "GAIN = 1\n", "replace": "GAIN = 1\n"}
+    assert miniature.fitting({**IDEAS[0], "edits": [same, *IDEAS[0]["edits"]]}, STARTER) == IDEAS[0]["edits"]
 
 
 # ---- nothing lost, nothing doubled
@@ -453,8 +454,8 @@ def test_bad_entries_of_a_users_file_are_named_and_counted(tmp_path):
     assert len(found) == 1 and lines == {
         "no turn of the assistant": [2, 7, 8], "unknown role 'tool'": [3],
         'no list "messages" or "conversations"': [4, 6, 13, 14, 18, 19],
-        "a content that is no text": [5, 12, 15, 16, 20], "not JSON": [10, 21], "unknown role ['x']": [9],
-        "half a surrogate pair, which is no character": [11], "unknown role None": [17]}
+        "a content that is no text": [5, 11, 12, 15, 16, 20], "not JSON": [10, 21], "unknown role ['x']": [9],
+        "unknown role None": [17]}
     assert f"left out, no turn of the assistant: 3 ({path}, line 2, {path}, line 7" in said
 
 
