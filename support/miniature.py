@@ -14,7 +14,7 @@ from model import Qwen2
 from sample import Tokenizer, byte_alphabet
 from support.cli import format_table
 from support.conversations import read_conversations
-from support.files import shorten
+from support.files import TEXT, parse_json, shorten
 
 SHORT_ACTIONS = ("Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")
 SCRIPTED_ACTIONS = {"short": SHORT_ACTIONS, "full": ("Inspect Script Lines", *SHORT_ACTIONS)}   # of the scripted expert
@@ -157,13 +157,6 @@ def scripted_policy(cfg, task, ideas, rng):
 # ---------------------------------------------------------------------------------------------------------------------
 # The model and its training conversations
 
-def draw_model(config, seed):
-    """Returns a model that copies text before any training."""
-    model = Qwen2.from_scratch(config, seed)
-    draw_copying(model, seed)
-    return model
-
-
 def make_tokenizer(cfg):
     """Trains a tokenizer on the collected conversations and saves it to cfg.out, once. The text that replies of one
     action share is one token, so that a reply takes few decisions. So is " = ": a number then stands right after its
@@ -218,10 +211,8 @@ def augment_constants(messages, rng):
     lines = shown.split("\n")
     before, key, text = reply.rpartition("Action Input: ")
     try:
-        args = json.loads(text)
-    except ValueError:      # parse() takes more forms than this one
-        return messages
-    if not isinstance(args, dict):
+        args = parse_json(text, {str: TEXT}, "Action Input")
+    except ValueError:      # a reply in another form, which may be right all the same
         return messages
 
     # 2. The constants change places, and get other numbers and names.
@@ -230,25 +221,21 @@ def augment_constants(messages, rng):
         lines[i] = line
     pairs = [CONSTANT.fullmatch(lines[i]).groups() for i in places]
     numbers = {}
-    for name, digits in pairs:
-        numbers[f"{name} = {digits}"] = f"{name} = {redraw_digits(digits, rng) if has_new_numbers else digits}"
-    names = {}
-    for name, _ in pairs:
-        if rng.random() < 0.8:
-            num_words = rng.randint(1, 3)
-            names[name] = "_".join(redraw_word(rng) for _ in range(num_words))
+    if has_new_numbers:
+        numbers = {f"{name} = {digits}": f"{name} = {redraw_digits(digits, rng)}" for name, digits in pairs}
+    names = {name: draw_name(rng) for name, _ in pairs if rng.random() < 0.8}
     args |= {name: replace_all(args[name], numbers, names) for name in ("find", "replace") if name in args}
-    lines = replace_all("\n".join(lines), numbers, names).split("\n")
+    script = replace_all("\n".join(lines), numbers, names)
 
     # 3. Most lines are often left out, but not those of the edit.
     find = args.get("find", "")
-    start = "\n".join(lines).find(find)
+    start = script.find(find)
     if start >= 0 and rng.random() < 0.5:
-        first = "\n".join(lines)[:start].count("\n")
+        lines = script.split("\n")
+        first = script[:start].count("\n")
         last = first + find.count("\n")
-        lines = lines[rng.randint(0, first):rng.randint(last, min(last + 3, len(lines))) + 1]
-    script = "\n".join(lines)
-    if find and (script.count(find) != 1 or args["replace"] == find):       # names that happen to be alike
+        script = "\n".join(lines[rng.randint(0, first):rng.randint(last, min(last + 3, len(lines))) + 1])
+    if find and (script.count(find) != 1 or args.get("replace") == find):       # names that happen to be alike
         return messages
 
     # 4. Edits of other constants.
@@ -271,8 +258,10 @@ def redraw_digits(text, rng):
     return "0" + new[1:] if text.startswith("0.") else new
 
 
-def redraw_word(rng):
-    return "".join(rng.choices(LETTERS, k=rng.choice((1, 2, 3, 4, 5, 6, 8))))
+def draw_name(rng):
+    """Returns a name of one to three words of random letters."""
+    words = ["".join(rng.choices(LETTERS, k=rng.choice((1, 2, 3, 4, 5, 6, 8)))) for _ in range(rng.randint(1, 3))]
+    return "_".join(words)
 
 
 def replace_all(text, numbers, names):
@@ -330,8 +319,8 @@ def show_replies(cfg, engine):
 # The first weights and the tokenizer
 
 @torch.no_grad()
-def draw_copying(model, seed):
-    """Draws weights that copy: blocks 0 and 1 hold an induction circuit (arXiv 2209.11895) before any training.
+def draw_model(config, seed):
+    """Returns a model that copies: its blocks 0 and 1 hold an induction circuit (arXiv 2209.11895) before any training.
 
     Head 0 of block 0 looks one token back and head 1 two tokens. Each writes the embedding of the token it finds, seen
     in D directions V, into D other directions: U[0] and U[1]. In block 1 both heads ask for the places that come after
@@ -340,7 +329,7 @@ def draw_copying(model, seed):
     text right before the first step. All other weights are drawn small. It takes 2 blocks, a
     width of 4 D, and 2 query heads for each key head.
     """
-    config = model.config
+    model = Qwen2.from_scratch(config, seed)
     C, D = config.hidden_size, config.head_dim
     group = config.num_attention_heads // config.num_key_value_heads
 
@@ -385,6 +374,7 @@ def draw_copying(model, seed):
         rows = torch.arange(head * D, (head + 1) * D)
         copy.q_proj.weight[rows] = slow * (3 * V.T + turn @ U[0].T)
         copy.o_proj.weight[:, rows] = 1.6 * W
+    return model
 
 
 # A digit is always a token of its own, and a word is the same tokens after any punctuation.

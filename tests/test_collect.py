@@ -182,10 +182,10 @@ def test_an_expert_without_ideas_is_an_error(toys):
 
 def test_scripted_trajectories_are_real(whole):
     folder, manifest = whole
-    records = sorted((folder / "out").glob("*.jsonl"))
-    assert [file.name for file in records] == [f"toy-{x}-{k}.jsonl" for x in "ab" for k in range(4)]
+    paths = sorted((folder / "out").glob("*.jsonl"))
+    assert [file.name for file in paths] == [f"toy-{x}-{k}.jsonl" for x in "ab" for k in range(4)]
     rose, actions = 0, set()
-    for file in records:
+    for file in paths:
         head, steps = env.read_trajectory(file)
         played = file.stem[-1] <= "1"      # half of them, to save time
         assert not played or env.replay(file, say=lambda text: None, data=folder / "data") == 0

@@ -14,7 +14,7 @@ import sft
 import tasks
 from model import Config, Qwen2
 from sample import Tokenizer
-from support.miniature import draw_copying, train_tokenizer
+from support.miniature import draw_model, train_tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
 from support import cli, miniature
 
@@ -168,8 +168,7 @@ def test_a_conversation_has_no_system_message_unless_given_one(tokenizer):
 
 def test_transformers_opens_what_was_saved(tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = Qwen2.from_scratch(Config(vocab_size=tokenizer.size), seed=1)
-    draw_copying(model, 1)
+    model = draw_model(Config(vocab_size=tokenizer.size), 1)
     for own in (tokenizer, Tokenizer.of_bytes()):
         own.save(tmp_path)
         peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -241,8 +240,7 @@ def test_weights_that_copy():
     config, g = Config(vocab_size=500), torch.Generator().manual_seed(3)
     once = torch.randint(500, (8, 50), generator=g)
     twice = torch.cat([once, once], 1)
-    model, plain = Qwen2.from_scratch(config, 0), Qwen2.from_scratch(config, 0)
-    draw_copying(model, 0)
+    model, plain = draw_model(config, 0), Qwen2.from_scratch(config, 0)
     right = [(net(twice)[:, 50:-1].argmax(-1) == twice[:, 51:]).float().mean().item() for net in (model, plain)]
     assert right[0] > 0.5 and right[1] < 0.05
     # "x = p", "y = q", ...: what follows " = " is told by the token before it alone
