@@ -15,23 +15,20 @@ The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), 
 ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, ideas, counts). A run that was killed goes
 on with the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import contextlib, hashlib, json, math, os, random, re, time, zlib
+import contextlib, hashlib, json, math, os, random, time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from scipy.sparse import csr_array
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 import sample
 import tasks
 from env import (
-    AgentSettings, better_word, end_reason, model_policy, play_trajectory, prepare_tasks, read_agent, read_record,
+    AgentSettings, end_reason, model_policy, play_trajectory, prepare_tasks, read_agent, read_record,
     trajectory_path, write_agent)
 from model import Config, Qwen2, use_kernels
 from support import cli, endpoint, miniature
@@ -42,6 +39,7 @@ from support.distributed import (
     export_model, flops_of, gib, init_distributed, load_state, num_weights, optimizer_step, packed_micro_batches,
     peak_flops, peak_memory, plan_memory, rank0_broadcast, save_state, shape_of)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
+from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import find_folder, hash_checkpoint
 from support.storage import ResultCache
@@ -51,7 +49,6 @@ RECIPES = {     # --preset. The second is the paper's section on fine-tuning, wh
     "tiny": miniature.TINY,
     "7b": {"model": "Qwen/Qwen2.5-7B", "lr": 2e-5, "epochs": 2.0, "batch": 64, "length": 15000},
 }
-NUM_IDEAS = 10          # of a task, those that differ most
 PARALLEL = 8            # trajectories that are collected at the same time
 VALIDATION_SHARE = 0.05     # of the examples
 
@@ -102,96 +99,6 @@ class Settings(AgentSettings):
             raise ValueError("--expert acts with --collect, and --model is trained without it; give one of the two")
         if not self.collect:
             compute_type(self.dtype, torch.device("cpu"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ideas
-
-ASK = """{problem}
-
-This is {entry}, the script to improve; its metric is {metric}, {better} is better.
-```python
-{script}
-```
-Write {count} ideas for changing it, about {kind}, each different from the others. They must work without installing \
-or downloading anything. One idea a line, in this form and nothing else:
-- short title: what to change in the script, in one or two sentences
-
-These are known already:{known}"""
-ASKED_AT_ONCE = 15      # ideas; longer lists repeat themselves
-ASKED_ABOUT = ("anything", *tasks.IDEA_KINDS)       # in turn
-IDEA = (r"^[ \t]{0,20}(?:[-*•]|\d{1,3}[.)])[ \t]{0,9}\*{0,3}([^:\n]{3,100}?)\*{0,3}[ \t]{0,9}(?:[:–—]| - )"
-        r"[ \t*]{0,9}(\S[^\n]{9,600})$")
-
-
-def parse_ideas(text):
-    """Returns [{"title", "instruction"}] of the lines "- title: instruction" in a model's answers, the first of each
-    title."""
-    ideas = {}
-    for title, instruction in re.findall(IDEA, text, re.MULTILINE):
-        ideas.setdefault(title.strip().lower(), {"title": title.strip(), "instruction": instruction.strip()})
-    return list(ideas.values())
-
-
-def ask_ideas(cfg, task, expert):
-    """Returns ideas that the expert writes for a task: cfg.ideas or more, fewer where it repeats itself. Its answers
-    are kept in ideas/TASK.json, so that none is asked for again. RunError: none of its answers can be read."""
-    path = Path(cfg.trajectories, "ideas", f"{task.id}.json")
-    raw = read_bytes(path)
-    answers = parse_json(raw, {"answers": [TEXT]}, path)["answers"] if raw else []
-    most = 3 * math.ceil(cfg.ideas / ASKED_AT_ONCE) + len(ASKED_ABOUT)
-    ideas = parse_ideas("\n".join(answers))
-    while len(ideas) < cfg.ideas and len(answers) < most:
-        question = ASK.format(
-            problem=task.problem.strip(), entry=task.entry, metric=task.metric, better=better_word(task),
-            script=task.starter, count=ASKED_AT_ONCE, kind=ASKED_ABOUT[len(answers) % len(ASKED_ABOUT)],
-            known="".join(f"\n- {idea['title']}" for idea in ideas[-40:]))
-        seed = zlib.crc32(f"{cfg.seed} {task.id} {len(answers)} ideas".encode())
-        answer = expert.chat([{"role": "user", "content": question}], temperature=1.0, max_new_tokens=1024, seed=seed)
-        answers.append(answer.text)
-        write_atomic(path, {"answers": answers})
-        ideas = parse_ideas("\n".join(answers))
-    if not ideas:
-        raise RunError(f"{cfg.expert} has written no idea for {task.id} that could be read in {len(answers)} answers, "
-                       f"kept in {path}. Take the shipped ideas with --ideas 0, or another --expert.")
-    return ideas
-
-
-def tfidf_vectors(texts):
-    """Returns a sparse matrix with a row of length 1 for each text."""
-    return TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts)
-
-
-def farthest(vectors, k):
-    """Returns the indices of k rows far apart: the two most distant, then again and again the row whose nearest chosen
-    one is farthest. Ties go to the first row. vectors: (N, C), rows of length 1, sparse or not; the distance is
-    Euclidean. The smallest distance is at least half the best possible (Gonzalez 1985)."""
-    vectors = csr_array(vectors)
-    distance = np.sqrt(np.maximum(2 - 2 * (vectors @ vectors.T).toarray(), 0))      # |a - b|^2 = 2 - 2ab
-    distance[distance < 1e-7] = 0                           # what rounding leaves of equal rows must not choose
-    chosen = list(dict.fromkeys(np.unravel_index(distance.argmax(), distance.shape)))[:k]     # rows all equal: only 0
-    while len(chosen) < min(k, len(distance)):
-        nearest = distance[:, chosen].min(1)
-        nearest[chosen] = -1
-        chosen.append(nearest.argmax())
-    return [int(i) for i in chosen]
-
-
-def choose_ideas(cfg, task, expert):
-    """Returns the ideas that the trajectories of a task draw from: of all candidates those that differ most. expert:
-    None for the scripted one."""
-    num = NUM_IDEAS
-    if expert is None and cfg.prompt_format == "short":
-        candidates = miniature.short_ideas(task)
-        num = miniature.NUM_IDEAS
-    elif expert is None or cfg.ideas == 0:
-        candidates = tasks.ideas(task.id)
-    else:
-        candidates = ask_ideas(cfg, task, expert)
-    if not candidates:
-        raise ValueError(f"{task.id} has no ideas.json; let an expert write ideas: --expert MODEL --ideas 100")
-    vectors = tfidf_vectors([f"{idea['title']}. {idea['instruction']}" for idea in candidates])
-    return [candidates[i] for i in farthest(vectors, num)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

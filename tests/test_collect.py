@@ -20,7 +20,7 @@ import sample
 import sft
 import tasks
 from common import act, add_task
-from support import cli, endpoint, files, miniature
+from support import cli, endpoint, files, ideas, miniature
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,7 +100,7 @@ def test_farthest_points_against_brute_force(n, k):
         x = np.random.default_rng(seed).normal(size=(n, 4))
         x /= np.linalg.norm(x, axis=1, keepdims=True)
         d = [[float(np.linalg.norm(a - b)) for b in x] for a in x]
-        chosen = sft.farthest(x, k)
+        chosen = ideas.farthest(x, k)
         assert len(set(chosen)) == len(chosen) == min(n, k)
         if n > 1:
             assert d[chosen[0]][chosen[1]] == max(map(max, d))
@@ -114,9 +114,9 @@ def test_farthest_points_against_brute_force(n, k):
 
 
 def test_farthest_points_of_equal_rows_and_of_texts():
-    assert sft.farthest(np.ones((3, 1)), 2) == [0, 1]
-    vectors = sft.tfidf_vectors(["use a forest", "use a forest of trees", "scale columns", "stack models by ridge"])
-    assert set(sft.farthest(vectors, 3)) in ({0, 2, 3}, {1, 2, 3})
+    assert ideas.farthest(np.ones((3, 1)), 2) == [0, 1]
+    vectors = ideas.tfidf_vectors(["use a forest", "use a forest of trees", "scale columns", "stack models by ridge"])
+    assert set(ideas.farthest(vectors, 3)) in ({0, 2, 3}, {1, 2, 3})
 
 
 ANSWER = """Sure, here are ideas:
@@ -129,9 +129,9 @@ no list item: this line is prose and not an idea at all
 
 
 def test_ideas_are_read_and_made_distinct():
-    ideas = sft.parse_ideas(ANSWER)
-    assert [one["title"] for one in ideas] == ["Bigger model", "Scale the inputs"]
-    assert ideas[1]["instruction"] == "put a StandardScaler before the model."
+    parsed = ideas.parse_ideas(ANSWER)
+    assert [one["title"] for one in parsed] == ["Bigger model", "Scale the inputs"]
+    assert parsed[1]["instruction"] == "put a StandardScaler before the model."
 
 
 class Expert:
@@ -160,14 +160,14 @@ class Expert:
 def test_a_hundred_ideas_are_asked_for_in_several_prompts_and_never_twice(toys):
     s, task = settings(toys, expert="model"), tasks.load("toy-a")
     with pytest.raises(endpoint.EndpointError):
-        sft.ask_ideas(s, task, Expert(fail_after=4))
+        ideas.ask_ideas(s, task, Expert(fail_after=4))
     expert = Expert()
-    found = sft.ask_ideas(s, task, expert)
+    found = ideas.ask_ideas(s, task, expert)
     assert expert.asked == 3 and len(found) == 105         # 7 answers of 15, 4 of them kept from before
     prompts = [messages[0]["content"] for messages in expert.prompts]
     assert len(set(prompts)) == 3 and all("VALUE = 3" in prompt and "known already" in prompt for prompt in prompts)
     again = Expert()
-    assert sft.ask_ideas(s, task, again) == found and again.asked == 0
+    assert ideas.ask_ideas(s, task, again) == found and again.asked == 0
 
 
 def test_an_expert_without_ideas_is_an_error(toys):
@@ -175,7 +175,7 @@ def test_an_expert_without_ideas_is_an_error(toys):
         def chat(self, messages, **options):
             return endpoint.Completion("I have none.", [], [], "stop")
     with pytest.raises(cli.RunError, match="has written no idea for toy-a"):
-        sft.ask_ideas(settings(toys, expert="mute"), tasks.load("toy-a"), Mute())
+        ideas.ask_ideas(settings(toys, expert="mute"), tasks.load("toy-a"), Mute())
 
 
 # ---- the scripted expert
