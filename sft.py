@@ -45,10 +45,7 @@ from support.pretrained import find_folder, hash_checkpoint
 from support.storage import ResultCache
 
 
-RECIPES = {     # --preset. The second is the paper's section on fine-tuning, which the defaults follow too.
-    "tiny": miniature.TINY,
-    "7b": {"model": "Qwen/Qwen2.5-7B", "lr": 2e-5, "epochs": 2.0, "batch": 64, "length": 15000},
-}
+RECIPES = {"tiny": miniature.TINY, "7b": {"model": "Qwen/Qwen2.5-7B"}}      # the defaults are the paper's figures
 PARALLEL = 8            # trajectories that are collected at the same time
 VALIDATION_SHARE = 0.05     # of the examples
 
@@ -107,16 +104,17 @@ class Settings(AgentSettings):
 SAME = ("expert", "coder", "actions", "fields", "prompt_format", "steps", "seconds", "ideas", "max_new_tokens",
         "temperature", "context", "threads", "gpu", "sandbox", "seed")     # what trajectories of a folder agree in
 IDEA_FORM = {"title": TEXT, "instruction": TEXT, "edits?": [{"find": TEXT, "replace": TEXT}]}
-MANIFEST = {"same": {str: VALUE}, "tasks": {str: {"data": TEXT, "miniature": FLAG, "ideas?": [IDEA_FORM]}}}
+MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {"data": TEXT, "miniature": FLAG, "ideas?": [IDEA_FORM]}}}
 
 
 def collect(cfg, load=sample.load):
     """Collects cfg.num trajectories of each task of cfg.task and returns what manifest.json then holds. ValueError:
     something is wrong with the settings. RunError: the expert is of no use."""
     tasks.refuse_held_out_names(tasks.names(cfg.task))
-    lacking = set(miniature.SCRIPTED_ACTIONS[cfg.prompt_format]) - set(cfg.actions)
-    if cfg.expert == "scripted" and lacking:
-        raise ValueError(f"the scripted expert needs the actions {', '.join(sorted(lacking))} too; add to --actions")
+    missing = set(miniature.SCRIPTED_ACTIONS[cfg.prompt_format]) - set(cfg.actions)
+    if cfg.expert == "scripted" and missing:
+        raise ValueError(f"the scripted expert needs the actions {', '.join(sorted(missing))} too; add them to "
+                         "--actions")
     folder = Path(cfg.trajectories)
     with folder_lock(folder, "sft.py --collect"):
         # 1. The data, nothing of them held out, and what is there already.
@@ -158,13 +156,13 @@ def open_manifest(cfg, task_infos):
     """Returns what manifest.json of the folder holds, with an entry for each task. ValueError: the folder is of other
     settings, another expert or other data, or holds trajectories that the manifest does not tell of."""
     path = Path(cfg.trajectories, "manifest.json")
-    same = {flag_of(name): getattr(cfg, name) for name in SAME}
-    same |= {flag_of(name): list(getattr(cfg, name)) for name in ("actions", "fields")}      # as JSON has them
+    settings = {flag_of(name): getattr(cfg, name) for name in SAME}
+    settings |= {flag_of(name): list(getattr(cfg, name)) for name in ("actions", "fields")}      # as JSON has them
     if Path(cfg.expert).is_dir():       # a model that was trained anew in the same folder is another model
-        same["--expert of sha256"] = hash_checkpoint(cfg.expert)
+        settings["--expert of sha256"] = hash_checkpoint(cfg.expert)
     raw = read_bytes(path)
-    manifest = parse_json(raw, MANIFEST, path) if raw else {"same": same, "tasks": {}}
-    check_same(manifest["same"], same, cfg.trajectories, "--trajectories")
+    manifest = parse_json(raw, MANIFEST, path) if raw else {"settings": settings, "tasks": {}}
+    check_same(manifest["settings"], settings, cfg.trajectories, "--trajectories")
     for task, info in task_infos:
         entry = {"data": hash_json(info["sha256"])[:16], "miniature": info["miniature"]}
         if task.id not in manifest["tasks"] and list(path.parent.glob(f"{task.id}-*.jsonl")):
@@ -207,11 +205,10 @@ def count_trajectories(folder, task):
 
 def report(manifest):
     """Returns the counts of a manifest as text."""
-    rows = [("task", "data", "trajectories", "steps", "valid", "score rose", "ideas")]
+    rows = [("task", "data", "trajectories", "steps", "valid", "score rose")]
     for id, entry in manifest["tasks"].items():
         data = "miniature" if entry["miniature"] else "real"
-        numbers = [entry["counts"][name] for name in ("trajectories", "steps", "valid", "rose")]
-        rows.append((id, data, *map(str, [*numbers, len(entry["ideas"])])))
+        rows.append((id, data, *(str(entry["counts"][name]) for name in ("trajectories", "steps", "valid", "rose"))))
     return format_table(rows)
 
 
@@ -226,20 +223,18 @@ def build_dataset(cfg, tokenizer, log=print):
     limit = cfg.length + 1
     examples = []
     kept = []       # the conversation of each example
-    cut = []
-    empty = []
+    cut = defaultdict(list)     # what happened -> sources
     for conversation in conversations:
         ids, loss_mask = tokenizer.conversation(conversation.messages, set(conversation.assistant_turns))
         if len(ids) > limit:
-            cut.append(conversation.source)
+            cut[f"cut at {cfg.length} tokens"].append(conversation.source)
         if any(loss_mask[:limit]):
             examples.append((ids[:limit], loss_mask[:limit]))
             kept.append(conversation)
         else:
-            empty.append(conversation.source)
-    for what, sources in ((f"cut at {cfg.length} tokens", cut), ("left out, no reply before the cut", empty)):
-        if sources:
-            log(named(what, sources))
+            cut["left out, no reply before the cut"].append(conversation.source)
+    for what, sources in cut.items():
+        log(named(what, sources))
 
     # 2. Some of them validate; the others, or copies of them, are trained on.
     held_back = hold_back([conversation.origin for conversation in kept], VALIDATION_SHARE, cfg.seed)
@@ -303,8 +298,9 @@ def validate(model, examples, rank, world_size, device, num_ids, max_row_tokens)
     for row in packed_micro_batches(examples, range(len(examples)), rank, world_size, max_row_tokens):
         tokens, lengths, targets = collate_packed(row, device)
         logp, _, is_most_likely = model(tokens, lengths=lengths, targets=targets, size=num_ids)
-        count = torch.tensor(float(len(logp)), device=device)
-        sums += torch.stack([-logp.double().sum(), is_most_likely.double().sum(), count])
+        sums[0] -= logp.double().sum()
+        sums[1] += is_most_likely.sum()
+        sums[2] += len(logp)
     if world_size > 1:
         dist.all_reduce(sums)
     loss, num_right, count = sums.tolist()
@@ -416,9 +412,8 @@ def fine_tune(cfg):
         folder, tokenizer, config = starting_point(cfg)
         examples, valid = build_dataset(cfg, tokenizer, log)
         num_tokens = sum(len(ids) for ids, _ in examples)
-        num_targets = sum(sum(loss_mask) for _, loss_mask in examples)
-        log(f"{cfg.model}: training on {len(examples)} conversations of {num_tokens:,} tokens, {num_targets:,} of them "
-            f"to learn; {len(valid)} to validate; {world_size} processes, {device}")
+        log(f"{cfg.model}: training on {len(examples)} conversations of {num_tokens:,} tokens; {len(valid)} to "
+            f"validate; {world_size} processes, {device}")
         train(cfg, examples, valid, tokenizer, config, folder)
         agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
         if cfg.prompt_format == "short":

@@ -88,11 +88,10 @@ def compute_type(dtype, device):
 def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2, draw=Qwen2.from_scratch):
     """Returns a model to train, with weights and gradients in float32, sharded over all processes (FSDP2).
 
-    Each process reads its own rows of the checkpoint in `folder`. If that is None, it takes them from the model that
-    draw(config, seed) returns. compute: dtype of products and activations, by default that of --dtype auto. Several
-    processes gather weights in this dtype and reduce gradients in float32; one alone casts each weight where it is
-    used. recompute: backward computes the activations of each block again. make: the class; a critic's head, `score`,
-    begins at zero.
+    Each process reads its own rows of the checkpoint in `folder`, or takes them from the model that draw(config, seed)
+    returns if that is None. compute: dtype of products and activations, by default that of --dtype auto; gradients are
+    reduced in float32. recompute: backward computes the activations of each block again. make: the class; a critic's
+    head, `score`, begins at zero.
     """
     # 1. Made on the meta device, without memory. The units of FSDP are the blocks, and the rest.
     with torch.device("meta"):

@@ -33,10 +33,11 @@ TINY = {                # settings of the whole demonstration
 # The scripted expert
 
 def fitting(idea, script):
-    """Returns the edits of an idea that change the script; [] where the text of one does not occur once."""
+    """Returns the edits of an idea that change the script; [] where the text of one does not occur once, or where the
+    idea is told in words alone."""
     try:
         tasks.apply(script, idea)
-    except ValueError:
+    except (ValueError, KeyError):
         return []
     return [edit for edit in idea["edits"] if edit["find"] != edit["replace"]]
 

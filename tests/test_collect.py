@@ -256,6 +256,7 @@ def test_an_idea_that_would_not_end_within_the_steps_is_not_begun(steps, toys):
 
 def test_ideas_fit_a_script_or_not():
     assert miniature.fitting(IDEAS[0], "nothing of it") == []
+    assert miniature.fitting({"title": "in words", "instruction": "do it"}, STARTER) == []
     assert miniature.fitting(IDEAS[0], "VALUE = 3 VALUE = 3 ") == []
     assert miniature.fitting(IDEAS[4], STARTER) == IDEAS[4]["edits"]
     same = {"find": "GAIN = 1\n", "replace": "GAIN = 1\n"}
