@@ -181,8 +181,7 @@ def epoch_order(num, seed, epoch):
 def batch_indices(num, step, size, seed):
     """Returns the indices, out of `num`, of the examples of optimizer step `step`: the orders of the epochs, one after
     the other, are cut into runs of `size`. A resumed run needs no memory of what it has seen."""
-    places = range(step * size, (step + 1) * size)
-    return [epoch_order(num, seed, place // num)[place % num] for place in places]
+    return [epoch_order(num, seed, i // num)[i % num] for i in range(step * size, (step + 1) * size)]
 
 
 def pack_lengths(lengths, max_row_tokens):
@@ -229,13 +228,13 @@ def collate_packed(row, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def check_same(before, now, where, flag="--out"):
+def check_same(before, after, where, flag="--out"):
     """Raises ValueError unless a run can go on: all that it hangs on, {what: value}, must be as it was when it began.
     where: its folder; flag: the setting that would give it another."""
     def show(value):
         return shorten(ascii(value).strip("'"), 200)
     changes = [f"{what} {show(before.get(what))} (now {show(value)})"
-               for what, value in now.items() if before.get(what) != value]
+               for what, value in after.items() if before.get(what) != value]
     if changes:
         raise ValueError(f"{where} is of a run with {', '.join(changes)}; give these again to go on with it, or "
                          f"another {flag} to begin anew")
@@ -266,9 +265,9 @@ def save_state(cfg, step, model, optimizer, origin, keep=2, **more):
         sync(part)
         part.rename(final)
         sync(final.parent)
-        for old in sorted(final.parent.glob("step-??????"))[:-keep]:
-            old.rename(old.with_suffix(".part"))        # a folder that is half deleted must not look whole
-            shutil.rmtree(old.with_suffix(".part"))
+        for folder in sorted(final.parent.glob("step-??????"))[:-keep]:
+            folder.rename(folder.with_suffix(".part"))      # a folder that is half deleted must not look whole
+            shutil.rmtree(folder.with_suffix(".part"))
     barrier()
 
 

@@ -45,25 +45,25 @@ def fitting(idea, script):
 def constants(script):
     """Returns ideas made of the named numbers of a script, lines "NAME = 5", multiplied and divided."""
     ideas = []
-    number = r"\d{1,15}(?:\.\d{0,15})?(?:e-?\d{1,2})?"
-    for name, text in re.findall(rf"^([A-Z][A-Z0-9_]*) = ({number})(?=\s)", script, re.MULTILINE):
+    line = r"^([A-Z][A-Z0-9_]*) = (\d{1,15}(?:\.\d{0,15})?(?:e-?\d{1,2})?)(?=\s)"
+    for name, text in re.findall(line, script, re.MULTILINE):
         find = f"{name} = {text}"
         if name == "SEED" or script.count(find) != 1:
             continue
-        old = float(text)
+        number = float(text)
         is_whole = text.isdigit()
         factors = (2, 0.5) if is_whole else (2, 0.5, 3, 0.1)        # three times as many of something takes too long
-        values = [old * factor for factor in factors]
-        if old == 0:
+        values = [number * factor for factor in factors]
+        if number == 0:
             values = [1, 2, 5] if is_whole else [0.1, 0.01, 0.5]
         if is_whole:
             values = [max(1, round(value)) for value in values]
         for value in dict.fromkeys(values):
-            new = str(value) if is_whole else f"{value:.3g}"
-            if float(new) == old or 0 < old < 1 <= value:           # a share must stay one
+            digits = str(value) if is_whole else f"{value:.3g}"
+            if float(digits) == number or 0 < number < 1 <= value:      # a share must stay one
                 continue
-            ideas.append({"title": f"{name} {new}", "instruction": f"Set {name} to {new} instead of {text}.",
-                          "edits": [{"find": find, "replace": f"{name} = {new}"}]})
+            ideas.append({"title": f"{name} {digits}", "instruction": f"Set {name} to {digits} instead of {text}.",
+                          "edits": [{"find": find, "replace": f"{name} = {digits}"}]})
     return ideas
 
 
@@ -255,8 +255,8 @@ def redraw_digits(text, rng):
     """Returns a number of the same form: 0.25 may become 0.73, never 00.1."""
     if re.fullmatch(r"0\.0*", text):
         return text
-    new = re.sub(r"\d", lambda _: rng.choice("123456789"), text)
-    return "0" + new[1:] if text.startswith("0.") else new
+    digits = re.sub(r"\d", lambda _: rng.choice("123456789"), text)
+    return "0" + digits[1:] if text.startswith("0.") else digits
 
 
 def draw_name(rng):
@@ -266,8 +266,8 @@ def draw_name(rng):
 
 
 def replace_all(text, numbers, names):
-    for old, new in numbers.items():
-        text = re.sub(rf"\b{re.escape(old)}(?![\d.e])", new, text)
+    for before, after in numbers.items():
+        text = re.sub(rf"\b{re.escape(before)}(?![\d.e])", after, text)
     return re.sub(r"\b[A-Z][A-Z0-9_]*\b", lambda match: names.get(match[0], match[0]), text)
 
 
@@ -309,7 +309,7 @@ def show_replies(cfg, engine):
             num_parsed += not error
             if not error and action == "Replace In Script":
                 edits.append((script, args["find"], args["replace"]))
-        valid = [(script, find, new) for script, find, new in edits if find != new and script.count(find) == 1]
+        valid = [(script, find, put) for script, find, put in edits if find != put and script.count(find) == 1]
         shares = (num_parsed / NUM_STATES, len(edits) / NUM_STATES, len(valid) / max(1, len(edits)))
         rows.append((split, *(f"{share:.0%}" for share in shares), str(len(set(valid)))))
     return (f"Its replies in states it has not seen, {NUM_STATES} of each kind:\n{format_table(rows)}\n\n"
