@@ -346,8 +346,7 @@ def num_weights(config):
 
 
 def shape_of(model):
-    """Returns the Config of a folder, of a published Qwen2.5 by its name, or of a preset ("7b", by default "tiny"); reads
-    no weights."""
+    """Returns the Config of a folder, of a published Qwen2.5 by its name, or of a preset ("7b", by default "tiny")."""
     if model and Path(model).is_dir():
         return Config.from_pretrained(model)
     named = re.fullmatch(r"(?:.*/)?Qwen2\.5-(?:Coder-|Math-)?([\d.]+b)(?:-Instruct)?", model, re.I)
