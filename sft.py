@@ -4,7 +4,6 @@
     torchrun --nproc_per_node 8 sft.py                          # with CUDA the paper's recipe for Qwen2.5-7B
     python sft.py --collect                                     # no model, no data: the scripted expert, on miniatures
     python sft.py --collect --expert http://host:8000/v1#name   # an expert behind an OpenAI-compatible server
-    python env.py replay runs/trajectories/spaceship-titanic-0.jsonl    # runs one of them again
     python sft.py --model DIR                                   # fine-tunes a checkpoint on what was collected
 
 Collecting, for each held-in task. 1. Candidates: ideas that the expert writes (100 by default), or those shipped with
@@ -13,25 +12,24 @@ trajectory 1 to 3 of them stand in the expert's first prompt. The recorded promp
 learns to have the idea itself. Held-out tasks are refused, by name and by the hashes of those prepared in --data.
 
 The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), blobs/ (the files of every state),
-ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, counts). A run that was killed goes on with
-the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
+ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, ideas, counts). A run that was killed goes
+on with the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import contextlib, hashlib, json, math, os, random, re, time, zlib
+import contextlib, hashlib, json, math, os, random, time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 import sample
 import tasks
 from env import (
-    AgentSettings, end_reason, model_policy, play_trajectory, prepare_tasks, read_agent, read_record, trajectory_path,
-    write_agent)
+    AgentSettings, end_reason, model_policy, play_trajectory, prepare_tasks, read_agent, read_record,
+    trajectory_path, write_agent)
 from model import Config, Qwen2, use_kernels
 from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
@@ -40,17 +38,14 @@ from support.distributed import (
     RECOMPUTE_ABOVE, batch_indices, build_model, check_same, collate_packed, compute_type, explain_dist_errors,
     export_model, flops_of, gib, init_distributed, load_state, num_weights, optimizer_step, packed_micro_batches,
     peak_flops, peak_memory, plan_memory, rank0_broadcast, save_state, shape_of)
-from support.files import (
-    FLAG, NUMBER, TEXT, VALUE, fingerprint, folder_lock, hash_json, parse_json, read_bytes, write_atomic)
-from support.pretrained import find_folder, hash_checkpoint
+from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
+from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
+from support.pretrained import find_folder, hash_checkpoint
 from support.storage import ResultCache
 
 
-RECIPES = {     # --preset: the paper's section on fine-tuning, which the defaults follow too
-    "7b": {"model": "Qwen/Qwen2.5-7B", "lr": 2e-5, "epochs": 2.0, "batch": 64, "length": 15000},
-}
-NUM_IDEAS = 10          # of a task, those that differ most
+RECIPES = {"tiny": miniature.TINY, "7b": {"model": "Qwen/Qwen2.5-7B"}}      # the defaults are the paper's figures
 PARALLEL = 8            # trajectories that are collected at the same time
 VALIDATION_SHARE = 0.05     # of the examples
 
@@ -63,11 +58,10 @@ class Settings(AgentSettings):
     task: str = "held-in"  # a task's id, or held-in for all that may be trained on
     trajectories: str = "runs/trajectories"  # what is collected goes here, and what is trained on comes from here: that
         # folder, or a JSON or JSON-lines file of your own with "messages" or ShareGPT "conversations"
-    model: str = ""  # what is fine-tuned: a folder, a hub id, or tiny (from scratch); empty: the paper in miniature,
-        # which collects with the scripted expert and then trains a tiny model, by settings of its own
+    model: str = ""  # what is fine-tuned: a folder, a hub id, or tiny (from scratch); empty: that of --preset
     out: str = "runs/sft"  # the model as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
-    preset: str = ""  # settings of a published recipe, which other flags override: 7b, the paper's; it collects first
-        # where --trajectories is empty
+    preset: str = ""  # settings that other flags override: tiny, the paper in miniature, or 7b, the paper's; each
+        # collects first. Empty, without --model: 7b under torchrun with CUDA, else tiny
     plan: bool = False  # print memory per GPU by part, updates and time for these settings, and end; --model may then
         # be a size alone, such as 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
@@ -105,142 +99,35 @@ class Settings(AgentSettings):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ideas
-
-ASK = """{problem}
-
-This is {entry}, the script to improve; its metric is {metric}, {better} is better.
-```python
-{script}
-```
-Write {count} ideas for changing it, each different from the others{about}. They must work without installing or \
-downloading anything. One idea a line, in this form and nothing else:
-- short title: what to change in the script, in one or two sentences{avoid}"""
-ASKED_AT_ONCE = 15      # ideas; longer lists repeat themselves
-IDEA = (r"^[ \t]{0,20}(?:[-*•]|\d{1,3}[.)])[ \t]{0,9}\*{0,3}([^:\n]{3,100}?)\*{0,3}[ \t]{0,9}(?:[:–—]| - )"
-        r"[ \t*]{0,9}(\S[^\n]{9,600})$")
-
-
-def parse_ideas(text):
-    """Returns [{"title", "instruction"}] of the lines "- title: instruction" in a model's answer."""
-    return [{"title": title.strip(), "instruction": text.strip()} for title, text in re.findall(IDEA, text, re.M)]
-
-
-def distinct(ideas):
-    """Returns the ideas without those whose title or instruction has the words of an earlier one."""
-    seen = set()
-    kept = []
-    for idea in ideas:
-        words = {" ".join(re.findall(r"\w+", idea[name].lower())) for name in ("title", "instruction")}
-        if not words & seen:
-            kept.append(idea)
-        seen |= words
-    return kept
-
-
-def ask_ideas(cfg, task, expert):
-    """Returns at least cfg.ideas ideas that the expert writes for a task. Its answers are kept in ideas/TASK.json of
-    the folder, so that none is asked for again. RunError: none of its answers can be read."""
-    path = Path(cfg.trajectories, "ideas", f"{task.id}.json")
-    raw = read_bytes(path)
-    answers = parse_json(raw, {"answers": [TEXT]}, path)["answers"] if raw else []
-    most = 3 * math.ceil(cfg.ideas / ASKED_AT_ONCE) + len(tasks.IDEA_KINDS)
-    ideas = distinct([idea for answer in answers for idea in parse_ideas(answer)])
-    while len(ideas) < cfg.ideas and len(answers) < most:
-        kind = (None, *tasks.IDEA_KINDS)[len(answers) % (1 + len(tasks.IDEA_KINDS))]
-        known = "".join(f"\n- {idea['title']}" for idea in ideas[-40:])
-        question = ASK.format(
-            problem=task.problem.strip(), entry=task.entry, metric=task.metric, count=ASKED_AT_ONCE,
-            better="higher" if task.direction == "up" else "lower", script=(task.folder / task.entry).read_text(),
-            about=f", all about {kind}" if kind else "", avoid=f"\n\nThese are known already:{known}" if known else "")
-        seed = zlib.crc32(f"{cfg.seed} {task.id} {len(answers)} ideas".encode())
-        answer = expert.chat([{"role": "user", "content": question}], temperature=1.0, max_new_tokens=1024, seed=seed)
-        answers.append(answer.text)
-        write_atomic(path, {"task": task.id, "expert": cfg.expert, "answers": answers})
-        ideas = distinct([idea for answer in answers for idea in parse_ideas(answer)])
-    if not ideas:
-        raise RunError(f"{cfg.expert} has written no idea for {task.id} that could be read in {len(answers)} answers, "
-                       f"kept in {path}. Take the shipped ideas with --ideas 0, or another --expert.")
-    if len(ideas) < cfg.ideas:
-        cli.announce(f"{task.id}: {len(ideas)} different ideas in {len(answers)} answers; {cfg.ideas} were asked for")
-    return ideas
-
-
-def tfidf_vectors(texts):
-    """Returns a sparse matrix with a row of length 1 for each text."""
-    return TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts)
-
-
-def farthest(vectors, k):
-    """Returns the indices of k rows far apart: the two most distant, then again and again the row whose nearest chosen
-    one is farthest. Ties go to the first row. vectors: (N, C), rows of length 1, sparse or not; the distance is
-    Euclidean. The smallest distance is at least half the best possible (Gonzalez 1985)."""
-    products = vectors @ vectors.T
-    if hasattr(products, "toarray"):
-        products = products.toarray()
-    distance = np.sqrt(np.maximum(2 - 2 * products, 0))     # |a - b|^2 = 2 - 2ab
-    distance[distance < 1e-7] = 0                           # what rounding leaves of equal rows must not choose
-    chosen = list(dict.fromkeys(np.unravel_index(distance.argmax(), distance.shape)))[:k]     # rows all equal: only 0
-    while len(chosen) < min(k, len(distance)):
-        nearest = distance[:, chosen].min(1)
-        nearest[chosen] = -1
-        chosen.append(nearest.argmax())
-    return [int(i) for i in chosen]
-
-
-def choose_ideas(cfg, task, expert):
-    """Returns the ideas that the trajectories of a task draw from: of all candidates those that differ most. expert:
-    None for the scripted one."""
-    num = NUM_IDEAS
-    if expert is None and cfg.prompt_format == "short":
-        candidates = miniature.short_ideas(task)
-        num = miniature.NUM_IDEAS
-    elif expert is None or cfg.ideas == 0:
-        candidates = tasks.ideas(task.id)
-    else:
-        candidates = ask_ideas(cfg, task, expert)
-    if not candidates:
-        raise ValueError(f"{task.id} has no ideas.json; let an expert write ideas: --expert MODEL --ideas 100")
-    vectors = tfidf_vectors([f"{idea['title']}. {idea['instruction']}" for idea in candidates])
-    return [candidates[i] for i in farthest(vectors, num)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Collecting
 
 SAME = ("expert", "coder", "actions", "fields", "prompt_format", "steps", "seconds", "ideas", "max_new_tokens",
         "temperature", "context", "threads", "gpu", "sandbox", "seed")     # what trajectories of a folder agree in
-MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {
-    "miniature": FLAG, "sha256": {str: TEXT}, "m_init": NUMBER, "m_best": NUMBER, "ideas": [{
-        "title": TEXT, "instruction": TEXT}]}}}
+IDEA_FORM = {"title": TEXT, "instruction": TEXT, "edits?": [{"find": TEXT, "replace": TEXT}]}
+MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {"data": TEXT, "miniature": FLAG, "ideas?": [IDEA_FORM]}}}
 
 
 def collect(cfg, load=sample.load):
     """Collects cfg.num trajectories of each task of cfg.task and returns what manifest.json then holds. ValueError:
     something is wrong with the settings. RunError: the expert is of no use."""
-    # 1. Nothing held out, by name and by the hashes of the data.
-    if refused := [id for id in tasks.names(cfg.task) if tasks.load(id).split != "held-in"]:
-        raise ValueError(f"{', '.join(refused)}: held out, for evaluation; nothing of it may be trained on. The "
-                         f"held-in tasks are: {', '.join(tasks.names('held-in'))}")
-    needed = miniature.SCRIPTED_ACTIONS[cfg.prompt_format]
-    if cfg.expert == "scripted" and (lacking := set(needed) - set(cfg.actions)):
-        raise ValueError(f"the scripted expert needs the actions {','.join(needed)}; missing in --actions: "
-                         f"{', '.join(sorted(lacking))}")
+    tasks.refuse_held_out_names(tasks.names(cfg.task))
+    missing = set(miniature.SCRIPTED_ACTIONS[cfg.prompt_format]) - set(cfg.actions)
+    if cfg.expert == "scripted" and missing:
+        raise ValueError(f"the scripted expert needs the actions {', '.join(sorted(missing))} too; add them to "
+                         "--actions")
     folder = Path(cfg.trajectories)
     with folder_lock(folder, "sft.py --collect"):
+        # 1. The data, nothing of them held out, and what is there already.
         task_infos = prepare_tasks(cfg)
         held_out = tasks.held_out_hashes(cfg.data)
         for task, info in task_infos:
             tasks.refuse_held_out(task.id, info["sha256"], held_out)
+        manifest = open_manifest(cfg, task_infos)
+        jobs = [(task, trajectory_path(folder, task.id, k), k) for k in range(cfg.num) for task, _ in task_infos]
+        progress = Progress({path: read_record(path) for _, path, _ in jobs}, cfg.steps)
+        jobs = [(task, path, k) for task, path, k in jobs if path not in progress.over]
 
-        # 2. What is there already.
-        jobs = [(task, k) for k in range(cfg.num) for task, _ in task_infos]
-        records = {trajectory_path(folder, task.id, k): read_record(trajectory_path(folder, task.id, k))
-                   for task, k in jobs}
-        manifest = open_manifest(cfg, task_infos, records)
-        jobs = [(task, k) for task, k in jobs if not end_reason(records[trajectory_path(folder, task.id, k)])]
-
-        # 3. The expert, and the ideas of each task.
+        # 2. The expert, and the ideas of each task.
         expert = None
         if jobs and cfg.expert != "scripted":
             expert = load(cfg.expert, dtype=cfg.dtype, device=cfg.device, rows=min(PARALLEL, len(jobs)),
@@ -248,20 +135,16 @@ def collect(cfg, load=sample.load):
             if expert.context and cfg.max_new_tokens >= expert.context:
                 raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of "
                                  f"{expert.context}")
-        names = sorted({task.id for task, _ in jobs})
-        ideas = dict(zip(names, run_parallel([(cfg, tasks.load(id), expert) for id in names], choose_ideas, PARALLEL)))
-        for id in names:
-            if manifest["tasks"][id].setdefault("ideas", ideas[id]) != ideas[id]:
-                raise ValueError(f"the ideas for {id} have changed since {folder} was begun; give another folder")
+        lacking = [task for task, _ in task_infos if "ideas" not in manifest["tasks"][task.id]]
+        chosen = run_parallel([(cfg, task, expert) for task in lacking], choose_ideas, PARALLEL)
+        for task, ideas in zip(lacking, chosen):
+            manifest["tasks"][task.id]["ideas"] = ideas
         write_atomic(folder / "manifest.json", {**manifest, "complete": False})
 
-        # 4. The trajectories.
-        progress = Progress(records, cfg.steps)
-        if any(records.values()):
-            cli.announce(f"{folder}: {len(progress.over)} of {len(records)} trajectories are done; going on")
+        # 3. The trajectories.
         cache = ResultCache(folder / "cache")
-        run_parallel(jobs, lambda task, k: collect_one(cfg, task, k, ideas[task.id], expert, cache, progress),
-                     PARALLEL, progress)
+        jobs = [(cfg, task, path, k, manifest["tasks"][task.id]["ideas"]) for task, path, k in jobs]
+        run_parallel(jobs, partial(collect_one, expert, cache, progress), PARALLEL, progress)
         for id, entry in manifest["tasks"].items():
             entry["counts"] = count_trajectories(folder, tasks.load(id))
         manifest["complete"] = True
@@ -269,34 +152,30 @@ def collect(cfg, load=sample.load):
         return manifest
 
 
-def open_manifest(cfg, task_infos, records):
+def open_manifest(cfg, task_infos):
     """Returns what manifest.json of the folder holds, with an entry for each task. ValueError: the folder is of other
     settings, another expert or other data, or holds trajectories that the manifest does not tell of."""
     path = Path(cfg.trajectories, "manifest.json")
-    settings = json.loads(json.dumps({name: getattr(cfg, name) for name in SAME}))      # tuples are lists there
+    settings = {flag_of(name): getattr(cfg, name) for name in SAME}
+    settings |= {flag_of(name): list(getattr(cfg, name)) for name in ("actions", "fields")}      # as JSON has them
     if Path(cfg.expert).is_dir():       # a model that was trained anew in the same folder is another model
-        settings["expert of sha256"] = hash_checkpoint(cfg.expert)
+        settings["--expert of sha256"] = hash_checkpoint(cfg.expert)
     raw = read_bytes(path)
     manifest = parse_json(raw, MANIFEST, path) if raw else {"settings": settings, "tasks": {}}
-    then = {flag_of(name): value for name, value in manifest["settings"].items()}
-    now = {flag_of(name): value for name, value in settings.items()}
+    check_same(manifest["settings"], settings, cfg.trajectories, "--trajectories")
     for task, info in task_infos:
-        if task.id in manifest["tasks"]:
-            then[f"data of {task.id}"] = hash_json(manifest["tasks"][task.id]["sha256"])[:16]
-            now[f"data of {task.id}"] = hash_json(info["sha256"])[:16]
-        elif any(lines and lines[0]["task"] == task.id for lines in records.values()):
+        entry = {"data": hash_json(info["sha256"])[:16], "miniature": info["miniature"]}
+        if task.id not in manifest["tasks"] and list(path.parent.glob(f"{task.id}-*.jsonl")):
             raise ValueError(f"{path} does not tell of {task.id}, of which there are trajectories; delete them, or "
                              "give another --trajectories")
-        entry = {name: info[name] for name in ("miniature", "sha256", "m_init", "m_best")}
         manifest["tasks"].setdefault(task.id, entry)
-    check_same(then, now, cfg.trajectories, "--trajectories")
+        check_same(manifest["tasks"][task.id], entry, f"{cfg.trajectories}, {task.id},", "--trajectories")
     return manifest
 
 
-def collect_one(cfg, task, k, ideas, expert, cache, progress):
-    """Plays trajectory k of a task to its end. ideas: those of the task. expert: what sample.load returned, None for
-    the scripted one. cache, progress: see play_trajectory."""
-    path = trajectory_path(cfg.trajectories, task.id, k)
+def collect_one(expert, cache, progress, cfg, task, path, k, ideas):
+    """Plays trajectory k of a task to its end. expert: what sample.load returned, None for the scripted one. cache,
+    progress, path: see play_trajectory. ideas: those of the task."""
     rng = random.Random(f"{cfg.seed} {task.id} {k}")
     num_ideas = 2 * cfg.steps if expert is None and cfg.prompt_format == "short" else rng.randint(1, 3)
     drawn = rng.sample(ideas, min(num_ideas, len(ideas)))
@@ -304,52 +183,32 @@ def collect_one(cfg, task, k, ideas, expert, cache, progress):
         hints = "".join(f"\n- {idea['title']}: {idea['instruction']}" for idea in drawn)
         policy = model_policy(cfg, expert, f"\n\nIdeas that may be worth trying:{hints}")
     else:
-        policy = scripted_policy(miniature.scripted(cfg, task, drawn, rng), path)
+        policy = miniature.scripted_policy(cfg, task, drawn, rng)
     tokenizer = getattr(expert, "tokenizer", None)
     header = {"expert": cfg.expert, "ideas": [idea["title"] for idea in drawn],
-              "data_sha256": tasks.info(task.id, cfg.data)["sha256"], "tokenizer": tokenizer and fingerprint(tokenizer)}
+              "data_sha256": tasks.info(task.id, cfg.data)["sha256"],
+              "tokenizer": tokenizer and tokenizer.fingerprint()}
     coder = expert if cfg.coder == "expert" else None
     play_trajectory(cfg, task, k, path, policy, coder, cfg.trajectories, cache, progress, header)
-
-
-def scripted_policy(replies, path):
-    """Returns a policy for play_trajectory from a generator of replies. The recorded steps bring it to where it was."""
-    next_reply = next(replies)
-    num_lines = 1       # of the file that the generator has received
-
-    def reply(env, lines, seed):
-        nonlocal next_reply, num_lines
-        for line in lines[num_lines:]:
-            if line["reply"] != next_reply:
-                raise ValueError(f"{path} was collected by another version of the scripted expert; give another "
-                                 "--trajectories, or delete that file")
-            next_reply = replies.send(line)
-        num_lines = len(lines)
-        return next_reply, None, {}
-    return reply
 
 
 def count_trajectories(folder, task):
     """Returns what manifest.json says of the finished trajectories of a task."""
     records = [read_record(path) for path in Path(folder).glob(f"{task.id}-*.jsonl")]
-    records = [lines for lines in records if end_reason(lines) and lines[0]["task"] == task.id]
+    records = [lines for lines in records if end_reason(lines)]
     steps = [line for lines in records for line in lines if line["type"] == "step"]
-    num_better = 0
-    for lines in records:
-        last_score = [line["m_after"] for line in lines if "m_after" in line][-1]
-        num_better += task.better(last_score, lines[0]["m_init"])
+    last_scores = [[line["m_after"] for line in lines if "m_after" in line][-1] for lines in records]
+    rose = [task.better(score, lines[0]["m_init"]) for score, lines in zip(last_scores, records)]
     return {"trajectories": len(records), "steps": len(steps), "valid": sum(step["valid"] for step in steps),
-            "rose": num_better, "ended": dict(Counter(map(end_reason, records))),
-            "kinds": dict(Counter(step["kind"] for step in steps))}
+            "rose": sum(rose), "ended": dict(Counter(map(end_reason, records)))}
 
 
 def report(manifest):
     """Returns the counts of a manifest as text."""
-    rows = [("task", "data", "trajectories", "steps", "valid", "score rose", "ideas")]
+    rows = [("task", "data", "trajectories", "steps", "valid", "score rose")]
     for id, entry in manifest["tasks"].items():
         data = "miniature" if entry["miniature"] else "real"
-        numbers = [entry["counts"][name] for name in ("trajectories", "steps", "valid", "rose")]
-        rows.append((id, data, *map(str, [*numbers, len(entry["ideas"])])))
+        rows.append((id, data, *(str(entry["counts"][name]) for name in ("trajectories", "steps", "valid", "rose"))))
     return format_table(rows)
 
 
@@ -361,47 +220,29 @@ def build_dataset(cfg, tokenizer, log=print):
     cfg.length tokens is cut there. ValueError: nothing is left."""
     # 1. Conversations become examples.
     conversations, _ = read_conversations(cfg.trajectories, cfg.data, tokenizer, log)
-    are_short = [len(conversation.messages) == 2 and conversation.messages[0]["content"].startswith("Task: ")
-                 for conversation in conversations]
-    if cfg.copies and not all(are_short):
-        raise ValueError("--copies are made of short prompts alone; collect with --prompt-format short")
+    limit = cfg.length + 1
     examples = []
     kept = []       # the conversation of each example
-    cut = []
-    empty = []
+    cut = defaultdict(list)     # what happened -> sources
     for conversation in conversations:
         ids, loss_mask = tokenizer.conversation(conversation.messages, set(conversation.assistant_turns))
-        if len(ids) > cfg.length + 1:
-            cut.append(conversation.source)
-        if any(loss_mask[:cfg.length + 1]):
-            examples.append((ids[:cfg.length + 1], loss_mask[:cfg.length + 1]))
+        if len(ids) > limit:
+            cut[f"cut at {cfg.length} tokens"].append(conversation.source)
+        if any(loss_mask[:limit]):
+            examples.append((ids[:limit], loss_mask[:limit]))
             kept.append(conversation)
         else:
-            empty.append(conversation.source)
-    if cut:
-        log(named(f"cut at {cfg.length} tokens", cut))
-    if empty:
-        log(named("left out, no reply before the cut", empty))
+            cut["left out, no reply before the cut"].append(conversation.source)
+    for what, sources in cut.items():
+        log(named(what, sources))
 
-    # 2. Some of them validate.
-    origins = [conversation.origin for conversation in kept]
-    if len(set(origins)) == 1 < len(origins):
-        log(f"  all are of {origins[0]}: some of its own steps validate")
-    held_back = hold_back(origins, VALIDATION_SHARE, cfg.seed)
+    # 2. Some of them validate; the others, or copies of them, are trained on.
+    held_back = hold_back([conversation.origin for conversation in kept], VALIDATION_SHARE, cfg.seed)
     valid = [example for i, example in enumerate(examples) if i in held_back]
-    train = [example for i, example in enumerate(examples) if i not in held_back]
-
-    # 3. Copies of the others.
     if cfg.copies:
-        train = []
-        copies = [copy for i, conversation in enumerate(kept) if i not in held_back
-                  for copy in miniature.augmented_copies(conversation, cfg.copies, cfg.seed)]
-        for i, messages in enumerate(copies):
-            ids, loss_mask = tokenizer.conversation(messages)
-            if i % 10 == 0:     # the prompt too: a few names stand in it twice, which is more to learn copying from
-                loss_mask = [True] * len(ids)
-            if any(loss_mask[:cfg.length + 1]):
-                train.append((ids[:cfg.length + 1], loss_mask[:cfg.length + 1]))
+        train = miniature.copy_examples(cfg, tokenizer, [kept[i] for i in range(len(kept)) if i not in held_back])
+    else:
+        train = [example for i, example in enumerate(examples) if i not in held_back]
     if not train:
         raise ValueError(f"{len(examples)} conversations are too few to train on and to validate with; collect more")
     return train, valid
@@ -424,18 +265,6 @@ def hold_back(origins, share, seed):
             break
         chosen += groups[g]
     return set(chosen)
-
-
-def hash_examples(*lists):
-    """Returns the sha256, shortened, of lists of examples."""
-    sha = hashlib.sha256()
-    for examples in lists:
-        sha.update(f"{len(examples)} examples".encode())
-        for ids, loss_mask in examples:
-            sha.update(f"{len(ids)} ids".encode())
-            sha.update(np.array(ids, np.int32))
-            sha.update(np.array(loss_mask, np.bool_))
-    return sha.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -466,12 +295,13 @@ def add_gradients(model, rows, num_targets, world_size, device, num_ids):
 def validate(model, examples, rank, world_size, device, num_ids, max_row_tokens):
     """Returns (mean negative log-prob, share of targets that were the most likely token) of examples."""
     sums = torch.zeros(3, device=device, dtype=torch.float64)
-    for row in packed_micro_batches(examples, list(range(len(examples))), rank, world_size, max_row_tokens):
+    for row in packed_micro_batches(examples, range(len(examples)), rank, world_size, max_row_tokens):
         tokens, lengths, targets = collate_packed(row, device)
         logp, _, is_most_likely = model(tokens, lengths=lengths, targets=targets, size=num_ids)
-        count = torch.tensor(float(len(logp)), device=device)
-        sums += torch.stack([-logp.double().sum(), is_most_likely.double().sum(), count])
-    if dist.is_initialized():
+        sums[0] -= logp.double().sum()
+        sums[1] += is_most_likely.sum()
+        sums[2] += len(logp)
+    if world_size > 1:
         dist.all_reduce(sums)
     loss, num_right, count = sums.tolist()
     return loss / count, num_right / count
@@ -507,25 +337,25 @@ def train(cfg, examples, valid, tokenizer, config, folder):
 
         # 2. Forward and backward.
         num_targets = sum(sum(examples[i][1]) for i in batch)
-        loss = add_gradients(model, rows, num_targets, world_size, device, tokenizer.size)
-        losses = of_all_ranks(loss, rank, world_size)
-        loss = sum(losses)
+        loss_part = add_gradients(model, rows, num_targets, world_size, device, tokenizer.size)
+        loss = loss_part.double()
+        if world_size > 1:
+            dist.all_reduce(loss)
 
         # 3. The update.
         lr = cosine(step, num_updates, cfg.lr) * min(1.0, (step + 1) / (cfg.warmup or 1))
         optimizer.param_groups[0]["lr"] = lr
         try:
-            norm = optimizer_step(model, optimizer, loss=loss).item()
-        except RunError as error:
-            ranks = [r for r in range(world_size) if not math.isfinite(losses[r])] or range(world_size)
-            where = "; ".join(f"rank {r}, conversations {batch[r::world_size]}" for r in ranks)
-            raise RunError(f"step {step + 1}: {error}; {where}. The checkpoints in {cfg.out} are from before") from None
+            norm = optimizer_step(model, optimizer).item()
+        except RunError as error:       # each process names its part
+            raise RunError(f"step {step + 1}: loss {loss_part.item()}, {error}; rank {rank}, conversations "
+                           f"{batch[rank::world_size]}. The checkpoints in {cfg.out} are from before") from None
 
         # 4. The log, with a validation where a checkpoint follows.
         seconds = time.monotonic() - start
         num_tokens = sum(len(examples[i][0]) - 1 for i in batch)
-        figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
-                   "mfu": flops_of(config, rows) / seconds / peak if peak else None,
+        figures = {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": lr,
+                   "tokens_s": num_tokens / seconds, "mfu": flops_of(config, rows) / seconds / peak if peak else None,
                    "peak_gib": peak_memory(device) / 2**30, "seconds": seconds}
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
@@ -533,7 +363,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
                 model, valid, rank, world_size, device, tokenizer.size, cfg.length)
         if rank == 0:
             left = (time.monotonic() - began) / (step + 1 - first) * (num_updates - step - 1)
-            log_step(log_file, figures, num_updates, timedelta(seconds=int(left)))
+            log_step(log_file, figures, num_updates, left)
 
         # 5. The checkpoint.
         if is_saved:
@@ -541,60 +371,49 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     export_model(model, tokenizer, cfg.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def of_all_ranks(loss, rank, world_size):
-    """Returns the loss of each process, as a list of numbers."""
-    losses = torch.zeros(world_size, device=loss.device)
-    losses[rank] = loss
-    if world_size > 1:
-        dist.all_reduce(losses)
-    return losses.tolist()
+def hash_examples(*lists):
+    """Returns the sha256, shortened, of lists of examples."""
+    sha = hashlib.sha256()
+    for examples in lists:
+        for part in (len(examples), *examples):
+            sha.update(repr(part).encode())
+    return sha.hexdigest()[:16]
 
 
-def log_step(log_file, figures, num_updates, left):
+def log_step(log_file, figures, num_updates, seconds_left):
     """Writes the figures of a step to log.jsonl, and about a hundred times in a run to the screen."""
     log_file.write(json.dumps(figures) + "\n")
     log_file.flush()
-    step = figures["step"]
-    if "valid_loss" not in figures and step % max(1, num_updates // 100):
-        return
-    line = (f"step {step:>5}/{num_updates}  loss {figures['loss']:.4f}  norm {figures['grad_norm']:7.3f}  "
-            f"lr {figures['lr']:.2e}  {figures['tokens_s']:8,.0f} tokens/s  MFU {figures['mfu'] or 0:4.0%}  "
-            f"{figures['peak_gib']:5.1f} GiB  {figures['seconds']:6.2f} s  ETA {left}")
-    if "valid_loss" in figures:
-        line += f"  valid {figures['valid_loss']:.4f}, {figures['valid_accuracy']:.1%} right"
-    print(line, flush=True)
+    if "valid_loss" in figures or figures["step"] % max(1, num_updates // 100) == 0:
+        texts = [f"{name} {value:.4g}" for name, value in figures.items() if name != "step" and value is not None]
+        left = timedelta(seconds=int(seconds_left))
+        print(f"step {figures['step']}/{num_updates}  {'  '.join(texts)}  ETA {left}", flush=True)
 
 
-def make_tokenizer(cfg):
-    """Makes the tokenizer of the miniature's model, once."""
-    if not Path(cfg.out, "tokenizer.json").exists():
-        conversations, _ = read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)
-        miniature.make_tokenizer(conversations, cfg.out)
+def starting_point(cfg):
+    """Returns (folder, tokenizer, Config) of the model that is fine-tuned; folder is None where it is drawn."""
+    if cfg.model != "tiny":
+        folder = find_folder(cfg.model)
+        return folder, sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)
+    config = Config.preset("tiny")
+    if cfg.prompt_format == "full":
+        return None, sample.Tokenizer.of_bytes(), config
+    rank0_broadcast(lambda: miniature.make_tokenizer(cfg))
+    tokenizer = sample.Tokenizer.from_pretrained(cfg.out)
+    return None, tokenizer, replace(config, vocab_size=tokenizer.size)
 
 
 def fine_tune(cfg):
     """Trains cfg.model on cfg.trajectories and writes cfg.out."""
     rank, world_size, device = init_distributed()
     log = print if rank == 0 else lambda line: None
-    with explain_dist_errors(rank), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, "sft.py")))
-        folder = None
-        if cfg.model == "tiny" and cfg.prompt_format == "short":
-            rank0_broadcast(lambda: make_tokenizer(cfg))
-            tokenizer = sample.Tokenizer.from_pretrained(cfg.out)
-            config = replace(Config.preset("tiny"), vocab_size=tokenizer.size)
-        elif cfg.model == "tiny":
-            tokenizer = sample.Tokenizer.of_bytes()
-            config = Config.preset("tiny")
-        else:
-            folder = find_folder(cfg.model)
-            tokenizer = sample.Tokenizer.from_pretrained(folder)
-            config = Config.from_pretrained(folder)
+        folder, tokenizer, config = starting_point(cfg)
         examples, valid = build_dataset(cfg, tokenizer, log)
         num_tokens = sum(len(ids) for ids, _ in examples)
-        num_targets = sum(sum(loss_mask) for _, loss_mask in examples)
-        log(f"{cfg.model}: training on {len(examples)} conversations of {num_tokens:,} tokens, {num_targets:,} of them "
-            f"to learn; {len(valid)} to validate; {world_size} processes, {device}")
+        log(f"{cfg.model}: training on {len(examples)} conversations of {num_tokens:,} tokens; {len(valid)} to "
+            f"validate; {world_size} processes, {device}")
         train(cfg, examples, valid, tokenizer, config, folder)
         agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
         if cfg.prompt_format == "short":
@@ -611,111 +430,84 @@ def plan(cfg):
     """Returns the text of --plan: memory of a GPU, updates, tokens and time. It needs no weights and no GPU."""
     config = shape_of(cfg.model)
     total = num_weights(config)[-1]
-    recompute = total > RECOMPUTE_ABOVE
-    parts = plan_memory(config, cfg.length, cfg.gpus, compute_type(cfg.dtype, torch.device("cuda")), recompute)
-    num = 10_000
-    source = "as many as the paper has"
+    parts = plan_memory(config, cfg.length, cfg.gpus, compute_type(cfg.dtype, torch.device("cuda")),
+                        total > RECOMPUTE_ABOVE)
+    num = 10_000        # about as many as the paper has
     if Path(cfg.trajectories).exists():
         num = len(read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)[0])
-        source = cfg.trajectories
     updates = cfg.updates or math.ceil(cfg.epochs * num / cfg.batch)
     row = [([0] * (cfg.length + 1), [True] * (cfg.length + 1))]
     seconds = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12)
     return "\n".join([
-        f"{cfg.model or 'tiny'}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.length:,} tokens, recompute "
-        f"{'on' if recompute else 'off'}", "", "GiB per GPU", *gib(parts), "",
-        f"{num:,} conversations ({source}): {updates:,} steps of {cfg.batch}, at most "
+        f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.length:,} tokens", "", "GiB per GPU",
+        *gib(parts), "", f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most "
         f"{updates * cfg.batch * cfg.length:,} tokens",
         f"about {seconds / 3600:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 
 
 def is_collected(path):
     """Returns whether there is something to train on: a file, or a folder whose collection was not broken off."""
-    if path.is_file():
-        return True
-    manifest = path / "manifest.json"
-    raw = read_bytes(manifest)
+    raw = read_bytes(path / "manifest.json") if path.is_dir() else None
     if raw is None:
-        return any(path.glob("*.jsonl"))
-    return parse_json(raw, {"complete": FLAG}, manifest)["complete"]
+        return path.is_file() or any(path.glob("*.jsonl"))
+    return parse_json(raw, {"complete": FLAG}, path / "manifest.json")["complete"]
 
 
 def collect_first(cfg):
-    """Collects on the first process, while the others wait. With --preset only where nothing was collected before."""
-    rank, _, _ = init_distributed()
-
-    def work():
-        if cfg.preset and is_collected(Path(cfg.trajectories)):
-            return
+    """Collects for a preset. The miniature always does, which adds what is lacking; the paper's recipe only where
+    nothing was collected before, perhaps by another expert."""
+    if cfg.preset == "tiny" or not is_collected(Path(cfg.trajectories)):
         print("1. Collecting: an expert edits and runs the starters of the held-in tasks.")
         print(report(collect(cfg)))
         print(f"\n2. Training {cfg.model} on what it did.", flush=True)
-    with explain_dist_errors(rank):
-        rank0_broadcast(work)
 
 
-def run_miniature(cfg):
-    """Collects with the scripted expert on the miniatures, trains the tiny model from scratch, shows what it replies.
-    Of several processes the first one collects and shows; all train."""
-    cfg = replace(cfg, model="tiny")
-    collect_first(cfg)
-    fine_tune(cfg)
-    rank, _, device = init_distributed()
-    if rank:
+def run(cfg):
+    if cfg.plan:
+        print(plan(cfg))
         return
-    engine = sample.load(cfg.out, "float32", device, rows=32, context=cfg.context)
-    print("\n3. Its replies in states it has not seen, 64 of each kind:")
-    rows = [("tasks", "can be read", "edits", "of them with text that occurs once", "different ones")]
-    for split in ("held-in", "held-out"):
-        stats, prompt, reply = miniature.reply_stats(cfg, engine, split)
-        rows.append((split, *(f"{stats[name]:.0%}" for name in ("parsed", "edits", "valid")), str(stats["distinct"])))
-    print(format_table(rows) + f"\n\nOne state:\n{prompt[-1]['content']}\n\nIts reply:\n{reply}\n\nNext: python rl.py")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that torch can use")
+    if cfg.collect:
+        refuse_torchrun("collecting")
+        print("\n" + report(collect(cfg)))
+        print(f"Written to {cfg.trajectories}: manifest.json, trajectories, blobs")
+        return
+    rank, _, device = init_distributed()
+    with explain_dist_errors(rank):
+        if cfg.preset:
+            rank0_broadcast(partial(collect_first, cfg))
+        fine_tune(cfg)
+    if cfg.preset == "tiny" and rank == 0:
+        engine = sample.load(cfg.out, "float32", device, rows=32, context=cfg.context)
+        print(f"\n3. {miniature.show_replies(cfg, engine)}\n\nNext: python rl.py")
 
 
 def fill(values):
-    """For cli.parse: the settings that hold where none was typed. The choice of what is run is said."""
+    """For cli.parse: the preset, typed or chosen by how the program was started. The choice is said."""
     if values["preset"]:
         return [cli.preset(values["preset"], RECIPES)]
     if values["collect"] or values["model"]:
         return []
+    preset = "tiny"
     if not under_torchrun():
         why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun sft.py, or --preset 7b)"
     elif values["device"] != "cpu" and torch.cuda.is_available():
-        return [("the paper's run, as torchrun started it and there is CUDA (for the miniature: python sft.py)",
-                 {"preset": "7b", **RECIPES["7b"]})]
+        preset = "7b"
+        why = "the paper's run, as torchrun started it and there is CUDA (for the miniature: python sft.py)"
     else:
         why = "the paper in miniature on all processes, as there is no CUDA here (for Qwen2.5-7B: --preset 7b)"
-    return [(why, miniature.TINY)]
+    return [(why, {"preset": preset, **RECIPES[preset]})]
 
 
 def main(argv=None):
     cfg = cli.parse(Settings, argv, fill)
     if cfg.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before anything has looked for a GPU
-
-    def work():
-        if cfg.plan:
-            print(plan(cfg))
-            return
-        if cfg.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: there is no GPU that torch can use")
-        if cfg.collect:
-            refuse_torchrun("collecting")
-            print("\n" + report(collect(cfg)))
-            print(f"Written to {cfg.trajectories}: manifest.json, trajectories, blobs")
-        elif not cfg.model:
-            run_miniature(cfg)
-        else:
-            if cfg.preset:
-                collect_first(cfg)
-            fine_tune(cfg)
-
-    folder = f"{cfg.trajectories} and {cfg.out}"
-    if cfg.collect:
-        folder = cfg.trajectories
-    elif cfg.model:
-        folder = cfg.out
-    return exit_status("sft.py", work, folder)
+    folder = cfg.out
+    if cfg.collect or cfg.preset:
+        folder = f"{cfg.trajectories} and {cfg.out}"
+    return exit_status("sft.py", partial(run, cfg), folder)
 
 
 if __name__ == "__main__":

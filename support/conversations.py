@@ -1,12 +1,13 @@
 """Conversations to learn from: trajectories that an expert has played, and files of a user."""
 import json, re
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tasks
 from env import end_reason, prompt_of, read_records
-from support.files import fingerprint, shorten
+from support.files import TEXT, shorten
 from support.storage import Blobs, MissingBlob
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
@@ -37,23 +38,22 @@ def read_conversations(path, data="data", tokenizer=None, log=print):
     path = Path(path)
     if not path.exists():
         raise ValueError(f"there is no {path}; collect it with: python sft.py --collect --trajectories {path}")
-    files = sorted(file for file in path.glob("*.jsonl") if file.is_file()) if path.is_dir() else [path]
     held_out = tasks.held_out_hashes(data)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*.jsonl") if file.is_file())
+    if path.is_dir() or read_text(path).startswith('{"type": "header"'):
+        readers = [(str(file), partial(read_trajectory, file, held_out, tokenizer)) for file in files]
+    else:
+        readers = [(source, partial(read_own, entry, source)) for source, entry in read_entries(path)]
+
     conversations = []
     left_out = defaultdict(list)        # reason -> sources
-    for file in files:
-        text = read_text(file)
-        if text.startswith('{"type": "header"') or path.is_dir():
-            try:
-                conversations += read_trajectory_file(file, held_out, tokenizer)
-            except InvalidConversation as error:
-                left_out[str(error)].append(str(file))
-            continue
-        for source, entry in read_entries(file, text):
-            try:
-                conversations.append(read_own(entry, source))
-            except InvalidConversation as error:
-                left_out[str(error)].append(source)
+    for source, read in readers:
+        try:
+            conversations += read()
+        except InvalidConversation as error:
+            left_out[str(error)].append(source)
     for conversation in conversations:
         refuse_held_out_prompts(conversation)
     num_turns = sum(len(conversation.assistant_turns) for conversation in conversations)
@@ -81,8 +81,9 @@ def read_text(file):
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def read_entries(file, text):
+def read_entries(file):
     """Returns [(source, entry)] of a user's file: JSON (a list, or one entry), or JSON lines, which stay text here."""
+    text = read_text(file)
     if file.suffix != ".jsonl":
         try:
             value = json.loads(text)
@@ -97,7 +98,7 @@ def read_entries(file, text):
 
 
 def read_own(entry, source):
-    """Returns the Conversation of an entry of a user's file, {"messages": [{"role", "content"}]} or ShareGPT's
+    """Returns [the Conversation] of an entry of a user's file, {"messages": [{"role", "content"}]} or ShareGPT's
     {"conversations": [{"from", "value"}]}, with or without a "system". Every turn of the assistant is learned."""
     if isinstance(entry, str):
         try:
@@ -113,20 +114,23 @@ def read_own(entry, source):
     for turn in turns:
         role = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or role not in ROLES:
+        if role not in list(ROLES):     # it may be of any type
             raise InvalidConversation(f"unknown role {shorten(repr(role), 40)}")
-        if not isinstance(content, str):
+        if not TEXT[1](content):
             raise InvalidConversation("a content that is no text")
-        if re.search("[\ud800-\udfff]", content):
-            raise InvalidConversation("half a surrogate pair, which is no character")
         messages.append({"role": ROLES[role], "content": content})
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"].strip()]
-    if not turns:
+    return [conversation_of(messages, turns, source, source)]
+
+
+def conversation_of(messages, assistant_turns, source, origin, is_miniature=False):
+    """Returns a Conversation that ends in the last turn of the assistant that is learned."""
+    if not assistant_turns:
         raise InvalidConversation("no turn of the assistant")
-    return Conversation(messages[:turns[-1] + 1], turns, source, source)
+    return Conversation(messages[:assistant_turns[-1] + 1], assistant_turns, source, origin, is_miniature)
 
 
-def read_trajectory_file(file, held_out, tokenizer):
+def read_trajectory(file, held_out, tokenizer):
     """Returns [Conversation, ...] of a trajectory: one, or with short prompts one for each reply. Only replies that
     were carried out are learned. ValueError: it is of a held-out task. held_out: see tasks.held_out_hashes."""
     # 1. It is whole, and of a task that may be learned.
@@ -150,32 +154,29 @@ def read_trajectory_file(file, held_out, tokenizer):
     except MissingBlob:
         raise InvalidConversation("a missing blob") from None
 
-    # 2. Its messages; ids of another tokenizer say nothing to this model.
-    is_same = tokenizer is not None and head.get("tokenizer") == fingerprint(tokenizer)
-    for line in (head, *steps):
-        for message in line["messages"]:
-            if not is_same:
-                message.pop("tokens", None)
-    is_short = head.get("prompt") == "short"
-    task = tasks.load(head["task"])
-    messages = list(head["messages"])
+    # 2. Its messages. Ids of another tokenizer say nothing to this model; of a reply that could not be read there is
+    # no message of the assistant.
+    has_ids = tokenizer is not None and head.get("tokenizer") == tokenizer.fingerprint()
+    is_short = head["prompt"] == "short"
+    is_miniature = head["miniature"]
+    messages = []
     snapshot = head["snapshot"]
     assistant_turns = []
     conversations = []
-    for step in steps:      # a reply that could not be read is not among the messages
-        if step["valid"] and step["messages"][0]["role"] == "assistant":
+    for line in (head, *steps):
+        if not has_ids:
+            for message in line["messages"]:
+                message.pop("tokens", None)
+        if line["type"] == "step" and line["valid"] and line["messages"][0]["role"] == "assistant":
             assistant_turns.append(len(messages))
             if is_short:
-                prompt = prompt_of("short", task, messages, snapshot, blobs)
-                conversations.append(Conversation([*prompt, step["messages"][0]], [len(prompt)],
-                                                  f"{file}, message {len(messages)}", str(file)))
-        messages += step["messages"]
-        snapshot = step["snapshot"]
-    if not assistant_turns:
-        raise InvalidConversation("no turn of the assistant")
-    if not is_short:
-        conversations = [Conversation(messages[:assistant_turns[-1] + 1], assistant_turns, str(file), str(file))]
-    return [replace(conversation, is_miniature=bool(head.get("miniature"))) for conversation in conversations]
+                prompt = prompt_of("short", tasks.load(head["task"]), messages, snapshot, blobs)
+                conversations.append(conversation_of([*prompt, line["messages"][0]], [len(prompt)],
+                                                     f"{file}, message {len(messages)}", str(file), is_miniature))
+        messages += line["messages"]
+        snapshot = line["snapshot"]
+    whole = conversation_of(messages, assistant_turns, str(file), str(file), is_miniature)
+    return conversations if is_short else [whole]
 
 
 def refuse_held_out_prompts(conversation):

@@ -88,11 +88,10 @@ def compute_type(dtype, device):
 def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2, draw=Qwen2.from_scratch):
     """Returns a model to train, with weights and gradients in float32, sharded over all processes (FSDP2).
 
-    Each process reads its own rows of the checkpoint in `folder`. If that is None, it takes them from the model that
-    draw(config, seed) returns. compute: dtype of products and activations, by default that of --dtype auto. Several
-    processes gather weights in this dtype and reduce gradients in float32; one alone casts each weight where it is
-    used. recompute: backward computes the activations of each block again. make: the class; a critic's head, `score`,
-    begins at zero.
+    Each process reads its own rows of the checkpoint in `folder`, or takes them from the model that draw(config, seed)
+    returns if that is None. compute: dtype of products and activations, by default that of --dtype auto; gradients are
+    reduced in float32. recompute: backward computes the activations of each block again. make: the class; a critic's
+    head, `score`, begins at zero.
     """
     # 1. Made on the meta device, without memory. The units of FSDP are the blocks, and the rest.
     with torch.device("meta"):
@@ -159,13 +158,12 @@ def export_model(model, tokenizer, folder, dtype):
     barrier()
 
 
-def optimizer_step(model, optimizer, max_norm=1.0, loss=None):
+def optimizer_step(model, optimizer, max_norm=1.0):
     """Clips the gradient of a model, changes its weights and clears the gradient. Returns the norm before clipping, a
-    tensor. loss: a number to be checked too. RunError: one of the two is not finite; no weight was changed."""
+    tensor. RunError: it is not finite; no weight was changed."""
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-    if not torch.isfinite(norm) or not math.isfinite(loss or 0.0):
-        before = "" if loss is None else f"loss {loss}, "
-        raise RunError(f"{before}gradient norm {norm.item()}")
+    if not torch.isfinite(norm):
+        raise RunError(f"gradient norm {norm.item()}")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -183,8 +181,7 @@ def epoch_order(num, seed, epoch):
 def batch_indices(num, step, size, seed):
     """Returns the indices, out of `num`, of the examples of optimizer step `step`: the orders of the epochs, one after
     the other, are cut into runs of `size`. A resumed run needs no memory of what it has seen."""
-    places = range(step * size, (step + 1) * size)
-    return [epoch_order(num, seed, place // num)[place % num] for place in places]
+    return [epoch_order(num, seed, i // num)[i % num] for i in range(step * size, (step + 1) * size)]
 
 
 def pack_lengths(lengths, max_row_tokens):
@@ -206,18 +203,14 @@ def shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens):
     process gets the same number of rows, some of them empty, because FSDP gathers and reduces for all of them."""
     shares = [batch[r::world_size] for r in range(world_size)]
     packed = [pack_lengths([lengths[i] for i in share], max_row_tokens) for share in shares]
-    rows = [[shares[rank][i] for i in row] for row in packed[rank]]
-    most = max(map(len, packed))
-    while len(rows) < most:
-        rows.append([])
-    return rows
+    num_empty = max(map(len, packed)) - len(packed[rank])
+    return [[shares[rank][i] for i in row] for row in packed[rank]] + [[] for _ in range(num_empty)]
 
 
 def packed_micro_batches(examples, batch, rank, world_size, max_row_tokens):
     """Returns the packed rows of one process as lists of examples; see shard_across_ranks."""
     lengths = [len(ids) - 1 for ids, _ in examples]
-    rows = shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens)
-    return [[examples[i] for i in row] for row in rows]
+    return [[examples[i] for i in row] for row in shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens)]
 
 
 def collate_packed(row, device):
@@ -235,14 +228,13 @@ def collate_packed(row, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def check_same(then, now, where, flag="--out"):
+def check_same(before, after, where, flag="--out"):
     """Raises ValueError unless a run can go on: all that it hangs on, {what: value}, must be as it was when it began.
     where: its folder; flag: the setting that would give it another."""
-    changes = []
-    for what, value in now.items():
-        if then.get(what) != value:
-            before, after = (shorten(ascii(x).strip("'"), 200) for x in (then.get(what), value))
-            changes.append(f"{what} {before} (now {after})")
+    def show(value):
+        return shorten(ascii(value).strip("'"), 200)
+    changes = [f"{what} {show(before.get(what))} (now {show(value)})"
+               for what, value in after.items() if before.get(what) != value]
     if changes:
         raise ValueError(f"{where} is of a run with {', '.join(changes)}; give these again to go on with it, or "
                          f"another {flag} to begin anew")
@@ -273,9 +265,9 @@ def save_state(cfg, step, model, optimizer, origin, keep=2, **more):
         sync(part)
         part.rename(final)
         sync(final.parent)
-        for old in sorted(final.parent.glob("step-??????"))[:-keep]:
-            old.rename(old.with_suffix(".part"))        # a folder that is half deleted must not look whole
-            shutil.rmtree(old.with_suffix(".part"))
+        for folder in sorted(final.parent.glob("step-??????"))[:-keep]:
+            folder.rename(folder.with_suffix(".part"))      # a folder that is half deleted must not look whole
+            shutil.rmtree(folder.with_suffix(".part"))
     barrier()
 
 
@@ -288,13 +280,10 @@ def load_state(cfg, names, model, optimizer, origin):
         return None
     newest = folders[-1]
     num = len(list(newest.glob("rank-*.pt")))
-    if num != world_size:
-        raise ValueError(f"{newest} was written by {num} processes and this run has {world_size}; start {num}, or give "
-                         "another --out")
+    check_same({"processes": num}, {"processes": world_size}, newest)
     state = torch.load(newest / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
-    then = {flag_of(name): state["settings"].get(name) for name in names}
-    now = {flag_of(name): getattr(cfg, name) for name in names}
-    check_same(then | state.get("origin", {}), now | origin, newest)
+    before = {flag_of(name): state["settings"].get(name) for name in names}
+    check_same(before | state["origin"], {flag_of(name): getattr(cfg, name) for name in names} | origin, newest)
     weights = state.pop("model")            # so that the caller does not keep them
     moments = state.pop("optimizer")
     for (name, p), values in zip(sharded_parameters(model), moments):
@@ -357,8 +346,7 @@ def num_weights(config):
 
 
 def shape_of(model):
-    """Returns the Config of a folder, of a published Qwen2.5 by its name, or of a preset ("7b", by default "tiny"); reads
-    no weights."""
+    """Returns the Config of a folder, of a published Qwen2.5 by its name, or of a preset ("7b", by default "tiny")."""
     if model and Path(model).is_dir():
         return Config.from_pretrained(model)
     named = re.fullmatch(r"(?:.*/)?Qwen2\.5-(?:Coder-|Math-)?([\d.]+b)(?:-Instruct)?", model, re.I)
@@ -370,8 +358,8 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
     """Returns {part: bytes} of one GPU at the peak of a training step, for --plan.
 
     row_tokens: of a packed row, all of them learned. sampled_tokens: of the KV cache of a sampling copy of the model,
-    0 for none. critic, reference: whether there are a second model that is trained and a frozen one. This counts
-    tensors; the CUDA context, buffers of NCCL and waste of the allocator come on top.
+    0 for none. critic, reference: whether there are a second model that is trained and a frozen one. The CUDA context,
+    buffers of NCCL and waste of the allocator come on top.
     """
     size = compute.itemsize
     C = config.hidden_size

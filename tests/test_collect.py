@@ -20,7 +20,7 @@ import sample
 import sft
 import tasks
 from common import act, add_task
-from support import cli, endpoint, miniature
+from support import cli, endpoint, files, ideas, miniature
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,7 +100,7 @@ def test_farthest_points_against_brute_force(n, k):
         x = np.random.default_rng(seed).normal(size=(n, 4))
         x /= np.linalg.norm(x, axis=1, keepdims=True)
         d = [[float(np.linalg.norm(a - b)) for b in x] for a in x]
-        chosen = sft.farthest(x, k)
+        chosen = ideas.farthest(x, k)
         assert len(set(chosen)) == len(chosen) == min(n, k)
         if n > 1:
             assert d[chosen[0]][chosen[1]] == max(map(max, d))
@@ -114,9 +114,9 @@ def test_farthest_points_against_brute_force(n, k):
 
 
 def test_farthest_points_of_equal_rows_and_of_texts():
-    assert sft.farthest(np.ones((3, 1)), 2) == [0, 1]
-    vectors = sft.tfidf_vectors(["use a forest", "use a forest of trees", "scale columns", "stack models by ridge"])
-    assert set(sft.farthest(vectors, 3)) in ({0, 2, 3}, {1, 2, 3})
+    assert ideas.farthest(np.ones((3, 1)), 2) == [0, 1]
+    vectors = ideas.tfidf_vectors(["use a forest", "use a forest of trees", "scale columns", "stack models by ridge"])
+    assert set(ideas.farthest(vectors, 3)) in ({0, 2, 3}, {1, 2, 3})
 
 
 ANSWER = """Sure, here are ideas:
@@ -129,10 +129,9 @@ no list item: this line is prose and not an idea at all
 
 
 def test_ideas_are_read_and_made_distinct():
-    ideas = sft.parse_ideas(ANSWER)
-    assert [one["title"] for one in ideas] == ["Bigger model", "Scale the inputs", "Scale the inputs"]
-    assert ideas[1]["instruction"] == "put a StandardScaler before the model."
-    assert [one["title"] for one in sft.distinct(ideas)] == ["Bigger model", "Scale the inputs"]
+    parsed = ideas.parse_ideas(ANSWER)
+    assert [one["title"] for one in parsed] == ["Bigger model", "Scale the inputs"]
+    assert parsed[1]["instruction"] == "put a StandardScaler before the model."
 
 
 class Expert:
@@ -161,14 +160,14 @@ class Expert:
 def test_a_hundred_ideas_are_asked_for_in_several_prompts_and_never_twice(toys):
     s, task = settings(toys, expert="model"), tasks.load("toy-a")
     with pytest.raises(endpoint.EndpointError):
-        sft.ask_ideas(s, task, Expert(fail_after=4))
+        ideas.ask_ideas(s, task, Expert(fail_after=4))
     expert = Expert()
-    found = sft.ask_ideas(s, task, expert)
+    found = ideas.ask_ideas(s, task, expert)
     assert expert.asked == 3 and len(found) == 105         # 7 answers of 15, 4 of them kept from before
     prompts = [messages[0]["content"] for messages in expert.prompts]
     assert len(set(prompts)) == 3 and all("VALUE = 3" in prompt and "known already" in prompt for prompt in prompts)
     again = Expert()
-    assert sft.ask_ideas(s, task, again) == found and again.asked == 0
+    assert ideas.ask_ideas(s, task, again) == found and again.asked == 0
 
 
 def test_an_expert_without_ideas_is_an_error(toys):
@@ -176,17 +175,17 @@ def test_an_expert_without_ideas_is_an_error(toys):
         def chat(self, messages, **options):
             return endpoint.Completion("I have none.", [], [], "stop")
     with pytest.raises(cli.RunError, match="has written no idea for toy-a"):
-        sft.ask_ideas(settings(toys, expert="mute"), tasks.load("toy-a"), Mute())
+        ideas.ask_ideas(settings(toys, expert="mute"), tasks.load("toy-a"), Mute())
 
 
 # ---- the scripted expert
 
 def test_scripted_trajectories_are_real(whole):
     folder, manifest = whole
-    files = sorted((folder / "out").glob("*.jsonl"))
-    assert [file.name for file in files] == [f"toy-{x}-{k}.jsonl" for x in "ab" for k in range(4)]
+    paths = sorted((folder / "out").glob("*.jsonl"))
+    assert [file.name for file in paths] == [f"toy-{x}-{k}.jsonl" for x in "ab" for k in range(4)]
     rose, actions = 0, set()
-    for file in files:
+    for file in paths:
         head, steps = env.read_trajectory(file)
         played = file.stem[-1] <= "1"      # half of them, to save time
         assert not played or env.replay(file, say=lambda text: None, data=folder / "data") == 0
@@ -200,7 +199,8 @@ def test_scripted_trajectories_are_real(whole):
     assert {"Execute Script", "Inspect Script Lines", "Replace In Script", "Undo Edit Script"} <= actions
     counts = manifest["tasks"]["toy-a"]["counts"]
     assert counts["trajectories"] == 4 and counts["ended"] == {"final answer": 4} and counts["steps"] == counts["valid"]
-    assert manifest["tasks"]["toy-a"]["sha256"] == tasks.info("toy-a", folder / "data")["sha256"]
+    hashes = tasks.info("toy-a", folder / "data")["sha256"]
+    assert manifest["tasks"]["toy-a"]["data"] == files.hash_json(hashes)[:16]
 
 
 def drive(toys, ideas, steps=15, seed=0, **more):
@@ -256,9 +256,11 @@ def test_an_idea_that_would_not_end_within_the_steps_is_not_begun(steps, toys):
 
 def test_ideas_fit_a_script_or_not():
     assert miniature.fitting(IDEAS[0], "nothing of it") == []
+    assert miniature.fitting({"title": "in words", "instruction": "do it"}, STARTER) == []
     assert miniature.fitting(IDEAS[0], "VALUE = 3 VALUE = 3 ") == []
-    assert miniature.fitting(IDEAS[4], STARTER) == [("from math import fabs\n", "from math import sqrt\n"),
-                                                    ("fabs(value", "sqrt(4) * abs(value")]
+    assert miniature.fitting(IDEAS[4], STARTER) == IDEAS[4]["edits"]
+    same = {"find": "GAIN = 1\n", "replace": "GAIN = 1\n"}
+    assert miniature.fitting({**IDEAS[0], "edits": [same, *IDEAS[0]["edits"]]}, STARTER) == IDEAS[0]["edits"]
 
 
 # ---- nothing lost, nothing doubled
@@ -453,8 +455,8 @@ def test_bad_entries_of_a_users_file_are_named_and_counted(tmp_path):
     assert len(found) == 1 and lines == {
         "no turn of the assistant": [2, 7, 8], "unknown role 'tool'": [3],
         'no list "messages" or "conversations"': [4, 6, 13, 14, 18, 19],
-        "a content that is no text": [5, 12, 15, 16, 20], "not JSON": [10, 21], "unknown role ['x']": [9],
-        "half a surrogate pair, which is no character": [11], "unknown role None": [17]}
+        "a content that is no text": [5, 11, 12, 15, 16, 20], "not JSON": [10, 21], "unknown role ['x']": [9],
+        "unknown role None": [17]}
     assert f"left out, no turn of the assistant: 3 ({path}, line 2, {path}, line 7" in said
 
 

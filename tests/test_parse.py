@@ -1,6 +1,6 @@
 """parse: a dataclass becomes a command line."""
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import pytest
@@ -126,8 +126,9 @@ def test_what_fills_may_be_refused(capsys):
 
 
 def test_the_miniature_fills_what_is_not_typed():
-    s = parse(sft.Settings, ["--lr=2e-5", "--recompute", "--epochs", "2"], sft.fill)
-    assert (s.lr, s.recompute, s.epochs) == (2e-5, True, 2) and (s.copies, s.length) == (56, 1024)
+    s = parse(sft.Settings, ["--lr=2e-5", "--no-plan", "--epochs", "2"], sft.fill)
+    assert (s.lr, s.plan, s.epochs) == (2e-5, False, 2) and (s.copies, s.length, s.preset) == (56, 1024, "tiny")
+    assert parse(sft.Settings, ["--preset=tiny", "--epochs=2"], sft.fill) == replace(s, lr=1.5e-3)
     assert parse(sft.Settings, ["--model=tiny"], sft.fill) == sft.Settings(model="tiny")
     assert parse(sft.Settings, ["--preset=7b", "--epochs=3"], sft.fill).epochs == 3
 
@@ -173,7 +174,7 @@ def test_an_agent_json_cannot_choose_the_recipe(models, capsys):
     (sft.Settings, sft.fill, ["--collect", "--model=tiny"], "--expert acts with --collect"),
     (sft.Settings, sft.fill, ["--expert=tiny", "--model=tiny"], "--expert acts with --collect"),
     (rl.Settings, rl.fill, ["--preset=8b"], "there is no --preset 8b; there is tiny, 7b"),
-    (sft.Settings, sft.fill, ["--preset=8b"], "there is no --preset 8b; there is 7b")])
+    (sft.Settings, sft.fill, ["--preset=8b"], "there is no --preset 8b; there is tiny, 7b")])
 def test_flags_that_contradict_each_other_are_refused(cls, fill, argv, words, capsys):
     with pytest.raises(SystemExit) as end:
         parse(cls, argv, fill)

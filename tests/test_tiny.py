@@ -14,7 +14,7 @@ import sft
 import tasks
 from model import Config, Qwen2
 from sample import Tokenizer
-from support.miniature import draw_copying, train_tokenizer
+from support.miniature import draw_model, train_tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
 from support import cli, miniature
 
@@ -168,8 +168,7 @@ def test_a_conversation_has_no_system_message_unless_given_one(tokenizer):
 
 def test_transformers_opens_what_was_saved(tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = Qwen2.from_scratch(Config(vocab_size=tokenizer.size), seed=1)
-    draw_copying(model, 1)
+    model = draw_model(Config(vocab_size=tokenizer.size), 1)
     for own in (tokenizer, Tokenizer.of_bytes()):
         own.save(tmp_path)
         peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -241,8 +240,7 @@ def test_weights_that_copy():
     config, g = Config(vocab_size=500), torch.Generator().manual_seed(3)
     once = torch.randint(500, (8, 50), generator=g)
     twice = torch.cat([once, once], 1)
-    model, plain = Qwen2.from_scratch(config, 0), Qwen2.from_scratch(config, 0)
-    draw_copying(model, 0)
+    model, plain = draw_model(config, 0), Qwen2.from_scratch(config, 0)
     right = [(net(twice)[:, 50:-1].argmax(-1) == twice[:, 51:]).float().mean().item() for net in (model, plain)]
     assert right[0] > 0.5 and right[1] < 0.05
     # "x = p", "y = q", ...: what follows " = " is told by the token before it alone
@@ -251,14 +249,12 @@ def test_weights_that_copy():
     again = torch.stack([each[torch.randperm(15, generator=g)] for each in lines])
     shuffled = torch.cat([lines.flatten(1), again.flatten(1)], 1)
     assert (model(shuffled).argmax(-1)[:, 61:-1:4] == shuffled[:, 62::4]).float().mean() > 0.2       # by " = " alone: 1 / 15
-    with pytest.raises(ValueError, match="copying needs 2 blocks"):
-        draw_copying(Qwen2.from_scratch(Config(num_hidden_layers=1)), 0)
 
 
 # ---- the command
 
 CODE = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; "
-        "import sft, {0}; from support import miniature; miniature.reply_stats.__defaults__ = (8,); sys.exit({0}.main(sys.argv[1:]))")    # 8 states, not 64
+        "import sft, {0}; from support import miniature; miniature.NUM_STATES = 8; sys.exit({0}.main(sys.argv[1:]))")    # 8 states, not 64
 
 
 def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_path):
@@ -313,23 +309,23 @@ def test_a_recipe_collects_first_where_nothing_was_collected(toys, tmp_path, cap
     assert not sft.is_collected(folder)
 
 
-@pytest.mark.parametrize("torchrun, cuda, flags, model, said", [
-    (False, False, [], "", "the paper in miniature, as torchrun did not start it .for Qwen2.5-7B: torchrun"),
-    (False, True, [], "", "the paper in miniature, as torchrun did not start it"),
-    (True, False, [], "", "the paper in miniature on all processes, as there is no CUDA here .for Qwen2.5-7B: --preset"),
-    (True, True, [], "Qwen/Qwen2.5-7B", "the paper's run, as .* there is CUDA .for the miniature: python sft.py.: .*7b"),
-    (True, True, ["--device=cpu"], "", "the paper in miniature on all processes"),
-    (True, True, ["--model=tiny"], "tiny", "typed: --model tiny")])
-def test_the_command_says_what_it_runs_and_why(torchrun, cuda, flags, model, said, monkeypatch, capsys):
+@pytest.mark.parametrize("torchrun, cuda, flags, preset, said", [
+    (False, False, [], "tiny", "the paper in miniature, as torchrun did not start it .for Qwen2.5-7B: torchrun"),
+    (False, True, [], "tiny", "the paper in miniature, as torchrun did not start it"),
+    (True, False, [], "tiny", "the paper in miniature on all processes, as there is no CUDA here .for Qwen2.5-7B: --preset"),
+    (True, True, [], "7b", "the paper's run, as .* there is CUDA .for the miniature: python sft.py.: .*7b"),
+    (True, True, ["--device=cpu"], "tiny", "the paper in miniature on all processes"),
+    (True, True, ["--model=tiny"], "", "typed: --model tiny")])
+def test_the_command_says_what_it_runs_and_why(torchrun, cuda, flags, preset, said, monkeypatch, capsys):
     """By how it was started and whether there is CUDA; what was typed holds."""
     if torchrun:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     cfg = cli.parse(sft.Settings, flags, sft.fill)
     lines = capsys.readouterr().err.splitlines()
-    assert cfg.model == model and any(re.match(said, line) for line in lines[:2])
-    if model != "tiny":
-        assert (cfg.lr, cfg.batch) == ((2e-5, 64) if model else (1.5e-3, 8))
+    assert cfg.preset == preset and any(re.match(said, line) for line in lines[:2])
+    assert cfg.model == ("Qwen/Qwen2.5-7B" if preset == "7b" else "tiny")
+    assert (cfg.lr, cfg.batch) == ((1.5e-3, 8) if preset == "tiny" else (2e-5, 64))
 
 
 @pytest.mark.parametrize("program, flags, what", [("sft", ["--collect"], "collecting"), ("eval", [], "an evaluation")])
