@@ -29,12 +29,10 @@ from reward import best_of, reward
 from support import cli, records, storage
 from support.cli import ContextFull, RunError
 from support.files import check_form, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic
-from support.parallel import Progress, run_parallel      # noqa: F401  (the first for the programs)
-from support.records import (    # noqa: F401  (some of these for the programs)
-    CANNOT_TAKE, COMPARED, _masked, best_before, end_reason, header, record, trajectory_files, trajectory_path)
+from support.parallel import run_parallel
+from support.records import CANNOT_TAKE, best_before, header, record
 from support.sandbox import NO_SPACE, SLOTS, Result, discard, describe, execute, protection
-from support.storage import (    # noqa: F401
-    UNDO, Blobs, MissingBlob, ResultCache, check_snapshot, check_state, fits, without_undo)
+from support.storage import UNDO, Blobs, ResultCache, check_state, fits, without_undo
 
 OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the advice after the output
     "ok": ("scored", ""),  # exit code 0 and, where it is graded, a valid submission

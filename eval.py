@@ -25,8 +25,7 @@ import torch
 import sample
 import tasks
 from env import (
-    AgentSettings, Progress, ResultCache, end_reason, make_env, model_policy, play_trajectory, prepare_tasks,
-    printed_metric, read_agent, read_record, run_parallel, trajectory_files, trajectory_path)
+    AgentSettings, make_env, model_policy, play_trajectory, prepare_tasks, printed_metric, read_agent, read_record)
 from reward import best_of
 from support import cli, endpoint
 from support.cli import RunError, check_choices, check_positive, exit_status, format_table, refuse_torchrun, run_main
@@ -34,6 +33,9 @@ from support.distributed import check_same
 from support.files import folder_lock, hash_json, refuse_links_out, write_atomic
 from support.pretrained import hash_checkpoint
 from support.report import FINAL, read_log, read_results, write_page
+from support.parallel import Progress, run_parallel
+from support.storage import ResultCache
+from support.records import end_reason, trajectory_files, trajectory_path
 
 MADE = {"fine-tuned": ("runs/sft", "python sft.py"), "after RL": ("runs/rl", "python rl.py")}   # name: folder, command
 POOL = "runs/trajectories"      # where both keep the results of scripts

@@ -27,9 +27,7 @@ import torch.distributed as dist
 
 import sample
 import tasks
-from env import (
-    AgentSettings, end_reason, model_policy, play_trajectory, prepare_tasks, read_agent, read_record,
-    trajectory_path, write_agent)
+from env import AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record, write_agent
 from model import Config, Qwen2, use_kernels
 from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
@@ -43,6 +41,7 @@ from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import find_folder, hash_checkpoint
 from support.storage import ResultCache
+from support.records import end_reason, trajectory_path
 
 
 RECIPES = {"tiny": miniature.TINY, "7b": {"model": "Qwen/Qwen2.5-7B"}}      # the defaults are the paper's figures

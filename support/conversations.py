@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import tasks
-from env import end_reason, prompt_of, read_records
+from env import prompt_of, read_records
 from support.files import TEXT, shorten
 from support.storage import Blobs, MissingBlob
+from support.records import end_reason
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 

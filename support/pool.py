@@ -4,11 +4,12 @@ from functools import cache
 from pathlib import Path
 
 import tasks
-from env import NEEDS_CODER, best_before, read_trajectory
+from env import NEEDS_CODER, read_trajectory
 from support.cli import RunError
 from support.files import fingerprint, hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
 from support.storage import Blobs
+from support.records import best_before
 
 
 @dataclass(frozen=True)

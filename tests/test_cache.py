@@ -7,9 +7,9 @@ import pytest
 
 import env
 import tasks
-from env import ResultCache
 from support import sandbox
 from test_env import make, put, run, task  # noqa: F401  (fixtures)
+from support.storage import ResultCache
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
 

@@ -20,7 +20,7 @@ import sample
 import sft
 import tasks
 from common import act, add_task
-from support import cli, endpoint, files, ideas, miniature
+from support import cli, endpoint, files, ideas, miniature, storage
 
 ROOT = Path(__file__).parent.parent
 
@@ -235,7 +235,7 @@ def test_an_idea_of_many_edits_goes_back_edit_by_edit(toys):
     steps = drive(toys, [IDEAS[5]])
     assert [step.action for step in steps[2:]] == ["Replace In Script"] * 3 + ["Execute Script"] + [
         "Undo Edit Script"] * 3 + ["Final Answer"]
-    script = env.Blobs(toys / "world" / "blobs").path(steps[-1].snapshot["train.py"]).read_text()
+    script = storage.Blobs(toys / "world" / "blobs").path(steps[-1].snapshot["train.py"]).read_text()
     assert steps[-1].m_after == 7 and script == (toys / "tasks" / "toy-a" / "train.py").read_text()
 
 

@@ -8,9 +8,10 @@ import pytest
 
 import env as env_module
 import tasks
-from env import ACTIONS, FIELDS, Env, shorten, header, parse, printed_metric, record, system_prompt
+from env import ACTIONS, FIELDS, Env, parse, printed_metric, shorten, system_prompt
 from reward import KINDS
-from support import parallel, storage
+from support import parallel, records, storage
+from support.records import header, record
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
 STARTER = """\
@@ -840,7 +841,7 @@ BAD_SNAPSHOTS = [{path: SHA} for path in BAD_PATHS] + [{"x": sha} for sha in BAD
 @pytest.mark.parametrize("snapshot", BAD_SNAPSHOTS, ids=lambda each: ascii(each)[:40])
 def test_a_snapshot_that_is_none_is_refused(make, snapshot):
     with pytest.raises(ValueError, match="snapshot"):
-        env_module.check_snapshot(snapshot)
+        storage.check_snapshot(snapshot)
     env = make()
     before = env.snapshot()
     with pytest.raises(ValueError, match="snapshot"):
@@ -854,7 +855,7 @@ def test_snapshots_of_ours_are_accepted(make):
                  "a/-c"):
         env.files[path] = env.files["train.py"]
     env.files[".undo/12/a/b/c.py"] = env.files["train.py"]
-    env_module.check_snapshot(env.snapshot())
+    storage.check_snapshot(env.snapshot())
     env.restore(env.snapshot())
     assert run(env).outcome == "ok"
 
@@ -864,9 +865,9 @@ def test_a_blob_that_is_not_what_it_is_named_by_is_never_used(make, tmp_path):
     state, blobs = env.snapshot(), env.blobs
     place = blobs.path(state["train.py"])
     place.write_text("print('planted')")
-    with pytest.raises(env_module.MissingBlob, match="damaged"):
+    with pytest.raises(storage.MissingBlob, match="damaged"):
         env.restore(state)
-    with pytest.raises(env_module.MissingBlob, match="damaged"):
+    with pytest.raises(storage.MissingBlob, match="damaged"):
         env_module.prompt_of("short", env.task, env.messages, state, blobs)
     env.reset()     # which stores it again
     assert place.read_text() == STARTER and run(env).outcome == "ok"
@@ -874,7 +875,7 @@ def test_a_blob_that_is_not_what_it_is_named_by_is_never_used(make, tmp_path):
     sha = tasks.hash_files(secret)
     (blobs.folder / sha[:2]).mkdir(exist_ok=True)
     (blobs.folder / sha[:2] / sha).symlink_to(secret)
-    with pytest.raises(env_module.MissingBlob, match="missing"):
+    with pytest.raises(storage.MissingBlob, match="missing"):
         env.restore({**state, "x": sha})
 
 
@@ -883,7 +884,7 @@ def test_a_text_that_is_no_hash_is_not_looked_up(make, tmp_path, monkeypatch):
     (tmp_path / "out" / "secret").write_text("x")
     monkeypatch.setattr(os, "lstat", None)
     for sha in (*BAD_HASHES, "../secret", str(tmp_path / "out" / "secret")):
-        with pytest.raises(env_module.MissingBlob):
+        with pytest.raises(storage.MissingBlob):
             blobs.path(sha)
 
 
@@ -892,7 +893,7 @@ def test_a_state_with_too_large_files_is_gone(make, monkeypatch):
     state = {"a": env.blobs.put(b"x" * 600), "b": env.blobs.put(b"x" * 600), ".undo/1/a": env.blobs.put(b"y" * 600)}
     env.restore(state)
     monkeypatch.setattr(storage, "MAX_BYTES", 1000)
-    with pytest.raises(env_module.MissingBlob, match="more than"):
+    with pytest.raises(storage.MissingBlob, match="more than"):
         env.restore(state)
 
 
@@ -1326,7 +1327,7 @@ def test_work_on_any_text_is_linear(task, text):
     env_module.difference(text, text + "\nx")
     env_module.difference("x\n" + text, text)
     printed_metric(text, "validation")
-    env_module._masked(text)
+    records._masked(text)
     parse(text[:50_000])
     env_module.shorten(text, 100)
     assert time.process_time() - began < 20

@@ -25,7 +25,7 @@ from common import act, add_task
 from env import replay
 from model import Config, Qwen2
 from test_execute import parent, processes, wait_until
-from support import cli, endpoint, files
+from support import cli, endpoint, files, records
 
 ROOT = Path(__file__).parent.parent
 MINIATURE = "* Miniature data are made up from a seed: scores on them do not compare with published ones."
@@ -95,7 +95,7 @@ def text_of(results):
 
 
 def file_of(s, k):
-    return env.trajectory_path(Path(s.out, "trajectories"), "tiny-task", k)
+    return records.trajectory_path(Path(s.out, "trajectories"), "tiny-task", k)
 
 
 def masked(out):

@@ -21,7 +21,7 @@ import sample
 import sft
 import tasks
 from model import Config, Qwen2
-from support import endpoint, sandbox
+from support import endpoint, records, sandbox
 from test_collect import add_toys
 from test_collect import settings as collecting
 from support import cli, distributed, files, miniature, pool, storage
@@ -140,8 +140,8 @@ def test_every_state_is_that_of_the_recorded_run(made):
             assert here.snapshot() == live.snapshot() and here.m_before == live.m_before
             live.step(step["reply"])
             now = json.loads(json.dumps(vars(here.step(step["reply"]))))
-            for name in env.COMPARED:
-                assert env._masked(now[name]) == env._masked(step[name]), (state.name, name)
+            for name in records.COMPARED:
+                assert records._masked(now[name]) == records._masked(step[name]), (state.name, name)
             seen += 1
     assert seen == len(rollout.states) > 20 and len({s.steps[s.index]["m_before"] for s in rollout.states.values()}) > 3
 
