@@ -18,6 +18,8 @@ is recorded beside it and not believed. Scripts run on Linux only.
 
 To add an action, write an entry in ACTIONS and a method of Env with the action's name in lower case, for example
 `_list_files` for "List Files".
+Only the miniature's agent has a list of actions of its own (support/miniature.py); any other has those of --actions, by
+default all.
 """
 import dataclasses, difflib, functools, hashlib, json, math, os, re, sys, tempfile, time, zlib
 from dataclasses import dataclass, field

@@ -354,7 +354,8 @@ def grpo(transitions, rewards, values, lam):
 # To try another advantage, add a function here; its name is then a value of --advantage. It receives the Transitions,
 # the rewards of their tokens (a list of (N_i,), see token_rewards), the critic's values (None where there is none) and
 # --lam, and returns the advantages of the tokens, a list of (N_i,). All but gae compare the actions of one state: they
-# have no critic, states of equal rewards are left out of the update, and other states are sampled more often.
+# have no critic (Settings.has_critic), states of equal rewards are left out of the update, and other states are sampled
+# more often. The tests of the others in tests/test_rl.py show how to try one by hand.
 ADVANTAGES = {"gae": gae_of_episodes, "rloo": rloo, "grpo": grpo}
 
 
@@ -603,7 +604,11 @@ def train(cfg, rank, world_size, device):
     if state:
         first = state["step"]
         worker.chances = state["chances"]
-        cli.announce(f"{cfg.out}: going on after iteration {first}")
+        if first >= cfg.iterations:
+            cli.announce(f"{cfg.out} is already trained, for {first} iterations; to begin anew give another --out, or "
+                         "delete it")
+        else:
+            cli.announce(f"{cfg.out}: going on after iteration {first}")
 
     # 3. The iterations.
     peak = peak_flops(device)

@@ -456,7 +456,7 @@ def collect_first(cfg):
     """Collects for a preset. The miniature always does, which adds what is lacking; the paper's recipe only where
     nothing was collected before, perhaps by another expert."""
     if cfg.preset == "tiny" or not is_collected(Path(cfg.trajectories)):
-        print("1. Collecting: an expert edits and runs the starters of the held-in tasks.")
+        print(f"1. Collecting: an expert edits and runs the starters of --task {cfg.task}.")
         print(report(collect(cfg)))
         print(f"\n2. Training {cfg.model} on what it did.", flush=True)
 

@@ -113,7 +113,7 @@ def parse(cls, argv=None, fill=None):
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     if unknown:
         flag = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(flag, map(flag_of, defaults), n=3)
+        near = difflib.get_close_matches(flag, map(flag_of, defaults), n=3, cutoff=0.7)
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
         parser.error(f"there is no {flag}; {hint}")
     values = vars(typed)
