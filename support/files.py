@@ -200,8 +200,3 @@ def sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def fingerprint(tokenizer):
-    """Returns an id of a tokenizer: sampled token ids are of use to a model with the same one alone."""
-    return hash_json(tokenizer.bpe.to_str())[:16]

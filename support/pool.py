@@ -6,9 +6,9 @@ from pathlib import Path
 import tasks
 from env import NEEDS_CODER, read_trajectory
 from support.cli import RunError
-from support.files import fingerprint, hash_json, refuse_links_out
+from support.files import hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
-from support.storage import Blobs
+from support.storage import Blobs, MissingBlob
 from support.records import best_before
 
 
@@ -45,8 +45,15 @@ def load_pool(cfg, tokenizer, log=print):
     """
     refuse_links_out(cfg.trajectories)      # results of scripts are added there
     forbidden = tasks.held_out_hashes(cfg.data)
-    tokenizer_id = fingerprint(tokenizer)
-    has_blob = cache(Blobs(Path(cfg.trajectories, "blobs")).has)
+    tokenizer_id = tokenizer.fingerprint()
+    blobs = Blobs(Path(cfg.trajectories, "blobs"))
+
+    @cache
+    def is_stored(sha):
+        try:
+            return bool(blobs.path(sha))
+        except MissingBlob:
+            return False
     pool = {}
     left_out = []       # a line for each state or file
     for file in sorted(Path(cfg.trajectories).glob("*.jsonl")):
@@ -70,7 +77,7 @@ def load_pool(cfg, tokenizer, log=print):
                     message.pop("tokens", None)
         for index in range(len(steps)):
             state = State(file, head, steps, index)
-            if all(map(has_blob, state.snapshot.values())):
+            if all(map(is_stored, state.snapshot.values())):
                 pool.setdefault(task, {})[state.name] = state
             else:
                 left_out.append(f"{state.name}: a blob is missing")

@@ -628,7 +628,7 @@ def test_without_a_model_the_command_scores_the_starter_and_says_how_to_get_one(
 @pytest.mark.parametrize("flags, words", [
     (["--task", "tiny-tusk"], "tiny-task"), (["--modle", "x"], "did you mean --model"),
     (["--steps", "0"], "--steps must be above 0"), (["--final", "best"], "last-valid or best-validation"),
-    (["--actions", "Fly"], "no action 'Fly'"), (["--raw", "/nowhere"], "truth.csv from nowhere"),
+    (["--actions", "Fly"], "--actions: expected a list of some of"), (["--raw", "/nowhere"], "truth.csv from nowhere"),
     (["--model", "/no/such/model"], "/no/such/model")])
 def test_bad_arguments_end_with_status_2_and_a_reason(flags, words, tmp_path, task, capsys):
     try:

@@ -250,7 +250,7 @@ def test_ids_of_another_tokenizer_are_not_used(made, tmp_path):
     path = folder / "toy-a-0.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1]["messages"][0]["tokens"] = [7, 7, 7]
-    for own, kept in ((files.fingerprint(tokenizer), True), ("another", False)):
+    for own, kept in ((tokenizer.fingerprint(), True), ("another", False)):
         lines[0]["tokenizer"] = own
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         here, _ = playing(made, trajectories=str(folder)).begin("toy-a-0, step 1")
