@@ -17,7 +17,7 @@ QUERIES = 16        # of a program of attention: the smallest side of a matrix p
 KEYS = 64           # that it reads at a time
 
 
-def check(device):
+def check_device(device):
     """Raises ValueError where these kernels cannot run."""
     if torch.device(device).type != "cuda" and not INTERPRETED:
         raise ValueError(f"the Triton kernels need a CUDA device, found {str(device)!r}; use torch's there")

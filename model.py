@@ -220,7 +220,7 @@ def use_kernels(name, device):
             import fused
         except ImportError as error:
             raise ValueError(f"the Triton kernels need triton ({error}); pip install it, or use torch's") from None
-        fused.check(device)
+        fused.check_device(device)
         functions = {name: getattr(fused, name) for name in PLAIN}
     vars(KERNELS).update(functions)
 
@@ -285,16 +285,17 @@ class LinearLogProb(torch.autograd.Function):
 class Head(Linear):
     """The output layer: logits, or with targets what LinearLogProb gives of them."""
 
-    def forward(self, x, targets=None, temperature=1.0, size=None):
+    def forward(self, x, targets=None, temperature=1.0, num_token_ids=None):
         """x (..., C) -> logits (..., V); with targets (N,) int64: x (N, C) -> logp, entropy, is_argmax, each (N,).
 
-        size: the number of token ids; rows of the vocabulary beyond it get no probability, as in sampling.
+        num_token_ids: the number of token ids; rows of the vocabulary beyond it get no probability, as in sampling.
         """
         if targets is None:
             return super().forward(x)
         max_logits = CPU_LOGITS if x.device.type == "cpu" else GPU_LOGITS
         vocab_chunk = max(64, max_logits // max(1, len(x)))
-        return LinearLogProb.apply(x, self.weight, targets, temperature, size or self.out_features, vocab_chunk)
+        num_token_ids = num_token_ids or self.out_features
+        return LinearLogProb.apply(x, self.weight, targets, temperature, num_token_ids, vocab_chunk)
 
 
 class RMSNorm(nn.Module):
@@ -346,19 +347,19 @@ class Attention(nn.Module):
         self.v_proj = Linear(C, self.K * D, bias=True)
         self.o_proj = Linear(self.H * D, C, bias=False)
 
-    def forward(self, x, cos, sin, window, layer, lengths):
+    def forward(self, x, cos, sin, batch, layer, lengths):
         """x (B, T, C) -> (B, T, C). For the rest see Qwen2.hidden; layer: the index of this block."""
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, self.H, self.D)
         k = self.k_proj(x).view(B, T, self.K, self.D)
         v = self.v_proj(x).view(B, T, self.K, self.D)
         q, k = KERNELS.rope(q, k, cos, sin)
-        if window is not None:
-            window.append(layer, k[0], v[0])
-        if window is None or window.fresh:      # the whole past of every token is in this pass
+        if batch is not None:
+            batch.append(layer, k[0], v[0])
+        if batch is None or batch.fresh:      # the whole past of every token is in this pass
             y = packed_attention(q, k, v, lengths or [T])
         else:
-            y = window.attend(layer, q[0])
+            y = batch.attend(layer, q[0])
         return self.o_proj(y.reshape(B, T, C))
 
 
@@ -391,8 +392,8 @@ class Block(nn.Module):
             return checkpoint(self.residual, *inputs, use_reentrant=False)
         return self.residual(*inputs)
 
-    def residual(self, x, cos, sin, window, layer, lengths):
-        y = self.self_attn(self.input_layernorm(x), cos, sin, window, layer, lengths)
+    def residual(self, x, cos, sin, batch, layer, lengths):
+        y = self.self_attn(self.input_layernorm(x), cos, sin, batch, layer, lengths)
         x, normed = self.post_attention_layernorm(x, y)         # x + y, and its norm
         return x + self.mlp(normed)
 
@@ -421,16 +422,16 @@ class Qwen2(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden(self, tokens, window=None, lengths=None):
+    def hidden(self, tokens, batch=None, lengths=None):
         """Returns the last normalised hidden states, (B, T, C), of `tokens`, (B, T) int64.
 
-        Without a window each row is a text from its first token, and token t sees 0..t. With lengths, a list that
-        sums to T, each row is such texts back to back, none of which sees another. With a window (sample.Window) the
-        one row is the window's tokens, which continue what is cached.
+        Without a batch each row is a text from its first token, and token t sees 0..t. With lengths, a list that
+        sums to T, each row is such texts back to back, none of which sees another. With a batch (sample.ForwardBatch)
+        the one row is the batch's tokens, which continue what is cached.
         """
-        if window is not None:
-            positions = window.positions
-            lengths = window.counts
+        if batch is not None:
+            positions = batch.positions
+            lengths = batch.counts
         else:
             texts = [torch.arange(length, device=tokens.device) for length in lengths or [tokens.shape[1]]]
             positions = torch.cat(texts)[None]                              # (1, T), from 0 in every text
@@ -438,26 +439,26 @@ class Qwen2(nn.Module):
         x = self.model.embed_tokens(tokens)
         x = x.to(self.compute or x.dtype)                                   # (B, T, C)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, window, layer, lengths)
+            x = block(x, cos, sin, batch, layer, lengths)
         return self.model.norm(x)
 
-    def forward(self, tokens, window=None, lengths=None, targets=None, temperature=1.0, size=None):
+    def forward(self, tokens, batch=None, lengths=None, targets=None, temperature=1.0, num_token_ids=None):
         """Returns the logits of the next token at every position: (B, T) int64 -> (B, T, V).
 
         With targets, (B, T) int64 and IGNORE where there is none, it returns of the N targets, in the order of the
         rows, the log-probs and the entropies of their distributions, both (N,) fp32, and whether each is the likeliest
-        token, (N,) bool. See hidden for the rest, and Head for size.
+        token, (N,) bool. See hidden for the rest, and Head for num_token_ids.
         """
-        x = self.hidden(tokens, window, lengths)
+        x = self.hidden(tokens, batch, lengths)
         if targets is None:
             return self.lm_head(x)
         has_target = targets != IGNORE
-        return self.lm_head(x[has_target], targets[has_target], temperature, size)
+        return self.lm_head(x[has_target], targets[has_target], temperature, num_token_ids)
 
     @classmethod
     def from_scratch(cls, config, seed=0, dtype=torch.float32, device="cpu"):
         """Returns a model of random weights: normal with deviation 0.02, unit norms, zero biases."""
-        model = cls._empty(config, dtype, device)
+        model = cls.uninitialized(config, dtype, device)
         generator = torch.Generator(device).manual_seed(seed)
         for name, p in model.named_parameters():
             if name.endswith("bias"):
@@ -469,7 +470,7 @@ class Qwen2(nn.Module):
         return model
 
     @classmethod
-    def _empty(cls, config, dtype, device):
+    def uninitialized(cls, config, dtype, device):
         with torch.device("meta"):
             model = cls(config).to(dtype)
         model.to_empty(device=device)
@@ -484,7 +485,7 @@ class Qwen2(nn.Module):
         Raises ValueError where the files do not fit the config (load_tensors).
         """
         folder = find_folder(path)
-        model = cls._empty(Config.from_pretrained(folder), dtype, device)
+        model = cls.uninitialized(Config.from_pretrained(folder), dtype, device)
         load_tensors(folder, {name: (p, 0, tuple(p.shape)) for name, p in model.named_parameters()})
         return model
 

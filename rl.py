@@ -265,7 +265,7 @@ def make_engine(cfg, actor, tokenizer):
     weights, else from a whole copy in the dtype that it computes in."""
     model = actor
     if any(isinstance(p, DTensor) or p.dtype is not actor.compute for _, p in sharded_parameters(actor)):
-        model = Qwen2._empty(actor.config, actor.compute, next(actor.parameters()).device).requires_grad_(False)
+        model = Qwen2.uninitialized(actor.config, actor.compute, next(actor.parameters()).device).requires_grad_(False)
         copy_weights(actor, model)
     return sample.Engine(model, tokenizer, cfg.rows, cfg.context, name=cfg.model)
 
@@ -442,7 +442,7 @@ class PPOTrainer:
     def forward(self, model, inputs):
         """Returns the log-probs of the targets and the entropies, each (N,), of the actor or the reference."""
         tokens, lengths, targets = inputs
-        logp, entropy, _ = model(tokens, lengths=lengths, targets=targets, size=self.num_token_ids,
+        logp, entropy, _ = model(tokens, lengths=lengths, targets=targets, num_token_ids=self.num_token_ids,
                                  temperature=self.cfg.temperature)
         return logp, entropy
 

@@ -306,11 +306,11 @@ class ForwardBatch:
 
 class DecodeGraph(ForwardBatch):
     """A pass of one shape, run again and again: the first B rows of a cache, each with T new tokens that see its first
-    S positions. All it reads and writes are tensors that stay where they are, so that on CUDA a pass is one graph, which
-    is replayed without asking the device anything. On a CPU the same function runs as it stands.
+    S positions. All it reads and writes are tensors that stay where they are, so that on CUDA a pass is one graph,
+    which is replayed without asking the device anything. On a CPU the same function runs as it stands.
 
-    A token at the cache's last position, which no row ever reaches, is padding: it writes there alone. Where T is 1, the
-    tokens that a pass samples are the input of the next. limits: whether any row has a top_p below 1.
+    A token at the cache's last position, which no row ever reaches, is padding: it writes there alone. Where T is 1,
+    the tokens that a pass samples are the input of the next. limits: whether any row has a top_p below 1.
     """
     fresh = False
     counts = None
@@ -783,8 +783,8 @@ class Engine:
         return [list(zip(row_tokens, row_logps))[:passes + len(draft)] for row_tokens, row_logps, draft in rows]
 
     def schedule(self):
-        """Give free rows to waiting requests, and bring their prompts but for the last token into the cache. Each reuses
-        the longest beginning that some row holds."""
+        """Give free rows to waiting requests, and bring their prompts but for the last token into the cache. Each
+        reuses the longest beginning that some row holds."""
         # 1. Requests get rows while there are any.
         with self.wake:
             ready = len(self.active)
@@ -905,8 +905,10 @@ LARGE_BYTES = 2**26         # of weights, beyond what a processor's cache holds
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
 LONGEST_DRAFT = 32          # tokens of one row
-PASS_COST = 10.0            # of a pass, and of each of its tokens, in a unit that does not matter: constants, so that the
-TOKEN_COST = 1.0            # same seeds always make the same passes
+# The cost of a pass, and of each of its tokens, in a unit that does not matter. They are constants, so that the same
+# seeds always make the same passes.
+PASS_COST = 10.0
+TOKEN_COST = 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

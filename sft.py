@@ -283,7 +283,7 @@ def add_gradients(model, rows, num_targets, world_size, device, num_ids):
     total = torch.zeros((), device=device)
     for row in rows:
         tokens, lengths, targets = collate_packed(row, device)
-        logp, _, _ = model(tokens, lengths=lengths, targets=targets, size=num_ids)
+        logp, _, _ = model(tokens, lengths=lengths, targets=targets, num_token_ids=num_ids)
         loss = -logp.sum() / num_targets
         (loss * world_size).backward()      # FSDP averages over the processes; this is a sum
         total += loss.detach()
@@ -296,7 +296,7 @@ def validate(model, examples, rank, world_size, device, num_ids, max_row_tokens)
     sums = torch.zeros(3, device=device, dtype=torch.float64)
     for row in packed_micro_batches(examples, range(len(examples)), rank, world_size, max_row_tokens):
         tokens, lengths, targets = collate_packed(row, device)
-        logp, _, is_most_likely = model(tokens, lengths=lengths, targets=targets, size=num_ids)
+        logp, _, is_most_likely = model(tokens, lengths=lengths, targets=targets, num_token_ids=num_ids)
         sums[0] -= logp.double().sum()
         sums[1] += is_most_likely.sum()
         sums[2] += len(logp)

@@ -43,8 +43,8 @@ class ContextFull(ValueError):
 class ModelSettings:
     """Settings of every program that runs a model."""
     device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # that products are computed in: float32, bfloat16, float64, or auto, which is bfloat16 where the
-        # hardware multiplies it; weights that are trained are kept and updated in float32
+    dtype: str = "auto"  # that products are computed in: float32, bfloat16, float64, or auto, which is bfloat16 where
+        # the hardware multiplies it; weights that are trained are kept and updated in float32
     kernels: str = "torch"  # torch, or triton, on CUDA, which has not been measured on a GPU yet
     seed: int = 0  # of all that is drawn at random
 
@@ -254,7 +254,7 @@ def under_torchrun():
 
 
 def refuse_torchrun(what):
-    """Raises ValueError, on the first process alone, where torchrun has started several of a program that runs in one."""
+    """Raises ValueError, on the first process alone, where torchrun has started several of a one-process program."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if os.environ.get("RANK") != "0":
             sys.exit(2)

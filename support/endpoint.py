@@ -186,7 +186,8 @@ class Endpoint:
                     if time.monotonic() > deadline:
                         raise TimeoutError("not complete in time")
         except (OSError, http.client.HTTPException) as error:
-            raise EndpointError(f"{self.url} gave no answer ({self._excerpt(str(error))}; the limit is {self.timeout_s:g} "
+            reason = self._excerpt(str(error))
+            raise EndpointError(f"{self.url} gave no answer ({reason}; the limit is {self.timeout_s:g} "
                                 "s); is the server running there, and is it overloaded?", 0.0) from None
         return response.status, response.headers.get("Retry-After", ""), raw.decode("utf-8", "replace")
 

@@ -136,7 +136,7 @@ def test_attention_over_a_ragged_cache(B, T, H, K, D, S, dtype, tolerance):
 
 def loss_and_gradients(net, tokens, targets):
     net.zero_grad()
-    logp, entropy, _ = net(tokens, lengths=[9, 4], targets=targets, size=290)
+    logp, entropy, _ = net(tokens, lengths=[9, 4], targets=targets, num_token_ids=290)
     loss = -(logp * normal(len(logp)).abs()).sum() - 0.1 * entropy.sum()
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in net.parameters())]

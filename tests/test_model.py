@@ -191,7 +191,7 @@ def test_a_model_with_packed_weights_scores_targets_and_trains_as_before(dtype):
     for packed in (False, True):
         if packed:
             cpu_linear.pack(model)
-        logp, entropy, is_argmax = model(tokens, targets=tokens.roll(-1), size=290)
+        logp, entropy, is_argmax = model(tokens, targets=tokens.roll(-1), num_token_ids=290)
         grads = torch.autograd.grad(logp.sum() + entropy.sum(), list(model.parameters()))
         results.append((logp, entropy, is_argmax, *grads))
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -232,7 +232,7 @@ def loss_and_gradients(model, *batches):
     model.zero_grad()
     loss = torch.zeros(())
     for tokens, lengths, targets in batches:
-        logp, entropy, _ = model(tokens, lengths=lengths, targets=targets, size=290)
+        logp, entropy, _ = model(tokens, lengths=lengths, targets=targets, num_token_ids=290)
         loss = loss - logp.sum() - 0.1 * entropy.sum()
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -583,14 +583,14 @@ class Scripted(torch.nn.Module):
         self.config, self.said, self.lm_head = SMALL, [*tokenizer.encode(text), tokenizer.end], torch.nn.Linear(2, 2)
         self.model, self.fail = None, False
 
-    def hidden(self, tokens, window=None):
+    def hidden(self, tokens, batch=None):
         return None
 
-    def forward(self, tokens, window):
+    def forward(self, tokens, batch):
         if self.fail:
             raise MemoryError("planted")
         logits = torch.zeros(*tokens.shape, SMALL.vocab_size)
-        for t, position in enumerate(window.positions[0].tolist()):
+        for t, position in enumerate(batch.positions[0].tolist()):
             logits[0, t, self.said[min(position, len(self.said) - 1)]] = 50.0
         return logits
 

@@ -93,7 +93,7 @@ def test_only_what_the_assistant_chose_has_a_gradient():
     model = Qwen2.from_scratch(SMALL, seed=1)
     kept = {}
     model.model.norm.register_forward_hook(lambda m, i, o: (o.retain_grad(), kept.update(x=o)) and None)
-    model(tokens, lengths=lengths, targets=targets, size=259)[0].sum().backward()
+    model(tokens, lengths=lengths, targets=targets, num_token_ids=259)[0].sum().backward()
     nonzero = kept["x"].grad[0].abs().sum(-1) > 0
     assert nonzero.tolist() == chosen[1:] and ids[1:][nonzero.nonzero()[-1].item()] == t.end
 
