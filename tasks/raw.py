@@ -48,7 +48,7 @@ def jpeg(pixels, size, step=8):
     return stream.getvalue().ljust(size, b"\0")
 
 
-def train_test_split(n, fraction, seed=0):
+def split_positions(n, fraction, seed=0):
     """Positions of the train rows and of the test rows, int64 (n - ceil(fraction n),) and (ceil(fraction n),), in the
     order both are written. This is scikit-learn's shuffled split restated, so that no version of it moves a row."""
     num_test = math.ceil(fraction * n)

@@ -147,5 +147,5 @@ def test_one_row():
 def test_the_split_is_the_rule_restated(n, fraction, seed):
     shuffled = np.random.RandomState(seed).permutation(n)
     num_test = -int(-(fraction * n) // 1)                   # rounded up
-    train, test = tasks.train_test_split(n, fraction, seed)
+    train, test = tasks.split_positions(n, fraction, seed)
     assert list(test) == list(shuffled[:num_test]) and list(train) == list(shuffled[num_test:])

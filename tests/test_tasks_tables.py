@@ -74,7 +74,7 @@ def test_the_forest_is_split_as_pandas_and_scikit_learn_would_write_it(tmp_path,
 
 
 def test_the_forest_has_the_recorded_test_ids():
-    _, test = tasks.train_test_split(4_000_000, 0.1)
+    _, test = tasks.split_positions(4_000_000, 0.1)
     sample = b"Id,Cover_Type\n" + b"".join(b"%d,2\n" % id for id in test.tolist())
     assert md5(sample) == "d7b1e1f35677df7cce6942a8c053633f"
 

@@ -8,13 +8,13 @@ import zipfile
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, train_test_split, write_csv
+from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, split_positions, write_csv
 
 
 def prepare(raw, public, private, variant):
     """17500 labelled pictures become 14175 to train on and 3325 to test on; the unlabelled ones are left out."""
     rows = raw_csv(raw, "train.csv", ["id", "has_cactus"])
-    train, test = (rows.iloc[side] for side in train_test_split(len(rows), 0.19))
+    train, test = (rows.iloc[side] for side in split_positions(len(rows), 0.19))
     write_csv(train, public / "train.csv")
     write_csv(test[["id"]].assign(has_cactus=0.5), public / "sample_submission.csv")
     write_csv(test, private / "test.csv")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks import MissingRaw, Task, copy_raw_folder, matched, numbers, raw_files, rmse, train_test_split
+from tasks import MissingRaw, Task, copy_raw_folder, matched, numbers, raw_files, rmse, split_positions
 
 GRAYS = [str(gray / 255) for gray in range(256)]       # as pandas would write the floats
 
@@ -22,7 +22,7 @@ def prepare(raw, public, private, variant):
     names = sorted({path[-1] for path in paths if path[-2:-1] == ["train"] and re.fullmatch(r"\d+\.png", path[-1])})
     if not names:
         raise MissingRaw(f"No page of a folder train is in {raw}, neither loose nor inside a zip.")
-    train, test = (sorted(names[i] for i in side) for side in train_test_split(len(names), 0.2))
+    train, test = (sorted(names[i] for i in side) for side in split_positions(len(names), 0.2))
     copy_raw_folder(raw, "train", public / "train", train)
     copy_raw_folder(raw, "train_cleaned", public / "train_cleaned", train)
     copy_raw_folder(raw, "train", public / "test", test)

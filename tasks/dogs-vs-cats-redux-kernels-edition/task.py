@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tasks import (
-    MissingRaw, Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_files, train_test_split, write_csv)
+    MissingRaw, Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_files, split_positions, write_csv)
 
 
 def prepare(raw, public, private, variant):
@@ -23,7 +23,7 @@ def prepare(raw, public, private, variant):
     names = sorted({path[-1] for path in paths})
     if not names:
         raise MissingRaw(f"Pictures such as cat.0.jpg are in no folder train of {raw}, neither loose nor inside a zip.")
-    train, test = ([names[i] for i in side] for side in train_test_split(len(names), 0.1))
+    train, test = ([names[i] for i in side] for side in split_positions(len(names), 0.1))
     counts, places = {"cat": 0, "dog": 0}, {}
     for name in train:
         kind = "dog" if "dog" in name else "cat"

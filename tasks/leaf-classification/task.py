@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pandas as pd
 
-from tasks import Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_csv, train_test_split, write_csv
+from tasks import Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_csv, split_positions, write_csv
 
 FEATURES = [f"{group}{i}" for group in ("margin", "shape", "texture") for i in range(1, 65)]
 
@@ -16,7 +16,7 @@ FEATURES = [f"{group}{i}" for group in ("margin", "shape", "texture") for i in r
 def prepare(raw, public, private, variant):
     """990 labelled rows become 891 to train on and 99 to test on; the publisher's own unlabelled rows are left out."""
     rows = raw_csv(raw, "train.csv", ["id", "species"])
-    train, test = (rows.iloc[side] for side in train_test_split(len(rows), 0.1))
+    train, test = (rows.iloc[side] for side in split_positions(len(rows), 0.1))
     species = sorted(rows["species"].unique())
     sample = pd.DataFrame({"id": test["id"], **{name: 1 / len(species) for name in species}})
     answers = pd.DataFrame({"id": test["id"], **{name: (test["species"] == name).astype(int) for name in species}})
@@ -46,7 +46,7 @@ def miniature(raw, seed):
     waves = rng.normal(0, 1, (num_species, 6, 2)) * 0.16 / np.arange(1, 7)[:, None] ** 0.5  # (species, wave, cos / sin)
     margins, textures = rng.normal(0, 1.0, (num_species, 64)), rng.normal(0, 1.0, (num_species, 64))
     label = np.empty(5 * num_species + 99, int)
-    train, test = train_test_split(5 * num_species, 0.1)
+    train, test = split_positions(5 * num_species, 0.1)
     label[test] = rng.permutation(num_species)[:len(test)]      # one leaf each at most: four are left to learn from
     num_left = 5 - np.bincount(label[test], minlength=num_species)
     label[train] = rng.permutation(np.repeat(np.arange(num_species), num_left))

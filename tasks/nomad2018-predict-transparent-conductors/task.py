@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pandas as pd
 
-from tasks import MissingRaw, Task, matched, numbers, raw_csv, raw_files, rmsle, train_test_split, write_csv
+from tasks import MissingRaw, Task, matched, numbers, raw_csv, raw_files, rmsle, split_positions, write_csv
 
 TARGETS = ["formation_energy_ev_natom", "bandgap_energy_ev"]
 
@@ -20,7 +20,7 @@ def prepare(raw, public, private, variant):
     """2400 labelled materials become 2160 and 240; the publisher's own unlabelled ones are left out."""
     rows = raw_csv(raw, "train.csv", ["id", *TARGETS])
     places = {}     # old id -> where its geometry goes
-    for name, side in zip(("train", "test"), train_test_split(len(rows), 0.1)):
+    for name, side in zip(("train", "test"), split_positions(len(rows), 0.1)):
         part = rows.iloc[side]
         places |= {str(old): public / name / str(new) / "geometry.xyz" for new, old in enumerate(part["id"], start=1)}
         part = part.assign(id=np.arange(1, len(part) + 1))

@@ -5,7 +5,7 @@ Split, names and grader are MLE-bench's.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, train_test_split, write_csv
+from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, split_positions, write_csv
 
 TARGETS = ["healthy", "multiple_diseases", "rust", "scab"]
 
@@ -17,7 +17,7 @@ def prepare(raw, public, private, variant):
     """
     rows = raw_csv(raw, "train.csv", ["image_id", *TARGETS])
     places = {}
-    for prefix, side in zip(("Train", "Test"), train_test_split(len(rows), 0.1)):
+    for prefix, side in zip(("Train", "Test"), split_positions(len(rows), 0.1)):
         part = rows.iloc[side]
         names = [f"{prefix}_{i}" for i in range(len(part))]
         places.update({f"{old}.jpg": f"{new}.jpg" for old, new in zip(part["image_id"], names)})
@@ -45,7 +45,7 @@ def miniature(raw, seed):
     """
     rng = np.random.default_rng(seed)
     num_labelled, num_test = 500, 50
-    train, test = train_test_split(num_labelled, num_test / num_labelled)
+    train, test = split_positions(num_labelled, num_test / num_labelled)
     kinds = np.repeat(np.arange(4), [126, 54, 144, 126])            # of the training rows; a test row is one of these
     label = np.empty(num_labelled + 20, int)
     label[train], label[test] = rng.permutation(kinds), rng.permutation(kinds)[:num_test]

@@ -8,7 +8,7 @@ import zipfile
 
 import pandas as pd
 
-from tasks import Task, log_loss, matched, numbers, raw_csv, train_test_split, write_csv
+from tasks import Task, log_loss, matched, numbers, raw_csv, split_positions, write_csv
 
 AUTHORS = ["EAP", "HPL", "MWS"]
 SAMPLE = {"EAP": 0.403493538995863, "HPL": 0.287808366106543, "MWS": 0.308698094897594}     # the publisher's
@@ -17,7 +17,7 @@ SAMPLE = {"EAP": 0.403493538995863, "HPL": 0.287808366106543, "MWS": 0.308698094
 def prepare(raw, public, private, variant):
     """19579 labelled rows become 17621 to train on and 1958 to test on; the publisher's unlabelled ones are left out."""
     rows = raw_csv(raw, "train.csv", ["id", "text", "author"], dtype=str, keep_default_na=False)
-    train, test = (rows.iloc[side] for side in train_test_split(len(rows), 0.1))
+    train, test = (rows.iloc[side] for side in split_positions(len(rows), 0.1))
     write_csv(train, public / "train.csv")
     write_csv(test[["id", "text"]], public / "test.csv")
     write_csv(test[["id"]].assign(**SAMPLE), public / "sample_submission.csv")

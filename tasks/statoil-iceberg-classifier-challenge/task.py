@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tasks import MissingRaw, Task, log_loss, matched, numbers, raw_files, train_test_split, write_csv
+from tasks import MissingRaw, Task, log_loss, matched, numbers, raw_files, split_positions, write_csv
 
 SIDE = 75
 GIVEN = ["id", "band_1", "band_2", "inc_angle"]     # what a test record keeps
@@ -25,7 +25,7 @@ def prepare(raw, public, private, variant):
     """1604 labelled records become 1283 to train on and 321 to test on; the publisher's others are left out."""
     with tempfile.TemporaryDirectory(dir=public.parent) as folder:
         records = _records(_train_json(raw, Path(folder)))
-    train, test = ([records[i] for i in side] for side in train_test_split(len(records), 0.2))
+    train, test = ([records[i] for i in side] for side in split_positions(len(records), 0.2))
     (public / "train.json").write_text("[" + ",\n".join(train) + "]")
     ids, labels = [], []
     with open(public / "test.json", "w") as stream:

@@ -7,13 +7,13 @@ as they stand, so its lines are moved as they are: 0.7 GB of memory instead of s
 import numpy as np
 import pandas as pd
 
-from tasks import MissingRaw, Task, accuracy, matched, numbers, open_raw, train_test_split, write_csv
+from tasks import MissingRaw, Task, accuracy, matched, numbers, open_raw, split_positions, write_csv
 
 
 def prepare(raw, public, private, variant):
     """4,000,000 labelled rows become 3,600,000 and 400,000; the publisher's own unlabelled rows are left out."""
     header, rows, starts = _read(raw)
-    train, test = train_test_split(len(starts) - 1, 0.1)
+    train, test = split_positions(len(starts) - 1, 0.1)
     _write(public / "train.csv", header, _lines(rows, starts, train))
     _write(private / "test.csv", header, _lines(rows, starts, test))
     _write(public / "test.csv", header.rpartition(b",")[0] + b"\n",

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from tasks import (
-    InvalidSubmission, Task, copy_raw_folder, jpeg, map5, matched, raw_csv, show, train_test_split, write_csv)
+    InvalidSubmission, Task, copy_raw_folder, jpeg, map5, matched, raw_csv, show, split_positions, write_csv)
 
 SAMPLE = "new_whale w_1287fbc w_98baff9 w_7554f44 w_1eafe46"
 
@@ -47,7 +47,7 @@ def split(ids):
             remains[rows], is_test[rows] = False, rng.random() >= 0.9
     remains = np.flatnonzero(remains)
     if len(remains):
-        is_test[remains[train_test_split(len(remains), 0.1)[1]]] = True
+        is_test[remains[split_positions(len(remains), 0.1)[1]]] = True
     return is_test
 
 
