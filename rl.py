@@ -10,7 +10,7 @@ trajectories, and only the action is new. `iterate` is one iteration, from top t
 --out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl with a line for each iteration. A killed
 run continues exactly with the same command.
 """
-import contextlib, json, math, os, random, sys, time, zlib
+import contextlib, json, math, random, sys, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    RECOMPUTE_ABOVE, build_model, collate_packed, compute_type, epoch_order, explain_dist_errors, export_model,
-    flops_of, full_tensor, gib, init_distributed, load_state, num_weights, optimizer_step, peak_flops, peak_memory,
-    plan_memory, rank0_broadcast, save_state, shape_of, shard_across_ranks, sharded_parameters)
+    RECOMPUTE_ABOVE, apply_device, build_model, collate_packed, compute_type, epoch_order, explain_dist_errors,
+    export_model, flops_of, full_tensor, gib, init_distributed, load_state, num_weights, optimizer_step, peak_flops,
+    peak_memory, plan_memory, rank0_broadcast, save_state, shape_of, shard_across_ranks, sharded_parameters)
 from support.files import folder_lock, shorten
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
@@ -722,8 +722,7 @@ def run(cfg):
     if cfg.plan:
         print(plan(cfg))
         return
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no GPU that torch can use")
+    apply_device(cfg.device)
     rank, world_size, device = init_distributed()
     with explain_dist_errors(rank), contextlib.ExitStack() as stack:
         rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, "rl.py")))
@@ -732,8 +731,6 @@ def run(cfg):
 
 def main(argv=None):
     cfg = cli.parse(Settings, argv, fill)
-    if cfg.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before anything has looked for a GPU
     return exit_status("rl.py", partial(run, cfg), cfg.out)
 
 

@@ -15,7 +15,7 @@ The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), 
 ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, ideas, counts). A run that was killed goes
 on with the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
 """
-import contextlib, hashlib, json, math, os, random, time
+import contextlib, hashlib, json, math, random, time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -33,15 +33,15 @@ from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
 from support.conversations import named, read_conversations
 from support.distributed import (
-    RECOMPUTE_ABOVE, batch_indices, build_model, check_same, collate_packed, compute_type, explain_dist_errors,
-    export_model, flops_of, gib, init_distributed, load_state, num_weights, optimizer_step, packed_micro_batches,
-    peak_flops, peak_memory, plan_memory, rank0_broadcast, save_state, shape_of)
+    RECOMPUTE_ABOVE, apply_device, batch_indices, build_model, check_same, collate_packed, compute_type,
+    explain_dist_errors, export_model, flops_of, gib, init_distributed, load_state, num_weights, optimizer_step,
+    packed_micro_batches, peak_flops, peak_memory, plan_memory, rank0_broadcast, save_state, shape_of)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import find_folder, hash_checkpoint
-from support.storage import ResultCache
 from support.records import end_reason, trajectory_path
+from support.storage import ResultCache
 
 
 RECIPES = {"tiny": miniature.TINY, "7b": {"model": "Qwen/Qwen2.5-7B"}}      # the defaults are the paper's figures
@@ -465,8 +465,7 @@ def run(cfg):
     if cfg.plan:
         print(plan(cfg))
         return
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no GPU that torch can use")
+    apply_device(cfg.device)
     if cfg.collect:
         refuse_torchrun("collecting")
         print("\n" + report(collect(cfg)))
@@ -501,8 +500,6 @@ def fill(values):
 
 def main(argv=None):
     cfg = cli.parse(Settings, argv, fill)
-    if cfg.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""     # before anything has looked for a GPU
     folder = cfg.out
     if cfg.collect or cfg.preset:
         folder = f"{cfg.trajectories} and {cfg.out}"

@@ -19,6 +19,15 @@ RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again i
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 
+def apply_device(name):
+    """Makes --device hold: cpu hides all GPUs, which must come before anything looks for one. ValueError: cuda, and
+    torch finds no GPU."""
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that torch can use")
+
+
 def init_distributed():
     """Returns (rank, world size, device) of this process, which joins the others that torchrun has started."""
     rank = int(os.environ.get("RANK", 0))
