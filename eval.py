@@ -389,14 +389,14 @@ def play_tasks(cfg, infos, home, cache, load):
     folder = Path(cfg.out, "trajectories")
     jobs = [(task, k, trajectory_path(folder, task.id, k)) for k in range(cfg.trajectories) for task, _ in infos]
     records = {path: read_record(path) for *_, path in jobs}
-    progress = Progress(records, cfg.steps)
-    jobs = [job for job in jobs if job[-1] not in progress.over]
+    jobs = [job for job in jobs if not end_reason(records[job[-1]])]
     if not jobs:
         return
     if any(records.values()):
-        print(f"{cfg.out}: {len(progress.over)} of {len(records)} trajectories are done; going on", file=sys.stderr)
+        print(f"{cfg.out}: {len(records) - len(jobs)} of {len(records)} trajectories are done; going on", file=sys.stderr)
     num_rows = min(max(1, TOKENS_TOGETHER // cfg.context), len(jobs))
     policy, coder = load_models(cfg, num_rows, load)
+    progress = Progress(records, cfg.steps)
 
     def play(task, k, path):
         play_trajectory(cfg, task, k, path, model_policy(cfg, policy), coder, home, cache, progress,

@@ -123,8 +123,8 @@ def collect(cfg, load=sample.load):
             tasks.refuse_held_out(task.id, info["sha256"], held_out)
         manifest = open_manifest(cfg, task_infos)
         jobs = [(task, trajectory_path(folder, task.id, k), k) for k in range(cfg.num) for task, _ in task_infos]
-        progress = Progress({path: read_record(path) for _, path, _ in jobs}, cfg.steps)
-        jobs = [(task, path, k) for task, path, k in jobs if path not in progress.over]
+        records = {path: read_record(path) for _, path, _ in jobs}
+        jobs = [(task, path, k) for task, path, k in jobs if not end_reason(records[path])]
 
         # 2. The expert, and the ideas of each task.
         expert = None
@@ -142,6 +142,7 @@ def collect(cfg, load=sample.load):
 
         # 3. The trajectories.
         cache = ResultCache(folder / "cache")
+        progress = Progress(records, cfg.steps)
         jobs = [(cfg, task, path, k, manifest["tasks"][task.id]["ideas"]) for task, path, k in jobs]
         run_parallel(jobs, partial(collect_one, expert, cache, progress), PARALLEL, progress)
         for id, entry in manifest["tasks"].items():
