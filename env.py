@@ -482,13 +482,13 @@ class Env:
     actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
     steps, seconds: limits of the trajectory; to wait for a free slot does not count. coder: callable(messages) -> str,
     a second model for the (AI) actions; its ValueError (a text that does not fit) goes to the agent, other errors to
-    the caller. prompt: what prompt() shows of a state, "full" or "short". python, threads, sandbox: see execute. gpu:
+    the caller. prompt_format: what prompt() shows of a state, "full" or "short". python, threads, sandbox: see execute. gpu:
     "0,1" gives each script one of these GPUs. cache: a ResultCache (default: one in out).
     """
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
-                 coder=None, prompt="full", python=None, gpu=None, threads=1, sandbox="on", cache=None):
-        check_agent(actions, fields, prompt)
+                 coder=None, prompt_format="full", python=None, gpu=None, threads=1, sandbox="on", cache=None):
+        check_agent(actions, fields, prompt_format)
         self.task = tasks.load(task) if isinstance(task, str) else task
         self.info = tasks.info(self.task.id, data=data)
         modules = sorted(Path(tasks.__file__).parent.glob("*.py"))
@@ -502,7 +502,7 @@ class Env:
         self.steps = steps
         self.seconds = seconds
         self.coder = coder
-        self.prompt_format = prompt
+        self.prompt_format = prompt_format
         self.python = python
         self.gpu = gpu
         self.threads = threads
@@ -1060,7 +1060,7 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about):
 
     # 1. The first state, or the last recorded one.
     env = make_env(cfg, task, out, cache, actions=cfg.actions, fields=cfg.fields, steps=cfg.steps,
-                   seconds=cfg.seconds, coder=ask_coder if coder else None, prompt=cfg.prompt_format)
+                   seconds=cfg.seconds, coder=ask_coder if coder else None, prompt_format=cfg.prompt_format)
     lines = read_record(path)
     if lines:
         try:
@@ -1110,7 +1110,7 @@ def prepare_task(cfg, id, raw):
         raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size}); for several tasks "
                          "--raw holds a folder for each task id")
     try:
-        tasks.prepare(id, raw or None, cfg.data, python=cfg.python, say=lambda line: print(line, file=sys.stderr))
+        tasks.prepare(id, raw or None, cfg.data, python=cfg.python, log=lambda line: print(line, file=sys.stderr))
     except RuntimeError as error:
         raise RunError(str(error)) from error
     return task, tasks.info(id, cfg.data)
@@ -1126,9 +1126,9 @@ read_trajectory = functools.partial(records.read_trajectory, FORMS)
 read_record = functools.partial(records.read_record, FORMS)
 
 
-def replay(path, say=print, **options):
+def replay(path, log=print, **options):
     """Runs a recorded trajectory again; returns the number of differences, see support/records.py."""
-    return records.replay(Env, FORMS, path, say, **options)
+    return records.replay(Env, FORMS, path, log, **options)
 
 
 def main(args):

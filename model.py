@@ -229,7 +229,7 @@ def use_kernels(name, device):
 # Layers
 
 class Linear(nn.Linear):
-    """y = x W^T + b. The weight is cast to the dtype of x, which in mixed precision is not its own (Qwen2.compute)."""
+    """y = x W^T + b. The weight is cast to the dtype of x, which in mixed precision is not its own (Qwen2.compute_dtype)."""
 
     def forward(self, x):
         bias = self.bias.to(x.dtype) if self.bias is not None else None
@@ -348,7 +348,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.H * D, C, bias=False)
 
     def forward(self, x, cos, sin, batch, layer, lengths):
-        """x (B, T, C) -> (B, T, C). For the rest see Qwen2.hidden; layer: the index of this block."""
+        """x (B, T, C) -> (B, T, C). For the rest see Qwen2.hidden_states; layer: the index of this block."""
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, self.H, self.D)
         k = self.k_proj(x).view(B, T, self.K, self.D)
@@ -408,7 +408,7 @@ class Backbone(nn.Module):
 
 class Qwen2(nn.Module):
     """The language model. Build it with from_pretrained or from_scratch; the bare constructor leaves weights unset."""
-    compute = None      # the dtype of activations and products where that is not the weights' own: mixed precision
+    compute_dtype = None      # the dtype of activations and products where that is not the weights' own: mixed precision
 
     def __init__(self, config):
         super().__init__()
@@ -422,7 +422,7 @@ class Qwen2(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden(self, tokens, batch=None, lengths=None):
+    def hidden_states(self, tokens, batch=None, lengths=None):
         """Returns the last normalised hidden states, (B, T, C), of `tokens`, (B, T) int64.
 
         Without a batch each row is a text from its first token, and token t sees 0..t. With lengths, a list that
@@ -437,7 +437,7 @@ class Qwen2(nn.Module):
             positions = torch.cat(texts)[None]                              # (1, T), from 0 in every text
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.model.embed_tokens(tokens)
-        x = x.to(self.compute or x.dtype)                                   # (B, T, C)
+        x = x.to(self.compute_dtype or x.dtype)                                   # (B, T, C)
         for layer, block in enumerate(self.model.layers):
             x = block(x, cos, sin, batch, layer, lengths)
         return self.model.norm(x)
@@ -447,9 +447,9 @@ class Qwen2(nn.Module):
 
         With targets, (B, T) int64 and IGNORE where there is none, it returns of the N targets, in the order of the
         rows, the log-probs and the entropies of their distributions, both (N,) fp32, and whether each is the likeliest
-        token, (N,) bool. See hidden for the rest, and Head for num_token_ids.
+        token, (N,) bool. See hidden_states for the rest, and Head for num_token_ids.
         """
-        x = self.hidden(tokens, batch, lengths)
+        x = self.hidden_states(tokens, batch, lengths)
         if targets is None:
             return self.lm_head(x)
         has_target = targets != IGNORE

@@ -33,7 +33,7 @@ from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
     RECOMPUTE_ABOVE, apply_device, build_model, collate_packed, compute_type, epoch_order, explain_dist_errors,
-    export_model, flops_of, full_tensor, gib, init_distributed, load_state, num_weights, optimizer_step, peak_flops,
+    export_model, flops_of, full_tensor, format_gib, init_distributed, load_state, num_parameters, optimizer_step, peak_flops,
     peak_memory, plan_memory, rank0_broadcast, save_state, shape_of, shard_across_ranks, sharded_parameters)
 from support.files import folder_lock, shorten
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
@@ -50,8 +50,8 @@ SHOW_EVERY = 10             # iterations between actions that are printed
 
 TINY_BELOW = 50e6           # weights; the recipe of a smaller model is "tiny", of any other "7b"
 RECIPES = {                 # --preset: what differs from the defaults, which are those of 7B
-    "tiny": dict(advantage="rloo", iterations=16, samples=8, epochs=2, minibatches=4, lr=2e-4, kl=0.05, length=1024,
-                 rows=64),
+    "tiny": dict(advantage="rloo", iterations=16, samples=8, epochs=2, minibatches=4, lr=2e-4, kl=0.05, max_row_tokens=1024,
+                 max_batch=64),
     "7b": {}}
 
 
@@ -77,8 +77,8 @@ class Settings(cli.TaskSettings):
     kl: float = 1e-3  # weight of the divergence from the reference, in the reward
     lam: float = 1.0  # lambda of GAE
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
-    rows: int = 8  # actions sampled at the same time, on each process
-    length: int = 16384  # tokens of a packed row in training, if no single example has more
+    max_batch: int = 8  # actions sampled at the same time, on each process
+    max_row_tokens: int = 16384  # tokens of a packed row in training, if no single example has more
     coder: str = "auto"  # who carries out the (AI) actions: none, model (the policy), or auto: the policy if the
         # recorded expert had a coder
     save_every: int = 10  # iterations between checkpoints
@@ -90,7 +90,7 @@ class Settings(cli.TaskSettings):
         cli.check_choices(self, rollout=("step", "episode"), advantage=tuple(ADVANTAGES),
                           coder=("auto", "none", "model"), dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches", "temperature",
-                           "rows", "length", "save_every", "gpus")
+                           "max_batch", "max_row_tokens", "save_every", "gpus")
         for name in ("lr", "critic_lr", "clip_low", "clip_high", "kl", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{cli.flag_of(name)} must be from 0 to 1, found {getattr(self, name)}")
@@ -108,7 +108,7 @@ class Settings(cli.TaskSettings):
 
 
 # Settings that may change when a run is continued. The kind of device may not, see train().
-FREE = {"preset", "model", "trajectories", "out", "iterations", "rows", "data", "raw", "python", "gpu", "device",
+FREE = {"preset", "model", "trajectories", "out", "iterations", "max_batch", "data", "raw", "python", "gpu", "device",
         "save_every", "plan", "gpus"}
 
 
@@ -164,7 +164,7 @@ class RolloutWorker:
         """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the token ids that
         the policy is shown there. MissingBlob: a file of the state has gone since the pool was read."""
         state = self.states[name]
-        recorded = {key: state.head[key] for key in ("actions", "fields", "prompt", "steps", "seconds")}
+        recorded = {key: state.head[key] for key in ("actions", "fields", "prompt_format", "steps", "seconds")}
         if self.cfg.rollout == "episode":
             recorded["steps"] = self.cfg.steps
         env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, coder=self.coder, **recorded)
@@ -226,7 +226,7 @@ class RolloutWorker:
         if starts:
             seed = zlib.crc32(f"{self.cfg.seed} {iteration}".encode()) + starts[0][0] * self.cfg.samples
             self.engine.generate([self.begin(name)[1] for _, name in starts], n=self.cfg.samples, seed=seed,
-                                 each=on_reply, **self.options)
+                                 on_completion=on_reply, **self.options)
         return [futures[key] for key in sorted(futures)]
 
     def execute_action(self, name, group, number, reply):
@@ -264,10 +264,10 @@ def make_engine(cfg, actor, tokenizer):
     """Returns an Engine that samples from the actor itself where that is whole and computes in the dtype of its
     weights, else from a whole copy in the dtype that it computes in."""
     model = actor
-    if any(isinstance(p, DTensor) or p.dtype is not actor.compute for _, p in sharded_parameters(actor)):
-        model = Qwen2.uninitialized(actor.config, actor.compute, next(actor.parameters()).device).requires_grad_(False)
+    if any(isinstance(p, DTensor) or p.dtype is not actor.compute_dtype for _, p in sharded_parameters(actor)):
+        model = Qwen2.uninitialized(actor.config, actor.compute_dtype, next(actor.parameters()).device).requires_grad_(False)
         copy_weights(actor, model)
-    return sample.Engine(model, tokenizer, cfg.rows, cfg.context, name=cfg.model)
+    return sample.Engine(model, tokenizer, cfg.max_batch, cfg.context, name=cfg.model)
 
 
 @torch.no_grad()
@@ -411,7 +411,7 @@ class Critic(Qwen2):
 
     def forward(self, tokens, lengths=None, targets=None):
         """tokens (B, T) int64, as for Qwen2 -> the values at the N targets, (N,) fp32."""
-        hidden = self.hidden(tokens, lengths=lengths)[targets != IGNORE]
+        hidden = self.hidden_states(tokens, lengths=lengths)[targets != IGNORE]
         return hidden.float() @ self.score.weight[0].float() + self.score.bias.float()
 
 
@@ -426,7 +426,7 @@ class PPOTrainer:
         self.rank = rank
         self.world_size = world_size
         self.device = device
-        build = partial(build_model, config, folder, device, cfg.seed, num_weights(config)[-1] > RECOMPUTE_ABOVE,
+        build = partial(build_model, config, folder, device, cfg.seed, num_parameters(config)[-1] > RECOMPUTE_ABOVE,
                         compute_type(cfg.dtype, device))
         self.actor = build()
         self.reference = build().requires_grad_(False) if cfg.kl else None
@@ -449,7 +449,7 @@ class PPOTrainer:
     def packed_rows(self, examples, indices):
         """Yields this process's share of the examples `indices`: the indices of a packed row, and a model's inputs."""
         lengths = [len(ids) - 1 for ids, _ in examples]
-        for row in shard_across_ranks(lengths, indices, self.rank, self.world_size, self.cfg.length):
+        for row in shard_across_ranks(lengths, indices, self.rank, self.world_size, self.cfg.max_row_tokens):
             yield row, collate_packed([examples[i] for i in row], self.device)
 
     def cat(self, values, row):
@@ -596,7 +596,7 @@ def train(cfg, rank, world_size, device):
     trainer = PPOTrainer(cfg, config, folder, tokenizer.size, rank, world_size, device)
 
     # 2. Where a run was stopped, it goes on.
-    origin = {"products in": f"{trainer.actor.compute} on {device.type}".removeprefix("torch."),
+    origin = {"products in": f"{trainer.actor.compute_dtype} on {device.type}".removeprefix("torch."),
               **rank0_broadcast(lambda: hash_inputs(cfg, folder, pool))}
     state = load_state(cfg, sorted(vars(cfg).keys() - FREE), trainer.models, trainer.optimizer, origin)
     worker = RolloutWorker(cfg, make_engine(cfg, trainer.actor, tokenizer), pool, rank, world_size)
@@ -660,10 +660,10 @@ def action_stats(cfg, transitions, logp_old, logp_ref, logp_sampler):
         **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(steps) for kind in KINDS},
         "valid": fmean(step["valid"] for step in steps),
         "reward_edits": sum(edits) / len(edits) if edits else None,
-        "equal_groups": fmean(len(set(rewards)) == 1 for rewards in group_rewards(transitions).values()),
+        "zero_variance_groups": fmean(len(set(rewards)) == 1 for rewards in group_rewards(transitions).values()),
         "truncated": fmean(len(transition.tokens) >= cfg.max_new_tokens for transition in transitions),
         "action_tokens": fmean(len(transition.tokens) for transition in transitions),
-        "gap_mean": gap.mean().item(), "gap_max": gap.max().item()}
+        "logp_diff_mean": gap.mean().item(), "logp_diff_max": gap.max().item()}
     if logp_ref:
         diff = (torch.cat(logp_ref) - logp_old).clamp(-10, 10)
         stats |= {"kl": -diff.mean().item(), "kl_k3": (diff.exp() - 1 - diff).mean().item()}
@@ -674,7 +674,7 @@ def report(cfg, stats, transition):
     """Adds an iteration's statistics to log.jsonl and prints some; every SHOW_EVERY iterations an action too."""
     with open(Path(cfg.out, "log.jsonl"), "a") as file:
         file.write(json.dumps(stats) + "\n")
-    names = ("reward", "reward_edits", "valid", "kl", "entropy", "clip_fraction", "explained_variance", "gap_max")
+    names = ("reward", "reward_edits", "valid", "kl", "entropy", "clip_fraction", "explained_variance", "logp_diff_max")
     numbers = [f"{name} {stats[name]:.3g}" for name in names if stats.get(name) is not None]
     left = timedelta(seconds=int(stats["seconds"] * (cfg.iterations - stats["iteration"])))
     print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{stats['sample_s']:.1f} + "
@@ -690,10 +690,10 @@ def plan(cfg):
     """Returns the text of --plan: memory of one GPU by part, at the peak of an update. It reads no weights."""
     config = shape_of(cfg.model)
     compute = compute_type(cfg.dtype, torch.device("cuda"))
-    parts = plan_memory(config, cfg.length, cfg.gpus, compute, recompute=num_weights(config)[-1] > RECOMPUTE_ABOVE,
-                        critic=cfg.has_critic, reference=cfg.kl > 0, sampled_tokens=cfg.rows * cfg.context)
-    return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.length:,} tokens, {cfg.rows} x {cfg.context:,} "
-                      "tokens sampled", "", "GiB per GPU", *gib(parts)])
+    parts = plan_memory(config, cfg.max_row_tokens, cfg.gpus, compute, recompute=num_parameters(config)[-1] > RECOMPUTE_ABOVE,
+                        critic=cfg.has_critic, reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context)
+    return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens, {cfg.max_batch} x {cfg.context:,} "
+                      "tokens sampled", "", "GiB per GPU", *format_gib(parts)])
 
 
 def fill(values):
@@ -711,7 +711,7 @@ def fill(values):
         folder = find_folder(model, ("*.json",))
         agent = read_agent(folder)
         config = Config.from_pretrained(folder)
-    num = num_weights(config)[-1]
+    num = num_parameters(config)[-1]
     fitting = "tiny" if num < TINY_BELOW else "7b"
     preset = values["preset"] or fitting
     source = f"{model} has {num:,} weights, which --preset {fitting} is for; another may be typed"

@@ -515,14 +515,14 @@ class Engine:
     row keeps its keys and values: a prompt that begins with the same tokens (the next turn of a conversation, another
     sample of the same prompt) reuses them. pack: on a CPU in fp32, keep a second copy of the weights, about twice as
     fast for few rows; None: if they are large. draft: guess tokens from the text so far, and check several in one pass.
-    static: decode in passes of fixed shapes, DecodeGraph. Neither changes what is sampled.
+    fixed_shapes: decode in passes of fixed shapes, DecodeGraph. Neither changes what is sampled.
 
     The first chat or submit starts a thread that runs the model from then on. Until then generate runs it in the
     caller's thread, which on a CPU is a quarter faster: there is one pool of OpenMP threads, not two that share the
     cores.
     """
 
-    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True, static=False):
+    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True, fixed_shapes=False):
         weight = model.lm_head.weight
         self.model = model
         self.tokenizer = tokenizer
@@ -531,10 +531,10 @@ class Engine:
         self.context = min(context, model.config.max_position_embeddings)
         self.device = weight.device
         self.draft = draft
-        self.static = static
+        self.fixed_shapes = fixed_shapes
         self.graphs = {}        # {shape: DecodeGraph}, kept while weights are changed in place
-        self.pool = torch.cuda.graph_pool_handle() if static and self.device.type == "cuda" else None
-        dtype = getattr(model, "compute", None) or weight.dtype     # of what is computed, and so of what is cached
+        self.pool = torch.cuda.graph_pool_handle() if fixed_shapes and self.device.type == "cuda" else None
+        dtype = getattr(model, "compute_dtype", None) or weight.dtype     # of what is computed, and so of what is cached
         if pack is None:
             pack = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
         packable = (torch.float32, torch.bfloat16) if pack else (torch.bfloat16,)       # see cpu_linear
@@ -575,10 +575,10 @@ class Engine:
         """Return the assistant's next reply to a conversation, a Completion. See submit for the options."""
         return self.submit(self.tokenizer.chat(messages), **options).result()
 
-    def generate(self, prompts, n=1, seed=0, each=None, **options):
+    def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
         """Return a list of n Completions for each prompt (a text, a list of ids, or a conversation).
 
-        Sample j of prompt i draws from seed + i * n + j; the n samples of a prompt share one prefill. each(i, j,
+        Sample j of prompt i draws from seed + i * n + j; the n samples of a prompt share one prefill. on_completion(i, j,
         completion) is called in the caller's thread as soon as that sample is done, while the others wait. What it
         raises ends the call and takes back what is not done.
         """
@@ -604,8 +604,8 @@ class Engine:
                 future = done.get()
                 i, j = index[future]
                 groups[i][j] = future.result()
-                if each:
-                    each(i, j, groups[i][j])
+                if on_completion:
+                    on_completion(i, j, groups[i][j])
         except BaseException:
             self._withdraw(index)
             raise
@@ -735,7 +735,7 @@ class Engine:
         """Return (passes, graph) for the active rows, each size of the graph one of few; (1, None) where none fits."""
         B = min(round_up(len(drafts)), self.rows)
         T = round_up(1 + max(map(len, drafts)))
-        if not self.static or B * T > GRAPH_TOKENS:
+        if not self.fixed_shapes or B * T > GRAPH_TOKENS:
             return 1, None
         passes = 1
         if T == 1:
@@ -851,7 +851,7 @@ class Engine:
             starts = [self.lengths[row] for row in counts]
             batch = ForwardBatch(self.cache, list(counts), starts, list(counts.values()))
             tokens = torch.tensor([[self.tokens[row, pos] for row, pos in part]], device=self.device)
-            self.model.hidden(tokens, batch)
+            self.model.hidden_states(tokens, batch)
             for row, count in counts.items():
                 self.lengths[row] += count
 
@@ -950,7 +950,7 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
     if tokenizer.size > model.config.vocab_size:
         raise ValueError(f"{spec}: the tokenizer has {tokenizer.size} ids and the model rows for "
                          f"{model.config.vocab_size}; they are not of one checkpoint")
-    return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec), static=graphs)
+    return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec), fixed_shapes=graphs)
 
 
 def small_files(model):

@@ -34,7 +34,7 @@ from support.cli import RunError, exit_status, flag_of, format_table, refuse_tor
 from support.conversations import named, read_conversations
 from support.distributed import (
     RECOMPUTE_ABOVE, apply_device, batch_indices, build_model, check_same, collate_packed, compute_type,
-    explain_dist_errors, export_model, flops_of, gib, init_distributed, load_state, num_weights, optimizer_step,
+    explain_dist_errors, export_model, flops_of, format_gib, init_distributed, load_state, num_parameters, optimizer_step,
     packed_micro_batches, peak_flops, peak_memory, plan_memory, rank0_broadcast, save_state, shape_of)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
@@ -67,7 +67,7 @@ class Settings(AgentSettings):
     epochs: float = 2.0  # times that training sees each conversation
     updates: int | None = None  # optimizer steps; none: as many as the epochs take
     batch: int = 64  # conversations of one update, over all processes
-    length: int = 15000  # tokens of a conversation, which is cut there, and of a packed row
+    max_row_tokens: int = 15000  # tokens of a conversation, which is cut there, and of a packed row
     lr: float = 2e-5  # peak learning rate; it falls along half a cosine ...
     warmup: int = 0  # ... after it has risen for so many updates
     beta2: float = 0.999  # of AdamW
@@ -83,7 +83,7 @@ class Settings(AgentSettings):
     def __post_init__(self):
         super().__post_init__()
         cli.check_choices(self, coder=("expert", "none"))
-        cli.check_positive(self, "gpus", "epochs", "batch", "length", "lr", "save_every", "num")
+        cli.check_positive(self, "gpus", "epochs", "batch", "max_row_tokens", "lr", "save_every", "num")
         if self.updates is not None:
             cli.check_positive(self, "updates")
         for name in ("warmup", "copies", "ideas", "temperature"):
@@ -217,17 +217,17 @@ def report(manifest):
 
 def build_dataset(cfg, tokenizer, log=print):
     """Returns (examples to train on, examples to validate with) from cfg.trajectories. A conversation of more than
-    cfg.length tokens is cut there. ValueError: nothing is left."""
+    cfg.max_row_tokens tokens is cut there. ValueError: nothing is left."""
     # 1. Conversations become examples.
     conversations, _ = read_conversations(cfg.trajectories, cfg.data, tokenizer, log)
-    limit = cfg.length + 1
+    limit = cfg.max_row_tokens + 1
     examples = []
     kept = []       # the conversation of each example
     cut = defaultdict(list)     # what happened -> sources
     for conversation in conversations:
         ids, loss_mask = tokenizer.conversation(conversation.messages, set(conversation.assistant_turns))
         if len(ids) > limit:
-            cut[f"cut at {cfg.length} tokens"].append(conversation.source)
+            cut[f"cut at {cfg.max_row_tokens} tokens"].append(conversation.source)
         if any(loss_mask[:limit]):
             examples.append((ids[:limit], loss_mask[:limit]))
             kept.append(conversation)
@@ -270,7 +270,7 @@ def hold_back(origins, share, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-SCHEDULE = ("batch", "length", "lr", "warmup", "beta2", "copies", "dtype", "kernels", "seed")   # of a run that goes on
+SCHEDULE = ("batch", "max_row_tokens", "lr", "warmup", "beta2", "copies", "dtype", "kernels", "seed")   # of a run that goes on
 
 
 def cosine(step, steps, peak):
@@ -312,12 +312,12 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     on from the newest checkpoint there. folder: of the checkpoint that it begins with, None for random weights."""
     rank, world_size, device = init_distributed()
     use_kernels(cfg.kernels, device)
-    recompute = num_weights(config)[-1] > RECOMPUTE_ABOVE
+    recompute = num_parameters(config)[-1] > RECOMPUTE_ABOVE
     draw = miniature.draw_model if cfg.copies else Qwen2.from_scratch
     model = build_model(config, folder, device, cfg.seed, recompute, compute_type(cfg.dtype, device), draw=draw)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
     num_updates = cfg.updates or math.ceil(cfg.epochs * len(examples) / cfg.batch)
-    origin = {"optimizer steps": num_updates, "products in": str(model.compute).removeprefix("torch.")}
+    origin = {"optimizer steps": num_updates, "products in": str(model.compute_dtype).removeprefix("torch.")}
     origin |= rank0_broadcast(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
                                        "texts of sha256": hash_examples(examples, valid)})
     state = load_state(cfg, SCHEDULE, model, optimizer, origin)
@@ -333,7 +333,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
 
         # 1. The examples of this step, and of them the packed rows of this process.
         batch = batch_indices(len(examples), step, cfg.batch, cfg.seed)
-        rows = packed_micro_batches(examples, batch, rank, world_size, cfg.length)
+        rows = packed_micro_batches(examples, batch, rank, world_size, cfg.max_row_tokens)
 
         # 2. Forward and backward.
         num_targets = sum(sum(examples[i][1]) for i in batch)
@@ -360,7 +360,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
             figures["valid_loss"], figures["valid_accuracy"] = validate(
-                model, valid, rank, world_size, device, tokenizer.size, cfg.length)
+                model, valid, rank, world_size, device, tokenizer.size, cfg.max_row_tokens)
         if rank == 0:
             left = (time.monotonic() - began) / (step + 1 - first) * (num_updates - step - 1)
             log_step(log_file, figures, num_updates, left)
@@ -429,19 +429,19 @@ def fine_tune(cfg):
 def plan(cfg):
     """Returns the text of --plan: memory of a GPU, updates, tokens and time. It needs no weights and no GPU."""
     config = shape_of(cfg.model)
-    total = num_weights(config)[-1]
-    parts = plan_memory(config, cfg.length, cfg.gpus, compute_type(cfg.dtype, torch.device("cuda")),
+    total = num_parameters(config)[-1]
+    parts = plan_memory(config, cfg.max_row_tokens, cfg.gpus, compute_type(cfg.dtype, torch.device("cuda")),
                         total > RECOMPUTE_ABOVE)
     num = 10_000        # about as many as the paper has
     if Path(cfg.trajectories).exists():
         num = len(read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)[0])
     updates = cfg.updates or math.ceil(cfg.epochs * num / cfg.batch)
-    row = [([0] * (cfg.length + 1), [True] * (cfg.length + 1))]
+    row = [([0] * (cfg.max_row_tokens + 1), [True] * (cfg.max_row_tokens + 1))]
     seconds = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12)
     return "\n".join([
-        f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.length:,} tokens", "", "GiB per GPU",
-        *gib(parts), "", f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most "
-        f"{updates * cfg.batch * cfg.length:,} tokens",
+        f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens", "", "GiB per GPU",
+        *format_gib(parts), "", f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most "
+        f"{updates * cfg.batch * cfg.max_row_tokens:,} tokens",
         f"about {seconds / 3600:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 
 

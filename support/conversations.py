@@ -158,7 +158,7 @@ def read_trajectory(file, held_out, tokenizer):
     # 2. Its messages. Ids of another tokenizer say nothing to this model; of a reply that could not be read there is
     # no message of the assistant.
     has_ids = tokenizer is not None and head.get("tokenizer") == tokenizer.fingerprint()
-    is_short = head["prompt"] == "short"
+    is_short = head["prompt_format"] == "short"
     is_miniature = head["miniature"]
     messages = []
     snapshot = head["snapshot"]

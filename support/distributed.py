@@ -105,14 +105,14 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
     # 1. Made on the meta device, without memory. The units of FSDP are the blocks, and the rest.
     with torch.device("meta"):
         model = make(config)
-    model.compute = compute or compute_type("auto", device)
+    model.compute_dtype = compute or compute_type("auto", device)
     for block in model.model.layers:
         block.recompute = recompute
     rank, world_size = rank_and_size()
     if world_size > 1:
         mesh = init_device_mesh(device.type, (world_size,))
         # Inputs of a block are not cast: cosines and sines of positions stay in float32.
-        policy = MixedPrecisionPolicy(param_dtype=model.compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for unit in (*model.model.layers, model):
             fully_shard(unit, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
@@ -338,13 +338,13 @@ def flops_of(config, rows):
     examples = [example for row in rows for example in row]
     lengths = [len(ids) - 1 for ids, _ in examples]
     num_targets = sum(sum(loss_mask) for _, loss_mask in examples)
-    block, table, _, _ = num_weights(config)
+    block, table, _, _ = num_parameters(config)
     pairs = sum(length * length / 2 for length in lengths)
     return (6 * sum(lengths) * block * config.num_hidden_layers + 6 * num_targets * table
             + 12 * pairs * config.hidden_size * config.num_hidden_layers)
 
 
-def num_weights(config):
+def num_parameters(config):
     """Returns the weights of (a block, the embedding, the head, which is 0 where it is the embedding, the model)."""
     C = config.hidden_size
     kv = config.num_key_value_heads * config.head_dim
@@ -375,7 +375,7 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
     F = config.intermediate_size
     L = config.num_hidden_layers
     kv = config.num_key_value_heads * config.head_dim
-    block, table, head, total = num_weights(config)
+    block, table, head, total = num_parameters(config)
     trained = 16 * total // gpus                            # weight, gradient and two moments, in float32
     block_token = size * (8 * C + 2 * kv + 4 * F)           # what autograd keeps of a token in a block
     kept = L * row_tokens * (size * C if recompute else block_token)
@@ -399,6 +399,6 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
     return parts
 
 
-def gib(parts):
+def format_gib(parts):
     """Returns {part: bytes} as lines of text, with the sum as the last."""
     return [f"  {name:<14} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]

@@ -25,7 +25,7 @@ VOCABULARY = 1024       # ids of its tokenizer
 TINY = {                # settings of the whole demonstration
     "model": "tiny",
     "prompt_format": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 640, "max_new_tokens": 96,
-    "num": 5, "steps": 8, "copies": 56, "length": 1024, "batch": 8, "epochs": 1.0, "lr": 1.5e-3, "beta2": 0.95,
+    "num": 5, "steps": 8, "copies": 56, "max_row_tokens": 1024, "batch": 8, "epochs": 1.0, "lr": 1.5e-3, "beta2": 0.95,
     "warmup": 20, "save_every": 500}
 
 
@@ -197,7 +197,7 @@ def copy_examples(cfg, tokenizer, conversations):
         ids, loss_mask = tokenizer.conversation(messages)
         if i % 10 == 0:     # the prompt too: a few names stand in it twice, which is more to learn copying from
             loss_mask = [True] * len(ids)
-        examples.append((ids[:cfg.length + 1], loss_mask[:cfg.length + 1]))
+        examples.append((ids[:cfg.max_row_tokens + 1], loss_mask[:cfg.max_row_tokens + 1]))
     return [example for example in examples if any(example[1])]
 
 

@@ -52,7 +52,7 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes):
     printed = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
     action_names = f"a list of some of {', '.join(actions)}", lambda value: value == [] or some_of(*actions)[1](value)
     header = {
-        "task": TASK_ID, "data": TEXT, "prompt": one_of(*prompts), "actions": action_names, "fields": reply_fields,
+        "task": TASK_ID, "data": TEXT, "prompt_format": one_of(*prompts), "actions": action_names, "fields": reply_fields,
         "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT), "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT,
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
         "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT}}
@@ -72,7 +72,7 @@ def header(env, **entries):
     """Returns the first line, to be written right after reset(). entries: the caller's own (model, seed)."""
     settings = {name: getattr(env, name) for name in (
         "actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")}
-    return {"type": "header", "task": env.task.id, "data": str(env.data), "prompt": env.prompt_format, **settings,
+    return {"type": "header", "task": env.task.id, "data": str(env.data), "prompt_format": env.prompt_format, **settings,
             "m_init": env.info["m_init"], "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")),
             "m_after": env.m_before, "seconds_left": env.seconds, "snapshot": env.snapshot(),
             "messages": list(env.messages), **entries}
@@ -158,7 +158,7 @@ def trajectory_files(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Replay
 
-def replay(Env, forms, path, say=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
+def replay(Env, forms, path, log=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
     """Restores every recorded state, carries out its reply again, says what differs (times masked, figures to 6 digits)
     and returns the number of differences. The other arguments are as for Env; where the file tells of others, that is
     said, and not obeyed: a file must not choose a program, a folder or a weaker sandbox."""
@@ -170,7 +170,7 @@ def replay(Env, forms, path, say=print, *, data="data", sandbox="on", python=Non
     options = {"sandbox": sandbox, "python": python, "gpu": gpu, "threads": threads}
     for name, value in (options | {"data": str(data)}).items():
         if head[name] != value and {head[name], value} != {None, sys.executable}:
-            say(f"it was recorded with {name} {shorten(ascii(head[name]), 100)}; here it is {value!r}, as --{name} "
+            log(f"it was recorded with {name} {shorten(ascii(head[name]), 100)}; here it is {value!r}, as --{name} "
                 "says")
     coder = RecordedCoder()
     before = head
@@ -178,7 +178,7 @@ def replay(Env, forms, path, say=print, *, data="data", sandbox="on", python=Non
     num_differences = 0
     with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
         env = Env(head["task"], data, out=out, coder=coder, cache=ResultCache(empty), actions=head["actions"],
-                  fields=head["fields"], steps=head["steps"], seconds=head["seconds"], prompt=head["prompt"], **options)
+                  fields=head["fields"], steps=head["steps"], seconds=head["seconds"], prompt_format=head["prompt_format"], **options)
         for number, step in enumerate(steps):
             env.restore(before["snapshot"], messages, index=step["index"], m_before=step["m_before"],
                         m_top=best_before(env.task, head, steps[:number]), seconds=step["time_left_s"])
@@ -188,11 +188,11 @@ def replay(Env, forms, path, say=print, *, data="data", sandbox="on", python=Non
             for name in COMPARED:
                 if _masked(step[name]) != _masked(replayed[name]):
                     num_differences += 1
-                    say(f"step {step['index']}, {name}:\n  recorded: {shorten(repr(step[name]), 1000)}\n"
+                    log(f"step {step['index']}, {name}:\n  recorded: {shorten(repr(step[name]), 1000)}\n"
                         f"  replayed: {shorten(repr(replayed[name]), 1000)}")
             before = step
             messages = messages + step["messages"]
-    say(f"{len(steps)} steps replayed, {num_differences} differences")
+    log(f"{len(steps)} steps replayed, {num_differences} differences")
     return num_differences
 
 

@@ -227,13 +227,13 @@ def apply(script, idea):
 
 # ---- Preparation
 
-def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=print, python=sys.executable):
+def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, log=print, python=sys.executable):
     """Prepares a task into data/id and returns that path; does nothing where that is done already.
 
     raw is the folder with the publisher's files; None makes the miniature of this seed, unless real data are prepared
     already: those are kept. variant names one of the task's splits; None keeps the one that is there, else takes the
     first. The folder is built aside and renamed when whole, so it is complete or not there. The starter is run once
-    with the interpreter `python` and its score recorded. say is called with each line of progress.
+    with the interpreter `python` and its score recorded. log is called with each line of progress.
     ValueError: unknown task or variant; MissingRaw, which is one: the raw folder holds something else. RuntimeError:
     the starter fails, or a program is needed to read the files.
     """
@@ -251,7 +251,7 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
         wanted["raw"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     if variant:
         wanted["variant"] = variant
-    if _may_stay(home, wanted, force, say):
+    if _may_stay(home, wanted, force, log):
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
     part = home.with_name(f".{id}.part")
@@ -259,17 +259,17 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, say=pr
     with open(home.with_name(f".{id}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)    # several processes may want the same task: the others wait and find it done
         _tidy(home, part, previous)         # what a process that was killed left behind
-        if _may_stay(home, wanted, force, say):
+        if _may_stay(home, wanted, force, log):
             return home
         try:
-            _build(task, part, raw, {"variant": task.variants[0], **wanted}, say, python)
+            _build(task, part, raw, {"variant": task.variants[0], **wanted}, log, python)
             if home.exists():
                 home.rename(previous)
             part.rename(home)
         finally:
             _tidy(home, part, previous)
     facts = info(id, data)
-    say(f"{id}: ready; the starter scores {task.metric} {facts['m_init']:.5g} in {facts['starter_seconds']:.1f} s")
+    log(f"{id}: ready; the starter scores {task.metric} {facts['m_init']:.5g} in {facts['starter_seconds']:.1f} s")
     return home
 
 
@@ -280,7 +280,7 @@ def _tidy(home, part, previous):
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _may_stay(home, wanted, force, say):
+def _may_stay(home, wanted, force, log):
     """Whether home holds what is wanted, or real data where a miniature is wanted."""
     if not (home / "task.json").is_file():
         return False
@@ -288,14 +288,14 @@ def _may_stay(home, wanted, force, say):
     if wanted["miniature"] and not facts["miniature"]:
         if force:
             raise ValueError(f"{home} holds real data. Give --raw to prepare it again, or delete it first.")
-        say(f"{home.name}: keeping the real data in {home}")
+        log(f"{home.name}: keeping the real data in {home}")
         if facts["code"] != wanted["code"]:
-            say(f"{home.name}: the task has changed since these were prepared; prepare them again with --raw")
+            log(f"{home.name}: the task has changed since these were prepared; prepare them again with --raw")
         return True
     return not force and all(facts.get(name) == value for name, value in wanted.items())
 
 
-def _build(task, part, raw, facts, say, python):
+def _build(task, part, raw, facts, log, python):
     """Fills the folder `part` with public, private and task.json."""
     # 1. The data.
     public = part / "public"
@@ -303,12 +303,12 @@ def _build(task, part, raw, facts, say, python):
     public.mkdir(parents=True)
     private.mkdir()
     if raw is None:
-        say(f"{task.id}: writing the miniature (seed {facts['seed']}); give --raw for the real data")
+        log(f"{task.id}: writing the miniature (seed {facts['seed']}); give --raw for the real data")
         with tempfile.TemporaryDirectory() as folder:
             task.miniature(Path(folder), facts["seed"])
             task.prepare(Path(folder), public, private, facts["variant"])
     else:
-        say(f"{task.id}: preparing {raw} (variant {facts['variant']})")
+        log(f"{task.id}: preparing {raw} (variant {facts['variant']})")
         with _told_where_to_get(task):
             task.prepare(Path(raw), public, private, facts["variant"])
     for path in public.rglob("*"):
@@ -316,7 +316,7 @@ def _build(task, part, raw, facts, say, python):
             path.chmod(0o444)               # scripts see this very folder, so a slip must not write into it
 
     # 2. The starter's score.
-    say(f"{task.id}: running the starter once")
+    log(f"{task.id}: running the starter once")
     score, seconds, _ = run_starter(task, part, python)
 
     # 3. What is known of both.

@@ -106,7 +106,7 @@ def run_check(args, ids):
     for id in ids:
         print(f"checking {id}", file=sys.stderr, flush=True)
         try:
-            tasks.prepare(id, data=args.data, say=lambda line: None, python=args.python)
+            tasks.prepare(id, data=args.data, log=lambda line: None, python=args.python)
             figures, faults = (check_ideas if args.ideas else check)(id, args.data, args.python)
         except (ValueError, RuntimeError, ModuleNotFoundError) as error:
             failures.append(f"{id}: {error}")

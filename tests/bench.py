@@ -450,7 +450,7 @@ def sandbox(s):
     ratios = []
     for id in STARTERS:
         with tempfile.TemporaryDirectory() as data, tempfile.TemporaryDirectory() as folder:
-            public, task = tasks.prepare(id, data=data, say=lambda line: None) / "public", tasks.load(id)
+            public, task = tasks.prepare(id, data=data, log=lambda line: None) / "public", tasks.load(id)
             shutil.copy(task.folder / task.entry, folder)
             os.symlink(public, f"{folder}/data")
             limits = dict(timeout_s=task.time_limit_s, memory_bytes=task.memory_limit_bytes, readable=[public])

@@ -55,5 +55,5 @@ def data(tmp_path_factory):
         patch.setattr(tasks, "run_starter", run_or_not)
         patch.setattr(tasks, "load", load_to_keep)
         for id in tasks.names():
-            tasks.prepare(id, data=folder, say=lambda line: None)
+            tasks.prepare(id, data=folder, log=lambda line: None)
     return folder

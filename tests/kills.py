@@ -100,7 +100,7 @@ def kill(children, out, rng, seconds):
     return f"{where}, {len(lines_of(out)) - before} steps after its start"
 
 
-def check(program, processes, kills, seed, more, folder, say=print):
+def check(program, processes, kills, seed, more, folder, log=print):
     """more: flags of the program. AssertionError where a run that is killed so often is not the one left alone."""
     steps = 3 * kills + 4
     rng = random.Random(f"{program} {processes} {seed}")
@@ -115,7 +115,7 @@ def check(program, processes, kills, seed, more, folder, say=print):
     assert set(statuses(start("whole"))) == {0}, Path(f"{folder}/whole-1-0").read_text()
     seconds = (time.monotonic() - began) / steps
     for number in range(kills):
-        say(f"  kill {number + 1}: {kill(start('torn'), folder / 'torn', rng, seconds)}")
+        log(f"  kill {number + 1}: {kill(start('torn'), folder / 'torn', rng, seconds)}")
     children = start("torn")
     assert set(statuses(children)) == {0}, Path(f"{folder}/torn-{start.num}-0").read_text()
     name = "step" if program == "sft" else "iteration"
@@ -128,7 +128,7 @@ def check(program, processes, kills, seed, more, folder, say=print):
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (folder / "whole" / file).read_bytes() == (folder / "torn" / file).read_bytes(), file
     assert not parts(folder / "torn"), "a part of a checkpoint is left"
-    say(f"{' '.join([f'{program}.py', *more])}, {processes} processes, {kills} kills, seed {seed}: {steps} steps, of "
+    log(f"{' '.join([f'{program}.py', *more])}, {processes} processes, {kills} kills, seed {seed}: {steps} steps, of "
         f"which {len(torn) - steps} were done again; figures and weights are bit for bit those of a run left alone")
 
 

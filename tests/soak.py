@@ -222,7 +222,7 @@ def made(home, limit, memory):
     tasks.FOLDERS = [home / "tasks"]
     (home / "tmp").mkdir()
     try:
-        tasks.prepare("soak", data=home / "data", say=lambda line: None)
+        tasks.prepare("soak", data=home / "data", log=lambda line: None)
         task = dataclasses.replace(tasks.load("soak"), time_limit_s=limit / FACTOR, memory_limit_bytes=memory)
 
         def make(**options):
@@ -280,7 +280,7 @@ def wrong_with(step, world):
     return ""
 
 
-def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False, say=lambda line: None):
+def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False, log=lambda line: None):
     """Plays that many steps below the folder `home`, or with `each` every kind once. Returns ({kind: its figures}, what
     did not hold), and says that also as it comes. limit: wall seconds of a script."""
     draw, wrong, begun = random.Random(seed), [], 0.0
@@ -294,7 +294,7 @@ def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False
                 break
             if world is None or world.done or each or draw.random() < 0.15:
                 seconds = 1800 if each else draw.choice([1800, 5, 60])
-                world = make(prompt=draw.choice(env_module.PROMPTS), seconds=seconds)
+                world = make(prompt_format=draw.choice(env_module.PROMPTS), seconds=seconds)
             for reply in turns(name, draw, world):
                 if not each and draw.random() < 0.1:        # as a run that goes on restores it
                     world.restore(json.loads(json.dumps(world.snapshot())), json.loads(json.dumps(world.messages)),
@@ -307,7 +307,7 @@ def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False
                     world.prompt()
                 except Exception as error:
                     wrong.append(f"step {num}, {name}: {type(error).__name__}: {error}")
-                    say(wrong[-1])
+                    log(wrong[-1])
                     world = None
                     break
                 took = time.monotonic() - started
@@ -318,10 +318,10 @@ def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False
                 row.slowest, row.over = max(row.slowest, took), max(row.over, over)
                 if over > slack:
                     wrong.append(f"step {num}, {name}: {over:.2f} s over its limit ({took:.2f} s)")
-                    say(wrong[-1])
+                    log(wrong[-1])
                 if found := wrong_with(step, world):
                     wrong.append(f"step {num}, {name}: {found}")
-                    say(wrong[-1])
+                    log(wrong[-1])
                 num += 1
                 if world.done:
                     break
@@ -329,7 +329,7 @@ def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False
                 begun = resident()
             if num >= told + 100:
                 told = num
-                say(f"{num} steps, {resident():.0f} MiB")
+                log(f"{num} steps, {resident():.0f} MiB")
         world = None
         end = time.monotonic() + 5      # a process that was killed takes a moment to go
         while (found := left_over(home)) and time.monotonic() < end:
@@ -350,7 +350,7 @@ def main():
     home = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
         rows, wrong = soak(home, s.steps, s.seed, s.limit, each=s.each,
-                           say=lambda line: print(line, file=sys.stderr, flush=True))
+                           log=lambda line: print(line, file=sys.stderr, flush=True))
     finally:
         sandbox.remove(home)
     print(f"{'kind':34} steps  slowest    over  outcomes")

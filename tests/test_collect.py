@@ -188,7 +188,7 @@ def test_scripted_trajectories_are_real(whole):
     for file in paths:
         head, steps = env.read_trajectory(file)
         played = file.stem[-1] <= "1"      # half of them, to save time
-        assert not played or env.replay(file, say=lambda text: None, data=folder / "data") == 0
+        assert not played or env.replay(file, log=lambda text: None, data=folder / "data") == 0
         assert all(step["valid"] for step in steps) and steps[-1]["ended"] == "final answer"
         assert 1 <= len(head["ideas"]) <= 3 and set(head["ideas"]) <= {one["title"] for one in IDEAS}
         assert not any(title in message["content"] for title in head["ideas"] for message in head["messages"])
@@ -205,9 +205,9 @@ def test_scripted_trajectories_are_real(whole):
 
 def drive(toys, ideas, steps=15, seed=0, **more):
     """Steps of the scripted expert on toy-a with these ideas."""
-    tasks.prepare("toy-a", data=toys / "data", say=lambda line: None)
+    tasks.prepare("toy-a", data=toys / "data", log=lambda line: None)
     cfg = settings(toys, steps=steps, **more)
-    world = env.Env("toy-a", toys / "data", out=toys / "world", steps=steps, fields=cfg.fields, prompt=cfg.prompt_format)
+    world = env.Env("toy-a", toys / "data", out=toys / "world", steps=steps, fields=cfg.fields, prompt_format=cfg.prompt_format)
     replies = miniature.scripted(cfg, world.task, ideas, random.Random(seed))
     found, said = [], next(replies)
     while True:
@@ -390,7 +390,7 @@ def test_held_out_tasks_are_refused_by_name(toys):
 
 
 def test_held_out_data_under_another_name_are_refused(toys):
-    tasks.prepare("toy-out", data=toys / "data", say=lambda line: None)
+    tasks.prepare("toy-out", data=toys / "data", log=lambda line: None)
     add_task(toys / "tasks", "renamed", 12, "held-in", STARTER)
     with pytest.raises(ValueError, match="private/test.csv of renamed is a file of toy-out, which is held out"):
         sft.collect(settings(toys, task="renamed"))
@@ -399,7 +399,7 @@ def test_held_out_data_under_another_name_are_refused(toys):
 def test_held_out_trajectories_are_refused_when_read(whole, tmp_path, monkeypatch):
     folder, _ = whole
     monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
-    tasks.prepare("toy-out", data=folder / "data", say=lambda line: None)
+    tasks.prepare("toy-out", data=folder / "data", log=lambda line: None)
     file, sha = folder / "out" / "toy-a-0.jsonl", tasks.info("toy-out", folder / "data")["sha256"]["private/test.csv"]
     head, rest = file.read_text().split("\n", 1)
     shutil.copytree(folder / "out" / "blobs", tmp_path / "blobs")

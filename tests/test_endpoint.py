@@ -305,7 +305,7 @@ open("submission.csv", "w").write("id,y\\n1,7\\n2,7\\n")
     monkeypatch.setattr(tasks, "FOLDERS", [tmp_path / "tasks"])
     for name in ("OPENAI_API_KEY", "OPENAI_API_KEY_CODER", "HF_TOKEN", "KAGGLE_KEY"):
         monkeypatch.setenv(name, "secret")
-    tasks.prepare("nosy", data=tmp_path / "data", say=quiet)
+    tasks.prepare("nosy", data=tmp_path / "data", log=quiet)
     seen = tasks.run_starter(tasks.load("nosy"), tmp_path / "data" / "nosy")[2]
     assert "PATH" in seen and not re.search("KEY|TOKEN", seen)
 

@@ -934,7 +934,7 @@ def test_a_cache_entry_may_be_any_file(make, tmp_path):
     assert cache.get("aa") is None
 
 
-HEADER_ERRORS = [("task", "../x"), ("task", ".."), ("task", 5), ("task", None), ("data", 5), ("prompt", "long"),
+HEADER_ERRORS = [("task", "../x"), ("task", ".."), ("task", 5), ("task", None), ("data", 5), ("prompt_format", "long"),
                  ("actions", "List Files"), ("actions", ["rm"]), ("actions", [["List Files"]]), ("fields", ["x"]),
                  ("fields", []), ("steps", 0), ("steps", "8"), ("steps", 1.5), ("steps", True), ("seconds", -1),
                  ("seconds", "9"), ("threads", 0), ("threads", None), ("python", 5), ("gpu", 0), ("sandbox", None),

@@ -333,7 +333,7 @@ def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):
     assert Path("runs/eval/report.html").is_file()
     for name in ("sft", "rl"):
         assert json.loads(Path("runs/eval", name, "results.json").read_text())["complete"]
-        assert replay(Path("runs/eval", name, "trajectories", "tiny-task-0.jsonl"), say=print) == 0
+        assert replay(Path("runs/eval", name, "trajectories", "tiny-task-0.jsonl"), log=print) == 0
     assert play_all({}) == runs         # nothing is left to play
 
 

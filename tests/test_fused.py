@@ -166,7 +166,7 @@ def test_a_frame_with_kernels_samples_what_plain_passes_sample():
     replies = []
     for name in ("torch", "triton"):
         engine = sample.Engine(net, sample.Tokenizer.of_bytes(), rows=2, context=64, draft=False, pack=False,
-                               static=name == "triton")
+                               fixed_shapes=name == "triton")
         model.use_kernels(name, "cpu")
         try:
             replies += [g[0] for g in engine.generate([[1, 2, 3], [4]], max_new_tokens=3, seed=3)]

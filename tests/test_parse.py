@@ -127,7 +127,7 @@ def test_what_fills_may_be_refused(capsys):
 
 def test_the_miniature_fills_what_is_not_typed():
     s = parse(sft.Settings, ["--lr=2e-5", "--no-plan", "--epochs", "2"], sft.fill)
-    assert (s.lr, s.plan, s.epochs) == (2e-5, False, 2) and (s.copies, s.length, s.preset) == (56, 1024, "tiny")
+    assert (s.lr, s.plan, s.epochs) == (2e-5, False, 2) and (s.copies, s.max_row_tokens, s.preset) == (56, 1024, "tiny")
     assert parse(sft.Settings, ["--preset=tiny", "--epochs=2"], sft.fill) == replace(s, lr=1.5e-3)
     assert parse(sft.Settings, ["--model=tiny"], sft.fill) == sft.Settings(model="tiny")
     assert parse(sft.Settings, ["--preset=7b", "--epochs=3"], sft.fill).epochs == 3
@@ -146,16 +146,16 @@ def models(tmp_path_factory):
 def test_the_recipe_of_rl_follows_the_model(models, capsys):
     small, large = (["--model", str(models / name)] for name in ("small", "large"))
     s = parse(rl.Settings, large, rl.fill)
-    assert (s.lr, s.kl, s.length, s.advantage, s.preset) == (1e-6, 1e-3, 16384, "gae", "7b")
+    assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (1e-6, 1e-3, 16384, "gae", "7b")
     assert "494,032,768 weights, which --preset 7b is for; another may be typed: --preset 7b" in capsys.readouterr().err
     s = parse(rl.Settings, small, rl.fill)
-    assert (s.lr, s.kl, s.length, s.advantage, s.preset) == (2e-4, 0.05, 1024, "rloo", "tiny")
+    assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (2e-4, 0.05, 1024, "rloo", "tiny")
     assert "weights, which --preset tiny is for; another may be typed: --preset tiny" in capsys.readouterr().err
     s = parse(rl.Settings, [*large, "--preset=tiny"], rl.fill)
     assert (s.lr, s.kl, s.preset) == (2e-4, 0.05, "tiny")
     assert "weights, which --preset 7b is for; another may be typed: --advantage rloo" in capsys.readouterr().err
     s = parse(rl.Settings, [*small, "--preset=7b"], rl.fill)
-    assert (s.lr, s.advantage, s.rows) == (1e-6, "gae", 8)
+    assert (s.lr, s.advantage, s.max_batch) == (1e-6, "gae", 8)
     s = parse(rl.Settings, [*small, "--lr=1e-6", "--samples=4"], rl.fill)
     assert (s.lr, s.samples, s.minibatches) == (1e-6, 4, 4)
     for model, name in (("7b", "7b"), ("Qwen/Qwen2.5-0.5B", "7b"), ("tiny", "tiny")):    # of a plan, without files

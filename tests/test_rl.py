@@ -420,7 +420,7 @@ def test_only_what_the_policy_chose_has_a_gradient():
 @pytest.mark.parametrize("method", METHODS)
 def test_an_update_and_its_figures_equal_a_plain_loop(method):
     """Sample by sample and token by token, from whole logits, with ratios far from 1."""
-    trainer = trainer_of(SMALL, SIZE, spread=0.1, temperature=0.8, length=80, **METHODS[method])
+    trainer = trainer_of(SMALL, SIZE, spread=0.1, temperature=0.8, max_row_tokens=80, **METHODS[method])
     if trainer.critic:      # a head that is not zero
         add_noise(trainer.critic.score, 0.2, seed=4)
     samples, g = some_samples(), torch.Generator().manual_seed(2)
@@ -447,7 +447,7 @@ def test_an_update_and_its_figures_equal_a_plain_loop(method):
         logq = logits_of(trainer.actor, one, SIZE, 0.8)
         if trainer.critic:
             model = trainer.critic
-            at = model.hidden(torch.tensor([one.prompt + one.tokens]))[0, len(one.prompt) - 1:-1]
+            at = model.hidden_states(torch.tensor([one.prompt + one.tokens]))[0, len(one.prompt) - 1:-1]
             value = at @ model.score.weight[0] + model.score.bias[0]
         for t, token in enumerate(one.tokens):
             ratio, a = (logq[t, token] - old[i][t]).exp(), advantages[i][t].item()
@@ -496,8 +496,8 @@ def test_the_figures_of_samples_equal_a_plain_loop():
     mean = sum(rewards) / 12
     plain = {"reward": mean, "reward_std": (sum((r - mean) ** 2 for r in rewards) / 12) ** 0.5, "reward_min": 0.0,
              "reward_max": max(rewards), "share_invalid": 0.25, "share_scored": 0.75, "valid": 0.75,
-             "reward_edits": rewards[6], "equal_groups": 2 / 6, "action_tokens": num / 12, "truncated": 0.0,
-             "gap_mean": sum(gaps) / num, "gap_max": max(gaps), "kl": -sum(d) / num,
+             "reward_edits": rewards[6], "zero_variance_groups": 2 / 6, "action_tokens": num / 12, "truncated": 0.0,
+             "logp_diff_mean": sum(gaps) / num, "logp_diff_max": max(gaps), "kl": -sum(d) / num,
              "kl_k3": sum(2.718281828 ** x - 1 - x for x in d) / num}
     assert {name: found[name] for name in plain} == pytest.approx(plain, rel=1e-4)
 
@@ -551,9 +551,9 @@ def assert_same(found, expected, tolerance=1e-6):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_update_does_not_depend_on_rows_order_or_recomputation(method, monkeypatch):
-    whole = steps_of(method, length=10_000)
+    whole = steps_of(method, max_row_tokens=10_000)
     assert len(whole[0]) == (5 if method == "critic" else 2) and whole[1]["ratio_max"] > 1.01
-    for settings in ({"length": 200}, {"length": 80}, {"length": 90, "reverse": True}):
+    for settings in ({"max_row_tokens": 200}, {"max_row_tokens": 80}, {"max_row_tokens": 90, "reverse": True}):
         assert_same(steps_of(method, **settings), whole)
     monkeypatch.setattr(rl, "RECOMPUTE_ABOVE", 0)
     assert_same(steps_of(method), whole)
@@ -585,7 +585,7 @@ def gaps_after_updates(trainer):
     return found
 
 
-SAMPLING = dict(temperature=0.7, lr=1e-2, critic_lr=1e-2, rows=4, max_new_tokens=12, context=64)
+SAMPLING = dict(temperature=0.7, lr=1e-2, critic_lr=1e-2, max_batch=4, max_new_tokens=12, context=64)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -621,7 +621,7 @@ def one_of_several(folder):
     """What each of several processes does; the first saves the figures and the gaps, all of them export the actor."""
     rank, world, device = init_distributed()
     length, methods = WORLDS[world]
-    found = {method: steps_of(method, rank, world, device, length=length) for method in methods}
+    found = {method: steps_of(method, rank, world, device, max_row_tokens=length) for method in methods}
     actor = found["critic"][2].actor
     assert any(isinstance(p, DTensor) for p in actor.parameters())
     export_model(actor, Tokenizer.of_bytes(), Path(folder, str(world)), torch.float32)
@@ -646,7 +646,7 @@ def test_nothing_depends_on_the_number_of_processes(forks, tmp_path):
         rows = [sum(map(bool, shard)) for shard in shards]
         assert len(set(rows)) > 1
         for method in methods:
-            alone = steps_of(method, length=10_000)
+            alone = steps_of(method, max_row_tokens=10_000)
             assert_same(found[method], alone)
             if method == "critic":
                 exported = Qwen2.from_pretrained(tmp_path / str(world))
@@ -696,7 +696,7 @@ def expected_worth(model):
 def find_best(seed, iterations=100, **method):
     """Learns from 32 replies to each question an iteration until the expected reward is 0.95 of the best: iterations,
     expected reward before and after. The divergence in the reward keeps it from settling on a good reply too early."""
-    settings = dict(lr=5e-3, critic_lr=5e-3, epochs=4, kl=0.03, max_new_tokens=3, rows=64, context=16, seed=seed)
+    settings = dict(lr=5e-3, critic_lr=5e-3, epochs=4, kl=0.03, max_new_tokens=3, max_batch=64, context=16, seed=seed)
     trainer = trainer_of(TEN, DIGITS.size, **settings, **method)
     engine = rl.make_engine(trainer.cfg, trainer.actor, DIGITS)
     before = expected_worth(trainer.actor)
@@ -729,7 +729,7 @@ def test_values_of_whole_trajectories_may_move_as_far_as_their_returns_are_large
 
 @pytest.mark.parametrize("bad", [
     {"rollout": "steps"}, {"advantage": "best"}, {"sandbox": "maybe"}, {"dtype": "float64"}, {"iterations": 0},
-    {"samples": 0}, {"epochs": 0}, {"temperature": 0.0}, {"max_new_tokens": 0}, {"length": 0}, {"kl": -0.1},
+    {"samples": 0}, {"epochs": 0}, {"temperature": 0.0}, {"max_new_tokens": 0}, {"max_row_tokens": 0}, {"kl": -0.1},
     {"minibatches": 4, "states": 3}, {"advantage": "rloo", "samples": 1}, {"advantage": "grpo", "samples": 1},
     {"advantage": "rloo", "rollout": "episode"}, {"lr": -1e-6}, {"critic_lr": float("nan")}, {"clip_low": 1.5},
     {"clip_high": -0.1}, {"coder": "runs/other"}, {"lam": -0.1}, {"lam": 1.1},
@@ -746,7 +746,7 @@ def test_settings_at_their_limits_are_taken():
 
 def test_a_preset_holds_where_no_flag_says_otherwise(capsys):
     s = cli.parse(rl.Settings, ["--plan", "--model", "tiny", "--preset", "7b", "--kl", "0.5"], rl.fill)
-    assert (s.lr, s.critic_lr, s.rows, s.kl) == (1e-6, 1e-5, 8, 0.5)
+    assert (s.lr, s.critic_lr, s.max_batch, s.kl) == (1e-6, 1e-5, 8, 0.5)
     with pytest.raises(SystemExit):
         cli.parse(rl.Settings, ["--preset", "8b"], rl.fill)
     assert "there is no --preset 8b; there is tiny, 7b" in capsys.readouterr().err

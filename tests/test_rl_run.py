@@ -87,11 +87,11 @@ class Scripted:
         self.replies, self.context, self.asked, self.sampled_tokens = replies, context, [], 0
         self.tokenizer = tokenizer or sample.Tokenizer.of_bytes()
 
-    def generate(self, prompts, n=1, seed=0, each=None, **options):
+    def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
         self.asked.append(prompts)
         for i in range(len(prompts)):
             for j in range(n):
-                each(i, j, self.reply(self.replies if isinstance(self.replies, str) else self.replies[i, j]))
+                on_completion(i, j, self.reply(self.replies if isinstance(self.replies, str) else self.replies[i, j]))
 
     def submit(self, prompt, seed=0, **options):
         self.asked.append(prompt)
@@ -131,7 +131,7 @@ def test_every_state_is_that_of_the_recorded_run(made):
     rollout, seen = playing(made), 0
     for file in sorted((made / "pool").glob("*.jsonl")):
         head, steps = env.read_trajectory(file)
-        live = env.Env(head["task"], made / "data", out=made / "pool", prompt="short", fields=head["fields"],
+        live = env.Env(head["task"], made / "data", out=made / "pool", prompt_format="short", fields=head["fields"],
                        actions=head["actions"], steps=head["steps"])
         for step in steps:
             state = rollout.states[f"{file.stem}, step {step['index']}"]
@@ -201,7 +201,7 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     folder = copied(made, tmp_path)
     edit_head(folder / "toy-a-1.jsonl", task="toy-out")
     refused(made, "toy-out is held out", trajectories=str(folder))
-    tasks.prepare("toy-out", None, made / "data", say=lambda line: None)
+    tasks.prepare("toy-out", None, made / "data", log=lambda line: None)
     secret = tasks.info("toy-out", made / "data")["sha256"]["private/test.csv"]
     edit_head(folder / "toy-a-1.jsonl", task="toy-a", data_sha256={"public/train.csv": secret})
     refused(made, "public/train.csv of toy-a is a file of toy-out", trajectories=str(folder))
@@ -309,7 +309,7 @@ def test_ids_of_a_stop_string_are_learned_from_but_not_in_the_next_prompt(made):
     rollout = playing(made, engine, rollout="episode", states=1, samples=1, steps=2, max_new_tokens=200)
     engine.replies, engine.reply, engine.context = [REPLIES[4]] * 2, reply, 5000
     for state in rollout.states.values():
-        state.head["prompt"] = "full"
+        state.head["prompt_format"] = "full"
     one, two = rolled_out(rollout, 0)
     said = engine.tokenizer.decode(two.prompt)
     assert one.tokens == engine.tokenizer.encode(REPLIES[4] + "\nObservation:")
@@ -338,10 +338,10 @@ def test_actions_depend_neither_on_batching_nor_on_who_ends_first(made):
 def test_scripts_run_while_the_engine_samples_on(made):
     engine, ran = Scripted(), threading.Event()
 
-    def generate(prompts, n, seed, each, **options):
-        each(0, 0, engine.reply(REPLIES[4]))
+    def generate(prompts, n, seed, on_completion, **options):
+        on_completion(0, 0, engine.reply(REPLIES[4]))
         assert ran.wait(600), "the first action is not carried out while the second is sampled"
-        each(0, 1, engine.reply("no action"))
+        on_completion(0, 1, engine.reply("no action"))
     engine.generate = generate
     rollout = playing(made, engine, states=1)
     execute = rollout.execute_action
@@ -485,7 +485,7 @@ def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
     before, one, other = weights(made / "model"), weights(whole), weights(torn)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not all(torch.equal(one[name], before[name]) for name in one)
-    gaps = [figures["gap_max"] for figures in curve(whole).values()]
+    gaps = [figures["logp_diff_max"] for figures in curve(whole).values()]
     assert max(gaps) < 1e-4
 
 
@@ -540,7 +540,7 @@ def test_equal_rewards_and_invalid_actions_are_logged_and_do_no_harm(made, run):
         assert code == 0, said
         for figures in curve(out).values():
             assert figures["reward"] == figures["valid"] == 0
-            assert figures["share_invalid"] == figures["equal_groups"] == 1
+            assert figures["share_invalid"] == figures["zero_variance_groups"] == 1
             assert figures["reward_edits"] is None and figures["policy_loss"] == 0
         one, before = weights(out), weights(made / "model")
         assert all(torch.equal(one[name], before[name]) for name in one)
@@ -624,18 +624,18 @@ def test_the_plan_by_hand(capsys):
     """Qwen2.5-7B on 8 GPUs: 7,615,616,512 weights in fp32 for actor, critic and reference, two gradients and two
     optimizer states, a bf16 copy, and 57,344 bytes of keys and values a token. Where products are in fp32, so are the
     copy, the keys and the values."""
-    total, gib = 7_615_616_512, 2**30
+    total, format_gib = 7_615_616_512, 2**30
     plan = ["--plan", "--preset", "7b", "--model", "7b", "--context", "16384"]
-    assert rl.main([*plan, "--gpus", "8", "--rows", "32"]) == 0
+    assert rl.main([*plan, "--gpus", "8", "--max-batch", "32"]) == 0
     said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
-    assert float(said["  actor"]) == float(said["  critic"]) == pytest.approx(16 * total / 8 / gib, abs=0.01)
-    assert float(said["  reference"]) == pytest.approx(4 * total / 8 / gib, abs=0.01)
-    assert float(said["  sampling copy"]) == pytest.approx(2 * total / gib, abs=0.01)
-    assert float(said["  KV cache"]) == pytest.approx(32 * 16384 * 57_344 / gib, abs=0.01)
+    assert float(said["  actor"]) == float(said["  critic"]) == pytest.approx(16 * total / 8 / format_gib, abs=0.01)
+    assert float(said["  reference"]) == pytest.approx(4 * total / 8 / format_gib, abs=0.01)
+    assert float(said["  sampling copy"]) == pytest.approx(2 * total / format_gib, abs=0.01)
+    assert float(said["  KV cache"]) == pytest.approx(32 * 16384 * 57_344 / format_gib, abs=0.01)
     assert float(said["  total"]) == pytest.approx(sum(map(float, said.values())) / 2, abs=0.05)
     for dtype, copy in (("auto", 2 * total), ("float32", 4 * total)):
-        rl.main([*plan, "--gpus", "1", "--advantage", "rloo", "--kl", "0", "--rows", "1", "--dtype", dtype])
+        rl.main([*plan, "--gpus", "1", "--advantage", "rloo", "--kl", "0", "--max-batch", "1", "--dtype", dtype])
         said = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[3:])
         assert "  critic" not in said and "  reference" not in said
-        assert float(said["  sampling copy"]) == pytest.approx(copy / gib, abs=0.01)
-        assert float(said["  KV cache"]) == pytest.approx(copy / total / 2 * 16384 * 57_344 / gib, abs=0.01)
+        assert float(said["  sampling copy"]) == pytest.approx(copy / format_gib, abs=0.01)
+        assert float(said["  KV cache"]) == pytest.approx(copy / total / 2 * 16384 * 57_344 / format_gib, abs=0.01)

@@ -301,7 +301,7 @@ def test_appending_several_tokens_to_ragged_rows_is_the_full_forward(model):
     more = torch.randint(256, (3, 5), generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         for r, ids in enumerate(rows):
-            model.hidden(torch.tensor([ids]), ForwardBatch(engine.cache, [r], [0], [len(ids)]))
+            model.hidden_states(torch.tensor([ids]), ForwardBatch(engine.cache, [r], [0], [len(ids)]))
         logits = model(more.view(1, -1), ForwardBatch(engine.cache, [0, 1, 2], [11, 30, 2], [5] * 3)).view(3, 5, -1)
         for r, ids in enumerate(rows):
             whole = model(torch.tensor([ids + more[r].tolist()]))[0, -5:]
@@ -318,7 +318,7 @@ def test_each_reply_is_handed_over_as_soon_as_it_is_done(model):
         here = threading.get_ident()
         left = lambda: len(engine.active) + len(engine.waiting)
         each = lambda i, j, reply: seen.append((i, j, reply, left(), threading.get_ident() == here))
-        groups = engine.generate(prompts, n=3, max_new_tokens=25, seed=1, each=each)
+        groups = engine.generate(prompts, n=3, max_new_tokens=25, seed=1, on_completion=each)
         assert sorted(s[:2] for s in seen) == [(i, j) for i in range(2) for j in range(3)]
         assert all(groups[i][j] is reply and mine for i, j, reply, _, mine in seen)
         assert seen[0][3] > 0 or thread                 # six samples, four rows: the first come while others go on
@@ -332,7 +332,7 @@ def test_what_each_raises_ends_the_call_and_leaves_a_working_engine(model):
         raise KeyError("planted")
 
     with pytest.raises(KeyError, match="planted"):
-        engine.generate(prompts, n=2, max_new_tokens=9, each=each)
+        engine.generate(prompts, n=2, max_new_tokens=9, on_completion=each)
     assert not engine.active and not engine.waiting
     assert [[r.tokens for r in g] for g in engine.generate(prompts, n=2, max_new_tokens=9)] == expected
 
@@ -483,7 +483,7 @@ def test_a_draft_is_as_long_as_pays(model, chance, base, each, length, monkeypat
 # -- passes of one shape
 
 def static_engine(model, **options):
-    return engine_of(model, static=True, **options)
+    return engine_of(model, fixed_shapes=True, **options)
 
 
 @pytest.mark.parametrize("drafts", [False, True])
@@ -546,7 +546,7 @@ def test_graphs_stay_where_they_are_when_weights_change(model):
     (2, 4, 90, 9, (1, 2, 8, 256)), (6, 32, 90, 9, (1, None)), (1, 3, 90, 254, (1, 1, 4, 400))])
 def test_the_sizes_of_a_graph_are_few_and_large_enough(active, draft, left, length, found, model):
     """Six rows, a context of 400: rows and tokens to the next power of two, positions to one of 256 or more."""
-    engine = Engine(model, Tokenizer.of_bytes(), rows=6, context=400, static=True)
+    engine = Engine(model, Tokenizer.of_bytes(), rows=6, context=400, fixed_shapes=True)
     engine.active = [engine._request([1], max_new_tokens=left) for _ in range(active)]
     engine.lengths[:active] = [length] + [3] * (active - 1)
     passes, graph = engine.decode_graph([[7] * draft] + [[]] * (active - 1))
@@ -558,7 +558,7 @@ def test_the_sizes_of_a_graph_are_few_and_large_enough(active, draft, left, leng
     ("abc def", dict(stop="c d"), "ab", "stop")])
 def test_a_reply_that_ends_between_two_looks_at_a_graph_is_cut_there(said, options, text, finish):
     t, pieces = Tokenizer.of_bytes(), []
-    engine = Engine(Scripted(said, t), t, rows=2, context=40, pack=False, draft=False, static=True)
+    engine = Engine(Scripted(said, t), t, rows=2, context=40, pack=False, draft=False, fixed_shapes=True)
     reply = engine.generate([[0]], temperature=0, stream=pieces.append, **{"max_new_tokens": 30, **options})[0][0]
     assert (reply.text, reply.finish) == (text, finish) and len(reply.logps) == len(reply.tokens)
     assert engine.sampled_tokens == len(reply.tokens) == engine.lengths[0]
@@ -568,8 +568,8 @@ def test_a_reply_that_ends_between_two_looks_at_a_graph_is_cut_there(said, optio
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device to capture graphs on")
 def test_graphs_on_a_gpu_sample_what_plain_passes_sample():
     model = Qwen2.from_scratch(SMALL, seed=5, device="cuda").requires_grad_(False)
-    runs = [[r[0].tokens for r in Engine(model, Tokenizer.of_bytes(), rows=3, context=256, static=static).generate(
-        repeating_prompts(7), max_new_tokens=20, temperature=0.7)] for static in (False, True)]
+    runs = [[r[0].tokens for r in Engine(model, Tokenizer.of_bytes(), rows=3, context=256, fixed_shapes=fixed_shapes).generate(
+        repeating_prompts(7), max_new_tokens=20, temperature=0.7)] for fixed_shapes in (False, True)]
     assert runs[0] == runs[1]
 
 
@@ -583,7 +583,7 @@ class Scripted(torch.nn.Module):
         self.config, self.said, self.lm_head = SMALL, [*tokenizer.encode(text), tokenizer.end], torch.nn.Linear(2, 2)
         self.model, self.fail = None, False
 
-    def hidden(self, tokens, batch=None):
+    def hidden_states(self, tokens, batch=None):
         return None
 
     def forward(self, tokens, batch):
@@ -675,12 +675,12 @@ def test_a_failing_model_is_reported_to_every_waiter_and_the_engine_lives_on():
     assert engine.submit([0], max_new_tokens=9, temperature=0).result(600).text == "ok"
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_what_is_cached_has_the_dtype_of_what_is_computed(static):
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_what_is_cached_has_the_dtype_of_what_is_computed(fixed_shapes):
     """Of a model with products in bf16 and weights in fp32, as training has it: log-probs as of its full forward."""
     model = Qwen2.from_scratch(SMALL, seed=5).requires_grad_(False)
-    model.compute = torch.bfloat16
-    engine, prompt = engine_of(model, static=static, pack=True), prompts_of([40])[0]
+    model.compute_dtype = torch.bfloat16
+    engine, prompt = engine_of(model, fixed_shapes=fixed_shapes, pack=True), prompts_of([40])[0]
     reply, = engine.generate([prompt], max_new_tokens=8)[0]
     assert engine.cache.k.dtype is torch.bfloat16
     assert (torch.tensor(reply.logps) - plain_logps(model, prompt, reply.tokens)).abs().max() < 0.05

@@ -165,7 +165,7 @@ def test_an_id_out_of_a_file_names_a_task_or_nothing(id, tmp_path):
     lambda facts: json.dumps({**facts, "m_best": 10**400}), lambda facts: json.dumps({**facts, "m_init": math.nan}),
     lambda facts: json.dumps({name: facts[name] for name in facts if name != "m_best"})])
 def test_a_task_json_that_prepare_did_not_write_is_one_clear_error(toy, tmp_path, change):
-    home = tasks.prepare("toy", data=tmp_path, say=quiet)
+    home = tasks.prepare("toy", data=tmp_path, log=quiet)
     (home / "task.json").write_text(change(tasks.info("toy", tmp_path)))
     for use in (tasks.info, tasks.prepare):
         with pytest.raises(ValueError, match="toy/task.json is not what prepare has written. Delete .*/toy and prepare"):
@@ -275,7 +275,7 @@ def test_running_the_ideas(toy, tmp_path, capsys):
     with_ideas(toy, IDEAS)
     assert main(["check", "--ideas", "toy", "--data", str(tmp_path)]) == 0
     assert "All 1 are sound" in capsys.readouterr().out
-    tasks.prepare("toy", data=tmp_path, say=quiet)
+    tasks.prepare("toy", data=tmp_path, log=quiet)
     row, failures = check_ideas("toy", tmp_path, sys.executable)
     assert (row["better"], row["ideas"], row["worse"]) == (6, 10, 3) and failures == []
     faulty = [idea(10, "import csv", "import cvs"), idea(11, "{mean}", "{'x'}"), idea(12, "no such text", "")]
@@ -329,11 +329,11 @@ def test_shipped_ideas_run_and_most_but_not_all_beat_the_starter(data, tmp_path,
 # -------------------------------------------------------------------------------------------------------------- prepare
 
 def test_prepare_is_a_no_op_until_forced(toy, tmp_path):
-    home = tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+    home = tasks.prepare("toy", data=tmp_path / "data", log=quiet)
     before, said = (home / "task.json").stat().st_mtime_ns, []
-    assert tasks.prepare("toy", data=tmp_path / "data", say=said.append) == home and said == []
+    assert tasks.prepare("toy", data=tmp_path / "data", log=said.append) == home and said == []
     assert (home / "task.json").stat().st_mtime_ns == before
-    tasks.prepare("toy", data=tmp_path / "data", force=True, say=quiet)
+    tasks.prepare("toy", data=tmp_path / "data", force=True, log=quiet)
     assert (home / "task.json").stat().st_mtime_ns != before
     assert tasks.info("toy", tmp_path / "data")["rows"] == {
         "public/sample_submission.csv": 20, "public/test.csv": 20, "public/train.csv": 60, "private/test.csv": 20}
@@ -341,7 +341,7 @@ def test_prepare_is_a_no_op_until_forced(toy, tmp_path):
 
 def test_another_seed_or_a_changed_starter_makes_the_miniature_anew(toy, tmp_path):
     def facts(**options):
-        tasks.prepare("toy", data=tmp_path / "data", say=quiet, **options)
+        tasks.prepare("toy", data=tmp_path / "data", log=quiet, **options)
         return tasks.info("toy", tmp_path / "data")
     first, second = facts(), facts(seed=1)
     assert first["sha256"] != second["sha256"] and facts()["sha256"] == first["sha256"]
@@ -351,16 +351,16 @@ def test_another_seed_or_a_changed_starter_makes_the_miniature_anew(toy, tmp_pat
 
 def test_real_data_replace_a_miniature_and_are_kept(toy, toy_raw, tmp_path):
     data, said = tmp_path / "data", []
-    tasks.prepare("toy", data=data, say=quiet)
-    tasks.prepare("toy", raw=toy_raw, data=data, variant="last", say=quiet)
+    tasks.prepare("toy", data=data, log=quiet)
+    tasks.prepare("toy", raw=toy_raw, data=data, variant="last", log=quiet)
     assert not tasks.info("toy", data)["miniature"]
-    tasks.prepare("toy", data=data, say=said.append)
+    tasks.prepare("toy", data=data, log=said.append)
     assert not tasks.info("toy", data)["miniature"] and "keeping the real data" in said[0]
     with pytest.raises(ValueError, match="holds real data"):
-        tasks.prepare("toy", data=data, force=True, say=quiet)
-    tasks.prepare("toy", raw=toy_raw, data=data, say=quiet)
+        tasks.prepare("toy", data=data, force=True, log=quiet)
+    tasks.prepare("toy", raw=toy_raw, data=data, log=quiet)
     assert tasks.info("toy", data)["variant"] == "last"             # no variant asked for: what is there may stay
-    tasks.prepare("toy", raw=toy_raw, data=data, variant="first", say=quiet)
+    tasks.prepare("toy", raw=toy_raw, data=data, variant="first", log=quiet)
     assert tasks.info("toy", data)["variant"] == "first"
     with pytest.raises(ValueError, match="no variant 'middle'; it has first, last"):
         tasks.prepare("toy", raw=toy_raw, data=data, variant="middle")
@@ -374,24 +374,24 @@ def test_interrupted_preparation_leaves_what_was_there_or_nothing(toy, toy_raw, 
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "run_starter", fail)
         with pytest.raises(error):
-            tasks.prepare("toy", data=data, say=quiet)
+            tasks.prepare("toy", data=data, log=quiet)
     assert not (data / "toy").exists() and not (data / ".toy.part").exists()
-    home = tasks.prepare("toy", data=data, say=quiet)
+    home = tasks.prepare("toy", data=data, log=quiet)
     before = (home / "task.json").read_text()
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "run_starter", fail)
         with pytest.raises(error):
-            tasks.prepare("toy", raw=toy_raw, data=data, say=quiet)
+            tasks.prepare("toy", raw=toy_raw, data=data, log=quiet)
     assert (home / "task.json").read_text() == before and (home / "public" / "train.csv").exists()
 
 
 def test_what_a_killed_process_left_is_cleared_or_put_back(toy, tmp_path):
     data = tmp_path / "data"
-    home = tasks.prepare("toy", data=data, say=quiet)
+    home = tasks.prepare("toy", data=data, log=quiet)
     before = (home / "task.json").stat().st_mtime_ns
     home.rename(data / ".toy.old")                                  # killed between the two renames
     (data / ".toy.part" / "public").mkdir(parents=True)
-    tasks.prepare("toy", data=data, say=quiet)
+    tasks.prepare("toy", data=data, log=quiet)
     assert (home / "task.json").stat().st_mtime_ns == before and not (data / ".toy.part").exists()
 
 
@@ -407,12 +407,12 @@ def test_two_processes_prepare_a_task_once(toy, tmp_path):
 def test_a_missing_raw_file_is_named_with_where_to_get_it(toy, toy_raw, tmp_path):
     (toy_raw / "all.csv").unlink()
     with pytest.raises(ValueError, match="all.csv is not in .* Get all.csv of the toy competition"):
-        tasks.prepare("toy", raw=toy_raw, data=tmp_path / "data", say=quiet)
+        tasks.prepare("toy", raw=toy_raw, data=tmp_path / "data", log=quiet)
     with pytest.raises(ValueError, match="nowhere cannot be read .No such file.* Get all.csv of the toy"):
         tasks.prepare("toy", raw=tmp_path / "nowhere", data=tmp_path / "data")
     (toy_raw / "all.zip").write_bytes(b"not a zip")
     with pytest.raises(ValueError, match="all.zip is damaged"):
-        tasks.prepare("toy", raw=toy_raw, data=tmp_path / "data", say=quiet)
+        tasks.prepare("toy", raw=toy_raw, data=tmp_path / "data", log=quiet)
     assert not (tmp_path / "data" / "toy").exists()
 
 
@@ -423,7 +423,7 @@ def test_a_missing_raw_file_is_named_with_where_to_get_it(toy, toy_raw, tmp_path
 def test_a_starter_that_fails_is_reported(toy, tmp_path, starter, reason):
     (toy / "train.py").write_text(starter)
     with pytest.raises(RuntimeError, match=reason):
-        tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+        tasks.prepare("toy", data=tmp_path / "data", log=quiet)
 
 
 def test_raw_files_are_found_loose_in_zips_and_in_zips_inside_zips(tmp_path):
@@ -599,7 +599,7 @@ def test_splits_by_position_are_the_publishers_lines(id, num_rows, tmp_path):
 
 def test_real_data_and_the_starter_reproduce_what_is_recorded(tmp_path):
     task = tasks.load("spaceship-titanic")      # `check` does the same for all tasks whose real data are prepared
-    tasks.prepare(task.id, raw=real(task.id), data=tmp_path, say=quiet)
+    tasks.prepare(task.id, raw=real(task.id), data=tmp_path, log=quiet)
     facts = tasks.info(task.id, tmp_path)
     assert not facts["miniature"] and facts["variant"] == "mlagentbench"
     assert facts["m_init"] == pytest.approx(task.m_init, abs=0.01 * abs(task.m_best - task.m_init))
@@ -859,7 +859,7 @@ def test_tables_are_read_as_they_stand(tmp_path):
 def test_further_metrics_are_shown_beside_the_score(toy, tmp_path, capsys):
     also = 'also={"ten times": lambda answers, submission: 10 * score(answers, submission)}, variants='
     (toy / "task.py").write_text(TOY_TASK.replace("variants=", also))
-    home = tasks.prepare("toy", data=tmp_path, say=quiet)
+    home = tasks.prepare("toy", data=tmp_path, log=quiet)
     sample = home / "public" / "sample_submission.csv"
     score = tasks.grade("toy", sample, tmp_path)
     assert tasks.also("toy", sample, tmp_path) == {"ten times": pytest.approx(10 * score)}
@@ -877,7 +877,7 @@ def test_grading_what_is_not_prepared_says_how_to_prepare_it(tmp_path):
 def test_undefined_metrics_are_refused(toy, tmp_path):
     (toy / "task.py").write_text(TOY_TASK.replace("return mae(", "return float('nan') * mae("))
     with pytest.raises(RuntimeError, match="not a finite number"):
-        tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+        tasks.prepare("toy", data=tmp_path / "data", log=quiet)
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
@@ -930,7 +930,7 @@ def lose_the_training_rows(home):
     (sort_by_target, "The position in the test file tells of the target"),
     (good_sample, "sample submission scores 0, no worse"), (lose_the_training_rows, "train.py of toy: error")])
 def test_check_finds_what_is_wrong_with_the_data(toy, tmp_path, harm, found):
-    home = tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+    home = tasks.prepare("toy", data=tmp_path / "data", log=quiet)
     harm(home)
     try:
         failures = check("toy", tmp_path / "data", sys.executable)[1]
@@ -944,7 +944,7 @@ def test_what_the_publishers_own_data_tell_can_be_declared(toy, toy_raw, tmp_pat
     def failures(raw, field="", harm=None):
         (toy / "task.py").write_text(TOY_TASK.replace("variants=", f"{field}variants="))
         tasks._load.cache_clear()
-        home = tasks.prepare("toy", raw=raw, data=tmp_path / "data", force=True, say=quiet)
+        home = tasks.prepare("toy", raw=raw, data=tmp_path / "data", force=True, log=quiet)
         if harm:
             harm(home)
         found = check("toy", tmp_path / "data", sys.executable)[1]
@@ -974,7 +974,7 @@ def test_what_the_publishers_own_data_tell_can_be_declared(toy, toy_raw, tmp_pat
     ("return mae(", "return 0 * mae(", "no worse than the starter's 0")])
 def test_check_finds_what_is_wrong_with_a_grader(toy, tmp_path, old, new, found):
     (toy / "task.py").write_text(TOY_TASK.replace(old, new))
-    tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+    tasks.prepare("toy", data=tmp_path / "data", log=quiet)
     failures = check("toy", tmp_path / "data", sys.executable)[1]
     assert any(found in failure for failure in failures), failures
 
@@ -993,7 +993,7 @@ def score""").replace("private / \"test.csv\")\n", "private / \"test.csv\")\n   
     ("f'{id % 60:06d}'", "files of train are in test too")])
 def test_check_finds_files_that_tell_or_are_shared(toy, tmp_path, content, found):
     (toy / "task.py").write_text(PICTURES_TASK.replace("CONTENT", content))
-    home = tasks.prepare("toy", data=tmp_path, say=quiet)
+    home = tasks.prepare("toy", data=tmp_path, log=quiet)
     failures = check("toy", tmp_path, sys.executable)[1]
     assert failures == [] if found is None else found in " ".join(failures)
     for path in (home / "public" / "pictures").iterdir():
@@ -1004,7 +1004,7 @@ def test_check_finds_files_that_tell_or_are_shared(toy, tmp_path, content, found
 def test_check_finds_a_starter_that_changes_its_score(toy, tmp_path):
     starter = TOY_STARTER.replace("validation MAE", "MAE").replace("/ len(rows)", "* random.random()")
     (toy / "train.py").write_text("import random\n" + starter)
-    tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+    tasks.prepare("toy", data=tmp_path / "data", log=quiet)
     failures = " ".join(check("toy", tmp_path / "data", sys.executable)[1])
     assert "task.json records" in failures and "prints no line such as" in failures
 
@@ -1028,7 +1028,7 @@ def test_command_line(data, tmp_path, capsys):
 
 
 def test_check_on_the_command_line_fails_when_something_is_wrong(toy, tmp_path, capsys):
-    home = tasks.prepare("toy", data=tmp_path / "data", say=quiet)
+    home = tasks.prepare("toy", data=tmp_path / "data", log=quiet)
     assert main(["check", "toy", "--data", str(tmp_path / "data")]) == 0
     facts = json.loads((home / "task.json").read_text())
     (home / "task.json").write_text(json.dumps({**facts, "m_init": 0.25}))
@@ -1037,7 +1037,7 @@ def test_check_on_the_command_line_fails_when_something_is_wrong(toy, tmp_path, 
 
 
 def test_a_stale_miniature_is_made_anew_and_stale_data_are_reported(toy, tmp_path, capsys):
-    tasks.prepare("toy", data=tmp_path, say=quiet)
+    tasks.prepare("toy", data=tmp_path, log=quiet)
     (toy / "train.py").write_text(TOY_STARTER.replace("mean = sum", "mean = 0.1 + sum"))
     assert any("older task.py or train.py" in failure for failure in check("toy", tmp_path, sys.executable)[1])
     assert main(["check", "toy", "--data", str(tmp_path)]) == 0

@@ -35,7 +35,7 @@ def short(whole):
 
 def test_a_short_prompt_by_hand(short):
     folder, s = short
-    world = env.Env("toy-a", folder / "data", out=folder / "hand", prompt="short", fields=s.fields)
+    world = env.Env("toy-a", folder / "data", out=folder / "hand", prompt_format="short", fields=s.fields)
     head = "Task: toy-a\nMAE, lower is better\nLast: {}\n"
     script = ("VALUE = 3\nSHIFT = 0\nGAIN = 1\nvalue = GAIN * VALUE + SHIFT\n"       # no comment, no import, whole lines
               'print("validation MAE:", fabs(value - 10))\n'
@@ -68,10 +68,10 @@ def test_every_prompt_can_be_made_again_from_the_record(short):
     folder, s = short
     file = sorted((folder / "short").glob("toy-a-*.jsonl"))[0]
     head, steps = env.read_trajectory(file)
-    assert head["prompt"] == "short" and env.replay(file, say=lambda line: None, data=folder / "data") == 0
-    played = env.Env("toy-a", folder / "data", out=folder / "again", prompt="short", fields=s.fields, actions=s.actions,
+    assert head["prompt_format"] == "short" and env.replay(file, log=lambda line: None, data=folder / "data") == 0
+    played = env.Env("toy-a", folder / "data", out=folder / "again", prompt_format="short", fields=s.fields, actions=s.actions,
                      steps=s.steps)
-    restored = env.Env("toy-a", folder / "data", out=folder / "short", prompt=head["prompt"], fields=head["fields"])
+    restored = env.Env("toy-a", folder / "data", out=folder / "short", prompt_format=head["prompt_format"], fields=head["fields"])
     snapshot, messages, shown = head["snapshot"], head["messages"], []
     for step in steps:
         restored.restore(snapshot, messages, index=step["index"], m_before=step["m_before"])
@@ -227,7 +227,7 @@ def test_copies_are_of_what_is_trained_on_and_not_longer_than_it_may_be(tmp_path
                                               {"role": "assistant", "content": reply}]}))
     (tmp_path / "own.jsonl").write_text("\n".join(lines))
     t = Tokenizer.of_bytes()
-    s = sft.Settings(trajectories=str(tmp_path / "own.jsonl"), copies=8, length=270)
+    s = sft.Settings(trajectories=str(tmp_path / "own.jsonl"), copies=8, max_row_tokens=270)
     monkeypatch.setattr(sft, "VALIDATION_SHARE", 0.3)
     train, valid = sft.build_dataset(s, t, log=lambda line: None)
     last = lambda texts: {int(re.search(r"Last: (\d)\.", t.decode(ids))[1]) for ids, _ in texts}
@@ -279,7 +279,7 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
     run("eval", f"--model={out}", f"--data={folder / 'data'}", f"--out={tmp_path / 'eval'}", "--task=toy-out",
         "--trajectories=1")
     head, steps = env.read_trajectory(tmp_path / "eval" / "trajectories" / "toy-out-0.jsonl")
-    assert head["prompt"] == "short" and len(steps) == miniature.AGENT_STEPS
+    assert head["prompt_format"] == "short" and len(steps) == miniature.AGENT_STEPS
 
 
 def test_of_two_processes_the_first_collects_and_both_train(forks, whole, tmp_path):
@@ -296,7 +296,7 @@ def test_of_two_processes_the_first_collects_and_both_train(forks, whole, tmp_pa
 def test_a_recipe_collects_first_where_nothing_was_collected(toys, tmp_path, capsys):
     """And goes on with a collection that was broken off. One trajectory is too few to train on."""
     flags = ["--preset=7b", "--model=tiny", f"--data={toys / 'data'}", f"--trajectories={tmp_path / 'pool'}", "--num=1",
-             "--updates=1", "--batch=1", "--length=500", "--task=toy-a", "--seed=3"]
+             "--updates=1", "--batch=1", "--max-row-tokens=500", "--task=toy-a", "--seed=3"]
     folder = tmp_path / "pool"
     assert not sft.is_collected(folder)
     for out, collects in (("first", True), ("second", False)):

@@ -35,7 +35,7 @@ def texts_of(num=24, seed=0):
 
 def gradients(texts, chosen, world, rank, longest, compute=None):
     model = Qwen2.from_scratch(SMALL, seed=1)
-    model.compute = compute
+    model.compute_dtype = compute
     rows = distributed.packed_micro_batches(texts, chosen, rank, world, longest)
     num = sum(sum(texts[i][1]) for i in chosen)
     loss = sft.add_gradients(model, rows, num, 1, torch.device("cpu"), 259)
@@ -223,10 +223,10 @@ def test_a_plan_needs_neither_gpu_nor_weights(capsys):
 
 
 def test_weights_are_counted():
-    """num_weights against the model's own."""
+    """num_parameters against the model's own."""
     for config in (SMALL, Config(tie_word_embeddings=False)):
         model = Qwen2.from_scratch(config)
-        assert distributed.num_weights(config)[-1] == sum(p.numel() for p in model.parameters())
+        assert distributed.num_parameters(config)[-1] == sum(p.numel() for p in model.parameters())
 
 
 def test_a_plan_counts_each_model_of_reinforcement_learning():
@@ -455,9 +455,9 @@ def test_what_cannot_be_trained_is_said(tmp_path, capsys):
     lengths = [len(ids) - 1 for ids, _ in sft.build_dataset(sft.Settings(trajectories=str(own)), Tokenizer.of_bytes(),
                                                             log=lambda line: None)[0]]
     longest = max(lengths)
-    assert fine_tune(tmp_path, "--length", str(longest - 1)) == 0
+    assert fine_tune(tmp_path, "--max-row-tokens", str(longest - 1)) == 0
     assert f"cut at {longest - 1} tokens: " in (said := capsys.readouterr().out) and f"{own}, line" in said
-    assert fine_tune(tmp_path, "--length", "70") == 2
+    assert fine_tune(tmp_path, "--max-row-tokens", "70") == 2
     said = capsys.readouterr()
     assert "left out, no reply before the cut: " in said.out and "too few" in said.err
     own.write_text("\n".join(['{"messages": [{"role": "user", "content": "hm"}]}',
@@ -535,7 +535,7 @@ def test_the_cosine_by_hand():
     assert sft.cosine(10, 10, 2.0) == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("name, value", [("batch", 0), ("length", -1), ("lr", math.nan), ("lr", math.inf),
+@pytest.mark.parametrize("name, value", [("batch", 0), ("max_row_tokens", -1), ("lr", math.nan), ("lr", math.inf),
                                          ("epochs", 0.0), ("updates", 0), ("save_every", 0)])
 def test_a_setting_that_cannot_train_is_refused(name, value):
     with pytest.raises(ValueError, match="must be above 0"):
