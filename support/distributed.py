@@ -15,6 +15,7 @@ from support.cli import RunError, flag_of
 from support.files import shorten, sync
 
 RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
+ATTENTION_TOKENS = 65_000   # of a text whose attention takes as many operations as the rest of the 7B
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
@@ -193,27 +194,37 @@ def batch_indices(num, step, size, seed):
     return [epoch_order(num, seed, i // num)[i % num] for i in range(step * size, (step + 1) * size)]
 
 
-def pack_lengths(lengths, max_row_tokens):
-    """Returns lists of indices, one for each packed row: every length goes into the first row with room for it."""
-    rows = []
-    room = []       # tokens that still fit into each row
-    for i, length in enumerate(lengths):
-        row = next((r for r, free in enumerate(room) if length <= free), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max_row_tokens)
-        rows[row].append(i)
-        room[row] -= length
-    return rows
+def pack_lengths(lengths, max_row_tokens, multiple=1):
+    """Returns lists of indices, one for each packed row, the costliest row first: the longest text comes first, and
+    each goes into the row of the least cost among those with room. `multiple` divides the number of rows; some may be
+    empty. A text of more than max_row_tokens has a row of its own."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    num_rows = multiple * math.ceil(sum(lengths) / max_row_tokens / multiple)
+    while True:
+        rows = [[] for _ in range(num_rows)]
+        tokens = [0] * num_rows
+        cost = [0.0] * num_rows
+        for i in longest_first:
+            with_room = [r for r in range(num_rows) if not rows[r] or tokens[r] + lengths[i] <= max_row_tokens]
+            if not with_room:
+                break
+            row = min(with_room, key=lambda r: cost[r])
+            rows[row].append(i)
+            tokens[row] += lengths[i]
+            cost[row] += lengths[i] + lengths[i] ** 2 / ATTENTION_TOKENS
+        else:
+            return [rows[r] for r in sorted(range(num_rows), key=lambda r: -cost[r])]
+        num_rows += multiple
 
 
 def shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens):
-    """Returns the packed rows of one process, lists of indices out of `batch`; lengths: tokens of all examples. Every
-    process gets the same number of rows, some of them empty, because FSDP gathers and reduces for all of them."""
-    shares = [batch[r::world_size] for r in range(world_size)]
-    packed = [pack_lengths([lengths[i] for i in share], max_row_tokens) for share in shares]
-    num_empty = max(map(len, packed)) - len(packed[rank])
-    return [[shares[rank][i] for i in row] for row in packed[rank]] + [[] for _ in range(num_empty)]
+    """Returns the packed rows of one process, lists of indices out of `batch`; lengths: tokens of all examples.
+
+    FSDP gathers and reduces for all processes at once, so each gets the same number of rows, some of them empty, and
+    those that are computed at the same time are neighbours in cost.
+    """
+    rows = pack_lengths([lengths[i] for i in batch], max_row_tokens, world_size)
+    return [[batch[i] for i in row] for row in rows[rank::world_size]]
 
 
 def packed_micro_batches(examples, batch, rank, world_size, max_row_tokens):
