@@ -33,7 +33,7 @@ from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
 from support.conversations import named, read_conversations
 from support.distributed import (
-    RECOMPUTE_ABOVE, apply_device, batch_indices, build_model, check_same, collate_packed, compute_type,
+    RECOMPUTE_ABOVE, apply_device, batch_indices, build_model, check_same, collate_packed, compute_type, disk_plan,
     explain_dist_errors, export_model, flops_of, format_gib, init_distributed, load_state, num_parameters, optimizer_step,
     packed_micro_batches, peak_flops, peak_memory, plan_memory, rank0_broadcast, save_state, shape_of)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
@@ -354,8 +354,9 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         # 4. The log, with a validation where a checkpoint follows.
         seconds = time.monotonic() - start
         num_tokens = sum(len(examples[i][0]) - 1 for i in batch)
+        flops = flops_of(config, [[examples[i] for i in batch]])
         figures = {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": lr,
-                   "tokens_s": num_tokens / seconds, "mfu": flops_of(config, rows) / seconds / peak if peak else None,
+                   "tokens_s": num_tokens / seconds, "mfu": flops / world_size / seconds / peak if peak else None,
                    "peak_gib": peak_memory(device) / 2**30, "seconds": seconds}
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
@@ -440,7 +441,7 @@ def plan(cfg):
     seconds = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12)
     return "\n".join([
         f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens", "", "GiB per GPU",
-        *format_gib(parts), "", f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most "
+        *format_gib(parts), "", disk_plan(total), f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most "
         f"{updates * cfg.batch * cfg.max_row_tokens:,} tokens",
         f"about {seconds / 3600:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 

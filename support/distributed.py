@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import IGNORE, Config, Qwen2, load_tensors, write_checkpoint
@@ -115,7 +115,9 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
         # Inputs of a block are not cast: cosines and sines of positions stay in float32.
         policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for unit in (*model.model.layers, model):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            # By default the root, with embedding and head, would stay gathered after a forward without a backward:
+            # memory that the reference does not need, and parameters that the optimizer does not know.
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to_empty(device=device)
     model.tie()
 
@@ -136,15 +138,6 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
     return model
 
 
-def sharded_parameters(model):
-    """Returns model.named_parameters(), as shards where the model is sharded. After a forward without a backward the
-    root of FSDP2 stays gathered: its parameters are then other tensors, whole, which the optimizer does not know."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return model.named_parameters()
-
-
 def local_rows(x):
     """Returns this process's rows of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
@@ -157,7 +150,7 @@ def full_tensor(x):
 
 def export_model(model, tokenizer, folder, dtype):
     """Writes a model as an ordinary Hugging Face folder, without a critic's head. Every process must call this."""
-    parameters = ((name, p) for name, p in sharded_parameters(model) if not name.startswith("score."))
+    parameters = ((name, p) for name, p in model.named_parameters() if not name.startswith("score."))
     tensors = ((name, full_tensor(p.detach())) for name, p in parameters)
     if rank_and_size()[0] == 0:
         tokenizer.save(folder)
@@ -274,7 +267,7 @@ def save_state(cfg, step, model, optimizer, origin, keep=2, **more):
             shutil.rmtree(leftover)
         part.mkdir(parents=True)
     barrier()
-    parameters = dict(sharded_parameters(model))
+    parameters = dict(model.named_parameters())
     moments = [{key: local_rows(value) for key, value in optimizer.state[p].items()} for p in parameters.values()]
     file = part / f"rank-{rank}.pt"
     torch.save({"step": step, "settings": vars(cfg), "origin": origin, "rng": torch.get_rng_state(), **more,
@@ -306,7 +299,7 @@ def load_state(cfg, names, model, optimizer, origin):
     check_same(before | state["origin"], {flag_of(name): getattr(cfg, name) for name in names} | origin, newest)
     weights = state.pop("model")            # so that the caller does not keep them
     moments = state.pop("optimizer")
-    for (name, p), values in zip(sharded_parameters(model), moments):
+    for (name, p), values in zip(model.named_parameters(), moments):
         local_rows(p.detach()).copy_(weights[name])
         optimizer.state[p] = {key: _as_shard(value.to(p.device), p) for key, value in values.items()}
     torch.set_rng_state(state["rng"])
@@ -413,3 +406,9 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
 def format_gib(parts):
     """Returns {part: bytes} as lines of text, with the sum as the last."""
     return [f"  {name:<14} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
+
+
+def disk_plan(num_weights):
+    """Returns a line for --plan: what checkpoints of so many trained weights take, save_state's two and a third that is
+    being written, each of a weight and two moments in float32."""
+    return f"{3 * 12 * num_weights / 2**30:,.0f} GiB of disk in --out, for checkpoints"

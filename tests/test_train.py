@@ -121,12 +121,15 @@ def test_only_what_the_assistant_chose_has_a_gradient():
 WORKER = """
 import json, sys, torch
 import sft, test_train as t
+from torch.distributed.tensor import DTensor
 from support import distributed
 torch.manual_seed(0)
 rank, world, device = distributed.init_distributed()
 texts = t.texts_of()
 chosen, recompute, compute = json.loads(sys.argv[1])
 model = distributed.build_model(t.SMALL, None, device, seed=1, recompute=recompute, compute=getattr(torch, compute))
+sft.validate(model, texts[:1], rank, world, device, 259, 120)
+assert all(isinstance(p, DTensor) for p in model.parameters())     # nothing stays gathered
 rows = distributed.packed_micro_batches(texts, chosen, rank, world, 120)
 num = sum(sum(texts[i][1]) for i in chosen)
 loss = sft.add_gradients(model, rows, num, world, device, 259)
@@ -227,7 +230,7 @@ def test_a_plan_needs_neither_gpu_nor_weights(capsys):
     in steps of 64 are 313 steps of at most 64 rows of 15,000 tokens. Other flags override the preset's."""
     assert sft.main(["--preset", "7b", "--plan", "--trajectories", "nowhere"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    for part in ("7,615,616,512 weights", "actor 14.19", "313 steps of 64",
+    for part in ("7,615,616,512 weights", "actor 14.19", "255 GiB of disk", "313 steps of 64",
                  "at most 300,480,000 tokens"):
         assert part in said
     assert sft.main(["--gpus", "1", "--preset", "7b", "--plan", "--updates", "10", "--batch=2",
