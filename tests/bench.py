@@ -8,6 +8,7 @@
     python tests/bench.py rl --repeats 5                        # PPO: step-wise against episode-wise
     python tests/bench.py kernels                               # on a GPU: Triton's against torch, eager and compiled
     python tests/bench.py sandbox --repeats 50                  # running a script, against a bare subprocess
+    python tests/bench.py gpu --json FILE                       # all that needs a GPU, checked and measured, in 8 minutes
 
 Ours and the peer's runs alternate and the medians are compared, so that a busy machine slows both. transformers is
 optional: without it only our figures and the share of the limit are printed.
@@ -26,6 +27,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if "--dry" in sys.argv:
+    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}     # read when triton and torch are imported
 
 import tasks
 from support.cli import parse
@@ -62,6 +65,8 @@ class Settings:
     kernels: str = "torch"          # torch, or triton on CUDA
     graphs: bool = False            # decode in CUDA graphs
     script_seconds: float = 1.0     # that a task's script takes, in rl
+    dry: bool = False               # gpu: tiny shapes on a CPU, which tries the code
+    seconds: float = 440            # of gpu, after which no further part begins
 
 
 def alternate(runs, repeats, warm=True):
@@ -266,7 +271,7 @@ def load_checkpoint(s):
 
 
 def kernel_cases(c, tokens, rows, length, dtype, device):
-    """What `kernels` measures: (name, function of the operations' module and the inputs, inputs, with gradients, bytes
+    """What `kernels` measures, after model.use_kernels, which log-probs follow, backward too: (name, function of the operations' module and the inputs, inputs, with gradients, bytes
     or FLOPs that it cannot do without, "GB/s" or "TFLOP/s", function of the inputs for torch.compile where another than
     the first is its best). c: Config; tokens of a training row, rows and cached positions of a decoding step."""
     import fused
@@ -275,11 +280,7 @@ def kernel_cases(c, tokens, rows, length, dtype, device):
         return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
     def log_probs(ops, x, weight):
-        model.use_kernels("triton" if ops is fused else "torch", device)
-        try:
-            return LinearLogProb.apply(x, weight, targets, 1.0, c.vocab_size, max(64, 2**27 // tokens))[:2]
-        finally:
-            model.use_kernels("triton", device)
+        return LinearLogProb.apply(x, weight, targets, 1.0, c.vocab_size, max(64, 2**27 // tokens))[:2]
 
     def simple(x, weight):
         logq = (x @ weight.T).float().log_softmax(-1)
@@ -328,15 +329,16 @@ def kernels(s):
         return
     import fused
     from triton.testing import do_bench
-    model.use_kernels("triton", "cuda")
     a = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
     limits = {"GB/s": read_bandwidth("cuda", 2**32) / 1e9, "TFLOP/s": 2 * 8192 ** 3 / do_bench(lambda: a @ a) / 1e9}
     for name, function, inputs, grad, amount, unit, simple in kernel_cases(Config.preset("7b"), 4096, 64, 2048,
                                                                            torch.bfloat16, "cuda"):
         ways = {"ours": functools.partial(function, fused), "eager": functools.partial(function, model),
                 "compiled": torch.compile(simple or functools.partial(function, model))}
-        ms = {way: do_bench(functools.partial(run_case, run, inputs, grad, []), return_mode="median")
-              for way, run in ways.items()}
+        ms = {}
+        for way, run in ways.items():
+            model.use_kernels("triton" if way == "ours" else "torch", "cuda")
+            ms[way] = do_bench(functools.partial(run_case, run, inputs, grad, []), return_mode="median")
         rate = amount / ms["ours"] / (1e6 if unit == "GB/s" else 1e9)
         yield {"operation": name, **{f"{way} ms": t for way, t in ms.items()}, unit: rate,
                "share of the limit": rate / limits[unit],
@@ -493,8 +495,16 @@ def rl_updates(s):
             yield {"rollout": name, "updates an hour": 3600 / figures["seconds"], **figures}
 
 
+def gpu(s):
+    """All that needs a GPU, see bench_gpu.py."""
+    import bench_gpu
+    if not s.dry and not torch.cuda.is_available():
+        sys.exit("bench.py gpu: there is no CUDA device here; --dry runs the same code at tiny shapes on a CPU")
+    yield from bench_gpu.run_parts(s.dry, s.seconds)
+
+
 MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "kernels": kernels, "load": load_checkpoint,
-                "sft": fine_tuning, "sandbox": sandbox, "rl": rl_updates}
+                "sft": fine_tuning, "sandbox": sandbox, "rl": rl_updates, "gpu": gpu}
 
 
 def main():
@@ -515,8 +525,11 @@ def main():
         for figures in MEASUREMENTS[name](s):
             report[name].append(figures)
             print(name, line(figures), flush=True)
-    if s.json:
-        Path(s.json).write_text(json.dumps(report, indent=2) + "\n")
+            if s.json:      # at once, so that a run that is cut loses nothing
+                Path(s.json).write_text(json.dumps(report, indent=2) + "\n")
+    failed = [figures["check"] for name in names for figures in report[name] if not figures.get("ok", True)]
+    if failed:
+        sys.exit("\n".join(["failed:", *failed]))
 
 
 if __name__ == "__main__":
