@@ -125,10 +125,11 @@ def parity(scale, left):
         # The same texts' gradients.
         texts = [example_of(n, scale.small.vocab_size, n) for n in lengths]
         num = sum(sum(loss_mask) for _, loss_mask in texts)
+        rows = distributed.packed_rows(texts, range(3), 0, 1, 1000)
         gradients = []
         for each, device in ((net, scale.device), (reference, torch.device("cpu"))):
             each.zero_grad()
-            sft.add_gradients(each, [texts], num, 1, device, scale.small.vocab_size)
+            sft.nll_gradients(each, rows, num, 1, device, scale.small.vocab_size)
             gradients.append([p.grad for p in each.parameters()])
         worst = worst_distance(*gradients)
         yield {"check": f"gradients against the CPU's, {dtype}", "ok": worst < 3 * limit, "worst": worst}
@@ -189,7 +190,8 @@ def sft_step(config, device):
     before = torch.cat([p.detach().cpu().flatten() for p in net.parameters()])
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, eps=1e-4, weight_decay=0, fused=True)
     texts = [example_of(n, config.vocab_size, n) for n in (90, 30, 200)]
-    loss = sft.add_gradients(net, [texts[:2], texts[2:]], 100, 1, device, config.vocab_size)
+    rows = distributed.packed_rows(texts, range(3), 0, 1, 200)
+    loss = sft.nll_gradients(net, rows, 100, 1, device, config.vocab_size)
     distributed.optimizer_step(net, optimizer)
     return before, torch.cat([p.detach().cpu().flatten() for p in net.parameters()]), loss.item()
 
@@ -205,6 +207,9 @@ class Prepared:
 
     def run(self, names, iteration):
         return self.transitions, {}
+
+    def samples_from(self, actor):
+        return False
 
     def refresh(self, actor):
         pass
@@ -272,8 +277,8 @@ def whole_run(scale, left):
         weights = sample.load(str(folder / "out"), "float32", "cpu", 1, 64).model.parameters()
         finite = all(p.isfinite().all() for p in weights)
     gap = max(abs(first["loss"] - again["loss"]) for first, again in zip(log[2:4], log[4:]))
-    yield {"check": "sft.py runs, and goes on where it was", "ok": status == 0 and len(log) == 6 and gap < 1e-3 and finite,
-           "status": status, "gap of losses": gap}
+    ok = status == 0 and len(log) == 6 and gap < 1e-3 and finite
+    yield {"check": "sft.py runs, and goes on where it was", "ok": ok, "status": status, "gap of losses": gap}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,27 +324,33 @@ def decode(scale, left):
     model.use_kernels("torch", scale.device)
 
 
+def trained_model(scale):
+    """Returns the model that is trained, with products in bf16 and activations computed again in backward."""
+    return distributed.build_model(scale.trained, None, scale.device, recompute=True, compute=torch.bfloat16,
+                                   draw=partial(Qwen2.from_scratch, device=scale.device))
+
+
 def train(scale, left):
     """An SFT step at the 7B's width: tokens/s, MFU, and the peak of memory against --plan."""
-    net = distributed.build_model(scale.trained, None, scale.device, recompute=True, compute=torch.bfloat16,
-                                  draw=partial(Qwen2.from_scratch, device=scale.device))
+    net = trained_model(scale)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, weight_decay=0, fused=True)
     peak = distributed.peak_flops(scale.device)
     for length in scale.packed:
         if left() < 0:
             return
-        row = [example_of(length // 4 - i, scale.trained.vocab_size, i) for i in range(4)]
-        num = sum(sum(loss_mask) for _, loss_mask in row)
+        texts = [example_of(length // 4 - i, scale.trained.vocab_size, i) for i in range(4)]
+        row, = distributed.packed_rows(texts, range(4), 0, 1, length)
+        num = sum(sum(loss_mask) for _, loss_mask in texts)
 
         def step():
-            sft.add_gradients(net, [row], num, 1, scale.device, scale.trained.vocab_size)
+            sft.nll_gradients(net, [row], num, 1, scale.device, scale.trained.vocab_size)
             distributed.optimizer_step(net, optimizer)
 
         if scale.on_gpu:
             step()
             torch.cuda.reset_peak_memory_stats()
         seconds = scale.seconds(step)
-        num_tokens = sum(len(ids) - 1 for ids, _ in row)
+        num_tokens = len(row.tokens)
         figures = {"tokens/s": num_tokens / seconds, "MFU": distributed.flops_of(scale.trained, [row]) / seconds / peak}
         ok = True
         if scale.on_gpu:
@@ -351,6 +362,31 @@ def train(scale, left):
                **figures}
 
 
+def shared(scale, left):
+    """An update of PPO for several actions in one state: with the state once in the row, and with it before each."""
+    net = trained_model(scale)
+    num, length = scale.branches
+    examples = bench.ragged_actions(scale.prefix, length, num, scale.trained.vocab_size)
+    results = {}
+    seconds = {}
+    figures = {"state": scale.prefix, "actions": num, "tokens of each": length}
+    for way in bench.WAYS[:2]:
+        def step():
+            results[way] = bench.update_step(None, way, net, examples)
+        step()
+        if scale.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        seconds[way] = scale.seconds(step)
+        figures |= {f"{way} tokens": results[way][1], f"{way} s": seconds[way]}
+        if scale.on_gpu:
+            figures[f"{way} GiB"] = (distributed.peak_memory(scale.device) - before) / 2**30
+    (logp, _), (expected, _) = results["shared"], results["packed"]
+    gap = (logp - expected).abs().max().item()
+    yield {"check": "an update with the state once", "ok": gap < 0.1, **figures, "gap of log-probs": gap,
+           "packed over shared": seconds["packed"] / seconds["shared"]}
+
+
 def kernel_times(scale, left):
     """Which of Triton's kernels are faster than torch's operations, eager and compiled."""
     if scale.on_gpu:
@@ -360,7 +396,7 @@ def kernel_times(scale, left):
             yield {"check": f"times of {figures.pop('operation')}", "ok": True, **figures}
 
 
-PARTS = (machine, parity, kernel_twins, sampler, steps, whole_run, decode, train, kernel_times)
+PARTS = (machine, parity, kernel_twins, sampler, steps, whole_run, decode, train, shared, kernel_times)
 
 
 def run_parts(dry, seconds):

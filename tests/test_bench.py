@@ -25,7 +25,8 @@ def test_all_that_a_gpu_is_asked_runs_on_a_cpu(monkeypatch, tmp_path):
     message, found = run(monkeypatch, tmp_path, bench_gpu.PARTS)
     assert message is None and all(figures["ok"] for figures in found)
     said = " ".join(figures["check"] for figures in found)
-    for part in ("logits", "gradients", "kernel attend", "sampler", "SFT step", "PPO", "sft.py runs", "decode, 2 rows"):
+    for part in ("logits", "gradients", "kernel attend", "sampler", "SFT step", "PPO", "sft.py runs", "decode, 2 rows",
+                 "the state once"):
         assert part in said
 
 
