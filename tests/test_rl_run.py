@@ -490,6 +490,30 @@ def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
     assert max(gaps) < 1e-4
 
 
+def test_every_action_is_written_down_and_fixed_states_validate(made, run):
+    """samples.jsonl has the log's rewards; states that validate are of trajectories that are never trained on."""
+    out = made / "validated"
+    code, said = run("--advantage", "rloo", out=out, iterations=2, **{"validate-every": 2})
+    assert code == 0, said
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert ["validation_reward" in figures for figures in log] == [False, True]
+    for figures in log:
+        lines = [line for line in samples if line["iteration"] == figures["iteration"]]
+        assert len(lines) == 6 and sum(line["reward"] for line in lines) / 6 == pytest.approx(figures["reward"])
+        assert figures["reward_of_tasks"] == {"toy-a": pytest.approx(figures["reward"])}
+        for state in {line["state"] for line in lines}:     # equal rewards teach nothing
+            rewards, learned = zip(*((line["reward"], line["advantage"] is not None) for line in lines
+                                     if line["state"] == state))
+            assert len(set(rewards)) == 1 or all(learned)
+    rollout = playing(made, validate_every=1)
+    assert rollout.held_back == playing(made, validate_every=1).held_back
+    used = {name.partition(",")[0] for states in rollout.pool.values() for name in states}
+    assert used and rollout.held_back and not used & {name.partition(",")[0] for name in rollout.held_back}
+    assert rollout.validate() == rollout.validate()
+    assert playing(made).held_back == []
+
+
 def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(made, run):
     """Both die while they write the second checkpoint."""
     whole, torn = made / "whole of two", made / "torn of two"
