@@ -53,6 +53,7 @@ PROMPTS = ("full", "short")             # how a state is shown to the policy, se
 MAX_REPLY = 50_000                      # characters of a reply; a longer one is refused unread
 MAX_OBSERVATION = 5_000                 # characters, about 1,500 tokens
 OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # characters of a file or an output inside an observation
+NUMBER = r"(?:0|[1-9]\d{0,14})(?:\.\d{0,15})?(?:[eE][-+]?\d{1,2})?"     # as a script writes it
 MAX_LINES = 200                         # of one Inspect Script Lines
 MAX_LISTED = 100                        # names of one List Files
 MAX_READ = 10 << 20                     # bytes that an action looks at
@@ -103,6 +104,10 @@ Fact Check: The score is confirmed by the last observation. That more epochs hel
 Thought: The loss was still falling at the end, so I train longer.
 Action: Replace In Script
 Action Input: {"script_name": "train.py", "find": "EPOCHS = 5\\n", "replace": "EPOCHS = 10\\n"}"""),
+    "Set Constant": Action(
+        {"constant": "its number", "value": "a number, or a factor such as *2 or /2"},
+        "changes a constant of the script to improve. Its lines `NAME = number` are numbered from 1, without those whose "
+        "name has SEED or VALID in it."),
     "Undo Edit Script": Action(
         {"script_name": "file"}, "takes back the last edit of this file."),
     "Copy File": Action(
@@ -307,11 +312,11 @@ def read_args(name, source):
         names = shorten(", ".join(map(repr, args)), 200) or "none"
         raise InvalidAction(f"The Action Input of {name} has the keys {names}; {expected}.")
     for key, value in args.items():
-        is_line = key.endswith("line_number")
-        if is_line and type(value) is int:
+        is_whole = key.endswith("line_number") or key == "constant"
+        if is_whole and type(value) is int or key == "value" and type(value) in (int, float):
             args[key] = value = str(value)
-        if type(value) is not str or is_line and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-            kind = "a whole number" if is_line else "a text in double quotes"
+        if type(value) is not str or is_whole and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
+            kind = "a whole number" if is_whole else "a text in double quotes"
             raise InvalidAction(f'"{key}" must be {kind}; found {shorten(repr(value), 60)}.')
         if value != plain(value):
             raise InvalidAction(f'"{key}" holds half a surrogate pair, which is no character.')
@@ -336,6 +341,45 @@ def read_start(path, limit):
 def script_text(blobs, sha):
     """Returns the text of a script of the workspace; "" where there is none."""
     return read_start(blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace") if sha else ""
+
+
+def constants(script):
+    """Returns [(name, text of the number, start and end of that text)] of the numbered constants of a script: its lines
+    `NAME = number` with at most a comment behind. How it is seeded and validated is not among them."""
+    line = rf"^([A-Z][A-Z0-9_]{{0,99}}) = ({NUMBER})(?=[ \t]{{0,99}}(?:#|$))"
+    found = []
+    for match in re.finditer(line, script, re.MULTILINE):
+        if "SEED" not in match[1] and "VALID" not in match[1]:
+            found.append((match[1], match[2], match.start(2), match.end(2)))
+    return found
+
+
+def set_constant(script, constant, value):
+    """Returns the script with another value of a constant. constant: its number, a text; value: a number, or * or / and
+    a factor, which keeps a whole number whole and at least 1, and others at 3 significant digits. InvalidAction: there
+    is no such constant, or it would not change."""
+    found = constants(script)
+    if not found:
+        raise InvalidAction("The script has no constant, a line such as EPOCHS = 5.")
+    if not 1 <= int(constant) <= len(found):
+        listed = ", ".join(f"{number} {name}" for number, (name, *_) in enumerate(found[:MAX_LISTED], 1))
+        raise InvalidAction(f"There is no constant {int(constant)}; there is {listed}.")
+    name, before, start, end = found[int(constant) - 1]
+    parts = re.fullmatch(rf"\s*([*/]?)\s*(-?{NUMBER})\s*", value)
+    if not parts:
+        raise InvalidAction(f"The value must be a number, or a factor such as *2 or /2; found {shorten(repr(value), 60)}.")
+    sign, after = parts.groups()
+    if sign:
+        factor = float(after)
+        if factor <= 0:
+            raise InvalidAction(f"A factor must be above 0; found {after}.")
+        number = float(before) * (factor if sign == "*" else 1 / factor)
+        after = str(max(1, round(number))) if before.isdigit() else str(float(f"{number:.3g}"))
+        if not re.fullmatch(NUMBER, after):
+            raise InvalidAction(f"{name} = {after} is out of bounds.")
+    if float(after) == float(before):
+        raise InvalidAction(f"{name} is {before} already.")
+    return script[:start] + after + script[end:]
 
 
 def difference(before, after):
@@ -809,6 +853,10 @@ class Env:
             raise InvalidAction(f'"find" occurs {max(2, before.count(find))} times in {path}, not once; take in more '
                                 "of the lines around it.")
         return self._edit(step, path, before, before[:start] + replace + before[start + len(find):])
+
+    def _set_constant(self, step, constant, value):
+        before = self._text(self.task.entry, edit=True)[0]
+        return self._edit(step, self.task.entry, before, set_constant(before, constant, value))
 
     def _undo_edit_script(self, step, script_name):
         path = self._path(script_name, write=True)
