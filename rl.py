@@ -38,6 +38,7 @@ from support.distributed import (
 from support.files import folder_lock, shorten
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
+from support.records import AGENT
 from support.sandbox import SLOTS, protection
 from support.storage import ResultCache
 
@@ -164,7 +165,7 @@ class RolloutWorker:
         """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the token ids that
         the policy is shown there. MissingBlob: a file of the state has gone since the pool was read."""
         state = self.states[name]
-        recorded = {key: state.head[key] for key in ("actions", "fields", "prompt_format", "steps", "seconds")}
+        recorded = {key: state.head[key] for key in AGENT}
         if self.cfg.rollout == "episode":
             recorded["steps"] = self.cfg.steps
         env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, coder=self.coder, **recorded)

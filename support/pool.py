@@ -9,7 +9,7 @@ from support.cli import RunError
 from support.files import hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
 from support.storage import Blobs, MissingBlob
-from support.records import best_before
+from support.records import restore_record
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,7 @@ class State:
 
     def restore(self, env):
         """Puts an Env of the task into this state. MissingBlob: a file of it is missing."""
-        messages = list(self.head["messages"])
-        for step in self.steps[:self.index]:
-            messages += step["messages"]
-        env.restore(self.snapshot, messages, index=self.index, m_before=self.steps[self.index]["m_before"],
-                    m_top=best_before(env.task, self.head, self.steps[:self.index]))
+        restore_record(env, self.head, self.steps[:self.index])
 
 
 def load_pool(cfg, tokenizer, log=print):
