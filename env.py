@@ -62,6 +62,7 @@ MAX_CODER = 20_000                      # characters that Understand File shows 
 MAX_DIFF = 2_000                        # lines of two texts together that difflib compares, in 0.6 s at worst
 SHORT_CONSTANTS = 20                    # constants in a short prompt
 SHORT_NEWS = 100                        # characters of the news in a short prompt
+LEARNED_SEEDS = (1, 2, 3)   # of the miniatures that are learned from; what is reported is measured on seed 0
 WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so much wall time is allowed
 
 
@@ -1073,9 +1074,9 @@ CODER_TOKENS = 4096     # tokens that a reply of the coder may have: it writes w
 CODE_END = "\n```\n"    # the line that ends a script in a reply
 
 
-def make_env(cfg, task, out, cache, **options):
-    """Returns the Env of a task by a program's settings."""
-    return Env(task, cfg.data, out=out, python=cfg.python, gpu=cfg.gpu or None, threads=cfg.threads,
+def make_env(cfg, task, out, cache, data_seed=0, **options):
+    """Returns the Env of a task by a program's settings. data_seed: of its miniature."""
+    return Env(task, tasks.seeded(cfg.data, data_seed), out=out, python=cfg.python, gpu=cfg.gpu or None, threads=cfg.threads,
                sandbox=cfg.sandbox, cache=cache, **options)
 
 
@@ -1097,12 +1098,12 @@ def model_policy(cfg, model, hint=""):
     return reply
 
 
-def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about):
+def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, data_seed=0):
     """Plays trajectory k of a task to its end, from the last step in its file `path`; each step adds a line.
 
     reply(env, lines, seed): the policy; returns (text, token ids or None, {further entries of the step's line}).
     coder: a model of sample.load, or None. out: the folder of the blobs. cache: a ResultCache. run: a Progress, which
-    writes the lines and may stop the work. about: further entries of the header.
+    writes the lines and may stop the work. about: further entries of the header. data_seed: see make_env.
     """
     def seed_of(speaker):   # differs between trajectories, steps and speakers; the same again after an interruption
         return zlib.crc32(f"{cfg.seed} {task.id} {k} {env.index} {speaker}".encode())
@@ -1116,7 +1117,7 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about):
 
     # 1. The first state, or the last recorded one.
     agent = {name: getattr(cfg, name) for name in AGENT}
-    env = make_env(cfg, task, out, cache, coder=ask_coder if coder else None, **agent)
+    env = make_env(cfg, task, out, cache, data_seed, coder=ask_coder if coder else None, **agent)
     lines = read_record(path)
     if lines:
         try:
@@ -1140,28 +1141,36 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about):
         run.write(path, lines[-1])
 
 
-def prepare_tasks(cfg):
-    """Prepares the tasks of cfg.task on first use, and returns [(task, the contents of its task.json)].
-    ValueError: no such task, or raw files are missing. RunError: a starter does not run."""
+def prepare_tasks(cfg, seeds=(0,)):
+    """Prepares the tasks of cfg.task on first use, and returns [(task, the contents of its task.json)]: of a task whose
+    data are miniatures one for each of the seeds. ValueError: no such task, or raw files are missing. RunError: a
+    starter does not run."""
     ids = list(tasks.names(cfg.task))
     if not ids:
         raise ValueError(f"there is no {cfg.task} task here yet; python -m tasks list shows those there are")
-    if len(ids) == 1:        # in this thread, where a request to end ends its starter
-        return [prepare_task(cfg, ids[0], cfg.raw)]
-    jobs = [(cfg, id, cfg.raw and Path(cfg.raw, id)) for id in ids]
+    jobs = []
+    for id in ids:
+        raw = cfg.raw
+        if raw and len(ids) > 1:
+            raw = Path(raw, id)
+        is_real = raw or Path(cfg.data, id, "task.json").is_file() and not tasks.info(id, cfg.data)["miniature"]
+        jobs += [(cfg, id, raw, seed) for seed in ((0,) if is_real else seeds)]
+    if len(jobs) == 1:        # in this thread, where a request to end ends its starter
+        return [prepare_task(*jobs[0])]
     return run_parallel(jobs, prepare_task, SLOTS.cpus)
 
 
-def prepare_task(cfg, id, raw):
+def prepare_task(cfg, id, raw, seed):
     task = tasks.load(id)
+    data = tasks.seeded(cfg.data, seed)
     if raw and not Path(raw).is_dir():
         raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size}); for several tasks "
                          "--raw holds a folder for each task id")
     try:
-        tasks.prepare(id, raw or None, cfg.data, python=cfg.python, log=lambda line: print(line, file=sys.stderr))
+        tasks.prepare(id, raw or None, data, seed=seed, python=cfg.python, log=lambda line: print(line, file=sys.stderr))
     except RuntimeError as error:
         raise RunError(str(error)) from error
-    return task, tasks.info(id, cfg.data)
+    return task, tasks.info(id, data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

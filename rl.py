@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import CODER_TOKENS, CODE_END, make_env, prepare_tasks, read_agent, write_agent
+from env import CODER_TOKENS, CODE_END, LEARNED_SEEDS, make_env, prepare_tasks, read_agent, write_agent
 from model import IGNORE, Config, Linear, Qwen2, use_kernels
 from reward import KINDS
 from support import cli
@@ -168,7 +168,8 @@ class RolloutWorker:
         recorded = {key: state.head[key] for key in AGENT}
         if self.cfg.rollout == "episode":
             recorded["steps"] = self.cfg.steps
-        env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, coder=self.coder, **recorded)
+        env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, state.head["data_seed"],
+                       coder=self.coder, **recorded)
         if self.cfg.rollout == "step":
             state.restore(env)
         return env, self.engine.tokenizer.chat(env.prompt())
@@ -588,7 +589,7 @@ def train(cfg, rank, world_size, device):
     folder = find_folder(cfg.model)
     tokenizer = sample.Tokenizer.from_pretrained(folder)
     config = Config.from_pretrained(folder)
-    rank0_broadcast(lambda: len(prepare_tasks(cfg)))        # a Task itself cannot be sent
+    rank0_broadcast(lambda: len(prepare_tasks(cfg, LEARNED_SEEDS)))        # a Task itself cannot be sent
     if cfg.sandbox == "on":
         protection()        # here, before many threads ask at once
     pool = load_pool(cfg, tokenizer, cli.announce)

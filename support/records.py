@@ -7,10 +7,11 @@ import dataclasses, json, re, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import tasks
 from reward import KINDS, best_of
 from support import cli
 from support.files import (
-    FLAG, TEXT, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of, up_to)
+    COUNT, FLAG, TEXT, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of, up_to)
 from support.sandbox import Result, SandboxUnavailable
 from support.storage import ResultCache, check_snapshot
 
@@ -54,7 +55,7 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes):
     printed = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
     action_names = f"a list of some of {', '.join(actions)}", lambda value: value == [] or some_of(*actions)[1](value)
     header = {
-        "task": TASK_ID, "data": TEXT, "prompt_format": one_of(*prompts), "actions": action_names, "fields": reply_fields,
+        "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "prompt_format": one_of(*prompts), "actions": action_names, "fields": reply_fields,
         "show_scores": FLAG, "news": TEXT, "best_printed": maybe(FINITE), "best_script": maybe(TEXT), "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT), "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT,
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
         "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT}}
@@ -74,7 +75,7 @@ def header(env, **entries):
     """Returns the first line, to be written right after reset(). entries: the caller's own (model, seed)."""
     settings = {name: getattr(env, name) for name in (*AGENT, "python", "gpu", "threads", "sandbox")}
     return {"type": "header", "task": env.task.id, "data": str(env.data), **settings,
-            "m_init": env.info["m_init"], "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")),
+            "data_seed": env.info.get("seed", 0), "m_init": env.info["m_init"], "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")),
             "m_after": env.m_before, "seconds_left": env.seconds, "snapshot": env.snapshot(),
             "messages": list(env.messages), **env.seen, **entries}
 
@@ -176,6 +177,7 @@ def replay(Env, forms, path, log=print, *, data="data", sandbox="on", python=Non
     if out is None:
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
     refuse_links_out(out)
+    data = tasks.seeded(data, head["data_seed"])
     options = {"sandbox": sandbox, "python": python, "gpu": gpu, "threads": threads}
     for name, value in (options | {"data": str(data)}).items():
         if head[name] != value and {head[name], value} != {None, sys.executable}:
