@@ -167,9 +167,9 @@ The workspace holds {task.entry} (the script to improve) and data/ (read-only). 
 {better} is better. You have {steps} steps and {minutes:.0f} minutes; one run of a script may take \
 {limit:.0f} s."""
 SHORT = """{metric}, {better} is better, {steps_left} steps left
-Last: {news}
 Best: {best}
-{constants}"""
+{constants}
+Last: {news}"""     # the last action stands at the end, always as far from the reply, where a small model finds it
 NOTHING = {"news": "nothing", "best_printed": None, "best_script": None}    # what is seen at the start, see Step
 
 
@@ -188,8 +188,8 @@ def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
 
 
 def short_prompt(task, seen, script, is_best, steps_left):
-    """Returns the one message that a small model is shown: what the last step brought, the best score that a run has
-    printed, and the numbered constants of the entry script. seen: see NOTHING; is_best: whether that score is of this
+    """Returns the one message that a small model is shown: the best score that a run has printed, the numbered constants
+    of the entry script, and what the last step brought. seen: see NOTHING; is_best: whether that score is of this
     script."""
     best = "none"
     if seen["best_printed"] is not None:
@@ -616,7 +616,8 @@ class Env:
         if step.action == "Set Constant":
             name = " ".join([name, *step.args.values()])
         outcome = step.news or step.error or step.observation.partition("\n")[0]
-        self.seen["news"] = " ".join(f"{name[:SHORT_NEWS]}: {outcome}".split())[:SHORT_NEWS]
+        outcome = " ".join(outcome.split()).rstrip(".")
+        self.seen["news"] = f"{outcome[:SHORT_NEWS]}, after {' '.join(name.split())[:SHORT_NEWS]}"
         step.news, step.best_printed, step.best_script = self.seen.values()
         step.snapshot = self.snapshot()
         step.ended = self.ended

@@ -239,11 +239,11 @@ def unseen_states(split, rng):
             change = rng.choice(choices(script))
             script = set_constant(script, *change)
         worse, better = sorted((rng.random(), rng.random()), reverse=task.direction == "down")
-        news = f"Execute Script: {better:.4f}"
+        news = f"{better:.4f}, after Execute Script"
         if last == "a better score":
-            news = f"Set Constant {' '.join(change)}: {better:.4f}, better than {worse:.4f}"
+            news = f"{better:.4f}, better than {worse:.4f}, after Set Constant {' '.join(change)}"
         elif last == "a worse score":
-            news = f"Set Constant {' '.join(change)}: {worse:.4f}, worse than {better:.4f}"
+            news = f"{worse:.4f}, worse than {better:.4f}, after Set Constant {' '.join(change)}"
         seen = NOTHING | {"news": news, "best_printed": round(better, 4)}
         prompt = short_prompt(task, seen, script, last != "a worse score", rng.randint(2, AGENT_STEPS - 1))
         states.append((last, change, script, prompt))

@@ -443,22 +443,22 @@ def test_the_agent_is_told_what_its_edit_does(make):
     def seen(step):
         line = next((line for line in step.observation.splitlines() if line.startswith("The run of train.py: ")), "")
         prompt = env.prompt()[0]["content"].split("\n")
-        return line[len("The run of train.py: "):], prompt[1], prompt[2]
+        return line[len("The run of train.py: "):], prompt[-1], prompt[1]
 
-    assert env.prompt()[0]["content"] == "accuracy, higher is better, 20 steps left\nLast: nothing\nBest: none\n1 VALUE = 0.50"
+    assert env.prompt()[0]["content"] == "accuracy, higher is better, 20 steps left\nBest: none\n1 VALUE = 0.50\nLast: nothing"
     by_this, earlier = "by this script", "by an earlier script"
-    assert seen(run(env)) == ("", "Last: Execute Script: 0.5", f"Best: 0.5, {by_this}")
+    assert seen(run(env)) == ("", "Last: 0.5, after Execute Script", f"Best: 0.5, {by_this}")
     told = "0.7, better than 0.5"
-    assert seen(edit(env, "0.50", "0.70")) == (told, f"Last: Replace In Script: {told}", f"Best: 0.7, {by_this}")
+    assert seen(edit(env, "0.50", "0.70")) == (told, f"Last: {told}, after Replace In Script", f"Best: 0.7, {by_this}")
     told = "0.14, worse than 0.7"
     assert seen(do(env, "Set Constant", constant=1, value="/5")) == (
-        told, f"Last: Set Constant 1 /5: {told}", f"Best: 0.7, {earlier}")
+        told, f"Last: {told}, after Set Constant 1 /5", f"Best: 0.7, {earlier}")
     told = "0.7, equal to 0.7"
-    assert seen(undo(env)) == (told, f"Last: Undo Edit Script: {told}", f"Best: 0.7, {by_this}")
+    assert seen(undo(env)) == (told, f"Last: {told}, after Undo Edit Script", f"Best: 0.7, {by_this}")
     told = "failed, ZeroDivisionError: division by zero"
-    assert seen(edit(env, "VALUE = 0.70", "VALUE = 1/0")) == (told, f"Last: Replace In Script: {told}", f"Best: 0.7, {earlier}")
+    assert seen(edit(env, "VALUE = 0.70", "VALUE = 1/0")) == (told, f"Last: {told}, after Replace In Script", f"Best: 0.7, {earlier}")
     assert seen(do(env, "Set Constant", constant=1, value="*2"))[1:] == (
-        "Last: Set Constant 1 *2: The script has no constant, a line such as EPOCHS = 5.", f"Best: 0.7, {earlier}")
+        "Last: The script has no constant, a line such as EPOCHS = 5, after Set Constant 1 *2", f"Best: 0.7, {earlier}")
     step = edit(env, "print(f", "str(f")
     undo(env)
     put(env, train=STARTER.replace("print(f", "str(f"))
@@ -466,7 +466,7 @@ def test_the_agent_is_told_what_its_edit_does(make):
     put(env, better=STARTER.replace("{VALUE:.2f}", "0.99"))
     step = do(env, "Copy File", source="better.py", destination="train.py")
     told = "0.99, better than 0.7"
-    assert seen(step) == (told, f"Last: Copy File: {told}", f"Best: 0.99, {by_this}") and step.score == 0.5
+    assert seen(step) == (told, f"Last: {told}, after Copy File", f"Best: 0.99, {by_this}") and step.score == 0.5
     put(env, other="print('validation accuracy: 5')")
     assert seen(run(env, "other.py"))[2] == f"Best: 0.99, {by_this}"     # a run of another script says nothing
     assert (step.best_printed, step.best_script) == (0.99, env.files["train.py"])
@@ -478,10 +478,11 @@ def test_without_show_scores_the_agent_has_to_run_the_script_to_know(make):
     assert "every edit is run at once" not in env.messages[0]["content"]
     step = edit(env, "0.50", "0.70")
     assert step.printed == 0.7 and "0.7, " not in step.observation and "The run of" not in step.observation
-    assert env.prompt()[0]["content"].split("\n")[1:3] == [
-        "Last: Replace In Script: train.py is saved. The difference:", "Best: none"]
+    assert env.prompt()[0]["content"].split("\n")[1:] == [
+        "Best: none", "1 VALUE = 0.70", "Last: train.py is saved. The difference:, after Replace In Script"]
     run(env)
-    assert env.prompt()[0]["content"].split("\n")[1:3] == ["Last: Execute Script: 0.7", "Best: 0.7, by this script"]
+    assert env.prompt()[0]["content"].split("\n")[1:] == [
+        "Best: 0.7, by this script", "1 VALUE = 0.70", "Last: 0.7, after Execute Script"]
 
 
 def test_undo_goes_back_step_by_step_also_after_restore(make):

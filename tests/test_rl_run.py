@@ -384,7 +384,7 @@ def test_episodes_are_whole_trajectories(made):
 
     def submit(prompt, seed, **options):        # which step it is stands in the prompt
         shown = engine.tokenizer.decode(prompt)
-        k = 0 if "Last: nothing" in shown else 1 if "Last: Replace" in shown else 2
+        k = 0 if "Last: nothing" in shown else 1 if "after Replace" in shown else 2
         future = rl.ThreadPoolExecutor(1).submit(engine.reply, replies[k])
         return future
     engine.submit = submit

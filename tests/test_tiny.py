@@ -45,17 +45,18 @@ def test_a_short_prompt_by_hand(short):
         world.step(f"Action: {action}\nAction Input: {json.dumps(args)}")
         return world.prompt()[0]["content"]
 
-    head = "MAE, lower is better, {} steps left\nLast: {}\nBest: {}\n"
-    assert world.prompt() == [{"role": "user", "content": head.format(8, "nothing", "none") + (
-        "1 VALUE = 3\n2 SHIFT = 0\n3 GAIN = 1")}]
-    assert after("Execute Script", script_name="train.py") == head.format(7, "Execute Script: 7", "7, by this script") + (
-        "1 VALUE = 3\n2 SHIFT = 0\n3 GAIN = 1")
-    assert after("Set Constant", constant="1", value="*2") == head.format(
-        6, "Set Constant 1 *2: 4, better than 7", "4, by this script") + "1 VALUE = 6\n2 SHIFT = 0\n3 GAIN = 1"
-    assert after("Set Constant", constant="3", value="/2") == head.format(
-        5, "Set Constant 3 /2: GAIN is 1 already.", "4, by this script") + "1 VALUE = 6\n2 SHIFT = 0\n3 GAIN = 1"
+    def prompt(steps_left, best, value, last):
+        return (f"MAE, lower is better, {steps_left} steps left\nBest: {best}\n1 VALUE = {value}\n2 SHIFT = 0\n3 GAIN = 1\n"
+                f"Last: {last}")
+
+    assert world.prompt() == [{"role": "user", "content": prompt(8, "none", 3, "nothing")}]
+    assert after("Execute Script", script_name="train.py") == prompt(7, "7, by this script", 3, "7, after Execute Script")
+    assert after("Set Constant", constant="1", value="*2") == prompt(
+        6, "4, by this script", 6, "4, better than 7, after Set Constant 1 *2")
+    assert after("Set Constant", constant="3", value="/2") == prompt(
+        5, "4, by this script", 6, "GAIN is 1 already, after Set Constant 3 /2")
     world.step("nonsense")
-    assert '\nLast: no action: The entry "Action:" is missing' in world.prompt()[0]["content"]
+    assert '\nLast: The entry "Action:" is missing' in world.prompt()[0]["content"]
 
 
 def test_every_prompt_can_be_made_again_from_the_record(short):
@@ -82,7 +83,7 @@ def test_every_prompt_can_be_made_again_from_the_record(short):
 def test_a_short_prompt_shows_so_many_constants_at_most():
     script = "".join(f"NAME_{i} = {i}\n" for i in range(1, 200))
     prompt = env.short_prompt(SimpleNamespace(metric="MAE", direction="down"), env.NOTHING, script, False, 3)[0]["content"]
-    assert prompt.split("\n")[3:] == [f"{i} NAME_{i} = {i}" for i in range(1, env.SHORT_CONSTANTS + 1)]
+    assert prompt.split("\n")[2:-1] == [f"{i} NAME_{i} = {i}" for i in range(1, env.SHORT_CONSTANTS + 1)]
 
 
 # ---- the scripted expert with short prompts, and the random loop
@@ -222,10 +223,10 @@ class Model:
 
 def expert_reply(prompt):
     """What the scripted expert would do: undo after a worse score, the same again after a better one."""
-    last = re.search("Last: Set Constant (.+) (.+): .*(better|worse)", prompt)
-    if last and last[3] == "worse":
+    last = re.search("Last: .*(better|worse) than .*, after Set Constant (.+) (.+)", prompt)
+    if last and last[1] == "worse":
         return 'Action: Undo Edit Script\nAction Input: {"script_name": "train.py"}'
-    number, value = last.groups()[:2] if last else ("1", "*2")
+    number, value = last.groups()[1:] if last else ("1", "*2")
     return f'Action: Set Constant\nAction Input: {json.dumps({"constant": number, "value": value})}'
 
 
