@@ -107,8 +107,8 @@ Action: Replace In Script
 Action Input: {"script_name": "train.py", "find": "EPOCHS = 5\\n", "replace": "EPOCHS = 10\\n"}"""),
     "Set Constant": Action(
         {"constant": "its number", "value": "a number, or a factor such as *2 or /2"},
-        "changes a constant of the script to improve. Its lines `NAME = number` are numbered from 1, without those whose "
-        "name has SEED or VALID in it."),
+        "changes a constant of the script to improve. Its lines `NAME = number` are numbered from 1; names with SEED or "
+        "VALID do not count."),
     "Undo Edit Script": Action(
         {"script_name": "file"}, "takes back the last edit of this file."),
     "Copy File": Action(
@@ -188,9 +188,9 @@ def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
 
 
 def short_prompt(task, seen, script, is_best, steps_left):
-    """Returns the one message that a small model is shown: the best score that a run has printed, the numbered constants
-    of the entry script, and what the last step brought. seen: see NOTHING; is_best: whether that score is of this
-    script."""
+    """Returns the one message that a small model is shown: the best score that a run has printed, the numbered
+    constants of the entry script, and what the last step brought. seen: see NOTHING; is_best: whether that score is of
+    this script."""
     best = "none"
     if seen["best_printed"] is not None:
         best = f"{seen['best_printed']:.5g}, by {'this' if is_best else 'an earlier'} script"
@@ -332,7 +332,8 @@ def set_constant(script, constant, value):
     name, before, start, end = found[int(constant) - 1]
     parts = re.fullmatch(rf"\s*([*/]?)\s*(-?{NUMBER})\s*", value)
     if not parts:
-        raise InvalidAction(f"The value must be a number, or a factor such as *2 or /2; found {shorten(repr(value), 60)}.")
+        shown = shorten(repr(value), 60)
+        raise InvalidAction(f"The value must be a number, or a factor such as *2 or /2; found {shown}.")
     sign, after = parts.groups()
     if sign:
         factor = float(after)
@@ -1077,8 +1078,8 @@ CODE_END = "\n```\n"    # the line that ends a script in a reply
 
 def make_env(cfg, task, out, cache, data_seed=0, **options):
     """Returns the Env of a task by a program's settings. data_seed: of its miniature."""
-    return Env(task, tasks.seeded(cfg.data, data_seed), out=out, python=cfg.python, gpu=cfg.gpu or None, threads=cfg.threads,
-               sandbox=cfg.sandbox, cache=cache, **options)
+    return Env(task, tasks.seeded(cfg.data, data_seed), out=out, python=cfg.python, gpu=cfg.gpu or None,
+               threads=cfg.threads, sandbox=cfg.sandbox, cache=cache, **options)
 
 
 def model_policy(cfg, model, hint=""):
@@ -1168,7 +1169,8 @@ def prepare_task(cfg, id, raw, seed):
         raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size}); for several tasks "
                          "--raw holds a folder for each task id")
     try:
-        tasks.prepare(id, raw or None, data, seed=seed, python=cfg.python, log=lambda line: print(line, file=sys.stderr))
+        tasks.prepare(id, raw or None, data, seed=seed, python=cfg.python,
+                      log=lambda line: print(line, file=sys.stderr))
     except RuntimeError as error:
         raise RunError(str(error)) from error
     return task, tasks.info(id, data)

@@ -41,7 +41,7 @@ from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json,
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import find_folder, hash_checkpoint
-from support.records import end_reason, trajectory_path
+from support.records import AGENT, end_reason, trajectory_path
 from support.storage import ResultCache
 
 
@@ -99,8 +99,8 @@ class Settings(AgentSettings):
 # ---------------------------------------------------------------------------------------------------------------------
 # Collecting
 
-SAME = ("expert", "coder", "actions", "fields", "prompt_format", "steps", "seconds", "ideas", "max_new_tokens",
-        "temperature", "show_scores", "context", "threads", "gpu", "sandbox", "seed")     # what trajectories of a folder agree in
+SAME = ("expert", "coder", *AGENT, "ideas", "max_new_tokens", "temperature", "context", "threads", "gpu", "sandbox",
+        "seed")     # what trajectories of a folder agree in
 IDEA_FORM = {"title": TEXT, "instruction": TEXT, "edits?": [{"find": TEXT, "replace": TEXT}]}
 MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {"data": TEXT, "miniature": FLAG, "ideas?": [IDEA_FORM]}}}
 

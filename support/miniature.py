@@ -1,5 +1,5 @@
-"""What only the laptop demonstration needs, whose model has a million weights: settings, an expert and a random loop that
-need no model, a tokenizer of its own, and figures of what it replies."""
+"""What only the laptop demonstration needs, whose model has a million weights: settings, an expert and a random loop
+without a model, a tokenizer of its own, and figures of what it replies."""
 import json, random
 from collections import Counter
 from pathlib import Path

@@ -17,9 +17,9 @@ from support.storage import ResultCache, check_snapshot
 
 CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder has refused
 COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
-            "score", "m_before", "m_after", "m_top", "reward", "news", "best_printed", "best_script", "snapshot", "ended")
-AGENT = ("actions", "fields", "prompt_format", "show_scores", "steps", "seconds")     # settings of an Env that belong to
-#                                                                                      the agent, not to the machine
+            "score", "m_before", "m_after", "m_top", "reward", "news", "best_printed", "best_script", "snapshot",
+            "ended")
+AGENT = ("actions", "fields", "prompt_format", "show_scores", "steps", "seconds")   # what an Env takes from a record
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,8 +55,10 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes):
     printed = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
     action_names = f"a list of some of {', '.join(actions)}", lambda value: value == [] or some_of(*actions)[1](value)
     header = {
-        "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "prompt_format": one_of(*prompts), "actions": action_names, "fields": reply_fields,
-        "show_scores": FLAG, "news": TEXT, "best_printed": maybe(FINITE), "best_script": maybe(TEXT), "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT), "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT,
+        "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "prompt_format": one_of(*prompts), "actions": action_names,
+        "fields": reply_fields, "show_scores": FLAG, "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT),
+        "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT, "news": TEXT, "best_printed": maybe(FINITE),
+        "best_script": maybe(TEXT),
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
         "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT}}
     step = form_of(step_class) | {
@@ -74,10 +76,11 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes):
 def header(env, **entries):
     """Returns the first line, to be written right after reset(). entries: the caller's own (model, seed)."""
     settings = {name: getattr(env, name) for name in (*AGENT, "python", "gpu", "threads", "sandbox")}
-    return {"type": "header", "task": env.task.id, "data": str(env.data), **settings,
-            "data_seed": env.info.get("seed", 0), "m_init": env.info["m_init"], "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")),
-            "m_after": env.m_before, "seconds_left": env.seconds, "snapshot": env.snapshot(),
-            "messages": list(env.messages), **env.seen, **entries}
+    return {"type": "header", "task": env.task.id, "data": str(env.data), "data_seed": env.info.get("seed", 0),
+            **settings, "m_init": env.info["m_init"], "m_best": env.info["m_best"],
+            "miniature": bool(env.info.get("miniature")),
+            "m_after": env.m_before, "seconds_left": env.seconds, **env.seen, "snapshot": env.snapshot(),
+            "messages": list(env.messages), **entries}
 
 
 def record(step, **entries):
@@ -177,9 +180,9 @@ def replay(Env, forms, path, log=print, *, data="data", sandbox="on", python=Non
     if out is None:
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
     refuse_links_out(out)
-    data = tasks.seeded(data, head["data_seed"])
+    data = str(tasks.seeded(data, head["data_seed"]))
     options = {"sandbox": sandbox, "python": python, "gpu": gpu, "threads": threads}
-    for name, value in (options | {"data": str(data)}).items():
+    for name, value in (options | {"data": data}).items():
         if head[name] != value and {head[name], value} != {None, sys.executable}:
             log(f"it was recorded with {name} {shorten(ascii(head[name]), 100)}; here it is {value!r}, as --{name} "
                 "says")
