@@ -160,14 +160,14 @@ def changed_constant(step):
     return changes[0][1], float(changes[1][2]) > float(changes[0][2])
 
 
-def habit_counts(results):
-    """Returns {split: Counter of its trajectories' counts} of what results.json says."""
+def sum_habits(results):
+    """Returns {split: {column of HABITS: (part, whole)}} over all trajectories that results.json tells of."""
     splits = {}
     for result in results["tasks"].values():
         for trajectory in result.get("trajectories", ()):
-            counts = {name: trajectory[name] for pair in HABITS.values() for name in pair}
-            splits.setdefault(result["split"], Counter()).update(counts)
-    return splits
+            splits.setdefault(result["split"], []).append(trajectory)
+    return {split: {habit: tuple(sum(trajectory[name] for trajectory in trajectories) for name in names)
+                    for habit, names in HABITS.items()} for split, trajectories in splits.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,19 +354,14 @@ def format_means(run, rival, common):
 def build_habits(runs):
     """Returns a row for each split and agent: what it did, as shares."""
     rows = []
-    counts = {run["name"]: habit_counts(run["results"]) for run in runs}
     for split in split_results(runs):
-        for name, splits in counts.items():
-            if split in splits:
-                row = {"tasks": split, "agent": name}
-                for habit, (part, whole) in HABITS.items():
-                    row[habit] = format_share(splits[split][part], splits[split][whole])
+        for run in runs:
+            row = {"tasks": split, "agent": run["name"]}
+            for habit, (part, whole) in sum_habits(run["results"]).get(split, {}).items():
+                row[habit] = f"{part / whole:.0%} of {whole}" if whole else "-"
+            if len(row) > 2:
                 rows.append(row)
     return rows
-
-
-def format_share(part, whole):
-    return f"{part / whole:.0%} of {whole}" if whole else "-"
 
 
 def build_tables(runs):
@@ -580,7 +575,7 @@ def evaluate_agent(cfg, home, load):
         if cfg.model:
             for task, _ in infos:
                 results["tasks"][task.id] |= played_result(cfg, task, results["tasks"][task.id])
-            results["habits"] = {row["tasks"]: row for row in build_habits([{"name": cfg.model, "results": results}])}
+            results["habits"] = sum_habits(results)
         write_atomic(Path(cfg.out, "results.json"), results)
     return results
 

@@ -253,10 +253,11 @@ def test_what_an_agent_does_by_hand(tmp_path, task):
     # VALUE 3 to 8 to 9: better twice, and once it goes on upwards. 1 / 0: failed, not taken back. 9.5: better, then down.
     assert [[one[name] for name in ("steps", "valid", "worse", "undone", "better", "continued")] for one in played] == [
         [4, 4, 0, 0, 2, 1], [3, 2, 1, 0, 0, 0], [3, 3, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0]]
-    row = {"tasks": "held-out", "agent": "scripted", "valid actions": "91% of 11", "undone after worse": "0% of 2",
-           "gone on after better": "33% of 3"}
-    assert evaluation.build_habits([{"name": "scripted", "results": results}]) == [row]
-    assert results["habits"] == {"held-out": row}
+    assert masked(tmp_path / "out")["habits"] == {
+        "held-out": {"valid actions": [10, 11], "undone after worse": [0, 2], "gone on after better": [1, 3]}}
+    assert evaluation.build_habits([{"name": "scripted", "results": results}]) == [
+        {"tasks": "held-out", "agent": "scripted", "valid actions": "91% of 11", "undone after worse": "0% of 2",
+         "gone on after better": "33% of 3"}]
 
 
 UNDO = {"action": "Undo Edit Script"}
