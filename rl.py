@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import CODER_TOKENS, CODE_END, make_env, prepare_tasks, read_agent, write_agent
+from env import CODER_TOKENS, CODE_END, LEARNED_SEEDS, make_env, prepare_tasks, read_agent, write_agent
 from model import IGNORE, Config, Linear, Qwen2, use_kernels
 from reward import KINDS
 from support import cli
@@ -38,6 +38,7 @@ from support.distributed import (
 from support.files import folder_lock, shorten
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
+from support.records import AGENT
 from support.sandbox import SLOTS, protection
 from support.storage import ResultCache
 
@@ -164,10 +165,11 @@ class RolloutWorker:
         """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the token ids that
         the policy is shown there. MissingBlob: a file of the state has gone since the pool was read."""
         state = self.states[name]
-        recorded = {key: state.head[key] for key in ("actions", "fields", "prompt_format", "steps", "seconds")}
+        recorded = {key: state.head[key] for key in AGENT}
         if self.cfg.rollout == "episode":
             recorded["steps"] = self.cfg.steps
-        env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, coder=self.coder, **recorded)
+        env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, state.head["data_seed"],
+                       coder=self.coder, **recorded)
         if self.cfg.rollout == "step":
             state.restore(env)
         return env, self.engine.tokenizer.chat(env.prompt())
@@ -587,7 +589,7 @@ def train(cfg, rank, world_size, device):
     folder = find_folder(cfg.model)
     tokenizer = sample.Tokenizer.from_pretrained(folder)
     config = Config.from_pretrained(folder)
-    rank0_broadcast(lambda: len(prepare_tasks(cfg)))        # a Task itself cannot be sent
+    rank0_broadcast(lambda: len(prepare_tasks(cfg, LEARNED_SEEDS)))        # a Task itself cannot be sent
     if cfg.sandbox == "on":
         protection()        # here, before many threads ask at once
     pool = load_pool(cfg, tokenizer, cli.announce)
