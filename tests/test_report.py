@@ -284,10 +284,18 @@ def test_the_means_stand_first(run):
     shutil.rmtree(Path(run.out, "trajectories"))
     page = Path(run.out, "means.html")
     evaluation.write_report(page, {"a": run.out}, [])
-    heads, starter, row = drawn(page).rows()[:3]
+    page = drawn(page)
+    heads, starter, row = page.rows()[:3]
     assert heads[:3] == ["tasks", "agent", "gain %"]
     assert starter[:3] == ["2 held-out", "starter", "+0.0"]
     assert row[:3] == ["2 held-out", "a", "+25.0 (+0.0 to +50.0)"]
+    # the figure: an interval from the starter's line on, with the mean in its middle
+    figure = page.figures()["", "share of the gap closed, mean of 2 held-out tasks, %"]
+    (low, _, high), = page.points(figure, class_="line c0")
+    (zero, *_), = page.points(figure, class_="zero")
+    mean, = (float(circle.attributes["cx"]) for circle in page.all("circle", figure))
+    assert low == zero and mean == pytest.approx((low + high) / 2, abs=0.11) and low < high - 100
+    assert page.texts("text", figure)[-1] == "a"
 
 
 @needs_node
@@ -302,9 +310,8 @@ def test_training_logs_are_drawn(tmp_path):
     names = [str(tmp_path / name) for name in ("step", "episode")]
     page = drawn(compare(tmp_path, *names))
     figures = page.figures()
-    assert list(figures) == [("Training", title) for title in (
-        "mean reward", *(f"kinds of reward, share: {name}" for name in names))]
-    first, second = (page.points(figures["Training", "mean reward"], class_=f"line c{i}")[0] for i in (0, 1))
+    assert list(figures) == [("", "mean reward"), *(("Training", f"kinds of reward, share: {name}") for name in names)]
+    first, second = (page.points(figures["", "mean reward"], class_=f"line c{i}")[0] for i in (0, 1))
     assert len(first) == 6 and first[4] - first[2] == pytest.approx(first[2] - first[0], abs=0.11)
     assert first == second and first[5] - first[3] == pytest.approx(first[3] - first[1], abs=0.11)
     heights = [page.points(figures["Training", f"kinds of reward, share: {names[0]}"], class_=f"line k{i}")[0][1]
