@@ -42,7 +42,6 @@ from support.records import end_reason, trajectory_files, trajectory_path
 
 RANDOM = "random-edits"         # as --model: constants changed at random, kept where the printed score is better
 MADE = {"fine-tuned": ("runs/sft", "python sft.py"), "after RL": ("runs/rl", "python rl.py")}   # name: folder, command
-POOL = "runs/trajectories"      # where both keep the results of scripts
 # float64, so that a reply does not depend on which replies are sampled beside it, as rounding would have it
 MINIATURE = {"temperature": 1.0, "dtype": "float64"}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
@@ -53,11 +52,10 @@ UNDO = "Undo Edit Script"
 LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Script")     # change no script
 MINIATURE_MARK = " *"
 MINIATURE_WARNING = "* Miniature data are made up from a seed: scores on them do not compare with published ones."
-NOTE = """In brackets are intervals of 95 %, by bootstrap of the tasks and of the trajectories of each. "Over random" is
-the difference to random edits on the same tasks, "largest task" what one task makes of the mean gap closed. A
-trajectory without a valid submission has failed and counts at the starter's score. (oracle) is no result: the average
-of the best graded step of each trajectory, which no agent can know. (paper) is Table 1 of the paper: average and best
-of 8 trajectories."""
+NOTE = """In brackets: intervals of 95 %, by bootstrap of the tasks and of the trajectories of each. Over random: the
+difference to random edits on the same tasks. Largest task: its share of the mean gap closed. A trajectory without a
+valid submission has failed and counts at the starter's score. (oracle) is no result: the average of the best graded
+step of each trajectory, which no agent can know. (paper): Table 1 of the paper, average and best of 8 trajectories."""
 NO_MODEL = """
 No --model was given, so only the starter scripts ran. To run an agent, add one of
   --model Qwen/Qwen2.5-0.5B-Instruct       a model on the Hugging Face hub, downloaded when first used
@@ -202,6 +200,10 @@ def final_scores(result, rule):
     return [result["starter"] if score is None else score for score in scores]
 
 
+def figure_values(result, figure, rule):
+    return [figure(score, result) for score in final_scores(result, rule)]
+
+
 def bootstrap(groups):
     """Returns (10,000,) means over tasks, drawn with replacement, and for each drawn task over its trajectories, drawn
     with replacement. groups: for each task a list of the trajectories' values; or two lists, whose means' difference
@@ -236,7 +238,7 @@ def task_figures(result, rule):
     figures = {"average": float(scores.mean()), "best": float(best), "standard_error": error,
                "failed": sum(trajectory[rule] is None for trajectory in result["trajectories"])}
     for name, figure in FIGURES.items():
-        values = [figure(score, result) for score in scores]
+        values = figure_values(result, figure, rule)
         figures[name] = (None, None) if None in values else mean_and_interval([[values]])
     return figures
 
@@ -268,12 +270,11 @@ def format_result(result, rule):
         row["seconds"] = format_number(result["seconds"], ".1f")
         return row
     figures = task_figures(result, rule)
-    others = task_figures(result, other_rule(rule))
     row |= {"average": format_number(figures["average"]), "best": format_number(figures["best"]),
             "std. error": format_number(figures["standard_error"])}
     for name in FIGURES:
         row[f"{name} %"] = format_mean(*figures[name])
-    row[f"{other_rule(rule)} gain"] = format_mean(others["gain"][0])
+    row[f"{other_rule(rule)} gain"] = format_mean(task_figures(result, other_rule(rule))["gain"][0])
     row["failed"] = f"{figures['failed']}/{len(result['trajectories'])}"
     row["(oracle)"] = format_number(task_figures(result, "oracle")["average"])
     return row
@@ -307,10 +308,10 @@ def build_table(runs):
 
 def is_common(results, runs):
     """Returns whether all runs have played a task, on the same data and where both figures are known."""
-    data = {(result["starter"], result["m_best"], result["miniature"]) for result in results.values()}
     played = [result for result in results.values() if result.get("trajectories")]
-    return len(played) == len(runs) and len(data) == 1 and not any(
-        figure(result["starter"], result) is None for result in played for figure in FIGURES.values())
+    data = {(result["starter"], result["m_best"], result["miniature"]) for result in played}
+    known = all(figure(result["starter"], result) is not None for result in played for figure in FIGURES.values())
+    return known and len(played) == len(runs) and len(data) == 1
 
 
 def build_means(runs):
@@ -331,21 +332,18 @@ def build_means(runs):
 def format_means(run, rival, common):
     """Returns {column: text} of a run's means over tasks. rival: the run of random edits or None. common: for each task
     {name of a run: what its results.json says of it}."""
-    def values_of(run, figure, rule):
-        return [[figure(score, results[run["name"]]) for score in final_scores(results[run["name"]], rule)]
-                for results in common]
     rule = run["results"]["final"]
     row = {}
     beside = {}
     for name, figure in FIGURES.items():
-        own = values_of(run, figure, rule)
-        row[f"{name} %"] = format_mean(*mean_and_interval([[values] for values in own]))
+        own = [figure_values(results[run["name"]], figure, rule) for results in common]
+        row[f"{name} %"] = format_mean(*mean_and_interval(list(zip(own))))
         if rival and run is not rival:
-            theirs = values_of(rival, figure, rival["results"]["final"])
+            theirs = [figure_values(results[rival["name"]], figure, rival["results"]["final"]) for results in common]
             row[f"{name} over random"] = format_mean(*mean_and_interval(list(zip(own, theirs))))
-        others = values_of(run, figure, other_rule(rule))
-        beside[f"{other_rule(rule)} {name}"] = format_mean(float(np.mean([np.mean(values) for values in others])))
-    shares = [np.mean(values) for values in own]    # of the gap, the last figure
+        others = [figure_values(results[run["name"]], figure, other_rule(rule)) for results in common]
+        beside[f"{other_rule(rule)} {name}"] = format_mean(np.mean(list(map(np.mean, others))))
+    shares = list(map(np.mean, own))        # of the gap, the last figure
     if sum(shares) > 0:
         row["largest task"] = f"{max(shares) / sum(shares):.0%}"
     return row | beside
@@ -395,13 +393,12 @@ def notes(runs):
     """Returns the texts that one has to know to read the tables: how the trajectories of each agent ended, and NOTE."""
     texts = []
     for run in runs:
-        played = []
+        ends = Counter()
         for result in run["results"]["tasks"].values():
-            played += result.get("trajectories", [])
-        if played:
-            ends = Counter(trajectory["ended"] for trajectory in played).most_common()
-            texts.append(f"{run['name']}: {FINAL[run['results']['final']]} counts. How they ended: "
-                         f"{', '.join(f'{end} {count}' for end, count in ends)}.")
+            ends.update(trajectory["ended"] for trajectory in result.get("trajectories", ()))
+        if ends:
+            words = ", ".join(f"{end} {count}" for end, count in ends.most_common())
+            texts.append(f"{run['name']}: {FINAL[run['results']['final']]} counts. How they ended: {words}.")
     return [*texts, NOTE] if texts else []
 
 
@@ -428,10 +425,10 @@ def read_run(folder, name):
         if not lines:       # not begun
             continue
         task, _, k = path.stem.rpartition("-")
-        direction = results["tasks"].get(task, {}).get("direction") or tasks.load(task).direction
+        about = results["tasks"].get(task, {})
+        direction = about.get("direction") or tasks.load(task).direction
         starter = lines[0]["m_init"]
-        printed = results["tasks"].get(task, {}).get("printed")
-        score = summarize_trajectory(lines, direction, starter, printed)[results["final"]]
+        score = summarize_trajectory(lines, direction, starter, about.get("printed"))[results["final"]]
         if not end_reason(lines):
             outcome = "unfinished"
         elif score is None:
@@ -493,7 +490,7 @@ def starter_result(cfg, task, info, home, cache):
     return {"metric": task.metric, "direction": task.direction, "split": task.split, "miniature": info["miniature"],
             "published": {} if info["miniature"] else task.published, "m_best": info["m_best"],
             "starter": info["m_init"] if cfg.model else score, "printed": printed_metric(run.stdout, task.metric),
-            "seconds": run.seconds, "sandbox": run.sandbox}
+            "seconds": run.seconds}
 
 
 def played_result(cfg, task, result):
@@ -597,8 +594,7 @@ def evaluate(cfg, agents=None, load=sample.load):
 # The command
 
 def agents_made(cfg):
-    """Returns {name: settings} of random edits and of the agents that sft.py and rl.py have made, for the miniatures of
-    all tasks. Copies what they kept of the scripts that ran while they learned, which then need not run again."""
+    """Returns {name: settings} of random edits and of the agents that sft.py and rl.py have made, for all miniatures."""
     random_agent = replace(cfg, task="all", model=RANDOM, coder="none", out=str(Path(cfg.out, RANDOM)))
     agents = {"random edits": random_agent}
     for name, (folder, command) in MADE.items():
@@ -609,12 +605,6 @@ def agents_made(cfg):
     if len(agents) == 1:
         raise ValueError("there is no agent to evaluate: run python sft.py, then python rl.py. Or run a starter alone: "
                          "python eval.py --task leaf-classification")
-    refuse_links_out(POOL)
-    with folder_lock(cfg.out, "eval.py"):
-        for path in (*Path(POOL).glob("blobs/??/*"), *Path(POOL).glob("cache/??/*")):
-            target = Path(cfg.out, *path.parts[-3:])
-            if not target.exists():
-                write_atomic(target, path.read_bytes())
     return agents
 
 

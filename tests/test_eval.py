@@ -424,11 +424,9 @@ def made(tmp_path, task, monkeypatch):
     return {"runs/sft": Scripted(), "runs/rl": Scripted([[edit(3, 9), END], [edit(3, 8), END]])}
 
 
-def play_all(made, leave_out=None):
+def play_all(made):
     cfg = cli.parse(evaluation.Settings, ["--trajectories=2", "--coder=none"], evaluation.fill)
-    agents = evaluation.agents_made(cfg)
-    agents.pop(leave_out, None)
-    return evaluation.evaluate(cfg, agents, load=lambda spec, **options: made[spec])
+    return evaluation.evaluate(cfg, evaluation.agents_made(cfg), load=lambda spec, **options: made[spec])
 
 
 def test_the_agents_that_were_made_stand_in_one_table_with_random_edits(made, tmp_path):
@@ -476,13 +474,6 @@ def test_agents_that_act_in_two_ways_do_not_stand_in_one_table(made, capsys):
     with pytest.raises(SystemExit) as end:
         evaluation.main([])
     assert end.value.code == 2 and "runs/sft/agent.json and runs/rl/agent.json differ" in capsys.readouterr().err
-
-
-def test_scripts_that_ran_while_they_learned_do_not_run_again(made, monkeypatch):
-    play(evaluation.Settings(task="tiny-task", model="scripted", coder="none", trajectories=2, out="runs/trajectories"),
-         Scripted())
-    monkeypatch.setattr(env, "execute", None)
-    play_all({"runs/sft": Scripted(), "runs/rl": Scripted()}, leave_out="random edits")
 
 
 def test_what_is_there_is_evaluated_and_what_is_not_is_named(made, monkeypatch, capsys):
