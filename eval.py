@@ -160,12 +160,15 @@ def changed_constant(step):
 
 def sum_habits(results):
     """Returns {split: {column of HABITS: (part, whole)}} over all trajectories that results.json tells of."""
-    splits = {}
+    totals = {}
     for result in results["tasks"].values():
         for trajectory in result.get("trajectories", ()):
-            splits.setdefault(result["split"], []).append(trajectory)
-    return {split: {habit: tuple(sum(trajectory[name] for trajectory in trajectories) for name in names)
-                    for habit, names in HABITS.items()} for split, trajectories in splits.items()}
+            counts = {name: trajectory[name] for pair in HABITS.values() for name in pair}
+            totals.setdefault(result["split"], Counter()).update(counts)
+    shares = {}
+    for split, total in totals.items():
+        shares[split] = {habit: (total[part], total[whole]) for habit, (part, whole) in HABITS.items()}
+    return shares
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,7 +535,8 @@ def play_tasks(cfg, infos, home, cache, load):
     if not jobs:
         return
     if any(records.values()):
-        print(f"{cfg.out}: {len(records) - len(jobs)} of {len(records)} trajectories are done; going on", file=sys.stderr)
+        num_done = len(records) - len(jobs)
+        print(f"{cfg.out}: {num_done} of {len(records)} trajectories are done; going on", file=sys.stderr)
     num_rows = min(max(1, TOKENS_TOGETHER // cfg.context), len(jobs))
     model, coder = (None, None) if cfg.model == RANDOM else load_models(cfg, num_rows, load)
     progress = Progress(records, cfg.steps)
@@ -594,7 +598,7 @@ def evaluate(cfg, agents=None, load=sample.load):
 # The command
 
 def agents_made(cfg):
-    """Returns {name: settings} of random edits and of the agents that sft.py and rl.py have made, for all miniatures."""
+    """Returns {name: settings} of random edits and of what sft.py and rl.py have made, for all miniatures."""
     random_agent = replace(cfg, task="all", model=RANDOM, coder="none", out=str(Path(cfg.out, RANDOM)))
     agents = {"random edits": random_agent}
     for name, (folder, command) in MADE.items():

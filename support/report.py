@@ -8,7 +8,8 @@ from support.files import (
 
 LONGEST_TEXT = 20_000       # characters of one text on the page
 FINAL = {"last-valid": "the last valid submission",
-         "best-validation": "the valid submission whose script printed the best score"}
+         "best-validation": "the submission whose script printed the best score, the starter's too, of equal ones the "
+                            "earliest,"}
 CURVES = {      # entry of a training log -> heading of its figure
     "reward": "mean reward", "reward_edits": "mean reward of edits that ran", "valid": "valid replies, share",
     "kl": "divergence from the first model, nats a token", "entropy": "entropy, nats a token",

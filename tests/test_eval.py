@@ -131,7 +131,8 @@ def test_scores_by_hand(tmp_path, task):
 
 def step(printed=None, score=None, action="Replace In Script", change=("3", "4"), valid=True, outcome="ok", name="X"):
     """A recorded step, of what is read of it."""
-    observation = f"train.py is saved. The difference:\n@@ -1 +1 @@\n-{name} = {change[0]}\n+{name} = {change[1]}  # of 9\n"
+    before, after = change
+    observation = f"train.py is saved. The difference:\n@@ -1 +1 @@\n-{name} = {before}\n+{name} = {after}  # of 9\n"
     return {"type": "step", "printed": printed, "score": score, "action": action, "valid": valid, "outcome": outcome,
             "observation": observation}
 
@@ -250,7 +251,7 @@ def test_means_over_tasks_beside_random_edits_by_hand():
 def test_what_an_agent_does_by_hand(tmp_path, task):
     results = play(settings(tmp_path), Scripted())
     played = results["tasks"]["tiny-task"]["trajectories"]
-    # VALUE 3 to 8 to 9: better twice, and once it goes on upwards. 1 / 0: failed, not taken back. 9.5: better, then down.
+    # VALUE 3 to 8 to 9: better twice, once it goes on upwards. 1 / 0: failed, not taken back. 9.5: better, then down.
     assert [[one[name] for name in ("steps", "valid", "worse", "undone", "better", "continued")] for one in played] == [
         [4, 4, 0, 0, 2, 1], [3, 2, 1, 0, 0, 0], [3, 3, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0]]
     assert masked(tmp_path / "out")["habits"] == {
@@ -287,7 +288,7 @@ def test_the_report_says_what_was_measured(tmp_path, task):
         "tiny-task *", "scripted", "MAE (down)", "7.0000", "3.8750", "0.5000", f"{(39.1875 / 3) ** 0.5 / 2:.4f}",
         "+44.6 (+0.0 to +89.3)", "+44.6 (+0.0 to +89.3)", "+32.1", "2/4", "3.8750"]
     assert text.startswith(MINIATURE) and "ML-Agent (paper)" not in text
-    assert "scripted: the valid submission whose script printed the best score counts. How they ended: final" in text
+    assert "of equal ones the earliest, counts. How they ended: final answer 4." in text
     assert "(oracle) is no" in text
 
 
