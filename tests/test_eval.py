@@ -179,13 +179,13 @@ def run_of(name, model="m", **results):
     return {"name": name, "results": {"settings": {"model": model}, "final": "best-validation", "tasks": results}}
 
 
-@pytest.mark.parametrize("direction, best, gain, gap", [("up", 6, 50, 25), ("down", 1, -50, -100 / 3)])
-def test_figures_in_both_directions(direction, best, gain, gap):
-    m_best = {"up": 6, "down": -1}[direction]       # 1, 6, 2 close -1/4, 1, 0 of the gap 4, or 1/3, -1 (cut), 0 of 3
+@pytest.mark.parametrize("direction, m_best, best, gain, gap", [
+    ("up", 6, 6, 50, 25),               # of the gap of 4 the scores 1, 6, 2 close -1/4, 1 and 0
+    ("down", -1, 1, -50, -200 / 9)])    # of 3 they close 1/3, -4/3, which counts as -1, and 0
+def test_figures_in_both_directions(direction, m_best, best, gain, gap):
     a = evaluation.task_figures(result([1, 6, None], 2, m_best, direction), "best-validation")
     assert (a["average"], a["best"], a["failed"]) == (3, best, 1)
-    assert a["gain"][0] == gain
-    assert a["gap"][0] == pytest.approx({"up": 100 * (-1 / 4 + 1) / 3, "down": 100 * (1 / 3 - 1) / 3}[direction])
+    assert a["gain"][0] == gain and a["gap"][0] == pytest.approx(gap)
     assert a["standard_error"] == pytest.approx(((4 + 9 + 1) / 2) ** 0.5 / 3 ** 0.5)
 
 
