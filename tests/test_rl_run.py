@@ -68,7 +68,7 @@ def make(folder, pause=0.0):
     for script in (folder / "tasks").glob("*/train.py") if pause else ():
         script.write_text(script.read_text() + f"import time\ntime.sleep({pause})\n")
     sft.collect(collecting(folder, "pool", prompt_format="short", fields=miniature.SHORT_FIELDS,
-                           actions=miniature.SHORT_ACTIONS, num=2, steps=6))
+                           actions=(*miniature.SHORT_ACTIONS, "Replace In Script"), num=2, steps=6))
     rollout = playing(folder)
     save_model(folder / "model", [rollout.begin(name)[0].prompt() for name in list(rollout.states)[::4]])
     return folder
@@ -131,8 +131,8 @@ def test_every_state_is_that_of_the_recorded_run(made):
     rollout, seen = playing(made), 0
     for file in sorted((made / "pool").glob("*.jsonl")):
         head, steps = env.read_trajectory(file)
-        live = env.Env(head["task"], made / "data", out=made / "pool", prompt_format="short", fields=head["fields"],
-                       actions=head["actions"], steps=head["steps"])
+        live = env.Env(head["task"], tasks.seeded(made / "data", head["data_seed"]), out=made / "pool",
+                       **{name: head[name] for name in env.AGENT})
         for step in steps:
             state = rollout.states[f"{file.stem}, step {step['index']}"]
             here = rollout.begin(state.name)[0]
