@@ -450,7 +450,7 @@ def ragged_actions(prefix, length, n, limit):
 def update_model(s, way):
     """The model that `update` trains in one of the WAYS; activations are computed again in backward."""
     if s.model == "tiny":
-        config, folder = replace(Config.preset("0.5b"), num_hidden_layers=2), None
+        config, folder = replace(Config.preset("0.5b"), num_hidden_layers=2, vocab_size=151936 // 12), None
     else:
         folder = find_folder(s.model)
         config = Config.from_pretrained(folder)
@@ -518,8 +518,9 @@ def peak_resident():
 
 def update(s):
     """An update of PPO for n actions in one state, forward and backward in one row: with the state once, with it before
-    each action, and in transformers with padding. Tokens, seconds, and memory above weights and gradients. Of tiny: two
-    blocks of the 0.5B, with its whole vocabulary and random weights."""
+    each action, and in transformers with padding. Tokens, seconds, and memory above weights and gradients. Of tiny: a
+    twelfth of the 0.5B, two of its blocks and a twelfth of its vocabulary, so that head and blocks cost as they do
+    there, with random weights."""
     ways = WAYS if transformers else WAYS[:2]
     nets = {way: update_model(s, way) for way in ways if way != "packed"}
     nets["packed"] = nets["shared"]

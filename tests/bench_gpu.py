@@ -361,8 +361,11 @@ def decode(scale, left):
 
 def trained_model(scale):
     """Returns the model that is trained, with products in bf16 and activations computed again in backward."""
-    return distributed.build_model(scale.trained, None, scale.device, recompute=True, compute=torch.bfloat16,
-                                   draw=partial(Qwen2.from_scratch, device=scale.device))
+    net = Qwen2.from_scratch(scale.trained, device=scale.device)
+    net.compute_dtype = torch.bfloat16
+    for block in net.model.layers:
+        block.recompute = True
+    return net
 
 
 def train(scale, left, compiled=False):
