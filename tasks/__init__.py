@@ -37,7 +37,7 @@ from support import sandbox
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
     MissingRaw, copy_raw, copy_raw_folder, is_disk_full, jpeg, loose_files, open_raw, raw_csv, raw_files,
-    split_positions, write_csv)
+    split_positions, share_of_test, write_csv)
 from tasks.submission import InvalidSubmission, matched, numbers, read_submission, read_table, show
 
 # What an idea may be about: the closed set of "kind" in ideas.json.

@@ -39,7 +39,7 @@ def _both(answers, submission):
 
 
 def miniature(raw, seed):
-    """320 comments to train on and 180 to test on, 40 % of them insults.
+    """450 comments to train on and 300 to test on, 40 % of them insults.
 
     Rude words and "you" occur in both kinds: an insult calls the reader rude names, the rest call others so, or speak
     to the reader kindly. Rude words are often spelt in ways that come once only. Escapes stand for spaces and lines.
@@ -47,7 +47,7 @@ def miniature(raw, seed):
     rng = random.Random(seed)
     taste = {kind: [rng.lognormvariate(0, 1) for _ in words] for kind, words in WORDS.items()}
     seen, rows = set(), []
-    while len(rows) < 500:
+    while len(rows) < 750:
         insult = rng.random() < 0.4
         text = _comment(rng, insult, taste)
         if text not in seen:
@@ -56,7 +56,7 @@ def miniature(raw, seed):
             date += f"{rng.randint(0, 23):02d}{rng.randint(0, 59):02d}{rng.randint(0, 59):02d}Z"
             rows.append([int(insult), "" if rng.random() < 0.2 else date, f'"{text}"'])
     rows = pd.DataFrame(rows, columns=["Insult", "Date", "Comment"])
-    train, test = rows[:320], rows[320:]
+    train, test = rows[:450], rows[450:]
     write_csv(train, raw / "train.csv")
     usage = [rng.choice(["PublicTest", "PrivateTest"]) for _ in range(len(test))]
     write_csv(test.assign(Usage=usage), raw / "test_with_solutions.csv")

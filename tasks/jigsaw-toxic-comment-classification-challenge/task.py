@@ -30,20 +30,20 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """320 labelled comments, and 240 to test on, of which 180 have labels.
+    """450 labelled comments, and 375 to test on, of which 300 have labels.
 
     Each kind of toxicity has its own made-up swear words, spelt in many ways: with doubled letters, digits for letters
     and endings. Vegetables insult only after "you". Who shouts (in capitals) is severe. Hate is a people named beside a
     swear word, and one comment in twenty is labelled wrongly.
     """
     rng = np.random.default_rng(seed)
-    n = 560
+    n = 825
     comments, labels = zip(*(_comment(rng) for _ in range(n)))
     ids = [f"{id:016x}" for id in rng.integers(1 << 62, size=n)]
-    ids = sorted(ids[:320]) + sorted(ids[320:])
+    ids = sorted(ids[:450]) + sorted(ids[450:])
     frame = pd.DataFrame({"id": ids, "comment_text": comments}).join(pd.DataFrame(labels, columns=LABELS))
-    train, test = frame[:320], frame[320:]
-    unscored = np.isin(np.arange(len(test)), rng.permutation(len(test))[:60])
+    train, test = frame[:450], frame[450:]
+    unscored = np.isin(np.arange(len(test)), rng.permutation(len(test))[:75])
     answers = test[["id", *LABELS]].copy()
     answers.loc[unscored, LABELS] = -1
     sample = test[["id"]].assign(**dict.fromkeys(LABELS, 0.5))

@@ -7,7 +7,7 @@ submission is constant.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, matched, numbers, pearson, raw_csv, split_positions, write_csv
+from tasks import Task, matched, numbers, pearson, raw_csv, share_of_test, split_positions, write_csv
 
 
 def prepare(raw, public, private, variant):
@@ -16,7 +16,7 @@ def prepare(raw, public, private, variant):
     Pairs are drawn one by one, so the same anchor is on both sides.
     """
     rows = raw_csv(raw, "train.csv", ["id", "anchor", "target", "score"])
-    train, test = (rows.iloc[side] for side in split_positions(len(rows), 0.1))
+    train, test = (rows.iloc[side] for side in split_positions(len(rows), share_of_test(0.1, len(rows))))
     write_csv(train, public / "train.csv")
     write_csv(test.drop(columns="score"), public / "test.csv")
     write_csv(test[["id"]].assign(score=0), public / "sample_submission.csv")
@@ -30,7 +30,7 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """500 labelled pairs of 20 anchors, and 36 unlabelled ones.
+    """750 labelled pairs of 20 anchors, and 36 unlabelled ones.
 
     An anchor is a quality and a thing. Targets that say the same in another form score 1, with a synonym of one word
     0.75, of a wider or narrower kind 0.5, with one word in common 0.25, of other things 0. One in seven scores is a
@@ -42,7 +42,7 @@ def miniature(raw, seed):
     anchors = [(pair // len(things), pair % len(things)) for pair in pairs]
     contexts = rng.choice(CONTEXTS, 20)
     seen, rows = set(), []
-    while len(rows) < 536:
+    while len(rows) < 786:
         k, level = rng.integers(20), rng.choice(5, p=[0.2, 0.3, 0.3, 0.12, 0.08])
         target = _target(rng, *anchors[k], level, qualities, things)
         if (k, target) in seen:
@@ -52,9 +52,9 @@ def miniature(raw, seed):
         anchor = f"{qualities[anchors[k][0]][0]} {things[anchors[k][1]][0]}"
         rows.append([f"{rng.integers(1 << 62):016x}", anchor, target, contexts[k], level / 4])
     frame = pd.DataFrame(rows, columns=["id", "anchor", "target", "context", "score"])
-    write_csv(frame[:500], raw / "train.csv")
-    write_csv(frame[500:].drop(columns="score"), raw / "test.csv")
-    write_csv(frame[500:][["id"]].assign(score=0), raw / "sample_submission.csv")
+    write_csv(frame[:750], raw / "train.csv")
+    write_csv(frame[750:].drop(columns="score"), raw / "test.csv")
+    write_csv(frame[750:][["id"]].assign(score=0), raw / "sample_submission.csv")
 
 
 def _target(rng, quality, thing, level, qualities, things):
