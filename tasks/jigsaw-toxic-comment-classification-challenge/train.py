@@ -14,6 +14,7 @@ MAX_RUN = 1             # runs of up to so many words count, each as a word of i
 C = 1.0                 # inverse strength of the regularisation
 TOXIC_WEIGHT = 1.0      # how much a comment with the label counts in training; one without it counts 1
 LABELS = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
+WORD = rf"\b\w{{{MIN_LETTERS},}}\b"
 
 
 def load(path):
@@ -23,8 +24,7 @@ def load(path):
 
 
 def build_model():
-    weights = {0: 1.0, 1: TOXIC_WEIGHT}
-    return LogisticRegression(C=C, class_weight=weights, solver="liblinear", random_state=SEED)
+    return LogisticRegression(C=C, class_weight={1: TOXIC_WEIGHT}, solver="liblinear", random_state=SEED)
 
 
 def predict(x_fit, y_fit, x):
@@ -34,8 +34,8 @@ def predict(x_fit, y_fit, x):
 
 train, texts = load("data/train.csv")
 test, test_texts = load("data/test.csv")
-vectorizer = TfidfVectorizer(min_df=MIN_COMMENTS, max_features=20000, sublinear_tf=True,
-                             ngram_range=(1, MAX_RUN), token_pattern=rf"\b\w{{{MIN_LETTERS},}}\b")
+vectorizer = TfidfVectorizer(min_df=MIN_COMMENTS, ngram_range=(1, MAX_RUN), token_pattern=WORD, max_features=20000,
+                             sublinear_tf=True)
 x = vectorizer.fit_transform(texts)
 x_test = vectorizer.transform(test_texts)
 y = train[LABELS].to_numpy()

@@ -31,8 +31,8 @@ def weigh(x):
 
 
 def build_model():
-    classifier = LogisticRegression(C=C, max_iter=200, random_state=SEED)
-    return make_pipeline(StandardScaler(), FunctionTransformer(weigh), classifier)
+    return make_pipeline(StandardScaler(), FunctionTransformer(weigh),
+                         LogisticRegression(C=C, max_iter=200, random_state=SEED))
 
 
 # every species has few rows, so the validation part is drawn species by species

@@ -14,13 +14,14 @@ MIN_LETTERS = 2         # shorter words are left out
 MAX_RUN = 1             # runs of up to so many words count, each as a word of its own
 ALPHA = 2.0             # strength of the regularisation
 STRETCH = 1.0           # predictions are moved away from their mean by this factor
+WORD = rf"\b\w{{{MIN_LETTERS},}}\b"
 
 train = pd.read_csv("data/train.csv")
 test = pd.read_csv("data/test.csv")
 
 
 def build_model():
-    words = TfidfVectorizer(min_df=MIN_ESSAYS, ngram_range=(1, MAX_RUN), token_pattern=rf"\b\w{{{MIN_LETTERS},}}\b")
+    words = TfidfVectorizer(min_df=MIN_ESSAYS, ngram_range=(1, MAX_RUN), token_pattern=WORD)
     return make_pipeline(words, Ridge(alpha=ALPHA, random_state=SEED))
 
 

@@ -21,8 +21,7 @@ def load(name):
 
 
 def build_model():
-    return RandomForestRegressor(n_estimators=NUM_TREES, min_samples_leaf=MIN_LEAF, max_features=MAX_FEATURES,
-                                 random_state=SEED)
+    return RandomForestRegressor(NUM_TREES, min_samples_leaf=MIN_LEAF, max_features=MAX_FEATURES, random_state=SEED)
 
 
 def predict(x_fit, y_fit, x):

@@ -27,8 +27,8 @@ def load(path):
 
 
 def build_model():
-    products = PolynomialFeatures(DEGREE, include_bias=False)
-    return make_pipeline(StandardScaler(), products, LogisticRegression(C=C, max_iter=300, random_state=SEED))
+    return make_pipeline(StandardScaler(), PolynomialFeatures(DEGREE, include_bias=False),
+                         LogisticRegression(C=C, max_iter=300, random_state=SEED))
 
 
 def predict(model, features):

@@ -13,13 +13,14 @@ MIN_LETTERS = 2         # shorter words are left out
 MAX_RUN = 1             # runs of up to so many words count, each as a word of its own
 C = 2.5                 # inverse strength of the regularisation
 SHARPNESS = 1.0         # the probabilities are raised to this power
+WORD = rf"\b\w{{{MIN_LETTERS},}}\b"
 
 train = pd.read_csv("data/train.csv")
 test = pd.read_csv("data/test.csv")
 
 
 def build_model():
-    words = TfidfVectorizer(min_df=MIN_SENTENCES, ngram_range=(1, MAX_RUN), token_pattern=rf"\b\w{{{MIN_LETTERS},}}\b")
+    words = TfidfVectorizer(min_df=MIN_SENTENCES, ngram_range=(1, MAX_RUN), token_pattern=WORD)
     return make_pipeline(words, LogisticRegression(C=C, max_iter=300, random_state=SEED))
 
 

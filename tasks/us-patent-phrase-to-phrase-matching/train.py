@@ -12,6 +12,7 @@ MIN_LETTERS = 2         # shorter words are left out
 MAX_RUN = 1             # runs of up to so many words count, each as a word of its own
 TARGET_TIMES = 1        # how often the target's words count; the anchor's and the context's count once
 ALPHA = 1.0             # strength of the regularisation
+WORD = rf"\b\w{{{MIN_LETTERS},}}\b"
 
 train = pd.read_csv("data/train.csv")
 test = pd.read_csv("data/test.csv")
@@ -26,7 +27,7 @@ def build_model():
     return Ridge(alpha=ALPHA)
 
 
-vectorizer = TfidfVectorizer(min_df=MIN_ROWS, ngram_range=(1, MAX_RUN), token_pattern=rf"\b\w{{{MIN_LETTERS},}}\b")
+vectorizer = TfidfVectorizer(min_df=MIN_ROWS, ngram_range=(1, MAX_RUN), token_pattern=WORD)
 x = vectorizer.fit_transform(build_texts(train))
 x_test = vectorizer.transform(build_texts(test))
 y = train["score"].to_numpy()
