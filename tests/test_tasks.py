@@ -889,19 +889,6 @@ def test_tables_are_read_as_they_stand(tmp_path):
         tasks.read_submission(tmp_path / "s.csv", 24)
 
 
-def test_further_metrics_are_shown_beside_the_score(toy, tmp_path, capsys):
-    also = 'also={"ten times": lambda answers, submission: 10 * score(answers, submission)}, variants='
-    (toy / "task.py").write_text(TOY_TASK.replace("variants=", also))
-    home = tasks.prepare("toy", data=tmp_path, log=quiet)
-    sample = home / "public" / "sample_submission.csv"
-    score = tasks.grade("toy", sample, tmp_path)
-    assert tasks.also("toy", sample, tmp_path) == {"ten times": pytest.approx(10 * score)}
-    assert main(["grade", "toy", str(sample), "--data", str(tmp_path)]) == 0
-    assert f"ten times {10 * score:.6g}" in capsys.readouterr().out
-    with pytest.raises(InvalidSubmission, match="no such file"):
-        tasks.also("toy", tmp_path / "none.csv", tmp_path)
-
-
 def test_grading_what_is_not_prepared_says_how_to_prepare_it(tmp_path):
     with pytest.raises(ValueError, match="python -m tasks prepare leaf-classification --data"):
         tasks.grade("leaf-classification", "submission.csv", tmp_path)

@@ -1,14 +1,14 @@
 """Insults in comments: whether a comment is meant to insult someone in the conversation.
 
 Files and split are MLE-bench's: no split is made, the publisher's first test set and its solutions are the test. The
-score is the paper's accuracy, with probabilities above 0.5 taken as insults; MLE-bench's own metric, the AUC, is shown
-beside it. No row has an id: the comment itself is the key, so it must come back unchanged.
+score is the paper's accuracy, with probabilities above 0.5 taken as insults; MLE-bench's own is the AUC. No row has an
+id: the comment itself is the key, so it must come back unchanged.
 """
 import random
 
 import pandas as pd
 
-from tasks import Task, accuracy, auc, copy_raw, matched, numbers, raw_csv, write_csv
+from tasks import Task, accuracy, copy_raw, matched, numbers, raw_csv, write_csv
 
 
 def prepare(raw, public, private, variant):
@@ -24,18 +24,8 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Share of comments that are right, a probability above 0.5 meaning an insult."""
-    truth, predicted = _both(answers, submission)
-    return accuracy(truth, predicted > 0.5)
-
-
-def area(answers, submission):
-    """MLE-bench's metric: the area under the ROC curve of the probabilities."""
-    return auc(*_both(answers, submission))
-
-
-def _both(answers, submission):
     predicted = matched(submission, answers, "Comment", ["Insult"])
-    return numbers(answers, ["Insult"])[:, 0], numbers(predicted, ["Insult"], low=0, high=1)[:, 0]
+    return accuracy(numbers(answers, ["Insult"]), numbers(predicted, ["Insult"], low=0, high=1) > 0.5)
 
 
 def miniature(raw, seed):
@@ -119,7 +109,6 @@ TASK = Task(
     id="detecting-insults-in-social-commentary", modality="text", kind="classification", metric="accuracy",
     direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), key="Comment",
     targets=("Insult",), sample="sample_submission_null.csv", prepare=prepare, miniature=miniature, score=score,
-    also={"AUC": area},
     known_signal="the comment itself is the key, and how it begins tells of the target",
     known_twins="comments have no ids, so the same short one may have been written in both files",
     download="train.csv and test_with_solutions.csv of the Kaggle competition detecting-insults-in-social-commentary, "
