@@ -8,7 +8,6 @@ from sklearn.pipeline import make_pipeline
 
 SEED = 0
 VALID_FRACTION = 0.1    # share of the training rows held back to measure the error
-MIN_ESSAYS = 1          # words found in fewer essays are left out
 MIN_LETTERS = 2         # shorter words are left out
 MAX_RUN = 1             # runs of up to so many words count, each as a word of its own
 ALPHA = 20.0            # strength of the regularisation
@@ -21,7 +20,7 @@ test = pd.read_csv("data/test.csv")
 
 
 def build_model():
-    words = TfidfVectorizer(min_df=MIN_ESSAYS, ngram_range=(1, MAX_RUN), token_pattern=WORD)
+    words = TfidfVectorizer(ngram_range=(1, MAX_RUN), token_pattern=WORD)
     return make_pipeline(words, Ridge(alpha=ALPHA, random_state=SEED))
 
 
