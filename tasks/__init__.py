@@ -52,8 +52,6 @@ GRADING = threading.Lock()  # one submission is graded at a time, since tables o
 @dataclass(frozen=True)
 class Task:
     id: str
-    modality: str                   # "tabular", "image", "text" or "graph"
-    kind: str                       # "classification", "regression" or "generation"
     metric: str                     # the metric's name as printed
     direction: str                  # "up": higher is better, 1 is perfect; "down": lower is better, 0 is perfect
     split: str                      # "held-in" (trained on) or "held-out" (evaluated on)

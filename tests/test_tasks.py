@@ -72,7 +72,7 @@ def miniature(raw, seed):
     write_csv(pd.DataFrame({"id": rng.permutation(80), "x": x, "y": 3 * x + 1}), raw / "all.csv")
 
 TASK = Task(
-    id="toy", modality="tabular", kind="regression", metric="MAE", direction="down", split="held-in", source="us",
+    id="toy", metric="MAE", direction="down", split="held-in", source="us",
     download="all.csv of the toy competition", size="1 kB", prepare=prepare, miniature=miniature, score=score,
     m_init=None, m_best=0.0, m_best_source="algebra", m_best_miniature=0.0, m_best_miniature_source="algebra",
     variants=("first", "last"))

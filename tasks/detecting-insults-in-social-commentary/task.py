@@ -106,7 +106,7 @@ WORDS = {
 }
 
 TASK = Task(
-    id="detecting-insults-in-social-commentary", modality="text", kind="classification", metric="accuracy",
+    id="detecting-insults-in-social-commentary", metric="accuracy",
     direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), key="Comment",
     targets=("Insult",), sample="sample_submission_null.csv", prepare=prepare, miniature=miniature, score=score,
     known_signal="the comment itself is the key, and how it begins tells of the target",

@@ -105,7 +105,7 @@ song album year film he she they wrote built played won lost first second old ne
 you me one deleted reverted vandalism neutral opinion fact policy help welcome project stub template""".split()
 
 TASK = Task(
-    id="jigsaw-toxic-comment-classification-challenge", modality="text", kind="classification", metric="mean AUC",
+    id="jigsaw-toxic-comment-classification-challenge", metric="mean AUC",
     direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), targets=tuple(LABELS),
     prepare=prepare, miniature=miniature, score=score,
     download="train.csv.zip, test.csv.zip, test_labels.csv.zip and sample_submission.csv.zip of the Kaggle competition "

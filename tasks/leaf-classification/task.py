@@ -114,7 +114,7 @@ Tilia_Platyphyllos Tilia_Tomentosa Ulmus_Bergmanniana Viburnum_Tinus Viburnum_x_
 Zelkova_Serrata""".split()
 
 TASK = Task(
-    id="leaf-classification", modality="image", kind="classification", metric="log loss", direction="down",
+    id="leaf-classification", metric="log loss", direction="down",
     split="held-out", source="MLE-bench", variants=("mle-bench",), test_file="images/{}.jpg",
     prepare=prepare, miniature=miniature, score=score,
     download="train.csv.zip and images.zip of the Kaggle competition leaf-classification, or its whole zip",

@@ -84,7 +84,7 @@ FIRST = "Ada Bela Cora Dario Ennis Falk Gerd Hana Ivo Jule Kimo Lotta Mats Nira 
 LAST = "Arrow Birch Clover Dunes Ember Frost Grange Harrow Inlet Juniper Kestrel Larch Moor Nettle Osier".split()
 
 TASK = Task(
-    id="spaceship-titanic", modality="tabular", kind="classification", metric="accuracy", direction="up",
+    id="spaceship-titanic", metric="accuracy", direction="up",
     split="held-in", source="MLAgentBench", variants=("mlagentbench", "mle-bench"), key="PassengerId",
     targets=("Transported",), prepare=prepare, miniature=miniature, score=score,
     known_signal="PassengerId names travel groups, whose members often share their fate, as in the publisher's data",
