@@ -171,7 +171,7 @@ The workspace holds {task.entry} (the script to improve) and data/ (read-only). 
 SHORT = """{metric}, {better} is better, {steps_left} steps left
 Best: {best}
 {constants}
-Last: {news}"""     # the last action stands at the end, always as far from the reply, where a small model finds it
+Last: {news}"""
 NOTHING = {"news": "nothing", "change": {}, "best_printed": None, "best_script": None}  # seen at the start, see Step
 
 
