@@ -95,7 +95,7 @@ def _smooth(rng, side, knots):
 
 
 TASK = Task(
-    id="aerial-cactus-identification", modality="image", kind="classification", metric="AUC", direction="up",
+    id="aerial-cactus-identification", metric="AUC", direction="up",
     split="held-in", source="MLE-bench", variants=("mle-bench",),
     prepare=prepare, miniature=miniature, score=score, test_file="test/{}",
     download="train.csv and train.zip of the Kaggle competition aerial-cactus-identification, or its whole zip",

@@ -172,7 +172,7 @@ def _picture(rng, k):
 
 
 TASK = Task(
-    id="cifar-10", modality="image", kind="classification", metric="accuracy", direction="up", split="held-in",
+    id="cifar-10", metric="accuracy", direction="up", split="held-in",
     source="MLAgentBench", variants=("mlagentbench",), targets=tuple(COLUMNS),
     prepare=prepare, miniature=miniature, score=score,
     download="cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html", size="170 MB",

@@ -98,7 +98,7 @@ def _picture(rng, dog):
 
 
 TASK = Task(
-    id="dogs-vs-cats-redux-kernels-edition", modality="image", kind="classification", metric="log loss",
+    id="dogs-vs-cats-redux-kernels-edition", metric="log loss",
     direction="down", split="held-in", source="MLE-bench", variants=("mle-bench",), prepare=prepare,
     miniature=miniature, score=score, answers="answers.csv", test_file="test/{}.jpg",
     download="train.zip of the Kaggle competition dogs-vs-cats-redux-kernels-edition, or its whole zip", size="850 MB",
