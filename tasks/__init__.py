@@ -59,7 +59,7 @@ class Task:
     download: str                   # what to get, from where
     size: str                       # how large the download is
     prepare: Callable               # (raw, public, private, variant): the publisher's files -> public and private
-    miniature: Callable             # (raw, seed): writes files as the publisher ships them, 50 to 500 rows
+    miniature: Callable             # (raw, seed): writes files as the publisher ships them, 300 test rows or more
     score: Callable                 # (answers, submission): two tables {column: [text]} -> float, or InvalidSubmission,
                                     # for what is in the submission, never for how it compares with the answers
     m_init: float | None            # the starter's score on the real data, first variant; None: not measured

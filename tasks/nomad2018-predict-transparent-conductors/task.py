@@ -77,7 +77,8 @@ def miniature(raw, seed):
     shape = shape[groups] * np.exp(rng.normal(0, 0.03, (n, 3)))
     beta = np.array([104.0, 90, 90, 90, 90, 97])[groups] + rng.normal(0, 0.3, n)
     lattice = shape * (volume / shape.prod(1) / np.sin(np.radians(beta)))[:, None] ** (1 / 3)
-    slope, bow = rng.normal(0, 1, (2, 6, 2))[:, groups].transpose(0, 2, 1)     # each (target, n)
+    bent = np.random.default_rng(0).normal(0, 1, (2, 6, 2))         # nature is the same for every seed
+    slope, bow = bent[:, groups].transpose(0, 2, 1)                 # each (target, n)
     aluminium, middle = mixture[:, 0] - 0.37, np.abs(mixture[:, 2] - 0.3) - 0.2
     energy = np.exp(-2.0 + 0.9 * slope[0] * aluminium + 1.8 * bow[0] * middle + 0.25 * np.abs(tensed)
                     + np.array([0.5, -0.3, 0.3, -0.6, 0.1, 0.0])[groups] + 2 * (stirred - 0.16)
@@ -138,7 +139,7 @@ TASK = Task(
              "or its whole zip", size="6 MB",
     m_init=0.06461,
     m_best=0.051, m_best_source="first place of Kaggle's private leaderboard",
-    m_best_miniature=0.0601,
+    m_best_miniature=0.0576,
     m_best_miniature_source="histogram gradient boosting of logarithms with volume and distances between atoms",
     medals={"gold": 0.05589, "silver": 0.06229, "bronze": 0.06582, "median": 0.06988},
 )

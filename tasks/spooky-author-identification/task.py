@@ -37,10 +37,11 @@ def miniature(raw, seed):
     The authors share templates and words, and each prefers some of them, and with an adjective a noun. They also
     differ in how they punctuate and in how the names they invent end; the names themselves hardly come twice.
     """
-    rng = random.Random(seed)
+    rng = random.Random(4)   # the authors are the same for every seed
     taste = {author: {kind: [rng.lognormvariate(0, 0.8) for _ in words] for kind, words in WORDS.items()}
              for author in AUTHORS}
     pairs = {author: {word: rng.choice(WORDS["NOUN"]) for word in WORDS["ADJ"]} for author in AUTHORS}
+    rng = random.Random(seed)
     authors = rng.choices(AUTHORS, [0.4, 0.29, 0.31], k=810)
     texts = {}          # an ordered set
     for author in authors:
@@ -103,7 +104,7 @@ TASK = Task(
     download="train.zip of the Kaggle competition spooky-author-identification, or its whole zip", size="2 MB",
     m_init=0.4615,
     m_best=0.02467, m_best_source="first place of Kaggle's private leaderboard",
-    m_best_miniature=0.2805,
+    m_best_miniature=0.219,
     m_best_miniature_source="logistic regression on runs of up to three words and character n-grams",
     published={"Qwen-7B-Instruct": (0.4515, 0.4285), "Qwen-32B-Instruct": (0.4660, 0.4285),
                "GPT-4o-mini": (0.4443, 0.4285), "GPT-4o": (0.4474, 0.4422), "DeepSeek-R1": (0.4454, 0.4248),
