@@ -232,11 +232,15 @@ def read_object(path):
 # Key/value cache
 
 class KVCache:
-    """Keys and values of R conversations of up to S_max tokens: two tensors (L, R, K, S_max, D), allocated once."""
+    """Keys and values of R conversations of up to S_max tokens: two tensors (L, R, K, S_max, D), allocated once.
+
+    S_max is the next multiple of 64 above `length`. No token stands at its last position, where padding is written.
+    """
 
     def __init__(self, config, rows, length, dtype, device):
         self.group = config.num_attention_heads // config.num_key_value_heads       # query heads that share a key
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+        self.padding = (length // SIGHT_STEP + 1) * SIGHT_STEP - 1
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, self.padding + 1, config.head_dim)
         # Zeros, not empty: a masked position has weight 0, and 0 times a stray NaN would still be NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
@@ -262,45 +266,57 @@ class ForwardBatch:
     at its start, where plain causal attention gives the same.
     """
     def __init__(self, cache, rows, starts, counts):
-        device = cache.k.device
         self.cache = cache
         self.counts = counts
         self.fresh = not any(starts)
-        positions = [np.arange(start, start + count) for start, count in zip(starts, counts)]
-        self.positions = torch.from_numpy(np.concatenate(positions))[None].to(device)
-        self.rows = torch.from_numpy(np.repeat(rows, counts)).to(device)
+        ends = list(itertools.accumulate(counts))
+        begins = [0, *ends[:-1]]
+        device = cache.k.device
+        positions = np.arange(ends[-1]) + np.repeat(np.subtract(starts, begins), counts)
+        self.positions = torch.from_numpy(positions)[None].to(device)
+        self.locate(torch.from_numpy(np.repeat(rows, counts)).to(device))
         self.parts = []     # of the attention: (new tokens, their rows, the number S of positions they see, mask)
         if self.fresh:
             return
-        ends = list(itertools.accumulate(counts))
-        begins = [0, *ends[:-1]]
         # The first token of every row goes into one product; a row with more tokens has one of its own after it.
         together = len(rows) > 1 and min(counts) == 1 and rows[-1] - rows[0] == len(rows) - 1
         if together:
-            self.add_part(slice(None) if max(counts) == 1 else begins, rows[0], rows[-1] + 1)
-        for row, begin, end in zip(rows, begins, ends):
+            tokens = slice(None) if max(counts) == 1 else begins
+            self.add_part(tokens, rows[0], rows[-1] + 1, max(starts) + 1)
+        for row, start, begin, end in zip(rows, starts, begins, ends):
             if end - begin > 1 or not together:
-                self.add_part(slice(begin, end), row, row + 1)
+                self.add_part(slice(begin, end), row, row + 1, start + end - begin)
 
-    def add_part(self, tokens, first_row, end_row):
+    def add_part(self, tokens, first_row, end_row, S):
+        if self.positions.device.type in FEW_SHAPES:
+            S = math.ceil(S / SIGHT_STEP) * SIGHT_STEP
         positions = self.positions[0, tokens].view(end_row - first_row, -1)
-        S = int(positions.max()) + 1
         mask = KERNELS.attention_mask(positions, S, self.cache.group, self.cache.k.dtype)
         self.parts.append((tokens, slice(first_row, end_row), S, mask))
 
+    def locate(self, rows):
+        """Notes where the keys of the tokens, which are in the rows (N,), belong among a layer's R * K * S_max."""
+        K, S_max = self.cache.k.shape[2:4]
+        heads = rows[:, None] * K + torch.arange(K, device=rows.device)
+        self.places = (heads * S_max + self.positions[0, :, None]).flatten()        # (N * K,)
+
     def append(self, layer, k, v):
-        """Store this pass's keys and values, (N, K, D)."""
-        self.cache.k[layer][self.rows, :, self.positions[0]] = k
-        self.cache.v[layer][self.rows, :, self.positions[0]] = v
+        """Stores this pass's keys and values, (N, K, D)."""
+        D = k.shape[2]
+        self.cache.k[layer].view(-1, D)[self.places] = k.reshape(-1, D)
+        self.cache.v[layer].view(-1, D)[self.places] = v.reshape(-1, D)
 
     def attend(self, layer, q):
-        """Return what the queries (N, H, D) find in the cache, (N, H, D)."""
-        out = torch.empty_like(q)
+        """Returns what the queries (N, H, D) find in the cache, (N, H, D)."""
+        out = torch.empty_like(q) if len(self.parts) > 1 else None
         for tokens, rows, S, mask in self.parts:
             k = self.cache.k[layer, rows, :, :S]        # (B, K, S, D)
             v = self.cache.v[layer, rows, :, :S]
             y = KERNELS.attend(q[tokens].view(len(k), -1, *q.shape[1:]), k, v, mask)
-            out[tokens] = y.view(-1, *q.shape[1:])
+            y = y.view(-1, *q.shape[1:])
+            if out is None:
+                return y
+            out[tokens] = y
         return out
 
 
@@ -320,11 +336,10 @@ class DecodeGraph(ForwardBatch):
         self.num_ids = num_ids
         self.cache = cache
         self.shape = B, T, S, limits
-        self.padding = cache.k.shape[3] - 1
         device = cache.k.device
         self.rows = torch.arange(B, device=device).repeat_interleave(T)
         self.tokens = torch.zeros(1, B * T, dtype=torch.int64, device=device)
-        self.positions = torch.full((1, B * T), self.padding, device=device)
+        self.positions = torch.full((1, B * T), cache.padding, device=device)
         self.settings = torch.ones(B * T, 2, dtype=torch.float64, device=device)
         self.uniform = torch.zeros(B * T, dtype=torch.float64, device=device)
         self.result = torch.zeros(2, B * T, dtype=torch.float64, device=device)     # tokens, log-probs
@@ -337,38 +352,56 @@ class DecodeGraph(ForwardBatch):
 
     def compute(self):
         B, T, S, limits = self.shape
-        positions = torch.where(self.positions < self.padding, self.positions, 0).view(B, T)
+        self.locate(self.rows)
+        positions = torch.where(self.positions < self.cache.padding, self.positions, 0).view(B, T)
         mask = KERNELS.attention_mask(positions, S, self.cache.group, self.cache.k.dtype)
         self.parts = [(slice(None), slice(0, B), S, mask)]
         sampled, logps = next_tokens(self.model, self, self.num_ids, self.tokens, self.settings, self.uniform, limits)
         self.result.copy_(torch.stack((sampled.double(), logps.double())))
         if T == 1:
             self.tokens.copy_(sampled[None])
-        self.positions.add_(1).clamp_(max=self.padding)
+        self.positions.add_(1).clamp_(max=self.cache.padding)
 
-    def run(self, tokens, positions, settings, uniform):
-        """Run passes from tokens (B, T) at positions (B, T) with settings (B, 2) and uniform numbers (B, passes * T),
-        all numpy. Returns what they sampled and its log-probs, two arrays (B, passes * T)."""
-        B, T = tokens.shape
-        self.tokens.copy_(torch.from_numpy(tokens.reshape(1, -1)))
+    def run(self, passes, tokens, starts, settings, uniform):
+        """Runs passes over the first rows, of which there may be fewer than B. Returns for each row [(token, logp)] of
+        its passes, or of its tokens.
+
+        tokens: a list for each row, which goes on after its first `starts` positions. settings: (rows, 2), temperature
+        and top_p. uniform: a number for each result.
+        """
+        # 1. Padding makes (B, T) of them.
+        B, T = self.shape[:2]
+        all_tokens = np.zeros((B, T), int)
+        positions = np.full((B, T), self.cache.padding)
+        all_settings = np.ones((B, 2))
+        all_settings[:len(settings)] = settings
+        numbers = np.zeros((B, passes * T))
+        for row, (new, start, drawn) in enumerate(zip(tokens, starts, uniform)):
+            all_tokens[row, :len(new)] = new
+            positions[row, :len(new)] = range(start, start + len(new))
+            numbers[row, :len(drawn)] = drawn
+        self.tokens.copy_(torch.from_numpy(all_tokens.reshape(1, -1)))
         self.positions.copy_(torch.from_numpy(positions.reshape(1, -1)))
-        self.settings.copy_(torch.from_numpy(settings.repeat(T, 0)))
-        numbers = torch.from_numpy(uniform).to(self.uniform.device)
+        self.settings.copy_(torch.from_numpy(all_settings.repeat(T, 0)))
+        # 2. The passes.
         results = []
-        for numbers_of_pass in numbers.split(T, dim=1):
+        for numbers_of_pass in torch.from_numpy(numbers).to(self.uniform.device).split(T, dim=1):
             self.uniform.copy_(numbers_of_pass.reshape(-1))
             if self.graph:
                 self.graph.replay()
             else:
                 self.compute()
             results.append(self.result.view(2, B, T).clone())
-        sampled, logps = torch.cat(results, dim=2).cpu().numpy()        # the only wait for the device
-        return sampled.astype(int), logps
+        sampled, logps = torch.cat(results, dim=2).tolist()             # the only wait for the device
+        return [[(int(token), logp) for token, logp in zip(sampled[row], logps[row])][:max(passes, len(new))]
+                for row, new in enumerate(tokens)]
 
 
 CHECK_EVERY = 4             # passes of a DecodeGraph between two looks at what they sampled
 GRAPH_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
 SHORTEST_SIGHT = 256        # positions that a graph's tokens see at least, so that there are few graphs
+SIGHT_STEP = 64             # by which the number S of positions grows that a pass sees on the devices below; the mask
+FEW_SHAPES = ("cuda",)      # hides the rest. There a kernel is chosen for each new shape, and a mask of odd width copied
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,10 +416,9 @@ def next_tokens(model, batch, num_ids, tokens, settings, uniform, limits=None):
     num_ids: the tokenizer's size. settings: (N, 2), temperature and top_p of each token. See sample_tokens.
     """
     # The log-probs must be those that the trainer computes for the same tokens. So the vocabulary's rows that stand for
-    # no token get no probability, as with Head's `size`; logits become fp32 before they are divided by the temperature;
-    # and training samples with a top_p of 1, as the trainer knows no other.
-    logits = model(tokens, batch)[0].float()        # (N, V)
-    logits[:, num_ids:] = -torch.inf
+    # no token are left out, as in Head; logits become fp32 before they are divided by the temperature; and training
+    # samples with a top_p of 1, as the trainer knows no other.
+    logits = model(tokens, batch)[0, :, :num_ids].float()
     return sample_tokens(logits, settings[:, 0], settings[:, 1], uniform, limits)
 
 
@@ -539,8 +571,9 @@ class Engine:
             pack = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
         packable = (torch.float32, torch.bfloat16) if pack else (torch.bfloat16,)       # see cpu_linear
         self.pack = self.device.type == "cpu" and weight.dtype is dtype and dtype in packable
-        # Position `context` holds no token: padding is written there.
-        self.cache = KVCache(model.config, rows, self.context + 1, dtype, self.device)
+        is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+        self.num_threads = 1 if is_small else torch.get_num_threads()
+        self.cache = KVCache(model.config, rows, self.context, dtype, self.device)
         # Rows 0 .. len(active) - 1 are being sampled; the others are parked, their cached tokens waiting for reuse.
         self.active = []
         self.tokens = np.zeros((rows, self.context), int)       # what each row's cache holds
@@ -655,6 +688,8 @@ class Engine:
     def _advance(self):
         """Make one step if there is anything to do. What it raises is handed to everyone who waits for a reply."""
         with self.turn, torch.no_grad():        # not inference_mode: it would break later training of the same module
+            num_threads = torch.get_num_threads()       # of OpenMP, each Python thread's own
+            torch.set_num_threads(self.num_threads)
             try:
                 if self.active or self.waiting:
                     self.step()
@@ -668,6 +703,8 @@ class Engine:
                     request.future.set_exception(error)
                 if not isinstance(error, Exception):
                     raise
+            finally:
+                torch.set_num_threads(num_threads)
 
     def _withdraw(self, futures):
         """Sample no further the replies that nobody waits for any more."""
@@ -721,13 +758,14 @@ class Engine:
         B = len(self.active)
         if not self.draft:
             return [[]] * B
+        cost = TOKEN_COST[self.device.type]
         probs = [request.lookup.accept_prob() for request in self.active]
-        rate = B / (PASS_COST + TOKEN_COST * B)
+        rate = B / (1 + cost * B)
         for _ in range(3):
-            least = max(TOKEN_COST * rate, 1e-9)
+            least = max(cost * rate, 1e-9)
             lengths = [int(min(LONGEST_DRAFT, math.log(least) / math.log(p))) if p > least else 0 for p in probs]
             tokens = B + sum(p * (1 - p ** k) / (1 - p) for p, k in zip(probs, lengths) if k)
-            rate = max(rate, tokens / (PASS_COST + TOKEN_COST * (B + sum(lengths))))
+            rate = max(rate, tokens / (1 + cost * (B + sum(lengths))))
         left = [request.max_new_tokens - len(request.tokens) - 1 for request in self.active]
         return [request.lookup.guess(min(k, most)) for request, k, most in zip(self.active, lengths, left)]
 
@@ -741,7 +779,7 @@ class Engine:
         if T == 1:
             passes = min(CHECK_EVERY, max(request.max_new_tokens - len(request.tokens) for request in self.active))
         longest = max(self.lengths[:len(drafts)])
-        S = min(max(SHORTEST_SIGHT, round_up(longest + T + passes)), self.context)
+        S = min(max(SHORTEST_SIGHT, round_up(longest + T + passes)), self.cache.padding + 1)
         limits = any(request.temperature and request.top_p < 1 for request in self.active)
         shape = B, T, S, limits
         if shape not in self.graphs:
@@ -749,38 +787,22 @@ class Engine:
         return passes, self.graphs[shape]
 
     def forward(self, drafts, passes, graph):
-        """Return for each active row [(token, logp)]: what is sampled after its last token and after each of its draft,
-        or in each of several passes."""
-        # 1. All rows' tokens, padded to (B, T).
-        counts = [1 + len(draft) for draft in drafts]
-        B, T = graph.shape[:2] if graph else (len(counts), max(counts))
-        tokens = np.zeros((B, T), int)
-        positions = np.full((B, T), self.context)       # of padding
-        settings = np.ones((B, 2))                      # temperature, top_p
-        uniform = np.zeros((B, passes * T))
-        for row, (request, draft) in enumerate(zip(self.active, drafts)):
-            num_done = len(request.tokens)
-            newest = request.tokens[-1] if num_done else request.prompt[-1]     # no pass has seen it yet
-            tokens[row, :counts[row]] = [newest, *draft]
-            positions[row, :counts[row]] = range(self.lengths[row], self.lengths[row] + counts[row])
-            settings[row] = request.temperature, request.top_p
-            numbers = request.uniform[num_done:num_done + passes * T]
-            uniform[row, :len(numbers)] = numbers
-        # 2. The graph computes the padding too; a ragged batch leaves it out.
+        """Returns for each active row [(token, logp)]: what is sampled after its last token and after each of its
+        draft, or in each of several passes."""
+        counts = [max(passes, 1 + len(draft)) for draft in drafts]
+        newest = [request.tokens[-1] if request.tokens else request.prompt[-1] for request in self.active]
+        tokens = [[token, *draft] for token, draft in zip(newest, drafts)]         # no pass has seen them yet
+        starts = self.lengths[:len(tokens)]
+        settings = np.array([(request.temperature, request.top_p) for request in self.active])
+        uniform = [request.uniform[len(request.tokens):][:count] for request, count in zip(self.active, counts)]
         if graph:
-            sampled, logps = graph.run(tokens, positions, settings, uniform)
-        else:
-            real = positions < self.context
-            batch = ForwardBatch(self.cache, range(B), self.lengths[:B], counts)
-            inputs = [torch.from_numpy(array).to(self.device) for array in (
-                tokens[real][None], settings.repeat(counts, 0), uniform[real])]
-            results = next_tokens(self.model, batch, self.tokenizer.size, *inputs)
-            sampled = np.zeros((B, T), int)
-            logps = np.zeros((B, T))
-            sampled[real], logps[real] = (result.cpu().numpy() for result in results)
-        # 3. Without the padding.
-        rows = zip(sampled.tolist(), logps.tolist(), drafts)
-        return [list(zip(row_tokens, row_logps))[:passes + len(draft)] for row_tokens, row_logps, draft in rows]
+            return graph.run(passes, tokens, starts, settings, uniform)
+        batch = ForwardBatch(self.cache, range(len(tokens)), starts, counts)
+        arrays = np.concatenate(tokens)[None], settings.repeat(counts, 0), np.concatenate(uniform)
+        inputs = [torch.from_numpy(array).to(self.device) for array in arrays]
+        sampled, logps = next_tokens(self.model, batch, self.tokenizer.size, *inputs)
+        pairs = zip(sampled.tolist(), logps.tolist())
+        return [list(itertools.islice(pairs, count)) for count in counts]
 
     def schedule(self):
         """Give free rows to waiting requests, and bring their prompts but for the last token into the cache. Each
@@ -815,7 +837,7 @@ class Engine:
     def shared_prefix(self, prompt):
         """Return how many tokens at the beginning of each row are the prompt's, (R,)."""
         equal = self.tokens[:, :len(prompt)] == prompt
-        return np.pad(equal, ((0, 0), (0, 1))).argmin(1)        # the first that is not, if only the one after the end
+        return np.logical_and.accumulate(equal, axis=1).sum(1)
 
     def assign_row(self, request, row, source, reused):
         """Make `row` begin with the `reused` tokens of the row `source` that are the request's first."""
@@ -866,7 +888,7 @@ class Engine:
         if not ended:
             piece = self.tokenizer.bytes[token]
             request.text += piece
-            cut = find_stop(request.text, request.stop, len(piece))
+            cut = find_stop(request.text, request.stop, len(piece)) if request.stop else None
             if request.stream:
                 request.stream(piece)
         stopped = ended or cut is not None
@@ -901,14 +923,14 @@ def round_up(n):
     return 1 << (n - 1).bit_length()
 
 
+SMALL_MODEL = 50_000_000    # weights, up to which a CPU's threads would wait for each other longer than they work
 LARGE_BYTES = 2**26         # of weights, beyond what a processor's cache holds
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
 LONGEST_DRAFT = 32          # tokens of one row
-# The cost of a pass, and of each of its tokens, in a unit that does not matter. They are constants, so that the same
-# seeds always make the same passes.
-PASS_COST = 10.0
-TOKEN_COST = 1.0
+# The cost of one more token in a pass, of which the pass itself is 1. Constants, so that the same seeds always make the
+# same passes. On a GPU a pass of few tokens takes as long as reading the weights does.
+TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

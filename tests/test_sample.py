@@ -371,8 +371,7 @@ def eager(monkeypatch):
 
 
 def make_drafts_cheap(monkeypatch):
-    monkeypatch.setattr(sample, "PASS_COST", 1.0)
-    monkeypatch.setattr(sample, "TOKEN_COST", 1e-6)
+    monkeypatch.setitem(sample.TOKEN_COST, "cpu", 1e-6)
 
 
 def repeating_prompts(num):
@@ -463,12 +462,11 @@ def test_lookup_by_hand():
     assert text.accept_prob() == pytest.approx((0.9 * 1 + 0 + 2 * 2 / 3) / (0.9 * 1 + 1 + 2))
 
 
-@pytest.mark.parametrize("chance, base, each, length", [
-    (0.9, 1.0, 0.0, 32), (0.9, 1.0, 2.0, 2), (0.5, 1.0, 2.0, 0), (0.5, 1.0, 0.1, 2), (0.05, 1.0, 0.1, 0), (0.0, 1.0, 0.0, 0)])
-def test_a_draft_is_as_long_as_pays(model, chance, base, each, length, monkeypatch):
-    """Tokens per second of one row, (1 - p^(k + 1)) / (1 - p) / (base + each * (k + 1)), is largest at that length."""
-    monkeypatch.setattr(sample, "PASS_COST", base)
-    monkeypatch.setattr(sample, "TOKEN_COST", each)
+@pytest.mark.parametrize("chance, cost, length", [
+    (0.9, 0.0, 32), (0.9, 2.0, 2), (0.5, 2.0, 0), (0.5, 0.1, 2), (0.05, 0.1, 0), (0.0, 0.0, 0)])
+def test_a_draft_is_as_long_as_pays(model, chance, cost, length, monkeypatch):
+    """Tokens per second of one row, (1 - p^(k + 1)) / (1 - p) / (1 + cost * (k + 1)), is largest at that length."""
+    monkeypatch.setitem(sample.TOKEN_COST, "cpu", cost)
     monkeypatch.setattr(sample.PromptLookup, "accept_prob", lambda self: chance)
     engine = engine_of(model)
     with engine.wake:
@@ -476,7 +474,7 @@ def test_a_draft_is_as_long_as_pays(model, chance, base, each, length, monkeypat
     engine.schedule()
     engine.active[0].lookup.pos = 2
     assert len(engine.propose_drafts()[0]) == length
-    rate = [sum(chance ** i for i in range(k + 1)) / (base + each * (k + 1)) for k in range(33)]
+    rate = [sum(chance ** i for i in range(k + 1)) / (1 + cost * (k + 1)) for k in range(33)]
     assert rate[length] == max(rate)
 
 
@@ -511,16 +509,16 @@ def test_graphs_sample_what_plain_passes_sample(model, drafts, monkeypatch):
 
 
 def test_a_graph_writes_where_its_tokens_stand_and_in_the_spare_position_alone(model):
-    cache = sample.KVCache(SMALL, 4, 33, torch.float32, torch.device("cpu"))
+    cache = sample.KVCache(SMALL, 4, 40, torch.float32, torch.device("cpu"))
     cache.k.normal_(generator=torch.Generator().manual_seed(0))
     before = cache.k.clone()
-    graph = sample.DecodeGraph(model, 259, cache, 4, 4, 32, False, None)
-    positions = torch.full((4, 4), 32).numpy()
-    positions[0, :3], positions[1, :1] = [7, 8, 9], 30      # the other tokens, and two rows, are padding
-    graph.run(torch.ones(4, 4, dtype=torch.int64).numpy(), positions, torch.ones(4, 2).double().numpy(),
-              torch.rand(4, 4).double().numpy())
+    graph = sample.DecodeGraph(model, 259, cache, 4, 4, 64, False, None)
+    # The other tokens of the second row, and two more rows, are padding.
+    replies = graph.run(1, [[1, 1, 1], [1]], [7, 30], torch.ones(2, 2).numpy(), [[0.1, 0.2, 0.3], [0.4]])
+    assert [len(reply) for reply in replies] == [3, 1]
     changed = (cache.k != before).any(-1).any(2).any(0)     # (rows, positions)
-    assert changed[:, :32].nonzero().tolist() == [[0, 7], [0, 8], [0, 9], [1, 30]]
+    written = [[0, 7], [0, 8], [0, 9], [1, 30]]
+    assert changed[:, :63].nonzero().tolist() == written and changed.shape == (4, 64)
 
 
 def test_graphs_stay_where_they_are_when_weights_change(model):
@@ -531,7 +529,8 @@ def test_graphs_stay_where_they_are_when_weights_change(model):
     engine.generate(prompts, max_new_tokens=5)
     graphs = dict(engine.graphs)
     tensors = lambda: [engine.cache.k, engine.cache.v, *changed.parameters()] + [
-        t for graph in engine.graphs.values() for name, t in vars(graph).items() if torch.is_tensor(t)]
+        t for graph in engine.graphs.values() for name, t in vars(graph).items()
+        if torch.is_tensor(t) and name != "places"]         # which is made within the graph
     places = [t.data_ptr() for t in tensors()]
     for p in changed.parameters():
         p.mul_(1.1)
@@ -542,10 +541,11 @@ def test_graphs_stay_where_they_are_when_weights_change(model):
 
 
 @pytest.mark.parametrize("active, draft, left, length, found", [
-    (1, 0, 90, 9, (4, 1, 1, 256)), (3, 0, 2, 9, (2, 4, 1, 256)), (5, 0, 90, 300, (4, 6, 1, 400)),
-    (2, 4, 90, 9, (1, 2, 8, 256)), (6, 32, 90, 9, (1, None)), (1, 3, 90, 254, (1, 1, 4, 400))])
+    (1, 0, 90, 9, (4, 1, 1, 256)), (3, 0, 2, 9, (2, 4, 1, 256)), (5, 0, 90, 300, (4, 6, 1, 448)),
+    (2, 4, 90, 9, (1, 2, 8, 256)), (6, 32, 90, 9, (1, None)), (1, 3, 90, 254, (1, 1, 4, 448))])
 def test_the_sizes_of_a_graph_are_few_and_large_enough(active, draft, left, length, found, model):
-    """Six rows, a context of 400: rows and tokens to the next power of two, positions to one of 256 or more."""
+    """Six rows, a context of 400, of which the cache holds 448: rows and tokens to the next power of two, positions to
+    one of 256 or more."""
     engine = Engine(model, Tokenizer.of_bytes(), rows=6, context=400, fixed_shapes=True)
     engine.active = [engine._request([1], max_new_tokens=left) for _ in range(active)]
     engine.lengths[:active] = [length] + [3] * (active - 1)
@@ -571,6 +571,71 @@ def test_graphs_on_a_gpu_sample_what_plain_passes_sample():
     runs = [[r[0].tokens for r in Engine(model, Tokenizer.of_bytes(), rows=3, context=256, fixed_shapes=fixed_shapes).generate(
         repeating_prompts(7), max_new_tokens=20, temperature=0.7)] for fixed_shapes in (False, True)]
     assert runs[0] == runs[1]
+
+
+def test_a_gpus_passes_have_few_shapes_and_sample_the_same(model, monkeypatch):
+    """With what a pass sees in steps of 64 positions, as on CUDA: ragged rows, drafts, and prompts read in chunks."""
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", 50)
+    make_drafts_cheap(monkeypatch)
+    prompts = repeating_prompts(9) + prompts_of([63, 64, 130])
+    seen = set()
+    plain_attend = ForwardBatch.attend
+
+    def attend(batch, layer, q):
+        seen.update(S for _, _, S, _ in batch.parts)
+        return plain_attend(batch, layer, q)
+
+    monkeypatch.setattr(ForwardBatch, "attend", attend)
+    plain = engine_of(model, rows=5).generate(prompts, max_new_tokens=20, seed=3)
+    assert len(seen) > 50
+    seen.clear()
+    monkeypatch.setattr(sample, "FEW_SHAPES", ("cpu",))
+    stepped = engine_of(model, rows=5).generate(prompts, max_new_tokens=20, seed=3)
+    assert seen <= {64, 128, 192}
+    for (ours,), (theirs,) in zip(stepped, plain):
+        assert ours.tokens == theirs.tokens
+        assert (torch.tensor(ours.logps) - torch.tensor(theirs.logps)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("context", [63, 64, 100])
+def test_a_row_may_fill_its_context(model, context, monkeypatch):
+    monkeypatch.setattr(sample, "FEW_SHAPES", ("cpu",))
+    prompt, = prompts_of([50])
+    for fixed_shapes in (False, True):
+        engine = Engine(model, Tokenizer.of_bytes(), rows=2, context=context, fixed_shapes=fixed_shapes)
+        engine.tokenizer.eos = set()
+        reply, = engine.generate([prompt], max_new_tokens=context - 50)[0]
+        assert len(reply.tokens) == context - 50
+        assert_plain(model, prompt, reply)
+
+
+# -- threads
+
+@pytest.mark.parametrize("small, expected", [(True, 1), (False, 2)])
+def test_a_small_model_runs_with_one_thread_whoever_calls(small, expected):
+    """And what the callers' own threads use stays as it was, also after a failure."""
+    t = Tokenizer.of_bytes()
+    engine_model = Scripted("ok", t)
+    seen = []
+    forward = engine_model.forward
+    engine_model.forward = lambda *inputs: (seen.append(torch.get_num_threads()), forward(*inputs))[1]
+    torch.set_num_threads(2)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sample, "SMALL_MODEL", 100 if small else 1)
+            engine = Engine(engine_model, t, rows=2, context=64, pack=False)
+        engine.generate([[0]], max_new_tokens=3)
+        assert torch.get_num_threads() == 2
+        engine_model.fail = True
+        with pytest.raises(MemoryError):
+            engine.generate([[0]], max_new_tokens=3)
+        assert torch.get_num_threads() == 2
+        engine_model.fail = False
+        torch.set_num_threads(3)                    # what a new thread would take over
+        engine.submit([0], max_new_tokens=3).result(600)
+        assert torch.get_num_threads() == 3 and set(seen) == {expected}
+    finally:
+        torch.set_num_threads(1)
 
 
 # -- endings
