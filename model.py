@@ -15,6 +15,7 @@ import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 # Read when torch is first imported: idle threads soon sleep, and do not spin beside a running script.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -22,6 +23,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from support.pretrained import SHARD_BYTES, find_folder, load_tensors, read_json, write_checkpoint, write_json
@@ -31,6 +34,8 @@ MAX_LAYERS = 2**10          # what a config.json may ask for, so that no file st
 MAX_SIZE = 2**24
 CPU_LOGITS = 2**24          # logits that the log-probs hold at a time: 64 MiB in fp32
 GPU_LOGITS = 2**27          # 512 MiB
+CHUNK_STEP = 256            # a chunk's width is a multiple of this: tensor cores are slow at odd widths
+NO_LOGIT = -1e9             # of ids that do not exist; infinity times a probability of 0 would be NaN
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,8 +258,8 @@ class LinearLogProb(torch.autograd.Function):
         sum_z_exp = torch.zeros_like(row_max)
         target_logit = torch.zeros_like(row_max)
         for start in range(0, vocab_limit, vocab_chunk):
-            part = weight[start:min(start + vocab_chunk, vocab_limit)].to(x.dtype)
-            KERNELS.logprob_stats(x @ part.T, targets - start, temperature, row_max, sum_exp, sum_z_exp, target_logit)
+            logits = logits_of_chunk(x, weight[start:start + vocab_chunk], vocab_limit - start)
+            KERNELS.logprob_stats(logits, targets - start, temperature, row_max, sum_exp, sum_z_exp, target_logit)
         lse = row_max + sum_exp.log()
         entropy = lse - sum_z_exp / sum_exp
         is_argmax = target_logit >= row_max
@@ -271,15 +276,22 @@ class LinearLogProb(torch.autograd.Function):
         if d_logp is None:
             d_logp = torch.zeros_like(lse)
         dx = torch.zeros_like(x, dtype=lse.dtype)
-        dw = torch.empty_like(weight)
-        dw[vocab_limit:] = 0
+        dw = torch.zeros_like(weight)
         for start in range(0, vocab_limit, vocab_chunk):
-            stop = min(start + vocab_chunk, vocab_limit)
-            part = weight[start:stop].to(x.dtype)
-            d = KERNELS.logprob_backward(x @ part.T, targets - start, temperature, lse, entropy, d_logp, d_entropy)
-            dx += d @ part
-            dw[start:stop] = d.T @ x
+            part = weight[start:start + vocab_chunk]
+            logits = logits_of_chunk(x, part, vocab_limit - start)
+            d = KERNELS.logprob_backward(logits, targets - start, temperature, lse, entropy, d_logp, d_entropy)
+            dx += d @ part.to(x.dtype)
+            dw[start:start + vocab_chunk] = d.T @ x
         return dx.to(x.dtype), dw, None, None, None, None
+
+
+def logits_of_chunk(x, weight, limit):
+    """Returns the logits (N, chunk) of rows of the head; of those from `limit` on, which stand for no id, NO_LOGIT."""
+    logits = x @ weight.to(x.dtype).T
+    if limit < logits.shape[1]:
+        logits[:, limit:] = NO_LOGIT
+    return logits
 
 
 class Head(Linear):
@@ -293,7 +305,7 @@ class Head(Linear):
         if targets is None:
             return super().forward(x)
         max_logits = CPU_LOGITS if x.device.type == "cpu" else GPU_LOGITS
-        vocab_chunk = max(64, max_logits // max(1, len(x)))
+        vocab_chunk = max(1, max_logits // max(1, len(x)) // CHUNK_STEP) * CHUNK_STEP
         num_token_ids = num_token_ids or self.out_features
         return LinearLogProb.apply(x, self.weight, targets, temperature, num_token_ids, vocab_chunk)
 
@@ -326,15 +338,108 @@ def rotary(positions, head_dim, theta):
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def packed_attention(q, k, v, lengths):
-    """Returns the causal attention within each of the texts that stand back to back in the rows, (B, T, H, D).
+class Layout(NamedTuple):
+    """Which tokens of a row see which; see make_layout. The last five are None where the attention is plain."""
+    trees: list                 # [(tokens of the prefix, [tokens of each branch])]; a text alone has no branches
+    positions: torch.Tensor     # (1, T): of each token in its own text
+    key_index: torch.Tensor = None      # (S,): the keys of all queries' texts, prefixes repeated, back to back
+    query_ends: torch.Tensor = None     # (texts + 1,) int32: where the queries of each text end, after a 0
+    key_ends: torch.Tensor = None       # (texts + 1,) int32: the same of the keys
+    max_queries: int = None
+    max_keys: int = None
 
-    q: (B, T, H, D). k, v: (B, T, K, D). lengths: of the texts, which sum to T. Each text is a product of its own, so
-    that none sees another and no mask of T x T is made.
+
+def make_layout(lengths, device, varlen):
+    """Returns the Layout of a row. lengths: of the texts that stand back to back in it. An entry (P, [R1, R2, ...]) is
+    a tree: P tokens that several texts begin with, once, and then the rest of each text, a branch. varlen: whether the
+    attention is varlen_attention, which wants offsets as tensors, so that a compiled block serves every layout.
     """
-    q, k, v = (x.transpose(1, 2).split(lengths, dim=2) for x in (q, k, v))      # of each text (B, heads, length, D)
-    texts = [F.scaled_dot_product_attention(*text, is_causal=True, enable_gqa=True) for text in zip(q, k, v)]
-    return torch.cat(texts, dim=2).transpose(1, 2)
+    trees = as_trees(lengths)
+    positions = []
+    keys = []
+    queries = []            # tokens of each text that are queries
+    first = 0
+    for prefix, branches in trees:
+        parts = [(0, prefix)] if prefix else []
+        parts += [(prefix, length) for length in branches]
+        begin = first
+        for seen, length in parts:
+            positions.append(torch.arange(seen, seen + length))
+            keys += [torch.arange(first, first + seen), torch.arange(begin, begin + length)]
+            queries.append(length)
+            begin += length
+        first = begin
+    positions = torch.cat(positions)[None].to(device)
+    if not varlen:
+        return Layout(trees, positions)
+    num_keys = [len(seen) + len(own) for seen, own in zip(keys[::2], keys[1::2])]
+    ends = torch.tensor([[0, *queries], [0, *num_keys]]).cumsum(1).to(device, torch.int32)
+    return Layout(trees, positions, torch.cat(keys).to(device), *ends, max(queries), max(num_keys))
+
+
+def as_trees(lengths):
+    """Returns the texts and trees of a row as [(tokens of the prefix, [tokens of each branch])]; see make_layout."""
+    return [(entry, []) if isinstance(entry, int) else entry for entry in lengths]
+
+
+def packed_attention(q, k, v, layout):
+    """Returns the causal attention within each text of the rows, (B, T, H, D). Each is a product of its own, so that
+    none sees another and no mask of T x T is made; the branches of a tree are one product together.
+
+    q: (B, T, H, D). k, v: (B, T, K, D). layout: of every row; a row with branches stands alone.
+    """
+    outputs = []
+    end = 0
+    for prefix, branches in layout.trees:
+        begin = end
+        middle = begin + prefix
+        end = middle + sum(branches)
+        seen_k = k[:, begin:middle]
+        seen_v = v[:, begin:middle]
+        if prefix:
+            outputs.append(causal_attention(q[:, begin:middle], seen_k, seen_v, is_causal=True))
+        if branches:
+            own = [x[:, middle:end] for x in (q, k, v)]
+            outputs.append(branch_attention(*own, seen_k, seen_v, branches))
+    return torch.cat(outputs, dim=1)
+
+
+def branch_attention(q, k, v, seen_k, seen_v, lengths):
+    """Returns the attention of branches, back to back, over themselves and their common prefix, (1, N, H, D).
+
+    q: (1, N, H, D). k, v: (1, N, K, D). seen_k, seen_v: (1, P, K, D) of the prefix. lengths: of the branches.
+    """
+    n = len(lengths)
+    P = seen_k.shape[1]
+    R = max(lengths)
+    q, k, v = (pad_sequence(x[0].split(lengths), batch_first=True) for x in (q, k, v))      # (n, R, heads, D)
+    k = torch.cat([seen_k.expand(n, -1, -1, -1), k], dim=1)
+    v = torch.cat([seen_v.expand(n, -1, -1, -1), v], dim=1)
+    mask = torch.ones(R, P + R, dtype=torch.bool, device=q.device).tril(P)      # padding stands behind all it could hide
+    y = causal_attention(q, k, v, attn_mask=mask)
+    return torch.cat([branch[:length] for branch, length in zip(y, lengths)])[None]
+
+
+def causal_attention(q, k, v, **options):
+    """Returns scaled_dot_product_attention of q (B, T, H, D) over k and v (B, S, K, D), (B, T, H, D)."""
+    if q.is_cuda and q.dtype is torch.float32:      # the fast kernels do not share heads in this dtype, and the plain
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))   # one makes all scores: 25 GB
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options).transpose(1, 2)
+
+
+def has_varlen(tokens, dtype):
+    """Returns whether varlen_attention can serve a pass of tokens (B, T), computed in this dtype."""
+    return tokens.is_cuda and len(tokens) == 1 and dtype is torch.bfloat16
+
+
+def varlen_attention(q, k, v, layout):
+    """Returns what packed_attention does, for one row on CUDA in half precision, in one call for all texts and
+    branches. Each attends to its own keys up to the last, so a branch's queries are the last of the text."""
+    k, v = (x[0, layout.key_index] for x in (k, v))
+    y = varlen_attn(q[0], k, v, layout.query_ends, layout.key_ends, layout.max_queries, layout.max_keys,
+                    window_size=(-1, 0), enable_gqa=True)       # causal, aligned at the end
+    return y[None]
 
 
 class Attention(nn.Module):
@@ -347,8 +452,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(C, self.K * D, bias=True)
         self.o_proj = Linear(self.H * D, C, bias=False)
 
-    def forward(self, x, cos, sin, batch, layer, lengths):
-        """x (B, T, C) -> (B, T, C). For the rest see Qwen2.hidden_states; layer: the index of this block."""
+    def forward(self, x, cos, sin, batch, layer, layout):
+        """x (B, T, C) -> (B, T, C). layout: a Layout, None where the batch knows who sees what; layer: the index of
+        this block. For the rest see Qwen2.hidden_states."""
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, self.H, self.D)
         k = self.k_proj(x).view(B, T, self.K, self.D)
@@ -356,10 +462,12 @@ class Attention(nn.Module):
         q, k = KERNELS.rope(q, k, cos, sin)
         if batch is not None:
             batch.append(layer, k[0], v[0])
-        if batch is None or batch.fresh:      # the whole past of every token is in this pass
-            y = packed_attention(q, k, v, lengths or [T])
-        else:
+        if layout is None:
             y = batch.attend(layer, q[0])
+        elif layout.key_index is None:
+            y = packed_attention(q, k, v, layout)
+        else:
+            y = varlen_attention(q, k, v, layout)
         return self.o_proj(y.reshape(B, T, C))
 
 
@@ -392,8 +500,8 @@ class Block(nn.Module):
             return checkpoint(self.residual, *inputs, use_reentrant=False)
         return self.residual(*inputs)
 
-    def residual(self, x, cos, sin, batch, layer, lengths):
-        y = self.self_attn(self.input_layernorm(x), cos, sin, batch, layer, lengths)
+    def residual(self, x, cos, sin, batch, layer, layout):
+        y = self.self_attn(self.input_layernorm(x), cos, sin, batch, layer, layout)
         x, normed = self.post_attention_layernorm(x, y)         # x + y, and its norm
         return x + self.mlp(normed)
 
@@ -404,6 +512,13 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def at_targets(x, targets):
+    """Returns x (N, C) and targets (N,) where there are targets, of x (B, T, C) and targets (B, T) on any device."""
+    index = (targets != IGNORE).flatten().nonzero()[:, 0]
+    targets = targets.flatten()[index]
+    return x.flatten(0, 1)[index.to(x.device)], targets.to(x.device)
 
 
 class Qwen2(nn.Module):
@@ -425,21 +540,20 @@ class Qwen2(nn.Module):
     def hidden_states(self, tokens, batch=None, lengths=None):
         """Returns the last normalised hidden states, (B, T, C), of `tokens`, (B, T) int64.
 
-        Without a batch each row is a text from its first token, and token t sees 0..t. With lengths, a list that
-        sums to T, each row is such texts back to back, none of which sees another. With a batch (sample.ForwardBatch)
-        the one row is the batch's tokens, which continue what is cached.
+        Without a batch each row is a text from its first token, and token t sees 0..t. With lengths each row holds
+        several texts, none of which sees another, and trees of texts that begin alike; see make_layout. With a batch
+        (sample.ForwardBatch) the one row is the batch's tokens, which continue what is cached.
         """
-        if batch is not None:
-            positions = batch.positions
-            lengths = batch.counts
-        else:
-            texts = [torch.arange(length, device=tokens.device) for length in lengths or [tokens.shape[1]]]
-            positions = torch.cat(texts)[None]                              # (1, T), from 0 in every text
+        dtype = self.compute_dtype or self.model.embed_tokens.weight.dtype
+        layout = None
+        if batch is None or batch.fresh:        # the whole past of every token is in this pass
+            lengths = batch.counts if batch else lengths or [tokens.shape[1]]
+            layout = make_layout(lengths, tokens.device, has_varlen(tokens, dtype))
+        positions = layout.positions if layout else batch.positions
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.model.embed_tokens(tokens)
-        x = x.to(self.compute_dtype or x.dtype)                                   # (B, T, C)
+        x = self.model.embed_tokens(tokens).to(dtype)                       # (B, T, C)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, batch, layer, lengths)
+            x = block(x, cos, sin, batch, layer, layout)
         return self.model.norm(x)
 
     def forward(self, tokens, batch=None, lengths=None, targets=None, temperature=1.0, num_token_ids=None):
@@ -447,13 +561,14 @@ class Qwen2(nn.Module):
 
         With targets, (B, T) int64 and IGNORE where there is none, it returns of the N targets, in the order of the
         rows, the log-probs and the entropies of their distributions, both (N,) fp32, and whether each is the likeliest
-        token, (N,) bool. See hidden_states for the rest, and Head for num_token_ids.
+        token, (N,) bool. See hidden_states for the rest, and Head for num_token_ids. Targets that stay on the CPU are
+        counted there, so that nobody waits for a GPU.
         """
         x = self.hidden_states(tokens, batch, lengths)
         if targets is None:
             return self.lm_head(x)
-        has_target = targets != IGNORE
-        return self.lm_head(x[has_target], targets[has_target], temperature, num_token_ids)
+        x, targets = at_targets(x, targets)
+        return self.lm_head(x, targets, temperature, num_token_ids)
 
     @classmethod
     def from_scratch(cls, config, seed=0, dtype=torch.float32, device="cpu"):

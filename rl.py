@@ -27,14 +27,15 @@ from torch.distributed.tensor import DTensor
 import sample
 import tasks
 from env import CODER_TOKENS, CODE_END, make_env, prepare_tasks, read_agent, write_agent
-from model import IGNORE, Config, Linear, Qwen2, use_kernels
+from model import Config, Linear, Qwen2, at_targets, use_kernels
 from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    RECOMPUTE_ABOVE, apply_device, build_model, collate_packed, compute_type, epoch_order, explain_dist_errors,
-    export_model, flops_of, full_tensor, format_gib, init_distributed, load_state, num_parameters, optimizer_step, peak_flops,
-    peak_memory, plan_memory, rank0_broadcast, save_state, shape_of, shard_across_ranks, sharded_parameters)
+    RECOMPUTE_ABOVE, add_gradients, apply_device, build_model, compute_type, epoch_order, explain_dist_errors,
+    export_model, flops_of, format_gib, full_tensor, init_distributed, load_state, map_rows, num_parameters,
+    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, rank0_broadcast, row_threads, save_state,
+    shape_of, sharded_parameters)
 from support.files import folder_lock, shorten
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
@@ -45,6 +46,9 @@ DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (a
 VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
 TIS_CAP = 2.0               # cap of a token's weight pi_old / pi_sampler (arXiv 2510.26788)
 WARM_UP_STEPS = 4           # of the critic alone, before the first update: its head begins at zero
+CHECK_EVERY = 8             # of so many states one is checked: the sampler's log-probs must be the trainer's ...
+MAX_LOGP_DIFF = 1e-3        # ... within this
+ROUNDING = 1e-5             # log-probs of the same weights, computed in another order, differ by less
 EPS = 1e-4                  # is added to a standard deviation that is divided by
 SHOW_EVERY = 10             # iterations between actions that are printed
 
@@ -253,9 +257,13 @@ class RolloutWorker:
             prompt = self.engine.tokenizer.chat(env.prompt())
         return transitions
 
+    def samples_from(self, actor):
+        """Returns whether the engine's model is the actor itself, and no copy in another dtype."""
+        return self.engine.model is actor
+
     def refresh(self, actor):
         """Brings the actor's present weights to the engine."""
-        if self.engine.model is not actor:
+        if not self.samples_from(actor):
             copy_weights(actor, self.engine.model)
         self.engine.refresh()
 
@@ -411,7 +419,7 @@ class Critic(Qwen2):
 
     def forward(self, tokens, lengths=None, targets=None):
         """tokens (B, T) int64, as for Qwen2 -> the values at the N targets, (N,) fp32."""
-        hidden = self.hidden_states(tokens, lengths=lengths)[targets != IGNORE]
+        hidden, _ = at_targets(self.hidden_states(tokens, lengths=lengths), targets)
         return hidden.float() @ self.score.weight[0].float() + self.score.bias.float()
 
 
@@ -426,6 +434,7 @@ class PPOTrainer:
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        self.threads = row_threads(config, device)
         build = partial(build_model, config, folder, device, cfg.seed, num_parameters(config)[-1] > RECOMPUTE_ABOVE,
                         compute_type(cfg.dtype, device))
         self.actor = build()
@@ -447,59 +456,67 @@ class PPOTrainer:
         return logp, entropy
 
     def packed_rows(self, examples, indices):
-        """Yields this process's share of the examples `indices`: the indices of a packed row, and a model's inputs."""
-        lengths = [len(ids) - 1 for ids, _ in examples]
-        for row in shard_across_ranks(lengths, indices, self.rank, self.world_size, self.cfg.max_row_tokens):
-            yield row, collate_packed([examples[i] for i in row], self.device)
+        """Returns this process's share of the examples `indices`, packed."""
+        return packed_rows(examples, indices, self.rank, self.world_size, self.cfg.max_row_tokens)
 
     def cat(self, values, row):
         """Returns the per-token values of a row's examples as one tensor on the device, empty for an empty row."""
-        return torch.cat([torch.zeros(0), *(values[i] for i in row)]).to(self.device)
+        return torch.cat([torch.zeros(0), *(values[i] for i in row.examples)]).to(self.device)
 
-    @torch.no_grad()
-    def per_token(self, examples, forward):
-        """Returns forward(inputs) per token; each process computes its share."""
+    def per_token(self, examples, forward, indices=None):
+        """Returns forward(inputs) per token, of the examples `indices`, by default all; each process computes its
+        share."""
+        rows = self.packed_rows(examples, range(len(examples)) if indices is None else indices)
+        outputs = map_rows(lambda row: forward(row.inputs(self.device)).float().cpu(), rows, self.threads)
         results = []
-        for row, inputs in self.packed_rows(examples, range(len(examples))):
-            output = forward(inputs).float().cpu()
-            if row:
-                results += zip(row, output.split([sum(examples[i][1]) for i in row]))
+        for row, output in zip(rows, outputs):
+            if row.examples:
+                results += zip(row.examples, output.split([sum(examples[i][1]) for i in row.examples]))
         return [values for _, values in sorted(gather(results), key=lambda result: result[0])]
 
-    def logprobs(self, model, examples):
-        return self.per_token(examples, lambda inputs: self.forward(model, inputs)[0])
+    def logprobs(self, model, examples, indices=None):
+        return self.per_token(examples, lambda inputs: self.forward(model, inputs)[0], indices)
 
     def values(self, examples):
         return self.per_token(examples, lambda inputs: self.critic(*inputs))
 
-    def minibatches(self, num, iteration):
-        """Returns the indices, out of `num`, of each optimizer step of an iteration: --epochs passes in random order,
-        each cut into --minibatches."""
-        parts = min(self.cfg.minibatches, num)
+    def minibatches(self, groups, iteration):
+        """Returns the indices of the examples of each optimizer step of an iteration: --epochs passes over the states
+        in random order, each cut into --minibatches. The actions of a state stay together, so that it is read once for
+        all of them. groups: the number of the state of each example."""
+        states = sorted(set(groups))
+        parts = min(self.cfg.minibatches, len(states))
         batches = []
         for epoch in range(self.cfg.epochs):
-            order = epoch_order(num, self.cfg.seed, iteration * self.cfg.epochs + epoch)
-            batches += [order[part::parts] for part in range(parts)]
+            order = epoch_order(len(states), self.cfg.seed, iteration * self.cfg.epochs + epoch)
+            for part in range(parts):
+                drawn = {states[i] for i in order[part::parts]}
+                batches.append([i for i, group in enumerate(groups) if group in drawn])
         return batches
 
-    def update_actor(self, examples, logp_old, adv, is_weight, iteration):
-        """Updates the actor by PPO's objective, the mean over the tokens of all processes, and returns statistics.
-        logp_old, adv, is_weight: per token."""
+    def update_actor(self, examples, logp_old, adv, is_weight, batches):
+        """Updates the actor by PPO's objective, the mean over the tokens of all processes, in one step for each of the
+        batches, lists of indices, and returns statistics. logp_old, adv, is_weight: per token."""
         sums = torch.zeros(3, device=self.device, dtype=torch.float64)
         ratio_max = torch.ones((), device=self.device)
         norms = []
-        for batch in self.minibatches(len(examples), iteration):
+        for batch in batches:
             num_tokens = sum(len(logp_old[i]) for i in batch)       # of all processes
-            for row, inputs in self.packed_rows(examples, batch):
-                logp, entropy = self.forward(self.actor, inputs)
+
+            def loss_of(row):
+                logp, entropy = self.forward(self.actor, row.inputs(self.device))
                 row_logp_old = self.cat(logp_old, row)
                 loss, clipped = policy_loss(logp, row_logp_old, self.cat(adv, row), self.cfg.clip_low,
                                             self.cfg.clip_high)
                 loss = (self.cat(is_weight, row) * loss).sum() / num_tokens
-                (loss * self.world_size).backward()     # gradients are averaged over processes
-                sums += torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]).detach() / num_tokens
-                if row:
-                    ratio_max = torch.maximum(ratio_max, (logp.detach() - row_logp_old).exp().max())
+                log_ratio = torch.cat([logp.detach() - row_logp_old, logp.new_zeros(1)])       # also of an empty row
+                statistics = torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]).detach() / num_tokens
+                ratios.append(log_ratio.exp().max())
+                return loss * self.world_size, statistics       # gradients are averaged over processes
+
+            ratios = []
+            sums += add_gradients(self.actor, self.packed_rows(examples, batch), loss_of, self.threads)
+            ratio_max = torch.stack([ratio_max, *ratios]).max()
             norms.append(optimizer_step(self.actor, self.optimizer))
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -514,13 +531,15 @@ class PPOTrainer:
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
         for batch in batches:
             num_tokens = sum(len(ret[i]) for i in batch)
-            for row, inputs in self.packed_rows(examples, batch):
-                value = self.critic(*inputs)
+
+            def loss_of(row):
+                value = self.critic(*row.inputs(self.device))
                 row_value_old = self.cat(value_old, row)
                 loss = value_loss(value, row_value_old, self.cat(ret, row), max_change).sum() / num_tokens
-                (loss * self.world_size).backward()
                 clipped = (value - row_value_old).abs() > max_change
-                sums += torch.stack([loss, clipped.sum() / num_tokens]).detach()
+                return loss * self.world_size, torch.stack([loss, clipped.sum() / num_tokens]).detach()
+
+            sums += add_gradients(self.critic, self.packed_rows(examples, batch), loss_of, self.threads)
             optimizer_step(self.critic, self.optimizer)
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -551,10 +570,13 @@ def iterate(cfg, worker, trainer, iteration):
     logp_sampler = [torch.tensor(transition.logp_sampler) for transition in learned]
 
     # 3. Log-probs of the actor as it was sampled from and of the frozen reference; the critic's values.
-    logp_old = trainer.logprobs(trainer.actor, examples)
-    logp_ref = trainer.logprobs(trainer.reference, examples) if trainer.reference else None
+    logp_old, logp_diff = old_logprobs(worker, trainer, learned, examples, logp_sampler, iteration)
+    logp_ref = None
+    if trainer.reference:       # a difference within rounding is none: where all rewards are equal it would be whitened
+        logp_ref = [torch.where((ref - old).abs() < ROUNDING, old, ref)
+                    for ref, old in zip(trainer.logprobs(trainer.reference, examples), logp_old)]
     values = trainer.values(examples) if trainer.critic else None
-    stats |= action_stats(cfg, transitions, logp_old, logp_ref, logp_sampler)
+    stats |= action_stats(cfg, transitions, logp_old, logp_ref, logp_diff)
 
     # 4. Advantages. The critic's head begins at zero, so a few steps of the critic alone come first.
     rewards = token_rewards(learned, logp_old, logp_ref, cfg.kl)
@@ -566,18 +588,36 @@ def iterate(cfg, worker, trainer, iteration):
         adv = ADVANTAGES[cfg.advantage](learned, rewards, values, cfg.lam)
 
     # 5. PPO updates, of the critic and of the actor.
+    batches = trainer.minibatches([transition.group for transition in learned], iteration)
     if trainer.critic:
         ret = [a + value for a, value in zip(adv, values)]
         adv = whiten(adv)
         # The return of a trajectory is a sum over as many rewards as it has steps, so its values may move farther.
         max_change = VALUE_CLIP * (cfg.steps if cfg.rollout == "episode" else 1)
-        stats |= trainer.update_critic(examples, ret, values, trainer.minibatches(len(examples), iteration), max_change)
+        stats |= trainer.update_critic(examples, ret, values, batches, max_change)
     is_weight = importance_weights(logp_old, logp_sampler)
-    stats |= trainer.update_actor(examples, logp_old, adv, is_weight, iteration)
+    stats |= trainer.update_actor(examples, logp_old, adv, is_weight, batches)
 
     # 6. The sampler gets the new weights.
     worker.refresh(trainer.actor)
     return transitions, stats
+
+
+def old_logprobs(worker, trainer, transitions, examples, logp_sampler, iteration):
+    """Returns the actor's log-probs of the examples before the update, per token, and how far those of the sampler are
+    from the trainer's, (N,). Where the sampler is the actor itself, its log-probs are the old ones, and the trainer's
+    are computed for a share of the states alone. RunError: they differ, so one of the two is wrong."""
+    if not worker.samples_from(trainer.actor):
+        logp_old = trainer.logprobs(trainer.actor, examples)
+        return logp_old, (torch.cat(logp_old) - torch.cat(logp_sampler)).abs()
+    checked = [i for i, transition in enumerate(transitions) if (transition.group - iteration) % CHECK_EVERY == 0]
+    checked = checked or range(len(examples))
+    logp = trainer.logprobs(trainer.actor, examples, checked)
+    diff = (torch.cat(logp) - torch.cat([logp_sampler[i] for i in checked])).abs()
+    if not diff.max() < MAX_LOGP_DIFF:
+        raise RunError(f"log-probs of the sampler and of the trainer differ by {diff.max():.2g}, more than "
+                       f"{MAX_LOGP_DIFF}; they are of the same weights")
+    return logp_sampler, diff
 
 
 def train(cfg, rank, world_size, device):
@@ -612,7 +652,9 @@ def train(cfg, rank, world_size, device):
 
     # 3. The iterations.
     peak = peak_flops(device)
-    passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)      # counted in forward passes
+    # Counted in forward passes. Log-probs of the sampler itself take none.
+    passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)
+    passes -= worker.samples_from(trainer.actor)
     began = time.monotonic()
     for iteration in range(first, cfg.iterations):
         start = time.monotonic()
@@ -623,7 +665,9 @@ def train(cfg, rank, world_size, device):
                            "before") from None
         seconds = time.monotonic() - start
         update_s = seconds - stats["sample_s"] - stats["execute_s"]
-        flops = flops_of(config, [[transition.example for transition in transitions]]) / 3 * passes / world_size
+        examples = [transition.example for transition in transitions]
+        rows = packed_rows(examples, range(len(examples)), 0, 1, cfg.max_row_tokens)
+        flops = flops_of(config, rows) / 3 * passes / world_size
         stats |= {"iteration": iteration + 1, "update_s": update_s, "seconds": seconds,
                   "elapsed_s": time.monotonic() - began, "mfu": flops / update_s / peak if peak else None,
                   "peak_gib": peak_memory(device) / 2**30}
@@ -642,8 +686,9 @@ def train(cfg, rank, world_size, device):
 
 # -- Statistics: what log.jsonl says of an iteration
 
-def action_stats(cfg, transitions, logp_old, logp_ref, logp_sampler):
+def action_stats(cfg, transitions, logp_old, logp_ref, logp_diff):
     """Returns {name: number} about an iteration's actions. The log-probs are per token, of those that are learned from.
+    logp_diff: see old_logprobs.
 
     To log something else, such as the fraction that undo an edit, add a line here:
     "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step tells what a step has.
@@ -653,7 +698,6 @@ def action_stats(cfg, transitions, logp_old, logp_ref, logp_sampler):
     kinds = Counter(step["kind"] for step in steps)
     edits = [step["reward"] for step in steps if step["outcome"] and step["action"] != "Execute Script"]
     logp_old = torch.cat(logp_old)
-    gap = (logp_old - torch.cat(logp_sampler)).abs()
     stats = {
         "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
         "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
@@ -663,7 +707,7 @@ def action_stats(cfg, transitions, logp_old, logp_ref, logp_sampler):
         "zero_variance_groups": fmean(len(set(rewards)) == 1 for rewards in group_rewards(transitions).values()),
         "truncated": fmean(len(transition.tokens) >= cfg.max_new_tokens for transition in transitions),
         "action_tokens": fmean(len(transition.tokens) for transition in transitions),
-        "logp_diff_mean": gap.mean().item(), "logp_diff_max": gap.max().item()}
+        "logp_diff_mean": logp_diff.mean().item(), "logp_diff_max": logp_diff.max().item()}
     if logp_ref:
         diff = (torch.cat(logp_ref) - logp_old).clamp(-10, 10)
         stats |= {"kl": -diff.mean().item(), "kl_k3": (diff.exp() - 1 - diff).mean().item()}

@@ -33,9 +33,10 @@ from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
 from support.conversations import named, read_conversations
 from support.distributed import (
-    RECOMPUTE_ABOVE, apply_device, batch_indices, build_model, check_same, collate_packed, compute_type,
-    explain_dist_errors, export_model, flops_of, format_gib, init_distributed, load_state, num_parameters, optimizer_step,
-    packed_micro_batches, peak_flops, peak_memory, plan_memory, rank0_broadcast, save_state, shape_of)
+    RECOMPUTE_ABOVE, PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type,
+    explain_dist_errors, export_model, flops_of, format_gib, init_distributed, load_state, map_rows, num_parameters,
+    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, rank0_broadcast, row_threads, save_state,
+    shape_of)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -278,29 +279,25 @@ def cosine(step, steps, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def add_gradients(model, rows, num_targets, world_size, device, num_ids):
+def nll_gradients(model, rows, num_targets, world_size, device, num_ids, threads=None):
     """Adds the gradients of the mean negative log-prob over all `num_targets` targets of the step, of all processes and
-    rows. Returns this process's part of that mean, a tensor. num_ids: of the tokenizer."""
-    total = torch.zeros((), device=device)
-    for row in rows:
-        tokens, lengths, targets = collate_packed(row, device)
+    rows. Returns this process's part of that mean, a tensor. num_ids: of the tokenizer. threads: see add_gradients."""
+    def loss_of(row):
+        tokens, lengths, targets = row.inputs(device)
         logp, _, _ = model(tokens, lengths=lengths, targets=targets, num_token_ids=num_ids)
         loss = -logp.sum() / num_targets
-        (loss * world_size).backward()      # FSDP averages over the processes; this is a sum
-        total += loss.detach()
-    return total
+        return loss * world_size, loss.detach()     # FSDP averages over the processes; this is a sum
+    return add_gradients(model, rows, loss_of, threads)
 
 
-@torch.no_grad()
-def validate(model, examples, rank, world_size, device, num_ids, max_row_tokens):
-    """Returns (mean negative log-prob, share of targets that were the most likely token) of examples."""
-    sums = torch.zeros(3, device=device, dtype=torch.float64)
-    for row in packed_micro_batches(examples, range(len(examples)), rank, world_size, max_row_tokens):
-        tokens, lengths, targets = collate_packed(row, device)
+def validate(model, rows, world_size, device, num_ids, threads=None):
+    """Returns (mean negative log-prob, share of targets that were the most likely token) of this and all other
+    processes' rows."""
+    def sums_of(row):
+        tokens, lengths, targets = row.inputs(device)
         logp, _, is_most_likely = model(tokens, lengths=lengths, targets=targets, num_token_ids=num_ids)
-        sums[0] -= logp.double().sum()
-        sums[1] += is_most_likely.sum()
-        sums[2] += len(logp)
+        return torch.stack([-logp.double().sum(), is_most_likely.sum(), torch.ones_like(logp).sum()])
+    sums = sum(map_rows(sums_of, rows, threads))
     if world_size > 1:
         dist.all_reduce(sums)
     loss, num_right, count = sums.tolist()
@@ -325,6 +322,8 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     if first >= num_updates and rank == 0:
         print(f"{cfg.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
     log_file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
+    threads = row_threads(config, device)
+    valid_rows = packed_rows(valid, range(len(valid)), rank, world_size, cfg.max_row_tokens)
     peak = peak_flops(device)
     began = time.monotonic()
 
@@ -333,11 +332,11 @@ def train(cfg, examples, valid, tokenizer, config, folder):
 
         # 1. The examples of this step, and of them the packed rows of this process.
         batch = batch_indices(len(examples), step, cfg.batch, cfg.seed)
-        rows = packed_micro_batches(examples, batch, rank, world_size, cfg.max_row_tokens)
+        rows = packed_rows(examples, batch, rank, world_size, cfg.max_row_tokens)
 
         # 2. Forward and backward.
         num_targets = sum(sum(examples[i][1]) for i in batch)
-        loss_part = add_gradients(model, rows, num_targets, world_size, device, tokenizer.size)
+        loss_part = nll_gradients(model, rows, num_targets, world_size, device, tokenizer.size, threads)
         loss = loss_part.double()
         if world_size > 1:
             dist.all_reduce(loss)
@@ -349,7 +348,8 @@ def train(cfg, examples, valid, tokenizer, config, folder):
             norm = optimizer_step(model, optimizer).item()
         except RunError as error:       # each process names its part
             raise RunError(f"step {step + 1}: loss {loss_part.item()}, {error}; rank {rank}, conversations "
-                           f"{batch[rank::world_size]}. The checkpoints in {cfg.out} are from before") from None
+                           f"{sorted(sum((row.examples for row in rows), []))}. The checkpoints in {cfg.out} are from before"
+                           ) from None
 
         # 4. The log, with a validation where a checkpoint follows.
         seconds = time.monotonic() - start
@@ -360,7 +360,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
             figures["valid_loss"], figures["valid_accuracy"] = validate(
-                model, valid, rank, world_size, device, tokenizer.size, cfg.max_row_tokens)
+                model, valid_rows, world_size, device, tokenizer.size, threads)
         if rank == 0:
             left = (time.monotonic() - began) / (step + 1 - first) * (num_updates - step - 1)
             log_step(log_file, figures, num_updates, left)
@@ -436,7 +436,7 @@ def plan(cfg):
     if Path(cfg.trajectories).exists():
         num = len(read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)[0])
     updates = cfg.updates or math.ceil(cfg.epochs * num / cfg.batch)
-    row = [([0] * (cfg.max_row_tokens + 1), [True] * (cfg.max_row_tokens + 1))]
+    row = PackedRow([0] * cfg.max_row_tokens, [cfg.max_row_tokens], [0] * cfg.max_row_tokens, [])
     seconds = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12)
     return "\n".join([
         f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens", "", "GiB per GPU",

@@ -1,20 +1,25 @@
 """Processes, sharding, packed batches, checkpoints and memory: what sft.py and rl.py share to train a model."""
 import contextlib, math, os, re, resource, shutil, timeit
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import IGNORE, Config, Qwen2, load_tensors, write_checkpoint
+from model import IGNORE, Config, Qwen2, as_trees, load_tensors, write_checkpoint
 from support.cli import RunError, flag_of
 from support.files import shorten, sync
+from support.sandbox import SLOTS
 
 RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
+SMALL_BELOW = 50e6          # weights; the products of a smaller model are too small for several threads
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
@@ -167,6 +172,51 @@ def export_model(model, tokenizer, folder, dtype):
     barrier()
 
 
+def row_threads(config, device):
+    """Returns the threads that compute the rows of a small model on a CPU, None for any other.
+
+    OpenMP's threads wait for each other at every product, and beside a busy program each wait may take as long as the
+    scheduler's turn. So a product of a small model has one thread, and the cores compute different rows.
+    """
+    if device.type != "cpu" or dist.is_initialized() or num_parameters(config)[-1] > SMALL_BELOW:
+        return None
+    torch.set_num_threads(1)
+    return ThreadPoolExecutor(SLOTS.cpus)
+
+
+def map_rows(function, rows, threads=None):
+    """Returns [function(row)], without gradients, in the order of the rows. threads: of row_threads."""
+    @torch.no_grad()
+    def work(row):
+        return function(row)
+    return list(threads.map(work, rows) if threads else map(work, rows))
+
+
+def add_gradients(model, rows, loss_of, threads=None):
+    """Adds the gradients of a sum over rows to a model, and returns its parts. loss_of(row) returns (the row's part of
+    the loss, and a tensor of statistics). threads: of row_threads; the sum is in the order of the rows all the same.
+    Returns the sum of the statistics.
+    """
+    parameters = list(model.parameters())
+
+    def work(row):
+        loss, statistics = loss_of(row)
+        return torch.autograd.grad(loss, parameters), statistics
+
+    total = 0
+    if threads is None:
+        for row in rows:
+            loss, statistics = loss_of(row)
+            loss.backward()
+            total = total + statistics
+    else:
+        for gradients, statistics in threads.map(work, rows):
+            for p, gradient in zip(parameters, gradients):
+                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+            total = total + statistics
+    return total
+
+
 def optimizer_step(model, optimizer, max_norm=1.0):
     """Clips the gradient of a model, changes its weights and clears the gradient. Returns the norm before clipping, a
     tensor. RunError: it is not finite; no weight was changed."""
@@ -216,22 +266,111 @@ def shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens):
     return [[shares[rank][i] for i in row] for row in packed[rank]] + [[] for _ in range(num_empty)]
 
 
-def packed_micro_batches(examples, batch, rank, world_size, max_row_tokens):
-    """Returns the packed rows of one process as lists of examples; see shard_across_ranks."""
-    lengths = [len(ids) - 1 for ids, _ in examples]
-    return [[examples[i] for i in row] for row in shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens)]
+class Tree(NamedTuple):
+    """Texts that begin alike: in a packed row their beginning stands once, and each text goes on in a branch."""
+    prefix: int     # tokens of the beginning; each branch starts with its last token, whose successor may be learned
+    texts: list     # of each text the indices of its examples: the last is the text, the others are its beginnings
+    branches: list  # tokens of each branch
+
+    @property
+    def num_tokens(self):
+        return self.prefix + sum(self.branches)
 
 
-def collate_packed(row, device):
-    """Returns (tokens (1, T), lengths, targets (1, T)) of a packed row; targets[i] is the token after i if it is
-    learned, else IGNORE. A process with nothing left to do gets an empty row: one token, and no target."""
-    row = row or [([0, 0], [False, False])]
-    tokens = [token for ids, _ in row for token in ids[:-1]]
-    targets = []
-    for ids, loss_mask in row:
-        targets += [token if learned else IGNORE for token, learned in zip(ids[1:], loss_mask[1:])]
-    lengths = [len(ids) - 1 for ids, _ in row]
-    return torch.tensor([tokens], device=device), lengths, torch.tensor([targets], device=device)
+class PackedRow(NamedTuple):
+    """A row for the model. See Qwen2.forward for the first three."""
+    tokens: list
+    lengths: list
+    targets: list   # the token after each one if it is learned, else IGNORE
+    examples: list  # the indices of its examples, in the order of their targets
+
+    def inputs(self, device):
+        """Returns the model's inputs: tokens (1, T), lengths, targets (1, T), which stay on the CPU."""
+        return torch.tensor([self.tokens], device=device), self.lengths, torch.tensor([self.targets])
+
+
+# A process with nothing left to do gets an empty row: one token, and no target.
+EMPTY_ROW = PackedRow([0], [1], [IGNORE], [])
+LEAST_SHARED = 16       # tokens that texts have in common before they share them
+
+
+def pack_trees(examples, indices, max_row_tokens):
+    """Returns the Trees of the examples `indices`, whatever their order. No tree has more tokens than a row may have,
+    unless a single text has."""
+    # 1. Sorted by their tokens, examples that begin alike are neighbours. One that goes on with another and learns
+    # nothing of that part is the same text: the steps of a trajectory, where each prompt holds the step before.
+    texts = []
+    for i in sorted(indices, key=lambda i: examples[i][0]):
+        ids, loss_mask = examples[i]
+        before = examples[texts[-1][-1]][0] if texts else None
+        if before and ids[:len(before)] == before and not any(loss_mask[:len(before)]):
+            texts[-1].append(i)
+        else:
+            texts.append([i])
+
+    # 2. A text joins the tree of its neighbour, unless the next text is nearer, or the tree would then save less.
+    shared = [0, *(shared_tokens(examples, *pair) for pair in zip(texts, texts[1:])), 0]
+    trees = []
+    for n, text in enumerate(texts):
+        num_tokens = len(examples[text[-1]][0]) - 1
+        if shared[n] >= max(LEAST_SHARED, shared[n + 1]):
+            joined = join(trees[-1], text, num_tokens, shared[n] - 1)
+            saved = len(trees[-1].texts) * joined.prefix > (len(trees[-1].texts) - 1) * trees[-1].prefix
+            if saved and joined.num_tokens <= max_row_tokens:
+                trees[-1] = joined
+                continue
+        trees.append(Tree(0, [text], [num_tokens]))
+    return trees
+
+
+def shared_tokens(examples, text, other):
+    """Returns how many tokens two texts begin with that neither learns, and beyond which both go on."""
+    limits = []
+    for indices in (text, other):
+        limits.append(len(examples[indices[-1]][0]) - 1)
+        loss_mask = examples[indices[0]][1]
+        if True in loss_mask:
+            limits.append(loss_mask.index(True))
+    length = min(limits)
+    ids, other_ids = (np.array(examples[indices[-1]][0][:length]) for indices in (text, other))
+    differs = ids != other_ids
+    return int(differs.argmax()) if differs.any() else length
+
+
+def join(tree, text, num_tokens, prefix):
+    """Returns the Tree with one text more, of so many tokens, and with a prefix that is no longer than before."""
+    if len(tree.texts) > 1:
+        prefix = min(prefix, tree.prefix)
+    branches = [length + tree.prefix - prefix for length in tree.branches]
+    return Tree(prefix, [*tree.texts, text], [*branches, num_tokens - prefix])
+
+
+def packed_rows(examples, indices, rank, world_size, max_row_tokens):
+    """Returns the PackedRows of one process, of the examples `indices` of all processes; see shard_across_ranks."""
+    trees = pack_trees(examples, indices, max_row_tokens)
+    lengths = [tree.num_tokens for tree in trees]
+    rows = shard_across_ranks(lengths, range(len(trees)), rank, world_size, max_row_tokens)
+    return [lay_out(examples, [trees[t] for t in row]) if row else EMPTY_ROW for row in rows]
+
+
+def lay_out(examples, trees):
+    """Returns the PackedRow of some trees."""
+    row = PackedRow([], [], [], [])
+    for tree in trees:
+        row.tokens.extend(examples[tree.texts[0][-1]][0][:tree.prefix])
+        row.targets.extend([IGNORE] * tree.prefix)
+        row.lengths.append((tree.prefix, tree.branches) if tree.prefix else tree.num_tokens)
+        for text in tree.texts:
+            ids, _ = examples[text[-1]]
+            row.tokens.extend(ids[tree.prefix:-1])
+            targets = [IGNORE] * (len(ids) - 1)
+            for i in text:
+                for position, is_learned in enumerate(examples[i][1][1:]):
+                    if is_learned:
+                        targets[position] = ids[position + 1]
+            row.targets.extend(targets[tree.prefix:])
+            row.examples.extend(text)
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,12 +474,14 @@ def peak_flops(device):
 def flops_of(config, rows):
     """Returns the operations of a training step over packed rows: 6 a token for each weight, and 12 for each pair of
     tokens that attend, unit of width and layer (PaLM, arXiv 2204.02311, appendix B)."""
-    examples = [example for row in rows for example in row]
-    lengths = [len(ids) - 1 for ids, _ in examples]
-    num_targets = sum(sum(loss_mask) for _, loss_mask in examples)
     block, table, _, _ = num_parameters(config)
-    pairs = sum(length * length / 2 for length in lengths)
-    return (6 * sum(lengths) * block * config.num_hidden_layers + 6 * num_targets * table
+    num_tokens = sum(len(row.tokens) for row in rows)
+    num_targets = sum(target != IGNORE for row in rows for target in row.targets)
+    pairs = 0
+    for row in rows:
+        for prefix, branches in as_trees(row.lengths):
+            pairs += prefix * prefix / 2 + sum(length * (prefix + length / 2) for length in branches)
+    return (6 * num_tokens * block * config.num_hidden_layers + 6 * num_targets * table
             + 12 * pairs * config.hidden_size * config.num_hidden_layers)
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 import rl                                                        # noqa: E402
 from model import Config, Qwen2                                 # noqa: E402
 from sample import Tokenizer                                    # noqa: E402
-from support.distributed import epoch_order, export_model, init_distributed, shard_across_ranks  # noqa: E402
+from support.distributed import export_model, init_distributed, packed_rows  # noqa: E402
 
 import torch                                                    # noqa: E402
 from torch.distributed.tensor import DTensor                    # noqa: E402
@@ -64,6 +64,9 @@ class Given:
 
     def run(self, names, iteration):
         return self.transitions, {}
+
+    def samples_from(self, actor):
+        return self.engine is not None and rl.RolloutWorker.samples_from(self, actor)
 
     def refresh(self, actor):
         if self.engine:
@@ -171,7 +174,7 @@ def one_update(trainer, samples, probabilities, adv):
     plain = Plain(trainer)
     logp_old = trainer.logprobs(trainer.actor, examples)
     weights = [torch.full_like(o, p) for o, p in zip(logp_old, probabilities)]
-    trainer.update_actor(examples, logp_old, adv, weights, 0)
+    trainer.update_actor(examples, logp_old, adv, weights, [list(range(len(examples)))])
     return plain.steps[0], sum(map(len, logp_old))
 
 
@@ -408,10 +411,13 @@ def test_only_what_the_policy_chose_has_a_gradient():
     ones = [torch.ones_like(o) for o in old]
     add_noise(trainer.critic.score, 0.01)       # at zero it hands nothing on
     kept.clear()
-    trainer.update_actor(examples, old, ones, ones, 0)
-    trainer.update_critic(examples, ones, [0 * o for o in ones], trainer.minibatches(len(examples), 0))
-    order = epoch_order(len(examples), 0, 0)
-    expected = [place for i in order for place in examples[i][1][1:]]
+    batches = [list(range(len(examples)))]
+    trainer.update_actor(examples, old, ones, ones, batches)
+    trainer.update_critic(examples, ones, [0 * o for o in ones], batches)
+    expected = []
+    for one, other in sorted([samples[:2], samples[2:]], key=lambda pair: pair[0].prompt):
+        expected += [False] * (len(one.prompt) - 1)      # of the two, whose prompt is one; then their actions
+        expected += [True] * (len(one.tokens) + len(other.tokens))
     assert sum(expected) == sum(len(one.tokens) for one in samples)
     for name in ("actor", "critic"):
         assert (kept[name].grad[0].abs().sum(-1) > 0).tolist() == expected, name
@@ -431,10 +437,11 @@ def test_an_update_and_its_figures_equal_a_plain_loop(method):
     weights = [e.exp() for e in noise(0.3)]
     plain = Plain(trainer)
     examples = [one.example for one in samples]
-    figures = trainer.update_actor(examples, old, advantages, weights, 1)
+    batches = [list(range(len(examples)))]
+    figures = trainer.update_actor(examples, old, advantages, weights, batches)
     grads = plain.steps[0]
     if trainer.critic:
-        figures |= trainer.update_critic(examples, returns, values, trainer.minibatches(len(samples), 1), 0.2)
+        figures |= trainer.update_critic(examples, returns, values, batches, 0.2)
         grads |= plain.steps[1]
 
     num, total = sum(map(len, old)), 0
@@ -614,7 +621,7 @@ def test_an_actor_that_computes_in_bf16_is_sampled_from_a_copy():
     assert max(gaps_after_updates(trainer)) < 0.05
 
 
-WORLDS = {2: (120, list(METHODS)), 4: (90, ["critic"])}      # tokens of a row, methods
+WORLDS = {2: (160, list(METHODS)), 4: (90, ["critic"])}      # tokens of a row, methods
 
 
 def one_of_several(folder):
@@ -639,11 +646,11 @@ def test_nothing_depends_on_the_number_of_processes(forks, tmp_path):
     for world in WORLDS:
         said = forks("import sys, test_rl; test_rl.one_of_several(sys.argv[1])", tmp_path, world=world)
         assert "Warning" not in said, said
-    lengths = [len(one.prompt + one.tokens) - 1 for one in some_samples()]
+    examples = [one.example for one in some_samples()]
     for world, (length, methods) in WORLDS.items():
         found, gaps = torch.load(tmp_path / f"{world}.pt")
-        shards = [shard_across_ranks(lengths, epoch_order(12, 0, 0), rank, world, length) for rank in range(world)]
-        rows = [sum(map(bool, shard)) for shard in shards]
+        shards = [packed_rows(examples, range(12), rank, world, length) for rank in range(world)]
+        rows = [sum(bool(row.examples) for row in shard) for shard in shards]
         assert len(set(rows)) > 1
         for method in methods:
             alone = steps_of(method, max_row_tokens=10_000)
@@ -771,7 +778,7 @@ def test_a_group_update_leaves_out_states_whose_actions_all_earned_the_same():
     adv, _ = estimate(trainer, samples, logp_old, None, None)
     weights = rl.importance_weights(logp_old, [torch.tensor(one.logp_sampler) for one in samples])
     plain = Plain(trainer)
-    trainer.update_actor([one.example for one in samples], logp_old, adv, weights, 0)
+    trainer.update_actor([one.example for one in samples], logp_old, adv, weights, [list(range(len(samples)))])
     share = sum(len(one.tokens) for one in kept) / sum(len(one.tokens) for one in samples)
     assert_close(scaled(plain.steps[0], 1 / share), found[1], 1e-4)
 

@@ -45,8 +45,9 @@ def save_model(folder, prompts):
              for prompt in prompts for reply in REPLIES]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(36):
-        row = [texts[i] for i in distributed.batch_indices(len(texts), step, 6, 0)]
-        sft.add_gradients(model, [row], sum(sum(chosen) for _, chosen in row), 1, torch.device("cpu"), tokenizer.size)
+        batch = distributed.batch_indices(len(texts), step, 6, 0)
+        rows = distributed.packed_rows(texts, batch, 0, 1, 10_000)
+        sft.nll_gradients(model, rows, sum(sum(texts[i][1]) for i in batch), 1, torch.device("cpu"), tokenizer.size)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
