@@ -31,9 +31,13 @@ import torch.nn.functional as F
 
 from model import KERNELS, Config, Qwen2, find_folder, use_kernels
 from support import cpu_linear
-from support.cli import ContextFull, parse
+from support.cli import ContextFull, ModelSettings, parse
+from support.distributed import SMALL_BELOW
 from support.endpoint import Completion, Endpoint, EndpointError, find_stop, is_server
 from support.files import sync
+
+# cuDNN makes a plan for every new shape of an attention, which takes 40 to 400 ms, and shapes change at each pass.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +94,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read tokenizer.json of a checkpoint folder, and from its other files the ids that end a turn and the default
+        """Reads tokenizer.json of a checkpoint folder, and from its other files the ids that end a turn and the default
         system message. Raises ValueError for a missing or damaged file."""
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -115,7 +119,7 @@ class Tokenizer:
 
     @classmethod
     def of_bytes(cls):
-        """Return a tokenizer of one token a byte and three special tokens, for a model without a checkpoint."""
+        """Returns a tokenizer of one token a byte and three special tokens, for a model without a checkpoint."""
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(byte_alphabet())}, []))
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -123,7 +127,7 @@ class Tokenizer:
         return cls(bpe)
 
     def save(self, folder):
-        """Write the tokenizer's files beside a saved model, so that transformers and vLLM open the folder."""
+        """Writes the tokenizer's files beside a saved model, so that transformers and vLLM open the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not self.folder:
@@ -142,19 +146,19 @@ class Tokenizer:
         part.replace(folder / "tokenizer.json")
 
     def fingerprint(self):
-        """Return 16 hex digits that tell tokenizers apart: sampled ids help a model with the same one alone."""
+        """Returns 16 hex digits that tell tokenizers apart: sampled ids help a model with the same one alone."""
         return hashlib.sha256(self.bpe.to_str().encode()).hexdigest()[:16]
 
     def encode(self, text):
-        """Return the token ids of plain text."""
+        """Returns the token ids of plain text."""
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        """Return the text of token ids. Bytes that are no valid UTF-8 become U+FFFD."""
+        """Returns the text of token ids. Bytes that are no valid UTF-8 become U+FFFD."""
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
 
     def spelling(self, ids, text):
-        """Return those of the sampled ids that spell exactly the text, without what ended it (an end of turn or a stop
+        """Returns those of the sampled ids that spell exactly the text, without what ended it (an end of turn or a stop
         string); None where they do not, or are no ids at all: they may come from a file."""
         if not isinstance(ids, list):
             return None
@@ -172,12 +176,12 @@ class Tokenizer:
         return ids if text[pos:] == decoder.decode(b"", final=True) else None
 
     def chat(self, messages, add_generation_prompt=True):
-        """Return the token ids of a conversation, up to where the assistant speaks next. See conversation."""
+        """Returns the token ids of a conversation, up to where the assistant speaks next. See conversation."""
         ids, _ = self.conversation(messages)
         return ids + [self.turn, *self.encode("assistant\n")] if add_generation_prompt else ids
 
     def conversation(self, messages, assistant_turns=None):
-        """Return (ids, loss_mask) of a conversation, [{"role", "content"}]. A message is
+        """Returns (ids, loss_mask) of a conversation, [{"role", "content"}]. A message is
         <|im_start|>role\\ncontent<|im_end|>\\n; the default system message comes first where the conversation has none.
 
         The loss mask is True for what the assistant chose: its replies, and the token that ends each. assistant_turns:
@@ -211,14 +215,14 @@ class Tokenizer:
 
 
 def byte_alphabet():
-    """Return GPT-2's character for each of the 256 bytes: printable Latin-1 stays, the rest is U+0100 onwards."""
+    """Returns GPT-2's character for each of the 256 bytes: printable Latin-1 stays, the rest is U+0100 onwards."""
     plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
     spare = iter(range(256, 512))
     return [chr(b) if b in plain else chr(next(spare)) for b in range(256)]
 
 
 def read_object(path):
-    """Return the JSON object in a file of a checkpoint, {} where there is no such file."""
+    """Returns the JSON object in a file of a checkpoint, {} where there is no such file."""
     try:
         value = json.loads(path.read_text()) if path.is_file() else {}
     except (ValueError, RecursionError):
@@ -246,12 +250,12 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def copy(self, source, target, length):
-        """Copy the first `length` positions of one row to another."""
+        """Copies the first `length` positions of one row to another."""
         for cached in (self.k, self.v):
             cached[:, target, :, :length] = cached[:, source, :, :length]
 
     def swap(self, a, b, length):
-        """Exchange the first `length` positions of two rows."""
+        """Exchanges the first `length` positions of two rows."""
         for cached in (self.k, self.v):
             kept = cached[:, a, :, :length].clone()
             cached[:, a, :, :length] = cached[:, b, :, :length]
@@ -400,8 +404,10 @@ class DecodeGraph(ForwardBatch):
 CHECK_EVERY = 4             # passes of a DecodeGraph between two looks at what they sampled
 GRAPH_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
 SHORTEST_SIGHT = 256        # positions that a graph's tokens see at least, so that there are few graphs
-SIGHT_STEP = 64             # by which the number S of positions grows that a pass sees on the devices below; the mask
-FEW_SHAPES = ("cuda",)      # hides the rest. There a kernel is chosen for each new shape, and a mask of odd width copied
+# On these devices the number S of positions that a pass sees grows in steps, and the mask hides the rest: there a
+# kernel is chosen for each new shape, and a mask of odd width is copied in every layer. On a CPU it would cost time.
+FEW_SHAPES = ("cuda",)
+SIGHT_STEP = 64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,7 +417,7 @@ PRESORTED = 1024            # most likely tokens that are sorted first
 
 
 def next_tokens(model, batch, num_ids, tokens, settings, uniform, limits=None):
-    """Return what is sampled after each of the batch's tokens (1, N), and its log-probs, both (N,).
+    """Returns what is sampled after each of the batch's tokens (1, N), and its log-probs, both (N,).
 
     num_ids: the tokenizer's size. settings: (N, 2), temperature and top_p of each token. See sample_tokens.
     """
@@ -423,7 +429,7 @@ def next_tokens(model, batch, num_ids, tokens, settings, uniform, limits=None):
 
 
 def sample_tokens(logits, temperature, top_p, uniform, limits=None):
-    """Return one token for each row, (B,) int64, and its log-prob under the distribution it was drawn from, (B,) fp32.
+    """Returns one token for each row, (B,) int64, and its log-prob under the distribution it was drawn from, (B,) fp32.
 
     logits: (B, V) fp32. temperature, top_p, uniform in [0, 1): (B,) float64. The distribution is
     softmax(logits / temperature), cut to the smallest set of most likely tokens whose probability reaches top_p, and
@@ -447,7 +453,7 @@ def sample_tokens(logits, temperature, top_p, uniform, limits=None):
 
 
 def nucleus(logp, top_p, width):
-    """Return log-probs (B, V) after nucleus truncation, renormalised; -inf outside.
+    """Returns log-probs (B, V) after nucleus truncation, renormalised; -inf outside.
 
     To sort 152,064 values a row costs more than a decoding step of a small model, so only the `width` most likely are
     sorted first, and all of them only where these do not settle it.
@@ -503,7 +509,7 @@ class PromptLookup:
         self.find()
 
     def find(self):
-        """Look up the last bigram, and count how many more tokens before it match."""
+        """Looks up the last bigram, and counts how many more tokens before it match."""
         seq = self.seq
         self.pos = self.ngram_index.get(tuple(seq[-2:]))
         self.match_len = 2
@@ -513,7 +519,7 @@ class PromptLookup:
                 self.match_len += 1
 
     def add(self, token):
-        """Append the next token to the text."""
+        """Appends the next token to the text."""
         right = False
         if self.pos is not None:
             right = self.seq[self.pos] == token
@@ -530,7 +536,7 @@ class PromptLookup:
             self.find()
 
     def accept_prob(self):
-        """Return the probability that the next guess is right: this text's record, after two guesses like others'."""
+        """Returns the probability that the next guess is right: this text's record, after two guesses like others'."""
         if self.pos is None:
             return 0.0
         right, made = self.counts[self.match_len]
@@ -549,12 +555,17 @@ class Engine:
     fast for few rows; None: if they are large. draft: guess tokens from the text so far, and check several in one pass.
     fixed_shapes: decode in passes of fixed shapes, DecodeGraph. Neither changes what is sampled.
 
+    A small model on a CPU takes one OpenMP thread, whoever calls: several would wait for each other at every product,
+    and beside a busy program each wait may last as long as the scheduler's turn. Any other model takes as many as are
+    set when its engine is made. Never does the load decide, so that a run can be repeated.
+
     The first chat or submit starts a thread that runs the model from then on. Until then generate runs it in the
-    caller's thread, which on a CPU is a quarter faster: there is one pool of OpenMP threads, not two that share the
-    cores.
+    caller's thread, which on a CPU is a quarter faster for a large model: there is one pool of OpenMP threads, not two
+    that share the cores.
     """
 
-    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True, fixed_shapes=False):
+    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True,
+                 fixed_shapes=False):
         weight = model.lm_head.weight
         self.model = model
         self.tokenizer = tokenizer
@@ -566,12 +577,12 @@ class Engine:
         self.fixed_shapes = fixed_shapes
         self.graphs = {}        # {shape: DecodeGraph}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if fixed_shapes and self.device.type == "cuda" else None
-        dtype = getattr(model, "compute_dtype", None) or weight.dtype     # of what is computed, and so of what is cached
+        dtype = getattr(model, "compute_dtype", None) or weight.dtype       # of what is computed and cached
         if pack is None:
             pack = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
         packable = (torch.float32, torch.bfloat16) if pack else (torch.bfloat16,)       # see cpu_linear
         self.pack = self.device.type == "cpu" and weight.dtype is dtype and dtype in packable
-        is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+        is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_BELOW
         self.num_threads = 1 if is_small else torch.get_num_threads()
         self.cache = KVCache(model.config, rows, self.context, dtype, self.device)
         # Rows 0 .. len(active) - 1 are being sampled; the others are parked, their cached tokens waiting for reuse.
@@ -588,7 +599,7 @@ class Engine:
         self.refresh()
 
     def forget(self):
-        """Drop every cached token. Raises RuntimeError while replies are being sampled."""
+        """Drops every cached token. Raises RuntimeError while replies are being sampled."""
         with self.wake:
             if self.active or self.waiting:
                 raise RuntimeError("the cache cannot be dropped while replies are being sampled; wait for them first")
@@ -596,7 +607,7 @@ class Engine:
             self.used = [0] * self.rows
 
     def refresh(self):
-        """Take notice of changed weights: drop what the old ones cached and guessed, and pack anew."""
+        """Takes notice of changed weights: drops what the old ones cached and guessed, and packs anew."""
         self.forget()
         self.guess_counts = [[1, 2] for _ in range(PromptLookup.LONGEST + 1)]
         if self.pack:
@@ -605,15 +616,16 @@ class Engine:
     # -- what callers use
 
     def chat(self, messages, **options):
-        """Return the assistant's next reply to a conversation, a Completion. See submit for the options."""
+        """Returns the assistant's next reply to a conversation, a Completion. See submit for the options."""
         return self.submit(self.tokenizer.chat(messages), **options).result()
 
     def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
-        """Return a list of n Completions for each prompt (a text, a list of ids, or a conversation).
+        """Returns a list of n Completions for each prompt (a text, a list of ids, or a conversation).
 
-        Sample j of prompt i draws from seed + i * n + j; the n samples of a prompt share one prefill. on_completion(i, j,
-        completion) is called in the caller's thread as soon as that sample is done, while the others wait. What it
-        raises ends the call and takes back what is not done.
+        Sample j of prompt i draws from seed + i * n + j; the same calls give the same tokens on a CPU, and on a GPU but
+        for rounding. The n samples of a prompt share one prefill. on_completion(i, j, completion) is called in the
+        caller's thread as soon as that sample is done, while the others wait. What it raises ends the call and takes
+        back what is not done.
         """
         done = queue.SimpleQueue()
         requests = []
@@ -645,7 +657,7 @@ class Engine:
         return groups
 
     def submit(self, ids, **options):
-        """Queue one reply to the token ids of a prompt. Returns a Future of its Completion.
+        """Queues one reply to the token ids of a prompt, and returns a Future of its Completion.
 
         Options: max_new_tokens, temperature, top_p, stop (strings), seed, and stream, which is called with the bytes of
         each new token. Raises ContextFull if the reply may not fit the context, ValueError for options out of range.
@@ -686,7 +698,7 @@ class Engine:
             self._advance()
 
     def _advance(self):
-        """Make one step if there is anything to do. What it raises is handed to everyone who waits for a reply."""
+        """Makes one step if there is anything to do. What it raises is handed to everyone who waits for a reply."""
         with self.turn, torch.no_grad():        # not inference_mode: it would break later training of the same module
             num_threads = torch.get_num_threads()       # of OpenMP, each Python thread's own
             torch.set_num_threads(self.num_threads)
@@ -707,7 +719,7 @@ class Engine:
                 torch.set_num_threads(num_threads)
 
     def _withdraw(self, futures):
-        """Sample no further the replies that nobody waits for any more."""
+        """Samples no further the replies that nobody waits for any more."""
         with self.turn, self.wake:
             self.waiting = deque(request for request in self.waiting if request.future not in futures)
             for row in reversed(range(len(self.active))):
@@ -715,7 +727,7 @@ class Engine:
                     self.release_row(row)
 
     def step(self):
-        """Run one pass: every active row gets a token, and with it those of its draft that prove right.
+        """Runs one pass: every active row gets a token, and with it those of its draft that prove right.
 
         A token is sampled at each drafted position with that position's own random number, as without a draft. The
         draft only decides whether the positions after it count, so the tokens are those of plain decoding.
@@ -750,7 +762,7 @@ class Engine:
             future.set_result(completion)
 
     def propose_drafts(self):
-        """Return for each active row the tokens to try after its last.
+        """Returns for each active row the tokens to try after its last.
 
         A guess that is right with probability p, after j others, is right with p^(j + 1). It pays if that is more
         tokens than its cost would give otherwise. All that pay raise that rate, so the lengths are found again with it.
@@ -770,7 +782,7 @@ class Engine:
         return [request.lookup.guess(min(k, most)) for request, k, most in zip(self.active, lengths, left)]
 
     def decode_graph(self, drafts):
-        """Return (passes, graph) for the active rows, each size of the graph one of few; (1, None) where none fits."""
+        """Returns (passes, graph) for the active rows, each size of the graph one of few; (1, None) where none fits."""
         B = min(round_up(len(drafts)), self.rows)
         T = round_up(1 + max(map(len, drafts)))
         if not self.fixed_shapes or B * T > GRAPH_TOKENS:
@@ -805,7 +817,7 @@ class Engine:
         return [list(itertools.islice(pairs, count)) for count in counts]
 
     def schedule(self):
-        """Give free rows to waiting requests, and bring their prompts but for the last token into the cache. Each
+        """Gives free rows to waiting requests, and brings their prompts but for the last token into the cache. Each
         reuses the longest beginning that some row holds."""
         # 1. Requests get rows while there are any.
         with self.wake:
@@ -835,12 +847,12 @@ class Engine:
             ready = row
 
     def shared_prefix(self, prompt):
-        """Return how many tokens at the beginning of each row are the prompt's, (R,)."""
+        """Returns how many tokens at the beginning of each row are the prompt's, (R,)."""
         equal = self.tokens[:, :len(prompt)] == prompt
         return np.logical_and.accumulate(equal, axis=1).sum(1)
 
     def assign_row(self, request, row, source, reused):
-        """Make `row` begin with the `reused` tokens of the row `source` that are the request's first."""
+        """Makes `row` begin with the `reused` tokens of the row `source` that are the request's first."""
         # 1. Take over the source if it is parked and holds this conversation's last turn, or another reply to its
         #    prompt. Else copy what is shared to an empty row, or to the one that was parked first.
         P = len(request.prompt) - 1
@@ -865,7 +877,7 @@ class Engine:
         self.prefilled_tokens += P - reused
 
     def prefill(self, rows):
-        """Compute what the cache lacks of the prompts in these rows, PREFILL_TOKENS in one pass."""
+        """Computes what the cache lacks of the prompts in these rows, PREFILL_TOKENS in one pass."""
         missing = [(row, pos) for row in rows for pos in range(self.lengths[row], len(self.active[row].prompt) - 1)]
         for begin in range(0, len(missing), PREFILL_TOKENS):
             part = missing[begin:begin + PREFILL_TOKENS]
@@ -878,7 +890,7 @@ class Engine:
                 self.lengths[row] += count
 
     def append_token(self, request, token, logp):
-        """Add a sampled token to its reply. Returns the Completion if that ends it, else None."""
+        """Adds a sampled token to its reply. Returns the Completion if that ends it, else None."""
         request.tokens.append(token)
         request.logps.append(logp)
         if request.lookup:
@@ -899,7 +911,7 @@ class Engine:
                           time.perf_counter() - request.started)
 
     def release_row(self, row):
-        """Take a finished row out of the batch, and keep what it has cached."""
+        """Takes a finished row out of the batch, and keeps what it has cached."""
         request = self.active[row]
         last = len(self.active) - 1
         P = len(request.prompt) - 1
@@ -919,11 +931,10 @@ class Engine:
 
 
 def round_up(n):
-    """Return the next power of two."""
+    """Returns the next power of two."""
     return 1 << (n - 1).bit_length()
 
 
-SMALL_MODEL = 50_000_000    # weights, up to which a CPU's threads would wait for each other longer than they work
 LARGE_BYTES = 2**26         # of weights, beyond what a processor's cache holds
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
@@ -934,15 +945,11 @@ TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Loading what --model names, and the command line
 
 def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch", graphs=False,
          key="OPENAI_API_KEY"):
-    """Return the Engine or Endpoint that a --model value names.
+    """Returns the Engine or Endpoint that a --model value names.
 
     spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
     out), or "http://host:port/v1#name". device "auto": CUDA if there is one. dtype "auto": bfloat16 where the hardware
@@ -976,25 +983,21 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
 
 
 def small_files(model):
-    """A folder with the small files of the model that --model names, which may be on the hub; None if it has none."""
+    """Returns a folder with the small files of the model that --model names, or on the hub; None if it has none."""
     try:
         return None if is_server(model) or model in ("", "tiny") else find_folder(model, ("*.json",))
     except ValueError:      # there is no such model; who loads it says so
         return None
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(ModelSettings):
     """Command line of sample.py."""
     prompt: str                         # what to say to the model
     model: str = "tiny"                 # a folder, a hub id, "tiny" (random weights), or http://host:port/v1#name
     max_new_tokens: int = 256           # the longest reply, in tokens
     temperature: float = 0.7            # 0 always takes the most likely token
     top_p: float = 1.0                  # sample from the most likely tokens that together reach this probability
-    seed: int = 0                       # of the random numbers
-    dtype: str = "auto"                 # auto, float32 or bfloat16
-    device: str = "auto"                # auto, cpu or cuda
-    kernels: str = "torch"              # torch, or triton, on CUDA: fused operations, not yet measured on a GPU
     graphs: bool = False                # decode in CUDA graphs, which nobody has run on a GPU yet
 
 

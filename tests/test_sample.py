@@ -597,6 +597,10 @@ def test_a_gpus_passes_have_few_shapes_and_sample_the_same(model, monkeypatch):
         assert (torch.tensor(ours.logps) - torch.tensor(theirs.logps)).abs().max() < 1e-5
 
 
+def test_cudnns_attention_is_off():
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
 @pytest.mark.parametrize("context", [63, 64, 100])
 def test_a_row_may_fill_its_context(model, context, monkeypatch):
     monkeypatch.setattr(sample, "FEW_SHAPES", ("cpu",))
@@ -622,7 +626,7 @@ def test_a_small_model_runs_with_one_thread_whoever_calls(small, expected):
     torch.set_num_threads(2)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sample, "SMALL_MODEL", 100 if small else 1)
+            patch.setattr(sample, "SMALL_BELOW", 100 if small else 1)
             engine = Engine(engine_model, t, rows=2, context=64, pack=False)
         engine.generate([[0]], max_new_tokens=3)
         assert torch.get_num_threads() == 2
