@@ -11,7 +11,6 @@ The letters B, T, N, K, D, S, V, L are those of model.py; R is the number of row
 import codecs
 import hashlib
 import itertools
-import json
 import math
 import queue
 import re
@@ -29,12 +28,13 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 
-from model import KERNELS, Config, Qwen2, find_folder, use_kernels
+from model import KERNELS, Config, Qwen2, use_kernels
 from support import cpu_linear
 from support.cli import ContextFull, ModelSettings, parse
 from support.distributed import SMALL_BELOW
 from support.endpoint import Completion, Endpoint, EndpointError, find_stop, is_server
 from support.files import sync
+from support.pretrained import find_folder, read_json, write_json
 
 # cuDNN makes a plan for every new shape of an attention, which takes 40 to 400 ms, and shapes change at each pass.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -104,11 +104,13 @@ class Tokenizer:
             bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:      # the library raises bare Exception for every malformed file
             raise ValueError(f"{path} cannot be read ({error}); download it again") from None
-        eos = read_object(folder / "generation_config.json").get("eos_token_id") or []
+        generation, config = (read_json(path) if path.is_file() else {} for path in (
+            folder / "generation_config.json", folder / "tokenizer_config.json"))
+        eos = generation.get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]
         if not all(isinstance(i, int) for i in eos):
             raise ValueError(f"{folder / 'generation_config.json'}: eos_token_id must be numbers, found {str(eos):.80}")
-        template = str(read_object(folder / "tokenizer_config.json").get("chat_template", ""))
+        template = str(config.get("chat_template", ""))
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
         system = cls.SYSTEM
@@ -134,8 +136,8 @@ class Tokenizer:
             system = "" if self.system is None else SYSTEM_TEMPLATE.replace("SYSTEM", self.system)
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.END, "pad_token": self.TEXT_END,
                         "clean_up_tokenization_spaces": False, "chat_template": system + CHAT_TEMPLATE}
-            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": self.end}, indent=2) + "\n")
-            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            write_json(folder / "generation_config.json", {"eos_token_id": self.end})
+            write_json(folder / "tokenizer_config.json", settings)
         elif self.folder.resolve() != folder.resolve():
             for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
                 if (self.folder / name).is_file():
@@ -219,17 +221,6 @@ def byte_alphabet():
     plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
     spare = iter(range(256, 512))
     return [chr(b) if b in plain else chr(next(spare)) for b in range(256)]
-
-
-def read_object(path):
-    """Returns the JSON object in a file of a checkpoint, {} where there is no such file."""
-    try:
-        value = json.loads(path.read_text()) if path.is_file() else {}
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged; download it again")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,21 +321,21 @@ class DecodeGraph(ForwardBatch):
     which is replayed without asking the device anything. On a CPU the same function runs as it stands.
 
     A token at the cache's last position, which no row ever reaches, is padding: it writes there alone. Where T is 1,
-    the tokens that a pass samples are the input of the next. limits: whether any row has a top_p below 1.
+    the tokens that a pass samples are the input of the next.
     """
     fresh = False
     counts = None
 
-    def __init__(self, model, num_ids, cache, B, T, S, limits, pool):
+    def __init__(self, model, num_ids, cache, B, T, S, pool):
         self.model = model
         self.num_ids = num_ids
         self.cache = cache
-        self.shape = B, T, S, limits
+        self.shape = B, T, S
         device = cache.k.device
         self.rows = torch.arange(B, device=device).repeat_interleave(T)
         self.tokens = torch.zeros(1, B * T, dtype=torch.int64, device=device)
         self.positions = torch.full((1, B * T), cache.padding, device=device)
-        self.settings = torch.ones(B * T, 2, dtype=torch.float64, device=device)
+        self.temperature = torch.ones(B * T, dtype=torch.float64, device=device)
         self.uniform = torch.zeros(B * T, dtype=torch.float64, device=device)
         self.result = torch.zeros(2, B * T, dtype=torch.float64, device=device)     # tokens, log-probs
         self.graph = None
@@ -355,30 +346,30 @@ class DecodeGraph(ForwardBatch):
                 self.compute()
 
     def compute(self):
-        B, T, S, limits = self.shape
+        B, T, S = self.shape
         self.locate(self.rows)
         positions = torch.where(self.positions < self.cache.padding, self.positions, 0).view(B, T)
         mask = KERNELS.attention_mask(positions, S, self.cache.group, self.cache.k.dtype)
         self.parts = [(slice(None), slice(0, B), S, mask)]
-        sampled, logps = next_tokens(self.model, self, self.num_ids, self.tokens, self.settings, self.uniform, limits)
+        sampled, logps = next_tokens(self.model, self, self.num_ids, self.tokens, self.temperature, self.uniform)
         self.result.copy_(torch.stack((sampled.double(), logps.double())))
         if T == 1:
             self.tokens.copy_(sampled[None])
         self.positions.add_(1).clamp_(max=self.cache.padding)
 
-    def run(self, passes, tokens, starts, settings, uniform):
+    def run(self, passes, tokens, starts, temperature, uniform):
         """Runs passes over the first rows, of which there may be fewer than B. Returns for each row [(token, logp)] of
         its passes, or of its tokens.
 
-        tokens: a list for each row, which goes on after its first `starts` positions. settings: (rows, 2), temperature
-        and top_p. uniform: a number for each result.
+        tokens: a list for each row, which goes on after its first `starts` positions. temperature: of each row.
+        uniform: a number for each result.
         """
         # 1. Padding makes (B, T) of them.
         B, T = self.shape[:2]
         all_tokens = np.zeros((B, T), int)
         positions = np.full((B, T), self.cache.padding)
-        all_settings = np.ones((B, 2))
-        all_settings[:len(settings)] = settings
+        all_temperatures = np.ones(B)
+        all_temperatures[:len(temperature)] = temperature
         numbers = np.zeros((B, passes * T))
         for row, (new, start, drawn) in enumerate(zip(tokens, starts, uniform)):
             all_tokens[row, :len(new)] = new
@@ -386,7 +377,7 @@ class DecodeGraph(ForwardBatch):
             numbers[row, :len(drawn)] = drawn
         self.tokens.copy_(torch.from_numpy(all_tokens.reshape(1, -1)))
         self.positions.copy_(torch.from_numpy(positions.reshape(1, -1)))
-        self.settings.copy_(torch.from_numpy(all_settings.repeat(T, 0)))
+        self.temperature.copy_(torch.from_numpy(all_temperatures.repeat(T)))
         # 2. The passes.
         results = []
         for numbers_of_pass in torch.from_numpy(numbers).to(self.uniform.device).split(T, dim=1):
@@ -413,59 +404,32 @@ SIGHT_STEP = 64
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling a token
 
-PRESORTED = 1024            # most likely tokens that are sorted first
-
-
-def next_tokens(model, batch, num_ids, tokens, settings, uniform, limits=None):
+def next_tokens(model, batch, num_ids, tokens, temperature, uniform):
     """Returns what is sampled after each of the batch's tokens (1, N), and its log-probs, both (N,).
 
-    num_ids: the tokenizer's size. settings: (N, 2), temperature and top_p of each token. See sample_tokens.
+    num_ids: the tokenizer's size. For the rest see sample_tokens.
     """
     # The log-probs must be those that the trainer computes for the same tokens. So the vocabulary's rows that stand for
-    # no token are left out, as in Head; logits become fp32 before they are divided by the temperature; and training
-    # samples with a top_p of 1, as the trainer knows no other.
+    # no token are left out, as in Head, and logits become fp32 before they are divided by the temperature.
     logits = model(tokens, batch)[0, :, :num_ids].float()
-    return sample_tokens(logits, settings[:, 0], settings[:, 1], uniform, limits)
+    return sample_tokens(logits, temperature, uniform)
 
 
-def sample_tokens(logits, temperature, top_p, uniform, limits=None):
-    """Returns one token for each row, (B,) int64, and its log-prob under the distribution it was drawn from, (B,) fp32.
+def sample_tokens(logits, temperature, uniform):
+    """Returns one token for each row, (N,) int64, and its log-prob under softmax(logits / temperature), (N,) fp32.
 
-    logits: (B, V) fp32. temperature, top_p, uniform in [0, 1): (B,) float64. The distribution is
-    softmax(logits / temperature), cut to the smallest set of most likely tokens whose probability reaches top_p, and
-    renormalised. The token is its inverse CDF at `uniform`. Temperature 0 takes the most likely token and reports its
-    log-prob at temperature 1, uncut. limits: whether any row has a top_p below 1, from a caller who knows, so that the
-    device is asked nothing; None: look.
+    logits: (N, V) fp32. uniform: (N,) float64 in [0, 1), at which the token is the inverse CDF. temperature: (N,)
+    float64; 0 takes the most likely token and reports its log-prob at temperature 1. None: it is 0 in every row.
     """
+    likeliest = logits.argmax(-1)
+    if temperature is None:
+        return likeliest, logits.log_softmax(-1).gather(1, likeliest[:, None])[:, 0]
     greedy = temperature == 0
     logp = F.log_softmax(logits / torch.where(greedy, 1.0, temperature).float()[:, None], dim=-1)
-    if limits is None and greedy.all():
-        tokens = logits.argmax(-1)
-        return tokens, logp.gather(1, tokens[:, None])[:, 0]
-    limited = (top_p < 1) & ~greedy
-    if limits or (limits is None and limited.any()):
-        cut = nucleus(logp, top_p, PRESORTED if limits is None else logp.shape[-1])
-        logp = torch.where(limited[:, None], cut, logp)
     cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    tokens = torch.where(greedy, logits.argmax(-1), tokens)
+    drawn = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    tokens = torch.where(greedy, likeliest, drawn)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
-
-
-def nucleus(logp, top_p, width):
-    """Returns log-probs (B, V) after nucleus truncation, renormalised; -inf outside.
-
-    To sort 152,064 values a row costs more than a decoding step of a small model, so only the `width` most likely are
-    sorted first, and all of them only where these do not settle it.
-    """
-    V = logp.shape[-1]
-    value, index = logp.topk(min(width, V), dim=-1)
-    p = value.double().exp()
-    if width < V and (p.sum(-1) < top_p).any():
-        return nucleus(logp, top_p, V)
-    keep = (p > 0) & (p.cumsum(-1) - p < top_p[:, None])
-    kept = torch.where(keep, value, -torch.inf)
-    return torch.full_like(logp, -torch.inf).scatter(1, index, kept - kept.logsumexp(-1, keepdim=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,7 +441,6 @@ class Request:
     prompt: np.ndarray          # (P,) int64
     max_new_tokens: int
     temperature: float
-    top_p: float
     stop: list                  # of bytes
     uniform: np.ndarray         # (max_new_tokens,): all its random numbers, so batching cannot change them
     stream: Callable            # called with the bytes of each new token, or None
@@ -659,7 +622,7 @@ class Engine:
     def submit(self, ids, **options):
         """Queues one reply to the token ids of a prompt, and returns a Future of its Completion.
 
-        Options: max_new_tokens, temperature, top_p, stop (strings), seed, and stream, which is called with the bytes of
+        Options: max_new_tokens, temperature, stop (strings), seed, and stream, which is called with the bytes of
         each new token. Raises ContextFull if the reply may not fit the context, ValueError for options out of range.
         """
         request = self._request(ids, **options)
@@ -672,15 +635,15 @@ class Engine:
         return request.future
 
     def _request(self, ids, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0, stream=None):
-        if not (ids and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1):
-            raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1; found "
-                             f"{len(ids)} prompt tokens, {max_new_tokens}, {temperature} and {top_p}")
+        if not (ids and max_new_tokens >= 1 and temperature >= 0 and top_p == 1):
+            raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, and a top_p of 1, as training "
+                             f"has; found {len(ids)} prompt tokens, {max_new_tokens}, {temperature} and {top_p}")
         if len(ids) + max_new_tokens > self.context:
             raise ContextFull(f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the context of "
                               f"{self.context}; shorten the prompt, or give the engine a larger context")
         stop = [stop] if isinstance(stop, str) else stop
         uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return Request(np.array(ids), max_new_tokens, temperature, top_p, [text.encode() for text in stop if text],
+        return Request(np.array(ids), max_new_tokens, temperature, [text.encode() for text in stop if text],
                        uniform.numpy(), stream)
 
     def _ids(self, prompt):
@@ -792,8 +755,7 @@ class Engine:
             passes = min(CHECK_EVERY, max(request.max_new_tokens - len(request.tokens) for request in self.active))
         longest = max(self.lengths[:len(drafts)])
         S = min(max(SHORTEST_SIGHT, round_up(longest + T + passes)), self.cache.padding + 1)
-        limits = any(request.temperature and request.top_p < 1 for request in self.active)
-        shape = B, T, S, limits
+        shape = B, T, S
         if shape not in self.graphs:
             self.graphs[shape] = DecodeGraph(self.model, self.tokenizer.size, self.cache, *shape, self.pool)
         return passes, self.graphs[shape]
@@ -805,13 +767,15 @@ class Engine:
         newest = [request.tokens[-1] if request.tokens else request.prompt[-1] for request in self.active]
         tokens = [[token, *draft] for token, draft in zip(newest, drafts)]         # no pass has seen them yet
         starts = self.lengths[:len(tokens)]
-        settings = np.array([(request.temperature, request.top_p) for request in self.active])
+        temperature = [request.temperature for request in self.active]
         uniform = [request.uniform[len(request.tokens):][:count] for request, count in zip(self.active, counts)]
         if graph:
-            return graph.run(passes, tokens, starts, settings, uniform)
+            return graph.run(passes, tokens, starts, temperature, uniform)
         batch = ForwardBatch(self.cache, range(len(tokens)), starts, counts)
-        arrays = np.concatenate(tokens)[None], settings.repeat(counts, 0), np.concatenate(uniform)
+        arrays = np.concatenate(tokens)[None], np.repeat(temperature, counts).astype(float), np.concatenate(uniform)
         inputs = [torch.from_numpy(array).to(self.device) for array in arrays]
+        if not any(temperature):
+            inputs[1] = None
         sampled, logps = next_tokens(self.model, batch, self.tokenizer.size, *inputs)
         pairs = zip(sampled.tolist(), logps.tolist())
         return [list(itertools.islice(pairs, count)) for count in counts]
@@ -997,14 +961,13 @@ class Settings(ModelSettings):
     model: str = "tiny"                 # a folder, a hub id, "tiny" (random weights), or http://host:port/v1#name
     max_new_tokens: int = 256           # the longest reply, in tokens
     temperature: float = 0.7            # 0 always takes the most likely token
-    top_p: float = 1.0                  # sample from the most likely tokens that together reach this probability
     graphs: bool = False                # decode in CUDA graphs, which nobody has run on a GPU yet
 
 
 def main(cfg):
     policy = load(cfg.model, cfg.dtype, cfg.device, rows=1, kernels=cfg.kernels, graphs=cfg.graphs)
     messages = [{"role": "user", "content": cfg.prompt}]
-    options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "seed")}
     if isinstance(policy, Endpoint):
         print(policy.chat(messages, **options).text)
         return
