@@ -438,6 +438,20 @@ def test_a_draft_is_as_long_as_pays(model, chance, cost, length, monkeypatch):
     assert rate[length] == max(rate)
 
 
+def test_a_gpu_drafts_more_than_a_cpu(model, monkeypatch):
+    """A token costs it a 250th of a pass: at a chance of 0.5 the fourth guess is right often enough, not the tenth."""
+    monkeypatch.setattr(sample.PromptLookup, "accept_prob", lambda self: 0.5)
+    lengths = {}
+    for device in ("cpu", "cuda"):
+        engine = engine_of(model)
+        engine.active = [engine._request([1, 2] * 50, max_new_tokens=100)]
+        engine.active[0].lookup = sample.PromptLookup(engine.active[0].prompt, engine.guess_counts)
+        engine.active[0].lookup.pos = 2
+        engine.device = torch.device(device)
+        lengths[device] = len(engine.propose_drafts()[0])
+    assert lengths["cpu"] < 4 <= lengths["cuda"] < 10
+
+
 # -- passes of one shape
 
 def static_engine(model, **options):
