@@ -13,8 +13,8 @@ the workspace as it was.
 
 Actions have the names and arguments of MLAgentBench; Replace In Script is added, an edit that the policy writes itself.
 After every edit the entry script runs in a copy of the workspace, and its submission is graded here, against answers
-that the script cannot reach (support/sandbox.py). The agent never sees that score, and the score that a script prints
-is recorded beside it and not believed. Scripts run on Linux only.
+that the script cannot reach (support/sandbox.py). The agent never sees that score; it is told what the run printed
+(--no-show-scores: not even that), which is recorded too and not believed. Scripts run on Linux only.
 
 To add an action, write an entry in ACTIONS and a method of Env with the action's name in lower case, for example
 `_list_files` for "List Files".
@@ -30,9 +30,9 @@ import tasks
 from reward import best_of, reward
 from support import cli, records, storage
 from support.cli import ContextFull, RunError
-from support.files import check_form, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic
+from support.files import FLAG, check_form, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic
 from support.parallel import run_parallel
-from support.records import CANNOT_TAKE, best_before, header, record
+from support.records import AGENT, CANNOT_TAKE, header, record, restore_record
 from support.sandbox import NO_SPACE, SLOTS, Result, discard, describe, execute, protection
 from support.storage import UNDO, Blobs, ResultCache, check_state, fits, without_undo
 
@@ -53,14 +53,16 @@ PROMPTS = ("full", "short")             # how a state is shown to the policy, se
 MAX_REPLY = 50_000                      # characters of a reply; a longer one is refused unread
 MAX_OBSERVATION = 5_000                 # characters, about 1,500 tokens
 OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # characters of a file or an output inside an observation
+NUMBER = r"(?:0|[1-9]\d{0,14})(?:\.\d{0,15})?(?:[eE][-+]?\d{1,2})?"     # as a script writes it
 MAX_LINES = 200                         # of one Inspect Script Lines
 MAX_LISTED = 100                        # names of one List Files
 MAX_READ = 10 << 20                     # bytes that an action looks at
 MAX_SCRIPT = 1 << 20                    # bytes that an action may edit
 MAX_CODER = 20_000                      # characters that Understand File shows to the coder
 MAX_DIFF = 2_000                        # lines of two texts together that difflib compares, in 0.6 s at worst
-SHORT_SCRIPT = 200                      # characters of the script in a short prompt
+SHORT_CONSTANTS = 20                    # constants in a short prompt
 SHORT_NEWS = 100                        # characters of the news in a short prompt
+LEARNED_SEEDS = (1, 2, 3)   # of the miniatures that are learned from; what is reported is measured on seed 0
 WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so much wall time is allowed
 
 
@@ -103,6 +105,10 @@ Fact Check: The score is confirmed by the last observation. That more epochs hel
 Thought: The loss was still falling at the end, so I train longer.
 Action: Replace In Script
 Action Input: {"script_name": "train.py", "find": "EPOCHS = 5\\n", "replace": "EPOCHS = 10\\n"}"""),
+    "Set Constant": Action(
+        {"constant": "its number", "value": "a number, or a factor such as *2 or /2"},
+        "changes a constant of the script to improve. Its lines `NAME = number` are numbered from 1; names with SEED or "
+        "VALID do not count."),
     "Undo Edit Script": Action(
         {"script_name": "file"}, "takes back the last edit of this file."),
     "Copy File": Action(
@@ -136,8 +142,7 @@ Tools, with the keys of their Action Input:
 {tools}
 
 Rules:
-- Run the script as it is first, so that you know the score to beat. Then change one thing, run again, and compare the \
-validation scores.
+- Run the script as it is first, so that you know the score to beat. {compare}
 - Only scores that a run has printed count. Undo changes that do not help.
 - The script must write submission.csv in the form the task asks for. Only files in the workspace can be named; data/ \
 is read-only.
@@ -150,6 +155,10 @@ text is written \\n, a double quote \\", a backslash \\\\.
 Examples of a reply:
 
 {examples}"""
+COMPARE = {     # whether the observation of an edit tells the score that its run printed
+    True: "Then change one thing at a time: every edit is run at once, and its observation says what the run printed, "
+          "and whether that is better than the best score printed before.",
+    False: "Then change one thing, run again, and compare the validation scores."}
 PROBLEM = """Task: {task.id}
 
 {problem}
@@ -157,13 +166,14 @@ PROBLEM = """Task: {task.id}
 The workspace holds {task.entry} (the script to improve) and data/ (read-only). The metric is {task.metric}; \
 {better} is better. You have {steps} steps and {minutes:.0f} minutes; one run of a script may take \
 {limit:.0f} s."""
-SHORT = """Task: {task.id}
-{task.metric}, {better} is better
-Last: {news}
-{script}"""
+SHORT = """{metric}, {better} is better, {steps_left} steps left
+Best: {best}
+{constants}
+Last: {news}"""     # the last action stands at the end, always as far from the reply, where a small model finds it
+NOTHING = {"news": "nothing", "best_printed": None, "best_script": None}    # what is seen at the start, see Step
 
 
-def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS):
+def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
     """Returns the first message, the same for all tasks: tools, rules, format, and the examples of the first and the
     last action that has one."""
     replies = [action.example for name, action in ACTIONS.items() if name in actions and action.example]
@@ -174,70 +184,30 @@ def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS):
     return SYSTEM.format(
         tools="\n".join(f"- {name} {json.dumps(ACTIONS[name].args)}: {ACTIONS[name].text}" for name in actions),
         entries="\n".join(f"{name}: ({EXPLAIN[name]})" for name in fields),
-        examples="\n\n".join(examples))
+        compare=COMPARE[show_scores], examples="\n\n".join(examples))
 
 
-def prompt_of(shown, task, messages, snapshot, blobs):
-    """Returns the chat messages that the policy is shown in a state: "full" for the messages themselves; "short" for
-    one message to a small model, see short_prompt."""
-    if shown == "full":
-        return messages
-    return short_prompt(task, messages, script_text(blobs, snapshot.get(task.entry)))
-
-
-def short_prompt(task, messages, script):
-    """Returns the short prompt: the task, the news of the last step, and the first settings of the entry script."""
-    content = SHORT.format(task=task, better=better_word(task), news=news_of(task, messages),
-                           script=shown_lines(script))
+def short_prompt(task, seen, script, is_best, steps_left):
+    """Returns the one message that a small model is shown: the best score that a run has printed, the numbered
+    constants of the entry script, and what the last step brought. seen: see NOTHING; is_best: whether that score is of
+    this script."""
+    best = "none"
+    if seen["best_printed"] is not None:
+        best = f"{seen['best_printed']:.5g}, by {'this' if is_best else 'an earlier'} script"
+    lines = [f"{number} {name} = {text}" for number, (name, text, *_) in enumerate(constants(script), 1)]
+    content = SHORT.format(metric=task.metric, better=better_word(task), steps_left=steps_left, news=seen["news"],
+                           best=best, constants="\n".join(lines[:SHORT_CONSTANTS]))
     return [{"role": "user", "content": content}]
+
+
+def recorded_prompt(task, seen, snapshot, blobs, steps_left):
+    """Returns the short prompt of a state."""
+    sha = snapshot.get(task.entry)
+    return short_prompt(task, seen, script_text(blobs, sha), sha == seen["best_script"], steps_left)
 
 
 def better_word(task):
     return "higher" if task.direction == "up" else "lower"
-
-
-def shown_lines(script):
-    """Returns what a short prompt shows of a script: from its first constant on, without comments and empty lines, as
-    many whole lines as SHORT_SCRIPT characters hold."""
-    first = re.search(r"^[A-Z][A-Z0-9_]* = ", script, re.MULTILINE)
-    lines = []
-    for line in script[first.start() if first else 0:].split("\n"):
-        line = line.partition("#")[0].rstrip(" \t")
-        if line:
-            lines.append(line + "\n")
-        if len(lines) > SHORT_SCRIPT:       # each has at least two characters
-            break
-    text = "".join(lines)
-    end = text.rfind("\n", 0, SHORT_SCRIPT + 1) + 1 or SHORT_SCRIPT
-    return text[:end].rstrip("\n")
-
-
-def news_of(task, messages):
-    """Returns one line about the last step. For a run it tells how the printed score compares with the best before."""
-    observations = [message["content"] for message in messages[2:] if message["role"] == "user"]
-    if not observations:
-        return "nothing"
-    last = observations[-1]
-    reply = messages[-2]
-    action = re.search(r"^Action: (.+)", reply["content"], re.MULTILINE) if reply["role"] == "assistant" else None
-    name = f"{action[1][:30]}: " if action else ""
-    if last.startswith(f"{task.entry} is saved."):
-        return name + "saved"
-    ran_to_end = f"{task.entry} ran to the end"
-    if last.startswith(ran_to_end):
-        value = printed_metric(last, task.metric)
-        best = best_of(task.direction, *(
-            printed_metric(text, task.metric) for text in observations[:-1] if text.startswith(ran_to_end)))
-        if value is None:
-            return name + "ran"
-        if best is None:
-            return f"{name}{value:.4g}"
-        return f"{name}{value:.4g}, {'better' if task.better(value, best) else 'no better'} than {best:.4g}"
-    lines = [line for line in last.splitlines() if line.strip() and not re.match(r"\[\d+ steps and ", line)]
-    if last.startswith(f"{task.entry} ended with"):
-        name += "failed, "
-        lines = lines[-1:]
-    return (name + " ".join(" ".join(lines[:1]).split()))[:SHORT_NEWS]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,11 +277,11 @@ def read_args(name, source):
         names = shorten(", ".join(map(repr, args)), 200) or "none"
         raise InvalidAction(f"The Action Input of {name} has the keys {names}; {expected}.")
     for key, value in args.items():
-        is_line = key.endswith("line_number")
-        if is_line and type(value) is int:
+        is_whole = key.endswith("line_number") or key == "constant"
+        if is_whole and type(value) is int or key == "value" and type(value) in (int, float):
             args[key] = value = str(value)
-        if type(value) is not str or is_line and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-            kind = "a whole number" if is_line else "a text in double quotes"
+        if type(value) is not str or is_whole and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
+            kind = "a whole number" if is_whole else "a text in double quotes"
             raise InvalidAction(f'"{key}" must be {kind}; found {shorten(repr(value), 60)}.')
         if value != plain(value):
             raise InvalidAction(f'"{key}" holds half a surrogate pair, which is no character.')
@@ -336,6 +306,46 @@ def read_start(path, limit):
 def script_text(blobs, sha):
     """Returns the text of a script of the workspace; "" where there is none."""
     return read_start(blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace") if sha else ""
+
+
+def constants(script):
+    """Returns [(name, text of the number, start and end of that text)] of the numbered constants of a script: its lines
+    `NAME = number` with at most a comment behind. How it is seeded and validated is not among them."""
+    line = rf"^([A-Z][A-Z0-9_]{{0,99}}) = ({NUMBER})(?=[ \t]{{0,99}}(?:#|$))"
+    found = []
+    for match in re.finditer(line, script, re.MULTILINE):
+        if "SEED" not in match[1] and "VALID" not in match[1]:
+            found.append((match[1], match[2], match.start(2), match.end(2)))
+    return found
+
+
+def set_constant(script, constant, value):
+    """Returns the script with another value of a constant. constant: its number, a text; value: a number, or * or / and
+    a factor, which keeps a whole number whole and at least 1, and others at 3 significant digits. InvalidAction: there
+    is no such constant, or it would not change."""
+    found = constants(script)
+    if not found:
+        raise InvalidAction("The script has no constant, a line such as EPOCHS = 5.")
+    if not 1 <= int(constant) <= len(found):
+        listed = ", ".join(f"{number} {name}" for number, (name, *_) in enumerate(found[:MAX_LISTED], 1))
+        raise InvalidAction(f"There is no constant {int(constant)}; there is {listed}.")
+    name, before, start, end = found[int(constant) - 1]
+    parts = re.fullmatch(rf"\s*([*/]?)\s*(-?{NUMBER})\s*", value)
+    if not parts:
+        shown = shorten(repr(value), 60)
+        raise InvalidAction(f"The value must be a number, or a factor such as *2 or /2; found {shown}.")
+    sign, after = parts.groups()
+    if sign:
+        factor = float(after)
+        if factor <= 0:
+            raise InvalidAction(f"A factor must be above 0; found {after}.")
+        number = float(before) * (factor if sign == "*" else 1 / factor)
+        after = str(max(1, round(number))) if before.isdigit() else str(float(f"{number:.3g}"))
+        if not re.fullmatch(NUMBER, after):
+            raise InvalidAction(f"{name} = {after} is out of bounds.")
+    if float(after) == float(before):
+        raise InvalidAction(f"{name} is {before} already.")
+    return script[:start] + after + script[end:]
 
 
 def difference(before, after):
@@ -381,6 +391,7 @@ AGENT_FORMAT = {      # what agent.json in the folder of a model tells: how it w
     "context": up_to(1 << 20),
     "max_new_tokens": up_to(1 << 20),
     "steps": up_to(1000),
+    "show_scores": FLAG,
 }
 
 
@@ -399,7 +410,9 @@ class AgentSettings(cli.TaskSettings):
     actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the agent may do
     fields: tuple[str, ...] = FIELDS  # entries of a reply; a weak model does better with "Thought,Action,Action Input"
     prompt_format: str = "full"  # what the model is shown of a state: full (the conversation), or short (one message:
-        # the task, what the last step brought and the head of the script, for a model of a few million weights)
+        # what the last step brought, the best score and the script's constants, for a model of a few million weights)
+    show_scores: bool = True  # after an edit the agent is told what the script now prints; without it, as in the paper,
+        # it has to run the script to know
     steps: int = 15  # replies that a trajectory may have
     seconds: float = 1800.0  # that a trajectory may take
 
@@ -472,6 +485,9 @@ class Step:
     messages: list = field(default_factory=list)    # the chat messages that this step added: reply and observation,
     #                                                 or the observation alone after a reply that could not be read
     snapshot: dict = field(default_factory=dict)    # the workspace after the step
+    news: str = ""                  # one line about the step for a short prompt
+    best_printed: float | None = None   # the best score of the entry script that the agent was told, also by this step
+    best_script: str | None = None  # sha256 of the script that printed it
     ended: str = ""                 # why the trajectory is over: "final answer", "steps", "time"; "" if it goes on
 
 
@@ -482,12 +498,14 @@ class Env:
     actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
     steps, seconds: limits of the trajectory; to wait for a free slot does not count. coder: callable(messages) -> str,
     a second model for the (AI) actions; its ValueError (a text that does not fit) goes to the agent, other errors to
-    the caller. prompt_format: what prompt() shows of a state, "full" or "short". python, threads, sandbox: see execute. gpu:
-    "0,1" gives each script one of these GPUs. cache: a ResultCache (default: one in out).
+    the caller. prompt_format: what prompt() shows of a state, "full" or "short". show_scores: whether the observation
+    of an edit tells the score that its run printed. python, threads, sandbox: see execute. gpu: "0,1" gives each script
+    one of these GPUs. cache: a ResultCache (default: one in out).
     """
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
-                 coder=None, prompt_format="full", python=None, gpu=None, threads=1, sandbox="on", cache=None):
+                 coder=None, prompt_format="full", show_scores=True, python=None, gpu=None, threads=1, sandbox="on",
+                 cache=None):
         check_agent(actions, fields, prompt_format)
         self.task = tasks.load(task) if isinstance(task, str) else task
         self.info = tasks.info(self.task.id, data=data)
@@ -503,6 +521,7 @@ class Env:
         self.seconds = seconds
         self.coder = coder
         self.prompt_format = prompt_format
+        self.show_scores = show_scores
         self.python = python
         self.gpu = gpu
         self.threads = threads
@@ -514,7 +533,8 @@ class Env:
         starter = {self.task.entry: self.blobs.put(self.task.folder / self.task.entry)}
         problem = PROBLEM.format(task=self.task, limit=self.time_limit_s, problem=self.task.problem.strip(),
                                  steps=self.steps, minutes=self.seconds / 60, better=better_word(self.task))
-        self.restore(starter, [{"role": "system", "content": system_prompt(self.actions, self.fields)},
+        self.restore(starter, [{"role": "system", "content": system_prompt(self.actions, self.fields,
+                                                                          self.show_scores)},
                                {"role": "user", "content": problem}])
         return self.messages
 
@@ -522,11 +542,11 @@ class Env:
         """Returns the workspace as {path: sha256}, with the files that edits have replaced under `.undo/`."""
         return dict(self.files)
 
-    def restore(self, snapshot, messages=None, *, index=0, m_before=None, m_top=None, seconds=None):
+    def restore(self, snapshot, messages=None, *, index=0, m_before=None, m_top=None, seconds=None, seen=NOTHING):
         """Continues from a recorded state: the workspace before step `index`, the messages so far, the score of the
-        last edit (default: the starter's), the best score of an edit or the starter (default: the better of these two)
-        and the seconds left (default: all). ValueError: it is no snapshot. MissingBlob: a file is missing or damaged,
-        or they are too large."""
+        last edit (default: the starter's), the best score of an edit or the starter (default: the better of these two),
+        the seconds left (default: all) and what the agent has seen, as the record of the last step tells it (default:
+        nothing). ValueError: it is no snapshot. MissingBlob: a file is missing or damaged, or they are too large."""
         check_state(snapshot, self.blobs)
         self.files = dict(snapshot)
         self.index = index
@@ -534,11 +554,14 @@ class Env:
         self.m_before = self.info["m_init"] if m_before is None else m_before
         self.m_top = best_of(self.task.direction, self.info["m_init"], self.m_before, m_top)
         self.deadline = time.monotonic() + (self.seconds if seconds is None else seconds)
+        self.seen = {name: seen[name] for name in NOTHING}
         self.ended = ""
 
     def prompt(self):
         """Returns the chat messages that the policy is shown for its next reply."""
-        return prompt_of(self.prompt_format, self.task, self.messages, self.files, self.blobs)
+        if self.prompt_format == "full":
+            return self.messages
+        return recorded_prompt(self.task, self.seen, self.files, self.blobs, self.steps - self.index)
 
     @property
     def time_limit_s(self):
@@ -584,12 +607,19 @@ class Env:
         elif not self.ended and self.index >= self.steps:
             self.ended = "steps"
 
-        # 4. The messages that the agent sees next.
+        # 4. What the agent sees next.
         step.observation = shorten(step.observation, MAX_OBSERVATION)
         if not self.ended:
             step.observation += f"\n[{self.steps - self.index} steps and {step.seconds_left / 60:.0f} min left]"
         step.messages = self.messages_of(step, tokens, parse_error)
         self.messages += step.messages
+        name = step.action or "no action"
+        if step.action == "Set Constant":
+            name = " ".join([name, *step.args.values()])
+        outcome = step.news or step.error or step.observation.partition("\n")[0]
+        outcome = " ".join(outcome.split()).rstrip(".")
+        self.seen["news"] = f"{outcome[:SHORT_NEWS]}, after {' '.join(name.split())[:SHORT_NEWS]}"
+        step.news, step.best_printed, step.best_script = self.seen.values()
         step.snapshot = self.snapshot()
         step.ended = self.ended
         step.seconds = time.monotonic() - started
@@ -718,8 +748,7 @@ class Env:
         return self._score_saved(step, path, before, after)
 
     def _score_saved(self, step, path, before, after):
-        self._score_edit(step)
-        return "\n".join([f"{path} is saved. The difference:", *difference(before, after)])
+        return "\n".join([f"{path} is saved. The difference:", *difference(before, after), *self._score_edit(step)])
 
     # Actions. Each takes the Step, to write the results of a run to, and the arguments, and returns the observation.
 
@@ -810,6 +839,10 @@ class Env:
                                 "of the lines around it.")
         return self._edit(step, path, before, before[:start] + replace + before[start + len(find):])
 
+    def _set_constant(self, step, constant, value):
+        before = self._text(self.task.entry, edit=True)[0]
+        return self._edit(step, self.task.entry, before, set_constant(before, constant, value))
+
     def _undo_edit_script(self, step, script_name):
         path = self._path(script_name, write=True)
         names = [name for _, name in self._replaced() if name.split("/", 2)[2] == path]
@@ -829,11 +862,12 @@ class Env:
         file = self._file(origin)
         if file.stat().st_size > storage.MAX_BYTES // 2:
             raise InvalidAction(f"{origin} is too large to be copied; scripts can read it where it is.")
+        score_lines = []
         if origin != target:
             self._write(target, file)
             if target == self.task.entry:
-                self._score_edit(step)
-        return f"{origin} is copied to {target}."
+                score_lines = self._score_edit(step)
+        return "\n".join([f"{origin} is copied to {target}.", *score_lines])
 
     def _execute_script(self, step, script_name):
         path = self._path(script_name)
@@ -879,13 +913,19 @@ class Env:
         return score, result
 
     def _score_edit(self, step):
-        """Scores the workspace after an edit; the agent sees nothing of it."""
+        """Scores the workspace after an edit. Returns the lines that tell the agent what the run printed, and nothing
+        of the score."""
         entry = self.task.entry
         if entry in self.files and not self._is_too_large(entry):
             self._run_in_step(step, entry)
         else:       # a script has removed it or made it large
             step.kind = "failed"
             step.detail = f"There is no {entry}, or it has more than {MAX_SCRIPT:,} bytes."
+            step.news = f"failed, {step.detail}"
+        if not self.show_scores:
+            step.news = ""
+            return []
+        return [f"The run of {entry}: {step.news}"]
 
     def _is_too_large(self, script):
         return self.blobs.path(self.files[script]).stat().st_size > MAX_SCRIPT
@@ -902,7 +942,26 @@ class Env:
         step.script_seconds = run.result.seconds
         step.peak_bytes = run.result.peak_bytes
         step.sandbox = run.result.sandbox
+        if script == self.task.entry and (self.show_scores or step.action == "Execute Script"):
+            step.news = self._judge(step)
         return run
+
+    def _judge(self, step):
+        """Returns what a run of the entry script printed, and how that compares with the best that the agent was told
+        before; or how it failed."""
+        if step.outcome != "ok":
+            return f"failed, {shorten(step.detail, 300)}"
+        if step.printed is None:
+            return "no score was printed"
+        best = self.seen["best_printed"]
+        if best is None or best_of(self.task.direction, best, step.printed) != best:
+            self.seen |= {"best_printed": step.printed, "best_script": self.files[self.task.entry]}
+        if best is None:
+            return f"{step.printed:.5g}"
+        comparison = "equal to" if step.printed == best else "worse than"
+        if self.seen["best_printed"] != best:
+            comparison = "better than"
+        return f"{step.printed:.5g}, {comparison} {best:.5g}"
 
     def _cached_run(self, script, timeout_s):
         """Returns the Run of a script in a copy of the workspace. It depends on the state alone, so it is kept. The
@@ -1017,10 +1076,10 @@ CODER_TOKENS = 4096     # tokens that a reply of the coder may have: it writes w
 CODE_END = "\n```\n"    # the line that ends a script in a reply
 
 
-def make_env(cfg, task, out, cache, **options):
-    """Returns the Env of a task by a program's settings."""
-    return Env(task, cfg.data, out=out, python=cfg.python, gpu=cfg.gpu or None, threads=cfg.threads,
-               sandbox=cfg.sandbox, cache=cache, **options)
+def make_env(cfg, task, out, cache, data_seed=0, **options):
+    """Returns the Env of a task by a program's settings. data_seed: of its miniature."""
+    return Env(task, tasks.seeded(cfg.data, data_seed), out=out, python=cfg.python, gpu=cfg.gpu or None,
+               threads=cfg.threads, sandbox=cfg.sandbox, cache=cache, **options)
 
 
 def model_policy(cfg, model, hint=""):
@@ -1041,12 +1100,12 @@ def model_policy(cfg, model, hint=""):
     return reply
 
 
-def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about):
+def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, data_seed=0):
     """Plays trajectory k of a task to its end, from the last step in its file `path`; each step adds a line.
 
     reply(env, lines, seed): the policy; returns (text, token ids or None, {further entries of the step's line}).
     coder: a model of sample.load, or None. out: the folder of the blobs. cache: a ResultCache. run: a Progress, which
-    writes the lines and may stop the work. about: further entries of the header.
+    writes the lines and may stop the work. about: further entries of the header. data_seed: see make_env.
     """
     def seed_of(speaker):   # differs between trajectories, steps and speakers; the same again after an interruption
         return zlib.crc32(f"{cfg.seed} {task.id} {k} {env.index} {speaker}".encode())
@@ -1059,12 +1118,12 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about):
         return completion.text
 
     # 1. The first state, or the last recorded one.
-    env = make_env(cfg, task, out, cache, actions=cfg.actions, fields=cfg.fields, steps=cfg.steps,
-                   seconds=cfg.seconds, coder=ask_coder if coder else None, prompt_format=cfg.prompt_format)
+    agent = {name: getattr(cfg, name) for name in AGENT}
+    env = make_env(cfg, task, out, cache, data_seed, coder=ask_coder if coder else None, **agent)
     lines = read_record(path)
     if lines:
         try:
-            resume(env, lines)
+            restore_record(env, lines[0], lines[1:], min(lines[-1]["seconds_left"], env.seconds))
         except ValueError as error:
             raise RunError(f"{path}: its last state cannot be restored: {error}. Delete it to play it anew") from None
     else:
@@ -1084,36 +1143,37 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about):
         run.write(path, lines[-1])
 
 
-def resume(env, lines):
-    """Brings an Env to the state after the last of a trajectory's lines."""
-    last = lines[-1]
-    messages = [message for line in lines for message in line["messages"]]
-    env.restore(last["snapshot"], messages, index=len(lines) - 1, m_before=last["m_after"],
-                m_top=best_before(env.task, lines[0], lines[1:]), seconds=min(last["seconds_left"], env.seconds))
-
-
-def prepare_tasks(cfg):
-    """Prepares the tasks of cfg.task on first use, and returns [(task, the contents of its task.json)].
-    ValueError: no such task, or raw files are missing. RunError: a starter does not run."""
+def prepare_tasks(cfg, seeds=(0,)):
+    """Prepares the tasks of cfg.task on first use, and returns [(task, the contents of its task.json)]: of a task whose
+    data are miniatures one for each of the seeds. ValueError: no such task, or raw files are missing. RunError: a
+    starter does not run."""
     ids = list(tasks.names(cfg.task))
     if not ids:
         raise ValueError(f"there is no {cfg.task} task here yet; python -m tasks list shows those there are")
-    if len(ids) == 1:        # in this thread, where a request to end ends its starter
-        return [prepare_task(cfg, ids[0], cfg.raw)]
-    jobs = [(cfg, id, cfg.raw and Path(cfg.raw, id)) for id in ids]
+    jobs = []
+    for id in ids:
+        raw = cfg.raw
+        if raw and len(ids) > 1:
+            raw = Path(raw, id)
+        is_real = raw or Path(cfg.data, id, "task.json").is_file() and not tasks.info(id, cfg.data)["miniature"]
+        jobs += [(cfg, id, raw, seed) for seed in ((0,) if is_real else seeds)]
+    if len(jobs) == 1:        # in this thread, where a request to end ends its starter
+        return [prepare_task(*jobs[0])]
     return run_parallel(jobs, prepare_task, SLOTS.cpus)
 
 
-def prepare_task(cfg, id, raw):
+def prepare_task(cfg, id, raw, seed):
     task = tasks.load(id)
+    data = tasks.seeded(cfg.data, seed)
     if raw and not Path(raw).is_dir():
         raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size}); for several tasks "
                          "--raw holds a folder for each task id")
     try:
-        tasks.prepare(id, raw or None, cfg.data, python=cfg.python, log=lambda line: print(line, file=sys.stderr))
+        tasks.prepare(id, raw or None, data, seed=seed, python=cfg.python,
+                      log=lambda line: print(line, file=sys.stderr))
     except RuntimeError as error:
         raise RunError(str(error)) from error
-    return task, tasks.info(id, cfg.data)
+    return task, tasks.info(id, data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Runs the agent on tasks and prints what it scored, in the layout of the paper's Table 1.
+"""Runs the agent on tasks and prints what it scored: the means, what it learned, and the layout of the paper's Table 1.
 
     python eval.py                                                   # what sft.py and rl.py made, on all miniatures
     python eval.py --task leaf-classification                        # no model, no data: the starter on the miniature
@@ -10,10 +10,12 @@
 `python env.py replay FILE` runs again), blobs/ (the files of every step) and report.html, a page that shows all of it.
 Ctrl-C keeps what is done; the same command goes on from there.
 
-The score of a trajectory is that of its final submission, the last valid one. A trajectory that left none has failed;
-it counts at the starter's score. The gain of a score p over the starter's b is sign * (p - b) / |b|, in per cent.
+The score of a trajectory is that of its final submission: of the starter's and all its valid ones the one whose script
+printed the best score, of equal ones the earliest. The paper's rule, the last valid one, stands beside it. A trajectory
+without a valid submission has failed; it counts at the starter's score. Of a score p, the starter's b and the best
+known one m, the gain is sign * (p - b) / |b|, and the gap closed is (p - b) / (m - b), at least -1 and at most 1.
 """
-import json, math, sys
+import json, math, random, re, sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -27,31 +29,33 @@ import tasks
 from env import (
     AgentSettings, make_env, model_policy, play_trajectory, prepare_tasks, printed_metric, read_agent, read_record)
 from reward import best_of
-from support import cli, endpoint
+from support import cli, endpoint, miniature
 from support.cli import RunError, check_choices, check_positive, exit_status, format_table, refuse_torchrun, run_main
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, refuse_links_out, write_atomic
 from support.pretrained import hash_checkpoint
 from support.report import FINAL, read_log, read_results, write_page
 from support.parallel import Progress, run_parallel
+from support.sandbox import SLOTS
 from support.storage import ResultCache
 from support.records import end_reason, trajectory_files, trajectory_path
 
+RANDOM = "random-edits"         # as --model: constants changed at random, kept where the printed score is better
 MADE = {"fine-tuned": ("runs/sft", "python sft.py"), "after RL": ("runs/rl", "python rl.py")}   # name: folder, command
-POOL = "runs/trajectories"      # where both keep the results of scripts
 # float64, so that a reply does not depend on which replies are sampled beside it, as rounding would have it
 MINIATURE = {"temperature": 1.0, "dtype": "float64"}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
 NUM_BOOTSTRAP = 10_000
 MIDDLE = [0.025, 0.975]        # quantiles, of an interval of 95 %
 PACKAGES = ("torch", "tokenizers", "numpy", "pandas", "scikit-learn")
-COLUMNS = ("task", "agent", "metric", "starter", "it printed", "seconds", "average", "best", "gain %", "95 % interval",
-           "best gain %", "std. error", "failed", "(oracle)")
+UNDO = "Undo Edit Script"
+LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Script")     # change no script
 MINIATURE_MARK = " *"
 MINIATURE_WARNING = "* Miniature data are made up from a seed: scores on them do not compare with published ones."
-NOTE = """A trajectory without a valid submission has failed and counts at the starter's score. The interval is that of
-the gain, by bootstrap of the trajectories. (oracle) is no result: the average of the best graded step of each
-trajectory, which no agent can know. (paper) is Table 1 of the paper: average and best of 8 trajectories."""
+NOTE = """In brackets: intervals of 95 %, by bootstrap of the tasks and of the trajectories of each. Over random: the
+difference to random edits on the same tasks. Largest task: its share of the mean gap closed. A trajectory without a
+valid submission has failed and counts at the starter's score. (oracle) is no result: the average of the best graded
+step of each trajectory, which no agent can know. (paper): Table 1 of the paper, average and best of 8 trajectories."""
 NO_MODEL = """
 No --model was given, so only the starter scripts ran. To run an agent, add one of
   --model Qwen/Qwen2.5-0.5B-Instruct       a model on the Hugging Face hub, downloaded when first used
@@ -64,12 +68,13 @@ No --model was given, so only the starter scripts ran. To run an agent, add one 
 class Settings(AgentSettings):
     task: str = ""  # a task's id, held-in, held-out, paper (those of Table 1) or all; empty: leaf-classification, or
         # without --model too the paper in miniature: what sft.py and rl.py have made, on all tasks
-    model: str = ""  # a folder, a hub id, tiny (random weights), or http://host:port/v1#name; empty: starters alone
+    model: str = ""  # a folder, a hub id, tiny (random weights), http://host:port/v1#name, or random-edits: no model,
+        # constants changed at random and changed back where the score is no better; empty: starters alone
     coder: str = "model"  # who carries out the (AI) actions: model (the same one), none, or another, as in --model;
         # the key of a server on another host is read from OPENAI_API_KEY_CODER
     out: str = "runs/eval"  # where the results go; a run that is there already is continued
     trajectories: int = 8  # per task
-    final: str = "last-valid"  # what counts of a trajectory: last-valid, or best-validation (by the printed score)
+    final: str = "best-validation"  # what counts of a trajectory: best-validation (by the printed score), or last-valid
     temperature: float = 0.7  # of sampling; 0 always takes the most likely token
     compare: tuple[str, ...] = ()  # draws these folders side by side into compare.html in --out, and runs nothing: the
         # --out of eval.py, of training (its log.jsonl), or collected trajectories
@@ -92,68 +97,157 @@ class Settings(AgentSettings):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Statistics
+# What a trajectory scored, and what it shows of learning
 
-def summarize_trajectory(lines, direction, final):
-    """Returns what results.json says of a trajectory, from its record: the score of its final submission by the rule
-    `final` (None: it failed), its best score (which an oracle would choose), and counts."""
+def summarize_trajectory(lines, direction, starter, printed):
+    """Returns what results.json says of a trajectory, from its record: the score of its final submission by each rule
+    and its best score, which an oracle would choose (None: it failed), and counts. starter, printed: the graded and the
+    printed score of the starter."""
     steps = [line for line in lines if line["type"] == "step"]
     valid = [step for step in steps if step["score"] is not None]
-    printed = [step for step in valid if step["printed"] is not None]
-    sign = 1 if direction == "up" else -1
-    chosen = valid[-1] if valid else {}
-    if final == "best-validation" and printed:      # of equal ones the latest
-        chosen = max(printed, key=lambda step: (sign * step["printed"], step["index"]))
-    oracle = max(valid, key=lambda step: sign * step["score"], default={})
-    return {"score": chosen.get("score"), "oracle": oracle.get("score"), "ended": end_reason(lines),
-            "steps": len(steps), "valid_replies": sum(step["valid"] for step in steps)}
+    chosen = oracle = last = None
+    if valid:
+        last = valid[-1]["score"]
+        oracle = best_of(direction, *(step["score"] for step in valid))
+        chosen = starter
+        best = printed
+        for step in valid:
+            if best_of(direction, best, step["printed"]) != best:       # of equal ones the earliest stays
+                best = step["printed"]
+                chosen = step["score"]
+    return {"best-validation": chosen, "last-valid": last, "oracle": oracle, "ended": end_reason(lines),
+            "steps": len(steps), "valid": sum(step["valid"] for step in steps),
+            **count_habits(steps, direction, printed)}
 
 
-def gain(score, starter, direction):
-    """Returns the relative gain of a score over the starter's, in per cent; None where the starter's is 0."""
-    if starter == 0:
+HABITS = {      # column -> the counts of a trajectory whose ratio it is
+    "valid actions": ("valid", "steps"),
+    "undone after worse": ("undone", "worse"),
+    "gone on after better": ("continued", "better")}
+
+
+def count_habits(steps, direction, best):
+    """Returns counts of a trajectory's steps: "worse" edits, whose run printed a worse score than the best before or
+    failed, and how many of them were "undone" next; "better" ones of one constant, and after how many of them the same
+    constant was "continued" in the same direction. Steps that only look or run are passed over, and an edit after which
+    nothing came does not count. best: what the starter printed."""
+    counts = dict.fromkeys(("worse", "undone", "better", "continued"), 0)
+    steps = [step for step in steps if step["action"] not in LOOKS]
+    for step, following in zip(steps, steps[1:]):
+        if not step["valid"] or step["outcome"] is None or step["action"] == UNDO:
+            continue
+        printed = step["printed"] if step["score"] is not None else None
+        before = best
+        best = best_of(direction, before, printed)
+        if printed is None or printed != best:
+            counts["worse"] += 1
+            counts["undone"] += following["valid"] and following["action"] == UNDO
+        elif before is not None and best != before and changed_constant(step):
+            counts["better"] += 1
+            counts["continued"] += changed_constant(following) == changed_constant(step)
+    return counts
+
+
+def changed_constant(step):
+    """Returns (name, whether its number rose) of the one constant that an edit changed, by the difference in its
+    observation; None where that is no line `NAME = number`."""
+    number = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d{1,3})?"
+    changes = re.findall(rf"^([-+])(\w+) = ({number})[ \t]*(?:#.*)?$", step["observation"], re.MULTILINE)
+    if [sign for sign, *_ in changes] != ["-", "+"] or changes[0][1] != changes[1][1]:
         return None
-    difference = score - starter if direction == "up" else starter - score
-    return 100 * difference / abs(starter)
+    return changes[0][1], float(changes[1][2]) > float(changes[0][2])
 
 
-def bootstrap(values, seed):
-    """Returns (10,000,) averages of samples drawn from the values with replacement, each as many as there are."""
-    values = np.array(values, dtype=float)
-    drawn = np.random.default_rng(seed).integers(0, len(values), (NUM_BOOTSTRAP, len(values)))
-    return values[drawn].mean(1)
-
-
-def score_statistics(scores, starter, direction, seed=0):
-    """Returns the statistics of a task's trajectories. scores: one for each, None where it failed, which counts as
-    `starter`. The interval is that of the average, by bootstrap; it and the standard error need two scores."""
-    values = np.array([starter if score is None else score for score in scores], dtype=float)
-    average = float(values.mean())
-    best = float(values.max() if direction == "up" else values.min())
-    error = interval = None
-    if len(values) > 1:
-        error = float(values.std(ddof=1) / np.sqrt(len(values)))
-        interval = np.quantile(bootstrap(values, seed), MIDDLE).tolist()
-    return {"average": average, "best": best, "gain": gain(average, starter, direction),
-            "best_gain": gain(best, starter, direction), "standard_error": error, "interval": interval,
-            "failed": scores.count(None), "trajectories": len(scores)}
-
-
-def mean_gain(results):
-    """Returns (mean, low, high) of the gains on several tasks, in per cent. results: what results.json says of each
-    task. The interval is by bootstrap of the trajectories of each task."""
-    averages = []
-    for i, result in enumerate(results):
-        scores = [trajectory["score"] for trajectory in result["trajectories"]]
-        scores = [result["starter"] if score is None else score for score in scores]
-        gains = [gain(score, result["starter"], result["direction"]) for score in scores]
-        averages.append(bootstrap(gains, seed=i))
-    mean = float(np.mean([result["score_summary"]["gain"] for result in results]))
-    return mean, *np.quantile(np.mean(averages, 0), MIDDLE).tolist()
+def sum_habits(results):
+    """Returns {split: {column of HABITS: (part, whole)}} over all trajectories that results.json tells of."""
+    totals = {}
+    for result in results["tasks"].values():
+        for trajectory in result.get("trajectories", ()):
+            counts = {name: trajectory[name] for pair in HABITS.values() for name in pair}
+            totals.setdefault(result["split"], Counter()).update(counts)
+    shares = {}
+    for split, total in totals.items():
+        shares[split] = {habit: (total[part], total[whole]) for habit, (part, whole) in HABITS.items()}
+    return shares
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The table: a list of rows {column: text}, for the screen and for the page
+# Statistics
+
+def gain(score, result):
+    """Returns the relative gain of a score over the starter's, in per cent; None where the starter's is 0. result: what
+    results.json says of the task."""
+    starter = result["starter"]
+    if starter == 0:
+        return None
+    difference = score - starter if result["direction"] == "up" else starter - score
+    return 100 * difference / abs(starter)
+
+
+def gap_closed(score, result):
+    """Returns the share of the gap from the starter's to the best known score that a score closes, in per cent from
+    -100 to 100; None where the best known score is not better than the starter's."""
+    starter = result["starter"]
+    if best_of(result["direction"], starter, result["m_best"]) == starter:
+        return None
+    share = (score - starter) / (result["m_best"] - starter)
+    return 100 * min(1.0, max(-1.0, share))
+
+
+FIGURES = {"gain": gain, "gap": gap_closed}
+
+
+def final_scores(result, rule):
+    """Returns the scores of a task's trajectories by a rule, the starter's where one has failed."""
+    scores = [trajectory[rule] for trajectory in result["trajectories"]]
+    return [result["starter"] if score is None else score for score in scores]
+
+
+def figure_values(result, figure, rule):
+    return [figure(score, result) for score in final_scores(result, rule)]
+
+
+def bootstrap(groups):
+    """Returns (10,000,) means over tasks, drawn with replacement, and for each drawn task over its trajectories, drawn
+    with replacement. groups: for each task a list of the trajectories' values; or two lists, whose means' difference
+    counts: both are then of the same drawn tasks."""
+    rng = np.random.default_rng(0)
+    means = np.zeros(NUM_BOOTSTRAP)
+    for _ in groups:
+        drawn = rng.integers(0, len(groups), NUM_BOOTSTRAP)
+        for i, lists in enumerate(groups):
+            places = np.flatnonzero(drawn == i)
+            for values, sign in zip(lists, (1, -1)):
+                picks = rng.integers(0, len(values), (len(places), len(values)))
+                means[places] += sign * np.array(values, dtype=float)[picks].mean(1)
+    return means / len(groups)
+
+
+def mean_and_interval(groups):
+    """Returns (mean, [low, high]) over tasks; the interval is None where there is one value alone. groups: see
+    bootstrap."""
+    mean = float(np.mean([np.mean(own) - sum(map(np.mean, other)) for own, *other in groups]))
+    if len(groups) == 1 and len(groups[0][0]) == 1:
+        return mean, None
+    return mean, np.quantile(bootstrap(groups), MIDDLE).tolist()
+
+
+def task_figures(result, rule):
+    """Returns the statistics of a task's trajectories by a rule: average, best and standard error of the scores, gain
+    and gap closed in per cent, each with its interval, and how many have failed."""
+    scores = np.array(final_scores(result, rule), dtype=float)
+    best = scores.max() if result["direction"] == "up" else scores.min()
+    error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None
+    figures = {"average": float(scores.mean()), "best": float(best), "standard_error": error,
+               "failed": sum(trajectory[rule] is None for trajectory in result["trajectories"])}
+    for name, figure in FIGURES.items():
+        values = figure_values(result, figure, rule)
+        figures[name] = (None, None) if None in values else mean_and_interval([[values]])
+    return figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables: lists of rows {column: text}, for the screen and for the page
 
 def format_number(x, form=".4f"):
     if x is None:
@@ -161,65 +255,127 @@ def format_number(x, form=".4f"):
     return f"{x:.1f}" if abs(x) >= 1000 else f"{x:{form}}"
 
 
-def format_gains(mean, interval):
-    ends = [format_number(end, "+.1f") for end in sorted(interval)]
-    return {"gain %": format_number(mean, "+.1f"), "95 % interval": " to ".join(ends) or "-"}
+def format_mean(mean, interval=None):
+    """Returns a mean with its interval, in per cent."""
+    text = "-" if mean is None else f"{mean:+.1f}"
+    return f"{text} ({interval[0]:+.1f} to {interval[1]:+.1f})" if interval else text
 
 
-def format_result(result):
+def other_rule(rule):
+    return next(name for name in FINAL if name != rule)
+
+
+def format_result(result, rule):
     """Returns {column: text} for what results.json says of a task."""
-    starter, direction = result["starter"], result["direction"]
-    row = {"metric": f"{result['metric']} ({direction})", "starter": format_number(starter)}
-    if "printed" in result:         # the starter alone was run
+    row = {"metric": f"{result['metric']} ({result['direction']})", "starter": format_number(result["starter"])}
+    if not result.get("trajectories"):      # the starter alone was run
         row["it printed"] = format_number(result["printed"])
-        row["seconds"] = format_number(result.get("seconds"), ".1f")
-    if "score_summary" in result:
-        figures = result["score_summary"]
-        row["average"] = format_number(figures["average"])
-        row["best"] = format_number(figures["best"])
-        ends = figures["interval"] if starter else None
-        row |= format_gains(figures["gain"], [gain(score, starter, direction) for score in ends or ()])
-        row["best gain %"] = format_number(figures["best_gain"], "+.1f")
-        row["std. error"] = format_number(figures["standard_error"])
-        row["failed"] = f"{figures['failed']}/{figures['trajectories']}"
-        row["(oracle)"] = format_number(result["oracle_summary"]["average"])
+        row["seconds"] = format_number(result["seconds"], ".1f")
+        return row
+    figures = task_figures(result, rule)
+    row |= {"average": format_number(figures["average"]), "best": format_number(figures["best"]),
+            "std. error": format_number(figures["standard_error"])}
+    for name in FIGURES:
+        row[f"{name} %"] = format_mean(*figures[name])
+    row[f"{other_rule(rule)} gain"] = format_mean(task_figures(result, other_rule(rule))["gain"][0])
+    row["failed"] = f"{figures['failed']}/{len(result['trajectories'])}"
+    row["(oracle)"] = format_number(task_figures(result, "oracle")["average"])
     return row
 
 
-def build_table(runs):
-    """Returns Table 1 of runs [{"name", "results"}]: a row for each task and agent, also the paper's agents, and below
-    the tasks of a split the mean gains, over the tasks that all runs have with the same starter score, if not 0."""
-    splits = {}         # split: {task: {name of a run: what its results.json says of the task}}
+def split_results(runs):
+    """Returns {split: {task: {name of a run: what its results.json says of the task}}}."""
+    splits = {}
     for run in runs:
         for task, result in run["results"]["tasks"].items():
             splits.setdefault(result["split"], {}).setdefault(task, {})[run["name"]] = result
+    return splits
+
+
+def build_table(runs):
+    """Returns Table 1 of runs [{"name", "results"}]: a row for each task and agent, also the paper's agents."""
+    rules = {run["name"]: run["results"]["final"] for run in runs}
     rows = []
-    for split, results_by_task in splits.items():
-        common = []
+    for results_by_task in split_results(runs).values():
         for task, results in results_by_task.items():
             published = {}
             for name, result in results.items():
                 label = task + MINIATURE_MARK if result["miniature"] else task
-                rows.append({"task": label, "agent": name, **format_result(result)})
+                rows.append({"task": label, "agent": name, **format_result(result, rules[name])})
                 published |= result["published"]
             for model, figures in published.items():
                 texts = map(format_number, figures)
                 rows.append({"task": task, "agent": f"{model} (paper)", **dict(zip(("average", "best"), texts))})
-            starters = {(result["starter"], result["miniature"]) for result in results.values()}
-            played = [result for result in results.values() if "score_summary" in result and result["starter"]]
-            if len(played) == len(runs) and len(starters) == 1:
-                common.append(results)
-        if len(common) > 1:
-            for run in runs:
-                mean, *interval = mean_gain([results[run["name"]] for results in common])
-                rows.append({"task": f"mean of {len(common)} {split} tasks", "agent": run["name"],
-                             **format_gains(mean, interval)})
     return rows
 
 
-def table_columns(rows):
-    """Returns the columns in which some row has a text."""
-    return [column for column in COLUMNS if any(column in row for row in rows)]
+def is_common(results, runs):
+    """Returns whether all runs have played a task, on the same data and where both figures are known."""
+    played = [result for result in results.values() if result.get("trajectories")]
+    data = {(result["starter"], result["m_best"], result["miniature"]) for result in played}
+    known = all(figure(result["starter"], result) is not None for result in played for figure in FIGURES.values())
+    return known and len(played) == len(runs) and len(data) == 1
+
+
+def build_means(runs):
+    """Returns a row for each split and agent: means over the tasks that all runs have, if there are two."""
+    rival = next((run for run in runs if run["results"]["settings"].get("model") == RANDOM), None)
+    rows = []
+    for split, results_by_task in split_results(runs).items():
+        common = [results for results in results_by_task.values() if is_common(results, runs)]
+        if len(common) < 2:
+            continue
+        label = f"{len(common)} {split}"
+        rows.append({"tasks": label, "agent": "starter"} | {f"{name} %": "+0.0" for name in FIGURES})
+        for run in runs:
+            rows.append({"tasks": label, "agent": run["name"], **format_means(run, rival, common)})
+    return rows
+
+
+def format_means(run, rival, common):
+    """Returns {column: text} of a run's means over tasks. rival: the run of random edits or None. common: for each task
+    {name of a run: what its results.json says of it}."""
+    rule = run["results"]["final"]
+    row = {}
+    beside = {}
+    for name, figure in FIGURES.items():
+        own = [figure_values(results[run["name"]], figure, rule) for results in common]
+        row[f"{name} %"] = format_mean(*mean_and_interval(list(zip(own))))
+        if rival and run is not rival:
+            theirs = [figure_values(results[rival["name"]], figure, rival["results"]["final"]) for results in common]
+            row[f"{name} over random"] = format_mean(*mean_and_interval(list(zip(own, theirs))))
+        others = [figure_values(results[run["name"]], figure, other_rule(rule)) for results in common]
+        beside[f"{other_rule(rule)} {name}"] = format_mean(np.mean(list(map(np.mean, others))))
+    shares = list(map(np.mean, own))        # of the gap, the last figure
+    if sum(shares) > 0:
+        row["largest task"] = f"{max(shares) / sum(shares):.0%}"
+    return row | beside
+
+
+def build_habits(runs):
+    """Returns a row for each split and agent: what it did, as shares."""
+    rows = []
+    for split in split_results(runs):
+        for run in runs:
+            row = {"tasks": split, "agent": run["name"]}
+            for habit, (part, whole) in sum_habits(run["results"]).get(split, {}).items():
+                row[habit] = f"{part / whole:.0%} of {whole}" if whole else "-"
+            if len(row) > 2:
+                rows.append(row)
+    return rows
+
+
+def build_tables(runs):
+    """Returns all tables of runs: [{"title", "columns", "rows"}], without those that have no row."""
+    tables = {"Mean gain over the starter, and mean share of the gap to the best known score that was closed, in %":
+              build_means(runs), "What the agents do": build_habits(runs), "Task by task": build_table(runs)}
+    found = []
+    for title, rows in tables.items():
+        if rows:
+            rows_by_length = sorted(rows, key=len, reverse=True)    # the longest has the columns in their order
+            columns = dict.fromkeys(column for row in rows_by_length for column in row)
+            found.append({"title": title, "columns": list(columns), "rows": rows})
+    return found
 
 
 def warnings(runs):
@@ -237,28 +393,26 @@ def warnings(runs):
 
 
 def notes(runs):
-    """Returns the texts that one has to know to read the table: how the trajectories of each agent ended, and NOTE."""
+    """Returns the texts that one has to know to read the tables: how the trajectories of each agent ended, and NOTE."""
     texts = []
     for run in runs:
-        if not run["results"]["settings"].get("model"):
-            continue
-        played = []
+        ends = Counter()
         for result in run["results"]["tasks"].values():
-            played += result.get("trajectories", [])
-        ends = Counter(trajectory["ended"] for trajectory in played).most_common()
-        valid = sum(trajectory["valid_replies"] for trajectory in played)
-        steps = sum(trajectory["steps"] for trajectory in played)
-        texts.append(f"{run['name']}: {FINAL[run['results']['final']]} counts. How they ended: "
-                     f"{', '.join(f'{end} {count}' for end, count in ends)}. Valid replies: {valid} of {steps}.")
+            ends.update(trajectory["ended"] for trajectory in result.get("trajectories", ()))
+        if ends:
+            words = ", ".join(f"{end} {count}" for end, count in ends.most_common())
+            texts.append(f"{run['name']}: {FINAL[run['results']['final']]} counts. How they ended: {words}.")
     return [*texts, NOTE] if texts else []
 
 
 def format_report(runs):
-    """Returns the table of one run or several as text."""
-    rows = build_table(runs)
-    columns = table_columns(rows)
-    table = format_table([columns, *[[row.get(column, "") for column in columns] for row in rows]])
-    return "\n\n".join([*warnings(runs), *notes(runs), table])
+    """Returns the tables of one run or several as text."""
+    texts = []
+    for table in build_tables(runs):
+        columns = table["columns"]
+        rows = [[row.get(column, "") for column in columns] for row in table["rows"]]
+        texts.append(f"{table['title']}\n\n{format_table([columns, *rows])}")
+    return "\n\n".join([*warnings(runs), *texts, *notes(runs)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,9 +428,10 @@ def read_run(folder, name):
         if not lines:       # not begun
             continue
         task, _, k = path.stem.rpartition("-")
-        direction = results["tasks"].get(task, {}).get("direction") or tasks.load(task).direction
+        about = results["tasks"].get(task, {})
+        direction = about.get("direction") or tasks.load(task).direction
         starter = lines[0]["m_init"]
-        score = summarize_trajectory(lines, direction, results["final"])["score"]
+        score = summarize_trajectory(lines, direction, starter, about.get("printed"))[results["final"]]
         if not end_reason(lines):
             outcome = "unfinished"
         elif score is None:
@@ -298,10 +453,9 @@ def write_report(path, folders, trained):
         about = {name: run["results"].get(name, {}) for name in ("settings", "versions")}
         run["text"] = json.dumps(about, indent=1) if about["settings"] else ""
     agents = [run for run in runs if run["results"]["settings"].get("model")]
-    rows = build_table(agents or runs)
     write_page(path, {
         "title": f"ML-Agent: {', '.join(folders)}", "warnings": warnings(runs), "notes": notes(runs),
-        "columns": table_columns(rows), "rows": rows, "runs": runs,
+        "tables": build_tables(agents or runs), "runs": runs,
         "logs": [{"name": folder, "lines": read_log(folder)} for folder in trained]})
 
 
@@ -331,42 +485,30 @@ def run_identity(cfg, infos):
     return identity
 
 
-def played_result(cfg, task, starter):
-    """Returns what results.json says of the trajectories of a task that are over, and their statistics."""
+def starter_result(cfg, task, info, home, cache):
+    """Runs the starter of a task, and returns what results.json says of the task before an agent plays."""
+    score, run = make_env(cfg, task, home, cache).score()
+    if score is None:
+        raise RunError(f"the starter of {task.id}: {run.outcome}. {run.detail}\n{run.stderr}")
+    return {"metric": task.metric, "direction": task.direction, "split": task.split, "miniature": info["miniature"],
+            "published": {} if info["miniature"] else task.published, "m_best": info["m_best"],
+            "starter": info["m_init"] if cfg.model else score, "printed": printed_metric(run.stdout, task.metric),
+            "seconds": run.seconds}
+
+
+def played_result(cfg, task, result):
+    """Returns the trajectories of a task that are over, as results.json says them, and their statistics. result: what
+    it says of the starter."""
     played = []
     for k in range(cfg.trajectories):
         lines = read_record(trajectory_path(Path(cfg.out, "trajectories"), task.id, k))
         if end_reason(lines):
-            played.append({"k": k, **summarize_trajectory(lines, task.direction, cfg.final)})
-    result = {"trajectories": played}
-    if played:
-        for counted in ("score", "oracle"):
-            scores = [trajectory[counted] for trajectory in played]
-            result[f"{counted}_summary"] = score_statistics(scores, starter, task.direction, cfg.seed)
-    return result
-
-
-def starter_result(cfg, task, cache):
-    """Runs the starter of a task, and returns what results.json says of it."""
-    score, result = make_env(cfg, task, cfg.out, cache).score()
-    if score is None:
-        raise RunError(f"the starter of {task.id}: {result.outcome}. {result.detail}\n{result.stderr}")
-    return {"starter": score, "printed": printed_metric(result.stdout, task.metric), "seconds": result.seconds,
-            "sandbox": result.sandbox}
-
-
-def collect_results(cfg, infos, cache):
-    """Returns what results.json says of each task."""
-    results = {}
-    for task, info in infos:
-        about = {"metric": task.metric, "direction": task.direction, "split": task.split, "starter": info["m_init"],
-                 "miniature": info["miniature"], "published": {} if info["miniature"] else task.published}
-        if cfg.model:
-            about |= played_result(cfg, task, info["m_init"])
-        else:
-            about |= starter_result(cfg, task, cache)
-        results[task.id] = about
-    return results
+            summary = summarize_trajectory(lines, task.direction, result["starter"], result["printed"])
+            played.append({"k": k, **summary})
+    if not played:
+        return {}
+    figures = {rule: task_figures(result | {"trajectories": played}, rule) for rule in (*FINAL, "oracle")}
+    return {"trajectories": played, "figures": figures}
 
 
 def load_models(cfg, num_rows, load=sample.load):
@@ -393,14 +535,19 @@ def play_tasks(cfg, infos, home, cache, load):
     if not jobs:
         return
     if any(records.values()):
-        print(f"{cfg.out}: {len(records) - len(jobs)} of {len(records)} trajectories are done; going on", file=sys.stderr)
+        num_done = len(records) - len(jobs)
+        print(f"{cfg.out}: {num_done} of {len(records)} trajectories are done; going on", file=sys.stderr)
     num_rows = min(max(1, TOKENS_TOGETHER // cfg.context), len(jobs))
-    policy, coder = load_models(cfg, num_rows, load)
+    model, coder = (None, None) if cfg.model == RANDOM else load_models(cfg, num_rows, load)
     progress = Progress(records, cfg.steps)
 
     def play(task, k, path):
-        play_trajectory(cfg, task, k, path, model_policy(cfg, policy), coder, home, cache, progress,
-                        {"model": cfg.model, "coder": cfg.coder})
+        if cfg.model == RANDOM:
+            policy = miniature.random_policy(cfg, task, random.Random(f"{cfg.seed} {task.id} {k}"))
+        else:
+            policy = model_policy(cfg, model)
+        about = {"model": cfg.model, "coder": cfg.coder}
+        play_trajectory(cfg, task, k, path, policy, coder, home, cache, progress, about)
     try:
         run_parallel(jobs, play, num_rows, progress)
     except ValueError as error:     # with its traceback: it is nothing that settings could put right
@@ -415,16 +562,21 @@ def evaluate_agent(cfg, home, load):
     identity = run_identity(cfg, infos)
     if any(Path(cfg.out, "trajectories").glob("*.jsonl")):
         check_same((read_results(cfg.out) or {"settings": {}})["settings"], identity, cfg.out)
-    results = {"complete": False, "settings": identity, "final": cfg.final, "tasks": {},
+    cache = ResultCache(Path(home, "cache"))
+    starters = run_parallel([(cfg, *pair, home, cache) for pair in infos], starter_result, SLOTS.cpus)
+    results = {"complete": False, "settings": identity, "final": cfg.final,
+               "tasks": {task.id: result for (task, _), result in zip(infos, starters)},
                "versions": {name: version(name) for name in PACKAGES}}
     write_atomic(Path(cfg.out, "results.json"), results)
-    cache = ResultCache(Path(home, "cache"))
     try:
         if cfg.model:
             play_tasks(cfg, infos, home, cache, load)
         results["complete"] = True
     finally:
-        results["tasks"] = collect_results(cfg, infos, cache)
+        if cfg.model:
+            for task, _ in infos:
+                results["tasks"][task.id] |= played_result(cfg, task, results["tasks"][task.id])
+            results["habits"] = sum_habits(results)
         write_atomic(Path(cfg.out, "results.json"), results)
     return results
 
@@ -442,28 +594,21 @@ def evaluate(cfg, agents=None, load=sample.load):
             write_report(Path(cfg.out, "report.html"), folders, trained)
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
 def agents_made(cfg):
-    """Returns {name: settings} of the agents that sft.py and rl.py have made, for the miniatures of all tasks. Copies
-    what they kept of the scripts that ran while they learned, which then need not run again."""
-    agents = {}
+    """Returns {name: settings} of random edits and of what sft.py and rl.py have made, for all miniatures."""
+    random_agent = replace(cfg, task="all", model=RANDOM, coder="none", out=str(Path(cfg.out, RANDOM)))
+    agents = {"random edits": random_agent}
     for name, (folder, command) in MADE.items():
         if Path(folder, "agent.json").is_file():
             agents[name] = replace(cfg, task="all", model=folder, out=str(Path(cfg.out, Path(folder).name)))
         else:
             print(f"Not there yet: {name}. Make {folder} with: {command}")
-    if not agents:
+    if len(agents) == 1:
         raise ValueError("there is no agent to evaluate: run python sft.py, then python rl.py. Or run a starter alone: "
                          "python eval.py --task leaf-classification")
-    refuse_links_out(POOL)
-    with folder_lock(cfg.out, "eval.py"):
-        for path in (*Path(POOL).glob("blobs/??/*"), *Path(POOL).glob("cache/??/*")):
-            target = Path(cfg.out, *path.parts[-3:])
-            if not target.exists():
-                write_atomic(target, path.read_bytes())
     return agents
 
 
@@ -472,7 +617,7 @@ def fill(values):
     if values["compare"]:
         return []
     if values["task"] or values["model"]:
-        folder = sample.small_files(values["model"])
+        folder = sample.small_files(values["model"]) if values["model"] != RANDOM else None
         agent = read_agent(folder) if folder else {}
         return [(f"{values['model']}/agent.json", agent), ("no --task", {"task": "leaf-classification"})]
     agents = {f"{folder}/agent.json": read_agent(folder) for folder, _ in MADE.values()}

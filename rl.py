@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import CODER_TOKENS, CODE_END, make_env, prepare_tasks, read_agent, write_agent
+from env import CODER_TOKENS, CODE_END, LEARNED_SEEDS, make_env, prepare_tasks, read_agent, write_agent
 from model import Config, Linear, Qwen2, at_targets, use_kernels
 from reward import KINDS
 from support import cli
@@ -39,6 +39,7 @@ from support.distributed import (
 from support.files import folder_lock, shorten
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
+from support.records import AGENT
 from support.sandbox import SLOTS, protection
 from support.storage import ResultCache
 
@@ -51,6 +52,7 @@ MAX_LOGP_DIFF = 1e-3        # ... within this
 ROUNDING = 1e-5             # log-probs of the same weights, computed in another order, differ by less
 EPS = 1e-4                  # is added to a standard deviation that is divided by
 SHOW_EVERY = 10             # iterations between actions that are printed
+VALIDATION_STATES = 16      # that --validate-every looks at
 
 TINY_BELOW = 50e6           # weights; the recipe of a smaller model is "tiny", of any other "7b"
 RECIPES = {                 # --preset: what differs from the defaults, which are those of 7B
@@ -86,6 +88,7 @@ class Settings(cli.TaskSettings):
     coder: str = "auto"  # who carries out the (AI) actions: none, model (the policy), or auto: the policy if the
         # recorded expert had a coder
     save_every: int = 10  # iterations between checkpoints
+    validate_every: int = 0  # iterations between two looks at fixed states that are never trained on; 0: none
     plan: bool = False  # print memory per GPU by part for these settings, and end; --model may then be a size: 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
 
@@ -95,6 +98,8 @@ class Settings(cli.TaskSettings):
                           coder=("auto", "none", "model"), dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches", "temperature",
                            "max_batch", "max_row_tokens", "save_every", "gpus")
+        if self.validate_every < 0:
+            raise ValueError(f"--validate-every must be at least 0, found {self.validate_every}")
         for name in ("lr", "critic_lr", "clip_low", "clip_high", "kl", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{cli.flag_of(name)} must be from 0 to 1, found {getattr(self, name)}")
@@ -128,6 +133,7 @@ class Transition:
     tokens: list        # token ids of the action, with the end of turn
     logp_sampler: list  # their log-probs when they were sampled
     step: dict          # env.Step as a dict
+    advantage: float | None = None      # the mean over its tokens; None where it is not learned from
 
     @property
     def reward(self):
@@ -156,6 +162,7 @@ class RolloutWorker:
         self.world_size = world_size
         self.states = {name: state for states in pool.values() for name, state in states.items()}
         self.chances = {}       # name of a state -> its chance to be sampled; 0: it does not fit the context
+        self.held_back = self.hold_back()       # names of the states that validate
         self.cache = ResultCache(Path(cfg.trajectories, "cache"))
         self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if cfg.rollout == "step" else cfg.states * cfg.samples)
         self.options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, stop=("\nObservation:",))
@@ -168,13 +175,38 @@ class RolloutWorker:
         """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the token ids that
         the policy is shown there. MissingBlob: a file of the state has gone since the pool was read."""
         state = self.states[name]
-        recorded = {key: state.head[key] for key in ("actions", "fields", "prompt_format", "steps", "seconds")}
+        recorded = {key: state.head[key] for key in AGENT}
         if self.cfg.rollout == "episode":
             recorded["steps"] = self.cfg.steps
-        env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, coder=self.coder, **recorded)
+        env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, state.head["data_seed"],
+                       coder=self.coder, **recorded)
         if self.cfg.rollout == "step":
             state.restore(env)
         return env, self.engine.tokenizer.chat(env.prompt())
+
+    def hold_back(self):
+        """Takes a trajectory of each task out of the pool, and returns the names of some of their states, which
+        validate; the same whenever a run begins."""
+        if not self.cfg.validate_every:
+            return []
+        rng = random.Random(f"{self.cfg.seed} validation")
+        names = []
+        for task, states in sorted(self.pool.items()):
+            files = sorted({state.file for state in states.values()})
+            if len(files) > 1:
+                file = rng.choice(files)
+                names += [name for name, state in states.items() if state.file == file]
+                self.pool = {**self.pool, task: {name: state for name, state in states.items() if state.file != file}}
+        return rng.sample(names, min(VALIDATION_STATES, len(names)))
+
+    def validate(self):
+        """Returns the mean reward of actions in the states held back. The same weights give the same figure."""
+        names = [name for name in self.held_back if self.fits(name)]
+        per_rank = math.ceil(len(names) / self.world_size)
+        starts = list(enumerate(names))[self.rank * per_rank:(self.rank + 1) * per_rank]
+        futures = self.submit_actions(starts, "validation")
+        transitions = gather([transition for future in futures for transition in future.result()])
+        return fmean(transition.reward for transition in transitions) if transitions else None
 
     def fits(self, name):
         """Returns whether prompt and action fit the context; if not, the state is not drawn again."""
@@ -595,6 +627,8 @@ def iterate(cfg, worker, trainer, iteration):
         # The return of a trajectory is a sum over as many rewards as it has steps, so its values may move farther.
         max_change = VALUE_CLIP * (cfg.steps if cfg.rollout == "episode" else 1)
         stats |= trainer.update_critic(examples, ret, values, batches, max_change)
+    for transition, token_adv in zip(learned, adv):
+        transition.advantage = token_adv.mean().item()
     is_weight = importance_weights(logp_old, logp_sampler)
     stats |= trainer.update_actor(examples, logp_old, adv, is_weight, batches)
 
@@ -627,7 +661,7 @@ def train(cfg, rank, world_size, device):
     folder = find_folder(cfg.model)
     tokenizer = sample.Tokenizer.from_pretrained(folder)
     config = Config.from_pretrained(folder)
-    rank0_broadcast(lambda: len(prepare_tasks(cfg)))        # a Task itself cannot be sent
+    rank0_broadcast(lambda: len(prepare_tasks(cfg, LEARNED_SEEDS)))        # a Task itself cannot be sent
     if cfg.sandbox == "on":
         protection()        # here, before many threads ask at once
     pool = load_pool(cfg, tokenizer, cli.announce)
@@ -671,8 +705,10 @@ def train(cfg, rank, world_size, device):
         stats |= {"iteration": iteration + 1, "update_s": update_s, "seconds": seconds,
                   "elapsed_s": time.monotonic() - began, "mfu": flops / update_s / peak if peak else None,
                   "peak_gib": peak_memory(device) / 2**30}
+        if cfg.validate_every and (iteration + 1) % cfg.validate_every == 0:
+            stats["validation_reward"] = worker.validate()
         if rank == 0:
-            report(cfg, stats, random.Random(iteration).choice(transitions))
+            report(cfg, stats, transitions)
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
             save_state(cfg, iteration + 1, trainer.models, trainer.optimizer, origin, chances=worker.chances)
 
@@ -698,10 +734,14 @@ def action_stats(cfg, transitions, logp_old, logp_ref, logp_diff):
     kinds = Counter(step["kind"] for step in steps)
     edits = [step["reward"] for step in steps if step["outcome"] and step["action"] != "Execute Script"]
     logp_old = torch.cat(logp_old)
+    by_task = {}
+    for transition in transitions:
+        by_task.setdefault(transition.state.rpartition("-")[0], []).append(transition.reward)
     stats = {
         "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
         "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
         **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(steps) for kind in KINDS},
+        "reward_of_tasks": {task: fmean(rewards_of_task) for task, rewards_of_task in sorted(by_task.items())},
         "valid": fmean(step["valid"] for step in steps),
         "reward_edits": sum(edits) / len(edits) if edits else None,
         "zero_variance_groups": fmean(len(set(rewards)) == 1 for rewards in group_rewards(transitions).values()),
@@ -714,18 +754,28 @@ def action_stats(cfg, transitions, logp_old, logp_ref, logp_diff):
     return stats
 
 
-def report(cfg, stats, transition):
-    """Adds an iteration's statistics to log.jsonl and prints some; every SHOW_EVERY iterations an action too."""
-    with open(Path(cfg.out, "log.jsonl"), "a") as file:
-        file.write(json.dumps(stats) + "\n")
+def report(cfg, stats, transitions):
+    """Adds an iteration's statistics to log.jsonl and its actions to samples.jsonl, and prints some; every SHOW_EVERY
+    iterations an action too."""
+    append_lines(Path(cfg.out, "log.jsonl"), [stats])
+    append_lines(Path(cfg.out, "samples.jsonl"), [
+        {"iteration": stats["iteration"], "state": transition.state, "reply": transition.step["reply"],
+         "kind": transition.step["kind"], "reward": transition.reward, "advantage": transition.advantage}
+        for transition in transitions])
     names = ("reward", "reward_edits", "valid", "kl", "entropy", "clip_fraction", "explained_variance", "logp_diff_max")
     numbers = [f"{name} {stats[name]:.3g}" for name in names if stats.get(name) is not None]
     left = timedelta(seconds=int(stats["seconds"] * (cfg.iterations - stats["iteration"])))
     print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{stats['sample_s']:.1f} + "
           f"{stats['execute_s']:.1f} + {stats['update_s']:.1f} s", f"ETA {left}", sep="  ", flush=True)
     if stats["iteration"] % SHOW_EVERY == 1:
+        transition = random.Random(stats["iteration"]).choice(transitions)
         print(f"--- {transition.state}, {transition.step['kind']}, reward {transition.reward:.3f}\n"
               f"{shorten(transition.step['reply'].strip(), 1200)}\n---", flush=True)
+
+
+def append_lines(path, values):
+    with open(path, "a") as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)
 
 
 # -- As a program

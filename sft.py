@@ -27,8 +27,9 @@ import torch.distributed as dist
 
 import sample
 import tasks
-from env import AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record, write_agent
-from model import Config, Qwen2, use_kernels
+from env import (
+    LEARNED_SEEDS, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record, write_agent)
+from model import Config, use_kernels
 from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
 from support.conversations import named, read_conversations
@@ -41,7 +42,7 @@ from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json,
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import find_folder, hash_checkpoint
-from support.records import end_reason, trajectory_path
+from support.records import AGENT, end_reason, trajectory_path
 from support.storage import ResultCache
 
 
@@ -73,8 +74,6 @@ class Settings(AgentSettings):
     warmup: int = 0  # ... after it has risen for so many updates
     beta2: float = 0.999  # of AdamW
     save_every: int = 50  # updates between checkpoints, at which the model is validated
-    copies: int = 0  # copies made of each short prompt with an edit (of another a quarter), in most of which the
-        # script's names and numbers are others, so that a small model learns to copy; 0: the conversation itself
     num: int = 8  # trajectories per task
     ideas: int = 100  # candidates that the expert writes for each task; 0: the ideas shipped with it
     coder: str = "expert"  # who carries out the (AI) actions: expert (the same model), or none
@@ -87,7 +86,7 @@ class Settings(AgentSettings):
         cli.check_positive(self, "gpus", "epochs", "batch", "max_row_tokens", "lr", "save_every", "num")
         if self.updates is not None:
             cli.check_positive(self, "updates")
-        for name in ("warmup", "copies", "ideas", "temperature"):
+        for name in ("warmup", "ideas", "temperature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must be at least 0, found {getattr(self, name)}")
         if endpoint.is_server(self.expert):
@@ -101,8 +100,8 @@ class Settings(AgentSettings):
 # ---------------------------------------------------------------------------------------------------------------------
 # Collecting
 
-SAME = ("expert", "coder", "actions", "fields", "prompt_format", "steps", "seconds", "ideas", "max_new_tokens",
-        "temperature", "context", "threads", "gpu", "sandbox", "seed")     # what trajectories of a folder agree in
+SAME = ("expert", "coder", *AGENT, "ideas", "max_new_tokens", "temperature", "context", "threads", "gpu", "sandbox",
+        "seed")     # what trajectories of a folder agree in
 IDEA_FORM = {"title": TEXT, "instruction": TEXT, "edits?": [{"find": TEXT, "replace": TEXT}]}
 MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {"data": TEXT, "miniature": FLAG, "ideas?": [IDEA_FORM]}}}
 
@@ -118,12 +117,15 @@ def collect(cfg, load=sample.load):
     folder = Path(cfg.trajectories)
     with folder_lock(folder, "sft.py --collect"):
         # 1. The data, nothing of them held out, and what is there already.
-        task_infos = prepare_tasks(cfg)
+        infos = defaultdict(list)       # id of a task -> task.json of each of its seeds
+        for task, info in prepare_tasks(cfg, LEARNED_SEEDS):
+            infos[task.id].append(info)
         held_out = tasks.held_out_hashes(cfg.data)
-        for task, info in task_infos:
-            tasks.refuse_held_out(task.id, info["sha256"], held_out)
-        manifest = open_manifest(cfg, task_infos)
-        jobs = [(task, trajectory_path(folder, task.id, k), k) for k in range(cfg.num) for task, _ in task_infos]
+        for id in infos:
+            for info in infos[id]:
+                tasks.refuse_held_out(id, info["sha256"], held_out)
+        manifest = open_manifest(cfg, infos)
+        jobs = [(tasks.load(id), trajectory_path(folder, id, k), k) for k in range(cfg.num) for id in infos]
         records = {path: read_record(path) for _, path, _ in jobs}
         jobs = [(task, path, k) for task, path, k in jobs if not end_reason(records[path])]
 
@@ -135,7 +137,7 @@ def collect(cfg, load=sample.load):
             if expert.context and cfg.max_new_tokens >= expert.context:
                 raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of "
                                  f"{expert.context}")
-        lacking = [task for task, _ in task_infos if "ideas" not in manifest["tasks"][task.id]]
+        lacking = [tasks.load(id) for id in infos if "ideas" not in manifest["tasks"][id]]
         chosen = run_parallel([(cfg, task, expert) for task in lacking], choose_ideas, PARALLEL)
         for task, ideas in zip(lacking, chosen):
             manifest["tasks"][task.id]["ideas"] = ideas
@@ -144,7 +146,8 @@ def collect(cfg, load=sample.load):
         # 3. The trajectories.
         cache = ResultCache(folder / "cache")
         progress = Progress(records, cfg.steps)
-        jobs = [(cfg, task, path, k, manifest["tasks"][task.id]["ideas"]) for task, path, k in jobs]
+        jobs = [(cfg, task, path, k, manifest["tasks"][task.id]["ideas"], infos[task.id][k % len(infos[task.id])])
+                for task, path, k in jobs]
         run_parallel(jobs, partial(collect_one, expert, cache, progress), PARALLEL, progress)
         for id, entry in manifest["tasks"].items():
             entry["counts"] = count_trajectories(folder, tasks.load(id))
@@ -153,7 +156,7 @@ def collect(cfg, load=sample.load):
         return manifest
 
 
-def open_manifest(cfg, task_infos):
+def open_manifest(cfg, infos):
     """Returns what manifest.json of the folder holds, with an entry for each task. ValueError: the folder is of other
     settings, another expert or other data, or holds trajectories that the manifest does not tell of."""
     path = Path(cfg.trajectories, "manifest.json")
@@ -164,22 +167,22 @@ def open_manifest(cfg, task_infos):
     raw = read_bytes(path)
     manifest = parse_json(raw, MANIFEST, path) if raw else {"settings": settings, "tasks": {}}
     check_same(manifest["settings"], settings, cfg.trajectories, "--trajectories")
-    for task, info in task_infos:
-        entry = {"data": hash_json(info["sha256"])[:16], "miniature": info["miniature"]}
-        if task.id not in manifest["tasks"] and list(path.parent.glob(f"{task.id}-*.jsonl")):
-            raise ValueError(f"{path} does not tell of {task.id}, of which there are trajectories; delete them, or "
+    for id in infos:
+        hashes = [info["sha256"] for info in infos[id]]
+        entry = {"data": hash_json(hashes)[:16], "miniature": infos[id][0]["miniature"]}
+        if id not in manifest["tasks"] and list(path.parent.glob(f"{id}-*.jsonl")):
+            raise ValueError(f"{path} does not tell of {id}, of which there are trajectories; delete them, or "
                              "give another --trajectories")
-        manifest["tasks"].setdefault(task.id, entry)
-        check_same(manifest["tasks"][task.id], entry, f"{cfg.trajectories}, {task.id},", "--trajectories")
+        manifest["tasks"].setdefault(id, entry)
+        check_same(manifest["tasks"][id], entry, f"{cfg.trajectories}, {id},", "--trajectories")
     return manifest
 
 
-def collect_one(expert, cache, progress, cfg, task, path, k, ideas):
+def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
     """Plays trajectory k of a task to its end. expert: what sample.load returned, None for the scripted one. cache,
-    progress, path: see play_trajectory. ideas: those of the task."""
+    progress, path: see play_trajectory. ideas: those of the task. info: task.json of its data."""
     rng = random.Random(f"{cfg.seed} {task.id} {k}")
-    num_ideas = 2 * cfg.steps if expert is None and cfg.prompt_format == "short" else rng.randint(1, 3)
-    drawn = rng.sample(ideas, min(num_ideas, len(ideas)))
+    drawn = rng.sample(ideas, min(rng.randint(1, 3), len(ideas)))
     if expert:
         hints = "".join(f"\n- {idea['title']}: {idea['instruction']}" for idea in drawn)
         policy = model_policy(cfg, expert, f"\n\nIdeas that may be worth trying:{hints}")
@@ -187,10 +190,10 @@ def collect_one(expert, cache, progress, cfg, task, path, k, ideas):
         policy = miniature.scripted_policy(cfg, task, drawn, rng)
     tokenizer = getattr(expert, "tokenizer", None)
     header = {"expert": cfg.expert, "ideas": [idea["title"] for idea in drawn],
-              "data_sha256": tasks.info(task.id, cfg.data)["sha256"],
+              "data_sha256": info["sha256"],
               "tokenizer": tokenizer and tokenizer.fingerprint()}
     coder = expert if cfg.coder == "expert" else None
-    play_trajectory(cfg, task, k, path, policy, coder, cfg.trajectories, cache, progress, header)
+    play_trajectory(cfg, task, k, path, policy, coder, cfg.trajectories, cache, progress, header, info.get("seed", 0))
 
 
 def count_trajectories(folder, task):
@@ -223,7 +226,7 @@ def build_dataset(cfg, tokenizer, log=print):
     conversations, _ = read_conversations(cfg.trajectories, cfg.data, tokenizer, log)
     limit = cfg.max_row_tokens + 1
     examples = []
-    kept = []       # the conversation of each example
+    origins = []    # of each example
     cut = defaultdict(list)     # what happened -> sources
     for conversation in conversations:
         ids, loss_mask = tokenizer.conversation(conversation.messages, set(conversation.assistant_turns))
@@ -231,19 +234,16 @@ def build_dataset(cfg, tokenizer, log=print):
             cut[f"cut at {cfg.max_row_tokens} tokens"].append(conversation.source)
         if any(loss_mask[:limit]):
             examples.append((ids[:limit], loss_mask[:limit]))
-            kept.append(conversation)
+            origins.append(conversation.origin)
         else:
             cut["left out, no reply before the cut"].append(conversation.source)
     for what, sources in cut.items():
         log(named(what, sources))
 
-    # 2. Some of them validate; the others, or copies of them, are trained on.
-    held_back = hold_back([conversation.origin for conversation in kept], VALIDATION_SHARE, cfg.seed)
+    # 2. Some of them validate; the others are trained on.
+    held_back = hold_back(origins, VALIDATION_SHARE, cfg.seed)
     valid = [example for i, example in enumerate(examples) if i in held_back]
-    if cfg.copies:
-        train = miniature.copy_examples(cfg, tokenizer, [kept[i] for i in range(len(kept)) if i not in held_back])
-    else:
-        train = [example for i, example in enumerate(examples) if i not in held_back]
+    train = [example for i, example in enumerate(examples) if i not in held_back]
     if not train:
         raise ValueError(f"{len(examples)} conversations are too few to train on and to validate with; collect more")
     return train, valid
@@ -271,7 +271,7 @@ def hold_back(origins, share, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-SCHEDULE = ("batch", "max_row_tokens", "lr", "warmup", "beta2", "copies", "dtype", "kernels", "seed")   # of a run that goes on
+SCHEDULE = ("batch", "max_row_tokens", "lr", "warmup", "beta2", "dtype", "kernels", "seed")   # of a run that goes on
 
 
 def cosine(step, steps, peak):
@@ -310,8 +310,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     rank, world_size, device = init_distributed()
     use_kernels(cfg.kernels, device)
     recompute = num_parameters(config)[-1] > RECOMPUTE_ABOVE
-    draw = miniature.draw_model if cfg.copies else Qwen2.from_scratch
-    model = build_model(config, folder, device, cfg.seed, recompute, compute_type(cfg.dtype, device), draw=draw)
+    model = build_model(config, folder, device, cfg.seed, recompute, compute_type(cfg.dtype, device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
     num_updates = cfg.updates or math.ceil(cfg.epochs * len(examples) / cfg.batch)
     origin = {"optimizer steps": num_updates, "products in": str(model.compute_dtype).removeprefix("torch.")}

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import tasks
-from env import prompt_of, read_records
+from env import read_records, recorded_prompt
 from support.files import TEXT, shorten
 from support.storage import Blobs, MissingBlob
 from support.records import end_reason
@@ -161,7 +161,7 @@ def read_trajectory(file, held_out, tokenizer):
     is_short = head["prompt_format"] == "short"
     is_miniature = head["miniature"]
     messages = []
-    snapshot = head["snapshot"]
+    before = head
     assistant_turns = []
     conversations = []
     for line in (head, *steps):
@@ -171,11 +171,12 @@ def read_trajectory(file, held_out, tokenizer):
         if line["type"] == "step" and line["valid"] and line["messages"][0]["role"] == "assistant":
             assistant_turns.append(len(messages))
             if is_short:
-                prompt = prompt_of("short", tasks.load(head["task"]), messages, snapshot, blobs)
+                prompt = recorded_prompt(tasks.load(head["task"]), before, before["snapshot"], blobs,
+                                         head["steps"] - line["index"])
                 conversations.append(conversation_of([*prompt, line["messages"][0]], [len(prompt)],
                                                      f"{file}, message {len(messages)}", str(file), is_miniature))
         messages += line["messages"]
-        snapshot = line["snapshot"]
+        before = line
     whole = conversation_of(messages, assistant_turns, str(file), str(file), is_miniature)
     return conversations if is_short else [whole]
 

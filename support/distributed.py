@@ -99,11 +99,11 @@ def compute_type(dtype, device):
     return getattr(torch, dtype)
 
 
-def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2, draw=Qwen2.from_scratch):
+def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2):
     """Returns a model to train, with weights and gradients in float32, sharded over all processes (FSDP2).
 
-    Each process reads its own rows of the checkpoint in `folder`, or takes them from the model that draw(config, seed)
-    returns if that is None. compute: dtype of products and activations, by default that of --dtype auto; gradients are
+    Each process reads its own rows of the checkpoint in `folder`, or takes them from a model drawn at random from
+    the seed if that is None. compute: dtype of products and activations, by default that of --dtype auto; gradients are
     reduced in float32. recompute: backward computes the activations of each block again. make: the class; a critic's
     head, `score`, begins at zero.
     """
@@ -134,7 +134,7 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
         if folder:
             load_tensors(folder, parts, unused=() if hasattr(model, "lm_head") else ("lm_head.weight",))
         else:
-            drawn = dict(draw(config, seed).named_parameters())
+            drawn = dict(Qwen2.from_scratch(config, seed).named_parameters())
             for name, (rows, first, _) in parts.items():
                 rows.copy_(drawn[name][first:first + len(rows)])
     return model

@@ -8,7 +8,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 import tasks
 from env import better_word
-from support import miniature
 from support.cli import RunError
 from support.files import TEXT, parse_json, read_bytes, write_atomic
 
@@ -85,16 +84,14 @@ def farthest(vectors, k):
 
 def choose_ideas(cfg, task, expert):
     """Returns the ideas that the trajectories of a task draw from: of all candidates those that differ most. expert:
-    None for the scripted one."""
-    num = NUM_IDEAS
+    None for the scripted one, which with short prompts tries the script's constants instead."""
     if expert is None and cfg.prompt_format == "short":
-        candidates = miniature.short_ideas(task)
-        num = miniature.NUM_IDEAS
-    elif expert is None or cfg.ideas == 0:
+        return []
+    if expert is None or cfg.ideas == 0:
         candidates = tasks.ideas(task.id)
     else:
         candidates = ask_ideas(cfg, task, expert)
     if not candidates:
         raise ValueError(f"{task.id} has no ideas.json; let an expert write ideas: --expert MODEL --ideas 100")
     vectors = tfidf_vectors([f"{idea['title']}. {idea['instruction']}" for idea in candidates])
-    return [candidates[i] for i in farthest(vectors, num)]
+    return [candidates[i] for i in farthest(vectors, NUM_IDEAS)]

@@ -9,7 +9,7 @@ from support.cli import RunError
 from support.files import hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
 from support.storage import Blobs, MissingBlob
-from support.records import best_before
+from support.records import restore_record
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,7 @@ class State:
 
     def restore(self, env):
         """Puts an Env of the task into this state. MissingBlob: a file of it is missing."""
-        messages = list(self.head["messages"])
-        for step in self.steps[:self.index]:
-            messages += step["messages"]
-        env.restore(self.snapshot, messages, index=self.index, m_before=self.steps[self.index]["m_before"],
-                    m_top=best_before(env.task, self.head, self.steps[:self.index]))
+        restore_record(env, self.head, self.steps[:self.index])
 
 
 def load_pool(cfg, tokenizer, log=print):
@@ -66,10 +62,11 @@ def load_pool(cfg, tokenizer, log=print):
         tasks.refuse_held_out(task, head.get("data_sha256", {}), forbidden)
         if task not in tasks.names(cfg.task):
             continue
-        data_sha256 = tasks.info(task, cfg.data)["sha256"]
+        data = tasks.seeded(cfg.data, head["data_seed"])
+        data_sha256 = tasks.info(task, data)["sha256"]
         tasks.refuse_held_out(task, data_sha256, forbidden)
         if head.get("data_sha256", data_sha256) != data_sha256:
-            raise ValueError(f"{file} was collected on other data than {Path(cfg.data, task)} holds; prepare those "
+            raise ValueError(f"{file} was collected on other data than {Path(data, task)} holds; prepare those "
                              "again, or collect anew")
         if head.get("tokenizer") != tokenizer_id:       # the recorded token ids mean nothing to this model
             for line in (head, *steps):
@@ -130,6 +127,9 @@ def hash_inputs(cfg, folder, pool):
     reference is made from, the states, and the data that give the rewards."""
     states = {state.name: state for states in pool.values() for state in states.values()}
     records = {state.file.stem: [state.head, state.steps] for state in states.values()}
-    data = {id: [tasks.info(id, cfg.data)[name] for name in ("sha256", "m_init", "m_best")] for id in pool}
+    data = {}
+    for id, seed in sorted({(state.head["task"], state.head["data_seed"]) for state in states.values()}):
+        info = tasks.info(id, tasks.seeded(cfg.data, seed))
+        data[f"{id}, seed {seed}"] = [info[name] for name in ("sha256", "m_init", "m_best")]
     return {"--model of sha256": hash_checkpoint(folder), "data of sha256": hash_json(data)[:16],
             "states of sha256": hash_json([list(states), records])[:16]}

@@ -7,16 +7,19 @@ import dataclasses, json, re, sys, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import tasks
 from reward import KINDS, best_of
 from support import cli
 from support.files import (
-    FLAG, TEXT, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of, up_to)
+    COUNT, FLAG, TEXT, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of, up_to)
 from support.sandbox import Result, SandboxUnavailable
 from support.storage import ResultCache, check_snapshot
 
 CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder has refused
 COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
-            "score", "m_before", "m_after", "m_top", "reward", "snapshot", "ended")
+            "score", "m_before", "m_after", "m_top", "reward", "news", "best_printed", "best_script", "snapshot",
+            "ended")
+AGENT = ("actions", "fields", "prompt_format", "show_scores", "steps", "seconds")   # what an Env takes from a record
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,8 +55,10 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes):
     printed = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
     action_names = f"a list of some of {', '.join(actions)}", lambda value: value == [] or some_of(*actions)[1](value)
     header = {
-        "task": TASK_ID, "data": TEXT, "prompt_format": one_of(*prompts), "actions": action_names, "fields": reply_fields,
-        "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT), "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT,
+        "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "prompt_format": one_of(*prompts), "actions": action_names,
+        "fields": reply_fields, "show_scores": FLAG, "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT),
+        "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT, "news": TEXT, "best_printed": maybe(FINITE),
+        "best_script": maybe(TEXT),
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
         "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT}}
     step = form_of(step_class) | {
@@ -70,11 +75,11 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes):
 
 def header(env, **entries):
     """Returns the first line, to be written right after reset(). entries: the caller's own (model, seed)."""
-    settings = {name: getattr(env, name) for name in (
-        "actions", "fields", "steps", "seconds", "python", "gpu", "threads", "sandbox")}
-    return {"type": "header", "task": env.task.id, "data": str(env.data), "prompt_format": env.prompt_format, **settings,
-            "m_init": env.info["m_init"], "m_best": env.info["m_best"], "miniature": bool(env.info.get("miniature")),
-            "m_after": env.m_before, "seconds_left": env.seconds, "snapshot": env.snapshot(),
+    settings = {name: getattr(env, name) for name in (*AGENT, "python", "gpu", "threads", "sandbox")}
+    return {"type": "header", "task": env.task.id, "data": str(env.data), "data_seed": env.info.get("seed", 0),
+            **settings, "m_init": env.info["m_init"], "m_best": env.info["m_best"],
+            "miniature": bool(env.info.get("miniature")),
+            "m_after": env.m_before, "seconds_left": env.seconds, **env.seen, "snapshot": env.snapshot(),
             "messages": list(env.messages), **entries}
 
 
@@ -82,6 +87,14 @@ def record(step, **entries):
     """Returns the line of a step. The state before step i is the snapshot of step i - 1, or the header's; the messages
     of the header and of all steps before i; m_before and m_top of step i."""
     return {"type": "step", **dataclasses.asdict(step), **entries}
+
+
+def restore_record(env, head, steps, seconds=None):
+    """Puts an Env into the state after the recorded `steps` of a trajectory. seconds: that are left; default: all."""
+    last = [head, *steps][-1]
+    messages = [message for line in (head, *steps) for message in line["messages"]]
+    env.restore(last["snapshot"], messages, index=len(steps), m_before=last["m_after"],
+                m_top=best_before(env.task, head, steps), seconds=seconds, seen=last)
 
 
 def check_record(forms, line, first):
@@ -167,21 +180,19 @@ def replay(Env, forms, path, log=print, *, data="data", sandbox="on", python=Non
     if out is None:
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
     refuse_links_out(out)
+    data = str(tasks.seeded(data, head["data_seed"]))
     options = {"sandbox": sandbox, "python": python, "gpu": gpu, "threads": threads}
-    for name, value in (options | {"data": str(data)}).items():
+    for name, value in (options | {"data": data}).items():
         if head[name] != value and {head[name], value} != {None, sys.executable}:
             log(f"it was recorded with {name} {shorten(ascii(head[name]), 100)}; here it is {value!r}, as --{name} "
                 "says")
     coder = RecordedCoder()
-    before = head
-    messages = head["messages"]
     num_differences = 0
     with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
-        env = Env(head["task"], data, out=out, coder=coder, cache=ResultCache(empty), actions=head["actions"],
-                  fields=head["fields"], steps=head["steps"], seconds=head["seconds"], prompt_format=head["prompt_format"], **options)
+        agent = {name: head[name] for name in AGENT}
+        env = Env(head["task"], data, out=out, coder=coder, cache=ResultCache(empty), **agent, **options)
         for number, step in enumerate(steps):
-            env.restore(before["snapshot"], messages, index=step["index"], m_before=step["m_before"],
-                        m_top=best_before(env.task, head, steps[:number]), seconds=step["time_left_s"])
+            restore_record(env, head, steps[:number], step["time_left_s"])
             coder.answers = list(step["coder"])
             coder.error = step["error"]
             replayed = json.loads(json.dumps(record(env.step(step["reply"]))))
@@ -190,8 +201,6 @@ def replay(Env, forms, path, log=print, *, data="data", sandbox="on", python=Non
                     num_differences += 1
                     log(f"step {step['index']}, {name}:\n  recorded: {shorten(repr(step[name]), 1000)}\n"
                         f"  replayed: {shorten(repr(replayed[name]), 1000)}")
-            before = step
-            messages = messages + step["messages"]
     log(f"{len(steps)} steps replayed, {num_differences} differences")
     return num_differences
 

@@ -8,7 +8,8 @@ from support.files import (
 
 LONGEST_TEXT = 20_000       # characters of one text on the page
 FINAL = {"last-valid": "the last valid submission",
-         "best-validation": "the valid submission whose script printed the best score"}
+         "best-validation": "the submission whose script printed the best score, the starter's too, of equal ones the "
+                            "earliest,"}
 CURVES = {      # entry of a training log -> heading of its figure
     "reward": "mean reward", "reward_edits": "mean reward of edits that ran", "valid": "valid replies, share",
     "kl": "divergence from the first model, nats a token", "entropy": "entropy, nats a token",
@@ -20,15 +21,13 @@ STEP = ("action", "args", "coder", "detail", "ended", "fields", "kind", "m_after
 # Files may come from others. Each entry that is used has a form here, and no other entry has an effect.
 LOG = {f"{name}?": maybe(NUMBER) for name in (*CURVES, *SHARES, "iteration", "step")}
 PAIR = "two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value))
-SUMMARY = {
-    "average": NUMBER, "best": NUMBER, "failed": COUNT, "trajectories": COUNT, "gain": maybe(NUMBER),
-    "best_gain": maybe(NUMBER), "standard_error": maybe(NUMBER), "interval": maybe(PAIR)}
 TRAJECTORY = {
-    "k": COUNT, "score": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD, "steps": COUNT, "valid_replies": COUNT}
+    "k": COUNT, "best-validation": maybe(NUMBER), "last-valid": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD,
+    "steps": COUNT, "valid": COUNT, "worse": COUNT, "undone": COUNT, "better": COUNT, "continued": COUNT}
 TASK = {
     "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
-    "published": {str: PAIR}, "printed?": maybe(NUMBER), "seconds?": NUMBER, "trajectories?": [TRAJECTORY],
-    "score_summary?": SUMMARY, "oracle_summary?": SUMMARY}
+    "m_best": NUMBER, "printed": maybe(NUMBER), "seconds": NUMBER, "published": {str: PAIR},
+    "trajectories?": [TRAJECTORY]}
 RESULTS = {
     "complete": FLAG, "settings": {"model": TEXT, "steps": COUNT, str: VALUE}, "final": one_of(*FINAL),
     "versions": {str: TEXT}, "tasks": {str: TASK}}
@@ -42,12 +41,9 @@ def read_results(folder):
     if content is None:
         return None
     results = parse_json(content, RESULTS, path)
-    for task, result in results["tasks"].items():
-        summaries = [result[name] for name in ("score_summary", "oracle_summary") if name in result]
-        sound = re.fullmatch(r"[\w.-]{1,100}", task, re.ASCII) and (
-            len(summaries) == 2 and result.get("trajectories") or not summaries)
-        if not sound or any((summary["gain"] is None) != (result["starter"] == 0) for summary in summaries):
-            raise ValueError(f"{path}: what it says of the task {shorten(ascii(task), 80)} does not fit together")
+    for task in results["tasks"]:
+        if not re.fullmatch(r"[\w.-]{1,100}", task, re.ASCII):
+            raise ValueError(f"{path}: {shorten(ascii(task), 80)} is no task")
     return results
 
 
@@ -77,7 +73,7 @@ def for_browsers(value):
 
 def write_page(path, data):
     """Writes the page: the template beside this file with `data` in it as JSON, of which the template's script draws
-    everything. data: title, warnings, columns, rows, notes, logs, runs; see eval.write_report."""
+    everything. data: title, warnings, tables, notes, logs, runs; see eval.write_report."""
     template = Path(__file__).with_suffix(".html").read_text()
     hashes = {}
     for tag in ("script", "style"):

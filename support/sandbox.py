@@ -61,6 +61,7 @@ class Result:
     detail: str = ""    # one sentence about the outcome
     warm: bool = False  # it was forked from a process that had the libraries imported already
     limit: str = ""     # the limit that ended it: "wall", "cpu", "memory", "processes"
+    cpu_s: float = 0.0  # processor time of all its processes
 
 
 class SandboxUnavailable(RuntimeError):
@@ -139,7 +140,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     stdout, stderr = _last_states(report["stdout"]), _last_states(report["stderr"])
     outcome, detail = limits[limit] if limit else _outcome(report["exit_code"], report["oom"], stderr)
     return Result(outcome, report["exit_code"], stdout, stderr, report["seconds"], report["peak_bytes"], layers, detail,
-                  warm=warm, limit=limit)
+                  warm=warm, limit=limit, cpu_s=report["cpu_s"])
 
 
 def _layers(sandbox, hidden):

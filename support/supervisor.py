@@ -520,7 +520,7 @@ def count_cpu_time():
 
 def watch(job, run):
     """Waits until the script ends or a limit is reached, ends all that it started, and returns the report: exit_code,
-    limit (the one that ended it, or ""), seconds, peak_bytes, oom (whether meanwhile the kernel killed a process for
+    limit (the one that ended it, or ""), seconds, cpu_s, peak_bytes, oom (whether meanwhile the kernel killed a process for
     lack of memory), stdout, stderr. None: our parent is gone or calls the run off, as the end of its socket tells."""
     status = None
     limit = ""
@@ -563,7 +563,7 @@ def watch(job, run):
     stdout, stderr = (stream.text() for stream in run.streams.values())
     peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
     return dict(exit_code=os.waitstatus_to_exitcode(status), limit=limit, seconds=seconds, peak_bytes=peak,
-                oom=oom_kills() > kills, stdout=stdout, stderr=stderr)
+                cpu_s=cpu_seconds(run, {}), oom=oom_kills() > kills, stdout=stdout, stderr=stderr)
 
 
 def exceeded(job, run):

@@ -148,14 +148,15 @@ def names(which="all"):
 # ---- Held-out tasks: nothing of them may be trained on
 
 def held_out_hashes(data):
-    """{sha256: id} of the files of all held-out tasks that are prepared in the folder `data`. Sample submissions are
-    left out: they hold no answer, and those of two tasks may be alike."""
+    """{sha256: id} of the files of all held-out tasks that are prepared in the folder `data`, of every seed. Sample
+    submissions are left out: they hold no answer, and those of two tasks may be alike."""
     hashes = {}
-    for id in names("held-out"):
-        if (Path(data) / id / "task.json").exists():
-            for name, sha in info(id, data)["sha256"].items():
-                if name != f"public/{load(id).sample}":
-                    hashes[sha] = id
+    for folder in (Path(data), *Path(data).glob("seed-*")):
+        for id in names("held-out"):
+            if (folder / id / "task.json").exists():
+                for name, sha in info(id, folder)["sha256"].items():
+                    if name != f"public/{load(id).sample}":
+                        hashes[sha] = id
     return hashes
 
 
@@ -227,6 +228,11 @@ def apply(script, idea):
 
 # ---- Preparation
 
+def seeded(data, seed):
+    """The folder below `data` for miniatures of this seed; `data` itself, where real data lie too, for seed 0."""
+    return Path(data) / f"seed-{seed}" if seed else Path(data)
+
+
 def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, log=print, python=sys.executable):
     """Prepares a task into data/id and returns that path; does nothing where that is done already.
 
@@ -269,7 +275,10 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, log=pr
         finally:
             _tidy(home, part, previous)
     facts = info(id, data)
-    log(f"{id}: ready; the starter scores {task.metric} {facts['m_init']:.5g} in {facts['starter_seconds']:.1f} s")
+    seconds = facts["starter_seconds"]
+    log(f"{id}: ready; the starter scores {task.metric} {facts['m_init']:.5g} in {seconds:.1f} s")
+    if facts["miniature"] and seconds > MINIATURE_S / 3:
+        log(f"{id}: warning: that is more than a third of the {MINIATURE_S} s of processor time that a script has")
     return home
 
 
@@ -349,8 +358,8 @@ def _told_where_to_get(task):
 
 
 def run_starter(task, home, python=sys.executable, script=None):
-    """Runs the starter, or another script of ours given as text, on home/public: (graded score, seconds, stdout). It
-    runs without a sandbox. RuntimeError where it fails."""
+    """Runs the starter, or another script of ours given as text, on home/public: (graded score, seconds of processor
+    time, stdout). It runs without a sandbox. RuntimeError where it fails."""
     name = f"{task.entry} of {task.id}"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / task.entry).write_text(script or task.starter)
@@ -362,7 +371,7 @@ def run_starter(task, home, python=sys.executable, script=None):
         if result.outcome != "ok":
             raise RuntimeError(f"{name}: {result.outcome}. {result.detail}\n{result.stderr[-2000:]}")
         try:
-            return _finite(score_file(task, home, Path(folder) / "submission.csv")), result.seconds, result.stdout
+            return _finite(score_file(task, home, Path(folder) / "submission.csv")), result.cpu_s, result.stdout
         except InvalidSubmission as error:
             raise RuntimeError(f"{name} writes a submission that is not valid. {error}") from None
 

@@ -197,7 +197,7 @@ def test_long_replies_take_linear_time():
 
 def test_garbage_never_raises(make):
     draw = random.Random(0)
-    env = make(steps=10 ** 9, coder=lambda messages: draw.choice(["", "```python\nprint(1)\n```", "no"]))
+    env = make(steps=10 ** 9, coder=lambda messages: draw.choice(["", "```python\nX = 2\n```", "no"]))
     env.task.time_limit_s = 1.0
     pieces = [f"\nAction: {name}\n" for name in ACTIONS] + [f"{name}:" for name in FIELDS] + [
         "\n", ":", "{", "}", '"', "\\", "```", "\0", "\ud83d", "é", "1", "\nThought: ", "\nThought: ", "Observation:",
@@ -207,12 +207,13 @@ def test_garbage_never_raises(make):
         ".", "data", "data/images/1.bin", "", "\0", "a/b", "train.py/x", "..", "0", "é" * 200, "x" * 99, "-1", 9, None, [],
         "VALUE = 0.50"]
     seen = set()
-    for i in range(300):
+    for i in range(500):
         if i % 3 == 0:
             reply = "".join(draw.choice(pieces) for _ in range(draw.randint(0, 60)))
         else:  # the form is right and the values are not
             name = draw.choice([name for name in ACTIONS if name not in ("Final Answer", "Execute Script")])
-            reply = say(name, **{key: draw.choice(values) for key in ACTIONS[name][0]})
+            likely = ["1", "*2"] * 9 if name == "Set Constant" else []
+            reply = say(name, **{key: draw.choice(likely + values) for key in ACTIONS[name][0]})
             reply = reply if draw.random() < 0.8 else reply[:draw.randint(0, len(reply))]
         step = env.step(reply)
         assert step.kind in KINDS and 0 <= step.reward <= 1 and step.valid == (not step.error)
@@ -373,6 +374,117 @@ def test_an_edit_that_changes_nothing_is_no_edit(make):
     assert (step.kind, step.valid, step.outcome) == ("not an edit", True, None) and list(env.files) == ["train.py"]
 
 
+SCRIPT = """\
+SEED = 3
+VALID_FRACTION = 0.2
+NUM_TREES = 100   # trees
+ODD = 5-3
+RATE = 1e-3
+DROPOUT = 0.0
+OFFSET = 0
+NEGATIVE = -1
+TEXT = "5"
+def f():
+    LOCAL = 3
+LEAF = 1#rows
+"""
+
+
+def test_the_numbered_constants_of_a_script():
+    found = env_module.constants(SCRIPT)
+    assert [each[:2] for each in found] == [
+        ("NUM_TREES", "100"), ("RATE", "1e-3"), ("DROPOUT", "0.0"), ("OFFSET", "0"), ("LEAF", "1")]
+    assert all(SCRIPT[start:end] == text for _, text, start, end in found)
+    assert env_module.constants("A = 1.2.3\nB = 007\nC = 1 2\nd = 1\nE=1\n") == []
+
+
+@pytest.mark.parametrize("number, value, line", [
+    (1, "*2", "NUM_TREES = 200   # trees"), ("1", "/3", "NUM_TREES = 33   # trees"), (1, "/1000", "NUM_TREES = 1   # trees"),
+    (1, 64, "NUM_TREES = 64   # trees"), (1, " * 1.5 ", "NUM_TREES = 150   # trees"), (2, "*2", "RATE = 0.002"),
+    (2, "/3", "RATE = 0.000333"), (2, "*1e5", "RATE = 100.0"), (2, "/1000", "RATE = 1e-06"), (2, 5e-4, "RATE = 0.0005"),
+    (3, "0.5", "DROPOUT = 0.5"), (4, "*2", "OFFSET = 1"), (4, "-7", "OFFSET = -7"), (5, "*2", "LEAF = 2#rows")])
+def test_a_constant_is_set(make, number, value, line):
+    env = make()
+    put(env, train=SCRIPT)
+    step = do(env, "Set Constant", constant=number, value=value)
+    changed = [after for before, after in zip(SCRIPT.splitlines(), text_of(env, "train.py").splitlines()) if after != before]
+    assert step.valid and changed == [line] and f"\n+{line}" in step.observation
+    assert undo(env).valid and text_of(env, "train.py") == SCRIPT
+
+
+@pytest.mark.parametrize("number, value, word", [
+    (0, "*2", "no constant 0; there is 1 NUM_TREES, 2 RATE, 3 DROPOUT"), ("6", "*2", "no constant 6"),
+    (1, "100", "NUM_TREES is 100 already"), (1, "1e2", "is 100 already"), (1, "*1.001", "is 100 already"),
+    (3, "*2", "DROPOUT is 0.0 already"), (5, "/2", "LEAF is 1 already"), (1, "much", "must be a number, or a factor"),
+    (1, "*0", "A factor must be above 0"), (1, "*-2", "A factor must be above 0"), (1, "*1e99", "out of bounds"),
+    (1, float("inf"), "must be a number"), (1, "1/0", "must be a number"), ("one", "*2", "must be a whole number")])
+def test_what_sets_no_constant_changes_nothing_and_says_why(make, number, value, word):
+    env = make()
+    put(env, train=SCRIPT)
+    step = do(env, "Set Constant", constant=number, value=value)
+    assert (step.kind, step.valid) == ("invalid", False) and word in step.error and text_of(env, "train.py") == SCRIPT
+
+
+def test_a_constant_is_that_of_the_script_as_it_is_now(make):
+    """And the edit is scored and rewarded as any other."""
+    env = make()
+    step = do(env, "Set Constant", constant=1, value="0.6")
+    assert (step.kind, step.score, step.printed) == ("scored", 0.6, 0.6) and step.reward == pytest.approx(0.8807970780)
+    edit(env, "VALUE = 0.6", "FIRST = 9\nVALUE = 0.6")
+    assert do(env, "Set Constant", constant=2, value="0.7").score == 0.7
+    put(env, train="print(1)")
+    assert "no constant, a line such as" in do(env, "Set Constant", constant=1, value="*2").error
+
+
+def test_the_agent_is_told_what_its_edit_does(make):
+    """Worked out by hand: the printed score against the best printed before, never the graded one."""
+    env = make(prompt_format="short", steps=20)
+
+    def seen(step):
+        line = next((line for line in step.observation.splitlines() if line.startswith("The run of train.py: ")), "")
+        prompt = env.prompt()[0]["content"].split("\n")
+        return line[len("The run of train.py: "):], prompt[-1], prompt[1]
+
+    assert env.prompt()[0]["content"] == "accuracy, higher is better, 20 steps left\nBest: none\n1 VALUE = 0.50\nLast: nothing"
+    by_this, earlier = "by this script", "by an earlier script"
+    assert seen(run(env)) == ("", "Last: 0.5, after Execute Script", f"Best: 0.5, {by_this}")
+    told = "0.7, better than 0.5"
+    assert seen(edit(env, "0.50", "0.70")) == (told, f"Last: {told}, after Replace In Script", f"Best: 0.7, {by_this}")
+    told = "0.14, worse than 0.7"
+    assert seen(do(env, "Set Constant", constant=1, value="/5")) == (
+        told, f"Last: {told}, after Set Constant 1 /5", f"Best: 0.7, {earlier}")
+    told = "0.7, equal to 0.7"
+    assert seen(undo(env)) == (told, f"Last: {told}, after Undo Edit Script", f"Best: 0.7, {by_this}")
+    told = "failed, ZeroDivisionError: division by zero"
+    assert seen(edit(env, "VALUE = 0.70", "VALUE = 1/0")) == (told, f"Last: {told}, after Replace In Script", f"Best: 0.7, {earlier}")
+    assert seen(do(env, "Set Constant", constant=1, value="*2"))[1:] == (
+        "Last: The script has no constant, a line such as EPOCHS = 5, after Set Constant 1 *2", f"Best: 0.7, {earlier}")
+    step = edit(env, "print(f", "str(f")
+    undo(env)
+    put(env, train=STARTER.replace("print(f", "str(f"))
+    assert seen(edit(env, "0.50", "0.60"))[0] == "no score was printed"
+    put(env, better=STARTER.replace("{VALUE:.2f}", "0.99"))
+    step = do(env, "Copy File", source="better.py", destination="train.py")
+    told = "0.99, better than 0.7"
+    assert seen(step) == (told, f"Last: {told}, after Copy File", f"Best: 0.99, {by_this}") and step.score == 0.5
+    put(env, other="print('validation accuracy: 5')")
+    assert seen(run(env, "other.py"))[2] == f"Best: 0.99, {by_this}"     # a run of another script says nothing
+    assert (step.best_printed, step.best_script) == (0.99, env.files["train.py"])
+
+
+def test_without_show_scores_the_agent_has_to_run_the_script_to_know(make):
+    env = make(prompt_format="short", show_scores=False)
+    assert "every edit is run at once" in make().messages[0]["content"]
+    assert "every edit is run at once" not in env.messages[0]["content"]
+    step = edit(env, "0.50", "0.70")
+    assert step.printed == 0.7 and "0.7, " not in step.observation and "The run of" not in step.observation
+    assert env.prompt()[0]["content"].split("\n")[1:] == [
+        "Best: none", "1 VALUE = 0.70", "Last: train.py is saved. The difference:, after Replace In Script"]
+    run(env)
+    assert env.prompt()[0]["content"].split("\n")[1:] == [
+        "Best: 0.7, by this script", "1 VALUE = 0.70", "Last: 0.7, after Execute Script"]
+
+
 def test_undo_goes_back_step_by_step_also_after_restore(make):
     env = make()
     for old, new in (("0.50", "0.60"), ("0.60", "0.70")):
@@ -459,7 +571,12 @@ def test_bad_scripts_tell_what_to_do_and_keep_what_they_printed(make, task, code
         assert env.snapshot() == before
     step = edit(env, "'before'", "'other'")
     assert (step.outcome, step.kind) == (outcome, kind)
-    assert word not in step.observation  # an edit leads to the same, in silence
+    assert f"\nThe run of train.py: failed, {step.detail}\n[" in step.observation
+    env = make(show_scores=False)
+    put(env, train=code)
+    step = edit(env, "'before'", "'other'")
+    assert (step.outcome, step.kind) == (outcome, kind)
+    assert step.detail not in step.observation      # an edit leads to the same, in silence
 
 
 def test_long_output_is_cut_in_the_middle(make):
@@ -646,10 +763,10 @@ def test_snapshot_and_restore(make):
     env = make()
     run(env)
     edit(env, "0.50", "0.60")
-    state, messages = env.snapshot(), list(env.messages)
+    state, messages, seen = env.snapshot(), list(env.messages), dict(env.seen)
     first = edit(env, "0.60", "0.70")
     put(env, extra="print(1)")
-    env.restore(state, messages, index=2, m_before=0.6)
+    env.restore(state, messages, index=2, m_before=0.6, seen=seen)
     assert env.snapshot() == state and env.messages == messages and "extra.py" not in env.files
     second = edit(env, "0.60", "0.70")
     times = dict(seconds=0, script_seconds=0, time_left_s=0, seconds_left=0)
@@ -868,7 +985,7 @@ def test_a_blob_that_is_not_what_it_is_named_by_is_never_used(make, tmp_path):
     with pytest.raises(storage.MissingBlob, match="damaged"):
         env.restore(state)
     with pytest.raises(storage.MissingBlob, match="damaged"):
-        env_module.prompt_of("short", env.task, env.messages, state, blobs)
+        env_module.recorded_prompt(env.task, env.seen, state, blobs, 1)
     env.reset()     # which stores it again
     assert place.read_text() == STARTER and run(env).outcome == "ok"
     secret = tmp_path / "data" / "made" / "private" / "answers.csv"
@@ -1311,18 +1428,15 @@ def test_undo_of_what_cannot_be_shown(make):
 BLANKS = " " * 500_000
 LONG = [BLANKS, "A = 1" + BLANKS + "\n", ("A = 1" + " " * 50_000 + "x\n") * 10, "A = 1\n" + "\n" * 500_000,
         "#" * 500_000, "A" * 500_000, "A = " * 100_000, "\t \n" * 200_000, "1" * 500_000, "1." * 250_000,
-        "validation " + "1" * 500_000, "validation 1x\n" * 40_000, "`" * 500_000,
+        "A = 1\n" * 80_000, "validation " + "1" * 500_000, "validation 1x\n" * 40_000, "`" * 500_000,
         "```\n" * 100_000, "Observation" * 40_000, "Action: " * 60_000,
         " \t*" * 150_000, "\r" * 300_000, "\u2028" * 300_000]
 
 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: ascii(text)[:16])
 def test_work_on_any_text_is_linear(task, text):
-    messages = [{"role": "user", "content": "x"}] * 2 + [{"role": "assistant", "content": text},
-                                                         {"role": "user", "content": text}]
     began = time.process_time()
-    env_module.shown_lines(text)
-    env_module.short_prompt(task, messages, text)
+    env_module.short_prompt(task, env_module.NOTHING | {"news": text}, text, True, 1)
     env_module.cut_observation(text)
     env_module.difference(text, text + "\nx")
     env_module.difference("x\n" + text, text)

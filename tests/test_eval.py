@@ -107,77 +107,189 @@ def masked(out):
     return mask(json.loads(Path(out, "results.json").read_text()))
 
 
-# ---- the table
+# ---- the tables
 
-def test_table_by_hand(tmp_path, task):
+def test_scores_by_hand(tmp_path, task):
     found = play(settings(tmp_path), Scripted())["tasks"]["tiny-task"]
+    played = found["trajectories"]
+    assert [one["best-validation"] for one in played] == [1, None, 0.5, None]
+    assert [one["last-valid"] for one in played] == [1, None, 4, None]
+    assert [one["oracle"] for one in played] == [1, None, 0.5, None]
+    assert [one["ended"] for one in played] == ["final answer"] * 4
+    assert found["starter"] == 7 and found["printed"] == 6.5 and found["miniature"] and found["published"] == {}
     # 1, failed: 7, 4, failed: 7. Squared distances from 4.75: 14.0625 + 5.0625 + 0.5625 + 5.0625 = 24.75
-    a = found["score_summary"]
-    assert [one["score"] for one in found["trajectories"]] == [1, None, 4, None]
-    assert (a["average"], a["best"], a["failed"], a["trajectories"]) == (4.75, 1, 2, 4)
-    assert a["gain"] == pytest.approx(100 * 2.25 / 7) and a["best_gain"] == pytest.approx(100 * 6 / 7)
-    assert a["standard_error"] == pytest.approx((24.75 / 3) ** 0.5 / 2)
+    last = found["figures"]["last-valid"]
+    assert (last["average"], last["best"], last["failed"]) == (4.75, 1, 2)
+    assert last["standard_error"] == pytest.approx((24.75 / 3) ** 0.5 / 2)
     # the average of 4 draws from 1, 7, 4, 7 is up to 1.75 with probability 5/256, up to 2.5 with 19/256, 7 with 1/16
-    assert a["interval"] == [2.5, 7.0]
-    oracle = found["oracle_summary"]
-    assert [one["oracle"] for one in found["trajectories"]] == [1, None, 0.5, None]
-    assert (oracle["average"], oracle["best"]) == (3.875, 0.5)
-    assert [one["ended"] for one in found["trajectories"]] == ["final answer"] * 4
-    assert [one["valid_replies"] for one in found["trajectories"]] == [4, 2, 3, 1]
-    assert found["starter"] == 7 and found["miniature"] and found["published"] == {}
+    mean, interval = last["gain"]
+    assert mean == pytest.approx(100 * 2.25 / 7) and interval == pytest.approx([0, 100 * 4.5 / 7])
+    # of 4 draws from 1, 7, 0.5, 7 it is up to 0.625 with 5/256, up to 0.75 with 11/256; the best known score is 0
+    mean, interval = found["figures"]["best-validation"]["gap"]
+    assert mean == pytest.approx(100 * 3.125 / 7) and interval == pytest.approx([0, 100 * 6.25 / 7])
 
 
-def test_best_validation_takes_the_printed_score(tmp_path, task):
-    found = play(settings(tmp_path, final="best-validation"), Scripted())["tasks"]["tiny-task"]
-    assert [one["score"] for one in found["trajectories"]] == [1, None, 0.5, None]
+def step(printed=None, score=None, action="Replace In Script", change=("3", "4"), valid=True, outcome="ok", name="X"):
+    """A recorded step, of what is read of it."""
+    before, after = change
+    observation = f"train.py is saved. The difference:\n@@ -1 +1 @@\n-{name} = {before}\n+{name} = {after}  # of 9\n"
+    return {"type": "step", "printed": printed, "score": score, "action": action, "valid": valid, "outcome": outcome,
+            "observation": observation}
+
+
+def summary(*steps, direction="up", starter=5.0, printed=0.5):
+    return evaluation.summarize_trajectory([{"type": "header"}, *steps], direction, starter, printed)
+
+
+@pytest.mark.parametrize("direction, printed, chosen", [
+    ("up", [0.4, 0.6, 0.6], 1), ("up", [0.4, 0.5, 0.3], None), ("down", [0.6, 0.5, 0.7], None),
+    ("down", [0.4, 0.2, 0.2], 1), ("up", [None, math.nan, 0.7], 2), ("up", [None, None, None], None)])
+def test_the_best_printed_score_counts_and_of_equal_ones_the_earliest(direction, printed, chosen):
+    """None: the starter, which printed 0.5 and scores 5; the others score 0, 1 and 2."""
+    found = summary(*map(step, printed, (0.0, 1.0, 2.0)), direction=direction)
+    assert found["best-validation"] == (5.0 if chosen is None else chosen)
+    assert found["last-valid"] == 2.0
+
+
+def test_a_failed_run_is_no_candidate():
+    assert summary(step(0.9, None), step(0.6, 1.0))["best-validation"] == 1.0
+    assert summary(step(0.9, None))["best-validation"] is None
+    assert summary(step(0.1, 3.0), printed=None)["best-validation"] == 3.0      # what the starter is worth is unknown
 
 
 def test_how_it_is_counted_may_change_afterwards_without_playing_again(tmp_path, task):
     play(settings(tmp_path), Scripted())
-    again = play(settings(tmp_path, final="best-validation"), None)
-    assert [one["score"] for one in again["tasks"]["tiny-task"]["trajectories"]] == [1, None, 0.5, None]
+    text = text_of(play(settings(tmp_path, final="last-valid"), None))
+    row = next(line for line in text.splitlines() if line.startswith("tiny-task"))
+    assert re.split(r" {2,}", row)[4:10] == ["4.7500", "1.0000", "1.4361", "+32.1 (+0.0 to +64.3)",
+                                             "+32.1 (+0.0 to +64.3)", "+44.6"]
+    assert "scripted: the last valid submission counts." in text and "best-validation gain" in text
 
 
-@pytest.mark.parametrize("direction, best, gain, best_gain", [("up", 6, 50, 200), ("down", 1, -50, 50)])
-def test_summary_in_both_directions(direction, best, gain, best_gain):
-    a = evaluation.score_statistics([1, 6, None], 2, direction)      # 1, 6, 2: average 3
+def result(scores, starter, m_best, direction="down", split="held-out", last=None):
+    """What results.json says of a task."""
+    trajectories = [{"best-validation": score, "last-valid": score if last is None else last, "oracle": score,
+                     "ended": "steps", "steps": 1, "valid": 1, "worse": 0, "undone": 0, "better": 0, "continued": 0}
+                    for score in scores]
+    return {"metric": "MAE", "direction": direction, "split": split, "starter": starter, "printed": 0.5, "seconds": 1.0,
+            "m_best": m_best, "miniature": True, "published": {}, "trajectories": trajectories}
+
+
+def run_of(name, model="m", **results):
+    return {"name": name, "results": {"settings": {"model": model}, "final": "best-validation", "tasks": results}}
+
+
+@pytest.mark.parametrize("direction, m_best, best, gain, gap", [
+    ("up", 6, 6, 50, 25),               # of the gap of 4 the scores 1, 6, 2 close -1/4, 1 and 0
+    ("down", -1, 1, -50, -200 / 9)])    # of 3 they close 1/3, -4/3, which counts as -1, and 0
+def test_figures_in_both_directions(direction, m_best, best, gain, gap):
+    a = evaluation.task_figures(result([1, 6, None], 2, m_best, direction), "best-validation")
     assert (a["average"], a["best"], a["failed"]) == (3, best, 1)
-    assert (a["gain"], a["best_gain"]) == (gain, best_gain)
+    assert a["gain"][0] == gain and a["gap"][0] == pytest.approx(gap)
     assert a["standard_error"] == pytest.approx(((4 + 9 + 1) / 2) ** 0.5 / 3 ** 0.5)
 
 
-def test_summary_of_one_and_of_a_starter_at_zero():
-    a = evaluation.score_statistics([3], 0, "up")
-    assert (a["average"], a["gain"], a["standard_error"], a["interval"]) == (3, None, None, None)
-    assert evaluation.gain(-1, -2, "up") == 50      # better is positive, below zero too
-    assert str(evaluation.gain(5, 5, "down")) == "0.0"
+def test_a_figure_that_is_not_defined_is_none():
+    a = evaluation.task_figures(result([3], 0, 6, "up"), "best-validation")
+    assert (a["average"], a["gain"], a["standard_error"], a["gap"]) == (3, (None, None), None, (50, None))
+    for m_best in (2, 3):       # not better than the starter
+        assert evaluation.gap_closed(1, result([], 2, m_best)) is None
+    assert evaluation.gain(-1, result([], -2, 0, "up")) == 50      # better is positive, below zero too
+    assert str(evaluation.gain(5, result([], 5, 0))) == "0.0"
 
 
-def test_the_interval_is_seeded_and_about_right():
+@pytest.mark.parametrize("score, gap", [(3, 50), (4, 100), (9, 100), (2, 0), (1, -50), (-7, -100)])
+def test_the_gap_closed_has_a_floor_and_a_ceiling(score, gap):
+    assert evaluation.gap_closed(score, result([], 2, 4, "up")) == gap
+    assert evaluation.gap_closed(-score, result([], -2, -4)) == gap
+
+
+def test_the_interval_is_about_right():
     scores = [float(i % 10) for i in range(400)]        # average 4.5, standard deviation 2.872
-    low, high = evaluation.score_statistics(scores, 0.5, "up", seed=3)["interval"]
-    assert [low, high] == evaluation.score_statistics(scores, 0.5, "up", seed=3)["interval"]
+    mean, (low, high) = evaluation.mean_and_interval([[scores]])
+    assert mean == 4.5
     assert low == pytest.approx(4.5 - 1.96 * 2.872 / 20, abs=0.02)
     assert high == pytest.approx(4.5 + 1.96 * 2.872 / 20, abs=0.02)
 
 
-def test_the_mean_gain_of_two_tasks_by_hand():
-    varying = {"starter": 7.0, "direction": "down", "score_summary": {"gain": 225 / 7},
-               "trajectories": [{"score": score} for score in (1, None, 4, None)]}
-    steady = {"starter": 2.0, "direction": "up", "score_summary": {"gain": 50.0}, "trajectories": [{"score": 3.0}] * 4}
-    # a gain of 50 % that does not vary, and one of 0 to 4.5 / 7 (see test_table_by_hand) around 2.25 / 7
-    assert evaluation.mean_gain([varying, steady]) == pytest.approx(((50 + 225 / 7) / 2, 25, (50 + 450 / 7) / 2))
+@pytest.mark.parametrize("groups, mean, interval", [
+    ([[[7.0]]], 7, None),
+    ([[[0, 100]]], 50, [0, 100]),               # 0 with probability 1/4
+    ([[[50, 50]], [[0, 0]]], 25, [0, 50]),      # that of the tasks: 0 with 1/4
+    # Both tasks drawn are the first with 1/4, and the average of its two draws is 0 with 1/4, 5 with 1/2: so the mean
+    # is 0 with 1/64 and 2.5 with 4/64, and it is 100 with 1/4.
+    ([[[0, 10]], [[100]]], 52.5, [2.5, 100]),
+    ([[[60], [50]], [[10], [0]]], 10, [10, 10]),        # the same tasks for both: always 10
+    ([[[0, 10], [0, 10]]], 0, [-10, 10])])              # the trajectories are drawn apart: -10 with 1/16
+def test_means_and_intervals_by_hand(groups, mean, interval):
+    found_mean, found_interval = evaluation.mean_and_interval(groups)
+    assert found_mean == mean and found_interval == interval
+
+
+def test_means_over_tasks_beside_random_edits_by_hand():
+    """Gains of 50 and 25 %, gaps of 50 and 50 %; random edits 20 and 25, 20 and 50."""
+    others = {"third": result([1, 1], 0, 0.5), "fourth": result([1, 2], 3, 1, split="held-in")}
+    agent = run_of("agent", first=result([5], 10, 0, last=10), second=result([3], 4, 2, last=4), **others)
+    chance = run_of("chance", evaluation.RANDOM, first=result([8], 10, 0), second=result([3], 4, 2), **others)
+    rows = evaluation.build_means([chance, agent])
+    assert rows[0] == {"tasks": "2 held-out", "agent": "starter", "gain %": "+0.0", "gap %": "+0.0"}
+    assert rows[1] == {
+        "tasks": "2 held-out", "agent": "chance", "gain %": "+22.5 (+20.0 to +25.0)", "gap %": "+35.0 (+20.0 to +50.0)",
+        "largest task": "71%", "last-valid gain": "+22.5", "last-valid gap": "+35.0"}
+    assert rows[2:] == [{
+        "tasks": "2 held-out", "agent": "agent", "gain %": "+37.5 (+25.0 to +50.0)",
+        "gain over random": "+15.0 (+0.0 to +30.0)", "gap %": "+50.0 (+50.0 to +50.0)",
+        "gap over random": "+15.0 (+0.0 to +30.0)", "largest task": "50%", "last-valid gain": "+0.0",
+        "last-valid gap": "+0.0"}]
+    # a mean is of what all have played, on the same data
+    del chance["results"]["tasks"]["second"]
+    assert evaluation.build_means([chance, agent]) == []
+    chance["results"]["tasks"]["second"] = result([3], 4.5, 2)
+    assert evaluation.build_means([chance, agent]) == []
+
+
+def test_what_an_agent_does_by_hand(tmp_path, task):
+    results = play(settings(tmp_path), Scripted())
+    played = results["tasks"]["tiny-task"]["trajectories"]
+    # VALUE 3 to 8 to 9: better twice, once it goes on upwards. 1 / 0: failed, not taken back. 9.5: better, then down.
+    assert [[one[name] for name in ("steps", "valid", "worse", "undone", "better", "continued")] for one in played] == [
+        [4, 4, 0, 0, 2, 1], [3, 2, 1, 0, 0, 0], [3, 3, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0]]
+    assert masked(tmp_path / "out")["habits"] == {
+        "held-out": {"valid actions": [10, 11], "undone after worse": [0, 2], "gone on after better": [1, 3]}}
+    assert evaluation.build_habits([{"name": "scripted", "results": results}]) == [
+        {"tasks": "held-out", "agent": "scripted", "valid actions": "91% of 11", "undone after worse": "0% of 2",
+         "gone on after better": "33% of 3"}]
+
+
+UNDO = {"action": "Undo Edit Script"}
+
+
+@pytest.mark.parametrize("steps, counts", [
+    # worse, undone, better, continued; the starter printed 0.5, more is better
+    ([step(0.4, 1), step(0.5, 1, **UNDO), step(0.6, 1)], (1, 1, 0, 0)),     # nothing follows the last
+    ([step(0.4, 1), step(0.4, 1, "Execute Script"), step(0.5, 1, **UNDO)], (1, 1, 0, 0)),       # it looks first
+    ([step(0.5, 1), step(0.4, 1), step(0.4, 1, valid=False, **UNDO)], (1, 0, 0, 0)),        # 0.5 is no worse
+    ([step(None, None, outcome="error"), step(0.5, 1, **UNDO), step(0.9, 1)], (1, 1, 0, 0)),
+    ([step(0.6, 1), step(0.55, 1), step(0.6, 1, **UNDO)], (1, 1, 1, 1)),        # worse than the best before it
+    ([step(0.6, 1, change=("3", "2.5e0")), step(0.7, 1, change=("2.5e0", "1")), step(0.7, 1)], (0, 0, 2, 1)),
+    ([step(0.6, 1), step(0.7, 1, name="Y"), step(0.7, 1, change=("\"a\"", "\"b\""))], (0, 0, 2, 0)),
+    ([step(0.6, 1, change=("\"a\"", "\"b\"")), step(0.6, 1)], (0, 0, 0, 0))])      # no constant with a number
+def test_undone_after_worse_and_gone_on_after_better(steps, counts):
+    found = evaluation.count_habits(steps, "up", 0.5)
+    assert tuple(found[name] for name in ("worse", "undone", "better", "continued")) == counts
 
 
 def test_the_report_says_what_was_measured(tmp_path, task):
     results = play(settings(tmp_path), Scripted())
     text = text_of(results)
     row = next(line for line in text.splitlines() if line.startswith("tiny-task"))
-    # the average lies between 2.5 and 7: between gains of 4.5 / 7 and 0
-    assert re.split(r" {2,}", row) == ["tiny-task *", "scripted", "MAE (down)", "7.0000", "4.7500", "1.0000", "+32.1",
-                                       "+0.0 to +64.3", "+85.7", "1.4361", "2/4", "3.8750"]
-    assert MINIATURE in text and "scripted: the last valid submission counts." in text and "(oracle) is no" in text
-    assert "ML-Agent (paper)" not in text and "How they ended: final answer 4. Valid replies: 10 of 11." in text
+    # squared distances of 1, 7, 0.5, 7 from 3.875: 8.265625 + 2 * 9.765625 + 11.390625 = 39.1875
+    assert re.split(r" {2,}", row) == [
+        "tiny-task *", "scripted", "MAE (down)", "7.0000", "3.8750", "0.5000", f"{(39.1875 / 3) ** 0.5 / 2:.4f}",
+        "+44.6 (+0.0 to +89.3)", "+44.6 (+0.0 to +89.3)", "+32.1", "2/4", "3.8750"]
+    assert text.startswith(MINIATURE) and "ML-Agent (paper)" not in text
+    assert "of equal ones the earliest, counts. How they ended: final answer 4." in text
+    assert "(oracle) is no" in text
 
 
 def test_published_figures_stand_below_real_data_only(tmp_path, task):
@@ -188,7 +300,7 @@ def test_published_figures_stand_below_real_data_only(tmp_path, task):
     text = text_of(results)
     rows = [re.split(r" {2,}", line) for line in text.splitlines() if line.startswith("tiny-task ")]
     assert [row[:2] for row in rows] == [["tiny-task", "scripted"], ["tiny-task", "ML-Agent (paper)"]]
-    assert rows[1][2:] == ["0.5000", "0.2500"]
+    assert rows[1][2:] == ["0.5000", "0.2500"] and rows[0][4:6] == ["3.8750", "0.5000"]
     assert "iniature" not in text and "iniature" not in json.dumps(results["settings"])
 
 
@@ -313,28 +425,37 @@ def made(tmp_path, task, monkeypatch):
     return {"runs/sft": Scripted(), "runs/rl": Scripted([[edit(3, 9), END], [edit(3, 8), END]])}
 
 
-def play_all(made, *more):
-    cfg = cli.parse(evaluation.Settings, ["--trajectories=2", "--coder=none", *more], evaluation.fill)
+def play_all(made):
+    cfg = cli.parse(evaluation.Settings, ["--trajectories=2", "--coder=none"], evaluation.fill)
     return evaluation.evaluate(cfg, evaluation.agents_made(cfg), load=lambda spec, **options: made[spec])
 
 
-def test_the_agents_that_were_made_stand_in_one_table(made, tmp_path):
+def test_the_agents_that_were_made_stand_in_one_table_with_random_edits(made, tmp_path):
     runs = play_all(made)
-    text = evaluation.format_report(runs)
-    heads, *rows = (re.split(r" {2,}", line) for line in text.splitlines()[-3:])
-    assert heads == ["task", "agent", "metric", "starter", "average", "best", "gain %", "95 % interval", "best gain %",
-                     "std. error", "failed", "(oracle)"]
+    rows = [row for table in evaluation.build_tables(runs) for row in table["rows"] if row.get("task") == "tiny-task *"]
+    assert [row["agent"] for row in rows] == ["random edits", "fine-tuned", "after RL"]
     # 1 and 7 (failed): 4 on average, of 7; 1 and 2: 1.5. Both of two draws are the same with probability 1/4 each
-    assert [row[:8] for row in rows] == [
-        ["tiny-task *", "fine-tuned", "MAE (down)", "7.0000", "4.0000", "1.0000", "+42.9", "+0.0 to +85.7"],
-        ["tiny-task *", "after RL", "MAE (down)", "7.0000", "1.5000", "1.0000", "+78.6", "+71.4 to +85.7"]]
-    assert MINIATURE in text
-    assert [run["results"]["settings"]["steps"] for run in runs] == [4, 4]      # as agent.json says
+    columns = ("metric", "starter", "average", "best", "gain %")
+    assert [[row[column] for column in columns] for row in rows[1:]] == [
+        ["MAE (down)", "7.0000", "4.0000", "1.0000", "+42.9 (+0.0 to +85.7)"],
+        ["MAE (down)", "7.0000", "1.5000", "1.0000", "+78.6 (+71.4 to +85.7)"]]
+    assert [run["results"]["settings"]["steps"] for run in runs] == [4, 4, 4]      # as agent.json says
     assert Path("runs/eval/report.html").is_file()
-    for name in ("sft", "rl"):
+    for name in ("random-edits", "sft", "rl"):
         assert json.loads(Path("runs/eval", name, "results.json").read_text())["complete"]
         assert replay(Path("runs/eval", name, "trajectories", "tiny-task-0.jsonl"), log=print) == 0
     assert play_all({}) == runs         # nothing is left to play
+
+
+def test_random_edits_need_no_model_and_take_back_what_is_no_better(tmp_path, task):
+    """Of one constant, with the scores of |VALUE - 9.5| printed: what it keeps scores better than the starter."""
+    found = play(settings(tmp_path, model=evaluation.RANDOM, steps=8), None)["tasks"]["tiny-task"]["trajectories"]
+    assert all(one["valid"] == one["steps"] == 8 and one["undone"] == one["worse"] for one in found)
+    assert sum(one["worse"] for one in found) > 0 and min(one["best-validation"] for one in found) < 7
+    again = play(settings(tmp_path, "again", model=evaluation.RANDOM, steps=8), None)
+    assert again["tasks"]["tiny-task"]["trajectories"] == found         # the same seed
+    other = play(settings(tmp_path, "other", model=evaluation.RANDOM, steps=8, seed=1), None)
+    assert other["tasks"]["tiny-task"]["trajectories"] != found
 
 
 def test_what_is_typed_holds_for_the_agents_that_were_made(made):
@@ -343,7 +464,8 @@ def test_what_is_typed_holds_for_the_agents_that_were_made(made):
     for name, cfg in agents.items():
         assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (0.7, 15, "auto", 2)
         assert (cfg.max_new_tokens, cfg.task) == (96, "all")        # of agent.json, and of the miniature
-        assert (cfg.model, cfg.out) == (evaluation.MADE[name][0], str(Path("runs/eval", Path(cfg.model).name)))
+        model, _ = evaluation.MADE.get(name, (evaluation.RANDOM, ""))
+        assert (cfg.model, cfg.out) == (model, str(Path("runs/eval", Path(model).name)))
     cfg = cli.parse(evaluation.Settings, [], evaluation.fill)
     assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (1.0, 4, "float64", 8)
 
@@ -353,13 +475,6 @@ def test_agents_that_act_in_two_ways_do_not_stand_in_one_table(made, capsys):
     with pytest.raises(SystemExit) as end:
         evaluation.main([])
     assert end.value.code == 2 and "runs/sft/agent.json and runs/rl/agent.json differ" in capsys.readouterr().err
-
-
-def test_scripts_that_ran_while_they_learned_do_not_run_again(made, monkeypatch):
-    play(evaluation.Settings(task="tiny-task", model="scripted", coder="none", trajectories=2, out="runs/trajectories"),
-         Scripted())
-    monkeypatch.setattr(env, "execute", None)
-    play_all({"runs/sft": Scripted(), "runs/rl": Scripted()})
 
 
 def test_what_is_there_is_evaluated_and_what_is_not_is_named(made, monkeypatch, capsys):
@@ -525,7 +640,7 @@ def test_a_conversation_that_outgrows_the_context_ends_and_keeps_its_score(tmp_p
     s = settings(tmp_path, trajectories=1)
     result = play(s, Scripted(fail_at=2, error=cli.ContextFull("5000 tokens")))
     one = result["tasks"]["tiny-task"]["trajectories"][0]
-    assert (one["ended"], one["score"], one["steps"]) == ("context full", 1, 2)
+    assert (one["ended"], one["last-valid"], one["steps"]) == ("context full", 1, 2)
     assert play(s, None)["complete"]        # it is over: nothing is asked again
 
 
@@ -536,7 +651,7 @@ def test_a_reply_longer_than_the_context_is_refused(tmp_path, task):
 
 def test_the_step_limit_ends_a_trajectory(tmp_path, task):
     one = play(settings(tmp_path, trajectories=1, steps=2), Scripted())["tasks"]["tiny-task"]["trajectories"][0]
-    assert (one["ended"], one["score"], one["steps"]) == ("steps", 1, 2)
+    assert (one["ended"], one["last-valid"], one["steps"]) == ("steps", 1, 2)
 
 
 def test_time_spent_before_an_interruption_counts(tmp_path, task):
@@ -570,7 +685,7 @@ def test_the_coder_is_asked_with_its_own_seed(tmp_path, task):
             return super().chat(messages, **options)
     ai = act("Edit Script (AI)", script_name="train.py", edit_instruction="use 9", save_name="train.py")
     results = play(settings(tmp_path, coder="model", trajectories=1), Coder([[ai, END]]))
-    assert results["tasks"]["tiny-task"]["trajectories"][0]["score"] == 1
+    assert results["tasks"]["tiny-task"]["trajectories"][0]["last-valid"] == 1
     assert asked == [zlib.crc32(b"0 tiny-task 0 0 coder")]
 
 

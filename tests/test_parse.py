@@ -9,6 +9,7 @@ import torch
 import rl
 import sft
 from model import Config
+from support import miniature
 from support.cli import parse
 
 
@@ -127,8 +128,9 @@ def test_what_fills_may_be_refused(capsys):
 
 def test_the_miniature_fills_what_is_not_typed():
     s = parse(sft.Settings, ["--lr=2e-5", "--no-plan", "--epochs", "2"], sft.fill)
-    assert (s.lr, s.plan, s.epochs) == (2e-5, False, 2) and (s.copies, s.max_row_tokens, s.preset) == (56, 1024, "tiny")
-    assert parse(sft.Settings, ["--preset=tiny", "--epochs=2"], sft.fill) == replace(s, lr=1.5e-3)
+    tiny = miniature.TINY
+    assert (s.lr, s.plan, s.epochs) == (2e-5, False, 2) and (s.num, s.steps, s.preset) == (tiny["num"], tiny["steps"], "tiny")
+    assert parse(sft.Settings, ["--preset=tiny", "--epochs=2"], sft.fill) == replace(s, lr=tiny["lr"])
     assert parse(sft.Settings, ["--model=tiny"], sft.fill) == sft.Settings(model="tiny")
     assert parse(sft.Settings, ["--preset=7b", "--epochs=3"], sft.fill).epochs == 3
 

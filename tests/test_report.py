@@ -121,14 +121,14 @@ def compare(tmp_path, *folders):
 @needs_node
 def test_the_table_and_the_steps_are_there(path):
     page = drawn(path)
-    assert page.rows() == [
-        ["task", "agent", "metric", "starter", "average", "best", "gain %", "95 % interval", "best gain %",
-         "std. error", "failed", "(oracle)"],
-        ["tiny-task *", "scripted", "MAE (down)", "7.0000", "4.7500", "1.0000", "+32.1", "+0.0 to +64.3", "+85.7",
-         "1.4361", "2/4", "3.8750"]]       # as calculated by hand in test_eval
-    card, = page.all("div", class_="card")
-    assert page.texts("b", card) == ["+32.1 %"]
-    assert page.texts("span", card) == ["scripted: gain, tiny-task *", "95 %: +0.0 to +64.3"]
+    assert page.rows() == [     # as calculated by hand in test_eval
+        ["tasks", "agent", "valid actions", "undone after worse", "gone on after better"],
+        ["held-out", "scripted", "91% of 11", "0% of 2", "33% of 3"],
+        ["task", "agent", "metric", "starter", "average", "best", "std. error", "gain %", "gap %", "last-valid gain",
+         "failed", "(oracle)"],
+        ["tiny-task *", "scripted", "MAE (down)", "7.0000", "3.8750", "0.5000", "1.8071", "+44.6 (+0.0 to +89.3)",
+         "+44.6 (+0.0 to +89.3)", "+32.1", "2/4", "3.8750"]]
+    assert page.texts("h2")[:2] == ["What the agents do", "Task by task"]
     assert page.texts("p", class_="bad") == [MINIATURE]
     boxes = page.all("details", class_="trajectory")
     assert [page.texts("b", box) for box in boxes] == [[f"tiny-task-{k}"] for k in range(4)]
@@ -204,9 +204,9 @@ def test_published_figures_stand_beside_real_data_only(tmp_path, task):
     cfg = settings(tmp_path, raw=str(raw))
     play(cfg, Scripted())
     page = shown(Path(cfg.out, "report.html"))
-    assert page["rows"][1:] == [
+    assert page["tables"][-1]["rows"][1:] == [
         {"task": "tiny-task", "agent": "ML-Agent (paper)", "average": "0.5000", "best": "0.2500"}]
-    assert "iniature" not in json.dumps([page["title"], page["warnings"], page["rows"], page["runs"][0]["text"]])
+    assert "iniature" not in json.dumps([page["title"], page["warnings"], page["tables"], page["runs"][0]["text"]])
 
 
 @needs_node
@@ -238,7 +238,7 @@ def test_an_interrupted_run_shows_what_was_done(tmp_path, task, monkeypatch):
     path = Path(cfg.out, "report.html")
     data = shown(path)
     assert "not complete" in data["warnings"][1]
-    assert data["rows"][0]["failed"] == "0/1"    # the first is over, after four steps; the second has one
+    assert data["tables"][-1]["rows"][0]["failed"] == "0/1"    # the first is over, after four steps; the second has one
     played = data["runs"][0]["trajectories"]
     assert [(len(trajectory["steps"]), trajectory["outcome"]) for trajectory in played] == [(4, "better"),
                                                                                             (1, "unfinished")]
@@ -261,51 +261,41 @@ def test_runs_side_by_side(run, tmp_path, capsys):
     assert "Written to" in capsys.readouterr().out
     assert all(path.read_bytes() == content for path, content in before.items())
     page = drawn(tmp_path / "new" / "compare.html", "#2/tiny-task-0-1")
-    assert [row[:8] for row in page.rows()] == [
-        ["task", "agent", "metric", "starter", "average", "best", "gain %", "95 % interval"],
-        ["tiny-task *", folders[0], "MAE (down)", "7.0000", "4.7500", "1.0000", "+32.1", "+0.0 to +64.3"],
-        ["tiny-task *", folders[1], "MAE (down)", "7.0000", "1.0000", "1.0000", "+85.7", "-"]]
+    assert [row[:8] for row in page.rows()[3:]] == [
+        ["task", "agent", "metric", "starter", "average", "best", "std. error", "gain %"],
+        ["tiny-task *", folders[0], "MAE (down)", "7.0000", "3.8750", "0.5000", "1.8071", "+44.6 (+0.0 to +89.3)"],
+        ["tiny-task *", folders[1], "MAE (down)", "7.0000", "1.0000", "1.0000", "-", "+85.7"]]
     boxes = page.all("details", class_="trajectory")
     assert [page.texts("b", box)[0] for box in boxes] == [
         *(f"{folders[0]}: tiny-task-{k}" for k in range(4)), f"{folders[1]}: tiny-task-0"]
     assert page.all("section", id="2/tiny-task-0-1", class_="step")
-    cards, = page.all("div", class_="cards row")
-    assert page.texts("b", cards) == ["+32.1 %", "+85.7 %"]
-    assert page.texts("span", cards)[::2] == [f"{folder}: gain, tiny-task *" for folder in folders[:2]]
 
 
-def test_other_data_have_no_common_mean(run, tmp_path):
-    folders = [run.out, tmp_path / "other"]
-    shutil.copytree(run.out, folders[1])
-    for folder, starters in zip(folders, ((7.0, 7.0), (7.0, 6.0))):
-        results = json.loads(Path(folder, "results.json").read_text())
-        result = results["tasks"].pop("tiny-task")
-        for task, starter in zip(("first", "second"), starters):
-            results["tasks"][task] = {**result, "starter": starter}
-        Path(folder, "results.json").write_text(json.dumps(results))
-    runs = [{"name": str(folder), "results": report.read_results(folder)} for folder in folders]
-    rows = evaluation.build_table(runs)
-    assert [(row["task"], row["starter"], row["95 % interval"]) for row in rows] == [
-        ("first *", "7.0000", "+0.0 to +64.3"), ("first *", "7.0000", "+0.0 to +64.3"),
-        # the interval, 2.5 to 7, is of gains of 3.5 and -1 of 6
-        ("second *", "7.0000", "+0.0 to +64.3"), ("second *", "6.0000", "-16.7 to +58.3")]
-
-
-def test_the_mean_of_gains_is_over_the_tasks_that_all_runs_have(run):
-    first = evaluation.read_run(run.out, "a")
-    result = first["results"]["tasks"]["tiny-task"]
-    first["results"]["tasks"]["second"] = {
-        **result, "trajectories": [{**trajectory, "score": 3.5} for trajectory in result["trajectories"]],
-        "score_summary": evaluation.score_statistics([3.5] * 4, 7, "down")}
-    other = {**first, "name": "b", "results": {**first["results"], "tasks": {"tiny-task": result}}}
-    # a gain of 50 % that does not vary, and one of 0 to 4.5 / 7 around 2.25 / 7
-    assert evaluation.build_table([first])[-1] == {
-        "task": "mean of 2 held-out tasks", "agent": "a", "gain %": "+41.1", "95 % interval": "+25.0 to +57.1"}
-    rows = evaluation.build_table([first, other])
-    assert [(row["task"], row["agent"]) for row in rows] == [
-        ("tiny-task *", "a"), ("tiny-task *", "b"), ("second *", "a")]
-    same = evaluation.build_table([first, {**first, "name": "b"}])
-    assert [(row["agent"], row["gain %"]) for row in same[-2:]] == [("a", "+41.1"), ("b", "+41.1")]
+@needs_node
+def test_the_means_stand_first(run):
+    path = Path(run.out, "results.json")
+    results = json.loads(path.read_text())
+    result = results["tasks"]["tiny-task"]
+    for name, score in (("first", 3.5), ("second", 7.0)):       # gains of 50 and 0 %
+        trajectories = [trajectory | {"best-validation": score} for trajectory in result["trajectories"]]
+        results["tasks"][name] = result | {"trajectories": trajectories}
+    del results["tasks"]["tiny-task"]
+    path.write_text(json.dumps(results))
+    shutil.rmtree(Path(run.out, "trajectories"))
+    page = Path(run.out, "means.html")
+    evaluation.write_report(page, {"a": run.out}, [])
+    page = drawn(page)
+    heads, starter, row = page.rows()[:3]
+    assert heads[:3] == ["tasks", "agent", "gain %"]
+    assert starter[:3] == ["2 held-out", "starter", "+0.0"]
+    assert row[:3] == ["2 held-out", "a", "+25.0 (+0.0 to +50.0)"]
+    # the figure: an interval from the starter's line on, with the mean in its middle
+    figure = page.figures()["", "share of the gap closed, mean of 2 held-out tasks, %"]
+    (low, _, high), = page.points(figure, class_="line c0")
+    (zero, *_), = page.points(figure, class_="zero")
+    mean, = (float(circle.attributes["cx"]) for circle in page.all("circle", figure))
+    assert low == zero and mean == pytest.approx((low + high) / 2, abs=0.11) and low < high - 100
+    assert page.texts("text", figure)[-1] == "a"
 
 
 @needs_node

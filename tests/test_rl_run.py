@@ -69,7 +69,7 @@ def make(folder, pause=0.0):
     for script in (folder / "tasks").glob("*/train.py") if pause else ():
         script.write_text(script.read_text() + f"import time\ntime.sleep({pause})\n")
     sft.collect(collecting(folder, "pool", prompt_format="short", fields=miniature.SHORT_FIELDS,
-                           actions=miniature.SHORT_ACTIONS, num=2, steps=6))
+                           actions=(*miniature.SHORT_ACTIONS, "Replace In Script"), num=2, steps=6))
     rollout = playing(folder)
     save_model(folder / "model", [rollout.begin(name)[0].prompt() for name in list(rollout.states)[::4]])
     return folder
@@ -132,8 +132,8 @@ def test_every_state_is_that_of_the_recorded_run(made):
     rollout, seen = playing(made), 0
     for file in sorted((made / "pool").glob("*.jsonl")):
         head, steps = env.read_trajectory(file)
-        live = env.Env(head["task"], made / "data", out=made / "pool", prompt_format="short", fields=head["fields"],
-                       actions=head["actions"], steps=head["steps"])
+        live = env.Env(head["task"], tasks.seeded(made / "data", head["data_seed"]), out=made / "pool",
+                       **{name: head[name] for name in env.AGENT})
         for step in steps:
             state = rollout.states[f"{file.stem}, step {step['index']}"]
             here = rollout.begin(state.name)[0]
@@ -385,7 +385,7 @@ def test_episodes_are_whole_trajectories(made):
 
     def submit(prompt, seed, **options):        # which step it is stands in the prompt
         shown = engine.tokenizer.decode(prompt)
-        k = 0 if "Last: nothing" in shown else 1 if "Last: Replace" in shown else 2
+        k = 0 if "Last: nothing" in shown else 1 if "after Replace" in shown else 2
         future = rl.ThreadPoolExecutor(1).submit(engine.reply, replies[k])
         return future
     engine.submit = submit
@@ -488,6 +488,30 @@ def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
     assert not all(torch.equal(one[name], before[name]) for name in one)
     gaps = [figures["logp_diff_max"] for figures in curve(whole).values()]
     assert max(gaps) < 1e-4
+
+
+def test_every_action_is_written_down_and_fixed_states_validate(made, run):
+    """samples.jsonl has the log's rewards; states that validate are of trajectories that are never trained on."""
+    out = made / "validated"
+    code, said = run("--advantage", "rloo", out=out, iterations=2, **{"validate-every": 2})
+    assert code == 0, said
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert ["validation_reward" in figures for figures in log] == [False, True]
+    for figures in log:
+        lines = [line for line in samples if line["iteration"] == figures["iteration"]]
+        assert len(lines) == 6 and sum(line["reward"] for line in lines) / 6 == pytest.approx(figures["reward"])
+        assert figures["reward_of_tasks"] == {"toy-a": pytest.approx(figures["reward"])}
+        for state in {line["state"] for line in lines}:     # equal rewards teach nothing
+            rewards, learned = zip(*((line["reward"], line["advantage"] is not None) for line in lines
+                                     if line["state"] == state))
+            assert len(set(rewards)) == 1 or all(learned)
+    rollout = playing(made, validate_every=1)
+    assert rollout.held_back == playing(made, validate_every=1).held_back
+    used = {name.partition(",")[0] for states in rollout.pool.values() for name in states}
+    assert used and rollout.held_back and not used & {name.partition(",")[0] for name in rollout.held_back}
+    assert rollout.validate() == rollout.validate()
+    assert playing(made).held_back == []
 
 
 def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(made, run):

@@ -1,8 +1,10 @@
-"""The small agent of `python sft.py`: short prompts that any record can give again, ideas made of a script's numbers, a
-tokenizer of its own, texts whose names are drawn anew, and the whole command in its smallest form."""
+"""The small agent of `python sft.py`: short prompts that any record can give again, the search over a script's numbers,
+a tokenizer of its own, figures of what it replies, and the whole command in its smallest form."""
 import json
 import random
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ import sft
 import tasks
 from model import Config, Qwen2
 from sample import Tokenizer
-from support.miniature import draw_model, train_tokenizer
+from support.miniature import train_tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
-from support import cli, miniature
+from support import cli, miniature, storage
+from support.records import restore_record
 
 
 @pytest.fixture(scope="module")
@@ -34,33 +37,26 @@ def short(whole):
 # ---- short prompts
 
 def test_a_short_prompt_by_hand(short):
+    """All but the score, which test_env.py works out."""
     folder, s = short
-    world = env.Env("toy-a", folder / "data", out=folder / "hand", prompt_format="short", fields=s.fields)
-    head = "Task: toy-a\nMAE, lower is better\nLast: {}\n"
-    script = ("VALUE = 3\nSHIFT = 0\nGAIN = 1\nvalue = GAIN * VALUE + SHIFT\n"       # no comment, no import, whole lines
-              'print("validation MAE:", fabs(value - 10))\n'
-              'open("submission.csv", "w").write("id,y\\n" + "".join(f"{i},{value}\\n" for i in (1, 2)))')
-    assert script in STARTER.replace("ANSWER", "10").replace("       # what is predicted", "")
-    assert world.prompt() == [{"role": "user", "content": head.format("nothing") + script}]
+    world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "hand", **{name: getattr(s, name) for name in env.AGENT})
 
     def after(action, **args):
         world.step(f"Action: {action}\nAction Input: {json.dumps(args)}")
         return world.prompt()[0]["content"]
 
-    assert after("Execute Script", script_name="train.py") == head.format("Execute Script: 7") + script
-    change = {"script_name": "train.py", "find": "SHIFT = 0", "replace": "SHIFT = 4"}
-    edited = script.replace("SHIFT = 0", "SHIFT = 4")
-    assert after("Replace In Script", **change) == head.format("Replace In Script: saved") + edited
-    assert after("Execute Script", script_name="train.py") == head.format("Execute Script: 3, better than 7") + edited
-    assert after("Undo Edit Script", script_name="train.py") == head.format("Undo Edit Script: saved") + script
-    assert after("Execute Script", script_name="train.py") == head.format("Execute Script: 7, no better than 3") + script
-    assert after("Replace In Script", **change | {"find": "absent"}).startswith(
-        head.format('Replace In Script: Nothing was done. "find" does not occur in train.py; copy it exactly as')[:-25])
-    after("Replace In Script", **change | {"replace": "SHIFT = 1 / 0"})
-    assert "\nLast: Execute Script: failed, ZeroDivisionError: division by zero" in after(
-        "Execute Script", script_name="train.py")
+    def prompt(steps_left, best, value, last):
+        return (f"MAE, lower is better, {steps_left} steps left\nBest: {best}\n1 VALUE = {value}\n2 SHIFT = 0\n3 GAIN = 1\n"
+                f"Last: {last}")
+
+    assert world.prompt() == [{"role": "user", "content": prompt(8, "none", 3, "nothing")}]
+    assert after("Execute Script", script_name="train.py") == prompt(7, "7, by this script", 3, "7, after Execute Script")
+    assert after("Set Constant", constant="1", value="*2") == prompt(
+        6, "4, by this script", 6, "4, better than 7, after Set Constant 1 *2")
+    assert after("Set Constant", constant="3", value="/2") == prompt(
+        5, "4, by this script", 6, "GAIN is 1 already, after Set Constant 3 /2")
     world.step("nonsense")
-    assert "\nLast: Nothing was done. The entry \"Action:\" is missing" in world.prompt()[0]["content"]
+    assert '\nLast: The entry "Action:" is missing' in world.prompt()[0]["content"]
 
 
 def test_every_prompt_can_be_made_again_from_the_record(short):
@@ -69,76 +65,108 @@ def test_every_prompt_can_be_made_again_from_the_record(short):
     file = sorted((folder / "short").glob("toy-a-*.jsonl"))[0]
     head, steps = env.read_trajectory(file)
     assert head["prompt_format"] == "short" and env.replay(file, log=lambda line: None, data=folder / "data") == 0
-    played = env.Env("toy-a", folder / "data", out=folder / "again", prompt_format="short", fields=s.fields, actions=s.actions,
-                     steps=s.steps)
-    restored = env.Env("toy-a", folder / "data", out=folder / "short", prompt_format=head["prompt_format"], fields=head["fields"])
-    snapshot, messages, shown = head["snapshot"], head["messages"], []
-    for step in steps:
-        restored.restore(snapshot, messages, index=step["index"], m_before=step["m_before"])
+    agent = {name: getattr(s, name) for name in env.AGENT}
+    played = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "again", **agent)
+    restored = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "short", **agent)
+    shown = []
+    for number, step in enumerate(steps):
+        restore_record(restored, head, steps[:number])
         shown.append(played.prompt())
         assert restored.prompt() == shown[-1]
         played.step(step["reply"])
-        snapshot, messages = step["snapshot"], messages + step["messages"]
     found, left_out = sft.read_conversations(file, data=str(folder / "data"), log=lambda line: None)
     assert [one.messages for one in found] == [
         [*prompt, {"role": "assistant", "content": step["reply"]}] for prompt, step in zip(shown, steps)]
     assert all(one.assistant_turns == [1] for one in found) and not left_out and len({str(each) for each in shown}) > 4
 
 
-def test_a_short_prompt_shows_whole_lines_and_never_more_than_its_limit():
-    lines = "".join(f"NAME_{i} = {i}\n" for i in range(200))
-    shown = env.shown_lines('"""Doc."""\nimport os\n' + lines)
-    assert lines.startswith(shown + "\n") and env.SHORT_SCRIPT - 15 < len(shown) <= env.SHORT_SCRIPT
-    assert env.shown_lines("import os\nx = 1\n") == "import os\nx = 1"
-    assert env.shown_lines("A = 1  # one\n\n\n# two\nB = 2\n   # three\ndef f():\n    pass") == (
-        "A = 1\nB = 2\ndef f():\n    pass")
-    assert len(env.shown_lines("y" * 5000)) == env.SHORT_SCRIPT and env.shown_lines("") == ""
+def test_a_short_prompt_shows_so_many_constants_at_most():
+    script = "".join(f"NAME_{i} = {i}\n" for i in range(1, 200))
+    prompt = env.short_prompt(SimpleNamespace(metric="MAE", direction="down"), env.NOTHING, script, False, 3)[0]["content"]
+    assert prompt.split("\n")[2:-1] == [f"{i} NAME_{i} = {i}" for i in range(1, env.SHORT_CONSTANTS + 1)]
 
 
-# ---- the scripted expert with short prompts
+# ---- the scripted expert with short prompts, and the random loop
 
-def test_ideas_made_of_a_scripts_numbers():
-    ideas = miniature.constants("SEED = 3\nSIDE = 4   # pixels\nRATE = 0.5\nSHIFT = 0\nNAME = 'x'\nTWICE = 2\nNOT_TWICE = 2\n"
-                          "def f():\n    LOCAL = 3\n")
-    edits = [one["edits"][0]["replace"] for one in ideas]
-    assert edits == ["SIDE = 8", "SIDE = 2", "RATE = 0.25", "RATE = 0.05", "SHIFT = 1", "SHIFT = 2", "SHIFT = 5",
-                     "NOT_TWICE = 4", "NOT_TWICE = 1"]
-    assert [one["title"] for one in ideas[:2]] == ["SIDE 8", "SIDE 2"]
-    odd = miniature.constants(f"A = 5-3\nB = 1.2.3\nC = {'9' * 400}\nD = 1e\nE = 1e999\nF = 2\n")
-    assert [one["title"] for one in odd] == ["F 4", "F 1"]
+def test_what_is_tried_with_a_scripts_numbers():
+    pairs = miniature.choices("SEED = 3\nSIDE = 4   # pixels\nRATE = 0.5\nSHIFT = 0\nDROPOUT = 0.0\nLEAF = 1\n")
+    assert pairs == [("1", "*2"), ("1", "/2"), ("1", "*5"), ("1", "/5"), ("2", "/2"), ("2", "/5"), ("3", "*2"), ("3", "/2"),
+                     ("3", "*5"), ("3", "/5"), ("4", "0.1"), ("4", "0.01"), ("5", "*2"), ("5", "*5")]
 
 
-def test_the_short_expert_tries_runs_and_takes_back(short):
-    """A run that is no better than the best before it, or fails, is followed by as many steps back as there were edits;
-    an edit is sometimes run and sometimes followed by another."""
+def change_of(step):
+    return step["args"]["constant"], step["args"]["value"]
+
+
+def test_the_short_expert_looks_takes_back_and_goes_on(short):
+    """The starter runs first. A change that is no better than the best before it is taken back; one that helped is made
+    again; nothing that was taken back is tried again while there is something else."""
     folder, s = short
-    pairs = set()
+    blobs = storage.Blobs(folder / "short" / "blobs")
+    num_helped = 0
+    replies = set()
     for file in (folder / "short").glob("*.jsonl"):
         _, steps = env.read_trajectory(file)
-        names = [step["action"] for step in steps]
-        pairs |= set(zip(names, names[1:]))
-        assert all(step["valid"] for step in steps)
-        assert steps[-1]["ended"] == ("final answer" if "Final Answer" in names else "steps")
-        best, new, owed = None, 0, 0
-        for step in steps:
-            if step["action"] == "Undo Edit Script":
-                owed -= 1
-                assert owed >= 0
+        replies.add(tuple(step["reply"] for step in steps))
+        assert all(step["valid"] for step in steps) and steps[0]["action"] == "Execute Script"
+        best, failed = steps[0]["printed"], set()
+        for step, after in zip(steps[1:], steps[2:]):
+            if step["action"] != "Set Constant":
                 continue
-            assert owed == 0
-            new += step["action"] == "Replace In Script"
-            if step["action"] == "Execute Script":
-                good = step["outcome"] == "ok" and (best is None or step["m_after"] < best)
-                best, owed, new = step["m_after"] if good else best, 0 if good else new, 0
-    assert pairs >= {("Replace In Script", "Execute Script"), ("Replace In Script", "Replace In Script")}
+            assert change_of(step) not in failed
+            if step["outcome"] == "ok" and step["printed"] < best:
+                best = step["printed"]
+                num_helped += 1
+                script = blobs.path(step["snapshot"]["train.py"]).read_text()
+                if after["action"] != "Final Answer" and change_of(step) in miniature.choices(script):
+                    assert change_of(after) == change_of(step)
+            else:
+                failed.add(change_of(step))
+                assert after["action"] == "Undo Edit Script"
+        assert [step["action"] == "Execute Script" for step in steps] == [True] + [False] * (len(steps) - 1)
+        assert len(steps) == s.steps and steps[-1]["action"] in ("Final Answer", "Undo Edit Script")
+    assert num_helped > 3 and len(replies) > 3
 
 
-# ---- tokenizer, texts drawn anew, weights that copy
+def play(folder, s, policy, steps):
+    world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "loop", **{
+        **{name: getattr(s, name) for name in env.AGENT}, "steps": steps})
+    lines = [None]
+    while not world.done:
+        lines.append(vars(world.step(policy(world, lines, 0)[0])))
+    return lines
+
+
+def test_the_random_loop_uses_all_steps_and_goes_on_where_it_stopped(short):
+    folder, s = short
+    make = lambda: miniature.random_policy(replace(s, steps=30), tasks.load("toy-a"), random.Random(5))
+    lines = play(folder, s, make(), 30)
+    steps = [env.Step(**line) for line in lines[1:]]
+    assert len(steps) == 30 and all(step.valid for step in steps) and steps[0].action == "Execute Script"
+    assert {step.action for step in steps[1:]} == {"Set Constant", "Undo Edit Script"}
+    best = steps[0].printed
+    for step, after in zip(steps[1:], steps[2:]):
+        if step.action == "Set Constant":
+            is_better = step.outcome == "ok" and step.printed < best
+            best = step.printed if is_better else best
+            assert is_better == (after.action == "Set Constant")
+    assert best == min(step.score for step in steps if step.score is not None) < 7
+    assert make()(None, lines[:11], 0)[0] == lines[11]["reply"]
+
+
+def test_without_shown_scores_the_expert_runs_what_it_has_changed(short):
+    folder, s = short
+    s = replace(s, show_scores=False)
+    lines = play(folder, s, miniature.scripted_policy(s, tasks.load("toy-a"), [], random.Random(1)), 8)
+    names = [line["action"] for line in lines[1:]]
+    assert names[:3] == ["Execute Script", "Set Constant", "Execute Script"] and names.count("Execute Script") > 2
+
+
+# ---- tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["EPOCHS = 12345\nC = 0.25 and so on, EPOCHS", "the cat, EPOCHS = 7"] * 9, 300,
-                           ['Action: Go\nAction Input: {"find": "', '"}'])
+    return train_tokenizer(["EPOCHS = 12345\nC = 0.25 and so on, EPOCHS", "the cat, EPOCHS = 7"] * 9, 300)
 
 
 def test_the_trained_tokenizer_gives_every_text_back(tokenizer, tmp_path):
@@ -153,12 +181,9 @@ def test_the_trained_tokenizer_gives_every_text_back(tokenizer, tmp_path):
     assert again.size == tokenizer.size and again.system is None
 
 
-def test_digits_stand_alone_and_a_phrase_is_one_token(tokenizer):
+def test_digits_stand_alone_and_a_word_is_one_token(tokenizer):
     pieces = [tokenizer.bytes[i].decode() for i in tokenizer.encode("EPOCHS = 12345, 0.25")]
     assert [one for one in pieces if any(c.isdigit() for c in one)] == list("12345025") and "EPOCHS" in pieces
-    assert len(tokenizer.encode('Action: Go\nAction Input: {"find": "')) == 1
-    named = tokenizer.encode("EPOCHS")
-    assert tokenizer.encode('Action: Go\nAction Input: {"find": "EPOCHS"}')[1:-1] == named     # the same to be copied
 
 
 def test_a_conversation_has_no_system_message_unless_given_one(tokenizer):
@@ -168,7 +193,7 @@ def test_a_conversation_has_no_system_message_unless_given_one(tokenizer):
 
 def test_transformers_opens_what_was_saved(tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = draw_model(Config(vocab_size=tokenizer.size), 1)
+    model = Qwen2.from_scratch(Config(vocab_size=tokenizer.size), 1)
     for own in (tokenizer, Tokenizer.of_bytes()):
         own.save(tmp_path)
         peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -184,71 +209,37 @@ def test_transformers_opens_what_was_saved(tokenizer, tmp_path):
             assert torch.allclose(other(torch.tensor([ids])).logits, model(torch.tensor([ids])), atol=2e-5)
 
 
-def test_names_drawn_anew_still_fit():
-    """The edit of every copy fits the script of that copy as it fitted the first, and copies do differ."""
-    script = "EPOCHS = 5\nRATE = 0.25\nSIDE_A = 12\nOFF = 0.0\nfor i in range(EPOCHS):\n    step(RATE, SIDE_A)"
-    prompt = {"role": "user", "content": f"Task: x\nMAE, lower is better\nLast: nothing\n{script}"}
-    names, moved, cropped, drilled = set(), 0, 0, 0
-    for seed in range(300):
-        for find, put in (("EPOCHS = 5", "EPOCHS = 50"), ("step(RATE, SIDE_A)", "step(RATE, SIDE_A, 1)")):
-            args = {"script_name": "train.py", "find": find, "replace": put}
-            reply = {"role": "assistant", "content": f"Action: Replace In Script\nAction Input: {json.dumps(args)}"}
-            user, robot, *more = miniature.augment_constants([prompt, reply], random.Random(seed))
-            shown = user["content"].split("\n", 3)[3]
-            fields, action, new, error = env.parse(robot["content"], miniature.SHORT_FIELDS, miniature.SHORT_ACTIONS)
-            assert not error and shown.count(new["find"]) == 1 and new["find"] != new["replace"]
-            assert new["replace"].startswith(new["find"][:4]) and user["content"].startswith("Task: x\nMAE, lower")
-            moved += new["find"] != find
-            cropped += len(shown.splitlines()) < 6
-            if find.startswith("EPOCHS"):
-                name = new["find"].split(" = ")[0]
-                assert new["replace"] == f"{name} = 50" and (("range(" in shown) <= (f"range({name})" in shown))
-                names.add(name)
-            texts = [new["find"]]
-            for each in more:       # an edit of another constant, as good
-                fields, action, args, error = env.parse(each["content"], miniature.SHORT_FIELDS, miniature.SHORT_ACTIONS)
-                texts.append(args["find"])
-                assert not error and shown.split("\n").count(args["find"]) == 1
-                assert args["replace"].split(" = ")[0] == args["find"].split(" = ")[0] != args["replace"]
-            assert len(set(texts)) == len(texts)
-            drilled += len(more)
-    assert drilled > 500
-    assert len(names) > 150 and 100 < cropped < 500 and moved > 300
+# ---- what it replies
+
+class Model:
+    """Stands for an Engine: replies by a function of the prompt."""
+
+    def __init__(self, reply):
+        self.reply = reply
+
+    def generate(self, prompts, **options):
+        return [[SimpleNamespace(text=self.reply(prompt[0]["content"]))] for prompt in prompts]
 
 
-def test_copies_are_of_what_is_trained_on_and_not_longer_than_it_may_be(tmp_path, monkeypatch):
-    """Three of ten conversations lose their reply to the cut: the copies are of the others that do not validate."""
-    lines = []
-    for i in range(10):
-        script = f"NAME{i} = 5" + "\nx = 1" * (60 if i in (0, 4, 7) else i)
-        reply = 'Action: Replace In Script\nAction Input: ' + json.dumps(
-            {"script_name": "train.py", "find": f"NAME{i} = 5", "replace": f"NAME{i} = 6"})
-        lines.append(json.dumps({"messages": [{"role": "user", "content": f"Task: own\nMAE\nLast: {i}.\n{script}"},
-                                              {"role": "assistant", "content": reply}]}))
-    (tmp_path / "own.jsonl").write_text("\n".join(lines))
-    t = Tokenizer.of_bytes()
-    s = sft.Settings(trajectories=str(tmp_path / "own.jsonl"), copies=8, max_row_tokens=270)
-    monkeypatch.setattr(sft, "VALIDATION_SHARE", 0.3)
-    train, valid = sft.build_dataset(s, t, log=lambda line: None)
-    last = lambda texts: {int(re.search(r"Last: (\d)\.", t.decode(ids))[1]) for ids, _ in texts}
-    assert len(valid) == 2 and len(last(train)) == 5 and last(train) | last(valid) == {1, 2, 3, 5, 6, 8, 9}
-    assert max(len(ids) for ids, _ in train) <= 271 and all(any(chosen) for _, chosen in train)
+def expert_reply(prompt):
+    """What the scripted expert would do: undo after a worse score, the same again after a better one."""
+    last = re.search("Last: .*(better|worse) than .*, after Set Constant (.+) (.+)", prompt)
+    if last and last[1] == "worse":
+        return 'Action: Undo Edit Script\nAction Input: {"script_name": "train.py"}'
+    number, value = last.groups()[1:] if last else ("1", "*2")
+    return f'Action: Set Constant\nAction Input: {json.dumps({"constant": number, "value": value})}'
 
 
-def test_weights_that_copy():
-    """Of random tokens said twice the second time is mostly right before any training; plain weights get none right."""
-    config, g = Config(vocab_size=500), torch.Generator().manual_seed(3)
-    once = torch.randint(500, (8, 50), generator=g)
-    twice = torch.cat([once, once], 1)
-    model, plain = draw_model(config, 0), Qwen2.from_scratch(config, 0)
-    right = [(net(twice)[:, 50:-1].argmax(-1) == twice[:, 51:]).float().mean().item() for net in (model, plain)]
-    assert right[0] > 0.5 and right[1] < 0.05
-    # "x = p", "y = q", ...: what follows " = " is told by the token before it alone
-    order = torch.stack([torch.randperm(498, generator=g)[:30] for _ in range(8)]) + 2
-    lines = torch.stack([order[:, :15], torch.ones(8, 15).long(), order[:, 15:], torch.zeros(8, 15).long()], 2)
-    again = torch.stack([each[torch.randperm(15, generator=g)] for each in lines])
-    shuffled = torch.cat([lines.flatten(1), again.flatten(1)], 1)
-    assert (model(shuffled).argmax(-1)[:, 61:-1:4] == shuffled[:, 62::4]).float().mean() > 0.2       # by " = " alone: 1 / 15
+@pytest.mark.parametrize("reply, undone, gone_on", [
+    (expert_reply, 1, 1), (lambda prompt: 'Action: Set Constant\nAction Input: {"constant": "9", "value": "*2"}', 0, 0)])
+def test_the_figures_of_what_a_model_replies(short, reply, undone, gone_on):
+    folder, s = short
+    for split in ("held-in", "held-out"):
+        shares, (named, values), example = miniature.judge_replies(s, Model(reply), split)
+        assert shares["undone if worse"] == undone and shares["gone on if better"] == gone_on
+        assert (shares["valid"] > 0.8) == bool(undone) and (shares["valid"] == 0) != bool(undone)
+        assert example.startswith("MAE, lower is better, ") and "Its reply:\nAction: " in example
+        assert set(named) == ({"9"} if not undone else {"1", "2", "3"}) and values["*2"] > 9
 
 
 # ---- the command
@@ -265,9 +256,9 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
 
     out = tmp_path / "sft"
     flags = [f"--data={folder / 'data'}", f"--trajectories={tmp_path / 'trajectories'}", f"--out={out}", "--num=1",
-             "--copies=2", "--batch=4", "--max-new-tokens=24", "--dtype=bfloat16"]
+             "--epochs=2", "--batch=4", "--max-new-tokens=24", "--dtype=bfloat16"]
     said = run("sft", *flags)
-    assert re.search(r"held-out +\d+%", said) and "One state:\nTask: toy-" in said and "Its reply:" in said
+    assert re.search(r"held-out +\d+%", said) and "One state:\nMAE, lower is better" in said and "Its reply:" in said
     before = {path: path.read_bytes() for path in [out / "log.jsonl", out / "model.safetensors",
                                                    *(tmp_path / "trajectories").glob("*.jsonl")]}
     again = run("sft", *flags)
@@ -285,7 +276,7 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
 def test_of_two_processes_the_first_collects_and_both_train(forks, whole, tmp_path):
     folder, _ = whole
     flags = [f"--data={folder / 'data'}", f"--trajectories={tmp_path / 'trajectories'}", f"--out={tmp_path / 'sft'}",
-             "--num=1", "--copies=2", "--batch=4", "--max-new-tokens=24"]
+             "--num=1", "--epochs=2", "--batch=4", "--max-new-tokens=24"]
     said = forks(CODE.format("sft"), folder / "tasks", *flags, world=2)
     for part in ("1. Collecting", "2 processes, cpu", "Its reply:", "Next: python rl.py"):
         assert said.count(part) == 1
@@ -325,7 +316,8 @@ def test_the_command_says_what_it_runs_and_why(torchrun, cuda, flags, preset, sa
     lines = capsys.readouterr().err.splitlines()
     assert cfg.preset == preset and any(re.match(said, line) for line in lines[:2])
     assert cfg.model == ("Qwen/Qwen2.5-7B" if preset == "7b" else "tiny")
-    assert (cfg.lr, cfg.batch) == ((1.5e-3, 8) if preset == "tiny" else (2e-5, 64))
+    tiny = miniature.TINY
+    assert (cfg.lr, cfg.batch) == ((tiny["lr"], tiny["batch"]) if preset == "tiny" else (2e-5, 64))
 
 
 @pytest.mark.parametrize("program, flags, what", [("sft", ["--collect"], "collecting"), ("eval", [], "an evaluation")])
