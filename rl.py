@@ -32,10 +32,10 @@ from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    RECOMPUTE_ABOVE, add_gradients, apply_device, build_model, compute_type, epoch_order, explain_dist_errors,
-    export_model, flops_of, format_gib, full_tensor, init_distributed, load_state, map_rows, num_parameters,
-    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, rank0_broadcast, row_threads, save_state,
-    shape_of, sharded_parameters)
+    RECOMPUTE_ABOVE, add_gradients, apply_device, build_model, compute_type, disk_plan, epoch_order,
+    explain_dist_errors, export_model, flops_of, format_gib, full_tensor, init_distributed, load_state, map_rows,
+    num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, rank0_broadcast, row_threads,
+    save_state, shape_of)
 from support.files import folder_lock, shorten
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
@@ -304,7 +304,7 @@ def make_engine(cfg, actor, tokenizer):
     """Returns an Engine that samples from the actor itself where that is whole and computes in the dtype of its
     weights, else from a whole copy in the dtype that it computes in."""
     model = actor
-    if any(isinstance(p, DTensor) or p.dtype is not actor.compute_dtype for _, p in sharded_parameters(actor)):
+    if any(isinstance(p, DTensor) or p.dtype is not actor.compute_dtype for p in actor.parameters()):
         model = Qwen2.uninitialized(actor.config, actor.compute_dtype, next(actor.parameters()).device).requires_grad_(False)
         copy_weights(actor, model)
     return sample.Engine(model, tokenizer, cfg.max_batch, cfg.context, name=cfg.model)
@@ -313,7 +313,7 @@ def make_engine(cfg, actor, tokenizer):
 @torch.no_grad()
 def copy_weights(actor, model):
     copies = dict(model.named_parameters())
-    for name, p in sharded_parameters(actor):
+    for name, p in actor.named_parameters():
         copies[name].copy_(full_tensor(p))
 
 
@@ -784,10 +784,12 @@ def plan(cfg):
     """Returns the text of --plan: memory of one GPU by part, at the peak of an update. It reads no weights."""
     config = shape_of(cfg.model)
     compute = compute_type(cfg.dtype, torch.device("cuda"))
-    parts = plan_memory(config, cfg.max_row_tokens, cfg.gpus, compute, recompute=num_parameters(config)[-1] > RECOMPUTE_ABOVE,
+    total = num_parameters(config)[-1]
+    parts = plan_memory(config, cfg.max_row_tokens, cfg.gpus, compute, recompute=total > RECOMPUTE_ABOVE,
                         critic=cfg.has_critic, reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context)
     return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens, {cfg.max_batch} x {cfg.context:,} "
-                      "tokens sampled", "", "GiB per GPU", *format_gib(parts)])
+                      "tokens sampled", "", "GiB per GPU", *format_gib(parts), "",
+                      disk_plan(total * (1 + cfg.has_critic))])
 
 
 def fill(values):

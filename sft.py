@@ -35,9 +35,9 @@ from support.cli import RunError, exit_status, flag_of, format_table, refuse_tor
 from support.conversations import named, read_conversations
 from support.distributed import (
     RECOMPUTE_ABOVE, PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type,
-    explain_dist_errors, export_model, flops_of, format_gib, init_distributed, load_state, map_rows, num_parameters,
-    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, rank0_broadcast, row_threads, save_state,
-    shape_of)
+    disk_plan, explain_dist_errors, export_model, flops_of, format_gib, init_distributed, load_state, map_rows,
+    num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, rank0_broadcast, row_threads,
+    save_state, shape_of)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -336,9 +336,10 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         # 2. Forward and backward.
         num_targets = sum(sum(examples[i][1]) for i in batch)
         loss_part = nll_gradients(model, rows, num_targets, world_size, device, tokenizer.size, threads)
-        loss = loss_part.double()
+        totals = torch.tensor([0, flops_of(config, rows)], dtype=torch.float64, device=device)
+        totals[0] += loss_part
         if world_size > 1:
-            dist.all_reduce(loss)
+            dist.all_reduce(totals)
 
         # 3. The update.
         lr = cosine(step, num_updates, cfg.lr) * min(1.0, (step + 1) / (cfg.warmup or 1))
@@ -353,8 +354,9 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         # 4. The log, with a validation where a checkpoint follows.
         seconds = time.monotonic() - start
         num_tokens = sum(len(examples[i][0]) - 1 for i in batch)
-        figures = {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": lr,
-                   "tokens_s": num_tokens / seconds, "mfu": flops_of(config, rows) / seconds / peak if peak else None,
+        loss, flops = totals.tolist()
+        figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr,
+                   "tokens_s": num_tokens / seconds, "mfu": flops / world_size / seconds / peak if peak else None,
                    "peak_gib": peak_memory(device) / 2**30, "seconds": seconds}
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
@@ -439,7 +441,7 @@ def plan(cfg):
     seconds = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12)
     return "\n".join([
         f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens", "", "GiB per GPU",
-        *format_gib(parts), "", f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most "
+        *format_gib(parts), "", disk_plan(total), f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most "
         f"{updates * cfg.batch * cfg.max_row_tokens:,} tokens",
         f"about {seconds / 3600:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model import IGNORE, Config, Qwen2, as_trees, load_tensors, write_checkpoint
@@ -19,6 +19,7 @@ from support.files import shorten, sync
 from support.sandbox import SLOTS
 
 RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
+ATTENTION_TOKENS = 65_000   # of a text whose attention takes as many operations as the rest of the 7B
 SMALL_BELOW = 50e6          # weights; the products of a smaller model are too small for several threads
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +120,9 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
         # Inputs of a block are not cast: cosines and sines of positions stay in float32.
         policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for unit in (*model.model.layers, model):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
+            # By default the root, with embedding and head, would stay gathered after a forward without a backward:
+            # memory that the reference does not need, and parameters that the optimizer does not know.
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to_empty(device=device)
     model.tie()
 
@@ -140,15 +143,6 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
     return model
 
 
-def sharded_parameters(model):
-    """Returns model.named_parameters(), as shards where the model is sharded. After a forward without a backward the
-    root of FSDP2 stays gathered: its parameters are then other tensors, whole, which the optimizer does not know."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return model.named_parameters()
-
-
 def local_rows(x):
     """Returns this process's rows of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
@@ -161,7 +155,7 @@ def full_tensor(x):
 
 def export_model(model, tokenizer, folder, dtype):
     """Writes a model as an ordinary Hugging Face folder, without a critic's head. Every process must call this."""
-    parameters = ((name, p) for name, p in sharded_parameters(model) if not name.startswith("score."))
+    parameters = ((name, p) for name, p in model.named_parameters() if not name.startswith("score."))
     tensors = ((name, full_tensor(p.detach())) for name, p in parameters)
     if rank_and_size()[0] == 0:
         tokenizer.save(folder)
@@ -243,27 +237,37 @@ def batch_indices(num, step, size, seed):
     return [epoch_order(num, seed, i // num)[i % num] for i in range(step * size, (step + 1) * size)]
 
 
-def pack_lengths(lengths, max_row_tokens):
-    """Returns lists of indices, one for each packed row: every length goes into the first row with room for it."""
-    rows = []
-    room = []       # tokens that still fit into each row
-    for i, length in enumerate(lengths):
-        row = next((r for r, free in enumerate(room) if length <= free), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max_row_tokens)
-        rows[row].append(i)
-        room[row] -= length
-    return rows
+def pack_lengths(lengths, max_row_tokens, multiple=1):
+    """Returns lists of indices, one for each packed row, the costliest row first: the longest text comes first, and
+    each goes into the row of the least cost among those with room. `multiple` divides the number of rows; some may be
+    empty. A text of more than max_row_tokens has a row of its own."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    num_rows = multiple * math.ceil(sum(lengths) / max_row_tokens / multiple)
+    while True:
+        rows = [[] for _ in range(num_rows)]
+        tokens = [0] * num_rows
+        cost = [0.0] * num_rows
+        for i in longest_first:
+            with_room = [r for r in range(num_rows) if not rows[r] or tokens[r] + lengths[i] <= max_row_tokens]
+            if not with_room:
+                break
+            row = min(with_room, key=lambda r: cost[r])
+            rows[row].append(i)
+            tokens[row] += lengths[i]
+            cost[row] += lengths[i] + lengths[i] ** 2 / ATTENTION_TOKENS
+        else:
+            return [rows[r] for r in sorted(range(num_rows), key=lambda r: -cost[r])]
+        num_rows += multiple
 
 
 def shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens):
-    """Returns the packed rows of one process, lists of indices out of `batch`; lengths: tokens of all examples. Every
-    process gets the same number of rows, some of them empty, because FSDP gathers and reduces for all of them."""
-    shares = [batch[r::world_size] for r in range(world_size)]
-    packed = [pack_lengths([lengths[i] for i in share], max_row_tokens) for share in shares]
-    num_empty = max(map(len, packed)) - len(packed[rank])
-    return [[shares[rank][i] for i in row] for row in packed[rank]] + [[] for _ in range(num_empty)]
+    """Returns the packed rows of one process, lists of indices out of `batch`; lengths: tokens of all examples.
+
+    FSDP gathers and reduces for all processes at once, so each gets the same number of rows, some of them empty, and
+    those that are computed at the same time are neighbours in cost.
+    """
+    rows = pack_lengths([lengths[i] for i in batch], max_row_tokens, world_size)
+    return [[batch[i] for i in row] for row in rows[rank::world_size]]
 
 
 class Tree(NamedTuple):
@@ -402,7 +406,7 @@ def save_state(cfg, step, model, optimizer, origin, keep=2, **more):
             shutil.rmtree(leftover)
         part.mkdir(parents=True)
     barrier()
-    parameters = dict(sharded_parameters(model))
+    parameters = dict(model.named_parameters())
     moments = [{key: local_rows(value) for key, value in optimizer.state[p].items()} for p in parameters.values()]
     file = part / f"rank-{rank}.pt"
     torch.save({"step": step, "settings": vars(cfg), "origin": origin, "rng": torch.get_rng_state(), **more,
@@ -434,7 +438,7 @@ def load_state(cfg, names, model, optimizer, origin):
     check_same(before | state["origin"], {flag_of(name): getattr(cfg, name) for name in names} | origin, newest)
     weights = state.pop("model")            # so that the caller does not keep them
     moments = state.pop("optimizer")
-    for (name, p), values in zip(sharded_parameters(model), moments):
+    for (name, p), values in zip(model.named_parameters(), moments):
         local_rows(p.detach()).copy_(weights[name])
         optimizer.state[p] = {key: _as_shard(value.to(p.device), p) for key, value in values.items()}
     torch.set_rng_state(state["rng"])
@@ -543,3 +547,9 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
 def format_gib(parts):
     """Returns {part: bytes} as lines of text, with the sum as the last."""
     return [f"  {name:<14} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
+
+
+def disk_plan(num_weights):
+    """Returns a line for --plan: what checkpoints of so many trained weights take, save_state's two and a third that is
+    being written, each of a weight and two moments in float32."""
+    return f"{3 * 12 * num_weights / 2**30:,.0f} GiB of disk in --out, for checkpoints"

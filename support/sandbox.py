@@ -298,8 +298,9 @@ def _probe():
 class Slots:
     """Who may run now. With more scripts at once than the machine has cores, timeouts would depend on the load."""
 
-    def __init__(self, cpus):
+    def __init__(self, cpus, local_rank=0):
         self.cpus = cpus
+        self.local_rank = local_rank
         self.free = cpus
         self.busy = set()       # names of GPUs
         self.changed = threading.Condition()
@@ -310,6 +311,9 @@ class Slots:
         None without GPUs."""
         threads = min(threads, self.cpus)
         names = [name for name in (gpus or "").split(",") if name]
+        if names:       # the machine's processes do not see each other's choice, so each begins with another name
+            first = self.local_rank % len(names)
+            names = names[first:] + names[:first]
         with self.changed:
             self.changed.wait_for(lambda: self.free >= threads and not (names and self.busy.issuperset(names)))
             gpu = next((name for name in names if name not in self.busy), None)
@@ -325,7 +329,8 @@ class Slots:
 
 
 # of this process, for all Envs together; under torchrun the machine's processes share its cores
-SLOTS = Slots(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+SLOTS = Slots(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+              int(os.environ.get("LOCAL_RANK", 0)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

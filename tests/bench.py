@@ -5,9 +5,11 @@
     python tests/bench.py edit --model DIR                      # replies that copy from their prompts, with drafts
     python tests/bench.py load --model DIR                      # reading a checkpoint, against transformers
     python tests/bench.py sft --model DIR                       # fine-tuning, against transformers with its own loss
+    python tests/bench.py update                                # PPO's update: states shared, packed, in transformers
     python tests/bench.py rl --repeats 5                        # PPO: step-wise against episode-wise
     python tests/bench.py kernels                               # on a GPU: Triton's against torch, eager and compiled
     python tests/bench.py sandbox --repeats 50                  # running a script, against a bare subprocess
+    python tests/bench.py gpu --json FILE                       # all that needs a GPU, in eight minutes
 
 Ours and the peer's runs alternate and the medians are compared, so that a busy machine slows both. transformers is
 optional: without it only our figures and the share of the limit are printed.
@@ -16,16 +18,19 @@ import functools
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if "--dry" in sys.argv:
+    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}     # read when triton and torch are imported
 
 import tasks
 from support.cli import parse
@@ -56,12 +61,15 @@ class Settings:
     edit_tokens: int = 96           # of a reply that edits a script, at most
     state_tokens: int = 1000        # of the prompt that prefill reads
     train_tokens: int = 1024        # of the packed row that is trained on
+    longest_state: int = 4000       # that update measures
     repeats: int = 3                # runs of each; the median counts
     dtype: str = "float32"          # float32 or bfloat16, ours and the peer's
     device: str = "auto"            # auto, cpu or cuda
     kernels: str = "torch"          # torch, or triton on CUDA
     graphs: bool = False            # decode in CUDA graphs
     script_seconds: float = 1.0     # that a task's script takes, in rl
+    dry: bool = False               # gpu: tiny shapes on a CPU, which tries the code
+    seconds: float = 440            # of gpu, after which no further part begins
 
 
 def alternate(runs, repeats, warm=True):
@@ -266,20 +274,17 @@ def load_checkpoint(s):
 
 
 def kernel_cases(c, tokens, rows, length, dtype, device):
-    """What `kernels` measures: (name, function of the operations' module and the inputs, inputs, with gradients, bytes
-    or FLOPs that it cannot do without, "GB/s" or "TFLOP/s", function of the inputs for torch.compile where another than
-    the first is its best). c: Config; tokens of a training row, rows and cached positions of a decoding step."""
+    """What `kernels` measures, with model.use_kernels for the log-probs: (name, function of the operations' module and
+    the inputs, inputs, with gradients, bytes or FLOPs that it cannot do without, "GB/s" or "TFLOP/s", function of the
+    inputs for torch.compile where another than the first is its best). c: Config; tokens of a training row, rows and
+    cached positions of a decoding step."""
     import fused
 
     def new(*shape):
         return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
     def log_probs(ops, x, weight):
-        model.use_kernels("triton" if ops is fused else "torch", device)
-        try:
-            return LinearLogProb.apply(x, weight, targets, 1.0, c.vocab_size, max(64, 2**27 // tokens))[:2]
-        finally:
-            model.use_kernels("triton", device)
+        return LinearLogProb.apply(x, weight, targets, 1.0, c.vocab_size, max(64, 2**27 // tokens))[:2]
 
     def simple(x, weight):
         logq = (x @ weight.T).float().log_softmax(-1)
@@ -328,15 +333,16 @@ def kernels(s):
         return
     import fused
     from triton.testing import do_bench
-    model.use_kernels("triton", "cuda")
     a = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
     limits = {"GB/s": read_bandwidth("cuda", 2**32) / 1e9, "TFLOP/s": 2 * 8192 ** 3 / do_bench(lambda: a @ a) / 1e9}
     for name, function, inputs, grad, amount, unit, simple in kernel_cases(Config.preset("7b"), 4096, 64, 2048,
                                                                            torch.bfloat16, "cuda"):
         ways = {"ours": functools.partial(function, fused), "eager": functools.partial(function, model),
                 "compiled": torch.compile(simple or functools.partial(function, model))}
-        ms = {way: do_bench(functools.partial(run_case, run, inputs, grad, []), return_mode="median")
-              for way, run in ways.items()}
+        ms = {}
+        for way, run in ways.items():
+            model.use_kernels("triton" if way == "ours" else "torch", "cuda")
+            ms[way] = do_bench(functools.partial(run_case, run, inputs, grad, []), return_mode="median")
         rate = amount / ms["ours"] / (1e6 if unit == "GB/s" else 1e9)
         yield {"operation": name, **{f"{way} ms": t for way, t in ms.items()}, unit: rate,
                "share of the limit": rate / limits[unit],
@@ -347,11 +353,12 @@ STARTERS = ("leaf-classification", "spaceship-titanic", "spooky-author-identific
             "whale-categorization-playground", "ogbn-arxiv", "cifar-10")
 
 
-def packed(s, config):
-    """One row of four texts of random tokens: of each the last third is learned."""
+def packed_row(s, config):
+    """A PackedRow of four texts of random tokens: of each the last third is learned."""
     g, n = torch.Generator().manual_seed(0), s.train_tokens // 4
-    return [(torch.randint(min(config.vocab_size, 150000), (n + 1,), generator=g).tolist(),
-             [i > 2 * n // 3 for i in range(n + 1)]) for _ in range(4)]
+    examples = [(torch.randint(min(config.vocab_size, 150000), (n + 1,), generator=g).tolist(),
+                 [i > 2 * n // 3 for i in range(n + 1)]) for _ in range(4)]
+    return distributed.packed_rows(examples, range(4), 0, 1, s.train_tokens)[0]
 
 
 def fine_tuning(s):
@@ -365,12 +372,12 @@ def fine_tuning(s):
     else:
         folder = find_folder(s.model)
         config = Config.from_pretrained(folder)
-    model, row = distributed.build_model(config, folder, device, compute=compute), packed(s, config)
-    tokens, lengths, targets = distributed.collate_packed(row, device)
+    model, row = distributed.build_model(config, folder, device, compute=compute), packed_row(s, config)
+    tokens, lengths, targets = row.inputs(device)
     num = int((targets != IGNORE).sum())
 
     def ours():
-        loss = sft.add_gradients(model, [row], num, 1, device, config.vocab_size).item()
+        loss = sft.nll_gradients(model, [row], num, 1, device, config.vocab_size).item()
         model.zero_grad()
         return loss
 
@@ -423,6 +430,124 @@ before = now("VmRSS")
 step(x, targets)
 print(now("VmHWM") - before - head.weight.nbytes - x.nbytes)      # without the gradients themselves
 """
+
+
+UPDATES = ((300, 30, 8), (1000, 100, 2), (1000, 100, 8), (1000, 300, 8), (4000, 300, 8))
+WAYS = ("shared", "packed", "transformers")
+
+
+def ragged_actions(prefix, length, n, limit):
+    """Examples of n actions in a state of so many tokens, of length / 2 to 3 length / 2 tokens each, evenly spread."""
+    g = torch.Generator().manual_seed(0)
+    state = torch.randint(limit, (prefix,), generator=g).tolist()
+    examples = []
+    for i in range(n):
+        action = torch.randint(limit, (length // 2 + length * i // max(1, n - 1),), generator=g).tolist()
+        examples.append((state + action, [False] * prefix + [True] * len(action)))
+    return examples
+
+
+def update_model(s, way):
+    """The model that `update` trains in one of the WAYS; activations are computed again in backward."""
+    if s.model == "tiny":
+        config, folder = replace(Config.preset("0.5b"), num_hidden_layers=2), None
+    else:
+        folder = find_folder(s.model)
+        config = Config.from_pretrained(folder)
+    ours = distributed.build_model(config, folder, torch.device("cpu"), recompute=True, compute=getattr(torch, s.dtype))
+    if way != "transformers":
+        return ours
+    with torch.device("meta"):
+        peer = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**asdict(config)))
+    peer.load_state_dict(ours.state_dict(), assign=True)
+    peer.tie_weights()
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config)        # its buffers are in no state
+    peer.gradient_checkpointing_enable()
+    return peer.train()
+
+
+def update_step(s, way, net, examples):
+    """Log-probs of the actions' tokens, and the gradients of a weighted sum of them: (log-probs, tokens computed)."""
+    count = sum(sum(loss_mask) for _, loss_mask in examples)
+    device = next(net.parameters()).device
+    weights = torch.linspace(-1, 1, count, device=device)
+    if way == "transformers":
+        longest = max(len(ids) for ids, _ in examples)
+        start = min(loss_mask.index(True) for _, loss_mask in examples)
+        padded = torch.zeros(len(examples), longest, dtype=torch.int64)
+        seen, learned = torch.zeros_like(padded), torch.zeros_like(padded, dtype=torch.bool)
+        for row, (ids, loss_mask) in enumerate(examples):
+            padded[row, :len(ids)] = torch.tensor(ids)
+            seen[row, :len(ids)] = 1
+            learned[row, :len(ids)] = torch.tensor(loss_mask)
+        with torch.autocast("cpu", torch.bfloat16, enabled=s.dtype == "bfloat16"):
+            logits = net(input_ids=padded, attention_mask=seen, use_cache=False,
+                         logits_to_keep=longest - start + 1).logits
+        logp = logits[:, :-1].float().log_softmax(-1).gather(2, padded[:, start:, None])[:, :, 0]
+        logp = logp[learned[:, start:]]
+        (weights * logp).sum().backward()
+        return logp.detach(), padded.numel()
+    if way == "shared":
+        row, = distributed.packed_rows(examples, range(len(examples)), 0, 1, 10**9)
+    else:
+        texts = [distributed.packed_rows(examples, [i], 0, 1, 10**9)[0] for i in range(len(examples))]
+        row = distributed.PackedRow(*(sum((getattr(text, name) for text in texts), []) for name in texts[0]._fields))
+    counts = [sum(loss_mask) for _, loss_mask in examples]
+    tokens, lengths, targets = row.inputs(device)
+    logp = net(tokens, lengths=lengths, targets=targets)[0]
+    in_order = [part for _, part in sorted(zip(row.examples, logp.split([counts[i] for i in row.examples])),
+                                           key=lambda pair: pair[0])]
+    logp = torch.cat(in_order)
+    (weights * logp).sum().backward()
+    return logp.detach(), tokens.numel()
+
+
+def update_memory(s, way, examples):
+    """In a process of its own: how far the resident set grows above weights and gradients, in bytes."""
+    net = update_model(s, way)
+    update_step(s, way, net, ragged_actions(20, 4, 2, 1000))        # makes the gradients, and loads what is needed
+    Path("/proc/self/clear_refs").write_text("5")       # the peak begins anew
+    before = peak_resident()
+    update_step(s, way, net, examples)
+    return peak_resident() - before
+
+
+def peak_resident():
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def update(s):
+    """An update of PPO for n actions in one state, forward and backward in one row: with the state once, with it before
+    each action, and in transformers with padding. Tokens, seconds, and memory above weights and gradients. Of tiny: two
+    blocks of the 0.5B, with its whole vocabulary and random weights."""
+    ways = WAYS if transformers else WAYS[:2]
+    nets = {way: update_model(s, way) for way in ways if way != "packed"}
+    nets["packed"] = nets["shared"]
+    limit = nets["shared"].config.vocab_size
+    for prefix, length, n in UPDATES:
+        if prefix > s.longest_state:
+            continue
+        examples = ragged_actions(prefix, length, n, limit)
+        found = {}
+
+        def run(way):
+            found[way] = update_step(s, way, nets[way], examples)
+
+        seconds = alternate({way: functools.partial(run, way) for way in ways}, s.repeats, warm=s.repeats > 1)
+        figures = {"state": prefix, "action": length, "actions": n}
+        memory = {}
+        for way in ways:
+            code = (f"import bench; s = bench.Settings(model={s.model!r}, dtype={s.dtype!r})\n"
+                    f"print(bench.update_memory(s, {way!r}, bench.ragged_actions({prefix}, {length}, {n}, {limit})))")
+            env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+            memory[way] = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                                             cwd=Path(__file__).parent, env=env).stdout)
+            figures |= {f"{way} tokens": found[way][1], f"{way} s": seconds[way], f"{way} GiB": memory[way] / 2**30}
+        for way in ways[1:]:
+            figures |= {f"{way} over shared, time": seconds[way] / seconds["shared"],
+                        f"{way} over shared, memory": memory[way] / memory["shared"],
+                        f"log-probs from {way}": (found[way][0] - found["shared"][0]).abs().max().item()}
+        yield figures
 
 
 def line(figures):
@@ -493,8 +618,16 @@ def rl_updates(s):
             yield {"rollout": name, "updates an hour": 3600 / figures["seconds"], **figures}
 
 
+def gpu(s):
+    """All that needs a GPU, see bench_gpu.py."""
+    import bench_gpu
+    if not s.dry and not torch.cuda.is_available():
+        sys.exit("bench.py gpu: there is no CUDA device here; --dry runs the same code at tiny shapes on a CPU")
+    yield from bench_gpu.run_parts(s.dry, s.seconds)
+
+
 MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "kernels": kernels, "load": load_checkpoint,
-                "sft": fine_tuning, "sandbox": sandbox, "rl": rl_updates}
+                "sft": fine_tuning, "update": update, "sandbox": sandbox, "rl": rl_updates, "gpu": gpu}
 
 
 def main():
@@ -515,8 +648,11 @@ def main():
         for figures in MEASUREMENTS[name](s):
             report[name].append(figures)
             print(name, line(figures), flush=True)
-    if s.json:
-        Path(s.json).write_text(json.dumps(report, indent=2) + "\n")
+            if s.json:      # at once, so that a run that is cut loses nothing
+                Path(s.json).write_text(json.dumps(report, indent=2) + "\n")
+    failed = [figures["check"] for name in names for figures in report[name] if not figures.get("ok", True)]
+    if failed:
+        sys.exit("\n".join(["failed:", *failed]))
 
 
 if __name__ == "__main__":

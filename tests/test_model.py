@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model
 import sample
@@ -320,3 +322,27 @@ def test_real_loading_peaks_below_1_15_times_the_weights(real, dtype):
     out = subprocess.run([sys.executable, "-c", LOAD, real, dtype], capture_output=True, text=True, check=True,
                          cwd=Path(__file__).parent.parent)
     assert float(out.stdout) < 1.15
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_block_compiles_without_a_break_and_soon_for_any_texts(recompute):
+    """As on CUDA, where the offsets of texts are tensors; fake tensors stand for all others. The first row fixes all
+    sizes, others let the number of tokens and then that of texts vary; from there on, and for the next block, forward
+    and backward need no other graph."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    with FakeTensorMode():
+        blocks = [model.Block(Config()) for _ in range(2)]
+        compiled = [torch.compile(block, backend=counter, fullgraph=True) for block in blocks]
+        for block in blocks:
+            block.recompute = recompute
+        frames = []
+        for lengths in ([10, 20], [11, 20], [5, 6, 7], [(40, [3, 4]), 6, 7, 8], [9] * 20, [(30, [1] * 8), (7, [2, 3])]):
+            layout = model.make_layout(lengths, "cpu", varlen=True)
+            cos, sin = model.rotary(layout.positions, Config().head_dim, 1e6)
+            x = torch.empty(1, len(cos[0]), Config().hidden_size, dtype=torch.bfloat16, requires_grad=True)
+            for layer, block in enumerate(compiled):
+                block(x, cos, sin, None, layer, layout).sum().backward()
+            assert x.grad.shape == x.shape
+            frames.append(counter.frame_count)
+    assert frames[0] == 1 and frames[2:] == [3] * 4

@@ -592,6 +592,9 @@ def test_threads_and_gpus_are_counted():
         assert order == []
     waiting.join(600)
     assert order == [9] and slots.free == 3 and not slots.busy
+    for local_rank in range(3):         # the processes of a machine take different ones
+        with Slots(3, local_rank).take(1, "5,7") as gpu:
+            assert gpu == ("5", "7", "5")[local_rank]
 
 
 # --------------------------------------------------------------------------------------------------------------- faults

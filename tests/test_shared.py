@@ -219,7 +219,7 @@ def test_rows_on_several_threads_give_the_same_bits():
     try:
         model = Qwen2.from_scratch(SHAPE, seed=1)
         pool = distributed.row_threads(SHAPE, CPU)
-        assert torch.get_num_threads() == 1 and len(rows) > 10
+        assert torch.get_num_threads() == 1 and len(rows) > 5
         for workers in (None, pool, pool):
             def loss_of(row):
                 tokens, lengths, targets = row.inputs(CPU)
