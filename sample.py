@@ -36,9 +36,6 @@ from support.endpoint import Completion, Endpoint, EndpointError, find_stop, is_
 from support.files import sync
 from support.pretrained import find_folder, read_json, write_json
 
-# cuDNN makes a plan for every new shape of an attention, which takes 40 to 400 ms, and shapes change at each pass.
-torch.backends.cuda.enable_cudnn_sdp(False)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
