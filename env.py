@@ -109,6 +109,8 @@ Action Input: {"script_name": "train.py", "find": "EPOCHS = 5\\n", "replace": "E
         {"constant": "its number", "value": "a number, or a factor such as *2 or /2"},
         "changes a constant of the script to improve. Its lines `NAME = number` are numbered from 1; names with SEED or "
         "VALID do not count."),
+    "Set Constant Again": Action(
+        {}, "changes the constant that was set last by the same factor once more."),
     "Undo Edit Script": Action(
         {"script_name": "file"}, "takes back the last edit of this file."),
     "Copy File": Action(
@@ -169,8 +171,8 @@ The workspace holds {task.entry} (the script to improve) and data/ (read-only). 
 SHORT = """{metric}, {better} is better, {steps_left} steps left
 Best: {best}
 {constants}
-Last: {news}"""     # the last action stands at the end, always as far from the reply, where a small model finds it
-NOTHING = {"news": "nothing", "best_printed": None, "best_script": None}    # what is seen at the start, see Step
+Last: {news}"""
+NOTHING = {"news": "nothing", "change": {}, "best_printed": None, "best_script": None}  # seen at the start, see Step
 
 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
@@ -486,6 +488,7 @@ class Step:
     #                                                 or the observation alone after a reply that could not be read
     snapshot: dict = field(default_factory=dict)    # the workspace after the step
     news: str = ""                  # one line about the step for a short prompt
+    change: dict = field(default_factory=dict)      # the arguments of the last Set Constant, also of this step
     best_printed: float | None = None   # the best score of the entry script that the agent was told, also by this step
     best_script: str | None = None  # sha256 of the script that printed it
     ended: str = ""                 # why the trajectory is over: "final answer", "steps", "time"; "" if it goes on
@@ -616,10 +619,13 @@ class Env:
         name = step.action or "no action"
         if step.action == "Set Constant":
             name = " ".join([name, *step.args.values()])
+        elif step.action == "Set Constant Again":
+            name = " ".join(["Set Constant", *self.seen["change"].values()])
         outcome = step.news or step.error or step.observation.partition("\n")[0]
         outcome = " ".join(outcome.split()).rstrip(".")
         self.seen["news"] = f"{outcome[:SHORT_NEWS]}, after {' '.join(name.split())[:SHORT_NEWS]}"
-        step.news, step.best_printed, step.best_script = self.seen.values()
+        for name in NOTHING:
+            setattr(step, name, self.seen[name])
         step.snapshot = self.snapshot()
         step.ended = self.ended
         step.seconds = time.monotonic() - started
@@ -841,7 +847,14 @@ class Env:
 
     def _set_constant(self, step, constant, value):
         before = self._text(self.task.entry, edit=True)[0]
-        return self._edit(step, self.task.entry, before, set_constant(before, constant, value))
+        after = set_constant(before, constant, value)
+        self.seen["change"] = {"constant": constant, "value": value}
+        return self._edit(step, self.task.entry, before, after)
+
+    def _set_constant_again(self, step):
+        if not self.seen["change"]:
+            raise InvalidAction("No constant has been set.")
+        return self._set_constant(step, **self.seen["change"])
 
     def _undo_edit_script(self, step, script_name):
         path = self._path(script_name, write=True)

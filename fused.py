@@ -345,10 +345,8 @@ def attention_mask(positions, S, group, dtype):
     return positions
 
 
-
-
 def attend(q, k, v, mask):
-    """In two launches where the queries alone would not keep the GPU busy: then what they see is cut into parts."""
+    """Takes two launches where the queries alone would not keep the GPU busy: then what they see is cut into parts."""
     B, T, H, D = q.shape
     K, S = k.shape[1:3]
     out = torch.empty_like(q)

@@ -29,6 +29,9 @@ from torch.utils.checkpoint import checkpoint
 
 from support.pretrained import SHARD_BYTES, find_folder, load_tensors, read_json, write_checkpoint, write_json
 
+# cuDNN makes a plan for every new shape of an attention, which takes 40 to 400 ms, and shapes change at each pass.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 IGNORE = -100               # the target of a token that has none
 MAX_LAYERS = 2**10          # what a config.json may ask for, so that no file starts an endless build
 MAX_SIZE = 2**24
@@ -213,12 +216,15 @@ KERNELS = SimpleNamespace(**PLAIN)              # the operations in use; use_ker
 
 
 def use_kernels(name, device):
-    """Lets the functions above ("torch") or those of fused.py ("triton") do the work from now on in this process.
+    """Lets the functions above ("torch") or those of fused.py ("triton") do the work from now on in this process. With
+    "compiled" it is those above, and build_model compiles the blocks that it makes.
 
-    Raises ValueError for another name, and where Triton's cannot run: on this device, or without the package.
+    Raises ValueError for another name, and for what cannot run: on this device, or without the package.
     """
-    if name not in ("torch", "triton"):
-        raise ValueError(f"expected kernels torch or triton, found {name!r}")
+    if name not in ("torch", "compiled", "triton"):
+        raise ValueError(f"expected kernels torch, compiled or triton, found {name!r}")
+    if name == "compiled" and torch.device(device).type != "cuda":
+        raise ValueError(f"blocks are compiled on CUDA only, found {device}; use torch's kernels")
     functions = PLAIN
     if name == "triton":
         try:
@@ -494,6 +500,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def compile(self, **options):
+        """Has the block compiled, one graph for every layout of a row; only training uses it, and never a batch."""
+        self.residual = torch.compile(self.residual, fullgraph=True, **options)
 
     def forward(self, *inputs):
         if self.recompute and torch.is_grad_enabled():

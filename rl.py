@@ -468,7 +468,7 @@ class PPOTrainer:
         self.device = device
         self.threads = row_threads(config, device)
         build = partial(build_model, config, folder, device, cfg.seed, num_parameters(config)[-1] > RECOMPUTE_ABOVE,
-                        compute_type(cfg.dtype, device))
+                        compute_type(cfg.dtype, device), kernels=cfg.kernels)
         self.actor = build()
         self.reference = build().requires_grad_(False) if cfg.kl else None
         self.critic = build(make=Critic) if cfg.has_critic else None

@@ -11,7 +11,6 @@ The letters B, T, N, K, D, S, V, L are those of model.py; R is the number of row
 import codecs
 import hashlib
 import itertools
-import json
 import math
 import queue
 import re
@@ -29,11 +28,13 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 
-from model import KERNELS, Config, Qwen2, find_folder, use_kernels
+from model import KERNELS, Config, Qwen2, use_kernels
 from support import cpu_linear
-from support.cli import ContextFull, parse
+from support.cli import ContextFull, ModelSettings, parse
+from support.distributed import SMALL_BELOW
 from support.endpoint import Completion, Endpoint, EndpointError, find_stop, is_server
 from support.files import sync
+from support.pretrained import find_folder, read_json, write_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read tokenizer.json of a checkpoint folder, and from its other files the ids that end a turn and the default
+        """Reads tokenizer.json of a checkpoint folder, and from its other files the ids that end a turn and the default
         system message. Raises ValueError for a missing or damaged file."""
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -100,11 +101,13 @@ class Tokenizer:
             bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:      # the library raises bare Exception for every malformed file
             raise ValueError(f"{path} cannot be read ({error}); download it again") from None
-        eos = read_object(folder / "generation_config.json").get("eos_token_id") or []
+        generation, config = (read_json(path) if path.is_file() else {} for path in (
+            folder / "generation_config.json", folder / "tokenizer_config.json"))
+        eos = generation.get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]
         if not all(isinstance(i, int) for i in eos):
             raise ValueError(f"{folder / 'generation_config.json'}: eos_token_id must be numbers, found {str(eos):.80}")
-        template = str(read_object(folder / "tokenizer_config.json").get("chat_template", ""))
+        template = str(config.get("chat_template", ""))
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
         system = cls.SYSTEM
@@ -115,7 +118,7 @@ class Tokenizer:
 
     @classmethod
     def of_bytes(cls):
-        """Return a tokenizer of one token a byte and three special tokens, for a model without a checkpoint."""
+        """Returns a tokenizer of one token a byte and three special tokens, for a model without a checkpoint."""
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(byte_alphabet())}, []))
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -123,15 +126,15 @@ class Tokenizer:
         return cls(bpe)
 
     def save(self, folder):
-        """Write the tokenizer's files beside a saved model, so that transformers and vLLM open the folder."""
+        """Writes the tokenizer's files beside a saved model, so that transformers and vLLM open the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not self.folder:
             system = "" if self.system is None else SYSTEM_TEMPLATE.replace("SYSTEM", self.system)
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.END, "pad_token": self.TEXT_END,
                         "clean_up_tokenization_spaces": False, "chat_template": system + CHAT_TEMPLATE}
-            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": self.end}, indent=2) + "\n")
-            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            write_json(folder / "generation_config.json", {"eos_token_id": self.end})
+            write_json(folder / "tokenizer_config.json", settings)
         elif self.folder.resolve() != folder.resolve():
             for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
                 if (self.folder / name).is_file():
@@ -142,19 +145,19 @@ class Tokenizer:
         part.replace(folder / "tokenizer.json")
 
     def fingerprint(self):
-        """Return 16 hex digits that tell tokenizers apart: sampled ids help a model with the same one alone."""
+        """Returns 16 hex digits that tell tokenizers apart: sampled ids help a model with the same one alone."""
         return hashlib.sha256(self.bpe.to_str().encode()).hexdigest()[:16]
 
     def encode(self, text):
-        """Return the token ids of plain text."""
+        """Returns the token ids of plain text."""
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        """Return the text of token ids. Bytes that are no valid UTF-8 become U+FFFD."""
+        """Returns the text of token ids. Bytes that are no valid UTF-8 become U+FFFD."""
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
 
     def spelling(self, ids, text):
-        """Return those of the sampled ids that spell exactly the text, without what ended it (an end of turn or a stop
+        """Returns those of the sampled ids that spell exactly the text, without what ended it (an end of turn or a stop
         string); None where they do not, or are no ids at all: they may come from a file."""
         if not isinstance(ids, list):
             return None
@@ -172,12 +175,12 @@ class Tokenizer:
         return ids if text[pos:] == decoder.decode(b"", final=True) else None
 
     def chat(self, messages, add_generation_prompt=True):
-        """Return the token ids of a conversation, up to where the assistant speaks next. See conversation."""
+        """Returns the token ids of a conversation, up to where the assistant speaks next. See conversation."""
         ids, _ = self.conversation(messages)
         return ids + [self.turn, *self.encode("assistant\n")] if add_generation_prompt else ids
 
     def conversation(self, messages, assistant_turns=None):
-        """Return (ids, loss_mask) of a conversation, [{"role", "content"}]. A message is
+        """Returns (ids, loss_mask) of a conversation, [{"role", "content"}]. A message is
         <|im_start|>role\\ncontent<|im_end|>\\n; the default system message comes first where the conversation has none.
 
         The loss mask is True for what the assistant chose: its replies, and the token that ends each. assistant_turns:
@@ -211,43 +214,36 @@ class Tokenizer:
 
 
 def byte_alphabet():
-    """Return GPT-2's character for each of the 256 bytes: printable Latin-1 stays, the rest is U+0100 onwards."""
+    """Returns GPT-2's character for each of the 256 bytes: printable Latin-1 stays, the rest is U+0100 onwards."""
     plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
     spare = iter(range(256, 512))
     return [chr(b) if b in plain else chr(next(spare)) for b in range(256)]
-
-
-def read_object(path):
-    """Return the JSON object in a file of a checkpoint, {} where there is no such file."""
-    try:
-        value = json.loads(path.read_text()) if path.is_file() else {}
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged; download it again")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Key/value cache
 
 class KVCache:
-    """Keys and values of R conversations of up to S_max tokens: two tensors (L, R, K, S_max, D), allocated once."""
+    """Keys and values of R conversations of up to S_max tokens: two tensors (L, R, K, S_max, D), allocated once.
+
+    S_max is the next multiple of 64 above `length`. No token stands at its last position, where padding is written.
+    """
 
     def __init__(self, config, rows, length, dtype, device):
         self.group = config.num_attention_heads // config.num_key_value_heads       # query heads that share a key
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+        self.padding = (length // SIGHT_STEP + 1) * SIGHT_STEP - 1
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, self.padding + 1, config.head_dim)
         # Zeros, not empty: a masked position has weight 0, and 0 times a stray NaN would still be NaN.
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def copy(self, source, target, length):
-        """Copy the first `length` positions of one row to another."""
+        """Copies the first `length` positions of one row to another."""
         for cached in (self.k, self.v):
             cached[:, target, :, :length] = cached[:, source, :, :length]
 
     def swap(self, a, b, length):
-        """Exchange the first `length` positions of two rows."""
+        """Exchanges the first `length` positions of two rows."""
         for cached in (self.k, self.v):
             kept = cached[:, a, :, :length].clone()
             cached[:, a, :, :length] = cached[:, b, :, :length]
@@ -262,45 +258,57 @@ class ForwardBatch:
     at its start, where plain causal attention gives the same.
     """
     def __init__(self, cache, rows, starts, counts):
-        device = cache.k.device
         self.cache = cache
         self.counts = counts
         self.fresh = not any(starts)
-        positions = [np.arange(start, start + count) for start, count in zip(starts, counts)]
-        self.positions = torch.from_numpy(np.concatenate(positions))[None].to(device)
-        self.rows = torch.from_numpy(np.repeat(rows, counts)).to(device)
+        ends = list(itertools.accumulate(counts))
+        begins = [0, *ends[:-1]]
+        device = cache.k.device
+        positions = np.arange(ends[-1]) + np.repeat(np.subtract(starts, begins), counts)
+        self.positions = torch.from_numpy(positions)[None].to(device)
+        self.locate(torch.from_numpy(np.repeat(rows, counts)).to(device))
         self.parts = []     # of the attention: (new tokens, their rows, the number S of positions they see, mask)
         if self.fresh:
             return
-        ends = list(itertools.accumulate(counts))
-        begins = [0, *ends[:-1]]
         # The first token of every row goes into one product; a row with more tokens has one of its own after it.
         together = len(rows) > 1 and min(counts) == 1 and rows[-1] - rows[0] == len(rows) - 1
         if together:
-            self.add_part(slice(None) if max(counts) == 1 else begins, rows[0], rows[-1] + 1)
-        for row, begin, end in zip(rows, begins, ends):
+            tokens = slice(None) if max(counts) == 1 else begins
+            self.add_part(tokens, rows[0], rows[-1] + 1, max(starts) + 1)
+        for row, start, begin, end in zip(rows, starts, begins, ends):
             if end - begin > 1 or not together:
-                self.add_part(slice(begin, end), row, row + 1)
+                self.add_part(slice(begin, end), row, row + 1, start + end - begin)
 
-    def add_part(self, tokens, first_row, end_row):
+    def add_part(self, tokens, first_row, end_row, S):
+        if self.positions.device.type in FEW_SHAPES:
+            S = math.ceil(S / SIGHT_STEP) * SIGHT_STEP
         positions = self.positions[0, tokens].view(end_row - first_row, -1)
-        S = int(positions.max()) + 1
         mask = KERNELS.attention_mask(positions, S, self.cache.group, self.cache.k.dtype)
         self.parts.append((tokens, slice(first_row, end_row), S, mask))
 
+    def locate(self, rows):
+        """Notes where the keys of the tokens, which are in the rows (N,), belong among a layer's R * K * S_max."""
+        K, S_max = self.cache.k.shape[2:4]
+        heads = rows[:, None] * K + torch.arange(K, device=rows.device)
+        self.places = (heads * S_max + self.positions[0, :, None]).flatten()        # (N * K,)
+
     def append(self, layer, k, v):
-        """Store this pass's keys and values, (N, K, D)."""
-        self.cache.k[layer][self.rows, :, self.positions[0]] = k
-        self.cache.v[layer][self.rows, :, self.positions[0]] = v
+        """Stores this pass's keys and values, (N, K, D)."""
+        D = k.shape[2]
+        self.cache.k[layer].view(-1, D)[self.places] = k.reshape(-1, D)
+        self.cache.v[layer].view(-1, D)[self.places] = v.reshape(-1, D)
 
     def attend(self, layer, q):
-        """Return what the queries (N, H, D) find in the cache, (N, H, D)."""
-        out = torch.empty_like(q)
+        """Returns what the queries (N, H, D) find in the cache, (N, H, D)."""
+        out = torch.empty_like(q) if len(self.parts) > 1 else None
         for tokens, rows, S, mask in self.parts:
             k = self.cache.k[layer, rows, :, :S]        # (B, K, S, D)
             v = self.cache.v[layer, rows, :, :S]
             y = KERNELS.attend(q[tokens].view(len(k), -1, *q.shape[1:]), k, v, mask)
-            out[tokens] = y.view(-1, *q.shape[1:])
+            y = y.view(-1, *q.shape[1:])
+            if out is None:
+                return y
+            out[tokens] = y
         return out
 
 
@@ -310,22 +318,21 @@ class DecodeGraph(ForwardBatch):
     which is replayed without asking the device anything. On a CPU the same function runs as it stands.
 
     A token at the cache's last position, which no row ever reaches, is padding: it writes there alone. Where T is 1,
-    the tokens that a pass samples are the input of the next. limits: whether any row has a top_p below 1.
+    the tokens that a pass samples are the input of the next.
     """
     fresh = False
     counts = None
 
-    def __init__(self, model, num_ids, cache, B, T, S, limits, pool):
+    def __init__(self, model, num_ids, cache, B, T, S, pool):
         self.model = model
         self.num_ids = num_ids
         self.cache = cache
-        self.shape = B, T, S, limits
-        self.padding = cache.k.shape[3] - 1
+        self.shape = B, T, S
         device = cache.k.device
         self.rows = torch.arange(B, device=device).repeat_interleave(T)
         self.tokens = torch.zeros(1, B * T, dtype=torch.int64, device=device)
-        self.positions = torch.full((1, B * T), self.padding, device=device)
-        self.settings = torch.ones(B * T, 2, dtype=torch.float64, device=device)
+        self.positions = torch.full((1, B * T), cache.padding, device=device)
+        self.temperature = torch.ones(B * T, dtype=torch.float64, device=device)
         self.uniform = torch.zeros(B * T, dtype=torch.float64, device=device)
         self.result = torch.zeros(2, B * T, dtype=torch.float64, device=device)     # tokens, log-probs
         self.graph = None
@@ -336,98 +343,90 @@ class DecodeGraph(ForwardBatch):
                 self.compute()
 
     def compute(self):
-        B, T, S, limits = self.shape
-        positions = torch.where(self.positions < self.padding, self.positions, 0).view(B, T)
+        B, T, S = self.shape
+        self.locate(self.rows)
+        positions = torch.where(self.positions < self.cache.padding, self.positions, 0).view(B, T)
         mask = KERNELS.attention_mask(positions, S, self.cache.group, self.cache.k.dtype)
         self.parts = [(slice(None), slice(0, B), S, mask)]
-        sampled, logps = next_tokens(self.model, self, self.num_ids, self.tokens, self.settings, self.uniform, limits)
+        sampled, logps = next_tokens(self.model, self, self.num_ids, self.tokens, self.temperature, self.uniform)
         self.result.copy_(torch.stack((sampled.double(), logps.double())))
         if T == 1:
             self.tokens.copy_(sampled[None])
-        self.positions.add_(1).clamp_(max=self.padding)
+        self.positions.add_(1).clamp_(max=self.cache.padding)
 
-    def run(self, tokens, positions, settings, uniform):
-        """Run passes from tokens (B, T) at positions (B, T) with settings (B, 2) and uniform numbers (B, passes * T),
-        all numpy. Returns what they sampled and its log-probs, two arrays (B, passes * T)."""
-        B, T = tokens.shape
-        self.tokens.copy_(torch.from_numpy(tokens.reshape(1, -1)))
+    def run(self, passes, tokens, starts, temperature, uniform):
+        """Runs passes over the first rows, of which there may be fewer than B. Returns for each row [(token, logp)] of
+        its passes, or of its tokens.
+
+        tokens: a list for each row, which goes on after its first `starts` positions. temperature: of each row.
+        uniform: a number for each result.
+        """
+        # 1. Padding makes (B, T) of them.
+        B, T = self.shape[:2]
+        all_tokens = np.zeros((B, T), int)
+        positions = np.full((B, T), self.cache.padding)
+        all_temperatures = np.ones(B)
+        all_temperatures[:len(temperature)] = temperature
+        numbers = np.zeros((B, passes * T))
+        for row, (new, start, drawn) in enumerate(zip(tokens, starts, uniform)):
+            all_tokens[row, :len(new)] = new
+            positions[row, :len(new)] = range(start, start + len(new))
+            numbers[row, :len(drawn)] = drawn
+        self.tokens.copy_(torch.from_numpy(all_tokens.reshape(1, -1)))
         self.positions.copy_(torch.from_numpy(positions.reshape(1, -1)))
-        self.settings.copy_(torch.from_numpy(settings.repeat(T, 0)))
-        numbers = torch.from_numpy(uniform).to(self.uniform.device)
+        self.temperature.copy_(torch.from_numpy(all_temperatures.repeat(T)))
+        # 2. The passes.
         results = []
-        for numbers_of_pass in numbers.split(T, dim=1):
+        for numbers_of_pass in torch.from_numpy(numbers).to(self.uniform.device).split(T, dim=1):
             self.uniform.copy_(numbers_of_pass.reshape(-1))
             if self.graph:
                 self.graph.replay()
             else:
                 self.compute()
             results.append(self.result.view(2, B, T).clone())
-        sampled, logps = torch.cat(results, dim=2).cpu().numpy()        # the only wait for the device
-        return sampled.astype(int), logps
+        sampled, logps = torch.cat(results, dim=2).tolist()             # the only wait for the device
+        return [[(int(token), logp) for token, logp in zip(sampled[row], logps[row])][:max(passes, len(new))]
+                for row, new in enumerate(tokens)]
 
 
 CHECK_EVERY = 4             # passes of a DecodeGraph between two looks at what they sampled
 GRAPH_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
 SHORTEST_SIGHT = 256        # positions that a graph's tokens see at least, so that there are few graphs
+# On these devices the number S of positions that a pass sees grows in steps, and the mask hides the rest: there a
+# kernel is chosen for each new shape, and a mask of odd width is copied in every layer. On a CPU it would cost time.
+FEW_SHAPES = ("cuda",)
+SIGHT_STEP = 64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling a token
 
-PRESORTED = 1024            # most likely tokens that are sorted first
+def next_tokens(model, batch, num_ids, tokens, temperature, uniform):
+    """Returns what is sampled after each of the batch's tokens (1, N), and its log-probs, both (N,).
 
-
-def next_tokens(model, batch, num_ids, tokens, settings, uniform, limits=None):
-    """Return what is sampled after each of the batch's tokens (1, N), and its log-probs, both (N,).
-
-    num_ids: the tokenizer's size. settings: (N, 2), temperature and top_p of each token. See sample_tokens.
+    num_ids: the tokenizer's size. For the rest see sample_tokens.
     """
     # The log-probs must be those that the trainer computes for the same tokens. So the vocabulary's rows that stand for
-    # no token get no probability, as with Head's `size`; logits become fp32 before they are divided by the temperature;
-    # and training samples with a top_p of 1, as the trainer knows no other.
-    logits = model(tokens, batch)[0].float()        # (N, V)
-    logits[:, num_ids:] = -torch.inf
-    return sample_tokens(logits, settings[:, 0], settings[:, 1], uniform, limits)
+    # no token are left out, as in Head, and logits become fp32 before they are divided by the temperature.
+    logits = model(tokens, batch)[0, :, :num_ids].float()
+    return sample_tokens(logits, temperature, uniform)
 
 
-def sample_tokens(logits, temperature, top_p, uniform, limits=None):
-    """Return one token for each row, (B,) int64, and its log-prob under the distribution it was drawn from, (B,) fp32.
+def sample_tokens(logits, temperature, uniform):
+    """Returns one token for each row, (N,) int64, and its log-prob under softmax(logits / temperature), (N,) fp32.
 
-    logits: (B, V) fp32. temperature, top_p, uniform in [0, 1): (B,) float64. The distribution is
-    softmax(logits / temperature), cut to the smallest set of most likely tokens whose probability reaches top_p, and
-    renormalised. The token is its inverse CDF at `uniform`. Temperature 0 takes the most likely token and reports its
-    log-prob at temperature 1, uncut. limits: whether any row has a top_p below 1, from a caller who knows, so that the
-    device is asked nothing; None: look.
+    logits: (N, V) fp32. uniform: (N,) float64 in [0, 1), at which the token is the inverse CDF. temperature: (N,)
+    float64; 0 takes the most likely token and reports its log-prob at temperature 1. None: it is 0 in every row.
     """
+    likeliest = logits.argmax(-1)
+    if temperature is None:
+        return likeliest, logits.log_softmax(-1).gather(1, likeliest[:, None])[:, 0]
     greedy = temperature == 0
     logp = F.log_softmax(logits / torch.where(greedy, 1.0, temperature).float()[:, None], dim=-1)
-    if limits is None and greedy.all():
-        tokens = logits.argmax(-1)
-        return tokens, logp.gather(1, tokens[:, None])[:, 0]
-    limited = (top_p < 1) & ~greedy
-    if limits or (limits is None and limited.any()):
-        cut = nucleus(logp, top_p, PRESORTED if limits is None else logp.shape[-1])
-        logp = torch.where(limited[:, None], cut, logp)
     cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-    tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    tokens = torch.where(greedy, logits.argmax(-1), tokens)
+    drawn = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    tokens = torch.where(greedy, likeliest, drawn)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
-
-
-def nucleus(logp, top_p, width):
-    """Return log-probs (B, V) after nucleus truncation, renormalised; -inf outside.
-
-    To sort 152,064 values a row costs more than a decoding step of a small model, so only the `width` most likely are
-    sorted first, and all of them only where these do not settle it.
-    """
-    V = logp.shape[-1]
-    value, index = logp.topk(min(width, V), dim=-1)
-    p = value.double().exp()
-    if width < V and (p.sum(-1) < top_p).any():
-        return nucleus(logp, top_p, V)
-    keep = (p > 0) & (p.cumsum(-1) - p < top_p[:, None])
-    kept = torch.where(keep, value, -torch.inf)
-    return torch.full_like(logp, -torch.inf).scatter(1, index, kept - kept.logsumexp(-1, keepdim=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,7 +438,6 @@ class Request:
     prompt: np.ndarray          # (P,) int64
     max_new_tokens: int
     temperature: float
-    top_p: float
     stop: list                  # of bytes
     uniform: np.ndarray         # (max_new_tokens,): all its random numbers, so batching cannot change them
     stream: Callable            # called with the bytes of each new token, or None
@@ -471,7 +469,7 @@ class PromptLookup:
         self.find()
 
     def find(self):
-        """Look up the last bigram, and count how many more tokens before it match."""
+        """Looks up the last bigram, and counts how many more tokens before it match."""
         seq = self.seq
         self.pos = self.ngram_index.get(tuple(seq[-2:]))
         self.match_len = 2
@@ -481,7 +479,7 @@ class PromptLookup:
                 self.match_len += 1
 
     def add(self, token):
-        """Append the next token to the text."""
+        """Appends the next token to the text."""
         right = False
         if self.pos is not None:
             right = self.seq[self.pos] == token
@@ -498,7 +496,7 @@ class PromptLookup:
             self.find()
 
     def accept_prob(self):
-        """Return the probability that the next guess is right: this text's record, after two guesses like others'."""
+        """Returns the probability that the next guess is right: this text's record, after two guesses like others'."""
         if self.pos is None:
             return 0.0
         right, made = self.counts[self.match_len]
@@ -517,12 +515,17 @@ class Engine:
     fast for few rows; None: if they are large. draft: guess tokens from the text so far, and check several in one pass.
     fixed_shapes: decode in passes of fixed shapes, DecodeGraph. Neither changes what is sampled.
 
+    A small model on a CPU takes one OpenMP thread, whoever calls: several would wait for each other at every product,
+    and beside a busy program each wait may last as long as the scheduler's turn. Any other model takes as many as are
+    set when its engine is made. Never does the load decide, so that a run can be repeated.
+
     The first chat or submit starts a thread that runs the model from then on. Until then generate runs it in the
-    caller's thread, which on a CPU is a quarter faster: there is one pool of OpenMP threads, not two that share the
-    cores.
+    caller's thread, which on a CPU is a quarter faster for a large model: there is one pool of OpenMP threads, not two
+    that share the cores.
     """
 
-    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True, fixed_shapes=False):
+    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True,
+                 fixed_shapes=False):
         weight = model.lm_head.weight
         self.model = model
         self.tokenizer = tokenizer
@@ -534,13 +537,14 @@ class Engine:
         self.fixed_shapes = fixed_shapes
         self.graphs = {}        # {shape: DecodeGraph}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if fixed_shapes and self.device.type == "cuda" else None
-        dtype = getattr(model, "compute_dtype", None) or weight.dtype     # of what is computed, and so of what is cached
+        dtype = getattr(model, "compute_dtype", None) or weight.dtype       # of what is computed and cached
         if pack is None:
             pack = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
         packable = (torch.float32, torch.bfloat16) if pack else (torch.bfloat16,)       # see cpu_linear
         self.pack = self.device.type == "cpu" and weight.dtype is dtype and dtype in packable
-        # Position `context` holds no token: padding is written there.
-        self.cache = KVCache(model.config, rows, self.context + 1, dtype, self.device)
+        is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_BELOW
+        self.num_threads = 1 if is_small else torch.get_num_threads()
+        self.cache = KVCache(model.config, rows, self.context, dtype, self.device)
         # Rows 0 .. len(active) - 1 are being sampled; the others are parked, their cached tokens waiting for reuse.
         self.active = []
         self.tokens = np.zeros((rows, self.context), int)       # what each row's cache holds
@@ -555,7 +559,7 @@ class Engine:
         self.refresh()
 
     def forget(self):
-        """Drop every cached token. Raises RuntimeError while replies are being sampled."""
+        """Drops every cached token. Raises RuntimeError while replies are being sampled."""
         with self.wake:
             if self.active or self.waiting:
                 raise RuntimeError("the cache cannot be dropped while replies are being sampled; wait for them first")
@@ -563,7 +567,7 @@ class Engine:
             self.used = [0] * self.rows
 
     def refresh(self):
-        """Take notice of changed weights: drop what the old ones cached and guessed, and pack anew."""
+        """Takes notice of changed weights: drops what the old ones cached and guessed, and packs anew."""
         self.forget()
         self.guess_counts = [[1, 2] for _ in range(PromptLookup.LONGEST + 1)]
         if self.pack:
@@ -572,15 +576,16 @@ class Engine:
     # -- what callers use
 
     def chat(self, messages, **options):
-        """Return the assistant's next reply to a conversation, a Completion. See submit for the options."""
+        """Returns the assistant's next reply to a conversation, a Completion. See submit for the options."""
         return self.submit(self.tokenizer.chat(messages), **options).result()
 
     def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
-        """Return a list of n Completions for each prompt (a text, a list of ids, or a conversation).
+        """Returns a list of n Completions for each prompt (a text, a list of ids, or a conversation).
 
-        Sample j of prompt i draws from seed + i * n + j; the n samples of a prompt share one prefill. on_completion(i, j,
-        completion) is called in the caller's thread as soon as that sample is done, while the others wait. What it
-        raises ends the call and takes back what is not done.
+        Sample j of prompt i draws from seed + i * n + j; the same calls give the same tokens on a CPU, and on a GPU but
+        for rounding. The n samples of a prompt share one prefill. on_completion(i, j, completion) is called in the
+        caller's thread as soon as that sample is done, while the others wait. What it raises ends the call and takes
+        back what is not done.
         """
         done = queue.SimpleQueue()
         requests = []
@@ -612,9 +617,9 @@ class Engine:
         return groups
 
     def submit(self, ids, **options):
-        """Queue one reply to the token ids of a prompt. Returns a Future of its Completion.
+        """Queues one reply to the token ids of a prompt, and returns a Future of its Completion.
 
-        Options: max_new_tokens, temperature, top_p, stop (strings), seed, and stream, which is called with the bytes of
+        Options: max_new_tokens, temperature, stop (strings), seed, and stream, which is called with the bytes of
         each new token. Raises ContextFull if the reply may not fit the context, ValueError for options out of range.
         """
         request = self._request(ids, **options)
@@ -627,15 +632,15 @@ class Engine:
         return request.future
 
     def _request(self, ids, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0, stream=None):
-        if not (ids and max_new_tokens >= 1 and temperature >= 0 and 0 < top_p <= 1):
-            raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1; found "
-                             f"{len(ids)} prompt tokens, {max_new_tokens}, {temperature} and {top_p}")
+        if not (ids and max_new_tokens >= 1 and temperature >= 0 and top_p == 1):
+            raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, and a top_p of 1, as training "
+                             f"has; found {len(ids)} prompt tokens, {max_new_tokens}, {temperature} and {top_p}")
         if len(ids) + max_new_tokens > self.context:
             raise ContextFull(f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the context of "
                               f"{self.context}; shorten the prompt, or give the engine a larger context")
         stop = [stop] if isinstance(stop, str) else stop
         uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return Request(np.array(ids), max_new_tokens, temperature, top_p, [text.encode() for text in stop if text],
+        return Request(np.array(ids), max_new_tokens, temperature, [text.encode() for text in stop if text],
                        uniform.numpy(), stream)
 
     def _ids(self, prompt):
@@ -653,8 +658,10 @@ class Engine:
             self._advance()
 
     def _advance(self):
-        """Make one step if there is anything to do. What it raises is handed to everyone who waits for a reply."""
+        """Makes one step if there is anything to do. What it raises is handed to everyone who waits for a reply."""
         with self.turn, torch.no_grad():        # not inference_mode: it would break later training of the same module
+            num_threads = torch.get_num_threads()       # of OpenMP, each Python thread's own
+            torch.set_num_threads(self.num_threads)
             try:
                 if self.active or self.waiting:
                     self.step()
@@ -668,9 +675,11 @@ class Engine:
                     request.future.set_exception(error)
                 if not isinstance(error, Exception):
                     raise
+            finally:
+                torch.set_num_threads(num_threads)
 
     def _withdraw(self, futures):
-        """Sample no further the replies that nobody waits for any more."""
+        """Samples no further the replies that nobody waits for any more."""
         with self.turn, self.wake:
             self.waiting = deque(request for request in self.waiting if request.future not in futures)
             for row in reversed(range(len(self.active))):
@@ -678,7 +687,7 @@ class Engine:
                     self.release_row(row)
 
     def step(self):
-        """Run one pass: every active row gets a token, and with it those of its draft that prove right.
+        """Runs one pass: every active row gets a token, and with it those of its draft that prove right.
 
         A token is sampled at each drafted position with that position's own random number, as without a draft. The
         draft only decides whether the positions after it count, so the tokens are those of plain decoding.
@@ -713,7 +722,7 @@ class Engine:
             future.set_result(completion)
 
     def propose_drafts(self):
-        """Return for each active row the tokens to try after its last.
+        """Returns for each active row the tokens to try after its last.
 
         A guess that is right with probability p, after j others, is right with p^(j + 1). It pays if that is more
         tokens than its cost would give otherwise. All that pay raise that rate, so the lengths are found again with it.
@@ -721,18 +730,19 @@ class Engine:
         B = len(self.active)
         if not self.draft:
             return [[]] * B
+        cost = TOKEN_COST[self.device.type]
         probs = [request.lookup.accept_prob() for request in self.active]
-        rate = B / (PASS_COST + TOKEN_COST * B)
+        rate = B / (1 + cost * B)
         for _ in range(3):
-            least = max(TOKEN_COST * rate, 1e-9)
+            least = max(cost * rate, 1e-9)
             lengths = [int(min(LONGEST_DRAFT, math.log(least) / math.log(p))) if p > least else 0 for p in probs]
             tokens = B + sum(p * (1 - p ** k) / (1 - p) for p, k in zip(probs, lengths) if k)
-            rate = max(rate, tokens / (PASS_COST + TOKEN_COST * (B + sum(lengths))))
+            rate = max(rate, tokens / (1 + cost * (B + sum(lengths))))
         left = [request.max_new_tokens - len(request.tokens) - 1 for request in self.active]
         return [request.lookup.guess(min(k, most)) for request, k, most in zip(self.active, lengths, left)]
 
     def decode_graph(self, drafts):
-        """Return (passes, graph) for the active rows, each size of the graph one of few; (1, None) where none fits."""
+        """Returns (passes, graph) for the active rows, each size of the graph one of few; (1, None) where none fits."""
         B = min(round_up(len(drafts)), self.rows)
         T = round_up(1 + max(map(len, drafts)))
         if not self.fixed_shapes or B * T > GRAPH_TOKENS:
@@ -741,49 +751,34 @@ class Engine:
         if T == 1:
             passes = min(CHECK_EVERY, max(request.max_new_tokens - len(request.tokens) for request in self.active))
         longest = max(self.lengths[:len(drafts)])
-        S = min(max(SHORTEST_SIGHT, round_up(longest + T + passes)), self.context)
-        limits = any(request.temperature and request.top_p < 1 for request in self.active)
-        shape = B, T, S, limits
+        S = min(max(SHORTEST_SIGHT, round_up(longest + T + passes)), self.cache.padding + 1)
+        shape = B, T, S
         if shape not in self.graphs:
             self.graphs[shape] = DecodeGraph(self.model, self.tokenizer.size, self.cache, *shape, self.pool)
         return passes, self.graphs[shape]
 
     def forward(self, drafts, passes, graph):
-        """Return for each active row [(token, logp)]: what is sampled after its last token and after each of its draft,
-        or in each of several passes."""
-        # 1. All rows' tokens, padded to (B, T).
-        counts = [1 + len(draft) for draft in drafts]
-        B, T = graph.shape[:2] if graph else (len(counts), max(counts))
-        tokens = np.zeros((B, T), int)
-        positions = np.full((B, T), self.context)       # of padding
-        settings = np.ones((B, 2))                      # temperature, top_p
-        uniform = np.zeros((B, passes * T))
-        for row, (request, draft) in enumerate(zip(self.active, drafts)):
-            num_done = len(request.tokens)
-            newest = request.tokens[-1] if num_done else request.prompt[-1]     # no pass has seen it yet
-            tokens[row, :counts[row]] = [newest, *draft]
-            positions[row, :counts[row]] = range(self.lengths[row], self.lengths[row] + counts[row])
-            settings[row] = request.temperature, request.top_p
-            numbers = request.uniform[num_done:num_done + passes * T]
-            uniform[row, :len(numbers)] = numbers
-        # 2. The graph computes the padding too; a ragged batch leaves it out.
+        """Returns for each active row [(token, logp)]: what is sampled after its last token and after each of its
+        draft, or in each of several passes."""
+        counts = [max(passes, 1 + len(draft)) for draft in drafts]
+        newest = [request.tokens[-1] if request.tokens else request.prompt[-1] for request in self.active]
+        tokens = [[token, *draft] for token, draft in zip(newest, drafts)]         # no pass has seen them yet
+        starts = self.lengths[:len(tokens)]
+        temperature = [request.temperature for request in self.active]
+        uniform = [request.uniform[len(request.tokens):][:count] for request, count in zip(self.active, counts)]
         if graph:
-            sampled, logps = graph.run(tokens, positions, settings, uniform)
-        else:
-            real = positions < self.context
-            batch = ForwardBatch(self.cache, range(B), self.lengths[:B], counts)
-            inputs = [torch.from_numpy(array).to(self.device) for array in (
-                tokens[real][None], settings.repeat(counts, 0), uniform[real])]
-            results = next_tokens(self.model, batch, self.tokenizer.size, *inputs)
-            sampled = np.zeros((B, T), int)
-            logps = np.zeros((B, T))
-            sampled[real], logps[real] = (result.cpu().numpy() for result in results)
-        # 3. Without the padding.
-        rows = zip(sampled.tolist(), logps.tolist(), drafts)
-        return [list(zip(row_tokens, row_logps))[:passes + len(draft)] for row_tokens, row_logps, draft in rows]
+            return graph.run(passes, tokens, starts, temperature, uniform)
+        batch = ForwardBatch(self.cache, range(len(tokens)), starts, counts)
+        arrays = np.concatenate(tokens)[None], np.repeat(temperature, counts).astype(float), np.concatenate(uniform)
+        inputs = [torch.from_numpy(array).to(self.device) for array in arrays]
+        if not any(temperature):
+            inputs[1] = None
+        sampled, logps = next_tokens(self.model, batch, self.tokenizer.size, *inputs)
+        pairs = zip(sampled.tolist(), logps.tolist())
+        return [list(itertools.islice(pairs, count)) for count in counts]
 
     def schedule(self):
-        """Give free rows to waiting requests, and bring their prompts but for the last token into the cache. Each
+        """Gives free rows to waiting requests, and brings their prompts but for the last token into the cache. Each
         reuses the longest beginning that some row holds."""
         # 1. Requests get rows while there are any.
         with self.wake:
@@ -813,12 +808,12 @@ class Engine:
             ready = row
 
     def shared_prefix(self, prompt):
-        """Return how many tokens at the beginning of each row are the prompt's, (R,)."""
+        """Returns how many tokens at the beginning of each row are the prompt's, (R,)."""
         equal = self.tokens[:, :len(prompt)] == prompt
-        return np.pad(equal, ((0, 0), (0, 1))).argmin(1)        # the first that is not, if only the one after the end
+        return np.logical_and.accumulate(equal, axis=1).sum(1)
 
     def assign_row(self, request, row, source, reused):
-        """Make `row` begin with the `reused` tokens of the row `source` that are the request's first."""
+        """Makes `row` begin with the `reused` tokens of the row `source` that are the request's first."""
         # 1. Take over the source if it is parked and holds this conversation's last turn, or another reply to its
         #    prompt. Else copy what is shared to an empty row, or to the one that was parked first.
         P = len(request.prompt) - 1
@@ -843,7 +838,7 @@ class Engine:
         self.prefilled_tokens += P - reused
 
     def prefill(self, rows):
-        """Compute what the cache lacks of the prompts in these rows, PREFILL_TOKENS in one pass."""
+        """Computes what the cache lacks of the prompts in these rows, PREFILL_TOKENS in one pass."""
         missing = [(row, pos) for row in rows for pos in range(self.lengths[row], len(self.active[row].prompt) - 1)]
         for begin in range(0, len(missing), PREFILL_TOKENS):
             part = missing[begin:begin + PREFILL_TOKENS]
@@ -856,7 +851,7 @@ class Engine:
                 self.lengths[row] += count
 
     def append_token(self, request, token, logp):
-        """Add a sampled token to its reply. Returns the Completion if that ends it, else None."""
+        """Adds a sampled token to its reply. Returns the Completion if that ends it, else None."""
         request.tokens.append(token)
         request.logps.append(logp)
         if request.lookup:
@@ -866,7 +861,7 @@ class Engine:
         if not ended:
             piece = self.tokenizer.bytes[token]
             request.text += piece
-            cut = find_stop(request.text, request.stop, len(piece))
+            cut = find_stop(request.text, request.stop, len(piece)) if request.stop else None
             if request.stream:
                 request.stream(piece)
         stopped = ended or cut is not None
@@ -877,7 +872,7 @@ class Engine:
                           time.perf_counter() - request.started)
 
     def release_row(self, row):
-        """Take a finished row out of the batch, and keep what it has cached."""
+        """Takes a finished row out of the batch, and keeps what it has cached."""
         request = self.active[row]
         last = len(self.active) - 1
         P = len(request.prompt) - 1
@@ -897,7 +892,7 @@ class Engine:
 
 
 def round_up(n):
-    """Return the next power of two."""
+    """Returns the next power of two."""
     return 1 << (n - 1).bit_length()
 
 
@@ -905,14 +900,9 @@ LARGE_BYTES = 2**26         # of weights, beyond what a processor's cache holds
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
 LONGEST_DRAFT = 32          # tokens of one row
-# The cost of a pass, and of each of its tokens, in a unit that does not matter. They are constants, so that the same
-# seeds always make the same passes.
-PASS_COST = 10.0
-TOKEN_COST = 1.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# The cost of one more token in a pass, of which the pass itself is 1. Constants, so that the same seeds always make the
+# same passes. On a GPU a pass of few tokens takes as long as reading the weights does.
+TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -920,7 +910,7 @@ TOKEN_COST = 1.0
 
 def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch", graphs=False,
          key="OPENAI_API_KEY"):
-    """Return the Engine or Endpoint that a --model value names.
+    """Returns the Engine or Endpoint that a --model value names.
 
     spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
     out), or "http://host:port/v1#name". device "auto": CUDA if there is one. dtype "auto": bfloat16 where the hardware
@@ -954,32 +944,27 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
 
 
 def small_files(model):
-    """A folder with the small files of the model that --model names, which may be on the hub; None if it has none."""
+    """Returns a folder with the small files of the model that --model names, or on the hub; None if it has none."""
     try:
         return None if is_server(model) or model in ("", "tiny") else find_folder(model, ("*.json",))
     except ValueError:      # there is no such model; who loads it says so
         return None
 
 
-@dataclass
-class Settings:
+@dataclass(kw_only=True)
+class Settings(ModelSettings):
     """Command line of sample.py."""
     prompt: str                         # what to say to the model
     model: str = "tiny"                 # a folder, a hub id, "tiny" (random weights), or http://host:port/v1#name
     max_new_tokens: int = 256           # the longest reply, in tokens
     temperature: float = 0.7            # 0 always takes the most likely token
-    top_p: float = 1.0                  # sample from the most likely tokens that together reach this probability
-    seed: int = 0                       # of the random numbers
-    dtype: str = "auto"                 # auto, float32 or bfloat16
-    device: str = "auto"                # auto, cpu or cuda
-    kernels: str = "torch"              # torch, or triton, on CUDA: fused operations, not yet measured on a GPU
     graphs: bool = False                # decode in CUDA graphs, which nobody has run on a GPU yet
 
 
 def main(cfg):
     policy = load(cfg.model, cfg.dtype, cfg.device, rows=1, kernels=cfg.kernels, graphs=cfg.graphs)
     messages = [{"role": "user", "content": cfg.prompt}]
-    options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "seed")}
     if isinstance(policy, Endpoint):
         print(policy.chat(messages, **options).text)
         return

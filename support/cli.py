@@ -45,12 +45,13 @@ class ModelSettings:
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # that products are computed in: float32, bfloat16, float64, or auto, which is bfloat16 where
         # the hardware multiplies it; weights that are trained are kept and updated in float32
-    kernels: str = "torch"  # torch, or triton, on CUDA, which has not been measured on a GPU yet
+    kernels: str = "torch"  # torch; on CUDA also compiled (training: each block by torch.compile), or triton (fused.py);
+        # neither has been measured on a GPU yet
     seed: int = 0  # of all that is drawn at random
 
     def __post_init__(self):
         check_choices(self, device=("auto", "cpu", "cuda"), dtype=("auto", "float64", "float32", "bfloat16"),
-                      kernels=("torch", "triton"))
+                      kernels=("torch", "compiled", "triton"))
 
 
 @dataclass

@@ -100,13 +100,14 @@ def compute_type(dtype, device):
     return getattr(torch, dtype)
 
 
-def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2):
+def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2,
+                kernels="torch"):
     """Returns a model to train, with weights and gradients in float32, sharded over all processes (FSDP2).
 
     Each process reads its own rows of the checkpoint in `folder`, or takes them from a model drawn at random from
     the seed if that is None. compute: dtype of products and activations, by default that of --dtype auto; gradients are
     reduced in float32. recompute: backward computes the activations of each block again. make: the class; a critic's
-    head, `score`, begins at zero.
+    head, `score`, begins at zero. kernels: "compiled" compiles the blocks.
     """
     # 1. Made on the meta device, without memory. The units of FSDP are the blocks, and the rest.
     with torch.device("meta"):
@@ -114,11 +115,14 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
     model.compute_dtype = compute or compute_type("auto", device)
     for block in model.model.layers:
         block.recompute = recompute
+        if kernels == "compiled" and model.compute_dtype is torch.bfloat16:     # others have attention of other shapes
+            block.compile()
     rank, world_size = rank_and_size()
     if world_size > 1:
         mesh = init_device_mesh(device.type, (world_size,))
         # Inputs of a block are not cast: cosines and sines of positions stay in float32.
-        policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
         for unit in (*model.model.layers, model):
             # By default the root, with embedding and head, would stay gathered after a forward without a backward:
             # memory that the reference does not need, and parameters that the optimizer does not know.

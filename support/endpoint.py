@@ -35,12 +35,12 @@ class EndpointError(RunError):
 
 
 def is_server(spec):
-    """Return whether a --model value is the address of a server."""
+    """Returns whether a --model value is the address of a server."""
     return str(spec).lower().startswith(("http://", "https://"))
 
 
 def address(spec):
-    """Return ((scheme, host, port), the URL to post to, the model's name) of "http://host:port/v1#name".
+    """Returns ((scheme, host, port), the URL to post to, the model's name) of "http://host:port/v1#name".
 
     Raises ValueError for another form, and for a key in it, because addresses stand in messages and results.
     """
@@ -60,7 +60,7 @@ def address(spec):
 
 
 def coder_key(coder, model):
-    """Return the name of the environment variable that holds the key for the server `coder`.
+    """Returns the name of the environment variable that holds the key for the server `coder`.
 
     OPENAI_API_KEY is for the host of `model`: a coder on another host has OPENAI_API_KEY_CODER, and so has any coder
     where that is set.
@@ -72,7 +72,7 @@ def coder_key(coder, model):
 
 
 def mask_key(text, key):
-    """Return the text with * for each piece of eight or more characters of the key (a server may have cut it)."""
+    """Returns the text with * for each piece of eight or more characters of the key (a server may have cut it)."""
     if not key:
         return text
     spellings = "\n".join((key, json.dumps(key), urllib.parse.quote(key, safe="")))
@@ -116,7 +116,7 @@ class Endpoint:
         self._opener = urllib.request.build_opener(AnyStatus)
 
     def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0):
-        """Return a Completion without tokens and logps, which the server keeps. messages: [{"role", "content"}].
+        """Returns a Completion without tokens and logps, which the server keeps. messages: [{"role", "content"}].
 
         Raises ContextFull where the server says so, and EndpointError for any other answer that is no reply.
         """
@@ -171,7 +171,7 @@ class Endpoint:
         return Completion(text, [], [], finish, *counts)
 
     def _post(self, body):
-        """Return (status, Retry-After, text) of the server's answer to one request."""
+        """Returns (status, Retry-After, text) of the server's answer to one request."""
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json", "User-Agent": "ml-agent"})
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
@@ -192,12 +192,12 @@ class Endpoint:
         return response.status, response.headers.get("Retry-After", ""), raw.decode("utf-8", "replace")
 
     def _excerpt(self, said):
-        """Return the beginning of what a server said, in printable ASCII and without the key."""
+        """Returns the beginning of what a server said, in printable ASCII and without the key."""
         text = " ".join(said[:4096].split())
         return ascii(mask_key(text, self._key)[:300])
 
 
 def find_stop(text, stops, num_new):
-    """Return where the earliest stop string begins in a text, or None. Only its last num_new characters are new."""
+    """Returns where the earliest stop string begins in a text, or None. Only its last num_new characters are new."""
     starts = [text.find(stop, max(0, len(text) - num_new - len(stop) + 1)) for stop in stops]
     return min((start for start in starts if start >= 0), default=None)

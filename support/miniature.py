@@ -13,9 +13,9 @@ from support.cli import format_table
 from support.conversations import read_conversations
 from support.files import shorten
 
-SHORT_ACTIONS = ("Set Constant", "Undo Edit Script", "Execute Script", "Final Answer")
+SHORT_ACTIONS = ("Set Constant", "Set Constant Again", "Undo Edit Script", "Execute Script", "Final Answer")
 SCRIPTED_ACTIONS = {        # of the scripted expert
-    "short": SHORT_ACTIONS, "full": ("Inspect Script Lines", "Replace In Script", *SHORT_ACTIONS[1:])}
+    "short": SHORT_ACTIONS, "full": ("Inspect Script Lines", "Replace In Script", *SHORT_ACTIONS[2:])}
 SHORT_FIELDS = ("Action", "Action Input")      # a model of a million weights gets every word more wrong
 FACTORS = ("*2", "/2", "*5", "/5")      # that a constant is multiplied with
 NUMBERS = ("0.1", "0.01")               # that take the place of 0.0, which no factor changes
@@ -24,7 +24,7 @@ VOCABULARY = 512        # ids of its tokenizer
 TINY = {                # settings of the whole demonstration
     "model": "tiny",
     "prompt_format": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 320, "max_new_tokens": 64,
-    "num": 6, "steps": 8, "max_row_tokens": 1024, "batch": 8, "epochs": 8.0, "lr": 1.5e-3, "beta2": 0.95,
+    "num": 6, "steps": 8, "max_row_tokens": 1024, "batch": 8, "epochs": 10.0, "lr": 1.5e-3, "beta2": 0.95,
     "warmup": 20, "save_every": 500}
 
 
@@ -90,7 +90,10 @@ def search_constants(cfg, task, rng, is_expert=True):
             pair = helped
         number, value = pair
         title = f"{constants(script)[int(number) - 1][0]} {value}"
-        step = yield reply_of(cfg, step, notes, title, "Set Constant", constant=number, value=value)
+        if pair == helped:
+            step = yield reply_of(cfg, step, notes, title, "Set Constant Again")
+        else:
+            step = yield reply_of(cfg, step, notes, title, "Set Constant", constant=number, value=value)
         if not cfg.show_scores:
             step = yield reply_of(cfg, step, notes, "run it", "Execute Script", script_name=entry)
 
@@ -250,12 +253,14 @@ def unseen_states(split, rng):
     return states
 
 
-def is_valid(action, args, script, last):
+def is_valid(action, args, script, last, change):
     """Returns whether the environment would carry out an action in such a state."""
     try:
+        if action == "Set Constant Again":
+            set_constant(script, *change)
         if action == "Set Constant":
             set_constant(script, **args)
-        return action != "Undo Edit Script" or last != "a run"
+        return action not in ("Undo Edit Script", "Set Constant Again") or last != "a run"
     except InvalidAction:
         return False
 
@@ -270,15 +275,14 @@ def judge_replies(cfg, engine, split):
     values = Counter()
     for (last, change, script, _), (reply,) in zip(states, replies):
         _, action, args, error = parse(reply.text, cfg.fields, cfg.actions)
-        found["valid"].append(not error and is_valid(action, args, script, last))
-        is_change = not error and action == "Set Constant"
-        if is_change:
+        found["valid"].append(not error and is_valid(action, args, script, last, change))
+        if not error and action == "Set Constant":
             named[args["constant"]] += 1
             values[args["value"]] += 1
         if last == "a worse score":
             found["undone if worse"].append(action == "Undo Edit Script")
         elif last == "a better score" and change in choices(script):
-            found["gone on if better"].append(is_change and tuple(args.values()) == change)
+            found["gone on if better"].append(action == "Set Constant Again")
     shares = {name: sum(hits) / max(1, len(hits)) for name, hits in found.items()}
     return shares, [named, values], f"{states[0][-1][-1]['content']}\n\nIts reply:\n{replies[0][0].text}"
 

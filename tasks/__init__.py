@@ -37,7 +37,7 @@ from support import sandbox
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
     MissingRaw, copy_raw, copy_raw_folder, is_disk_full, jpeg, loose_files, open_raw, raw_csv, raw_files,
-    split_positions, write_csv)
+    split_positions, share_of_test, write_csv)
 from tasks.submission import InvalidSubmission, matched, numbers, read_submission, read_table, show
 
 # What an idea may be about: the closed set of "kind" in ideas.json.
@@ -52,8 +52,6 @@ GRADING = threading.Lock()  # one submission is graded at a time, since tables o
 @dataclass(frozen=True)
 class Task:
     id: str
-    modality: str                   # "tabular", "image", "text" or "graph"
-    kind: str                       # "classification", "regression" or "generation"
     metric: str                     # the metric's name as printed
     direction: str                  # "up": higher is better, 1 is perfect; "down": lower is better, 0 is perfect
     split: str                      # "held-in" (trained on) or "held-out" (evaluated on)
@@ -61,7 +59,7 @@ class Task:
     download: str                   # what to get, from where
     size: str                       # how large the download is
     prepare: Callable               # (raw, public, private, variant): the publisher's files -> public and private
-    miniature: Callable             # (raw, seed): writes files as the publisher ships them, 50 to 500 rows
+    miniature: Callable             # (raw, seed): writes files as the publisher ships them, 300 test rows or more
     score: Callable                 # (answers, submission): two tables {column: [text]} -> float, or InvalidSubmission,
                                     # for what is in the submission, never for how it compares with the answers
     m_init: float | None            # the starter's score on the real data, first variant; None: not measured
@@ -77,7 +75,6 @@ class Task:
     test_file: str = ""             # the file that belongs to a test row, from the row's id: "images/{}.jpg"
     known_signal: str = ""          # why the publisher's own ids or order tell of the target, where they do
     known_twins: str = ""           # why train and test share rows in the publisher's own data, where they do
-    also: dict = field(default_factory=dict)    # further metrics: name -> a function as score
     variants: tuple = ("default",)  # names of splits; the first is the default
     published: dict = field(default_factory=dict)   # Table 1: model -> (average, best) of 8, accuracies from 0 to 1
     medals: dict = field(default_factory=dict)      # gold, silver, bronze, median -> score on Kaggle's leaderboard
@@ -205,14 +202,9 @@ def ideas(id):
 def _is_idea(idea):
     match idea:
         case {"title": str(), "kind": kind, "instruction": str(), "edits": [_, *_] as edits}:
-            return kind in IDEA_KINDS and all(map(_is_edit, edits))
-    return False
-
-
-def _is_edit(edit):
-    match edit:
-        case {"find": str(find), "replace": str()}:
-            return find != ""
+            texts = [edit.get(name) for edit in edits if isinstance(edit, dict) for name in ("find", "replace")]
+            is_text = len(texts) == 2 * len(edits) and all(isinstance(text, str) for text in texts)
+            return kind in IDEA_KINDS and is_text and all(texts[::2])       # what to find is not empty
     return False
 
 
@@ -430,20 +422,13 @@ def grade(id, path, data="data"):
     return _finite(score_file(load(id), _home(id, data), path))
 
 
-def also(id, path, data="data"):
-    """The further metrics of the submission at path, which are only shown: {name: float}, in the order of Task.also;
-    NaN where one is not defined for these predictions. Errors as grade's."""
-    task = load(id)
-    return {name: score_file(task, _home(id, data), path, score) for name, score in task.also.items()}
-
-
-def score_file(task, home, path, score=None):
-    """The score of the submission at path for the task prepared in home, by the function `score` (default: the task's);
-    NaN or infinity where the metric is not defined for these predictions. Errors as grade's."""
+def score_file(task, home, path):
+    """The score of the submission at path for the task prepared in home; NaN or infinity where the metric is not
+    defined for these predictions. Errors as grade's."""
     limit_bytes = (home / "public" / task.sample).stat().st_size * 4 + (4 << 20)    # numbers in full are 3 times longer
     with GRADING:
         submission = read_submission(path, limit_bytes)
-        return float((score or task.score)(read_answers(task, home), submission))
+        return float(task.score(read_answers(task, home), submission))
 
 
 def _finite(score):

@@ -94,8 +94,6 @@ def run_grade(args, ids):
     score = tasks.grade(task.id, args.file, args.data)
     print(f"{task.id} ({prepared(task.id, args.data)}): {task.metric} {score:.6g} "
           f"(the starter has {facts['m_init']:.6g}, the best known is {facts['m_best']:.6g})")
-    for name, value in tasks.also(task.id, args.file, args.data).items():
-        print(f"{name} {value:.6g}")
     return 0
 
 

@@ -16,6 +16,7 @@ import tasks
 
 SIGMAS = 5              # a signal: a rank correlation so many standard deviations from zero
 MAX_BYTES = 128 << 20   # of a public table that is searched
+CHANCE_LINE = re.compile(r"\w*(SEED|VALID)\w* = ")
 VALIDATION_LINE = re.compile(r"^validation .+: -?\d+(\.\d+)?\s*$", re.MULTILINE)
 
 
@@ -223,8 +224,9 @@ PROOFS = (changed_files, changed_starter, imperfect_answers, good_guesses, accep
 
 
 def check_ideas(id, data, python):
-    """(figures, failures) as check, of running each of the task's ideas on what is prepared in data/id: at least half
-    must improve the starter's score and at least one must make it worse."""
+    """(figures, failures) as check, of running each of the task's ideas on what is prepared in data/id: each must change
+    the starter's graded score, by more than another share of validation rows or another seed; at least half must
+    improve it and at least one must make it worse."""
     start = time.monotonic()
     task = tasks.load(id)
     starter = tasks.info(id, data)["m_init"]
@@ -232,9 +234,17 @@ def check_ideas(id, data, python):
     scores = []
     for idea in tasks.ideas(id):
         try:
-            scores.append(tasks.run_starter(task, Path(data) / id, python, tasks.apply(task.starter, idea))[0])
+            script = tasks.apply(task.starter, idea)
+            score = tasks.run_starter(task, Path(data) / id, python, script)[0]
         except (RuntimeError, ValueError) as error:
             failures.append(f"The idea {idea['title']!r} fails. {error}")
+            continue
+        scores.append(score)
+        changed = set(script.splitlines()) ^ set(task.starter.splitlines())
+        if math.isclose(score, starter, rel_tol=1e-9):
+            failures.append(f"The idea {idea['title']!r} does not change the graded score.")
+        elif all(map(CHANCE_LINE.match, changed)):
+            failures.append(f"The idea {idea['title']!r} is about the validation rows or a random seed alone.")
     num_better = sum(task.better(score, starter) for score in scores)
     num_worse = sum(task.better(starter, score) for score in scores)
     if 2 * num_better < len(scores):

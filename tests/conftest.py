@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the scripts that tests start
-os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run on the CPU; read when triton is first imported
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402
@@ -17,6 +16,8 @@ import tasks  # noqa: E402
 from forks import Forks  # noqa: E402
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels run on the CPU; read when triton is first imported
 
 # A shell starts background jobs with Ctrl-C ignored, and children would inherit that; some tests send it to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -319,6 +319,17 @@ def test_a_larger_num_and_another_task_add_to_a_folder_and_other_settings_are_re
         sft.collect(s)
 
 
+def test_real_data_have_no_seeds(toys):
+    raw = toys / "raw"
+    raw.mkdir()
+    (raw / "truth.csv").write_text("id,y\n1,10\n2,10\n")
+    for flags in ({"raw": str(raw)}, {}):       # the second time they are there already
+        sft.collect(settings(toys, task="toy-a", num=2, **flags))
+        heads = [env.read_trajectory(file)[0] for file in sorted((toys / "out").glob("*.jsonl"))]
+        assert [(head["data_seed"], head["miniature"]) for head in heads] == [(0, False)] * 2
+    assert not list((toys / "data").glob("seed-*"))
+
+
 # ---- a model as the expert
 
 REPLIES = [act("Replace In Script", script_name="train.py", find="VALUE = 3 ", replace="VALUE = 9 "),

@@ -436,6 +436,23 @@ def test_a_constant_is_that_of_the_script_as_it_is_now(make):
     assert "no constant, a line such as" in do(env, "Set Constant", constant=1, value="*2").error
 
 
+def test_a_change_is_made_again_also_after_restore(make):
+    """The last factor once more, whatever came between; a number is there already."""
+    env, other = make(prompt_format="short", steps=20), make(prompt_format="short", steps=20)
+    assert do(env, "Set Constant Again").error == "No constant has been set."
+    assert do(env, "Set Constant", constant=1, value="*1.2").score == 0.6
+    assert do(env, "Set Constant Again").score == 0.72
+    assert "Last: 0.72, better than 0.6, after Set Constant 1 *1.2" in env.prompt()[0]["content"]
+    undo(env)
+    other.restore(env.snapshot(), env.messages, index=4, m_before=0.6, seen=env.seen)
+    for one in (env, other):
+        assert do(one, "Set Constant Again").score == 0.72 and one.seen["change"] == {"constant": "1", "value": "*1.2"}
+    do(env, "Set Constant", constant=1, value="0.5")
+    assert do(env, "Set Constant Again").error == "VALUE is 0.5 already."
+    do(env, "Set Constant", constant=7, value="*2")       # it was refused, so it is not made again
+    assert env.seen["change"]["value"] == "0.5"
+
+
 def test_the_agent_is_told_what_its_edit_does(make):
     """Worked out by hand: the printed score against the best printed before, never the graded one."""
     env = make(prompt_format="short", steps=20)
@@ -1051,7 +1068,7 @@ def test_a_cache_entry_may_be_any_file(make, tmp_path):
     assert cache.get("aa") is None
 
 
-HEADER_ERRORS = [("task", "../x"), ("task", ".."), ("task", 5), ("task", None), ("data", 5), ("prompt_format", "long"),
+HEADER_ERRORS = [("data_seed", -1), ("data_seed", "../x"), ("data_seed", None), ("show_scores", 1), ("task", "../x"), ("task", ".."), ("task", 5), ("task", None), ("data", 5), ("prompt_format", "long"),
                  ("actions", "List Files"), ("actions", ["rm"]), ("actions", [["List Files"]]), ("fields", ["x"]),
                  ("fields", []), ("steps", 0), ("steps", "8"), ("steps", 1.5), ("steps", True), ("seconds", -1),
                  ("seconds", "9"), ("threads", 0), ("threads", None), ("python", 5), ("gpu", 0), ("sandbox", None),
@@ -1059,7 +1076,8 @@ HEADER_ERRORS = [("task", "../x"), ("task", ".."), ("task", 5), ("task", None), 
 STEP_ERRORS = [("index", "1"), ("reply", 5), ("reply", None), ("coder", "x"), ("coder", [5]), ("kind", "great"),
                ("outcome", "fine"), ("fields", []), ("args", {"a": 5}), ("valid", 1), ("m_after", "0.5"),
                ("m_before", float("inf")), ("m_top", {}), ("score", True), ("score", "0.5"), ("reward", "1"),
-               ("time_left_s", None), ("seconds", float("nan")), ("ended", None), ("observation", ["x"]),
+               ("change", {"constant": "1"}), ("change", {"constant": 1, "value": "*2"}), ("best_printed", "1"),
+               ("best_script", 5), ("news", None), ("time_left_s", None), ("seconds", float("nan")), ("ended", None), ("observation", ["x"]),
                ("printed", "1")]
 BOTH_ERRORS = [("messages", {}), ("messages", ["x"]), ("messages", [{"role": "user"}]),
                ("messages", [{"role": "root", "content": "x"}]), ("messages", [{"role": "user", "content": None}]),

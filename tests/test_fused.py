@@ -1,4 +1,5 @@
-"""The Triton kernels against their plain twins in model.py, in Triton's interpreter; and compiled for an H100."""
+"""The Triton kernels against their plain twins in model.py, on a GPU or else in Triton's interpreter; and compiled for
+an H100."""
 import os
 import subprocess
 import sys
@@ -19,17 +20,28 @@ from model import Config, LinearLogProb, Qwen2
 ODD = Config(vocab_size=301, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=2, tie_word_embeddings=False)
 DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+DEVICE = "cpu" if fused.INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def device():
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture
 def triton():
-    model.use_kernels("triton", "cpu")
+    model.use_kernels("triton", DEVICE)
     yield
-    model.use_kernels("torch", "cpu")
+    model.use_kernels("torch", DEVICE)
+
+
+def generator(seed):
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+    return torch.randn(shape, generator=generator(seed + sum(shape))).to(dtype)
 
 
 def assert_close(ours, plain, tolerance):
@@ -97,9 +109,8 @@ def test_strided_inputs_and_gradients():
 def test_log_probs_and_entropies(triton, N, C, V, size, words, dtype, tolerance, with_entropy):
     """Against log_softmax, with the logits rounded as the product in dtype rounds them; 9,000 words take three steps of
     a program."""
-    g = torch.Generator().manual_seed(N)
     x, weight = normal(N, C).to(dtype).requires_grad_(), normal(V, C, seed=3).to(dtype).requires_grad_()
-    targets = torch.randint(size, (N,), generator=g)
+    targets = torch.randint(size, (N,), generator=generator(N))
     up = normal(N), normal(N, seed=1) * with_entropy
     logp, entropy, first = LinearLogProb.apply(x, weight, targets, 0.7, size, words)
     grads = torch.autograd.grad((logp, entropy)[:1 + with_entropy], (x, weight), up[:1 + with_entropy])
@@ -144,34 +155,34 @@ def loss_and_gradients(net, tokens, targets):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_whole_model_with_kernels_is_the_plain_one(recompute):
-    net = Qwen2.from_scratch(ODD, seed=2)
+    net = Qwen2.from_scratch(ODD, seed=2, device=DEVICE)
     with torch.no_grad():
         for p in net.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
-    tokens = torch.randint(290, (1, 13), generator=torch.Generator().manual_seed(1))
+            p.add_(normal(*p.shape, seed=p.numel()) * 0.1)
+    tokens = torch.randint(290, (1, 13), generator=generator(1))
     plain = loss_and_gradients(net, tokens, tokens.roll(-1))
     for block in net.model.layers:
         block.recompute = recompute
-    model.use_kernels("triton", "cpu")
+    model.use_kernels("triton", DEVICE)
     try:
         ours = loss_and_gradients(net, tokens, tokens.roll(-1))
     finally:
-        model.use_kernels("torch", "cpu")
+        model.use_kernels("torch", DEVICE)
     for ours, theirs in zip(ours, plain):
         assert (ours - theirs).abs().max() <= 1e-5 * max(theirs.abs().max(), 1e-3)
 
 
 def test_a_frame_with_kernels_samples_what_plain_passes_sample():
-    net = Qwen2.from_scratch(Config(**{**vars(ODD), "num_hidden_layers": 1}), seed=2).requires_grad_(False)
+    net = Qwen2.from_scratch(Config(**{**vars(ODD), "num_hidden_layers": 1}), seed=2, device=DEVICE).requires_grad_(False)
     replies = []
     for name in ("torch", "triton"):
         engine = sample.Engine(net, sample.Tokenizer.of_bytes(), rows=2, context=64, draft=False, pack=False,
                                fixed_shapes=name == "triton")
-        model.use_kernels(name, "cpu")
+        model.use_kernels(name, DEVICE)
         try:
             replies += [g[0] for g in engine.generate([[1, 2, 3], [4]], max_new_tokens=3, seed=3)]
         finally:
-            model.use_kernels("torch", "cpu")
+            model.use_kernels("torch", DEVICE)
     for plain, framed in zip(replies[:2], replies[2:]):
         assert framed.tokens == plain.tokens
         assert (torch.tensor(framed.logps) - torch.tensor(plain.logps)).abs().max() < 1e-5
@@ -181,7 +192,7 @@ def test_the_benchmark_measures_the_same_computation_three_times(triton):
     """At small sizes: what Triton's, torch's and the function for torch.compile give is one result, and its gradients."""
     torch.manual_seed(0)
     seen = []
-    for name, function, inputs, grad, amount, unit, simple in bench.kernel_cases(ODD, 5, 3, 40, torch.float32, "cpu"):
+    for name, function, inputs, grad, amount, unit, simple in bench.kernel_cases(ODD, 5, 3, 40, torch.float32, DEVICE):
         ups = []
         ways = [lambda *x, ops=ops: function(ops, *x) for ops in (model, fused)] + [simple] * (simple is not None)
         plain, *others = [bench.run_case(way, inputs, grad, ups) for way in ways]
@@ -201,9 +212,12 @@ def test_a_device_that_cannot_run_them_is_refused(monkeypatch):
 
 
 COMPILE = """
+import subprocess, sys
+sys.path.insert(0, sys.argv[1])
 import torch, triton
 from triton.backends.compiler import GPUTarget
 import fused, model
+CUOBJDUMP = triton.knobs.nvidia.cuobjdump.path
 class H100:                                                                 # stands in for the driver
     get_current_device = get_current_stream = lambda self, *_: 0
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
@@ -211,7 +225,9 @@ triton.runtime.driver.set_active(H100())
 run = triton.runtime.JITFunction.run
 def compile_only(kernel, *args, grid, warmup, **options):
     made = run(kernel, *args, grid=grid, warmup=True, **options)
-    print(kernel.__name__, made.metadata.shared, len(made.asm["cubin"]), ".target sm_90" in made.asm["ptx"])
+    open("cubin", "wb").write(made.asm["cubin"])
+    used = subprocess.run([CUOBJDUMP, "-res-usage", "cubin"], capture_output=True, text=True, check=True).stdout
+    print(kernel.__name__, made.metadata.shared, ".target sm_90" in made.asm["ptx"], "STACK:0 " in used)
 triton.runtime.JITFunction.run = compile_only
 new = lambda *shape, dtype=torch.bfloat16: torch.empty(
     shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
@@ -232,13 +248,14 @@ for B, T in ((1, 1), (64, 1), (1, 16), (1, 1000)):
 
 
 def test_every_kernel_compiles_for_an_h100_at_the_shapes_of_the_7b(tmp_path):
-    """Shared memory at most 227 KiB, what a block may have there (CUDA's table of compute capabilities, 9.0)."""
+    """Without a register that spills to memory, and with shared memory of at most 227 KiB, what a block may have there
+    (CUDA's table of compute capabilities, 9.0)."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env,
-                          cwd=Path(__file__).parent.parent)
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", COMPILE, root], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     made = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, *_ in made} == {name for name, value in vars(fused).items() if name.startswith("_")
                                            and hasattr(value, "arg_names")} - {"_rotate", "_dot"}
-    for name, shared, size, target in made:
-        assert int(shared) <= 232448 and int(size) > 0 and target == "True", name
+    for name, shared, for_hopper, stays_in_registers in made:
+        assert int(shared) <= 232448 and for_hopper == stays_in_registers == "True", name

@@ -149,3 +149,8 @@ def test_the_split_is_the_rule_restated(n, fraction, seed):
     num_test = -int(-(fraction * n) // 1)                   # rounded up
     train, test = tasks.split_positions(n, fraction, seed)
     assert list(test) == list(shuffled[:num_test]) and list(train) == list(shuffled[num_test:])
+
+
+def test_only_tables_smaller_than_any_publishers_are_split_otherwise():
+    assert [tasks.share_of_test(0.1, n) for n in (750, 899, 900, 990)] == [0.4, 0.4, 0.1, 0.1]
+    assert int((1 - tasks.share_of_test(0.2, 1460)) * 1460) == 1168 and int((1 - 0.02) * 3911) == 3832

@@ -138,6 +138,7 @@ def test_every_state_is_that_of_the_recorded_run(made):
             state = rollout.states[f"{file.stem}, step {step['index']}"]
             here = rollout.begin(state.name)[0]
             assert here.messages == live.messages and here.prompt() == live.prompt()
+            assert str(here.data) == head["data"] and head["data_seed"] == 1 + int(file.stem[-1])
             assert here.snapshot() == live.snapshot() and here.m_before == live.m_before
             live.step(step["reply"])
             now = json.loads(json.dumps(vars(here.step(step["reply"]))))

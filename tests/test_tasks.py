@@ -5,6 +5,7 @@ Tests on real data need the publisher's files in ../shared/data beside the check
 import ast
 import filecmp
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -71,7 +72,7 @@ def miniature(raw, seed):
     write_csv(pd.DataFrame({"id": rng.permutation(80), "x": x, "y": 3 * x + 1}), raw / "all.csv")
 
 TASK = Task(
-    id="toy", modality="tabular", kind="regression", metric="MAE", direction="down", split="held-in", source="us",
+    id="toy", metric="MAE", direction="down", split="held-in", source="us",
     download="all.csv of the toy competition", size="1 kB", prepare=prepare, miniature=miniature, score=score,
     m_init=None, m_best=0.0, m_best_source="algebra", m_best_miniature=0.0, m_best_miniature_source="algebra",
     variants=("first", "last"))
@@ -209,6 +210,28 @@ def test_table_1_and_medals():
     assert tasks.load("spaceship-titanic").published == {}
 
 
+def test_a_seed_has_a_folder_of_its_own_and_held_out_files_are_known_there_too(toy, tmp_path):
+    assert tasks.seeded(tmp_path, 0) == tmp_path and tasks.seeded(str(tmp_path), 2) == tmp_path / "seed-2"
+    answers = []
+    for seed in (0, 1):
+        home = tasks.prepare("toy", data=tasks.seeded(tmp_path, seed), seed=seed, log=quiet)
+        answers.append((home / "private" / "test.csv").read_bytes())
+    assert answers[0] != answers[1] and tasks.held_out_hashes(tmp_path) == {}
+    (toy / "task.py").write_text(TOY_TASK.replace("held-in", "held-out"))
+    tasks._load.cache_clear()
+    hashes = tasks.held_out_hashes(tmp_path)
+    assert {hashlib.sha256(text).hexdigest() for text in answers} < set(hashes)
+
+
+def test_a_starter_that_takes_much_of_its_limit_is_warned_of(toy, tmp_path, monkeypatch):
+    lines = []
+    tasks.prepare("toy", data=tmp_path, log=lines.append)
+    assert not any("warning" in line for line in lines)
+    monkeypatch.setattr(tasks, "MINIATURE_S", 0.01)
+    tasks.prepare("toy", data=tmp_path, log=lines.append, force=True)
+    assert lines[-1] == "toy: warning: that is more than a third of the 0.01 s of processor time that a script has"
+
+
 def test_held_out_tasks_are_refused_by_name_and_by_the_hash_of_their_files(data):
     hashes = tasks.held_out_hashes(data)
     leaf, ship = (tasks.info(id, data)["sha256"] for id in ("leaf-classification", "spaceship-titanic"))
@@ -235,7 +258,7 @@ def idea(number, find, replace):
 
 BETTER = [idea(number, "{mean}\"", f"{{1 + (3 + 0.1 * {number}) * float(row['x'])}}\"") for number in range(6)]
 WORSE = [idea(number, "{mean}\"", "{-mean}\"") for number in (7, 8, 9)]
-IDEAS = [*BETTER, idea(6, "{mean}\"", "{mean + 0}\""), *WORSE]
+IDEAS = [*BETTER, *WORSE]
 
 
 def with_ideas(toy, ideas):
@@ -277,7 +300,7 @@ def test_running_the_ideas(toy, tmp_path, capsys):
     assert "All 1 are sound" in capsys.readouterr().out
     tasks.prepare("toy", data=tmp_path, log=quiet)
     row, failures = check_ideas("toy", tmp_path, sys.executable)
-    assert (row["better"], row["ideas"], row["worse"]) == (6, 10, 3) and failures == []
+    assert (row["better"], row["ideas"], row["worse"]) == (6, 9, 3) and failures == []
     faulty = [idea(10, "import csv", "import cvs"), idea(11, "{mean}", "{'x'}"), idea(12, "no such text", "")]
     with_ideas(toy, [*IDEAS[:4], *IDEAS[6:], *faulty])
     failures = " ".join(check_ideas("toy", tmp_path, sys.executable)[1])
@@ -287,6 +310,16 @@ def test_running_the_ideas(toy, tmp_path, capsys):
     with_ideas(toy, [*IDEAS[:4], *(idea(number, "{mean}", "{mean + 0}") for number in range(4, 10))])
     failures = " ".join(check_ideas("toy", tmp_path, sys.executable)[1])
     assert "Only 4 of 10 ideas improve" in failures and "No idea makes the score worse" in failures
+    assert failures.count("does not change the graded score") == 6
+
+
+def test_an_idea_about_chance_alone_is_none(toy, tmp_path):
+    (toy / "train.py").write_text(TOY_STARTER.replace("mean = sum(", "SEED = 0\nSHIFT = 0\nmean = SEED + SHIFT + sum("))
+    with_ideas(toy, [idea(1, "SEED = 0", "SEED = 1"), idea(2, "SHIFT = 0", "SHIFT = 1")])
+    tasks.prepare("toy", data=tmp_path, log=quiet)
+    failures = check_ideas("toy", tmp_path, sys.executable)[1]
+    assert "The idea 'Idea 1' is about the validation rows or a random seed alone." in failures
+    assert not any("Idea 2" in failure for failure in failures)
 
 
 WITH_IDEAS = [id for id in tasks.names() if tasks.ideas(id)]     # a task of one's own need not ship any
@@ -522,7 +555,7 @@ def test_miniatures_have_the_publishers_files_and_columns(id, tmp_path):
     assert ours == {path.name for path in raw.iterdir()}
     for name in ("train.csv", "test.csv", "sample_submission.csv"):
         mini, full = tasks.raw_csv(tmp_path, name), tasks.raw_csv(raw, name)
-        assert list(mini) == list(full) and len(mini) <= 500
+        assert list(mini) == list(full) and len(mini) <= 3000
         if name == "train.csv":
             texts = [column for column in mini if pd.api.types.is_string_dtype(full[column])]
             assert texts == [column for column in mini if pd.api.types.is_string_dtype(mini[column])]
@@ -535,8 +568,8 @@ def test_home_data_hides_the_copies_that_hold_the_answers(data, tmp_path):
     assert (tmp_path / "train.csv.gz").exists()
     assert shown == {"train.csv", "test.csv", "sample_submission.csv", "data_description.txt"}
     with gzip.open(tmp_path / "train.csv.gz", "rt") as stream:
-        assert (public / "train.csv").read_text() == "".join(stream.readlines()[:361])      # to the byte, "NA" and all
-    assert len(pd.read_csv(public / "sample_submission.csv")) == len(pd.read_csv(public / "test.csv")) == 90
+        assert (public / "train.csv").read_text() == "".join(stream.readlines()[:451])      # to the byte, "NA" and all
+    assert len(pd.read_csv(public / "sample_submission.csv")) == len(pd.read_csv(public / "test.csv")) == 300
 
 
 def test_public_files_cannot_be_written_by_mistake(data):
@@ -545,7 +578,6 @@ def test_public_files_cannot_be_written_by_mistake(data):
 
 def good_models(data):
     """Predictions by better models than the starters': id -> submission."""
-    from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LassoCV, LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -574,8 +606,9 @@ def good_models(data):
     rows = pd.concat([train, test])
     kinds = rows[["HomePlanet", "CryoSleep", "Destination", "VIP"]].astype(str)
     kinds = kinds.assign(Deck=rows["Cabin"].str[0], Side=rows["Cabin"].str[-1])
-    rows = pd.concat([pd.get_dummies(kinds, dtype=float), rows.select_dtypes("number").fillna(0)], axis=1).to_numpy()
-    model = HistGradientBoostingClassifier(random_state=0).fit(rows[:len(train)], train["Transported"])
+    amounts = rows.select_dtypes("number").drop(columns="Age").fillna(0) ** 0.5
+    rows = pd.concat([pd.get_dummies(kinds, dtype=float), rows["Age"].fillna(0), amounts], axis=1).to_numpy()
+    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(rows[:len(train)], train["Transported"])
     ships = pd.DataFrame({"PassengerId": test["PassengerId"], "Transported": model.predict(rows[len(train):])})
     return {"leaf-classification": leaves, "home-data-for-ml-course": homes, "spaceship-titanic": ships}
 
@@ -698,7 +731,7 @@ def put(column, value, row=0):
 
 @pytest.mark.parametrize("id, change, reason", [
     ("leaf-classification", lambda rows: rows.assign(extra="1"), "column 'extra' is not expected"),
-    ("leaf-classification", lambda rows: rows.assign(id=range(5000, 5050)), r"50 ids \(such as '5000'\) are not in"),
+    ("leaf-classification", lambda rows: rows.assign(id=range(5000, 5317)), r"317 ids \(such as '5000'\) are not in"),
     ("leaf-classification", put("Acer_Mono", "nan", 3), "Row 4 of column 'Acer_Mono' holds nan"),
     ("leaf-classification", put("Acer_Mono", "inf"), "holds inf; it must be a finite number from 0 to 1"),
     ("leaf-classification", put("Acer_Mono", "1e999"), "holds inf"),
@@ -856,19 +889,6 @@ def test_tables_are_read_as_they_stand(tmp_path):
         tasks.read_submission(tmp_path / "s.csv", 24)
 
 
-def test_further_metrics_are_shown_beside_the_score(toy, tmp_path, capsys):
-    also = 'also={"ten times": lambda answers, submission: 10 * score(answers, submission)}, variants='
-    (toy / "task.py").write_text(TOY_TASK.replace("variants=", also))
-    home = tasks.prepare("toy", data=tmp_path, log=quiet)
-    sample = home / "public" / "sample_submission.csv"
-    score = tasks.grade("toy", sample, tmp_path)
-    assert tasks.also("toy", sample, tmp_path) == {"ten times": pytest.approx(10 * score)}
-    assert main(["grade", "toy", str(sample), "--data", str(tmp_path)]) == 0
-    assert f"ten times {10 * score:.6g}" in capsys.readouterr().out
-    with pytest.raises(InvalidSubmission, match="no such file"):
-        tasks.also("toy", tmp_path / "none.csv", tmp_path)
-
-
 def test_grading_what_is_not_prepared_says_how_to_prepare_it(tmp_path):
     with pytest.raises(ValueError, match="python -m tasks prepare leaf-classification --data"):
         tasks.grade("leaf-classification", "submission.csv", tmp_path)
@@ -884,7 +904,7 @@ def test_undefined_metrics_are_refused(toy, tmp_path):
 
 def test_a_miniature_is_sound(data):              # `python -m tasks check` goes through all of them
     row, failures = check("leaf-classification", data, sys.executable)
-    assert failures == [] and row["test rows"] == 50
+    assert failures == [] and row["test rows"] == 317
 
 
 def rewrite(path, change):
@@ -1020,7 +1040,7 @@ def test_command_line(data, tmp_path, capsys):
     assert "scores do not compare with published ones" in capsys.readouterr().out
     sample = data / "spaceship-titanic" / "public" / "sample_submission.csv"
     assert main(["grade", "spaceship-titanic", str(sample), "--data", str(data)]) == 0
-    assert "spaceship-titanic (miniature): accuracy 0.4" in capsys.readouterr().out
+    assert "spaceship-titanic (miniature): accuracy 0.5" in capsys.readouterr().out
     assert main(["grade", "spaceship-titanic", str(tmp_path), "--data", str(data)]) == 1
     assert "not valid. The submission is not an ordinary file." in capsys.readouterr().err
     assert main(["prepare", "spaceship-titanic", "--data", str(data), "--raw", str(tmp_path / "no")]) == 2

@@ -32,14 +32,14 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """500 labelled pictures, three in four with a cactus, and 20 unlabelled ones: zips of 32 x 32 JPEGs of one length.
+    """1600 labelled pictures, three in four with a cactus, and 20 unlabelled ones: zips of 32 x 32 JPEGs of one length.
 
     Every picture shows ground with shrubs. A cactus is a thin upright stem with two arms, somewhere near the middle;
     pictures without one have a fallen trunk of that colour and size instead, turned any way. Under a cactus the ground
     is a little greener.
     """
     rng = np.random.default_rng(seed)
-    num_labelled, n = 500, 520
+    num_labelled, n = 1600, 1620
     label = np.concatenate([rng.permutation(np.arange(num_labelled) % 4 > 0), rng.random(20) < 0.75]).astype(int)
     names = [f"{rng.bytes(16).hex()}.jpg" for _ in range(n)]
     images = [jpeg(_picture(rng, has_cactus), size=3072) for has_cactus in label]
@@ -95,7 +95,7 @@ def _smooth(rng, side, knots):
 
 
 TASK = Task(
-    id="aerial-cactus-identification", modality="image", kind="classification", metric="AUC", direction="up",
+    id="aerial-cactus-identification", metric="AUC", direction="up",
     split="held-in", source="MLE-bench", variants=("mle-bench",),
     prepare=prepare, miniature=miniature, score=score, test_file="test/{}",
     download="train.csv and train.zip of the Kaggle competition aerial-cactus-identification, or its whole zip",

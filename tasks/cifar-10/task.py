@@ -136,7 +136,7 @@ def _text(value):
 # ------------------------------------------------------------------------------------------------------------ miniature
 
 def miniature(raw, seed):
-    """The archive with 5 x 60 images to train on and 200 to test on.
+    """The archive with 5 x 100 images to train on and 300 to test on.
 
     A class is one of five shapes in a cold or a warm colour, in any place, size and turn, unevenly lit, on any ground.
     """
@@ -147,12 +147,12 @@ def miniature(raw, seed):
             member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
-        for i, (name, rows) in enumerate([*((name, 60) for name in TRAIN), ("test_batch", 200)]):
+        for i, (name, rows) in enumerate([*((name, 100) for name in TRAIN), ("test_batch", 300)]):
             labels = rng.permutation(np.arange(rows) % len(CLASSES))
             data = np.stack([_picture(rng, k).transpose(2, 0, 1).ravel() for k in labels])
             add(name, {b"batch_label": f"batch {i + 1} of 6".encode(), b"labels": labels.tolist(), b"data": data,
                        b"filenames": [f"{CLASSES[k]}_{j:04d}.png".encode() for j, k in enumerate(labels)]})
-        add("batches.meta", {b"num_cases_per_batch": 60, b"num_vis": 3 * SIDE * SIDE,
+        add("batches.meta", {b"num_cases_per_batch": 100, b"num_vis": 3 * SIDE * SIDE,
                              b"label_names": [name.encode() for name in CLASSES]})
 
 
@@ -172,7 +172,7 @@ def _picture(rng, k):
 
 
 TASK = Task(
-    id="cifar-10", modality="image", kind="classification", metric="accuracy", direction="up", split="held-in",
+    id="cifar-10", metric="accuracy", direction="up", split="held-in",
     source="MLAgentBench", variants=("mlagentbench",), targets=tuple(COLUMNS),
     prepare=prepare, miniature=miniature, score=score,
     download="cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html", size="170 MB",

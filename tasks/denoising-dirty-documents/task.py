@@ -101,7 +101,7 @@ def miniature(raw, seed):
 WORDS = "a few lines of print on a page that somebody put a cup of coffee on and folded twice before the scan".split()
 
 TASK = Task(
-    id="denoising-dirty-documents", modality="image", kind="generation", metric="RMSE", direction="down",
+    id="denoising-dirty-documents", metric="RMSE", direction="down",
     split="held-out", source="MLE-bench", variants=("mle-bench",), targets=("value",), answers="answers.csv",
     sample="sampleSubmission.csv",
     prepare=prepare, miniature=miniature, score=score,

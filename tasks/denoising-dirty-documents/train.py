@@ -5,7 +5,10 @@ import numpy as np
 from PIL import Image
 
 SEED = 0
-LOW, HIGH = 0, 100      # percentiles of a page's brightness that become black and white
+TILES = 1               # a page is cut into TILES x TILES parts, each of which is stretched by itself
+WHITE = 100             # percentile of a part's brightness that becomes white; its darkest pixel becomes black
+GAMMA = 1.0             # power of the stretched brightness: less than 1 makes grays brighter
+CONTRAST = 1.0          # slope around the middle gray
 
 
 def load(folder):
@@ -16,8 +19,15 @@ def load(folder):
 
 def restore(page):
     """The clean page for a dirty one."""
-    low, high = np.percentile(page, [LOW, HIGH])
-    return np.clip((page - low) / (high - low), 0, 1)
+    bands = np.array_split(page, TILES)
+    return np.concatenate([np.hstack([stretch(part) for part in np.array_split(band, TILES, 1)]) for band in bands])
+
+
+def stretch(part):
+    """A part of a page with its contrast stretched, from 0 to 1."""
+    low, high = part.min(), np.percentile(part, WHITE)
+    gray = np.clip((part - low) / max(high - low, 1e-6), 0, 1) ** GAMMA
+    return np.clip(0.5 + CONTRAST * (gray - 0.5), 0, 1)
 
 
 dirty, clean = load("train"), load("train_cleaned")

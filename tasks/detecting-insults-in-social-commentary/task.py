@@ -1,14 +1,14 @@
 """Insults in comments: whether a comment is meant to insult someone in the conversation.
 
 Files and split are MLE-bench's: no split is made, the publisher's first test set and its solutions are the test. The
-score is the paper's accuracy, with probabilities above 0.5 taken as insults; MLE-bench's own metric, the AUC, is shown
-beside it. No row has an id: the comment itself is the key, so it must come back unchanged.
+score is the paper's accuracy, with probabilities above 0.5 taken as insults; MLE-bench's own is the AUC. No row has an
+id: the comment itself is the key, so it must come back unchanged.
 """
 import random
 
 import pandas as pd
 
-from tasks import Task, accuracy, auc, copy_raw, matched, numbers, raw_csv, write_csv
+from tasks import Task, accuracy, copy_raw, matched, numbers, raw_csv, write_csv
 
 
 def prepare(raw, public, private, variant):
@@ -24,22 +24,12 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Share of comments that are right, a probability above 0.5 meaning an insult."""
-    truth, predicted = _both(answers, submission)
-    return accuracy(truth, predicted > 0.5)
-
-
-def area(answers, submission):
-    """MLE-bench's metric: the area under the ROC curve of the probabilities."""
-    return auc(*_both(answers, submission))
-
-
-def _both(answers, submission):
     predicted = matched(submission, answers, "Comment", ["Insult"])
-    return numbers(answers, ["Insult"])[:, 0], numbers(predicted, ["Insult"], low=0, high=1)[:, 0]
+    return accuracy(numbers(answers, ["Insult"]), numbers(predicted, ["Insult"], low=0, high=1) > 0.5)
 
 
 def miniature(raw, seed):
-    """320 comments to train on and 180 to test on, 40 % of them insults.
+    """450 comments to train on and 300 to test on, 40 % of them insults.
 
     Rude words and "you" occur in both kinds: an insult calls the reader rude names, the rest call others so, or speak
     to the reader kindly. Rude words are often spelt in ways that come once only. Escapes stand for spaces and lines.
@@ -47,7 +37,7 @@ def miniature(raw, seed):
     rng = random.Random(seed)
     taste = {kind: [rng.lognormvariate(0, 1) for _ in words] for kind, words in WORDS.items()}
     seen, rows = set(), []
-    while len(rows) < 500:
+    while len(rows) < 750:
         insult = rng.random() < 0.4
         text = _comment(rng, insult, taste)
         if text not in seen:
@@ -56,7 +46,7 @@ def miniature(raw, seed):
             date += f"{rng.randint(0, 23):02d}{rng.randint(0, 59):02d}{rng.randint(0, 59):02d}Z"
             rows.append([int(insult), "" if rng.random() < 0.2 else date, f'"{text}"'])
     rows = pd.DataFrame(rows, columns=["Insult", "Date", "Comment"])
-    train, test = rows[:320], rows[320:]
+    train, test = rows[:450], rows[450:]
     write_csv(train, raw / "train.csv")
     usage = [rng.choice(["PublicTest", "PrivateTest"]) for _ in range(len(test))]
     write_csv(test.assign(Usage=usage), raw / "test_with_solutions.csv")
@@ -116,18 +106,17 @@ WORDS = {
 }
 
 TASK = Task(
-    id="detecting-insults-in-social-commentary", modality="text", kind="classification", metric="accuracy",
+    id="detecting-insults-in-social-commentary", metric="accuracy",
     direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), key="Comment",
     targets=("Insult",), sample="sample_submission_null.csv", prepare=prepare, miniature=miniature, score=score,
-    also={"AUC": area},
     known_signal="the comment itself is the key, and how it begins tells of the target",
     known_twins="comments have no ids, so the same short one may have been written in both files",
     download="train.csv and test_with_solutions.csv of the Kaggle competition detecting-insults-in-social-commentary, "
              "or its whole zip", size="2 MB",
     m_init=0.82168,
     m_best=0.8625, m_best_source="shipped ideas, measured; Kaggle's leaderboard has the AUC",
-    m_best_miniature=0.9833,
-    m_best_miniature_source="logistic regression on words and character n-grams, escapes and disguised spelling undone",
+    m_best_miniature=0.9967,
+    m_best_miniature_source="logistic regression on words, pairs of words and character n-grams",
     published={"Qwen-7B-Instruct": (0.8013, 0.8075), "Qwen-32B-Instruct": (0.8089, 0.8201),
                "GPT-4o-mini": (0.8006, 0.8044), "GPT-4o": (0.8033, 0.8170), "DeepSeek-R1": (0.7992, 0.8041),
                "ML-Agent": (0.8111, 0.8273)},

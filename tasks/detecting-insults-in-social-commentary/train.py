@@ -9,7 +9,11 @@ from sklearn.pipeline import make_pipeline
 SEED = 0
 VALID_FRACTION = 0.2    # share of the training rows held back to measure the accuracy
 MIN_COMMENTS = 2        # words found in fewer comments are left out
+MIN_LETTERS = 2         # shorter words are left out
+MAX_RUN = 1             # runs of up to so many words count, each as a word of its own
 C = 0.5                 # inverse strength of the regularisation
+INSULT_WEIGHT = 1.0     # how much an insult counts in training; another comment counts 1
+WORD = rf"\b\w{{{MIN_LETTERS},}}\b"
 
 train = pd.read_csv("data/train.csv")
 test = pd.read_csv("data/test.csv")
@@ -21,8 +25,9 @@ def clean(comments):
 
 
 def build_model():
-    words = TfidfVectorizer(min_df=MIN_COMMENTS)
-    return make_pipeline(words, LogisticRegression(C=C, max_iter=300, random_state=SEED))
+    words = TfidfVectorizer(min_df=MIN_COMMENTS, ngram_range=(1, MAX_RUN), token_pattern=WORD)
+    return make_pipeline(words, LogisticRegression(C=C, class_weight={1: INSULT_WEIGHT}, max_iter=300,
+                                                   random_state=SEED))
 
 
 fit, valid = train_test_split(train, test_size=VALID_FRACTION, random_state=SEED)

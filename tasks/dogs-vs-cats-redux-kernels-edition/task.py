@@ -45,13 +45,13 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """250 cats, 250 dogs and 20 unlabelled pictures, as zips of JPEGs of many sizes and one length.
+    """1500 cats, 1500 dogs and 20 unlabelled pictures, as zips of JPEGs of many sizes and one length.
 
     Each shows a face near the middle, of any colour before any other. Cats have whiskers and pointed ears that stand,
     dogs have a long snout and round ears that hang.
     """
     rng = np.random.default_rng(seed)
-    names = [f"train/{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(250)]
+    names = [f"train/{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(1500)]
     names += [f"test/{i}.jpg" for i in range(1, 21)]
     is_dog = [name.startswith("train/dog") or (name.startswith("test/") and rng.random() < 0.5) for name in names]
     images = {name: jpeg(_picture(rng, dog), step=16, size=8192) for name, dog in zip(names, is_dog)}
@@ -98,7 +98,7 @@ def _picture(rng, dog):
 
 
 TASK = Task(
-    id="dogs-vs-cats-redux-kernels-edition", modality="image", kind="classification", metric="log loss",
+    id="dogs-vs-cats-redux-kernels-edition", metric="log loss",
     direction="down", split="held-in", source="MLE-bench", variants=("mle-bench",), prepare=prepare,
     miniature=miniature, score=score, answers="answers.csv", test_file="test/{}.jpg",
     download="train.zip of the Kaggle competition dogs-vs-cats-redux-kernels-edition, or its whole zip", size="850 MB",

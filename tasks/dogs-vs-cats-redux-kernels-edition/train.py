@@ -13,10 +13,10 @@ except ImportError:
     raise SystemExit("This script reads JPEG files with pillow, which is not installed: pip install pillow")
 
 SEED = 0
-SIDE = 32               # the pictures are scaled to SIDE x SIDE pixels
+SIDE = 24               # the pictures are scaled to SIDE x SIDE pixels
 VALID_FRACTION = 0.2    # share of the training pictures held back to measure the log loss
 CHANNELS = 8            # of the first layer; each further layer has twice as many
-EPOCHS = 7              # passes over the training pictures
+EPOCHS = 3              # passes over the training pictures
 BATCH_SIZE = 32
 LEARNING_RATE = 0.003
 

@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pandas as pd
 
-from tasks import Task, matched, mcrmse, numbers, raw_csv, write_csv
+from tasks import Task, matched, mcrmse, numbers, raw_csv, share_of_test, write_csv
 
 RATINGS = ["cohesion", "syntax", "vocabulary", "phraseology", "grammar", "conventions"]
 
@@ -19,7 +19,7 @@ def prepare(raw, public, private, variant):
     """3911 rated essays become 3832 to train on and 79 to test on; the publisher's three unrated ones are left out."""
     rows = raw_csv(raw, "train.csv", ["text_id", "full_text", *RATINGS], dtype=str, keep_default_na=False)
     rows = rows.iloc[np.random.RandomState(42).permutation(len(rows))]
-    num_train = int(0.98 * len(rows))
+    num_train = int((1 - share_of_test(0.02, len(rows))) * len(rows))
     train, test = rows[:num_train], rows[num_train:]
     write_csv(train, public / "train.csv")
     write_csv(test[["text_id", "full_text"]], public / "test.csv")
@@ -34,7 +34,7 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """500 rated essays and three unrated ones.
+    """750 rated essays and three unrated ones.
 
     A writer has a level, and a rating of each side of the language near it. Cohesion shows in linking words, syntax in
     joined clauses, vocabulary in rich words, phraseology in which verb goes with which noun, grammar in agreement of
@@ -42,14 +42,14 @@ def miniature(raw, seed):
     """
     rng = random.Random(seed)
     rows = []
-    for id in rng.sample(range(16 ** 12), 503):
+    for id in rng.sample(range(16 ** 12), 753):
         level = rng.gauss(3.1, 0.5)
         ratings = {name: min(5, max(1, round(2 * rng.gauss(level, 0.45)) / 2)) for name in RATINGS}
         rows.append({"text_id": f"{id:012X}", "full_text": _essay(rng, ratings), **ratings})
     rows = pd.DataFrame(rows)
-    write_csv(rows[:500].astype({name: float for name in RATINGS}), raw / "train.csv")
-    write_csv(rows[500:][["text_id", "full_text"]], raw / "test.csv")
-    write_csv(rows[500:][["text_id"]].assign(**{name: 3.0 for name in RATINGS}), raw / "sample_submission.csv")
+    write_csv(rows[:750].astype({name: float for name in RATINGS}), raw / "train.csv")
+    write_csv(rows[750:][["text_id", "full_text"]], raw / "test.csv")
+    write_csv(rows[750:][["text_id"]].assign(**{name: 3.0 for name in RATINGS}), raw / "sample_submission.csv")
 
 
 def _essay(rng, ratings):
@@ -111,14 +111,14 @@ ADJECTIVES = [      # plain and rich
 ]
 
 TASK = Task(
-    id="feedback-prize-english-language-learning", modality="text", kind="regression", metric="MCRMSE",
+    id="feedback-prize-english-language-learning", metric="MCRMSE",
     direction="down", split="held-in", source="MLAgentBench", variants=("mlagentbench",), key="text_id",
     targets=tuple(RATINGS), answers="answer.csv", prepare=prepare, miniature=miniature, score=score,
     download="train.csv of the Kaggle competition feedback-prize-english-language-learning, or its whole zip",
     size="9 MB",
     m_init=0.63564,
     m_best=0.43, m_best_source="the winners' score in participants' reports of the Kaggle competition",
-    m_best_miniature=0.4085,
+    m_best_miniature=0.4218,
     m_best_miniature_source="ridge regression on runs of up to three words and measures of form",
     published={"Qwen-7B-Instruct": (0.6735, 0.6116), "Qwen-32B-Instruct": (0.6273, 0.5783),
                "GPT-4o-mini": (0.6211, 0.5940), "GPT-4o": (0.6435, 0.6098), "DeepSeek-R1": (0.6452, 0.5973),

@@ -12,14 +12,14 @@ import gzip
 import numpy as np
 import pandas as pd
 
-from tasks import Task, copy_raw, mae, matched, numbers, raw_csv, write_csv
+from tasks import Task, copy_raw, mae, matched, numbers, raw_csv, share_of_test, write_csv
 
 
 def prepare(raw, public, private, variant):
     """1460 labelled rows become 1168 to train on and 292 to test on, in their order; the unlabelled rows are left out.
     """
     rows = raw_csv(raw, "train.csv", ["Id", "SalePrice"], dtype=str, keep_default_na=False)
-    num_train = int(0.8 * len(rows))
+    num_train = int((1 - share_of_test(0.2, len(rows))) * len(rows))
     train, test = rows[:num_train], rows[num_train:]
     write_csv(train, public / "train.csv")
     write_csv(test.drop(columns="SalePrice"), public / "test.csv")
@@ -36,13 +36,13 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """450 labelled houses and 60 without a price, as CSV files and gzip copies of them.
+    """750 labelled houses and 60 without a price, as CSV files and gzip copies of them.
 
     The price is a product of effects: size above ground and below, quality, age, garage, fireplaces, neighbourhood,
     kitchen, cooling, lot, and 6 % noise. The other columns are drawn at random and say nothing.
     """
     rng = np.random.default_rng(seed)
-    n = 510
+    n = 810
     house = {name: rng.choice(values.split("|"), n, p=_weights(values)) for name, values in CATEGORIES.items()}
     area = np.exp(rng.normal(7.25, 0.3, n)).astype(int)
     quality = np.clip(rng.normal(6, 1.4, n).round(), 1, 10).astype(int)
@@ -76,9 +76,9 @@ def miniature(raw, seed):
     for name, share in EXTRAS.items():
         house[name] = (rng.random(n) < share) * rng.integers(20, 400, n)
     frame = pd.DataFrame(house)[COLUMNS]
-    unlabelled = frame[450:].drop(columns="SalePrice")
+    unlabelled = frame[750:].drop(columns="SalePrice")
     sample = unlabelled[["Id"]].assign(SalePrice=180000.5)
-    tables = {"train": frame[:450], "test": unlabelled, "sample_submission": sample}
+    tables = {"train": frame[:750], "test": unlabelled, "sample_submission": sample}
     for name, table in tables.items():
         write_csv(table, raw / f"{name}.csv")
         (raw / f"{name}.csv.gz").write_bytes(gzip.compress((raw / f"{name}.csv").read_bytes(), mtime=0))
@@ -129,7 +129,7 @@ CATEGORIES = {      # the values of each category, the most frequent first
 }
 
 TASK = Task(
-    id="home-data-for-ml-course", modality="tabular", kind="regression", metric="MAE", direction="down",
+    id="home-data-for-ml-course", metric="MAE", direction="down",
     split="held-in", source="MLAgentBench", variants=("mlagentbench",), key="Id",
     prepare=prepare, miniature=miniature, score=score,
     download="train.csv and data_description.txt of the Kaggle competition home-data-for-ml-course, or its whole zip",
@@ -137,7 +137,7 @@ TASK = Task(
     m_init=21896.0,
     m_best=15520.7,
     m_best_source="measured: boosting of the log price on all columns, 2000 trees of depth 4, Huber loss",
-    m_best_miniature=8893.0, m_best_miniature_source="lasso of the log price on all features, sizes by their logarithm",
+    m_best_miniature=7988.0, m_best_miniature_source="lasso of the log price on all features, sizes by their logarithm",
     published={"Qwen-7B-Instruct": (21626, 21412), "Qwen-32B-Instruct": (21134, 20440), "GPT-4o-mini": (20671, 19905),
                "GPT-4o": (20850, 20441), "DeepSeek-R1": (20929, 20234), "ML-Agent": (20209, 18440)},
 )

@@ -30,20 +30,20 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """320 labelled comments, and 240 to test on, of which 180 have labels.
+    """450 labelled comments, and 375 to test on, of which 300 have labels.
 
     Each kind of toxicity has its own made-up swear words, spelt in many ways: with doubled letters, digits for letters
     and endings. Vegetables insult only after "you". Who shouts (in capitals) is severe. Hate is a people named beside a
     swear word, and one comment in twenty is labelled wrongly.
     """
     rng = np.random.default_rng(seed)
-    n = 560
+    n = 825
     comments, labels = zip(*(_comment(rng) for _ in range(n)))
     ids = [f"{id:016x}" for id in rng.integers(1 << 62, size=n)]
-    ids = sorted(ids[:320]) + sorted(ids[320:])
+    ids = sorted(ids[:450]) + sorted(ids[450:])
     frame = pd.DataFrame({"id": ids, "comment_text": comments}).join(pd.DataFrame(labels, columns=LABELS))
-    train, test = frame[:320], frame[320:]
-    unscored = np.isin(np.arange(len(test)), rng.permutation(len(test))[:60])
+    train, test = frame[:450], frame[450:]
+    unscored = np.isin(np.arange(len(test)), rng.permutation(len(test))[:75])
     answers = test[["id", *LABELS]].copy()
     answers.loc[unscored, LABELS] = -1
     sample = test[["id"]].assign(**dict.fromkeys(LABELS, 0.5))
@@ -105,14 +105,14 @@ song album year film he she they wrote built played won lost first second old ne
 you me one deleted reverted vandalism neutral opinion fact policy help welcome project stub template""".split()
 
 TASK = Task(
-    id="jigsaw-toxic-comment-classification-challenge", modality="text", kind="classification", metric="mean AUC",
+    id="jigsaw-toxic-comment-classification-challenge", metric="mean AUC",
     direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), targets=tuple(LABELS),
     prepare=prepare, miniature=miniature, score=score,
     download="train.csv.zip, test.csv.zip, test_labels.csv.zip and sample_submission.csv.zip of the Kaggle competition "
              "jigsaw-toxic-comment-classification-challenge, or its whole zip", size="55 MB",
     m_init=None,
     m_best=0.98856, m_best_source="first place of Kaggle's private leaderboard",
-    m_best_miniature=0.959,
+    m_best_miniature=0.9714,
     m_best_miniature_source="logistic regression on pieces of words spelt plainly, pairs of words and capitals",
     published={"Qwen-7B-Instruct": (0.9746, 0.9752), "Qwen-32B-Instruct": (0.9751, 0.9753),
                "GPT-4o-mini": (0.9744, 0.9752), "GPT-4o": (0.9751, 0.9752), "DeepSeek-R1": (0.9752, 0.9752),

@@ -8,9 +8,13 @@ from sklearn.model_selection import train_test_split
 
 SEED = 0
 VALID_FRACTION = 0.2    # share of the training rows held back to measure the AUC
-MAX_WORDS = 20000       # the most frequent words count
+MIN_COMMENTS = 1        # words found in fewer comments are left out
+MIN_LETTERS = 2         # shorter words are left out
+MAX_RUN = 1             # runs of up to so many words count, each as a word of its own
 C = 1.0                 # inverse strength of the regularisation
+TOXIC_WEIGHT = 1.0      # how much a comment with the label counts in training; one without it counts 1
 LABELS = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
+WORD = rf"\b\w{{{MIN_LETTERS},}}\b"
 
 
 def load(path):
@@ -20,7 +24,7 @@ def load(path):
 
 
 def build_model():
-    return LogisticRegression(C=C, solver="liblinear", random_state=SEED)
+    return LogisticRegression(C=C, class_weight={1: TOXIC_WEIGHT}, solver="liblinear", random_state=SEED)
 
 
 def predict(x_fit, y_fit, x):
@@ -30,7 +34,8 @@ def predict(x_fit, y_fit, x):
 
 train, texts = load("data/train.csv")
 test, test_texts = load("data/test.csv")
-vectorizer = TfidfVectorizer(max_features=MAX_WORDS, sublinear_tf=True)
+vectorizer = TfidfVectorizer(min_df=MIN_COMMENTS, ngram_range=(1, MAX_RUN), token_pattern=WORD, max_features=20000,
+                             sublinear_tf=True)
 x = vectorizer.fit_transform(texts)
 x_test = vectorizer.transform(test_texts)
 y = train[LABELS].to_numpy()

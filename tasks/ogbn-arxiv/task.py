@@ -44,16 +44,16 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """900 papers of ten subjects, 500 of them to train on, 150 to validate on and 250 to test on.
+    """2700 papers of ten subjects, 2000 of them to train on, 300 to validate on and 400 to test on.
 
     A paper cites four papers that are no newer, three in five of its own subject. Its 128 features lean weakly
     towards its subject's, so that one paper's features say less than those of its neighbours together.
     """
     rng = np.random.default_rng(seed)
-    num_nodes, num_classes = 900, 10
+    num_nodes, num_classes = 2700, 10
     share = np.arange(num_classes, 0, -1) + 3.0
     label = rng.choice(num_classes, num_nodes, p=share / share.sum())
-    year = rng.permutation(np.repeat([*range(2010, 2018), 2018, 2019], [62, 62, 62, 62, 63, 63, 63, 63, 150, 250]))
+    year = rng.permutation(np.repeat(range(2010, 2020), [250] * 8 + [300, 400]))
     feature = rng.normal(0, 0.05, (num_classes, 128))[label] + rng.normal(0, 0.25, (num_nodes, 128))
     edges = []
     for node in range(num_nodes):
@@ -74,12 +74,12 @@ def miniature(raw, seed):
 
 
 TASK = Task(
-    id="ogbn-arxiv", modality="graph", kind="classification", metric="accuracy", direction="up", split="held-in",
+    id="ogbn-arxiv", metric="accuracy", direction="up", split="held-in",
     source="MLAgentBench", variants=("mlagentbench",), key=None, targets=("0",),
     prepare=prepare, miniature=miniature, score=score,
     known_signal="nodes lie in the order of their ids in the Microsoft Academic Graph, which may go with the subject",
     download="arxiv.zip of the Open Graph Benchmark (data set ogbn-arxiv), packed or unpacked", size="80 MB",
     m_init=None, m_best=0.7803, m_best_source="language models and RevGAT (SimTeG), arXiv 2308.02565",
-    m_best_miniature=0.868,
-    m_best_miniature_source="network on features averaged over neighbours once and twice, learning rate 0.02",
+    m_best_miniature=0.89,
+    m_best_miniature_source="network of 128 units on features averaged over neighbours, learning rate 0.01",
 )

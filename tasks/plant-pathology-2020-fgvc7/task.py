@@ -38,15 +38,15 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """500 labelled leaves (28 % healthy, 12 % with several diseases, 32 % with rust, 28 % with scab), 20 unlabelled.
+    """3000 labelled leaves (28 % healthy, 12 % with several diseases, 32 % with rust, 28 % with scab), 20 unlabelled.
 
     JPEGs of 96 x 64 pixels and one length: a leaf, lit and turned anyhow, before a blurred garden. Rust is a few small
     orange spots with a yellow rim, scab some brown-black blotches without an edge; several diseases are both, fewer.
     """
     rng = np.random.default_rng(seed)
-    num_labelled, num_test = 500, 50
+    num_labelled, num_test = 3000, 300
     train, test = split_positions(num_labelled, num_test / num_labelled)
-    kinds = np.repeat(np.arange(4), [126, 54, 144, 126])            # of the training rows; a test row is one of these
+    kinds = np.repeat(np.arange(4), [756, 324, 864, 756])            # of the training rows; a test row is one of these
     label = np.empty(num_labelled + 20, int)
     label[train], label[test] = rng.permutation(kinds), rng.permutation(kinds)[:num_test]
     label[test[:8]] = np.arange(8) % 4          # so that every column has both classes
@@ -98,7 +98,7 @@ def _paint(pixels, cover, colour):
 
 
 TASK = Task(
-    id="plant-pathology-2020-fgvc7", modality="image", kind="classification", metric="mean AUC", direction="up",
+    id="plant-pathology-2020-fgvc7", metric="mean AUC", direction="up",
     split="held-in", source="MLE-bench", variants=("mle-bench",), key="image_id", prepare=prepare,
     miniature=miniature, score=score, test_file="images/{}.jpg",
     download="train.csv and images of the Kaggle competition plant-pathology-2020-fgvc7, or its whole zip",

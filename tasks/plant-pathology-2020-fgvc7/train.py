@@ -11,10 +11,12 @@ except ImportError:
     raise SystemExit("This script reads JPEG files with pillow, which is not installed: pip install pillow")
 
 SEED = 0
-WIDTH, HEIGHT = 12, 8   # the pictures are scaled down to this many pixels
+WIDTH = 12              # the pictures are scaled down to WIDTH x HEIGHT pixels
+HEIGHT = 8
 VALID_FRACTION = 0.25   # share of the training pictures held back to measure the AUC
-NUM_TREES = 100
+NUM_TREES = 30
 MAX_DEPTH = 6           # levels of a tree
+MAX_FEATURES = 17       # looked at for each split of a tree
 TARGETS = ["healthy", "multiple_diseases", "rust", "scab"]
 
 
@@ -34,7 +36,7 @@ def features(pictures):
 
 
 def build_model():
-    return RandomForestClassifier(n_estimators=NUM_TREES, max_depth=MAX_DEPTH, random_state=SEED)
+    return RandomForestClassifier(n_estimators=NUM_TREES, max_depth=MAX_DEPTH, max_features=MAX_FEATURES, random_state=SEED)
 
 
 train = pd.read_csv("data/train.csv")

@@ -100,13 +100,13 @@ def _records(path):
 
 
 def miniature(raw, seed):
-    """500 labelled records and 40 others, unpacked, as the archives' data/processed/train.json and test.json.
+    """1500 labelled records and 40 others, unpacked, as the archives' data/processed/train.json and test.json.
 
     An object is an ellipse of echoes over speckle that weakens with the angle. Icebergs are nearly round and echo more
     in the second band; ships are long, and lie in any direction. How bright and how large it is says nothing.
     """
     rng = np.random.default_rng(seed)
-    n, records = 540, []
+    n, records = 1540, []
     ids = rng.choice(1 << 32, n, replace=False)
     berg = rng.permutation(np.arange(n) % 15 < 7)
     y, x = np.mgrid[:SIDE, :SIDE] - SIDE // 2
@@ -119,17 +119,17 @@ def miniature(raw, seed):
         peak, sea = rng.normal(-2, 3), -21 - 0.4 * (angle - 39)         # decibel
         bands = [(peak, sea), (peak - rng.normal(4 if iceberg else 7.5, 2), sea - 5)]
         bands = [(10 ** (top / 10) * shape + 10 ** (low / 10)) * rng.gamma(8, 1 / 8, shape.shape) for top, low in bands]
-        bands = [(10 * np.log10(power)).round(4).ravel().tolist() for power in bands]
+        bands = [(10 * np.log10(power)).round(1).ravel().tolist() for power in bands]
         records.append({"id": f"{id:08x}", "band_1": bands[0], "band_2": bands[1],
                         "inc_angle": "na" if rng.random() < 0.08 else round(angle, 4), "is_iceberg": int(iceberg)})
     home = raw / "data" / "processed"
     home.mkdir(parents=True)
-    (home / "train.json").write_text(json.dumps(records[:500]))
-    (home / "test.json").write_text(json.dumps([{name: record[name] for name in GIVEN} for record in records[500:]]))
+    (home / "train.json").write_text(json.dumps(records[:1500]))
+    (home / "test.json").write_text(json.dumps([{name: record[name] for name in GIVEN} for record in records[1500:]]))
 
 
 TASK = Task(
-    id="statoil-iceberg-classifier-challenge", modality="image", kind="classification", metric="log loss",
+    id="statoil-iceberg-classifier-challenge", metric="log loss",
     direction="down", split="held-out", source="MLE-bench", variants=("mle-bench",), targets=("is_iceberg",),
     prepare=prepare, miniature=miniature, score=score,
     download="train.json.7z of the Kaggle competition statoil-iceberg-classifier-challenge, or its whole zip",

@@ -13,6 +13,7 @@ NUM_TREES = 200
 MAX_DEPTH = 3           # levels of a tree
 LEARNING_RATE = 0.1
 SUBSAMPLE = 1.0         # share of the rows that each tree sees
+CENTRE = 75             # side of the part in the middle that is looked at, in pixels
 
 
 def load(path):
@@ -28,8 +29,9 @@ def load(path):
 
 
 def make_features(images, angles):
-    """Statistics of each band, and the angle: (rows, features)."""
-    pixels = images.reshape(len(images), 2, -1)
+    """Statistics of the middle of each band, and the angle: (rows, features)."""
+    edge = max(75 - CENTRE, 0) // 2
+    pixels = images[:, :, edge:75 - edge, edge:75 - edge].reshape(len(images), 2, -1)
     statistics = [pixels.mean(2), pixels.std(2), pixels.min(2), pixels.max(2)]
     return np.column_stack([*statistics, np.nan_to_num(angles, nan=np.nanmean(angles))])
 

@@ -7,12 +7,11 @@ from sklearn.preprocessing import StandardScaler
 
 SEED = 0
 VALID_FRACTION = 0.1    # share of the training rows held back to measure the accuracy
-HIDDEN = (64, 32)       # units of the layers
+HIDDEN = 64             # units of the first hidden layer
+HIDDEN_2 = 32           # and of the second
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 512        # rows a step
-EPOCHS = 100            # passes over the rows at most; fewer when the loss falls by less than TOLERANCE ...
-TOLERANCE = 1e-3
-PATIENCE = 2            # ... this many times in a row
+EPOCHS = 100            # passes over the rows at most; fewer when the loss has stopped to fall
 
 
 def load(path):
@@ -26,8 +25,8 @@ def load(path):
 
 
 def build_model(num_rows):
-    return MLPClassifier(HIDDEN, learning_rate_init=LEARNING_RATE, batch_size=min(BATCH_SIZE, num_rows),
-                         max_iter=EPOCHS, tol=TOLERANCE, n_iter_no_change=PATIENCE, random_state=SEED)
+    return MLPClassifier((HIDDEN, HIDDEN_2), learning_rate_init=LEARNING_RATE, batch_size=min(BATCH_SIZE, num_rows),
+                         max_iter=EPOCHS, tol=1e-3, n_iter_no_change=2, random_state=SEED)
 
 
 rows, x = load("data/train.csv")

@@ -8,7 +8,11 @@ from sklearn.model_selection import train_test_split
 SEED = 0
 VALID_FRACTION = 0.2    # share of the training rows held back to measure the correlation
 MIN_ROWS = 1            # rows a word must be in to count
+MIN_LETTERS = 2         # shorter words are left out
+MAX_RUN = 1             # runs of up to so many words count, each as a word of its own
+TARGET_TIMES = 1        # how often the target's words count; the anchor's and the context's count once
 ALPHA = 1.0             # strength of the regularisation
+WORD = rf"\b\w{{{MIN_LETTERS},}}\b"
 
 train = pd.read_csv("data/train.csv")
 test = pd.read_csv("data/test.csv")
@@ -16,14 +20,14 @@ test = pd.read_csv("data/test.csv")
 
 def build_texts(rows):
     """One text a row: anchor, target and context side by side."""
-    return rows["anchor"] + " " + rows["target"] + " " + rows["context"]
+    return rows["anchor"] + " " + (rows["target"] + " ") * TARGET_TIMES + rows["context"]
 
 
 def build_model():
     return Ridge(alpha=ALPHA)
 
 
-vectorizer = TfidfVectorizer(min_df=MIN_ROWS)
+vectorizer = TfidfVectorizer(min_df=MIN_ROWS, ngram_range=(1, MAX_RUN), token_pattern=WORD)
 x = vectorizer.fit_transform(build_texts(train))
 x_test = vectorizer.transform(build_texts(test))
 y = train["score"].to_numpy()

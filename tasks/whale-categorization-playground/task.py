@@ -9,6 +9,7 @@ from tasks import (
     InvalidSubmission, Task, copy_raw_folder, jpeg, map5, matched, raw_csv, show, split_positions, write_csv)
 
 SAMPLE = "new_whale w_1287fbc w_98baff9 w_7554f44 w_1eafe46"
+NUM_LABELLED = 1260     # pictures of the miniature
 
 
 def prepare(raw, public, private, variant):
@@ -61,22 +62,22 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """500 labelled pictures: 150 of 12 whales seen often, 200 of 70 seen 2 to 4 times, 90 seen once, 60 of new whales.
+    """1260 labelled pictures: 150 of 12 whales seen often, 740 of 240 seen 2 to 4 times, 250 seen once, 120 of new ones.
 
     JPEGs of 96 x 48 pixels and one length: a dark fluke before the sea, with its own outline and its own white marks.
     Each picture moves, turns and lights it anew, and one in three is grey. A new whale is one never seen again.
     """
     rng = np.random.default_rng(seed)
-    counts = [*rng.multinomial(150 - 12 * 7, np.ones(12) / 12) + 7, *np.repeat([2, 3, 4], [30, 20, 20]), *[1] * 90]
+    counts = [*rng.multinomial(150 - 12 * 7, np.ones(12) / 12) + 7, *np.repeat([2, 3, 4], [70, 80, 90]), *[1] * 250]
     names = SAMPLE.split()[1:] + sorted({f"w_{rng.bytes(4).hex()[:7]}" for _ in range(2 * len(counts))})
     names = [*names[:4], *rng.permutation(names[4:])[:len(counts) - 4]]
-    label = np.concatenate([np.repeat(np.arange(len(counts)), counts), np.full(500 - sum(counts), -1)])
+    label = np.concatenate([np.repeat(np.arange(len(counts)), counts), np.full(NUM_LABELLED - sum(counts), -1)])
     whales = [_whale(rng) for _ in counts]
     rows = []
     (raw / "train").mkdir()
     (raw / "test").mkdir()
     for i, k in enumerate([*label, *[-1] * 20]):
-        name, folder = f"{rng.bytes(4).hex()}.jpg", "train" if i < 500 else "test"
+        name, folder = f"{rng.bytes(4).hex()}.jpg", "train" if i < NUM_LABELLED else "test"
         whale = whales[k] if k >= 0 else _whale(rng)
         (raw / folder / name).write_bytes(jpeg(_picture(rng, *whale), step=16, size=8192))
         rows.append([folder, name, names[k] if k >= 0 else "new_whale"])
@@ -118,7 +119,7 @@ def _picture(rng, outline, marks, height=48, width=96):
 
 
 TASK = Task(
-    id="whale-categorization-playground", modality="image", kind="classification", metric="MAP@5", direction="up",
+    id="whale-categorization-playground", metric="MAP@5", direction="up",
     split="held-out", source="MLE-bench", variants=("mle-bench",), key="Image", targets=("Id",), text_targets=True,
     prepare=prepare, miniature=miniature, score=score, test_file="test/{}",
     download="train.csv and train.zip of the Kaggle competition whale-categorization-playground, or its whole zip",
