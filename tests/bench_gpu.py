@@ -386,7 +386,7 @@ def train(scale, left, compiled=False):
     net.zero_grad()
     if compiled:
         for block in net.model.layers:
-            block.compile(backend="inductor" if scale.on_gpu else "eager", fullgraph=True)
+            block.compile(backend="inductor" if scale.on_gpu else "eager")
     for row, expected in zip(rows, eager):
         if left() < 0:
             return
