@@ -204,18 +204,22 @@ def sampler(scale, left):
     scale_weights(trainer.actor)
     net = rl.make_engine(cfg, trainer.actor, tokenizer).model
     prompts = [[i, *range(5, 25), i, 9] for i in range(6)]
-    for kernels in ("torch", "triton") if scale.on_gpu else ("torch",):
+    def compare(kernels, draft, fixed_shapes, name):
         model.use_kernels(kernels, scale.device)
-        for fixed_shapes, draft in ((False, False), (False, True), (True, False), (True, True)):
-            engine = sample.Engine(net, tokenizer, 4, cfg.context, draft=draft, fixed_shapes=fixed_shapes)
-            replies = [group[0] for group in engine.generate(prompts, max_new_tokens=40, temperature=1.0, seed=3)]
-            examples = [(prompt + reply.tokens, [False] * len(prompt) + [True] * len(reply.tokens))
-                        for prompt, reply in zip(prompts, replies)]
-            logp = torch.cat(trainer.logprobs(trainer.actor, examples))
-            gap = (logp - torch.tensor([logp for reply in replies for logp in reply.logps])).abs()
-            yield {"check": f"sampler against trainer, {kernels}, drafts {draft}, fixed shapes {fixed_shapes}",
-                   "ok": gap.mean().item() < 0.02, "mean gap": gap.mean().item(), "largest": gap.max().item(),
-                   "tokens": len(gap)}
+        engine = sample.Engine(net, tokenizer, 4, cfg.context, draft=draft, fixed_shapes=fixed_shapes)
+        replies = [group[0] for group in engine.generate(prompts, max_new_tokens=40, temperature=1.0, seed=3)]
+        examples = [(prompt + reply.tokens, [False] * len(prompt) + [True] * len(reply.tokens))
+                    for prompt, reply in zip(prompts, replies)]
+        logp = torch.cat(trainer.logprobs(trainer.actor, examples))
+        gap = (logp - torch.tensor([logp for reply in replies for logp in reply.logps])).abs()
+        yield {"check": name, "ok": gap.mean().item() < 0.02, "mean gap": gap.mean().item(),
+               "largest": gap.max().item(), "tokens": len(gap)}
+
+    for kernels in ("torch", "triton") if scale.on_gpu else ("torch",):
+        for fixed_shapes in (False, True):
+            for draft in (False, True):
+                name = f"sampler against trainer, {kernels}, drafts {draft}, fixed shapes {fixed_shapes}"
+                yield from attempt(name, partial(compare, kernels, draft, fixed_shapes, name))
     model.use_kernels("torch", scale.device)
 
 
@@ -330,32 +334,34 @@ def decode(scale, left):
     ways = [("torch", False), ("torch", True)]
     if scale.on_gpu:
         ways += [("triton", False), ("triton", True)]
-    for B in scale.rows:
+
+    def measure(B, kernels, fixed_shapes, name):
+        model.use_kernels(kernels, scale.device)
         prompts = [[b, *random_tokens(scale.prompt - 1, 250, b)] for b in range(B)]
+        engine = sample.Engine(net, tokenizer, B, scale.prompt + 128, pack=False, draft=False,
+                               fixed_shapes=fixed_shapes)
+
+        def generate(num):
+            passes = engine.passes
+            engine.generate(prompts, max_new_tokens=num, temperature=1.0)
+            return engine.passes - passes
+
+        first = scale.seconds(partial(generate, 1), 1, False)      # reads the prompts
+        generate(24)                                               # captures graphs
+        start = time.perf_counter()
+        fewer = generate(8)
+        middle = time.perf_counter()
+        more = generate(40)
+        each = (time.perf_counter() - middle - (middle - start)) / (more - fewer)
+        read = bench.streamed_bytes(net) + B * scale.prompt * token_bytes
+        yield {"check": name, "ok": True, "ms a pass": 1000 * each, "tokens/s": B / each,
+               "share of the read limit": read / rate / each, "prompts s": first}
+
+    for B in scale.rows:
         for kernels, fixed_shapes in ways:
-            if left() < 0:
-                return
-            model.use_kernels(kernels, scale.device)
-            engine = sample.Engine(net, tokenizer, B, scale.prompt + 128, pack=False, draft=False,
-                                   fixed_shapes=fixed_shapes)
-
-            def generate(num):
-                passes = engine.passes
-                engine.generate(prompts, max_new_tokens=num, temperature=1.0)
-                return engine.passes - passes
-
-            first = scale.seconds(partial(generate, 1), 1, False)      # reads the prompts
-            generate(24)                                               # captures graphs
-            start = time.perf_counter()
-            fewer = generate(8)
-            middle = time.perf_counter()
-            more = generate(40)
-            each = (time.perf_counter() - middle - (middle - start)) / (more - fewer)
-            read = bench.streamed_bytes(net) + B * scale.prompt * token_bytes
-            yield {"check": f"decode, {B} rows, {kernels}{', graphs' if fixed_shapes else ''}", "ok": True,
-                   "ms a pass": 1000 * each, "tokens/s": B / each, "share of the read limit": read / rate / each,
-                   "prompts s": first}
-            del engine
+            if left() > 0:
+                name = f"decode, {B} rows, {kernels}{', graphs' if fixed_shapes else ''}"
+                yield from attempt(name, partial(measure, B, kernels, fixed_shapes, name))
     model.use_kernels("torch", scale.device)
 
 
@@ -458,6 +464,15 @@ PARTS = (machine, parity, attention, kernel_twins, sampler, steps, whole_run, de
          train_compiled, kernel_times)
 
 
+def attempt(name, part):
+    """Yields what part() yields, and a failed check where it raises."""
+    try:
+        yield from part()
+    except Exception as error:
+        traceback.print_exc(limit=-4)
+        yield {"check": name, "ok": False, "raised": f"{type(error).__name__}: {error}"[:300]}
+
+
 def run_parts(dry, seconds):
     """Yields what the parts find. A part that raises is a failed check, and the next one begins; after `seconds` none
     begins any more."""
@@ -471,11 +486,7 @@ def run_parts(dry, seconds):
         if left() < 0:
             yield {"check": part.__name__, "ok": False, "why": "no time was left"}
             continue
-        try:
-            yield from part(scale, left)
-        except Exception as error:
-            traceback.print_exc(limit=-4)
-            yield {"check": part.__name__, "ok": False, "raised": f"{type(error).__name__}: {error}"[:300]}
+        yield from attempt(part.__name__, partial(part, scale, left))
         print(f"{part.__name__}: {time.monotonic() - start:.0f} s", flush=True)
         if scale.on_gpu:
             torch.cuda.empty_cache()
