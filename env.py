@@ -107,8 +107,8 @@ Action: Replace In Script
 Action Input: {"script_name": "train.py", "find": "EPOCHS = 5\\n", "replace": "EPOCHS = 10\\n"}"""),
     "Set Constant": Action(
         {"constant": "its number", "value": "a number, or a factor such as *2 or /2"},
-        "changes a constant of the script to improve. Its lines `NAME = number` are numbered from 1; names with SEED or "
-        "VALID do not count."),
+        "changes a constant of the script to improve. Its lines `NAME = number` are numbered from 1, but not those "
+        "whose name has SEED or VALID in it."),
     "Set Constant Again": Action(
         {}, "changes the constant that was set last by the same factor once more."),
     "Undo Edit Script": Action(

@@ -17,8 +17,8 @@ from support.storage import ResultCache, check_snapshot
 
 CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder has refused
 COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
-            "score", "m_before", "m_after", "m_top", "reward", "news", "change", "best_printed", "best_script", "snapshot",
-            "ended")
+            "score", "m_before", "m_after", "m_top", "reward", "news", "change", "best_printed", "best_script",
+            "snapshot", "ended")
 AGENT = ("actions", "fields", "prompt_format", "show_scores", "steps", "seconds")   # what an Env takes from a record
 
 
@@ -59,8 +59,8 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes):
     header = {
         "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "prompt_format": one_of(*prompts), "actions": action_names,
         "fields": reply_fields, "show_scores": FLAG, "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT),
-        "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT, "news": TEXT, "change": CHANGE, "best_printed": maybe(FINITE),
-        "best_script": maybe(TEXT),
+        "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT, "news": TEXT, "change": CHANGE,
+        "best_printed": maybe(FINITE), "best_script": maybe(TEXT),
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
         "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT}}
     step = form_of(step_class) | {

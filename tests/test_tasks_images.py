@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import tarfile
 import zipfile
@@ -65,6 +66,15 @@ def table(path):
 def refused(id, answers, submission, words):
     with pytest.raises(InvalidSubmission, match=words):
         tasks.load(id).score(answers, submission)
+
+
+@pytest.mark.parametrize("id", [CACTUS, CIFAR, DIRTY, DOGS, PLANT, STATOIL, WHALE])
+def test_starters_have_four_settings_that_a_factor_can_change_and_miniatures_300_test_rows(id, data):
+    settings = dict(re.findall(r"^([A-Z_]+) = ([\d.]+) *(?:#.*)?$", tasks.load(id).starter, re.MULTILINE))
+    settings = {name for name, value in settings.items() if float(value) and not re.search("SEED|VALID", name)}
+    assert len(settings) >= 4
+    rows = tasks.info(id, data)["rows"]
+    assert rows[f"private/{tasks.load(id).answers}"] >= 300
 
 
 # ----------------------------------------------------------------------------------------------- splits of photographs
