@@ -442,7 +442,7 @@ def has_varlen(tokens, dtype):
 def varlen_attention(q, k, v, layout):
     """Returns what packed_attention does, for one row on CUDA in half precision, in one call for all texts and
     branches. Each attends to its own keys up to the last, so a branch's queries are the last of the text."""
-    k, v = (x[0, layout.key_index] for x in (k, v))
+    k, v = (x[0].index_select(0, layout.key_index) for x in (k, v))
     y = varlen_attn(q[0], k, v, layout.query_ends, layout.key_ends, layout.max_queries, layout.max_keys,
                     window_size=(-1, 0), enable_gqa=True)       # causal, aligned at the end
     return y[None]

@@ -42,7 +42,6 @@ import torch
 import model
 from model import IGNORE, Config, LinearLogProb, find_folder, rotary
 from support import distributed
-import env
 
 try:
     import transformers
