@@ -172,7 +172,8 @@ SHORT = """{metric}, {better} is better, {steps_left} steps left
 Best: {best}
 {constants}
 Last: {news}"""
-NOTHING = {"news": "nothing", "change": {}, "best_printed": None, "best_script": None}  # seen at the start, see Step
+NOTHING = {     # what is seen at the start, see Step
+    "news": "nothing", "change": {}, "best_printed": None, "best_script": None, "tried": []}
 
 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
@@ -196,7 +197,13 @@ def short_prompt(task, seen, script, is_best, steps_left):
     best = "none"
     if seen["best_printed"] is not None:
         best = f"{seen['best_printed']:.5g}, by {'this' if is_best else 'an earlier'} script"
-    lines = [f"{number} {name} = {text}" for number, (name, text, *_) in enumerate(constants(script), 1)]
+    tried = {}      # number of a constant -> values that were no better
+    for change in seen["tried"]:
+        tried.setdefault(int(change["constant"]), []).append(change["value"])
+    lines = []
+    for number, (name, text, *_) in enumerate(constants(script), 1):
+        no_better = ["", "not", *tried[number]] if number in tried else []
+        lines.append(f"{number} {name} = {text}{' '.join(no_better)}")
     content = SHORT.format(metric=task.metric, better=better_word(task), steps_left=steps_left, news=seen["news"],
                            best=best, constants="\n".join(lines[:SHORT_CONSTANTS]))
     return [{"role": "user", "content": content}]
@@ -491,6 +498,7 @@ class Step:
     change: dict = field(default_factory=dict)      # the arguments of the last Set Constant, also of this step
     best_printed: float | None = None   # the best score of the entry script that the agent was told, also by this step
     best_script: str | None = None  # sha256 of the script that printed it
+    tried: list = field(default_factory=list)       # the Set Constants of that script that were no better
     ended: str = ""                 # why the trajectory is over: "final answer", "steps", "time"; "" if it goes on
 
 
@@ -848,8 +856,14 @@ class Env:
     def _set_constant(self, step, constant, value):
         before = self._text(self.task.entry, edit=True)[0]
         after = set_constant(before, constant, value)
-        self.seen["change"] = {"constant": constant, "value": value}
-        return self._edit(step, self.task.entry, before, after)
+        change = {"constant": constant, "value": value}
+        self.seen["change"] = change
+        is_best = self.files[self.task.entry] == self.seen["best_script"]
+        best = self.seen["best_printed"]
+        observation = self._edit(step, self.task.entry, before, after)
+        if is_best and self.show_scores and self.seen["best_printed"] == best:
+            self.seen["tried"] = [*self.seen["tried"], change]
+        return observation
 
     def _set_constant_again(self, step):
         if not self.seen["change"]:
@@ -968,7 +982,7 @@ class Env:
             return "no score was printed"
         best = self.seen["best_printed"]
         if best is None or best_of(self.task.direction, best, step.printed) != best:
-            self.seen |= {"best_printed": step.printed, "best_script": self.files[self.task.entry]}
+            self.seen |= {"best_printed": step.printed, "best_script": self.files[self.task.entry], "tried": []}
         if best is None:
             return f"{step.printed:.5g}"
         comparison = "equal to" if step.printed == best else "worse than"

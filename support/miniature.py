@@ -13,13 +13,14 @@ from support.cli import format_table
 from support.conversations import read_conversations
 from support.files import shorten
 
-SHORT_ACTIONS = ("Set Constant", "Set Constant Again", "Undo Edit Script", "Execute Script", "Final Answer")
+SHORT_ACTIONS = ("Set Constant", "Set Constant Again", "Undo Edit Script", "Execute Script")
 SCRIPTED_ACTIONS = {        # of the scripted expert
-    "short": SHORT_ACTIONS, "full": ("Inspect Script Lines", "Replace In Script", *SHORT_ACTIONS[2:])}
+    "short": SHORT_ACTIONS,
+    "full": ("Inspect Script Lines", "Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")}
 SHORT_FIELDS = ("Action", "Action Input")      # a model of a million weights gets every word more wrong
 FACTORS = ("*2", "/2", "*5", "/5")      # that a constant is multiplied with
 NUMBERS = ("0.1", "0.01")               # that take the place of 0.0, which no factor changes
-AGENT_STEPS = 6         # replies of a trajectory of the trained model
+AGENT_STEPS = 8         # replies of a trajectory of the trained model
 VOCABULARY = 512        # ids of its tokenizer
 TINY = {                # settings of the whole demonstration
     "model": "tiny",
@@ -70,21 +71,22 @@ def search_constants(cfg, task, rng, is_expert=True):
 
     It runs the script, then changes a random constant by a random factor, and takes back what does not print a better
     score than ever before, until the steps are used up. That is the random loop. The expert goes on with a change that
-    has helped as long as it helps, tries nothing again that did not, and ends by Final Answer.
+    has helped as long as it helps, and tries nothing again of the same script.
     """
     entry = task.entry
     script = task.starter
     helped = None       # the last change, if it was kept
-    failed = []         # changes that were taken back
+    failed = []         # changes of this script that were taken back
     notes = []
     step = yield reply_of(cfg, START, notes, "run it", "Execute Script", script_name=entry)
     best = step["printed"] if is_better(step, task, None) else None
 
-    while step["index"] + 1 < cfg.steps - is_expert:
+    while True:
         # 1. A change.
         pairs = choices(script)
         if not pairs:
-            break
+            step = yield reply_of(cfg, step, notes, "there is nothing to change", "Execute Script", script_name=entry)
+            continue
         pair = rng.choice([pair for pair in pairs if pair not in failed] or pairs)
         if helped in pairs:
             pair = helped
@@ -103,6 +105,7 @@ def search_constants(cfg, task, rng, is_expert=True):
             best = step["printed"]
             script = set_constant(script, number, value)
             notes.append(f"{title}: {best}, kept")
+            failed = []
             if is_expert:
                 helped = pair
         else:
@@ -110,7 +113,6 @@ def search_constants(cfg, task, rng, is_expert=True):
             if is_expert:
                 failed.append(pair)
             step = yield reply_of(cfg, step, notes, "take it back", "Undo Edit Script", script_name=entry)
-    yield reply_of(cfg, step, notes, "end", "Final Answer", final_answer="done")
 
 
 def fitting(idea, script):

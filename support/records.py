@@ -18,7 +18,7 @@ from support.storage import ResultCache, check_snapshot
 CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder has refused
 COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
             "score", "m_before", "m_after", "m_top", "reward", "news", "change", "best_printed", "best_script",
-            "snapshot", "ended")
+            "tried", "snapshot", "ended")
 AGENT = ("actions", "fields", "prompt_format", "show_scores", "steps", "seconds")   # what an Env takes from a record
 
 
@@ -33,8 +33,16 @@ def is_message(value):
             and type(tokens) is list and all(type(token) is int and 0 <= token < 1 << 31 for token in tokens))
 
 
-CHANGE = "the arguments of Set Constant or {}", lambda value: (
-    type(value) is dict and (not value or set(value) == {"constant", "value"}) and all(map(TEXT[1], value.values())))
+
+
+def is_change(value):
+    """Returns whether a value is the arguments of Set Constant, of which constant is a number."""
+    return (type(value) is dict and set(value) == {"constant", "value"} and all(map(TEXT[1], value.values()))
+            and re.fullmatch(r"\s*[0-9]{1,9}\s*", value["constant"]) is not None)
+
+
+CHANGE = "the arguments of Set Constant", is_change
+LAST_CHANGE = "the arguments of Set Constant or {}", lambda value: value == {} or is_change(value)
 FINITE = "a finite number", is_number
 POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
 INTEGER = "a whole number", lambda value: type(value) is int and abs(value) < 1 << 63
@@ -59,12 +67,12 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes):
     header = {
         "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "prompt_format": one_of(*prompts), "actions": action_names,
         "fields": reply_fields, "show_scores": FLAG, "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT),
-        "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT, "news": TEXT, "change": CHANGE,
-        "best_printed": maybe(FINITE), "best_script": maybe(TEXT),
+        "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT, "news": TEXT, "change": LAST_CHANGE,
+        "best_printed": maybe(FINITE), "best_script": maybe(TEXT), "tried": [CHANGE],
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
         "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT}}
     step = form_of(step_class) | {
-        "change": CHANGE, "kind": one_of(*KINDS), "outcome": maybe(outcome), "printed": printed, "messages": [MESSAGE]}
+        "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(outcome), "printed": printed, "messages": [MESSAGE]}
     del step["snapshot"]        # it has its own check
     cached = {
         "result": form_of(Result) | {"outcome": outcome}, "score": maybe(FINITE),
