@@ -489,6 +489,32 @@ def test_the_agent_is_told_what_its_edit_does(make):
     assert (step.best_printed, step.best_script) == (0.99, env.files["train.py"])
 
 
+def test_a_short_prompt_tells_what_was_no_better_for_the_best_script(make):
+    """Worse, equal and failed changes of the best script stand at their constant; those of another script do not; a
+    better score begins anew; and a state that is restored has the same prompt."""
+    env = make(prompt_format="short")
+
+    def line(step):
+        assert step.valid, step.error
+        return env.prompt()[0]["content"].split("\n")[2]
+    assert line(run(env)) == "1 VALUE = 0.50"
+    assert line(do(env, "Set Constant", constant=1, value="/5")) == "1 VALUE = 0.1 not /5"
+    assert line(do(env, "Set Constant", constant=1, value="/2")) == "1 VALUE = 0.05 not /5"     # of a worse script
+    undo(env)
+    assert line(undo(env)) == "1 VALUE = 0.50 not /5"
+    assert line(do(env, "Set Constant", constant="1", value="0.4")) == "1 VALUE = 0.4 not /5 0.4"
+    step = undo(env)
+    again = make(prompt_format="short")
+    again.restore(step.snapshot, index=env.index, seen=dataclasses.asdict(step))
+    assert again.prompt() == env.prompt() and step.tried == [
+        {"constant": "1", "value": "/5"}, {"constant": "1", "value": "0.4"}]
+    assert line(do(env, "Set Constant", constant=1, value=0.6)) == "1 VALUE = 0.6"
+    assert line(do(env, "Set Constant", constant=1, value="/2")) == "1 VALUE = 0.3 not /2"
+    hidden = make(prompt_format="short", show_scores=False)
+    run(hidden)
+    assert do(hidden, "Set Constant", constant=1, value="/5").tried == []
+
+
 def test_without_show_scores_the_agent_has_to_run_the_script_to_know(make):
     env = make(prompt_format="short", show_scores=False)
     assert "every edit is run at once" in make().messages[0]["content"]
@@ -1077,6 +1103,7 @@ STEP_ERRORS = [("index", "1"), ("reply", 5), ("reply", None), ("coder", "x"), ("
                ("outcome", "fine"), ("fields", []), ("args", {"a": 5}), ("valid", 1), ("m_after", "0.5"),
                ("m_before", float("inf")), ("m_top", {}), ("score", True), ("score", "0.5"), ("reward", "1"),
                ("change", {"constant": "1"}), ("change", {"constant": 1, "value": "*2"}), ("best_printed", "1"),
+               ("change", {"constant": "x", "value": "*2"}), ("tried", [{}]), ("tried", {}), ("tried", ["1 *2"]),
                ("best_script", 5), ("news", None), ("time_left_s", None), ("seconds", float("nan")), ("ended", None), ("observation", ["x"]),
                ("printed", "1")]
 BOTH_ERRORS = [("messages", {}), ("messages", ["x"]), ("messages", [{"role": "user"}]),

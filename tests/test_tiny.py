@@ -100,7 +100,7 @@ def change_of(step):
 
 def test_the_short_expert_looks_takes_back_and_goes_on(short):
     """The starter runs first. A change that is no better than the best before it is taken back; one that helped is made
-    again; nothing that was taken back is tried again while there is something else."""
+    again; nothing that was taken back is tried again of the same script."""
     folder, s = short
     blobs = storage.Blobs(folder / "short" / "blobs")
     num_helped = 0
@@ -116,15 +116,16 @@ def test_the_short_expert_looks_takes_back_and_goes_on(short):
             assert change_of(step) not in failed
             if step["outcome"] == "ok" and step["printed"] < best:
                 best = step["printed"]
+                failed = set()
                 num_helped += 1
                 script = blobs.path(step["snapshot"]["train.py"]).read_text()
-                if after["action"] != "Final Answer" and change_of(step) in miniature.choices(script):
+                if change_of(step) in miniature.choices(script):
                     assert after["action"] == "Set Constant Again" and change_of(after) == change_of(step)
             else:
                 failed.add(change_of(step))
                 assert after["action"] == "Undo Edit Script"
         assert [step["action"] == "Execute Script" for step in steps] == [True] + [False] * (len(steps) - 1)
-        assert len(steps) == s.steps and steps[-1]["action"] in ("Final Answer", "Undo Edit Script")
+        assert len(steps) == s.steps
     assert num_helped > 3 and len(replies) > 3
 
 
