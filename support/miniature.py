@@ -25,7 +25,7 @@ VOCABULARY = 512        # ids of its tokenizer
 TINY = {                # settings of the whole demonstration
     "model": "tiny",
     "prompt_format": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 320, "max_new_tokens": 64,
-    "num": 6, "steps": 8, "max_row_tokens": 1024, "batch": 8, "epochs": 10.0, "lr": 1.5e-3, "beta2": 0.95,
+    "num": 6, "steps": 8, "max_row_tokens": 512, "batch": 8, "epochs": 10.0, "lr": 1.5e-3, "beta2": 0.95,
     "warmup": 20, "save_every": 500}
 
 

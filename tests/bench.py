@@ -6,6 +6,7 @@
     python tests/bench.py load --model DIR                      # reading a checkpoint, against transformers
     python tests/bench.py sft --model DIR                       # fine-tuning, against transformers with its own loss
     python tests/bench.py update                                # PPO's update: states shared, packed, in transformers
+    python tests/bench.py busy                                  # the miniature alone and beside a busy program
     python tests/bench.py rl --repeats 5                        # PPO: step-wise against episode-wise
     python tests/bench.py kernels                               # on a GPU: Triton's against torch, eager and compiled
     python tests/bench.py sandbox --repeats 50                  # running a script, against a bare subprocess
@@ -587,6 +588,57 @@ def sandbox(s):
     yield {"starters": len(ratios), "median cold / warm": statistics.median(ratios)}
 
 
+def busy(s):
+    """An iteration's passes of the miniature without its scripts: 8 actions in each of 32 states are sampled and learned
+    from. As it was: a product on all cores by OpenMP, each state read for each action; and as it is, see row_threads and
+    Engine. Alone, and beside a program that keeps one core busy."""
+    import rl
+    import sample
+    cfg = rl.Settings(advantage="rloo", samples=8, epochs=2, minibatches=4, max_row_tokens=704)
+    trainer = rl.PPOTrainer(cfg, Config.preset("tiny"), None, 259, 0, 1, torch.device("cpu"))
+    engine = rl.make_engine(replace(cfg, max_batch=64, context=256), trainer.actor, sample.Tokenizer.of_bytes())
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(250, (116,), generator=g).tolist() for _ in range(32)]
+    replies = [[torch.randint(250, (26,), generator=g).tolist() for _ in range(8)] for _ in prompts]
+    examples = [(prompt + reply, [False] * 116 + [True] * 26) for prompt, group in zip(prompts, replies)
+                for reply in group]
+    groups = [i // 8 for i in range(256)]
+    old = trainer.logprobs(trainer.actor, examples)
+    ones = [torch.ones_like(logp) for logp in old]
+    shared, threads, cores = distributed.LEAST_SHARED, trainer.threads, os.cpu_count()
+
+    def as_it_was(is_old):
+        distributed.LEAST_SHARED = 10**9 if is_old else shared
+        trainer.threads = None if is_old else threads
+        engine.num_threads = cores if is_old else 1
+        torch.set_num_threads(cores if is_old else 1)
+
+    def update(is_old):
+        as_it_was(is_old)
+        trainer.logprobs(trainer.actor, examples, range(256) if is_old else range(32))      # a share is checked
+        trainer.logprobs(trainer.reference, examples)
+        trainer.update_actor(examples, old, ones, ones, trainer.minibatches(groups, 0))
+
+    def draw(is_old):
+        as_it_was(is_old)
+        engine.forget()
+        engine.generate(prompts[:8], n=8, max_new_tokens=26)
+
+    for name, work in {"update": update, "sample": draw}.items():
+        seconds = {}
+        for others in (0, 1):
+            programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
+            try:
+                seconds[others] = alternate({"was": lambda: work(True), "is": lambda: work(False)}, s.repeats)
+            finally:
+                for program in programs:
+                    program.kill()
+        alone, beside = seconds[0], seconds[1]
+        yield {"of": name, "was s": alone["was"], "is s": alone["is"], "ratio": alone["was"] / alone["is"],
+               "beside a busy core: was s": beside["was"], "is s ": beside["is"],
+               "times alone: was": beside["was"] / alone["was"], "is": beside["is"] / alone["is"]}
+
+
 def rl_updates(s):
     """PPO on two toy tasks whose script takes --script-seconds. First step-wise against episode-wise, 16 actions an
     update, each beginning with an empty cache. The default model knows a few replies. Figures are medians of
@@ -627,7 +679,8 @@ def gpu(s):
 
 
 MEASUREMENTS = {"decode": decode, "prefill": prefill, "edit": edit, "kernels": kernels, "load": load_checkpoint,
-                "sft": fine_tuning, "update": update, "sandbox": sandbox, "rl": rl_updates, "gpu": gpu}
+                "sft": fine_tuning, "update": update, "sandbox": sandbox, "busy": busy,
+                "rl": rl_updates, "gpu": gpu}
 
 
 def main():
