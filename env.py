@@ -624,14 +624,13 @@ class Env:
             step.observation += f"\n[{self.steps - self.index} steps and {step.seconds_left / 60:.0f} min left]"
         step.messages = self.messages_of(step, tokens, parse_error)
         self.messages += step.messages
-        name = step.action or "no action"
-        if step.action == "Set Constant":
-            name = " ".join([name, *step.args.values()])
-        elif step.action == "Set Constant Again":
-            name = " ".join(["Set Constant", *self.seen["change"].values()])
-        outcome = step.news or step.error or step.observation.partition("\n")[0]
-        outcome = " ".join(outcome.split()).rstrip(".")
-        self.seen["news"] = f"{outcome[:SHORT_NEWS]}, after {' '.join(name.split())[:SHORT_NEWS]}"
+        if step.valid:      # else a short prompt stays as it was: a small model that sees its own slips repeats them
+            name = step.action
+            if name.startswith("Set Constant"):
+                name = " ".join(["Set Constant", *self.seen["change"].values()])
+            outcome = step.news or step.observation.partition("\n")[0]
+            outcome = " ".join(outcome.split()).rstrip(".")
+            self.seen["news"] = f"{outcome[:SHORT_NEWS]}, after {' '.join(name.split())[:SHORT_NEWS]}"
         for name in NOTHING:
             setattr(step, name, self.seen[name])
         step.snapshot = self.snapshot()

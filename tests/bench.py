@@ -594,9 +594,10 @@ def busy(s):
     Engine. Alone, and beside a program that keeps one core busy."""
     import rl
     import sample
-    cfg = rl.Settings(advantage="rloo", samples=8, epochs=2, minibatches=4, max_row_tokens=704)
+    cfg = rl.Settings(advantage="rloo", samples=8, epochs=2, minibatches=4, max_row_tokens=704,
+                      max_batch=64, context=256, max_new_tokens=64)
     trainer = rl.PPOTrainer(cfg, Config.preset("tiny"), None, 259, 0, 1, torch.device("cpu"))
-    engine = rl.make_engine(replace(cfg, max_batch=64, context=256), trainer.actor, sample.Tokenizer.of_bytes())
+    engine = rl.make_engine(cfg, trainer.actor, sample.Tokenizer.of_bytes())
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(250, (116,), generator=g).tolist() for _ in range(32)]
     replies = [[torch.randint(250, (26,), generator=g).tolist() for _ in range(8)] for _ in prompts]

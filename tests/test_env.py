@@ -474,8 +474,10 @@ def test_the_agent_is_told_what_its_edit_does(make):
     assert seen(undo(env)) == (told, f"Last: {told}, after Undo Edit Script", f"Best: 0.7, {by_this}")
     told = "failed, ZeroDivisionError: division by zero"
     assert seen(edit(env, "VALUE = 0.70", "VALUE = 1/0")) == (told, f"Last: {told}, after Replace In Script", f"Best: 0.7, {earlier}")
-    assert seen(do(env, "Set Constant", constant=1, value="*2"))[1:] == (
-        "Last: The script has no constant, a line such as EPOCHS = 5, after Set Constant 1 *2", f"Best: 0.7, {earlier}")
+    before = env.prompt()
+    step = do(env, "Set Constant", constant=1, value="*2")
+    assert step.error == "The script has no constant, a line such as EPOCHS = 5." and not step.valid
+    assert env.prompt()[0]["content"] == before[0]["content"].replace(*(f"{20 - n} steps left" for n in (5, 6)))
     step = edit(env, "print(f", "str(f")
     undo(env)
     put(env, train=STARTER.replace("print(f", "str(f"))

@@ -159,7 +159,7 @@ def test_the_recipe_of_rl_follows_the_model(models, capsys):
     s = parse(rl.Settings, [*small, "--preset=7b"], rl.fill)
     assert (s.lr, s.advantage, s.max_batch) == (1e-6, "gae", 8)
     s = parse(rl.Settings, [*small, "--lr=1e-6", "--samples=4"], rl.fill)
-    assert (s.lr, s.samples, s.minibatches) == (1e-6, 4, 4)
+    assert (s.lr, s.samples, s.minibatches) == (1e-6, 4, 2)
     for model, name in (("7b", "7b"), ("Qwen/Qwen2.5-0.5B", "7b"), ("tiny", "tiny")):    # of a plan, without files
         assert parse(rl.Settings, ["--plan", "--model", model], rl.fill).preset == name
 
