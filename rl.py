@@ -376,19 +376,35 @@ def gae_of_episodes(transitions, rewards, values, lam):
     return [adv[i] for i in range(len(transitions))]
 
 
+def group_returns(transitions, rewards):
+    """Returns {group: what each of its actions earned in all: its reward, less its divergence}."""
+    returns = {}
+    for transition, token_reward in zip(transitions, rewards):
+        returns.setdefault(transition.group, []).append(token_reward.sum().item())
+    return returns
+
+
 def rloo(transitions, rewards, values, lam):
-    """The reward to go less the mean reward of the state's other actions (leave-one-out, arXiv 2402.14740)."""
-    groups = group_rewards(transitions)
-    baselines = [(sum(groups[t.group]) - t.reward) / max(1, len(groups[t.group]) - 1) for t in transitions]
-    return [gae(r, torch.full_like(r, baseline)) for r, baseline in zip(rewards, baselines)]
+    """The return to go less the mean return of the state's other actions (leave-one-out, arXiv 2402.14740). Returns
+    hold the divergence, as there: a baseline without it would push down whatever was sampled."""
+    returns = group_returns(transitions, rewards)
+    adv = []
+    for transition, token_reward in zip(transitions, rewards):
+        group = returns[transition.group]
+        baseline = (sum(group) - token_reward.sum().item()) / max(1, len(group) - 1)
+        adv.append(gae(token_reward, torch.full_like(token_reward, baseline)))
+    return adv
 
 
 def grpo(transitions, rewards, values, lam):
-    """The reward to go less the mean reward of the state's actions, over their standard deviation (arXiv 2402.03300).
-    The divergence is part of the reward here, so it is divided too."""
-    groups = group_rewards(transitions)
-    return [gae(r, torch.full_like(r, fmean(groups[t.group]))) / (pstdev(groups[t.group]) + EPS)
-            for r, t in zip(rewards, transitions)]
+    """The return to go less the mean return of the state's actions, over their standard deviation (arXiv 2402.03300).
+    The divergence is part of the return here, so it is divided too."""
+    returns = group_returns(transitions, rewards)
+    adv = []
+    for transition, token_reward in zip(transitions, rewards):
+        group = returns[transition.group]
+        adv.append(gae(token_reward, torch.full_like(token_reward, fmean(group))) / (pstdev(group) + EPS))
+    return adv
 
 
 # To try another advantage, add a function here; its name is then a value of --advantage. It receives the Transitions,

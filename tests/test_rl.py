@@ -276,15 +276,17 @@ def by_hand(advantage):
 
 
 def test_rloo_by_hand():
-    """The baselines are the means of the others: 0.25, 0.5 and 0.75 in the first state, 0.75 and 0.25 in the second."""
-    assert by_hand("rloo") == [[0.5, 0.625], [0.0], [-0.75], [-0.5], [0.5]]
+    """The returns are 0.75, 0.5 and 0, and 0.25 and 0.75. The baselines are the means of the others: 0.25, 0.375 and
+    0.625 in the first state, 0.75 and 0.25 in the second."""
+    assert by_hand("rloo") == [[0.5, 0.625], [0.125], [-0.625], [-0.5], [0.5]]
 
 
 def test_grpo_by_hand():
-    """The baselines are the means, 0.5 in both; the standard deviations are the root of 1/6, and 0.25."""
-    first = (1 / 6) ** 0.5 + 1e-4
+    """The baselines are the mean returns, 5/12 and 0.5; the variances are 0.09722 = 7/72 and 1/16."""
+    first = (7 / 72) ** 0.5 + 1e-4
     second = 0.25 + 1e-4
-    plain = [[0.25 / first, 0.375 / first], [0.0], [-0.5 / first], [-0.25 / second], [0.25 / second]]
+    plain = [[4 / 12 / first, 5.5 / 12 / first], [1 / 12 / first], [-5 / 12 / first], [-0.25 / second],
+             [0.25 / second]]
     for adv, expected_adv in zip(by_hand("grpo"), plain):
         assert adv == pytest.approx(expected_adv)
 
@@ -793,7 +795,7 @@ def test_every_setting_is_read(name):
             fields = [node.target.id for node in cls.body if isinstance(node, ast.AnnAssign)]
         else:
             read += "\n".join(source)
-    assert len(fields) > 5
+    assert len(fields) >= 5
     holder = r"\b(s|self\.s|cfg|self\.cfg|settings|values)\."
     assert not [field for field in fields if not re.search(rf'{holder}{field}\b|"{field}"', read)]
 
