@@ -305,7 +305,8 @@ def make_engine(cfg, actor, tokenizer):
     weights, else from a whole copy in the dtype that it computes in."""
     model = actor
     if any(isinstance(p, DTensor) or p.dtype is not actor.compute_dtype for p in actor.parameters()):
-        model = Qwen2.uninitialized(actor.config, actor.compute_dtype, next(actor.parameters()).device).requires_grad_(False)
+        device = next(actor.parameters()).device
+        model = Qwen2.uninitialized(actor.config, actor.compute_dtype, device).requires_grad_(False)
         copy_weights(actor, model)
     return sample.Engine(model, tokenizer, cfg.max_batch, cfg.context, name=cfg.model)
 

@@ -606,10 +606,12 @@ def busy(s):
     groups = [i // 8 for i in range(256)]
     old = trainer.logprobs(trainer.actor, examples)
     ones = [torch.ones_like(logp) for logp in old]
-    shared, threads, cores = distributed.LEAST_SHARED, trainer.threads, os.cpu_count()
+    least_shared = distributed.LEAST_SHARED
+    threads = trainer.threads
+    cores = os.cpu_count()
 
     def as_it_was(is_old):
-        distributed.LEAST_SHARED = 10**9 if is_old else shared
+        distributed.LEAST_SHARED = 10**9 if is_old else least_shared
         trainer.threads = None if is_old else threads
         engine.num_threads = cores if is_old else 1
         torch.set_num_threads(cores if is_old else 1)
