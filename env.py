@@ -62,6 +62,8 @@ MAX_CODER = 20_000                      # characters that Understand File shows 
 MAX_DIFF = 2_000                        # lines of two texts together that difflib compares, in 0.6 s at worst
 SHORT_CONSTANTS = 20                    # constants in a short prompt
 SHORT_NEWS = 100                        # characters of the news in a short prompt
+FACTORS = ("*2", "/2", "*5", "/5")      # that a short prompt offers to multiply a constant with
+NUMBERS = ("0.1", "0.01")               # that it offers in place of 0.0, which no factor changes
 LEARNED_SEEDS = (1, 2, 3)   # of the miniatures that are learned from; what is reported is measured on seed 0
 WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so much wall time is allowed
 
@@ -111,6 +113,8 @@ Action Input: {"script_name": "train.py", "find": "EPOCHS = 5\\n", "replace": "E
         "whose name has SEED or VALID in it."),
     "Set Constant Again": Action(
         {}, "changes the constant that was set last by the same factor once more."),
+    "Set Constant Inversely": Action(
+        {}, "takes back the Set Constant before, and sets that constant by the inverse factor: /2 where it was *2."),
     "Undo Edit Script": Action(
         {"script_name": "file"}, "takes back the last edit of this file."),
     "Copy File": Action(
@@ -192,18 +196,17 @@ def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
 
 def short_prompt(task, seen, script, is_best, steps_left):
     """Returns the one message that a small model is shown: the best score that a run has printed, the numbered
-    constants of the entry script, and what the last step brought. seen: see NOTHING; is_best: whether that score is of
-    this script."""
+    constants of the entry script, each with the changes that are still to be tried, and what the last step brought.
+    seen: see NOTHING; is_best: whether that score is of this script."""
     best = "none"
     if seen["best_printed"] is not None:
         best = f"{seen['best_printed']:.5g}, by {'this' if is_best else 'an earlier'} script"
-    tried = {}      # number of a constant -> values that were no better
-    for change in seen["tried"]:
-        tried.setdefault(int(change["constant"]), []).append(change["value"])
+    offered = {}        # number of a constant -> values
+    for number, value in untried(script, seen["tried"]):
+        offered.setdefault(number, []).append(value)
     lines = []
     for number, (name, text, *_) in enumerate(constants(script), 1):
-        no_better = ["", "not", *tried[number]] if number in tried else []
-        lines.append(f"{number} {name} = {text}{' '.join(no_better)}")
+        lines.append(" ".join([f"{number} {name} = {text}", *offered.get(number, [])]))
     content = SHORT.format(metric=task.metric, better=better_word(task), steps_left=steps_left, news=seen["news"],
                            best=best, constants="\n".join(lines[:SHORT_CONSTANTS]))
     return [{"role": "user", "content": content}]
@@ -355,6 +358,36 @@ def set_constant(script, constant, value):
     if float(after) == float(before):
         raise InvalidAction(f"{name} is {before} already.")
     return script[:start] + after + script[end:]
+
+
+def changes(script):
+    """Returns [(number of a constant, value)] of what a short prompt offers: what changes the script, with shares below
+    1."""
+    found = []
+    for number, (_, text, *_) in enumerate(constants(script), 1):
+        is_zero = float(text) == 0 and "." in text
+        for value in NUMBERS if is_zero else FACTORS:
+            try:
+                after = float(constants(set_constant(script, str(number), value))[number - 1][1])
+            except InvalidAction:
+                continue
+            if not 0 < float(text) < 1 <= after:
+                found.append((number, value))
+    return found
+
+
+def untried(script, tried):
+    """Returns those of changes(script) that are not among the arguments of the Set Constants in `tried`."""
+    done = [(int(change["constant"]), change["value"]) for change in tried]
+    return [change for change in changes(script) if change not in done]
+
+
+def inverse(change):
+    """Returns the arguments of a Set Constant that takes another one back; {} where that was not by a factor."""
+    if change.get("value", "")[:1] not in ("*", "/"):
+        return {}
+    sign = "/" if change["value"].startswith("*") else "*"
+    return {"constant": change["constant"], "value": sign + change["value"][1:]}
 
 
 def difference(before, after):
@@ -627,7 +660,7 @@ class Env:
         if step.valid:      # else a short prompt stays as it was: a small model that sees its own slips repeats them
             name = step.action
             if name.startswith("Set Constant"):
-                name = " ".join(["Set Constant", *self.seen["change"].values()])
+                name = self.describe_change()
             outcome = step.news or step.observation.partition("\n")[0]
             outcome = " ".join(outcome.split()).rstrip(".")
             self.seen["news"] = f"{outcome[:SHORT_NEWS]}, after {' '.join(name.split())[:SHORT_NEWS]}"
@@ -637,6 +670,24 @@ class Env:
         step.ended = self.ended
         step.seconds = time.monotonic() - started
         return step
+
+    def describe_change(self):
+        """Returns the last Set Constant in words, and whether a short prompt still offers what goes on from it: the
+        same again after a better score, else the inverse."""
+        change = self.seen["change"]
+        text = f"Set Constant {change['constant']} {change['value']}"
+        best = self.seen["best_script"]
+        if self.files[self.task.entry] == best:
+            following = {"again": change}
+        elif self.files[self._versions(self.task.entry)[-1]] == best:
+            following = {"inversely": inverse(change)}
+        else:
+            return text
+        for word, change in following.items():
+            number = int(change.get("constant", 0))
+            if (number, change.get("value")) in untried(script_text(self.blobs, best), self.seen["tried"]):
+                text += f", {word} is untried"
+        return text
 
     def act(self, step, parse_error):
         """Carries out the action of a step."""
@@ -750,6 +801,10 @@ class Env:
         """Returns [(number of an edit, path under .undo/)], in order."""
         return sorted((int(name.split("/")[1]), name) for name in self.files if name.startswith(UNDO))
 
+    def _versions(self, path):
+        """Returns the paths under .undo/ of what edits of this file have replaced, in order."""
+        return [name for _, name in self._replaced() if name.split("/", 2)[2] == path]
+
     def _edit(self, step, path, before, after):
         """Makes an edit and scores it; returns its observation, the difference."""
         if before == after:
@@ -856,22 +911,37 @@ class Env:
         before = self._text(self.task.entry, edit=True)[0]
         after = set_constant(before, constant, value)
         change = {"constant": constant, "value": value}
-        self.seen["change"] = change
         is_best = self.files[self.task.entry] == self.seen["best_script"]
         best = self.seen["best_printed"]
+        if is_best and change in self.seen["tried"]:
+            raise InvalidAction(f"Constant {constant} {value} was tried on this script, and is no better.")
         observation = self._edit(step, self.task.entry, before, after)
-        if is_best and self.show_scores and self.seen["best_printed"] == best:
-            self.seen["tried"] = [*self.seen["tried"], change]
+        self.seen["change"] = change
+        if is_best and self.show_scores:
+            if self.seen["best_printed"] == best:
+                self.seen["tried"] = [*self.seen["tried"], change]
+            elif inverse(change):       # it leads back to a script that is no better
+                self.seen["tried"] = [inverse(change)]
         return observation
 
     def _set_constant_again(self, step):
         if not self.seen["change"]:
-            raise InvalidAction("No constant has been set.")
+            raise InvalidAction("The last edit was no Set Constant.")
         return self._set_constant(step, **self.seen["change"])
+
+    def _set_constant_inversely(self, step):
+        change = inverse(self.seen["change"])
+        if not change:
+            raise InvalidAction("The last edit was no Set Constant by a factor.")
+        last = self._versions(self.task.entry)[-1]
+        before = script_text(self.blobs, self.files[last])
+        set_constant(before, **change)      # or it raises, before anything is done
+        self.files[self.task.entry] = self.files.pop(last)
+        return self._set_constant(step, **change)
 
     def _undo_edit_script(self, step, script_name):
         path = self._path(script_name, write=True)
-        names = [name for _, name in self._replaced() if name.split("/", 2)[2] == path]
+        names = self._versions(path)
         if not names:
             raise InvalidAction(f"There is no edit of {path} to undo.")
         sha_before = self.files.get(path)
@@ -942,6 +1012,7 @@ class Env:
         """Scores the workspace after an edit. Returns the lines that tell the agent what the run printed, and nothing
         of the score."""
         entry = self.task.entry
+        self.seen["change"] = {}
         if entry in self.files and not self._is_too_large(entry):
             self._run_in_step(step, entry)
         else:       # a script has removed it or made it large

@@ -13,7 +13,7 @@ run continues exactly with the same command.
 import contextlib, json, math, random, sys, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ VALIDATION_STATES = 16      # that --validate-every looks at
 
 TINY_BELOW = 50e6           # weights; the recipe of a smaller model is "tiny", of any other "7b"
 RECIPES = {                 # --preset: what differs from the defaults, which are those of 7B
-    "tiny": dict(advantage="rloo", iterations=16, states=16, samples=8, epochs=4, minibatches=2, lr=2e-4, kl=0.25,
+    "tiny": dict(advantage="rloo", iterations=16, states=16, samples=8, epochs=4, minibatches=2, lr=1e-4, kl=0.1, horizon=2,
                  max_row_tokens=704, max_batch=64),
     "7b": {}}
 
@@ -72,6 +72,8 @@ class Settings(cli.TaskSettings):
     iterations: int = 40  # rollouts, each followed by --epochs passes of updates
     states: int = 32  # of an iteration, over all processes; with --rollout episode: starts of trajectories
     samples: int = 4  # actions sampled in each state
+    horizon: int = 1  # actions that count: of 2 or more, what the policy does next counts with the sampled one, so that
+        # an edit that is taken back costs nothing
     steps: int = 15  # replies of a trajectory, with --rollout episode
     advantage: str = "gae"  # gae: against a critic's values; rloo, grpo: against the state's other actions
     epochs: int = 1  # passes over an iteration's actions
@@ -96,7 +98,7 @@ class Settings(cli.TaskSettings):
         super().__post_init__()
         cli.check_choices(self, rollout=("step", "episode"), advantage=tuple(ADVANTAGES),
                           coder=("auto", "none", "model"), dtype=("auto", "float32", "bfloat16"))
-        cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches", "temperature",
+        cli.check_positive(self, "iterations", "states", "samples", "horizon", "steps", "epochs", "minibatches", "temperature",
                            "max_batch", "max_row_tokens", "save_every", "gpus")
         if self.validate_every < 0:
             raise ValueError(f"--validate-every must be at least 0, found {self.validate_every}")
@@ -107,6 +109,8 @@ class Settings(cli.TaskSettings):
             raise ValueError(f"--context must be above --max-new-tokens {self.max_new_tokens}, found {self.context}")
         if self.minibatches > self.states:
             raise ValueError(f"--minibatches must be at most --states {self.states}, found {self.minibatches}")
+        if self.rollout == "episode" and self.horizon > 1:
+            raise ValueError(f"--rollout episode counts all actions; give it no --horizon {self.horizon}")
         if not self.has_critic and (self.rollout == "episode" or self.samples < 2):
             raise ValueError(f"--advantage {self.advantage} compares actions of one state: it needs --rollout step and "
                              f"--samples of at least 2, found {self.rollout} and {self.samples}")
@@ -133,11 +137,17 @@ class Transition:
     tokens: list        # token ids of the action, with the end of turn
     logp_sampler: list  # their log-probs when they were sampled
     step: dict          # env.Step as a dict
+    next_rewards: list = field(default_factory=list)    # of what the policy did next, with --horizon above 1
     advantage: float | None = None      # the mean over its tokens; None where it is not learned from
 
     @property
     def reward(self):
         return self.step["reward"]
+
+    @property
+    def total_reward(self):
+        """With that of the actions after it, of which 0.5 is nothing."""
+        return self.reward + sum(reward - 0.5 for reward in self.next_rewards)
 
     @property
     def example(self):
@@ -205,7 +215,7 @@ class RolloutWorker:
         per_rank = math.ceil(len(names) / self.world_size)
         starts = list(enumerate(names))[self.rank * per_rank:(self.rank + 1) * per_rank]
         futures = self.submit_actions(starts, "validation")
-        transitions = gather([transition for future in futures for transition in future.result()])
+        transitions = gather([future.result()[1] for future in futures])
         return fmean(transition.reward for transition in transitions) if transitions else None
 
     def fits(self, name):
@@ -237,7 +247,14 @@ class RolloutWorker:
         else:
             futures = self.submit_actions(starts, iteration)
         sampled = time.monotonic()
-        transitions = gather([transition for future in futures for transition in future.result()])
+        results = [future.result() for future in futures]
+        if self.cfg.rollout == "episode":
+            own = [transition for episode in results for transition in episode]
+        else:
+            own = [transition for _, transition in results]
+            for number in range(1, self.cfg.horizon):
+                self.play_next(results, iteration, number)
+        transitions = gather(own)
         executed = time.monotonic()
         if not self.cfg.has_critic:     # prefer states whose actions earned different rewards
             rewards = group_rewards(transitions)
@@ -253,7 +270,7 @@ class RolloutWorker:
 
     def submit_actions(self, starts, iteration):
         """Samples actions in these states, [(number, name)], and has each carried out at once. Returns, when all are
-        sampled, the futures of [Transition] in order."""
+        sampled, the futures of (Env, Transition) in order."""
         futures = {}
 
         def on_reply(i, j, reply):
@@ -266,7 +283,28 @@ class RolloutWorker:
         return [futures[key] for key in sorted(futures)]
 
     def execute_action(self, name, group, number, reply):
-        return [self.act(*self.begin(name), reply, name, group, number)]
+        env, prompt = self.begin(name)
+        return env, self.act(env, prompt, reply, name, group, number)
+
+    def play_next(self, results, iteration, number):
+        """Has the policy act once more in every Env of [(Env, Transition)] that goes on, and adds the reward to the
+        Transition. number: of the action, 1 for the first after the sampled one."""
+        going = []
+        prompts = []
+        for env, transition in results:
+            prompt = self.engine.tokenizer.chat(env.prompt())
+            if not env.done and len(prompt) + self.cfg.max_new_tokens <= self.engine.context:
+                going.append((env, transition))
+                prompts.append(prompt)
+        first = zlib.crc32(f"{self.cfg.seed} {iteration} {number}".encode())
+        seeds = [first + transition.episode_id for _, transition in going]
+        futures = []
+
+        def on_reply(i, j, reply):
+            futures.append((going[i][1], self.threads.submit(going[i][0].step, reply.text)))
+        self.engine.generate(prompts, seed=seeds, on_completion=on_reply, **self.options)
+        for transition, future in futures:
+            transition.next_rewards.append(future.result().reward)
 
     def act(self, env, prompt, reply, name, group, number):
         """Returns the Transition of an action: it is carried out, its script is run and graded, and it is rewarded."""
@@ -328,10 +366,10 @@ def gather(values):
 
 
 def group_rewards(transitions):
-    """Returns {group: the rewards of its actions}."""
+    """Returns {group: the total rewards of its actions}."""
     rewards = {}
     for transition in transitions:
-        rewards.setdefault(transition.group, []).append(transition.reward)
+        rewards.setdefault(transition.group, []).append(transition.total_reward)
     return rewards
 
 
@@ -344,7 +382,7 @@ def token_rewards(transitions, logp_old, logp_ref, kl):
     if logp_ref:
         rewards = [kl * (ref - old) for ref, old in zip(logp_ref, logp_old)]
     for reward, transition in zip(rewards, transitions):
-        reward[-1] += transition.reward
+        reward[-1] += transition.total_reward
     return rewards
 
 
@@ -609,10 +647,10 @@ def iterate(cfg, worker, trainer, iteration):
 
     # 2. Rollout: actions in each state. While the engine samples on, each is carried out in a restored workspace, its
     # script is run and graded, and reward.py turns the result into one number. Without a critic, states whose actions
-    # all earned the same teach nothing.
+    # all earned the same teach nothing but to stay with the reference.
     transitions, stats = worker.run(names, iteration)
     learned = transitions
-    if not cfg.has_critic:
+    if not cfg.has_critic and not cfg.kl:
         rewards = group_rewards(transitions)
         learned = [t for t in transitions if len(set(rewards[t.group])) > 1] or transitions
     examples = [transition.example for transition in learned]

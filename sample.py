@@ -582,8 +582,8 @@ class Engine:
     def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
         """Returns a list of n Completions for each prompt (a text, a list of ids, or a conversation).
 
-        Sample j of prompt i draws from seed + i * n + j; the same calls give the same tokens on a CPU, and on a GPU but
-        for rounding. The n samples of a prompt share one prefill. on_completion(i, j, completion) is called in the
+        Sample j of prompt i draws from seed + i * n + j, or from seed[i] + j where there is one for each prompt; the
+        same calls give the same tokens on a CPU, and on a GPU but for rounding. The n samples of a prompt share one prefill. on_completion(i, j, completion) is called in the
         caller's thread as soon as that sample is done, while the others wait. What it raises ends the call and takes
         back what is not done.
         """
@@ -591,11 +591,12 @@ class Engine:
         requests = []
         groups = []
         index = {}      # {future: (i, j)}
+        seeds = [seed + i * n for i in range(len(prompts))] if isinstance(seed, int) else seed
         for i, prompt in enumerate(prompts):
             ids = self._ids(prompt)
             groups.append([None] * n)
             for j in range(n):
-                request = self._request(ids, seed=seed + i * n + j, **options)
+                request = self._request(ids, seed=seeds[i] + j, **options)
                 request.future.add_done_callback(done.put)
                 index[request.future] = i, j
                 requests.append(request)

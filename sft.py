@@ -245,6 +245,10 @@ def build_dataset(cfg, tokenizer, log=print):
     held_back = hold_back(origins, VALIDATION_SHARE, cfg.seed)
     valid = [example for i, example in enumerate(examples) if i in held_back]
     train = [example for i, example in enumerate(examples) if i not in held_back]
+    if cfg.model == "tiny" and cfg.prompt_format == "short":
+        for conversation in miniature.imagined_conversations(cfg):
+            ids, loss_mask = tokenizer.conversation(conversation.messages, {conversation.assistant_turns[-1]})
+            train.append((array("i", ids), bytes(loss_mask)))
     if not train:
         raise ValueError(f"{len(examples)} conversations are too few to train on and to validate with; collect more")
     return train, valid

@@ -1,50 +1,36 @@
 """What only the laptop demonstration needs, whose model has a million weights: settings, an expert and a random loop
 without a model, a tokenizer of its own, and figures of what it replies."""
-import json, random
+import json, random, string
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import tokenizers
 
 import tasks
-from env import MAX_LINES, NOTHING, InvalidAction, constants, parse, set_constant, short_prompt
+from env import MAX_LINES, NOTHING, InvalidAction, changes, constants, inverse, parse, set_constant, short_prompt, untried
 from sample import Tokenizer, byte_alphabet
 from support.cli import format_table
-from support.conversations import read_conversations
+from support.conversations import Conversation, read_conversations
 from support.files import shorten
 
-SHORT_ACTIONS = ("Set Constant", "Set Constant Again", "Undo Edit Script", "Execute Script")
+SHORT_ACTIONS = ("Set Constant", "Set Constant Again", "Set Constant Inversely", "Undo Edit Script", "Execute Script")
 SCRIPTED_ACTIONS = {        # of the scripted expert
     "short": SHORT_ACTIONS,
     "full": ("Inspect Script Lines", "Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")}
 SHORT_FIELDS = ("Action", "Action Input")      # a model of a million weights gets every word more wrong
-FACTORS = ("*2", "/2", "*5", "/5")      # that a constant is multiplied with
-NUMBERS = ("0.1", "0.01")               # that take the place of 0.0, which no factor changes
 AGENT_STEPS = 8         # replies of a trajectory of the trained model
 VOCABULARY = 512        # ids of its tokenizer
 TINY = {                # settings of the whole demonstration
     "model": "tiny",
     "prompt_format": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 320, "max_new_tokens": 64,
-    "num": 6, "steps": 8, "max_row_tokens": 512, "batch": 8, "epochs": 10.0, "lr": 1.5e-3, "beta2": 0.95,
+    "num": 3, "steps": 8, "max_row_tokens": 512, "batch": 8, "epochs": 2.0, "lr": 1.5e-3, "beta2": 0.95,
     "warmup": 20, "save_every": 500}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The scripted expert, and the random loop
-
-def choices(script):
-    """Returns [(number of a constant, value)] of all that is tried: what changes the script, with shares below 1."""
-    pairs = []
-    for number, (_, text, *_) in enumerate(constants(script), 1):
-        for value in NUMBERS if text.strip("0.") == "" and "." in text else FACTORS:
-            try:
-                after = float(constants(set_constant(script, str(number), value))[number - 1][1])
-            except InvalidAction:
-                continue
-            if not 0 < float(text) < 1 <= after:
-                pairs.append((str(number), value))
-    return pairs
-
 
 def reply_of(cfg, step, notes, thought, action, **args):
     """Returns a reply of the expert. step: the record of the last one; notes: on what was tried so far."""
@@ -71,48 +57,62 @@ def search_constants(cfg, task, rng, is_expert=True):
 
     It runs the script, then changes a random constant by a random factor, and takes back what does not print a better
     score than ever before, until the steps are used up. That is the random loop. The expert goes on with a change that
-    has helped as long as it helps, and tries nothing again of the same script.
+    has helped as long as it helps, tries the other way at once where one has not, and nothing twice of the same script.
     """
     entry = task.entry
-    script = task.starter
-    helped = None       # the last change, if it was kept
-    failed = []         # changes of this script that were taken back
+    script = task.starter       # the best
     notes = []
     step = yield reply_of(cfg, START, notes, "run it", "Execute Script", script_name=entry)
     best = step["printed"] if is_better(step, task, None) else None
+    helped = None       # the last change, if it was kept
 
     while True:
         # 1. A change.
-        pairs = choices(script)
-        if not pairs:
+        change = helped
+        action = ("Set Constant Again", {})
+        offered = untried(script, step["tried"] if is_expert else [])
+        if not offered:
             step = yield reply_of(cfg, step, notes, "there is nothing to change", "Execute Script", script_name=entry)
             continue
-        pair = rng.choice([pair for pair in pairs if pair not in failed] or pairs)
-        if helped in pairs:
-            pair = helped
-        number, value = pair
-        title = f"{constants(script)[int(number) - 1][0]} {value}"
-        if pair == helped:
-            step = yield reply_of(cfg, step, notes, title, "Set Constant Again")
-        else:
-            step = yield reply_of(cfg, step, notes, title, "Set Constant", constant=number, value=value)
-        if not cfg.show_scores:
-            step = yield reply_of(cfg, step, notes, "run it", "Execute Script", script_name=entry)
+        if not is_expert or change not in offered:
+            change = rng.choice(offered)
+            action = set_action(change)
 
-        # 2. It is kept, or taken back.
+        # 2. What it brings; the other way, where it brings nothing.
+        while True:
+            number, value = change
+            title = f"{constants(script)[number - 1][0]} {value}"
+            step = yield reply_of(cfg, step, notes, title, action[0], **action[1])
+            if not cfg.show_scores:
+                step = yield reply_of(cfg, step, notes, "run it", "Execute Script", script_name=entry)
+            if is_better(step, task, best):
+                break
+            notes.append(f"{title}: taken back")
+            change = other_way(change)
+            if not is_expert or change not in untried(script, step["tried"]):
+                break
+            action = ("Set Constant Inversely", {})
+
+        # 3. It is kept, or taken back.
         helped = None
         if is_better(step, task, best):
             best = step["printed"]
             script = set_constant(script, number, value)
             notes.append(f"{title}: {best}, kept")
-            failed = []
-            if is_expert:
-                helped = pair
+            helped = change
         else:
-            notes.append(f"{title}: taken back")
-            if is_expert:
-                failed.append(pair)
             step = yield reply_of(cfg, step, notes, "take it back", "Undo Edit Script", script_name=entry)
+
+
+def set_action(change):
+    """Returns (action, its arguments) of a change, (number, value)."""
+    return "Set Constant", {"constant": str(change[0]), "value": change[1]}
+
+
+def other_way(change):
+    """Returns the inverse of a change, (number, value); None: it has none."""
+    back = inverse(set_action(change)[1])
+    return (change[0], back["value"]) if back else None
 
 
 def fitting(idea, script):
@@ -192,6 +192,100 @@ def policy_of(replies, task):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Imagined states: what the expert does depends on the prompt alone, so its rules can be learned without any run
+
+NUM_IMAGINED = 4000
+LAST = ("a run", "a better score", "a worse score", "an undo", "nothing")       # what has just been seen
+FAILURES = ("The script ended with exit code 1: ValueError", "It was stopped: it used more than its processor time",
+            "It left no valid submission.csv")
+WHOLE = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16, 20, 25, 30, 32, 40, 50, 64, 100, 128, 200, 300, 500)
+BROKEN = (0.0, 0.0001, 0.001, 0.003, 0.01, 0.015, 0.02, 0.05, 0.1, 0.2, 0.25, 0.3, 0.5, 0.7, 0.9, 1.0, 2.0, 3.0, 10.0)
+
+
+class Imagined(NamedTuple):
+    """A state that nobody was in, with what the expert does there."""
+    prompt: list        # chat messages
+    script: str
+    last: str           # one of LAST
+    change: tuple       # the last one, (number, value)
+    actions: list       # [(action, its arguments)] of the expert, all as good
+
+
+def imagine(metric, direction, script, last, rng):
+    """Returns an Imagined of a script with some numbers changed. last: one of LAST."""
+    # 1. Changes, and two scores.
+    for _ in range(rng.randint(1, 3)):
+        before = script
+        change = rng.choice(changes(script))
+        script = set_constant(script, *change)
+    scale = rng.choice((1, 1, 1, 1000))
+    better, worse = sorted((scale * rng.random(), scale * rng.random()), reverse=direction == "up")
+    after = f", after Set Constant {change[0]} {change[1]}"
+
+    # 2. What has been seen, and what to do.
+    tried = []
+    if last == "nothing":
+        news = NOTHING["news"]
+        actions = [("Execute Script", {"script_name": "train.py"})]
+    elif last == "a run":
+        news = f"{better:.5g}, after Execute Script"
+        actions = [set_action(pair) for pair in changes(script)]
+    elif last == "a better score":
+        news = f"{better:.5g}, better than {worse:.5g}{after}"
+        tried = [other_way(change)]
+        actions = [set_action(pair) for pair in changes(script) if pair not in tried]
+        if change in changes(script):
+            news += ", again is untried"
+            actions = [("Set Constant Again", {})]
+    elif last == "a worse score":
+        news = rng.choice((f"{worse:.5g}, worse than {better:.5g}", f"{worse:.5g}, worse than {better:.5g}",
+                           f"{better:.5g}, equal to {better:.5g}", f"failed, {rng.choice(FAILURES)}")) + after
+        tried = [change, *rng.sample(changes(before), rng.randint(0, 2))]
+        actions = [("Undo Edit Script", {"script_name": "train.py"})]
+        if other_way(change) in changes(before) and other_way(change) not in tried:
+            news += ", inversely is untried"
+            actions = [("Set Constant Inversely", {})]
+    else:
+        news = f"{better:.5g}, equal to {better:.5g}, after Undo Edit Script"
+        tried = rng.sample(changes(script), min(rng.randint(1, 5), len(changes(script)) - 1))
+        actions = [set_action(pair) for pair in changes(script) if pair not in tried]
+
+    # 3. The prompt.
+    seen = NOTHING | {"news": news, "best_printed": None if last == "nothing" else better,
+                      "tried": [set_action(pair)[1] for pair in filter(None, tried)]}
+    task = SimpleNamespace(metric=metric, direction=direction)
+    steps_left = AGENT_STEPS if last == "nothing" else rng.randint(1, AGENT_STEPS - 1)
+    prompt = short_prompt(task, seen, script, last != "a worse score", steps_left)
+    return Imagined(prompt, script, last, change, actions)
+
+
+def imagine_name(words, rng):
+    """Returns the name of a constant: of such words or, half of the time, of letters that spell nothing."""
+    parts = rng.sample(words, rng.randint(1, 2))
+    if rng.random() < 0.5:
+        parts = ["".join(rng.choices(string.ascii_uppercase, k=rng.randint(1, 9))) for _ in parts]
+    return "_".join(parts)
+
+
+def imagined_conversations(cfg):
+    """Returns [Conversation] of NUM_IMAGINED states in scripts that do not exist, whose constants are named with words
+    of held-in ones, and what the expert does there."""
+    rng = random.Random(cfg.seed)
+    held_in = [tasks.load(id) for id in tasks.names("held-in")]
+    words = sorted({word for task in held_in for name, *_ in constants(task.starter) for word in name.split("_")})
+    conversations = []
+    for i in range(NUM_IMAGINED):
+        lines = [f"{imagine_name(words, rng)} = {rng.choice(rng.choice((WHOLE, BROKEN)))}"
+                 for _ in range(rng.randint(3, 6))]
+        state = imagine(rng.choice(held_in).metric, rng.choice(("up", "down")), "\n".join(lines), rng.choice(LAST), rng)
+        action, args = rng.choice(state.actions)
+        reply = reply_of(cfg, START, [], "", action, **args)
+        messages = [*state.prompt, {"role": "assistant", "content": reply}]
+        conversations.append(Conversation(messages, [len(state.prompt)], f"imagined state {i}", f"imagined state {i}"))
+    return conversations
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
 # A digit is always a token of its own, and a word is the same tokens after any punctuation.
@@ -199,9 +293,10 @@ WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def make_tokenizer(cfg):
-    """Trains a tokenizer on the collected conversations and saves it to cfg.out, once."""
+    """Trains a tokenizer on the collected and the imagined conversations and saves it to cfg.out, once."""
     if not Path(cfg.out, "tokenizer.json").exists():
         conversations, _ = read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)
+        conversations += imagined_conversations(cfg)
         texts = (message["content"] for conversation in conversations for message in conversation.messages)
         train_tokenizer(texts, VOCABULARY).save(cfg.out)
 
@@ -227,42 +322,28 @@ def train_tokenizer(texts, size):
 # What the trained model replies
 
 NUM_STATES = 96     # of held-in and of held-out tasks
-SHARES = ("valid", "undone if worse", "gone on if better")
-LAST = ("a run", "a better score", "a worse score")     # what has just been seen, in turn
+SHARES = ("valid", "as the expert", "undone if worse", "gone on if better")
 
 
 def unseen_states(split, rng):
-    """Returns states that nobody was in, [(what has just been seen, last change, script, prompt)]: starters of a
-    split's tasks with some numbers changed. The model is shown held-out scripts here; nothing is learned of them."""
+    """Returns [Imagined] about starters of a split's tasks with some numbers changed. The
+    model is shown held-out scripts here; nothing is learned of them."""
+    ids = [id for id in tasks.names(split) if changes(tasks.load(id).starter)]
     states = []
-    ids = [id for id in tasks.names(split) if choices(tasks.load(id).starter)]
     for i in range(NUM_STATES):
         task = tasks.load(ids[i % len(ids)])
-        last = LAST[i // len(ids) % len(LAST)]
-        script = task.starter
-        for _ in range(3):
-            change = rng.choice(choices(script))
-            script = set_constant(script, *change)
-        worse, better = sorted((rng.random(), rng.random()), reverse=task.direction == "down")
-        news = f"{better:.4f}, after Execute Script"
-        if last == "a better score":
-            news = f"{better:.4f}, better than {worse:.4f}, after Set Constant {' '.join(change)}"
-        elif last == "a worse score":
-            news = f"{worse:.4f}, worse than {better:.4f}, after Set Constant {' '.join(change)}"
-        seen = NOTHING | {"news": news, "best_printed": round(better, 4)}
-        prompt = short_prompt(task, seen, script, last != "a worse score", rng.randint(2, AGENT_STEPS - 1))
-        states.append((last, change, script, prompt))
+        states.append(imagine(task.metric, task.direction, task.starter, LAST[i // len(ids) % len(LAST)], rng))
     return states
 
 
-def is_valid(action, args, script, last, change):
-    """Returns whether the environment would carry out an action in such a state."""
+def is_valid(state, action, args):
+    """Returns whether the environment would carry out an action in an Imagined state."""
     try:
         if action == "Set Constant Again":
-            set_constant(script, *change)
+            set_constant(state.script, *state.change)
         if action == "Set Constant":
-            set_constant(script, **args)
-        return action not in ("Undo Edit Script", "Set Constant Again") or last != "a run"
+            set_constant(state.script, **args)
+        return action in ("Set Constant", "Execute Script") or state.last in ("a better score", "a worse score")
     except InvalidAction:
         return False
 
@@ -271,22 +352,23 @@ def judge_replies(cfg, engine, split):
     """Returns ({name of SHARES: share}, [Counter of constants, of values], one state with its reply) of sampled replies
     in unseen states."""
     states = unseen_states(split, random.Random(cfg.seed))
-    replies = engine.generate([prompt for *_, prompt in states], max_new_tokens=cfg.max_new_tokens, seed=cfg.seed)
+    replies = engine.generate([state.prompt for state in states], max_new_tokens=cfg.max_new_tokens, seed=cfg.seed)
     found = {name: [] for name in SHARES}
     named = Counter()
     values = Counter()
-    for (last, change, script, _), (reply,) in zip(states, replies):
+    for state, (reply,) in zip(states, replies):
         _, action, args, error = parse(reply.text, cfg.fields, cfg.actions)
-        found["valid"].append(not error and is_valid(action, args, script, last, change))
+        found["valid"].append(not error and is_valid(state, action, args))
+        found["as the expert"].append(not error and (action, args) in state.actions)
         if not error and action == "Set Constant":
             named[args["constant"]] += 1
             values[args["value"]] += 1
-        if last == "a worse score":
+        if state.last == "a worse score":
             found["undone if worse"].append(action == "Undo Edit Script")
-        elif last == "a better score" and change in choices(script):
+        elif state.last == "a better score" and state.change in changes(state.script):
             found["gone on if better"].append(action == "Set Constant Again")
     shares = {name: sum(hits) / max(1, len(hits)) for name, hits in found.items()}
-    return shares, [named, values], f"{states[0][-1][-1]['content']}\n\nIts reply:\n{replies[0][0].text}"
+    return shares, [named, values], f"{states[0].prompt[-1]['content']}\n\nIts reply:\n{replies[0][0].text}"
 
 
 def show_replies(cfg, engine):

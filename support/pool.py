@@ -12,6 +12,9 @@ from support.storage import Blobs, MissingBlob
 from support.records import restore_record
 
 
+UNSEEN = 0.3    # chance of a state that was not sampled yet; rl.py gives from 0.1 to 1.1 to one that was
+
+
 @dataclass(frozen=True)
 class State:
     """The state before step `index` of a recorded trajectory."""
@@ -91,18 +94,18 @@ def load_pool(cfg, tokenizer, log=print):
 def sample_states(pool, num, rng, chances, fits):
     """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
 
-    chances: {name: relative chance}, 1 where there is none. fits(name) sets the chance of a state to 0 where it returns
+    chances: {name: relative chance}, UNSEEN where there is none. fits(name) sets the chance of a state to 0 where it returns
     False; another one is drawn. RunError: no state has a chance any more.
     """
     names = []
     turn = []
     while len(names) < num:
-        live = [task for task in sorted(pool) if any(chances.get(name, 1.0) for name in pool[task])]
+        live = [task for task in sorted(pool) if any(chances.get(name, UNSEEN) for name in pool[task])]
         if not live:
             raise RunError("no state of the pool can be played any more; the reasons stand above")
         turn = [task for task in turn if task in live] or rng.sample(live, len(live))
         states = list(pool[turn[-1]])
-        name = rng.choices(states, [chances.get(name, 1.0) for name in states])[0]
+        name = rng.choices(states, [chances.get(name, UNSEEN) for name in states])[0]
         if fits(name):
             names.append(name)
             turn.pop()

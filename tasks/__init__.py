@@ -44,7 +44,7 @@ from tasks.submission import InvalidSubmission, matched, numbers, read_submissio
 IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentation", "ensembling", "calibration",
               "validation")
 INSTALL = "Install what the tasks' scripts use: pip install -r tasks/requirements.txt"
-MINIATURE_S = 10            # seconds of processor time of one script on a miniature; starters take one to three
+MINIATURE_S = 6             # seconds of processor time of one script on a miniature; starters take up to two
 FOLDERS = [Path(__file__).parent, *map(Path, filter(None, os.environ.get("ML_AGENT_TASKS", "").split(":")))]
 GRADING = threading.Lock()  # one submission is graded at a time, since tables of text can take much memory
 
