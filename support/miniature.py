@@ -55,9 +55,9 @@ def is_better(step, task, best):
 def search_constants(cfg, task, rng, is_expert=True):
     """Yields the replies of a search over the constants of the script; send() it the record of each step, a dict.
 
-    It runs the script, then changes a random constant by a random factor, and takes back what does not print a better
-    score than ever before, until the steps are used up. That is the random loop. The expert goes on with a change that
-    has helped as long as it helps, tries the other way at once where one has not, and nothing twice of the same script.
+    It runs the script, then changes a random constant by a random factor, none twice of the same script, and takes back
+    what does not print a better score than ever before, until the steps are used up. That is the random loop. The
+    expert goes on with a change that has helped as long as it helps, and tries the other way at once where one has not.
     """
     entry = task.entry
     script = task.starter       # the best
@@ -70,7 +70,7 @@ def search_constants(cfg, task, rng, is_expert=True):
         # 1. A change.
         change = helped
         action = ("Set Constant Again", {})
-        offered = untried(script, step["tried"] if is_expert else [])
+        offered = untried(script, step["tried"])     # the environment refuses the others
         if not offered:
             step = yield reply_of(cfg, step, notes, "there is nothing to change", "Execute Script", script_name=entry)
             continue
