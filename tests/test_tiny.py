@@ -230,6 +230,92 @@ def test_transformers_opens_what_was_saved(tokenizer, tmp_path):
             assert torch.allclose(other(torch.tensor([ids])).logits, model(torch.tensor([ids])), atol=2e-5)
 
 
+# ---- imagined states
+
+class Chosen:
+    """In place of a random generator: chooses these, then whatever comes first."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def choice(self, offered):
+        value = self.values.pop(0) if self.values else offered[0]
+        assert value in offered
+        return value
+
+
+def form_of(prompt):
+    """A short prompt without the figures of scores and steps."""
+    text = re.sub(r"^MAE, lower is better, \d+", "MAE, lower is better, N", prompt[0]["content"])
+    text = re.sub(r"^Best: [^n,]+,", "Best: N,", text, flags=re.MULTILINE)
+    news = re.search("^Last: (.*?)(?=, after|$)", text, re.MULTILINE)[1]
+    return text.replace(news, "better" if "better than" in news else "no better" if "," in news else re.sub(r"[\d.]+", "N", news))
+
+
+def play_imagined(folder, s, state):
+    """An Env in the situation of an Imagined, and what the expert does next there; None: its scores are others."""
+    world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "imagined", **{
+        **{name: getattr(s, name) for name in env.AGENT}, "steps": 30})
+    toy, done = tasks.load("toy-a"), {"a better score": [state.change], "a worse score": [state.change],
+                                      "an undo": state.tried[-1:]}.get(state.last, [])
+    script = state.before if state.last in ("a better score", "a worse score") else state.script
+    world.files["train.py"] = world.blobs.put(script.encode())
+    expert = miniature.search_constants(
+        s, SimpleNamespace(entry="train.py", starter=script, better=toy.better, metric="MAE"), Chosen(*done))
+    reply = next(expert)
+    if state.last == "nothing":
+        return world, reply
+    before = [miniature.set_action(pair)[1] for pair in state.tried if pair not in done and state.last != "a better score"]
+    step = world.step(reply)
+    world.seen["tried"] = before
+    step.tried = before
+    for _ in range({"a run": 0, "an undo": 2}.get(state.last, 1)):
+        reply = expert.send(vars(step))
+        step = world.step(reply)
+    is_better = "better than" in step.news
+    if step.outcome != "ok" or is_better != (state.last == "a better score") or state.last == "an undo" != step.action and (
+            step.action != "Undo Edit Script"):
+        return None
+    return world, expert.send(vars(step))
+
+
+@pytest.mark.parametrize("last", miniature.LAST)
+def test_an_imagined_state_is_one_that_the_environment_gives(short, last):
+    """The same script, change and tried ones in a real trajectory give the same prompt, but for figures of scores; the
+    expert does one of the actions there; and what counts as valid is what the environment carries out."""
+    folder, s = short
+    rng, hinted, num_found = random.Random(3), set(), 0
+    while num_found < 5 or last in ("a better score", "a worse score") and len(hinted) < 2:
+        state = miniature.imagine("MAE", "down", tasks.load("toy-a").starter, last, rng)
+        found = play_imagined(folder, s, state)
+        if not found:
+            continue
+        world, reply = found
+        num_found += 1
+        hinted.add("untried" in world.prompt()[0]["content"])
+        assert form_of(state.prompt) == form_of(world.prompt())
+        assert env.parse(reply, s.fields, s.actions)[1:3] in state.actions
+        snapshot, seen, index = world.snapshot(), dict(world.seen), world.index
+        others = [(name, {}) for name in miniature.SHORT_ACTIONS[1:3]]
+        others += [("Undo Edit Script", {"script_name": "train.py"}), ("Execute Script", {"script_name": "train.py"})]
+        others += [miniature.set_action(pair) for pair in (*state.tried[:2], (2, "*2"), (3, "/5"), (9, "*2"))]
+        for action, args in [*state.actions[:2], *others]:
+            world.restore(snapshot, index=index, seen=seen)
+            step = world.step(f"Action: {action}\nAction Input: {json.dumps(args)}")
+            assert step.valid == miniature.is_valid(state, action, args), (action, args, step.error)
+
+
+def test_imagined_conversations_can_be_read_and_differ(short):
+    _, s = short
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(miniature, "NUM_IMAGINED", 60)
+        found, again = miniature.imagined_conversations(s), miniature.imagined_conversations(s)
+    assert found == again and len({one.messages[0]["content"] for one in found}) == 60
+    parsed = [env.parse(one.messages[-1]["content"], s.fields, s.actions) for one in found]
+    assert not any(error for *_, error in parsed) and {action for _, action, *_ in parsed} == set(miniature.SHORT_ACTIONS)
+    assert all(one.assistant_turns == [1] for one in found)
+
+
 # ---- what it replies
 
 class Model:
@@ -252,7 +338,7 @@ def expert_reply(prompt):
         return f"Action: Set Constant {word}\nAction Input: {{}}"
     if "Best: " in lines[1] and lines[1].endswith("by an earlier script"):
         return 'Action: Undo Edit Script\nAction Input: {"script_name": "train.py"}'
-    number, value = next(re.match(r"(\d+) \w+ = \S+ (\S+)", line).groups() for line in lines[2:] if line.count(" ") > 2)
+    number, value = next(re.match(r"(\d+) \w+ = \S+ (\S+)", line).groups() for line in lines[2:] if line.count(" ") > 3)
     return f'Action: Set Constant\nAction Input: {{"constant": "{number}", "value": "{value}"}}'
 
 
