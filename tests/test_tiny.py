@@ -246,10 +246,11 @@ class Chosen:
 
 def form_of(prompt):
     """A short prompt without the figures of scores and steps."""
-    text = re.sub(r"^MAE, lower is better, \d+", "MAE, lower is better, N", prompt[0]["content"])
-    text = re.sub(r"^Best: [^n,]+,", "Best: N,", text, flags=re.MULTILINE)
-    news = re.search("^Last: (.*?)(?=, after|$)", text, re.MULTILINE)[1]
-    return text.replace(news, "better" if "better than" in news else "no better" if "," in news else re.sub(r"[\d.]+", "N", news))
+    first, best, *lines, last = prompt[0]["content"].split("\n")
+    news, *after = last.split(", after ")
+    if "," in news and "better than" not in news:
+        news = "Last: no better"        # worse, equal or failed
+    return [re.sub(r"\d[\d.e+-]*", "N", text) for text in (first, best, news)], lines, after
 
 
 def play_imagined(folder, s, state):
@@ -273,8 +274,7 @@ def play_imagined(folder, s, state):
         reply = expert.send(vars(step))
         step = world.step(reply)
     is_better = "better than" in step.news
-    if step.outcome != "ok" or is_better != (state.last == "a better score") or state.last == "an undo" != step.action and (
-            step.action != "Undo Edit Script"):
+    if is_better != (state.last == "a better score") or state.last == "an undo" and step.action != "Undo Edit Script":
         return None
     return world, expert.send(vars(step))
 
