@@ -659,7 +659,7 @@ class Env:
         self.messages += step.messages
         if step.valid:      # else a short prompt stays as it was: a small model that sees its own slips repeats them
             name = step.action
-            if name.startswith("Set Constant"):
+            if name.startswith("Set Constant") and self.seen["change"]:     # else the disk was full
                 name = self.describe_change()
             outcome = step.news or step.observation.partition("\n")[0]
             outcome = " ".join(outcome.split()).rstrip(".")
@@ -931,13 +931,16 @@ class Env:
 
     def _set_constant_inversely(self, step):
         change = inverse(self.seen["change"])
-        if not change:
+        versions = self._versions(self.task.entry)
+        if not change or not versions:
             raise InvalidAction("The last edit was no Set Constant by a factor.")
-        last = self._versions(self.task.entry)[-1]
-        before = script_text(self.blobs, self.files[last])
-        set_constant(before, **change)      # or it raises, before anything is done
-        self.files[self.task.entry] = self.files.pop(last)
-        return self._set_constant(step, **change)
+        files = self.snapshot()
+        self.files[self.task.entry] = self.files.pop(versions[-1])
+        try:
+            return self._set_constant(step, **change)
+        except (InvalidAction, OSError):
+            self.files = files      # nothing is done
+            raise
 
     def _undo_edit_script(self, step, script_name):
         path = self._path(script_name, write=True)

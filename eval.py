@@ -122,16 +122,16 @@ def summarize_trajectory(lines, direction, starter, printed):
 
 HABITS = {      # column -> the counts of a trajectory whose ratio it is
     "valid actions": ("valid", "steps"),
-    "undone after worse": ("undone", "worse"),
+    "taken back after worse": ("taken_back", "worse"),
     "gone on after better": ("continued", "better")}
 
 
 def count_habits(steps, direction, best):
     """Returns counts of a trajectory's steps: "worse" edits, whose run printed a worse score than the best before or
-    failed, and how many of them were "undone" next; "better" ones of one constant, and after how many of them the same
+    failed, and how many of them were "taken_back" next; "better" ones of one constant, and after how many of them the same
     constant was "continued" in the same direction. Steps that only look or run are passed over, and an edit after which
     nothing came does not count. best: what the starter printed."""
-    counts = dict.fromkeys(("worse", "undone", "better", "continued"), 0)
+    counts = dict.fromkeys(("worse", "taken_back", "better", "continued"), 0)
     steps = [step for step in steps if step["action"] not in LOOKS]
     for step, following in zip(steps, steps[1:]):
         if not step["valid"] or step["outcome"] is None or step["action"] == UNDO:
@@ -141,7 +141,7 @@ def count_habits(steps, direction, best):
         best = best_of(direction, before, printed)
         if printed is None or printed != best:
             counts["worse"] += 1
-            counts["undone"] += following["valid"] and following["action"] == UNDO
+            counts["taken_back"] += following["valid"] and following["action"] in (UNDO, "Set Constant Inversely")
         elif before is not None and best != before and changed_constant(step):
             counts["better"] += 1
             counts["continued"] += changed_constant(following) == changed_constant(step)

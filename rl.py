@@ -98,8 +98,8 @@ class Settings(cli.TaskSettings):
         super().__post_init__()
         cli.check_choices(self, rollout=("step", "episode"), advantage=tuple(ADVANTAGES),
                           coder=("auto", "none", "model"), dtype=("auto", "float32", "bfloat16"))
-        cli.check_positive(self, "iterations", "states", "samples", "horizon", "steps", "epochs", "minibatches", "temperature",
-                           "max_batch", "max_row_tokens", "save_every", "gpus")
+        cli.check_positive(self, "iterations", "states", "samples", "horizon", "steps", "epochs", "minibatches",
+                           "temperature", "max_batch", "max_row_tokens", "save_every", "gpus")
         if self.validate_every < 0:
             raise ValueError(f"--validate-every must be at least 0, found {self.validate_every}")
         for name in ("lr", "critic_lr", "clip_low", "clip_high", "kl", "lam"):
@@ -815,7 +815,8 @@ def report(cfg, stats, transitions):
     append_lines(Path(cfg.out, "log.jsonl"), [stats])
     append_lines(Path(cfg.out, "samples.jsonl"), [
         {"iteration": stats["iteration"], "state": transition.state, "reply": transition.step["reply"],
-         "kind": transition.step["kind"], "reward": transition.reward, "advantage": transition.advantage}
+         "kind": transition.step["kind"], "reward": transition.reward, "next_rewards": transition.next_rewards,
+         "advantage": transition.advantage}
         for transition in transitions])
     names = ("reward", "reward_edits", "valid", "kl", "entropy", "clip_fraction", "explained_variance", "logp_diff_max")
     numbers = [f"{name} {stats[name]:.3g}" for name in names if stats.get(name) is not None]

@@ -583,9 +583,9 @@ class Engine:
         """Returns a list of n Completions for each prompt (a text, a list of ids, or a conversation).
 
         Sample j of prompt i draws from seed + i * n + j, or from seed[i] + j where there is one for each prompt; the
-        same calls give the same tokens on a CPU, and on a GPU but for rounding. The n samples of a prompt share one prefill. on_completion(i, j, completion) is called in the
-        caller's thread as soon as that sample is done, while the others wait. What it raises ends the call and takes
-        back what is not done.
+        same calls give the same tokens on a CPU, and on a GPU but for rounding. The n samples of a prompt share one
+        prefill. on_completion(i, j, completion) is called in the caller's thread as soon as that sample is done, while
+        the others wait. What it raises ends the call and takes back what is not done.
         """
         done = queue.SimpleQueue()
         requests = []

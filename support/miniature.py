@@ -55,9 +55,9 @@ def is_better(step, task, best):
 def search_constants(cfg, task, rng, is_expert=True):
     """Yields the replies of a search over the constants of the script; send() it the record of each step, a dict.
 
-    It runs the script, then changes a random constant by a random factor, and takes back what does not print a better
-    score than ever before, until the steps are used up. That is the random loop. The expert goes on with a change that
-    has helped as long as it helps, tries the other way at once where one has not, and nothing twice of the same script.
+    It runs the script, then changes a random constant by a random factor, none twice of the same script, and takes back
+    what does not print a better score than ever before, until the steps are used up. That is the random loop. The
+    expert goes on with a change that has helped as long as it helps, and tries the other way at once where one has not.
     """
     entry = task.entry
     script = task.starter       # the best
@@ -70,7 +70,7 @@ def search_constants(cfg, task, rng, is_expert=True):
         # 1. A change.
         change = helped
         action = ("Set Constant Again", {})
-        offered = untried(script, step["tried"] if is_expert else [])
+        offered = untried(script, step["tried"])     # the environment refuses the others
         if not offered:
             step = yield reply_of(cfg, step, notes, "there is nothing to change", "Execute Script", script_name=entry)
             continue
@@ -89,7 +89,8 @@ def search_constants(cfg, task, rng, is_expert=True):
                 break
             notes.append(f"{title}: taken back")
             change = other_way(change)
-            if not is_expert or change not in untried(script, step["tried"]):
+            is_second = action[0] == "Set Constant Inversely"
+            if not is_expert or is_second or change not in untried(script, step["tried"]):
                 break
             action = ("Set Constant Inversely", {})
 
@@ -206,8 +207,10 @@ class Imagined(NamedTuple):
     """A state that nobody was in, with what the expert does there."""
     prompt: list        # chat messages
     script: str
+    before: str         # the script that the last change was made in
     last: str           # one of LAST
     change: tuple       # the last one, (number, value)
+    tried: list         # changes of the best script
     actions: list       # [(action, its arguments)] of the expert, all as good
 
 
@@ -251,12 +254,13 @@ def imagine(metric, direction, script, last, rng):
         actions = [set_action(pair) for pair in changes(script) if pair not in tried]
 
     # 3. The prompt.
+    tried = [pair for pair in tried if pair]
     seen = NOTHING | {"news": news, "best_printed": None if last == "nothing" else better,
-                      "tried": [set_action(pair)[1] for pair in filter(None, tried)]}
+                      "tried": [set_action(pair)[1] for pair in tried]}
     task = SimpleNamespace(metric=metric, direction=direction)
     steps_left = AGENT_STEPS if last == "nothing" else rng.randint(1, AGENT_STEPS - 1)
     prompt = short_prompt(task, seen, script, last != "a worse score", steps_left)
-    return Imagined(prompt, script, last, change, actions)
+    return Imagined(prompt, script, before, last, change, tried, actions)
 
 
 def imagine_name(words, rng):
@@ -322,12 +326,12 @@ def train_tokenizer(texts, size):
 # What the trained model replies
 
 NUM_STATES = 96     # of held-in and of held-out tasks
-SHARES = ("valid", "as the expert", "undone if worse", "gone on if better")
+SHARES = ("valid", "as the expert", "taken back if worse", "gone on if better")
 
 
 def unseen_states(split, rng):
-    """Returns [Imagined] about starters of a split's tasks with some numbers changed. The
-    model is shown held-out scripts here; nothing is learned of them."""
+    """Returns [Imagined] about starters of a split's tasks with some numbers changed. The model is shown held-out
+    scripts here; nothing is learned of them."""
     ids = [id for id in tasks.names(split) if changes(tasks.load(id).starter)]
     states = []
     for i in range(NUM_STATES):
@@ -338,14 +342,23 @@ def unseen_states(split, rng):
 
 def is_valid(state, action, args):
     """Returns whether the environment would carry out an action in an Imagined state."""
-    try:
-        if action == "Set Constant Again":
-            set_constant(state.script, *state.change)
-        if action == "Set Constant":
-            set_constant(state.script, **args)
-        return action in ("Set Constant", "Execute Script") or state.last in ("a better score", "a worse score")
-    except InvalidAction:
+    script = state.script
+    is_best = state.last != "a worse score"
+    if action == "Set Constant Again":
+        args = set_action(state.change)[1]
+    elif action == "Set Constant Inversely":
+        args = inverse(set_action(state.change)[1])
+        script = state.before
+        is_best = not is_best
+    if action not in ("Set Constant", "Execute Script") and state.last not in ("a better score", "a worse score"):
         return False
+    if not action.startswith("Set Constant"):
+        return True
+    try:
+        set_constant(script, **args)
+    except (InvalidAction, TypeError):      # TypeError: there is no inverse
+        return False
+    return not is_best or args not in [set_action(pair)[1] for pair in state.tried]
 
 
 def judge_replies(cfg, engine, split):
@@ -364,7 +377,7 @@ def judge_replies(cfg, engine, split):
             named[args["constant"]] += 1
             values[args["value"]] += 1
         if state.last == "a worse score":
-            found["undone if worse"].append(action == "Undo Edit Script")
+            found["taken back if worse"].append(action in ("Undo Edit Script", "Set Constant Inversely"))
         elif state.last == "a better score" and state.change in changes(state.script):
             found["gone on if better"].append(action == "Set Constant Again")
     shares = {name: sum(hits) / max(1, len(hits)) for name, hits in found.items()}

@@ -94,8 +94,8 @@ def load_pool(cfg, tokenizer, log=print):
 def sample_states(pool, num, rng, chances, fits):
     """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
 
-    chances: {name: relative chance}, UNSEEN where there is none. fits(name) sets the chance of a state to 0 where it returns
-    False; another one is drawn. RunError: no state has a chance any more.
+    chances: {name: relative chance}, UNSEEN where there is none. fits(name) sets the chance of a state to 0 where it
+    returns False; another one is drawn. RunError: no state has a chance any more.
     """
     names = []
     turn = []

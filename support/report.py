@@ -23,7 +23,7 @@ LOG = {f"{name}?": maybe(NUMBER) for name in (*CURVES, *SHARES, "iteration", "st
 PAIR = "two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value))
 TRAJECTORY = {
     "k": COUNT, "best-validation": maybe(NUMBER), "last-valid": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD,
-    "steps": COUNT, "valid": COUNT, "worse": COUNT, "undone": COUNT, "better": COUNT, "continued": COUNT}
+    "steps": COUNT, "valid": COUNT, "worse": COUNT, "taken_back": COUNT, "better": COUNT, "continued": COUNT}
 TASK = {
     "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
     "m_best": NUMBER, "printed": maybe(NUMBER), "seconds": NUMBER, "published": {str: PAIR},

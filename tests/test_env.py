@@ -437,20 +437,91 @@ def test_a_constant_is_that_of_the_script_as_it_is_now(make):
 
 
 def test_a_change_is_made_again_also_after_restore(make):
-    """The last factor once more, whatever came between; a number is there already."""
+    """The last factor once more; a number is there already; after another edit there is nothing to repeat."""
     env, other = make(prompt_format="short", steps=20), make(prompt_format="short", steps=20)
-    assert do(env, "Set Constant Again").error == "No constant has been set."
+    nothing = "The last edit was no Set Constant."
+    assert do(env, "Set Constant Again").error == nothing
     assert do(env, "Set Constant", constant=1, value="*1.2").score == 0.6
     assert do(env, "Set Constant Again").score == 0.72
     assert "Last: 0.72, better than 0.6, after Set Constant 1 *1.2" in env.prompt()[0]["content"]
-    undo(env)
-    other.restore(env.snapshot(), env.messages, index=4, m_before=0.6, seen=env.seen)
+    other.restore(env.snapshot(), env.messages, index=3, m_before=0.72, seen=env.seen)
     for one in (env, other):
-        assert do(one, "Set Constant Again").score == 0.72 and one.seen["change"] == {"constant": "1", "value": "*1.2"}
+        assert do(one, "Set Constant Again").score == 0.864 and one.seen["change"] == {"constant": "1", "value": "*1.2"}
+    undo(env)
+    assert env.seen["change"] == {} and do(env, "Set Constant Again").error == nothing
     do(env, "Set Constant", constant=1, value="0.5")
     assert do(env, "Set Constant Again").error == "VALUE is 0.5 already."
     do(env, "Set Constant", constant=7, value="*2")       # it was refused, so it is not made again
     assert env.seen["change"]["value"] == "0.5"
+
+
+LOW = STARTER.replace("0.50", "0.20") + "LEAF = 4\n"
+
+
+def test_the_other_way_takes_the_change_back_first(make):
+    """One step; one undo then leads to the first version; a restored state can do it too."""
+    env, other = make(prompt_format="short", steps=20), make(prompt_format="short", steps=20)
+    last = lambda: env.prompt()[0]["content"].split("\n")[-1]
+    put(env, train=LOW)
+    run(env)
+    assert do(env, "Set Constant", constant=1, value="/2").score == 0.1
+    assert last() == "Last: 0.1, worse than 0.2, after Set Constant 1 /2, inversely is untried"
+    other.restore(env.snapshot(), env.messages, index=env.index, m_before=0.1, seen=env.seen)
+    for one in (env, other):
+        step = do(one, "Set Constant Inversely")
+        assert (step.score, step.m_before, step.valid) == (0.4, 0.1, True)
+        assert text_of(one, "train.py") == LOW.replace("0.20", "0.4") and one.seen["change"] == {
+            "constant": "1", "value": "*2"}
+        assert step.tried == [{"constant": "1", "value": "/2"}]
+    assert last() == "Last: 0.4, better than 0.2, after Set Constant 1 *2, again is untried"
+    assert do(env, "Set Constant Again").score == 0.8
+    assert last() == "Last: 0.8, better than 0.4, after Set Constant 1 *2"      # 1.6 is no share
+    undo(env)
+    undo(env)
+    assert text_of(env, "train.py") == LOW and not undo(env).valid
+
+
+def test_the_other_way_is_refused_where_there_is_none_and_nothing_is_done(make):
+    env = make(steps=30)
+    put(env, train=LOW)
+    run(env)
+
+    def refused(error):
+        before = env.snapshot(), env.m_before, env.seen
+        step = do(env, "Set Constant Inversely")
+        assert (step.valid, step.kind, step.error) == (False, "invalid", error)
+        assert (env.snapshot(), env.m_before, env.seen) == before
+    none = "The last edit was no Set Constant by a factor."
+    refused(none)
+    do(env, "Set Constant", constant=1, value="0.1")
+    refused(none)
+    undo(env)
+    do(env, "Set Constant", constant=1, value="/5")
+    undo(env)
+    refused(none)
+    do(env, "Set Constant", constant=1, value="/2")
+    edit(env, "LEAF = 4", "LEAF = 1")
+    refused(none)
+    do(env, "Set Constant", constant=2, value="*2")
+    refused("LEAF is 1 already.")
+    for _ in range(3):
+        undo(env)
+    assert text_of(env, "train.py") == LOW
+    for value in ("*2", "/2"):      # both are no better
+        do(env, "Set Constant", constant=2, value=value)
+        if value == "*2":
+            undo(env)
+    refused("Constant 2 *2 was tried on this script, and is no better.")
+
+
+def test_a_full_disk_at_a_constant_is_an_outcome(make, monkeypatch):
+    env = make(prompt_format="short")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(env.blobs, "put", full)
+    step = do(env, "Set Constant", constant=1, value="/2")
+    assert (step.kind, step.outcome) == ("limit", "disk full") and text_of(env, "train.py") == STARTER
 
 
 def test_the_agent_is_told_what_its_edit_does(make):
@@ -462,7 +533,8 @@ def test_the_agent_is_told_what_its_edit_does(make):
         prompt = env.prompt()[0]["content"].split("\n")
         return line[len("The run of train.py: "):], prompt[-1], prompt[1]
 
-    assert env.prompt()[0]["content"] == "accuracy, higher is better, 20 steps left\nBest: none\n1 VALUE = 0.50\nLast: nothing"
+    assert env.prompt()[0]["content"] == (
+        "accuracy, higher is better, 20 steps left\nBest: none\n1 VALUE = 0.50 /2 /5\nLast: nothing")
     by_this, earlier = "by this script", "by an earlier script"
     assert seen(run(env)) == ("", "Last: 0.5, after Execute Script", f"Best: 0.5, {by_this}")
     told = "0.7, better than 0.5"
@@ -491,27 +563,33 @@ def test_the_agent_is_told_what_its_edit_does(make):
     assert (step.best_printed, step.best_script) == (0.99, env.files["train.py"])
 
 
-def test_a_short_prompt_tells_what_was_no_better_for_the_best_script(make):
-    """Worse, equal and failed changes of the best script stand at their constant; those of another script do not; a
-    better score begins anew; and a state that is restored has the same prompt."""
-    env = make(prompt_format="short")
+def test_a_short_prompt_tells_what_is_untried_with_the_best_script(make):
+    """What was no better for the best script is no more offered, and refused; what another script was tried with is; a
+    better score begins anew, without what leads back; and a state that is restored has the same prompt."""
+    env = make(prompt_format="short", steps=20)
 
     def line(step):
         assert step.valid, step.error
         return env.prompt()[0]["content"].split("\n")[2]
-    assert line(run(env)) == "1 VALUE = 0.50"
-    assert line(do(env, "Set Constant", constant=1, value="/5")) == "1 VALUE = 0.1 not /5"
-    assert line(do(env, "Set Constant", constant=1, value="/2")) == "1 VALUE = 0.05 not /5"     # of a worse script
+    assert line(run(env)) == "1 VALUE = 0.50 /2 /5"      # twice as much would be no share
+    assert line(do(env, "Set Constant", constant=1, value="/5")) == "1 VALUE = 0.1 *2 /2 *5"
+    assert line(do(env, "Set Constant", constant=1, value="/2")) == "1 VALUE = 0.05 *2 /2 *5"     # of a worse script
     undo(env)
-    assert line(undo(env)) == "1 VALUE = 0.50 not /5"
-    assert line(do(env, "Set Constant", constant="1", value="0.4")) == "1 VALUE = 0.4 not /5 0.4"
+    assert line(undo(env)) == "1 VALUE = 0.50 /2"
+    assert line(do(env, "Set Constant", constant="1", value="0.4")) == "1 VALUE = 0.4 *2 /2"
     step = undo(env)
-    again = make(prompt_format="short")
+    again = make(prompt_format="short", steps=20)
     again.restore(step.snapshot, index=env.index, seen=dataclasses.asdict(step))
     assert again.prompt() == env.prompt() and step.tried == [
         {"constant": "1", "value": "/5"}, {"constant": "1", "value": "0.4"}]
-    assert line(do(env, "Set Constant", constant=1, value=0.6)) == "1 VALUE = 0.6"
-    assert line(do(env, "Set Constant", constant=1, value="/2")) == "1 VALUE = 0.3 not /2"
+    assert line(do(env, "Set Constant", constant=1, value=0.6)) == "1 VALUE = 0.6 /2 /5"
+    assert line(do(env, "Set Constant", constant=1, value="/2")) == "1 VALUE = 0.3 *2 /5"
+    undo(env)
+    before = env.snapshot()
+    step = do(env, "Set Constant", constant=1, value="/2")
+    assert step.error == "Constant 1 /2 was tried on this script, and is no better."
+    assert (step.valid, env.snapshot()) == (False, before)
+    assert do(env, "Set Constant", constant=1, value="*1.2").tried == [{"constant": "1", "value": "/1.2"}]
     hidden = make(prompt_format="short", show_scores=False)
     run(hidden)
     assert do(hidden, "Set Constant", constant=1, value="/5").tried == []
@@ -524,10 +602,10 @@ def test_without_show_scores_the_agent_has_to_run_the_script_to_know(make):
     step = edit(env, "0.50", "0.70")
     assert step.printed == 0.7 and "0.7, " not in step.observation and "The run of" not in step.observation
     assert env.prompt()[0]["content"].split("\n")[1:] == [
-        "Best: none", "1 VALUE = 0.70", "Last: train.py is saved. The difference:, after Replace In Script"]
+        "Best: none", "1 VALUE = 0.70 /2 /5", "Last: train.py is saved. The difference:, after Replace In Script"]
     run(env)
     assert env.prompt()[0]["content"].split("\n")[1:] == [
-        "Best: 0.7, by this script", "1 VALUE = 0.70", "Last: 0.7, after Execute Script"]
+        "Best: 0.7, by this script", "1 VALUE = 0.70 /2 /5", "Last: 0.7, after Execute Script"]
 
 
 def test_undo_goes_back_step_by_step_also_after_restore(make):

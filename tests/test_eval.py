@@ -169,7 +169,7 @@ def test_how_it_is_counted_may_change_afterwards_without_playing_again(tmp_path,
 def result(scores, starter, m_best, direction="down", split="held-out", last=None):
     """What results.json says of a task."""
     trajectories = [{"best-validation": score, "last-valid": score if last is None else last, "oracle": score,
-                     "ended": "steps", "steps": 1, "valid": 1, "worse": 0, "undone": 0, "better": 0, "continued": 0}
+                     "ended": "steps", "steps": 1, "valid": 1, "worse": 0, "taken_back": 0, "better": 0, "continued": 0}
                     for score in scores]
     return {"metric": "MAE", "direction": direction, "split": split, "starter": starter, "printed": 0.5, "seconds": 1.0,
             "m_best": m_best, "miniature": True, "published": {}, "trajectories": trajectories}
@@ -252,31 +252,36 @@ def test_what_an_agent_does_by_hand(tmp_path, task):
     results = play(settings(tmp_path), Scripted())
     played = results["tasks"]["tiny-task"]["trajectories"]
     # VALUE 3 to 8 to 9: better twice, once it goes on upwards. 1 / 0: failed, not taken back. 9.5: better, then down.
-    assert [[one[name] for name in ("steps", "valid", "worse", "undone", "better", "continued")] for one in played] == [
+    assert [[one[name] for name in ("steps", "valid", "worse", "taken_back", "better", "continued")] for one in played] == [
         [4, 4, 0, 0, 2, 1], [3, 2, 1, 0, 0, 0], [3, 3, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0]]
     assert masked(tmp_path / "out")["habits"] == {
-        "held-out": {"valid actions": [10, 11], "undone after worse": [0, 2], "gone on after better": [1, 3]}}
+        "held-out": {"valid actions": [10, 11], "taken back after worse": [0, 2], "gone on after better": [1, 3]}}
     assert evaluation.build_habits([{"name": "scripted", "results": results}]) == [
-        {"tasks": "held-out", "agent": "scripted", "valid actions": "91% of 11", "undone after worse": "0% of 2",
+        {"tasks": "held-out", "agent": "scripted", "valid actions": "91% of 11", "taken back after worse": "0% of 2",
          "gone on after better": "33% of 3"}]
 
 
 UNDO = {"action": "Undo Edit Script"}
+BACK = {"action": "Set Constant Inversely"}
 
 
 @pytest.mark.parametrize("steps, counts", [
-    # worse, undone, better, continued; the starter printed 0.5, more is better
+    # worse, taken back, better, continued; the starter printed 0.5, more is better
     ([step(0.4, 1), step(0.5, 1, **UNDO), step(0.6, 1)], (1, 1, 0, 0)),     # nothing follows the last
     ([step(0.4, 1), step(0.4, 1, "Execute Script"), step(0.5, 1, **UNDO)], (1, 1, 0, 0)),       # it looks first
     ([step(0.5, 1), step(0.4, 1), step(0.4, 1, valid=False, **UNDO)], (1, 0, 0, 0)),        # 0.5 is no worse
     ([step(None, None, outcome="error"), step(0.5, 1, **UNDO), step(0.9, 1)], (1, 1, 0, 0)),
+    # the other way is better, and goes on; it is worse too, and is taken back; it is refused
+    ([step(0.4, 1), step(0.6, 1, change=("4", "2"), **BACK), step(0.7, 1, change=("2", "1"))], (1, 1, 1, 1)),
+    ([step(0.4, 1), step(0.3, 1, **BACK), step(0.5, 1, **UNDO), step(0.9, 1)], (2, 2, 0, 0)),
+    ([step(0.4, 1), step(0.4, 1, valid=False, **BACK)], (1, 0, 0, 0)),
     ([step(0.6, 1), step(0.55, 1), step(0.6, 1, **UNDO)], (1, 1, 1, 1)),        # worse than the best before it
     ([step(0.6, 1, change=("3", "2.5e0")), step(0.7, 1, change=("2.5e0", "1")), step(0.7, 1)], (0, 0, 2, 1)),
     ([step(0.6, 1), step(0.7, 1, name="Y"), step(0.7, 1, change=("\"a\"", "\"b\""))], (0, 0, 2, 0)),
     ([step(0.6, 1, change=("\"a\"", "\"b\"")), step(0.6, 1)], (0, 0, 0, 0))])      # no constant with a number
-def test_undone_after_worse_and_gone_on_after_better(steps, counts):
+def test_taken_back_after_worse_and_gone_on_after_better(steps, counts):
     found = evaluation.count_habits(steps, "up", 0.5)
-    assert tuple(found[name] for name in ("worse", "undone", "better", "continued")) == counts
+    assert tuple(found[name] for name in ("worse", "taken_back", "better", "continued")) == counts
 
 
 def test_the_report_says_what_was_measured(tmp_path, task):
@@ -450,7 +455,7 @@ def test_the_agents_that_were_made_stand_in_one_table_with_random_edits(made, tm
 def test_random_edits_need_no_model_and_take_back_what_is_no_better(tmp_path, task):
     """Of one constant, with the scores of |VALUE - 9.5| printed: what it keeps scores better than the starter."""
     found = play(settings(tmp_path, model=evaluation.RANDOM, steps=8), None)["tasks"]["tiny-task"]["trajectories"]
-    assert all(one["valid"] == one["steps"] == 8 and one["undone"] == one["worse"] for one in found)
+    assert all(one["valid"] == one["steps"] == 8 and one["taken_back"] == one["worse"] for one in found)
     assert sum(one["worse"] for one in found) > 0 and min(one["best-validation"] for one in found) < 7
     again = play(settings(tmp_path, "again", model=evaluation.RANDOM, steps=8), None)
     assert again["tasks"]["tiny-task"]["trajectories"] == found         # the same seed

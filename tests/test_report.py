@@ -122,7 +122,7 @@ def compare(tmp_path, *folders):
 def test_the_table_and_the_steps_are_there(path):
     page = drawn(path)
     assert page.rows() == [     # as calculated by hand in test_eval
-        ["tasks", "agent", "valid actions", "undone after worse", "gone on after better"],
+        ["tasks", "agent", "valid actions", "taken back after worse", "gone on after better"],
         ["held-out", "scripted", "91% of 11", "0% of 2", "33% of 3"],
         ["task", "agent", "metric", "starter", "average", "best", "std. error", "gain %", "gap %", "last-valid gain",
          "failed", "(oracle)"],

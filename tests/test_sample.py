@@ -309,6 +309,14 @@ def test_what_each_raises_ends_the_call_and_leaves_a_working_engine(model):
     assert [[r.tokens for r in g] for g in engine.generate(prompts, n=2, max_new_tokens=9)] == expected
 
 
+def test_each_prompt_may_have_a_seed_of_its_own(model):
+    prompts, seeds = prompts_of([9, 9, 20]), [11, 5, 11]
+    groups = engine_of(model).generate(prompts, n=2, max_new_tokens=12, seed=seeds)
+    for prompt, seed, group in zip(prompts, seeds, groups):
+        alone = engine_of(model).generate([prompt], n=2, max_new_tokens=12, seed=seed)[0]
+        assert [one.tokens for one in group] == [one.tokens for one in alone]
+
+
 def test_seeds_reproduce_and_differ(model):
     (prompt,) = prompts_of([12])
     run = lambda seed: engine_of(model).generate([prompt], n=3, max_new_tokens=12, seed=seed)[0]

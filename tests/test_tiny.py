@@ -46,17 +46,18 @@ def test_a_short_prompt_by_hand(short):
         return world.prompt()[0]["content"]
 
     def prompt(steps_left, best, value, last):
-        return (f"MAE, lower is better, {steps_left} steps left\nBest: {best}\n1 VALUE = {value}\n2 SHIFT = 0\n3 GAIN = 1\n"
-                f"Last: {last}")
+        return (f"MAE, lower is better, {steps_left} steps left\nBest: {best}\n1 VALUE = {value}\n"
+                f"2 SHIFT = 0 *2 /2 *5 /5\n3 GAIN = 1 *2 *5\nLast: {last}")
 
-    assert world.prompt() == [{"role": "user", "content": prompt(8, "none", 3, "nothing")}]
-    assert after("Execute Script", script_name="train.py") == prompt(7, "7, by this script", 3, "7, after Execute Script")
-    assert after("Set Constant", constant="1", value="*2") == prompt(
-        6, "4, by this script", 6, "4, better than 7, after Set Constant 1 *2")
-    assert after("Set Constant", constant="3", value="/2") == prompt(
-        5, "4, by this script", 6, "4, better than 7, after Set Constant 1 *2")      # GAIN is 1 already: nothing is done
+    all_four = "3 *2 /2 *5 /5"
+    assert world.prompt() == [{"role": "user", "content": prompt(8, "none", all_four, "nothing")}]
+    assert after("Execute Script", script_name="train.py") == prompt(
+        7, "7, by this script", all_four, "7, after Execute Script")
+    rest = "4, by this script", "6 *2 *5 /5", "4, better than 7, after Set Constant 1 *2, again is untried"
+    assert after("Set Constant", constant="1", value="*2") == prompt(6, *rest)
+    assert after("Set Constant", constant="3", value="/2") == prompt(5, *rest)     # GAIN is 1 already: nothing is done
     world.step("nonsense")
-    assert world.prompt()[0]["content"] == prompt(4, "4, by this script", 6, "4, better than 7, after Set Constant 1 *2")
+    assert world.prompt()[0]["content"] == prompt(4, *rest)
 
 
 def test_every_prompt_can_be_made_again_from_the_record(short):
@@ -83,15 +84,26 @@ def test_every_prompt_can_be_made_again_from_the_record(short):
 def test_a_short_prompt_shows_so_many_constants_at_most():
     script = "".join(f"NAME_{i} = {i}\n" for i in range(1, 200))
     prompt = env.short_prompt(SimpleNamespace(metric="MAE", direction="down"), env.NOTHING, script, False, 3)[0]["content"]
-    assert prompt.split("\n")[2:-1] == [f"{i} NAME_{i} = {i}" for i in range(1, env.SHORT_CONSTANTS + 1)]
+    shown = [line.partition(" *")[0] for line in prompt.split("\n")[2:-1]]
+    assert shown == [f"{i} NAME_{i} = {i}" for i in range(1, env.SHORT_CONSTANTS + 1)]
 
 
 # ---- the scripted expert with short prompts, and the random loop
 
 def test_what_is_tried_with_a_scripts_numbers():
-    pairs = miniature.choices("SEED = 3\nSIDE = 4   # pixels\nRATE = 0.5\nSHIFT = 0\nDROPOUT = 0.0\nLEAF = 1\n")
-    assert pairs == [("1", "*2"), ("1", "/2"), ("1", "*5"), ("1", "/5"), ("2", "/2"), ("2", "/5"), ("3", "*2"), ("3", "/2"),
-                     ("3", "*5"), ("3", "/5"), ("4", "0.1"), ("4", "0.01"), ("5", "*2"), ("5", "*5")]
+    script = "SEED = 3\nSIDE = 4   # pixels\nRATE = 0.5\nSHIFT = 0\nDROPOUT = 0.0\nLEAF = 1\n"
+    pairs = env.changes(script)
+    assert pairs == [(1, "*2"), (1, "/2"), (1, "*5"), (1, "/5"), (2, "/2"), (2, "/5"), (3, "*2"), (3, "/2"), (3, "*5"),
+                     (3, "/5"), (4, "0.1"), (4, "0.01"), (5, "*2"), (5, "*5")]
+    tried = [{"constant": "01", "value": "*2"}, {"constant": "1", "value": "9"}, {"constant": "5", "value": "*5"}]
+    assert env.untried(script, tried) == [pair for pair in pairs if pair not in ((1, "*2"), (5, "*5"))]
+
+
+def test_the_inverse_of_a_change():
+    assert env.inverse({"constant": "2", "value": "*5"}) == {"constant": "2", "value": "/5"}
+    assert env.inverse({"constant": "2", "value": "/2"}) == {"constant": "2", "value": "*2"}
+    assert env.inverse({"constant": "2", "value": "0.1"}) == env.inverse({}) == {}
+    assert miniature.other_way((2, "*5")) == (2, "/5") and miniature.other_way((2, "0.1")) is None
 
 
 def change_of(step):
@@ -99,34 +111,41 @@ def change_of(step):
 
 
 def test_the_short_expert_looks_takes_back_and_goes_on(short):
-    """The starter runs first. A change that is no better than the best before it is taken back; one that helped is made
-    again; nothing that was taken back is tried again of the same script."""
+    """The starter runs first. A change that is no better than the best before it is taken back, by its inverse where
+    that is untried; one that helped is made again; nothing is tried twice of the same script, nor what leads back."""
     folder, s = short
     blobs = storage.Blobs(folder / "short" / "blobs")
-    num_helped = 0
+    num_helped = num_inverse = 0
     replies = set()
     for file in (folder / "short").glob("*.jsonl"):
         _, steps = env.read_trajectory(file)
         replies.add(tuple(step["reply"] for step in steps))
         assert all(step["valid"] for step in steps) and steps[0]["action"] == "Execute Script"
         best, failed = steps[0]["printed"], set()
+        script = tasks.load(file.stem.rpartition("-")[0]).starter
         for step, after in zip(steps[1:], steps[2:]):
             if not step["action"].startswith("Set Constant"):
                 continue
-            assert change_of(step) not in failed
+            number, value = change = change_of(step)
+            back = (number, {"*": "/", "/": "*"}.get(value[0], "") + value[1:])
+            assert change not in failed
             if step["outcome"] == "ok" and step["printed"] < best:
                 best = step["printed"]
-                failed = set()
+                failed = {back}
                 num_helped += 1
                 script = blobs.path(step["snapshot"]["train.py"]).read_text()
-                if change_of(step) in miniature.choices(script):
-                    assert after["action"] == "Set Constant Again" and change_of(after) == change_of(step)
+                if (int(number), value) in env.changes(script):
+                    assert after["action"] == "Set Constant Again" and change_of(after) == change
+                continue
+            failed.add(change)
+            if (int(number), back[1]) in env.changes(script) and back not in failed:
+                assert after["action"] == "Set Constant Inversely" and change_of(after) == back
+                num_inverse += 1
             else:
-                failed.add(change_of(step))
                 assert after["action"] == "Undo Edit Script"
         assert [step["action"] == "Execute Script" for step in steps] == [True] + [False] * (len(steps) - 1)
         assert len(steps) == s.steps
-    assert num_helped > 3 and len(replies) > 3
+    assert num_helped > 3 and num_inverse > 3 and len(replies) > 3
 
 
 def play(folder, s, policy, steps):
@@ -161,6 +180,7 @@ def test_without_shown_scores_the_expert_runs_what_it_has_changed(short):
     lines = play(folder, s, miniature.scripted_policy(s, tasks.load("toy-a"), [], random.Random(1)), 8)
     names = [line["action"] for line in lines[1:]]
     assert names[:3] == ["Execute Script", "Set Constant", "Execute Script"] and names.count("Execute Script") > 2
+    assert not re.search("Inversely(, Execute Script)?, Set Constant Inversely", ", ".join(names))
 
 
 # ---- tokenizer
@@ -210,6 +230,92 @@ def test_transformers_opens_what_was_saved(tokenizer, tmp_path):
             assert torch.allclose(other(torch.tensor([ids])).logits, model(torch.tensor([ids])), atol=2e-5)
 
 
+# ---- imagined states
+
+class Chosen:
+    """In place of a random generator: chooses these, then whatever comes first."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def choice(self, offered):
+        value = self.values.pop(0) if self.values else offered[0]
+        assert value in offered
+        return value
+
+
+def form_of(prompt):
+    """A short prompt without the figures of scores and steps."""
+    first, best, *lines, last = prompt[0]["content"].split("\n")
+    news, *after = last.split(", after ")
+    if "," in news and "better than" not in news:
+        news = "Last: no better"        # worse, equal or failed
+    return [re.sub(r"\d[\d.e+-]*", "N", text) for text in (first, best, news)], lines, after
+
+
+def play_imagined(folder, s, state):
+    """An Env in the situation of an Imagined, and what the expert does next there; None: its scores are others."""
+    world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "imagined", **{
+        **{name: getattr(s, name) for name in env.AGENT}, "steps": 30})
+    toy, done = tasks.load("toy-a"), {"a better score": [state.change], "a worse score": [state.change],
+                                      "an undo": state.tried[-1:]}.get(state.last, [])
+    script = state.before if state.last in ("a better score", "a worse score") else state.script
+    world.files["train.py"] = world.blobs.put(script.encode())
+    expert = miniature.search_constants(
+        s, SimpleNamespace(entry="train.py", starter=script, better=toy.better, metric="MAE"), Chosen(*done))
+    reply = next(expert)
+    if state.last == "nothing":
+        return world, reply
+    before = [miniature.set_action(pair)[1] for pair in state.tried if pair not in done and state.last != "a better score"]
+    step = world.step(reply)
+    world.seen["tried"] = before
+    step.tried = before
+    for _ in range({"a run": 0, "an undo": 2}.get(state.last, 1)):
+        reply = expert.send(vars(step))
+        step = world.step(reply)
+    is_better = "better than" in step.news
+    if is_better != (state.last == "a better score") or state.last == "an undo" and step.action != "Undo Edit Script":
+        return None
+    return world, expert.send(vars(step))
+
+
+@pytest.mark.parametrize("last", miniature.LAST)
+def test_an_imagined_state_is_one_that_the_environment_gives(short, last):
+    """The same script, change and tried ones in a real trajectory give the same prompt, but for figures of scores; the
+    expert does one of the actions there; and what counts as valid is what the environment carries out."""
+    folder, s = short
+    rng, hinted, num_found = random.Random(3), set(), 0
+    while num_found < 5 or last in ("a better score", "a worse score") and len(hinted) < 2:
+        state = miniature.imagine("MAE", "down", tasks.load("toy-a").starter, last, rng)
+        found = play_imagined(folder, s, state)
+        if not found:
+            continue
+        world, reply = found
+        num_found += 1
+        hinted.add("untried" in world.prompt()[0]["content"])
+        assert form_of(state.prompt) == form_of(world.prompt())
+        assert env.parse(reply, s.fields, s.actions)[1:3] in state.actions
+        snapshot, seen, index = world.snapshot(), dict(world.seen), world.index
+        others = [(name, {}) for name in miniature.SHORT_ACTIONS[1:3]]
+        others += [("Undo Edit Script", {"script_name": "train.py"}), ("Execute Script", {"script_name": "train.py"})]
+        others += [miniature.set_action(pair) for pair in (*state.tried[:2], (2, "*2"), (3, "/5"), (9, "*2"))]
+        for action, args in [*state.actions[:2], *others]:
+            world.restore(snapshot, index=index, seen=seen)
+            step = world.step(f"Action: {action}\nAction Input: {json.dumps(args)}")
+            assert step.valid == miniature.is_valid(state, action, args), (action, args, step.error)
+
+
+def test_imagined_conversations_can_be_read_and_differ(short):
+    _, s = short
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(miniature, "NUM_IMAGINED", 60)
+        found, again = miniature.imagined_conversations(s), miniature.imagined_conversations(s)
+    assert found == again and len({one.messages[0]["content"] for one in found}) == 60
+    parsed = [env.parse(one.messages[-1]["content"], s.fields, s.actions) for one in found]
+    assert not any(error for *_, error in parsed) and {action for _, action, *_ in parsed} == set(miniature.SHORT_ACTIONS)
+    assert all(one.assistant_turns == [1] for one in found)
+
+
 # ---- what it replies
 
 class Model:
@@ -223,31 +329,36 @@ class Model:
 
 
 def expert_reply(prompt):
-    """What the scripted expert would do: undo after a worse score, the same again after a better one."""
-    last = re.search("Last: .*(better|worse) than .*, after Set Constant", prompt)
-    if not last:
-        return 'Action: Set Constant\nAction Input: {"constant": "1", "value": "*2"}'
-    if last[1] == "worse":
+    """What the scripted expert would do, by the words of the prompt alone."""
+    *lines, last = prompt.split("\n")
+    if last == "Last: nothing":
+        return 'Action: Execute Script\nAction Input: {"script_name": "train.py"}'
+    if last.endswith(" is untried"):
+        word = last.split()[-3].title()
+        return f"Action: Set Constant {word}\nAction Input: {{}}"
+    if "Best: " in lines[1] and lines[1].endswith("by an earlier script"):
         return 'Action: Undo Edit Script\nAction Input: {"script_name": "train.py"}'
-    return "Action: Set Constant Again\nAction Input: {}"
+    number, value = next(re.match(r"(\d+) \w+ = \S+ (\S+)", line).groups() for line in lines[2:] if line.count(" ") > 3)
+    return f'Action: Set Constant\nAction Input: {{"constant": "{number}", "value": "{value}"}}'
 
 
-@pytest.mark.parametrize("reply, undone, gone_on", [
-    (expert_reply, 1, 1), (lambda prompt: 'Action: Set Constant\nAction Input: {"constant": "9", "value": "*2"}', 0, 0)])
-def test_the_figures_of_what_a_model_replies(short, reply, undone, gone_on):
+@pytest.mark.parametrize("reply, is_expert", [
+    (expert_reply, 1), (lambda prompt: 'Action: Set Constant\nAction Input: {"constant": "9", "value": "*2"}', 0)])
+def test_the_figures_of_what_a_model_replies(short, reply, is_expert):
+    """Whoever reads the prompt can do as the expert does; who names a constant that is not there is never valid."""
     folder, s = short
     for split in ("held-in", "held-out"):
         shares, (named, values), example = miniature.judge_replies(s, Model(reply), split)
-        assert shares["undone if worse"] == undone and shares["gone on if better"] == gone_on
-        assert (shares["valid"] > 0.8) == bool(undone) and (shares["valid"] == 0) != bool(undone)
+        assert shares == dict.fromkeys(miniature.SHARES, is_expert)
         assert example.startswith("MAE, lower is better, ") and "Its reply:\nAction: " in example
-        assert set(named) == ({"1"} if undone else {"9"}) and values["*2"] > 9
+        assert ("9" in named) != bool(is_expert) and sum(values.values()) > 9
 
 
 # ---- the command
 
 CODE = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; "
-        "import sft, {0}; from support import miniature; miniature.NUM_STATES = 8; sys.exit({0}.main(sys.argv[1:]))")    # 8 states, not 64
+        "import sft, {0}; from support import miniature; miniature.NUM_STATES = 8; miniature.NUM_IMAGINED = 40; "
+        "sys.exit({0}.main(sys.argv[1:]))")
 
 
 def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_path):
