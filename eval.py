@@ -43,7 +43,7 @@ from support.records import end_reason, trajectory_files, trajectory_path
 RANDOM = "random-edits"         # as --model: constants changed at random, kept where the printed score is better
 MADE = {"fine-tuned": ("runs/sft", "python sft.py"), "after RL": ("runs/rl", "python rl.py")}   # name: folder, command
 # float64, so that a reply does not depend on which replies are sampled beside it, as rounding would have it
-MINIATURE = {"temperature": 1.0, "dtype": "float64", "trajectories": 5}
+MINIATURE = {"temperature": 1.0, "dtype": "float64", "trajectories": 3}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
 NUM_BOOTSTRAP = 10_000
 MIDDLE = [0.025, 0.975]        # quantiles, of an interval of 95 %

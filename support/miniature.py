@@ -195,7 +195,7 @@ def policy_of(replies, task):
 # ---------------------------------------------------------------------------------------------------------------------
 # Imagined states: what the expert does depends on the prompt alone, so its rules can be learned without any run
 
-NUM_IMAGINED = 4000
+NUM_IMAGINED = 3000
 LAST = ("a run", "a better score", "a worse score", "an undo", "nothing")       # what has just been seen
 FAILURES = ("The script ended with exit code 1: ValueError", "It was stopped: it used more than its processor time",
             "It left no valid submission.csv")
