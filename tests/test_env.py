@@ -212,7 +212,9 @@ def test_garbage_never_raises(make):
             reply = "".join(draw.choice(pieces) for _ in range(draw.randint(0, 60)))
         else:  # the form is right and the values are not
             name = draw.choice([name for name in ACTIONS if name not in ("Final Answer", "Execute Script")])
-            likely = ["1", "*2"] * 9 if name == "Set Constant" else []
+            if env_module.inverse(env.seen["change"]) and draw.random() < 0.5:
+                name = draw.choice(["Set Constant Again", "Set Constant Inversely"])
+            likely = ["1", "*2"] * 30 if name == "Set Constant" else []
             reply = say(name, **{key: draw.choice(likely + values) for key in ACTIONS[name][0]})
             reply = reply if draw.random() < 0.8 else reply[:draw.randint(0, len(reply))]
         step = env.step(reply)

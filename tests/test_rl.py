@@ -791,7 +791,7 @@ def test_a_group_update_leaves_out_states_whose_actions_all_earned_the_same():
     trainer.update_actor([one.example for one in samples], logp_old, adv, weights, [list(range(len(samples)))])
     share = sum(len(one.tokens) for one in kept) / sum(len(one.tokens) for one in samples)
     assert_close(scaled(plain.steps[0], 1 / share), found[1], 1e-4)
-    learn(trainer_of(SMALL, SIZE, advantage="rloo", kl=0.1), samples)       # the reference is learned from in all
+    learn(trainer_of(SMALL, SIZE, advantage="rloo", kl=0.1), samples)       # here they hold the policy at the reference
     assert all(one.advantage is not None for one in samples)
 
 
