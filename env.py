@@ -342,6 +342,11 @@ def set_constant(script, constant, value):
         listed = ", ".join(f"{number} {name}" for number, (name, *_) in enumerate(found[:MAX_LISTED], 1))
         raise InvalidAction(f"There is no constant {int(constant)}; there is {listed}.")
     name, before, start, end = found[int(constant) - 1]
+    return script[:start] + change_number(name, before, value) + script[end:]
+
+
+def change_number(name, before, value):
+    """Returns the text of the number that takes the place of `before`. See set_constant."""
     parts = re.fullmatch(rf"\s*([*/]?)\s*(-?{NUMBER})\s*", value)
     if not parts:
         shown = shorten(repr(value), 60)
@@ -357,18 +362,18 @@ def set_constant(script, constant, value):
             raise InvalidAction(f"{name} = {after} is out of bounds.")
     if float(after) == float(before):
         raise InvalidAction(f"{name} is {before} already.")
-    return script[:start] + after + script[end:]
+    return after
 
 
 def changes(script):
     """Returns [(number of a constant, value)] of what a short prompt offers: what changes the script, with shares below
     1."""
     found = []
-    for number, (_, text, *_) in enumerate(constants(script), 1):
+    for number, (name, text, *_) in enumerate(constants(script), 1):
         is_zero = float(text) == 0 and "." in text
         for value in NUMBERS if is_zero else FACTORS:
             try:
-                after = float(constants(set_constant(script, str(number), value))[number - 1][1])
+                after = float(change_number(name, text, value))
             except InvalidAction:
                 continue
             if not 0 < float(text) < 1 <= after:
