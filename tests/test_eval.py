@@ -472,7 +472,7 @@ def test_what_is_typed_holds_for_the_agents_that_were_made(made):
         model, _ = evaluation.MADE.get(name, (evaluation.RANDOM, ""))
         assert (cfg.model, cfg.out) == (model, str(Path("runs/eval", Path(model).name)))
     cfg = cli.parse(evaluation.Settings, [], evaluation.fill)
-    assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (1.0, 4, "float64", 5)
+    assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (1.0, 4, "float64", 3)
 
 
 def test_agents_that_act_in_two_ways_do_not_stand_in_one_table(made, capsys):

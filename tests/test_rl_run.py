@@ -243,7 +243,7 @@ def test_a_pool_collected_with_a_coder_is_played_with_one_or_refused(made, run, 
     engine = Scripted(edit)
     engine.chat = lambda messages, **options: engine.reply("```python\n" + "VALUE = 9\n```")
     rollout = rl.RolloutWorker(pool.choose_coder(s, found), engine, found)
-    step = rollout.execute_action("toy-a-1, step 0", 0, 0, engine.reply(edit))[0].step
+    step = rollout.execute_action("toy-a-1, step 0", 0, 0, engine.reply(edit))[1].step
     assert step["valid"] and step["kind"] != "invalid" and step["coder"]
 
 
