@@ -72,8 +72,8 @@ class Settings(cli.TaskSettings):
     iterations: int = 40  # rollouts, each followed by --epochs passes of updates
     states: int = 32  # of an iteration, over all processes; with --rollout episode: starts of trajectories
     samples: int = 4  # actions sampled in each state
-    horizon: int = 1  # actions that count: of 2 or more, what the policy does next counts with the sampled one, so that
-        # an edit that is taken back costs nothing
+    horizon: int = 1  # actions that count, with --rollout step: of 2 or more, what the policy does next counts with the
+        # sampled one, so that an edit that is taken back costs nothing
     steps: int = 15  # replies of a trajectory, with --rollout episode
     advantage: str = "gae"  # gae: against a critic's values; rloo, grpo: against the state's other actions
     epochs: int = 1  # passes over an iteration's actions
@@ -109,8 +109,6 @@ class Settings(cli.TaskSettings):
             raise ValueError(f"--context must be above --max-new-tokens {self.max_new_tokens}, found {self.context}")
         if self.minibatches > self.states:
             raise ValueError(f"--minibatches must be at most --states {self.states}, found {self.minibatches}")
-        if self.rollout == "episode" and self.horizon > 1:
-            raise ValueError(f"--rollout episode counts all actions; give it no --horizon {self.horizon}")
         if not self.has_critic and (self.rollout == "episode" or self.samples < 2):
             raise ValueError(f"--advantage {self.advantage} compares actions of one state: it needs --rollout step and "
                              f"--samples of at least 2, found {self.rollout} and {self.samples}")
