@@ -128,9 +128,9 @@ HABITS = {      # column -> the counts of a trajectory whose ratio it is
 
 def count_habits(steps, direction, best):
     """Returns counts of a trajectory's steps: "worse" edits, whose run printed a worse score than the best before or
-    failed, and how many of them were "taken_back" next; "better" ones of one constant, and after how many of them the same
-    constant was "continued" in the same direction. Steps that only look or run are passed over, and an edit after which
-    nothing came does not count. best: what the starter printed."""
+    failed, and how many of them were "taken_back" next; "better" ones of one constant, and after how many of them the
+    same constant was "continued" in the same direction. Steps that only look or run are passed over, and an edit after
+    which nothing came does not count. best: what the starter printed."""
     counts = dict.fromkeys(("worse", "taken_back", "better", "continued"), 0)
     steps = [step for step in steps if step["action"] not in LOOKS]
     for step, following in zip(steps, steps[1:]):

@@ -841,8 +841,8 @@ def plan(cfg):
     total = num_parameters(config)[-1]
     parts = plan_memory(config, cfg.max_row_tokens, cfg.gpus, compute, recompute=total > RECOMPUTE_ABOVE,
                         critic=cfg.has_critic, reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context)
-    return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens, {cfg.max_batch} x {cfg.context:,} "
-                      "tokens sampled", "", "GiB per GPU", *format_gib(parts), "",
+    return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens, {cfg.max_batch} x "
+                      f"{cfg.context:,} tokens sampled", "", "GiB per GPU", *format_gib(parts), "",
                       disk_plan(total * (1 + cfg.has_critic))])
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import tokenizers
 
 import tasks
-from env import MAX_LINES, NOTHING, InvalidAction, changes, constants, inverse, parse, set_constant, short_prompt, untried
+from env import (
+    MAX_LINES, NOTHING, InvalidAction, changes, constants, inverse, parse, set_constant, short_prompt, untried)
 from sample import Tokenizer, byte_alphabet
 from support.cli import format_table
 from support.conversations import Conversation, read_conversations
