@@ -683,15 +683,16 @@ class Env:
         text = f"Set Constant {change['constant']} {change['value']}"
         best = self.seen["best_script"]
         if self.files[self.task.entry] == best:
-            following = {"again": change}
+            word = "again"
+            following = change
         elif self.files[self._versions(self.task.entry)[-1]] == best:
-            following = {"inversely": inverse(change)}
+            word = "inversely"
+            following = inverse(change)
         else:
             return text
-        for word, change in following.items():
-            number = int(change.get("constant", 0))
-            if (number, change.get("value")) in untried(script_text(self.blobs, best), self.seen["tried"]):
-                text += f", {word} is untried"
+        offered = untried(script_text(self.blobs, best), self.seen["tried"])
+        if following and (int(following["constant"]), following["value"]) in offered:
+            text += f", {word} is untried"
         return text
 
     def act(self, step, parse_error):
