@@ -322,13 +322,14 @@ def script_text(blobs, sha):
 
 def constants(script):
     """Returns [(name, text of the number, start and end of that text)] of the numbered constants of a script: its lines
-    `NAME = number` with at most a comment behind. How it is seeded and validated is not among them."""
+    `NAME = number` with at most a comment behind, in the order of their names, so that a number says nothing about the
+    place in a script. How it is seeded and validated is not among them."""
     line = rf"^([A-Z][A-Z0-9_]{{0,99}}) = ({NUMBER})(?=[ \t]{{0,99}}(?:#|$))"
     found = []
     for match in re.finditer(line, script, re.MULTILINE):
         if "SEED" not in match[1] and "VALID" not in match[1]:
             found.append((match[1], match[2], match.start(2), match.end(2)))
-    return found
+    return sorted(found)
 
 
 def set_constant(script, constant, value):

@@ -56,8 +56,8 @@ VALIDATION_STATES = 16      # that --validate-every looks at
 
 TINY_BELOW = 50e6           # weights; the recipe of a smaller model is "tiny", of any other "7b"
 RECIPES = {                 # --preset: what differs from the defaults, which are those of 7B
-    "tiny": dict(advantage="rloo", iterations=12, states=16, samples=8, horizon=2, epochs=4, minibatches=2, lr=2e-4,
-                 kl=0.3, max_row_tokens=704, max_batch=64),
+    "tiny": dict(advantage="rloo", iterations=40, states=32, samples=8, epochs=4, minibatches=2, lr=2e-4, kl=0.1,
+                 max_row_tokens=704, max_batch=64),
     "7b": {}}
 
 

@@ -395,16 +395,16 @@ LEAF = 1#rows
 def test_the_numbered_constants_of_a_script():
     found = env_module.constants(SCRIPT)
     assert [each[:2] for each in found] == [
-        ("NUM_TREES", "100"), ("RATE", "1e-3"), ("DROPOUT", "0.0"), ("OFFSET", "0"), ("LEAF", "1")]
+        ("DROPOUT", "0.0"), ("LEAF", "1"), ("NUM_TREES", "100"), ("OFFSET", "0"), ("RATE", "1e-3")]
     assert all(SCRIPT[start:end] == text for _, text, start, end in found)
     assert env_module.constants("A = 1.2.3\nB = 007\nC = 1 2\nd = 1\nE=1\n") == []
 
 
 @pytest.mark.parametrize("number, value, line", [
-    (1, "*2", "NUM_TREES = 200   # trees"), ("1", "/3", "NUM_TREES = 33   # trees"), (1, "/1000", "NUM_TREES = 1   # trees"),
-    (1, 64, "NUM_TREES = 64   # trees"), (1, " * 1.5 ", "NUM_TREES = 150   # trees"), (2, "*2", "RATE = 0.002"),
-    (2, "/3", "RATE = 0.000333"), (2, "*1e5", "RATE = 100.0"), (2, "/1000", "RATE = 1e-06"), (2, 5e-4, "RATE = 0.0005"),
-    (3, "0.5", "DROPOUT = 0.5"), (4, "*2", "OFFSET = 1"), (4, "-7", "OFFSET = -7"), (5, "*2", "LEAF = 2#rows")])
+    (3, "*2", "NUM_TREES = 200   # trees"), ("3", "/3", "NUM_TREES = 33   # trees"), (3, "/1000", "NUM_TREES = 1   # trees"),
+    (3, 64, "NUM_TREES = 64   # trees"), (3, " * 1.5 ", "NUM_TREES = 150   # trees"), (5, "*2", "RATE = 0.002"),
+    (5, "/3", "RATE = 0.000333"), (5, "*1e5", "RATE = 100.0"), (5, "/1000", "RATE = 1e-06"), (5, 5e-4, "RATE = 0.0005"),
+    (1, "0.5", "DROPOUT = 0.5"), (4, "*2", "OFFSET = 1"), (4, "-7", "OFFSET = -7"), (2, "*2", "LEAF = 2#rows")])
 def test_a_constant_is_set(make, number, value, line):
     env = make()
     put(env, train=SCRIPT)
@@ -415,11 +415,11 @@ def test_a_constant_is_set(make, number, value, line):
 
 
 @pytest.mark.parametrize("number, value, word", [
-    (0, "*2", "no constant 0; there is 1 NUM_TREES, 2 RATE, 3 DROPOUT"), ("6", "*2", "no constant 6"),
-    (1, "100", "NUM_TREES is 100 already"), (1, "1e2", "is 100 already"), (1, "*1.001", "is 100 already"),
-    (3, "*2", "DROPOUT is 0.0 already"), (5, "/2", "LEAF is 1 already"), (1, "much", "must be a number, or a factor"),
-    (1, "*0", "A factor must be above 0"), (1, "*-2", "A factor must be above 0"), (1, "*1e99", "out of bounds"),
-    (1, float("inf"), "must be a number"), (1, "1/0", "must be a number"), ("one", "*2", "must be a whole number")])
+    (0, "*2", "no constant 0; there is 1 DROPOUT, 2 LEAF, 3 NUM_TREES"), ("6", "*2", "no constant 6"),
+    (3, "100", "NUM_TREES is 100 already"), (3, "1e2", "is 100 already"), (3, "*1.001", "is 100 already"),
+    (1, "*2", "DROPOUT is 0.0 already"), (2, "/2", "LEAF is 1 already"), (3, "much", "must be a number, or a factor"),
+    (3, "*0", "A factor must be above 0"), (3, "*-2", "A factor must be above 0"), (3, "*1e99", "out of bounds"),
+    (3, float("inf"), "must be a number"), (3, "1/0", "must be a number"), ("one", "*2", "must be a whole number")])
 def test_what_sets_no_constant_changes_nothing_and_says_why(make, number, value, word):
     env = make()
     put(env, train=SCRIPT)
@@ -432,7 +432,7 @@ def test_a_constant_is_that_of_the_script_as_it_is_now(make):
     env = make()
     step = do(env, "Set Constant", constant=1, value="0.6")
     assert (step.kind, step.score, step.printed) == ("scored", 0.6, 0.6) and step.reward == pytest.approx(0.8807970780)
-    edit(env, "VALUE = 0.6", "FIRST = 9\nVALUE = 0.6")
+    edit(env, "VALUE = 0.6", "VALUE = 0.6\nFIRST = 9")
     assert do(env, "Set Constant", constant=2, value="0.7").score == 0.7
     put(env, train="print(1)")
     assert "no constant, a line such as" in do(env, "Set Constant", constant=1, value="*2").error
