@@ -457,7 +457,7 @@ def test_a_change_is_made_again_also_after_restore(make):
     assert env.seen["change"]["value"] == "0.5"
 
 
-LOW = STARTER.replace("0.50", "0.20") + "LEAF = 4\n"
+LOW = STARTER.replace("0.50", "0.20") + "WIDTH = 4\n"
 
 
 def test_the_other_way_takes_the_change_back_first(make):
@@ -502,10 +502,10 @@ def test_the_other_way_is_refused_where_there_is_none_and_nothing_is_done(make):
     undo(env)
     refused(none)
     do(env, "Set Constant", constant=1, value="/2")
-    edit(env, "LEAF = 4", "LEAF = 1")
+    edit(env, "WIDTH = 4", "WIDTH = 1")
     refused(none)
     do(env, "Set Constant", constant=2, value="*2")
-    refused("LEAF is 1 already.")
+    refused("WIDTH is 1 already.")
     for _ in range(3):
         undo(env)
     assert text_of(env, "train.py") == LOW

@@ -46,16 +46,16 @@ def test_a_short_prompt_by_hand(short):
         return world.prompt()[0]["content"]
 
     def prompt(steps_left, best, value, last):
-        return (f"MAE, lower is better, {steps_left} steps left\nBest: {best}\n1 VALUE = {value}\n"
-                f"2 SHIFT = 0 *2 /2 *5 /5\n3 GAIN = 1 *2 *5\nLast: {last}")
+        return (f"MAE, lower is better, {steps_left} steps left\nBest: {best}\n1 GAIN = 1 *2 *5\n"
+                f"2 SHIFT = 0 *2 /2 *5 /5\n3 VALUE = {value}\nLast: {last}")
 
     all_four = "3 *2 /2 *5 /5"
     assert world.prompt() == [{"role": "user", "content": prompt(8, "none", all_four, "nothing")}]
     assert after("Execute Script", script_name="train.py") == prompt(
         7, "7, by this script", all_four, "7, after Execute Script")
-    rest = "4, by this script", "6 *2 *5 /5", "4, better than 7, after Set Constant 1 *2, again is untried"
-    assert after("Set Constant", constant="1", value="*2") == prompt(6, *rest)
-    assert after("Set Constant", constant="3", value="/2") == prompt(5, *rest)     # GAIN is 1 already: nothing is done
+    rest = "4, by this script", "6 *2 *5 /5", "4, better than 7, after Set Constant 3 *2, again is untried"
+    assert after("Set Constant", constant="3", value="*2") == prompt(6, *rest)
+    assert after("Set Constant", constant="1", value="/2") == prompt(5, *rest)     # GAIN is 1 already: nothing is done
     world.step("nonsense")
     assert world.prompt()[0]["content"] == prompt(4, *rest)
 
@@ -82,10 +82,10 @@ def test_every_prompt_can_be_made_again_from_the_record(short):
 
 
 def test_a_short_prompt_shows_so_many_constants_at_most():
-    script = "".join(f"NAME_{i} = {i}\n" for i in range(1, 200))
+    script = "".join(f"NAME_{i:03} = {i}\n" for i in range(1, 200))
     prompt = env.short_prompt(SimpleNamespace(metric="MAE", direction="down"), env.NOTHING, script, False, 3)[0]["content"]
     shown = [line.partition(" *")[0] for line in prompt.split("\n")[2:-1]]
-    assert shown == [f"{i} NAME_{i} = {i}" for i in range(1, env.SHORT_CONSTANTS + 1)]
+    assert shown == [f"{i} NAME_{i:03} = {i}" for i in range(1, env.SHORT_CONSTANTS + 1)]
 
 
 # ---- the scripted expert with short prompts, and the random loop
@@ -93,10 +93,10 @@ def test_a_short_prompt_shows_so_many_constants_at_most():
 def test_what_is_tried_with_a_scripts_numbers():
     script = "SEED = 3\nSIDE = 4   # pixels\nRATE = 0.5\nSHIFT = 0\nDROPOUT = 0.0\nLEAF = 1\n"
     pairs = env.changes(script)
-    assert pairs == [(1, "*2"), (1, "/2"), (1, "*5"), (1, "/5"), (2, "/2"), (2, "/5"), (3, "*2"), (3, "/2"), (3, "*5"),
-                     (3, "/5"), (4, "0.1"), (4, "0.01"), (5, "*2"), (5, "*5")]
-    tried = [{"constant": "01", "value": "*2"}, {"constant": "1", "value": "9"}, {"constant": "5", "value": "*5"}]
-    assert env.untried(script, tried) == [pair for pair in pairs if pair not in ((1, "*2"), (5, "*5"))]
+    assert pairs == [(1, "0.1"), (1, "0.01"), (2, "*2"), (2, "*5"), (3, "/2"), (3, "/5"), (4, "*2"), (4, "/2"), (4, "*5"),
+                     (4, "/5"), (5, "*2"), (5, "/2"), (5, "*5"), (5, "/5")]
+    tried = [{"constant": "05", "value": "*2"}, {"constant": "5", "value": "9"}, {"constant": "2", "value": "*5"}]
+    assert env.untried(script, tried) == [pair for pair in pairs if pair not in ((5, "*2"), (2, "*5"))]
 
 
 def test_the_inverse_of_a_change():
@@ -145,7 +145,7 @@ def test_the_short_expert_looks_takes_back_and_goes_on(short):
                 assert after["action"] == "Undo Edit Script"
         assert [step["action"] == "Execute Script" for step in steps] == [True] + [False] * (len(steps) - 1)
         assert len(steps) == s.steps
-    assert num_helped > 3 and num_inverse > 3 and len(replies) > 3
+    assert num_helped > 2 and num_inverse > 2 and len(replies) > 3
 
 
 def play(folder, s, policy, steps):
