@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import tasks
-from env import read_records, recorded_prompt
+from env import SCAFFOLDS, read_records, recorded_prompt
 from support.files import TEXT, shorten
 from support.storage import Blobs, MissingBlob
 from support.records import end_reason
@@ -142,6 +142,8 @@ def read_trajectory(file, held_out, tokenizer):
     if not end_reason(records):
         raise InvalidConversation("not finished: collect again to go on with it")
     head = records[0]
+    if head.get("scaffold", SCAFFOLDS[0]) != SCAFFOLDS[0]:      # which shows a state in other words
+        raise InvalidConversation(f"of the scaffold {head['scaffold']}")
     steps = [line for line in records if line["type"] == "step"]
     try:
         tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), held_out)

@@ -23,7 +23,9 @@ LOG = {f"{name}?": maybe(NUMBER) for name in (*CURVES, *SHARES, "iteration", "st
 PAIR = "two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value))
 TRAJECTORY = {
     "k": COUNT, "best-validation": maybe(NUMBER), "last-valid": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD,
-    "steps": COUNT, "valid": COUNT, "worse": COUNT, "taken_back": COUNT, "better": COUNT, "continued": COUNT}
+    "steps": COUNT, "valid": COUNT, "worse": COUNT, "taken_back": COUNT, "better": COUNT, "continued": COUNT,
+    "scripts?": COUNT, "script_seconds?": NUMBER, "tokens?": COUNT, "nodes?": COUNT, "buggy?": COUNT,
+    "unreviewed?": COUNT}
 TASK = {
     "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
     "m_best": NUMBER, "printed": maybe(NUMBER), "seconds": NUMBER, "published": {str: PAIR},
@@ -57,7 +59,8 @@ def read_log(folder):
 
 def select_steps(trajectory):
     """Returns a trajectory with what the page shows of its steps."""
-    return {**trajectory, "steps": [{name: step[name] for name in STEP} for step in trajectory["steps"]]}
+    steps = [{"node": step.get("node", {}), **{name: step[name] for name in STEP}} for step in trajectory["steps"]]
+    return {**trajectory, "steps": steps}
 
 
 def for_browsers(value):

@@ -1,11 +1,19 @@
 """Other papers' scaffolds: AIDE's search and MLAgentBench's loop."""
 import json
+import os
+import re
+import signal
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from support import aide
+import env
+import eval as evaluation
+import tasks
+from support import aide, cli, conversations, endpoint, records
+from test_eval import file_of, play, settings, task, text_of    # noqa: F401
 
 ORIGINAL = json.loads((Path(__file__).parent / "aide_nodes.json").read_text())
 
@@ -31,3 +39,305 @@ def test_the_fixture_has_all_that_was_recorded():
     operators = [step[5] for world in ORIGINAL["worlds"] for step in world["steps"]]
     assert len(operators) == 480
     assert {name: operators.count(name) for name in set(operators)} == {"draft": 89, "debug": 179, "improve": 212}
+
+
+# ---- plan, script and verdict
+
+@pytest.mark.parametrize("reply, plan, script", [
+    ("A plan.\n```python\nx = 1\n```\nmore", "A plan.", "x = 1\n"),
+    ("A plan.\n```\nx = 1\n```\nthen\n```python\ny = 2\n```", "A plan.", "x = 1\n\ny = 2\n"),
+    ("A plan.\n```python\nx = (\n```\n```python\ny = 2\n```", "A plan.", "y = 2\n"),     # one does not compile
+    ("```python\nx = 1\n```", "", "x = 1\n"), ("x = 1", "", "x = 1\n"), ("A plan in words.", "", ""),
+    ("A plan.\n```python\nx = 1", "A plan.", ""), ("", "", ""),
+    ("A plan.\n```python\n" + "(" * 5000 + "\n```", "A plan.", ""), ("A plan.\n```\nx\0 = 1\n```", "A plan.", ""),
+    ("A plan.\n```\n" + "#" * 60_000 + "\n```", "", "")])
+def test_plan_and_script_of_a_reply(reply, plan, script):
+    assert aide.plan_and_script(reply) == (plan, script)
+
+
+@pytest.mark.parametrize("reply, verdict", [
+    ('```json\n{"is_bug": false, "summary": "fine", "metric": 0.5, "lower_is_better": true}\n```',
+     (False, "fine", 0.5, True)),
+    ('{"is_bug": true} and {"is_bug": false, "metric": 1}', (False, "", 1, None)),      # the last; a whole number
+    ('{"is_bug": false, "metric": NaN}', (False, "", None, None)), ('{"is_bug": false, "metric": "0.5"}', (False, "", None, None)),
+    ('{"is_bug": false, "metric": true}', (False, "", None, None)), ('{"is_bug": false, "metric": 1e999}', (False, "", None, None)),
+    ('{"is_bug": false, "metric": 2, "more": {"is": "nested"}}', (False, "", 2, None)),
+    ('{"is_bug": "no", "metric": 1}', None), ("it works", None), ("[" * 3000 + "{" * 3000, None), ("", None)])
+def test_the_verdict_of_a_reviewer(reply, verdict):
+    found = aide.read_review(reply)
+    assert (found and tuple(found[name] for name in ("is_bug", "summary", "metric", "lower_is_better"))) == verdict
+
+
+# ---- AIDE in the environment
+
+def solution(value, printed=None, extra=""):
+    """A reply whose script predicts a value where all answers are 10, and prints another."""
+    printed = abs(value - 9.5) if printed is None else printed
+    return f"""I predict {value}.
+```python
+{extra}
+print("validation MAE:", {printed})
+open("submission.csv", "w").write("id,y\\n1,{value}\\n2,{value}\\n")
+```"""
+
+
+BROKEN = "I divide.\n```python\nprint(1 / 0)\n```"
+SILENT = "I write nothing.\n```python\nprint('validation MAE: 0.001')\n```"
+WILD = solution(99, 0.25)       # prints well and predicts badly
+# of the task whose starter scores 7: the draws of seed 0 are below
+REPLIES = [solution(3), BROKEN, solution(8), SILENT, "no script at all", solution(9), solution(6), solution(9.25),
+           BROKEN, solution(7)]
+
+
+class Model:
+    """Coder and reviewer. The coder follows a list, by the seed of each step; the reviewer reports the number that
+    stands in the output, or follows a function. All prompts are kept."""
+    context = 16_384
+
+    def __init__(self, replies=REPLIES, review=None, kill_at=None):
+        self.replies = replies
+        self.seeds = [zlib.crc32(f"0 tiny-task 0 {i} policy".encode()) for i in range(len(replies))]
+        self.review = review or (lambda output: json.dumps(
+            {"is_bug": False, "summary": "It ran.", "metric": float(output.split("MAE: ")[1].split()[0]),
+             "lower_is_better": True}))
+        self.prompts = []
+        self.kill_at = kill_at
+
+    def chat(self, messages, *, seed, max_new_tokens, temperature, top_p, stop):
+        (message,) = messages
+        assert message["role"] == "user"
+        self.prompts.append(message["content"])
+        if '"is_bug"' in message["content"]:
+            text = self.review(message["content"].split("# Execution output")[1])
+        else:
+            index = next(i for i, first in enumerate(self.seeds) if 0 <= seed - first < aide.TRIES)
+            if index == self.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            text = self.replies[index]
+        return endpoint.Completion(text, [1, 2, 3], [0.0] * 3, "stop", 100, 50, 0.01)
+
+
+def aide_settings(tmp_path, out="out", **more):
+    return settings(tmp_path, out, **{"scaffold": "aide", "trajectories": 1, "steps": 10, "coder": "model", **more})
+
+
+def steps_of(cfg):
+    return [line for line in env.read_record(file_of(cfg, 0)) if line["type"] == "step"]
+
+
+@pytest.fixture
+def tree(tmp_path, task):
+    """A whole search: (settings, the model, the recorded steps)."""
+    model = Model()
+    cfg = aide_settings(tmp_path)
+    play(cfg, model)
+    return cfg, model, steps_of(cfg)
+
+
+def test_a_search_by_hand(tree):
+    """By the draws of seed 0. A working node prints |value - 9.5| and scores |value - 10|."""
+    cfg, model, steps = tree
+    found = [(step["action"], step["node"]["parent"], step["node"].get("metric"), step["score"], step["node"]["best"])
+             for step in steps]
+    assert found == [
+        ("Draft", None, 6.5, 7.0, 0), ("Draft", None, None, None, 0), ("Draft", None, 1.5, 2.0, 2),
+        ("Draft", None, None, None, 2), ("Draft", None, None, None, 2), ("Improve", 2, 0.5, 1.0, 5),
+        ("Improve", 5, 3.5, 4.0, 5), ("Improve", 5, 0.25, 0.75, 7), ("Improve", 7, None, None, 7),
+        ("Debug", 1, 2.5, 3.0, 7)]
+    assert [step["outcome"] for step in steps if step["node"]["buggy"]] == ["error", "no submission", "error", "error"]
+    # what a step is compared with is the node it is made from, and what stays is the best
+    assert [step["m_before"] for step in steps] == [7, 7, 7, 7, 7, 2, 1, 1, 0.75, 7]
+    assert [step["m_after"] for step in steps] == [7, 7, 2, 2, 2, 1, 1, 0.75, 0.75, 0.75]
+    results = json.loads(Path(cfg.out, "results.json").read_text())
+    (played,) = results["tasks"]["tiny-task"]["trajectories"]
+    assert (played["best-validation"], played["last-valid"], played["ended"]) == (0.75, 3.0, "steps")
+    assert (played["scripts"], played["nodes"], played["buggy"], played["unreviewed"]) == (10, 10, 4, 0)
+    assert "5 drafts, debugging with probability 0.5 to depth 3, reviewer: scripted; 4 of 10 nodes buggy" in text_of(results)
+
+
+def test_it_is_replayed_without_a_difference(tree):
+    assert env.replay(file_of(tree[0], 0), data=tree[0].data) == 0
+
+
+def test_a_reply_without_a_script_is_asked_for_three_times_and_is_one_buggy_node(tree):
+    cfg, model, steps = tree
+    assert len(model.prompts) == 10 + 2 + 6      # a prompt a node, two more tries of node 4, a review of each that ran
+    assert steps[4]["node"]["buggy"] and not steps[4]["valid"]
+    assert steps[4]["dropped"] == ["no script at all"] * 2 and steps[4]["tokens"] == 9
+
+
+def test_each_prompt_has_its_sections_and_no_graded_score(tree):
+    cfg, model, steps = tree
+    shown = {step["action"]: step["messages"][0]["content"] for step in steps} | {"Review": model.prompts[-1]}
+    headings = {name: re.findall("^# (.*)", text, re.M) for name, text in shown.items()}
+    both = ["Response format", "Solution sketch", "Implementation"]
+    assert headings == {
+        "Draft": ["Introduction", "Task description", "Memory", *both, "Installed packages", "Data overview"],
+        "Improve": ["Introduction", "Task description", "Memory", "Previous solution", *both],
+        "Debug": ["Introduction", "Task description", "Previous solution", "Execution output", *both, "Data overview"],
+        "Review": ["Introduction", "Task description", "Previous solution", "Execution output", "Response format"]}
+    # the memory has the working nodes in order, and nothing of the others
+    memory = re.search("# Memory(.*)# Previous", steps[8]["messages"][0]["content"], re.S)[1]
+    designs = [f"Design: I predict {value}.\nResults: It ran.\nValidation score: {metric}"
+               for value, metric in ((3, 6.5), (8, 1.5), (9, 0.5), (6, 3.5), (9.25, 0.25))]
+    assert memory.strip() == "\n\n---\n\n".join(designs)
+    assert "print(1 / 0)" in shown["Debug"] and "ZeroDivisionError" in shown["Debug"]
+    assert "- id: values 1, 2" in shown["Draft"] and "0 steps and 30 min are left" in shown["Debug"]
+    assert all("best score" not in prompt for prompt in model.prompts)
+
+
+def test_no_prompt_tells_a_graded_score(tmp_path, task):
+    """Scores that stand nowhere else: all graded ones end in .0625."""
+    model = Model([re.sub(r"(\d+)\\n(1?,?)", r"\1\\n\2", solution(value + 0.0625, printed=value)) for value in range(8)])
+    cfg = aide_settings(tmp_path, steps=8)
+    play(cfg, model)
+    scores = {step["score"] for step in steps_of(cfg)}
+    assert scores == {10 - value - 0.0625 for value in range(8)}
+    assert not any(str(score) in prompt for prompt in model.prompts for score in scores)
+
+
+def lines_without_clocks(cfg):
+    free = ("seconds", "seconds_left", "time_left_s", "script_seconds", "peak_bytes")
+    lines = [{name: value for name, value in line.items() if name not in free}
+             for line in env.read_record(file_of(cfg, 0))]
+    return records._masked(json.dumps(lines))
+
+
+def killed(folder):
+    """In a process of its own, which is killed while node 7 is asked for."""
+    tasks.FOLDERS.append(Path(folder, "tasks"))
+    play(aide_settings(Path(folder), "killed"), Model(kill_at=7))
+
+
+def test_a_killed_search_goes_on_as_if_nothing_had_been(tree, forks, tmp_path):
+    forks.start("import sys, test_scaffolds; test_scaffolds.killed(sys.argv[1])", tmp_path)
+    (status, said), = forks.end()
+    assert status == -signal.SIGKILL, said
+    cfg = aide_settings(tmp_path, "killed")
+    assert len(steps_of(cfg)) == 7
+    model = Model()
+    play(cfg, model)
+    assert lines_without_clocks(cfg) == lines_without_clocks(tree[0])
+    assert len(model.prompts) == 3 + 2      # three nodes, of which two ran and were reviewed
+
+
+def test_a_script_that_prints_better_than_it_predicts_is_believed_and_graded(tmp_path, task):
+    cfg = aide_settings(tmp_path, steps=2)
+    results = play(cfg, Model([solution(9), WILD]))
+    (played,) = results["tasks"]["tiny-task"]["trajectories"]
+    assert (played["best-validation"], played["oracle"]) == (89.0, 1.0)
+    assert "89.0000" in text_of(results)
+
+
+def test_of_equal_scores_the_first_counts_and_no_starter_is_a_candidate(tmp_path, task):
+    cfg = aide_settings(tmp_path, steps=3)
+    results = play(cfg, Model([solution(2, printed=9), solution(1, printed=8), solution(0, printed=8)]))
+    assert results["tasks"]["tiny-task"]["printed"] == 6.5      # of the starter, which is better
+    assert results["tasks"]["tiny-task"]["trajectories"][0]["best-validation"] == 9.0
+
+
+def test_where_no_node_works_the_trajectory_has_failed(tmp_path, task):
+    cfg = aide_settings(tmp_path, steps=6)
+    results = play(cfg, Model([BROKEN] * 6))
+    assert {step["action"] for step in steps_of(cfg)} == {"Draft", "Debug"} or steps_of(cfg)[-1]["action"] == "Draft"
+    (played,) = results["tasks"]["tiny-task"]["trajectories"]
+    assert played["best-validation"] is None
+    figures = results["tasks"]["tiny-task"]["figures"]["best-validation"]
+    assert (figures["average"], figures["failed"]) == (7.0, 1)
+
+
+def test_what_the_reviewer_says_of_the_direction_changes_nothing(tree, tmp_path):
+    def flipped(output):
+        return Model().review(output).replace('"lower_is_better": true', '"lower_is_better": false')
+    cfg = aide_settings(tmp_path, "flipped")
+    play(cfg, Model(review=flipped))
+    flipped, straight = steps_of(cfg), tree[2]
+    assert {step["node"].get("lower_is_better") for step in flipped} == {False, None}
+    assert [step["node"] | {"lower_is_better": 0} for step in flipped] == [
+        step["node"] | {"lower_is_better": 0} for step in straight]
+
+
+@pytest.mark.parametrize("review, coder, num_reviews, node", [
+    (lambda output: "I have no idea.", "model", 3, {"metric": 0.5, "buggy": False, "review": "script"}),
+    (None, "none", 0, {"metric": 0.5, "buggy": False, "review": "script"}),
+    (lambda output: '{"is_bug": true, "metric": 0.5}', "model", 1, {"metric": 0.5, "buggy": True, "review": "model"}),
+    (lambda output: '{"is_bug": false, "metric": null}', "model", 1, {"metric": None, "buggy": True, "review": "model"}),
+    (lambda output: '{"is_bug": false, "metric": 0.125}', "model", 1, {"metric": 0.125, "is_printed": False})])
+def test_a_verdict_or_none(review, coder, num_reviews, node, tmp_path, task):
+    cfg = aide_settings(tmp_path, steps=1, coder=coder)
+    results = play(cfg, Model([solution(9)], review))
+    (step,) = steps_of(cfg)
+    assert {name: step["node"][name] for name in node} == node
+    assert len(step["coder"]) == num_reviews
+    assert env.replay(file_of(cfg, 0), data=cfg.data) == 0
+
+
+def test_the_setting_of_mle_bench_always_debugs(tmp_path, task):
+    cfg = aide_settings(tmp_path, search="mle-bench", steps=9)
+    play(cfg, Model([BROKEN] * 9))
+    assert [step["action"] for step in steps_of(cfg)] == ["Draft"] * 5 + ["Debug"] * 4
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"parent": 6}, "names as its parent a later step"), ({"best": 7}, "names as its best a later step"),
+    ({"metric": "1"}, "expected a finite number"), ({"buggy": 1}, "expected true or false")])
+def test_a_tree_of_others_is_checked(change, words, tree):
+    cfg, model, steps = tree
+    path = file_of(cfg, 0)
+    lines = path.read_text().splitlines()
+    line = json.loads(lines[7])     # of step 6
+    line["node"] |= change
+    path.write_text("\n".join([*lines[:7], json.dumps(line), *lines[8:], ""]))
+    with pytest.raises(ValueError, match=words):
+        env.read_record(path)
+
+
+def test_it_is_neither_trained_on_nor_a_start_of_training(tree):
+    cfg = tree[0]
+    with pytest.raises(ValueError, match="of the scaffold aide"):
+        conversations.read_conversations(file_of(cfg, 0), cfg.data, log=lambda line: None)
+
+
+def test_settings_that_do_not_go_together(capsys):
+    for flags, words in [(["--scaffold", "aide"], "needs a --model"), (["--scaffold", "tree", "--model", "x"], "must be"),
+                         (["--search", "mle", "--model", "x"], "must be")]:
+        with pytest.raises(SystemExit):
+            cli.parse(evaluation.Settings, flags, evaluation.fill)
+        assert words in capsys.readouterr().err
+    cfg = cli.parse(evaluation.Settings, ["--scaffold", "aide", "--model", "x", "--temperature", "0.1"], evaluation.fill)
+    assert (cfg.temperature, cfg.max_new_tokens, cfg.search) == (0.1, 4096, "aide")
+
+
+def test_the_preview_of_the_data_by_hand(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(31):
+        (tmp_path / "images" / f"{i:02}.png").write_bytes(b"0123")
+    rows = "".join(f"{i},{i / 4},{'yes' if i % 3 else ''},{i % 2 == 0},word {i}\n" for i in range(12))
+    (tmp_path / "train.csv").write_text("id,x,y,flag,text\n" + rows)
+    (tmp_path / "notes.txt").write_text("Read me.\n")
+    assert aide.preview(tmp_path) == """\
+data/
+  notes.txt (1 lines)
+  train.csv (13 lines)
+data/images/
+  00.png (4 bytes)
+  01.png (4 bytes)
+  02.png (4 bytes)
+  03.png (4 bytes)
+  ... and 27 other files
+
+data/notes.txt:
+Read me.
+
+
+data/train.csv has 12 rows and 5 columns.
+- id: from 0 to 11
+- x: from 0 to 2.75
+- y: values yes, 4 blank
+- flag: True in 50.0%
+- text: 12 values, such as 'word 0', 'word 1', 'word 2', 'word 3'"""
+    wide = ",".join(f"column{i}" for i in range(400))
+    (tmp_path / "wide.csv").write_text(f"{wide}\n{wide}\n")
+    text = aide.preview(tmp_path)
+    assert len(text) <= 6000 and "data/wide.csv has 1 rows and 400 columns. The first: column0, column1," in text
+    assert "column15" not in text and "from 0 to 11" not in text
