@@ -29,7 +29,7 @@ import tasks
 from env import (
     SCAFFOLDS, AgentSettings, Env, make_env, model_policy, play_trajectory, prepare_tasks, printed_metric, read_agent, read_record)
 from reward import best_of
-from support import aide, cli, endpoint, miniature
+from support import aide, cli, endpoint, miniature, mlagentbench
 from support.cli import RunError, check_choices, check_positive, exit_status, format_table, refuse_torchrun, run_main
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, refuse_links_out, write_atomic
@@ -47,7 +47,7 @@ MINIATURE = {"temperature": 1.0, "dtype": "float64", "trajectories": 3}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
 NUM_BOOTSTRAP = 10_000
 MIDDLE = [0.025, 0.975]        # quantiles, of an interval of 95 %
-DEFAULTS = {"aide": aide.DEFAULTS}      # of settings, where a scaffold has its own
+DEFAULTS = {"aide": aide.DEFAULTS, "mlagentbench": mlagentbench.DEFAULTS}      # of settings, where a scaffold has its own
 PACKAGES = ("torch", "tokenizers", "numpy", "pandas", "scikit-learn")
 UNDO = "Undo Edit Script"
 LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Script")     # change no script
@@ -57,7 +57,6 @@ NOTE = """In brackets: intervals of 95 %, by bootstrap of the tasks and of the t
 difference to random edits on the same tasks. Largest task: its share of the mean gap closed. A trajectory without a
 valid submission has failed and counts at the starter's score. (oracle) is no result: the average of the best graded
 step of each trajectory, which no agent can know. (paper): Table 1 of the paper, average and best of 8 trajectories."""
-WORK = ("scripts", "script_seconds", "tokens", "nodes", "buggy", "unreviewed")      # counts of a trajectory
 NO_MODEL = """
 No --model was given, so only the starter scripts ran. To run an agent, add one of
   --model Qwen/Qwen2.5-0.5B-Instruct       a model on the Hugging Face hub, downloaded when first used
@@ -96,6 +95,8 @@ class Settings(AgentSettings):
             endpoint.address(spec)
         if self.scaffold != SCAFFOLDS[0] and self.model in ("", RANDOM):
             raise ValueError(f"--scaffold {self.scaffold} needs a --model to ask")
+        if self.scaffold == "mlagentbench" and (self.coder == "none" or not mlagentbench.TOOLS.keys() >= {*self.actions}):
+            raise ValueError(f"--scaffold mlagentbench needs a --coder, and --actions among {', '.join(mlagentbench.TOOLS)}")
         if self.compare and (self.model or self.task):
             raise ValueError("--compare runs nothing, so it takes no --model and no --task")
         for folder in self.compare:
@@ -129,12 +130,18 @@ def summarize_trajectory(lines, direction, starter, printed):
         chosen = None if best is None else steps[best]["score"]
     return {"best-validation": chosen, "last-valid": last, "oracle": oracle, "ended": end_reason(lines),
             "steps": len(steps), "valid": sum(step["valid"] for step in steps),
-            "scripts": sum(step["outcome"] is not None for step in steps),
-            "script_seconds": sum(step["script_seconds"] for step in steps),
-            "tokens": sum(step.get("tokens", 0) for step in steps),
-            "nodes": len(nodes), "buggy": sum(step["node"].get("buggy", False) for step in nodes),
-            "unreviewed": sum(step["node"].get("review") == "script" for step in nodes),
             **count_habits(steps, direction, printed)}
+
+
+def count_work(steps):
+    """Returns what recorded steps took: scripts, their seconds, tokens of the policy, and of the nodes of a search how
+    many there are, are buggy, and were judged without the reviewer."""
+    nodes = [step["node"] for step in steps if step.get("node")]
+    return {"scripts": sum(step["outcome"] is not None for step in steps),
+            "seconds": sum((step["script_seconds"] for step in steps), 0.0),
+            "tokens": sum(step.get("tokens", 0) for step in steps), "nodes": len(nodes),
+            "buggy": sum(node.get("buggy", False) for node in nodes),
+            "unreviewed": sum(node.get("review") == "script" for node in nodes)}
 
 
 HABITS = {      # column -> the counts of a trajectory whose ratio it is
@@ -435,17 +442,16 @@ def describe_scaffold(results):
     settings = results["settings"]
     total = Counter()
     for result in results["tasks"].values():
-        for trajectory in result.get("trajectories", ()):
-            total.update({name: trajectory.get(name, 0) for name in WORK})
+        total.update(result.get("work", {}))
     scaffold = settings.get("scaffold", SCAFFOLDS[0])
     coder = settings.get("coder")
-    parts = [f"Scaffold: {scaffold}, at most {settings['steps']} steps and {settings.get('seconds')} s a trajectory"]
+    parts = [f"Scaffold: {scaffold}, at most {settings['steps']} steps and {settings.get('seconds', 0):g} s a trajectory"]
     if scaffold == "aide":
         num_drafts, debug_prob, max_depth = aide.SEARCHES[settings["search"]]
         parts.append(f"{num_drafts} drafts, debugging with probability {debug_prob} to depth {max_depth}, reviewer: "
                      f"{settings['model'] if coder == 'model' else coder}")
         parts.append(f"{total['buggy']} of {total['nodes']} nodes buggy, {total['unreviewed']} judged without a review")
-    parts.append(f"{total['scripts']} scripts run in {total['script_seconds']:.0f} s, {total['tokens']} tokens")
+    parts.append(f"{total['scripts']} scripts run in {total['seconds']:.0f} s, {total['tokens']} tokens")
     return "; ".join(parts) + "."
 
 
@@ -544,15 +550,17 @@ def played_result(cfg, task, result):
     """Returns the trajectories of a task that are over, as results.json says them, and their statistics. result: what
     it says of the starter."""
     played = []
+    steps = []
     for k in range(cfg.trajectories):
         lines = read_record(trajectory_path(Path(cfg.out, "trajectories"), task.id, k))
         if end_reason(lines):
             summary = summarize_trajectory(lines, task.direction, result["starter"], result["printed"])
             played.append({"k": k, **summary})
+            steps += [line for line in lines if line["type"] == "step"]
     if not played:
         return {}
     figures = {rule: task_figures(result | {"trajectories": played}, rule) for rule in (*FINAL, "oracle")}
-    return {"trajectories": played, "figures": figures}
+    return {"trajectories": played, "figures": figures, "work": count_work(steps)}
 
 
 def load_models(cfg, num_rows, load=sample.load):
@@ -592,7 +600,9 @@ def play_tasks(cfg, infos, home, cache, load):
             policy = model_policy(cfg, model)
         about = {"model": cfg.model, "coder": cfg.coder, "scaffold": cfg.scaffold}
         make = Env
-        if cfg.scaffold == "aide":
+        if cfg.scaffold == "mlagentbench":
+            make = mlagentbench.Env
+        elif cfg.scaffold == "aide":
             make = functools.partial(aide.Env, search=aide.SEARCHES[cfg.search], draws=f"{cfg.seed} {task.id} {k}")
         play_trajectory(cfg, task, k, path, policy, coder, home, cache, progress, about, make=make)
     try:

@@ -2,6 +2,7 @@
 import base64, hashlib, html, json, math, re
 from pathlib import Path
 
+from support.aide import SEARCHES
 from support.files import (
     COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, maybe, one_of, parse_json, read_bytes, read_json_lines, shorten,
     write_atomic)
@@ -23,15 +24,16 @@ LOG = {f"{name}?": maybe(NUMBER) for name in (*CURVES, *SHARES, "iteration", "st
 PAIR = "two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value))
 TRAJECTORY = {
     "k": COUNT, "best-validation": maybe(NUMBER), "last-valid": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD,
-    "steps": COUNT, "valid": COUNT, "worse": COUNT, "taken_back": COUNT, "better": COUNT, "continued": COUNT,
-    "scripts?": COUNT, "script_seconds?": NUMBER, "tokens?": COUNT, "nodes?": COUNT, "buggy?": COUNT,
-    "unreviewed?": COUNT}
+    "steps": COUNT, "valid": COUNT, "worse": COUNT, "taken_back": COUNT, "better": COUNT, "continued": COUNT}
+WORK = {"scripts": COUNT, "seconds": NUMBER, "tokens": COUNT, "nodes": COUNT, "buggy": COUNT, "unreviewed": COUNT}
 TASK = {
     "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
     "m_best": NUMBER, "printed": maybe(NUMBER), "seconds": NUMBER, "published": {str: PAIR},
-    "trajectories?": [TRAJECTORY]}
+    "trajectories?": [TRAJECTORY], "work?": WORK}
 RESULTS = {
-    "complete": FLAG, "settings": {"model": TEXT, "steps": COUNT, str: VALUE}, "final": one_of(*FINAL),
+    "complete": FLAG, "settings": {
+        "model": TEXT, "coder?": TEXT, "steps": COUNT, "seconds?": NUMBER, "scaffold?": TEXT, "search?": one_of(*SEARCHES),
+        str: VALUE}, "final": one_of(*FINAL),
     "versions": {str: TEXT}, "tasks": {str: TASK}}
 
 

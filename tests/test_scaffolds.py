@@ -12,8 +12,8 @@ import pytest
 import env
 import eval as evaluation
 import tasks
-from support import aide, cli, conversations, endpoint, records
-from test_eval import file_of, play, settings, task, text_of    # noqa: F401
+from support import aide, cli, conversations, endpoint, mlagentbench, records
+from test_eval import STARTER, file_of, play, settings, task, text_of    # noqa: F401
 
 ORIGINAL = json.loads((Path(__file__).parent / "aide_nodes.json").read_text())
 
@@ -151,7 +151,9 @@ def test_a_search_by_hand(tree):
     results = json.loads(Path(cfg.out, "results.json").read_text())
     (played,) = results["tasks"]["tiny-task"]["trajectories"]
     assert (played["best-validation"], played["last-valid"], played["ended"]) == (0.75, 3.0, "steps")
-    assert (played["scripts"], played["nodes"], played["buggy"], played["unreviewed"]) == (10, 10, 4, 0)
+    work = results["tasks"]["tiny-task"]["work"]
+    assert work.pop("seconds") > 0
+    assert work == {"scripts": 10, "tokens": 36, "nodes": 10, "buggy": 4, "unreviewed": 0}
     assert "5 drafts, debugging with probability 0.5 to depth 3, reviewer: scripted; 4 of 10 nodes buggy" in text_of(results)
 
 
@@ -341,3 +343,183 @@ data/train.csv has 12 rows and 5 columns.
     text = aide.preview(tmp_path)
     assert len(text) <= 6000 and "data/wide.csv has 1 rows and 400 columns. The first: column0, column1," in text
     assert "column15" not in text and "from 0 to 11" not in text
+
+
+# ---- MLAgentBench's loop
+
+HEAD = "Reflection: none\nResearch Plan and Status: **1. edit**\nFact Check: none\nThought: do it\n"
+EDIT = {"script_name": "train.py", "edit_instruction": "Set it.", "save_name": "train.py"}
+
+
+def said(action, source):
+    return f"{HEAD}Action: {action}\nAction Input: {source}"
+
+
+LIST = said("List Files", '{"dir_path": "."}')
+EXECUTE = said("Execute Script", '{"script_name": "train.py"}')
+FINAL = said("Final Answer", '{"final_answer": "done"}')
+NO_INPUT = said("Execute Script", "no json")
+
+
+class Assistant:
+    """Follows a list of replies, whichever seed is asked for; as a coder it writes the scripts of another list."""
+    context = 16_384
+
+    def __init__(self, replies, scripts=()):
+        self.replies = list(replies)
+        self.scripts = list(scripts)
+        self.prompts = []
+        self.questions = []
+
+    def chat(self, messages, *, stop, **options):
+        if "You are a helpful research assistant" not in messages[0]["content"]:
+            self.questions.append(messages[0]["content"])
+            text = self.scripts.pop(0)
+        else:
+            assert stop == ("Observation:",)
+            self.prompts.append(messages[0]["content"])
+            text = self.replies.pop(0)
+        return endpoint.Completion(text, [1, 2, 3], [0.0] * 3, "stop", 100, 50, 0.01)
+
+
+def loop(tmp_path, replies, scripts=(), **more):
+    """Plays these replies: (settings, the model, the steps)."""
+    more = {"scaffold": "mlagentbench", "trajectories": 1, "coder": "model", "final": "last-valid",
+            "actions": tuple(mlagentbench.TOOLS), **more}
+    cfg = settings(tmp_path, **more)
+    model = Assistant(replies, scripts)
+    play(cfg, model)
+    assert env.replay(file_of(cfg, 0), data=cfg.data) == 0
+    return cfg, model, steps_of(cfg)
+
+
+ASKED_AGAIN = "it is asked for again"
+ERROR = "the step shows an error"
+
+
+@pytest.mark.parametrize("reply, expected", [
+    (said("Execute Script", '\n```json\n{"script_name": "a"}\n```'), {"script_name": "a"}),
+    (said("Execute Script", '{"script_name": "a"}\nNow I wait.'), {"script_name": "a"}),
+    (said("Execute Script", '{"script_name": "a"}\nObservation: it ran\n') + FINAL, {"script_name": "a"}),
+    (EXECUTE.replace("\n", " "), {"script_name": "train.py"}),
+    (said("Execute Script", '{"script_name": "a",}'), {"script_name": "a\","}),
+    (said("Inspect Script Lines", '{"script_name": "a", "start_line_number": 1, "end_line_number": "2"}'),
+     {"script_name": "a", "start_line_number": "1", "end_line_number": "2"}),
+    (said("Edit Script (AI)", '{"script_name": "a", "edit_instruction": "1.\n2.", "save_name": "b"}'),
+     {"script_name": "a", "edit_instruction": "1.\n2.", "save_name": "b"}),
+    (said("Edit Script (AI)", '{"script_name": "a", "edit_instruction": """Set it\nto 5.""", "save_name": "b"}'),
+     {"script_name": "a", "edit_instruction": "Set it\\nto 5.", "save_name": "b"}),
+    (said("Edit Script (AI)", '{"script_name": "a", "edit_instruction": "Print "yes" now.", "save_name": "b"}'),
+     {"script_name": "a", "edit_instruction": 'Print "yes" now.', "save_name": "b"}),
+    (said("Edit Script (AI)", '{"script_name": "a", "edit_instruction": "Match \\d+.", "save_name": "b"}'),
+     {"script_name": "a", "edit_instruction": "Match \\d+.", "save_name": "b"}),
+    (FINAL + "\n" + EXECUTE, {"script_name": "train.py"}),      # of repeated headers the last
+    (EXECUTE.replace("Fact Check: none\n", ""), ASKED_AGAIN), (EXECUTE.replace("Action:", "action:"), ASKED_AGAIN),
+    (EXECUTE.replace("Action:", "**Action**:"), ASKED_AGAIN), (said("`Execute Script`", "{}"), ASKED_AGAIN),
+    (said("Execute Script.", '{"script_name": "a"}'), ASKED_AGAIN), (said("Read File", '{"file_name": "a"}'), ASKED_AGAIN),
+    (said("Set Constant", '{"constant": "1", "value": "2"}'), ASKED_AGAIN), ("prose", ASKED_AGAIN), ("", ASKED_AGAIN),
+    (HEAD.replace("do it", "the Observation: said so") + "Action: List Files\nAction Input: {}", ASKED_AGAIN),
+    ("x" * 60_000 + EXECUTE, ASKED_AGAIN), (said("Execute Script", "{'script_name': 'a'}"), ERROR),
+    (said("Edit Script (AI)", '{"script_name": "a", "edit_instruction": "b"}'), ERROR),
+    (said("Final Answer", "I am done."), ERROR), (said("Execute Script", "[" * 40_000), ERROR), (NO_INPUT, ERROR)])
+def test_what_is_read_asked_for_again_or_an_error(reply, expected, loop_env):
+    fields, action, args, error = loop_env.read(reply)
+    if expected == ASKED_AGAIN:
+        assert action is None and not loop_env.is_readable(reply)
+    elif expected == ERROR:
+        assert error.startswith("ActionInputParsingError") and loop_env.is_readable(reply)
+    else:
+        assert (args, error) == (expected, "")
+
+
+@pytest.fixture
+def loop_env(tmp_path, task):
+    cfg = settings(tmp_path)
+    tasks.prepare("tiny-task", data=cfg.data, log=lambda line: None)
+    return mlagentbench.Env("tiny-task", cfg.data, out=tmp_path / "out", actions=tuple(mlagentbench.TOOLS),
+                            coder=lambda messages: "")
+
+
+def test_reading_takes_linear_time(loop_env):
+    for text in ('"script_name":' * 3000, '",' * 20_000, "{" * 40_000, "Action:" * 7000, "\\" * 40_000):
+        assert loop_env.read(said("Execute Script", text)[:50_000])
+
+
+def test_five_replies_are_free_and_then_the_run_ends(tmp_path, task):
+    cfg, model, steps = loop(tmp_path, ["x"] * 4 + [EXECUTE] + ["y"] * 5)
+    assert [step["action"] for step in steps] == ["Execute Script", None]
+    assert steps[0]["dropped"] == ["x"] * 4
+    assert [prompt.count("not in the right form") for prompt in model.prompts] == [0, 1, 2, 3, 4] * 2
+    assert steps[1]["ended"] == "no valid reply"
+    results = json.loads(Path(cfg.out, "results.json").read_text())
+    assert results["tasks"]["tiny-task"]["trajectories"][0]["last-valid"] == 7.0
+
+
+def test_the_last_three_steps_are_shown_and_errors_are_forgotten(tmp_path, task):
+    cfg, model, steps = loop(tmp_path, [NO_INPUT, NO_INPUT, LIST, EXECUTE, LIST, LIST, NO_INPUT, FINAL], steps=6)
+    shown = [re.findall("Assistant:\n.*?Action:  ([^\n]*)", prompt, re.S) for prompt in model.prompts]
+    assert shown == [
+        [], ["Execute Script"], ["Execute Script"] * 2, ["List Files"], ["List Files", "Execute Script"],
+        ["List Files", "Execute Script", "List Files"], ["Execute Script", "List Files", "List Files"],
+        ["List Files", "List Files", "Execute Script"]]
+    assert [prompt.count("ActionInputParsingError: ") for prompt in model.prompts] == [0, 1, 2, 0, 0, 0, 0, 1]
+    assert len(steps) == 8 and steps[-1]["ended"] == "final answer"       # three of them did not count
+    assert "validation MAE: 6.5" in model.prompts[4]
+    assert "**" not in re.search("Assistant:.*", model.prompts[4], re.S)[0]
+    assert "steps and" not in "".join(model.prompts)
+
+
+def test_an_edit_runs_nothing_and_the_last_executed_script_counts(tmp_path, task):
+    edit = said("Edit Script (AI)", json.dumps(EDIT))
+    scripts = [f"```python\n{STARTER.replace('VALUE = 3', f'VALUE = {value}')}```\n" for value in (8, 9)]
+    undo = said("Undo Edit Script", '{"script_name": "train.py"}')
+    cfg, model, steps = loop(tmp_path, [edit, EXECUTE, edit, undo, FINAL], scripts)
+    assert [step["score"] for step in steps] == [None, 2.0, None, None, None]
+    assert [step["outcome"] for step in steps] == [None, "ok", None, None, None]
+    assert "+VALUE = 8" in steps[0]["observation"] and "run" not in steps[0]["observation"]
+    assert steps[1]["observation"] == "The script has been executed. Here is the output:\nvalidation MAE: 1.5\n"
+    assert steps[3]["observation"].endswith(STARTER.replace("VALUE = 3", "VALUE = 8"))
+    results = json.loads(Path(cfg.out, "results.json").read_text())
+    assert results["tasks"]["tiny-task"]["trajectories"][0]["last-valid"] == 2.0
+    assert "Scaffold: mlagentbench" in text_of(results)
+
+
+def test_a_script_that_fails_shows_its_errors_alone(tmp_path, task):
+    new = said("Edit Script (AI)", json.dumps(EDIT | {"script_name": "new.py", "save_name": "new.py"}))
+    script = "```python\nprint('before')\nprint(1 / 0)\n```\n"
+    run = said("Execute Script", '{"script_name": "new.py"}')
+    cfg, model, steps = loop(tmp_path, [new, run, said("Inspect Script Lines", json.dumps(
+        {"script_name": "new.py", "start_line_number": 1, "end_line_number": 102})), said("List Files", '{"dir_path": "no"}'),
+        FINAL], [script])
+    assert "before" not in steps[1]["observation"] and "ZeroDivisionError" in steps[1]["observation"]
+    assert steps[2]["observation"].startswith("EnvError: At most 100 lines")
+    assert steps[3]["observation"].startswith("EnvError: There is no folder")
+
+
+def test_a_long_observation_is_summarised_by_the_coder(tmp_path, task):
+    long = 'print("a" * 15_000)\n' + STARTER
+    edit = said("Edit Script (AI)", json.dumps(EDIT))
+    cfg, model, steps = loop(tmp_path, [edit, EXECUTE, FINAL],
+                             [f"```python\n{long}```\n", "first part", "second part", "It printed a lot."])
+    assert steps[1]["observation"] == "It printed a lot." and "It printed a lot." in model.prompts[2]
+    assert "first part" in model.questions[-1] and "second part" in model.questions[-1]
+
+
+def test_the_prompt_has_the_parts_of_the_original(tmp_path, task):
+    cfg, model, steps = loop(tmp_path, [FINAL])
+    prompt = model.prompts[0]
+    assert re.findall("^- ([A-Z][A-Za-z ()]+):$", prompt, re.M) == [
+        "List Files", "Copy File", "Undo Edit Script", "Execute Script", "Final Answer", "Understand File",
+        "Inspect Script Lines", "Edit Script (AI)"]
+    rules = prompt.split("do not forget them:")[1].split("Always answer")[0]
+    assert len(re.findall("^- ", rules, re.M)) == 9
+    form = prompt.split("in exactly this form:")[1]
+    assert [line.partition(":")[0] for line in form.strip().splitlines()[:7]] == [*env.FIELDS, "Observation"]
+    assert "Predict y." in prompt and "lower is better" not in prompt and "min left" not in prompt
+    assert "Now let's start!" in prompt
+
+
+def test_it_needs_a_coder_and_its_own_actions(tmp_path):
+    for more in ({"coder": "none"}, {"actions": ("Set Constant", "Final Answer")}):
+        with pytest.raises(ValueError, match="needs a --coder, and --actions among"):
+            settings(tmp_path, scaffold="mlagentbench", **({"coder": "model", "actions": tuple(mlagentbench.TOOLS)} | more))
