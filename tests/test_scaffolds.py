@@ -13,7 +13,8 @@ import env
 import eval as evaluation
 import tasks
 from support import aide, cli, conversations, endpoint, mlagentbench, records
-from test_eval import STARTER, file_of, play, settings, task, text_of    # noqa: F401
+from test_eval import STARTER, Scripted, file_of, play, settings, task, text_of    # noqa: F401
+from test_report import drawn, needs_node
 
 ORIGINAL = json.loads((Path(__file__).parent / "aide_nodes.json").read_text())
 
@@ -343,6 +344,39 @@ data/train.csv has 12 rows and 5 columns.
     text = aide.preview(tmp_path)
     assert len(text) <= 6000 and "data/wide.csv has 1 rows and 400 columns. The first: column0, column1," in text
     assert "column15" not in text and "from 0 to 11" not in text
+
+
+@needs_node
+def test_the_report_draws_the_tree(tree):
+    page = drawn(Path(tree[0].out, "report.html"), "#tiny-task-0-7")
+    (svg,) = page.all("svg", class_="tree")
+    links = page.all("a", svg)
+    assert [link.attributes["href"] for link in links] == [f"#tiny-task-0-{i}" for i in range(10)]
+    assert page.texts("title", links[7]) == ["step 7: Improve, works, reported 0.2500, graded 0.7500"]
+    places = []
+    for link in links:
+        circle = page.all("circle", link)[0]
+        places.append([float(circle.attributes[name]) for name in ("cx", "cy")])
+    assert [page.all("circle", link)[0].attributes["class"] for link in links] == [
+        "dot k0" if i in (1, 3, 4, 8) else "dot k4" for i in range(10)]
+    assert [len(page.all("circle", link, class_="best")) for link in links] == [0] * 7 + [1, 0, 0]
+    edges = page.points(svg, class_="zero")
+    assert sorted(edges) == sorted([*places[parent], *places[child]]
+                                   for parent, child in ((2, 5), (5, 6), (5, 7), (7, 8), (1, 9)))
+    assert len({tuple(place) for place in places}) == 10
+    assert page.texts("text", svg)[-2:] == ["9", "2.5000"]
+    first = page.all("section", id="tiny-task-0-0")[0]
+    script = page.all("details", first, class_="diff")[0]
+    assert page.texts("summary", script) == ["Script"] and len(page.texts("span", script, class_="add")) == 2
+
+
+def test_runs_of_different_scaffolds_stand_side_by_side(tree, tmp_path):
+    ours = settings(tmp_path, "ours", trajectories=1)
+    play(ours, Scripted())
+    path = evaluation.compare(settings(tmp_path, "new", model="", task="", compare=(tree[0].out, ours.out)))
+    rows = re.findall('"average": "([^"]*)"', path.read_text())
+    assert rows == ["0.7500", "1.0000"]
+    assert "Scaffold: aide" in path.read_text() and "Scaffold: ml-agent" in path.read_text()
 
 
 # ---- MLAgentBench's loop
