@@ -135,13 +135,14 @@ def summarize_trajectory(lines, direction, starter, printed):
 
 def count_work(steps):
     """Returns what recorded steps took: scripts, their seconds, tokens of the policy, and of the nodes of a search how
-    many there are, are buggy, and were judged without the reviewer."""
+    many there are, are buggy, were judged without the reviewer, and work by a score that their output does not show."""
     nodes = [step["node"] for step in steps if step.get("node")]
     return {"scripts": sum(step["outcome"] is not None for step in steps),
             "seconds": sum((step["script_seconds"] for step in steps), 0.0),
             "tokens": sum(step.get("tokens", 0) for step in steps), "nodes": len(nodes),
             "buggy": sum(node.get("buggy", False) for node in nodes),
-            "unreviewed": sum(node.get("review") == "script" for node in nodes)}
+            "unreviewed": sum(node.get("review") == "script" for node in nodes),
+            "unprinted": sum(not node.get("buggy") and not node.get("is_printed") for node in nodes)}
 
 
 HABITS = {      # column -> the counts of a trajectory whose ratio it is
@@ -447,10 +448,11 @@ def describe_scaffold(results):
     coder = settings.get("coder")
     parts = [f"Scaffold: {scaffold}, at most {settings['steps']} steps and {settings.get('seconds', 0):g} s a trajectory"]
     if scaffold == "aide":
-        num_drafts, debug_prob, max_depth = aide.SEARCHES[settings["search"]]
+        num_drafts, debug_prob, max_depth = aide.SEARCHES[settings.get("search", "aide")]
         parts.append(f"{num_drafts} drafts, debugging with probability {debug_prob} to depth {max_depth}, reviewer: "
                      f"{settings['model'] if coder == 'model' else coder}")
-        parts.append(f"{total['buggy']} of {total['nodes']} nodes buggy, {total['unreviewed']} judged without a review")
+        parts.append(f"{total['buggy']} of {total['nodes']} nodes buggy, {total['unreviewed']} judged without a review, "
+                     f"{total['unprinted']} with a score that the output does not show")
     parts.append(f"{total['scripts']} scripts run in {total['seconds']:.0f} s, {total['tokens']} tokens")
     return "; ".join(parts) + "."
 

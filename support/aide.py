@@ -226,7 +226,10 @@ def _preview(public, stamps):
             if i < num_shown:
                 tree.append(f"  {name} ({size})")
             if path.suffix == ".csv":
-                table = pandas.read_csv(path, low_memory=False)
+                try:
+                    table = pandas.read_csv(path, low_memory=False, encoding_errors="replace")
+                except ValueError:      # no table after all
+                    continue
                 head = f"{place / name} has {len(table):,} rows and {len(table.columns)} columns."
                 details.append("\n".join([head, *(describe_column(column, table[column]) for column in table)]))
                 heads.append(f"{head} The first: {', '.join(map(str, table.columns[:15]))}.")
@@ -240,9 +243,10 @@ def _preview(public, stamps):
                 details.append(f"{place / name}:\n{''.join(lines)}")
         if len(files) > num_shown:
             tree.append(f"  ... and {len(files) - num_shown:,} other files")
-    text = "\n\n".join(["\n".join(tree), *details])
+    tree = shorten("\n".join(tree), MAX_PREVIEW // 3)
+    text = "\n\n".join([tree, *details])
     if len(text) > MAX_PREVIEW:
-        text = "\n\n".join(["\n".join(tree), *heads])
+        text = "\n\n".join([tree, *heads])
     return text[:MAX_PREVIEW]
 
 

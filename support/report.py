@@ -25,16 +25,17 @@ PAIR = "two numbers", lambda value: isinstance(value, list) and len(value) == 2 
 TRAJECTORY = {
     "k": COUNT, "best-validation": maybe(NUMBER), "last-valid": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD,
     "steps": COUNT, "valid": COUNT, "worse": COUNT, "taken_back": COUNT, "better": COUNT, "continued": COUNT}
-WORK = {"scripts": COUNT, "seconds": NUMBER, "tokens": COUNT, "nodes": COUNT, "buggy": COUNT, "unreviewed": COUNT}
+WORK = {
+    "scripts": COUNT, "seconds": NUMBER, "tokens": COUNT, "nodes": COUNT, "buggy": COUNT, "unreviewed": COUNT,
+    "unprinted": COUNT}
 TASK = {
     "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
     "m_best": NUMBER, "printed": maybe(NUMBER), "seconds": NUMBER, "published": {str: PAIR},
     "trajectories?": [TRAJECTORY], "work?": WORK}
 RESULTS = {
-    "complete": FLAG, "settings": {
-        "model": TEXT, "coder?": TEXT, "steps": COUNT, "seconds?": NUMBER, "scaffold?": TEXT, "search?": one_of(*SEARCHES),
-        str: VALUE}, "final": one_of(*FINAL),
-    "versions": {str: TEXT}, "tasks": {str: TASK}}
+    "complete": FLAG, "final": one_of(*FINAL), "versions": {str: TEXT}, "tasks": {str: TASK}, "settings": {
+        "model": TEXT, "coder?": TEXT, "steps": COUNT, "seconds?": NUMBER, "scaffold?": TEXT,
+        "search?": one_of(*SEARCHES), str: VALUE}}
 
 
 def read_results(folder):

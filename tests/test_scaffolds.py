@@ -3,6 +3,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ import env
 import eval as evaluation
 import tasks
 from support import aide, cli, conversations, endpoint, mlagentbench, records
-from test_eval import STARTER, Scripted, file_of, play, settings, task, text_of    # noqa: F401
+from test_eval import ROOT, STARTER, Scripted, file_of, play, settings, task, text_of    # noqa: F401
 from test_report import drawn, needs_node
 
 ORIGINAL = json.loads((Path(__file__).parent / "aide_nodes.json").read_text())
@@ -135,6 +137,12 @@ def tree(tmp_path, task):
     return cfg, model, steps_of(cfg)
 
 
+def test_replay_from_the_command_line(tree):
+    done = subprocess.run([sys.executable, "env.py", "replay", file_of(tree[0], 0), "--data", tree[0].data], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "10 steps replayed, 0 differences\n"), done.stderr
+
+
 def test_a_search_by_hand(tree):
     """By the draws of seed 0. A working node prints |value - 9.5| and scores |value - 10|."""
     cfg, model, steps = tree
@@ -154,12 +162,8 @@ def test_a_search_by_hand(tree):
     assert (played["best-validation"], played["last-valid"], played["ended"]) == (0.75, 3.0, "steps")
     work = results["tasks"]["tiny-task"]["work"]
     assert work.pop("seconds") > 0
-    assert work == {"scripts": 10, "tokens": 36, "nodes": 10, "buggy": 4, "unreviewed": 0}
+    assert work == {"scripts": 10, "tokens": 36, "nodes": 10, "buggy": 4, "unreviewed": 0, "unprinted": 0}
     assert "5 drafts, debugging with probability 0.5 to depth 3, reviewer: scripted; 4 of 10 nodes buggy" in text_of(results)
-
-
-def test_it_is_replayed_without_a_difference(tree):
-    assert env.replay(file_of(tree[0], 0), data=tree[0].data) == 0
 
 
 def test_a_reply_without_a_script_is_asked_for_three_times_and_is_one_buggy_node(tree):
