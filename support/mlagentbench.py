@@ -142,17 +142,18 @@ def read_input(text, keys):
 
 def match_keys(text, keys, reason):
     """Returns {key: the text between its header and that of the next key}. Raises `reason` where one is missing."""
-    text = text[text.find("{") + 1:max(0, text.rfind("}"))]
+    text = text[text.find("{") + 1:]
+    text = text[:text.rfind("}")]       # without one the last character goes, as in the original
     args = {}
     end = len(text)
     for i, key in reversed(list(enumerate(keys))):
-        header = f'"{key}":'
-        start = text.find(header, 0, end) if i == 0 else text.rfind(header, 0, end)
-        before = text[:max(start, 0)].rstrip()
-        if start < 0 or i > 0 and not before.endswith(","):
+        comma = r",\s*" if i else ""
+        headers = list(re.finditer(f'{comma}"{key}":', text[:end]))
+        if not headers:
             raise reason
-        args[key] = text[start + len(header):end].strip().strip('"')
-        end = len(before) - 1
+        header = headers[-1 if i else 0]
+        args[key] = text[header.end():end].strip().strip('"')
+        end = header.start()
     return args
 
 
