@@ -22,6 +22,7 @@ Only the miniature's agent has a list of actions of its own (support/miniature.p
 default all.
 """
 import dataclasses, difflib, functools, hashlib, importlib, json, math, os, re, sys, tempfile, time, zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -554,8 +555,8 @@ class Env:
     one of these GPUs. cache: a ResultCache (default: one in out). The scaffolds of other papers are subclasses.
     """
     stop = ("\nObservation:",)      # texts that end a reply
-    tries = 1                       # replies that may be asked for in a step, while none can be read
-    reminder = ""                   # is added to the prompt of a further try
+    tries = 1                       # replies of a step; a subclass with more says which of them is_readable,
+    reminder = ""                   # and what is added to the prompt of a further one
     own = ()                        # arguments of the subclass, which are recorded
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
@@ -602,7 +603,8 @@ class Env:
         """Continues from a recorded state: the workspace before step `index`, the messages so far, the score of the
         last edit (default: the starter's), the best score of an edit or the starter (default: the better of these two),
         the seconds left (default: all) and what the agent has seen, as the record of the last step tells it (default:
-        nothing). past: the records of the steps so far, for scaffolds that look back. ValueError: it is no snapshot. MissingBlob: a file is missing or damaged, or they are too large."""
+        nothing). past: the records of the steps so far, for scaffolds that look back. ValueError: it is no snapshot.
+        MissingBlob: a file is missing or damaged, or they are too large."""
         check_state(snapshot, self.blobs)
         self.files = dict(snapshot)
         self.index = index
@@ -688,10 +690,6 @@ class Env:
     def read(self, reply):
         """Returns what parse does of a reply."""
         return parse(reply, self.fields, self.actions)
-
-    def is_readable(self, reply):
-        """Returns whether a reply can be carried out, or another is asked for while the scaffold has tries left."""
-        return True
 
     def complete_observation(self, step):
         """Returns the observation of a step at its full length, and with what is left."""
@@ -1246,20 +1244,22 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
 
     reply(env, lines, seed): the policy; returns (text, token ids or None, {further entries of the step's line}).
     coder: a model of sample.load, or None. out: the folder of the blobs. cache: a ResultCache. run: a Progress, which
-    writes the lines and may stop the work. about: further entries of the header. data_seed, make: see
-    make_env.
+    writes the lines and may stop the work. about: further entries of the header. data_seed, make: see make_env.
     """
     def seed_of(speaker):   # differs between trajectories, steps and speakers; the same again after an interruption
         return zlib.crc32(f"{cfg.seed} {task.id} {k} {env.index} {speaker}".encode())
 
-    def ask_coder(messages, attempt=0):
-        completion = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed_of("coder") + attempt,
+    def ask_coder(messages):
+        seed = seed_of("coder") + questions[env.index]      # a question that is repeated gets another answer
+        questions[env.index] += 1
+        completion = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed,
                                 temperature=cfg.temperature, top_p=cfg.top_p)
         if completion.finish == "stop":     # a whole script, without the text after it
             return completion.text + CODE_END
         return completion.text
 
     # 1. The first state, or the last recorded one.
+    questions = Counter()       # to the coder, of each step
     agent = {name: getattr(cfg, name) for name in AGENT}
     env = make_env(cfg, task, out, cache, data_seed, make, coder=ask_coder if coder else None, **agent)
     lines = read_record(path)

@@ -27,7 +27,8 @@ import torch
 import sample
 import tasks
 from env import (
-    SCAFFOLDS, AgentSettings, Env, make_env, model_policy, play_trajectory, prepare_tasks, printed_metric, read_agent, read_record)
+    SCAFFOLDS, AgentSettings, Env, make_env, model_policy, play_trajectory, prepare_tasks, printed_metric, read_agent,
+    read_record)
 from reward import best_of
 from support import aide, cli, endpoint, miniature, mlagentbench
 from support.cli import RunError, check_choices, check_positive, exit_status, format_table, refuse_torchrun, run_main
@@ -47,7 +48,7 @@ MINIATURE = {"temperature": 1.0, "dtype": "float64", "trajectories": 3}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
 NUM_BOOTSTRAP = 10_000
 MIDDLE = [0.025, 0.975]        # quantiles, of an interval of 95 %
-DEFAULTS = {"aide": aide.DEFAULTS, "mlagentbench": mlagentbench.DEFAULTS}      # of settings, where a scaffold has its own
+DEFAULTS = {"aide": aide.DEFAULTS, "mlagentbench": mlagentbench.DEFAULTS}      # settings of a scaffold
 PACKAGES = ("torch", "tokenizers", "numpy", "pandas", "scikit-learn")
 UNDO = "Undo Edit Script"
 LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Script")     # change no script
@@ -95,8 +96,9 @@ class Settings(AgentSettings):
             endpoint.address(spec)
         if self.scaffold != SCAFFOLDS[0] and self.model in ("", RANDOM):
             raise ValueError(f"--scaffold {self.scaffold} needs a --model to ask")
-        if self.scaffold == "mlagentbench" and (self.coder == "none" or not mlagentbench.TOOLS.keys() >= {*self.actions}):
-            raise ValueError(f"--scaffold mlagentbench needs a --coder, and --actions among {', '.join(mlagentbench.TOOLS)}")
+        tools = mlagentbench.TOOLS
+        if self.scaffold == "mlagentbench" and (self.coder == "none" or not tools.keys() >= {*self.actions}):
+            raise ValueError(f"--scaffold mlagentbench needs a --coder, and --actions among {', '.join(tools)}")
         if self.compare and (self.model or self.task):
             raise ValueError("--compare runs nothing, so it takes no --model and no --task")
         for folder in self.compare:
@@ -446,13 +448,14 @@ def describe_scaffold(results):
         total.update(result.get("work", {}))
     scaffold = settings.get("scaffold", SCAFFOLDS[0])
     coder = settings.get("coder")
-    parts = [f"Scaffold: {scaffold}, at most {settings['steps']} steps and {settings.get('seconds', 0):g} s a trajectory"]
+    seconds = settings.get("seconds", 0)
+    parts = [f"Scaffold: {scaffold}, at most {settings['steps']} steps and {seconds:g} s a trajectory"]
     if scaffold == "aide":
         num_drafts, debug_prob, max_depth = aide.SEARCHES[settings.get("search", "aide")]
         parts.append(f"{num_drafts} drafts, debugging with probability {debug_prob} to depth {max_depth}, reviewer: "
                      f"{settings['model'] if coder == 'model' else coder}")
-        parts.append(f"{total['buggy']} of {total['nodes']} nodes buggy, {total['unreviewed']} judged without a review, "
-                     f"{total['unprinted']} with a score that the output does not show")
+        parts.append(f"{total['buggy']} of {total['nodes']} nodes buggy, {total['unreviewed']} judged without a "
+                     f"review, {total['unprinted']} with a score that the output does not show")
     parts.append(f"{total['scripts']} scripts run in {total['seconds']:.0f} s, {total['tokens']} tokens")
     return "; ".join(parts) + "."
 

@@ -283,6 +283,11 @@ class Env(env.Env):
         self.draws = draws
         super().__init__(*args, **options)
 
+    def reset(self):
+        super().reset()
+        self.messages = self.prompt()
+        return self.messages
+
     def restore(self, snapshot, messages=None, *, past=(), **options):
         super().restore(snapshot, messages, **options)
         self.nodes = [self.node_of(line) for line in past]

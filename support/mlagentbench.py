@@ -32,7 +32,8 @@ FILE = "a valid file name, relative to the current folder"
 SCRIPT = "a valid name of a Python script, relative to the current folder"
 TOOLS = {       # tool -> (what it is for, {argument: what it is}, what comes back)
     "List Files": (
-        "Use this to see which files there are.", {"dir_path": 'a valid relative path of a folder, such as "." or "a/b"'},
+        "Use this to see which files there are.",
+        {"dir_path": 'a valid relative path of a folder, such as "." or "a/b"'},
         "a list of the files and folders in dir_path, or an error message if it is invalid."),
     "Copy File": (
         "Use this to copy a file to a new place under a new name.", {"source": FILE, "destination": FILE},
@@ -44,7 +45,8 @@ TOOLS = {       # tool -> (what it is for, {argument: what it is}, what comes ba
         "Use this to execute a Python script, which must exist.", {"script_name": SCRIPT},
         "the output of the script, or its errors."),
     "Final Answer": (
-        "Use this to give the final answer to the task.", {"final_answer": "a detailed description of the final answer"},
+        "Use this to give the final answer to the task.",
+        {"final_answer": "a detailed description of the final answer"},
         "empty."),
     "Understand File": (
         "Use this to read a whole file and understand certain aspects of it. Describe in detail what to look for and "
@@ -72,8 +74,8 @@ You know nothing about this problem yet.
 Follow these instructions, and do not forget them:
 - First make a high-level plan from what you know of the problem and the tools, and record it in the Research Plan and \
 Status. You may revise it later.
-- The Research Plan and Status keeps track, in order and in few words, of 1) the high-level plan, 2) the steps that are \
-done and those in progress, 3) short results and conclusions of each step that was carried out.
+- The Research Plan and Status keeps track, in order and in few words, of 1) the high-level plan, 2) the steps that \
+are done and those in progress, 3) short results and conclusions of each step that was carried out.
 - It holds only progress that was made by earlier steps, and no result that the last observation has not confirmed.
 - Figures and estimates of performance can only be confirmed by running the code and seeing its output.
 - Design good experiments, and wherever that applies define and measure the performance of the baseline before you \
@@ -166,6 +168,11 @@ class Env(env.Env):
     def reminder(self):
         return (f"\n\nYour response was not in the right form. Give a valid response with all entries: "
                 f"{', '.join(self.fields)}\n\n")
+
+    def reset(self):
+        super().reset()
+        self.messages = self.prompt()
+        return self.messages
 
     def restore(self, snapshot, messages=None, *, past=(), **options):
         super().restore(snapshot, messages, **options)
@@ -264,7 +271,8 @@ class Env(env.Env):
         if last - first > MAX_LINES:
             raise InvalidAction(f"At most {MAX_LINES} lines can be shown.")
         lines = self._text(self._path(script_name))[0].split("\n")
-        return "\n".join([f"Here are the lines (the file ends at line {len(lines)}):\n", *lines[max(first - 1, 0):last]])
+        shown = "\n".join(lines[max(first - 1, 0):last])
+        return f"Here are the lines (the file ends at line {len(lines)}):\n\n{shown}"
 
     def _understand_file(self, step, file_name, things_to_look_for):
         text = self._text(self._path(file_name))[0]
