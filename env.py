@@ -555,7 +555,7 @@ class Env:
     one of these GPUs. cache: a ResultCache (default: one in out). The scaffolds of other papers are subclasses.
     """
     stop = ("\nObservation:",)      # texts that end a reply
-    tries = 1                       # replies of a step; a subclass with more says which of them is_readable,
+    num_tries = 1                   # replies of a step; a subclass with more says which of them is_readable,
     reminder = ""                   # and what is added to the prompt of a further one
     own = ()                        # arguments of the subclass, which are recorded
 
@@ -1227,7 +1227,7 @@ def model_policy(cfg, model, hint=""):
         while True:
             completion = model.chat(messages, max_new_tokens=cfg.max_new_tokens, stop=env.stop,
                                     seed=seed + len(dropped), temperature=cfg.temperature, top_p=cfg.top_p)
-            if len(dropped) + 1 == env.tries or env.is_readable(completion.text):
+            if len(dropped) + 1 == env.num_tries or env.is_readable(completion.text):
                 break
             dropped.append(completion)
             first["content"] += env.reminder

@@ -273,7 +273,7 @@ class Env(env.Env):
     so that a trajectory that goes on chooses as one that was not broken off. coder: the reviewer; None: the printed
     score counts. The snapshot of a step is the node's script alone."""
     stop = ()
-    tries = TRIES
+    num_tries = TRIES
     own = ("search", "draws")
 
     def __init__(self, *args, search=SEARCHES["aide"], draws="", **options):

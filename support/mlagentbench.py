@@ -162,7 +162,7 @@ def match_keys(text, keys, reason):
 class Env(env.Env):
     """One trajectory in MLAgentBench's loop."""
     stop = ("Observation:",)
-    tries = 5
+    num_tries = 5
 
     @property
     def reminder(self):
