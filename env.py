@@ -1223,19 +1223,18 @@ def model_policy(cfg, model, hint=""):
         messages = [dict(message) for message in env.prompt()]
         first = next(message for message in messages if message["role"] == "user")
         first["content"] += hint
-        dropped = []        # replies that could not be read, where the scaffold asks again
-        while True:
+        tried = []      # more than one where the scaffold asks again for what it cannot read
+        while not tried or len(tried) < env.num_tries and not env.is_readable(completion.text):
+            first["content"] += env.reminder if tried else ""
             completion = model.chat(messages, max_new_tokens=cfg.max_new_tokens, stop=env.stop,
-                                    seed=seed + len(dropped), temperature=cfg.temperature, top_p=cfg.top_p)
-            if len(dropped) + 1 == env.num_tries or env.is_readable(completion.text):
-                break
-            dropped.append(completion)
-            first["content"] += env.reminder
+                                    seed=seed + len(tried), temperature=cfg.temperature, top_p=cfg.top_p)
+            tried.append(completion)
         tokens = tokenizer.spelling(completion.tokens, completion.text) if tokenizer else None
         return completion.text, tokens, {
-            "finish": completion.finish, "tokens": sum(len(each.tokens) for each in (*dropped, completion)),
-            "prompt_tokens": completion.prompt_tokens, "cached_tokens": completion.cached_tokens,
-            "sample_seconds": completion.seconds, "dropped": [each.text for each in dropped]}
+            "finish": completion.finish, "tokens": sum(len(each.tokens) for each in tried),
+            "prompt_tokens": sum(each.prompt_tokens for each in tried),
+            "cached_tokens": sum(each.cached_tokens for each in tried),
+            "sample_seconds": sum(each.seconds for each in tried), "dropped": [each.text for each in tried[:-1]]}
     return reply
 
 
