@@ -71,7 +71,7 @@ class Settings(AgentSettings):
     model: str = ""  # a folder, a hub id, tiny (random weights), http://host:port/v1#name, or random-edits: no model,
         # constants changed at random and changed back where the score is no better; empty: starters alone
     coder: str = "model"  # who carries out the (AI) actions: model (the same one), none, or another, as in --model;
-        # the key of a server on another host is read from OPENAI_API_KEY_CODER
+        # the key of a server on another host is read from OPENAI_API_KEY_HOST, such as OPENAI_API_KEY_API_DEEPSEEK_COM
     out: str = "runs/eval"  # where the results go; a run that is there already is continued
     trajectories: int = 8  # per task
     final: str = "best-validation"  # what counts of a trajectory: best-validation (by the printed score), or last-valid
@@ -471,7 +471,8 @@ def compare(cfg):
 
 def run_identity(cfg, infos):
     """Returns {name: value} of all that the trajectories depend on. A run is continued only under the same."""
-    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare")      # where, how many, how they are counted
+    # where, how many, how they are counted, and how long one waits for them
+    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare", "reply_seconds")
     identity = {name: value for name, value in json.loads(json.dumps(asdict(cfg))).items() if name not in elsewhere}
     for task, info in infos:
         kind = "miniature" if info["miniature"] else "real"
@@ -515,7 +516,7 @@ def load_models(cfg, num_rows, load=sample.load):
     """Returns the model that acts, and the one that carries out the (AI) actions or None. num_rows: conversations that
     each holds at the same time."""
     options = {"dtype": cfg.dtype, "device": cfg.device, "kernels": cfg.kernels, "context": cfg.context,
-               "rows": num_rows}
+               "rows": num_rows, "timeout_s": cfg.reply_seconds}
     policy = load(cfg.model, **options)
     if policy.context and cfg.max_new_tokens >= policy.context:
         raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of {policy.context}")
@@ -523,7 +524,8 @@ def load_models(cfg, num_rows, load=sample.load):
         return policy, policy
     if cfg.coder == "none":
         return policy, None
-    return policy, load(cfg.coder, **options, key=endpoint.coder_key(cfg.coder, cfg.model))
+    key = endpoint.key_name(cfg.coder, cfg.model) if endpoint.is_server(cfg.coder) else None
+    return policy, load(cfg.coder, **options, key=key)
 
 
 def play_tasks(cfg, infos, home, cache, load):

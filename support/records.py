@@ -11,7 +11,7 @@ import tasks
 from reward import KINDS, best_of
 from support import cli
 from support.files import (
-    COUNT, FLAG, TEXT, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of, up_to)
+    COUNT, FLAG, TEXT, WORD, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of, up_to)
 from support.sandbox import Result, SandboxUnavailable
 from support.storage import ResultCache, check_snapshot
 
@@ -49,6 +49,10 @@ INTEGER = "a whole number", lambda value: type(value) is int and abs(value) < 1 
 SIZE = up_to(1 << 53)
 TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,99}", value)
 MESSAGE = "a message: role, content, and at most tokens", is_message
+ANSWER = {      # of the model, beside the step that came of it
+    "tokens?": COUNT, "prompt_tokens?": COUNT, "cached_tokens?": COUNT, "sample_seconds?": FINITE, "thought?": TEXT,
+    "no_reply?": TEXT, "answered_by?": WORD, "refused?": [WORD], "coder_replies?": COUNT, "coder_tokens?": COUNT,
+    "coder_prompt_tokens?": COUNT}
 FORM_OF_TYPE = {
     int: INTEGER, float: FINITE, str: TEXT, bool: FLAG, dict: {str: TEXT}, list: [TEXT],
     float | None: maybe(FINITE), str | None: maybe(TEXT)}
@@ -72,7 +76,8 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes):
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
         "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT}}
     step = form_of(step_class) | {
-        "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(outcome), "printed": printed, "messages": [MESSAGE]}
+        "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(outcome), "printed": printed,
+        "messages": [MESSAGE], **ANSWER}
     del step["snapshot"]        # it has its own check
     cached = {
         "result": form_of(Result) | {"outcome": outcome}, "score": maybe(FINITE),
@@ -157,7 +162,8 @@ def read_record(forms, path, mend=True):
 
 
 def end_reason(lines):
-    """Returns why a trajectory is over: "final answer", "steps", "time" or "context full"; "" if it is not."""
+    """Returns why a trajectory is over: "final answer", "steps", "time", "context full" or "no reply"; "" if it is
+    not."""
     return lines[-1].get("ended", "") if lines else ""
 
 
