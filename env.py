@@ -22,7 +22,6 @@ Only the miniature's agent has a list of actions of its own (support/miniature.p
 default all.
 """
 import dataclasses, difflib, functools, hashlib, json, math, os, re, sys, tempfile, time, zlib
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -1235,8 +1234,10 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         completion = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed_of("coder"),
                                 temperature=cfg.temperature, top_p=cfg.top_p)
         give_back_time(asked)
-        num_asked.update({"coder_replies": 1, "coder_prompt_tokens": completion.prompt_tokens,
-                          "coder_tokens": len(completion.tokens) or completion.num_tokens})
+        of_coder["coder_tokens"] = len(completion.tokens) or completion.num_tokens
+        of_coder["coder_prompt_tokens"] = completion.prompt_tokens
+        if completion.answered_by:
+            of_coder["coder_answered_by"] = completion.answered_by
         if completion.no_reply:
             raise ValueError(completion.no_reply)
         if completion.finish == "stop":     # a whole script, without the text after it
@@ -1244,7 +1245,7 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         return completion.text
 
     # 1. The first state, or the last recorded one.
-    num_asked = Counter()       # of the coder in one step
+    of_coder = {}       # what the record of a step tells of its reply
     agent = {name: getattr(cfg, name) for name in AGENT}
     env = make_env(cfg, task, out, cache, data_seed, coder=ask_coder if coder else None, **agent)
     lines = read_record(path)
@@ -1271,9 +1272,9 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
             run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
             return
         give_back_time(asked)
-        num_asked.clear()
+        of_coder.clear()
         step = env.step(text, tokens=tokens)
-        lines.append(record(step, **entries, **num_asked))
+        lines.append(record(step, **entries, **of_coder))
         run.write(path, lines[-1])
 
 

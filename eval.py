@@ -29,7 +29,7 @@ import tasks
 from env import (
     AgentSettings, make_env, model_policy, play_trajectory, prepare_tasks, printed_metric, read_agent, read_record)
 from reward import best_of
-from support import cli, endpoint, miniature
+from support import cli, disclosure, endpoint, miniature
 from support.cli import RunError, check_choices, check_positive, exit_status, format_table, refuse_torchrun, run_main
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, refuse_links_out, write_atomic
@@ -402,6 +402,8 @@ def notes(runs):
         if ends:
             words = ", ".join(f"{end} {count}" for end, count in ends.most_common())
             texts.append(f"{run['name']}: {FINAL[run['results']['final']]} counts. How they ended: {words}.")
+        if "disclosure" in run["results"]:
+            texts.append(disclosure.describe(run["name"], run["results"]["disclosure"]))
     return [*texts, NOTE] if texts else []
 
 
@@ -579,6 +581,8 @@ def evaluate_agent(cfg, home, load):
             for task, _ in infos:
                 results["tasks"][task.id] |= played_result(cfg, task, results["tasks"][task.id])
             results["habits"] = sum_habits(results)
+            files = trajectory_files(cfg.out)
+            results["disclosure"] = disclosure.disclose(map(read_record, files), cfg.model, cfg.coder)
         write_atomic(Path(cfg.out, "results.json"), results)
     return results
 

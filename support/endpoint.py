@@ -17,6 +17,7 @@ from support.files import shorten
 THOUGHT = "<think>", "</think>"
 PARAMETERS = "max_tokens", "seed", "top_p", "stop", "temperature"   # that a server may refuse, the dearest last
 QUESTION = [{"role": "user", "content": "Answer with the word yes."}]
+ONLY_THOUGHT = "The model thought and wrote nothing."
 MAX_TEXT = 1 << 21      # characters of a reply that are read
 MAX_THOUGHT = 50_000    # characters of a thought that are kept
 
@@ -95,11 +96,13 @@ def mask_key(text, key):
     """Returns the text with * for each piece of eight or more characters of the key (a server may have cut it)."""
     if not key:
         return text
-    spellings = "\n".join((key, json.dumps(key), urllib.parse.quote(key, safe="")))
     size = min(8, len(key))
+    pieces = set()
+    for spelling in (key, json.dumps(key)[1:-1], urllib.parse.quote(key, safe="")):
+        pieces |= {spelling[i:i + size] for i in range(len(spelling) - size + 1)}
     masked = list(text)
     for i in range(len(text) - size + 1):
-        if text[i:i + size] in spellings:
+        if text[i:i + size] in pieces:
             masked[i:i + size] = "*" * size
     return "".join(masked)
 
@@ -194,8 +197,8 @@ class Endpoint:
             status, retry_after, said = self._post(json.dumps(sent).encode())
             if status == 200:
                 completion = self._read(said)
-                stopped = completion.thought and completion.no_reply and completion.finish == "stop"
-                name = "stop" if stopped and "stop" in sent else None       # it was looked for in the thought
+                was_stopped = completion.no_reply == ONLY_THOUGHT and "stop" in sent
+                name = "stop" if was_stopped else None      # it was looked for in the thought
             else:
                 self._check_context(status, said)
                 name = refused_parameter(status, said, changed, sent)
@@ -280,6 +283,8 @@ class Endpoint:
                         raise OSError(f"more than {self.max_bytes} bytes")
                     if time.monotonic() > deadline:
                         raise TimeoutError("not complete in time")
+                if response.length:
+                    raise http.client.IncompleteRead(raw, response.length)
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)        # that of a URLError: the request could not be sent
             if isinstance(reason, TimeoutError):
@@ -316,7 +321,7 @@ def missing_text(choice, message, has_thought):
     if choice.get("finish_reason") == "length":
         what = "The model thought" if has_thought else "The model wrote nothing"
         return f"{what} until its tokens were used up (max_new_tokens)."
-    return "The model thought and wrote nothing." if has_thought else "The reply was empty."
+    return ONLY_THOUGHT if has_thought else "The reply was empty."
 
 
 def refused_parameter(status, said, changed, sent):

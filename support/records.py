@@ -51,8 +51,8 @@ TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullma
 MESSAGE = "a message: role, content, and at most tokens", is_message
 ANSWER = {      # of the model, beside the step that came of it
     "tokens?": COUNT, "prompt_tokens?": COUNT, "cached_tokens?": COUNT, "sample_seconds?": FINITE, "thought?": TEXT,
-    "no_reply?": TEXT, "answered_by?": WORD, "refused?": [WORD], "coder_replies?": COUNT, "coder_tokens?": COUNT,
-    "coder_prompt_tokens?": COUNT}
+    "no_reply?": TEXT, "answered_by?": WORD, "refused?": [WORD], "coder_tokens?": COUNT,
+    "coder_prompt_tokens?": COUNT, "coder_answered_by?": WORD}
 FORM_OF_TYPE = {
     int: INTEGER, float: FINITE, str: TEXT, bool: FLAG, dict: {str: TEXT}, list: [TEXT],
     float | None: maybe(FINITE), str | None: maybe(TEXT)}
