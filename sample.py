@@ -967,7 +967,8 @@ def main(cfg):
     messages = [{"role": "user", "content": cfg.prompt}]
     options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "seed")}
     if isinstance(policy, Endpoint):
-        print(policy.chat(messages, **options).text)
+        reply = policy.chat(messages, **options)
+        print(reply.text or reply.no_reply)
         return
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 

@@ -3,7 +3,7 @@ from collections import Counter
 
 from support.files import COUNT, TEXT, one_of
 
-LABELS = "out of reach", "in reach", "no script has run"
+LABELS = "out of reach", "in reach", "not there: no script has run"
 GRADED = ("whether a submission is valid, and why it is not; no score, no answer, and no best known score. Printed "
           "scores are the script's own")
 TOKENS = {"read": "prompt_tokens", "of these cached": "cached_tokens", "written": "tokens",
@@ -47,5 +47,5 @@ def describe(name, found):
         f"{found['thoughts']:,} came after a thought. Coder: {listed(found['coders'])}.",
         f"Tokens: {', '.join(f'{count:,} {what}' for what, count in found['tokens'].items())}."]
     if found["refused"]:
-        texts.append(f"Parameters that the server refused: {listed(found['refused'])}.")
+        texts.append(f"Parameters that the server was not given as asked for: {listed(found['refused'])}.")
     return " ".join(texts)
