@@ -16,6 +16,8 @@ from support.files import shorten
 
 THOUGHT = "<think>", "</think>"
 PARAMETERS = "max_tokens", "seed", "top_p", "stop", "temperature"   # that a server may refuse, the dearest last
+SUCCESSIVE = "successive messages"      # of one role: a reply that could not be read is dropped between two of them
+INSTEAD = {"max_tokens": "max_completion_tokens", SUCCESSIVE: "one message"}
 QUESTION = [{"role": "user", "content": "Answer with the word yes."}]
 ONLY_THOUGHT = "The model thought and wrote nothing."
 MAX_TEXT = 1 << 21      # characters of a reply that are read
@@ -133,7 +135,7 @@ class Endpoint:
         (scheme, host, _), self.url, self.name = address(spec)
         self.key_name = key or key_name(spec, spec)
         self.timeout_s = timeout_s
-        self.changed = {}       # parameter -> the name that the server wants instead; None: it is not sent
+        self.changed = {}       # what the server does not take -> what it is sent instead, None: nothing
         self._lock = threading.Lock()
         self._key = os.environ.get(self.key_name, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
@@ -194,6 +196,8 @@ class Endpoint:
         while True:
             sent = {changed.get(name, name): value for name, value in body.items()}
             sent.pop(None, None)
+            if SUCCESSIVE in changed:
+                sent["messages"] = join_successive(body["messages"])
             status, retry_after, said = self._post(json.dumps(sent).encode())
             if status == 200:
                 completion = self._read(said)
@@ -204,7 +208,7 @@ class Endpoint:
                 name = refused_parameter(status, said, changed, sent)
             if not name:
                 break
-            changed[name] = "max_completion_tokens" if name == "max_tokens" and name in sent else None
+            changed[name] = None if name in changed else INSTEAD.get(name)
         if status != 200:
             raise self._failure(status, retry_after, said)
         completion.refused = self._remember(changed)
@@ -325,12 +329,24 @@ def missing_text(choice, message, has_thought):
 
 
 def refused_parameter(status, said, changed, sent):
-    """Returns the parameter that an answer complains of, by the name that it has in PARAMETERS, or None."""
+    """Returns what an answer complains of, by the name that it has in PARAMETERS or SUCCESSIVE; None: nothing known."""
     if status not in (400, 422):
         return None
+    if SUCCESSIVE not in changed and re.search("alternat|successive|consecutive", said[:4096]):
+        return SUCCESSIVE
     named = [name for name in PARAMETERS if (now := changed.get(name, name)) in sent
              and re.search(rf"\b{now}\b", said[:4096])]
     return named[0] if named else None
+
+
+def join_successive(messages):
+    """Returns the messages with each run of one role as one message."""
+    joined = []
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"]:
+            message = {**message, "content": f"{joined.pop()['content']}\n\n{message['content']}"}
+        joined.append(message)
+    return joined
 
 
 def describe_change(new_name):

@@ -236,6 +236,18 @@ def test_of_two_parameters_that_do_not_go_together_temperature_stays(serve):
     assert server.seen[1][-1]["temperature"] == 0.5
 
 
+def test_messages_of_one_role_are_joined_where_a_server_wants_turns(serve):
+    refused = (400, {}, '{"message": "Conversation roles must alternate user/assistant/user/assistant/..."}')
+    server = serve(refused, OK)
+    talk = [{"role": role, "content": content} for role, content in (
+        ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("user", "d"), ("user", "e"))]
+    client = server.endpoint()
+    for _ in range(2):
+        assert client.chat(talk).refused == ("successive messages: sent as one message",)
+    expected = [*talk[:3], {"role": "user", "content": "c\n\nd\n\ne"}]
+    assert [body["messages"] for *_, body in server.seen] == [talk, expected, expected]
+
+
 def test_an_answer_that_names_all_parameters_changes_none(serve):
     """Such as one that repeats the request: it may be refused for another reason."""
     refused = (400, {}, json.dumps({"error": "odd", "input": dict.fromkeys(endpoint.PARAMETERS)}))
