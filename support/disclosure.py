@@ -45,7 +45,7 @@ def describe(name, found):
         f"{listed(found['sandbox'])}. Of grading the agent was shown {found['graded']}.",
         f"Answered by {listed(found['models'])}; of {found['replies']:,} replies {found['no_replies']:,} were none and "
         f"{found['thoughts']:,} came after a thought. Coder: {listed(found['coders'])}.",
-        f"Tokens: {', '.join(f'{count:,} {what}' for what, count in found['tokens'].items())}."]
+        f"Tokens: {', '.join(f'{count:,} {what}' for what, count in found['tokens'].items() if count) or 'unknown'}."]
     if found["refused"]:
         texts.append(f"Parameters that the server was not given as asked for: {listed(found['refused'])}.")
     return " ".join(texts)

@@ -159,7 +159,8 @@ def test_a_thought_that_the_server_has_cut_off_is_kept(name, serve):
     ({"content": "<think>hm"}, "length", "thought until its tokens were used up"),
     ({"content": None, "refusal": "I may not."}, "stop", "The model refused: 'I may not.'"),
     ({"content": None, "tool_calls": [{"function": {"name": "f"}}]}, "tool_calls", "called a tool"),
-    ({"content": ""}, "content_filter", "content_filter"), ({"content": " \n"}, "stop", "reply was empty"), ({}, None, "empty")])
+    ({"content": ""}, "content_filter", "content_filter"), ({"content": " \n"}, "stop", "reply was empty"),
+    ({}, None, "reply was empty")])
 def test_an_answer_without_text_is_a_reply_that_says_why(message, finish, words, serve):
     server = serve((200, {}, good(choices=[{"message": message, "finish_reason": finish}])))
     reply = server.endpoint().chat(ASK)
@@ -367,7 +368,8 @@ def test_a_server_that_stays_bad_gives_one_clear_error(serve, bad, words):
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405])
 def test_what_cannot_get_better_is_not_tried_again(serve, status):
     server = serve((status, {}, '{"error": {"message": "the reason"}}'))
-    with pytest.raises(EndpointError, match=f"answered {status}.*the reason.*'some/model' and the key in OPENAI_API_KEY"):
+    words = f"answered {status}.*the reason.*'some/model' and the key in OPENAI_API_KEY"
+    with pytest.raises(EndpointError, match=words):
         server.endpoint().chat(ASK)
     assert [body["messages"] for *_, body in server.seen] == [ASK, endpoint.QUESTION]
 
@@ -463,7 +465,8 @@ def test_which_key_a_server_gets(monkeypatch):
     for spec, model, name in (
             ("https://a.example/v2#n", one, "OPENAI_API_KEY"), ("HTTPS://A.example/v1#n", one, "OPENAI_API_KEY"),
             (one, "runs/sft", own), ("http://a.example/v1#m", one, own + "_80"),
-            ("https://a.example:444/v1#m", one, own + "_444"), ("https://a-example/v1#m", one, "OPENAI_API_KEY_A__EXAMPLE"),
+            ("https://a.example:444/v1#m", one, own + "_444"),
+            ("https://a-example/v1#m", one, "OPENAI_API_KEY_A__EXAMPLE"),
             ("https://a.example.evil/v1#m", one, own + "_EVIL")):
         assert endpoint.key_name(spec, model) == name
     monkeypatch.setenv(own, "its own")

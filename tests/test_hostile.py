@@ -26,7 +26,8 @@ def send(handler, text, status=200):
 
 
 def message(finish="stop", **entries):
-    return good(choices=[{"message": {"role": "assistant", **entries}, "finish_reason": finish}])
+    choice = {"message": {"role": "assistant", **entries}, "finish_reason": finish}
+    return good(choices=[choice], model="some/model")
 
 
 def server_of(odd, times=99):
@@ -82,7 +83,7 @@ def think_on(handler):
     (cut_short, {}, "gave no answer"), (hang_up, {}, "gave no answer"),
     (refuse, {}, "the prompt was flagged"), ("no json", {}, "not with a chat completion"),
     (good("x" * (17 << 20)), {}, "more than 16777216 bytes")],
-    ids=["null", "refusal", "tool call", "endless thought", "no end", "cut short", "hung up", "400", "no json", "17 MB"])
+    ids=["null", "refusal", "tool call", "long thought", "no end", "cut short", "hung up", "400", "no json", "17 MB"])
 def test_three_replies_in_a_row_that_are_none_end_one_trajectory_and_no_other(odd, more, words, play):
     (first, second), disclosed, cfg = play(server_of(odd), **more)
     assert [first[name] for name in ("ended", "steps", "valid", "best-validation")] == ["no reply", 4, 1, 2]
@@ -93,6 +94,16 @@ def test_three_replies_in_a_row_that_are_none_end_one_trajectory_and_no_other(od
         assert words in line["no_reply"] and line["reply"] == "" and line["error"] == "The reply is empty."
         assert (line["kind"], line["reward"]) == ("invalid", 0)
     assert disclosed["replies"] == 8 and disclosed["no_replies"] == 3
+
+
+def test_a_run_killed_before_such_an_end_is_written_ends_without_another_question(play, serve):  # noqa: F811
+    server = serve(server_of(message(content=None)))
+    _, disclosed, cfg = play(spec=server.spec)
+    before = file_of(cfg, 0).read_text()
+    file_of(cfg, 0).write_text("".join(before.splitlines(keepends=True)[:-1]))
+    num_asked = len(server.seen)
+    _, again, _ = play(spec=server.spec)
+    assert file_of(cfg, 0).read_text() == before and len(server.seen) == num_asked and again == disclosed
 
 
 @pytest.mark.parametrize("odd, times", [(message(content=None), 1), (message(content=None), 2), (hang_up, 3)])
@@ -132,7 +143,7 @@ def test_all_parameters_are_refused(play, serve):  # noqa: F811
 
 @pytest.mark.parametrize("status, said", [(404, "The model `some/model` does not exist"), (400, "invalid model name"),
                                           (401, "no such key"), (429, "storm"), (502, "bad gateway")])
-def test_a_server_that_answers_nothing_stops_the_run_and_the_same_command_goes_on(status, said, play, serve):  # noqa: F811
+def test_a_server_that_answers_nothing_stops_the_run_which_goes_on_later(status, said, play, serve):  # noqa: F811
     answer, is_broken = server_of("", 0), threading.Event()
 
     def sometimes(handler):
@@ -200,7 +211,7 @@ def test_a_key_is_written_nowhere(play, serve, tmp_path, monkeypatch, capsys):  
         if TURNS.get(handler.body.get("seed"), (1, 0)) == (0, 1):
             return send(handler, message(content=None, refusal=f"No, {key}!", reasoning=key))
         text = SCRIPT[turn].replace("Thought: x", f"Thought: {key}")
-        return send(handler, good(choices=[{"message": {"content": text, "reasoning_content": f"hm {key}"}}], model=key))
+        return send(handler, message(content=text, reasoning_content=f"hm {key}").replace("some/model", key))
     server = serve(leak)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     (first, second), _, _ = play(spec=server.spec)
