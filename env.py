@@ -22,6 +22,7 @@ Only the miniature's agent has a list of actions of its own (support/miniature.p
 default all.
 """
 import dataclasses, difflib, functools, hashlib, json, math, os, re, sys, tempfile, time, zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -1234,10 +1235,10 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         completion = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed_of("coder"),
                                 temperature=cfg.temperature, top_p=cfg.top_p)
         give_back_time(asked)
-        of_coder["coder_tokens"] = len(completion.tokens) or completion.num_tokens
-        of_coder["coder_prompt_tokens"] = completion.prompt_tokens
+        counts["coder_tokens"] += len(completion.tokens) or completion.num_tokens
+        counts["coder_prompt_tokens"] += completion.prompt_tokens
         if completion.answered_by:
-            of_coder["coder_answered_by"] = completion.answered_by
+            counts["coder_answered_by"] = completion.answered_by
         if completion.no_reply:
             raise ValueError(completion.no_reply)
         if completion.finish == "stop":     # a whole script, without the text after it
@@ -1245,7 +1246,7 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         return completion.text
 
     # 1. The first state, or the last recorded one.
-    of_coder = {}       # what the record of a step tells of its reply
+    counts = Counter()      # of the coder's replies in one step
     agent = {name: getattr(cfg, name) for name in AGENT}
     env = make_env(cfg, task, out, cache, data_seed, coder=ask_coder if coder else None, **agent)
     lines = read_record(path)
@@ -1272,9 +1273,9 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
             run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
             return
         give_back_time(asked)
-        of_coder.clear()
+        counts.clear()
         step = env.step(text, tokens=tokens)
-        lines.append(record(step, **entries, **of_coder))
+        lines.append(record(step, **entries, **counts))
         run.write(path, lines[-1])
 
 

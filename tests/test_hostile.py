@@ -7,10 +7,11 @@ import zlib
 import pytest
 
 import eval as evaluation
+from common import act
 from env import MAX_REPLY, read_record, replay
 from support import endpoint
 from test_endpoint import Choosy, cut_short, good, hang_up, serve  # noqa: F401
-from test_eval import END, RUN, edit, file_of, settings, task  # noqa: F401
+from test_eval import END, RUN, STARTER, edit, file_of, settings, task  # noqa: F401
 
 SCRIPT = [edit(3, 8), edit(8, 9), RUN, END]         # scores 2, 1, 1
 TURNS = {zlib.crc32(f"0 tiny-task {k} {turn} policy".encode()): (k, turn) for k in range(2) for turn in range(9)}
@@ -225,3 +226,25 @@ def test_a_key_is_written_nowhere(play, serve, tmp_path, monkeypatch, capsys):  
     assert len(texts) > 10 and any(b"*" * len(KEY) in text for text in texts) and b"answered 401" in texts[-1]
     pieces = [KEY[i:i + 8].encode() for i in range(len(KEY) - 7)]
     assert not any(piece in text for piece in pieces for text in texts)
+
+
+def test_a_coder_that_gives_no_reply_costs_a_step_and_its_tokens_are_counted(play, serve):  # noqa: F811
+    ask = act("Edit Script (AI)", script_name="train.py", edit_instruction="use 9", save_name="train.py")
+    script = [ask, ask, END]
+    given = []
+
+    def answer(handler):
+        messages = handler.body["messages"]
+        if messages[0]["role"] == "system":
+            return send(handler, good(script[sum(each["role"] == "assistant" for each in messages)]))
+        given.append(handler)
+        if len(given) <= 2:     # the first question of each trajectory, which are asked one after the other
+            return send(handler, message(content=None, refusal="I may not."))
+        code = "```python\n" + STARTER.replace("VALUE = 3", "VALUE = 9") + "```"
+        send(handler, good(code, model="the coder", usage={"prompt_tokens": 40, "completion_tokens": 30}))
+    played, disclosed, cfg = play(answer, coder="model")
+    assert sum(trajectory["valid"] for trajectory in played) == 4 and disclosed["no_replies"] == 0
+    assert disclosed["tokens"]["written by the coder"] == 2 * 30 + 2 * 1        # good() counts 1
+    assert sum(disclosed["coders"].values()) == 4 and disclosed["coders"]["the coder"] == 2
+    errors = [line.get("error") for k in range(2) for line in read_record(file_of(cfg, k))]
+    assert errors.count("The helper cannot take this: The model refused: 'I may not.'") == 2
