@@ -464,10 +464,13 @@ class AgentSettings(cli.TaskSettings):
         # it has to run the script to know
     steps: int = 15  # replies that a trajectory may have
     seconds: float = 1800.0  # that a trajectory may take
+    clock: str = "all"  # what counts of these seconds: all, or scripts, without the time that the model takes to reply
+    reply_seconds: float = 600.0  # that a server may take for one reply
 
     def __post_init__(self):
         super().__post_init__()
-        cli.check_positive(self, "steps", "seconds")
+        cli.check_choices(self, clock=("all", "scripts"))
+        cli.check_positive(self, "steps", "seconds", "reply_seconds")
         check_agent(self.actions, self.fields, self.prompt_format)
 
 
@@ -1206,6 +1209,7 @@ def stamps_of(folder):
 
 CODER_TOKENS = 4096     # tokens that a reply of the coder may have: it writes whole scripts
 CODE_END = "\n```\n"    # the line that ends a script in a reply
+MAX_NO_REPLIES = 3      # in a row, after which a trajectory is over
 
 
 def make_env(cfg, task, out, cache, data_seed=0, make=Env, **options):
@@ -1230,11 +1234,15 @@ def model_policy(cfg, model, hint=""):
                                     seed=seed + len(tried), temperature=cfg.temperature, top_p=cfg.top_p)
             tried.append(completion)
         tokens = tokenizer.spelling(completion.tokens, completion.text) if tokenizer else None
-        return completion.text, tokens, {
-            "finish": completion.finish, "tokens": sum(len(each.tokens) for each in tried),
+        entries = {
+            "finish": completion.finish, "tokens": sum(len(each.tokens) or each.num_tokens for each in tried),
             "prompt_tokens": sum(each.prompt_tokens for each in tried),
             "cached_tokens": sum(each.cached_tokens for each in tried),
             "sample_seconds": sum(each.seconds for each in tried), "dropped": [each.text for each in tried[:-1]]}
+        for name in ("thought", "no_reply", "answered_by", "refused"):      # what a server says besides
+            if getattr(completion, name):
+                entries[name] = getattr(completion, name)
+        return completion.text, tokens, entries
     return reply
 
 
@@ -1248,17 +1256,29 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
     def seed_of(speaker):   # differs between trajectories, steps and speakers; the same again after an interruption
         return zlib.crc32(f"{cfg.seed} {task.id} {k} {env.index} {speaker}".encode())
 
+    def give_back_time(asked):
+        if cfg.clock == "scripts":
+            env.deadline += time.monotonic() - asked
+
     def ask_coder(messages):
-        seed = seed_of("coder") + questions[env.index]      # a question that is repeated gets another answer
-        questions[env.index] += 1
+        asked = time.monotonic()
+        seed = seed_of("coder") + counts["coder_replies"]       # a question that is repeated gets another answer
+        counts["coder_replies"] += 1
         completion = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed,
                                 temperature=cfg.temperature, top_p=cfg.top_p)
+        give_back_time(asked)
+        counts["coder_tokens"] += len(completion.tokens) or completion.num_tokens
+        counts["coder_prompt_tokens"] += completion.prompt_tokens
+        if completion.answered_by:
+            counts["coder_answered_by"] = completion.answered_by
+        if completion.no_reply:
+            raise ValueError(completion.no_reply)
         if completion.finish == "stop":     # a whole script, without the text after it
             return completion.text + CODE_END
         return completion.text
 
     # 1. The first state, or the last recorded one.
-    questions = Counter()       # to the coder, of each step
+    counts = Counter()      # of the coder's replies in one step
     agent = {name: getattr(cfg, name) for name in AGENT}
     env = make_env(cfg, task, out, cache, data_seed, make, coder=ask_coder if coder else None, **agent)
     lines = read_record(path)
@@ -1274,13 +1294,20 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
 
     # 2. State -> prompt -> reply -> step -> record.
     while not (env.done or run.stop.is_set()):
+        last = [line.get("no_reply") for line in lines[-MAX_NO_REPLIES:]]
+        if len(last) == MAX_NO_REPLIES and all(last):
+            run.write(path, {"type": "end", "ended": "no reply", "detail": last[-1]})
+            return
+        asked = time.monotonic()
         try:
             text, tokens, entries = reply(env, lines, seed_of("policy"))
         except ContextFull as error:
             run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
             return
+        give_back_time(asked)
+        counts.clear()
         step = env.step(text, tokens=tokens)
-        lines.append(record(step, **entries))
+        lines.append(record(step, **entries, **counts))
         run.write(path, lines[-1])
 
 

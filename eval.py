@@ -30,7 +30,7 @@ from env import (
     SCAFFOLDS, AgentSettings, Env, make_env, model_policy, play_trajectory, prepare_tasks, printed_metric, read_agent,
     read_record)
 from reward import best_of
-from support import aide, cli, endpoint, miniature, mlagentbench
+from support import aide, cli, disclosure, endpoint, miniature, mlagentbench
 from support.cli import RunError, check_choices, check_positive, exit_status, format_table, refuse_torchrun, run_main
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, refuse_links_out, write_atomic
@@ -73,7 +73,7 @@ class Settings(AgentSettings):
     model: str = ""  # a folder, a hub id, tiny (random weights), http://host:port/v1#name, or random-edits: no model,
         # constants changed at random and changed back where the score is no better; empty: starters alone
     coder: str = "model"  # who carries out the (AI) actions: model (the same one), none, or another, as in --model;
-        # the key of a server on another host is read from OPENAI_API_KEY_CODER
+        # the key of a server on another host is read from OPENAI_API_KEY_HOST, such as OPENAI_API_KEY_API_DEEPSEEK_COM
     out: str = "runs/eval"  # where the results go; a run that is there already is continued
     trajectories: int = 8  # per task
     scaffold: str = SCAFFOLDS[0]  # how the model is asked: ml-agent (the loop of this project), mlagentbench (that of
@@ -136,12 +136,12 @@ def summarize_trajectory(lines, direction, starter, printed):
 
 
 def count_work(steps):
-    """Returns what recorded steps took: scripts, their seconds, tokens of the policy, and of the nodes of a search how
+    """Returns what recorded steps took: scripts, their seconds, and of the nodes of a search how
     many there are, are buggy, were judged without the reviewer, and work by a score that their output does not show."""
     nodes = [step["node"] for step in steps if step.get("node")]
     return {"scripts": sum(step["outcome"] is not None for step in steps),
             "seconds": sum((step["script_seconds"] for step in steps), 0.0),
-            "tokens": sum(step.get("tokens", 0) for step in steps), "nodes": len(nodes),
+            "nodes": len(nodes),
             "buggy": sum(node.get("buggy", False) for node in nodes),
             "unreviewed": sum(node.get("review") == "script" for node in nodes),
             "unprinted": sum(not node.get("buggy") and not node.get("is_printed") for node in nodes)}
@@ -430,6 +430,8 @@ def notes(runs):
             words = ", ".join(f"{end} {count}" for end, count in ends.most_common())
             texts.append(f"{run['name']}: {final_rule(run['results'])} counts. How they ended: {words}. "
                          f"{describe_scaffold(run['results'])}")
+        if "disclosure" in run["results"]:
+            texts.append(disclosure.describe(run["name"], run["results"]["disclosure"]))
     return [*texts, NOTE] if texts else []
 
 
@@ -456,7 +458,7 @@ def describe_scaffold(results):
                      f"{settings['model'] if coder == 'model' else coder}")
         parts.append(f"{total['buggy']} of {total['nodes']} nodes buggy, {total['unreviewed']} judged without a "
                      f"review, {total['unprinted']} with a score that the output does not show")
-    parts.append(f"{total['scripts']} scripts run in {total['seconds']:.0f} s, {total['tokens']} tokens")
+    parts.append(f"{total['scripts']} scripts run in {total['seconds']:.0f} s")
     return "; ".join(parts) + "."
 
 
@@ -526,7 +528,8 @@ def compare(cfg):
 
 def run_identity(cfg, infos):
     """Returns {name: value} of all that the trajectories depend on. A run is continued only under the same."""
-    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare")      # where, how many, how they are counted
+    # where, how many, how they are counted, and how long one waits for them
+    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare", "reply_seconds")
     identity = {name: value for name, value in json.loads(json.dumps(asdict(cfg))).items() if name not in elsewhere}
     for task, info in infos:
         kind = "miniature" if info["miniature"] else "real"
@@ -572,7 +575,7 @@ def load_models(cfg, num_rows, load=sample.load):
     """Returns the model that acts, and the one that carries out the (AI) actions or None. num_rows: conversations that
     each holds at the same time."""
     options = {"dtype": cfg.dtype, "device": cfg.device, "kernels": cfg.kernels, "context": cfg.context,
-               "rows": num_rows}
+               "rows": num_rows, "timeout_s": cfg.reply_seconds}
     policy = load(cfg.model, **options)
     if policy.context and cfg.max_new_tokens >= policy.context:
         raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of {policy.context}")
@@ -580,7 +583,8 @@ def load_models(cfg, num_rows, load=sample.load):
         return policy, policy
     if cfg.coder == "none":
         return policy, None
-    return policy, load(cfg.coder, **options, key=endpoint.coder_key(cfg.coder, cfg.model))
+    key = endpoint.key_name(cfg.coder, cfg.model) if endpoint.is_server(cfg.coder) else None
+    return policy, load(cfg.coder, **options, key=key)
 
 
 def play_tasks(cfg, infos, home, cache, load):
@@ -640,6 +644,8 @@ def evaluate_agent(cfg, home, load):
             for task, _ in infos:
                 results["tasks"][task.id] |= played_result(cfg, task, results["tasks"][task.id])
             results["habits"] = sum_habits(results)
+            files = trajectory_files(cfg.out)
+            results["disclosure"] = disclosure.disclose(map(read_record, files), cfg.model, cfg.coder)
         write_atomic(Path(cfg.out, "results.json"), results)
     return results
 

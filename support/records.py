@@ -11,7 +11,8 @@ import tasks
 from reward import KINDS, best_of
 from support import cli
 from support.files import (
-    COUNT, FLAG, TEXT, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of, up_to)
+    COUNT, FLAG, TEXT, WORD, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of,
+    up_to)
 from support.sandbox import Result, SandboxUnavailable
 from support.storage import ResultCache, check_snapshot
 
@@ -52,6 +53,11 @@ NODE = {        # what a scaffold that searches says of a step, see support/aide
     "best?": maybe(COUNT),          # the best step so far
     "metric?": maybe(FINITE), "buggy?": FLAG, "review?": one_of("model", "script"),
     "lower_is_better?": maybe(FLAG), "is_printed?": FLAG}
+ANSWER = {      # of the model, beside the step that came of it
+    "tokens?": COUNT, "prompt_tokens?": COUNT, "cached_tokens?": COUNT, "sample_seconds?": FINITE, "thought?": TEXT,
+    "no_reply?": TEXT, "answered_by?": WORD, "refused?": [WORD], "coder_tokens?": COUNT,
+    "coder_replies?": COUNT, "dropped?": [TEXT],
+    "coder_prompt_tokens?": COUNT, "coder_answered_by?": WORD}
 FORM_OF_TYPE = {
     int: INTEGER, float: FINITE, str: TEXT, bool: FLAG, dict: {str: TEXT}, list: [TEXT],
     float | None: maybe(FINITE), str | None: maybe(TEXT)}
@@ -76,8 +82,8 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes, scaffolds
         "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT},
         "scaffold?": one_of(*scaffolds), "search?": [FINITE], "draws?": TEXT}
     step = form_of(step_class) | {
-        "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(outcome),
-        "printed": printed, "messages": [MESSAGE], "tokens?": COUNT}
+        "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(outcome), "printed": printed,
+        "messages": [MESSAGE], **ANSWER}
     del step["snapshot"], step["node"]      # they have their own checks
     step["node?"] = NODE
     cached = {
@@ -171,7 +177,8 @@ def read_record(forms, path, mend=True):
 
 
 def end_reason(lines):
-    """Returns why a trajectory is over: "final answer", "steps", "time" or "context full"; "" if it is not."""
+    """Returns why a trajectory is over: "final answer", "steps", "time", "context full" or "no reply"; "" if it is
+    not."""
     return lines[-1].get("ended", "") if lines else ""
 
 

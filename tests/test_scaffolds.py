@@ -163,7 +163,7 @@ def test_a_search_by_hand(tree):
     assert (played["best-validation"], played["last-valid"], played["ended"]) == (0.75, 3.0, "steps")
     work = results["tasks"]["tiny-task"]["work"]
     assert work.pop("seconds") > 0
-    assert work == {"scripts": 10, "tokens": 36, "nodes": 10, "buggy": 4, "unreviewed": 0, "unprinted": 0}
+    assert work == {"scripts": 10, "nodes": 10, "buggy": 4, "unreviewed": 0, "unprinted": 0}
     words = "5 drafts, debugging with probability 0.5 to depth 3, reviewer: scripted; 4 of 10 nodes buggy"
     assert words in text_of(results)
 
@@ -569,3 +569,24 @@ def test_it_needs_a_coder_and_its_own_actions(tmp_path):
     for wrong in ({"coder": "none"}, {"actions": ("Set Constant", "Final Answer")}):
         with pytest.raises(ValueError, match="needs a --coder, and --actions among"):
             settings(tmp_path, **right | wrong)
+
+
+@pytest.mark.parametrize("scaffold, ended, num_steps", [("aide", "no reply", 4), ("mlagentbench", "no valid reply", 2)])
+def test_a_server_that_gives_no_replies_ends_one_trajectory(scaffold, ended, num_steps, tmp_path, task):
+    """The first reply is one; then nothing comes. It is asked for again as any reply that cannot be read."""
+    class Silent(Model):
+        def chat(self, messages, **options):
+            if '"is_bug"' in messages[0]["content"] or not self.prompts:
+                said = super().chat(messages, **options)
+                said.text = said.text if scaffold == "aide" else LIST
+                return said
+            return endpoint.Completion("", [], [], "stop", 100, num_tokens=7, no_reply="it refused")
+    more = {} if scaffold == "aide" else {"actions": tuple(mlagentbench.TOOLS)}
+    cfg = aide_settings(tmp_path, scaffold=scaffold, **more)
+    results = play(cfg, Silent())
+    assert results["tasks"]["tiny-task"]["trajectories"][0]["ended"] == ended
+    steps = steps_of(cfg)
+    assert len(steps) == num_steps
+    num_tries = {"aide": 3, "mlagentbench": 5}[scaffold]
+    assert steps[-1]["tokens"] == 7 * num_tries and steps[-1]["no_reply"] == "it refused"
+    assert env.replay(file_of(cfg, 0), data=cfg.data) == 0
