@@ -364,7 +364,7 @@ class Env(env.Env):
             step.error = "The reply has no plan, or no script that compiles."
         return step
 
-    def _draft(self, step, **works_on):
+    def _make_node(self, step, **works_on):
         """Makes a node of a step's reply; returns the output of its script."""
         entry = self.task.entry
         plan, script = plan_and_script(step.reply)
@@ -377,15 +377,14 @@ class Env(env.Env):
         result = self._run_in_step(step, entry).result
         parts = [text for text in (result.stdout.strip(), result.stderr.strip()) if text]
         parts.append(f"Execution time: {result.seconds:.1f} s (limit: {self.time_limit_s:.0f} s).")
-        if step.outcome != "ok":
+        if step.outcome not in ("ok", "error"):     # of an error the output tells
             parts.append(result.detail)
         output = shorten("\n".join(parts), env.MAX_OBSERVATION)
         if step.outcome == "ok":
             self._review(step, script, output)
         return output
 
-    _debug = _draft
-    _improve = _draft
+    _draft = _debug = _improve = _make_node
 
     def _review(self, step, script, output):
         """Asks the reviewer about a script that has run, and puts its verdict into the step."""
