@@ -142,13 +142,13 @@ def read_trajectory(file, held_out, tokenizer):
     if not end_reason(records):
         raise InvalidConversation("not finished: collect again to go on with it")
     head = records[0]
-    if head.get("scaffold", SCAFFOLDS[0]) != SCAFFOLDS[0]:      # which shows a state in other words
-        raise InvalidConversation(f"of the scaffold {head['scaffold']}")
     steps = [line for line in records if line["type"] == "step"]
     try:
         tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), held_out)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    if head.get("scaffold", SCAFFOLDS[0]) != SCAFFOLDS[0]:      # which shows a state in other words
+        raise InvalidConversation(f"of the scaffold {head['scaffold']}")
     folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
     blobs = Blobs(folder / "blobs")
     try:

@@ -64,7 +64,8 @@ TOOLS = {       # tool -> (what it is for, {argument: what it is}, what comes ba
         {"script_name": SCRIPT + "; it is created empty if there is none",
          "edit_instruction": "a detailed description of the edit, step by step", "save_name": FILE},
         "the edit. Always check whether it is right; if it is far from that, use Undo Edit Script.")}
-DEFAULTS = {"actions": tuple(TOOLS), "temperature": 0.2, "final": "last-valid"}
+DEFAULTS = {
+    "actions": tuple(TOOLS), "temperature": 0.2, "final": "last-valid", "max_new_tokens": 1024, "context": 16_384}
 PROMPT = """You are a helpful research assistant. You can use these tools:
 {tools}
 Research Problem: {problem}

@@ -1278,7 +1278,7 @@ def test_a_replay_writes_nothing_elsewhere(recorded, tmp_path):
 
 def test_what_is_typed_for_a_replay_is_what_happens(recorded, tmp_path, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(env_module, "Env", lambda *args, **options: seen.append((args, options)) or 1 / 0)
+    monkeypatch.setattr(env_module.Env, "__init__", lambda self, *args, **options: seen.append((args, options)) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         env_module.main(["replay", str(recorded), "--data=d", "--sandbox", "off", "--python", "p", "--gpu", "1",
                          "--threads", "2"])

@@ -14,7 +14,9 @@ import pytest
 import env
 import eval as evaluation
 import tasks
-from support import aide, cli, conversations, endpoint, mlagentbench, records
+from common import add_task
+from sample import Tokenizer
+from support import aide, cli, conversations, endpoint, mlagentbench, pool, records
 from test_eval import ROOT, STARTER, Scripted, file_of, play, settings, task, text_of    # noqa: F401
 from test_report import drawn, needs_node
 
@@ -96,9 +98,9 @@ class Model:
     stands in the output, or follows a function. All prompts are kept."""
     context = 16_384
 
-    def __init__(self, replies=REPLIES, review=None, kill_at=None):
+    def __init__(self, replies=REPLIES, review=None, kill_at=None, task="tiny-task"):
         self.replies = replies
-        self.seeds = [zlib.crc32(f"0 tiny-task 0 {i} policy".encode()) for i in range(len(replies))]
+        self.seeds = [zlib.crc32(f"0 {task} 0 {i} policy".encode()) for i in range(len(replies))]
         self.review = review or (lambda output: json.dumps(
             {"is_bug": False, "summary": "It ran.", "metric": float(output.split("MAE: ")[1].split()[0]),
              "lower_is_better": True}))
@@ -303,10 +305,16 @@ def test_a_tree_of_others_is_checked(change, words, tree):
         env.read_record(path)
 
 
-def test_it_is_neither_trained_on_nor_a_start_of_training(tree):
-    cfg = tree[0]
+def test_it_is_neither_trained_on_nor_a_start_of_training(tmp_path, task):
+    add_task(task.parent, "learned-task", 10, "held-in", STARTER)
+    cfg = aide_settings(tmp_path, steps=1, task="learned-task")
+    play(cfg, Model([solution(9)], task="learned-task"))
+    folder = Path(cfg.out, "trajectories")
     with pytest.raises(ValueError, match="of the scaffold aide"):
-        conversations.read_conversations(file_of(cfg, 0), cfg.data, log=lambda line: None)
+        conversations.read_conversations(folder, cfg.data, log=lambda line: None)
+    training = SimpleNamespace(trajectories=folder, data=cfg.data, task="all")
+    with pytest.raises(ValueError, match="of the scaffold aide"):
+        pool.load_pool(training, Tokenizer.of_bytes())
 
 
 def test_settings_that_do_not_go_together(capsys):
