@@ -21,7 +21,8 @@ To add an action, write an entry in ACTIONS and a method of Env with the action'
 Only the miniature's agent has a list of actions of its own (support/miniature.py); any other has those of --actions, by
 default all.
 """
-import dataclasses, difflib, functools, hashlib, json, math, os, re, sys, tempfile, time, zlib
+import dataclasses, difflib, functools, hashlib, importlib, json, math, os, re, sys, tempfile, time, zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +51,7 @@ OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the 
 }
 FIELDS = ("Reflection", "Research Plan and Status", "Fact Check", "Thought", "Action", "Action Input")
 PROMPTS = ("full", "short")             # how a state is shown to the policy, see prompt_of
+SCAFFOLDS = ("ml-agent", "mlagentbench", "aide")    # ours, and those of other papers in support/
 MAX_REPLY = 50_000                      # characters of a reply; a longer one is refused unread
 MAX_OBSERVATION = 5_000                 # characters, about 1,500 tokens
 OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # characters of a file or an output inside an observation
@@ -463,10 +465,13 @@ class AgentSettings(cli.TaskSettings):
         # it has to run the script to know
     steps: int = 15  # replies that a trajectory may have
     seconds: float = 1800.0  # that a trajectory may take
+    clock: str = "all"  # what counts of these seconds: all, or scripts, without the time that the model takes to reply
+    reply_seconds: float = 600.0  # that a server may take for one reply
 
     def __post_init__(self):
         super().__post_init__()
-        cli.check_positive(self, "steps", "seconds")
+        cli.check_choices(self, clock=("all", "scripts"))
+        cli.check_positive(self, "steps", "seconds", "reply_seconds")
         check_agent(self.actions, self.fields, self.prompt_format)
 
 
@@ -538,6 +543,7 @@ class Step:
     best_printed: float | None = None   # the best score of the entry script that the agent was told, also by this step
     best_script: str | None = None  # sha256 of the script that printed it
     tried: list = field(default_factory=list)       # the Set Constants of that script that were no better
+    node: dict = field(default_factory=dict)        # of a scaffold that searches: see support/aide.py
     ended: str = ""                 # why the trajectory is over: "final answer", "steps", "time"; "" if it goes on
 
 
@@ -550,8 +556,12 @@ class Env:
     a second model for the (AI) actions; its ValueError (a text that does not fit) goes to the agent, other errors to
     the caller. prompt_format: what prompt() shows of a state, "full" or "short". show_scores: whether the observation
     of an edit tells the score that its run printed. python, threads, sandbox: see execute. gpu: "0,1" gives each script
-    one of these GPUs. cache: a ResultCache (default: one in out).
+    one of these GPUs. cache: a ResultCache (default: one in out). The scaffolds of other papers are subclasses.
     """
+    stop = ("\nObservation:",)      # texts that end a reply
+    num_tries = 1                   # replies of a step; a subclass with more says which of them is_readable,
+    reminder = ""                   # and what is added to the prompt of a further one
+    own = ()                        # arguments of the subclass, which are recorded
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
                  coder=None, prompt_format="full", show_scores=True, python=None, gpu=None, threads=1, sandbox="on",
@@ -592,11 +602,13 @@ class Env:
         """Returns the workspace as {path: sha256}, with the files that edits have replaced under `.undo/`."""
         return dict(self.files)
 
-    def restore(self, snapshot, messages=None, *, index=0, m_before=None, m_top=None, seconds=None, seen=NOTHING):
+    def restore(self, snapshot, messages=None, *, index=0, m_before=None, m_top=None, seconds=None, seen=NOTHING,
+                past=()):
         """Continues from a recorded state: the workspace before step `index`, the messages so far, the score of the
         last edit (default: the starter's), the best score of an edit or the starter (default: the better of these two),
         the seconds left (default: all) and what the agent has seen, as the record of the last step tells it (default:
-        nothing). ValueError: it is no snapshot. MissingBlob: a file is missing or damaged, or they are too large."""
+        nothing). past: the records of the steps so far, for scaffolds that look back. ValueError: it is no snapshot.
+        MissingBlob: a file is missing or damaged, or they are too large."""
         check_state(snapshot, self.blobs)
         self.files = dict(snapshot)
         self.index = index
@@ -611,12 +623,16 @@ class Env:
         """Returns the chat messages that the policy is shown for its next reply."""
         if self.prompt_format == "full":
             return self.messages
-        return recorded_prompt(self.task, self.seen, self.files, self.blobs, self.steps - self.index)
+        return recorded_prompt(self.task, self.seen, self.files, self.blobs, self.steps_left)
 
     @property
     def time_limit_s(self):
         """Seconds that one run of a script may take."""
         return min(self.task.time_limit_s, tasks.MINIATURE_S if self.info.get("miniature") else math.inf)
+
+    @property
+    def steps_left(self):
+        return self.steps - self.index
 
     @property
     def done(self):
@@ -638,7 +654,7 @@ class Env:
             return step
 
         # 1. The reply becomes an action, and the action changes the workspace.
-        step.fields, step.action, step.args, parse_error = parse(reply, self.fields, self.actions)
+        step.fields, step.action, step.args, parse_error = self.read(reply)
         self.act(step, parse_error)
         self.index += 1
 
@@ -654,13 +670,11 @@ class Env:
         step.seconds_left = self.deadline - time.monotonic()
         if not self.ended and step.seconds_left <= 0:
             self.ended = "time"
-        elif not self.ended and self.index >= self.steps:
+        elif not self.ended and self.steps_left <= 0:
             self.ended = "steps"
 
         # 4. What the agent sees next.
-        step.observation = shorten(step.observation, MAX_OBSERVATION)
-        if not self.ended:
-            step.observation += f"\n[{self.steps - self.index} steps and {step.seconds_left / 60:.0f} min left]"
+        step.observation = self.complete_observation(step)
         step.messages = self.messages_of(step, tokens, parse_error)
         self.messages += step.messages
         if step.valid:      # else a short prompt stays as it was: a small model that sees its own slips repeats them
@@ -676,6 +690,17 @@ class Env:
         step.ended = self.ended
         step.seconds = time.monotonic() - started
         return step
+
+    def read(self, reply):
+        """Returns what parse does of a reply."""
+        return parse(reply, self.fields, self.actions)
+
+    def complete_observation(self, step):
+        """Returns the observation of a step at its full length, and with what is left."""
+        text = shorten(step.observation, MAX_OBSERVATION)
+        if not self.ended:
+            text += f"\n[{self.steps_left} steps and {step.seconds_left / 60:.0f} min left]"
+        return text
 
     def describe_change(self):
         """Returns the last Set Constant in words, and whether a short prompt still offers what goes on from it: the
@@ -828,10 +853,19 @@ class Env:
     # Actions. Each takes the Step, to write the results of a run to, and the arguments, and returns the observation.
 
     def _list_files(self, step, dir_path):
-        path = self._path(dir_path)
+        contents = self._contents(self._path(dir_path))
+        lines = []
+        for name in sorted(contents)[:MAX_LISTED]:
+            lines.append(name if name.endswith("/") else f"{name}  {os.path.getsize(contents[name]):,} bytes")
+        if len(contents) > MAX_LISTED:
+            lines.append(f"... and {len(contents) - MAX_LISTED:,} more")
+        return "\n".join(lines)
+
+    def _contents(self, path):
+        """Returns {name in a folder, that of a folder with a "/" at its end: where its contents are}."""
         prefix = path + "/" if path else ""
         public = self._public(path)
-        contents = {}        # name, a folder's with a "/" at its end -> path of what it holds
+        contents = {}
         if public and public.is_dir():
             with os.scandir(public) as entries:
                 for entry in entries:
@@ -848,12 +882,7 @@ class Env:
                 contents["data/"] = self.public
         if not contents:
             raise InvalidAction(f"There is no folder {path}.")
-        lines = []
-        for name in sorted(contents)[:MAX_LISTED]:
-            lines.append(name if name.endswith("/") else f"{name}  {os.path.getsize(contents[name]):,} bytes")
-        if len(contents) > MAX_LISTED:
-            lines.append(f"... and {len(contents) - MAX_LISTED:,} more")
-        return "\n".join(lines)
+        return contents
 
     def _inspect_script_lines(self, step, script_name, start_line_number, end_line_number):
         path = self._path(script_name)
@@ -986,10 +1015,7 @@ class Env:
             self.files = files | {name: self.files[name] for _, name in self._replaced()}
         if step.kind == "scored":
             step.kind = "not an edit"
-        text = self._describe_run(path, result)
-        if any(text in message["content"] for message in self.messages):
-            text += "\nYou have seen this result: nothing has changed since. Edit the script first."
-        return text
+        return self._describe_run(path, result)
 
     def _describe_run(self, path, result):
         ending = "ran to the end in" if result.outcome == "ok" else f"ended with: {result.outcome}, after"
@@ -1005,7 +1031,10 @@ class Env:
             parts.append(f"The package {missing[1]} is not installed and cannot be; do without it.")
         elif result.outcome != "ok":
             parts.append(f"{shorten(result.detail, 300)} {OUTCOMES[result.outcome][1]}".strip())
-        return "\n".join(parts)
+        text = "\n".join(parts)
+        if any(text in message["content"] for message in self.messages):
+            text += "\nYou have seen this result: nothing has changed since. Edit the script first."
+        return text
 
     def _final_answer(self, step, final_answer):
         self.ended = "final answer"
@@ -1181,11 +1210,12 @@ def stamps_of(folder):
 
 CODER_TOKENS = 4096     # tokens that a reply of the coder may have: it writes whole scripts
 CODE_END = "\n```\n"    # the line that ends a script in a reply
+MAX_NO_REPLIES = 3      # in a row, after which a trajectory is over
 
 
-def make_env(cfg, task, out, cache, data_seed=0, **options):
-    """Returns the Env of a task by a program's settings. data_seed: of its miniature."""
-    return Env(task, tasks.seeded(cfg.data, data_seed), out=out, python=cfg.python, gpu=cfg.gpu or None,
+def make_env(cfg, task, out, cache, data_seed=0, make=Env, **options):
+    """Returns the Env of a task by a program's settings. data_seed: of its miniature. make: the class."""
+    return make(task, tasks.seeded(cfg.data, data_seed), out=out, python=cfg.python, gpu=cfg.gpu or None,
                threads=cfg.threads, sandbox=cfg.sandbox, cache=cache, **options)
 
 
@@ -1198,35 +1228,60 @@ def model_policy(cfg, model, hint=""):
         messages = [dict(message) for message in env.prompt()]
         first = next(message for message in messages if message["role"] == "user")
         first["content"] += hint
-        completion = model.chat(messages, max_new_tokens=cfg.max_new_tokens, stop=("\nObservation:",), seed=seed,
-                                temperature=cfg.temperature, top_p=cfg.top_p)
+        tried = []      # more than one where the scaffold asks again for what it cannot read
+        while not tried or len(tried) < env.num_tries and not env.is_readable(completion.text):
+            first["content"] += env.reminder if tried else ""
+            completion = model.chat(messages, max_new_tokens=cfg.max_new_tokens, stop=env.stop,
+                                    seed=seed + len(tried), temperature=cfg.temperature, top_p=cfg.top_p)
+            tried.append(completion)
         tokens = tokenizer.spelling(completion.tokens, completion.text) if tokenizer else None
-        return completion.text, tokens, {
-            "finish": completion.finish, "tokens": len(completion.tokens), "prompt_tokens": completion.prompt_tokens,
-            "cached_tokens": completion.cached_tokens, "sample_seconds": completion.seconds}
+        entries = {
+            "finish": completion.finish, "tokens": sum(len(each.tokens) or each.num_tokens for each in tried),
+            "prompt_tokens": sum(each.prompt_tokens for each in tried),
+            "cached_tokens": sum(each.cached_tokens for each in tried),
+            "sample_seconds": sum(each.seconds for each in tried), "dropped": [each.text for each in tried[:-1]]}
+        for name in ("thought", "no_reply", "answered_by", "refused"):      # what a server says besides
+            if getattr(completion, name):
+                entries[name] = getattr(completion, name)
+        return completion.text, tokens, entries
     return reply
 
 
-def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, data_seed=0):
+def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, data_seed=0, make=Env):
     """Plays trajectory k of a task to its end, from the last step in its file `path`; each step adds a line.
 
     reply(env, lines, seed): the policy; returns (text, token ids or None, {further entries of the step's line}).
     coder: a model of sample.load, or None. out: the folder of the blobs. cache: a ResultCache. run: a Progress, which
-    writes the lines and may stop the work. about: further entries of the header. data_seed: see make_env.
+    writes the lines and may stop the work. about: further entries of the header. data_seed, make: see make_env.
     """
     def seed_of(speaker):   # differs between trajectories, steps and speakers; the same again after an interruption
         return zlib.crc32(f"{cfg.seed} {task.id} {k} {env.index} {speaker}".encode())
 
+    def give_back_time(asked):
+        if cfg.clock == "scripts":
+            env.deadline += time.monotonic() - asked
+
     def ask_coder(messages):
-        completion = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed_of("coder"),
+        asked = time.monotonic()
+        seed = seed_of("coder") + counts["coder_replies"]       # a question that is repeated gets another answer
+        counts["coder_replies"] += 1
+        completion = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed,
                                 temperature=cfg.temperature, top_p=cfg.top_p)
+        give_back_time(asked)
+        counts["coder_tokens"] += len(completion.tokens) or completion.num_tokens
+        counts["coder_prompt_tokens"] += completion.prompt_tokens
+        if completion.answered_by:
+            counts["coder_answered_by"] = completion.answered_by
+        if completion.no_reply:
+            raise ValueError(completion.no_reply)
         if completion.finish == "stop":     # a whole script, without the text after it
             return completion.text + CODE_END
         return completion.text
 
     # 1. The first state, or the last recorded one.
+    counts = Counter()      # of the coder's replies in one step
     agent = {name: getattr(cfg, name) for name in AGENT}
-    env = make_env(cfg, task, out, cache, data_seed, coder=ask_coder if coder else None, **agent)
+    env = make_env(cfg, task, out, cache, data_seed, make, coder=ask_coder if coder else None, **agent)
     lines = read_record(path)
     if lines:
         try:
@@ -1240,13 +1295,20 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
 
     # 2. State -> prompt -> reply -> step -> record.
     while not (env.done or run.stop.is_set()):
+        last = [line.get("no_reply") for line in lines[-MAX_NO_REPLIES:]]
+        if len(last) == MAX_NO_REPLIES and all(last):
+            run.write(path, {"type": "end", "ended": "no reply", "detail": last[-1]})
+            return
+        asked = time.monotonic()
         try:
             text, tokens, entries = reply(env, lines, seed_of("policy"))
         except ContextFull as error:
             run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
             return
+        give_back_time(asked)
+        counts.clear()
         step = env.step(text, tokens=tokens)
-        lines.append(record(step, **entries))
+        lines.append(record(step, **entries, **counts))
         run.write(path, lines[-1])
 
 
@@ -1286,7 +1348,7 @@ def prepare_task(cfg, id, raw, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Records and their replay, with the words of this file
 
-FORMS = records.record_forms(Step, PROMPTS, ACTIONS, AGENT_FORMAT["fields"], OUTCOMES)
+FORMS = records.record_forms(Step, PROMPTS, ACTIONS, AGENT_FORMAT["fields"], OUTCOMES, SCAFFOLDS)
 check_record = functools.partial(records.check_record, FORMS)
 read_records = functools.partial(records.read_records, FORMS)
 read_trajectory = functools.partial(records.read_trajectory, FORMS)
@@ -1295,7 +1357,11 @@ read_record = functools.partial(records.read_record, FORMS)
 
 def replay(path, log=print, **options):
     """Runs a recorded trajectory again; returns the number of differences, see support/records.py."""
-    return records.replay(Env, FORMS, path, log, **options)
+    scaffold = read_trajectory(path)[0].get("scaffold", SCAFFOLDS[0])
+    make = Env
+    if scaffold != SCAFFOLDS[0]:        # it stands on this file
+        make = importlib.import_module(f"support.{scaffold}").Env
+    return records.replay(make, FORMS, path, log, **options)
 
 
 def main(args):

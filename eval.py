@@ -15,7 +15,7 @@ printed the best score, of equal ones the earliest. The paper's rule, the last v
 without a valid submission has failed; it counts at the starter's score. Of a score p, the starter's b and the best
 known one m, the gain is sign * (p - b) / |b|, and the gap closed is (p - b) / (m - b), at least -1 and at most 1.
 """
-import json, math, random, re, sys
+import functools, json, math, random, re, sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -27,9 +27,10 @@ import torch
 import sample
 import tasks
 from env import (
-    AgentSettings, make_env, model_policy, play_trajectory, prepare_tasks, printed_metric, read_agent, read_record)
+    SCAFFOLDS, AgentSettings, Env, make_env, model_policy, play_trajectory, prepare_tasks, printed_metric, read_agent,
+    read_record)
 from reward import best_of
-from support import cli, endpoint, miniature
+from support import aide, cli, disclosure, endpoint, miniature, mlagentbench
 from support.cli import RunError, check_choices, check_positive, exit_status, format_table, refuse_torchrun, run_main
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, refuse_links_out, write_atomic
@@ -47,6 +48,7 @@ MINIATURE = {"temperature": 1.0, "dtype": "float64", "trajectories": 3}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
 NUM_BOOTSTRAP = 10_000
 MIDDLE = [0.025, 0.975]        # quantiles, of an interval of 95 %
+DEFAULTS = {"aide": aide.DEFAULTS, "mlagentbench": mlagentbench.DEFAULTS}      # settings of a scaffold
 PACKAGES = ("torch", "tokenizers", "numpy", "pandas", "scikit-learn")
 UNDO = "Undo Edit Script"
 LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Script")     # change no script
@@ -71,9 +73,13 @@ class Settings(AgentSettings):
     model: str = ""  # a folder, a hub id, tiny (random weights), http://host:port/v1#name, or random-edits: no model,
         # constants changed at random and changed back where the score is no better; empty: starters alone
     coder: str = "model"  # who carries out the (AI) actions: model (the same one), none, or another, as in --model;
-        # the key of a server on another host is read from OPENAI_API_KEY_CODER
+        # the key of a server on another host is read from OPENAI_API_KEY_HOST, such as OPENAI_API_KEY_API_DEEPSEEK_COM
     out: str = "runs/eval"  # where the results go; a run that is there already is continued
     trajectories: int = 8  # per task
+    scaffold: str = SCAFFOLDS[0]  # how the model is asked: ml-agent (the loop of this project), mlagentbench (that of
+        # MLAgentBench), or aide (a search over whole scripts, whose output --coder reviews)
+    search: str = "aide"  # of the scaffold aide: aide (5 drafts, debugs with probability 0.5, at most 3 deep), or
+        # mle-bench (5 drafts, always debugs, at most 20 deep)
     final: str = "best-validation"  # what counts of a trajectory: best-validation (by the printed score), or last-valid
     temperature: float = 0.7  # of sampling; 0 always takes the most likely token
     compare: tuple[str, ...] = ()  # draws these folders side by side into compare.html in --out, and runs nothing: the
@@ -82,12 +88,17 @@ class Settings(AgentSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        check_choices(self, final=tuple(FINAL))
+        check_choices(self, final=tuple(FINAL), scaffold=SCAFFOLDS, search=tuple(aide.SEARCHES))
         check_positive(self, "trajectories")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature must be at least 0, found {self.temperature}")
         for spec in filter(endpoint.is_server, (self.model, self.coder)):
             endpoint.address(spec)
+        if self.scaffold != SCAFFOLDS[0] and self.model in ("", RANDOM):
+            raise ValueError(f"--scaffold {self.scaffold} needs a --model to ask")
+        tools = mlagentbench.TOOLS
+        if self.scaffold == "mlagentbench" and (self.coder == "none" or not tools.keys() >= {*self.actions}):
+            raise ValueError(f"--scaffold mlagentbench needs a --coder, and --actions among {', '.join(tools)}")
         if self.compare and (self.model or self.task):
             raise ValueError("--compare runs nothing, so it takes no --model and no --task")
         for folder in self.compare:
@@ -115,9 +126,25 @@ def summarize_trajectory(lines, direction, starter, printed):
             if best_of(direction, best, step["printed"]) != best:       # of equal ones the earliest stays
                 best = step["printed"]
                 chosen = step["score"]
+    nodes = [step for step in steps if step.get("node")]
+    if nodes:       # a search has its own choice
+        best = nodes[-1]["node"].get("best")
+        chosen = None if best is None else steps[best]["score"]
     return {"best-validation": chosen, "last-valid": last, "oracle": oracle, "ended": end_reason(lines),
             "steps": len(steps), "valid": sum(step["valid"] for step in steps),
             **count_habits(steps, direction, printed)}
+
+
+def count_work(steps):
+    """Returns what recorded steps took: scripts, their seconds, and of the nodes of a search how
+    many there are, are buggy, were judged without the reviewer, and work by a score that their output does not show."""
+    nodes = [step["node"] for step in steps if step.get("node")]
+    return {"scripts": sum(step["outcome"] is not None for step in steps),
+            "seconds": sum((step["script_seconds"] for step in steps), 0.0),
+            "nodes": len(nodes),
+            "buggy": sum(node.get("buggy", False) for node in nodes),
+            "unreviewed": sum(node.get("review") == "script" for node in nodes),
+            "unprinted": sum(not node.get("buggy") and not node.get("is_printed") for node in nodes)}
 
 
 HABITS = {      # column -> the counts of a trajectory whose ratio it is
@@ -132,7 +159,7 @@ def count_habits(steps, direction, best):
     same constant was "continued" in the same direction. Steps that only look or run are passed over, and an edit after
     which nothing came does not count. best: what the starter printed."""
     counts = dict.fromkeys(("worse", "taken_back", "better", "continued"), 0)
-    steps = [step for step in steps if step["action"] not in LOOKS]
+    steps = [step for step in steps if step["action"] not in LOOKS and not step.get("node")]
     for step, following in zip(steps, steps[1:]):
         if not step["valid"] or step["outcome"] is None or step["action"] == UNDO:
             continue
@@ -401,8 +428,38 @@ def notes(runs):
             ends.update(trajectory["ended"] for trajectory in result.get("trajectories", ()))
         if ends:
             words = ", ".join(f"{end} {count}" for end, count in ends.most_common())
-            texts.append(f"{run['name']}: {FINAL[run['results']['final']]} counts. How they ended: {words}.")
+            texts.append(f"{run['name']}: {final_rule(run['results'])} counts. How they ended: {words}. "
+                         f"{describe_scaffold(run['results'])}")
+        if "disclosure" in run["results"]:
+            texts.append(disclosure.describe(run["name"], run["results"]["disclosure"]))
     return [*texts, NOTE] if texts else []
+
+
+def final_rule(results):
+    """Returns in words which submission counts."""
+    if results["settings"].get("scaffold") == "aide" and results["final"] == "best-validation":
+        return aide.FINAL
+    return FINAL[results["final"]]
+
+
+def describe_scaffold(results):
+    """Returns in words how the model was asked, and what its trajectories took."""
+    settings = results["settings"]
+    total = Counter()
+    for result in results["tasks"].values():
+        total.update(result.get("work", {}))
+    scaffold = settings.get("scaffold", SCAFFOLDS[0])
+    coder = settings.get("coder")
+    seconds = settings.get("seconds", 0)
+    parts = [f"Scaffold: {scaffold}, at most {settings['steps']} steps and {seconds:g} s a trajectory"]
+    if scaffold == "aide":
+        num_drafts, debug_prob, max_depth = aide.SEARCHES[settings.get("search", "aide")]
+        parts.append(f"{num_drafts} drafts, debugging with probability {debug_prob} to depth {max_depth}, reviewer: "
+                     f"{settings['model'] if coder == 'model' else coder}")
+        parts.append(f"{total['buggy']} of {total['nodes']} nodes buggy, {total['unreviewed']} judged without a "
+                     f"review, {total['unprinted']} with a score that the output does not show")
+    parts.append(f"{total['scripts']} scripts run in {total['seconds']:.0f} s")
+    return "; ".join(parts) + "."
 
 
 def format_report(runs):
@@ -471,7 +528,8 @@ def compare(cfg):
 
 def run_identity(cfg, infos):
     """Returns {name: value} of all that the trajectories depend on. A run is continued only under the same."""
-    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare")      # where, how many, how they are counted
+    # where, how many, how they are counted, and how long one waits for them
+    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare", "reply_seconds")
     identity = {name: value for name, value in json.loads(json.dumps(asdict(cfg))).items() if name not in elsewhere}
     for task, info in infos:
         kind = "miniature" if info["miniature"] else "real"
@@ -500,22 +558,24 @@ def played_result(cfg, task, result):
     """Returns the trajectories of a task that are over, as results.json says them, and their statistics. result: what
     it says of the starter."""
     played = []
+    steps = []
     for k in range(cfg.trajectories):
         lines = read_record(trajectory_path(Path(cfg.out, "trajectories"), task.id, k))
         if end_reason(lines):
             summary = summarize_trajectory(lines, task.direction, result["starter"], result["printed"])
             played.append({"k": k, **summary})
+            steps += [line for line in lines if line["type"] == "step"]
     if not played:
         return {}
     figures = {rule: task_figures(result | {"trajectories": played}, rule) for rule in (*FINAL, "oracle")}
-    return {"trajectories": played, "figures": figures}
+    return {"trajectories": played, "figures": figures, "work": count_work(steps)}
 
 
 def load_models(cfg, num_rows, load=sample.load):
     """Returns the model that acts, and the one that carries out the (AI) actions or None. num_rows: conversations that
     each holds at the same time."""
     options = {"dtype": cfg.dtype, "device": cfg.device, "kernels": cfg.kernels, "context": cfg.context,
-               "rows": num_rows}
+               "rows": num_rows, "timeout_s": cfg.reply_seconds}
     policy = load(cfg.model, **options)
     if policy.context and cfg.max_new_tokens >= policy.context:
         raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of {policy.context}")
@@ -523,7 +583,8 @@ def load_models(cfg, num_rows, load=sample.load):
         return policy, policy
     if cfg.coder == "none":
         return policy, None
-    return policy, load(cfg.coder, **options, key=endpoint.coder_key(cfg.coder, cfg.model))
+    key = endpoint.key_name(cfg.coder, cfg.model) if endpoint.is_server(cfg.coder) else None
+    return policy, load(cfg.coder, **options, key=key)
 
 
 def play_tasks(cfg, infos, home, cache, load):
@@ -546,8 +607,13 @@ def play_tasks(cfg, infos, home, cache, load):
             policy = miniature.random_policy(cfg, task, random.Random(f"{cfg.seed} {task.id} {k}"))
         else:
             policy = model_policy(cfg, model)
-        about = {"model": cfg.model, "coder": cfg.coder}
-        play_trajectory(cfg, task, k, path, policy, coder, home, cache, progress, about)
+        about = {"model": cfg.model, "coder": cfg.coder, "scaffold": cfg.scaffold}
+        make = Env
+        if cfg.scaffold == "mlagentbench":
+            make = mlagentbench.Env
+        elif cfg.scaffold == "aide":
+            make = functools.partial(aide.Env, search=aide.SEARCHES[cfg.search], draws=f"{cfg.seed} {task.id} {k}")
+        play_trajectory(cfg, task, k, path, policy, coder, home, cache, progress, about, make=make)
     try:
         run_parallel(jobs, play, num_rows, progress)
     except ValueError as error:     # with its traceback: it is nothing that settings could put right
@@ -561,7 +627,8 @@ def evaluate_agent(cfg, home, load):
     infos = prepare_tasks(cfg)
     identity = run_identity(cfg, infos)
     if any(Path(cfg.out, "trajectories").glob("*.jsonl")):
-        check_same((read_results(cfg.out) or {"settings": {}})["settings"], identity, cfg.out)
+        before = json.loads(json.dumps(asdict(Settings())))     # of a run that is older than a setting
+        check_same(before | (read_results(cfg.out) or {"settings": {}})["settings"], identity, cfg.out)
     cache = ResultCache(Path(home, "cache"))
     starters = run_parallel([(cfg, *pair, home, cache) for pair in infos], starter_result, SLOTS.cpus)
     results = {"complete": False, "settings": identity, "final": cfg.final,
@@ -577,6 +644,8 @@ def evaluate_agent(cfg, home, load):
             for task, _ in infos:
                 results["tasks"][task.id] |= played_result(cfg, task, results["tasks"][task.id])
             results["habits"] = sum_habits(results)
+            files = trajectory_files(cfg.out)
+            results["disclosure"] = disclosure.disclose(map(read_record, files), cfg.model, cfg.coder)
         write_atomic(Path(cfg.out, "results.json"), results)
     return results
 
@@ -619,7 +688,8 @@ def fill(values):
     if values["task"] or values["model"]:
         folder = sample.small_files(values["model"]) if values["model"] != RANDOM else None
         agent = read_agent(folder) if folder else {}
-        return [(f"{values['model']}/agent.json", agent), ("no --task", {"task": "leaf-classification"})]
+        return [(f"--scaffold {values['scaffold']}", DEFAULTS.get(values["scaffold"], {})),
+                (f"{values['model']}/agent.json", agent), ("no --task", {"task": "leaf-classification"})]
     agents = {f"{folder}/agent.json": read_agent(folder) for folder, _ in MADE.values()}
     formats = [agent for agent in agents.values() if agent]
     if formats and formats[0] != formats[-1]:

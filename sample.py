@@ -910,16 +910,16 @@ TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}
 # Loading what --model names, and the command line
 
 def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch", graphs=False,
-         key="OPENAI_API_KEY"):
+         key=None, timeout_s=600.0):
     """Returns the Engine or Endpoint that a --model value names.
 
     spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
     out), or "http://host:port/v1#name". device "auto": CUDA if there is one. dtype "auto": bfloat16 where the hardware
     multiplies it (CUDA, or a CPU with AMX), else float32. kernels: torch, or triton on CUDA. graphs: decode in CUDA
-    graphs. key: the environment variable that holds a server's key. Raises ValueError for what cannot be loaded.
+    graphs. key, timeout_s: of a server, see Endpoint. Raises ValueError for what cannot be loaded.
     """
     if is_server(spec):
-        return Endpoint(spec, key)
+        return Endpoint(spec, key, timeout_s)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -967,7 +967,8 @@ def main(cfg):
     messages = [{"role": "user", "content": cfg.prompt}]
     options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "seed")}
     if isinstance(policy, Endpoint):
-        print(policy.chat(messages, **options).text)
+        reply = policy.chat(messages, **options)
+        print(reply.text or reply.no_reply)
         return
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 

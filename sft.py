@@ -134,7 +134,7 @@ def collect(cfg, load=sample.load):
         expert = None
         if jobs and cfg.expert != "scripted":
             expert = load(cfg.expert, dtype=cfg.dtype, device=cfg.device, rows=min(PARALLEL, len(jobs)),
-                          context=cfg.context)
+                          context=cfg.context, timeout_s=cfg.reply_seconds)
             if expert.context and cfg.max_new_tokens >= expert.context:
                 raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of "
                                  f"{expert.context}")

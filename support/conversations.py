@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import tasks
-from env import read_records, recorded_prompt
+from env import SCAFFOLDS, read_records, recorded_prompt
 from support.files import TEXT, shorten
 from support.storage import Blobs, MissingBlob
 from support.records import end_reason
@@ -147,6 +147,8 @@ def read_trajectory(file, held_out, tokenizer):
         tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), held_out)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    if head.get("scaffold", SCAFFOLDS[0]) != SCAFFOLDS[0]:      # which shows a state in other words
+        raise InvalidConversation(f"of the scaffold {head['scaffold']}")
     folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
     blobs = Blobs(folder / "blobs")
     try:

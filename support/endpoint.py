@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -11,6 +12,16 @@ import urllib.request
 from dataclasses import dataclass
 
 from support.cli import ContextFull, RunError, announce
+from support.files import shorten
+
+THOUGHT = "<think>", "</think>"
+PARAMETERS = "max_tokens", "seed", "top_p", "stop", "temperature"   # that a server may refuse, the dearest last
+SUCCESSIVE = "successive messages"      # of one role: a reply that could not be read is dropped between two of them
+INSTEAD = {"max_tokens": "max_completion_tokens", SUCCESSIVE: "one message"}
+QUESTION = [{"role": "user", "content": "Answer with the word yes."}]
+ONLY_THOUGHT = "The model thought and wrote nothing."
+MAX_TEXT = 1 << 21      # characters of a reply that are read
+MAX_THOUGHT = 50_000    # characters of a thought that are kept
 
 
 @dataclass
@@ -24,14 +35,23 @@ class Completion:
     prompt_tokens: int = 0
     cached_tokens: int = 0      # of the prompt's tokens, how many needed no computation
     seconds: float = 0.0
+    # of a server alone, which keeps tokens and logps
+    num_tokens: int = 0         # that it sampled, those of a thought too
+    thought: str = ""           # what came before the reply
+    no_reply: str = ""          # why there is no text
+    answered_by: str = ""       # the model that it says it is
+    refused: tuple = ()         # parameters that it refused, and what became of them
 
 
 class EndpointError(RunError):
-    """A server gave no usable answer. retry_s: seconds to wait before asking again; None: asking again cannot help."""
+    """A server gave no usable answer. tries: how often the same request is worth asking; pause_s: seconds to wait
+    before the next, at least; is_down: no request would have been answered."""
 
-    def __init__(self, message, retry_s=None):
+    def __init__(self, message, tries=1, pause_s=0.0, is_down=False):
         super().__init__(message)
-        self.retry_s = retry_s
+        self.tries = tries
+        self.pause_s = pause_s
+        self.is_down = is_down
 
 
 def is_server(spec):
@@ -59,27 +79,32 @@ def address(spec):
     return (parts.scheme, parts.hostname, port), url, name
 
 
-def coder_key(coder, model):
-    """Returns the name of the environment variable that holds the key for the server `coder`.
+def key_name(spec, model):
+    """Returns the name of the environment variable that holds the key for the server `spec`.
 
-    OPENAI_API_KEY is for the host of `model`: a coder on another host has OPENAI_API_KEY_CODER, and so has any coder
-    where that is set.
+    OPENAI_API_KEY is for the host of `model` alone. Another host has a variable of its own, and so has that one where
+    it is set: OPENAI_API_KEY_API_DEEPSEEK_COM for https://api.deepseek.com, OPENAI_API_KEY_LOCALHOST_8001 for
+    http://localhost:8001.
     """
-    other_host = is_server(coder) and is_server(model) and address(coder)[0] != address(model)[0]
-    if other_host or os.environ.get("OPENAI_API_KEY_CODER"):
-        return "OPENAI_API_KEY_CODER"
-    return "OPENAI_API_KEY"
+    scheme, host, port = address(spec)[0]
+    if (scheme, port) != ("https", 443):
+        host += f".{port}"
+    own = "OPENAI_API_KEY_" + re.sub("[^A-Z0-9]", "_", host.upper().replace("-", "__"))
+    same_host = is_server(model) and address(spec)[0] == address(model)[0]
+    return "OPENAI_API_KEY" if same_host and not os.environ.get(own) else own
 
 
 def mask_key(text, key):
     """Returns the text with * for each piece of eight or more characters of the key (a server may have cut it)."""
     if not key:
         return text
-    spellings = "\n".join((key, json.dumps(key), urllib.parse.quote(key, safe="")))
     size = min(8, len(key))
+    pieces = set()
+    for spelling in (key, json.dumps(key)[1:-1], urllib.parse.quote(key, safe="")):
+        pieces |= {spelling[i:i + size] for i in range(len(spelling) - size + 1)}
     masked = list(text)
     for i in range(len(text) - size + 1):
-        if text[i:i + size] in spellings:
+        if text[i:i + size] in pieces:
             masked[i:i + size] = "*" * size
     return "".join(masked)
 
@@ -97,28 +122,35 @@ class Endpoint:
     """The same `chat` as Engine's, answered by any server that speaks /v1/chat/completions. Threads may share it.
 
     spec is "http://host:port/v1#model-name". key: the environment variable that holds the server's key, which is sent
-    to that host alone and stands in no message. What may get better is tried again, after pauses that double.
+    to that host alone and stands in no message. timeout_s: for one reply. What may get better is tried again, after
+    pauses that double.
     """
     context = None              # in tokens; only the server knows
-    timeout_s = 120.0           # of one request
-    retries = 5
+    retries = 5                 # of a request that a server failed to answer
+    busy_retries = 12           # of one that it had no time for, which takes six minutes
     backoff_s = 1.0             # the first pause
     max_bytes = 16 * 2**20      # of one answer
 
-    def __init__(self, spec, key="OPENAI_API_KEY"):
+    def __init__(self, spec, key=None, timeout_s=600.0):
         (scheme, host, _), self.url, self.name = address(spec)
-        self.key_name = key
-        self._key = os.environ.get(key, "").strip()
+        self.key_name = key or key_name(spec, spec)
+        self.timeout_s = timeout_s
+        self.changed = {}       # what the server does not take -> what it is sent instead, None: nothing
+        self._lock = threading.Lock()
+        self._key = os.environ.get(self.key_name, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
-            raise ValueError(f"{key} holds characters that cannot be sent in a header; set it again")
+            raise ValueError(f"{self.key_name} holds characters that cannot be sent in a header; set it again")
         if self._key and scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
-            announce(f"{self.url}: the key in {key} goes there unencrypted; is there no https?")
+            announce(f"{self.url}: the key in {self.key_name} goes there unencrypted; is there no https?")
         self._opener = urllib.request.build_opener(AnyStatus)
 
     def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0):
         """Returns a Completion without tokens and logps, which the server keeps. messages: [{"role", "content"}].
 
-        Raises ContextFull where the server says so, and EndpointError for any other answer that is no reply.
+        What a model thinks is cut off before stop strings are looked for. The text is empty, and no_reply says why,
+        where there is none: a refusal, a call of a tool, a thought without end, or a conversation to which the server
+        has no answer though it answers others. Raises ContextFull where the server says so, and EndpointError where it
+        answers nothing.
         """
         stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
         body = {"model": self.name, "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
@@ -126,15 +158,16 @@ class Endpoint:
         if stop:
             body["stop"] = stop
         start = time.perf_counter()
-        for attempt in range(self.retries + 1):
-            try:
-                completion = self._ask(json.dumps(body).encode())
-                break
-            except EndpointError as error:
-                if error.retry_s is None or attempt == self.retries:
-                    raise
-                pause = min(60.0, self.backoff_s * 2 ** attempt) * random.uniform(0.5, 1.0)
-                time.sleep(max(pause, min(error.retry_s, self.timeout_s)))
+        try:
+            completion = self._ask_again(body)
+        except EndpointError as error:
+            if error.is_down:
+                raise
+            try:        # a short question tells a server that answers nothing from one that cannot answer this
+                self._ask(body | {"messages": QUESTION})
+            except (EndpointError, ContextFull):
+                raise error from None
+            completion = Completion("", [], [], "stop", no_reply=str(error))
         cut = find_stop(completion.text, stop, len(completion.text))
         if cut is not None:     # the server ignores `stop`, or returns the string with the text
             completion.text = completion.text[:cut]
@@ -142,33 +175,100 @@ class Endpoint:
         completion.seconds = time.perf_counter() - start
         return completion
 
+    def _ask_again(self, body):
+        """Returns the Completion of a request, which is made until it is answered, or not worth it any more."""
+        attempt = 1
+        while True:
+            try:
+                return self._ask(body)
+            except EndpointError as error:
+                if attempt >= error.tries:
+                    raise
+                if attempt == self.retries + 1:
+                    announce(f"{error}; it is asked again for some minutes")
+                pause = min(60.0, self.backoff_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+                time.sleep(max(pause, min(error.pause_s, self.timeout_s)))
+            attempt += 1
+
     def _ask(self, body):
-        status, retry_after, said = self._post(body)
-        answered = f"{self.url} answered {status}: {self._excerpt(said)}"
+        """Returns the Completion of a request, without the parameters that the server refuses."""
+        changed = dict(self.changed)
+        while True:
+            sent = {changed.get(name, name): value for name, value in body.items()}
+            sent.pop(None, None)
+            if SUCCESSIVE in changed:
+                sent["messages"] = join_successive(body["messages"])
+            status, retry_after, said = self._post(json.dumps(sent).encode())
+            if status == 200:
+                completion = self._read(said)
+                was_stopped = completion.no_reply == ONLY_THOUGHT and "stop" in sent
+                name = "stop" if was_stopped else None      # it was looked for in the thought
+            else:
+                self._check_context(status, said)
+                name = refused_parameter(status, said, changed, sent)
+            if not name:
+                break
+            changed[name] = None if name in changed else INSTEAD.get(name)
+        if status != 200:
+            raise self._failure(status, retry_after, said)
+        completion.refused = self._remember(changed)
+        return completion
+
+    def _remember(self, changed):
+        """Keeps what has become of parameters, and returns it in words."""
+        with self._lock:
+            for name in changed.keys() - self.changed.keys():
+                announce(f"{self.url}: {name} is {describe_change(changed[name])} from now on")
+            self.changed |= changed
+        return tuple(f"{name}: {describe_change(new)}" for name, new in sorted(changed.items()))
+
+    def _check_context(self, status, said):
         too_long = re.search(r"context.{0,12}(length|window|size)|too long|too many tokens", said[:4096], re.I)
         if too_long and status in (400, 413, 422):
-            raise ContextFull(f"{answered}; the conversation is longer than {self.name!r} takes")
-        if status != 200:
-            retry_s = None
-            if status in (408, 409, 425, 429) or status >= 500:     # busy or broken, for now
-                seconds = re.fullmatch(r"\d{1,9}(\.\d+)?", retry_after)
-                retry_s = float(seconds[0]) if seconds else 0.0
-            raise EndpointError(f"{answered}; check the server, the model's name {self.name!r} and the key in "
-                                f"{self.key_name}", retry_s)
+            raise ContextFull(f"{self.url} answered {status}: {self._excerpt(said)}; the conversation is longer than "
+                              f"{self.name!r} takes")
+
+    def _failure(self, status, retry_after, said):
+        """Returns the EndpointError of an answer with another status than 200."""
+        message = (f"{self.url} answered {status}: {self._excerpt(said)}; check the server, the model's name "
+                   f"{self.name!r} and the key in {self.key_name}")
+        seconds = re.fullmatch(r"\d{1,9}(\.\d+)?", retry_after)
+        pause_s = float(seconds[0]) if seconds else 0.0
+        if status in (408, 409, 425, 429, 503, 529):
+            return EndpointError(message, self.busy_retries + 1, pause_s, is_down=True)
+        return EndpointError(message, self.retries + 1 if status >= 500 else 1, pause_s)
+
+    def _read(self, said):
+        """Returns the Completion that a server's answer tells of."""
         try:
             answer = json.loads(said)
             choice = answer["choices"][0]
-            text = choice["message"]["content"].encode("utf-8", "replace").decode()     # half a surrogate pair: "?"
+            message = choice["message"]
+            text = message.get("content") or ""
+            if not isinstance(text, str):
+                raise TypeError("parts of a text")
             finish = "length" if choice.get("finish_reason") == "length" else "stop"
             usage = answer.get("usage") or {}
-            counts = [usage.get("prompt_tokens"), (usage.get("prompt_tokens_details") or {}).get("cached_tokens")]
+            counts = [usage.get("prompt_tokens"), (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+                      usage.get("completion_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise EndpointError(f"{self.url} answered, but not with a chat completion: {self._excerpt(said)}; is it an "
-                                "OpenAI-compatible /v1?", 0.0) from None
+                                "OpenAI-compatible /v1?", self.retries + 1) from None
+        thought = next((message[name] for name in ("reasoning_content", "reasoning") if message.get(name)), "")
+        if not thought:
+            thought, text = split_thought(text)
+        no_reply = ""
+        if not text.strip():
+            no_reply = missing_text(choice, message, bool(thought))
+        texts = [text[:MAX_TEXT], shorten(str(thought), MAX_THOUGHT), str(answer.get("model") or "")[:100], no_reply]
+        texts = [each.encode("utf-8", "replace").decode() for each in texts]        # half a surrogate pair: "?"
         if len(self._key) >= 16:        # a shorter one, such as EMPTY, is a word that a reply may well hold
-            text = mask_key(text, self._key)
-        counts = [count if isinstance(count, int) and 0 <= count < 2**31 else 0 for count in counts]
-        return Completion(text, [], [], finish, *counts)
+            texts = [mask_key(each, self._key) for each in texts]
+        text, thought, answered_by, no_reply = texts
+        prompt_tokens, cached_tokens, num_tokens = (
+            count if type(count) is int and 0 <= count < 2**31 else 0 for count in counts)
+        return Completion(text, [], [], finish, prompt_tokens, cached_tokens, num_tokens=num_tokens, thought=thought,
+                          no_reply=no_reply, answered_by="".join(filter(str.isprintable, answered_by)))
 
     def _post(self, body):
         """Returns (status, Retry-After, text) of the server's answer to one request."""
@@ -176,25 +276,81 @@ class Endpoint:
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
         raw = bytearray()
+        tries = self.retries + 1
         deadline = time.monotonic() + self.timeout_s        # the socket's own limit is for each piece of an answer
         try:
             with self._opener.open(request, timeout=self.timeout_s) as response:
                 while part := response.read1(65536):
                     raw += part
                     if len(raw) > self.max_bytes:
+                        tries = 1
                         raise OSError(f"more than {self.max_bytes} bytes")
                     if time.monotonic() > deadline:
                         raise TimeoutError("not complete in time")
+                if response.length:
+                    raise http.client.IncompleteRead(raw, response.length)
         except (OSError, http.client.HTTPException) as error:
-            reason = self._excerpt(str(error))
-            raise EndpointError(f"{self.url} gave no answer ({reason}; the limit is {self.timeout_s:g} "
-                                "s); is the server running there, and is it overloaded?", 0.0) from None
+            reason = getattr(error, "reason", error)        # that of a URLError: the request could not be sent
+            if isinstance(reason, TimeoutError):
+                tries = 1
+            is_down = isinstance(error, urllib.error.URLError) and tries > 1
+            raise EndpointError(f"{self.url} gave no answer ({self._excerpt(str(error))}; the limit is "
+                                f"{self.timeout_s:g} s); is the server running there, and is it overloaded?",
+                                tries, is_down=is_down) from None
         return response.status, response.headers.get("Retry-After", ""), raw.decode("utf-8", "replace")
 
     def _excerpt(self, said):
         """Returns the beginning of what a server said, in printable ASCII and without the key."""
         text = " ".join(said[:4096].split())
         return ascii(mask_key(text, self._key)[:300])
+
+
+def split_thought(text):
+    """Returns (thought, reply) of a text that may begin with a thought, also where the prompt held its opening tag."""
+    opening, closing = THOUGHT
+    thought, tag, reply = text.partition(closing)
+    if not tag and not thought.lstrip().startswith(opening):
+        return "", text
+    return thought.strip().removeprefix(opening).strip(), reply.lstrip()
+
+
+def missing_text(choice, message, has_thought):
+    """Returns why an answer has no text, in words."""
+    if message.get("refusal"):
+        return f"The model refused: {ascii(shorten(str(message['refusal']), 200))}"
+    if message.get("tool_calls") or message.get("function_call"):
+        return "The model called a tool of the server instead of writing a reply."
+    if choice.get("finish_reason") == "content_filter":
+        return "The server held the reply back (content_filter)."
+    if choice.get("finish_reason") == "length":
+        what = "The model thought" if has_thought else "The model wrote nothing"
+        return f"{what} until its tokens were used up (max_new_tokens)."
+    return ONLY_THOUGHT if has_thought else "The reply was empty."
+
+
+def refused_parameter(status, said, changed, sent):
+    """Returns what an answer complains of, by the name that it has in PARAMETERS or SUCCESSIVE; None: nothing known."""
+    if status not in (400, 422):
+        return None
+    if SUCCESSIVE not in changed and re.search("alternat|successive|consecutive", said[:4096]):
+        return SUCCESSIVE
+    named = [name for name in PARAMETERS if (now := changed.get(name, name)) in sent
+             and re.search(rf"\b{now}\b", said[:4096])]
+    return named[0] if named else None
+
+
+def join_successive(messages):
+    """Returns the messages with each run of one role as one message."""
+    joined = []
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"]:
+            message = {**message, "content": f"{joined.pop()['content']}\n\n{message['content']}"}
+        joined.append(message)
+    return joined
+
+
+def describe_change(new_name):
+    return f"sent as {new_name}" if new_name else "left out"
 
 
 def find_stop(text, stops, num_new):

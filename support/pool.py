@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import tasks
-from env import NEEDS_CODER, read_trajectory
+from env import NEEDS_CODER, SCAFFOLDS, read_trajectory
 from support.cli import RunError
 from support.files import hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
@@ -64,6 +64,9 @@ def load_pool(cfg, tokenizer, log=print):
         task = head["task"]
         tasks.refuse_held_out(task, head.get("data_sha256", {}), forbidden)
         if task not in tasks.names(cfg.task):
+            continue
+        if head.get("scaffold", SCAFFOLDS[0]) != SCAFFOLDS[0]:
+            left_out.append(f"{file} is of the scaffold {head['scaffold']}")
             continue
         data = tasks.seeded(cfg.data, head["data_seed"])
         data_sha256 = tasks.info(task, data)["sha256"]

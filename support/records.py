@@ -11,14 +11,15 @@ import tasks
 from reward import KINDS, best_of
 from support import cli
 from support.files import (
-    COUNT, FLAG, TEXT, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of, up_to)
+    COUNT, FLAG, TEXT, WORD, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of,
+    up_to)
 from support.sandbox import Result, SandboxUnavailable
 from support.storage import ResultCache, check_snapshot
 
 CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder has refused
 COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
             "score", "m_before", "m_after", "m_top", "reward", "news", "change", "best_printed", "best_script",
-            "tried", "snapshot", "ended")
+            "tried", "node", "snapshot", "ended")
 AGENT = ("actions", "fields", "prompt_format", "show_scores", "steps", "seconds")   # what an Env takes from a record
 
 
@@ -31,8 +32,6 @@ def is_message(value):
     tokens = value.get("tokens", [])
     return (value["role"] in ("system", "user", "assistant") and TEXT[1](value["content"])
             and type(tokens) is list and all(type(token) is int and 0 <= token < 1 << 31 for token in tokens))
-
-
 
 
 def is_change(value):
@@ -49,6 +48,16 @@ INTEGER = "a whole number", lambda value: type(value) is int and abs(value) < 1 
 SIZE = up_to(1 << 53)
 TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,99}", value)
 MESSAGE = "a message: role, content, and at most tokens", is_message
+NODE = {        # what a scaffold that searches says of a step, see support/aide.py
+    "parent?": maybe(COUNT),        # the step that it was made from
+    "best?": maybe(COUNT),          # the best step so far
+    "metric?": maybe(FINITE), "buggy?": FLAG, "review?": one_of("model", "script"),
+    "lower_is_better?": maybe(FLAG), "is_printed?": FLAG}
+ANSWER = {      # of the model, beside the step that came of it
+    "tokens?": COUNT, "prompt_tokens?": COUNT, "cached_tokens?": COUNT, "sample_seconds?": FINITE, "thought?": TEXT,
+    "no_reply?": TEXT, "answered_by?": WORD, "refused?": [WORD], "coder_tokens?": COUNT,
+    "coder_replies?": COUNT, "dropped?": [TEXT],
+    "coder_prompt_tokens?": COUNT, "coder_answered_by?": WORD}
 FORM_OF_TYPE = {
     int: INTEGER, float: FINITE, str: TEXT, bool: FLAG, dict: {str: TEXT}, list: [TEXT],
     float | None: maybe(FINITE), str | None: maybe(TEXT)}
@@ -59,7 +68,7 @@ def form_of(cls):
     return {field.name: FORM_OF_TYPE[field.type] for field in dataclasses.fields(cls)}
 
 
-def record_forms(step_class, prompts, actions, reply_fields, outcomes):
+def record_forms(step_class, prompts, actions, reply_fields, outcomes, scaffolds):
     """Returns {type of a record: its form}, and under "cached" the form of a run in the cache."""
     outcome = one_of(*outcomes)
     printed = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
@@ -70,10 +79,13 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes):
         "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT, "news": TEXT, "change": LAST_CHANGE,
         "best_printed": maybe(FINITE), "best_script": maybe(TEXT), "tried": [CHANGE],
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
-        "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT}}
+        "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT},
+        "scaffold?": one_of(*scaffolds), "search?": [FINITE], "draws?": TEXT}
     step = form_of(step_class) | {
-        "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(outcome), "printed": printed, "messages": [MESSAGE]}
-    del step["snapshot"]        # it has its own check
+        "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(outcome), "printed": printed,
+        "messages": [MESSAGE], **ANSWER}
+    del step["snapshot"], step["node"]      # they have their own checks
+    step["node?"] = NODE
     cached = {
         "result": form_of(Result) | {"outcome": outcome}, "score": maybe(FINITE),
         "after": ("files or null", lambda value: True)}
@@ -85,7 +97,7 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes):
 
 def header(env, **entries):
     """Returns the first line, to be written right after reset(). entries: the caller's own (model, seed)."""
-    settings = {name: getattr(env, name) for name in (*AGENT, "python", "gpu", "threads", "sandbox")}
+    settings = {name: getattr(env, name) for name in (*AGENT, *env.own, "python", "gpu", "threads", "sandbox")}
     return {"type": "header", "task": env.task.id, "data": str(env.data), "data_seed": env.info.get("seed", 0),
             **settings, "m_init": env.info["m_init"], "m_best": env.info["m_best"],
             "miniature": bool(env.info.get("miniature")),
@@ -104,7 +116,7 @@ def restore_record(env, head, steps, seconds=None):
     last = [head, *steps][-1]
     messages = [message for line in (head, *steps) for message in line["messages"]]
     env.restore(last["snapshot"], messages, index=len(steps), m_before=last["m_after"],
-                m_top=best_before(env.task, head, steps), seconds=seconds, seen=last)
+                m_top=best_before(env.task, head, steps), seconds=seconds, seen=last, past=steps)
 
 
 def check_record(forms, line, first):
@@ -128,6 +140,13 @@ def check_record(forms, line, first):
         raise ValueError('its entry "messages" is empty')
 
 
+def check_node(node, index):
+    """Raises ValueError unless the node of step `index` hangs on earlier ones."""
+    for name, last in (("parent", index - 1), ("best", index)):
+        if node.get(name) is not None and node[name] > last:
+            raise ValueError(f'its entry "node" names as its {name} a later step')
+
+
 def read_records(forms, path, mend=False):
     """Returns the lines of a trajectory file, [] where there is none; a last line that was cut short is left out, and
     with mend removed from the file. ValueError names the line that is no record, and the reason."""
@@ -135,6 +154,7 @@ def read_records(forms, path, mend=False):
     for number, line in enumerate(lines, 1):
         try:
             check_record(forms, line, number == 1)
+            check_node(line.get("node", {}), number - 2)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is no record of a trajectory: {error}") from None
     return lines
@@ -157,7 +177,8 @@ def read_record(forms, path, mend=True):
 
 
 def end_reason(lines):
-    """Returns why a trajectory is over: "final answer", "steps", "time" or "context full"; "" if it is not."""
+    """Returns why a trajectory is over: "final answer", "steps", "time", "context full" or "no reply"; "" if it is
+    not."""
     return lines[-1].get("ended", "") if lines else ""
 
 
@@ -199,7 +220,7 @@ def replay(Env, forms, path, log=print, *, data="data", sandbox="on", python=Non
     coder = RecordedCoder()
     num_differences = 0
     with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
-        agent = {name: head[name] for name in AGENT}
+        agent = {name: head[name] for name in (*AGENT, *Env.own) if name in head}
         env = Env(head["task"], data, out=out, coder=coder, cache=ResultCache(empty), **agent, **options)
         for number, step in enumerate(steps):
             restore_record(env, head, steps[:number], step["time_left_s"])
@@ -207,9 +228,9 @@ def replay(Env, forms, path, log=print, *, data="data", sandbox="on", python=Non
             coder.error = step["error"]
             replayed = json.loads(json.dumps(record(env.step(step["reply"]))))
             for name in COMPARED:
-                if _masked(step[name]) != _masked(replayed[name]):
+                if _masked(step.get(name, {})) != _masked(replayed[name]):
                     num_differences += 1
-                    log(f"step {step['index']}, {name}:\n  recorded: {shorten(repr(step[name]), 1000)}\n"
+                    log(f"step {step['index']}, {name}:\n  recorded: {shorten(repr(step.get(name)), 1000)}\n"
                         f"  replayed: {shorten(repr(replayed[name]), 1000)}")
     log(f"{len(steps)} steps replayed, {num_differences} differences")
     return num_differences

@@ -2,6 +2,8 @@
 import base64, hashlib, html, json, math, re
 from pathlib import Path
 
+from support import disclosure
+from support.aide import SEARCHES
 from support.files import (
     COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, maybe, one_of, parse_json, read_bytes, read_json_lines, shorten,
     write_atomic)
@@ -15,8 +17,9 @@ CURVES = {      # entry of a training log -> heading of its figure
     "kl": "divergence from the first model, nats a token", "entropy": "entropy, nats a token",
     "cache_hits": "runs known already, share", "loss": "training loss", "valid_loss": "validation loss"}
 SHARES = ("share_invalid", "share_failed", "share_not_an_edit", "share_limit", "share_scored")
-STEP = ("action", "args", "coder", "detail", "ended", "fields", "kind", "m_after", "m_before", "observation", "outcome",
-        "printed", "reply", "reward", "sandbox", "score", "script_seconds", "seconds", "valid")     # is shown of a step
+STEP = ("action", "args", "coder", "detail", "ended", "fields", "kind", "m_after", "m_before", "no_reply", "node",
+        "observation", "outcome", "printed", "reply", "reward", "sandbox", "score", "script_seconds", "seconds",
+        "thought", "valid")     # is shown of a step
 
 # Files may come from others. Each entry that is used has a form here, and no other entry has an effect.
 LOG = {f"{name}?": maybe(NUMBER) for name in (*CURVES, *SHARES, "iteration", "step")}
@@ -24,13 +27,18 @@ PAIR = "two numbers", lambda value: isinstance(value, list) and len(value) == 2 
 TRAJECTORY = {
     "k": COUNT, "best-validation": maybe(NUMBER), "last-valid": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD,
     "steps": COUNT, "valid": COUNT, "worse": COUNT, "taken_back": COUNT, "better": COUNT, "continued": COUNT}
+WORK = {
+    "scripts": COUNT, "seconds": NUMBER, "nodes": COUNT, "buggy": COUNT, "unreviewed": COUNT,
+    "unprinted": COUNT}
 TASK = {
     "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
     "m_best": NUMBER, "printed": maybe(NUMBER), "seconds": NUMBER, "published": {str: PAIR},
-    "trajectories?": [TRAJECTORY]}
+    "trajectories?": [TRAJECTORY], "work?": WORK}
 RESULTS = {
-    "complete": FLAG, "settings": {"model": TEXT, "steps": COUNT, str: VALUE}, "final": one_of(*FINAL),
-    "versions": {str: TEXT}, "tasks": {str: TASK}}
+    "complete": FLAG, "final": one_of(*FINAL), "versions": {str: TEXT}, "tasks": {str: TASK},
+    "disclosure?": disclosure.FORM, "settings": {
+        "model": TEXT, "coder?": TEXT, "steps": COUNT, "seconds?": NUMBER, "scaffold?": TEXT,
+        "search?": one_of(*SEARCHES), str: VALUE}}
 
 
 def read_results(folder):
@@ -57,7 +65,7 @@ def read_log(folder):
 
 def select_steps(trajectory):
     """Returns a trajectory with what the page shows of its steps."""
-    return {**trajectory, "steps": [{name: step[name] for name in STEP} for step in trajectory["steps"]]}
+    return {**trajectory, "steps": [{name: step.get(name) for name in STEP} for step in trajectory["steps"]]}
 
 
 def for_browsers(value):

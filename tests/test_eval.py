@@ -697,7 +697,8 @@ def test_the_coder_is_asked_with_its_own_seed(tmp_path, task):
 # ---- the command
 
 class Speaker(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server that answers with SCRIPTS[0]; `server.hold_at` replies are given before it hangs."""
+    """An OpenAI-compatible server that answers with SCRIPTS[0]; `server.hold_at` replies are given before it hangs. At
+    a reply that is None it goes down."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -707,7 +708,8 @@ class Speaker(BaseHTTPRequestHandler):
             self.server.held.set()
             self.server.go.wait(600)
         choice = {"message": {"content": self.server.script[turn]}, "finish_reason": "stop"}
-        data = json.dumps({"choices": [choice]}).encode()
+        self.server.is_up &= self.server.script[turn] is not None
+        data = json.dumps({"choices": [choice] if self.server.is_up else []}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -721,7 +723,7 @@ class Speaker(BaseHTTPRequestHandler):
 def server():
     http = ThreadingHTTPServer(("127.0.0.1", 0), Speaker)
     http.daemon_threads, http.script, http.hold_at, http.turns = True, SCRIPTS[0], None, []
-    http.held, http.go = threading.Event(), threading.Event()
+    http.held, http.go, http.is_up = threading.Event(), threading.Event(), True
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield http
     http.go.set()
@@ -803,13 +805,14 @@ def test_ctrl_c_while_a_script_runs_ends_the_script(tmp_path, task, server):
 
 def test_an_endpoint_that_stays_down_ends_the_command_clearly(tmp_path, task, server, monkeypatch, capsys):
     monkeypatch.setattr(sample.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.05)))
-    server.script = [*SCRIPTS[0][:2], None, None]        # a reply without content is none
+    server.script = [*SCRIPTS[0][:2], None]
     argv = command(tmp_path, port=server.server_port)[2:]
     assert evaluation.main(argv) == 1
     said = capsys.readouterr()
     assert f"http://127.0.0.1:{server.server_port}/v1/chat/completions answered, but not with" in said.err
     assert "the same command goes on" in said.err and "1.0000" not in said.out
     server.script = SCRIPTS[0]
+    server.is_up = True
     assert evaluation.main(argv) == 0
     assert "1.0000" in capsys.readouterr().out
 

@@ -1,0 +1,600 @@
+"""Other papers' scaffolds: AIDE's search and MLAgentBench's loop."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import env
+import eval as evaluation
+import tasks
+from common import add_task
+from sample import Tokenizer
+from support import aide, cli, conversations, endpoint, mlagentbench, pool, records
+from test_eval import ROOT, STARTER, Scripted, file_of, play, settings, task, text_of    # noqa: F401
+from test_report import drawn, needs_node
+
+ORIGINAL = json.loads((Path(__file__).parent / "aide_nodes.json").read_text())
+
+
+# ---- the search
+
+@pytest.mark.parametrize("world", ORIGINAL["worlds"])
+def test_the_search_is_that_of_the_original_node_by_node(world):
+    """What aideml chose in worlds whose reviewer, scripts and random source followed a list."""
+    direction = "down" if world["lower_is_better"] else "up"
+    knobs = [world[name] for name in ("num_drafts", "debug_prob", "max_debug_depth")]
+    nodes = []
+    for step in world["steps"]:
+        is_bug, failed, metric, roll, pick, operator, parent, buggy, best = step
+        rng = SimpleNamespace(random=lambda: roll, choice=lambda nodes: nodes[int(pick * len(nodes))])
+        assert aide.choose(nodes, direction, rng, *knobs) == (operator.capitalize(), parent)
+        node = aide.Node(parent, metric=metric, buggy=is_bug or failed or metric is None)
+        nodes.append(node)
+        assert (node.buggy, aide.best_node(nodes, direction)) == (buggy, best)
+
+
+def test_the_fixture_has_all_that_was_recorded():
+    operators = [step[5] for world in ORIGINAL["worlds"] for step in world["steps"]]
+    assert len(operators) == 480
+    assert {name: operators.count(name) for name in set(operators)} == {"draft": 89, "debug": 179, "improve": 212}
+
+
+# ---- plan, script and verdict
+
+@pytest.mark.parametrize("reply, plan, script", [
+    ("A plan.\n```python\nx = 1\n```\nmore", "A plan.", "x = 1\n"),
+    ("A plan.\n```\nx = 1\n```\nthen\n```python\ny = 2\n```", "A plan.", "x = 1\n\ny = 2\n"),
+    ("A plan.\n```python\nx = (\n```\n```python\ny = 2\n```", "A plan.", "y = 2\n"),     # one does not compile
+    ("```python\nx = 1\n```", "", "x = 1\n"), ("x = 1", "", "x = 1\n"), ("A plan in words.", "", ""),
+    ("A plan.\n```python\nx = 1", "A plan.", ""), ("", "", ""),
+    ("A plan.\n```python\n" + "(" * 5000 + "\n```", "A plan.", ""), ("A plan.\n```\nx\0 = 1\n```", "A plan.", ""),
+    ("A plan.\n```\n" + "#" * 60_000 + "\n```", "", "")])
+def test_plan_and_script_of_a_reply(reply, plan, script):
+    assert aide.plan_and_script(reply) == (plan, script)
+
+
+@pytest.mark.parametrize("reply, verdict", [
+    ('```json\n{"is_bug": false, "summary": "fine", "metric": 0.5, "lower_is_better": true}\n```',
+     (False, "fine", 0.5, True)),
+    ('{"is_bug": true} and {"is_bug": false, "metric": 1}', (False, "", 1, None)),      # the last; a whole number
+    *((f'{{"is_bug": false, "metric": {word}}}', (False, "", None, None)) for word in ("NaN", '"1"', "true", "1e999")),
+    ('{"is_bug": false, "metric": 2, "more": {"is": "nested"}}', (False, "", 2, None)),
+    ('{"is_bug": "no", "metric": 1}', None), ("it works", None), ("[" * 3000 + "{" * 3000, None), ("", None)])
+def test_the_verdict_of_a_reviewer(reply, verdict):
+    found = aide.read_review(reply)
+    assert (found and tuple(found[name] for name in ("is_bug", "summary", "metric", "lower_is_better"))) == verdict
+
+
+# ---- AIDE in the environment
+
+def solution(value, printed=None, extra=""):
+    """A reply whose script predicts a value where all answers are 10, and prints another."""
+    printed = abs(value - 9.5) if printed is None else printed
+    return f"""I predict {value}.
+```python
+{extra}
+print("validation MAE:", {printed})
+open("submission.csv", "w").write("id,y\\n1,{value}\\n2,{value}\\n")
+```"""
+
+
+BROKEN = "I divide.\n```python\nprint(1 / 0)\n```"
+SILENT = "I write nothing.\n```python\nprint('validation MAE: 0.001')\n```"
+WILD = solution(99, 0.25)       # prints well and predicts badly
+# of the task whose starter scores 7: the draws of seed 0 are below
+REPLIES = [solution(3), BROKEN, solution(8), SILENT, "no script at all", solution(9), solution(6), solution(9.25),
+           BROKEN, solution(7)]
+
+
+class Model:
+    """Coder and reviewer. The coder follows a list, by the seed of each step; the reviewer reports the number that
+    stands in the output, or follows a function. All prompts are kept."""
+    context = 16_384
+
+    def __init__(self, replies=REPLIES, review=None, kill_at=None, task="tiny-task"):
+        self.replies = replies
+        self.seeds = [zlib.crc32(f"0 {task} 0 {i} policy".encode()) for i in range(len(replies))]
+        self.review = review or (lambda output: json.dumps(
+            {"is_bug": False, "summary": "It ran.", "metric": float(output.split("MAE: ")[1].split()[0]),
+             "lower_is_better": True}))
+        self.prompts = []
+        self.review_seeds = []
+        self.kill_at = kill_at
+
+    def chat(self, messages, *, seed, max_new_tokens, temperature, top_p, stop):
+        (message,) = messages
+        assert message["role"] == "user"
+        self.prompts.append(message["content"])
+        if '"is_bug"' in message["content"]:
+            self.review_seeds.append(seed)
+            text = self.review(message["content"].split("# Execution output")[1])
+        else:
+            index = next(i for i, first in enumerate(self.seeds) if 0 <= seed - first < aide.TRIES)
+            if index == self.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            text = self.replies[index]
+        return endpoint.Completion(text, [1, 2, 3], [0.0] * 3, "stop", 100, 50, 0.01)
+
+
+def aide_settings(tmp_path, out="out", **more):
+    return settings(tmp_path, out, **{"scaffold": "aide", "trajectories": 1, "steps": 10, "coder": "model", **more})
+
+
+def steps_of(cfg):
+    return [line for line in env.read_record(file_of(cfg, 0)) if line["type"] == "step"]
+
+
+@pytest.fixture
+def tree(tmp_path, task):
+    """A whole search: (settings, the model, the recorded steps)."""
+    model = Model()
+    cfg = aide_settings(tmp_path)
+    play(cfg, model)
+    return cfg, model, steps_of(cfg)
+
+
+def test_replay_from_the_command_line(tree):
+    done = subprocess.run([sys.executable, "env.py", "replay", file_of(tree[0], 0), "--data", tree[0].data], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "10 steps replayed, 0 differences\n"), done.stderr
+
+
+def test_a_search_by_hand(tree):
+    """By the draws of seed 0. A working node prints |value - 9.5| and scores |value - 10|."""
+    cfg, model, steps = tree
+    found = [(step["action"], step["node"]["parent"], step["node"].get("metric"), step["score"], step["node"]["best"])
+             for step in steps]
+    assert found == [
+        ("Draft", None, 6.5, 7.0, 0), ("Draft", None, None, None, 0), ("Draft", None, 1.5, 2.0, 2),
+        ("Draft", None, None, None, 2), ("Draft", None, None, None, 2), ("Improve", 2, 0.5, 1.0, 5),
+        ("Improve", 5, 3.5, 4.0, 5), ("Improve", 5, 0.25, 0.75, 7), ("Improve", 7, None, None, 7),
+        ("Debug", 1, 2.5, 3.0, 7)]
+    assert [step["outcome"] for step in steps if step["node"]["buggy"]] == ["error", "no submission", "error", "error"]
+    # what a step is compared with is the node it is made from, and what stays is the best
+    assert [step["m_before"] for step in steps] == [7, 7, 7, 7, 7, 2, 1, 1, 0.75, 7]
+    assert [step["m_after"] for step in steps] == [7, 7, 2, 2, 2, 1, 1, 0.75, 0.75, 0.75]
+    results = json.loads(Path(cfg.out, "results.json").read_text())
+    (played,) = results["tasks"]["tiny-task"]["trajectories"]
+    assert (played["best-validation"], played["last-valid"], played["ended"]) == (0.75, 3.0, "steps")
+    work = results["tasks"]["tiny-task"]["work"]
+    assert work.pop("seconds") > 0
+    assert work == {"scripts": 10, "nodes": 10, "buggy": 4, "unreviewed": 0, "unprinted": 0}
+    words = "5 drafts, debugging with probability 0.5 to depth 3, reviewer: scripted; 4 of 10 nodes buggy"
+    assert words in text_of(results)
+
+
+def test_a_reply_without_a_script_is_asked_for_three_times_and_is_one_buggy_node(tree):
+    cfg, model, steps = tree
+    assert len(model.prompts) == 10 + 2 + 6      # one a node, two more tries of node 4, a review of each that ran
+    assert steps[4]["node"]["buggy"] and not steps[4]["valid"]
+    assert steps[4]["dropped"] == ["no script at all"] * 2 and steps[4]["tokens"] == 9
+
+
+def test_each_prompt_has_its_sections_and_no_graded_score(tree):
+    cfg, model, steps = tree
+    shown = {step["action"]: step["messages"][0]["content"] for step in steps} | {"Review": model.prompts[-1]}
+    headings = {name: re.findall("^# (.*)", text, re.M) for name, text in shown.items()}
+    both = ["Response format", "Solution sketch", "Implementation"]
+    assert headings == {
+        "Draft": ["Introduction", "Task description", "Memory", *both, "Installed packages", "Data overview"],
+        "Improve": ["Introduction", "Task description", "Memory", "Previous solution", *both],
+        "Debug": ["Introduction", "Task description", "Previous solution", "Execution output", *both, "Data overview"],
+        "Review": ["Introduction", "Task description", "Previous solution", "Execution output", "Response format"]}
+    # the memory has the working nodes in order, and nothing of the others
+    memory = re.search("# Memory(.*)# Previous", steps[8]["messages"][0]["content"], re.S)[1]
+    designs = [f"Design: I predict {value}.\nResults: It ran.\nValidation score: {metric}"
+               for value, metric in ((3, 6.5), (8, 1.5), (9, 0.5), (6, 3.5), (9.25, 0.25))]
+    assert memory.strip() == "\n\n---\n\n".join(designs)
+    assert "print(1 / 0)" in shown["Debug"] and "ZeroDivisionError" in shown["Debug"]
+    assert "- id: values 1, 2" in shown["Draft"] and "0 steps and 30 min are left" in shown["Debug"]
+    assert all("best score" not in prompt for prompt in model.prompts)
+
+
+def test_no_prompt_tells_a_graded_score(tmp_path, task):
+    """Scores that stand nowhere else: all graded ones end in .0625."""
+    model = Model([solution(value + 0.0625, printed=value) for value in range(8)])
+    cfg = aide_settings(tmp_path, steps=8)
+    play(cfg, model)
+    scores = {step["score"] for step in steps_of(cfg)}
+    assert scores == {10 - value - 0.0625 for value in range(8)}
+    assert not any(str(score) in prompt for prompt in model.prompts for score in scores)
+
+
+def lines_without_clocks(cfg):
+    free = ("seconds", "seconds_left", "time_left_s", "script_seconds", "peak_bytes")
+    lines = [{name: value for name, value in line.items() if name not in free}
+             for line in env.read_record(file_of(cfg, 0))]
+    return records._masked(json.dumps(lines))
+
+
+def killed(folder):
+    """In a process of its own, which is killed while node 7 is asked for."""
+    tasks.FOLDERS.append(Path(folder, "tasks"))
+    play(aide_settings(Path(folder), "killed"), Model(kill_at=7))
+
+
+def test_a_killed_search_goes_on_as_if_nothing_had_been(tree, forks, tmp_path):
+    forks.start("import sys, test_scaffolds; test_scaffolds.killed(sys.argv[1])", tmp_path)
+    (status, said), = forks.end()
+    assert status == -signal.SIGKILL, said
+    cfg = aide_settings(tmp_path, "killed")
+    assert len(steps_of(cfg)) == 7
+    model = Model()
+    play(cfg, model)
+    assert lines_without_clocks(cfg) == lines_without_clocks(tree[0])
+    assert len(model.prompts) == 3 + 2      # three nodes, of which two ran and were reviewed
+
+
+def test_a_script_that_prints_better_than_it_predicts_is_believed_and_graded(tmp_path, task):
+    cfg = aide_settings(tmp_path, steps=2)
+    results = play(cfg, Model([solution(9), WILD]))
+    (played,) = results["tasks"]["tiny-task"]["trajectories"]
+    assert (played["best-validation"], played["oracle"]) == (89.0, 1.0)
+    assert "89.0000" in text_of(results)
+
+
+def test_of_equal_scores_the_first_counts_and_no_starter_is_a_candidate(tmp_path, task):
+    cfg = aide_settings(tmp_path, steps=3)
+    results = play(cfg, Model([solution(2, printed=9), solution(1, printed=8), solution(0, printed=8)]))
+    assert results["tasks"]["tiny-task"]["printed"] == 6.5      # of the starter, which is better
+    assert results["tasks"]["tiny-task"]["trajectories"][0]["best-validation"] == 9.0
+
+
+def test_where_no_node_works_the_trajectory_has_failed(tmp_path, task):
+    cfg = aide_settings(tmp_path, steps=6)
+    results = play(cfg, Model([BROKEN] * 6))
+    assert {step["action"] for step in steps_of(cfg)} == {"Draft", "Debug"} or steps_of(cfg)[-1]["action"] == "Draft"
+    (played,) = results["tasks"]["tiny-task"]["trajectories"]
+    assert played["best-validation"] is None
+    figures = results["tasks"]["tiny-task"]["figures"]["best-validation"]
+    assert (figures["average"], figures["failed"]) == (7.0, 1)
+
+
+def test_what_the_reviewer_says_of_the_direction_changes_nothing(tree, tmp_path):
+    def flipped(output):
+        return Model().review(output).replace('"lower_is_better": true', '"lower_is_better": false')
+    cfg = aide_settings(tmp_path, "flipped")
+    play(cfg, Model(review=flipped))
+    flipped, straight = steps_of(cfg), tree[2]
+    assert {step["node"].get("lower_is_better") for step in flipped} == {False, None}
+    assert [step["node"] | {"lower_is_better": 0} for step in flipped] == [
+        step["node"] | {"lower_is_better": 0} for step in straight]
+
+
+@pytest.mark.parametrize("review, coder, num_reviews, node", [
+    (lambda output: "I have no idea.", "model", 3, {"metric": 0.5, "buggy": False, "review": "script"}),
+    (None, "none", 0, {"metric": 0.5, "buggy": False, "review": "script"}),
+    (lambda output: '{"is_bug": true, "metric": 0.5}', "model", 1, {"metric": 0.5, "buggy": True, "review": "model"}),
+    (lambda output: '{"is_bug": false, "metric": null}', "model", 1, {"metric": None, "buggy": True}),
+    (lambda output: '{"is_bug": false, "metric": 0.125}', "model", 1, {"metric": 0.125, "is_printed": False})])
+def test_a_verdict_or_none(review, coder, num_reviews, node, tmp_path, task):
+    cfg = aide_settings(tmp_path, steps=1, coder=coder)
+    model = Model([solution(9)], review)
+    play(cfg, model)
+    (step,) = steps_of(cfg)
+    assert len(set(model.review_seeds)) == num_reviews      # each of them may come out differently
+    assert {name: step["node"][name] for name in node} == node
+    assert len(step["coder"]) == num_reviews
+    assert env.replay(file_of(cfg, 0), data=cfg.data) == 0
+
+
+def test_the_setting_of_mle_bench_always_debugs(tmp_path, task):
+    cfg = aide_settings(tmp_path, search="mle-bench", steps=9)
+    play(cfg, Model([BROKEN] * 9))
+    assert [step["action"] for step in steps_of(cfg)] == ["Draft"] * 5 + ["Debug"] * 4
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"parent": 6}, "names as its parent a later step"), ({"best": 7}, "names as its best a later step"),
+    ({"metric": "1"}, "expected a finite number"), ({"buggy": 1}, "expected true or false")])
+def test_a_tree_of_others_is_checked(change, words, tree):
+    cfg, model, steps = tree
+    path = file_of(cfg, 0)
+    lines = path.read_text().splitlines()
+    line = json.loads(lines[7])     # of step 6
+    line["node"] |= change
+    path.write_text("\n".join([*lines[:7], json.dumps(line), *lines[8:], ""]))
+    with pytest.raises(ValueError, match=words):
+        env.read_record(path)
+
+
+def test_it_is_neither_trained_on_nor_a_start_of_training(tmp_path, task):
+    add_task(task.parent, "learned-task", 10, "held-in", STARTER)
+    cfg = aide_settings(tmp_path, steps=1, task="learned-task")
+    play(cfg, Model([solution(9)], task="learned-task"))
+    folder = Path(cfg.out, "trajectories")
+    with pytest.raises(ValueError, match="of the scaffold aide"):
+        conversations.read_conversations(folder, cfg.data, log=lambda line: None)
+    training = SimpleNamespace(trajectories=folder, data=cfg.data, task="all")
+    with pytest.raises(ValueError, match="of the scaffold aide"):
+        pool.load_pool(training, Tokenizer.of_bytes())
+
+
+def test_settings_that_do_not_go_together(capsys):
+    for flags, words in [(["--scaffold", "aide"], "needs a --model"), (["--search", "mle", "--model", "x"], "must be"),
+                         (["--scaffold", "tree", "--model", "x"], "must be")]:
+        with pytest.raises(SystemExit):
+            cli.parse(evaluation.Settings, flags, evaluation.fill)
+        assert words in capsys.readouterr().err
+    flags = ["--scaffold", "aide", "--model", "x", "--temperature", "0.1"]
+    cfg = cli.parse(evaluation.Settings, flags, evaluation.fill)
+    assert (cfg.temperature, cfg.max_new_tokens, cfg.search) == (0.1, 4096, "aide")
+
+
+def test_the_preview_of_the_data_by_hand(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(31):
+        (tmp_path / "images" / f"{i:02}.png").write_bytes(b"0123")
+    rows = "".join(f"{i},{i / 4},{'yes' if i % 3 else ''},{i % 2 == 0},word {i}\n" for i in range(12))
+    (tmp_path / "train.csv").write_text("id,x,y,flag,text\n" + rows)
+    (tmp_path / "notes.txt").write_text("Read me.\n")
+    assert aide.preview(tmp_path) == """\
+data/
+  notes.txt (1 lines)
+  train.csv (13 lines)
+data/images/
+  00.png (4 bytes)
+  01.png (4 bytes)
+  02.png (4 bytes)
+  03.png (4 bytes)
+  ... and 27 other files
+
+data/notes.txt:
+Read me.
+
+
+data/train.csv has 12 rows and 5 columns.
+- id: from 0 to 11
+- x: from 0 to 2.75
+- y: values yes, 4 blank
+- flag: True in 50.0%
+- text: 12 values, such as 'word 0', 'word 1', 'word 2', 'word 3'"""
+    wide = ",".join(f"column{i}" for i in range(400))
+    (tmp_path / "wide.csv").write_text(f"{wide}\n{wide}\n")
+    text = aide.preview(tmp_path)
+    assert len(text) <= 6000 and "data/wide.csv has 1 rows and 400 columns. The first: column0, column1," in text
+    assert "column15" not in text and "from 0 to 11" not in text
+
+
+@needs_node
+def test_the_report_draws_the_tree(tree):
+    page = drawn(Path(tree[0].out, "report.html"), "#tiny-task-0-7")
+    (svg,) = page.all("svg", class_="tree")
+    links = page.all("a", svg)
+    assert [link.attributes["href"] for link in links] == [f"#tiny-task-0-{i}" for i in range(10)]
+    assert page.texts("title", links[7]) == ["step 7: Improve, works, reported 0.2500, graded 0.7500"]
+    places = []
+    for link in links:
+        circle = page.all("circle", link)[0]
+        places.append([float(circle.attributes[name]) for name in ("cx", "cy")])
+    assert [page.all("circle", link)[0].attributes["class"] for link in links] == [
+        "dot k0" if i in (1, 3, 4, 8) else "dot k4" for i in range(10)]
+    assert [len(page.all("circle", link, class_="best")) for link in links] == [0] * 7 + [1, 0, 0]
+    edges = page.points(svg, class_="zero")
+    assert sorted(edges) == sorted([*places[parent], *places[child]]
+                                   for parent, child in ((2, 5), (5, 6), (5, 7), (7, 8), (1, 9)))
+    assert len({tuple(place) for place in places}) == 10
+    assert page.texts("text", svg)[-2:] == ["9", "2.5000"]
+    first = page.all("section", id="tiny-task-0-0")[0]
+    script = page.all("details", first, class_="diff")[0]
+    assert page.texts("summary", script) == ["Script"] and len(page.texts("span", script, class_="add")) == 2
+
+
+def test_runs_of_different_scaffolds_stand_side_by_side(tree, tmp_path):
+    ours = settings(tmp_path, "ours", trajectories=1)
+    play(ours, Scripted())
+    path = evaluation.compare(settings(tmp_path, "new", model="", task="", compare=(tree[0].out, ours.out)))
+    rows = re.findall('"average": "([^"]*)"', path.read_text())
+    assert rows == ["0.7500", "1.0000"]
+    assert "Scaffold: aide" in path.read_text() and "Scaffold: ml-agent" in path.read_text()
+
+
+# ---- MLAgentBench's loop
+
+HEAD = "Reflection: none\nResearch Plan and Status: **1. edit**\nFact Check: none\nThought: do it\n"
+EDIT = {"script_name": "train.py", "edit_instruction": "Set it.", "save_name": "train.py"}
+
+
+def said(action, source):
+    return f"{HEAD}Action: {action}\nAction Input: {source}"
+
+
+LIST = said("List Files", '{"dir_path": "."}')
+EXECUTE = said("Execute Script", '{"script_name": "train.py"}')
+FINAL = said("Final Answer", '{"final_answer": "done"}')
+NO_INPUT = said("Execute Script", "no json")
+
+
+class Assistant:
+    """Follows a list of replies, whichever seed is asked for; as a coder it writes the scripts of another list."""
+    context = 16_384
+
+    def __init__(self, replies, scripts=()):
+        self.replies = list(replies)
+        self.scripts = list(scripts)
+        self.prompts = []
+        self.questions = []
+
+    def chat(self, messages, *, stop, **options):
+        if "You are a helpful research assistant" not in messages[0]["content"]:
+            self.questions.append(messages[0]["content"])
+            text = self.scripts.pop(0)
+        else:
+            assert stop == ("Observation:",)
+            self.prompts.append(messages[0]["content"])
+            text = self.replies.pop(0)
+        return endpoint.Completion(text, [1, 2, 3], [0.0] * 3, "stop", 100, 50, 0.01)
+
+
+def loop(tmp_path, replies, scripts=(), **more):
+    """Plays these replies: (settings, the model, the steps)."""
+    more = {"scaffold": "mlagentbench", "trajectories": 1, "coder": "model", "final": "last-valid",
+            "actions": tuple(mlagentbench.TOOLS), **more}
+    cfg = settings(tmp_path, **more)
+    model = Assistant(replies, scripts)
+    play(cfg, model)
+    assert env.replay(file_of(cfg, 0), data=cfg.data) == 0
+    return cfg, model, steps_of(cfg)
+
+
+ASKED_AGAIN = "it is asked for again"
+ERROR = "the step shows an error"
+
+
+@pytest.mark.parametrize("reply, expected", [
+    (said("Execute Script", '\n```json\n{"script_name": "a"}\n```'), {"script_name": "a"}),
+    (said("Execute Script", '{"script_name": "a"}\nNow I wait.'), {"script_name": "a"}),
+    (said("Execute Script", '{"script_name": "a"}\nObservation: it ran\n') + FINAL, {"script_name": "a"}),
+    (EXECUTE.replace("\n", " "), {"script_name": "train.py"}),
+    (said("Execute Script", '{"script_name": "a",}'), {"script_name": "a\","}),
+    (said("Inspect Script Lines", '{"script_name": "a", "start_line_number": 1, "end_line_number": "2"}'),
+     {"script_name": "a", "start_line_number": "1", "end_line_number": "2"}),
+    (said("Edit Script (AI)", '{"script_name": "a", "edit_instruction": "1.\n2.", "save_name": "b"}'),
+     {"script_name": "a", "edit_instruction": "1.\n2.", "save_name": "b"}),
+    (said("Edit Script (AI)", '{"script_name": "a", "edit_instruction": """Set it\nto 5.""", "save_name": "b"}'),
+     {"script_name": "a", "edit_instruction": "Set it\\nto 5.", "save_name": "b"}),
+    (said("Edit Script (AI)", '{"script_name": "a", "edit_instruction": "Print "yes" now.", "save_name": "b"}'),
+     {"script_name": "a", "edit_instruction": 'Print "yes" now.', "save_name": "b"}),
+    (said("Edit Script (AI)", '{"script_name": "a", "edit_instruction": "Match \\d+.", "save_name": "b"}'),
+     {"script_name": "a", "edit_instruction": "Match \\d+.", "save_name": "b"}),
+    (FINAL + "\n" + EXECUTE, {"script_name": "train.py"}),      # of repeated headers the last
+    (EXECUTE.replace("Fact Check: none\n", ""), ASKED_AGAIN), (EXECUTE.replace("Action:", "action:"), ASKED_AGAIN),
+    (EXECUTE.replace("Action:", "**Action**:"), ASKED_AGAIN), (said("`Execute Script`", "{}"), ASKED_AGAIN),
+    (said("Execute Script.", '{"script_name": "a"}'), ASKED_AGAIN),
+    (said("Read File", '{"file_name": "a"}'), ASKED_AGAIN),
+    (said("Set Constant", '{"constant": "1", "value": "2"}'), ASKED_AGAIN), ("prose", ASKED_AGAIN), ("", ASKED_AGAIN),
+    (HEAD.replace("do it", "the Observation: said so") + "Action: List Files\nAction Input: {}", ASKED_AGAIN),
+    ("x" * 60_000 + EXECUTE, ASKED_AGAIN), (said("Execute Script", "{'script_name': 'a'}"), ERROR),
+    (said("Edit Script (AI)", '{"script_name": "a", "edit_instruction": "b"}'), ERROR),
+    (said("Final Answer", "I am done."), ERROR), (said("Execute Script", "[" * 40_000), ERROR), (NO_INPUT, ERROR)])
+def test_what_is_read_asked_for_again_or_an_error(reply, expected, loop_env):
+    fields, action, args, error = loop_env.read(reply)
+    if expected == ASKED_AGAIN:
+        assert action is None and not loop_env.is_readable(reply)
+    elif expected == ERROR:
+        assert error.startswith("ActionInputParsingError") and loop_env.is_readable(reply)
+    else:
+        assert (args, error) == (expected, "")
+
+
+@pytest.fixture
+def loop_env(tmp_path, task):
+    cfg = settings(tmp_path)
+    tasks.prepare("tiny-task", data=cfg.data, log=lambda line: None)
+    return mlagentbench.Env("tiny-task", cfg.data, out=tmp_path / "out", actions=tuple(mlagentbench.TOOLS),
+                            coder=lambda messages: "")
+
+
+def test_reading_takes_linear_time(loop_env):
+    for text in ('"script_name":' * 3000, '",' * 20_000, "{" * 40_000, "Action:" * 7000, "\\" * 40_000):
+        assert loop_env.read(said("Execute Script", text)[:50_000])
+
+
+def test_five_replies_are_free_and_then_the_run_ends(tmp_path, task):
+    cfg, model, steps = loop(tmp_path, ["x"] * 4 + [EXECUTE] + ["y"] * 5)
+    assert [step["action"] for step in steps] == ["Execute Script", None]
+    assert steps[0]["dropped"] == ["x"] * 4
+    assert [prompt.count("not in the right form") for prompt in model.prompts] == [0, 1, 2, 3, 4] * 2
+    assert steps[1]["ended"] == "no valid reply"
+    results = json.loads(Path(cfg.out, "results.json").read_text())
+    assert results["tasks"]["tiny-task"]["trajectories"][0]["last-valid"] == 7.0
+
+
+def test_the_last_three_steps_are_shown_and_errors_are_forgotten(tmp_path, task):
+    cfg, model, steps = loop(tmp_path, [NO_INPUT, NO_INPUT, LIST, EXECUTE, LIST, LIST, NO_INPUT, FINAL], steps=6)
+    shown = [re.findall("Assistant:\n.*?Action:  ([^\n]*)", prompt, re.S) for prompt in model.prompts]
+    assert shown == [
+        [], ["Execute Script"], ["Execute Script"] * 2, ["List Files"], ["List Files", "Execute Script"],
+        ["List Files", "Execute Script", "List Files"], ["Execute Script", "List Files", "List Files"],
+        ["List Files", "List Files", "Execute Script"]]
+    assert [prompt.count("ActionInputParsingError: ") for prompt in model.prompts] == [0, 1, 2, 0, 0, 0, 0, 1]
+    assert len(steps) == 8 and steps[-1]["ended"] == "final answer"       # three of them did not count
+    assert "validation MAE: 6.5" in model.prompts[4]
+    assert "**" not in re.search("Assistant:.*", model.prompts[4], re.S)[0]
+    assert "steps and" not in "".join(model.prompts)
+
+
+def test_an_edit_runs_nothing_and_the_last_executed_script_counts(tmp_path, task):
+    edit = said("Edit Script (AI)", json.dumps(EDIT))
+    scripts = [f"```python\n{STARTER.replace('VALUE = 3', f'VALUE = {value}')}```\n" for value in (8, 9)]
+    undo = said("Undo Edit Script", '{"script_name": "train.py"}')
+    cfg, model, steps = loop(tmp_path, [edit, EXECUTE, edit, undo, FINAL], scripts)
+    assert [step["score"] for step in steps] == [None, 2.0, None, None, None]
+    assert [step["outcome"] for step in steps] == [None, "ok", None, None, None]
+    assert "+VALUE = 8" in steps[0]["observation"] and "run" not in steps[0]["observation"]
+    assert steps[1]["observation"] == "The script has been executed. Here is the output:\nvalidation MAE: 1.5\n"
+    assert steps[3]["observation"].endswith(STARTER.replace("VALUE = 3", "VALUE = 8"))
+    results = json.loads(Path(cfg.out, "results.json").read_text())
+    assert results["tasks"]["tiny-task"]["trajectories"][0]["last-valid"] == 2.0
+    assert "Scaffold: mlagentbench" in text_of(results)
+
+
+def test_a_script_that_fails_shows_its_errors_alone(tmp_path, task):
+    new = said("Edit Script (AI)", json.dumps(EDIT | {"script_name": "new.py", "save_name": "new.py"}))
+    script = "```python\nprint('before')\nprint(1 / 0)\n```\n"
+    run = said("Execute Script", '{"script_name": "new.py"}')
+    look = said("Inspect Script Lines", '{"script_name": "new.py", "start_line_number": 1, "end_line_number": 102}')
+    absent = said("List Files", '{"dir_path": "no"}')
+    cfg, model, steps = loop(tmp_path, [new, run, look, absent, FINAL], [script])
+    assert "before" not in steps[1]["observation"] and "ZeroDivisionError" in steps[1]["observation"]
+    assert steps[2]["observation"].startswith("EnvError: At most 100 lines")
+    assert steps[3]["observation"].startswith("EnvError: There is no folder")
+
+
+def test_a_long_observation_is_summarised_by_the_coder(tmp_path, task):
+    long = 'print("a" * 15_000)\n' + STARTER
+    edit = said("Edit Script (AI)", json.dumps(EDIT))
+    cfg, model, steps = loop(tmp_path, [edit, EXECUTE, FINAL],
+                             [f"```python\n{long}```\n", "first part", "second part", "It printed a lot."])
+    assert steps[1]["observation"] == "It printed a lot." and "It printed a lot." in model.prompts[2]
+    assert "first part" in model.questions[-1] and "second part" in model.questions[-1]
+
+
+def test_the_prompt_has_the_parts_of_the_original(tmp_path, task):
+    cfg, model, steps = loop(tmp_path, [FINAL])
+    prompt = model.prompts[0]
+    assert re.findall("^- ([A-Z][A-Za-z ()]+):$", prompt, re.M) == [
+        "List Files", "Copy File", "Undo Edit Script", "Execute Script", "Final Answer", "Understand File",
+        "Inspect Script Lines", "Edit Script (AI)"]
+    rules = prompt.split("do not forget them:")[1].split("Always answer")[0]
+    assert len(re.findall("^- ", rules, re.M)) == 9
+    form = prompt.split("in exactly this form:")[1]
+    assert [line.partition(":")[0] for line in form.strip().splitlines()[:7]] == [*env.FIELDS, "Observation"]
+    assert "Predict y." in prompt and "lower is better" not in prompt and "min left" not in prompt
+    assert "Now let's start!" in prompt
+
+
+def test_it_needs_a_coder_and_its_own_actions(tmp_path):
+    right = {"scaffold": "mlagentbench", "coder": "model", "actions": tuple(mlagentbench.TOOLS)}
+    settings(tmp_path, **right)
+    for wrong in ({"coder": "none"}, {"actions": ("Set Constant", "Final Answer")}):
+        with pytest.raises(ValueError, match="needs a --coder, and --actions among"):
+            settings(tmp_path, **right | wrong)
+
+
+@pytest.mark.parametrize("scaffold, ended, num_steps", [("aide", "no reply", 4), ("mlagentbench", "no valid reply", 2)])
+def test_a_server_that_gives_no_replies_ends_one_trajectory(scaffold, ended, num_steps, tmp_path, task):
+    """The first reply is one; then nothing comes. It is asked for again as any reply that cannot be read."""
+    class Silent(Model):
+        def chat(self, messages, **options):
+            if '"is_bug"' in messages[0]["content"] or not self.prompts:
+                said = super().chat(messages, **options)
+                said.text = said.text if scaffold == "aide" else LIST
+                return said
+            return endpoint.Completion("", [], [], "stop", 100, num_tokens=7, no_reply="it refused")
+    more = {} if scaffold == "aide" else {"actions": tuple(mlagentbench.TOOLS)}
+    cfg = aide_settings(tmp_path, scaffold=scaffold, **more)
+    results = play(cfg, Silent())
+    assert results["tasks"]["tiny-task"]["trajectories"][0]["ended"] == ended
+    steps = steps_of(cfg)
+    assert len(steps) == num_steps
+    num_tries = {"aide": 3, "mlagentbench": 5}[scaffold]
+    assert steps[-1]["tokens"] == 7 * num_tries and steps[-1]["no_reply"] == "it refused"
+    assert env.replay(file_of(cfg, 0), data=cfg.data) == 0
