@@ -13,7 +13,7 @@ run continues exactly with the same command.
 import contextlib, json, math, random, sys, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -72,8 +72,6 @@ class Settings(cli.TaskSettings):
     iterations: int = 40  # rollouts, each followed by --epochs passes of updates
     states: int = 32  # of an iteration, over all processes; with --rollout episode: starts of trajectories
     samples: int = 4  # actions sampled in each state
-    horizon: int = 1  # actions that count, with --rollout step: of 2 or more, what the policy does next counts with the
-        # sampled one, so that an edit that is taken back costs nothing
     steps: int = 15  # replies of a trajectory, with --rollout episode
     advantage: str = "gae"  # gae: against a critic's values; rloo, grpo: against the state's other actions
     epochs: int = 1  # passes over an iteration's actions
@@ -98,7 +96,7 @@ class Settings(cli.TaskSettings):
         super().__post_init__()
         cli.check_choices(self, rollout=("step", "episode"), advantage=tuple(ADVANTAGES),
                           coder=("auto", "none", "model"), dtype=("auto", "float32", "bfloat16"))
-        cli.check_positive(self, "iterations", "states", "samples", "horizon", "steps", "epochs", "minibatches",
+        cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches",
                            "temperature", "max_batch", "max_row_tokens", "save_every", "gpus")
         if self.validate_every < 0:
             raise ValueError(f"--validate-every must be at least 0, found {self.validate_every}")
@@ -135,17 +133,11 @@ class Transition:
     tokens: list        # token ids of the action, with the end of turn
     logp_sampler: list  # their log-probs when they were sampled
     step: dict          # env.Step as a dict
-    next_rewards: list = field(default_factory=list)    # of what the policy did next, with --horizon above 1
     advantage: float | None = None      # the mean over its tokens; None where it is not learned from
 
     @property
     def reward(self):
         return self.step["reward"]
-
-    @property
-    def total_reward(self):
-        """With that of the actions after it, of which 0.5 is nothing."""
-        return self.reward + sum(reward - 0.5 for reward in self.next_rewards)
 
     @property
     def example(self):
@@ -213,7 +205,7 @@ class RolloutWorker:
         per_rank = math.ceil(len(names) / self.world_size)
         starts = list(enumerate(names))[self.rank * per_rank:(self.rank + 1) * per_rank]
         futures = self.submit_actions(starts, "validation")
-        transitions = gather([future.result()[1] for future in futures])
+        transitions = gather([future.result() for future in futures])
         return fmean(transition.reward for transition in transitions) if transitions else None
 
     def fits(self, name):
@@ -245,13 +237,9 @@ class RolloutWorker:
         else:
             futures = self.submit_actions(starts, iteration)
         sampled = time.monotonic()
-        results = [future.result() for future in futures]
+        own = [future.result() for future in futures]
         if self.cfg.rollout == "episode":
-            own = [transition for episode in results for transition in episode]
-        else:
-            own = [transition for _, transition in results]
-            for number in range(1, self.cfg.horizon):
-                self.play_next(results, iteration, number)
+            own = [transition for episode in own for transition in episode]
         transitions = gather(own)
         executed = time.monotonic()
         if not self.cfg.has_critic:     # prefer states whose actions earned different rewards
@@ -268,7 +256,7 @@ class RolloutWorker:
 
     def submit_actions(self, starts, iteration):
         """Samples actions in these states, [(number, name)], and has each carried out at once. Returns, when all are
-        sampled, the futures of (Env, Transition) in order."""
+        sampled, the futures of the Transitions in order."""
         futures = {}
 
         def on_reply(i, j, reply):
@@ -282,27 +270,7 @@ class RolloutWorker:
 
     def execute_action(self, name, group, number, reply):
         env, prompt = self.begin(name)
-        return env, self.act(env, prompt, reply, name, group, number)
-
-    def play_next(self, results, iteration, number):
-        """Has the policy act once more in every Env of [(Env, Transition)] that goes on, and adds the reward to the
-        Transition. number: of the action, 1 for the first after the sampled one."""
-        going = []
-        prompts = []
-        for env, transition in results:
-            prompt = self.engine.tokenizer.chat(env.prompt())
-            if not env.done and len(prompt) + self.cfg.max_new_tokens <= self.engine.context:
-                going.append((env, transition))
-                prompts.append(prompt)
-        first = zlib.crc32(f"{self.cfg.seed} {iteration} {number}".encode())
-        seeds = [first + transition.episode_id for _, transition in going]
-        futures = []
-
-        def on_reply(i, j, reply):
-            futures.append((going[i][1], self.threads.submit(going[i][0].step, reply.text)))
-        self.engine.generate(prompts, seed=seeds, on_completion=on_reply, **self.options)
-        for transition, future in futures:
-            transition.next_rewards.append(future.result().reward)
+        return self.act(env, prompt, reply, name, group, number)
 
     def act(self, env, prompt, reply, name, group, number):
         """Returns the Transition of an action: it is carried out, its script is run and graded, and it is rewarded."""
@@ -364,10 +332,10 @@ def gather(values):
 
 
 def group_rewards(transitions):
-    """Returns {group: the total rewards of its actions}."""
+    """Returns {group: the rewards of its actions}."""
     rewards = {}
     for transition in transitions:
-        rewards.setdefault(transition.group, []).append(transition.total_reward)
+        rewards.setdefault(transition.group, []).append(transition.reward)
     return rewards
 
 
@@ -380,7 +348,7 @@ def token_rewards(transitions, logp_old, logp_ref, kl):
     if logp_ref:
         rewards = [kl * (ref - old) for ref, old in zip(logp_ref, logp_old)]
     for reward, transition in zip(rewards, transitions):
-        reward[-1] += transition.total_reward
+        reward[-1] += transition.reward
     return rewards
 
 
@@ -813,8 +781,7 @@ def report(cfg, stats, transitions):
     append_lines(Path(cfg.out, "log.jsonl"), [stats])
     append_lines(Path(cfg.out, "samples.jsonl"), [
         {"iteration": stats["iteration"], "state": transition.state, "reply": transition.step["reply"],
-         "kind": transition.step["kind"], "reward": transition.reward, "next_rewards": transition.next_rewards,
-         "advantage": transition.advantage}
+         "kind": transition.step["kind"], "reward": transition.reward, "advantage": transition.advantage}
         for transition in transitions])
     names = ("reward", "reward_edits", "valid", "kl", "entropy", "clip_fraction", "explained_variance", "logp_diff_max")
     numbers = [f"{name} {stats[name]:.3g}" for name in names if stats.get(name) is not None]

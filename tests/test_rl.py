@@ -275,17 +275,6 @@ def by_hand(advantage):
     return [a.tolist() for a in rl.ADVANTAGES[advantage](samples, rewards, None, 1.0)]
 
 
-def test_what_is_done_next_counts_by_hand():
-    """A next action that earns 0.5 changes nothing: 0.25 + 0.5 + 0 - 0.25 = 0.5. The reward stands at the last token."""
-    one = sample_of([1], [2, 3], 0.25)
-    other = sample_of([1], [2], 0.75)
-    one.next_rewards = [1.0, 0.5, 0.25]
-    assert (one.reward, one.total_reward, other.total_reward) == (0.25, 0.5, 0.75)
-    assert rl.group_rewards([one, other]) == {0: [0.5, 0.75]}
-    rewards = rl.token_rewards([one, other], [torch.zeros(2), torch.zeros(1)], None, 0.1)
-    assert [reward.tolist() for reward in rewards] == [[0, 0.5], [0.75]]
-
-
 def test_rloo_by_hand():
     """The returns are 0.75, 0.5 and 0, and 0.25 and 0.75. The baselines are the means of the others: 0.25, 0.375 and
     0.625 in the first state, 0.75 and 0.25 in the second."""
@@ -748,7 +737,7 @@ def test_values_of_whole_trajectories_may_move_as_far_as_their_returns_are_large
     {"rollout": "steps"}, {"advantage": "best"}, {"sandbox": "maybe"}, {"dtype": "float64"}, {"iterations": 0},
     {"samples": 0}, {"epochs": 0}, {"temperature": 0.0}, {"max_new_tokens": 0}, {"max_row_tokens": 0}, {"kl": -0.1},
     {"minibatches": 4, "states": 3}, {"advantage": "rloo", "samples": 1}, {"advantage": "grpo", "samples": 1},
-    {"advantage": "rloo", "rollout": "episode"}, {"horizon": 0}, {"lr": -1e-6}, {"critic_lr": float("nan")}, {"clip_low": 1.5},
+    {"advantage": "rloo", "rollout": "episode"}, {"lr": -1e-6}, {"critic_lr": float("nan")}, {"clip_low": 1.5},
     {"clip_high": -0.1}, {"coder": "runs/other"}, {"lam": -0.1}, {"lam": 1.1},
     {"context": 1024, "max_new_tokens": 1024}])
 def test_settings_that_make_no_sense_are_refused_by_name(bad):
