@@ -21,7 +21,7 @@ To add an action, write an entry in ACTIONS and a method of Env with the action'
 Only the miniature's agent has a list of actions of its own (support/miniature.py); any other has those of --actions, by
 default all.
 """
-import dataclasses, difflib, functools, hashlib, json, math, os, re, sys, tempfile, time, zlib
+import dataclasses, difflib, functools, hashlib, io, json, math, os, re, sys, tempfile, time, tokenize, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -49,11 +49,12 @@ OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the 
     "disk full": ("limit", "Write less to disk."),  # also a file above the size limit, or too much left behind
 }
 FIELDS = ("Reflection", "Research Plan and Status", "Fact Check", "Thought", "Action", "Action Input")
-PROMPTS = ("full", "short")             # how a state is shown to the policy, see prompt_of
+PROMPTS = ("full", "medium", "short")   # how a state is shown to the policy, see Env.prompt
 MAX_REPLY = 50_000                      # characters of a reply; a longer one is refused unread
 MAX_OBSERVATION = 5_000                 # characters, about 1,500 tokens
 OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # characters of a file or an output inside an observation
 NUMBER = r"(?:0|[1-9]\d{0,14})(?:\.\d{0,15})?(?:[eE][-+]?\d{1,2})?"     # as a script writes it
+NAME = r"[A-Z][A-Z0-9_]{0,99}"          # of a constant
 MAX_LINES = 200                         # of one Inspect Script Lines
 MAX_LISTED = 100                        # names of one List Files
 MAX_READ = 10 << 20                     # bytes that an action looks at
@@ -61,7 +62,9 @@ MAX_SCRIPT = 1 << 20                    # bytes that an action may edit
 MAX_CODER = 20_000                      # characters that Understand File shows to the coder
 MAX_DIFF = 2_000                        # lines of two texts together that difflib compares, in 0.6 s at worst
 SHORT_CONSTANTS = 20                    # constants in a short prompt
-SHORT_NEWS = 100                        # characters of the news in a short prompt
+SHORT_NEWS = 100                        # characters of the news in a short prompt, and of a try in a medium one
+NUM_TRIES = 6                           # in a medium prompt
+SCRIPT_ROOM = 1_500                     # characters of the script in a medium prompt, about 420 tokens
 FACTORS = ("*2", "/2", "*5", "/5")      # that a short prompt offers to multiply a constant with
 NUMBERS = ("0.1", "0.01")               # that it offers in place of 0.0, which no factor changes
 LEARNED_SEEDS = (1, 2, 3)   # of the miniatures that are learned from; what is reported is measured on seed 0
@@ -176,8 +179,33 @@ SHORT = """{metric}, {better} is better, {steps_left} steps left
 Best: {best}
 {constants}
 Last: {news}"""
+MEDIUM_SYSTEM = """You improve a Python script that trains a model. Each of your replies makes one change or uses one \
+other tool, in exactly this form:
+{entries}
+
+Tools, each with an example of its Action Input:
+{tools}
+
+After a change the script runs, and you see the score that it printed. Undo a change that is no better, then try \
+something else."""
+MEDIUM = """The score is {metric}; {better} is better. {steps_left} steps left. Best score: {best}.
+Tries so far:
+{tries}
+
+{entry} now:
+```python
+{script}
+```
+Reply with {fields}."""
+MEDIUM_EXPLAIN = EXPLAIN | {"Thought": "one short sentence", "Action": "one tool", "Action Input": "its JSON"}
+MEDIUM_ARGS = {     # what a small model takes for the form is what it is shown
+    "Set Constant": {"constant": "NAME", "value": "10"},
+    "Replace In Script": {"script_name": "train.py", "find": "old line", "replace": "new line"},
+    "Undo Edit Script": {"script_name": "train.py"},
+    "Execute Script": {"script_name": "train.py"},
+    "Final Answer": {"final_answer": "done"}}
 NOTHING = {     # what is seen at the start, see Step
-    "news": "nothing", "change": {}, "best_printed": None, "best_script": None, "tried": []}
+    "news": "nothing", "change": {}, "best_printed": None, "best_script": None, "tried": [], "tries": []}
 
 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
@@ -198,9 +226,6 @@ def short_prompt(task, seen, script, is_best, steps_left):
     """Returns the one message that a small model is shown: the best score that a run has printed, the numbered
     constants of the entry script, each with the changes that are still to be tried, and what the last step brought.
     seen: see NOTHING; is_best: whether that score is of this script."""
-    best = "none"
-    if seen["best_printed"] is not None:
-        best = f"{seen['best_printed']:.5g}, by {'this' if is_best else 'an earlier'} script"
     offered = {}        # number of a constant -> values
     for number, value in untried(script, seen["tried"]):
         offered.setdefault(number, []).append(value)
@@ -208,14 +233,38 @@ def short_prompt(task, seen, script, is_best, steps_left):
     for number, (name, text, *_) in enumerate(constants(script), 1):
         lines.append(" ".join([f"{number} {name} = {text}", *offered.get(number, [])]))
     content = SHORT.format(metric=task.metric, better=better_word(task), steps_left=steps_left, news=seen["news"],
-                           best=best, constants="\n".join(lines[:SHORT_CONSTANTS]))
+                           best=best_text(seen, is_best), constants="\n".join(lines[:SHORT_CONSTANTS]))
     return [{"role": "user", "content": content}]
 
 
-def recorded_prompt(task, seen, snapshot, blobs, steps_left):
-    """Returns the short prompt of a state."""
+def medium_prompt(task, seen, script, is_best, steps_left, actions, fields):
+    """Returns the two messages that a model of some hundred million weights is shown: the tools, and the best score
+    that a run has printed, the last tries and the script, of which a long one is cut. See short_prompt."""
+    tools = [f"- {name} {json.dumps(MEDIUM_ARGS.get(name, ACTIONS[name].args))}" for name in actions]
+    entries = "\n".join(f"{name}: ({MEDIUM_EXPLAIN[name]})" for name in fields)
+    shown = script.rstrip("\n")
+    if len(shown) > SCRIPT_ROOM:
+        shown = shown[:SCRIPT_ROOM].rpartition("\n")[0] + "\n... (the rest is not shown)"
+    content = MEDIUM.format(metric=task.metric, better=better_word(task), steps_left=steps_left, entry=task.entry,
+                            best=best_text(seen, is_best), tries="\n".join(seen["tries"]) or "none", script=shown,
+                            fields=", ".join(fields))
+    return [{"role": "system", "content": MEDIUM_SYSTEM.format(entries=entries, tools="\n".join(tools))},
+            {"role": "user", "content": content}]
+
+
+def best_text(seen, is_best):
+    if seen["best_printed"] is None:
+        return "none"
+    return f"{seen['best_printed']:.5g}, by {'this' if is_best else 'an earlier'} script"
+
+
+def recorded_prompt(agent, task, seen, snapshot, blobs, steps_left):
+    """Returns the short or the medium prompt of a state. agent: {setting: value}, such as the header of a record."""
     sha = snapshot.get(task.entry)
-    return short_prompt(task, seen, script_text(blobs, sha), sha == seen["best_script"], steps_left)
+    about = task, seen, script_text(blobs, sha), sha == seen["best_script"], steps_left
+    if agent["prompt_format"] == "short":
+        return short_prompt(*about)
+    return medium_prompt(*about, agent["actions"], agent["fields"])
 
 
 def better_word(task):
@@ -292,7 +341,8 @@ def read_args(name, source):
         is_whole = key.endswith("line_number") or key == "constant"
         if is_whole and type(value) is int or key == "value" and type(value) in (int, float):
             args[key] = value = str(value)
-        if type(value) is not str or is_whole and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
+        is_name = key == "constant" and type(value) is str and re.fullmatch(NAME, value.strip())
+        if type(value) is not str or is_whole and not is_name and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
             kind = "a whole number" if is_whole else "a text in double quotes"
             raise InvalidAction(f'"{key}" must be {kind}; found {shorten(repr(value), 60)}.')
         if value != plain(value):
@@ -323,7 +373,7 @@ def script_text(blobs, sha):
 def constants(script):
     """Returns [(name, text of the number, start and end of that text)] of the numbered constants of a script: its lines
     `NAME = number` with at most a comment behind. How it is seeded and validated is not among them."""
-    line = rf"^([A-Z][A-Z0-9_]{{0,99}}) = ({NUMBER})(?=[ \t]{{0,99}}(?:#|$))"
+    line = rf"^({NAME}) = ({NUMBER})(?=[ \t]{{0,99}}(?:#|$))"
     found = []
     for match in re.finditer(line, script, re.MULTILINE):
         if "SEED" not in match[1] and "VALID" not in match[1]:
@@ -331,17 +381,27 @@ def constants(script):
     return found
 
 
+def find_constant(script, constant):
+    """Returns the number of a constant, from 1. constant: that number or its name, a text. InvalidAction: there is no
+    such constant."""
+    names = [name for name, *_ in constants(script)]
+    if not names:
+        raise InvalidAction("The script has no constant, a line such as EPOCHS = 5.")
+    constant = str(constant).strip()
+    if constant in names:
+        return names.index(constant) + 1
+    number = int(constant) if constant.isdecimal() else 0
+    if not 1 <= number <= len(names):
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names[:MAX_LISTED], 1))
+        raise InvalidAction(f"There is no constant {number if constant.isdecimal() else constant}; there is {listed}.")
+    return number
+
+
 def set_constant(script, constant, value):
-    """Returns the script with another value of a constant. constant: its number, a text; value: a number, or * or / and
+    """Returns the script with another value of a constant. constant: see find_constant; value: a number, or * or / and
     a factor, which keeps a whole number whole and at least 1, and others at 3 significant digits. InvalidAction: there
     is no such constant, or it would not change."""
-    found = constants(script)
-    if not found:
-        raise InvalidAction("The script has no constant, a line such as EPOCHS = 5.")
-    if not 1 <= int(constant) <= len(found):
-        listed = ", ".join(f"{number} {name}" for number, (name, *_) in enumerate(found[:MAX_LISTED], 1))
-        raise InvalidAction(f"There is no constant {int(constant)}; there is {listed}.")
-    name, before, start, end = found[int(constant) - 1]
+    name, before, start, end = constants(script)[find_constant(script, constant) - 1]
     return script[:start] + change_number(name, before, value) + script[end:]
 
 
@@ -363,6 +423,22 @@ def change_number(name, before, value):
     if float(after) == float(before):
         raise InvalidAction(f"{name} is {before} already.")
     return after
+
+
+def without_comments(script):
+    """Returns the text of a script without comments, docstrings and empty lines."""
+    lines = script.splitlines()
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(script).readline)
+              if token.type not in (tokenize.COMMENT, tokenize.NL)]
+    for before, token, after in zip([None, *tokens], tokens, tokens[1:]):
+        begins = before is None or before.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+        if token.type == tokenize.STRING and begins and after.type == tokenize.NEWLINE:
+            lines[token.start[0] - 1:token.end[0]] = [""] * (token.end[0] - token.start[0] + 1)
+    for token in tokenize.generate_tokens(io.StringIO(script).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "".join(f"{line.rstrip()}\n" for line in lines if line.strip())
 
 
 def changes(script):
@@ -456,8 +532,9 @@ class AgentSettings(cli.TaskSettings):
     """Settings of every program in which an agent acts."""
     actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the agent may do
     fields: tuple[str, ...] = FIELDS  # entries of a reply; a weak model does better with "Thought,Action,Action Input"
-    prompt_format: str = "full"  # what the model is shown of a state: full (the conversation), or short (one message:
-        # what the last step brought, the best score and the script's constants, for a model of a few million weights)
+    prompt_format: str = "full"  # what the model is shown of a state: full (the conversation), medium (the script without
+        # comments, the best score and the last tries, for some hundred million weights), or short (the script's
+        # constants, the best score and what the last step brought, for a few million)
     show_scores: bool = True  # after an edit the agent is told what the script now prints; without it, as in the paper,
         # it has to run the script to know
     steps: int = 15  # replies that a trajectory may have
@@ -537,6 +614,7 @@ class Step:
     best_printed: float | None = None   # the best score of the entry script that the agent was told, also by this step
     best_script: str | None = None  # sha256 of the script that printed it
     tried: list = field(default_factory=list)       # the Set Constants of that script that were no better
+    tries: list = field(default_factory=list)       # the last steps, a line each, for a medium prompt
     ended: str = ""                 # why the trajectory is over: "final answer", "steps", "time"; "" if it goes on
 
 
@@ -547,7 +625,7 @@ class Env:
     actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
     steps, seconds: limits of the trajectory; to wait for a free slot does not count. coder: callable(messages) -> str,
     a second model for the (AI) actions; its ValueError (a text that does not fit) goes to the agent, other errors to
-    the caller. prompt_format: what prompt() shows of a state, "full" or "short". show_scores: whether the observation
+    the caller. prompt_format: what prompt() shows of a state, one of PROMPTS. show_scores: whether the observation
     of an edit tells the score that its run printed. python, threads, sandbox: see execute. gpu: "0,1" gives each script
     one of these GPUs. cache: a ResultCache (default: one in out).
     """
@@ -579,7 +657,10 @@ class Env:
 
     def reset(self):
         """Goes back to the starter; returns the messages."""
-        starter = {self.task.entry: self.blobs.put(self.task.folder / self.task.entry)}
+        starter = self.task.folder / self.task.entry
+        if self.prompt_format == "medium":      # its script is shown as it is, so that it can be copied
+            starter = without_comments(self.task.starter).encode()
+        starter = {self.task.entry: self.blobs.put(starter)}
         problem = PROBLEM.format(task=self.task, limit=self.time_limit_s, problem=self.task.problem.strip(),
                                  steps=self.steps, minutes=self.seconds / 60, better=better_word(self.task))
         self.restore(starter, [{"role": "system", "content": system_prompt(self.actions, self.fields,
@@ -605,12 +686,13 @@ class Env:
         self.deadline = time.monotonic() + (self.seconds if seconds is None else seconds)
         self.seen = {name: seen[name] for name in NOTHING}
         self.ended = ""
+        self.change_text = ""
 
     def prompt(self):
         """Returns the chat messages that the policy is shown for its next reply."""
         if self.prompt_format == "full":
             return self.messages
-        return recorded_prompt(self.task, self.seen, self.files, self.blobs, self.steps - self.index)
+        return recorded_prompt(vars(self), self.task, self.seen, self.files, self.blobs, self.steps - self.index)
 
     @property
     def time_limit_s(self):
@@ -638,6 +720,7 @@ class Env:
 
         # 1. The reply becomes an action, and the action changes the workspace.
         step.fields, step.action, step.args, parse_error = parse(reply, self.fields, self.actions)
+        self.change_text = ""
         self.act(step, parse_error)
         self.index += 1
 
@@ -669,6 +752,10 @@ class Env:
             outcome = step.news or step.observation.partition("\n")[0]
             outcome = " ".join(outcome.split()).rstrip(".")
             self.seen["news"] = f"{outcome[:SHORT_NEWS]}, after {' '.join(name.split())[:SHORT_NEWS]}"
+            title = self.change_text or step.action
+            if step.action == "Replace In Script":
+                title = f"{title}, {' '.join(step.fields.get('Thought', '').split())[:SHORT_NEWS]}"
+            self.seen["tries"] = [*self.seen["tries"], f"{title}: {outcome[:SHORT_NEWS]}"][-NUM_TRIES:]
         for name in NOTHING:
             setattr(step, name, self.seen[name])
         step.snapshot = self.snapshot()
@@ -915,8 +1002,11 @@ class Env:
 
     def _set_constant(self, step, constant, value):
         before = self._text(self.task.entry, edit=True)[0]
+        number = find_constant(before, constant)
         after = set_constant(before, constant, value)
-        change = {"constant": constant, "value": value}
+        name, old_value, *_ = constants(before)[number - 1]
+        self.change_text = f"{name} = {old_value} -> {constants(after)[number - 1][1]}"
+        change = {"constant": str(number), "value": value}
         is_best = self.files[self.task.entry] == self.seen["best_script"]
         best = self.seen["best_printed"]
         if is_best and change in self.seen["tried"]:
