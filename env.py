@@ -64,7 +64,7 @@ MAX_DIFF = 2_000                        # lines of two texts together that diffl
 SHORT_CONSTANTS = 20                    # constants in a short prompt
 SHORT_NEWS = 100                        # characters of the news in a short prompt, and of a try in a medium one
 NUM_TRIES = 6                           # in a medium prompt
-SCRIPT_ROOM = 1_500                     # characters of the script in a medium prompt, about 420 tokens
+SCRIPT_ROOM = 1_350                     # characters of the script in a medium prompt, about 380 tokens
 FACTORS = ("*2", "/2", "*5", "/5")      # that a short prompt offers to multiply a constant with
 NUMBERS = ("0.1", "0.01")               # that it offers in place of 0.0, which no factor changes
 LEARNED_SEEDS = (1, 2, 3)   # of the miniatures that are learned from; what is reported is measured on seed 0
@@ -179,15 +179,12 @@ SHORT = """{metric}, {better} is better, {steps_left} steps left
 Best: {best}
 {constants}
 Last: {news}"""
-MEDIUM_SYSTEM = """You improve a Python script that trains a model. Each of your replies makes one change or uses one \
-other tool, in exactly this form:
-{entries}
+MEDIUM_SYSTEM = """You improve a script that trains a model. After a change it is run, and you are told the score that it \
+printed. Undo a change that is no better, then try something else.
 
-Tools, each with an example of its Action Input:
-{tools}
+Your tools, with examples of whole replies:
 
-After a change the script runs, and you see the score that it printed. Undo a change that is no better, then try \
-something else."""
+{examples}"""
 MEDIUM = """The score is {metric}; {better} is better. {steps_left} steps left. Best score: {best}.
 Tries so far:
 {tries}
@@ -196,14 +193,17 @@ Tries so far:
 ```python
 {script}
 ```
-Reply with {fields}."""
-MEDIUM_EXPLAIN = EXPLAIN | {"Thought": "one short sentence", "Action": "one tool", "Action Input": "its JSON"}
-MEDIUM_ARGS = {     # what a small model takes for the form is what it is shown
-    "Set Constant": {"constant": "NAME", "value": "10"},
-    "Replace In Script": {"script_name": "train.py", "find": "old line", "replace": "new line"},
-    "Undo Edit Script": {"script_name": "train.py"},
-    "Execute Script": {"script_name": "train.py"},
-    "Final Answer": {"final_answer": "done"}}
+Use one tool, with names and lines of this script, and reply in this form:
+{form}"""
+MEDIUM_FORM = EXPLAIN | {
+    "Thought": "(why, in one short sentence)", "Action": "(the name of the tool)", "Action Input": "(its JSON)"}
+MEDIUM_EXAMPLES = {     # the Thought and the Action Input: what a small model takes for the form is what it is shown
+    "Set Constant": ("Longer training may help.", {"constant": "EPOCHS", "value": "20"}),
+    "Replace In Script": ("The sizes are skewed, so I take logarithms.", {
+        "script_name": "train.py", "find": 'x = rows["size"]', "replace": 'x = np.log1p(rows["size"])'}),
+    "Undo Edit Script": ("The score got worse.", {"script_name": "train.py"}),
+    "Execute Script": ("I need the score to beat.", {"script_name": "train.py"}),
+    "Final Answer": ("Nothing is left to improve.", {"final_answer": "done"})}
 NOTHING = {     # what is seen at the start, see Step
     "news": "nothing", "change": {}, "best_printed": None, "best_script": None, "tried": [], "tries": []}
 
@@ -240,16 +240,24 @@ def short_prompt(task, seen, script, is_best, steps_left):
 def medium_prompt(task, seen, script, is_best, steps_left, actions, fields):
     """Returns the two messages that a model of some hundred million weights is shown: the tools, and the best score
     that a run has printed, the last tries and the script, of which a long one is cut. See short_prompt."""
-    tools = [f"- {name} {json.dumps(MEDIUM_ARGS.get(name, ACTIONS[name].args))}" for name in actions]
-    entries = "\n".join(f"{name}: ({MEDIUM_EXPLAIN[name]})" for name in fields)
-    shown = script.rstrip("\n")
-    if len(shown) > SCRIPT_ROOM:
-        shown = shown[:SCRIPT_ROOM].rpartition("\n")[0] + "\n... (the rest is not shown)"
+    examples = []
+    for name in actions:
+        thought, args = MEDIUM_EXAMPLES.get(name, ("I need this tool.", ACTIONS[name].args))
+        values = dict.fromkeys(fields, thought) | {"Action": name, "Action Input": json.dumps(args)}
+        examples.append("\n".join(f"{field}: {values[field]}" for field in fields))
+    shown = shown_script(script).rstrip("\n")
+    if shown != script.rstrip("\n"):
+        shown += "\n... (the rest is not shown)"
     content = MEDIUM.format(metric=task.metric, better=better_word(task), steps_left=steps_left, entry=task.entry,
                             best=best_text(seen, is_best), tries="\n".join(seen["tries"]) or "none", script=shown,
-                            fields=", ".join(fields))
-    return [{"role": "system", "content": MEDIUM_SYSTEM.format(entries=entries, tools="\n".join(tools))},
+                            form="\n".join(f"{field}: {MEDIUM_FORM[field]}" for field in fields))
+    return [{"role": "system", "content": MEDIUM_SYSTEM.format(examples="\n\n".join(examples))},
             {"role": "user", "content": content}]
+
+
+def shown_script(script):
+    """Returns what a medium prompt shows of a script: whole lines of its first SCRIPT_ROOM characters."""
+    return script if len(script) <= SCRIPT_ROOM else script[:SCRIPT_ROOM].rpartition("\n")[0]
 
 
 def best_text(seen, is_best):
