@@ -195,6 +195,9 @@ Tries so far:
 ```
 Use one tool, with names and lines of this script, and reply in this form:
 {form}"""
+MEDIUM_AGENT = {        # settings of an agent for medium prompts
+    "prompt_format": "medium", "fields": ("Thought", "Action", "Action Input"), "context": 1280, "max_new_tokens": 160,
+    "actions": ("Set Constant", "Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")}
 MEDIUM_FORM = EXPLAIN | {
     "Thought": "(why, in one short sentence)", "Action": "(the name of the tool)", "Action Input": "(its JSON)"}
 MEDIUM_EXAMPLES = {     # the Thought and the Action Input: what a small model takes for the form is what it is shown
