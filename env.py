@@ -243,9 +243,10 @@ def short_prompt(task, seen, script, is_best, steps_left):
 def medium_prompt(task, seen, script, is_best, steps_left, actions, fields):
     """Returns the two messages that a model of some hundred million weights is shown: the tools, and the best score
     that a run has printed, the last tries and the script, of which a long one is cut. See short_prompt."""
+    whole_examples = MEDIUM_EXAMPLES | medium_edits(script, steps_left)
     examples = []
     for name in actions:
-        thought, args = MEDIUM_EXAMPLES.get(name, ("I need this tool.", ACTIONS[name].args))
+        thought, args = whole_examples.get(name, ("I need this tool.", ACTIONS[name].args))
         values = dict.fromkeys(fields, thought) | {"Action": name, "Action Input": json.dumps(args)}
         examples.append("\n".join(f"{field}: {values[field]}" for field in fields))
     shown = shown_script(script).rstrip("\n")
@@ -256,6 +257,22 @@ def medium_prompt(task, seen, script, is_best, steps_left, actions, fields):
                             form="\n".join(f"{field}: {MEDIUM_FORM[field]}" for field in fields))
     return [{"role": "system", "content": MEDIUM_SYSTEM.format(examples="\n\n".join(examples))},
             {"role": "user", "content": content}]
+
+
+def medium_edits(script, steps_left):
+    """Returns examples of edits that change this script, {} where it has no constant: a small model that sees another
+    script's names copies those. Each step has others, so that what is copied is not always the same."""
+    offered = changes(script)
+    examples = {}
+    for shift, action in enumerate(("Set Constant", "Replace In Script") if offered else ()):
+        number, factor = offered[(7 * steps_left + 5 * shift) % len(offered)]
+        name, value, *_ = constants(script)[number - 1]
+        new_value = change_number(name, value, factor)
+        args = {"constant": name, "value": new_value}
+        if action == "Replace In Script":
+            args = {"script_name": "train.py", "find": f"{name} = {value}", "replace": f"{name} = {new_value}"}
+        examples[action] = f"Another {name} may help.", args
+    return examples
 
 
 def shown_script(script):

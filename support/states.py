@@ -3,18 +3,19 @@ step-wise RL optimises.
 
     python eval.py --record-states 4 --states held-out.jsonl --task held-out --prompt-format medium ...   # once
     python eval.py --states held-out.jsonl --samples 8 --model runs/rl --out runs/eval/rl/held-out        # each model
-    python -m support.states runs/eval base sft rl      # one table of runs/eval/*, and the last less the one before
+    python -m support.states compare runs/eval base sft rl      # one table; the last agent less the one before
 
 States are of the scripted expert on miniatures of STATES_SEED, on which nothing is trained, or of held-out tasks' real
 data. A file of states holds one a line, and all that it takes to restore it.
 """
-import json, random, sys, threading, zlib
+import json, random, sys, threading, time, zlib
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 
+import sample
 import tasks
 from env import (
     LEARNED_SEEDS, NOTHING, PROMPTS, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
@@ -264,20 +265,21 @@ def sign_flip_p(differences):
 
 
 def measures_of(folder):
-    """Returns {measure: {task: figure}} of an agent's folder, which holds held-out, held-in (measure_states) and
-    trajectories (eval.py), as far as they are there. The first measure is the primary one."""
+    """Returns {measure: {task: figure}} of an agent's folder, which holds held-out, held-in (measure_states),
+    held-out-trajectories and held-in-trajectories (eval.py), as far as they are there. The first measure is the primary
+    one."""
     measures = {}
     for split in ("held-out", "held-in"):
         path = Path(folder, split, "states.json")
         raw = read_bytes(path)
         entries = parse_json(raw, RESULTS, path)["tasks"] if raw else {}
         measures[f"{split}, reward of a step"] = {id: entry["reward"] for id, entry in entries.items()}
-    played = read_results(Path(folder, "trajectories")) or {"tasks": {}}
     for split in ("held-out", "held-in"):
+        played = read_results(Path(folder, f"{split}-trajectories")) or {"tasks": {}}
         gaps = {}
         for id, entry in played["tasks"].items():
             gap = entry.get("figures", {}).get("best-validation", {}).get("gap", [None])[0]
-            if entry["split"] == split and gap is not None:
+            if gap is not None:
                 gaps[id] = gap / 100
         measures[f"{split}, gap closed"] = gaps
     return measures
@@ -301,11 +303,76 @@ def compare_agents(folder, names):
     return format_table(rows)
 
 
+LEAST_VALID = 0.5       # share of actions, and ...
+LEAST_SPREAD = 0.05     # ... standard deviation of the rewards in a state, that RL can learn from
+
+
+def gate(folder):
+    """Says whether RL has something to learn from, by states.json in a folder. RunError: it has not."""
+    path = Path(folder, "states.json")
+    raw = read_bytes(path)
+    if raw is None:
+        raise ValueError(f"there is no {path}; make it with: python eval.py --states FILE --model M --out {folder}")
+    entries = parse_json(raw, RESULTS, path)["tasks"].values()
+    valid = fmean(entry["valid"] for entry in entries)
+    spread = fmean(entry["spread"] for entry in entries)
+    text = (f"{valid:.0%} of the actions are valid ({LEAST_VALID:.0%} are needed); the rewards in a state spread by "
+            f"{spread:.3f} ({LEAST_SPREAD} is needed)")
+    if valid < LEAST_VALID or spread < LEAST_SPREAD:
+        raise RunError(f"RL has nothing to learn from: {text}")
+    print(text)
+
+
+PROMPT_TOKENS = 800     # of a medium prompt with tries
+ACTION_TOKENS = 70
+SCRIPT_S = 2.0          # seconds of a script on a miniature
+LEARNED = 324           # expert states: 9 tasks, 4 trajectories, 9 steps
+STEPS = 9
+
+
+def plan_parts(model, num_states, num_samples, num_trajectories, num_iterations):
+    """Measures how fast this machine reads prompts and samples, for about a minute, and prints how long the parts of
+    docs/real-run.sh then take. A trained token costs three that are read, an update and its reference four."""
+    engine = sample.load(model, rows=8, context=1280)
+    words = engine.tokenizer.encode("x = rows['size'] * 2\n")
+    prompts = [[*words * 100][i:i + PROMPT_TOKENS] for i in range(2)]
+    began = time.monotonic()
+    engine.generate(prompts[:1], max_new_tokens=1)
+    read_s = (time.monotonic() - began) / PROMPT_TOKENS     # seconds a token
+    began = time.monotonic()
+    engine.generate(prompts[1:], n=8, max_new_tokens=16, temperature=1.0)
+    write_s = max(1e-9, time.monotonic() - began - read_s * PROMPT_TOKENS) / (8 * 16)
+
+    def act_s(num, samples):
+        return num * (PROMPT_TOKENS * read_s + samples * (ACTION_TOKENS * write_s + SCRIPT_S / SLOTS.cpus))
+    learn = 8 * (PROMPT_TOKENS + 8 * ACTION_TOKENS) * 4 * read_s
+    parts = {
+        "data and states": 19 * 2 * STEPS * SCRIPT_S / SLOTS.cpus, "gate": act_s(9 * num_states, num_samples),
+        "expert": LEARNED * SCRIPT_S / SLOTS.cpus,
+        "fine-tuning": 2 * LEARNED * (PROMPT_TOKENS + ACTION_TOKENS) * 3 * read_s,
+        "RL": num_iterations * (act_s(8, 8) + learn),
+        "states of four agents": 4 * act_s(19 * num_states, num_samples),
+        "trajectories of four agents": 4 * act_s(19 * STEPS * num_trajectories, 1)}
+    print(f"It reads {1 / read_s:.0f} and samples {1 / write_s:.0f} tokens a second. Minutes, about:")
+    for name, seconds in parts.items():
+        print(f"  {name:<28} {seconds / 60:6.0f}")
+    print(f"  {'all':<28} {sum(parts.values()) / 60:6.0f}")
+
+
+USAGE = """usage: python -m support.states compare FOLDER AGENT AGENT ...
+       python -m support.states gate FOLDER
+       python -m support.states plan MODEL STATES SAMPLES TRAJECTORIES ITERATIONS"""
+
+
 def main(args):
-    if len(args) < 3:
-        print("usage: python -m support.states FOLDER AGENT AGENT ...", file=sys.stderr)
-        return 2
-    return exit_status("support.states", lambda: print(compare_agents(args[0], args[1:])), args[0])
+    if args[:1] == ["compare"] and len(args) >= 4:
+        return exit_status("support.states", lambda: print(compare_agents(args[1], args[2:])), args[1])
+    if args[:1] == ["gate"] and len(args) == 2:
+        return exit_status("support.states", partial(gate, args[1]), args[1])
+    if args[:1] == ["plan"] and len(args) == 6 and all(word.isdecimal() for word in args[2:]):
+        return exit_status("support.states", partial(plan_parts, args[1], *map(int, args[2:])), "nothing")
+    print(USAGE, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
