@@ -225,29 +225,28 @@ def follow_ideas(cfg, task, ideas, rng):
     ideas = [(idea["title"], actions) for idea in ideas if (actions := idea_actions(task.starter, idea))]
     step = yield reply_of(cfg, START, [], "I need the score to beat.", "Execute Script", script_name=task.entry)
     best = step["printed"] if is_better(step, task, None) else None
-    helped = None       # the last constant and factor, if kept
-    done = set()        # constants and factors that are tried on this script
+    helped = None       # the last constant's number and factor, if kept
+    done = set()        # names and values of constants that are tried on this script; the environment refuses them
 
     while True:
         # 1. An idea, or a constant.
         change = None
         if ideas and (helped is None and rng.random() < 0.5 or not changes(text)):
             title, actions = ideas.pop()
-        elif not changes(text):
-            title = "There is nothing to change"
-            actions = [("Execute Script", {"script_name": task.entry})]
         else:
-            left = [pair for pair in changes(text) if pair not in done]
-            if not left:
-                done.clear()
-                left = changes(text)
-            change = helped if helped in left else rng.choice(left)
-            done.add(change)
-            name, value, *_ = constants(text)[change[0] - 1]
-            new_value = change_number(name, value, change[1])
-            word = "larger" if float(new_value) > float(value) else "smaller"
-            title = f"A {word} {name} has helped, so I go on" if change == helped else f"A {word} {name} may help"
-            actions = [("Set Constant", {"constant": name, "value": new_value})]
+            offered = {}        # (number, factor) -> name, value and new value of the constant
+            for number, factor in changes(text):
+                name, value, *_ = constants(text)[number - 1]
+                offered[number, factor] = name, value, change_number(name, value, factor)
+            left = [pair for pair, (name, _, new_value) in offered.items() if (name, new_value) not in done]
+            title = "There is nothing left to change"
+            actions = [("Execute Script", {"script_name": task.entry})]
+            if left:
+                change = helped if helped in left else rng.choice(left)
+                name, value, new_value = offered[change]
+                word = "larger" if float(new_value) > float(value) else "smaller"
+                title = f"A {word} {name} has helped, so I go on" if change == helped else f"A {word} {name} may help"
+                actions = [("Set Constant", {"constant": name, "value": new_value})]
 
         # 2. What it brings.
         made = []
@@ -256,13 +255,19 @@ def follow_ideas(cfg, task, ideas, rng):
             if action == "Replace In Script" and not after.count(args["find"]) == shown_script(after).count(
                     args["find"]) == 1:
                 break
-            step = yield reply_of(cfg, step, [], f"{title}.", action, **args)
-            if not step["valid"]:
+            if action == "Set Constant" and (args["constant"], args["value"]) in done:
                 break
+            try:
+                changed = carry_out(after, action, args)
+            except InvalidAction:       # the constant has this value already, or is no longer there
+                break
+            step = yield reply_of(cfg, step, [], f"{title}.", action, **args)
             if action == "Execute Script":
                 break
             made.append(args)
-            after = carry_out(after, action, args)
+            if action == "Set Constant" and after == text:
+                done.add((args["constant"], args["value"]))
+            after = changed
             if step["outcome"] != "ok":
                 break
 
@@ -282,9 +287,11 @@ def follow_ideas(cfg, task, ideas, rng):
 
 
 def carry_out(script, action, args):
-    """Returns the script after a Set Constant or a Replace In Script."""
+    """Returns the script after one of the expert's actions. InvalidAction: see set_constant."""
     if action == "Set Constant":
         return set_constant(script, **args)
+    if action == "Execute Script":
+        return script
     return script.replace(args["find"], args["replace"])
 
 

@@ -73,7 +73,7 @@ def record_states(cfg):
         run_parallel(jobs, partial(play_expert, cfg, ResultCache(Path(cfg.out, "cache")), progress), SLOTS.cpus, progress)
         for task, info in infos:
             prefixes = [(read_record(trajectory_path(folder, task.id, k)), index)
-                        for k in range(RECORDED) for index in range(cfg.steps)]
+                        for k in range(RECORDED) for index in range(2 if k else 0, cfg.steps)]     # all begin alike
             prefixes = [(records, index) for records, index in prefixes if index < len(records) - 1]
             rng = random.Random(f"{cfg.seed} {task.id} states")
             for records, index in rng.sample(prefixes, min(cfg.record_states, len(prefixes))):
@@ -154,15 +154,22 @@ def measure_states(cfg, load, random_edits):
             policy = model_policy(cfg, model)
         cache = ResultCache(Path(cfg.out, "cache"))
         lock = threading.Lock()
+        is_over = threading.Event()
 
         def act(i, state, number):
             line = take_action(cfg, cache, policy, i, state, number)
             with lock, actions_file.open("a") as file:
+                if is_over.is_set():        # after an error nothing is written any more
+                    return
                 file.write(json.dumps(line) + "\n")
                 actions.append(line)
                 announce(f"{len(actions)} of {len(states) * cfg.samples} actions, mean reward "
                          f"{fmean(action['reward'] for action in actions):.3f}")
-        run_parallel(jobs, act, ROWS)
+        try:
+            run_parallel(jobs, act, ROWS)
+        finally:
+            with lock:
+                is_over.set()
 
         # 3. Their means.
         results = {"settings": identity, "complete": True, "tasks": summarize_actions(states, actions)}
