@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import CODER_TOKENS, CODE_END, LEARNED_SEEDS, make_env, prepare_tasks, read_agent, write_agent
+from env import (
+    CODER_TOKENS, CODE_END, LEARNED_SEEDS, MEDIUM_AGENT, make_env, prepare_tasks, read_agent, write_agent)
 from model import Config, Linear, Qwen2, at_targets, use_kernels
 from reward import KINDS
 from support import cli
@@ -55,7 +56,7 @@ SHOW_EVERY = 10             # iterations between actions that are printed
 VALIDATION_STATES = 16      # that --validate-every looks at
 
 SMALL = dict(advantage="rloo", states=8, samples=8, minibatches=2, lr=3e-6, kl=0.02, max_row_tokens=2048, max_batch=16,
-             save_every=5)
+             save_every=5, context=MEDIUM_AGENT["context"], max_new_tokens=MEDIUM_AGENT["max_new_tokens"])
 RECIPES = {                 # --preset: what differs from the defaults, which are those of 7B
     "tiny": dict(advantage="rloo", iterations=12, states=16, samples=8, horizon=2, epochs=4, minibatches=2, lr=2e-4,
                  kl=0.3, max_row_tokens=704, max_batch=64),

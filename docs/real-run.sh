@@ -46,7 +46,7 @@ part "0. how long each part takes on this machine, about"
 [ -f "$run/plan.txt" ] || python -m support.states plan \
     "$model" "$states" "$samples" "$trajectories" "$iterations" >"$run/plan.txt"
 cat "$run/plan.txt"
-python rl.py --plan --model 0.5b --preset 0.5b --context 1280 --max-new-tokens 160 2>/dev/null | tail -2
+python rl.py --plan --model 0.5b 2>/dev/null | tail -2
 
 part "1. data, and the states that are measured"
 for folder in "$raw"/*/; do
