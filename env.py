@@ -179,8 +179,8 @@ SHORT = """{metric}, {better} is better, {steps_left} steps left
 Best: {best}
 {constants}
 Last: {news}"""
-MEDIUM_SYSTEM = """You improve a script that trains a model. After a change it is run, and you are told the score that it \
-printed. Undo a change that is no better, then try something else.
+MEDIUM_SYSTEM = """You improve a script that trains a model. After a change it is run, and you are told the score \
+that it printed. Undo a change that is no better, then try something else.
 
 Your tools, with examples of whole replies:
 
@@ -560,8 +560,8 @@ class AgentSettings(cli.TaskSettings):
     """Settings of every program in which an agent acts."""
     actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the agent may do
     fields: tuple[str, ...] = FIELDS  # entries of a reply; a weak model does better with "Thought,Action,Action Input"
-    prompt_format: str = "full"  # what the model is shown of a state: full (the conversation), medium (the script without
-        # comments, the best score and the last tries, for some hundred million weights), or short (the script's
+    prompt_format: str = "full"  # what the model is shown of a state: full (the conversation), medium (the script
+        # without comments, the best score and the last tries, for some hundred million weights), or short (the script's
         # constants, the best score and what the last step brought, for a few million)
     show_scores: bool = True  # after an edit the agent is told what the script now prints; without it, as in the paper,
         # it has to run the script to know

@@ -4,7 +4,7 @@
     python eval.py --task leaf-classification                        # no model, no data: the starter on the miniature
     python eval.py --task leaf-classification --model DIR --raw RAW  # 8 trajectories of 15 steps on the real data
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
-    python eval.py --states FILE --model DIR --samples 8             # single actions in recorded states, see support/states.py
+    python eval.py --states FILE --model DIR --samples 8             # single actions in recorded states
     python eval.py --compare runs/a,runs/b,runs/rl                   # runs nothing: draws what was run before
 
 --out receives results.json (settings, versions, every score), trajectories/TASK-K.jsonl (a line a step, which

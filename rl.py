@@ -67,8 +67,8 @@ RECIPES = {                 # --preset: what differs from the defaults, which ar
 
 @dataclass
 class Settings(cli.TaskSettings):
-    preset: str = ""  # settings for a size of model, which flags override: tiny, 0.5b, 1.5b, 7b; empty: by the number of
-        # weights
+    preset: str = ""  # settings for a size of model, which flags override: tiny, 0.5b, 1.5b, 7b; empty: by the
+        # number of weights
     model: str = "runs/sft"  # what is trained: a folder or a hub id; the reference and the critic begin as it too
     trajectories: str = "runs/trajectories"  # the recorded states; results of new scripts are added to its cache
     out: str = "runs/rl"  # the actor as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued

@@ -29,7 +29,8 @@ import torch.distributed as dist
 import sample
 import tasks
 from env import (
-    LEARNED_SEEDS, MEDIUM_AGENT, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record, write_agent)
+    LEARNED_SEEDS, MEDIUM_AGENT, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record,
+    write_agent)
 from model import Config, use_kernels
 from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
@@ -424,8 +425,8 @@ def check_format(cfg):
     if raw:
         found = parse_json(raw, MANIFEST, path)["settings"].get("--prompt-format", cfg.prompt_format)
         if found != cfg.prompt_format:
-            raise ValueError(f"{cfg.trajectories} was collected with --prompt-format {found}, found {cfg.prompt_format} "
-                             "here; give the same, or other --trajectories")
+            raise ValueError(f"{cfg.trajectories} was collected with --prompt-format {found}, found "
+                             f"{cfg.prompt_format} here; give the same, or other --trajectories")
 
 
 def fine_tune(cfg):

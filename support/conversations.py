@@ -133,7 +133,8 @@ def conversation_of(messages, assistant_turns, source, origin, is_miniature=Fals
 
 def read_trajectory(file, held_out, tokenizer):
     """Returns [Conversation, ...] of a trajectory: one, or with shorter prompts one for each reply. Only replies that
-    were carried out are learned, and under medium prompts only edits whose run did not fail. ValueError: it is of a held-out task. held_out: see tasks.held_out_hashes."""
+    were carried out are learned, and under medium prompts only edits whose run did not fail. ValueError: it is of a
+    held-out task. held_out: see tasks.held_out_hashes."""
     # 1. It is whole, and of a task that may be learned.
     try:
         records = read_records(file)

@@ -40,10 +40,10 @@ RECORDED = 2            # trajectories of a task that its states are drawn from
 ROWS = 16               # actions that are sampled at the same time
 NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
 STATE = {
-    "task": TASK_ID, "data_seed": COUNT, "data_sha256": {str: TEXT}, "index": COUNT, "m_before": FINITE, "m_top": FINITE,
-    "messages": [MESSAGE], "files": {str: TEXT},
-    "agent": {"actions": [TEXT], "fields": [TEXT], "prompt_format": one_of(*PROMPTS), "show_scores": FLAG, "steps": SIZE,
-              "seconds": POSITIVE},
+    "task": TASK_ID, "data_seed": COUNT, "data_sha256": {str: TEXT}, "index": COUNT, "m_before": FINITE,
+    "m_top": FINITE, "messages": [MESSAGE], "files": {str: TEXT},
+    "agent": {"actions": [TEXT], "fields": [TEXT], "prompt_format": one_of(*PROMPTS), "show_scores": FLAG,
+              "steps": SIZE, "seconds": POSITIVE},
     "seen": {"news": TEXT, "change": LAST_CHANGE, "best_printed": maybe(FINITE), "best_script": maybe(TEXT),
              "tried": [CHANGE], "tries": [TEXT]}}
 ACTION = {"state": COUNT, "number": COUNT, "action": maybe(TEXT), "kind": TEXT, "valid": FLAG, "ran": FLAG,
@@ -70,7 +70,8 @@ def record_states(cfg):
         folder.mkdir(exist_ok=True)
         jobs = [(task, info, trajectory_path(folder, task.id, k), k) for task, info in infos for k in range(RECORDED)]
         progress = Progress({path: read_record(path) for _, _, path, _ in jobs}, cfg.steps)
-        run_parallel(jobs, partial(play_expert, cfg, ResultCache(Path(cfg.out, "cache")), progress), SLOTS.cpus, progress)
+        play = partial(play_expert, cfg, ResultCache(Path(cfg.out, "cache")), progress)
+        run_parallel(jobs, play, SLOTS.cpus, progress)
         for task, info in infos:
             prefixes = [(read_record(trajectory_path(folder, task.id, k)), index)
                         for k in range(RECORDED) for index in range(2 if k else 0, cfg.steps)]     # all begin alike
@@ -114,8 +115,8 @@ def read_states(cfg):
         raise ValueError(f"there is no state of --task {cfg.task} in {cfg.states}; record some with --record-states 4")
     for _, state in states:
         if tasks.load(state["task"]).split == "held-in" and state["data_seed"] in LEARNED_SEEDS:
-            raise ValueError(f"{cfg.states} holds a state of {state['task']} on data seed {state['data_seed']}, which is "
-                             "trained on")
+            raise ValueError(f"{cfg.states} holds a state of {state['task']} on data seed {state['data_seed']}, which "
+                             "is trained on")
     return states
 
 
@@ -183,7 +184,10 @@ def prepare_data(cfg, states):
     for (id, seed), sha256 in sorted(shas.items()):
         _, info = prepare_task(cfg, id, "", seed)
         if info["sha256"] != sha256:
-            raise ValueError(f"the states of {id} in {cfg.states} were recorded on other data than --data {cfg.data} has")
+            raise ValueError(f"the states of {id} in {cfg.states} were recorded on other data than --data {cfg.data} "
+                             "has")
+        if tasks.load(id).split == "held-in" and not info["miniature"]:
+            raise ValueError(f"the states of {id} in {cfg.states} are of its real data, which are trained on")
 
 
 def take_action(cfg, cache, policy, i, state, number):
@@ -293,8 +297,8 @@ def measures_of(folder):
 
 
 def compare_agents(folder, names):
-    """Returns the table of agents, folders in `folder`, and the last of them less the one before it: the mean difference
-    over the tasks that both have, and the p of sign_flip_p. All but the first measure are corrected (Bonferroni)."""
+    """Returns the table of agents, folders in `folder`, and the last of them less the one before it: the mean
+    difference over the tasks that both have, and the p of sign_flip_p. All but the first measure are corrected (Bonferroni)."""
     agents = {name: measures_of(Path(folder, name)) for name in names}
     rows = [("measure", "tasks", *names, f"{names[-1]} less {names[-2]}", "p", "corrected")]
     for number, measure in enumerate(agents[names[-1]]):
@@ -305,7 +309,9 @@ def compare_agents(folder, names):
         if shared:
             differences = [figures[-1][id] - figures[-2][id] for id in shared]
             p = sign_flip_p(differences)
-            row[-3:] = [f"{fmean(differences):+.3f}", f"{p:.4f}", f"{min(1.0, NUM_COMPARISONS * p):.4f}" if number else "-"]
+            row[-3:-1] = [f"{fmean(differences):+.3f}", f"{p:.4f}"]
+            if number:
+                row[-1] = f"{min(1.0, NUM_COMPARISONS * p):.4f}"
         rows.append(row)
     return format_table(rows)
 
