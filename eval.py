@@ -481,7 +481,8 @@ def compare(cfg):
 
 def run_identity(cfg, infos):
     """Returns {name: value} of all that the trajectories depend on. A run is continued only under the same."""
-    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare")      # where, how many, how they are counted
+    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare",      # where, how many, how they are counted
+                 "states", "samples", "record_states")
     identity = {name: value for name, value in json.loads(json.dumps(asdict(cfg))).items() if name not in elsewhere}
     for task, info in infos:
         kind = "miniature" if info["miniature"] else "real"
