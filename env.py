@@ -21,7 +21,7 @@ To add an action, write an entry in ACTIONS and a method of Env with the action'
 Only the miniature's agent has a list of actions of its own (support/miniature.py); any other has those of --actions, by
 default all.
 """
-import dataclasses, difflib, functools, hashlib, importlib, json, math, os, re, sys, tempfile, time, zlib
+import dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, tempfile, time, tokenize, zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,12 +50,13 @@ OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the 
     "disk full": ("limit", "Write less to disk."),  # also a file above the size limit, or too much left behind
 }
 FIELDS = ("Reflection", "Research Plan and Status", "Fact Check", "Thought", "Action", "Action Input")
-PROMPTS = ("full", "short")             # how a state is shown to the policy, see prompt_of
+PROMPTS = ("full", "medium", "short")   # how a state is shown to the policy, see Env.prompt
 SCAFFOLDS = ("ml-agent", "mlagentbench", "aide")    # ours, and those of other papers in support/
 MAX_REPLY = 50_000                      # characters of a reply; a longer one is refused unread
 MAX_OBSERVATION = 5_000                 # characters, about 1,500 tokens
 OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # characters of a file or an output inside an observation
 NUMBER = r"(?:0|[1-9]\d{0,14})(?:\.\d{0,15})?(?:[eE][-+]?\d{1,2})?"     # as a script writes it
+NAME = r"[A-Z][A-Z0-9_]{0,99}"          # of a constant
 MAX_LINES = 200                         # of one Inspect Script Lines
 MAX_LISTED = 100                        # names of one List Files
 MAX_READ = 10 << 20                     # bytes that an action looks at
@@ -63,7 +64,9 @@ MAX_SCRIPT = 1 << 20                    # bytes that an action may edit
 MAX_CODER = 20_000                      # characters that Understand File shows to the coder
 MAX_DIFF = 2_000                        # lines of two texts together that difflib compares, in 0.6 s at worst
 SHORT_CONSTANTS = 20                    # constants in a short prompt
-SHORT_NEWS = 100                        # characters of the news in a short prompt
+SHORT_NEWS = 100                        # characters of the news in a short prompt, and of a try in a medium one
+NUM_TRIES = 6                           # in a medium prompt
+SCRIPT_ROOM = 1_350                     # characters of the script in a medium prompt, about 380 tokens
 FACTORS = ("*2", "/2", "*5", "/5")      # that a short prompt offers to multiply a constant with
 NUMBERS = ("0.1", "0.01")               # that it offers in place of 0.0, which no factor changes
 LEARNED_SEEDS = (1, 2, 3)   # of the miniatures that are learned from; what is reported is measured on seed 0
@@ -178,8 +181,36 @@ SHORT = """{metric}, {better} is better, {steps_left} steps left
 Best: {best}
 {constants}
 Last: {news}"""
+MEDIUM_SYSTEM = """You improve a script that trains a model. After a change it is run, and you are told the score \
+that it printed. Undo a change that is no better, then try something else.
+
+Your tools, with examples of whole replies:
+
+{examples}"""
+MEDIUM = """The score is {metric}; {better} is better. {steps_left} steps left. Best score: {best}.
+Tries so far:
+{tries}
+
+{entry} now:
+```python
+{script}
+```
+Use one tool, with names and lines of this script, and reply in this form:
+{form}"""
+MEDIUM_AGENT = {        # settings of an agent for medium prompts
+    "prompt_format": "medium", "fields": ("Thought", "Action", "Action Input"), "context": 1280, "max_new_tokens": 160,
+    "actions": ("Set Constant", "Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")}
+MEDIUM_FORM = EXPLAIN | {
+    "Thought": "(why, in one short sentence)", "Action": "(the name of the tool)", "Action Input": "(its JSON)"}
+MEDIUM_EXAMPLES = {     # the Thought and the Action Input: what a small model takes for the form is what it is shown
+    "Set Constant": ("Longer training may help.", {"constant": "EPOCHS", "value": "20"}),
+    "Replace In Script": ("The sizes are skewed, so I take logarithms.", {
+        "script_name": "train.py", "find": 'x = rows["size"]', "replace": 'x = np.log1p(rows["size"])'}),
+    "Undo Edit Script": ("The score got worse.", {"script_name": "train.py"}),
+    "Execute Script": ("I need the score to beat.", {"script_name": "train.py"}),
+    "Final Answer": ("Nothing is left to improve.", {"final_answer": "done"})}
 NOTHING = {     # what is seen at the start, see Step
-    "news": "nothing", "change": {}, "best_printed": None, "best_script": None, "tried": []}
+    "news": "nothing", "change": {}, "best_printed": None, "best_script": None, "tried": [], "tries": []}
 
 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
@@ -200,9 +231,6 @@ def short_prompt(task, seen, script, is_best, steps_left):
     """Returns the one message that a small model is shown: the best score that a run has printed, the numbered
     constants of the entry script, each with the changes that are still to be tried, and what the last step brought.
     seen: see NOTHING; is_best: whether that score is of this script."""
-    best = "none"
-    if seen["best_printed"] is not None:
-        best = f"{seen['best_printed']:.5g}, by {'this' if is_best else 'an earlier'} script"
     offered = {}        # number of a constant -> values
     for number, value in untried(script, seen["tried"]):
         offered.setdefault(number, []).append(value)
@@ -210,14 +238,63 @@ def short_prompt(task, seen, script, is_best, steps_left):
     for number, (name, text, *_) in enumerate(constants(script), 1):
         lines.append(" ".join([f"{number} {name} = {text}", *offered.get(number, [])]))
     content = SHORT.format(metric=task.metric, better=better_word(task), steps_left=steps_left, news=seen["news"],
-                           best=best, constants="\n".join(lines[:SHORT_CONSTANTS]))
+                           best=best_text(seen, is_best), constants="\n".join(lines[:SHORT_CONSTANTS]))
     return [{"role": "user", "content": content}]
 
 
-def recorded_prompt(task, seen, snapshot, blobs, steps_left):
-    """Returns the short prompt of a state."""
+def medium_prompt(task, seen, script, is_best, steps_left, actions, fields):
+    """Returns the two messages that a model of some hundred million weights is shown: the tools, and the best score
+    that a run has printed, the last tries and the script, of which a long one is cut. See short_prompt."""
+    whole_examples = MEDIUM_EXAMPLES | medium_edits(script, steps_left)
+    examples = []
+    for name in actions:
+        thought, args = whole_examples.get(name, ("I need this tool.", ACTIONS[name].args))
+        values = dict.fromkeys(fields, thought) | {"Action": name, "Action Input": json.dumps(args)}
+        examples.append("\n".join(f"{field}: {values[field]}" for field in fields))
+    shown = shown_script(script).rstrip("\n")
+    if shown != script.rstrip("\n"):
+        shown += "\n... (the rest is not shown)"
+    content = MEDIUM.format(metric=task.metric, better=better_word(task), steps_left=steps_left, entry=task.entry,
+                            best=best_text(seen, is_best), tries="\n".join(seen["tries"]) or "none", script=shown,
+                            form="\n".join(f"{field}: {MEDIUM_FORM[field]}" for field in fields))
+    return [{"role": "system", "content": MEDIUM_SYSTEM.format(examples="\n\n".join(examples))},
+            {"role": "user", "content": content}]
+
+
+def medium_edits(script, steps_left):
+    """Returns examples of edits that change this script, {} where it has no constant: a small model that sees another
+    script's names copies those. Each step has others, so that what is copied is not always the same."""
+    offered = changes(script)
+    examples = {}
+    for shift, action in enumerate(("Set Constant", "Replace In Script") if offered else ()):
+        number, factor = offered[(7 * steps_left + 5 * shift) % len(offered)]
+        name, value, *_ = constants(script)[number - 1]
+        new_value = change_number(name, value, factor)
+        args = {"constant": name, "value": new_value}
+        if action == "Replace In Script":
+            args = {"script_name": "train.py", "find": f"{name} = {value}", "replace": f"{name} = {new_value}"}
+        examples[action] = f"Another {name} may help.", args
+    return examples
+
+
+def shown_script(script):
+    """Returns what a medium prompt shows of a script: whole lines of its first SCRIPT_ROOM characters."""
+    return script if len(script) <= SCRIPT_ROOM else script[:SCRIPT_ROOM].rpartition("\n")[0]
+
+
+def best_text(seen, is_best):
+    if seen["best_printed"] is None:
+        return "none"
+    return f"{seen['best_printed']:.5g}, by {'this' if is_best else 'an earlier'} script"
+
+
+def recorded_prompt(agent, task, seen, snapshot, blobs, steps_left):
+    """Returns the short or the medium prompt of a state. agent: {setting: value}, such as the header of a record."""
     sha = snapshot.get(task.entry)
-    return short_prompt(task, seen, script_text(blobs, sha), sha == seen["best_script"], steps_left)
+    about = task, seen, script_text(blobs, sha), sha == seen["best_script"], steps_left
+    if agent["prompt_format"] == "short":
+        return short_prompt(*about)
+    return medium_prompt(*about, agent["actions"], agent["fields"])
 
 
 def better_word(task):
@@ -294,7 +371,8 @@ def read_args(name, source):
         is_whole = key.endswith("line_number") or key == "constant"
         if is_whole and type(value) is int or key == "value" and type(value) in (int, float):
             args[key] = value = str(value)
-        if type(value) is not str or is_whole and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
+        is_name = key == "constant" and type(value) is str and re.fullmatch(NAME, value.strip())
+        if type(value) is not str or is_whole and not is_name and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
             kind = "a whole number" if is_whole else "a text in double quotes"
             raise InvalidAction(f'"{key}" must be {kind}; found {shorten(repr(value), 60)}.')
         if value != plain(value):
@@ -326,7 +404,7 @@ def constants(script):
     """Returns [(name, text of the number, start and end of that text)] of the numbered constants of a script: its lines
     `NAME = number` with at most a comment behind, in the order of their names, so that a number says nothing about the
     place in a script. How it is seeded and validated is not among them."""
-    line = rf"^([A-Z][A-Z0-9_]{{0,99}}) = ({NUMBER})(?=[ \t]{{0,99}}(?:#|$))"
+    line = rf"^({NAME}) = ({NUMBER})(?=[ \t]{{0,99}}(?:#|$))"
     found = []
     for match in re.finditer(line, script, re.MULTILINE):
         if "SEED" not in match[1] and "VALID" not in match[1]:
@@ -334,17 +412,27 @@ def constants(script):
     return sorted(found)
 
 
+def find_constant(script, constant):
+    """Returns the number of a constant, from 1. constant: that number or its name, a text. InvalidAction: there is no
+    such constant."""
+    names = [name for name, *_ in constants(script)]
+    if not names:
+        raise InvalidAction("The script has no constant, a line such as EPOCHS = 5.")
+    constant = str(constant).strip()
+    if constant in names:
+        return names.index(constant) + 1
+    number = int(constant) if constant.isdecimal() else 0
+    if not 1 <= number <= len(names):
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names[:MAX_LISTED], 1))
+        raise InvalidAction(f"There is no constant {number if constant.isdecimal() else constant}; there is {listed}.")
+    return number
+
+
 def set_constant(script, constant, value):
-    """Returns the script with another value of a constant. constant: its number, a text; value: a number, or * or / and
+    """Returns the script with another value of a constant. constant: see find_constant; value: a number, or * or / and
     a factor, which keeps a whole number whole and at least 1, and others at 3 significant digits. InvalidAction: there
     is no such constant, or it would not change."""
-    found = constants(script)
-    if not found:
-        raise InvalidAction("The script has no constant, a line such as EPOCHS = 5.")
-    if not 1 <= int(constant) <= len(found):
-        listed = ", ".join(f"{number} {name}" for number, (name, *_) in enumerate(found[:MAX_LISTED], 1))
-        raise InvalidAction(f"There is no constant {int(constant)}; there is {listed}.")
-    name, before, start, end = found[int(constant) - 1]
+    name, before, start, end = constants(script)[find_constant(script, constant) - 1]
     return script[:start] + change_number(name, before, value) + script[end:]
 
 
@@ -366,6 +454,22 @@ def change_number(name, before, value):
     if float(after) == float(before):
         raise InvalidAction(f"{name} is {before} already.")
     return after
+
+
+def without_comments(script):
+    """Returns the text of a script without comments, docstrings and empty lines."""
+    lines = script.splitlines()
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(script).readline)
+              if token.type not in (tokenize.COMMENT, tokenize.NL)]
+    for before, token, after in zip([None, *tokens], tokens, tokens[1:]):
+        begins = before is None or before.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+        if token.type == tokenize.STRING and begins and after.type == tokenize.NEWLINE:
+            lines[token.start[0] - 1:token.end[0]] = [""] * (token.end[0] - token.start[0] + 1)
+    for token in tokenize.generate_tokens(io.StringIO(script).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "".join(f"{line.rstrip()}\n" for line in lines if line.strip())
 
 
 def changes(script):
@@ -459,8 +563,9 @@ class AgentSettings(cli.TaskSettings):
     """Settings of every program in which an agent acts."""
     actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the agent may do
     fields: tuple[str, ...] = FIELDS  # entries of a reply; a weak model does better with "Thought,Action,Action Input"
-    prompt_format: str = "full"  # what the model is shown of a state: full (the conversation), or short (one message:
-        # what the last step brought, the best score and the script's constants, for a model of a few million weights)
+    prompt_format: str = "full"  # what the model is shown of a state: full (the conversation), medium (the script
+        # without comments, the best score and the last tries, for some hundred million weights), or short (the script's
+        # constants, the best score and what the last step brought, for a few million)
     show_scores: bool = True  # after an edit the agent is told what the script now prints; without it, as in the paper,
         # it has to run the script to know
     steps: int = 15  # replies that a trajectory may have
@@ -543,6 +648,7 @@ class Step:
     best_printed: float | None = None   # the best score of the entry script that the agent was told, also by this step
     best_script: str | None = None  # sha256 of the script that printed it
     tried: list = field(default_factory=list)       # the Set Constants of that script that were no better
+    tries: list = field(default_factory=list)       # the last steps, a line each, for a medium prompt
     node: dict = field(default_factory=dict)        # of a scaffold that searches: see support/aide.py
     ended: str = ""                 # why the trajectory is over: "final answer", "steps", "time"; "" if it goes on
 
@@ -554,7 +660,7 @@ class Env:
     actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
     steps, seconds: limits of the trajectory; to wait for a free slot does not count. coder: callable(messages) -> str,
     a second model for the (AI) actions; its ValueError (a text that does not fit) goes to the agent, other errors to
-    the caller. prompt_format: what prompt() shows of a state, "full" or "short". show_scores: whether the observation
+    the caller. prompt_format: what prompt() shows of a state, one of PROMPTS. show_scores: whether the observation
     of an edit tells the score that its run printed. python, threads, sandbox: see execute. gpu: "0,1" gives each script
     one of these GPUs. cache: a ResultCache (default: one in out). The scaffolds of other papers are subclasses.
     """
@@ -590,7 +696,10 @@ class Env:
 
     def reset(self):
         """Goes back to the starter; returns the messages."""
-        starter = {self.task.entry: self.blobs.put(self.task.folder / self.task.entry)}
+        starter = self.task.folder / self.task.entry
+        if self.prompt_format == "medium":      # its script is shown as it is, so that it can be copied
+            starter = without_comments(self.task.starter).encode()
+        starter = {self.task.entry: self.blobs.put(starter)}
         problem = PROBLEM.format(task=self.task, limit=self.time_limit_s, problem=self.task.problem.strip(),
                                  steps=self.steps, minutes=self.seconds / 60, better=better_word(self.task))
         self.restore(starter, [{"role": "system", "content": system_prompt(self.actions, self.fields,
@@ -618,12 +727,13 @@ class Env:
         self.deadline = time.monotonic() + (self.seconds if seconds is None else seconds)
         self.seen = {name: seen[name] for name in NOTHING}
         self.ended = ""
+        self.change_text = ""
 
     def prompt(self):
         """Returns the chat messages that the policy is shown for its next reply."""
         if self.prompt_format == "full":
             return self.messages
-        return recorded_prompt(self.task, self.seen, self.files, self.blobs, self.steps_left)
+        return recorded_prompt(vars(self), self.task, self.seen, self.files, self.blobs, self.steps_left)
 
     @property
     def time_limit_s(self):
@@ -655,6 +765,7 @@ class Env:
 
         # 1. The reply becomes an action, and the action changes the workspace.
         step.fields, step.action, step.args, parse_error = self.read(reply)
+        self.change_text = ""
         self.act(step, parse_error)
         self.index += 1
 
@@ -684,6 +795,10 @@ class Env:
             outcome = step.news or step.observation.partition("\n")[0]
             outcome = " ".join(outcome.split()).rstrip(".")
             self.seen["news"] = f"{outcome[:SHORT_NEWS]}, after {' '.join(name.split())[:SHORT_NEWS]}"
+            title = self.change_text or step.action
+            if step.action == "Replace In Script":
+                title = f"{title}, {' '.join(step.fields.get('Thought', '').split())[:SHORT_NEWS]}"
+            self.seen["tries"] = [*self.seen["tries"], f"{title}: {outcome[:SHORT_NEWS]}"][-NUM_TRIES:]
         for name in NOTHING:
             setattr(step, name, self.seen[name])
         step.snapshot = self.snapshot()
@@ -945,8 +1060,11 @@ class Env:
 
     def _set_constant(self, step, constant, value):
         before = self._text(self.task.entry, edit=True)[0]
+        number = find_constant(before, constant)
         after = set_constant(before, constant, value)
-        change = {"constant": constant, "value": value}
+        name, old_value, *_ = constants(before)[number - 1]
+        self.change_text = f"{name} = {old_value} -> {constants(after)[number - 1][1]}"
+        change = {"constant": str(number), "value": value}
         is_best = self.files[self.task.entry] == self.seen["best_script"]
         best = self.seen["best_printed"]
         if is_best and change in self.seen["tried"]:
@@ -1229,7 +1347,7 @@ def model_policy(cfg, model, hint=""):
         first = next(message for message in messages if message["role"] == "user")
         first["content"] += hint
         tried = []      # more than one where the scaffold asks again for what it cannot read
-        while not tried or len(tried) < env.num_tries and not env.is_readable(completion.text):
+        while not tried or len(tried) < env.num_tries and not env.is_readable(tried[-1].text):
             first["content"] += env.reminder if tried else ""
             completion = model.chat(messages, max_new_tokens=cfg.max_new_tokens, stop=env.stop,
                                     seed=seed + len(tried), temperature=cfg.temperature, top_p=cfg.top_p)

@@ -4,6 +4,7 @@
     python eval.py --task leaf-classification                        # no model, no data: the starter on the miniature
     python eval.py --task leaf-classification --model DIR --raw RAW  # 8 trajectories of 15 steps on the real data
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
+    python eval.py --states FILE --model DIR --samples 8             # single actions in recorded states
     python eval.py --compare runs/a,runs/b,runs/rl                   # runs nothing: draws what was run before
 
 --out receives results.json (settings, versions, every score), trajectories/TASK-K.jsonl (a line a step, which
@@ -38,6 +39,7 @@ from support.pretrained import hash_checkpoint
 from support.report import FINAL, read_log, read_results, write_page
 from support.parallel import Progress, run_parallel
 from support.sandbox import SLOTS
+from support.states import format_states, measure_states, record_states
 from support.storage import ResultCache
 from support.records import end_reason, trajectory_files, trajectory_path
 
@@ -84,14 +86,22 @@ class Settings(AgentSettings):
     temperature: float = 0.7  # of sampling; 0 always takes the most likely token
     compare: tuple[str, ...] = ()  # draws these folders side by side into compare.html in --out, and runs nothing: the
         # --out of eval.py, of training (its log.jsonl), or collected trajectories
+    states: str = ""  # a file of recorded states: the reward of single actions in them is measured instead
+    samples: int = 8  # actions that are sampled in each state of --states
+    record_states: int = 0  # states of each task, from the scripted expert, that are written to --states, once
+    ideas = 0       # no setting: the scripted expert tries those that are shipped
     top_p = 1.0     # no setting: replies are sampled from all tokens
 
     def __post_init__(self):
         super().__post_init__()
         check_choices(self, final=tuple(FINAL), scaffold=SCAFFOLDS, search=tuple(aide.SEARCHES))
-        check_positive(self, "trajectories")
+        check_positive(self, "trajectories", "samples")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature must be at least 0, found {self.temperature}")
+        if self.record_states < 0 or self.record_states and not self.states:
+            raise ValueError("--record-states must be at least 0, and needs --states FILE to write to")
+        if self.states and not self.model and not self.record_states:
+            raise ValueError("--states needs --model, whose actions are measured, or --record-states")
         for spec in filter(endpoint.is_server, (self.model, self.coder)):
             endpoint.address(spec)
         if self.scaffold != SCAFFOLDS[0] and self.model in ("", RANDOM):
@@ -529,7 +539,8 @@ def compare(cfg):
 def run_identity(cfg, infos):
     """Returns {name: value} of all that the trajectories depend on. A run is continued only under the same."""
     # where, how many, how they are counted, and how long one waits for them
-    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare", "reply_seconds")
+    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare", "reply_seconds",
+                 "states", "samples", "record_states")
     identity = {name: value for name, value in json.loads(json.dumps(asdict(cfg))).items() if name not in elsewhere}
     for task, info in infos:
         kind = "miniature" if info["miniature"] else "real"
@@ -685,6 +696,8 @@ def fill(values):
     """For cli.parse: returns the settings that hold where none was typed."""
     if values["compare"]:
         return []
+    if values["states"]:
+        return [("--states", {"task": "all"})]
     if values["task"] or values["model"]:
         folder = sample.small_files(values["model"]) if values["model"] != RANDOM else None
         agent = read_agent(folder) if folder else {}
@@ -705,6 +718,13 @@ def main(argv=None):
         refuse_torchrun("an evaluation")
         if cfg.compare:
             print(f"Written to {compare(cfg)}")
+            return
+        if cfg.record_states:
+            record_states(cfg)
+            return
+        if cfg.states:
+            print("\n" + format_states(measure_states(cfg, sample.load, RANDOM)))
+            print(f"\nWritten to {cfg.out}: states.json, and actions.jsonl with every reply")
             return
         agents = None
         if not cfg.task:

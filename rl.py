@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import CODER_TOKENS, CODE_END, LEARNED_SEEDS, make_env, prepare_tasks, read_agent, write_agent
+from env import (
+    CODER_TOKENS, CODE_END, LEARNED_SEEDS, MEDIUM_AGENT, make_env, prepare_tasks, read_agent, write_agent)
 from model import Config, Linear, Qwen2, at_targets, use_kernels
 from reward import KINDS
 from support import cli
@@ -34,8 +35,8 @@ from support.cli import RunError, exit_status, run_main
 from support.distributed import (
     RECOMPUTE_ABOVE, add_gradients, apply_device, build_model, compute_type, disk_plan, epoch_order,
     explain_dist_errors, export_model, flops_of, format_gib, full_tensor, init_distributed, load_state, map_rows,
-    num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, rank0_broadcast, row_threads,
-    save_state, shape_of)
+    num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, ram_plan,
+    rank0_broadcast, row_threads, save_state, shape_of)
 from support.files import folder_lock, shorten
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
@@ -54,16 +55,20 @@ EPS = 1e-4                  # is added to a standard deviation that is divided b
 SHOW_EVERY = 10             # iterations between actions that are printed
 VALIDATION_STATES = 16      # that --validate-every looks at
 
-TINY_BELOW = 50e6           # weights; the recipe of a smaller model is "tiny", of any other "7b"
+SMALL = dict(advantage="rloo", states=8, samples=8, minibatches=2, lr=3e-6, kl=0.02, max_row_tokens=2048, max_batch=16,
+             save_every=5, context=MEDIUM_AGENT["context"], max_new_tokens=MEDIUM_AGENT["max_new_tokens"])
 RECIPES = {                 # --preset: what differs from the defaults, which are those of 7B
     "tiny": dict(advantage="rloo", iterations=40, states=32, samples=8, epochs=4, minibatches=2, lr=2e-4, kl=0.1,
                  max_row_tokens=704, max_batch=64),
+    "0.5b": SMALL,
+    "1.5b": {**SMALL, "lr": 2e-6, "max_batch": 8},
     "7b": {}}
 
 
 @dataclass
 class Settings(cli.TaskSettings):
-    preset: str = ""  # settings for a size of model, which flags override: tiny, 7b; empty: by the number of weights
+    preset: str = ""  # settings for a size of model, which flags override: tiny, 0.5b, 1.5b, 7b; empty: by the
+        # number of weights
     model: str = "runs/sft"  # what is trained: a folder or a hub id; the reference and the critic begin as it too
     trajectories: str = "runs/trajectories"  # the recorded states; results of new scripts are added to its cache
     out: str = "runs/rl"  # the actor as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
@@ -806,11 +811,12 @@ def plan(cfg):
     config = shape_of(cfg.model)
     compute = compute_type(cfg.dtype, torch.device("cuda"))
     total = num_parameters(config)[-1]
-    parts = plan_memory(config, cfg.max_row_tokens, cfg.gpus, compute, recompute=total > RECOMPUTE_ABOVE,
-                        critic=cfg.has_critic, reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context)
+    memory = partial(plan_memory, config, cfg.max_row_tokens, recompute=total > RECOMPUTE_ABOVE, critic=cfg.has_critic,
+                     reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context)
+    parts = memory(cfg.gpus, compute)
     return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens, {cfg.max_batch} x "
                       f"{cfg.context:,} tokens sampled", "", "GiB per GPU", *format_gib(parts), "",
-                      disk_plan(total * (1 + cfg.has_critic))])
+                      disk_plan(total * (1 + cfg.has_critic)), ram_plan(memory(1, torch.float32))])
 
 
 def fill(values):
@@ -829,7 +835,7 @@ def fill(values):
         agent = read_agent(folder)
         config = Config.from_pretrained(folder)
     num = num_parameters(config)[-1]
-    fitting = "tiny" if num < TINY_BELOW else "7b"
+    fitting = preset_for(num)
     preset = values["preset"] or fitting
     source = f"{model} has {num:,} weights, which --preset {fitting} is for; another may be typed"
     return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RECIPES[preset]})]

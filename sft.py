@@ -29,7 +29,8 @@ import torch.distributed as dist
 import sample
 import tasks
 from env import (
-    LEARNED_SEEDS, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record, write_agent)
+    LEARNED_SEEDS, MEDIUM_AGENT, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record,
+    write_agent)
 from model import Config, use_kernels
 from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
@@ -37,8 +38,8 @@ from support.conversations import named, read_conversations
 from support.distributed import (
     RECOMPUTE_ABOVE, PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type,
     disk_plan, explain_dist_errors, export_model, flops_of, format_gib, init_distributed, load_state, map_rows,
-    num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, rank0_broadcast, row_threads,
-    save_state, shape_of)
+    num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, ram_plan,
+    rank0_broadcast, row_threads, save_state, shape_of)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -47,7 +48,12 @@ from support.records import AGENT, end_reason, trajectory_path
 from support.storage import ResultCache
 
 
-RECIPES = {"tiny": miniature.TINY, "7b": {"model": "Qwen/Qwen2.5-7B"}}      # the defaults are the paper's figures
+SMALL = {**MEDIUM_AGENT, "num": 4, "steps": 9, "max_row_tokens": 2048, "batch": 16, "warmup": 4, "save_every": 20}
+RECIPES = {     # --preset: what differs from the defaults, which are the paper's figures
+    "tiny": miniature.TINY,
+    "0.5b": {"model": "Qwen/Qwen2.5-Coder-0.5B-Instruct", **SMALL},
+    "1.5b": {"model": "Qwen/Qwen2.5-Coder-1.5B-Instruct", **SMALL, "lr": 1e-5},
+    "7b": {"model": "Qwen/Qwen2.5-7B"}}
 PARALLEL = 8            # trajectories that are collected at the same time
 VALIDATION_SHARE = 0.05     # of the examples
 
@@ -62,8 +68,9 @@ class Settings(AgentSettings):
         # folder, or a JSON or JSON-lines file of your own with "messages" or ShareGPT "conversations"
     model: str = ""  # what is fine-tuned: a folder, a hub id, or tiny (from scratch); empty: that of --preset
     out: str = "runs/sft"  # the model as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
-    preset: str = ""  # settings that other flags override: tiny, the paper in miniature, or 7b, the paper's; each
-        # collects first. Empty, without --model: 7b under torchrun with CUDA, else tiny
+    preset: str = ""  # settings that other flags override: tiny, the paper in miniature, 0.5b and 1.5b for small
+        # published models, or 7b, the paper's; each collects first. Empty: that for the size of --model; without it 7b
+        # under torchrun with CUDA, else tiny
     plan: bool = False  # print memory per GPU by part, updates and time for these settings, and end; --model may then
         # be a size alone, such as 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
@@ -410,12 +417,25 @@ def starting_point(cfg):
     return None, tokenizer, replace(config, vocab_size=tokenizer.size)
 
 
+def check_format(cfg):
+    """Raises ValueError where the trajectories show their states in another form than the model's agent.json will ask
+    for."""
+    path = Path(cfg.trajectories, "manifest.json")
+    raw = read_bytes(path) if path.parent.is_dir() else None
+    if raw:
+        found = parse_json(raw, MANIFEST, path)["settings"].get("--prompt-format", cfg.prompt_format)
+        if found != cfg.prompt_format:
+            raise ValueError(f"{cfg.trajectories} was collected with --prompt-format {found}, found "
+                             f"{cfg.prompt_format} here; give the same, or other --trajectories")
+
+
 def fine_tune(cfg):
     """Trains cfg.model on cfg.trajectories and writes cfg.out."""
     rank, world_size, device = init_distributed()
     log = print if rank == 0 else lambda line: None
     with contextlib.ExitStack() as stack:
         rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, "sft.py")))
+        check_format(cfg)
         folder, tokenizer, config = starting_point(cfg)
         examples, valid = build_dataset(cfg, tokenizer, log)
         num_tokens = sum(len(ids) for ids, _ in examples)
@@ -425,6 +445,8 @@ def fine_tune(cfg):
         agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
         if cfg.prompt_format == "short":
             agent = replace(cfg, steps=miniature.AGENT_STEPS)
+        if cfg.prompt_format == "medium":
+            agent = cfg
         if rank == 0 and agent:
             write_agent(cfg.out, agent)
         log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
@@ -449,7 +471,8 @@ def plan(cfg):
         f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens", "", "GiB per GPU",
         *format_gib(parts), "", disk_plan(total), f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most "
         f"{updates * cfg.batch * cfg.max_row_tokens:,} tokens",
-        f"about {seconds / 3600:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
+        f"about {seconds / 3600:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU",
+        ram_plan(plan_memory(config, cfg.max_row_tokens, 1, torch.float32, total > RECOMPUTE_ABOVE))])
 
 
 def is_collected(path):
@@ -489,12 +512,26 @@ def run(cfg):
         print(f"\n3. {miniature.show_replies(cfg, engine)}\n\nNext: python rl.py")
 
 
+def size_of(model):
+    """Returns the Config of a model that is to be trained."""
+    return Config.preset(model) if model == "tiny" else Config.from_pretrained(find_folder(model, ("*.json",)))
+
+
 def fill(values):
-    """For cli.parse: the preset, typed or chosen by how the program was started. The choice is said."""
+    """For cli.parse: the preset, typed or chosen by the model's size or by how the program was started. The choice is
+    said."""
     if values["preset"]:
         return [cli.preset(values["preset"], RECIPES)]
-    if values["collect"] or values["model"]:
+    model = values["model"]
+    if values["collect"] or model and Path(values["trajectories"]).is_file():
         return []
+    if model:
+        config = shape_of(model) if values["plan"] else size_of(model)
+        num = num_parameters(config)[-1]
+        preset = preset_for(num)
+        if preset not in ("0.5b", "1.5b"):      # the others are typed, or follow how the program was started
+            return []
+        return [(f"{model} has {num:,} weights, which --preset {preset} is for", {"preset": preset, **RECIPES[preset]})]
     preset = "tiny"
     if not under_torchrun():
         why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun sft.py, or --preset 7b)"

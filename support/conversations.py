@@ -132,8 +132,9 @@ def conversation_of(messages, assistant_turns, source, origin, is_miniature=Fals
 
 
 def read_trajectory(file, held_out, tokenizer):
-    """Returns [Conversation, ...] of a trajectory: one, or with short prompts one for each reply. Only replies that
-    were carried out are learned. ValueError: it is of a held-out task. held_out: see tasks.held_out_hashes."""
+    """Returns [Conversation, ...] of a trajectory: one, or with shorter prompts one for each reply. Only replies that
+    were carried out are learned, and under medium prompts only edits whose run did not fail. ValueError: it is of a
+    held-out task. held_out: see tasks.held_out_hashes."""
     # 1. It is whole, and of a task that may be learned.
     try:
         records = read_records(file)
@@ -160,7 +161,7 @@ def read_trajectory(file, held_out, tokenizer):
     # 2. Its messages. Ids of another tokenizer say nothing to this model; of a reply that could not be read there is
     # no message of the assistant.
     has_ids = tokenizer is not None and head.get("tokenizer") == tokenizer.fingerprint()
-    is_short = head["prompt_format"] == "short"
+    is_full = head["prompt_format"] == "full"
     is_miniature = head["miniature"]
     messages = []
     before = head
@@ -172,15 +173,15 @@ def read_trajectory(file, held_out, tokenizer):
                 message.pop("tokens", None)
         if line["type"] == "step" and line["valid"] and line["messages"][0]["role"] == "assistant":
             assistant_turns.append(len(messages))
-            if is_short:
-                prompt = recorded_prompt(tasks.load(head["task"]), before, before["snapshot"], blobs,
+            if not is_full and not (head["prompt_format"] == "medium" and line["kind"] == "failed"):
+                prompt = recorded_prompt(head, tasks.load(head["task"]), before, before["snapshot"], blobs,
                                          head["steps"] - line["index"])
                 conversations.append(conversation_of([*prompt, line["messages"][0]], [len(prompt)],
                                                      f"{file}, message {len(messages)}", str(file), is_miniature))
         messages += line["messages"]
         before = line
     whole = conversation_of(messages, assistant_turns, str(file), str(file), is_miniature)
-    return conversations if is_short else [whole]
+    return [whole] if is_full else conversations
 
 
 def refuse_held_out_prompts(conversation):

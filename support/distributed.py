@@ -20,6 +20,8 @@ from support.sandbox import SLOTS
 
 RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
 ATTENTION_TOKENS = 65_000   # of a text whose attention takes as many operations as the rest of the 7B
+PRESETS_BELOW = {"tiny": 50e6, "0.5b": 1e9, "1.5b": 4e9, "7b": math.inf}    # weights of the models that each is for
+PROCESS_BYTES = 1 << 30     # of a process besides weights and activations: libraries, texts, allocator
 SMALL_BELOW = 50e6          # weights; the products of a smaller model are too small for several threads
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,6 +548,19 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
         parts["sampling copy"] = size * total
         parts["KV cache"] = 2 * size * L * kv * sampled_tokens
     return parts
+
+
+def preset_for(num_weights):
+    """Returns the name of the preset for a model of so many weights."""
+    return next(name for name, below in PRESETS_BELOW.items() if num_weights < below)
+
+
+def ram_plan(parts):
+    """Returns a line for --plan: what training takes on CPUs. parts: see plan_memory, of one process in float32, which
+    samples from the model that is trained."""
+    total = sum(size for name, size in parts.items() if name != "sampling copy") + PROCESS_BYTES
+    fits = "fits" if total < 24e9 else "does not fit"
+    return f"On CPUs alone: {total / 2**30:.1f} GiB of RAM, which {fits} in 24 GB"
 
 
 def format_gib(parts):

@@ -1,6 +1,6 @@
 """What only the laptop demonstration needs, whose model has a million weights: settings, an expert and a random loop
 without a model, a tokenizer of its own, and figures of what it replies."""
-import json, random, string
+import difflib, json, random, string
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +10,8 @@ import tokenizers
 
 import tasks
 from env import (
-    MAX_LINES, NOTHING, InvalidAction, changes, constants, inverse, parse, set_constant, short_prompt, untried)
+    MAX_LINES, NOTHING, InvalidAction, change_number, changes, constants, inverse, parse, set_constant, short_prompt,
+    shown_script, untried, without_comments)
 from sample import Tokenizer, byte_alphabet
 from support.cli import format_table
 from support.conversations import Conversation, read_conversations
@@ -19,6 +20,7 @@ from support.files import shorten
 SHORT_ACTIONS = ("Set Constant", "Set Constant Again", "Set Constant Inversely", "Undo Edit Script", "Execute Script")
 SCRIPTED_ACTIONS = {        # of the scripted expert
     "short": SHORT_ACTIONS,
+    "medium": ("Set Constant", "Replace In Script", "Undo Edit Script", "Execute Script"),
     "full": ("Inspect Script Lines", "Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")}
 SHORT_FIELDS = ("Action", "Action Input")      # a model of a million weights gets every word more wrong
 AGENT_STEPS = 8         # replies of a trajectory of the trained model
@@ -117,6 +119,10 @@ def other_way(change):
     return (change[0], back["value"]) if back else None
 
 
+MAX_PARTS = 2           # actions that one idea may take under medium prompts
+LONGEST_ACTION = 400    # characters of the arguments of one, about 120 tokens
+
+
 def fitting(idea, script):
     """Returns the edits of an idea that change the script; [] where the text of one does not occur once, or where the
     idea is told in words alone."""
@@ -164,8 +170,135 @@ def try_ideas(cfg, task, ideas):
     yield reply_of(cfg, step, notes, "end", "Final Answer", final_answer=f"{task.metric} {best}")
 
 
+def idea_actions(script, idea):
+    """Returns [(action, its arguments)] that carry an idea out on a starter without comments, from its top to its end;
+    [] where one would be long or there are more than MAX_PARTS."""
+    try:
+        target = without_comments(tasks.apply(script, idea))
+    except (ValueError, KeyError):
+        return []
+    script = without_comments(script)
+    actions = []
+    while script != target and len(actions) <= MAX_PARTS:
+        action, args, script = first_change(script, target)
+        actions.append((action, args))
+    is_long = any(len(json.dumps(args)) > LONGEST_ACTION for _, args in actions)
+    return [] if is_long or len(actions) > MAX_PARTS else actions
+
+
+def first_change(script, target):
+    """Returns (action, its arguments, the script after it) that brings a script nearer to the target."""
+    before = script.splitlines(keepends=True)
+    after = target.splitlines(keepends=True)
+    blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    _, start, end, new_start, new_end = next(block for block in blocks if block[0] != "equal")
+    old = "".join(before[start:end])
+    new = "".join(after[new_start:new_end])
+    changed = "".join([*before[:start], new, *before[end:]])
+
+    # 1. A number alone.
+    if [name for name, *_ in constants(old)] == [name for name, *_ in constants(new)] and old.count("\n") == 1:
+        for name, value, *_ in constants(new):
+            return "Set Constant", {"constant": name, "value": value}, changed
+
+    # 2. Lines, with as many round them as it takes to occur once.
+    while script.count(old) != 1:
+        if start:
+            start -= 1
+            old = before[start] + old
+            new = before[start] + new
+        else:
+            old += before[end]
+            new += before[end]
+            end += 1
+    args = {"script_name": "train.py", "find": old.rstrip("\n"), "replace": new.rstrip("\n")}
+    if script.count(args["find"]) != 1 or not new:
+        args |= {"find": old, "replace": new}
+    return "Replace In Script", args, changed
+
+
+def follow_ideas(cfg, task, ideas, rng):
+    """Yields the replies of the expert with medium prompts, as search_constants does. It runs the script, then tries
+    the ideas, and in between constants: a change that has helped once more, else a random one. What prints no better
+    score than ever before is taken back."""
+    text = without_comments(task.starter)       # the workspace's script where the best score comes from
+    ideas = [(idea["title"], actions) for idea in ideas if (actions := idea_actions(task.starter, idea))]
+    step = yield reply_of(cfg, START, [], "I need the score to beat.", "Execute Script", script_name=task.entry)
+    best = step["printed"] if is_better(step, task, None) else None
+    helped = None       # the last constant's number and factor, if kept
+    done = set()        # names and values of constants that are tried on this script; the environment refuses them
+
+    while True:
+        # 1. An idea, or a constant.
+        change = None
+        if ideas and (helped is None and rng.random() < 0.5 or not changes(text)):
+            title, actions = ideas.pop()
+        else:
+            offered = {}        # (number, factor) -> name, value and new value of the constant
+            for number, factor in changes(text):
+                name, value, *_ = constants(text)[number - 1]
+                offered[number, factor] = name, value, change_number(name, value, factor)
+            left = [pair for pair, (name, _, new_value) in offered.items() if (name, new_value) not in done]
+            title = "There is nothing left to change"
+            actions = [("Execute Script", {"script_name": task.entry})]
+            if left:
+                change = helped if helped in left else rng.choice(left)
+                name, value, new_value = offered[change]
+                word = "larger" if float(new_value) > float(value) else "smaller"
+                title = f"A {word} {name} has helped, so I go on" if change == helped else f"A {word} {name} may help"
+                actions = [("Set Constant", {"constant": name, "value": new_value})]
+
+        # 2. What it brings.
+        made = []
+        after = text
+        for action, args in actions:
+            if action == "Replace In Script" and not after.count(args["find"]) == shown_script(after).count(
+                    args["find"]) == 1:
+                break
+            if action == "Set Constant" and (args["constant"], args["value"]) in done:
+                break
+            try:
+                changed = carry_out(after, action, args)
+            except InvalidAction:       # the constant has this value already, or is no longer there
+                break
+            step = yield reply_of(cfg, step, [], f"{title}.", action, **args)
+            if action == "Execute Script":
+                break
+            made.append(args)
+            if action == "Set Constant" and after == text:
+                done.add((args["constant"], args["value"]))
+            after = changed
+            if step["outcome"] != "ok":
+                break
+
+        # 3. It is kept, or taken back.
+        helped = None
+        if made and is_better(step, task, best):
+            best = step["printed"]
+            text = after
+            helped = change
+            done.clear()
+            continue
+        for _ in made:
+            why = "That was no better, so I take it back."
+            if step["outcome"] not in ("ok", None):
+                why = "The script failed, so I take it back."
+            step = yield reply_of(cfg, step, [], why, "Undo Edit Script", script_name=task.entry)
+
+
+def carry_out(script, action, args):
+    """Returns the script after one of the expert's actions. InvalidAction: see set_constant."""
+    if action == "Set Constant":
+        return set_constant(script, **args)
+    if action == "Execute Script":
+        return script
+    return script.replace(args["find"], args["replace"])
+
+
 def scripted_policy(cfg, task, ideas, rng):
-    """Returns a policy for play_trajectory: the scripted expert. ideas: for full prompts."""
+    """Returns a policy for play_trajectory: the scripted expert. ideas: for full and medium prompts."""
+    if cfg.prompt_format == "medium":
+        return policy_of(follow_ideas(cfg, task, ideas, rng), task)
     if cfg.prompt_format == "short":
         return policy_of(search_constants(cfg, task, rng), task)
     return policy_of(try_ideas(cfg, task, ideas), task)

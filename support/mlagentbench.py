@@ -21,7 +21,7 @@ from snap-stanford/MLAgentBench:
 import contextlib, json, re
 
 import env
-from env import ACTIONS, EXPLAIN, InvalidAction, difference, read_args, script_text
+from env import ACTIONS, EXPLAIN, InvalidAction, read_args, script_text
 from support.files import shorten
 
 WINDOW = 3          # steps that the prompt shows

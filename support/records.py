@@ -77,7 +77,7 @@ def record_forms(step_class, prompts, actions, reply_fields, outcomes, scaffolds
         "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "prompt_format": one_of(*prompts), "actions": action_names,
         "fields": reply_fields, "show_scores": FLAG, "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT),
         "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT, "news": TEXT, "change": LAST_CHANGE,
-        "best_printed": maybe(FINITE), "best_script": maybe(TEXT), "tried": [CHANGE],
+        "best_printed": maybe(FINITE), "best_script": maybe(TEXT), "tried": [CHANGE], "tries": [TEXT],
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
         "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT},
         "scaffold?": one_of(*scaffolds), "search?": [FINITE], "draws?": TEXT}

@@ -1111,7 +1111,7 @@ def test_a_blob_that_is_not_what_it_is_named_by_is_never_used(make, tmp_path):
     with pytest.raises(storage.MissingBlob, match="damaged"):
         env.restore(state)
     with pytest.raises(storage.MissingBlob, match="damaged"):
-        env_module.recorded_prompt(env.task, env.seen, state, blobs, 1)
+        env_module.recorded_prompt(vars(env), env.task, env.seen, state, blobs, 1)
     env.reset()     # which stores it again
     assert place.read_text() == STARTER and run(env).outcome == "ok"
     secret = tmp_path / "data" / "made" / "private" / "answers.csv"

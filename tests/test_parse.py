@@ -137,9 +137,9 @@ def test_the_miniature_fills_what_is_not_typed():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of a small and of a large model, by their config.json alone."""
+    """Folders of models of four sizes, by their config.json alone."""
     folder = tmp_path_factory.mktemp("models")
-    for name, size in (("small", "tiny"), ("large", "0.5b")):
+    for name, size in (("small", "tiny"), ("half", "0.5b"), ("three", "3b"), ("large", "7b")):
         (folder / name).mkdir()
         Config.preset(size).save(folder / name, torch.float32)
     return folder
@@ -149,7 +149,7 @@ def test_the_recipe_of_rl_follows_the_model(models, capsys):
     small, large = (["--model", str(models / name)] for name in ("small", "large"))
     s = parse(rl.Settings, large, rl.fill)
     assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (1e-6, 1e-3, 16384, "gae", "7b")
-    assert "494,032,768 weights, which --preset 7b is for; another may be typed: --preset 7b" in capsys.readouterr().err
+    assert "7,615,616,512 weights, which --preset 7b is for; another may be typed: --preset 7b" in capsys.readouterr().err
     s = parse(rl.Settings, small, rl.fill)
     assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (2e-4, 0.3, 704, "rloo", "tiny")
     assert "weights, which --preset tiny is for; another may be typed: --preset tiny" in capsys.readouterr().err
@@ -160,8 +160,33 @@ def test_the_recipe_of_rl_follows_the_model(models, capsys):
     assert (s.lr, s.advantage, s.max_batch) == (1e-6, "gae", 8)
     s = parse(rl.Settings, [*small, "--lr=1e-6", "--samples=4"], rl.fill)
     assert (s.lr, s.samples, s.minibatches) == (1e-6, 4, 2)
-    for model, name in (("7b", "7b"), ("Qwen/Qwen2.5-0.5B", "7b"), ("tiny", "tiny")):    # of a plan, without files
+    for model, name in (("7b", "7b"), ("Qwen/Qwen2.5-0.5B", "0.5b"), ("3b", "1.5b"), ("tiny", "tiny")):    # of a plan, without files
         assert parse(rl.Settings, ["--plan", "--model", model], rl.fill).preset == name
+
+
+def test_a_small_published_model_gets_the_preset_of_its_size(models, tmp_path, capsys):
+    for name, preset in (("half", "0.5b"), ("three", "1.5b")):
+        model = f"--model={models / name}"
+        s = parse(sft.Settings, [model, f"--trajectories={tmp_path / 'none'}", "--num=2"], sft.fill)
+        assert (s.preset, s.prompt_format, s.num, s.model) == (preset, "medium", 2, str(models / name))
+        assert f"weights, which --preset {preset} is for" in capsys.readouterr().err
+        assert parse(rl.Settings, [model], rl.fill).preset == preset
+    large = parse(sft.Settings, [f"--model={models / 'large'}"], sft.fill)
+    assert large == sft.Settings(model=str(models / "large"))
+    own = tmp_path / "own.jsonl"        # a file of one's own is not cut to the length of medium prompts
+    own.write_text("{}")
+    assert parse(sft.Settings, [f"--model={models / 'half'}", f"--trajectories={own}"], sft.fill).max_row_tokens == 15000
+
+
+@pytest.mark.parametrize("size, words", [("0.5b", "fits in 24 GB"), ("1.5b", "does not fit in 24 GB")])
+def test_plans_say_what_fits_without_a_gpu(size, words, capsys):
+    """Weights, gradients and two moments in float32 take 16 bytes a weight, and a reference 4."""
+    num = {"0.5b": 494_032_768, "1.5b": 1_543_714_304}[size]
+    for program, flags, least in ((sft, ["--preset", size], 16 * num), (rl, ["--model", size], 20 * num)):
+        assert program.main(["--plan", *flags]) == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+        figure = float(line.partition(": ")[2].partition(" ")[0])
+        assert line.endswith(words) and least / 2**30 < figure < least / 2**30 + 5
 
 
 def test_an_agent_json_cannot_choose_the_recipe(models, capsys):
@@ -175,8 +200,8 @@ def test_an_agent_json_cannot_choose_the_recipe(models, capsys):
 @pytest.mark.parametrize("cls, fill, argv, words", [
     (sft.Settings, sft.fill, ["--collect", "--model=tiny"], "--expert acts with --collect"),
     (sft.Settings, sft.fill, ["--expert=tiny", "--model=tiny"], "--expert acts with --collect"),
-    (rl.Settings, rl.fill, ["--preset=8b"], "there is no --preset 8b; there is tiny, 7b"),
-    (sft.Settings, sft.fill, ["--preset=8b"], "there is no --preset 8b; there is tiny, 7b")])
+    (rl.Settings, rl.fill, ["--preset=8b"], "there is no --preset 8b; there is tiny, 0.5b, 1.5b, 7b"),
+    (sft.Settings, sft.fill, ["--preset=8b"], "there is no --preset 8b; there is tiny, 0.5b, 1.5b, 7b")])
 def test_flags_that_contradict_each_other_are_refused(cls, fill, argv, words, capsys):
     with pytest.raises(SystemExit) as end:
         parse(cls, argv, fill)

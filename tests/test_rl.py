@@ -755,7 +755,7 @@ def test_a_preset_holds_where_no_flag_says_otherwise(capsys):
     assert (s.lr, s.critic_lr, s.max_batch, s.kl) == (1e-6, 1e-5, 8, 0.5)
     with pytest.raises(SystemExit):
         cli.parse(rl.Settings, ["--preset", "8b"], rl.fill)
-    assert "there is no --preset 8b; there is tiny, 7b" in capsys.readouterr().err
+    assert "there is no --preset 8b; there is tiny, 0.5b, 1.5b, 7b" in capsys.readouterr().err
 
 
 def test_a_group_update_leaves_out_states_whose_actions_all_earned_the_same():

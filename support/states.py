@@ -1,0 +1,392 @@
+"""The reward of single actions in fixed recorded states: cheaper than whole trajectories and of less variance, and what
+step-wise RL optimises.
+
+    python eval.py --record-states 4 --states held-out.jsonl --task held-out --prompt-format medium ...   # once
+    python eval.py --states held-out.jsonl --samples 8 --model runs/rl --out runs/eval/rl/held-out        # each model
+    python -m support.states compare runs/eval base sft rl      # one table; the last agent less the one before
+
+States are of the scripted expert on miniatures of STATES_SEED, on which nothing is trained, or of held-out tasks' real
+data. A file of states holds one a line, and all that it takes to restore it.
+"""
+import json, random, sys, threading, time, zlib
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+import sample
+import tasks
+from env import (
+    LEARNED_SEEDS, NOTHING, PROMPTS, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
+    untried)
+from support import miniature
+from support.cli import ContextFull, RunError, announce, exit_status, format_table
+from support.distributed import check_same
+from support.files import (
+    COUNT, FLAG, NUMBER, TEXT, VALUE, folder_lock, hash_json, maybe, one_of, parse_json, read_bytes, read_json_lines,
+    write_atomic)
+from support.ideas import choose_ideas
+from support.parallel import Progress, run_parallel
+from support.pretrained import hash_checkpoint
+from support.records import (
+    AGENT, CHANGE, FINITE, LAST_CHANGE, MESSAGE, POSITIVE, SIZE, TASK_ID, best_before, trajectory_path)
+from support.report import read_results
+from support.sandbox import SLOTS
+from support.storage import UNDO, Blobs, ResultCache
+
+STATES_SEED = 4         # of the miniatures; training has LEARNED_SEEDS, and whole trajectories are played on 0
+RECORDED = 2            # trajectories of a task that its states are drawn from
+ROWS = 16               # actions that are sampled at the same time
+NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
+STATE = {
+    "task": TASK_ID, "data_seed": COUNT, "data_sha256": {str: TEXT}, "index": COUNT, "m_before": FINITE,
+    "m_top": FINITE, "messages": [MESSAGE], "files": {str: TEXT},
+    "agent": {"actions": [TEXT], "fields": [TEXT], "prompt_format": one_of(*PROMPTS), "show_scores": FLAG,
+              "steps": SIZE, "seconds": POSITIVE},
+    "seen": {"news": TEXT, "change": LAST_CHANGE, "best_printed": maybe(FINITE), "best_script": maybe(TEXT),
+             "tried": [CHANGE], "tries": [TEXT]}}
+ACTION = {"state": COUNT, "number": COUNT, "action": maybe(TEXT), "kind": TEXT, "valid": FLAG, "ran": FLAG,
+          "reward": NUMBER, "reply": TEXT}
+RESULTS = {"settings": {str: VALUE}, "complete": FLAG, "tasks": {str: {"split": TEXT, "reward": NUMBER, str: VALUE}}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A file of states
+
+def record_states(cfg):
+    """Plays the scripted expert on the tasks of cfg.task and writes cfg.record_states states of each to the file
+    cfg.states. ValueError: it is there already, or a held-in task's data are real ones, which are trained on."""
+    if Path(cfg.states).exists():
+        raise ValueError(f"{cfg.states} is there already; states are recorded once")
+    lines = []
+    with folder_lock(cfg.out, "eval.py"):
+        infos = prepare_tasks(cfg, (STATES_SEED,))
+        for task, info in infos:
+            if task.split == "held-in" and not info["miniature"]:
+                raise ValueError(f"the data of {task.id} in {cfg.data} are real, and are trained on; give another "
+                                 "--data, for miniatures")
+        folder = Path(cfg.out, "trajectories")
+        folder.mkdir(exist_ok=True)
+        jobs = [(task, info, trajectory_path(folder, task.id, k), k) for task, info in infos for k in range(RECORDED)]
+        progress = Progress({path: read_record(path) for _, _, path, _ in jobs}, cfg.steps)
+        play = partial(play_expert, cfg, ResultCache(Path(cfg.out, "cache")), progress)
+        run_parallel(jobs, play, SLOTS.cpus, progress)
+        for task, info in infos:
+            prefixes = [(read_record(trajectory_path(folder, task.id, k)), index)
+                        for k in range(RECORDED) for index in range(2 if k else 0, cfg.steps)]     # all begin alike
+            prefixes = [(records, index) for records, index in prefixes if index < len(records) - 1]
+            rng = random.Random(f"{cfg.seed} {task.id} states")
+            for records, index in rng.sample(prefixes, min(cfg.record_states, len(prefixes))):
+                lines.append(describe_state(cfg, task, info, records[0], records[1:index + 1]))
+    write_atomic(Path(cfg.states), "".join(json.dumps(line) + "\n" for line in lines).encode())
+    announce(f"Written to {cfg.states}: {len(lines)} states of {len(infos)} tasks")
+
+
+def play_expert(cfg, cache, progress, task, info, path, k):
+    rng = random.Random(f"{cfg.seed} {task.id} {k} states")
+    ideas = []
+    if cfg.prompt_format != "short":
+        ideas = choose_ideas(cfg, task, None)
+        ideas = rng.sample(ideas, min(3, len(ideas)))
+    policy = miniature.scripted_policy(cfg, task, ideas, rng)
+    play_trajectory(cfg, task, k, path, policy, None, cfg.out, cache, progress, {}, info.get("seed", 0))
+
+
+def describe_state(cfg, task, info, head, steps):
+    """Returns the line of the state after the recorded `steps` of a trajectory. Files that scripts wrote are left out:
+    the entry script, which is what an action changes, starts without them."""
+    last = [head, *steps][-1]
+    blobs = Blobs(Path(cfg.out, "blobs"))
+    files = {path: blobs.path(sha).read_text() for path, sha in last["snapshot"].items()
+             if path == task.entry or path.startswith(UNDO) and path.endswith(f"/{task.entry}")}
+    return {"task": task.id, "data_seed": head["data_seed"], "data_sha256": info["sha256"], "index": len(steps),
+            "m_before": last["m_after"], "m_top": best_before(task, head, steps),
+            "messages": [message for line in (head, *steps) for message in line["messages"]], "files": files,
+            "agent": {name: head[name] for name in AGENT}, "seen": {name: last[name] for name in NOTHING}}
+
+
+def read_states(cfg):
+    """Returns [(number, state)] of the file cfg.states, of the tasks of cfg.task. ValueError: it is no such file, or
+    what is in it may have been trained on."""
+    states = list(enumerate(read_json_lines(cfg.states, STATE)))
+    states = [(i, state) for i, state in states if state["task"] in tasks.names(cfg.task)]
+    if not states:
+        raise ValueError(f"there is no state of --task {cfg.task} in {cfg.states}; record some with --record-states 4")
+    for _, state in states:
+        if tasks.load(state["task"]).split == "held-in" and state["data_seed"] in LEARNED_SEEDS:
+            raise ValueError(f"{cfg.states} holds a state of {state['task']} on data seed {state['data_seed']}, which "
+                             "is trained on")
+    return states
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Actions in them
+
+def measure_states(cfg, load, random_edits):
+    """Samples cfg.samples actions in each state of cfg.states, adds each to actions.jsonl in cfg.out, and returns what
+    states.json there then holds. What is in actions.jsonl is not played again. random_edits: the name of the agent
+    without a model. ValueError: other settings or another model were measured there."""
+    path = Path(cfg.out, "states.json")
+    with folder_lock(cfg.out, "eval.py"):
+        # 1. What is measured, and what of it is done.
+        states = read_states(cfg)
+        identity = {name: getattr(cfg, name) for name in ("task", "model", "samples", "temperature", "seed", "dtype",
+                                                          "max_new_tokens", "sandbox")}
+        identity["states of sha256"] = hash_json([state for _, state in states])[:16]
+        if Path(cfg.model).is_dir():
+            identity["--model of sha256"] = hash_checkpoint(cfg.model)
+        raw = read_bytes(path)
+        if raw:
+            check_same(parse_json(raw, RESULTS, path)["settings"], identity, cfg.out)
+        prepare_data(cfg, states)
+        actions_file = Path(cfg.out, "actions.jsonl")
+        actions = read_json_lines(actions_file, ACTION, mend=True)
+        write_atomic(path, {"settings": identity, "complete": False, "tasks": summarize_actions(states, actions)})
+
+        # 2. The actions that are lacking; those of a state follow each other and share its prefix.
+        done = {(line["state"], line["number"]) for line in actions}
+        jobs = [(i, state, number) for i, state in states for number in range(cfg.samples) if (i, number) not in done]
+        if jobs and cfg.model == random_edits:
+            policy = random_edit
+        elif jobs:
+            model = load(cfg.model, dtype=cfg.dtype, device=cfg.device, kernels=cfg.kernels, context=cfg.context,
+                         rows=min(ROWS, len(jobs)))
+            policy = model_policy(cfg, model)
+        cache = ResultCache(Path(cfg.out, "cache"))
+        lock = threading.Lock()
+        is_over = threading.Event()
+
+        def act(i, state, number):
+            line = take_action(cfg, cache, policy, i, state, number)
+            with lock, actions_file.open("a") as file:
+                if is_over.is_set():        # after an error nothing is written any more
+                    return
+                file.write(json.dumps(line) + "\n")
+                actions.append(line)
+                announce(f"{len(actions)} of {len(states) * cfg.samples} actions, mean reward "
+                         f"{fmean(action['reward'] for action in actions):.3f}")
+        try:
+            run_parallel(jobs, act, ROWS)
+        finally:
+            with lock:
+                is_over.set()
+
+        # 3. Their means.
+        results = {"settings": identity, "complete": True, "tasks": summarize_actions(states, actions)}
+        write_atomic(path, results)
+        return results
+
+
+def prepare_data(cfg, states):
+    """Prepares the data of all states. ValueError: they are not those that a state was recorded on."""
+    shas = {(state["task"], state["data_seed"]): state["data_sha256"] for _, state in states}
+    for (id, seed), sha256 in sorted(shas.items()):
+        _, info = prepare_task(cfg, id, "", seed)
+        if info["sha256"] != sha256:
+            raise ValueError(f"the states of {id} in {cfg.states} were recorded on other data than --data {cfg.data} "
+                             "has")
+        if tasks.load(id).split == "held-in" and not info["miniature"]:
+            raise ValueError(f"the states of {id} in {cfg.states} are of its real data, which are trained on")
+
+
+def take_action(cfg, cache, policy, i, state, number):
+    """Returns the line of actions.jsonl of action `number` in state i."""
+    env = make_env(cfg, state["task"], cfg.out, cache, state["data_seed"], **state["agent"])
+    files = {path: env.blobs.put(text.encode()) for path, text in state["files"].items()}
+    env.restore(files, state["messages"], index=state["index"], m_before=state["m_before"], m_top=state["m_top"],
+                seen=state["seen"])
+    try:
+        text, tokens, _ = policy(env, None, zlib.crc32(f"{cfg.seed} {i} {number} states".encode()))
+    except ContextFull as error:
+        raise RunError(f"state {i} of {cfg.states}: {error}; give a larger --context") from None
+    step = env.step(text, tokens=tokens)
+    is_edit = step.outcome is not None and step.action != "Execute Script"
+    return {"state": i, "number": number, "action": step.action, "kind": step.kind, "valid": step.valid,
+            "ran": is_edit and step.kind == "scored", "reward": step.reward, "reply": step.reply}
+
+
+def random_edit(env, lines, seed):
+    """The policy without a model: a random change of a constant."""
+    script = env.blobs.path(env.files[env.task.entry]).read_text()
+    action, args = "Execute Script", {"script_name": env.task.entry}
+    offered = untried(script, env.seen["tried"])
+    if offered:
+        action, args = miniature.set_action(random.Random(seed).choice(offered))
+    values = dict.fromkeys(env.fields, "-") | {"Action": action, "Action Input": json.dumps(args)}
+    return "\n".join(f"{name}: {values[name]}" for name in env.fields), None, {}
+
+
+def summarize_actions(states, actions):
+    """Returns {task: what states.json says of it}: means over its states of the means over a state's actions, so that
+    a run that was broken off does not count one state more than another."""
+    found = {}
+    for id in dict.fromkeys(state["task"] for _, state in states):
+        numbers = [i for i, state in states if state["task"] == id]
+        groups = [[line for line in actions if line["state"] == i] for i in numbers]
+        groups = [group for group in groups if group]
+        if groups:
+            own = sum(groups, [])
+            ran = [line["reward"] for line in own if line["ran"]]
+            found[id] = {"split": tasks.load(id).split, "states": len(groups), "actions": len(own),
+                         "reward": fmean(fmean(line["reward"] for line in group) for group in groups),
+                         "spread": fmean(float(np.std([line["reward"] for line in group])) for group in groups),
+                         "valid": fmean(line["valid"] for line in own), "ran": len(ran) / len(own),
+                         "reward_ran": fmean(ran) if ran else None}
+    return found
+
+
+COLUMNS = {"reward": ".3f", "spread": ".3f", "valid": ".0%", "ran": ".0%", "reward_ran": ".3f"}
+
+
+def format_states(results):
+    """Returns the table of states.json as text. spread: the standard deviation of the rewards in a state."""
+    rows = [("task", "split", "states", "actions", *COLUMNS)]
+    for id, entry in results["tasks"].items():
+        figures = [format(entry[name], form) if entry[name] is not None else "-" for name, form in COLUMNS.items()]
+        rows.append((id, entry["split"], str(entry["states"]), str(entry["actions"]), *figures))
+    for split, entries in by_split(results).items():
+        figures = []
+        for name, form in COLUMNS.items():
+            values = [entry[name] for entry in entries.values() if entry[name] is not None]
+            figures.append(format(fmean(values), form) if values else "-")
+        rows.append((f"mean over {len(entries)} tasks", split, "", "", *figures))
+    return format_table(rows)
+
+
+def by_split(results):
+    """Returns {split: {task: its entry}} of states.json."""
+    splits = {}
+    for id, entry in results["tasks"].items():
+        splits.setdefault(entry["split"], {})[id] = entry
+    return splits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing agents
+
+def sign_flip_p(differences):
+    """Returns the two-sided p of an exact permutation test over paired differences: the share of all choices of signs
+    under which the sum is at least as far from 0 as it is."""
+    sums = np.zeros(1)
+    for difference in differences:
+        sums = np.concatenate([sums + difference, sums - difference])
+    rounding = 1e-9 * np.abs(differences).sum()
+    return float(np.mean(np.abs(sums) >= abs(sum(differences)) - rounding))
+
+
+def measures_of(folder):
+    """Returns {measure: {task: figure}} of an agent's folder, which holds held-out, held-in (measure_states),
+    held-out-trajectories and held-in-trajectories (eval.py), as far as they are there. The first measure is the primary
+    one."""
+    measures = {}
+    for split in ("held-out", "held-in"):
+        path = Path(folder, split, "states.json")
+        raw = read_bytes(path)
+        entries = parse_json(raw, RESULTS, path)["tasks"] if raw else {}
+        measures[f"{split}, reward of a step"] = {id: entry["reward"] for id, entry in entries.items()}
+    for split in ("held-out", "held-in"):
+        played = read_results(Path(folder, f"{split}-trajectories")) or {"tasks": {}}
+        gaps = {}
+        for id, entry in played["tasks"].items():
+            gap = entry.get("figures", {}).get("best-validation", {}).get("gap", [None])[0]
+            if gap is not None:
+                gaps[id] = gap / 100
+        measures[f"{split}, gap closed"] = gaps
+    return measures
+
+
+def compare_agents(folder, names):
+    """Returns the table of agents, folders in `folder`, and the last of them less the one before it: the mean
+    difference over the tasks that both have, and the p of sign_flip_p. All but the first measure are corrected (Bonferroni)."""
+    agents = {name: measures_of(Path(folder, name)) for name in names}
+    rows = [("measure", "tasks", *names, f"{names[-1]} less {names[-2]}", "p", "corrected")]
+    for number, measure in enumerate(agents[names[-1]]):
+        figures = [agents[name][measure] for name in names]
+        shared = sorted(figures[-1].keys() & figures[-2].keys())
+        means = [f"{fmean(values.values()):.3f}" if values else "-" for values in figures]
+        row = [measure, str(len(shared)), *means, "-", "-", "-"]
+        if shared:
+            differences = [figures[-1][id] - figures[-2][id] for id in shared]
+            p = sign_flip_p(differences)
+            row[-3:-1] = [f"{fmean(differences):+.3f}", f"{p:.4f}"]
+            if number:
+                row[-1] = f"{min(1.0, NUM_COMPARISONS * p):.4f}"
+        rows.append(row)
+    return format_table(rows)
+
+
+LEAST_VALID = 0.5       # share of actions, and ...
+LEAST_SPREAD = 0.05     # ... standard deviation of the rewards in a state, that RL can learn from
+
+
+def gate(folder):
+    """Says whether RL has something to learn from, by states.json in a folder. RunError: it has not."""
+    path = Path(folder, "states.json")
+    raw = read_bytes(path)
+    if raw is None:
+        raise ValueError(f"there is no {path}; make it with: python eval.py --states FILE --model M --out {folder}")
+    entries = parse_json(raw, RESULTS, path)["tasks"].values()
+    valid = fmean(entry["valid"] for entry in entries)
+    spread = fmean(entry["spread"] for entry in entries)
+    text = (f"{valid:.0%} of the actions are valid ({LEAST_VALID:.0%} are needed); the rewards in a state spread by "
+            f"{spread:.3f} ({LEAST_SPREAD} is needed)")
+    if valid < LEAST_VALID or spread < LEAST_SPREAD:
+        raise RunError(f"RL has nothing to learn from: {text}")
+    print(text)
+
+
+PROMPT_TOKENS = 800     # of a medium prompt with tries
+ACTION_TOKENS = 70
+SCRIPT_S = 2.0          # seconds of a script on a miniature
+LEARNED = 324           # expert states: 9 tasks, 4 trajectories, 9 steps
+STEPS = 9
+
+
+def plan_parts(model, num_states, num_samples, num_trajectories, num_iterations):
+    """Measures how fast this machine reads prompts and samples, for about a minute, and prints how long the parts of
+    docs/real-run.sh then take. A trained token costs three that are read, an update and its reference four."""
+    engine = sample.load(model, rows=8, context=1280)
+    words = engine.tokenizer.encode("x = rows['size'] * 2\n")
+    prompts = [[*words * 100][i:i + PROMPT_TOKENS] for i in range(2)]
+    began = time.monotonic()
+    engine.generate(prompts[:1], max_new_tokens=1)
+    read_s = (time.monotonic() - began) / PROMPT_TOKENS     # seconds a token
+    began = time.monotonic()
+    engine.generate(prompts[1:], n=8, max_new_tokens=16, temperature=1.0)
+    write_s = max(1e-9, time.monotonic() - began - read_s * PROMPT_TOKENS) / (8 * 16)
+
+    def act_s(num, samples):
+        return num * (PROMPT_TOKENS * read_s + samples * (ACTION_TOKENS * write_s + SCRIPT_S / SLOTS.cpus))
+    learn = 8 * (PROMPT_TOKENS + 8 * ACTION_TOKENS) * 4 * read_s
+    parts = {
+        "data and states": 19 * 2 * STEPS * SCRIPT_S / SLOTS.cpus, "gate": act_s(9 * num_states, num_samples),
+        "expert": LEARNED * SCRIPT_S / SLOTS.cpus,
+        "fine-tuning": 2 * LEARNED * (PROMPT_TOKENS + ACTION_TOKENS) * 3 * read_s,
+        "RL": num_iterations * (act_s(8, 8) + learn),
+        "states of four agents": 4 * act_s(19 * num_states, num_samples),
+        "trajectories of four agents": 4 * act_s(19 * STEPS * num_trajectories, 1)}
+    print(f"It reads {1 / read_s:.0f} and samples {1 / write_s:.0f} tokens a second. Minutes, about:")
+    for name, seconds in parts.items():
+        print(f"  {name:<28} {seconds / 60:6.0f}")
+    print(f"  {'all':<28} {sum(parts.values()) / 60:6.0f}")
+
+
+USAGE = """usage: python -m support.states compare FOLDER AGENT AGENT ...
+       python -m support.states gate FOLDER
+       python -m support.states plan MODEL STATES SAMPLES TRAJECTORIES ITERATIONS"""
+
+
+def main(args):
+    if args[:1] == ["compare"] and len(args) >= 4:
+        return exit_status("support.states", lambda: print(compare_agents(args[1], args[2:])), args[1])
+    if args[:1] == ["gate"] and len(args) == 2:
+        return exit_status("support.states", partial(gate, args[1]), args[1])
+    if args[:1] == ["plan"] and len(args) == 6 and all(word.isdecimal() for word in args[2:]):
+        return exit_status("support.states", partial(plan_parts, args[1], *map(int, args[2:])), "nothing")
+    print(USAGE, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,345 @@
+"""Medium prompts and their expert, the reward of single actions in recorded states, and the exact comparison of agents.
+The tasks run in a moment, so every score is known beforehand."""
+import itertools
+import json
+import random
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+import env
+import eval as evaluation
+import sft
+import tasks
+from support import conversations, endpoint, files, miniature, states, storage
+from support.cli import RunError
+from test_collect import settings, toys  # noqa: F401  (a fixture)
+
+MEDIUM = {name: value for name, value in env.MEDIUM_AGENT.items() if name != "context"}
+
+
+def say(action, **args):
+    return f"Thought: try it\nAction: {action}\nAction Input: {json.dumps(args)}"
+
+
+@pytest.fixture
+def world(toys):
+    tasks.prepare("toy-a", data=toys / "data", log=lambda line: None)
+    agent = {name: MEDIUM[name] for name in ("prompt_format", "fields", "actions")}
+    return env.Env("toy-a", toys / "data", out=toys / "hand", steps=8, **agent)
+
+
+# ---- medium prompts
+
+SCRIPT = '''"""About this."""
+import os
+
+# a comment
+RATE = 0.5      # of learning
+
+
+def load(path):
+    """Reads it."""
+    text = """kept # here"""
+    return text + "# and here"
+'''
+
+
+def test_a_script_without_comments():
+    assert env.without_comments(SCRIPT) == (
+        'import os\nRATE = 0.5\ndef load(path):\n    text = """kept # here"""\n    return text + "# and here"\n')
+
+
+def test_no_starter_loses_more_than_comments():
+    for id in tasks.names("all"):
+        task = tasks.load(id)
+        shorter = env.without_comments(task.starter)
+        compile(shorter, id, "exec")
+        assert [found[:2] for found in env.constants(shorter)] == [found[:2] for found in env.constants(task.starter)]
+        assert '"""' not in shorter and not any(line.lstrip().startswith("#") for line in shorter.splitlines())
+
+
+def test_a_medium_prompt_by_hand(world):
+    """toy-a is to predict 10; GAIN * VALUE + SHIFT is 3 at first. The score it prints is the graded one."""
+    script = ('from math import fabs\nVALUE = 3\nSHIFT = 0\nGAIN = 1\nvalue = GAIN * VALUE + SHIFT\n'
+              'print("validation MAE:", fabs(value - 10))\n'
+              'open("submission.csv", "w").write("id,y\\n" + "".join(f"{i},{value}\\n" for i in (1, 2)))')
+
+    def shown(steps_left, best, tries, value):
+        return (f"The score is MAE; lower is better. {steps_left} steps left. Best score: {best}.\nTries so far:\n{tries}\n\n"
+                f"train.py now:\n```python\n{script.replace('VALUE = 3', f'VALUE = {value}')}\n```\nUse one tool, with names "
+                "and lines of this script, and reply in this form:\nThought: (why, in one short sentence)\nAction: (the "
+                "name of the tool)\nAction Input: (its JSON)")
+
+    system, user = world.prompt()
+    assert user == {"role": "user", "content": shown(8, "none", "none", 3)}
+    world.step(say("Execute Script", script_name="train.py"))
+    assert world.prompt()[1]["content"] == shown(7, "7, by this script", "Execute Script: 7", 3)
+    world.step(say("Set Constant", constant="VALUE", value="8"))
+    tries = "Execute Script: 7\nVALUE = 3 -> 8: 2, better than 7"
+    assert world.prompt()[1]["content"] == shown(6, "2, by this script", tries, 8)
+    world.step(say("Set Constant", constant="NOTHING", value="8"))
+    world.step("no format at all")
+    assert world.prompt()[1]["content"] == shown(4, "2, by this script", tries, 8)      # slips are not told
+    world.step(say("Replace In Script", script_name="train.py", find="VALUE = 8", replace="VALUE = 30"))
+    tries += "\nReplace In Script, try it: 20, worse than 2"
+    assert world.prompt()[1]["content"] == shown(3, "2, by an earlier script", tries, 30)
+
+
+def test_examples_in_a_medium_prompt_can_be_carried_out():
+    """What a model copies from them is a valid action at every step of every task's starter."""
+    for id in tasks.names("all"):
+        script = env.without_comments(tasks.load(id).starter)
+        for steps_left in range(1, 9):
+            examples = env.medium_edits(script, steps_left)
+            args = examples["Set Constant"][1]
+            assert env.set_constant(script, **args) != script
+            args = examples["Replace In Script"][1]
+            assert args["find"] != args["replace"] and args["find"] in script
+    assert env.medium_edits("print(1)\n", 3) == {}
+
+
+def test_a_long_script_is_cut_at_a_line_and_the_prompt_says_so():
+    task = SimpleNamespace(metric="MAE", direction="down", entry="train.py")
+    script = "".join(f"NUMBER_{i} = {i}\n" for i in range(1000))
+    text = env.medium_prompt(task, env.NOTHING, script, False, 3, MEDIUM["actions"], MEDIUM["fields"])[1]["content"]
+    shown = text.partition("```python\n")[2].partition("\n```")[0].splitlines()
+    assert shown[-1] == "... (the rest is not shown)" and len("\n".join(shown[:-1])) <= env.SCRIPT_ROOM
+    assert all(line in script.splitlines() for line in shown[:-1])
+
+
+@pytest.mark.parametrize("name", ["VALUE", " VALUE ", "1", 1])
+def test_a_constant_has_a_number_and_a_name(world, name):
+    step = world.step(say("Set Constant", constant=name, value="8"))
+    assert step.valid and step.score == 2 and step.change == {"constant": "1", "value": "8"}
+
+
+@pytest.mark.parametrize("name, word", [("RATE", "no constant RATE"), ("value", "whole number"), ("VALUE = 3", "whole number")])
+def test_another_name_is_no_constant(world, name, word):
+    step = world.step(say("Set Constant", constant=name, value="8"))
+    assert not step.valid and word in step.error
+
+
+# ---- the expert
+
+def test_an_idea_becomes_actions_that_give_the_same_script():
+    """For every idea of every task; applied to the whole starter, it gives the same lines."""
+    num = 0
+    for id in tasks.names("all"):
+        task = tasks.load(id)
+        for idea in tasks.ideas(id):
+            script = env.without_comments(task.starter)
+            actions = miniature.idea_actions(task.starter, idea)
+            for action, args in actions:
+                assert action == "Set Constant" or script.count(args["find"]) == 1
+                script = miniature.carry_out(script, action, args)
+            if actions:
+                num += 1
+                assert script == env.without_comments(tasks.apply(task.starter, idea))
+                assert len(actions) <= miniature.MAX_PARTS
+    assert num > 100
+
+
+def collect_medium(toys, **more):
+    cfg = settings(toys, "medium", **{**MEDIUM, "num": 3, "steps": 9, **more})
+    sft.collect(cfg)
+    return cfg
+
+
+def test_the_expert_takes_back_what_is_no_better_and_learns_no_failed_edit(toys):
+    cfg = collect_medium(toys)
+    num_failed = 0
+    replies = []
+    for file in sorted((toys / "medium").glob("*.jsonl")):
+        head, steps = env.read_trajectory(file)
+        assert all(step["valid"] for step in steps) and steps[0]["action"] == "Execute Script"
+        best = steps[0]["printed"]
+        made = 0
+        for step, following in itertools.pairwise(steps):
+            if step["action"] in ("Execute Script", "Undo Edit Script"):
+                continue
+            is_better = step["outcome"] == "ok" and step["printed"] < best
+            num_failed += step["kind"] == "failed"
+            if is_better:
+                best = step["printed"]
+            elif "two parts" not in following["reply"] and following["fields"]["Thought"] != step["fields"]["Thought"]:
+                assert following["action"] == "Undo Edit Script"
+        replies += [step["reply"] for step in steps if step["kind"] != "failed"]
+        assert env.replay(file, log=lambda line: None, data=toys / "data") == 0
+    found, _ = conversations.read_conversations(toys / "medium", toys / "data", log=lambda line: None)
+    assert num_failed and sorted(talk.messages[-1]["content"] for talk in found) == sorted(replies)
+    assert {tuple(message["role"] for message in talk.messages) for talk in found} == {("system", "user", "assistant")}
+
+
+def test_recorded_medium_prompts_are_those_that_were_shown(toys):
+    cfg = collect_medium(toys, num=1, task="toy-a")
+    head, steps = env.read_trajectory(toys / "medium" / "toy-a-0.jsonl")
+    agent = {name: getattr(cfg, name) for name in env.AGENT}
+    played = env.Env("toy-a", toys / "data" / "seed-1", out=toys / "again", **agent)
+    found, _ = conversations.read_conversations(toys / "medium", toys / "data", log=lambda line: None)
+    shown = []
+    for step in steps:
+        prompt = played.prompt()
+        played.step(step["reply"])
+        if step["kind"] != "failed":
+            shown.append(prompt)
+    assert [talk.messages[:-1] for talk in found] == shown
+
+
+def test_trajectories_of_another_form_are_not_trained_on(toys):
+    cfg = collect_medium(toys, num=1)
+    with pytest.raises(ValueError, match="collected with --prompt-format medium, found full here"):
+        sft.check_format(replace(cfg, prompt_format="full"))
+    sft.check_format(cfg)
+
+
+# ---- recorded states
+
+class Copying:
+    """A model that sets VALUE to its number of the call in the state, and counts its calls."""
+    context = 4096
+
+    def __init__(self, fail_after=None):
+        self.calls = 0
+        self.fail_after = fail_after
+        self.lock = threading.Lock()
+
+    def chat(self, messages, *, seed, max_new_tokens, temperature, top_p, stop):
+        with self.lock:
+            if self.calls == self.fail_after:
+                raise RunError("the model is gone")
+            self.calls += 1
+        text = say("Set Constant", constant="VALUE", value=str(9 + seed % 2)) if seed % 3 else "no format"
+        return endpoint.Completion(text, [1], [0.0], "stop", 10, 0, 0.01)
+
+
+def state_settings(toys, out="measured", **more):
+    return evaluation.Settings(**{"task": "all", "data": str(toys / "data"), "out": str(toys / out), "steps": 6,
+                                  "states": str(toys / "states.jsonl"), "model": "none", **MEDIUM, **more})
+
+
+def measure(cfg, model):
+    return states.measure_states(cfg, lambda *args, **options: model, evaluation.RANDOM)
+
+
+@pytest.fixture
+def recorded(toys):
+    states.record_states(state_settings(toys, "recorded", record_states=3, task="all"))
+    return toys
+
+
+def test_states_are_recorded_once_and_of_data_that_nothing_is_trained_on(recorded):
+    lines = [json.loads(line) for line in (recorded / "states.jsonl").read_text().splitlines()]
+    assert {(line["task"], line["data_seed"]) for line in lines} == {
+        (id, states.STATES_SEED) for id in ("toy-a", "toy-b", "toy-out")}
+    assert states.STATES_SEED not in (0, *env.LEARNED_SEEDS)
+    assert len(lines) == 9 and len({(line["task"], line["index"], str(line["seen"])) for line in lines}) == 9
+    with pytest.raises(ValueError, match="recorded once"):
+        states.record_states(state_settings(recorded, "recorded", record_states=3))
+
+
+def test_an_action_in_a_state_is_rewarded_as_in_its_trajectory(recorded):
+    """The expert's own next action, in the restored state, earns what it earned when it was recorded."""
+    cfg = state_settings(recorded)
+    files_of = {}
+    for file in (recorded / "recorded" / "trajectories").glob("*.jsonl"):
+        head, steps = env.read_trajectory(file)
+        for step in steps:
+            before = (steps[step["index"] - 1] if step["index"] else head)
+            files_of[head["task"], step["index"], str(before["seen"] if "seen" in before else before["tries"])] = step
+    numbered = states.read_states(cfg)
+    states.prepare_data(cfg, numbered)
+    cache = storage.ResultCache(recorded / "measured" / "cache")
+    for i, state in numbered:
+        step = files_of[state["task"], state["index"], str(state["seen"]["tries"])]
+        line = states.take_action(cfg, cache, lambda env, lines, seed: (step["reply"], None, {}), i, state, 0)
+        assert line["reward"] == pytest.approx(step["reward"]) and line["kind"] == step["kind"]
+
+
+def test_means_by_hand_and_a_run_that_was_broken_off_goes_on(recorded):
+    cfg = state_settings(recorded, samples=4)
+    broken = Copying(fail_after=10)
+    with pytest.raises(RunError):
+        measure(cfg, broken)
+    path = recorded / "measured" / "actions.jsonl"
+    before = path.read_text().splitlines()
+    path.write_text("\n".join(before) + '\n{"state": 1, "num')       # cut short by a kill
+    model = Copying()
+    results = measure(cfg, model)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert 0 < len(before) <= 10 and model.calls == 36 - len(before)
+    assert sorted((line["state"], line["number"]) for line in lines) == list(itertools.product(range(9), range(4)))
+    numbers = [i for i, state in states.read_states(cfg) if state["task"] == "toy-a"]
+    own = [line for line in lines if line["state"] in numbers]
+    entry = results["tasks"]["toy-a"]
+    assert entry["reward"] == pytest.approx(sum(line["reward"] for line in own) / 12) and entry["actions"] == 12
+    assert entry["valid"] == pytest.approx(sum(line["reply"] != "no format" and line["valid"] for line in own) / 12)
+    ran = [line["reward"] for line in own if line["kind"] == "scored"]
+    assert entry["reward_ran"] == pytest.approx(sum(ran) / len(ran))
+    assert measure(cfg, None) == results        # nothing is left to do
+    with pytest.raises(ValueError, match="samples"):
+        measure(replace(cfg, samples=5), Copying())
+
+
+def test_random_edits_are_measured_without_a_model(recorded):
+    results = measure(state_settings(recorded, model=evaluation.RANDOM, samples=2), None)
+    assert all(entry["valid"] == 1 for entry in results["tasks"].values())
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"data_seed": 1}, "trained on"), ({"files": {"../x": "a"}}, "snapshot|path|file"), ({"index": -1}, "index"),
+    ({"data_sha256": {}}, "other data")])
+def test_a_file_of_states_is_checked(recorded, change, word):
+    path = recorded / "states.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines() if json.loads(line)["task"] == "toy-a"]
+    path.write_text("".join(json.dumps(line | change) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=word):
+        measure(state_settings(recorded), Copying())
+
+
+# ---- the comparison
+
+def test_the_sign_flip_test_by_hand():
+    """1, 2, 3: of 8 choices of signs two have a sum of 6 or -6. 1, -1, 4: of the sums 4, 6, -4, 2, -2, 4, -6, -4 six are
+    at least 4 from 0."""
+    assert states.sign_flip_p([1, 2, 3]) == 2 / 8
+    assert states.sign_flip_p([1, -1, 4]) == 6 / 8
+    assert states.sign_flip_p([0.1] * 10) == 2 / 1024
+    assert states.sign_flip_p([0, 0]) == 1
+
+
+def test_the_sign_flip_test_against_a_plain_loop():
+    rng = random.Random(0)
+    differences = [rng.gauss(0.3, 1) for _ in range(7)]
+    hits = 0
+    for signs in itertools.product((1, -1), repeat=7):
+        total = sum(sign * difference for sign, difference in zip(signs, differences))
+        hits += abs(total) >= abs(sum(differences)) - 1e-9
+    assert states.sign_flip_p(differences) == hits / 128
+
+
+def write_measured(folder, rewards):
+    folder.mkdir(parents=True)
+    entries = {id: {"split": "held-out", "reward": reward, "valid": valid, "spread": spread}
+               for id, (reward, valid, spread) in rewards.items()}
+    (folder / "states.json").write_text(json.dumps({"settings": {}, "complete": True, "tasks": entries}))
+
+
+def test_the_table_of_agents_by_hand(tmp_path):
+    write_measured(tmp_path / "sft" / "held-out", {"a": (0.4, 1, 0), "b": (0.5, 1, 0), "c": (0.6, 1, 0)})
+    write_measured(tmp_path / "rl" / "held-out", {"a": (0.5, 1, 0), "b": (0.7, 1, 0), "c": (0.9, 1, 0), "d": (0.1, 1, 0)})
+    write_measured(tmp_path / "sft" / "held-in", {"e": (0.4, 1, 0)})
+    write_measured(tmp_path / "rl" / "held-in", {"e": (0.5, 1, 0)})
+    lines = [line.split() for line in states.compare_agents(tmp_path, ["base", "sft", "rl"]).splitlines()]
+    # held-out: +0.1, +0.2, +0.3 over three tasks, p 2/8; the mean of rl is over its four tasks
+    assert lines[1][-7:] == ["3", "-", "0.500", "0.550", "+0.200", "0.2500", "-"]
+    assert lines[2][-7:] == ["1", "-", "0.400", "0.500", "+0.100", "1.0000", "1.0000"]
+
+
+@pytest.mark.parametrize("valid, spread, status", [(0.9, 0.2, 0), (0.4, 0.2, 1), (0.9, 0.0, 1)])
+def test_the_gate(tmp_path, valid, spread, status, capsys):
+    write_measured(tmp_path / "held-in", {"a": (0.5, valid, spread), "b": (0.5, valid, spread)})
+    assert states.main(["gate", str(tmp_path / "held-in")]) == status
+    assert f"{valid:.0%} of the actions are valid" in "".join(capsys.readouterr())
