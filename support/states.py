@@ -37,7 +37,9 @@ from support.storage import UNDO, Blobs, ResultCache
 
 STATES_SEED = 4         # of the miniatures; training has LEARNED_SEEDS, and whole trajectories are played on 0
 RECORDED = 2            # trajectories of a task that its states are drawn from
+STATES_HASH = "states of sha256"
 ROWS = 16               # actions that are sampled at the same time
+SPLITS = "held-out", "held-in"
 NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
 STATE = {
     "task": TASK_ID, "data_seed": COUNT, "data_sha256": {str: TEXT}, "index": COUNT, "m_before": FINITE,
@@ -48,7 +50,8 @@ STATE = {
              "tried": [CHANGE], "tries": [TEXT]}}
 ACTION = {"state": COUNT, "number": COUNT, "action": maybe(TEXT), "kind": TEXT, "valid": FLAG, "ran": FLAG,
           "reward": NUMBER, "reply": TEXT}
-RESULTS = {"settings": {str: VALUE}, "complete": FLAG, "tasks": {str: {"split": TEXT, "reward": NUMBER, str: VALUE}}}
+ENTRY = {"split": TEXT, "reward": NUMBER, "valid": NUMBER, "spread": NUMBER, str: VALUE}
+RESULTS = {"settings": {str: VALUE}, "complete": FLAG, "tasks": {str: ENTRY}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +136,7 @@ def measure_states(cfg, load, random_edits):
         states = read_states(cfg)
         identity = {name: getattr(cfg, name) for name in ("task", "model", "samples", "temperature", "seed", "dtype",
                                                           "max_new_tokens", "sandbox")}
-        identity["states of sha256"] = hash_json([state for _, state in states])[:16]
+        identity[STATES_HASH] = hash_json([state for _, state in states])[:16]
         if Path(cfg.model).is_dir():
             identity["--model of sha256"] = hash_checkpoint(cfg.model)
         raw = read_bytes(path)
@@ -142,7 +145,7 @@ def measure_states(cfg, load, random_edits):
         prepare_data(cfg, states)
         actions_file = Path(cfg.out, "actions.jsonl")
         actions = read_json_lines(actions_file, ACTION, mend=True)
-        write_atomic(path, {"settings": identity, "complete": False, "tasks": summarize_actions(states, actions)})
+        write_atomic(path, {"settings": identity, "complete": False, "tasks": {}})
 
         # 2. The actions that are lacking; those of a state follow each other and share its prefix.
         done = {(line["state"], line["number"]) for line in actions}
@@ -151,7 +154,7 @@ def measure_states(cfg, load, random_edits):
             policy = random_edit
         elif jobs:
             model = load(cfg.model, dtype=cfg.dtype, device=cfg.device, kernels=cfg.kernels, context=cfg.context,
-                         rows=min(ROWS, len(jobs)))
+                         rows=min(ROWS, len(jobs)), timeout_s=cfg.reply_seconds)
             policy = model_policy(cfg, model)
         cache = ResultCache(Path(cfg.out, "cache"))
         lock = threading.Lock()
@@ -241,25 +244,18 @@ COLUMNS = {"reward": ".3f", "spread": ".3f", "valid": ".0%", "ran": ".0%", "rewa
 
 def format_states(results):
     """Returns the table of states.json as text. spread: the standard deviation of the rewards in a state."""
-    rows = [("task", "split", "states", "actions", *COLUMNS)]
-    for id, entry in results["tasks"].items():
-        figures = [format(entry[name], form) if entry[name] is not None else "-" for name, form in COLUMNS.items()]
-        rows.append((id, entry["split"], str(entry["states"]), str(entry["actions"]), *figures))
-    for split, entries in by_split(results).items():
-        figures = []
+    def line(id, split, entries):
+        row = [id, split]
         for name, form in COLUMNS.items():
-            values = [entry[name] for entry in entries.values() if entry[name] is not None]
-            figures.append(format(fmean(values), form) if values else "-")
-        rows.append((f"mean over {len(entries)} tasks", split, "", "", *figures))
+            values = [entry[name] for entry in entries if entry[name] is not None]
+            row.append(format(fmean(values), form) if values else "-")
+        return row
+    entries = results["tasks"]
+    rows = [("task", "split", *COLUMNS), *(line(id, entry["split"], [entry]) for id, entry in entries.items())]
+    for split in sorted({entry["split"] for entry in entries.values()}):
+        own = [entry for entry in entries.values() if entry["split"] == split]
+        rows.append(line(f"mean over {len(own)} tasks", split, own))
     return format_table(rows)
-
-
-def by_split(results):
-    """Returns {split: {task: its entry}} of states.json."""
-    splits = {}
-    for id, entry in results["tasks"].items():
-        splits.setdefault(entry["split"], {})[id] = entry
-    return splits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,17 +271,30 @@ def sign_flip_p(differences):
     return float(np.mean(np.abs(sums) >= abs(sum(differences)) - rounding))
 
 
+def read_measured(folder):
+    """Returns the states.json of a folder. ValueError: there is none, or actions are lacking."""
+    path = Path(folder, "states.json")
+    raw = read_bytes(path)
+    results = parse_json(raw, RESULTS, path) if raw else {}
+    if not results.get("complete") or not results["tasks"]:
+        raise ValueError(f"{path} is not complete; make it with: python eval.py --states FILE --model M --out {folder}")
+    return results
+
+
 def measures_of(folder):
-    """Returns {measure: {task: figure}} of an agent's folder, which holds held-out, held-in (measure_states),
-    held-out-trajectories and held-in-trajectories (eval.py), as far as they are there. The first measure is the primary
-    one."""
+    """Returns ({measure: {task: figure}}, {split: hash of its states}) of an agent's folder, which holds held-out,
+    held-in (measure_states), held-out-trajectories and held-in-trajectories (eval.py), as far as they are there. The
+    first measure is the primary one."""
     measures = {}
-    for split in ("held-out", "held-in"):
-        path = Path(folder, split, "states.json")
-        raw = read_bytes(path)
-        entries = parse_json(raw, RESULTS, path)["tasks"] if raw else {}
-        measures[f"{split}, reward of a step"] = {id: entry["reward"] for id, entry in entries.items()}
-    for split in ("held-out", "held-in"):
+    hashes = {}
+    for split in SPLITS:
+        rewards = {}
+        if Path(folder, split).is_dir():
+            results = read_measured(Path(folder, split))
+            rewards = {id: entry["reward"] for id, entry in results["tasks"].items()}
+            hashes[split] = results["settings"].get(STATES_HASH)
+        measures[f"{split}, reward of a step"] = rewards
+    for split in SPLITS:
         played = read_results(Path(folder, f"{split}-trajectories")) or {"tasks": {}}
         gaps = {}
         for id, entry in played["tasks"].items():
@@ -293,13 +302,20 @@ def measures_of(folder):
             if gap is not None:
                 gaps[id] = gap / 100
         measures[f"{split}, gap closed"] = gaps
-    return measures
+    return measures, hashes
 
 
 def compare_agents(folder, names):
     """Returns the table of agents, folders in `folder`, and the last of them less the one before it: the mean
-    difference over the tasks that both have, and the p of sign_flip_p. All but the first measure are corrected (Bonferroni)."""
-    agents = {name: measures_of(Path(folder, name)) for name in names}
+    difference over the tasks that both have, and the p of sign_flip_p. All but the first measure are corrected
+    (Bonferroni). ValueError: their states are not the same."""
+    agents = {}
+    first = {}      # split -> the hash of its states
+    for name in names:
+        agents[name], hashes = measures_of(Path(folder, name))
+        for split, value in hashes.items():
+            if first.setdefault(split, value) != value:
+                raise ValueError(f"{Path(folder, name, split)} was measured in other states than those before it")
     rows = [("measure", "tasks", *names, f"{names[-1]} less {names[-2]}", "p", "corrected")]
     for number, measure in enumerate(agents[names[-1]]):
         figures = [agents[name][measure] for name in names]
@@ -322,11 +338,7 @@ LEAST_SPREAD = 0.05     # ... standard deviation of the rewards in a state, that
 
 def gate(folder):
     """Says whether RL has something to learn from, by states.json in a folder. RunError: it has not."""
-    path = Path(folder, "states.json")
-    raw = read_bytes(path)
-    if raw is None:
-        raise ValueError(f"there is no {path}; make it with: python eval.py --states FILE --model M --out {folder}")
-    entries = parse_json(raw, RESULTS, path)["tasks"].values()
+    entries = read_measured(folder)["tasks"].values()
     valid = fmean(entry["valid"] for entry in entries)
     spread = fmean(entry["spread"] for entry in entries)
     text = (f"{valid:.0%} of the actions are valid ({LEAST_VALID:.0%} are needed); the rewards in a state spread by "
@@ -340,36 +352,34 @@ PROMPT_TOKENS = 800     # of a medium prompt with tries
 ACTION_TOKENS = 70
 SCRIPT_S = 2.0          # seconds of a script on a miniature
 LEARNED = 324           # expert states: 9 tasks, 4 trajectories, 9 steps
-STEPS = 9
 
 
 def plan_parts(model, num_states, num_samples, num_trajectories, num_iterations):
     """Measures how fast this machine reads prompts and samples, for about a minute, and prints how long the parts of
     docs/real-run.sh then take. A trained token costs three that are read, an update and its reference four."""
     engine = sample.load(model, rows=8, context=1280)
-    words = engine.tokenizer.encode("x = rows['size'] * 2\n")
-    prompts = [[*words * 100][i:i + PROMPT_TOKENS] for i in range(2)]
+    words = engine.tokenizer.encode("x = rows['size'] * 2\n") * 100
     began = time.monotonic()
-    engine.generate(prompts[:1], max_new_tokens=1)
+    engine.generate([words[:PROMPT_TOKENS]], max_new_tokens=1)
     read_s = (time.monotonic() - began) / PROMPT_TOKENS     # seconds a token
     began = time.monotonic()
-    engine.generate(prompts[1:], n=8, max_new_tokens=16, temperature=1.0)
+    engine.generate([words[1:PROMPT_TOKENS + 1]], n=8, max_new_tokens=16, temperature=1.0)
     write_s = max(1e-9, time.monotonic() - began - read_s * PROMPT_TOKENS) / (8 * 16)
+    script_s = SCRIPT_S / SLOTS.cpus
 
     def act_s(num, samples):
-        return num * (PROMPT_TOKENS * read_s + samples * (ACTION_TOKENS * write_s + SCRIPT_S / SLOTS.cpus))
-    learn = 8 * (PROMPT_TOKENS + 8 * ACTION_TOKENS) * 4 * read_s
+        return num * (PROMPT_TOKENS * read_s + samples * (ACTION_TOKENS * write_s + script_s))
+    learn_s = 8 * (PROMPT_TOKENS + 8 * ACTION_TOKENS) * 4 * read_s
     parts = {
-        "data and states": 19 * 2 * STEPS * SCRIPT_S / SLOTS.cpus, "gate": act_s(9 * num_states, num_samples),
-        "expert": LEARNED * SCRIPT_S / SLOTS.cpus,
+        "states, expert": (19 * 2 * 9 + LEARNED) * script_s,
+        "gate": act_s(9 * num_states, num_samples),
         "fine-tuning": 2 * LEARNED * (PROMPT_TOKENS + ACTION_TOKENS) * 3 * read_s,
-        "RL": num_iterations * (act_s(8, 8) + learn),
+        "RL": num_iterations * (act_s(8, 8) + learn_s),
         "states of four agents": 4 * act_s(19 * num_states, num_samples),
-        "trajectories of four agents": 4 * act_s(19 * STEPS * num_trajectories, 1)}
+        "trajectories of four agents": 4 * act_s(19 * 9 * num_trajectories, 1)}
     print(f"It reads {1 / read_s:.0f} and samples {1 / write_s:.0f} tokens a second. Minutes, about:")
-    for name, seconds in parts.items():
+    for name, seconds in [*parts.items(), ("all", sum(parts.values()))]:
         print(f"  {name:<28} {seconds / 60:6.0f}")
-    print(f"  {'all':<28} {sum(parts.values()) / 60:6.0f}")
 
 
 USAGE = """usage: python -m support.states compare FOLDER AGENT AGENT ...

@@ -110,10 +110,10 @@ def test_a_long_script_is_cut_at_a_line_and_the_prompt_says_so():
     assert all(line in script.splitlines() for line in shown[:-1])
 
 
-@pytest.mark.parametrize("name", ["VALUE", " VALUE ", "1", 1])
+@pytest.mark.parametrize("name", ["VALUE", " VALUE ", "3", 3])
 def test_a_constant_has_a_number_and_a_name(world, name):
     step = world.step(say("Set Constant", constant=name, value="8"))
-    assert step.valid and step.score == 2 and step.change == {"constant": "1", "value": "8"}
+    assert step.valid and step.score == 2 and step.change == {"constant": "3", "value": "8"}
 
 
 @pytest.mark.parametrize("name, word", [("RATE", "no constant RATE"), ("value", "whole number"), ("VALUE = 3", "whole number")])
@@ -149,7 +149,7 @@ def collect_medium(toys, **more):
 
 
 def test_the_expert_takes_back_what_is_no_better_and_learns_no_failed_edit(toys):
-    cfg = collect_medium(toys)
+    cfg = collect_medium(toys, num=8)
     num_failed = 0
     replies = []
     for file in sorted((toys / "medium").glob("*.jsonl")):
@@ -221,7 +221,10 @@ def state_settings(toys, out="measured", **more):
 
 
 def measure(cfg, model):
-    return states.measure_states(cfg, lambda *args, **options: model, evaluation.RANDOM)
+    def load(spec, timeout_s, **options):
+        assert timeout_s == cfg.reply_seconds       # of a server
+        return model
+    return states.measure_states(cfg, load, evaluation.RANDOM)
 
 
 @pytest.fixture
@@ -320,11 +323,11 @@ def test_the_sign_flip_test_against_a_plain_loop():
     assert states.sign_flip_p(differences) == hits / 128
 
 
-def write_measured(folder, rewards):
+def write_measured(folder, rewards, complete=True, **settings):
     folder.mkdir(parents=True)
     entries = {id: {"split": "held-out", "reward": reward, "valid": valid, "spread": spread}
                for id, (reward, valid, spread) in rewards.items()}
-    (folder / "states.json").write_text(json.dumps({"settings": {}, "complete": True, "tasks": entries}))
+    (folder / "states.json").write_text(json.dumps({"settings": settings, "complete": complete, "tasks": entries}))
 
 
 def test_the_table_of_agents_by_hand(tmp_path):
@@ -343,3 +346,27 @@ def test_the_gate(tmp_path, valid, spread, status, capsys):
     write_measured(tmp_path / "held-in", {"a": (0.5, valid, spread), "b": (0.5, valid, spread)})
     assert states.main(["gate", str(tmp_path / "held-in")]) == status
     assert f"{valid:.0%} of the actions are valid" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("rl", [{"complete": False}, {"states of sha256": "b"}])
+def test_agents_that_are_not_comparable_are_refused(rl, tmp_path):
+    """A measure that was broken off, or one in other states."""
+    rewards = {"a": (0.4, 1, 0.1)}
+    write_measured(tmp_path / "sft" / "held-out", rewards, **{"states of sha256": "a"})
+    write_measured(tmp_path / "rl" / "held-out", rewards, **{"states of sha256": "a", **rl})
+    with pytest.raises(ValueError, match="rl/held-out.*(is not complete|other states)"):
+        states.compare_agents(tmp_path, ["sft", "rl"])
+
+
+def test_the_gate_judges_no_measure_that_was_broken_off(tmp_path, capsys):
+    write_measured(tmp_path / "held-in", {"a": (0.5, 0.9, 0.2)}, complete=False)
+    assert states.main(["gate", str(tmp_path / "held-in")]) == 2
+    assert "is not complete" in capsys.readouterr().err
+
+
+def test_the_sign_flip_test_against_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(1)
+    differences = [rng.gauss(0.5, 1) for _ in range(10)]
+    expected = stats.permutation_test((differences,), sum, permutation_type="samples", n_resamples=float("inf"))
+    assert states.sign_flip_p(differences) == pytest.approx(expected.pvalue, abs=1e-12)
