@@ -6,6 +6,7 @@
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
     python eval.py --states FILE --model DIR --samples 8             # single actions in recorded states
     python eval.py --compare runs/a,runs/b,runs/rl                   # runs nothing: draws what was run before
+    python eval.py --compare runs/a,runs/b --reference runs/b        # and divides the gains by those of runs/b
 
 --out receives results.json (settings, versions, every score), trajectories/TASK-K.jsonl (a line a step, which
 `python env.py replay FILE` runs again), blobs/ (the files of every step) and report.html, a page that shows all of it.
@@ -86,6 +87,7 @@ class Settings(AgentSettings):
     temperature: float = 0.7  # of sampling; 0 always takes the most likely token
     compare: tuple[str, ...] = ()  # draws these folders side by side into compare.html in --out, and runs nothing: the
         # --out of eval.py, of training (its log.jsonl), or collected trajectories
+    reference: str = ""  # one of --compare: the gains of all are divided by its gain, as in Figure 3 of the paper
     states: str = ""  # a file of recorded states: the reward of single actions in them is measured instead
     samples: int = 8  # actions that are sampled in each state of --states
     record_states: int = 0  # states of each task, from the scripted expert, that are written to --states, once
@@ -111,6 +113,8 @@ class Settings(AgentSettings):
             raise ValueError(f"--scaffold mlagentbench needs a --coder, and --actions among {', '.join(tools)}")
         if self.compare and (self.model or self.task):
             raise ValueError("--compare runs nothing, so it takes no --model and no --task")
+        if self.reference and self.reference not in self.compare:
+            raise ValueError(f"--reference must be one of --compare, found {self.reference}")
         for folder in self.compare:
             files = [Path(folder, name) for name in ("results.json", "log.jsonl")]
             if not any(map(Path.is_file, files)) and not trajectory_files(folder):
@@ -389,6 +393,31 @@ def format_means(run, rival, common):
     return row | beside
 
 
+def build_ratios(runs, reference):
+    """Returns the layout of the paper's Figure 3: a row for each task that all runs have, with the gain of each over
+    that of the run named `reference`, "-" where the interval of that one is not above 0. The last row counts the tasks on which a run gained more than every other. ValueError: there is no such
+    run of an agent."""
+    names = [run["name"] for run in runs]
+    if reference not in names:
+        raise ValueError(f"--reference: {reference} holds no evaluation of an agent")
+    rows = []
+    won = Counter()
+    for results_by_task in split_results(runs).values():
+        for task, results in results_by_task.items():
+            if not is_common(results, runs):
+                continue
+            figures = {run["name"]: task_figures(results[run["name"]], run["results"]["final"])["gain"] for run in runs}
+            mean, interval = figures[reference]
+            row = {"task": task, "gain of the reference %": format_mean(mean, interval)}
+            for name, (own, _) in figures.items():
+                row[name] = f"{own / mean:.2f}" if interval and interval[0] > 0 else "-"
+            rows.append(row)
+            best, *others = sorted(names, key=lambda name: figures[name][0], reverse=True)
+            if others and figures[best][0] > figures[others[0]][0]:
+                won[best] += 1
+    return [*rows, {"task": f"won, of {len(rows)}"} | {name: str(won[name]) for name in names}]
+
+
 def build_habits(runs):
     """Returns a row for each split and agent: what it did, as shares."""
     rows = []
@@ -402,10 +431,14 @@ def build_habits(runs):
     return rows
 
 
-def build_tables(runs):
-    """Returns all tables of runs: [{"title", "columns", "rows"}], without those that have no row."""
+def build_tables(runs, reference=""):
+    """Returns all tables of runs: [{"title", "columns", "rows"}], without those that have no row. reference: the name
+    of the run whose gain divides those of all, if there is one."""
     tables = {"Mean gain over the starter, and mean share of the gap to the best known score that was closed, in %":
               build_means(runs), "What the agents do": build_habits(runs), "Task by task": build_table(runs)}
+    if reference:
+        title = f"Gain divided by that of {reference} (-: its interval is not above 0)"
+        tables[title] = build_ratios(runs, reference)
     found = []
     for title, rows in tables.items():
         if rows:
@@ -462,6 +495,8 @@ def describe_scaffold(results):
     coder = settings.get("coder")
     seconds = settings.get("seconds", 0)
     parts = [f"Scaffold: {scaffold}, at most {settings['steps']} steps and {seconds:g} s a trajectory"]
+    if settings.get("clock") == "scripts":
+        parts.append("the time that the model took to reply is not counted")
     if scaffold == "aide":
         num_drafts, debug_prob, max_depth = aide.SEARCHES[settings.get("search", "aide")]
         parts.append(f"{num_drafts} drafts, debugging with probability {debug_prob} to depth {max_depth}, reviewer: "
@@ -513,8 +548,9 @@ def read_run(folder, name):
     return {"name": name, "results": results, "trajectories": trajectories}
 
 
-def write_report(path, folders, trained):
-    """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained."""
+def write_report(path, folders, trained, reference=""):
+    """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained. reference: see
+    build_tables."""
     runs = [read_run(folder, name) for name, folder in folders.items()]
     for run in runs:
         about = {name: run["results"].get(name, {}) for name in ("settings", "versions")}
@@ -522,14 +558,14 @@ def write_report(path, folders, trained):
     agents = [run for run in runs if run["results"]["settings"].get("model")]
     write_page(path, {
         "title": f"ML-Agent: {', '.join(folders)}", "warnings": warnings(runs), "notes": notes(runs),
-        "tables": build_tables(agents or runs), "runs": runs,
+        "tables": build_tables(agents or runs, reference), "runs": runs,
         "logs": [{"name": folder, "lines": read_log(folder)} for folder in trained]})
 
 
 def compare(cfg):
     """Writes compare.html, which shows the folders of --compare side by side, and returns its path."""
     path = Path(cfg.out, "compare.html")
-    write_report(path, {folder: folder for folder in cfg.compare}, cfg.compare)
+    write_report(path, {folder: folder for folder in cfg.compare}, cfg.compare, cfg.reference)
     return path
 
 
@@ -539,7 +575,7 @@ def compare(cfg):
 def run_identity(cfg, infos):
     """Returns {name: value} of all that the trajectories depend on. A run is continued only under the same."""
     # where, how many, how they are counted, and how long one waits for them
-    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare", "reply_seconds",
+    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare", "reference", "reply_seconds",
                  "states", "samples", "record_states")
     identity = {name: value for name, value in json.loads(json.dumps(asdict(cfg))).items() if name not in elsewhere}
     for task, info in infos:

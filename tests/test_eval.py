@@ -248,6 +248,24 @@ def test_means_over_tasks_beside_random_edits_by_hand():
     assert evaluation.build_means([chance, agent]) == []
 
 
+def test_gains_divided_by_those_of_a_reference_by_hand():
+    """On the second task the interval of the reference's gain holds 0, on the third it is below."""
+    agent = run_of("agent", first=result([5, 7], 10, 0), second=result([4], 4, 2), third=result([3], 4, 2),
+                   other=result([1], 4, 2))
+    best = run_of("best", first=result([2, 2], 10, 0), second=result([3, 5], 4, 2), third=result([5, 5], 4, 2))
+    heads, *rows = evaluation.build_ratios([agent, best], "best")
+    assert heads == {"task": "first", "gain of the reference %": "+80.0 (+80.0 to +80.0)", "agent": "0.50",
+                     "best": "1.00"}
+    assert rows == [
+        {"task": "second", "gain of the reference %": "+0.0 (-25.0 to +25.0)", "agent": "-", "best": "-"},      # a draw
+        {"task": "third", "gain of the reference %": "-25.0 (-25.0 to -25.0)", "agent": "-", "best": "-"},
+        {"task": "won, of 3", "agent": "1", "best": "1"}]
+    with pytest.raises(ValueError, match="--reference: none holds no evaluation"):
+        evaluation.build_ratios([agent, best], "none")
+    with pytest.raises(ValueError, match="--reference must be one of --compare"):
+        evaluation.Settings(reference="runs/a")
+
+
 def test_what_an_agent_does_by_hand(tmp_path, task):
     results = play(settings(tmp_path), Scripted())
     played = results["tasks"]["tiny-task"]["trajectories"]
@@ -295,6 +313,9 @@ def test_the_report_says_what_was_measured(tmp_path, task):
     assert text.startswith(MINIATURE) and "ML-Agent (paper)" not in text
     assert "of equal ones the earliest, counts. How they ended: final answer 4." in text
     assert "(oracle) is no" in text
+    assert "is not counted" not in text
+    results["settings"]["clock"] = "scripts"
+    assert "1800 s a trajectory; the time that the model took to reply is not counted;" in text_of(results)
 
 
 def test_published_figures_stand_below_real_data_only(tmp_path, task):

@@ -257,14 +257,18 @@ def test_runs_side_by_side(run, tmp_path, capsys):
     (tmp_path / "training").mkdir()
     (tmp_path / "training" / "log.jsonl").write_text('{"iteration": 1, "reward": 0.5}\n')      # has no columns
     folders = [run.out, str(tmp_path / "other"), str(tmp_path / "training")]
-    assert evaluation.main(["--compare", ",".join(folders), "--out", str(tmp_path / "new")]) == 0
+    assert evaluation.main(["--compare", ",".join(folders), "--reference", folders[0], "--out",
+                            str(tmp_path / "new")]) == 0
     assert "Written to" in capsys.readouterr().out
     assert all(path.read_bytes() == content for path, content in before.items())
     page = drawn(tmp_path / "new" / "compare.html", "#2/tiny-task-0-1")
-    assert [row[:8] for row in page.rows()[3:]] == [
+    assert [row[:8] for row in page.rows()[3:6]] == [
         ["task", "agent", "metric", "starter", "average", "best", "std. error", "gain %"],
         ["tiny-task *", folders[0], "MAE (down)", "7.0000", "3.8750", "0.5000", "1.8071", "+44.6 (+0.0 to +89.3)"],
         ["tiny-task *", folders[1], "MAE (down)", "7.0000", "1.0000", "1.0000", "-", "+85.7"]]
+    assert page.rows()[6:] == [         # a gain of 0 is within the reference's interval
+        ["task", "gain of the reference %", *folders[:2]], ["tiny-task", "+44.6 (+0.0 to +89.3)", "-", "-"],
+        ["won, of 1", "", "0", "1"]]
     boxes = page.all("details", class_="trajectory")
     assert [page.texts("b", box)[0] for box in boxes] == [
         *(f"{folders[0]}: tiny-task-{k}" for k in range(4)), f"{folders[1]}: tiny-task-0"]
