@@ -2,7 +2,7 @@
 
     python rl.py                                        # goes on from runs/sft, on miniatures, on a laptop's CPU
     torchrun --nproc_per_node 8 rl.py --preset 7b       # the same on eight GPUs
-    python rl.py --rollout episode --advantage gae      # whole trajectories instead, for comparison
+    python rl.py --rollout episode --states 4           # whole trajectories instead, for comparison
 
 Whole trajectories are slow to sample, since each step runs a training script. So the states come from expert
 trajectories, and only the action is new. `iterate` is one iteration, from top to bottom.
@@ -112,9 +112,9 @@ class Settings(cli.TaskSettings):
             raise ValueError(f"--context must be above --max-new-tokens {self.max_new_tokens}, found {self.context}")
         if self.minibatches > self.states:
             raise ValueError(f"--minibatches must be at most --states {self.states}, found {self.minibatches}")
-        if not self.has_critic and (self.rollout == "episode" or self.samples < 2):
-            raise ValueError(f"--advantage {self.advantage} compares actions of one state: it needs --rollout step and "
-                             f"--samples of at least 2, found {self.rollout} and {self.samples}")
+        if not self.has_critic and self.samples < 2:
+            raise ValueError(f"--advantage {self.advantage} compares actions of one state, or trajectories from one "
+                             f"start: it needs --samples of at least 2, found {self.samples}")
 
     @property
     def has_critic(self):
@@ -337,11 +337,11 @@ def gather(values):
 
 
 def group_rewards(transitions):
-    """Returns {group: the rewards of its actions}."""
+    """Returns {group: the rewards of its actions, or what each of its trajectories has earned}."""
     rewards = {}
     for transition in transitions:
-        rewards.setdefault(transition.group, []).append(transition.reward)
-    return rewards
+        rewards.setdefault(transition.group, Counter())[transition.episode_id] += transition.reward
+    return {group: list(totals.values()) for group, totals in rewards.items()}
 
 
 # -- Advantages and losses
@@ -387,33 +387,43 @@ def gae_of_episodes(transitions, rewards, values, lam):
 
 
 def group_returns(transitions, rewards):
-    """Returns {group: what each of its actions earned in all: its reward, less its divergence}."""
-    returns = {}
+    """Returns for each action, rewards less divergence: what it earned together with the later ones of its trajectory,
+    and the same of all trajectories of its group from that step on, 0 of one that has ended before."""
+    groups = {}         # group -> trajectory -> what each of its actions earned
     for transition, token_reward in zip(transitions, rewards):
-        returns.setdefault(transition.group, []).append(token_reward.sum().item())
+        episodes = groups.setdefault(transition.group, {})
+        episodes.setdefault(transition.episode_id, []).append(token_reward.sum().item())
+    returns = []
+    num_before = Counter()
+    for transition in transitions:
+        step = num_before[transition.episode_id]
+        num_before[transition.episode_id] += 1
+        episodes = groups[transition.group]
+        own = sum(episodes[transition.episode_id][step:])
+        returns.append((own, [sum(earned[step:]) for earned in episodes.values()]))
     return returns
 
 
 def rloo(transitions, rewards, values, lam):
-    """The return to go less the mean return of the state's other actions (leave-one-out, arXiv 2402.14740). Returns
-    hold the divergence, as there: a baseline without it would push down whatever was sampled."""
-    returns = group_returns(transitions, rewards)
+    """The return to go less the mean return of the group's others (leave-one-out, arXiv 2402.14740): of the state's
+    other actions, or of the other trajectories from the same step on. Returns hold the divergence, as there: a baseline
+    without it would push down whatever was sampled."""
     adv = []
-    for transition, token_reward in zip(transitions, rewards):
-        group = returns[transition.group]
-        baseline = (sum(group) - token_reward.sum().item()) / max(1, len(group) - 1)
-        adv.append(gae(token_reward, torch.full_like(token_reward, baseline)))
+    for token_reward, (own, group) in zip(rewards, group_returns(transitions, rewards)):
+        baseline = (sum(group) - own) / max(1, len(group) - 1)
+        later = own - token_reward.sum().item()
+        adv.append(gae(token_reward, torch.full_like(token_reward, baseline - later)))
     return adv
 
 
 def grpo(transitions, rewards, values, lam):
-    """The return to go less the mean return of the state's actions, over their standard deviation (arXiv 2402.03300).
+    """The return to go less the mean return of the group, over its standard deviation (arXiv 2402.03300); see rloo.
     The divergence is part of the return here, so it is divided too."""
-    returns = group_returns(transitions, rewards)
     adv = []
-    for transition, token_reward in zip(transitions, rewards):
-        group = returns[transition.group]
-        adv.append(gae(token_reward, torch.full_like(token_reward, fmean(group))) / (pstdev(group) + EPS))
+    for token_reward, (own, group) in zip(rewards, group_returns(transitions, rewards)):
+        later = own - token_reward.sum().item()
+        baseline = torch.full_like(token_reward, fmean(group) - later)
+        adv.append(gae(token_reward, baseline) / (pstdev(group) + EPS))
     return adv
 
 

@@ -151,10 +151,10 @@ def test_the_recipe_of_rl_follows_the_model(models, capsys):
     assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (1e-6, 1e-3, 16384, "gae", "7b")
     assert "7,615,616,512 weights, which --preset 7b is for; another may be typed: --preset 7b" in capsys.readouterr().err
     s = parse(rl.Settings, small, rl.fill)
-    assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (2e-4, 0.3, 704, "rloo", "tiny")
+    assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (2e-4, 0.1, 704, "rloo", "tiny")
     assert "weights, which --preset tiny is for; another may be typed: --preset tiny" in capsys.readouterr().err
     s = parse(rl.Settings, [*large, "--preset=tiny"], rl.fill)
-    assert (s.lr, s.kl, s.preset) == (2e-4, 0.3, "tiny")
+    assert (s.lr, s.kl, s.preset) == (2e-4, 0.1, "tiny")
     assert "weights, which --preset 7b is for; another may be typed: --advantage rloo" in capsys.readouterr().err
     s = parse(rl.Settings, [*small, "--preset=7b"], rl.fill)
     assert (s.lr, s.advantage, s.max_batch) == (1e-6, "gae", 8)

@@ -281,6 +281,17 @@ def test_rloo_by_hand():
     assert by_hand("rloo") == [[0.5, 0.625], [0.125], [-0.625], [-0.5], [0.5]]
 
 
+def test_trajectories_are_compared_from_the_same_step_on():
+    """Two from one start: rewards of 1 and 0.5, and of 0.25 alone. From the first step on they earned 1.5 and 0.25,
+    from the second 0.5 and nothing."""
+    samples = [sample_of([0], [1], 1.0), sample_of([0], [1, 1], 0.5), sample_of([0], [1], 0.25, episode_id=1)]
+    rewards = rl.token_rewards(samples, [torch.zeros(len(one.tokens)) for one in samples], None, 0.0)
+    assert [adv.tolist() for adv in rl.rloo(samples, rewards, None, 1.0)] == [[1.25], [0.5, 0.5], [-1.25]]
+    first, second, _ = (adv[0].item() for adv in rl.grpo(samples, rewards, None, 1.0))
+    assert (first, second) == pytest.approx((0.625 / 0.6251, 0.25 / 0.2501))
+    assert rl.group_rewards(samples) == {0: [1.5, 0.25]}
+
+
 def test_grpo_by_hand():
     """The baselines are the mean returns, 5/12 and 0.5; the variances are 0.09722 = 7/72 and 1/16."""
     first = (7 / 72) ** 0.5 + 1e-4
@@ -737,7 +748,7 @@ def test_values_of_whole_trajectories_may_move_as_far_as_their_returns_are_large
     {"rollout": "steps"}, {"advantage": "best"}, {"sandbox": "maybe"}, {"dtype": "float64"}, {"iterations": 0},
     {"samples": 0}, {"epochs": 0}, {"temperature": 0.0}, {"max_new_tokens": 0}, {"max_row_tokens": 0}, {"kl": -0.1},
     {"minibatches": 4, "states": 3}, {"advantage": "rloo", "samples": 1}, {"advantage": "grpo", "samples": 1},
-    {"advantage": "rloo", "rollout": "episode"}, {"lr": -1e-6}, {"critic_lr": float("nan")}, {"clip_low": 1.5},
+    {"lr": -1e-6}, {"critic_lr": float("nan")}, {"clip_low": 1.5},
     {"clip_high": -0.1}, {"coder": "runs/other"}, {"lam": -0.1}, {"lam": 1.1},
     {"context": 1024, "max_new_tokens": 1024}])
 def test_settings_that_make_no_sense_are_refused_by_name(bad):
@@ -747,7 +758,7 @@ def test_settings_that_make_no_sense_are_refused_by_name(bad):
 
 def test_settings_at_their_limits_are_taken():
     rl.Settings(kl=0, clip_low=1.0, lam=0.0, minibatches=32, lr=0)
-    rl.Settings(advantage="rloo", samples=2)
+    rl.Settings(advantage="rloo", samples=2, rollout="episode")
 
 
 def test_a_preset_holds_where_no_flag_says_otherwise(capsys):
