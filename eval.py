@@ -104,6 +104,8 @@ class Settings(AgentSettings):
             raise ValueError("--record-states must be at least 0, and needs --states FILE to write to")
         if self.states and not self.model and not self.record_states:
             raise ValueError("--states needs --model, whose actions are measured, or --record-states")
+        if self.states and self.scaffold != "ml-agent":
+            raise ValueError(f"--states measures actions of the scaffold ml-agent alone, found {self.scaffold}")
         for spec in filter(endpoint.is_server, (self.model, self.coder)):
             endpoint.address(spec)
         if self.scaffold != SCAFFOLDS[0] and self.model in ("", RANDOM):

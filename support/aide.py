@@ -235,7 +235,12 @@ def _preview(public, stamps):
                 heads.append(f"{head} The first: {', '.join(map(str, table.columns[:15]))}.")
             elif path.suffix == ".json":
                 text = read_start(path, 1 << 20).decode("utf-8", "replace")
-                record = json.JSONDecoder().raw_decode(text[text.find("{"):])[0]
+                try:
+                    record = json.JSONDecoder().raw_decode(text, max(0, text.find("{")))[0]
+                except (ValueError, RecursionError):    # no record, or a longer one
+                    continue
+                if not isinstance(record, dict):
+                    continue
                 kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in record.items())
                 heads.append(f"{place / name} holds records: {kinds}.")
                 details.append(heads[-1])

@@ -363,6 +363,16 @@ data/train.csv has 12 rows and 5 columns.
     assert "column15" not in text and "from 0 to 11" not in text
 
 
+@pytest.mark.parametrize("text, line", [
+    ('[{"id": 1, "name": "a"}]', "data/a.json holds records: id (int), name (str)."), ('{"id": 1', ""), ("", ""), ("[1, 2]", ""),
+    ('[{"text": "' + "a" * (1 << 20) + '"}]', "")])
+def test_the_preview_of_records(tmp_path, text, line):
+    """What is no record, or a longer one than is read, is left out; the file is named all the same."""
+    (tmp_path / "a.json").write_text(text)
+    tree, _, records = aide.preview(tmp_path).partition("\n\n")
+    assert tree == f"data/\n  a.json ({len(text):,} bytes)" and records == line
+
+
 @needs_node
 def test_the_report_draws_the_tree(tree):
     page = drawn(Path(tree[0].out, "report.html"), "#tiny-task-0-7")

@@ -241,6 +241,8 @@ def test_states_are_recorded_once_and_of_data_that_nothing_is_trained_on(recorde
     assert len(lines) == 9 and len({(line["task"], line["index"], str(line["seen"])) for line in lines}) == 9
     with pytest.raises(ValueError, match="recorded once"):
         states.record_states(state_settings(recorded, "recorded", record_states=3))
+    with pytest.raises(ValueError, match="ml-agent alone, found aide"):
+        evaluation.Settings(states="states.jsonl", model="tiny", scaffold="aide")
 
 
 def test_an_action_in_a_state_is_rewarded_as_in_its_trajectory(recorded):
