@@ -243,7 +243,9 @@ def test_a_plan_needs_neither_gpu_nor_weights(capsys):
     with pytest.raises(SystemExit):
         sft.main(["--preset", "8b"])
     assert "there is no --preset 8b" in capsys.readouterr().err
-    assert sft.main(["--plan", "--model", "9b"]) == 2
+    with pytest.raises(SystemExit):
+        sft.main(["--plan", "--model", "9b"])
+    assert "no preset '9b'" in capsys.readouterr().err
     assert sft.main(["--plan", "--trajectories", "nowhere"]) == 0
     assert "tiny: 854,144 weights" in capsys.readouterr().out
 
