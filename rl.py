@@ -504,7 +504,7 @@ class PPOTrainer:
         self.device = device
         self.threads = row_threads(config, device)
         build = partial(build_model, config, folder, device, cfg.seed, num_parameters(config)[-1] > RECOMPUTE_ABOVE,
-                        compute_type(cfg.dtype, device), kernels=cfg.kernels)
+                        compute_type(cfg.dtype, device, config), kernels=cfg.kernels)
         self.actor = build()
         self.reference = build().requires_grad_(False) if cfg.kl else None
         self.critic = build(make=Critic) if cfg.has_critic else None
@@ -638,12 +638,14 @@ def iterate(cfg, worker, trainer, iteration):
     logp_sampler = [torch.tensor(transition.logp_sampler) for transition in learned]
 
     # 3. Log-probs of the actor as it was sampled from and of the frozen reference; the critic's values.
+    began = time.monotonic()
     logp_old, logp_diff = old_logprobs(worker, trainer, learned, examples, logp_sampler, iteration)
     logp_ref = None
     if trainer.reference:       # a difference within rounding is none: where all rewards are equal it would be whitened
         logp_ref = [torch.where((ref - old).abs() < ROUNDING, old, ref)
                     for ref, old in zip(trainer.logprobs(trainer.reference, examples), logp_old)]
     values = trainer.values(examples) if trainer.critic else None
+    stats["logprobs_s"] = time.monotonic() - began
     stats |= action_stats(cfg, transitions, logp_old, logp_ref, logp_diff)
 
     # 4. Advantages. The critic's head begins at zero, so a few steps of the critic alone come first.
@@ -734,12 +736,13 @@ def train(cfg, rank, world_size, device):
             raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}. The checkpoints in {cfg.out} are from "
                            "before") from None
         seconds = time.monotonic() - start
-        update_s = seconds - stats["sample_s"] - stats["execute_s"]
+        update_s = seconds - stats["sample_s"] - stats["execute_s"] - stats["logprobs_s"]
         examples = [transition.example for transition in transitions]
         rows = packed_rows(examples, range(len(examples)), 0, 1, cfg.max_row_tokens)
         flops = flops_of(config, rows) / 3 * passes / world_size
+        compute_s = stats["logprobs_s"] + update_s
         stats |= {"iteration": iteration + 1, "update_s": update_s, "seconds": seconds,
-                  "elapsed_s": time.monotonic() - began, "mfu": flops / update_s / peak if peak else None,
+                  "elapsed_s": time.monotonic() - began, "mfu": flops / compute_s / peak if peak else None,
                   "peak_gib": peak_memory(device) / 2**30}
         if cfg.validate_every and (iteration + 1) % cfg.validate_every == 0:
             stats["validation_reward"] = worker.validate()
@@ -801,8 +804,8 @@ def report(cfg, stats, transitions):
     names = ("reward", "reward_edits", "valid", "kl", "entropy", "clip_fraction", "explained_variance", "logp_diff_max")
     numbers = [f"{name} {stats[name]:.3g}" for name in names if stats.get(name) is not None]
     left = timedelta(seconds=int(stats["seconds"] * (cfg.iterations - stats["iteration"])))
-    print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{stats['sample_s']:.1f} + "
-          f"{stats['execute_s']:.1f} + {stats['update_s']:.1f} s", f"ETA {left}", sep="  ", flush=True)
+    seconds = " + ".join(f"{stats[name]:.1f}" for name in ("sample_s", "execute_s", "logprobs_s", "update_s"))
+    print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{seconds} s", f"ETA {left}", sep="  ", flush=True)
     if stats["iteration"] % SHOW_EVERY == 1:
         transition = random.Random(stats["iteration"]).choice(transitions)
         print(f"--- {transition.state}, {transition.step['kind']}, reward {transition.reward:.3f}\n"

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from model import KERNELS, Config, Qwen2, use_kernels
 from support import cpu_linear
 from support.cli import ContextFull, ModelSettings, parse
-from support.distributed import SMALL_BELOW
+from support.distributed import SMALL_BELOW, multiplies_bf16
 from support.endpoint import Completion, Endpoint, EndpointError, find_stop, is_server
 from support.files import sync
 from support.pretrained import find_folder, read_json, write_json
@@ -915,7 +915,7 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
 
     spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
     out), or "http://host:port/v1#name". device "auto": CUDA if there is one. dtype "auto": bfloat16 where the hardware
-    multiplies it (CUDA, or a CPU with AMX), else float32. kernels: torch, or triton on CUDA. graphs: decode in CUDA
+    multiplies it (CUDA, or a CPU with AVX512-BF16 or AMX), else float32. kernels: torch, or triton on CUDA. graphs: decode in CUDA
     graphs. key, timeout_s: of a server, see Endpoint. Raises ValueError for what cannot be loaded.
     """
     if is_server(spec):
@@ -923,8 +923,7 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        fast = device != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
-        dtype = "bfloat16" if fast and spec != "tiny" else "float32"
+        dtype = "bfloat16" if multiplies_bf16(device) and spec != "tiny" else "float32"
     if dtype not in ("float64", "float32", "bfloat16"):
         raise ValueError(f"expected dtype auto, float64, float32 or bfloat16, found {dtype!r}")
     if graphs and not str(device).startswith("cuda"):

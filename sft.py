@@ -322,7 +322,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     rank, world_size, device = init_distributed()
     use_kernels(cfg.kernels, device)
     recompute = num_parameters(config)[-1] > RECOMPUTE_ABOVE
-    model = build_model(config, folder, device, cfg.seed, recompute, compute_type(cfg.dtype, device),
+    model = build_model(config, folder, device, cfg.seed, recompute, compute_type(cfg.dtype, device, config),
                         kernels=cfg.kernels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
     num_updates = cfg.updates or math.ceil(cfg.epochs * len(examples) / cfg.batch)

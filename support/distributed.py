@@ -93,12 +93,22 @@ def barrier():
 # ---------------------------------------------------------------------------------------------------------------------
 # The model, whole or sharded
 
-def compute_type(dtype, device):
-    """Returns the torch.dtype that --dtype names for training: auto is bfloat16 on a GPU and float32 on a CPU."""
+def multiplies_bf16(device):
+    """Returns whether the hardware of a device multiplies bfloat16: CUDA, or a CPU with AVX512-BF16 or AMX."""
+    if torch.device(device).type != "cpu":
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+
+
+def compute_type(dtype, device, config=None):
+    """Returns the torch.dtype that --dtype names for training: auto is bfloat16 where the hardware multiplies it, and
+    float32 elsewhere and, on a CPU, for a small model of that Config: its products are too small to gain."""
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype must be auto, float32 or bfloat16 to train, found {dtype!r}")
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        is_small = device.type == "cpu" and config is not None and num_parameters(config)[-1] < SMALL_BELOW
+        dtype = "bfloat16" if multiplies_bf16(device) and not is_small else "float32"
     return getattr(torch, dtype)
 
 
@@ -114,7 +124,7 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
     # 1. Made on the meta device, without memory. The units of FSDP are the blocks, and the rest.
     with torch.device("meta"):
         model = make(config)
-    model.compute_dtype = compute or compute_type("auto", device)
+    model.compute_dtype = compute or compute_type("auto", device, config)
     for block in model.model.layers:
         block.recompute = recompute
         if kernels == "compiled" and model.compute_dtype is torch.bfloat16:     # others have attention of other shapes

@@ -665,7 +665,7 @@ def rl_updates(s):
             rl.train(r, 0, 1, torch.device("cpu"))
             lines = [json.loads(line) for line in Path(r.out, "log.jsonl").read_text().splitlines()]
             median = lambda name: statistics.median(line[name] for line in lines[1:-1])
-            return {name: median(name) for name in ("seconds", "sample_s", "execute_s", "update_s", "cache_hits")} | {
+            return {name: median(name) for name in ("seconds", "sample_s", "execute_s", "logprobs_s", "update_s", "cache_hits")} | {
                 "first reward": lines[0]["reward"], "last reward": lines[-1]["reward"]}
 
         for name, more in {"step": dict(states=8, samples=2), "episode": dict(states=2, samples=1, steps=8)}.items():

@@ -456,8 +456,8 @@ def run(forks, made):
 
 
 # what depends on the clock, on the memory, or on what an earlier run has put into the cache
-FREE = {"runs", "cache_hits", "sample_s", "execute_s", "update_s", "seconds", "elapsed_s", "sampled_tokens_s", "mfu",
-        "peak_gib"}
+FREE = {"runs", "cache_hits", "sample_s", "execute_s", "logprobs_s", "update_s", "seconds", "elapsed_s",
+        "sampled_tokens_s", "mfu", "peak_gib"}
 
 
 def curve(folder):
