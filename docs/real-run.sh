@@ -43,8 +43,10 @@ play() {
 }
 
 part "0. how long each part takes on this machine, about"
-[ -f "$run/plan.txt" ] || python -m support.states plan \
-    "$model" "$states" "$samples" "$trajectories" "$iterations" >"$run/plan.txt"
+if [ ! -f "$run/plan.txt" ]; then
+    python -m support.states plan "$model" "$states" "$samples" "$trajectories" "$iterations" >"$run/plan.part"
+    mv "$run/plan.part" "$run/plan.txt"
+fi
 cat "$run/plan.txt"
 python rl.py --plan --model 0.5b 2>/dev/null | tail -2
 
