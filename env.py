@@ -1274,8 +1274,7 @@ class Env:
                 result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=gpu,
                                  cpu_s=self.time_limit_s * self.threads,
                                  memory_bytes=self.task.memory_limit_bytes, threads=self.threads,
-                                 sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"],
-                                 temporary=True)
+                                 sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"])
                 if stamps_of(self.public) != stamps:
                     raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
                                        f"python -m tasks prepare {self.task.id} --force")

@@ -15,6 +15,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -25,13 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support import supervisor
-from support.supervisor import patiently, remove
+from support.supervisor import patiently
 
 NO_SPACE = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 SUPERVISOR = supervisor.__file__
 LAYERS = ("namespaces", "landlock")     # each is enough to hide the answers
 FILTER = "seccomp"                      # goes with either, for what they leave open
 GIB = 1 << 30
+GRACE_S = 30        # for so long after its limits a supervisor is waited for
 
 # what a warm server imports, by what a script's text mentions; torch.optim would import the last one when it is used
 TABLES = ("numpy", "pandas", "scipy.sparse", "sklearn.ensemble", "sklearn.linear_model", "sklearn.neural_network",
@@ -69,7 +71,7 @@ class SandboxUnavailable(RuntimeError):
 
 
 def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sandbox="on", readable=(), hidden=(),
-            output_bytes=1 << 16, file_bytes=4 * GIB, processes=256, threads=1, gpu=None, warm=True, temporary=False):
+            output_bytes=1 << 16, file_bytes=4 * GIB, processes=256, threads=1, gpu=None, warm=True):
     """Runs `python script` in the folder `cwd` and returns its Result. When it returns, also by an exception, nothing
     that the script started is alive. Many threads may call it at once.
 
@@ -81,8 +83,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     folders that the script may read beside the interpreter and the system's libraries; it may write to cwd and to its
     TMPDIR. hidden: what it must not reach. output_bytes: kept of each stream. file_bytes: the largest file it may
     write. threads: for OpenMP and BLAS. gpu: value of CUDA_VISIBLE_DEVICES; None hides all. warm: the script may be
-    forked from a process that has imported its libraries, from the second one on. temporary: cwd is to be deleted if we
-    are killed meanwhile.
+    forked from a process that has imported its libraries, from the second one on.
 
     ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
     not on Linux, or the interpreter does not start. OSError: no space is left. SandboxUnavailable: see protection.
@@ -115,17 +116,17 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     # 3. The run
     serial = bool(layers) and "namespaces" not in layers        # no /dev/shm and so no semaphores
     with open(os.path.join(cwd, script), "rb") as file:
-        key = _warm_key(program, file.read(1 << 20), threads, serial) if warm else None
+        server = _warm_server(program, file.read(1 << 20), threads, serial) if warm else None
     job = dict(
         # a name that starts with "-" is no option of the interpreter
         command=[program, f"./{script}" if script.startswith("-") else script],
         cwd=cwd, env=_environment(program, threads, serial, gpu, private), base=base, root=os.path.join(base, "root"),
         shown=sorted(shown.items()),    # a folder before what is in it
-        layers=layers, gpu=gpu, temporary=temporary, mark=uuid.uuid4().int >> 67, timeout_s=float(timeout_s),
+        layers=layers, gpu=gpu, mark=uuid.uuid4().int >> 67, timeout_s=float(timeout_s),
         cpu_s=cpu_s, memory_bytes=int(memory_bytes), address_bytes=0 if gpu else int(memory_bytes) + 4 * GIB,
         output_bytes=output_bytes, file_bytes=file_bytes, processes=processes)
     started = time.monotonic()
-    report, warm = _run(job, key)
+    report, warm = _run(job, server)
     # 4. What came of it
     layers = "+".join(layers) or "off"
     if report is None:
@@ -336,29 +337,26 @@ SLOTS = Slots(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SI
 # ---------------------------------------------------------------------------------------------------------------------
 # The processes that stand between us and a script
 
-_servers = {}       # key of a _Server -> it, or None for a warm one that one run alone has asked for
+_servers = {}       # key of a _Server -> it, or None where one run alone has asked for it
 _lock = threading.Lock()
 
 
 class _Server:
-    """A process that forks a supervisor for each request. key: (interpreter, libraries, threads, serial) of a warm one,
-    which imports the libraries first and whose forks are scripts; None for the one that all other scripts use."""
+    """A process that imports libraries and then forks a supervisor for each request, whose script is a fork as well.
+    key: (interpreter, libraries, threads, serial)."""
 
     def __init__(self, key):
         self.key = key
-        self.up = True if key is None else None     # whether it takes runs; None while it imports
+        self.up = None      # whether it takes runs; None while it imports
         self.requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-I", "-S", SUPERVISOR, str(theirs.fileno())]
-        options = dict(env={})
-        if key:     # has the flags of `python script`, and is not to look for a GPU
-            program, libraries, threads, serial = key
-            command = [program, "-", str(theirs.fileno()), *libraries]
-            options = dict(env={**_environment(program, threads, serial), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
-                           stderr=subprocess.DEVNULL)
-        # a warm one reads its program from stdin: its path would be in the frames that a script sees below its own
+        program, libraries, threads, serial = key
+        environment = _environment(program, threads, serial)
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"      # it is not to look for a GPU
+        # it has the flags of `python script`, and its program from stdin: a script would see the path in its frames
         with theirs, open(SUPERVISOR) as program_file:
-            patiently(subprocess.Popen, command, stdin=program_file, stdout=subprocess.DEVNULL, cwd="/",
-                      pass_fds=[theirs.fileno()], start_new_session=True, **options)
+            patiently(subprocess.Popen, [program, "-", str(theirs.fileno()), *libraries], stdin=program_file,
+                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", env=environment,
+                      pass_fds=[theirs.fileno()], start_new_session=True)
 
     def is_up(self):
         """Whether it takes runs; None while it imports. What does not work is said once."""
@@ -372,8 +370,8 @@ class _Server:
         return self.up
 
 
-def _warm_key(program, text, threads, serial):
-    """The key of the server that is to take a script of that text: of a warm one that is up, else None."""
+def _warm_server(program, text, threads, serial):
+    """The server that has what a script of that text imports, if it is up, else None."""
     libraries = next((libraries for mention, libraries in WARM.items() if re.search(mention, text)), None)
     if libraries is None:
         return None
@@ -381,82 +379,59 @@ def _warm_key(program, text, threads, serial):
     with _lock:
         if key not in _servers:
             _servers[key] = None        # one run alone is over before the libraries are imported
-        elif _servers[key] is None:
-            _servers[key] = _Server(key)
-        elif _servers[key].is_up():
-            return key
-    return None
+            return None
+        server = _servers[key] = _servers[key] or _Server(key)
+        return server if server.is_up() else None
 
 
-def _request(key):
-    """Has the server of that key fork a supervisor, or the other one if it is gone. Returns the supervisor's process
-    id, a socket to it, and whether its script is warm."""
-    for _ in range(5):
-        ours, theirs = socket.socketpair()
-        with theirs, _lock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            key = key if _servers.get(key) else None
-            server = _servers[key] = _servers.get(key) or _Server(key)
-            socket.send_fds(server.requests, [b"run"], [theirs.fileno()])
-        answer = ours.recv(1000)
-        if answer.strip().isdigit():
-            return int(answer), ours, key is not None
-        ours.close()
-        if answer:
-            raise RuntimeError(answer.decode())
-        with _lock:     # somebody has killed the server
-            if _servers.get(key) is server:
-                _servers.pop(key).requests.close()
-    raise RuntimeError("the process that starts scripts does not stay alive")
-
-
-def _run(job, key):
-    """Has a job done by a supervisor; returns (its report, or None if the script has killed it; whether the script was
-    warm). OSError: there is no space left for the run's folders."""
-    supervisor_id, connection, warm = _request(key)
-    connection.settimeout(10)
-    report = None
+def _run(job, server=None):
+    """Has a job done by a supervisor, forked from a server or started; returns (its report, or None if the script has
+    killed or stopped it; whether the script was warm)."""
+    started = report = process = None
+    connection, theirs = socket.socketpair()
     try:
-        with contextlib.suppress(ConnectionError, ProcessLookupError, TimeoutError, ValueError):    # it is gone
+        # 1. It is started, and says so before it starts the script
+        with theirs:
+            if server:
+                with contextlib.suppress(OSError):      # the server is gone
+                    socket.send_fds(server.requests, [b"run"], [theirs.fileno()])
+            else:
+                process = patiently(subprocess.Popen, [sys.executable, "-I", "-S", SUPERVISOR], stdin=theirs,
+                                    stdout=subprocess.DEVNULL, cwd="/", env={}, start_new_session=True)
+        connection.settimeout(job["timeout_s"] + GRACE_S)
+        with contextlib.suppress(OSError, ValueError):
             connection.sendall(json.dumps(job).encode() + b"\n")
-            ended = time.monotonic() + job["timeout_s"] + 30
-            while not select.select([connection], [], [], 1)[0]:
-                if time.monotonic() > ended or _is_stopped(supervisor_id):
-                    os.kill(supervisor_id, signal.SIGKILL)
-                    break
+            started = connection.recv(1)
             report = json.load(connection.makefile())
     finally:
-        if not report or "error" in report:
-            _end(supervisor_id, connection)
+        # 2. Nothing is left of it
+        if report is None or "error" in report:
+            connection.settimeout(GRACE_S)
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)     # it ends all that it started
+                while connection.recv(1 << 16):
+                    pass
             _kill_marked(job["mark"])
         connection.close()
+        if process:
+            process.wait()
         discard(job["base"])
+    if server and not started:
+        with _lock:
+            _servers.pop(server.key, None)
+        return _run(job)
+    if not started:
+        raise RuntimeError("the process that starts scripts does not stay alive")
+    # 3. What went wrong on our side
+    if report and report.get("errno") in NO_SPACE:
+        raise OSError(report["errno"], report["error"])
     if report and "error" in report:
-        if report["errno"] in NO_SPACE:
-            raise OSError(report["errno"], report["error"])
         raise RuntimeError(report["error"])
-    return report, warm
-
-
-def _end(supervisor_id, connection):
-    """Has a supervisor end all that the script started, and kills it if it does not answer."""
-    try:
-        connection.shutdown(socket.SHUT_WR)
-        while connection.recv(1 << 16):
-            pass
-    except OSError:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(supervisor_id, signal.SIGKILL)
-
-
-def _is_stopped(pid):
-    """Whether somebody has stopped the process, which then will not answer."""
-    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/stat", "rb") as file:
-        return file.read().rpartition(b")")[2].split()[0] in b"Tt"
-    return False
+    return report, server is not None
 
 
 def _kill_marked(mark):
-    """Kills the processes with this mark among their limits: the second net, if a script killed its supervisor."""
+    """Kills the processes with this mark among their limits, a supervisor and all that its script has started."""
     killed = set()
     count = -1
     while count < len(killed):
@@ -473,8 +448,42 @@ def discard(folder):
     """Deletes a folder as remove does. What takes longer than a moment goes on in a thread, for which the end of this
     process waits."""
     thread = threading.Thread(target=remove, args=[folder])
+    thread.start()
+    thread.join(0.5)
+
+
+def remove(folder):
+    """Deletes a folder, if it is there, with all that a script may have left in it. Never raises: what cannot be
+    deleted stays, and stderr says so.
+
+    The folder is renamed first, so that its name is free at once. The folders in it are moved up into it before they
+    are emptied: so nothing is recursive, no path grows, and no mount is entered, since the kernel does not rename one.
+    """
+    token = f".gone-{os.urandom(8).hex()}"
+    top = os.path.join(os.path.dirname(os.path.abspath(folder)), token)
+    pending = [top]
+    number = 0
     try:
-        thread.start()
-        thread.join(0.5)
-    except RuntimeError:        # no thread can be started
-        remove(folder)
+        os.rename(folder, top)
+        if not stat.S_ISDIR(os.lstat(top).st_mode):
+            os.unlink(top)
+            return
+        while pending:
+            path = pending.pop()
+            os.chmod(path, 0o700)
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.path)
+                    elif not entry.name.startswith(token):
+                        number += 1
+                        if not os.access(entry.path, os.W_OK):
+                            os.chmod(entry.path, 0o700)
+                        os.rename(entry.path, f"{top}/{token}-{number}")
+                        pending.append(f"{top}/{token}-{number}")
+            if path != top:
+                os.rmdir(path)
+        os.rmdir(top)
+    except OSError as error:
+        if os.path.lexists(top) or os.path.lexists(folder):
+            print(f"{folder} could not be deleted: {error}", file=sys.stderr)

@@ -1,8 +1,9 @@
 """Stands between us and one script: starts it under its limits and in its sandbox, watches it, and ends all that it
 started. This program uses the standard library alone, and is started by its path:
 
-    python -I -S support/supervisor.py 3            # forks a supervisor for each request on the socket 3
-    python - 3 numpy pandas < support/supervisor.py # the same, and its scripts are forks that have these libraries
+    python -I -S support/supervisor.py              # does the job that it reads from the socket 0
+    python - 3 numpy pandas < support/supervisor.py # has forks that do so, one for each request on the socket 3; their
+                                                    # scripts are forks too, and have these libraries
 
 Two layers keep a script in, each enough to hide the answers; job.layers names those to put up.
 namespaces: the script's parent is process 1 of a world of its own: there are no other processes, no network, and a file
@@ -24,7 +25,6 @@ import resource
 import select
 import signal
 import socket
-import stat
 import struct
 import sys
 import time
@@ -213,43 +213,6 @@ def patiently(start, *args, **options):
         time.sleep(0.1)
 
 
-def remove(folder):
-    """Deletes a folder, if it is there, with all that a script may have left in it. Never raises: what cannot be
-    deleted stays, and stderr says so.
-
-    The folder is renamed first, so that its name is free at once. The folders in it are moved up into it before they
-    are emptied: so nothing is recursive, no path grows, and no mount is entered, since the kernel does not rename one.
-    """
-    token = f".gone-{os.urandom(8).hex()}"
-    top = os.path.join(os.path.dirname(os.path.abspath(folder)), token)
-    pending = [top]
-    number = 0
-    try:
-        os.rename(folder, top)
-        if not stat.S_ISDIR(os.lstat(top).st_mode):
-            os.unlink(top)
-            return
-        while pending:
-            path = pending.pop()
-            os.chmod(path, 0o700)
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if not entry.is_dir(follow_symlinks=False):
-                        os.unlink(entry.path)
-                    elif not entry.name.startswith(token):
-                        number += 1
-                        if not os.access(entry.path, os.W_OK):
-                            os.chmod(entry.path, 0o700)
-                        os.rename(entry.path, f"{top}/{token}-{number}")
-                        pending.append(f"{top}/{token}-{number}")
-            if path != top:
-                os.rmdir(path)
-        os.rmdir(top)
-    except OSError as error:
-        if os.path.lexists(top) or os.path.lexists(folder):
-            print(f"{folder} could not be deleted: {error}", file=sys.stderr)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The script's side, from the fork on: each step takes something away
 
@@ -261,21 +224,19 @@ MASKED = [f"/proc/{name}" for name in ("keys", "key-users", "timer_list", "sched
 def become_script(job, run):
     """Turns this fork of a supervisor into the script. A cold one is an interpreter that is started anew. A warm one
     goes on as it is, with the libraries that it has imported: then, and only then, this function returns."""
-    # 1. It dies with its parent, and is known by a limit that means nothing here (sandbox._kill_marked)
+    # 1. Its world. It dies with its parent
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_RTTIME, (job.mark, job.mark))
     if job.warm:
         rename(job)
-    # 2. Its world
     if job.boxed:
-        build_root(job, run)
+        build_root(job)
         if script := patiently(os.fork):
             be_first(script, run.ended)
     os.setsid()
     os.chdir(job.cwd)
     for target, source in enumerate((os.open(os.devnull, os.O_RDONLY), run.out, run.err)):
         os.dup2(source, target)
-    # 3. Its limits
+    # 2. Its limits
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: job.file_bytes,
               resource.RLIMIT_NOFILE: min(MAX_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])}
     if job.boxed:       # counts the threads of this run alone; the kernel ignores it for root
@@ -284,7 +245,7 @@ def become_script(job, run):
         limits[resource.RLIMIT_AS] = job.address_bytes
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
-    # 4. Its rights
+    # 3. Its rights
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     if "landlock" in job.layers:
         restrict_files(job)
@@ -295,15 +256,13 @@ def become_script(job, run):
     elif not job.layers:
         with contextlib.suppress(OSError):      # so that a script that kills us cannot take off its mark first
             put_up_filter(job)
-    # 5. Its program. A module beside the script comes before one that was imported already
+    # 4. Its program. A module beside the script comes before one that was imported already
     beside = os.listdir(os.path.dirname(os.path.abspath(job.command[1])))
     if not job.warm or any(name.partition(".")[0] in sys.modules for name in beside):
         for name in (signal.SIGPIPE, signal.SIGXFSZ):       # Python ignores them; a new program expects the default
             signal.signal(name, signal.SIG_DFL)
         os.execve(job.command[0], job.command, job.env)
     prctl(PR_SET_DUMPABLE, 1)       # it may look into its own /proc
-    for end in run.ready:
-        end.detach()                # or it would close a file of the script when it is collected
     os.closerange(3, 1 << 20)       # exec would do both; this also tells the supervisor that all is well
 
 
@@ -317,10 +276,9 @@ def rename(job):
     ctypes.memmove(start, block.ljust(end - start, b"\0"), end - start)
 
 
-def build_root(job, run):
-    """Makes the file tree in a mount namespace of our own and enters it."""
+def build_root(job):
+    """Makes the file tree and enters it."""
     root = job.root
-    call("unshare", CLONE_NEWNS)
     call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)       # no mount comes or goes
     call("mount", "tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
     for path, _ in job.shown:
@@ -339,9 +297,6 @@ def build_root(job, run):
     os.makedirs(f"{root}/dev/shm", exist_ok=True)
     protect(root, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0)
     call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={job.memory_bytes // 2}")
-    shared = os.open(f"{root}/dev/shm", os.O_PATH)
-    socket.send_fds(run.ready[1], [b"shared"], [shared])            # so that it can be counted
-    os.close(shared)
     for path, right in job.shown:
         if right == "write":
             protect(root + path, 0, MOUNT_ATTR_RDONLY)
@@ -480,7 +435,8 @@ def start(job):
         write("/proc/self/oom_score_adj", "1000")       # when the machine runs out of memory, the scripts go first
     if job.boxed:
         user, group = os.geteuid(), os.getegid()
-        call("unshare", CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID)     # the last one for children
+        call("unshare", CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID)   # the last one is
+        # for children
         write("/proc/self/setgroups", "deny")
         write("/proc/self/uid_map", f"{user} {user} 1")
         write("/proc/self/gid_map", f"{group} {group} 1")
@@ -488,7 +444,7 @@ def start(job):
     out, run.out = os.pipe()
     err, run.err = os.pipe()
     run.status, run.ended = os.pipe()
-    run.ready = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    failure, run.failure = os.pipe()
     run.started = time.monotonic()
     run.child = patiently(os.fork)
     if run.child == 0:
@@ -496,17 +452,13 @@ def start(job):
             become_script(job, run)
             return None
         except BaseException as error:
-            run.ready[1].send(repr(error).encode())
+            os.write(run.failure, repr(error).encode())
         os._exit(127)
-    # 3. What it says until it is the script: its /dev/shm, then perhaps an error
-    for descriptor in (run.out, run.err, run.ended):
+    # 3. What it says until it is the script, which closes the pipe
+    for descriptor in (run.out, run.err, run.ended, run.failure):
         os.close(descriptor)
-    run.ready[1].close()
-    message, shared, _, _ = socket.recv_fds(run.ready[0], 1000, 1)
-    failure = run.ready[0].recv(1000) if shared else message
-    if failure:         # empty once the script has closed the socket
-        raise RuntimeError(f"{job.command[0]} could not be started: {failure.decode()}")
-    run.shared = shared[0] if shared else None
+    if message := os.read(failure, 1000):
+        raise RuntimeError(f"{job.command[0]} could not be started: {message.decode()}")
     run.streams = {pipe: Stream(pipe, job.output_bytes) for pipe in (out, err)}
     return run
 
@@ -576,8 +528,8 @@ def exceeded(job, run):
         return "processes", 0       # at once: a fork bomb grows
     held = held_bytes(processes)
     shared = 0
-    if run.shared is not None:      # the files in /dev/shm, which belong to no process
-        facts = os.fstatvfs(run.shared)
+    if job.boxed:       # the files in /dev/shm, which belong to no process
+        facts = os.statvfs(f"{job.root}/dev/shm")
         shared = (facts.f_blocks - facts.f_bfree) * facts.f_frsize
     used = held + shared + sum(process.resident for process in processes.values())
     if used > job.memory_bytes:     # to tell takes milliseconds a process
@@ -681,50 +633,21 @@ def end_all(run, status, boxed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The server, which supervisors are forked from: to start an interpreter for each would take longer than all the rest
-
-def serve(requests, libraries):
-    """The whole program of a server. A request holds a socket: the supervisor reads its job from it, so that one run's
-    is never in the memory of another, and writes its report to it. The end of the requests means that our parent is
-    gone. A warm server first imports libraries and says "up", or why it cannot be forked. The function returns only in
-    the process of a warm script: the job."""
-    requests.set_inheritable(False)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)       # the kernel clears away who ends
-    if libraries:
-        state = import_libraries(libraries)
-        requests.send(state.encode())
-        if state != "up":
-            os._exit(0)
-    while True:
-        _, received, _, _ = socket.recv_fds(requests, 1, 1)
-        if not received:
-            os._exit(0)
-        with socket.socket(fileno=received[0]) as connection:
-            try:
-                if patiently(os.fork):
-                    continue
-            except RuntimeError as error:
-                connection.sendall(str(error).encode())
-                continue
-            requests.close()
-            os.dup2(connection.fileno(), 0)
-        os.setsid()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return supervise(bool(libraries))
-
+# The program
 
 def supervise(warm):
-    """Tells the process id of this supervisor on the socket 0, reads a job, does it and writes the report. Returns in
-    the process of a warm script alone: the job."""
-    with contextlib.suppress(BrokenPipeError):
-        os.write(0, b"%10d" % os.getpid())
+    """Reads a job from the socket 0, does it, and writes the report. Returns in the process of a warm script alone: the
+    job."""
     with open(0, closefd=False) as file:
         line = file.readline()
     if not line:        # our parent is gone already
         os._exit(0)
     job = SimpleNamespace(**json.loads(line), warm=warm)
     job.boxed = "namespaces" in job.layers
+    # a limit that means nothing here, which all that we start inherits (sandbox._kill_marked)
+    resource.setrlimit(resource.RLIMIT_RTTIME, (job.mark, job.mark))
     try:
+        os.write(0, b"+")
         for folder in (job.base, job.root, job.env["TMPDIR"]):
             os.mkdir(folder, 0o700)
         run = start(job)
@@ -733,12 +656,32 @@ def supervise(warm):
         report = watch(job, run)
     except Exception as error:      # an error of ours, which the parent raises (sandbox._run)
         report = {"error": str(error), "errno": getattr(error, "errno", None)}
-    try:
+    with contextlib.suppress(ConnectionError):
         socket.socket(fileno=0).sendall(json.dumps(report).encode())
-    except ConnectionError:         # our parent, which would delete them, is gone
-        remove(job.base)
-        if job.temporary:
-            remove(job.cwd)
+    os._exit(0)
+
+
+def serve(requests, libraries):
+    """Imports libraries, says "up" or why this process cannot be forked, and forks a supervisor for each request; it
+    returns in these alone. A request holds a socket, from which the supervisor reads its job, so that one run's is
+    never in the memory of another."""
+    requests.set_inheritable(False)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)       # the kernel clears away who ends
+    state = import_libraries(libraries)
+    requests.send(state.encode())
+    received = state == "up"
+    while received:     # until our parent is gone
+        _, received, _, _ = socket.recv_fds(requests, 1, 1)
+        for connection in received:
+            with contextlib.suppress(OSError):      # no room: the end of the socket tells our parent
+                if os.fork() == 0:
+                    requests.close()
+                    os.dup2(connection, 0)
+                    os.close(connection)
+                    os.setsid()
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    return
+            os.close(connection)
     os._exit(0)
 
 
@@ -760,12 +703,9 @@ def import_libraries(names):
         libc.on_exit(libc.fcloseall, None)
     if patiently(os.fork) == 0:     # OpenBLAS ends its threads at the first fork, and starts them when they are needed
         os._exit(0)
-    threads = os.listdir("/proc/self/task")
-    files = set(os.listdir("/proc/self/fd")) - {"0", "1", "2"}
-    if len(threads) > 1:
-        return f"the libraries keep {len(threads)} threads"
-    if len(files) > 2:              # requests, and one for the listing
-        return "the libraries keep files open"
+    # the streams, requests, and one for the listing
+    if len(os.listdir("/proc/self/task")) > 1 or len(os.listdir("/proc/self/fd")) > 5:
+        return "the libraries keep threads or files open"
     return "up"
 
 
@@ -777,6 +717,8 @@ def spare(modules):
 
 
 if __name__ == "__main__":
-    if not sys.flags.isolated:
+    is_server = len(sys.argv) > 1
+    if is_server:
         del sys.path[0]     # the current folder
-    run_script(serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:]))
+        serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    run_script(supervise(is_server))

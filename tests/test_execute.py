@@ -238,8 +238,9 @@ time.sleep(60)
     assert list(temporary.iterdir()) == []
 
 
-def test_script_that_stops_its_supervisor_is_killed_too(tmp_path, temporary):
-    result = run(tmp_path, f"{DAEMON}\ndaemon()\nos.kill(os.getppid(), 19)\ntime.sleep(600)", timeout_s=600,
+def test_script_that_stops_its_supervisor_is_killed_too(tmp_path, temporary, monkeypatch):
+    monkeypatch.setattr(executor, "GRACE_S", 2)
+    result = run(tmp_path, f"{DAEMON}\ndaemon()\nos.kill(os.getppid(), 19)\ntime.sleep(600)", timeout_s=4,
                  sandbox="off")
     assert result.outcome == "killed" and living((tmp_path / "pulse").read_text().split()) == []
     assert list(temporary.iterdir()) == []
@@ -480,20 +481,19 @@ def test_nothing_survives_its_parent(tmp_path, temporary, sent, warm):
     (folder / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)  # numpy")
     call = ("import sys; sys.path += ['tests']; from support import sandbox; import test_execute\n"
             f"{warm} and test_execute.warm_up(b'numpy')\n"
-            f"sandbox.execute({name!r}, {str(folder)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm}, "
-            "temporary=True)")
+            f"sandbox.execute({name!r}, {str(folder)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm})")
     caller = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stderr=subprocess.DEVNULL,
                               env={**os.environ, "TMPDIR": str(temporary)})
     assert wait_until((folder / "pulse").exists) and len(processes(name)) >= 2
     servers = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent(pid) == caller.pid]
-    assert len(servers) == 1 + warm
+    assert len(servers) == 1
     caller.send_signal(sent)
     caller.wait(600)
-    assert wait_until(lambda: not processes(name) and not list(temporary.iterdir()) and not living(servers))
-    if sent == signal.SIGKILL:
-        assert wait_until(lambda: not folder.exists())
+    assert wait_until(lambda: not processes(name) and not living(servers))
+    if sent == signal.SIGKILL:      # the folders are left to the next start of a program (cli.run_main)
         return
-    pulse = (folder / "pulse").read_text()      # who can still tidy up does so itself
+    assert list(temporary.iterdir()) == []      # who can still tidy up does so itself
+    pulse = (folder / "pulse").read_text()
     time.sleep(0.1)
     assert (folder / "pulse").read_text() == pulse
 
@@ -805,18 +805,11 @@ def test_a_machine_that_stays_without_room_is_one_sentence(tmp_path, monkeypatch
     for _ in range(2):      # it goes on then
         with pytest.raises(RuntimeError, match="no process can be started on this machine"):
             run(tmp_path, "print(1)")
-    (tmp_path / "left" / "a").mkdir(parents=True)
-
-    def refuse(*args, **options):       # and what a thread was to delete is deleted here
-        raise RuntimeError("can't start new thread")
-    monkeypatch.setattr(executor.threading.Thread, "start", refuse)
-    executor.discard(str(tmp_path / "left"))
-    assert not (tmp_path / "left").exists()
 
 
 def test_the_second_script_starts_the_warm_process(tmp_path, monkeypatch):
     monkeypatch.setattr(executor, "_servers", {})
-    assert not run(tmp_path, "# numpy").warm and not any(key and server for key, server in executor._servers.items())
+    assert not run(tmp_path, "# numpy").warm and not any(executor._servers.values())
     assert not run(tmp_path, "# numpy").warm and all(executor._servers.values())        # it is still importing
     assert warm_up(b"numpy") and run(tmp_path, "# numpy").warm and not run(tmp_path, "# numpy", warm=False).warm
     assert not run(tmp_path, "pass").warm       # nothing to gain
@@ -826,7 +819,7 @@ def test_the_second_script_starts_the_warm_process(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code, why", [("import os; os._exit(0)", "has ended"), ("raise RuntimeError", "has ended"),
                                        ("import threading as t, time; t.Thread(target=time.sleep, args=(9,)).start()",
-                                        "keep 2 threads"), ("file = open('/proc/self/stat')", "keep files open")])
+                                        "keep threads"), ("file = open('/proc/self/stat')", "or open files")])
 def test_libraries_that_cannot_be_shared_are_said_once(tmp_path, code, why, capfd):
     import venv
     venv.create(tmp_path / "venv", symlinks=True)

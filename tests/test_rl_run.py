@@ -7,7 +7,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import threading
 import time
 from pathlib import Path
@@ -362,14 +361,19 @@ def test_an_error_of_a_script_worker_reaches_the_caller(made, monkeypatch):
 
 def test_a_killed_supervisor_costs_one_reward(made, monkeypatch):
     """The script counts as killed, the others are carried out, and the result is not kept."""
-    request, killed = sandbox._request, []
+    execute, killed = sandbox._run, []
 
-    def fatal(*args):
-        found = request(*args)
+    def kill(job):
+        while not os.path.exists(job["base"]):      # the supervisor has started
+            time.sleep(0.01)
+        sandbox._kill_marked(job["mark"])
+
+    def fatal(job, *server):
         if not killed:
-            killed.append(os.kill(found[0], signal.SIGKILL))
-        return found
-    monkeypatch.setattr(sandbox, "_request", fatal)
+            killed.append(threading.Thread(target=kill, args=[job]))
+            killed[0].start()
+        return execute(job, *server)
+    monkeypatch.setattr(sandbox, "_run", fatal)
     edit = HEADS[0] + '"import fabs\\n", "replace": "import fabs\\nimport time\\ntime.sleep(0.7)\\n"}'
     rollout = playing(made, Scripted(edit), states=2, samples=1)
     first, again = ([one.step["outcome"] for one in rolled_out(each)]
