@@ -1,8 +1,7 @@
 """Runs a script under limits, in a sandbox: execute. Linux only. docs/sandbox.md says what is covered.
 
-supervisor.py stands beside each script; it is forked from a server, a program that this one starts. Scripts that use
-numpy or torch are forked from a server that has imported them, which saves most of their time, and live under the same
-layers and limits.
+supervisor.py stands beside each script. Scripts that use numpy or torch are forked from a server that has imported
+them, which saves most of their time, and live under the same layers and limits.
 """
 import contextlib
 import errno
@@ -15,7 +14,6 @@ import select
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -75,15 +73,14 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     """Runs `python script` in the folder `cwd` and returns its Result. When it returns, also by an exception, nothing
     that the script started is alive. Many threads may call it at once.
 
-    timeout_s: wall seconds. cpu_s: seconds of processor time of all its processes together, those that have ended
-    too; None: any. memory_bytes: of all its processes together, with what they keep in /dev/shm, pipes and sockets;
-    without a GPU each address space is limited to 4 GiB more, so that a huge allocation fails inside the script.
-    processes: at once; of threads there may be four times as many. python: the interpreter (default: this one).
-    sandbox: "on" uses every layer that holds here, "off" none, names as in Result.sandbox those. readable: files and
-    folders that the script may read beside the interpreter and the system's libraries; it may write to cwd and to its
-    TMPDIR. hidden: what it must not reach. output_bytes: kept of each stream. file_bytes: the largest file it may
-    write. threads: for OpenMP and BLAS. gpu: value of CUDA_VISIBLE_DEVICES; None hides all. warm: the script may be
-    forked from a process that has imported its libraries, from the second one on.
+    timeout_s: wall seconds. cpu_s: processor time of all its processes, those that have ended too; None: any.
+    memory_bytes: of all its processes, with /dev/shm, pipes and sockets; without a GPU each address space is limited
+    to 4 GiB more, so that a huge allocation fails inside the script. processes: at once; of threads four times as many.
+    python: the interpreter (default: this one). sandbox: "on" uses every layer that holds here, "off" none, names as
+    in Result.sandbox those. readable: files and folders that it may read beside the interpreter and the system's
+    libraries; it may write to cwd and to its TMPDIR. hidden: what it must not reach. output_bytes: kept of each stream.
+    file_bytes: the largest file. threads: for OpenMP and BLAS. gpu: value of CUDA_VISIBLE_DEVICES; None hides all.
+    warm: it may be forked from a process that has imported its libraries, from the second one on.
 
     ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
     not on Linux, or the interpreter does not start. OSError: no space is left. SandboxUnavailable: see protection.
@@ -91,13 +88,19 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     # 1. What is asked for
     if not sys.platform.startswith("linux"):
         raise RuntimeError(f"scripts can be executed on Linux only, not on {sys.platform}")
-    if sandbox not in ("on", "off") and not {*LAYERS, FILTER}.issuperset(sandbox.split("+")):
+    if not {"on", "off", *LAYERS, FILTER}.issuperset(sandbox.split("+")):
         raise ValueError(f"sandbox must be 'on' or 'off'; found {sandbox!r}")
     cwd = os.path.realpath(cwd)
     if not os.path.isfile(os.path.join(cwd, script)):
         raise ValueError(f"there is no script {script!r} in {cwd}")
     program, folders, _ = describe(python or sys.executable)
-    layers = _layers(sandbox, hidden)
+    layers = tuple(sandbox.split("+"))
+    if sandbox == "on":
+        layers = protection()
+    elif sandbox == "off":
+        layers = ()
+        if hidden:      # else the script is ours
+            _warn_of_off()
     # 2. What the script sees: {path: right}
     base = os.path.join(tempfile.gettempdir(), f"ml-agent-tmp-{uuid.uuid4().hex}")
     private = os.path.join(base, "tmp")
@@ -106,8 +109,9 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     if gpu:
         libraries += [path for pattern in GPU_LIBRARIES for path in glob.glob(pattern)]
         devices += [path for pattern in GPU_DEVICES for path in glob.glob(pattern)]
-    shown = {path: "read" for path in filter(os.path.exists, libraries)}
-    shown |= {path: "device" for path in filter(os.path.exists, devices)} | {cwd: "write", private: "write"}
+    shown = dict.fromkeys(filter(os.path.exists, libraries), "read")
+    shown |= dict.fromkeys(filter(os.path.exists, devices), "device")
+    shown |= {cwd: "write", private: "write"}
     for secret in hidden if layers else ():
         for path in shown:
             if Path(secret).resolve().is_relative_to(os.path.realpath(path)):
@@ -144,17 +148,6 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
                   warm=warm, limit=limit, cpu_s=report["cpu_s"])
 
 
-def _layers(sandbox, hidden):
-    """The layers to put up. Without any it is said what is in reach, unless nothing is hidden: then it is ours."""
-    if sandbox == "on":
-        return protection()
-    if sandbox != "off":
-        return tuple(sandbox.split("+"))
-    if hidden:
-        _warn_of_off()
-    return ()
-
-
 @functools.cache
 def _warn_of_off():
     print("sandbox off: scripts run as this user, with its files, the answers and the network in reach",
@@ -167,12 +160,9 @@ def _last_states(text):
 
 
 def _outcome(exit_code, oom, stderr):
-    """(outcome, detail) of a script that ended within its limits. oom: meanwhile the kernel has killed some process for
-    lack of memory.
-
-    It is told from what the kernel reports and, for exit code 1, from the line `Type: message` of the traceback that
-    ends the error stream, the first that is not indented after Python's own header: other words do not count.
-    """
+    """(outcome, detail) of a script that ended within its limits, by what the kernel reports and, for exit code 1, by
+    the line `Type: message` of the traceback that ends the error stream: other words do not count. oom: meanwhile the
+    kernel has killed some process for lack of memory."""
     if exit_code == 0:
         return "ok", ""
     if exit_code == -signal.SIGXFSZ:
@@ -262,11 +252,11 @@ def protection():
 def _probe():
     held = []
     trouble = []
-    listener = socket.create_server(("127.0.0.1", 0))
-    with listener, tempfile.TemporaryDirectory(prefix="ml-agent-probe-") as folder:
+    with (socket.create_server(("127.0.0.1", 0)) as listener,
+          tempfile.TemporaryDirectory(prefix="ml-agent-probe-") as folder):
         answers = Path(folder, "answers")
-        work = Path(folder, "work")
         answers.write_text("secret")
+        work = Path(folder, "work")
         work.mkdir()
         known = {"answers": str(answers), "parent": os.getpid(), "port": listener.getsockname()[1],
                  "keyctl": supervisor.NUMBERS.get("keyctl", -1)}
@@ -289,8 +279,7 @@ def _probe():
             "needed: user namespaces (in a container allow them, as with `docker run --security-opt "
             "seccomp=unconfined`; on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or "
             "Landlock (Linux 5.13 or later with landlock in /sys/kernel/security/lsm). With `--sandbox off` scripts "
-            "run unprotected: they can read the answers and all your files, write where you can write and use the "
-            "network, and every result says so.")
+            "run unprotected, with the answers, all your files and the network in reach, and every result says so.")
     without = f" without {'; '.join(trouble)}" if trouble else ""
     print(f"sandbox: {'+'.join(held)}{without}", file=sys.stderr)
     return tuple(held)
@@ -300,16 +289,14 @@ class Slots:
     """Who may run now. With more scripts at once than the machine has cores, timeouts would depend on the load."""
 
     def __init__(self, cpus, local_rank=0):
-        self.cpus = cpus
+        self.cpus = self.free = cpus
         self.local_rank = local_rank
-        self.free = cpus
         self.busy = set()       # names of GPUs
         self.changed = threading.Condition()
 
     @contextlib.contextmanager
     def take(self, threads=1, gpus=None):
-        """Waits for as many cores as the script has threads and for one of the GPUs, "0,1" say; gives the GPU's name,
-        None without GPUs."""
+        """Waits for as many cores as the script has threads and for one of the GPUs "0,1", say; gives its name."""
         threads = min(threads, self.cpus)
         names = [name for name in (gpus or "").split(",") if name]
         if names:       # the machine's processes do not see each other's choice, so each begins with another name
@@ -456,8 +443,8 @@ def remove(folder):
     """Deletes a folder, if it is there, with all that a script may have left in it. Never raises: what cannot be
     deleted stays, and stderr says so.
 
-    The folder is renamed first, so that its name is free at once. The folders in it are moved up into it before they
-    are emptied: so nothing is recursive, no path grows, and no mount is entered, since the kernel does not rename one.
+    It is renamed first, so that its name is free at once. The folders in it are moved up before they are emptied: so
+    nothing is recursive, no path grows, and no mount is entered, since the kernel does not rename one.
     """
     token = f".gone-{os.urandom(8).hex()}"
     top = os.path.join(os.path.dirname(os.path.abspath(folder)), token)
@@ -465,9 +452,6 @@ def remove(folder):
     number = 0
     try:
         os.rename(folder, top)
-        if not stat.S_ISDIR(os.lstat(top).st_mode):
-            os.unlink(top)
-            return
         while pending:
             path = pending.pop()
             os.chmod(path, 0o700)
@@ -476,11 +460,11 @@ def remove(folder):
                     if not entry.is_dir(follow_symlinks=False):
                         os.unlink(entry.path)
                     elif not entry.name.startswith(token):
-                        number += 1
-                        if not os.access(entry.path, os.W_OK):
+                        if not os.access(entry.path, os.W_OK):      # never of a mount of another's
                             os.chmod(entry.path, 0o700)
-                        os.rename(entry.path, f"{top}/{token}-{number}")
                         pending.append(f"{top}/{token}-{number}")
+                        number += 1
+                        os.rename(entry.path, pending[-1])
             if path != top:
                 os.rmdir(path)
         os.rmdir(top)

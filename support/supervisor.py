@@ -435,8 +435,8 @@ def start(job):
         write("/proc/self/oom_score_adj", "1000")       # when the machine runs out of memory, the scripts go first
     if job.boxed:
         user, group = os.geteuid(), os.getegid()
-        call("unshare", CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID)   # the last one is
-        # for children
+        # the last one is for children
+        call("unshare", CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID)
         write("/proc/self/setgroups", "deny")
         write("/proc/self/uid_map", f"{user} {user} 1")
         write("/proc/self/gid_map", f"{group} {group} 1")
@@ -471,9 +471,8 @@ def count_cpu_time():
 
 
 def watch(job, run):
-    """Waits until the script ends or a limit is reached, ends all that it started, and returns the report: exit_code,
-    limit (the one that ended it, or ""), seconds, cpu_s, peak_bytes, oom (whether meanwhile the kernel killed a process for
-    lack of memory), stdout, stderr. None: our parent is gone or calls the run off, as the end of its socket tells."""
+    """Waits until the script ends or is above a limit, ends all that it started, and returns the report, see the end.
+    None: our parent is gone or calls the run off, as the end of its socket tells."""
     status = None
     limit = ""
     peak = 0
@@ -587,8 +586,7 @@ def held_bytes(processes):
 
 def counted_once(processes):
     """(bytes of the processes' own memory, bytes of files in memory that they have mapped), with pages that several
-    share counted once: forked workers share most of theirs, and a warm script the libraries. Resident bytes where the
-    kernel does not tell."""
+    share counted once, as forks do. Resident bytes where the kernel does not tell."""
     private = mapped = 0
     for pid, process in processes.items():
         try:

@@ -819,7 +819,7 @@ def test_the_second_script_starts_the_warm_process(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code, why", [("import os; os._exit(0)", "has ended"), ("raise RuntimeError", "has ended"),
                                        ("import threading as t, time; t.Thread(target=time.sleep, args=(9,)).start()",
-                                        "keep threads"), ("file = open('/proc/self/stat')", "or open files")])
+                                        "keep threads or"), ("file = open('/proc/self/stat')", "or files open")])
 def test_libraries_that_cannot_be_shared_are_said_once(tmp_path, code, why, capfd):
     import venv
     venv.create(tmp_path / "venv", symlinks=True)
