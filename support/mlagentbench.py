@@ -2,15 +2,15 @@
 
 Each request is one user message: the tools with their usage, the research problem, nine rules, the form of a reply, and
 the last three steps; what is older is remembered only as far as the model copies it into its plan. A reply without the
-entries or with an unknown tool is asked for again at no cost, five replies in all; then the run ends. An Action Input
-that is no JSON is repaired where that can be done; else the step shows the error, and is forgotten, also by the count
-of steps, as soon as another one succeeds. An edit runs nothing: what counts is the last executed script. What differs
-from snap-stanford/MLAgentBench:
+entries or with an unknown tool is asked for again at no cost, five replies in all; then the run ends. Of an Action Input
+that is no JSON the texts between its keys are taken; without these the step shows the error, and is forgotten, also by
+the count of steps, as soon as another one succeeds. An edit runs nothing: what counts is the last executed script. What
+differs from snap-stanford/MLAgentBench:
 
 - The words of the prompt. The data are in data/, the answers out of reach, and scripts in the sandbox with its limits.
 - Read File, Write File, Append File, Python REPL, Reflection and Edit Script Segment (AI), which its prompt does not
   name but its loop accepts, are unknown tools.
-- Repaired texts keep their slashes, and a text that is valid but for raw line breaks keeps its backslashes.
+- The texts between the keys are taken as they are: slashes, backslashes and line breaks stay.
 - Undo Edit Script takes back the last edit of the file that was written, not of the file that an edit started from.
 - A difference has two lines around each change. Lists of files are sorted by the bytes of their names.
 - A script has the task's limits; its output says which one it has passed.
@@ -21,7 +21,7 @@ from snap-stanford/MLAgentBench:
 import contextlib, json, re
 
 import env
-from env import ACTIONS, EXPLAIN, InvalidAction, read_args, script_text
+from env import EXPLAIN, InvalidAction, read_args, script_text
 from support.files import shorten
 
 WINDOW = 3          # steps that the prompt shows
@@ -125,35 +125,24 @@ def read_entries(reply, fields):
 
 
 def read_input(text, keys):
-    """Returns the arguments in the text of an Action Input: JSON; else JSON with what lies between two quotes escaped;
-    else what lies between the keys, in their order. ValueError: none of these."""
-    pieces = re.sub(r"^\s*```(?:json)?|```\s*$", "", text.strip()).strip().split('"')
-    pieces[1::2] = [json.dumps(piece, ensure_ascii=False)[1:-1] for piece in pieces[1::2]]
-    reason = None
-    for form in (text, '"'.join(pieces)):
-        try:
-            args = json.JSONDecoder(strict=False).decode(form.strip())
-        except (ValueError, RecursionError) as error:
-            reason = reason or ValueError(error)
-            continue
+    """Returns the arguments in the text of an Action Input: of JSON; else what lies between its keys, in their order.
+    ValueError: it has neither."""
+    text = re.sub(r"^```(?:json)?|```$", "", text.strip()).strip()
+    reason = "Argument mismatch"
+    try:
+        args = json.JSONDecoder(strict=False).decode(text)
         if isinstance(args, dict) and set(args) == set(keys):
             return args
-        reason = ValueError("Argument mismatch")
-        break
-    return match_keys(form, keys, reason)
-
-
-def match_keys(text, keys, reason):
-    """Returns {key: the text between its header and that of the next key}. Raises `reason` where one is missing."""
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
     text = text[text.find("{") + 1:]
-    text = text[:text.rfind("}")]       # without one the last character goes, as in the original
+    end = text.rfind("}")       # without one the last character goes, as in the original
     args = {}
-    end = len(text)
     for i, key in reversed(list(enumerate(keys))):
         comma = r",\s*" if i else ""
         headers = list(re.finditer(f'{comma}"{key}":', text[:end]))
         if not headers:
-            raise reason
+            raise ValueError(reason)
         header = headers[-1 if i else 0]
         args[key] = text[header.end():end].strip().strip('"')
         end = header.start()
@@ -215,18 +204,17 @@ class Env(env.Env):
             if "Research Plan and Status" in fields:
                 fields["Research Plan and Status"] = fields["Research Plan and Status"].replace("**", "")
             name = fields["Action"].strip()
-            if name not in self.actions or name not in TOOLS:
+            if name not in self.actions:
                 raise InvalidAction("There is no such tool.")
             action = name
-            args = read_input(fields["Action Input"], ACTIONS[action].args)
+            args = read_input(fields["Action Input"], TOOLS[action][1])
             args = read_args(action, json.dumps(args))      # which checks the types
         except InvalidAction as problem:
             error = str(problem)
         except ValueError as problem:
             usage = json.dumps(TOOLS[action][1], indent=1, ensure_ascii=False)
-            error = (f"{PARSING}{problem}\nThe input of {action} must be valid JSON with the right entries. A comma "
-                     "between them may be missing, or there are triple quotes, which JSON does not know. Try again "
-                     f"in this form:\n{usage}")
+            error = (f"{PARSING}{problem}\nThe input of {action} must be valid JSON with the right entries: a comma "
+                     f"may be missing, and triple quotes are none. Try again in this form:\n{usage}")
         return fields, action, args, error
 
     def is_readable(self, reply):
@@ -251,15 +239,13 @@ class Env(env.Env):
 
     def read_in_blocks(self, step, text, question):
         """Returns what the coder says of a text, and of what it has said of each block if there are several."""
-        def ask(more):
-            return self._ask_coder(step, f"{question}\n\n{more}").removesuffix(env.CODE_END)
         answers = []
         for start in range(0, max(1, min(len(text), MAX_BLOCKS * BLOCK)), BLOCK):
-            answers.append(ask(f"From character {start + 1}:\n```\n{text[start:start + BLOCK]}\n```"))
+            block = f"From character {start + 1}:\n```\n{text[start:start + BLOCK]}\n```"
+            answers.append(self._ask_coder(step, f"{question}\n\n{block}"))
         if len(answers) == 1:
             return answers[0]
-        segments = "\n\n".join(f"Segment {i}:\n{answer}" for i, answer in enumerate(answers, 1))
-        return ask(f"These are the answers for its segments. Make one of them.\n\n{segments}")
+        return self._ask_coder(step, "\n\n".join([question, "Make one answer of these, for its segments:", *answers]))
 
     # Actions
 

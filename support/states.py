@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+from scipy.stats import permutation_test
 
 import sample
 import tasks
@@ -30,7 +31,7 @@ from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import hash_checkpoint
 from support.records import (
-    AGENT, CHANGE, FINITE, LAST_CHANGE, MESSAGE, POSITIVE, SIZE, TASK_ID, best_before, trajectory_path)
+    AGENT, CHANGE, FINITE, LAST_CHANGE, MESSAGE, POSITIVE, SIZE, TASK_ID, best_before, end_reason, trajectory_path)
 from support.report import read_results
 from support.sandbox import SLOTS
 from support.storage import UNDO, Blobs, ResultCache
@@ -59,26 +60,40 @@ RESULTS = {"settings": {str: VALUE}, "complete": FLAG, "tasks": {str: ENTRY}}
 
 def record_states(cfg):
     """Plays the scripted expert on the tasks of cfg.task and writes cfg.record_states states of each to the file
-    cfg.states. ValueError: it is there already, or a held-in task's data are real ones, which are trained on."""
+    cfg.states. ValueError: it is there already, training learns from a task's data, or other settings were played in
+    cfg.out."""
     if Path(cfg.states).exists():
         raise ValueError(f"{cfg.states} is there already; states are recorded once")
     lines = []
     with folder_lock(cfg.out, "eval.py"):
+        # 1. Trajectories of the expert, as far as they are not there.
         infos = prepare_tasks(cfg, (STATES_SEED,))
-        for task, info in infos:
-            if task.split == "held-in" and not info["miniature"]:
-                raise ValueError(f"the data of {task.id} in {cfg.data} are real, and are trained on; give another "
-                                 "--data, for miniatures")
         folder = Path(cfg.out, "trajectories")
         folder.mkdir(exist_ok=True)
-        jobs = [(task, info, trajectory_path(folder, task.id, k), k) for task, info in infos for k in range(RECORDED)]
-        progress = Progress({path: read_record(path) for _, _, path, _ in jobs}, cfg.steps)
+        paths = {task.id: [trajectory_path(folder, task.id, k) for k in range(RECORDED)] for task, _ in infos}
+        found = {}
+        jobs = []
+        for task, info in infos:
+            refuse_learned(task, info)
+            settings = {name: getattr(cfg, name) for name in ("seed", *AGENT)}
+            settings["data of sha256"] = hash_json(info["sha256"])[:16]
+            settings = json.loads(json.dumps(settings))
+            for k, path in enumerate(paths[task.id]):
+                found[path] = read_record(path)
+                if found[path]:
+                    check_same(found[path][0].get("recorded_with", {}), settings, path)
+                if not end_reason(found[path]):
+                    jobs.append((task, k, path, settings, info.get("seed", 0)))
+        progress = Progress(found, cfg.steps)
         play = partial(play_expert, cfg, ResultCache(Path(cfg.out, "cache")), progress)
         run_parallel(jobs, play, SLOTS.cpus, progress)
+
+        # 2. States in them.
         for task, info in infos:
-            prefixes = [(read_record(trajectory_path(folder, task.id, k)), index)
-                        for k in range(RECORDED) for index in range(2 if k else 0, cfg.steps)]     # all begin alike
-            prefixes = [(records, index) for records, index in prefixes if index < len(records) - 1]
+            prefixes = []
+            for k, path in enumerate(paths[task.id]):
+                records = read_record(path)
+                prefixes += [(records, index) for index in range(2 if k else 0, len(records) - 1)]  # all begin alike
             rng = random.Random(f"{cfg.seed} {task.id} states")
             for records, index in rng.sample(prefixes, min(cfg.record_states, len(prefixes))):
                 lines.append(describe_state(cfg, task, info, records[0], records[1:index + 1]))
@@ -86,14 +101,22 @@ def record_states(cfg):
     announce(f"Written to {cfg.states}: {len(lines)} states of {len(infos)} tasks")
 
 
-def play_expert(cfg, cache, progress, task, info, path, k):
+def play_expert(cfg, cache, progress, task, k, path, settings, data_seed):
     rng = random.Random(f"{cfg.seed} {task.id} {k} states")
     ideas = []
     if cfg.prompt_format != "short":
         ideas = choose_ideas(cfg, task, None)
         ideas = rng.sample(ideas, min(3, len(ideas)))
     policy = miniature.scripted_policy(cfg, task, ideas, rng)
-    play_trajectory(cfg, task, k, path, policy, None, cfg.out, cache, progress, {}, info.get("seed", 0))
+    about = {"recorded_with": settings}
+    play_trajectory(cfg, task, k, path, policy, None, cfg.out, cache, progress, about, data_seed)
+
+
+def refuse_learned(task, info):
+    """Raises ValueError where training learns from the data of a task. info: its task.json."""
+    if task.split == "held-in" and (not info["miniature"] or info.get("seed", 0) in LEARNED_SEEDS):
+        raise ValueError(f"the data of {task.id} are real, or of a seed that is trained on; give another --data, for "
+                         f"miniatures of seed {STATES_SEED}")
 
 
 def describe_state(cfg, task, info, head, steps):
@@ -110,16 +133,11 @@ def describe_state(cfg, task, info, head, steps):
 
 
 def read_states(cfg):
-    """Returns [(number, state)] of the file cfg.states, of the tasks of cfg.task. ValueError: it is no such file, or
-    what is in it may have been trained on."""
+    """Returns [(number, state)] of the file cfg.states, of the tasks of cfg.task. ValueError: it is no such file."""
     states = list(enumerate(read_json_lines(cfg.states, STATE)))
     states = [(i, state) for i, state in states if state["task"] in tasks.names(cfg.task)]
     if not states:
         raise ValueError(f"there is no state of --task {cfg.task} in {cfg.states}; record some with --record-states 4")
-    for _, state in states:
-        if tasks.load(state["task"]).split == "held-in" and state["data_seed"] in LEARNED_SEEDS:
-            raise ValueError(f"{cfg.states} holds a state of {state['task']} on data seed {state['data_seed']}, which "
-                             "is trained on")
     return states
 
 
@@ -182,15 +200,14 @@ def measure_states(cfg, load, random_edits):
 
 
 def prepare_data(cfg, states):
-    """Prepares the data of all states. ValueError: they are not those that a state was recorded on."""
+    """Prepares the data of all states. ValueError: a state was recorded on other data, or training learns from them."""
     shas = {(state["task"], state["data_seed"]): state["data_sha256"] for _, state in states}
     for (id, seed), sha256 in sorted(shas.items()):
-        _, info = prepare_task(cfg, id, "", seed)
+        task, info = prepare_task(cfg, id, "", seed)
+        refuse_learned(task, info)
         if info["sha256"] != sha256:
             raise ValueError(f"the states of {id} in {cfg.states} were recorded on other data than --data {cfg.data} "
                              "has")
-        if tasks.load(id).split == "held-in" and not info["miniature"]:
-            raise ValueError(f"the states of {id} in {cfg.states} are of its real data, which are trained on")
 
 
 def take_action(cfg, cache, policy, i, state, number):
@@ -221,21 +238,17 @@ def random_edit(env, lines, seed):
 
 
 def summarize_actions(states, actions):
-    """Returns {task: what states.json says of it}: means over its states of the means over a state's actions, so that
-    a run that was broken off does not count one state more than another."""
+    """Returns {task: what states.json says of it}. spread: the standard deviation of the rewards in a state."""
     found = {}
     for id in dict.fromkeys(state["task"] for _, state in states):
         numbers = [i for i, state in states if state["task"] == id]
-        groups = [[line for line in actions if line["state"] == i] for i in numbers]
-        groups = [group for group in groups if group]
-        if groups:
-            own = sum(groups, [])
-            ran = [line["reward"] for line in own if line["ran"]]
-            found[id] = {"split": tasks.load(id).split, "states": len(groups), "actions": len(own),
-                         "reward": fmean(fmean(line["reward"] for line in group) for group in groups),
-                         "spread": fmean(float(np.std([line["reward"] for line in group])) for group in groups),
-                         "valid": fmean(line["valid"] for line in own), "ran": len(ran) / len(own),
-                         "reward_ran": fmean(ran) if ran else None}
+        own = [line for line in actions if line["state"] in numbers]
+        ran = [line["reward"] for line in own if line["ran"]]
+        spreads = [np.std([line["reward"] for line in own if line["state"] == i]) for i in numbers]
+        found[id] = {"split": tasks.load(id).split, "states": len(numbers), "actions": len(own),
+                     "reward": fmean(line["reward"] for line in own), "spread": fmean(map(float, spreads)),
+                     "valid": fmean(line["valid"] for line in own), "ran": len(ran) / len(own),
+                     "reward_ran": fmean(ran) if ran else None}
     return found
 
 
@@ -243,18 +256,18 @@ COLUMNS = {"reward": ".3f", "spread": ".3f", "valid": ".0%", "ran": ".0%", "rewa
 
 
 def format_states(results):
-    """Returns the table of states.json as text. spread: the standard deviation of the rewards in a state."""
-    def line(id, split, entries):
-        row = [id, split]
+    """Returns the table of states.json as text."""
+    groups = [(id, entry["split"], [entry]) for id, entry in results["tasks"].items()]
+    for split in sorted({split for _, split, _ in groups}):
+        own = [entry for entry in results["tasks"].values() if entry["split"] == split]
+        groups.append((f"mean over {len(own)} tasks", split, own))
+    rows = [("task", "split", *COLUMNS)]
+    for label, split, entries in groups:
+        row = [label, split]
         for name, form in COLUMNS.items():
             values = [entry[name] for entry in entries if entry[name] is not None]
             row.append(format(fmean(values), form) if values else "-")
-        return row
-    entries = results["tasks"]
-    rows = [("task", "split", *COLUMNS), *(line(id, entry["split"], [entry]) for id, entry in entries.items())]
-    for split in sorted({entry["split"] for entry in entries.values()}):
-        own = [entry for entry in entries.values() if entry["split"] == split]
-        rows.append(line(f"mean over {len(own)} tasks", split, own))
+        rows.append(row)
     return format_table(rows)
 
 
@@ -264,11 +277,10 @@ def format_states(results):
 def sign_flip_p(differences):
     """Returns the two-sided p of an exact permutation test over paired differences: the share of all choices of signs
     under which the sum is at least as far from 0 as it is."""
-    sums = np.zeros(1)
-    for difference in differences:
-        sums = np.concatenate([sums + difference, sums - difference])
-    rounding = 1e-9 * np.abs(differences).sum()
-    return float(np.mean(np.abs(sums) >= abs(sum(differences)) - rounding))
+    if len(differences) < 2:
+        return 1.0
+    test = permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=np.inf)
+    return float(test.pvalue)
 
 
 def read_measured(folder):
@@ -288,20 +300,18 @@ def measures_of(folder):
     measures = {}
     hashes = {}
     for split in SPLITS:
-        rewards = {}
+        entries = {}
         if Path(folder, split).is_dir():
             results = read_measured(Path(folder, split))
-            rewards = {id: entry["reward"] for id, entry in results["tasks"].items()}
+            entries = results["tasks"]
             hashes[split] = results["settings"].get(STATES_HASH)
-        measures[f"{split}, reward of a step"] = rewards
-    for split in SPLITS:
+        measures[f"{split}, reward of a step"] = {id: entry["reward"] for id, entry in entries.items()}
         played = read_results(Path(folder, f"{split}-trajectories")) or {"tasks": {}}
-        gaps = {}
+        gaps = measures.setdefault(f"{split}, gap closed", {})
         for id, entry in played["tasks"].items():
             gap = entry.get("figures", {}).get("best-validation", {}).get("gap", [None])[0]
             if gap is not None:
                 gaps[id] = gap / 100
-        measures[f"{split}, gap closed"] = gaps
     return measures, hashes
 
 
@@ -355,28 +365,31 @@ LEARNED = 324           # expert states: 9 tasks, 4 trajectories, 9 steps
 
 
 def plan_parts(model, num_states, num_samples, num_trajectories, num_iterations):
-    """Measures how fast this machine reads prompts and samples, for about a minute, and prints how long the parts of
-    docs/real-run.sh then take. A trained token costs three that are read, an update and its reference four."""
+    """Measures how fast this machine reads prompts and samples, and prints how long the parts of docs/real-run.sh then
+    take. A trained token costs three that are read, an update and its reference four."""
+    # 1. Seconds a token.
     engine = sample.load(model, rows=8, context=1280)
-    words = engine.tokenizer.encode("x = rows['size'] * 2\n") * 100
+    words = engine.tokenizer.encode("x = rows['size'] * 2\n" * 100)
     began = time.monotonic()
     engine.generate([words[:PROMPT_TOKENS]], max_new_tokens=1)
-    read_s = (time.monotonic() - began) / PROMPT_TOKENS     # seconds a token
+    read_s = (time.monotonic() - began) / PROMPT_TOKENS
     began = time.monotonic()
     engine.generate([words[1:PROMPT_TOKENS + 1]], n=8, max_new_tokens=16, temperature=1.0)
     write_s = max(1e-9, time.monotonic() - began - read_s * PROMPT_TOKENS) / (8 * 16)
-    script_s = SCRIPT_S / SLOTS.cpus
 
-    def act_s(num, samples):
-        return num * (PROMPT_TOKENS * read_s + samples * (ACTION_TOKENS * write_s + script_s))
+    # 2. Seconds of the parts.
+    script_s = SCRIPT_S / SLOTS.cpus
+    state_s = PROMPT_TOKENS * read_s
+    action_s = ACTION_TOKENS * write_s + script_s
+    measure_s = 19 * num_states * (state_s + num_samples * action_s)     # of an agent on all tasks
     learn_s = 8 * (PROMPT_TOKENS + 8 * ACTION_TOKENS) * 4 * read_s
     parts = {
         "states, expert": (19 * 2 * 9 + LEARNED) * script_s,
-        "gate": act_s(9 * num_states, num_samples),
+        "gate": measure_s * 9 / 19,
         "fine-tuning": 2 * LEARNED * (PROMPT_TOKENS + ACTION_TOKENS) * 3 * read_s,
-        "RL": num_iterations * (act_s(8, 8) + learn_s),
-        "states of four agents": 4 * act_s(19 * num_states, num_samples),
-        "trajectories of four agents": 4 * act_s(19 * 9 * num_trajectories, 1)}
+        "RL": num_iterations * (8 * (state_s + 8 * action_s) + learn_s),
+        "states of four agents": 4 * measure_s,
+        "trajectories of four agents": 4 * 19 * 9 * num_trajectories * (state_s + action_s)}
     print(f"It reads {1 / read_s:.0f} and samples {1 / write_s:.0f} tokens a second. Minutes, about:")
     for name, seconds in [*parts.items(), ("all", sum(parts.values()))]:
         print(f"  {name:<28} {seconds / 60:6.0f}")
