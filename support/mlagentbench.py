@@ -181,7 +181,7 @@ class Env(env.Env):
         return self.steps - len(self.history)
 
     def prompt(self):
-        tools = "".join(describe_tool(name) for name in self.actions)
+        tools = "".join(describe_tool(name) for name in TOOLS if name in self.actions)
         entries = "\n".join(f"{name}: {EXPLAIN[name]}{MORE.get(name, '')}" for name in self.fields)
         text = PROMPT.format(tools=tools, problem=self.task.problem.strip(), entries=entries)
         if len(self.history) <= WINDOW:
@@ -204,7 +204,7 @@ class Env(env.Env):
             if "Research Plan and Status" in fields:
                 fields["Research Plan and Status"] = fields["Research Plan and Status"].replace("**", "")
             name = fields["Action"].strip()
-            if name not in self.actions:
+            if name not in TOOLS or name not in self.actions:
                 raise InvalidAction("There is no such tool.")
             action = name
             args = read_input(fields["Action Input"], TOOLS[action][1])

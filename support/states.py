@@ -14,24 +14,24 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+import pandas
 from scipy.stats import permutation_test
 
 import sample
 import tasks
 from env import (
-    LEARNED_SEEDS, NOTHING, PROMPTS, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
-    untried)
+    FORMS, LEARNED_SEEDS, NOTHING, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
+    script_text, untried)
 from support import miniature
 from support.cli import ContextFull, RunError, announce, exit_status, format_table
 from support.distributed import check_same
 from support.files import (
-    COUNT, FLAG, NUMBER, TEXT, VALUE, folder_lock, hash_json, maybe, one_of, parse_json, read_bytes, read_json_lines,
+    COUNT, FLAG, NUMBER, TEXT, VALUE, folder_lock, hash_json, maybe, parse_json, read_bytes, read_json_lines,
     write_atomic)
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import hash_checkpoint
-from support.records import (
-    AGENT, CHANGE, FINITE, LAST_CHANGE, MESSAGE, POSITIVE, SIZE, TASK_ID, best_before, end_reason, trajectory_path)
+from support.records import AGENT, FINITE, MESSAGE, TASK_ID, best_before, end_reason, trajectory_path
 from support.report import read_results
 from support.sandbox import SLOTS
 from support.storage import UNDO, Blobs, ResultCache
@@ -45,10 +45,7 @@ NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
 STATE = {
     "task": TASK_ID, "data_seed": COUNT, "data_sha256": {str: TEXT}, "index": COUNT, "m_before": FINITE,
     "m_top": FINITE, "messages": [MESSAGE], "files": {str: TEXT},
-    "agent": {"actions": [TEXT], "fields": [TEXT], "prompt_format": one_of(*PROMPTS), "show_scores": FLAG,
-              "steps": SIZE, "seconds": POSITIVE},
-    "seen": {"news": TEXT, "change": LAST_CHANGE, "best_printed": maybe(FINITE), "best_script": maybe(TEXT),
-             "tried": [CHANGE], "tries": [TEXT]}}
+    "agent": {name: FORMS["header"][name] for name in AGENT}, "seen": {name: FORMS["header"][name] for name in NOTHING}}
 ACTION = {"state": COUNT, "number": COUNT, "action": maybe(TEXT), "kind": TEXT, "valid": FLAG, "ran": FLAG,
           "reward": NUMBER, "reply": TEXT}
 ENTRY = {"split": TEXT, "reward": NUMBER, "valid": NUMBER, "spread": NUMBER, str: VALUE}
@@ -68,31 +65,25 @@ def record_states(cfg):
     with folder_lock(cfg.out, "eval.py"):
         # 1. Trajectories of the expert, as far as they are not there.
         infos = prepare_tasks(cfg, (STATES_SEED,))
-        folder = Path(cfg.out, "trajectories")
-        folder.mkdir(exist_ok=True)
-        paths = {task.id: [trajectory_path(folder, task.id, k) for k in range(RECORDED)] for task, _ in infos}
-        found = {}
-        jobs = []
+        identity = {name: getattr(cfg, name) for name in ("seed", *AGENT)}
         for task, info in infos:
             refuse_learned(task, info)
-            settings = {name: getattr(cfg, name) for name in ("seed", *AGENT)}
-            settings["data of sha256"] = hash_json(info["sha256"])[:16]
-            settings = json.loads(json.dumps(settings))
-            for k, path in enumerate(paths[task.id]):
-                found[path] = read_record(path)
-                if found[path]:
-                    check_same(found[path][0].get("recorded_with", {}), settings, path)
-                if not end_reason(found[path]):
-                    jobs.append((task, k, path, settings, info.get("seed", 0)))
-        progress = Progress(found, cfg.steps)
+            identity[f"data of {task.id}"] = hash_json(info["sha256"])[:16]
+        begin(Path(cfg.out, "recorded.json"), json.loads(json.dumps(identity)))
+        folder = Path(cfg.out, "trajectories")
+        folder.mkdir(exist_ok=True)
+        jobs = [(task, k, trajectory_path(folder, task.id, k), info.get("seed", 0))
+                for task, info in infos for k in range(RECORDED)]
+        records = {path: read_record(path) for _, _, path, _ in jobs}
+        progress = Progress(records, cfg.steps)
         play = partial(play_expert, cfg, ResultCache(Path(cfg.out, "cache")), progress)
-        run_parallel(jobs, play, SLOTS.cpus, progress)
+        run_parallel([job for job in jobs if not end_reason(records[job[2]])], play, SLOTS.cpus, progress)
 
         # 2. States in them.
         for task, info in infos:
             prefixes = []
-            for k, path in enumerate(paths[task.id]):
-                records = read_record(path)
+            for k in range(RECORDED):
+                records = read_record(trajectory_path(folder, task.id, k))
                 prefixes += [(records, index) for index in range(2 if k else 0, len(records) - 1)]  # all begin alike
             rng = random.Random(f"{cfg.seed} {task.id} states")
             for records, index in rng.sample(prefixes, min(cfg.record_states, len(prefixes))):
@@ -101,15 +92,22 @@ def record_states(cfg):
     announce(f"Written to {cfg.states}: {len(lines)} states of {len(infos)} tasks")
 
 
-def play_expert(cfg, cache, progress, task, k, path, settings, data_seed):
+def begin(path, identity):
+    """Writes all that a run hangs on to its results. ValueError: those of a run with others are there."""
+    raw = read_bytes(path)
+    if raw:
+        check_same(parse_json(raw, RESULTS, path)["settings"], identity, path.parent)
+    write_atomic(path, {"settings": identity, "complete": False, "tasks": {}})
+
+
+def play_expert(cfg, cache, progress, task, k, path, seed):
     rng = random.Random(f"{cfg.seed} {task.id} {k} states")
     ideas = []
     if cfg.prompt_format != "short":
         ideas = choose_ideas(cfg, task, None)
         ideas = rng.sample(ideas, min(3, len(ideas)))
     policy = miniature.scripted_policy(cfg, task, ideas, rng)
-    about = {"recorded_with": settings}
-    play_trajectory(cfg, task, k, path, policy, None, cfg.out, cache, progress, about, data_seed)
+    play_trajectory(cfg, task, k, path, policy, None, cfg.out, cache, progress, {}, seed)
 
 
 def refuse_learned(task, info):
@@ -148,7 +146,6 @@ def measure_states(cfg, load, random_edits):
     """Samples cfg.samples actions in each state of cfg.states, adds each to actions.jsonl in cfg.out, and returns what
     states.json there then holds. What is in actions.jsonl is not played again. random_edits: the name of the agent
     without a model. ValueError: other settings or another model were measured there."""
-    path = Path(cfg.out, "states.json")
     with folder_lock(cfg.out, "eval.py"):
         # 1. What is measured, and what of it is done.
         states = read_states(cfg)
@@ -157,13 +154,11 @@ def measure_states(cfg, load, random_edits):
         identity[STATES_HASH] = hash_json([state for _, state in states])[:16]
         if Path(cfg.model).is_dir():
             identity["--model of sha256"] = hash_checkpoint(cfg.model)
-        raw = read_bytes(path)
-        if raw:
-            check_same(parse_json(raw, RESULTS, path)["settings"], identity, cfg.out)
         prepare_data(cfg, states)
+        path = Path(cfg.out, "states.json")
+        begin(path, identity)
         actions_file = Path(cfg.out, "actions.jsonl")
         actions = read_json_lines(actions_file, ACTION, mend=True)
-        write_atomic(path, {"settings": identity, "complete": False, "tasks": {}})
 
         # 2. The actions that are lacking; those of a state follow each other and share its prefix.
         done = {(line["state"], line["number"]) for line in actions}
@@ -228,9 +223,8 @@ def take_action(cfg, cache, policy, i, state, number):
 
 def random_edit(env, lines, seed):
     """The policy without a model: a random change of a constant."""
-    script = env.blobs.path(env.files[env.task.entry]).read_text()
     action, args = "Execute Script", {"script_name": env.task.entry}
-    offered = untried(script, env.seen["tried"])
+    offered = untried(script_text(env.blobs, env.files[env.task.entry]), env.seen["tried"])
     if offered:
         action, args = miniature.set_action(random.Random(seed).choice(offered))
     values = dict.fromkeys(env.fields, "-") | {"Action": action, "Action Input": json.dumps(args)}
@@ -239,36 +233,24 @@ def random_edit(env, lines, seed):
 
 def summarize_actions(states, actions):
     """Returns {task: what states.json says of it}. spread: the standard deviation of the rewards in a state."""
+    task_of = {i: state["task"] for i, state in states}
+    table = pandas.DataFrame(actions)
     found = {}
-    for id in dict.fromkeys(state["task"] for _, state in states):
-        numbers = [i for i, state in states if state["task"] == id]
-        own = [line for line in actions if line["state"] in numbers]
-        ran = [line["reward"] for line in own if line["ran"]]
-        spreads = [np.std([line["reward"] for line in own if line["state"] == i]) for i in numbers]
-        found[id] = {"split": tasks.load(id).split, "states": len(numbers), "actions": len(own),
-                     "reward": fmean(line["reward"] for line in own), "spread": fmean(map(float, spreads)),
-                     "valid": fmean(line["valid"] for line in own), "ran": len(ran) / len(own),
-                     "reward_ran": fmean(ran) if ran else None}
+    for id, own in table.groupby(table["state"].map(task_of)):
+        rewards = own["reward"]
+        found[id] = {"split": tasks.load(id).split, "states": own["state"].nunique(), "actions": len(own),
+                     "reward": rewards.mean(), "spread": rewards.groupby(own["state"]).std(ddof=0).mean(),
+                     "valid": own["valid"].mean(), "ran": own["ran"].mean(),
+                     "reward_ran": rewards[own["ran"]].mean() if own["ran"].any() else None}
     return found
 
 
-COLUMNS = {"reward": ".3f", "spread": ".3f", "valid": ".0%", "ran": ".0%", "reward_ran": ".3f"}
-
-
 def format_states(results):
-    """Returns the table of states.json as text."""
-    groups = [(id, entry["split"], [entry]) for id, entry in results["tasks"].items()]
-    for split in sorted({split for _, split, _ in groups}):
-        own = [entry for entry in results["tasks"].values() if entry["split"] == split]
-        groups.append((f"mean over {len(own)} tasks", split, own))
-    rows = [("task", "split", *COLUMNS)]
-    for label, split, entries in groups:
-        row = [label, split]
-        for name, form in COLUMNS.items():
-            values = [entry[name] for entry in entries if entry[name] is not None]
-            row.append(format(fmean(values), form) if values else "-")
-        rows.append(row)
-    return format_table(rows)
+    """Returns the table of states.json as text, with the means over the tasks of each split."""
+    table = pandas.DataFrame.from_dict(results["tasks"], orient="index").astype({"reward_ran": float})
+    means = table.groupby("split").mean()
+    means.index = [f"mean, {split}" for split in means.index]
+    return pandas.concat([table, means]).to_string(float_format="{:.3f}".format, na_rep="-")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +329,7 @@ LEAST_SPREAD = 0.05     # ... standard deviation of the rewards in a state, that
 
 
 def gate(folder):
-    """Says whether RL has something to learn from, by states.json in a folder. RunError: it has not."""
+    """Returns in words that RL has something to learn from, by states.json in a folder. RunError: it has not."""
     entries = read_measured(folder)["tasks"].values()
     valid = fmean(entry["valid"] for entry in entries)
     spread = fmean(entry["spread"] for entry in entries)
@@ -355,7 +337,7 @@ def gate(folder):
             f"{spread:.3f} ({LEAST_SPREAD} is needed)")
     if valid < LEAST_VALID or spread < LEAST_SPREAD:
         raise RunError(f"RL has nothing to learn from: {text}")
-    print(text)
+    return text
 
 
 PROMPT_TOKENS = 800     # of a medium prompt with tries
@@ -365,8 +347,8 @@ LEARNED = 324           # expert states: 9 tasks, 4 trajectories, 9 steps
 
 
 def plan_parts(model, num_states, num_samples, num_trajectories, num_iterations):
-    """Measures how fast this machine reads prompts and samples, and prints how long the parts of docs/real-run.sh then
-    take. A trained token costs three that are read, an update and its reference four."""
+    """Returns in words how long the parts of docs/real-run.sh take, by how fast this machine reads prompts and samples.
+    A trained token costs three that are read, an update and its reference four."""
     # 1. Seconds a token.
     engine = sample.load(model, rows=8, context=1280)
     words = engine.tokenizer.encode("x = rows['size'] * 2\n" * 100)
@@ -390,9 +372,9 @@ def plan_parts(model, num_states, num_samples, num_trajectories, num_iterations)
         "RL": num_iterations * (8 * (state_s + 8 * action_s) + learn_s),
         "states of four agents": 4 * measure_s,
         "trajectories of four agents": 4 * 19 * 9 * num_trajectories * (state_s + action_s)}
-    print(f"It reads {1 / read_s:.0f} and samples {1 / write_s:.0f} tokens a second. Minutes, about:")
-    for name, seconds in [*parts.items(), ("all", sum(parts.values()))]:
-        print(f"  {name:<28} {seconds / 60:6.0f}")
+    rows = [[name, f"{seconds / 60:.0f}"] for name, seconds in [*parts.items(), ("all", sum(parts.values()))]]
+    return (f"It reads {1 / read_s:.0f} and samples {1 / write_s:.0f} tokens a second. Minutes, about:\n"
+            + format_table(rows))
 
 
 USAGE = """usage: python -m support.states compare FOLDER AGENT AGENT ...
@@ -401,14 +383,17 @@ USAGE = """usage: python -m support.states compare FOLDER AGENT AGENT ...
 
 
 def main(args):
-    if args[:1] == ["compare"] and len(args) >= 4:
-        return exit_status("support.states", lambda: print(compare_agents(args[1], args[2:])), args[1])
-    if args[:1] == ["gate"] and len(args) == 2:
-        return exit_status("support.states", partial(gate, args[1]), args[1])
-    if args[:1] == ["plan"] and len(args) == 6 and all(word.isdecimal() for word in args[2:]):
-        return exit_status("support.states", partial(plan_parts, args[1], *map(int, args[2:])), "nothing")
-    print(USAGE, file=sys.stderr)
-    return 2
+    command, *rest = args or [""]
+    if command == "compare" and len(rest) >= 3:
+        work = partial(compare_agents, rest[0], rest[1:])
+    elif command == "gate" and len(rest) == 1:
+        work = partial(gate, *rest)
+    elif command == "plan" and len(rest) == 5 and all(word.isdecimal() for word in rest[1:]):
+        work = partial(plan_parts, rest[0], *map(int, rest[1:]))
+    else:
+        print(USAGE, file=sys.stderr)
+        return 2
+    return exit_status("support.states", lambda: print(work()), rest[0])
 
 
 if __name__ == "__main__":
