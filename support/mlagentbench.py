@@ -29,39 +29,35 @@ BLOCK = 10_000      # characters of a text that the coder reads at a time
 MAX_BLOCKS = 10     # that it reads of a text
 MAX_LINES = 100     # of one Inspect Script Lines
 FILE = "a valid file name, relative to the current folder"
-SCRIPT = "a valid name of a Python script, relative to the current folder"
 TOOLS = {       # tool -> (what it is for, {argument: what it is}, what comes back)
     "List Files": (
         "Use this to see which files there are.",
         {"dir_path": 'a valid relative path of a folder, such as "." or "a/b"'},
-        "a list of the files and folders in dir_path, or an error message if it is invalid."),
+        "a list of the files and folders in dir_path, or an error message."),
     "Copy File": (
         "Use this to copy a file to a new place under a new name.", {"source": FILE, "destination": FILE},
         "a message that the file was copied, or an error message."),
     "Undo Edit Script": (
-        "Use this to take back the last edit of a Python script.", {"script_name": SCRIPT},
-        "the content of the script before the last edit, or an error message if there is no such script."),
+        "Use this to take back the last edit of a Python script.", {"script_name": FILE},
+        "the content of the script before the last edit, or an error message."),
     "Execute Script": (
-        "Use this to execute a Python script, which must exist.", {"script_name": SCRIPT},
+        "Use this to execute a Python script, which must exist.", {"script_name": FILE},
         "the output of the script, or its errors."),
     "Final Answer": (
         "Use this to give the final answer to the task.",
-        {"final_answer": "a detailed description of the final answer"},
-        "empty."),
+        {"final_answer": "a detailed description of the final answer"}, "empty."),
     "Understand File": (
-        "Use this to read a whole file and understand certain aspects of it. Describe in detail what to look for and "
-        "what to return. Inspect Script Lines shows a part of a file exactly.",
+        "Use this to read a whole file and understand certain aspects of it. Inspect Script Lines shows a part exactly.",
         {"file_name": FILE, "things_to_look_for": "a detailed description of what to look for and what to return"},
-        "a description of the relevant content and lines of the file, or an error message if there is none."),
+        "a description of the relevant content and lines of the file, or an error message."),
     "Inspect Script Lines": (
-        f"Use this to see a part of a Python script exactly, or the whole of a short one, at most {MAX_LINES} lines. "
-        "This helps especially in debugging.",
-        {"script_name": SCRIPT, "start_line_number": "a valid line number", "end_line_number": "a valid line number"},
-        "the script from start_line_number to end_line_number, or an error message if there is no such script."),
+        f"Use this to see at most {MAX_LINES} lines of a Python script exactly, above all in debugging.",
+        {"script_name": FILE, "start_line_number": "a valid line number", "end_line_number": "a valid line number"},
+        "the script from start_line_number to end_line_number, or an error message."),
     "Edit Script (AI)": (
         "Use this for a rather large but coherent edit of a Python script. Do not edit it yourself, but describe the "
         "edit, so that another AI can carry it out.",
-        {"script_name": SCRIPT + "; it is created empty if there is none",
+        {"script_name": FILE + "; it is created empty if there is none",
          "edit_instruction": "a detailed description of the edit, step by step", "save_name": FILE},
         "the edit. Always check whether it is right; if it is far from that, use Undo Edit Script.")}
 DEFAULTS = {
@@ -75,12 +71,11 @@ You know nothing about this problem yet.
 Follow these instructions, and do not forget them:
 - First make a high-level plan from what you know of the problem and the tools, and record it in the Research Plan and \
 Status. You may revise it later.
-- The Research Plan and Status keeps track, in order and in few words, of 1) the high-level plan, 2) the steps that \
-are done and those in progress, 3) short results and conclusions of each step that was carried out.
+- The Research Plan and Status keeps track, in order and in few words, of the plan, the steps that are done and those \
+in progress, and the results and conclusions of each step that was carried out.
 - It holds only progress that was made by earlier steps, and no result that the last observation has not confirmed.
 - Figures and estimates of performance can only be confirmed by running the code and seeing its output.
-- Design good experiments, and wherever that applies define and measure the performance of the baseline before you \
-attempt to improve it.
+- Design good experiments, and measure the baseline before you attempt to improve it.
 - Follow the plan, and reach the goal as straightforwardly as possible.
 - Show the results and reasons that support a conclusion before you draw it.
 - Do not try to install packages or libraries.
