@@ -5,7 +5,7 @@ Split, names and grader are MLE-bench's.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, split_positions, write_csv
+from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, split_positions, split_rows, write_csv
 
 TARGETS = ["healthy", "multiple_diseases", "rust", "scab"]
 
@@ -17,8 +17,7 @@ def prepare(raw, public, private, variant):
     """
     rows = raw_csv(raw, "train.csv", ["image_id", *TARGETS])
     places = {}
-    for prefix, side in zip(("Train", "Test"), split_positions(len(rows), 0.1)):
-        part = rows.iloc[side]
+    for prefix, part in zip(("Train", "Test"), split_rows(rows, 0.1)):
         names = [f"{prefix}_{i}" for i in range(len(part))]
         places.update({f"{old}.jpg": f"{new}.jpg" for old, new in zip(part["image_id"], names)})
         part = part.assign(image_id=names)
