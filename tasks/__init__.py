@@ -1,14 +1,12 @@
 """The machine-learning tasks: one folder a task, found by scanning; how they are prepared and graded.
 
-A task is a folder `tasks/<id>/` with three files
+A task is a folder `tasks/<id>/` with
     problem.md   the statement the agent reads
     train.py     the starter script the agent improves; reads `data/`, writes `submission.csv`
     task.py      `TASK = Task(...)`: the figures, and three functions: prepare, miniature, score
-and, where it has some,
-    ideas.json   ways to change the starter, each told in words and as edits; see `ideas`
+    ideas.json   (if there are any) ways to change the starter, each told in words and as edits; see `ideas`
 The environment variable ML_AGENT_TASKS names more folders of tasks, separated by ":".
 
-    import tasks
     tasks.prepare("leaf-classification")                           # the miniature; raw="DIR" for the real data
     tasks.grade("leaf-classification", "submission.csv")           # a float, or tasks.InvalidSubmission with the reason
 This fills `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (see `info`).
@@ -69,7 +67,6 @@ class Task:
     text_targets: bool = False      # any text is a valid prediction
     answers: str = "test.csv"       # a file in private
     sample: str = "sample_submission.csv"   # a valid, poor submission, a file in public
-    test_file: str = ""             # the file that belongs to a test row, from the row's id: "images/{}.jpg"
     known_signal: str = ""          # why the publisher's own ids or order tell of the target, where they do
     known_twins: str = ""           # why train and test share rows in the publisher's own data, where they do
     variants: tuple = ("default",)  # names of splits; the first is the default
@@ -220,10 +217,9 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, log=pr
 
     raw is the folder with the publisher's files; None makes the miniature of this seed, unless real data are prepared
     already: those are kept. variant names one of the task's splits; None keeps the one that is there, else takes the
-    first. force prepares again. The folder is built aside and renamed when whole. The starter is run once with the
-    interpreter `python` and its score recorded. log is called with each line of progress.
-    ValueError: unknown task or variant; MissingRaw, which is one: the raw folder holds something else. RuntimeError:
-    the starter fails, or a program is needed to read the files.
+    first. force prepares again. The starter is run once with the interpreter `python` and its score recorded.
+    log is called with each line of progress. ValueError: unknown task or variant; MissingRaw, which is one: the raw
+    folder holds something else. RuntimeError: the starter fails, or a program is needed to read the files.
     """
     task = load(id)
     home = Path(data).resolve() / id
@@ -258,14 +254,15 @@ def _may_stay(home, wanted, force, log):
     if not (home / "task.json").is_file():
         return False
     facts = info(home.name, home.parent)
-    if wanted["miniature"] and not facts["miniature"]:
-        log(f"{home.name}: keeping the real data in {home}; give --raw to prepare them again")
+    is_wanted = not force and all(facts.get(name) == value for name, value in wanted.items())
+    if not facts["miniature"] and (is_wanted or wanted["miniature"]):
+        log(f"{home.name}: keeping the real data in {home}; give --raw and --force to prepare them again")
         return True
-    return not force and all(facts.get(name) == value for name, value in wanted.items())
+    return is_wanted
 
 
 def _build(task, part, raw, facts, log, python):
-    """Fills the folder `part` with public, private and task.json."""
+    """Fills the folder `part`, which is renamed when whole."""
     # 1. The data.
     public = part / "public"
     private = part / "private"

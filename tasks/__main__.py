@@ -32,7 +32,6 @@ def main(argv=None):
         if run is run_prepare:
             command.add_argument("--raw", help="folder with the publisher's files as they come (default: a miniature)")
             command.add_argument("--variant", help="which of the task's splits (default: the one there, or its first)")
-            command.add_argument("--seed", type=int, default=0, help="of the miniature (default: 0)")
             command.add_argument("--force", action="store_true", help="prepare again what is prepared already")
         if run is run_grade:
             command.add_argument("file")
@@ -75,7 +74,7 @@ def run_list(args, ids):
 def run_prepare(args, ids):
     """Turns the publisher's files into public data, private answers and task.json; without --raw, a miniature."""
     for id in ids:
-        home = tasks.prepare(id, args.raw, args.data, args.variant, args.force, args.seed, python=args.python)
+        home = tasks.prepare(id, args.raw, args.data, args.variant, args.force, python=args.python)
         print(f"{id}: {prepared(id, args.data)} in {home}")
     return 0
 

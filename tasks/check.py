@@ -35,10 +35,10 @@ class Case:
         return len(self.gold[self.targets[0]])
 
     def score(self, table):
-        """The score of a table that is handed in; {} is an empty file."""
+        """The score of a table that is handed in."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "submission.csv"
-            path.write_text(pd.DataFrame(table).to_csv(index=False) if table else "")
+            pd.DataFrame(table).to_csv(path, index=False)
             return tasks.score_file(self.task, self.home, path)
 
     def shuffled(self, columns):
@@ -52,12 +52,6 @@ class Case:
         if not path.exists() or path.stat().st_size > MAX_BYTES:
             return pd.DataFrame()
         return pd.read_csv(path, dtype=str, keep_default_na=False)
-
-    def test_files(self):
-        """The paths of the files that belong to the test rows, in their order."""
-        if not self.task.test_file:
-            return []
-        return [self.home / "public" / self.task.test_file.format(id) for id in self.gold[self.task.key]]
 
 
 def check(id, data, python):
@@ -126,12 +120,9 @@ def accepted_faults(case):
     last = case.targets[-1]
     tables = {
         "a missing column": {name: column for name, column in gold.items() if name != last},
-        "a missing row": {name: column[:-1] for name, column in gold.items()},
         "a surplus row": {name: [*column, column[-1]] for name, column in gold.items()},
-        "an empty file": {},
         "a blank": {**gold, first: ["", *gold[first][1:]]}}
     if key:
-        tables["an unknown id"] = {**gold, key: ["no-such-id", *gold[key][1:]]}
         tables["a doubled id"] = {**gold, key: [gold[key][1], *gold[key][1:]]}
     if not case.task.text_targets:
         tables["text"] = {**gold, first: ["text", *gold[first][1:]]}
@@ -147,11 +138,9 @@ def accepted_faults(case):
 
 
 def shown_answers(case):
-    """The test file does not have a target's column, and files that belong to test rows are there."""
+    """The test file does not have a target's column."""
     if set(case.targets) & set(case.frame("test.csv")):
         yield "The public test file has the target's column."
-    if missing := [path for path in case.test_files() if not path.exists()]:
-        yield f"{missing[0]} is missing."
 
 
 def shared_rows(case):
@@ -170,25 +159,14 @@ def shared_rows(case):
         yield f"{len(shared)} rows are in train and in test, such as row {shared[0]} of test."
 
 
-def shared_files(case):
-    """No file of a test row is also shown under another name."""
-    files = {path for path in case.test_files() if path.exists()}
-    hashes = {tasks.hash_files(path) for path in files}
-    others = set((case.home / "public").rglob("*")) - files if files else []
-    if shared := [path for path in others if path.is_file() and tasks.hash_files(path) in hashes]:
-        yield f"{len(shared)} files of train are in test too, such as {min(shared)}."
-
-
 def signals(case):
-    """The position in the test file, the order of the ids and, in miniatures, the size of a row's file do not go with
-    the target. The publisher's own order and ids may (known_signal), as the sizes of real images do."""
-    orders = {}
-    if not case.task.known_signal:
-        orders["position in the test file"] = range(case.num_rows)
-        if case.task.key:
-            orders["id"] = case.gold[case.task.key]
-    if case.task.test_file and case.facts["miniature"]:
-        orders["size of the file"] = [path.stat().st_size if path.exists() else 0 for path in case.test_files()]
+    """The position in the test file and the order of the ids do not go with the target. The publisher's own may
+    (known_signal)."""
+    if case.task.known_signal:
+        return
+    orders = {"position in the test file": range(case.num_rows)}
+    if case.task.key:
+        orders["id"] = case.gold[case.task.key]
     columns = pd.DataFrame({name: _numbers_or_texts(case.gold[name]) for name in case.targets})
     ranks = pd.get_dummies(columns).rank()      # a class becomes a column of its own
     for name, values in orders.items():
@@ -208,4 +186,4 @@ def _numbers_or_texts(values):
 
 
 PROOFS = (changed_files, changed_starter, broken_ideas, imperfect_answers, good_guesses, accepted_faults, shown_answers,
-          shared_rows, shared_files, signals)
+          shared_rows, signals)
