@@ -269,7 +269,7 @@ def _build(task, part, raw, facts, log, python):
     public.mkdir(parents=True)
     private.mkdir()
     if raw is None:
-        log(f"{task.id}: writing the miniature of seed {facts['seed']}; its scores do not compare with published ones")
+        log(f"{task.id}: writing the miniature (seed {facts['seed']}); give --raw for the real data")
         with tempfile.TemporaryDirectory() as folder:
             task.miniature(Path(folder), facts["seed"])
             task.prepare(Path(folder), public, private, facts["variant"])
@@ -289,13 +289,14 @@ def _build(task, part, raw, facts, log, python):
     # 2. The starter's score.
     log(f"{task.id}: running the starter once")
     score, seconds, _ = run_starter(task, part, python)
-    limit = MINIATURE_S if raw is None else task.time_limit_s
-    log(f"{task.id}: ready; the starter scores {task.metric} {score:.5g} in {seconds:.1f} of {limit} s")
+    log(f"{task.id}: ready; the starter scores {task.metric} {score:.5g} in {seconds:.1f} s")
 
     # 3. What is known of both.
     m_best = task.m_best_miniature if raw is None else task.m_best
-    files = [path for folder in (public, private) for path in sorted(folder.iterdir()) if path.is_file()]
-    sha256 = {str(path.relative_to(part)): hash_files(path) for path in files}
+    sha256 = {}
+    for path in (*sorted(public.iterdir()), *sorted(private.iterdir())):
+        if path.is_file():
+            sha256[str(path.relative_to(part))] = hash_files(path)
     facts = {**facts, "m_init": score, "m_best": m_best, "starter_seconds": round(seconds, 2), "sha256": sha256}
     (part / "task.json").write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -135,10 +135,10 @@ def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_on
         kind = "whole" if whole else "finite"
         raise InvalidSubmission(f"{_cell(i, columns[j])} holds {values[i, j]:g}; it must be a {kind} number from "
                                 f"{low:g} to {high:g}.")
-    wrong = np.abs(values.sum(1) - 1) > SUM_TOLERANCE
-    if sum_to_one and wrong.any():
-        i = wrong.argmax()
-        raise InvalidSubmission(f"The values of row {i + 1} sum to {values[i].sum():.6g}; each row must sum to 1.")
+    if sum_to_one:
+        for i, total in enumerate(values.sum(1)):
+            if abs(total - 1) > SUM_TOLERANCE:
+                raise InvalidSubmission(f"The values of row {i + 1} sum to {total:.6g}; each row must sum to 1.")
     return values
 
 
