@@ -301,12 +301,12 @@ def _build(task, part, raw, facts, log, python):
     (part / "task.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def run_starter(task, home, python=sys.executable):
-    """Runs the starter on home/public, without a sandbox: (graded score, seconds of processor time, stdout).
-    RuntimeError where it fails."""
+def run_starter(task, home, python=sys.executable, script=None):
+    """Runs the starter, or a script in its place, on home/public, without a sandbox: (graded score, seconds of processor
+    time, stdout). RuntimeError where it fails."""
     name = f"{task.entry} of {task.id}"
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / task.entry).write_text(task.starter)
+        (Path(folder) / task.entry).write_text(script or task.starter)
         (Path(folder) / "data").symlink_to((home / "public").resolve())
         result = sandbox.execute(task.entry, folder, timeout_s=task.time_limit_s, python=python, sandbox="off",
                                  memory_bytes=task.memory_limit_bytes)

@@ -3,7 +3,7 @@
     python -m tasks list [ID ...]
     python -m tasks prepare ID [--raw DIR] [--variant NAME] [--force]      without --raw: a miniature made from a seed
     python -m tasks grade ID submission.csv
-    python -m tasks check [ID ...]
+    python -m tasks check [ID ...] [--ideas]
 
 ID may also be held-in, held-out, paper or all (with prepare only where no --raw is given, and not with grade).
 Exit status: 0 done, 1 failed, 2 bad arguments, a raw folder with other files among them.
@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 import tasks
-from tasks.check import check
+from tasks.check import check, check_ideas
 
 
 def main(argv=None):
@@ -33,6 +33,8 @@ def main(argv=None):
             command.add_argument("--raw", help="folder with the publisher's files as they come (default: a miniature)")
             command.add_argument("--variant", help="which of the task's splits (default: the one there, or its first)")
             command.add_argument("--force", action="store_true", help="prepare again what is prepared already")
+        if run is run_check:
+            command.add_argument("--ideas", action="store_true", help="run each task's ideas instead")
         if run is run_grade:
             command.add_argument("file")
     args = parser.parse_args(argv)
@@ -97,7 +99,7 @@ def run_check(args, ids):
         print(f"checking {id}", file=sys.stderr, flush=True)
         try:
             tasks.prepare(id, data=args.data, log=lambda line: None, python=args.python)
-            figures, faults = check(id, args.data, args.python)
+            figures, faults = (check_ideas if args.ideas else check)(id, args.data, args.python)
         except (ValueError, RuntimeError) as error:
             failures.append(f"{id}: {error}")
             continue

@@ -5,6 +5,7 @@ Each of PROOFS is a function of a Case that returns a sentence for each fault it
 import math
 import re
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import tasks
 
 SIGMAS = 5              # a signal: a rank correlation so many standard deviations from zero
 MAX_BYTES = 128 << 20   # of a public table that is searched
+CHANCE_LINE = re.compile(r"\w*(SEED|VALID)\w* = ")
 VALIDATION_LINE = re.compile(r"^validation .+: -?\d+(\.\d+)?\s*$", re.MULTILINE)
 
 
@@ -187,3 +189,36 @@ def _numbers_or_texts(values):
 
 PROOFS = (changed_files, changed_starter, broken_ideas, imperfect_answers, good_guesses, accepted_faults, shown_answers,
           shared_rows, signals)
+
+
+def check_ideas(id, data, python):
+    """(figures, failures) as check, of running each of the task's ideas on what is prepared in data/id: each must change
+    the starter's graded score, by more than another share of validation rows or another seed; at least half must
+    improve it and at least one must make it worse."""
+    start = time.monotonic()
+    task = tasks.load(id)
+    starter = tasks.info(id, data)["m_init"]
+    failures = []
+    scores = []
+    for idea in tasks.ideas(id):
+        try:
+            script = tasks.apply(task.starter, idea)
+            score = tasks.run_starter(task, Path(data) / id, python, script)[0]
+        except (RuntimeError, ValueError) as error:
+            failures.append(f"The idea {idea['title']!r} fails. {error}")
+            continue
+        scores.append(score)
+        changed = set(script.splitlines()) ^ set(task.starter.splitlines())
+        if math.isclose(score, starter, rel_tol=1e-9):
+            failures.append(f"The idea {idea['title']!r} does not change the graded score.")
+        elif all(map(CHANCE_LINE.match, changed)):
+            failures.append(f"The idea {idea['title']!r} is about the validation rows or a random seed alone.")
+    num_better = sum(task.better(score, starter) for score in scores)
+    num_worse = sum(task.better(starter, score) for score in scores)
+    if 2 * num_better < len(scores):
+        failures.append(f"Only {num_better} of {len(scores)} ideas improve the score.")
+    if scores and num_worse == 0:
+        failures.append("No idea makes the score worse; some should, as with anyone's ideas.")
+    figures = {"starter": starter, "ideas": len(scores), "better": num_better, "worse": num_worse,
+               "seconds": time.monotonic() - start}
+    return figures, failures

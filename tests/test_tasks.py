@@ -27,7 +27,7 @@ import tasks
 from common import md5, quiet, sides
 from tasks import InvalidSubmission
 from tasks.__main__ import main
-from tasks.check import check
+from tasks.check import check, check_ideas
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT.parent / "shared" / "data"
@@ -287,6 +287,34 @@ def test_check_names_an_idea_that_does_not_fit_the_starter(toy, tmp_path):
     tasks.prepare("toy", data=tmp_path, log=quiet)
     faults = check("toy", tmp_path, sys.executable)[1]
     assert len(faults) == 1 and re.search("Edit 1 of the idea 'Idea 12' .* there 0 times", faults[0])
+
+
+def test_running_the_ideas(toy, tmp_path, capsys):
+    with_ideas(toy, IDEAS)
+    assert main(["check", "--ideas", "toy", "--data", str(tmp_path)]) == 0
+    assert "All 1 are sound" in capsys.readouterr().out
+    tasks.prepare("toy", data=tmp_path, log=quiet)
+    row, failures = check_ideas("toy", tmp_path, sys.executable)
+    assert (row["better"], row["ideas"], row["worse"]) == (6, 9, 3) and failures == []
+    faulty = [idea(10, "import csv", "import cvs"), idea(11, "{mean}", "{'x'}"), idea(12, "no such text", "")]
+    with_ideas(toy, [*IDEAS[:4], *IDEAS[6:], *faulty])
+    failures = " ".join(check_ideas("toy", tmp_path, sys.executable)[1])
+    assert re.search("(?s)'Idea 10' fails.*No module named 'cvs'", failures)
+    assert re.search("'Idea 11' fails.* writes a submission that is not valid", failures)
+    assert re.search("'Idea 12' fails. Edit 1 .* there 0 times", failures)
+    with_ideas(toy, [*IDEAS[:4], *(idea(number, "{mean}", "{mean + 0}") for number in range(4, 10))])
+    failures = " ".join(check_ideas("toy", tmp_path, sys.executable)[1])
+    assert "Only 4 of 10 ideas improve" in failures and "No idea makes the score worse" in failures
+    assert failures.count("does not change the graded score") == 6
+
+
+def test_an_idea_about_chance_alone_is_none(toy, tmp_path):
+    (toy / "train.py").write_text(TOY_STARTER.replace("mean = sum(", "SEED = 0\nSHIFT = 0\nmean = SEED + SHIFT + sum("))
+    with_ideas(toy, [idea(1, "SEED = 0", "SEED = 1"), idea(2, "SHIFT = 0", "SHIFT = 1")])
+    tasks.prepare("toy", data=tmp_path, log=quiet)
+    failures = check_ideas("toy", tmp_path, sys.executable)[1]
+    assert "The idea 'Idea 1' is about the validation rows or a random seed alone." in failures
+    assert not any("Idea 2" in failure for failure in failures)
 
 
 WITH_IDEAS = [id for id in tasks.names() if tasks.ideas(id)]     # a task of one's own need not ship any
