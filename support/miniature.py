@@ -236,9 +236,11 @@ def follow_ideas(cfg, task, ideas, rng):
         num_made = 0
         after = text
         for action, args in actions:
+            if not is_allowed(after, action, args, done):
+                break
             try:
-                changed = carry_out(after, action, args, done)
-            except InvalidAction:
+                changed = carry_out(after, action, args)
+            except InvalidAction:       # the constant has this value already, or is no longer there
                 break
             step = yield reply_of(cfg, step, f"{title}.", action, args)
             num_made += 1
@@ -261,15 +263,17 @@ def follow_ideas(cfg, task, ideas, rng):
             step = yield reply_of(cfg, step, f"{why}, so I take it back.", *UNDO)
 
 
-def carry_out(script, action, args, done=()):
-    """Returns the script after one of the expert's edits. InvalidAction: it has been `done`, or the environment or a
-    medium prompt, which shows the beginning of a script, would not allow it."""
+def is_allowed(script, action, args, done):
+    """Returns whether an edit has not been done, and stands in what a medium prompt shows of the script."""
     if action == "Set Constant":
-        if (args["constant"], args["value"]) in done:
-            raise InvalidAction
+        return (args["constant"], args["value"]) not in done
+    return script.count(args["find"]) == shown_script(script).count(args["find"]) == 1
+
+
+def carry_out(script, action, args):
+    """Returns the script after one of the expert's edits. InvalidAction: see set_constant."""
+    if action == "Set Constant":
         return set_constant(script, **args)
-    if not script.count(args["find"]) == shown_script(script).count(args["find"]) == 1:
-        raise InvalidAction
     return script.replace(args["find"], args["replace"])
 
 
