@@ -7,19 +7,16 @@
     python env.py replay runs/x/trajectories/FILE     # runs a recorded trajectory again and prints the differences
 
 A state is the chat messages and the workspace: a dict {path: sha256} over a store of blobs (support/storage.py). It
-becomes a folder only while a script runs, and the files that the script leaves are stored. So a snapshot is free, a
-recorded state comes back exactly, and no `..`, link or daemon reaches the workspace. A script that was stopped leaves
-the workspace as it was.
+becomes a folder only while a script runs. So a snapshot is free, a recorded state comes back exactly, and no `..`, link
+or daemon reaches the workspace.
 
-Actions have the names and arguments of MLAgentBench; Replace In Script is added, an edit that the policy writes itself.
-After every edit the entry script runs in a copy of the workspace, and its submission is graded here, against answers
-that the script cannot reach (support/sandbox.py). The agent never sees that score; it is told what the run printed
-(--no-show-scores: not even that), which is recorded too and not believed. Scripts run on Linux only.
+Actions have the names and arguments of MLAgentBench; Replace In Script and Set Constant are added, edits that the
+policy writes itself. After every edit the entry script runs in a copy of the workspace, and its submission is graded
+here, against answers that the script cannot reach (support/sandbox.py). The agent never sees that score; it is told
+what the run printed (--no-show-scores: not even that), which is recorded too and not believed.
 
 To add an action, write an entry in ACTIONS and a method of Env with the action's name in lower case, for example
 `_list_files` for "List Files".
-Only the miniature's agent has a list of actions of its own (support/miniature.py); any other has those of --actions, by
-default all.
 """
 import contextlib, dataclasses, difflib, hashlib, importlib, io, json, math, os, re, sys, tempfile, time
 import tokenize, zlib
@@ -238,8 +235,8 @@ def short_prompt(task, seen, script, is_best, steps_left):
 
 
 def medium_prompt(task, seen, script, is_best, steps_left, actions, fields):
-    """Returns the two messages that a model of some hundred million weights is shown: the tools; and the best printed
-    score, the last tries and the beginning of the script. See short_prompt."""
+    """Returns the two messages for a model of some hundred million weights: the tools; and the best printed score, the
+    last tries and the script. See short_prompt."""
     thoughts_and_args = MEDIUM_EXAMPLES | medium_edits(script, steps_left)
     examples = []
     for name in actions:
@@ -328,7 +325,7 @@ def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
 
 
 def read_entries(reply, fields, values):
-    """Puts the texts of all entries but the last into `values`, and returns the text after the last header."""
+    """Puts the texts of all entries but the last into `values`; returns the text after the last header."""
     if len(reply) > MAX_REPLY:
         raise InvalidAction(f"The reply is longer than {MAX_REPLY:,} characters.")
     if not reply.strip():
@@ -391,8 +388,7 @@ def script_text(blobs, sha):
 
 def constants(script):
     """Returns [(name, text of the number, start and end of that text)] of the numbered constants of a script: its lines
-    `NAME = number` with at most a comment behind, in the order of their names, so that a number says nothing about the
-    place in a script. How it is seeded and validated is not among them."""
+    `NAME = number` in the order of their names, but not how it is seeded and validated."""
     line = rf"^({NAME}) = ({NUMBER})(?=[ \t]{{0,99}}(?:#|$))"
     found = []
     for match in re.finditer(line, script, re.MULTILINE):
@@ -423,7 +419,7 @@ def set_constant(script, constant, value):
 
 
 def change_number(name, before, value):
-    """Returns the text of the number that takes the place of `before`. See set_constant."""
+    """Returns the text of the number in the place of `before`. See set_constant."""
     parts = re.fullmatch(rf"\s*([*/]?)\s*(-?{NUMBER})\s*", value)
     if not parts or parts[1] and float(parts[2]) <= 0:
         raise InvalidAction("The value must be a number, or a factor above 0 such as *2 or /2; found "
@@ -477,7 +473,7 @@ def untried(script, tried):
 
 
 def inverse(change):
-    """Returns the arguments of a Set Constant that takes another one back; {} where that was not by a factor."""
+    """Returns the arguments of the Set Constant that takes one back; {} where that was not by a factor."""
     if change.get("value", "")[:1] not in ("*", "/"):
         return {}
     sign = "/" if change["value"].startswith("*") else "*"
@@ -623,15 +619,14 @@ class Step:
 
 
 class Env:
-    """One trajectory on one task.
+    """One trajectory on one task. The scaffolds of other papers are subclasses.
 
     task: a Task or its id. data: the folder of prepared data. out: where `blobs/` is kept; many Envs may share it.
-    actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
-    steps, seconds: limits of the trajectory; to wait for a free slot does not count. coder: callable(messages) -> str,
-    a second model for the (AI) actions; its ValueError (a text that does not fit) goes to the agent, other errors to
-    the caller. prompt_format: what prompt() shows of a state, one of PROMPTS. show_scores: whether the observation
-    of an edit tells the score that its run printed. python, threads, sandbox: see execute. gpu: "0,1" gives each script
-    one of these GPUs. cache: a ResultCache (default: one in out). The scaffolds of other papers are subclasses.
+    actions: names from ACTIONS; without a coder those that need one are left out. steps, seconds: limits of the
+    trajectory; to wait for a free slot does not count. coder: callable(messages) -> str, a second model for the (AI)
+    actions; its ValueError (a text that does not fit) goes to the agent. fields, prompt_format, show_scores: see
+    AgentSettings. python, threads, sandbox: see execute. gpu: "0,1" gives each script one of these GPUs. cache: a
+    ResultCache (default: one in out).
     """
     stop = ("\nObservation:",)      # texts that end a reply
     num_tries = 1                   # replies of a step; a subclass with more says which of them is_readable,
@@ -874,8 +869,8 @@ class Env:
         raise InvalidAction(f"There is no file {path or '.'}; the workspace holds {', '.join(names[:20])}, data/.")
 
     def _text(self, path, edit=False):
-        """Returns (text of the first MAX_READ bytes, size in bytes) of a file. InvalidAction: it is binary or, for an
-        edit, not UTF-8 or larger than MAX_SCRIPT."""
+        """Returns (text of the first MAX_READ bytes, size in bytes) of a file. InvalidAction: it is no text or, for an
+        edit, too large."""
         file = self._file(path)
         size = file.stat().st_size
         content = read_start(file, MAX_READ)
@@ -902,7 +897,7 @@ class Env:
         self.files[path] = sha
 
     def _replaced(self):
-        """Returns [(number of an edit, path under .undo/)], in order."""
+        """Returns [(number of an edit, path under .undo/)] in order."""
         return sorted((int(name.split("/")[1]), name) for name in self.files if name.startswith(UNDO))
 
     def _versions(self, path):
@@ -1103,8 +1098,7 @@ class Env:
         return score, result
 
     def _score_edit(self, step):
-        """Scores the workspace after an edit. Returns the lines that tell the agent what the run printed, and nothing
-        of the score."""
+        """Scores the workspace after an edit. Returns the lines that tell the agent what the run printed."""
         entry = self.task.entry
         self.seen["change"] = {}
         if entry in self.files and not self._is_too_large(entry):
@@ -1272,8 +1266,7 @@ def make_env(cfg, task, out, cache, data_seed=0, make=Env, **options):
 
 
 def model_policy(cfg, model, hint=""):
-    """Returns the function by which a model replies in play_trajectory. hint: a text that the model is told besides;
-    the record of the trajectory is without it."""
+    """Returns the function by which a model replies in play_trajectory. hint: a text that is told, and not recorded."""
     tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
 
     def reply(env, lines, seed):
