@@ -398,10 +398,10 @@ def constants(script):
 
 
 def find_constant(script, constant):
-    """Returns the number of a constant, from 1. constant: that number or its name, a text. InvalidAction: there is no
+    """Returns the number of a constant, from 1. constant: that number or its name. InvalidAction: there is no
     such constant."""
     names = [name for name, *_ in constants(script)]
-    constant = constant.strip()
+    constant = str(constant).strip()     # or a whole number
     if constant in names:
         return names.index(constant) + 1
     if re.fullmatch("[0-9]{1,9}", constant) and 1 <= int(constant) <= len(names):
