@@ -516,9 +516,8 @@ def test_bad_trajectories_are_named_and_counted(whole, tmp_path, monkeypatch):
     reasons = {Path(source).name: why for why, where in left_out.items() for source in where}
     for file, reason in zip(files[:7], (
             "line 3 is not JSON", "not finished: collect again to go on with it", "line 1 is not JSON",
-            'line 2 is no record of a trajectory: its entry "index" is missing', "a missing blob",
-            "no turn of the assistant", "line 1 is no record of a trajectory: a snapshot names '../train.py', which "
-            "cannot be a file of a workspace")):
+            "line 2 is no record of a trajectory: its entries: 'index' is missing", "a missing blob",
+            "no turn of the assistant", "line 1 is no record of a trajectory: a snapshot has '../train.py'")):
         assert reason in reasons.pop(file.name)
     assert not reasons
     assert all(f"{file.name}" in said for file in files[:7])
