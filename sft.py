@@ -36,9 +36,9 @@ from support.cli import RunError, exit_status, flag_of, format_table, refuse_tor
 from support.conversations import named, read_conversations
 from support.distributed import (
     RECOMPUTE_ABOVE, PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type,
-    disk_plan, explain_dist_errors, export_model, flops_of, format_gib, init_distributed, load_state, map_rows,
-    num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, ram_plan,
-    rank0_broadcast, row_threads, save_state, shape_of)
+    explain_dist_errors, export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters,
+    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, row_threads,
+    save_state, shape_of)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -467,10 +467,9 @@ def plan(cfg):
     hours = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12) / 3600
     return "\n".join([
         f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {tokens:,} tokens", "",
-        "GiB per GPU", *format_gib(parts), "", disk_plan(total),
+        *format_plan(parts, total, plan_memory(config, tokens, 1, torch.float32, recompute)),
         f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most {updates * cfg.batch * tokens:,} tokens",
-        f"about {hours:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU",
-        ram_plan(plan_memory(config, tokens, 1, torch.float32, recompute))])
+        f"about {hours:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 
 
 def is_collected(path):

@@ -565,7 +565,8 @@ def assert_same(found, expected, tolerance=1e-6):
     assert len(found[0]) == len(expected[0])
     for a, b in zip(found[0], expected[0]):
         assert_close(a, b, tolerance, floor=1e-3)
-    same = lambda figures: {name: value for name, value in figures.items() if isinstance(value, float)}
+    same = lambda figures: {name: value for name, value in figures.items()
+                            if isinstance(value, float) and name != "logprobs_s"}
     assert found[1]["reward_of_tasks"] == pytest.approx(expected[1]["reward_of_tasks"])
     assert same(found[1]) == pytest.approx(same(expected[1]), rel=1e-5, abs=1e-6)
 
