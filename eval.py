@@ -5,6 +5,7 @@
     python eval.py --task leaf-classification --model DIR --raw RAW  # 8 trajectories of 15 steps on the real data
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
     python eval.py --states FILE --model DIR --samples 8             # single actions in recorded states
+    python eval.py --exports runs/rl,runs/episode                    # gain during training: rl.py --export-every
     python eval.py --compare runs/a,runs/b,runs/rl                   # runs nothing: draws what was run before
     python eval.py --compare runs/a,runs/b --reference runs/b        # and divides the gains by those of runs/b
 
@@ -52,6 +53,7 @@ TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at t
 NUM_BOOTSTRAP = 10_000
 MIDDLE = [0.025, 0.975]        # quantiles, of an interval of 95 %
 DEFAULTS = {"aide": aide.DEFAULTS, "mlagentbench": mlagentbench.DEFAULTS}      # settings of a scaffold
+TAKEN = {"seconds": "seconds", "scripts": "runs", "tokens": "sampled_tokens"}   # of training: entry of its log.jsonl
 PACKAGES = ("torch", "tokenizers", "numpy", "pandas", "scikit-learn")
 UNDO = "Undo Edit Script"
 LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Script")     # change no script
@@ -85,6 +87,7 @@ class Settings(AgentSettings):
         # mle-bench (5 drafts, always debugs, at most 20 deep)
     final: str = "best-validation"  # what counts of a trajectory: best-validation (by the printed score), or last-valid
     temperature: float = 0.7  # of sampling; 0 always takes the most likely token
+    exports: tuple[str, ...] = ()  # evaluates all that rl.py --export-every has left in these --out of rl.py
     compare: tuple[str, ...] = ()  # draws these folders side by side into compare.html in --out, and runs nothing: the
         # --out of eval.py, of training (its log.jsonl), or collected trajectories
     reference: str = ""  # one of --compare: the gains of all are divided by its gain, as in Figure 3 of the paper
@@ -115,6 +118,8 @@ class Settings(AgentSettings):
             raise ValueError(f"--scaffold mlagentbench needs a --coder, and --actions among {', '.join(tools)}")
         if self.compare and (self.model or self.task):
             raise ValueError("--compare runs nothing, so it takes no --model and no --task")
+        if self.exports and (self.model or self.compare or self.states):
+            raise ValueError("--exports takes no --model, --compare or --states")
         if self.reference and self.reference not in self.compare:
             raise ValueError(f"--reference must be one of --compare, found {self.reference}")
         for folder in self.compare:
@@ -395,10 +400,25 @@ def format_means(run, rival, common):
     return row | beside
 
 
+def build_series(runs, exports):
+    """Returns the points of Figure 4, for the exports that all tasks of which are played: what `exports` says of each,
+    {name of its run here: {name: value}}, and its gain {split: (mean, interval)} over the tasks where there is one."""
+    played = [run for run in runs if run["results"].get("complete")]
+    groups = {run["name"]: {} for run in played}
+    for split, results_by_task in split_results(played).items():
+        common = [results for results in results_by_task.values() if is_common(results, played)]
+        if not common:
+            continue
+        for run in played:
+            values = [figure_values(results[run["name"]], gain, run["results"]["final"]) for results in common]
+            groups[run["name"]][split] = mean_and_interval(list(zip(values)))
+    return [exports[name] | {"gain": gains} for name, gains in groups.items()]
+
+
 def build_ratios(runs, reference):
     """Returns the layout of the paper's Figure 3: a row for each task that all runs have, with the gain of each over
-    that of the run named `reference`, "-" where the interval of that one is not above 0. The last row counts the tasks on which a run gained more than every other. ValueError: there is no such
-    run of an agent."""
+    that of the run named `reference`, "-" where the interval of that one is not above 0. The last row counts the
+    tasks on which a run gained more than every other. ValueError: there is no such run of an agent."""
     names = [run["name"] for run in runs]
     if reference not in names:
         raise ValueError(f"--reference: {reference} holds no evaluation of an agent")
@@ -509,10 +529,10 @@ def describe_scaffold(results):
     return "; ".join(parts) + "."
 
 
-def format_report(runs):
-    """Returns the tables of one run or several as text."""
+def format_report(runs, reference=""):
+    """Returns the tables of one run or several as text. reference: see build_tables."""
     texts = []
-    for table in build_tables(runs):
+    for table in build_tables(runs, reference):
         columns = table["columns"]
         rows = [[row.get(column, "") for column in columns] for row in table["rows"]]
         texts.append(f"{table['title']}\n\n{format_table([columns, *rows])}")
@@ -550,24 +570,36 @@ def read_run(folder, name):
     return {"name": name, "results": results, "trajectories": trajectories}
 
 
-def write_report(path, folders, trained, reference=""):
-    """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained. reference: see
-    build_tables."""
-    runs = [read_run(folder, name) for name, folder in folders.items()]
+def write_report(path, folders, trained, reference="", exports=None):
+    """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained, and returns
+    the runs that its tables show. reference: see build_tables. exports: see build_series; the page then shows no steps,
+    and results.json beside it receives the series."""
+    runs = []
+    for name, folder in folders.items():
+        run = read_run(folder, name)
+        if exports:     # so many steps would fill no page
+            run["trajectories"] = []
+        runs.append(run)
+    series = build_series(runs, exports) if exports else []
+    if exports:
+        write_atomic(Path(path).with_name("results.json"), {"complete": len(series) == len(exports), "exports": series})
     for run in runs:
         about = {name: run["results"].get(name, {}) for name in ("settings", "versions")}
         run["text"] = json.dumps(about, indent=1) if about["settings"] else ""
     agents = [run for run in runs if run["results"]["settings"].get("model")]
     write_page(path, {
         "title": f"ML-Agent: {', '.join(folders)}", "warnings": warnings(runs), "notes": notes(runs),
-        "tables": build_tables(agents or runs, reference), "runs": runs,
+        "tables": build_tables(agents or runs, reference), "runs": runs, "exports": series,
         "logs": [{"name": folder, "lines": read_log(folder)} for folder in trained]})
+    return agents or runs
 
 
 def compare(cfg):
-    """Writes compare.html, which shows the folders of --compare side by side, and returns its path."""
+    """Writes compare.html, which shows the folders of --compare side by side, prints its tables, and returns its
+    path."""
     path = Path(cfg.out, "compare.html")
-    write_report(path, {folder: folder for folder in cfg.compare}, cfg.compare, cfg.reference)
+    runs = write_report(path, {folder: folder for folder in cfg.compare}, cfg.compare, cfg.reference)
+    print("\n" + format_report(runs, cfg.reference))
     return path
 
 
@@ -578,7 +610,7 @@ def run_identity(cfg, infos):
     """Returns {name: value} of all that the trajectories depend on. A run is continued only under the same."""
     # where, how many, how they are counted, and how long one waits for them
     elsewhere = ("out", "data", "raw", "final", "trajectories", "compare", "reference", "reply_seconds",
-                 "states", "samples", "record_states")
+                 "exports", "states", "samples", "record_states")
     identity = {name: value for name, value in json.loads(json.dumps(asdict(cfg))).items() if name not in elsewhere}
     for task, info in infos:
         kind = "miniature" if info["miniature"] else "real"
@@ -699,17 +731,20 @@ def evaluate_agent(cfg, home, load):
     return results
 
 
-def evaluate(cfg, agents=None, load=sample.load):
+def evaluate(cfg, agents=None, load=sample.load, exports=None):
     """Evaluates agents, {name: settings}, one after the other, by default the one of cfg, and returns [{"name",
-    "results"}]. cfg.out receives a report of all, also after an interruption. ValueError: a setting is wrong."""
+    "results"}]. cfg.out receives a report of all, also after an interruption. exports: see build_series. ValueError: a
+    setting is wrong."""
     agents = agents or {cfg.model or "starter": cfg}
     folders = {name: agent.out for name, agent in agents.items()}
-    trained = [] if cfg.task else [folder for folder, _ in MADE.values()]
+    trained = cfg.exports
+    if not (cfg.task or cfg.exports):
+        trained = [folder for folder, _ in MADE.values()]
     with folder_lock(cfg.out, "eval.py"):
         try:
             return [{"name": name, "results": evaluate_agent(agent, cfg.out, load)} for name, agent in agents.items()]
         finally:
-            write_report(Path(cfg.out, "report.html"), folders, trained)
+            write_report(Path(cfg.out, "report.html"), folders, trained, exports=exports)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -730,22 +765,57 @@ def agents_made(cfg):
     return agents
 
 
+def agents_exported(cfg):
+    """Returns {name: settings} of the exports of --exports, and of each under its name what it took to train: run,
+    iteration, updates, seconds, scripts, tokens. ValueError: there are none, or the log does not tell."""
+    agents = {}
+    taken = {}
+    for run in cfg.exports:
+        lines = {line.get("iteration"): line for line in read_log(run)}
+        for folder in find_exports(run):
+            iteration = int(folder.name)
+            before = [lines.get(i, {}) for i in range(1, iteration + 1)]
+            try:
+                sums = {name: sum(line[entry] for line in before) for name, entry in TAKEN.items()}
+                updates = before[-1]["updates"] if before else 0
+            except (KeyError, TypeError):
+                raise ValueError(f"{run}/log.jsonl does not tell what each iteration up to {iteration} took") from None
+            name = f"{run}, {iteration}"
+            out = Path(cfg.out, re.sub(r"\W+", "-", run), folder.name)
+            agents[name] = replace(cfg, task=cfg.task or "all", model=str(folder), out=str(out), exports=())
+            taken[name] = {"run": run, "iteration": iteration, "updates": updates, **sums}
+    return agents, taken
+
+
+def find_exports(run):
+    """Returns the exports in a folder of rl.py, in the order of the iterations. ValueError: there are none."""
+    folders = sorted(path.parent for path in Path(run).glob("exports/" + "[0-9]" * 6 + "/config.json"))
+    if not folders:
+        raise ValueError(f"--exports: {run} holds no exports; rl.py --export-every N makes them")
+    return folders
+
+
 def fill(values):
     """For cli.parse: returns the settings that hold where none was typed."""
     if values["compare"]:
         return []
     if values["states"]:
         return [("--states", {"task": "all"})]
-    if values["task"] or values["model"]:
+    if values["model"] or values["task"] and not values["exports"]:
         folder = sample.small_files(values["model"]) if values["model"] != RANDOM else None
         agent = read_agent(folder) if folder else {}
         return [(f"--scaffold {values['scaffold']}", DEFAULTS.get(values["scaffold"], {})),
                 (f"{values['model']}/agent.json", agent), ("no --task", {"task": "leaf-classification"})]
-    agents = {f"{folder}/agent.json": read_agent(folder) for folder, _ in MADE.values()}
+    folders = [folder for folder, _ in MADE.values()]
+    if values["exports"]:
+        folders = [find_exports(run)[0] for run in values["exports"]]
+    agents = {f"{folder}/agent.json": read_agent(folder) for folder in folders}
     formats = [agent for agent in agents.values() if agent]
-    if formats and formats[0] != formats[-1]:
-        raise ValueError(f"{' and '.join(agents)} differ, so one is of an older run. Make runs/rl anew with python "
+    if any(agent != formats[0] for agent in formats):
+        raise ValueError(f"{' and '.join(agents)} differ, so they are of different runs. Make runs/rl anew with python "
                          "rl.py, or evaluate each with --model and --task")
+    if values["task"]:
+        return list(agents.items())
     return [("the paper in miniature", MINIATURE), *agents.items()]
 
 
@@ -765,11 +835,15 @@ def main(argv=None):
             print(f"\nWritten to {cfg.out}: states.json, and actions.jsonl with every reply")
             return
         agents = None
-        if not cfg.task:
+        taken = None
+        if cfg.exports:
+            agents, taken = agents_exported(cfg)
+        elif not cfg.task:
             agents = agents_made(cfg)
+        if not cfg.task:
             torch.set_num_threads(1)        # threads that wait for each other are slow beside scripts on every core
-        print("\n" + format_report(evaluate(cfg, agents)))
-        if cfg.task and not cfg.model:
+        print("\n" + format_report(evaluate(cfg, agents, exports=taken)))
+        if not agents and not cfg.model:
             print(NO_MODEL)
         print(f"\nWritten to {cfg.out}: report.html, which shows every step, and results.json")
     return exit_status("eval.py", work, cfg.out)

@@ -22,7 +22,8 @@ STEP = ("action", "args", "coder", "detail", "ended", "fields", "kind", "m_after
         "thought", "valid")     # is shown of a step
 
 # Files may come from others. Each entry that is used has a form here, and no other entry has an effect.
-LOG = {f"{name}?": maybe(NUMBER) for name in (*CURVES, *SHARES, "iteration", "step")}
+LOG = {f"{name}?": maybe(NUMBER)
+       for name in (*CURVES, *SHARES, "iteration", "step", "updates", "seconds", "runs", "sampled_tokens")}
 PAIR = "two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value))
 TRAJECTORY = {
     "k": COUNT, "best-validation": maybe(NUMBER), "last-valid": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD,
