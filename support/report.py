@@ -2,16 +2,13 @@
 import base64, hashlib, html, json, math, re
 from pathlib import Path
 
-from support import disclosure
 from support.aide import SEARCHES
+from support.disclosure import FINAL, FORM
 from support.files import (
     COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, maybe, one_of, parse_json, read_bytes, read_json_lines, shorten,
     write_atomic)
 
 LONGEST_TEXT = 20_000       # characters of one text on the page
-FINAL = {"last-valid": "the last valid submission",
-         "best-validation": "the submission whose script printed the best score, the starter's too, of equal ones the "
-                            "earliest,"}
 CURVES = {      # entry of a training log -> heading of its figure
     "reward": "mean reward", "reward_edits": "mean reward of edits that ran", "valid": "valid replies, share",
     "kl": "divergence from the first model, nats a token", "entropy": "entropy, nats a token",
@@ -37,7 +34,7 @@ TASK = {
     "trajectories?": [TRAJECTORY], "work?": WORK}
 RESULTS = {
     "complete": FLAG, "final": one_of(*FINAL), "versions": {str: TEXT}, "tasks": {str: TASK},
-    "disclosure?": disclosure.FORM, "settings": {
+    "disclosure?": FORM, "settings": {
         "model": TEXT, "coder?": TEXT, "steps": COUNT, "seconds?": NUMBER, "scaffold?": TEXT,
         "search?": one_of(*SEARCHES), str: VALUE}}
 
