@@ -12,9 +12,7 @@
 `python env.py replay FILE` runs again), blobs/ (the files of every step) and report.html, a page that shows all of it.
 Ctrl-C keeps what is done; the same command goes on from there.
 
-What counts of a trajectory is --final. One without a valid submission has failed, and counts at the starter's score. Of
-a score p, the starter's b and the best known one m, the gain is sign * (p - b) / |b|, and the gap closed is
-(p - b) / (m - b), at least -1 and at most 1.
+What counts of a trajectory is --final. One without a valid submission has failed, and counts at the starter's score.
 """
 import functools, json, math, random, re
 from collections import Counter
@@ -184,8 +182,8 @@ def changed_constant(step):
 # Statistics
 
 def gain(score, result):
-    """Returns the relative gain of a score over the starter's, in per cent; None where the starter's is 0. result: what
-    results.json says of the task."""
+    """Returns the gain of a score p over the starter's b, sign * (p - b) / |b| in per cent; None where b is 0. result:
+    what results.json says of the task."""
     starter = result["starter"]
     if starter == 0:
         return None
@@ -750,7 +748,7 @@ def run(cfg):
     print("\n" + format_report(evaluate(cfg, agents, exports=taken)))
     if not agents and not cfg.model:
         print(NO_MODEL)
-    print(f"\nWritten to {cfg.out}: report.html, which shows every step, and results.json")
+    print(f"\nWritten to {cfg.out}: report.html and results.json")
 
 
 if __name__ == "__main__":

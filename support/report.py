@@ -54,7 +54,7 @@ def read_results(folder):
 
 
 def read_log(folder):
-    """Returns the lines of a training run's log.jsonl, each with the entries that the page draws. A line that is there
+    """Returns the lines of a training run's log.jsonl, each with the entries of LOG. A line that is there
     twice, since the run was killed and went on, counts as last."""
     lines = read_json_lines(Path(folder, "log.jsonl"), LOG)
     lines = {line.get("iteration", line.get("step")): line for line in lines}.values()
