@@ -94,7 +94,8 @@ class Settings(AgentSettings):
         if self.record_states < 0 or self.record_states and not self.states:
             raise ValueError("--record-states must be at least 0, and needs --states FILE to write to")
         if self.states and (self.scaffold != "ml-agent" or not (self.model or self.record_states)):
-            raise ValueError("--states measures actions of the scaffold ml-agent, and needs --model or --record-states")
+            raise ValueError(f"--states measures actions of the scaffold ml-agent alone, found {self.scaffold}; it needs "
+                             "--model or --record-states")
         for spec in filter(endpoint.is_server, (self.model, self.coder)):
             endpoint.address(spec)
         if self.scaffold != SCAFFOLDS[0] and self.model in ("", RANDOM):
