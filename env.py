@@ -1027,8 +1027,7 @@ class Env:
         source = self._text(path, edit=True)[0]
         before = self._text(target, edit=True)[0] if target in self.files else ""
         answer = self._ask_coder(step, f"This is the Python script {path}:\n```python\n{source}\n```\n\nChange it as "
-                                       f"follows, and nothing else:\n{edit_instruction}\n\nAnswer with the whole "
-                                       "changed script in one ```python block.")
+                                       f"follows, and nothing else:\n{edit_instruction}\n\n{WHOLE_SCRIPT}")
         parts = re.split(r"^[ \t]*```.*\n?", answer, maxsplit=2, flags=re.MULTILINE)    # before, in, after it
         if len(parts) < 3 or not parts[1].strip():
             return "The helper returned no whole script; nothing was changed. Ask for something simpler."
@@ -1328,6 +1327,7 @@ def stamps_of(folder):
 
 CODER_TOKENS = 4096     # tokens that a reply of the coder may have: it writes whole scripts
 CODE_END = "\n```\n"    # the line that ends a script in a reply
+WHOLE_SCRIPT = "Answer with the whole changed script in one ```python block."   # ends a question for a script
 MAX_NO_REPLIES = 3      # in a row, after which a trajectory is over
 
 
@@ -1335,6 +1335,16 @@ def make_env(cfg, task, out, cache, data_seed=0, make=Env, **options):
     """Returns the Env of a task by a program's settings. data_seed: of its miniature. make: the class."""
     return make(task, tasks.seeded(cfg.data, data_seed), out=out, python=cfg.python, gpu=cfg.gpu or None,
                threads=cfg.threads, sandbox=cfg.sandbox, cache=cache, **options)
+
+
+def ask_coder_model(model, messages, **options):
+    """Returns the Completion of the model that carries out the (AI) actions. Of a whole script it ends with the block,
+    without the text after it; other replies may hold several blocks."""
+    stop = CODE_END if messages[-1]["content"].endswith(WHOLE_SCRIPT) else ()
+    completion = model.chat(messages, max_new_tokens=CODER_TOKENS, stop=stop, **options)
+    if stop and completion.finish == "stop":
+        completion.text += CODE_END
+    return completion
 
 
 def model_policy(cfg, model, hint=""):
@@ -1383,8 +1393,7 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         asked = time.monotonic()
         seed = seed_of("coder") + counts["coder_replies"]       # a question that is repeated gets another answer
         counts["coder_replies"] += 1
-        completion = coder.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END, seed=seed,
-                                temperature=cfg.temperature, top_p=cfg.top_p)
+        completion = ask_coder_model(coder, messages, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p)
         give_back_time(asked)
         counts["coder_tokens"] += len(completion.tokens) or completion.num_tokens
         counts["coder_prompt_tokens"] += completion.prompt_tokens
@@ -1392,8 +1401,6 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
             counts["coder_answered_by"] = completion.answered_by
         if completion.no_reply:
             raise ValueError(completion.no_reply)
-        if completion.finish == "stop":     # a whole script, without the text after it
-            return completion.text + CODE_END
         return completion.text
 
     # 1. The first state, or the last recorded one.

@@ -26,8 +26,7 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import (
-    CODER_TOKENS, CODE_END, LEARNED_SEEDS, MEDIUM_AGENT, make_env, prepare_tasks, read_agent, write_agent)
+from env import LEARNED_SEEDS, MEDIUM_AGENT, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
 from model import Config, Linear, Qwen2, at_targets, use_kernels
 from reward import KINDS
 from support import cli
@@ -176,7 +175,7 @@ class RolloutWorker:
         self.coder = self.ask_coder if cfg.coder == "model" else None
 
     def ask_coder(self, messages):
-        return self.engine.chat(messages, max_new_tokens=CODER_TOKENS, stop=CODE_END).text + CODE_END
+        return ask_coder_model(self.engine, messages).text
 
     def begin(self, name):
         """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the token ids that

@@ -7,19 +7,19 @@ score. There is no conversation: every request is a new prompt. The search is th
 
 - The reviewer's verdict is JSON in its reply, asked for up to three times, instead of a forced function call. Without
   one the outcome of the run and the printed score decide. A run that failed is not reviewed, as it is buggy anyway.
-- The task knows whether higher is better; the reviewer's word on it is recorded and has no effect.
+- The task knows whether higher is better; the reviewer's word on it has no effect.
 - Whole numbers are scores too, NaN and infinities are none.
 - A missing or invalid submission makes a node buggy, and its output says why.
 - Every script starts in a new workspace and in the sandbox: nothing is installed, downloaded, or left to later nodes.
 - The output is stdout, then stderr. The prompts tell the steps and the time that are left, as in MLE-bench's fork.
 - Each prompt is one user message. Scripts are not formatted.
 """
-import functools, itertools, json, os, random, re, sys, threading, time, zlib
+import contextlib, functools, json, os, random, re, sys, threading, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import env
-from env import InvalidAction, better_word, difference, plain, read_start, script_text, stamps_of
+from env import InvalidAction, better_word, difference, plain, read_start, script_text
 from reward import best_of
 from support.files import is_number, shorten
 from support.sandbox import describe
@@ -42,11 +42,7 @@ class Node:
     parent: int | None      # the node it was made from; None: a draft
     metric: float | None = None     # the score that the reviewer reported, not to be believed
     buggy: bool = True
-    score: float | None = None      # as graded, which no prompt tells
-    script: str | None = None       # sha256
-    plan: str = ""
-    summary: str = ""       # what the reviewer found
-    output: str = ""
+    line: dict | None = None        # the record of the step; its score is the graded one, which no prompt tells
 
 
 def debug_depth(nodes, i):
@@ -61,18 +57,16 @@ def debug_depth(nodes, i):
 
 def best_node(nodes, direction):
     """Returns the index of the working node with the best reported score, of equal ones the first; None: none works."""
-    best = None
-    for i, node in enumerate(nodes):
-        if not node.buggy and (best is None or node.metric != nodes[best].metric
-                               and best_of(direction, node.metric, nodes[best].metric) == node.metric):
-            best = i
-    return best
+    sign = 1 if direction == "up" else -1
+    working = [i for i, node in enumerate(nodes) if not node.buggy]
+    return max(working, key=lambda i: sign * nodes[i].metric, default=None)
 
 
-def choose(nodes, direction, rng, num_drafts=5, debug_prob=0.5, max_debug_depth=3):
-    """Returns ("Draft", None), ("Debug", index of a node) or ("Improve", index of a node).
+def choose(nodes, direction, rng, search):
+    """Returns ("Draft", None), ("Debug", index of a node) or ("Improve", index of a node). search: see SEARCHES.
 
     The order of the draws is that of the original: past the drafts one random(), then at most one choice()."""
+    num_drafts, debug_prob, max_debug_depth = search
     if sum(node.parent is None for node in nodes) < num_drafts:     # the buggy ones too
         return "Draft", None
     if rng.random() < debug_prob:
@@ -90,15 +84,13 @@ def choose(nodes, direction, rng, num_drafts=5, debug_prob=0.5, max_debug_depth=
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts and replies
 
+BEGIN = "Introduction", "Task description"
+CODE = "Response format", "Solution sketch", "Implementation"
 SECTIONS = {        # the headed parts of each prompt, in order
-    "Draft": ("role", "task", "memory", "reply", "sketch", "rules", "packages", "data"),
-    "Improve": ("role", "task", "memory", "script", "reply", "sketch", "rules"),
-    "Debug": ("role", "task", "script", "output", "reply", "sketch", "rules", "data"),
-    "Review": ("role", "task", "script", "output", "verdict")}
-HEADINGS = {
-    "role": "Introduction", "task": "Task description", "memory": "Memory", "script": "Previous solution",
-    "output": "Execution output", "reply": "Response format", "sketch": "Solution sketch", "rules": "Implementation",
-    "packages": "Installed packages", "data": "Data overview", "verdict": "Response format"}
+    "Draft": (*BEGIN, "Memory", *CODE, "Installed packages", "Data overview"),
+    "Improve": (*BEGIN, "Memory", "Previous solution", *CODE),
+    "Debug": (*BEGIN, "Previous solution", "Execution output", *CODE, "Data overview"),
+    "Review": (*BEGIN, "Previous solution", "Execution output", "Response format")}
 CONTEST = "You are an expert in machine learning and take part in a competition that you want to win. "
 ROLES = {
     "Draft": "Devise an excellent and creative plan for a solution, and implement it in Python.",
@@ -109,25 +101,21 @@ ROLES = {
     "Review": "You have written the script below for the task, and it was run. Judge from the output whether there was "
               "a bug, and report the findings."}
 SKETCHES = {
-    "Draft": ["This first design is rather simple, without ensembles or a search for hyperparameters.",
-              "Heed the memory: do not propose the same model again, but keep the way of evaluation.",
-              "The sketch has 3 to 5 sentences.", "Choose a metric for validation that suits the task.",
-              "Do not propose exploratory data analysis.", "The data are ready in `data/`; nothing is to be unpacked."],
-    "Improve": ["The sketch says how the solution can be improved, in 3 to 5 sentences.",
-                "Be very specific: propose a single improvement that can be carried out.",
-                "It is atomic, so that an experiment can measure its effect.",
-                "Heed the memory when you propose it.", "Do not propose exploratory data analysis."],
-    "Debug": ["The sketch says how the problem can be fixed, in 3 to 5 sentences.",
-              "Do not propose exploratory data analysis."]}
+    "Draft": """\
+- This first design is rather simple, without ensembles or a search for hyperparameters.
+- Heed the memory: do not propose the same model again, but keep the way of evaluation.
+- Choose a metric for validation that suits the task.""",
+    "Improve": """\
+- Propose a single improvement, so specific that it can be carried out and an experiment can measure its effect.
+- Heed the memory when you propose it.""",
+    "Debug": "- The sketch says how the problem can be fixed."}
 RULES = """\
 - The script implements the sketch and **prints the metric on validation data that are held out from training**.
 - It is one file, complete, and runs as it is; no part is left out.
-- The reply holds a single code block.
 - One run must end within {limit:.0f} s. After this one {steps} steps and {minutes:.0f} min are left.
-- The data are in `data/`, which is read-only.
+- The data are ready in `data/`, which is read-only. Do not propose exploratory data analysis.
 - **The script must write the predictions for the test data to `submission.csv` in the current folder**, in the form \
-that the task asks for. Only that file is graded: do not forget `submission.csv`.
-- Files for its own use go to the current folder as well. Every script starts in an empty one.
+that the task asks for. Only that file is graded. Every script starts in an empty folder.
 - Use 5-fold cross-validation where it suits the task."""
 REPLY = """A short sketch of your solution in words (3 to 5 sentences), then one markdown code block (in ```) that \
 implements it and prints the metric. No headings, and nothing else."""
@@ -140,19 +128,20 @@ PACKAGES = ("numpy", "pandas", "scikit-learn", "statsmodels", "xgboost", "lightg
             "torch-geometric", "bayesian-optimization", "timm")
 
 
-def build_prompt(operator, texts):
-    """Returns the messages of a prompt. texts: for names of SECTIONS what is no constant."""
-    texts = texts | {"role": CONTEST + ROLES[operator], "reply": REPLY, "verdict": VERDICT,
-                     "sketch": "\n".join(f"- {rule}" for rule in SKETCHES.get(operator, ()))}
-    parts = [f"# {HEADINGS[name]}\n\n{texts[name]}" for name in SECTIONS[operator]]
-    return [{"role": "user", "content": "\n\n".join(parts)}]
-
-
-def describe_task(task):
-    """Returns the statement without what it says of the starter, which this scaffold does not show."""
+def build_prompt(operator, task, script="", output="", texts={}):
+    """Returns the messages of a prompt. script, output: of the node that it is about; texts: {further section: text}."""
+    # 1. The statement, without what it says of the starter, which this scaffold does not show.
     parts = [part for part in task.problem.strip().split("\n\n") if not part.startswith("`train.py` is")]
-    text = re.sub(r"\s*Run the script after changing it\b[^.]*\.", "", "\n\n".join(parts))
-    return f"{text}\n\nThe metric is {task.metric}; {better_word(task)} is better."
+    problem = re.sub(r"\s*Run the script after changing it\b[^.]*\.", "", "\n\n".join(parts))
+
+    # 2. The sections.
+    texts = texts | {
+        "Introduction": CONTEST + ROLES[operator],
+        "Task description": f"{problem}\n\nThe metric is {task.metric}; {better_word(task)} is better.",
+        "Previous solution": f"```python\n{script}```", "Execution output": f"```\n{output}\n```",
+        "Response format": VERDICT if operator == "Review" else REPLY, "Solution sketch": SKETCHES.get(operator)}
+    content = "\n\n".join(f"# {name}\n\n{texts[name]}" for name in SECTIONS[operator])
+    return [{"role": "user", "content": content}]
 
 
 def compiles(script):
@@ -164,21 +153,16 @@ def compiles(script):
 
 
 def plan_and_script(reply):
-    """Returns (plan, script) of a reply, "" for one that is not there: the text before the first fence, and all code
-    blocks that compile; without a block the whole reply, if it compiles."""
-    if len(reply) > env.MAX_REPLY:
-        return "", ""
-    plan, fence, _ = reply.partition("```")
-    blocks = re.findall(r"```(?:python)?(.*?)```", reply, re.DOTALL)        # in linear time
-    blocks = blocks or [re.sub(r"^```(?:python)?|```$", "", reply)]
-    blocks = [block.strip("\n") for block in blocks]
-    script = "\n\n".join(filter(compiles, blocks))
-    return plan.strip() if fence else "", f"{script}\n" if script.strip() else ""
+    """Returns (plan, script) of a reply: the text before the first fence, and all code blocks that compile; "" for one
+    that is not there."""
+    blocks = re.findall(r"```(?:python)?(.*?)```", reply[:env.MAX_REPLY], re.DOTALL)        # in linear time
+    script = "\n\n".join(block.strip("\n") for block in blocks if compiles(block))
+    return reply.partition("```")[0].strip(), f"{script}\n" if script.strip() else ""
 
 
 def read_review(reply):
-    """Returns {"is_bug", "summary", "metric", "lower_is_better"} of a reviewer's reply, None if it has no verdict: of
-    the JSON objects in it the last that says whether there is a bug."""
+    """Returns {"is_bug", "summary", "metric"} of a reviewer's reply, None if it has no verdict: of the JSON objects in
+    it the last that says whether there is a bug."""
     for match in reversed(list(re.finditer(r"\{", reply[:env.MAX_REPLY]))[-100:]):
         try:
             values = json.JSONDecoder(strict=False).raw_decode(reply, match.start())[0]
@@ -186,10 +170,8 @@ def read_review(reply):
             continue
         if isinstance(values.get("is_bug"), bool):
             metric = values.get("metric")
-            lower = values.get("lower_is_better")
             return {"is_bug": values["is_bug"], "summary": shorten(plain(str(values.get("summary", ""))), 1000),
-                    "metric": metric if is_number(metric) else None,
-                    "lower_is_better": lower if isinstance(lower, bool) else None}
+                    "metric": metric if is_number(metric) else None}
     return None
 
 
@@ -199,73 +181,53 @@ def read_review(reply):
 LOCK = threading.Lock()     # a large table is read once, not by every trajectory at the same time
 
 
+@functools.cache
 def preview(public):
     """Returns a description of the public data in at most MAX_PREVIEW characters."""
-    with LOCK:
-        return _preview(public, tuple(stamps_of(public)))
-
-
-@functools.cache
-def _preview(public, stamps):
     import pandas
     tree = []
     details = []        # of each table and each short text
-    heads = []          # of each table, in few words
     for folder, names, files in os.walk(public):
         names.sort()
         place = Path("data", os.path.relpath(folder, public))
-        num_shown = 4 if len(files) > 30 else 8
         tree.append(f"{place}/")
-        for i, name in enumerate(sorted(files)):
+        files.sort(key=lambda name: (not name.endswith((".csv", ".json", ".md", ".txt")), name))
+        num_shown = 4 if len(files) > 30 else 8
+        for name in files[:num_shown]:
             path = Path(folder, name)
-            size = f"{path.stat().st_size:,} bytes"
-            if path.suffix in (".csv", ".md", ".txt"):
-                with path.open(errors="replace") as file:
-                    lines = list(itertools.islice(file, 30))
-                    size = f"{len(lines) + sum(1 for _ in file):,} lines"
-            if i < num_shown:
-                tree.append(f"  {name} ({size})")
-            if path.suffix == ".csv":
-                try:
+            tree.append(f"  {name} ({path.stat().st_size:,} bytes)")
+            with contextlib.suppress(ValueError, RecursionError):       # no table or record after all, or a longer one
+                if path.suffix == ".csv":
                     table = pandas.read_csv(path, low_memory=False, encoding_errors="replace")
-                except ValueError:      # no table after all
-                    continue
-                head = f"{place / name} has {len(table):,} rows and {len(table.columns)} columns."
-                details.append("\n".join([head, *(describe_column(column, table[column]) for column in table)]))
-                heads.append(f"{head} The first: {', '.join(map(str, table.columns[:15]))}.")
-            elif path.suffix == ".json":
-                text = read_start(path, 1 << 20).decode("utf-8", "replace")
-                try:
-                    record = json.JSONDecoder().raw_decode(text, max(0, text.find("{")))[0]
-                except (ValueError, RecursionError):    # no record, or a longer one
-                    continue
-                if not isinstance(record, dict):
-                    continue
-                kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in record.items())
-                heads.append(f"{place / name} holds records: {kinds}.")
-                details.append(heads[-1])
-            elif path.suffix in (".md", ".txt") and len(lines) < 30:
-                details.append(f"{place / name}:\n{''.join(lines)}")
+                    head = f"{place / name} has {len(table):,} rows and {len(table.columns)} columns."
+                    details.append("\n".join([head, *(describe_column(column, table[column]) for column in table)]))
+                elif path.suffix == ".json":
+                    text = read_start(path, 1 << 20).decode("utf-8", "replace")
+                    record = json.JSONDecoder().raw_decode(text, text.index("{"))[0]
+                    kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in record.items())
+                    details.append(f"{place / name} holds records: {kinds}.")
+                elif path.suffix in (".md", ".txt"):
+                    text = read_start(path, MAX_PREVIEW).decode("utf-8", "replace")
+                    if text.count("\n") < 30:
+                        details.append(f"{place / name}:\n{text}")
         if len(files) > num_shown:
             tree.append(f"  ... and {len(files) - num_shown:,} other files")
     tree = shorten("\n".join(tree), MAX_PREVIEW // 3)
     text = "\n\n".join([tree, *details])
     if len(text) > MAX_PREVIEW:
-        text = "\n\n".join([tree, *heads])
+        room = (MAX_PREVIEW - len(tree)) // len(details) - 40       # with the mark of what is cut out
+        text = "\n\n".join([tree, *(shorten(detail, room) for detail in details)])
     return text[:MAX_PREVIEW]
 
 
 def describe_column(name, column):
     """Returns a line on the values of a column."""
     values = column.value_counts()
-    if column.dtype == bool:
-        text = f"True in {column.mean():.1%}"
-    elif len(values) < 10:
-        text = "values " + ", ".join(str(value)[:100] for value in sorted(values.index, key=str))
-    elif column.dtype.kind in "iuf":
+    if column.dtype.kind in "iuf" and len(values) >= 10:
         text = f"from {column.min():.6g} to {column.max():.6g}"
     else:
-        text = f"{len(values):,} values, such as " + ", ".join(repr(str(value)[:100]) for value in values.index[:4])
+        shown = values.index[:4] if len(values) >= 10 else values.index
+        text = f"{len(values):,} values: {', '.join(str(value)[:100] for value in shown)}"
     blank = f", {column.isna().sum():,} blank" if column.hasnans else ""
     return f"- {name}: {text}{blank}"
 
@@ -282,8 +244,6 @@ class Env(env.Env):
     own = ("search", "draws")
 
     def __init__(self, *args, search=SEARCHES["aide"], draws="", **options):
-        if len(search) != 3:
-            raise ValueError(f"the search of a record has {len(search)} settings, not 3")
         self.search = list(search)
         self.draws = draws
         super().__init__(*args, **options)
@@ -297,45 +257,46 @@ class Env(env.Env):
         super().restore(snapshot, messages, **options)
         self.nodes = [self.node_of(line) for line in past]
         self.shown = []
+        self.choose()
 
     def node_of(self, line):
         """Returns the Node of a recorded step."""
         node = line["node"]
         metric = node.get("metric")
         buggy = node.get("buggy", True) or metric is None or line["score"] is None
-        return Node(node.get("parent"), metric, buggy, line["score"], line["snapshot"].get(self.task.entry),
-                    line["fields"].get("Plan", ""), line["fields"].get("Review", ""), line["observation"])
+        return Node(node.get("parent"), metric, buggy, line)
 
     def choose(self):
+        """Decides what the next step does: self.operator, and self.parent with the script of that node."""
         rng = random.Random(zlib.crc32(f"{self.draws} {self.index} search".encode()))
-        return choose(self.nodes, self.task.direction, rng, *self.search)
+        self.operator, self.parent = choose(self.nodes, self.task.direction, rng, self.search)
+        self.parent_script = ""
+        if self.parent is not None:
+            sha = self.nodes[self.parent].line["snapshot"].get(self.task.entry)
+            self.parent_script = script_text(self.blobs, sha)
 
     def prompt(self):
-        operator, parent = self.choose()
-        texts = {"task": describe_task(self.task)}
         left_s = self.deadline - time.monotonic()
-        texts["rules"] = RULES.format(limit=min(self.time_limit_s, max(1, left_s)), steps=self.steps_left - 1,
-                                      minutes=left_s / 60)
-        if parent is not None:
-            node = self.nodes[parent]
-            texts["script"] = f"```python\n{script_text(self.blobs, node.script)}```"
-            texts["output"] = f"```\n{node.output}\n```"
-        if "memory" in SECTIONS[operator]:
-            works = [f"Design: {node.plan}\nResults: {node.summary}\nValidation score: {node.metric:.6g}"
-                     for node in self.nodes if not node.buggy]
-            texts["memory"] = "\n\n---\n\n".join(works)
-        if "packages" in SECTIONS[operator]:
-            installed = {text.partition("==")[0].lower() for text in describe(self.python or sys.executable)[2]}
-            names = ", ".join(name for name in PACKAGES if name in installed)
-            texts["packages"] = f"Among others: {names}. Nothing can be installed or downloaded."
-        if "data" in SECTIONS[operator]:
-            texts["data"] = preview(self.public)
-        self.shown = build_prompt(operator, texts)
+        memory = []
+        for node in self.nodes:
+            if not node.buggy:
+                fields = node.line["fields"]
+                memory.append(f"Design: {fields.get('Plan', '')}\nResults: {fields.get('Review', '')}\n"
+                              f"Validation score: {node.metric:.6g}")
+        installed = {text.partition("==")[0].lower() for text in describe(self.python or sys.executable)[2]}
+        names = ", ".join(name for name in PACKAGES if name in installed)
+        with LOCK:
+            data = preview(self.public)
+        output = "" if self.parent is None else self.nodes[self.parent].line["observation"]
+        self.shown = build_prompt(self.operator, self.task, self.parent_script, output, {
+            "Memory": "\n\n---\n\n".join(memory), "Data overview": data,
+            "Installed packages": f"Among others: {names}. Nothing can be installed or downloaded.",
+            "Implementation": RULES.format(limit=min(self.time_limit_s, max(1, left_s)), steps=self.steps_left - 1,
+                                           minutes=left_s / 60)})
         return self.shown
 
     def read(self, reply):
-        operator, parent = self.choose()
-        return {}, operator, {} if parent is None else {"works on": f"node {parent}"}, ""
+        return {}, self.operator, {} if self.parent is None else {"works on": f"node {self.parent}"}, ""
 
     def is_readable(self, reply):
         return all(plan_and_script(reply))
@@ -347,26 +308,27 @@ class Env(env.Env):
         if self.done:
             return super().step(reply)
         # 1. What the node is compared with: the node it is made from, and the best so far.
-        parent = self.choose()[1]
         m_init = self.info["m_init"]
+        scores = [node.line["score"] for node in self.nodes]
         self.m_before = m_init
-        if parent is not None and self.nodes[parent].score is not None:
-            self.m_before = self.nodes[parent].score
-        self.m_top = best_of(self.task.direction, m_init, *(node.score for node in self.nodes))
+        if self.parent is not None and scores[self.parent] is not None:
+            self.m_before = scores[self.parent]
+        self.m_top = best_of(self.task.direction, m_init, *scores)
 
         # 2. The node. There is one after every step.
         step = super().step(reply)
-        step.node["parent"] = parent
+        step.node["parent"] = self.parent
         self.nodes.append(self.node_of(vars(step)))
         step.node["buggy"] = self.nodes[-1].buggy
         best = best_node(self.nodes, self.task.direction)
         step.node["best"] = best
-        step.m_after = m_init if best is None else self.nodes[best].score
+        step.m_after = m_init if best is None else self.nodes[best].line["score"]
         step.printed = None if step.node["buggy"] else step.node["metric"]
         step.messages = [*self.shown, {"role": "assistant", "content": step.reply}]
         if not self.is_readable(step.reply):
             step.valid = False
             step.error = "The reply has no plan, or no script that compiles."
+        self.choose()
         return step
 
     def _make_node(self, step, **works_on):
@@ -376,8 +338,8 @@ class Env(env.Env):
         if not (plan and script):       # after all tries: the reply as it is, which a run shows to be no script
             plan = ""
             script = step.reply
-        before = script_text(self.blobs, self.nodes[self.choose()[1]].script) if works_on else ""
-        step.fields = {"Plan": plan, "Script": "\n".join(["The difference:", *difference(before, script)])}
+        lines = difference(self.parent_script, script)
+        step.fields = {"Plan": plan, "Script": "\n".join(["The difference:", *lines])}
         self.files = {entry: self.blobs.put(script.encode())}
         result = self._run_in_step(step, entry).result
         parts = [text for text in (result.stdout.strip(), result.stderr.strip()) if text]
@@ -393,23 +355,18 @@ class Env(env.Env):
 
     def _review(self, step, script, output):
         """Asks the reviewer about a script that has run, and puts its verdict into the step."""
-        question = build_prompt("Review", {"task": describe_task(self.task), "script": f"```python\n{script}```",
-                                           "output": f"```\n{output}\n```"})[0]["content"]
+        question = build_prompt("Review", self.task, script, output)[0]["content"]
         review = None
-        while review is None and self.coder and len(step.coder) < TRIES:
-            try:
-                review = read_review(self._ask_coder(step, question))
-            except InvalidAction:       # too long for it
-                break
         judge = "model"
+        with contextlib.suppress(InvalidAction):        # too long for it
+            while review is None and self.coder and len(step.coder) < TRIES:
+                review = read_review(self._ask_coder(step, question))
         if review is None:
             judge = "script"
-            review = {"is_bug": False, "summary": "", "metric": step.printed, "lower_is_better": None}
+            review = {"is_bug": False, "summary": "", "metric": step.printed}
         metric = review["metric"]
         step.fields["Review"] = review["summary"]
         numbers = re.findall(r"\d*\.?\d+(?:[eE][-+]?\d{1,3})?", output)
         shown = {f"{float(number):.4g}" for number in numbers}
-        step.node = {
-            "metric": metric, "buggy": review["is_bug"] or metric is None, "review": judge,
-            "lower_is_better": review["lower_is_better"],
-            "is_printed": metric is not None and f"{abs(metric):.4g}" in shown}
+        step.node = {"metric": metric, "buggy": review["is_bug"] or metric is None, "review": judge,
+                     "is_printed": metric is not None and f"{abs(metric):.4g}" in shown}

@@ -2,15 +2,15 @@
 
 Each request is one user message: the tools with their usage, the research problem, nine rules, the form of a reply, and
 the last three steps; what is older is remembered only as far as the model copies it into its plan. A reply without the
-entries or with an unknown tool is asked for again at no cost, five replies in all; then the run ends. An Action Input
-that is no JSON is repaired where that can be done; else the step shows the error, and is forgotten, also by the count
-of steps, as soon as another one succeeds. An edit runs nothing: what counts is the last executed script. What differs
-from snap-stanford/MLAgentBench:
+entries or with an unknown tool is asked for again at no cost, five replies in all; then the run ends. Of an Action Input
+that is no JSON the texts between its keys are taken; without these the step shows the error, and is forgotten, also by
+the count of steps, as soon as another one succeeds. An edit runs nothing: what counts is the last executed script. What
+differs from snap-stanford/MLAgentBench:
 
 - The words of the prompt. The data are in data/, the answers out of reach, and scripts in the sandbox with its limits.
 - Read File, Write File, Append File, Python REPL, Reflection and Edit Script Segment (AI), which its prompt does not
   name but its loop accepts, are unknown tools.
-- Repaired texts keep their slashes, and a text that is valid but for raw line breaks keeps its backslashes.
+- The texts between the keys are taken as they are: slashes, backslashes and line breaks stay.
 - Undo Edit Script takes back the last edit of the file that was written, not of the file that an edit started from.
 - A difference has two lines around each change. Lists of files are sorted by the bytes of their names.
 - A script has the task's limits; its output says which one it has passed.
@@ -21,7 +21,7 @@ from snap-stanford/MLAgentBench:
 import contextlib, json, re
 
 import env
-from env import ACTIONS, EXPLAIN, InvalidAction, read_args, script_text
+from env import EXPLAIN, InvalidAction, read_args, script_text
 from support.files import shorten
 
 WINDOW = 3          # steps that the prompt shows
@@ -29,39 +29,35 @@ BLOCK = 10_000      # characters of a text that the coder reads at a time
 MAX_BLOCKS = 10     # that it reads of a text
 MAX_LINES = 100     # of one Inspect Script Lines
 FILE = "a valid file name, relative to the current folder"
-SCRIPT = "a valid name of a Python script, relative to the current folder"
 TOOLS = {       # tool -> (what it is for, {argument: what it is}, what comes back)
     "List Files": (
         "Use this to see which files there are.",
         {"dir_path": 'a valid relative path of a folder, such as "." or "a/b"'},
-        "a list of the files and folders in dir_path, or an error message if it is invalid."),
+        "a list of the files and folders in dir_path, or an error message."),
     "Copy File": (
         "Use this to copy a file to a new place under a new name.", {"source": FILE, "destination": FILE},
         "a message that the file was copied, or an error message."),
     "Undo Edit Script": (
-        "Use this to take back the last edit of a Python script.", {"script_name": SCRIPT},
-        "the content of the script before the last edit, or an error message if there is no such script."),
+        "Use this to take back the last edit of a Python script.", {"script_name": FILE},
+        "the content of the script before the last edit, or an error message."),
     "Execute Script": (
-        "Use this to execute a Python script, which must exist.", {"script_name": SCRIPT},
+        "Use this to execute a Python script, which must exist.", {"script_name": FILE},
         "the output of the script, or its errors."),
     "Final Answer": (
         "Use this to give the final answer to the task.",
-        {"final_answer": "a detailed description of the final answer"},
-        "empty."),
+        {"final_answer": "a detailed description of the final answer"}, "empty."),
     "Understand File": (
-        "Use this to read a whole file and understand certain aspects of it. Describe in detail what to look for and "
-        "what to return. Inspect Script Lines shows a part of a file exactly.",
+        "Use this to read a whole file and understand certain aspects of it. Inspect Script Lines shows a part exactly.",
         {"file_name": FILE, "things_to_look_for": "a detailed description of what to look for and what to return"},
-        "a description of the relevant content and lines of the file, or an error message if there is none."),
+        "a description of the relevant content and lines of the file, or an error message."),
     "Inspect Script Lines": (
-        f"Use this to see a part of a Python script exactly, or the whole of a short one, at most {MAX_LINES} lines. "
-        "This helps especially in debugging.",
-        {"script_name": SCRIPT, "start_line_number": "a valid line number", "end_line_number": "a valid line number"},
-        "the script from start_line_number to end_line_number, or an error message if there is no such script."),
+        f"Use this to see at most {MAX_LINES} lines of a Python script exactly, above all in debugging.",
+        {"script_name": FILE, "start_line_number": "a valid line number", "end_line_number": "a valid line number"},
+        "the script from start_line_number to end_line_number, or an error message."),
     "Edit Script (AI)": (
         "Use this for a rather large but coherent edit of a Python script. Do not edit it yourself, but describe the "
         "edit, so that another AI can carry it out.",
-        {"script_name": SCRIPT + "; it is created empty if there is none",
+        {"script_name": FILE + "; it is created empty if there is none",
          "edit_instruction": "a detailed description of the edit, step by step", "save_name": FILE},
         "the edit. Always check whether it is right; if it is far from that, use Undo Edit Script.")}
 DEFAULTS = {
@@ -75,12 +71,11 @@ You know nothing about this problem yet.
 Follow these instructions, and do not forget them:
 - First make a high-level plan from what you know of the problem and the tools, and record it in the Research Plan and \
 Status. You may revise it later.
-- The Research Plan and Status keeps track, in order and in few words, of 1) the high-level plan, 2) the steps that \
-are done and those in progress, 3) short results and conclusions of each step that was carried out.
+- The Research Plan and Status keeps track, in order and in few words, of the plan, the steps that are done and those \
+in progress, and the results and conclusions of each step that was carried out.
 - It holds only progress that was made by earlier steps, and no result that the last observation has not confirmed.
 - Figures and estimates of performance can only be confirmed by running the code and seeing its output.
-- Design good experiments, and wherever that applies define and measure the performance of the baseline before you \
-attempt to improve it.
+- Design good experiments, and measure the baseline before you attempt to improve it.
 - Follow the plan, and reach the goal as straightforwardly as possible.
 - Show the results and reasons that support a conclusion before you draw it.
 - Do not try to install packages or libraries.
@@ -125,35 +120,24 @@ def read_entries(reply, fields):
 
 
 def read_input(text, keys):
-    """Returns the arguments in the text of an Action Input: JSON; else JSON with what lies between two quotes escaped;
-    else what lies between the keys, in their order. ValueError: none of these."""
-    pieces = re.sub(r"^\s*```(?:json)?|```\s*$", "", text.strip()).strip().split('"')
-    pieces[1::2] = [json.dumps(piece, ensure_ascii=False)[1:-1] for piece in pieces[1::2]]
-    reason = None
-    for form in (text, '"'.join(pieces)):
-        try:
-            args = json.JSONDecoder(strict=False).decode(form.strip())
-        except (ValueError, RecursionError) as error:
-            reason = reason or ValueError(error)
-            continue
+    """Returns the arguments in the text of an Action Input: of JSON; else what lies between its keys, in their order.
+    ValueError: it has neither."""
+    text = re.sub(r"^```(?:json)?|```$", "", text.strip()).strip()
+    reason = "Argument mismatch"
+    try:
+        args = json.JSONDecoder(strict=False).decode(text)
         if isinstance(args, dict) and set(args) == set(keys):
             return args
-        reason = ValueError("Argument mismatch")
-        break
-    return match_keys(form, keys, reason)
-
-
-def match_keys(text, keys, reason):
-    """Returns {key: the text between its header and that of the next key}. Raises `reason` where one is missing."""
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
     text = text[text.find("{") + 1:]
-    text = text[:text.rfind("}")]       # without one the last character goes, as in the original
+    end = text.rfind("}")       # without one the last character goes, as in the original
     args = {}
-    end = len(text)
     for i, key in reversed(list(enumerate(keys))):
         comma = r",\s*" if i else ""
         headers = list(re.finditer(f'{comma}"{key}":', text[:end]))
         if not headers:
-            raise reason
+            raise ValueError(reason)
         header = headers[-1 if i else 0]
         args[key] = text[header.end():end].strip().strip('"')
         end = header.start()
@@ -192,7 +176,7 @@ class Env(env.Env):
         return self.steps - len(self.history)
 
     def prompt(self):
-        tools = "".join(describe_tool(name) for name in self.actions)
+        tools = "".join(describe_tool(name) for name in TOOLS if name in self.actions)
         entries = "\n".join(f"{name}: {EXPLAIN[name]}{MORE.get(name, '')}" for name in self.fields)
         text = PROMPT.format(tools=tools, problem=self.task.problem.strip(), entries=entries)
         if len(self.history) <= WINDOW:
@@ -215,18 +199,17 @@ class Env(env.Env):
             if "Research Plan and Status" in fields:
                 fields["Research Plan and Status"] = fields["Research Plan and Status"].replace("**", "")
             name = fields["Action"].strip()
-            if name not in self.actions or name not in TOOLS:
+            if name not in TOOLS or name not in self.actions:
                 raise InvalidAction("There is no such tool.")
             action = name
-            args = read_input(fields["Action Input"], ACTIONS[action].args)
+            args = read_input(fields["Action Input"], TOOLS[action][1])
             args = read_args(action, json.dumps(args))      # which checks the types
         except InvalidAction as problem:
             error = str(problem)
         except ValueError as problem:
             usage = json.dumps(TOOLS[action][1], indent=1, ensure_ascii=False)
-            error = (f"{PARSING}{problem}\nThe input of {action} must be valid JSON with the right entries. A comma "
-                     "between them may be missing, or there are triple quotes, which JSON does not know. Try again "
-                     f"in this form:\n{usage}")
+            error = (f"{PARSING}{problem}\nThe input of {action} must be valid JSON with the right entries: a comma "
+                     f"may be missing, and triple quotes are none. Try again in this form:\n{usage}")
         return fields, action, args, error
 
     def is_readable(self, reply):
@@ -251,15 +234,13 @@ class Env(env.Env):
 
     def read_in_blocks(self, step, text, question):
         """Returns what the coder says of a text, and of what it has said of each block if there are several."""
-        def ask(more):
-            return self._ask_coder(step, f"{question}\n\n{more}").removesuffix(env.CODE_END)
         answers = []
         for start in range(0, max(1, min(len(text), MAX_BLOCKS * BLOCK)), BLOCK):
-            answers.append(ask(f"From character {start + 1}:\n```\n{text[start:start + BLOCK]}\n```"))
+            block = f"From character {start + 1}:\n```\n{text[start:start + BLOCK]}\n```"
+            answers.append(self._ask_coder(step, f"{question}\n\n{block}"))
         if len(answers) == 1:
             return answers[0]
-        segments = "\n\n".join(f"Segment {i}:\n{answer}" for i, answer in enumerate(answers, 1))
-        return ask(f"These are the answers for its segments. Make one of them.\n\n{segments}")
+        return self._ask_coder(step, "\n\n".join([question, "Make one answer of these, for its segments:", *answers]))
 
     # Actions
 

@@ -51,8 +51,7 @@ MESSAGE = "a message: role, content, and at most tokens", is_message
 NODE = {        # what a scaffold that searches says of a step, see support/aide.py
     "parent?": maybe(COUNT),        # the step that it was made from
     "best?": maybe(COUNT),          # the best step so far
-    "metric?": maybe(FINITE), "buggy?": FLAG, "review?": one_of("model", "script"),
-    "lower_is_better?": maybe(FLAG), "is_printed?": FLAG}
+    "metric?": maybe(FINITE), "buggy?": FLAG, "review?": one_of("model", "script"), "is_printed?": FLAG}
 ANSWER = {      # of the model, beside the step that came of it
     "tokens?": COUNT, "prompt_tokens?": COUNT, "cached_tokens?": COUNT, "sample_seconds?": FINITE, "thought?": TEXT,
     "no_reply?": TEXT, "answered_by?": WORD, "refused?": [WORD], "coder_tokens?": COUNT,

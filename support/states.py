@@ -14,23 +14,24 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+import pandas
+from scipy.stats import permutation_test
 
 import sample
 import tasks
 from env import (
-    LEARNED_SEEDS, NOTHING, PROMPTS, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
-    untried)
+    FORMS, LEARNED_SEEDS, NOTHING, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
+    script_text, untried)
 from support import miniature
 from support.cli import ContextFull, RunError, announce, exit_status, format_table
 from support.distributed import check_same
 from support.files import (
-    COUNT, FLAG, NUMBER, TEXT, VALUE, folder_lock, hash_json, maybe, one_of, parse_json, read_bytes, read_json_lines,
+    COUNT, FLAG, NUMBER, TEXT, VALUE, folder_lock, hash_json, maybe, parse_json, read_bytes, read_json_lines,
     write_atomic)
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import hash_checkpoint
-from support.records import (
-    AGENT, CHANGE, FINITE, LAST_CHANGE, MESSAGE, POSITIVE, SIZE, TASK_ID, best_before, trajectory_path)
+from support.records import AGENT, FINITE, MESSAGE, TASK_ID, best_before, end_reason, trajectory_path
 from support.report import read_results
 from support.sandbox import SLOTS
 from support.storage import UNDO, Blobs, ResultCache
@@ -44,10 +45,7 @@ NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
 STATE = {
     "task": TASK_ID, "data_seed": COUNT, "data_sha256": {str: TEXT}, "index": COUNT, "m_before": FINITE,
     "m_top": FINITE, "messages": [MESSAGE], "files": {str: TEXT},
-    "agent": {"actions": [TEXT], "fields": [TEXT], "prompt_format": one_of(*PROMPTS), "show_scores": FLAG,
-              "steps": SIZE, "seconds": POSITIVE},
-    "seen": {"news": TEXT, "change": LAST_CHANGE, "best_printed": maybe(FINITE), "best_script": maybe(TEXT),
-             "tried": [CHANGE], "tries": [TEXT]}}
+    "agent": {name: FORMS["header"][name] for name in AGENT}, "seen": {name: FORMS["header"][name] for name in NOTHING}}
 ACTION = {"state": COUNT, "number": COUNT, "action": maybe(TEXT), "kind": TEXT, "valid": FLAG, "ran": FLAG,
           "reward": NUMBER, "reply": TEXT}
 ENTRY = {"split": TEXT, "reward": NUMBER, "valid": NUMBER, "spread": NUMBER, str: VALUE}
@@ -59,26 +57,34 @@ RESULTS = {"settings": {str: VALUE}, "complete": FLAG, "tasks": {str: ENTRY}}
 
 def record_states(cfg):
     """Plays the scripted expert on the tasks of cfg.task and writes cfg.record_states states of each to the file
-    cfg.states. ValueError: it is there already, or a held-in task's data are real ones, which are trained on."""
+    cfg.states. ValueError: it is there already, training learns from a task's data, or other settings were played in
+    cfg.out."""
     if Path(cfg.states).exists():
         raise ValueError(f"{cfg.states} is there already; states are recorded once")
     lines = []
     with folder_lock(cfg.out, "eval.py"):
+        # 1. Trajectories of the expert, as far as they are not there.
         infos = prepare_tasks(cfg, (STATES_SEED,))
+        identity = {name: getattr(cfg, name) for name in ("seed", *AGENT)}
         for task, info in infos:
-            if task.split == "held-in" and not info["miniature"]:
-                raise ValueError(f"the data of {task.id} in {cfg.data} are real, and are trained on; give another "
-                                 "--data, for miniatures")
+            refuse_learned(task, info)
+            identity[f"data of {task.id}"] = hash_json(info["sha256"])[:16]
+        begin(Path(cfg.out, "recorded.json"), json.loads(json.dumps(identity)))
         folder = Path(cfg.out, "trajectories")
         folder.mkdir(exist_ok=True)
-        jobs = [(task, info, trajectory_path(folder, task.id, k), k) for task, info in infos for k in range(RECORDED)]
-        progress = Progress({path: read_record(path) for _, _, path, _ in jobs}, cfg.steps)
+        jobs = [(task, k, trajectory_path(folder, task.id, k), info.get("seed", 0))
+                for task, info in infos for k in range(RECORDED)]
+        records = {path: read_record(path) for _, _, path, _ in jobs}
+        progress = Progress(records, cfg.steps)
         play = partial(play_expert, cfg, ResultCache(Path(cfg.out, "cache")), progress)
-        run_parallel(jobs, play, SLOTS.cpus, progress)
+        run_parallel([job for job in jobs if not end_reason(records[job[2]])], play, SLOTS.cpus, progress)
+
+        # 2. States in them.
         for task, info in infos:
-            prefixes = [(read_record(trajectory_path(folder, task.id, k)), index)
-                        for k in range(RECORDED) for index in range(2 if k else 0, cfg.steps)]     # all begin alike
-            prefixes = [(records, index) for records, index in prefixes if index < len(records) - 1]
+            prefixes = []
+            for k in range(RECORDED):
+                records = read_record(trajectory_path(folder, task.id, k))
+                prefixes += [(records, index) for index in range(2 if k else 0, len(records) - 1)]  # all begin alike
             rng = random.Random(f"{cfg.seed} {task.id} states")
             for records, index in rng.sample(prefixes, min(cfg.record_states, len(prefixes))):
                 lines.append(describe_state(cfg, task, info, records[0], records[1:index + 1]))
@@ -86,14 +92,29 @@ def record_states(cfg):
     announce(f"Written to {cfg.states}: {len(lines)} states of {len(infos)} tasks")
 
 
-def play_expert(cfg, cache, progress, task, info, path, k):
+def begin(path, identity):
+    """Writes all that a run hangs on to its results. ValueError: those of a run with others are there."""
+    raw = read_bytes(path)
+    if raw:
+        check_same(parse_json(raw, RESULTS, path)["settings"], identity, path.parent)
+    write_atomic(path, {"settings": identity, "complete": False, "tasks": {}})
+
+
+def play_expert(cfg, cache, progress, task, k, path, seed):
     rng = random.Random(f"{cfg.seed} {task.id} {k} states")
     ideas = []
     if cfg.prompt_format != "short":
         ideas = choose_ideas(cfg, task, None)
         ideas = rng.sample(ideas, min(3, len(ideas)))
     policy = miniature.scripted_policy(cfg, task, ideas, rng)
-    play_trajectory(cfg, task, k, path, policy, None, cfg.out, cache, progress, {}, info.get("seed", 0))
+    play_trajectory(cfg, task, k, path, policy, None, cfg.out, cache, progress, {}, seed)
+
+
+def refuse_learned(task, info):
+    """Raises ValueError where training learns from the data of a task. info: its task.json."""
+    if task.split == "held-in" and (not info["miniature"] or info.get("seed", 0) in LEARNED_SEEDS):
+        raise ValueError(f"the data of {task.id} are real, or of a seed that is trained on; give another --data, for "
+                         f"miniatures of seed {STATES_SEED}")
 
 
 def describe_state(cfg, task, info, head, steps):
@@ -110,16 +131,11 @@ def describe_state(cfg, task, info, head, steps):
 
 
 def read_states(cfg):
-    """Returns [(number, state)] of the file cfg.states, of the tasks of cfg.task. ValueError: it is no such file, or
-    what is in it may have been trained on."""
+    """Returns [(number, state)] of the file cfg.states, of the tasks of cfg.task. ValueError: it is no such file."""
     states = list(enumerate(read_json_lines(cfg.states, STATE)))
     states = [(i, state) for i, state in states if state["task"] in tasks.names(cfg.task)]
     if not states:
         raise ValueError(f"there is no state of --task {cfg.task} in {cfg.states}; record some with --record-states 4")
-    for _, state in states:
-        if tasks.load(state["task"]).split == "held-in" and state["data_seed"] in LEARNED_SEEDS:
-            raise ValueError(f"{cfg.states} holds a state of {state['task']} on data seed {state['data_seed']}, which "
-                             "is trained on")
     return states
 
 
@@ -130,7 +146,6 @@ def measure_states(cfg, load, random_edits):
     """Samples cfg.samples actions in each state of cfg.states, adds each to actions.jsonl in cfg.out, and returns what
     states.json there then holds. What is in actions.jsonl is not played again. random_edits: the name of the agent
     without a model. ValueError: other settings or another model were measured there."""
-    path = Path(cfg.out, "states.json")
     with folder_lock(cfg.out, "eval.py"):
         # 1. What is measured, and what of it is done.
         states = read_states(cfg)
@@ -139,17 +154,16 @@ def measure_states(cfg, load, random_edits):
         identity[STATES_HASH] = hash_json([state for _, state in states])[:16]
         if Path(cfg.model).is_dir():
             identity["--model of sha256"] = hash_checkpoint(cfg.model)
-        raw = read_bytes(path)
-        if raw:
-            check_same(parse_json(raw, RESULTS, path)["settings"], identity, cfg.out)
         prepare_data(cfg, states)
+        path = Path(cfg.out, "states.json")
+        begin(path, identity)
         actions_file = Path(cfg.out, "actions.jsonl")
         actions = read_json_lines(actions_file, ACTION, mend=True)
-        write_atomic(path, {"settings": identity, "complete": False, "tasks": {}})
 
         # 2. The actions that are lacking; those of a state follow each other and share its prefix.
         done = {(line["state"], line["number"]) for line in actions}
-        jobs = [(i, state, number) for i, state in states for number in range(cfg.samples) if (i, number) not in done]
+        jobs = [(i, state, number) for i, state in states for number in range(cfg.samples)]
+        jobs = [(i, state, number) for i, state, number in jobs if (i, number) not in done]
         if jobs and cfg.model == random_edits:
             policy = random_edit
         elif jobs:
@@ -182,15 +196,14 @@ def measure_states(cfg, load, random_edits):
 
 
 def prepare_data(cfg, states):
-    """Prepares the data of all states. ValueError: they are not those that a state was recorded on."""
+    """Prepares the data of all states. ValueError: a state was recorded on other data, or training learns from them."""
     shas = {(state["task"], state["data_seed"]): state["data_sha256"] for _, state in states}
     for (id, seed), sha256 in sorted(shas.items()):
-        _, info = prepare_task(cfg, id, "", seed)
+        task, info = prepare_task(cfg, id, "", seed)
+        refuse_learned(task, info)
         if info["sha256"] != sha256:
             raise ValueError(f"the states of {id} in {cfg.states} were recorded on other data than --data {cfg.data} "
                              "has")
-        if tasks.load(id).split == "held-in" and not info["miniature"]:
-            raise ValueError(f"the states of {id} in {cfg.states} are of its real data, which are trained on")
 
 
 def take_action(cfg, cache, policy, i, state, number):
@@ -211,9 +224,8 @@ def take_action(cfg, cache, policy, i, state, number):
 
 def random_edit(env, lines, seed):
     """The policy without a model: a random change of a constant."""
-    script = env.blobs.path(env.files[env.task.entry]).read_text()
     action, args = "Execute Script", {"script_name": env.task.entry}
-    offered = untried(script, env.seen["tried"])
+    offered = untried(script_text(env.blobs, env.files[env.task.entry]), env.seen["tried"])
     if offered:
         action, args = miniature.set_action(random.Random(seed).choice(offered))
     values = dict.fromkeys(env.fields, "-") | {"Action": action, "Action Input": json.dumps(args)}
@@ -221,41 +233,25 @@ def random_edit(env, lines, seed):
 
 
 def summarize_actions(states, actions):
-    """Returns {task: what states.json says of it}: means over its states of the means over a state's actions, so that
-    a run that was broken off does not count one state more than another."""
+    """Returns {task: what states.json says of it}. spread: the standard deviation of the rewards in a state."""
+    task_of = {i: state["task"] for i, state in states}
+    table = pandas.DataFrame(actions)
     found = {}
-    for id in dict.fromkeys(state["task"] for _, state in states):
-        numbers = [i for i, state in states if state["task"] == id]
-        groups = [[line for line in actions if line["state"] == i] for i in numbers]
-        groups = [group for group in groups if group]
-        if groups:
-            own = sum(groups, [])
-            ran = [line["reward"] for line in own if line["ran"]]
-            found[id] = {"split": tasks.load(id).split, "states": len(groups), "actions": len(own),
-                         "reward": fmean(fmean(line["reward"] for line in group) for group in groups),
-                         "spread": fmean(float(np.std([line["reward"] for line in group])) for group in groups),
-                         "valid": fmean(line["valid"] for line in own), "ran": len(ran) / len(own),
-                         "reward_ran": fmean(ran) if ran else None}
+    for id, own in table.groupby(table["state"].map(task_of)):
+        rewards = own["reward"]
+        found[id] = {"split": tasks.load(id).split, "states": own["state"].nunique(), "actions": len(own),
+                     "reward": rewards.mean(), "spread": rewards.groupby(own["state"]).std(ddof=0).mean(),
+                     "valid": own["valid"].mean(), "ran": own["ran"].mean(),
+                     "reward_ran": rewards[own["ran"]].mean() if own["ran"].any() else None}
     return found
 
 
-COLUMNS = {"reward": ".3f", "spread": ".3f", "valid": ".0%", "ran": ".0%", "reward_ran": ".3f"}
-
-
 def format_states(results):
-    """Returns the table of states.json as text. spread: the standard deviation of the rewards in a state."""
-    def line(id, split, entries):
-        row = [id, split]
-        for name, form in COLUMNS.items():
-            values = [entry[name] for entry in entries if entry[name] is not None]
-            row.append(format(fmean(values), form) if values else "-")
-        return row
-    entries = results["tasks"]
-    rows = [("task", "split", *COLUMNS), *(line(id, entry["split"], [entry]) for id, entry in entries.items())]
-    for split in sorted({entry["split"] for entry in entries.values()}):
-        own = [entry for entry in entries.values() if entry["split"] == split]
-        rows.append(line(f"mean over {len(own)} tasks", split, own))
-    return format_table(rows)
+    """Returns the table of states.json as text, with the means over the tasks of each split."""
+    table = pandas.DataFrame.from_dict(results["tasks"], orient="index").astype({"reward_ran": float})
+    means = table.groupby("split").mean()
+    means.index = [f"mean, {split}" for split in means.index]
+    return pandas.concat([table, means]).to_string(float_format="{:.3f}".format, na_rep="-")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,11 +260,10 @@ def format_states(results):
 def sign_flip_p(differences):
     """Returns the two-sided p of an exact permutation test over paired differences: the share of all choices of signs
     under which the sum is at least as far from 0 as it is."""
-    sums = np.zeros(1)
-    for difference in differences:
-        sums = np.concatenate([sums + difference, sums - difference])
-    rounding = 1e-9 * np.abs(differences).sum()
-    return float(np.mean(np.abs(sums) >= abs(sum(differences)) - rounding))
+    if len(differences) < 2:
+        return 1.0
+    test = permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=np.inf)
+    return float(test.pvalue)
 
 
 def read_measured(folder):
@@ -288,20 +283,18 @@ def measures_of(folder):
     measures = {}
     hashes = {}
     for split in SPLITS:
-        rewards = {}
+        entries = {}
         if Path(folder, split).is_dir():
             results = read_measured(Path(folder, split))
-            rewards = {id: entry["reward"] for id, entry in results["tasks"].items()}
+            entries = results["tasks"]
             hashes[split] = results["settings"].get(STATES_HASH)
-        measures[f"{split}, reward of a step"] = rewards
-    for split in SPLITS:
+        measures[f"{split}, reward of a step"] = {id: entry["reward"] for id, entry in entries.items()}
         played = read_results(Path(folder, f"{split}-trajectories")) or {"tasks": {}}
-        gaps = {}
+        gaps = measures.setdefault(f"{split}, gap closed", {})
         for id, entry in played["tasks"].items():
             gap = entry.get("figures", {}).get("best-validation", {}).get("gap", [None])[0]
             if gap is not None:
                 gaps[id] = gap / 100
-        measures[f"{split}, gap closed"] = gaps
     return measures, hashes
 
 
@@ -337,7 +330,7 @@ LEAST_SPREAD = 0.05     # ... standard deviation of the rewards in a state, that
 
 
 def gate(folder):
-    """Says whether RL has something to learn from, by states.json in a folder. RunError: it has not."""
+    """Returns in words that RL has something to learn from, by states.json in a folder. RunError: it has not."""
     entries = read_measured(folder)["tasks"].values()
     valid = fmean(entry["valid"] for entry in entries)
     spread = fmean(entry["spread"] for entry in entries)
@@ -345,7 +338,7 @@ def gate(folder):
             f"{spread:.3f} ({LEAST_SPREAD} is needed)")
     if valid < LEAST_VALID or spread < LEAST_SPREAD:
         raise RunError(f"RL has nothing to learn from: {text}")
-    print(text)
+    return text
 
 
 PROMPT_TOKENS = 800     # of a medium prompt with tries
@@ -355,31 +348,34 @@ LEARNED = 324           # expert states: 9 tasks, 4 trajectories, 9 steps
 
 
 def plan_parts(model, num_states, num_samples, num_trajectories, num_iterations):
-    """Measures how fast this machine reads prompts and samples, for about a minute, and prints how long the parts of
-    docs/real-run.sh then take. A trained token costs three that are read, an update and its reference four."""
+    """Returns in words how long the parts of docs/real-run.sh take, by how fast this machine reads prompts and samples.
+    A trained token costs three that are read, an update and its reference four."""
+    # 1. Seconds a token.
     engine = sample.load(model, rows=8, context=1280)
-    words = engine.tokenizer.encode("x = rows['size'] * 2\n") * 100
+    words = engine.tokenizer.encode("x = rows['size'] * 2\n" * 100)
     began = time.monotonic()
     engine.generate([words[:PROMPT_TOKENS]], max_new_tokens=1)
-    read_s = (time.monotonic() - began) / PROMPT_TOKENS     # seconds a token
+    read_s = (time.monotonic() - began) / PROMPT_TOKENS
     began = time.monotonic()
     engine.generate([words[1:PROMPT_TOKENS + 1]], n=8, max_new_tokens=16, temperature=1.0)
     write_s = max(1e-9, time.monotonic() - began - read_s * PROMPT_TOKENS) / (8 * 16)
-    script_s = SCRIPT_S / SLOTS.cpus
 
-    def act_s(num, samples):
-        return num * (PROMPT_TOKENS * read_s + samples * (ACTION_TOKENS * write_s + script_s))
+    # 2. Seconds of the parts.
+    script_s = SCRIPT_S / SLOTS.cpus
+    state_s = PROMPT_TOKENS * read_s
+    action_s = ACTION_TOKENS * write_s + script_s
+    measure_s = 19 * num_states * (state_s + num_samples * action_s)     # of an agent on all tasks
     learn_s = 8 * (PROMPT_TOKENS + 8 * ACTION_TOKENS) * 4 * read_s
     parts = {
         "states, expert": (19 * 2 * 9 + LEARNED) * script_s,
-        "gate": act_s(9 * num_states, num_samples),
+        "gate": measure_s * 9 / 19,
         "fine-tuning": 2 * LEARNED * (PROMPT_TOKENS + ACTION_TOKENS) * 3 * read_s,
-        "RL": num_iterations * (act_s(8, 8) + learn_s),
-        "states of four agents": 4 * act_s(19 * num_states, num_samples),
-        "trajectories of four agents": 4 * act_s(19 * 9 * num_trajectories, 1)}
-    print(f"It reads {1 / read_s:.0f} and samples {1 / write_s:.0f} tokens a second. Minutes, about:")
-    for name, seconds in [*parts.items(), ("all", sum(parts.values()))]:
-        print(f"  {name:<28} {seconds / 60:6.0f}")
+        "RL": num_iterations * (8 * (state_s + 8 * action_s) + learn_s),
+        "states of four agents": 4 * measure_s,
+        "trajectories of four agents": 4 * 19 * 9 * num_trajectories * (state_s + action_s)}
+    rows = [[name, f"{seconds / 60:.0f}"] for name, seconds in [*parts.items(), ("all", sum(parts.values()))]]
+    return (f"It reads {1 / read_s:.0f} and samples {1 / write_s:.0f} tokens a second. Minutes, about:\n"
+            + format_table(rows))
 
 
 USAGE = """usage: python -m support.states compare FOLDER AGENT AGENT ...
@@ -388,14 +384,17 @@ USAGE = """usage: python -m support.states compare FOLDER AGENT AGENT ...
 
 
 def main(args):
-    if args[:1] == ["compare"] and len(args) >= 4:
-        return exit_status("support.states", lambda: print(compare_agents(args[1], args[2:])), args[1])
-    if args[:1] == ["gate"] and len(args) == 2:
-        return exit_status("support.states", partial(gate, args[1]), args[1])
-    if args[:1] == ["plan"] and len(args) == 6 and all(word.isdecimal() for word in args[2:]):
-        return exit_status("support.states", partial(plan_parts, args[1], *map(int, args[2:])), "nothing")
-    print(USAGE, file=sys.stderr)
-    return 2
+    command, *rest = args or [""]
+    if command == "compare" and len(rest) >= 3:
+        work = partial(compare_agents, rest[0], rest[1:])
+    elif command == "gate" and len(rest) == 1:
+        work = partial(gate, *rest)
+    elif command == "plan" and len(rest) == 5 and all(word.isdecimal() for word in rest[1:]):
+        work = partial(plan_parts, rest[0], *map(int, rest[1:]))
+    else:
+        print(USAGE, file=sys.stderr)
+        return 2
+    return exit_status("support.states", lambda: print(work()), rest[0])
 
 
 if __name__ == "__main__":
