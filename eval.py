@@ -94,8 +94,8 @@ class Settings(AgentSettings):
         if self.record_states < 0 or self.record_states and not self.states:
             raise ValueError("--record-states must be at least 0, and needs --states FILE to write to")
         if self.states and (self.scaffold != "ml-agent" or not (self.model or self.record_states)):
-            raise ValueError(f"--states measures actions of the scaffold ml-agent alone, found {self.scaffold}; it needs "
-                             "--model or --record-states")
+            raise ValueError("--states measures actions of the scaffold ml-agent alone, found "
+                             f"{self.scaffold}; it needs --model or --record-states")
         for spec in filter(endpoint.is_server, (self.model, self.coder)):
             endpoint.address(spec)
         if self.scaffold != SCAFFOLDS[0] and self.model in ("", RANDOM):
@@ -104,7 +104,8 @@ class Settings(AgentSettings):
         if self.scaffold == "mlagentbench" and (self.coder == "none" or not tools.keys() >= {*self.actions}):
             raise ValueError(f"--scaffold mlagentbench needs a --coder, and --actions among {', '.join(tools)}")
         if self.compare and (self.model or self.task) or self.exports and (self.model or self.compare or self.states):
-            raise ValueError("--compare takes no --model and no --task; --exports takes no --model, --compare, --states")
+            raise ValueError("--compare takes no --model and no --task; --exports takes no --model, --compare or "
+                             "--states")
         if self.reference and self.reference not in self.compare:
             raise ValueError(f"--reference must be one of --compare, found {self.reference}")
         for folder in self.compare:
