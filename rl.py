@@ -754,7 +754,7 @@ def train(cfg, rank, world_size, device):
             stats["validation_reward"] = worker.validate()
         if rank == 0:
             report(cfg, stats, transitions)
-        if cfg.export_every and (iteration + 1) % cfg.export_every == 0:        # before the checkpoint: none is left out
+        if cfg.export_every and (iteration + 1) % cfg.export_every == 0:    # before the checkpoint, so none is missed
             export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", f"{iteration + 1:06d}"))
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
             save_state(cfg, iteration + 1, trainer.models, trainer.optimizer, origin, chances=worker.chances)
