@@ -91,6 +91,7 @@ class Settings(cli.TaskSettings):
     coder: str = "auto"  # who carries out the (AI) actions: none, model (the policy), or auto: the policy if the
         # recorded expert had a coder
     save_every: int = 10  # iterations between checkpoints
+    export_every: int = 0  # iterations between copies of the actor in exports/ in --out, the first before any; 0: none
     validate_every: int = 0  # iterations between two looks at fixed states that are never trained on; 0: none
     plan: bool = False  # print memory per GPU by part for these settings, and end; --model may then be a size: 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
@@ -101,6 +102,9 @@ class Settings(cli.TaskSettings):
                           coder=("auto", "none", "model"), dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches",
                            "temperature", "max_batch", "max_row_tokens", "save_every", "gpus")
+        for name in ("validate_every", "export_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{cli.flag_of(name)} must be at least 0, found {getattr(self, name)}")
         for name in ("lr", "critic_lr", "clip_low", "clip_high", "kl", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{cli.flag_of(name)} must be from 0 to 1, found {getattr(self, name)}")
@@ -119,7 +123,7 @@ class Settings(cli.TaskSettings):
 
 # Settings that may change when a run is continued. The kind of device may not, see train().
 FREE = {"preset", "model", "trajectories", "out", "iterations", "max_batch", "data", "raw", "python", "gpu", "device",
-        "save_every", "plan", "gpus"}
+        "save_every", "export_every", "plan", "gpus"}
 
 
 # -- Rollouts
@@ -249,11 +253,13 @@ class RolloutWorker:
                 self.chances[transition.state] = 0.1 + 2 * pstdev(rewards[transition.group])
         counts = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
         counts.subtract(before)
+        counts = sum(gather([counts]), Counter())
         return transitions, {
             "left_out": sum(chance == 0 for chance in self.chances.values()), "runs": counts["runs"],
+            "sampled_tokens": counts["sampled_tokens"],
             "cache_hits": counts["hits"] / max(1, counts["hits"] + counts["runs"]),
             "sample_s": sampled - began, "execute_s": executed - sampled,
-            "sampled_tokens_s": counts["sampled_tokens"] * self.world_size / (executed - began)}
+            "sampled_tokens_s": counts["sampled_tokens"] / (executed - began)}
 
     def submit_actions(self, starts, iteration):
         """Samples actions in these states, and has each carried out at once. Returns, when all are sampled, the
@@ -594,8 +600,9 @@ class PPOTrainer:
         ratio_max = torch.stack(ratios).max()
         if dist.is_initialized():
             dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
-        return {"policy_loss": loss, "entropy": entropy, "clip_fraction": clip_fraction, "ratio_max": ratio_max.item(),
-                "grad_norm": grad_norm}
+        num_updates = self.optimizer.state[next(self.actor.parameters())]["step"].item()
+        return {"updates": int(num_updates), "policy_loss": loss, "entropy": entropy, "clip_fraction": clip_fraction,
+                "ratio_max": ratio_max.item(), "grad_norm": grad_norm}
 
     def update_critic(self, examples, ret, value_old, batches, max_change=math.inf):
         """Brings the critic's values to the returns (see update) and returns statistics. ret, value_old: per token;
@@ -721,6 +728,8 @@ def train(cfg, rank, world_size, device):
     passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)
     passes -= worker.samples_from(trainer.actor)
     began = time.monotonic()
+    if cfg.export_every and first == 0:
+        export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", "000000"))
     for iteration in range(first, cfg.iterations):
         start = time.monotonic()
         try:
@@ -741,15 +750,26 @@ def train(cfg, rank, world_size, device):
             stats["validation_reward"] = worker.validate()
         if rank == 0:
             report(cfg, stats, transitions)
+        if cfg.export_every and (iteration + 1) % cfg.export_every == 0:    # before the checkpoint, so none is missed
+            export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", f"{iteration + 1:06d}"))
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
             save_state(cfg, iteration + 1, trainer.models, trainer.optimizer, origin, chances=worker.chances)
 
     # 4. The actor as a Hugging Face folder.
-    export_model(trainer.actor, tokenizer, cfg.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    export_agent(trainer.actor, tokenizer, folder, cfg.out)
     if rank == 0:
-        if agent := read_agent(folder):
-            write_agent(cfg.out, agent)
         print(f"Written to {cfg.out}: the model, log.jsonl, checkpoints\n\nNext: python eval.py")
+
+
+def export_agent(actor, tokenizer, source, out):
+    """Writes the actor as a Hugging Face folder, with agent.json of the folder `source` where it has one. Every process
+    must call this."""
+    is_cuda = next(actor.parameters()).is_cuda
+    export_model(actor, tokenizer, out, torch.bfloat16 if is_cuda else torch.float32)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    if agent := read_agent(source):
+        write_agent(out, agent)
 
 
 # -- Statistics: what log.jsonl says of an iteration

@@ -632,6 +632,27 @@ def test_a_killed_process_ends_the_others_with_a_message(made, run):
     assert (zero, one) == (1, -9) and "another process of this run has ended" in said and "Traceback" not in said, said
 
 
+def test_the_policy_is_kept_between_iterations(made, run):
+    """Before the first and after every second, also where a run goes on under another --export-every; the last is the
+    model that is trained."""
+    out = made / "exported"
+    for flags in ({"iterations": 2, "export-every": 1}, {"iterations": 5, "export-every": 2}):
+        code, said = run("--advantage", "rloo", "--minibatches", "2", out=out, **flags)
+        assert code == 0, said
+    folders = sorted((out / "exports").iterdir())
+    assert [folder.name for folder in folders] == ["000000", "000001", "000002", "000004"]
+    first, *others = map(weights, [made / "model", folders[0], folders[1], folders[2], folders[3], out])
+    same = [all(torch.equal(first[name], other[name]) for name in first) for other in others]
+    assert same == [True, False, False, False, False]
+    log = curve(out)
+    assert [log[i]["updates"] for i in (1, 2, 3, 4, 5)] == [2, 4, 6, 8, 10]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert all(figures["sampled_tokens"] >= figures["action_tokens"] * 6 - 0.01 for figures in log.values()), samples
+    code, said = run("--advantage", "rloo", out=made / "of two", world=2, iterations=1, **{"export-every": 1})[0]
+    assert code == 0 and (made / "of two/exports/000001/model.safetensors").is_file(), said
+    assert curve(made / "of two")[1]["sampled_tokens"] == log[1]["sampled_tokens"]     # of both processes
+
+
 def test_episodes_run_through_the_same_log(made, run):
     code, said = run(out=made / "episodes", rollout="episode", states=2, samples=1, steps=3, iterations=2)
     figures = curve(made / "episodes")
