@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -47,7 +47,6 @@ CHAT_TEMPLATE = (r"{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' +
 SYSTEM_TEMPLATE = ("{% if messages[0]['role'] != 'system' %}"
                    r"{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}")
 SYSTEM_IN_TEMPLATE = r"<\|im_start\|>system\\n(You are[^'<{]*)<\|im_end\|>"
-LARGEST_ID = 1 << 24        # a tokenizer file is data from others, and a table of all its ids is made
 
 
 class Tokenizer:
@@ -67,27 +66,22 @@ class Tokenizer:
         self.system = system
         self.folder = folder
         self.bpe.encode_special_tokens = True       # "<|im_end|>" in a script's output stays text and ends no turn
-        self.size = max(bpe.get_vocab(with_added_tokens=True).values()) + 1
         self.turn = bpe.token_to_id(self.TURN)
         self.end = bpe.token_to_id(self.END)
-        expected = "expected that of a Qwen2.5 checkpoint"
-        if self.turn is None or self.end is None:
-            raise ValueError(f"the tokenizer has no {self.TURN} or {self.END}; {expected}")
-        if self.size > LARGEST_ID:
-            raise ValueError(f"the tokenizer has an id of {self.size - 1:,}; {expected}")
+        # With the bytes of every id text can grow token by token, and stop strings are found without decoding it all.
+        self.bytes = defaultdict(bytes)
         added = bpe.get_added_tokens_decoder()
+        byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
+        try:
+            for text, i in bpe.get_vocab(with_added_tokens=True).items():
+                self.bytes[i] = text.encode() if i in added else bytes(byte_of[char] for char in text)
+            added[self.turn], added[self.end]
+        except KeyError:
+            raise ValueError(f"expected the tokenizer of a Qwen2.5 checkpoint: one of bytes, with {self.TURN} and "
+                             f"{self.END}") from None
+        self.size = max(self.bytes) + 1
         self.eos = {*eos, self.end}
         self.control = {i for i, token in added.items() if token.special} | self.eos | {self.turn}
-        # With the bytes of every id text can grow token by token, and stop strings are found without decoding it all.
-        byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
-        self.bytes = [b""] * self.size
-        for text, i in bpe.get_vocab(with_added_tokens=True).items():
-            if i in added:
-                self.bytes[i] = text.encode()
-            elif byte_of.keys() >= set(text):
-                self.bytes[i] = bytes(byte_of[char] for char in text)
-            else:
-                raise ValueError(f"the tokenizer spells {text[:80]!r} in no bytes; {expected}")
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -511,8 +505,7 @@ class Engine:
 
     rows: conversations in the cache, which is also the largest batch. context: tokens of one conversation. A finished
     row keeps its keys and values: a prompt that begins with the same tokens (the next turn of a conversation, another
-    sample of the same prompt) reuses them. pack: on a CPU in fp32, keep a second copy of the weights, about twice as
-    fast for few rows; None: if they are large. draft: guess tokens from the text so far, and check several in one pass.
+    sample of the same prompt) reuses them. draft: guess tokens from the text so far, and check several in one pass.
     fixed_shapes: decode in passes of fixed shapes, DecodeGraph. Neither changes what is sampled.
 
     A small model on a CPU takes one OpenMP thread, whoever calls: several would wait for each other at every product,
@@ -524,8 +517,7 @@ class Engine:
     that share the cores.
     """
 
-    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True,
-                 fixed_shapes=False):
+    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", draft=True, fixed_shapes=False):
         weight = model.lm_head.weight
         self.model = model
         self.tokenizer = tokenizer
@@ -538,10 +530,9 @@ class Engine:
         self.graphs = {}        # {shape: DecodeGraph}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if fixed_shapes and self.device.type == "cuda" else None
         dtype = getattr(model, "compute_dtype", None) or weight.dtype       # of what is computed and cached
-        if pack is None:
-            pack = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
-        packable = (torch.float32, torch.bfloat16) if pack else (torch.bfloat16,)       # see cpu_linear
-        self.pack = self.device.type == "cpu" and weight.dtype is dtype and dtype in packable
+        is_large = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
+        packs = dtype is torch.bfloat16 or (dtype is torch.float32 and is_large)        # see cpu_linear
+        self.packs = self.device.type == "cpu" and weight.dtype is dtype and packs
         is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_BELOW
         self.num_threads = 1 if is_small else torch.get_num_threads()
         self.cache = KVCache(model.config, rows, self.context, dtype, self.device)
@@ -570,7 +561,7 @@ class Engine:
         """Takes notice of changed weights: drops what the old ones cached and guessed, and packs anew."""
         self.forget()
         self.guess_counts = [[1, 2] for _ in range(PromptLookup.LONGEST + 1)]
-        if self.pack:
+        if self.packs:
             cpu_linear.pack(self.model)
 
     # -- what callers use
@@ -582,40 +573,33 @@ class Engine:
     def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
         """Returns a list of n Completions for each prompt (a text, a list of ids, or a conversation).
 
-        Sample j of prompt i draws from seed + i * n + j, or from seed[i] + j where there is one for each prompt; the
-        same calls give the same tokens on a CPU, and on a GPU but for rounding. The n samples of a prompt share one
-        prefill. on_completion(i, j, completion) is called in the caller's thread as soon as that sample is done, while
-        the others wait. What it raises ends the call and takes back what is not done.
+        Sample j of prompt i draws from seed + i * n + j. The same calls give the same tokens on a CPU, and on a GPU but
+        for rounding. on_completion(i, j, completion) is called in the caller's thread as soon as that sample is done,
+        while the others are sampled or wait.
         """
-        done = queue.SimpleQueue()
         requests = []
-        groups = []
-        index = {}      # {future: (i, j)}
-        seeds = [seed + i * n for i in range(len(prompts))] if isinstance(seed, int) else seed
-        for i, prompt in enumerate(prompts):
+        for prompt in prompts:
             ids = self._ids(prompt)
-            groups.append([None] * n)
-            for j in range(n):
-                request = self._request(ids, seed=seeds[i] + j, **options)
-                request.future.add_done_callback(done.put)
-                index[request.future] = i, j
-                requests.append(request)
+            for _ in range(n):
+                requests.append(self._request(ids, seed=seed + len(requests), **options))
+        numbers = {}
+        done = queue.SimpleQueue()
+        for number, request in enumerate(requests):
+            numbers[request.future] = number
+            request.future.add_done_callback(done.put)
         with self.wake:     # the engine sees all or none, so that a run can be repeated exactly
             self.waiting.extend(requests)
             self.wake.notify()
-        try:
-            for _ in index:
-                while self.thread is None and done.empty():
-                    self._advance()
-                future = done.get()
-                i, j = index[future]
-                groups[i][j] = future.result()
-                if on_completion:
-                    on_completion(i, j, groups[i][j])
-        except BaseException:
-            self._withdraw(index)
-            raise
-        return groups
+        for _ in requests:
+            while self.thread is None and done.empty():
+                self._advance()
+            future = done.get()
+            completion = future.result()
+            if on_completion:
+                i, j = divmod(numbers[future], n)
+                on_completion(i, j, completion)
+        completions = [request.future.result() for request in requests]
+        return [completions[i:i + n] for i in range(0, len(completions), n)]
 
     def submit(self, ids, **options):
         """Queues one reply to the token ids of a prompt, and returns a Future of its Completion.
@@ -678,14 +662,6 @@ class Engine:
                     raise
             finally:
                 torch.set_num_threads(num_threads)
-
-    def _withdraw(self, futures):
-        """Samples no further the replies that nobody waits for any more."""
-        with self.turn, self.wake:
-            self.waiting = deque(request for request in self.waiting if request.future not in futures)
-            for row in reversed(range(len(self.active))):
-                if self.active[row].future in futures:
-                    self.release_row(row)
 
     def step(self):
         """Runs one pass: every active row gets a token, and with it those of its draft that prove right.
@@ -781,37 +757,24 @@ class Engine:
     def schedule(self):
         """Gives free rows to waiting requests, and brings their prompts but for the last token into the cache. Each
         reuses the longest beginning that some row holds."""
-        # 1. Requests get rows while there are any.
-        with self.wake:
-            ready = len(self.active)
-            while self.waiting and len(self.active) < self.rows:
-                self.active.append(self.waiting.popleft())
-        while ready < len(self.active):
-            # 2. The tokens of each row that a prompt may reuse: of an active row, those of its own prompt.
-            known = [len(request.prompt) - 1 for request in self.active[:ready]] + self.lengths[ready:]
-            row = ready
-            later = []
-            for request in self.active[ready:]:
-                # 3. The row that shares most with the prompt, unless one of this round will share more.
-                same = self.shared_prefix(request.prompt[:-1])
-                shared = np.minimum(same, known)
-                source = int(shared.argmax())
-                if same[ready:row].max(initial=0) > shared[source] + FEW_TOKENS:
-                    later.append(request)
-                    continue
-                self.assign_row(request, row, source, int(shared[source]))
-                known[row:] = self.lengths[row:]
-                self.active[row] = request
-                row += 1
-            # 4. This round is computed at once. Who waited for it copies from it in the next one.
-            self.active[row:] = later
-            self.prefill(range(ready, row))
-            ready = row
-
-    def shared_prefix(self, prompt):
-        """Returns how many tokens at the beginning of each row are the prompt's, (R,)."""
-        equal = self.tokens[:, :len(prompt)] == prompt
-        return np.logical_and.accumulate(equal, axis=1).sum(1)
+        while self.waiting and len(self.active) < self.rows:
+            # 1. The row that shares most with the prompt. Of an active row its own prompt is known, not its reply.
+            row = len(self.active)
+            known = [len(request.prompt) - 1 for request in self.active] + self.lengths[row:]
+            with self.wake:
+                request = self.waiting.popleft()
+                self.active.append(request)
+            prompt = request.prompt[:-1]
+            equal = np.logical_and.accumulate(self.tokens[:, :len(prompt)] == prompt, axis=1).sum(1)
+            shared = np.minimum(equal, known)
+            source = int(shared.argmax())
+            self.assign_row(request, row, source, int(shared[source]))
+            # 2. What the row lacks is computed at once, so that the next request can copy it.
+            for start in range(self.lengths[row], len(prompt), PREFILL_TOKENS):
+                chunk = prompt[start:start + PREFILL_TOKENS]
+                batch = ForwardBatch(self.cache, [row], [start], [len(chunk)])
+                self.model.hidden_states(torch.from_numpy(chunk)[None].to(self.device), batch)
+                self.lengths[row] += len(chunk)
 
     def assign_row(self, request, row, source, reused):
         """Makes `row` begin with the `reused` tokens of the row `source` that are the request's first."""
@@ -837,19 +800,6 @@ class Engine:
             request.lookup = PromptLookup(request.prompt, self.guess_counts)
         self.reused_tokens += reused
         self.prefilled_tokens += P - reused
-
-    def prefill(self, rows):
-        """Computes what the cache lacks of the prompts in these rows, PREFILL_TOKENS in one pass."""
-        missing = [(row, pos) for row in rows for pos in range(self.lengths[row], len(self.active[row].prompt) - 1)]
-        for begin in range(0, len(missing), PREFILL_TOKENS):
-            part = missing[begin:begin + PREFILL_TOKENS]
-            counts = Counter(row for row, _ in part)
-            starts = [self.lengths[row] for row in counts]
-            batch = ForwardBatch(self.cache, list(counts), starts, list(counts.values()))
-            tokens = torch.tensor([[self.tokens[row, pos] for row, pos in part]], device=self.device)
-            self.model.hidden_states(tokens, batch)
-            for row, count in counts.items():
-                self.lengths[row] += count
 
     def append_token(self, request, token, logp):
         """Adds a sampled token to its reply. Returns the Completion if that ends it, else None."""
