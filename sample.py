@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,19 +87,17 @@ class Tokenizer:
         """Reads tokenizer.json of a checkpoint folder, and from its other files the ids that end a turn and the default
         system message. Raises ValueError for a missing or damaged file."""
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no tokenizer.json; copy it from the checkpoint the model came from")
         try:
-            bpe = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:      # the library raises bare Exception for every malformed file
-            raise ValueError(f"{path} cannot be read ({error}); download it again") from None
+            bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:      # the library raises bare Exception for a missing and for every malformed file
+            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); copy it from the checkpoint that "
+                             "the model came from") from None
         generation, config = (read_json(path) if path.is_file() else {} for path in (
             folder / "generation_config.json", folder / "tokenizer_config.json"))
         eos = generation.get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]
         if not all(isinstance(i, int) for i in eos):
-            raise ValueError(f"{folder / 'generation_config.json'}: eos_token_id must be numbers, found {str(eos):.80}")
+            raise ValueError(f"{folder}/generation_config.json: eos_token_id must be numbers, found {str(eos):.80}")
         template = str(config.get("chat_template", ""))
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
@@ -179,8 +176,7 @@ class Tokenizer:
 
         The loss mask is True for what the assistant chose: its replies, and the token that ends each. assistant_turns:
         the indices of the messages that count; None: all of the assistant's. The ids that were sampled for a reply, its
-        "tokens", stand for its content where they spell it, because encoding the text may give others. Raises
-        ValueError for another role, or a message without content.
+        "tokens", stand for its content where they spell it, because encoding the text may give others.
         """
         numbered = list(enumerate(messages))
         if self.system is not None and (not messages or messages[0].get("role") != "system"):
@@ -193,7 +189,7 @@ class Tokenizer:
             content = message.get("content")
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise ValueError(f"message {i}: expected a role of system, user or assistant and a text as content, "
-                                 f"found role {role!r} and content {str(content)[:40]!r}")
+                                 f"found {str(message):.80}")
             if role == "assistant":     # header and reply are encoded apart, as when the reply was sampled
                 header = self.encode("assistant\n")
                 reply = self.spelling(message.get("tokens"), content) or self.encode(content)
@@ -434,7 +430,6 @@ class Request:
     temperature: float
     stop: list                  # of bytes
     uniform: np.ndarray         # (max_new_tokens,): all its random numbers, so batching cannot change them
-    stream: Callable            # called with the bytes of each new token, or None
     future: Future = field(default_factory=Future)
     tokens: list = field(default_factory=list)
     logps: list = field(default_factory=list)
@@ -508,10 +503,6 @@ class Engine:
     sample of the same prompt) reuses them. draft: guess tokens from the text so far, and check several in one pass.
     fixed_shapes: decode in passes of fixed shapes, DecodeGraph. Neither changes what is sampled.
 
-    A small model on a CPU takes one OpenMP thread, whoever calls: several would wait for each other at every product,
-    and beside a busy program each wait may last as long as the scheduler's turn. Any other model takes as many as are
-    set when its engine is made. Never does the load decide, so that a run can be repeated.
-
     The first chat or submit starts a thread that runs the model from then on. Until then generate runs it in the
     caller's thread, which on a CPU is a quarter faster for a large model: there is one pool of OpenMP threads, not two
     that share the cores.
@@ -533,6 +524,8 @@ class Engine:
         is_large = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
         packs = dtype is torch.bfloat16 or (dtype is torch.float32 and is_large)        # see cpu_linear
         self.packs = self.device.type == "cpu" and weight.dtype is dtype and packs
+        # A small model takes one OpenMP thread: several would wait for each other at every product, beside a busy program
+        # as long as the scheduler's turn. The load does not decide, so that a run can be repeated.
         is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_BELOW
         self.num_threads = 1 if is_small else torch.get_num_threads()
         self.cache = KVCache(model.config, rows, self.context, dtype, self.device)
@@ -545,15 +538,14 @@ class Engine:
         self.wake = threading.Condition()       # guards active and waiting
         self.turn = threading.Lock()            # held by who runs the model
         self.thread = None
-        self.sampled_tokens = self.prefilled_tokens = self.reused_tokens = 0
+        self.sampled_tokens = self.prefilled_tokens = 0
         self.passes = self.drafted_tokens = self.accepted_tokens = 0
         self.refresh()
 
     def forget(self):
-        """Drops every cached token. Raises RuntimeError while replies are being sampled."""
+        """Drops every cached token, which must not be while replies are being sampled."""
         with self.wake:
-            if self.active or self.waiting:
-                raise RuntimeError("the cache cannot be dropped while replies are being sampled; wait for them first")
+            assert not (self.active or self.waiting), "the cache is dropped while replies are being sampled"
             self.lengths = [0] * self.rows
             self.used = [0] * self.rows
 
@@ -604,8 +596,8 @@ class Engine:
     def submit(self, ids, **options):
         """Queues one reply to the token ids of a prompt, and returns a Future of its Completion.
 
-        Options: max_new_tokens, temperature, stop (strings), seed, and stream, which is called with the bytes of
-        each new token. Raises ContextFull if the reply may not fit the context, ValueError for options out of range.
+        Options: max_new_tokens, temperature, stop (strings), seed. Raises ContextFull if the reply may not fit the
+        context, ValueError for options out of range.
         """
         request = self._request(ids, **options)
         with self.wake:
@@ -616,7 +608,7 @@ class Engine:
             self.wake.notify()
         return request.future
 
-    def _request(self, ids, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0, stream=None):
+    def _request(self, ids, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0):
         if not (ids and max_new_tokens >= 1 and temperature >= 0 and top_p == 1):
             raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, and a top_p of 1, as training "
                              f"has; found {len(ids)} prompt tokens, {max_new_tokens}, {temperature} and {top_p}")
@@ -626,7 +618,7 @@ class Engine:
         stop = [stop] if isinstance(stop, str) else stop
         uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return Request(np.array(ids), max_new_tokens, temperature, [text.encode() for text in stop if text],
-                       uniform.numpy(), stream)
+                       uniform.numpy())
 
     def _ids(self, prompt):
         if isinstance(prompt, str):
@@ -798,7 +790,6 @@ class Engine:
         request.cached = reused
         if self.draft:
             request.lookup = PromptLookup(request.prompt, self.guess_counts)
-        self.reused_tokens += reused
         self.prefilled_tokens += P - reused
 
     def append_token(self, request, token, logp):
@@ -812,9 +803,7 @@ class Engine:
         if not ended:
             piece = self.tokenizer.bytes[token]
             request.text += piece
-            cut = find_stop(request.text, request.stop, len(piece)) if request.stop else None
-            if request.stream:
-                request.stream(piece)
+            cut = find_stop(request.text, request.stop, len(piece))
         stopped = ended or cut is not None
         if not stopped and len(request.tokens) < request.max_new_tokens:
             return None
@@ -861,12 +850,11 @@ TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}
 
 def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch", graphs=False,
          key=None, timeout_s=600.0):
-    """Returns the Engine or Endpoint that a --model value names.
+    """Returns the Engine or Endpoint that a --model value names. Raises ValueError for what cannot be loaded.
 
     spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
-    out), or "http://host:port/v1#name". device "auto": CUDA if there is one. dtype "auto": bfloat16 where the hardware
-    multiplies it (CUDA, or a CPU with AVX512-BF16 or AMX), else float32. kernels: torch, or triton on CUDA. graphs: decode in CUDA
-    graphs. key, timeout_s: of a server, see Endpoint. Raises ValueError for what cannot be loaded.
+    out), or "http://host:port/v1#name". device, dtype, kernels: as in support.cli.ModelSettings. graphs: decode in
+    CUDA graphs. key, timeout_s: of a server, see Endpoint.
     """
     if is_server(spec):
         return Endpoint(spec, key, timeout_s)
@@ -874,8 +862,6 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if multiplies_bf16(device) and spec != "tiny" else "float32"
-    if dtype not in ("float64", "float32", "bfloat16"):
-        raise ValueError(f"expected dtype auto, float64, float32 or bfloat16, found {dtype!r}")
     if graphs and not str(device).startswith("cuda"):
         raise ValueError(f"CUDA graphs need a CUDA device, found {device!r}; leave them off there")
     use_kernels(kernels, device)
@@ -914,20 +900,11 @@ class Settings(ModelSettings):
 def main(cfg):
     policy = load(cfg.model, cfg.dtype, cfg.device, rows=1, kernels=cfg.kernels, graphs=cfg.graphs)
     messages = [{"role": "user", "content": cfg.prompt}]
-    options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "seed")}
-    if isinstance(policy, Endpoint):
-        reply = policy.chat(messages, **options)
-        print(reply.text or reply.no_reply)
-        return
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def show(piece):
-        print(decoder.decode(piece), end="", flush=True)
-
-    reply = policy.generate([messages], stream=show, **options)[0][0]
-    print(decoder.decode(b"", final=True))
-    print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes (drafted "
-          f"{policy.drafted_tokens}, accepted {policy.accepted_tokens}) and {reply.seconds:.1f} s", file=sys.stderr)
+    reply = policy.chat(messages, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed)
+    print(reply.text or reply.no_reply)
+    if isinstance(policy, Engine):
+        print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes (drafted "
+              f"{policy.drafted_tokens}, accepted {policy.accepted_tokens}) and {reply.seconds:.1f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
