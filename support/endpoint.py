@@ -6,7 +6,6 @@ import random
 import re
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from support.cli import ContextFull, RunError, announce
 from support.files import shorten
 
-THOUGHT = "<think>", "</think>"
 PARAMETERS = "max_tokens", "seed", "top_p", "stop", "temperature"   # that a server may refuse, the dearest last
 SUCCESSIVE = "successive messages"      # of one role: a reply that could not be read is dropped between two of them
 INSTEAD = {"max_tokens": "max_completion_tokens", SUCCESSIVE: "one message"}
@@ -46,13 +44,12 @@ class Completion:
 
 class EndpointError(RunError):
     """A server gave no usable answer. tries: how often the same request is worth asking; pause_s: seconds to wait
-    before the next, at least; is_down: no request would have been answered."""
+    before the next, at least."""
 
-    def __init__(self, message, tries=1, pause_s=0.0, is_down=False):
+    def __init__(self, message, tries, pause_s=0.0):
         super().__init__(message)
         self.tries = tries
         self.pause_s = pause_s
-        self.is_down = is_down
 
 
 def is_server(spec):
@@ -129,10 +126,9 @@ class Endpoint:
     def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0):
         """Returns a Completion without tokens and logps, which the server keeps. messages: [{"role", "content"}].
 
-        What a model thinks is cut off before stop strings are looked for. The text is empty, and no_reply says why,
-        where there is none: a refusal, a call of a tool, a thought without end, or a conversation to which the server
-        has no answer though it answers others. Raises ContextFull where the server says so, and EndpointError where it
-        answers nothing.
+        What a model thinks is cut off before stop strings are looked for. no_reply says why a text is empty, such as
+        that of a conversation which the server cannot answer though it answers others. Raises ContextFull where the
+        server says so, and EndpointError where it answers nothing.
         """
         stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
         body = {"model": self.name, "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
@@ -143,8 +139,6 @@ class Endpoint:
         try:
             completion = self._ask_again(body)
         except EndpointError as error:
-            if error.is_down:
-                raise
             try:        # a short question tells a server that answers nothing from one that cannot answer this
                 self._ask(body | {"messages": QUESTION})
             except (EndpointError, ContextFull):
@@ -213,7 +207,7 @@ class Endpoint:
         seconds = re.fullmatch(r"\d{1,9}(\.\d+)?", retry_after)
         pause_s = float(seconds[0]) if seconds else 0.0
         if status in (408, 409, 425, 429, 503, 529):
-            return EndpointError(message, self.busy_retries + 1, pause_s, is_down=True)
+            return EndpointError(message, self.busy_retries + 1, pause_s)
         return EndpointError(message, self.retries + 1 if status >= 500 else 1, pause_s)
 
     def _read(self, said):
@@ -262,10 +256,9 @@ class Endpoint:
                         raise TimeoutError(f"not complete in time, or more than {self.max_bytes} bytes")
         except (OSError, http.client.HTTPException) as error:
             is_slow = isinstance(getattr(error, "reason", error), TimeoutError)
-            is_down = isinstance(error, urllib.error.URLError) and not is_slow      # the request could not be sent
             raise EndpointError(f"{self.url} gave no answer ({self._excerpt(str(error))}; the limit is "
                                 f"{self.timeout_s:g} s); is the server running there, and is it overloaded?",
-                                1 if is_slow else self.retries + 1, is_down=is_down) from None
+                                1 if is_slow else self.retries + 1) from None
         return response.status, response.headers.get("Retry-After", ""), raw.decode("utf-8", "replace")
 
     def _excerpt(self, said):
@@ -281,17 +274,16 @@ class Endpoint:
 
 def split_thought(text):
     """Returns (thought, reply) of a text that may begin with a thought, also where the prompt held its opening tag."""
-    opening, closing = THOUGHT
-    thought, tag, reply = text.partition(closing)
-    if not tag and not thought.lstrip().startswith(opening):
+    thought, tag, reply = text.partition("</think>")
+    if not tag and not thought.lstrip().startswith("<think>"):
         return "", text
-    return thought.strip().removeprefix(opening).strip(), reply.lstrip()
+    return thought.strip().removeprefix("<think>").strip(), reply.lstrip()
 
 
 def missing_text(choice, message, has_thought):
     """Returns why an answer has no text, in words."""
     if message.get("refusal"):
-        return f"The model refused: {ascii(shorten(str(message['refusal']), 200))}"
+        return f"The model refused: {ascii(str(message['refusal'])[:200])}"
     if message.get("tool_calls") or message.get("function_call"):
         return "The model called a tool of the server instead of writing a reply."
     if choice.get("finish_reason") == "length":
