@@ -165,10 +165,10 @@ class Tokenizer:
             pos += len(piece)
         return ids if text[pos:] == decoder.decode(b"", final=True) else None
 
-    def chat(self, messages, add_generation_prompt=True):
+    def chat(self, messages):
         """Returns the token ids of a conversation, up to where the assistant speaks next. See conversation."""
         ids, _ = self.conversation(messages)
-        return ids + [self.turn, *self.encode("assistant\n")] if add_generation_prompt else ids
+        return [*ids, self.turn, *self.encode("assistant\n")]
 
     def conversation(self, messages, assistant_turns=None):
         """Returns (ids, loss_mask) of a conversation, [{"role", "content"}]. A message is
@@ -241,7 +241,8 @@ class KVCache:
 
 
 class ForwardBatch:
-    """The tokens of one pass: row rows[i] of a cache goes on with counts[i] >= 1 tokens after its starts[i] tokens.
+    """The tokens of one pass: row rows[i] of a cache goes on with counts[i] >= 1 tokens after its starts[i] tokens. The
+    rows are neighbours, in order.
 
     The new tokens of all rows, N together, stand back to back; positions: (1, N), where each stands in its row. A token
     sees its row up to its own position, so what an earlier conversation left beyond is never read. fresh: every row is
@@ -261,7 +262,7 @@ class ForwardBatch:
         if self.fresh:
             return
         # The first token of every row goes into one product; a row with more tokens has one of its own after it.
-        together = len(rows) > 1 and min(counts) == 1 and rows[-1] - rows[0] == len(rows) - 1
+        together = len(rows) > 1 and min(counts) == 1
         if together:
             tokens = slice(None) if max(counts) == 1 else begins
             self.add_part(tokens, rows[0], rows[-1] + 1, max(starts) + 1)
@@ -305,7 +306,7 @@ class ForwardBatch:
 class DecodeGraph(ForwardBatch):
     """A pass of one shape, run again and again: the first B rows of a cache, each with T new tokens that see its first
     S positions. All it reads and writes are tensors that stay where they are, so that on CUDA a pass is one graph,
-    which is replayed without asking the device anything. On a CPU the same function runs as it stands.
+    which is replayed. On a CPU the same function runs as it stands.
 
     A token at the cache's last position, which no row ever reaches, is padding: it writes there alone. Where T is 1,
     the tokens that a pass samples are the input of the next.
@@ -396,8 +397,8 @@ def next_tokens(model, batch, num_ids, tokens, temperature, uniform):
 
     num_ids: the tokenizer's size. For the rest see sample_tokens.
     """
-    # The log-probs must be those that the trainer computes for the same tokens. So the vocabulary's rows that stand for
-    # no token are left out, as in Head, and logits become fp32 before they are divided by the temperature.
+    # As the trainer has it, for equal log-probs: the vocabulary's rows that stand for no token are left out, and logits
+    # become fp32 before they are divided by the temperature.
     logits = model(tokens, batch)[0, :, :num_ids].float()
     return sample_tokens(logits, temperature, uniform)
 
@@ -524,8 +525,8 @@ class Engine:
         is_large = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
         packs = dtype is torch.bfloat16 or (dtype is torch.float32 and is_large)        # see cpu_linear
         self.packs = self.device.type == "cpu" and weight.dtype is dtype and packs
-        # A small model takes one OpenMP thread: several would wait for each other at every product, beside a busy program
-        # as long as the scheduler's turn. The load does not decide, so that a run can be repeated.
+        # A small model takes one OpenMP thread: several would wait for each other at every product, beside a busy
+        # program as long as the scheduler's turn. The load does not decide, so that a run can be repeated.
         is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_BELOW
         self.num_threads = 1 if is_small else torch.get_num_threads()
         self.cache = KVCache(model.config, rows, self.context, dtype, self.device)
@@ -563,11 +564,11 @@ class Engine:
         return self.submit(self.tokenizer.chat(messages), **options).result()
 
     def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
-        """Returns a list of n Completions for each prompt (a text, a list of ids, or a conversation).
+        """Returns a list of n Completions for each prompt (a text, a list of ids, or a conversation). See submit for
+        the options.
 
         Sample j of prompt i draws from seed + i * n + j. The same calls give the same tokens on a CPU, and on a GPU but
-        for rounding. on_completion(i, j, completion) is called in the caller's thread as soon as that sample is done,
-        while the others are sampled or wait.
+        for rounding. on_completion(i, j, completion) is called in the caller's thread as soon as that sample is done.
         """
         requests = []
         for prompt in prompts:
@@ -658,8 +659,8 @@ class Engine:
     def step(self):
         """Runs one pass: every active row gets a token, and with it those of its draft that prove right.
 
-        A token is sampled at each drafted position with that position's own random number, as without a draft. The
-        draft only decides whether the positions after it count, so the tokens are those of plain decoding.
+        Each position has its own random number, with a draft and without, and the draft only decides whether the
+        positions after it count: so the tokens are those of plain decoding.
         """
         # 1. New requests get rows, and their prompts come into the cache.
         self.schedule()
