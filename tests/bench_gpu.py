@@ -338,8 +338,7 @@ def decode(scale, left):
     def measure(B, kernels, fixed_shapes, name):
         model.use_kernels(kernels, scale.device)
         prompts = [[b, *random_tokens(scale.prompt - 1, 250, b)] for b in range(B)]
-        engine = sample.Engine(net, tokenizer, B, scale.prompt + 128, pack=False, draft=False,
-                               fixed_shapes=fixed_shapes)
+        engine = sample.Engine(net, tokenizer, B, scale.prompt + 128, draft=False, fixed_shapes=fixed_shapes)
 
         def generate(num):
             passes = engine.passes
