@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,8 +241,7 @@ class KVCache:
 
 
 class ForwardBatch:
-    """The tokens of one pass: row rows[i] of a cache goes on with counts[i] >= 1 tokens after its starts[i] tokens. The
-    rows are neighbours, in order.
+    """The tokens of one pass: row rows[i] of a cache goes on with counts[i] >= 1 tokens after its starts[i] tokens.
 
     The new tokens of all rows, N together, stand back to back; positions: (1, N), where each stands in its row. A token
     sees its row up to its own position, so what an earlier conversation left beyond is never read. fresh: every row is
@@ -262,7 +261,7 @@ class ForwardBatch:
         if self.fresh:
             return
         # The first token of every row goes into one product; a row with more tokens has one of its own after it.
-        together = len(rows) > 1 and min(counts) == 1
+        together = len(rows) > 1 and min(counts) == 1 and rows[-1] - rows[0] == len(rows) - 1
         if together:
             tokens = slice(None) if max(counts) == 1 else begins
             self.add_part(tokens, rows[0], rows[-1] + 1, max(starts) + 1)
@@ -306,7 +305,7 @@ class ForwardBatch:
 class DecodeGraph(ForwardBatch):
     """A pass of one shape, run again and again: the first B rows of a cache, each with T new tokens that see its first
     S positions. All it reads and writes are tensors that stay where they are, so that on CUDA a pass is one graph,
-    which is replayed. On a CPU the same function runs as it stands.
+    which is replayed without asking the device anything. On a CPU the same function runs as it stands.
 
     A token at the cache's last position, which no row ever reaches, is padding: it writes there alone. Where T is 1,
     the tokens that a pass samples are the input of the next.
@@ -750,24 +749,37 @@ class Engine:
     def schedule(self):
         """Gives free rows to waiting requests, and brings their prompts but for the last token into the cache. Each
         reuses the longest beginning that some row holds."""
-        while self.waiting and len(self.active) < self.rows:
-            # 1. The row that shares most with the prompt. Of an active row its own prompt is known, not its reply.
-            row = len(self.active)
-            known = [len(request.prompt) - 1 for request in self.active] + self.lengths[row:]
-            with self.wake:
-                request = self.waiting.popleft()
-                self.active.append(request)
-            prompt = request.prompt[:-1]
-            equal = np.logical_and.accumulate(self.tokens[:, :len(prompt)] == prompt, axis=1).sum(1)
-            shared = np.minimum(equal, known)
-            source = int(shared.argmax())
-            self.assign_row(request, row, source, int(shared[source]))
-            # 2. What the row lacks is computed at once, so that the next request can copy it.
-            for start in range(self.lengths[row], len(prompt), PREFILL_TOKENS):
-                chunk = prompt[start:start + PREFILL_TOKENS]
-                batch = ForwardBatch(self.cache, [row], [start], [len(chunk)])
-                self.model.hidden_states(torch.from_numpy(chunk)[None].to(self.device), batch)
-                self.lengths[row] += len(chunk)
+        # 1. Requests get rows while there are any.
+        with self.wake:
+            ready = len(self.active)
+            while self.waiting and len(self.active) < self.rows:
+                self.active.append(self.waiting.popleft())
+        while ready < len(self.active):
+            # 2. The tokens of each row that a prompt may reuse: of an active row, those of its own prompt.
+            known = [len(request.prompt) - 1 for request in self.active[:ready]] + self.lengths[ready:]
+            row = ready
+            later = []
+            for request in self.active[ready:]:
+                # 3. The row that shares most with the prompt, unless one of this round will share more.
+                same = self.shared_prefix(request.prompt[:-1])
+                shared = np.minimum(same, known)
+                source = int(shared.argmax())
+                if same[ready:row].max(initial=0) > shared[source] + FEW_TOKENS:
+                    later.append(request)
+                    continue
+                self.assign_row(request, row, source, int(shared[source]))
+                known[row:] = self.lengths[row:]
+                self.active[row] = request
+                row += 1
+            # 4. This round is computed at once. Who waited for it copies from it in the next one.
+            self.active[row:] = later
+            self.prefill(range(ready, row))
+            ready = row
+
+    def shared_prefix(self, prompt):
+        """Returns how many tokens at the beginning of each row are the prompt's, (R,)."""
+        equal = self.tokens[:, :len(prompt)] == prompt
+        return np.logical_and.accumulate(equal, axis=1).sum(1)
 
     def assign_row(self, request, row, source, reused):
         """Makes `row` begin with the `reused` tokens of the row `source` that are the request's first."""
@@ -792,6 +804,19 @@ class Engine:
         if self.draft:
             request.lookup = PromptLookup(request.prompt, self.guess_counts)
         self.prefilled_tokens += P - reused
+
+    def prefill(self, rows):
+        """Computes what the cache lacks of the prompts in these rows, PREFILL_TOKENS in one pass."""
+        missing = [(row, pos) for row in rows for pos in range(self.lengths[row], len(self.active[row].prompt) - 1)]
+        for begin in range(0, len(missing), PREFILL_TOKENS):
+            part = missing[begin:begin + PREFILL_TOKENS]
+            counts = Counter(row for row, _ in part)
+            starts = [self.lengths[row] for row in counts]
+            batch = ForwardBatch(self.cache, list(counts), starts, list(counts.values()))
+            tokens = torch.tensor([[self.tokens[row, pos] for row, pos in part]], device=self.device)
+            self.model.hidden_states(tokens, batch)
+            for row, count in counts.items():
+                self.lengths[row] += count
 
     def append_token(self, request, token, logp):
         """Adds a sampled token to its reply. Returns the Completion if that ends it, else None."""
