@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import support  # noqa: F401  before torch
+
 import numpy as np
 import torch
 

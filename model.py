@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import support  # noqa: F401  before torch
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

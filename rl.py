@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 
+import support  # noqa: F401  before torch
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -723,7 +725,7 @@ def train(cfg, rank, world_size, device):
             cli.announce(f"{cfg.out}: going on after iteration {first}")
 
     # 3. The iterations.
-    peak = peak_flops(device)
+    peak = peak_flops(device, trainer.actor.compute_dtype)
     # Counted in forward passes. Log-probs of the sampler itself take none.
     passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)
     passes -= worker.samples_from(trainer.actor)

@@ -22,6 +22,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import support  # noqa: F401  before torch
+
 import numpy as np
 import tokenizers
 import torch

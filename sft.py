@@ -22,6 +22,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import support  # noqa: F401  before torch
+
 import torch
 import torch.distributed as dist
 
@@ -335,7 +337,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     log_file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
     threads = row_threads(config, device)
     valid_rows = packed_rows(valid, range(len(valid)), rank, world_size, cfg.max_row_tokens)
-    peak = peak_flops(device)
+    peak = peak_flops(device, model.compute_dtype)
     began = time.monotonic()
 
     for step in range(first, num_updates):

@@ -5,10 +5,6 @@ from pathlib import Path
 
 from support.sandbox import SandboxUnavailable, remove
 
-# Read when torch is first imported: threads that wait for each other sleep after so many spins. To spin on, the
-# default, is 3 % faster on an idle machine, but beside a script a decoding step takes seven times as long.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 
 class RunError(RuntimeError):
     """The run cannot go on, for a reason that is not a bug. The message is for the user."""

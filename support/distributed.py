@@ -467,13 +467,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peak_flops(device):
+def peak_flops(device, dtype):
     """Returns the operations a second of a device: the vendor's of a known GPU, None of another; measured on a CPU."""
     if device.type == "cuda":
         vendor = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # dense bfloat16
         name = torch.cuda.get_device_name(device)
         return next((flops for key, flops in vendor.items() if key in name), None)
-    x = torch.randn(1024, 1024)
+    x = torch.randn(1024, 1024, dtype=dtype)
     seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
     return 2 * 1024**3 / seconds
 

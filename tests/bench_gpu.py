@@ -377,7 +377,7 @@ def train(scale, left, compiled=False):
     """An SFT step at the 7B's width: tokens/s, MFU, and the peak of memory against --plan."""
     net = trained_model(scale)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, weight_decay=0, fused=True)
-    peak = distributed.peak_flops(scale.device)
+    peak = distributed.peak_flops(scale.device, torch.bfloat16)
     num_ids = scale.trained.vocab_size
     rows = []
     for length in scale.packed:
