@@ -226,11 +226,11 @@ def short_prompt(task, seen, script, is_best, steps_left):
     is_best: whether that score is of this script."""
     offered = untried(script, seen["tried"])
     lines = []
-    for number, (name, text, *_) in enumerate(constants(script), 1):
+    for number, (name, text, *_) in enumerate(constants(script)[:SHORT_CONSTANTS], 1):
         values = [value for which, value in offered if which == number]
         lines.append(" ".join([f"{number} {name} = {text}", *values]))
     content = SHORT.format(metric=task.metric, better=better_word(task), steps_left=steps_left, news=seen["news"],
-                           best=best_text(seen, is_best), constants="\n".join(lines[:SHORT_CONSTANTS]))
+                           best=best_text(seen, is_best), constants="\n".join(lines))
     return [{"role": "user", "content": content}]
 
 

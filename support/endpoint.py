@@ -46,7 +46,7 @@ class EndpointError(RunError):
     """A server gave no usable answer. tries: how often the same request is worth asking; pause_s: seconds to wait
     before the next, at least."""
 
-    def __init__(self, message, tries, pause_s=0.0):
+    def __init__(self, message, tries=1, pause_s=0.0):
         super().__init__(message)
         self.tries = tries
         self.pause_s = pause_s

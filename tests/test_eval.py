@@ -377,7 +377,7 @@ def test_a_damaged_line_is_named(tmp_path, task):
     with pytest.raises(ValueError, match="tiny-task-0.jsonl, line 1 is not JSON"):
         play(s, Scripted())
     path.write_text(path.read_text().removeprefix("not json\n").replace('"snapshot": {', '"snapshot": {"../x": "", '))
-    with pytest.raises(ValueError, match="tiny-task-0.jsonl, line 1 is no record .* snapshot names '../x'"):
+    with pytest.raises(ValueError, match="tiny-task-0.jsonl, line 1 is no record .* snapshot has '../x'"):
         play(s, Scripted())
 
 

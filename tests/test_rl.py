@@ -102,12 +102,15 @@ class Plain:
         self.named = dict(trainer.models.named_parameters())
         self.rates = {name: lr if name.startswith("actor.") else critic_lr for name in self.named}
         self.steps = []
+        self.state = {p: {"step": torch.zeros(())} for p in self.named.values()}
         trainer.optimizer = self
 
     @torch.no_grad()
     def step(self):
         grads = {name: p.grad for name, p in self.named.items() if p.grad is not None}
         self.steps.append({name: distributed.full_tensor(grad).clone() for name, grad in grads.items()})
+        for state in self.state.values():
+            state["step"] += 1
         for name, p in self.named.items():
             if p.grad is not None:
                 p -= self.rates[name] * p.grad
