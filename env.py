@@ -7,21 +7,19 @@
     python env.py replay runs/x/trajectories/FILE     # runs a recorded trajectory again and prints the differences
 
 A state is the chat messages and the workspace: a dict {path: sha256} over a store of blobs (support/storage.py). It
-becomes a folder only while a script runs, and the files that the script leaves are stored. So a snapshot is free, a
-recorded state comes back exactly, and no `..`, link or daemon reaches the workspace. A script that was stopped leaves
-the workspace as it was.
+becomes a folder only while a script runs. So a snapshot is free, a recorded state comes back exactly, and no `..`, link
+or daemon reaches the workspace.
 
-Actions have the names and arguments of MLAgentBench; Replace In Script is added, an edit that the policy writes itself.
-After every edit the entry script runs in a copy of the workspace, and its submission is graded here, against answers
-that the script cannot reach (support/sandbox.py). The agent never sees that score; it is told what the run printed
-(--no-show-scores: not even that), which is recorded too and not believed. Scripts run on Linux only.
+Actions have the names and arguments of MLAgentBench; Replace In Script and Set Constant are added, edits that the
+policy writes itself. After every edit the entry script runs in a copy of the workspace, and its submission is graded
+here, against answers that the script cannot reach (support/sandbox.py). The agent never sees that score; it is told
+what the run printed (--no-show-scores: not even that), which is recorded too and not believed.
 
 To add an action, write an entry in ACTIONS and a method of Env with the action's name in lower case, for example
 `_list_files` for "List Files".
-Only the miniature's agent has a list of actions of its own (support/miniature.py); any other has those of --actions, by
-default all.
 """
-import dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, tempfile, time, tokenize, zlib
+import contextlib, dataclasses, difflib, hashlib, importlib, io, json, math, os, re, sys, tempfile, time
+import tokenize, zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +29,11 @@ import tasks
 from reward import best_of, reward
 from support import cli, records, storage
 from support.cli import ContextFull, RunError
-from support.files import FLAG, check_form, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic
+from support.files import (
+    FLAG, check_form, is_text, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic)
 from support.parallel import run_parallel
-from support.records import AGENT, CANNOT_TAKE, header, record, restore_record
+from support.records import (  # noqa: F401
+    AGENT, CANNOT_TAKE, check_record, header, read_record, read_records, read_trajectory, record, restore_record)
 from support.sandbox import NO_SPACE, SLOTS, Result, discard, describe, execute, protection
 from support.storage import UNDO, Blobs, ResultCache, check_state, fits, without_undo
 
@@ -57,12 +57,13 @@ MAX_OBSERVATION = 5_000                 # characters, about 1,500 tokens
 OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # characters of a file or an output inside an observation
 NUMBER = r"(?:0|[1-9]\d{0,14})(?:\.\d{0,15})?(?:[eE][-+]?\d{1,2})?"     # as a script writes it
 NAME = r"[A-Z][A-Z0-9_]{0,99}"          # of a constant
+NUMBERED = ("start_line_number", "end_line_number", "constant", "value")    # arguments that may be numbers
 MAX_LINES = 200                         # of one Inspect Script Lines
 MAX_LISTED = 100                        # names of one List Files
 MAX_READ = 10 << 20                     # bytes that an action looks at
 MAX_SCRIPT = 1 << 20                    # bytes that an action may edit
 MAX_CODER = 20_000                      # characters that Understand File shows to the coder
-MAX_DIFF = 2_000                        # lines of two texts together that difflib compares, in 0.6 s at worst
+MAX_DIFF = 2_000                        # lines of two texts together that are compared, in 0.6 s at worst
 SHORT_CONSTANTS = 20                    # constants in a short prompt
 SHORT_NEWS = 100                        # characters of the news in a short prompt, and of a try in a medium one
 NUM_TRIES = 6                           # in a medium prompt
@@ -95,14 +96,7 @@ ACTIONS = {
     "Edit Script (AI)": Action(
         {"script_name": "file to start from", "edit_instruction": "what to change, step by step",
          "save_name": "file to write"},
-        "has a helper rewrite the script; check the difference it returns.", needs_coder=True, example="""\
-Reflection: The script runs; its validation score is the one to beat.
-Research Plan and Status: 1. Run train.py: done. 2. **Have the features scaled.** 3. Run it again and compare.
-Fact Check: The score is confirmed by the last observation. That scaling helps is guessed.
-Thought: The features have very different ranges, so I have them scaled before training.
-Action: Edit Script (AI)
-Action Input: {"script_name": "train.py", "edit_instruction": "Scale all features with StandardScaler, fitted on the \
-training part, before the model is trained.", "save_name": "train.py"}"""),
+        "has a helper rewrite the script; check the difference it returns.", needs_coder=True),
     "Replace In Script": Action(
         {"script_name": "file", "find": "exact text that occurs once", "replace": "the text to put there"},
         "your own edit of a script; copy `find` exactly, spaces included.", example="""\
@@ -214,13 +208,12 @@ NOTHING = {     # what is seen at the start, see Step
 
 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
-    """Returns the first message, the same for all tasks: tools, rules, format, and the examples of the first and the
-    last action that has one."""
-    replies = [action.example for name, action in ACTIONS.items() if name in actions and action.example]
+    """Returns the first message, the same for all tasks: tools, rules, format, and examples."""
     examples = []
-    for reply in replies[:1] + replies[1:][-1:]:
-        values = dict(line.split(": ", 1) for line in reply.splitlines())
-        examples.append("\n".join(f"{name}: {values[name]}" for name in fields))
+    for name in actions:
+        if ACTIONS[name].example:
+            values = dict(line.split(": ", 1) for line in ACTIONS[name].example.splitlines())
+            examples.append("\n".join(f"{field}: {values[field]}" for field in fields))
     return SYSTEM.format(
         tools="\n".join(f"- {name} {json.dumps(ACTIONS[name].args)}: {ACTIONS[name].text}" for name in actions),
         entries="\n".join(f"{name}: ({EXPLAIN[name]})" for name in fields),
@@ -228,27 +221,26 @@ def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
 
 
 def short_prompt(task, seen, script, is_best, steps_left):
-    """Returns the one message that a small model is shown: the best score that a run has printed, the numbered
-    constants of the entry script, each with the changes that are still to be tried, and what the last step brought.
-    seen: see NOTHING; is_best: whether that score is of this script."""
-    offered = {}        # number of a constant -> values
-    for number, value in untried(script, seen["tried"]):
-        offered.setdefault(number, []).append(value)
+    """Returns the one message that a small model is shown: the best printed score, the numbered constants of the
+    script, each with the changes that are still to be tried, and what the last step brought. seen: see NOTHING;
+    is_best: whether that score is of this script."""
+    offered = untried(script, seen["tried"])
     lines = []
-    for number, (name, text, *_) in enumerate(constants(script), 1):
-        lines.append(" ".join([f"{number} {name} = {text}", *offered.get(number, [])]))
+    for number, (name, text, *_) in enumerate(constants(script)[:SHORT_CONSTANTS], 1):
+        values = [value for which, value in offered if which == number]
+        lines.append(" ".join([f"{number} {name} = {text}", *values]))
     content = SHORT.format(metric=task.metric, better=better_word(task), steps_left=steps_left, news=seen["news"],
-                           best=best_text(seen, is_best), constants="\n".join(lines[:SHORT_CONSTANTS]))
+                           best=best_text(seen, is_best), constants="\n".join(lines))
     return [{"role": "user", "content": content}]
 
 
 def medium_prompt(task, seen, script, is_best, steps_left, actions, fields):
-    """Returns the two messages that a model of some hundred million weights is shown: the tools, and the best score
-    that a run has printed, the last tries and the script, of which a long one is cut. See short_prompt."""
-    whole_examples = MEDIUM_EXAMPLES | medium_edits(script, steps_left)
+    """Returns the two messages for a model of some hundred million weights: the tools; and the best printed score, the
+    last tries and the script. See short_prompt."""
+    thoughts_and_args = MEDIUM_EXAMPLES | medium_edits(script, steps_left)
     examples = []
     for name in actions:
-        thought, args = whole_examples.get(name, ("I need this tool.", ACTIONS[name].args))
+        thought, args = thoughts_and_args.get(name, ("I need this tool.", ACTIONS[name].args))
         values = dict.fromkeys(fields, thought) | {"Action": name, "Action Input": json.dumps(args)}
         examples.append("\n".join(f"{field}: {values[field]}" for field in fields))
     shown = shown_script(script).rstrip("\n")
@@ -309,13 +301,12 @@ class InvalidAction(ValueError):
 
 
 def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
-    """Reads any reply. Returns (values, action, args, error): the texts of the entries, the name and the arguments of
-    the action, and "" if the action may be carried out, else one sentence.
+    """Reads any reply, in linear time. Returns (values, action, args, error): the texts of the entries, the name and
+    the arguments of the action, and "" if it may be carried out, else one sentence.
 
-    Entries begin a line, in the order of `fields`; another case and markdown signs round the name pass, and of one that
-    is repeated the first counts. Text after a line that starts with "Observation:" is invented and not read. Quoting
-    signs round the action pass. Its input is the first JSON object after the header; code fences before it, raw line
-    breaks in its texts and anything after it pass. All searches take linear time.
+    Entries begin a line, in the order of `fields`, in any case, with or without markdown signs; of one that is repeated
+    the first counts. What follows a line "Observation:" is invented and not read. The Action Input is the first JSON
+    object after its header; raw line breaks in its texts pass.
     """
     values = {}
     action = None
@@ -334,29 +325,27 @@ def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
 
 
 def read_entries(reply, fields, values):
-    """Puts the texts of all entries but the last into `values`, and returns the text after the last header."""
+    """Puts the texts of all entries but the last into `values`; returns the text after the last header."""
     if len(reply) > MAX_REPLY:
         raise InvalidAction(f"The reply is longer than {MAX_REPLY:,} characters.")
     if not reply.strip():
         raise InvalidAction("The reply is empty.")
     text = cut_observation(reply)
-    last = None
     begin = 0
-    for name in fields:
+    for last, name in zip((None, *fields), fields):
         header = rf"^[ \t>*#-]{{0,8}}{re.escape(name)}[ \t*]{{0,8}}:[ \t*]{{0,8}}"
         match = re.compile(header, re.MULTILINE | re.IGNORECASE).search(text, begin)
         if not match:
             raise InvalidAction(f'The entry "{name}:" is missing; expected are, in this order and each on its '
-                               f'own line: {", ".join(fields)}.')
+                                f'own line: {", ".join(fields)}.')
         if last:
             values[last] = text[begin:match.start()].strip()
-        last = name
         begin = match.end()
     return text[begin:]
 
 
 def read_args(name, source):
-    """Returns the arguments of an action from the text after "Action Input:"."""
+    """Returns the arguments of an action, texts all, from the text after "Action Input:"."""
     keys = ACTIONS[name].args
     expected = f"expected is {json.dumps(keys)}"
     try:
@@ -368,15 +357,12 @@ def read_args(name, source):
         names = shorten(", ".join(map(repr, args)), 200) or "none"
         raise InvalidAction(f"The Action Input of {name} has the keys {names}; {expected}.")
     for key, value in args.items():
-        is_whole = key.endswith("line_number") or key == "constant"
-        if is_whole and type(value) is int or key == "value" and type(value) in (int, float):
+        if key in NUMBERED and type(value) in (int, float):
             args[key] = value = str(value)
-        is_name = key == "constant" and type(value) is str and re.fullmatch(NAME, value.strip())
-        if type(value) is not str or is_whole and not is_name and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-            kind = "a whole number" if is_whole else "a text in double quotes"
-            raise InvalidAction(f'"{key}" must be {kind}; found {shorten(repr(value), 60)}.')
-        if value != plain(value):
-            raise InvalidAction(f'"{key}" holds half a surrogate pair, which is no character.')
+        if not is_text(value):
+            raise InvalidAction(f'"{key}" must be a text in double quotes; found {shorten(ascii(value), 60)}.')
+        if key.endswith("line_number") and not re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
+            raise InvalidAction(f'"{key}" must be a whole number; found {shorten(ascii(value), 60)}.')
     return args
 
 
@@ -402,8 +388,7 @@ def script_text(blobs, sha):
 
 def constants(script):
     """Returns [(name, text of the number, start and end of that text)] of the numbered constants of a script: its lines
-    `NAME = number` with at most a comment behind, in the order of their names, so that a number says nothing about the
-    place in a script. How it is seeded and validated is not among them."""
+    `NAME = number` in the order of their names, but not how it is seeded and validated."""
     line = rf"^({NAME}) = ({NUMBER})(?=[ \t]{{0,99}}(?:#|$))"
     found = []
     for match in re.finditer(line, script, re.MULTILINE):
@@ -413,19 +398,16 @@ def constants(script):
 
 
 def find_constant(script, constant):
-    """Returns the number of a constant, from 1. constant: that number or its name, a text. InvalidAction: there is no
+    """Returns the number of a constant, from 1. constant: that number or its name. InvalidAction: there is no
     such constant."""
     names = [name for name, *_ in constants(script)]
-    if not names:
-        raise InvalidAction("The script has no constant, a line such as EPOCHS = 5.")
-    constant = str(constant).strip()
+    constant = str(constant).strip()     # or a whole number
     if constant in names:
         return names.index(constant) + 1
-    number = int(constant) if constant.isdecimal() else 0
-    if not 1 <= number <= len(names):
-        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names[:MAX_LISTED], 1))
-        raise InvalidAction(f"There is no constant {number if constant.isdecimal() else constant}; there is {listed}.")
-    return number
+    if re.fullmatch("[0-9]{1,9}", constant) and 1 <= int(constant) <= len(names):
+        return int(constant)
+    listed = ", ".join(f"{i} {name}" for i, name in enumerate(names[:MAX_LISTED], 1))
+    raise InvalidAction(f"There is no constant {shorten(constant, 60)}; there is {listed or 'none in the script'}.")
 
 
 def set_constant(script, constant, value):
@@ -437,17 +419,14 @@ def set_constant(script, constant, value):
 
 
 def change_number(name, before, value):
-    """Returns the text of the number that takes the place of `before`. See set_constant."""
+    """Returns the text of the number in the place of `before`. See set_constant."""
     parts = re.fullmatch(rf"\s*([*/]?)\s*(-?{NUMBER})\s*", value)
-    if not parts:
-        shown = shorten(repr(value), 60)
-        raise InvalidAction(f"The value must be a number, or a factor such as *2 or /2; found {shown}.")
+    if not parts or parts[1] and float(parts[2]) <= 0:
+        raise InvalidAction("The value must be a number, or a factor above 0 such as *2 or /2; found "
+                            f"{shorten(repr(value), 60)}.")
     sign, after = parts.groups()
     if sign:
-        factor = float(after)
-        if factor <= 0:
-            raise InvalidAction(f"A factor must be above 0; found {after}.")
-        number = float(before) * (factor if sign == "*" else 1 / factor)
+        number = float(before) * (float(after) if sign == "*" else 1 / float(after))
         after = str(max(1, round(number))) if before.isdigit() else str(float(f"{number:.3g}"))
         if not re.fullmatch(NUMBER, after):
             raise InvalidAction(f"{name} = {after} is out of bounds.")
@@ -459,13 +438,14 @@ def change_number(name, before, value):
 def without_comments(script):
     """Returns the text of a script without comments, docstrings and empty lines."""
     lines = script.splitlines()
-    tokens = [token for token in tokenize.generate_tokens(io.StringIO(script).readline)
-              if token.type not in (tokenize.COMMENT, tokenize.NL)]
-    for before, token, after in zip([None, *tokens], tokens, tokens[1:]):
-        begins = before is None or before.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-        if token.type == tokenize.STRING and begins and after.type == tokenize.NEWLINE:
+    begins = True       # a statement
+    tokens = list(tokenize.generate_tokens(io.StringIO(script).readline))
+    code = [token for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
+    for token, after in zip(code, code[1:]):
+        if begins and token.type == tokenize.STRING and after.type == tokenize.NEWLINE:
             lines[token.start[0] - 1:token.end[0]] = [""] * (token.end[0] - token.start[0] + 1)
-    for token in tokenize.generate_tokens(io.StringIO(script).readline):
+        begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for token in tokens:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
@@ -473,18 +453,16 @@ def without_comments(script):
 
 
 def changes(script):
-    """Returns [(number of a constant, value)] of what a short prompt offers: what changes the script, with shares below
-    1."""
+    """Returns [(number of a constant, value)] of what a short prompt offers: what changes the script and lets a share
+    be below 1."""
     found = []
     for number, (name, text, *_) in enumerate(constants(script), 1):
         is_zero = float(text) == 0 and "." in text
         for value in NUMBERS if is_zero else FACTORS:
-            try:
+            with contextlib.suppress(InvalidAction):
                 after = float(change_number(name, text, value))
-            except InvalidAction:
-                continue
-            if not 0 < float(text) < 1 <= after:
-                found.append((number, value))
+                if not 0 < float(text) < 1 <= after:
+                    found.append((number, value))
     return found
 
 
@@ -495,7 +473,7 @@ def untried(script, tried):
 
 
 def inverse(change):
-    """Returns the arguments of a Set Constant that takes another one back; {} where that was not by a factor."""
+    """Returns the arguments of the Set Constant that takes one back; {} where that was not by a factor."""
     if change.get("value", "")[:1] not in ("*", "/"):
         return {}
     sign = "/" if change["value"].startswith("*") else "*"
@@ -503,25 +481,12 @@ def inverse(change):
 
 
 def difference(before, after):
-    """Returns the lines of a unified difference of two texts, without its heads. Long texts, for which difflib takes
-    quadratic time, give one piece from the first line that differs to the last."""
+    """Returns the lines of a unified difference of two texts, without its heads."""
     before = before.splitlines()
     after = after.splitlines()
-    if len(before) + len(after) <= MAX_DIFF:
-        return list(difflib.unified_diff(before, after, lineterm="", n=2))[2:]
-    shortest = min(len(before), len(after))
-    head = 0
-    tail = 0
-    while head < shortest and before[head] == after[head]:
-        head += 1
-    while tail < shortest - head and before[-1 - tail] == after[-1 - tail]:
-        tail += 1
-    removed = before[head:len(before) - tail]
-    added = after[head:len(after) - tail]
-    if not removed and not added:       # they differ in their line ends
-        return []
-    return [f"@@ -{head + 1},{len(removed)} +{head + 1},{len(added)} @@", *(f"-{line}" for line in removed),
-            *(f"+{line}" for line in added)]
+    if len(before) + len(after) > MAX_DIFF:     # difflib takes quadratic time
+        return [f"(too long to be shown: {len(before):,} lines before, {len(after):,} after)"]
+    return list(difflib.unified_diff(before, after, lineterm="", n=2))[2:]
 
 
 def printed_metric(stdout, metric=""):
@@ -582,7 +547,7 @@ class AgentSettings(cli.TaskSettings):
 
 def read_agent(folder):
     """Returns {name: value} of the settings that agent.json in the folder of a model tells, {} where there is none.
-    ValueError: an entry has another type, or is out of bounds. Other entries are ignored, which is announced."""
+    ValueError: an entry is not of its form. Entries that are no such settings are ignored, which is announced."""
     path = Path(folder, "agent.json")
     raw = read_bytes(path, 1 << 16)
     if raw is None:
@@ -654,15 +619,14 @@ class Step:
 
 
 class Env:
-    """One trajectory on one task.
+    """One trajectory on one task. The scaffolds of other papers are subclasses.
 
     task: a Task or its id. data: the folder of prepared data. out: where `blobs/` is kept; many Envs may share it.
-    actions: names from ACTIONS; without a coder those that need one are left out. fields: the entries of a reply.
-    steps, seconds: limits of the trajectory; to wait for a free slot does not count. coder: callable(messages) -> str,
-    a second model for the (AI) actions; its ValueError (a text that does not fit) goes to the agent, other errors to
-    the caller. prompt_format: what prompt() shows of a state, one of PROMPTS. show_scores: whether the observation
-    of an edit tells the score that its run printed. python, threads, sandbox: see execute. gpu: "0,1" gives each script
-    one of these GPUs. cache: a ResultCache (default: one in out). The scaffolds of other papers are subclasses.
+    actions: names from ACTIONS; without a coder those that need one are left out. steps, seconds: limits of the
+    trajectory; to wait for a free slot does not count. coder: callable(messages) -> str, a second model for the (AI)
+    actions; its ValueError (a text that does not fit) goes to the agent. fields, prompt_format, show_scores: see
+    AgentSettings. python, threads, sandbox: see execute. gpu: "0,1" gives each script one of these GPUs. cache: a
+    ResultCache (default: one in out).
     """
     stop = ("\nObservation:",)      # texts that end a reply
     num_tries = 1                   # replies of a step; a subclass with more says which of them is_readable,
@@ -713,11 +677,10 @@ class Env:
 
     def restore(self, snapshot, messages=None, *, index=0, m_before=None, m_top=None, seconds=None, seen=NOTHING,
                 past=()):
-        """Continues from a recorded state: the workspace before step `index`, the messages so far, the score of the
-        last edit (default: the starter's), the best score of an edit or the starter (default: the better of these two),
-        the seconds left (default: all) and what the agent has seen, as the record of the last step tells it (default:
-        nothing). past: the records of the steps so far, for scaffolds that look back. ValueError: it is no snapshot.
-        MissingBlob: a file is missing or damaged, or they are too large."""
+        """Continues from a recorded state before step `index`. m_before: the score of the last edit (default: the
+        starter's). m_top: the best score so far. seconds: that are left (default: all). seen: what the agent has seen,
+        as the record of the last step tells it. past: the records of the steps, for scaffolds that look back.
+        ValueError: it is no snapshot. MissingBlob: a file is missing or damaged, or they are too large."""
         check_state(snapshot, self.blobs)
         self.files = dict(snapshot)
         self.index = index
@@ -749,19 +712,13 @@ class Env:
         return bool(self.ended)
 
     def step(self, reply, tokens=None):
-        """Carries out any reply and returns the Step; after the end nothing is done. tokens: the sampled ids that spell
-        the reply, kept in the messages so that its text is not encoded again."""
+        """Carries out any reply and returns the Step. tokens: the sampled ids that spell the reply, kept in the
+        messages so that its text is not encoded again. ValueError: the trajectory is over."""
+        if self.done:
+            raise ValueError("the trajectory is over")
         started = time.monotonic()
         reply = plain(reply[:MAX_REPLY + 1])
         step = Step(self.index, reply, m_before=self.m_before, m_top=self.m_top, time_left_s=self.deadline - started)
-        if self.done:
-            step.kind = "invalid"
-            step.error = "The trajectory is over; nothing was done."
-            step.observation = step.error
-            step.m_after = self.m_before
-            step.snapshot = self.snapshot()
-            step.ended = self.ended
-            return step
 
         # 1. The reply becomes an action, and the action changes the workspace.
         step.fields, step.action, step.args, parse_error = self.read(reply)
@@ -789,22 +746,25 @@ class Env:
         step.messages = self.messages_of(step, tokens, parse_error)
         self.messages += step.messages
         if step.valid:      # else a short prompt stays as it was: a small model that sees its own slips repeats them
-            name = step.action
-            if name.startswith("Set Constant") and self.seen["change"]:     # else the disk was full
-                name = self.describe_change()
-            outcome = step.news or step.observation.partition("\n")[0]
-            outcome = " ".join(outcome.split()).rstrip(".")
-            self.seen["news"] = f"{outcome[:SHORT_NEWS]}, after {' '.join(name.split())[:SHORT_NEWS]}"
-            title = self.change_text or step.action
-            if step.action == "Replace In Script":
-                title = f"{title}, {' '.join(step.fields.get('Thought', '').split())[:SHORT_NEWS]}"
-            self.seen["tries"] = [*self.seen["tries"], f"{title}: {outcome[:SHORT_NEWS]}"][-NUM_TRIES:]
+            self.remember_news(step)
         for name in NOTHING:
             setattr(step, name, self.seen[name])
         step.snapshot = self.snapshot()
         step.ended = self.ended
         step.seconds = time.monotonic() - started
         return step
+
+    def remember_news(self, step):
+        """Puts what a step has brought into what short and medium prompts tell."""
+        name = step.action
+        if name.startswith("Set Constant") and self.seen["change"]:     # else the disk was full
+            name = self.describe_change()
+        outcome = " ".join((step.news or step.observation.partition("\n")[0]).split()).rstrip(".")[:SHORT_NEWS]
+        self.seen["news"] = f"{outcome}, after {name[:SHORT_NEWS]}"
+        title = self.change_text or step.action
+        if step.action == "Replace In Script":
+            title = f"{title}, {' '.join(step.fields.get('Thought', '').split())[:SHORT_NEWS]}"
+        self.seen["tries"] = [*self.seen["tries"], f"{title}: {outcome}"][-NUM_TRIES:]
 
     def read(self, reply):
         """Returns what parse does of a reply."""
@@ -821,19 +781,19 @@ class Env:
         """Returns the last Set Constant in words, and whether a short prompt still offers what goes on from it: the
         same again after a better score, else the inverse."""
         change = self.seen["change"]
-        text = f"Set Constant {change['constant']} {change['value']}"
         best = self.seen["best_script"]
+        following = {}
         if self.files[self.task.entry] == best:
             word = "again"
             following = change
         elif self.files[self._versions(self.task.entry)[-1]] == best:
             word = "inversely"
             following = inverse(change)
-        else:
-            return text
-        offered = untried(script_text(self.blobs, best), self.seen["tried"])
-        if following and (int(following["constant"]), following["value"]) in offered:
-            text += f", {word} is untried"
+        text = " ".join(f"Set Constant {change['constant']} {change['value']}".split())
+        if following:
+            offered = untried(script_text(self.blobs, best), self.seen["tried"])
+            if (int(following["constant"]), following["value"]) in offered:
+                text += f", {word} is untried"
         return text
 
     def act(self, step, parse_error):
@@ -859,7 +819,7 @@ class Env:
             step.valid = True
             step.outcome = "disk full"
             step.detail = f"This machine could not store the files: {error.strerror}."
-            step.observation = f"{step.detail} {OUTCOMES['disk full'][1]}"
+            step.observation = step.detail
 
     def messages_of(self, step, tokens, parse_error):
         """Returns the chat messages that a step adds."""
@@ -878,25 +838,20 @@ class Env:
         """Returns the normalised path, "" for the workspace. InvalidAction: it leads out, or must not be written."""
         shown = shorten(repr(text), 80)
         text = text.strip()
-        if text.startswith(("/", "~")) or ".." in text.split("/"):
-            raise InvalidAction(f"{shown} is outside the workspace; name files relative to it, such as "
-                                f"{self.task.entry}.")
         path = "/".join(part for part in text.split("/") if part not in ("", "."))
-        if path and not storage.is_path(path):
-            reason = f": it begins with {path[0]!r}" if path[0] in "~-" else ""     # as an option of the interpreter
-            raise InvalidAction(f"{shown} is not a usable file name{reason}.")
-        if write and (not path or text.endswith("/") or any(name.startswith(path + "/") for name in self.files)):
-            raise InvalidAction(f"{shown} is a folder, not a file.")
+        if text.startswith(("/", "~")) or path and not storage.is_path(path):
+            raise InvalidAction(f"{shown} is no usable name; name files relative to the workspace, such as "
+                                f"{self.task.entry}.")
         if f"{path}/".startswith(UNDO) or write and self._public(path):
             raise InvalidAction(f"{shown} is read-only.")
-        above = [name for name in self.files if path.startswith(name + "/")]
-        if write and above:
-            raise InvalidAction(f"{shown} cannot be written: {above[0]} is a file, not a folder.")
+        if write and (not path or text.endswith("/") or any(
+                name.startswith(f"{path}/") or path.startswith(f"{name}/") for name in self.files)):
+            raise InvalidAction(f"{shown} cannot be written: it is a folder, or below a file.")
         return path
 
     def _public(self, path):
         """Returns the real path of "data" or "data/...", None for other paths. Links are followed inside data only."""
-        if path != "data" and not path.startswith("data/"):
+        if path.split("/")[0] != "data":
             return None
         real = (self.public / path[5:]).resolve()
         if not real.is_relative_to(self.public):
@@ -910,21 +865,18 @@ class Env:
             return public
         if path in self.files:
             return self.blobs.path(self.files[path])
-        if not path or public and public.is_dir() or any(name.startswith(path + "/") for name in self.files):
-            raise InvalidAction(f"{path or '.'} is a folder, not a file.")
         names = sorted(without_undo(self.files))
-        raise InvalidAction(f"There is no file {path}; the workspace holds {', '.join(names[:20])}, data/.")
+        raise InvalidAction(f"There is no file {path or '.'}; the workspace holds {', '.join(names[:20])}, data/.")
 
     def _text(self, path, edit=False):
-        """Returns (text of the first MAX_READ bytes, size in bytes) of a file. InvalidAction: it is binary or, for an
-        edit, not UTF-8 or larger than MAX_SCRIPT."""
+        """Returns (text of the first MAX_READ bytes, size in bytes) of a file. InvalidAction: it is no text or, for an
+        edit, too large."""
         file = self._file(path)
         size = file.stat().st_size
         content = read_start(file, MAX_READ)
         text = content.decode("utf-8", "replace")
         if b"\0" in content[:8192] or text.count("\ufffd") > len(text) // 10:
-            raise InvalidAction(f"{path} is a binary file of {size:,} bytes that starts with {content[:8].hex(' ')}; "
-                                "it cannot be shown. Read it in a script.")
+            raise InvalidAction(f"{path} is a binary file of {size:,} bytes; read it in a script.")
         if edit and (size > MAX_SCRIPT or text.encode() != content):
             raise InvalidAction(f"{path} cannot be edited: it must be UTF-8 text of at most {MAX_SCRIPT:,} bytes.")
         return text, size
@@ -945,7 +897,7 @@ class Env:
         self.files[path] = sha
 
     def _replaced(self):
-        """Returns [(number of an edit, path under .undo/)], in order."""
+        """Returns [(number of an edit, path under .undo/)] in order."""
         return sorted((int(name.split("/")[1]), name) for name in self.files if name.startswith(UNDO))
 
     def _versions(self, path):
@@ -984,25 +936,20 @@ class Env:
         if public and public.is_dir():
             with os.scandir(public) as entries:
                 for entry in entries:
-                    if entry.is_dir():
-                        contents[entry.name + "/"] = entry.path
-                    elif entry.is_file():
-                        contents[entry.name] = entry.path
-        else:
-            for name, sha in without_undo(self.files).items():
-                if name.startswith(prefix):
-                    first, slash, _ = name[len(prefix):].partition("/")
-                    contents[first + slash] = self.blobs.path(sha)
-            if not path:
-                contents["data/"] = self.public
+                    contents[entry.name + ("/" if entry.is_dir() else "")] = entry.path
+        for name, sha in without_undo(self.files).items():
+            if name.startswith(prefix):
+                first, slash, _ = name[len(prefix):].partition("/")
+                contents[first + slash] = self.blobs.path(sha)
+        if not path:
+            contents["data/"] = self.public
         if not contents:
             raise InvalidAction(f"There is no folder {path}.")
         return contents
 
     def _inspect_script_lines(self, step, script_name, start_line_number, end_line_number):
         path = self._path(script_name)
-        text, size = self._text(path)
-        lines = text.splitlines()
+        lines = self._text(path)[0].splitlines()
         first = int(start_line_number)
         last = int(end_line_number)
         if not 1 <= first <= min(last, max(1, len(lines))):
@@ -1011,8 +958,7 @@ class Env:
         shown = [shorten(line, OUTPUT_ROOM) for line in lines[first - 1:last]]
         while len(shown) > 1 and len("\n".join(shown)) >= MAX_OBSERVATION - 200:
             shown.pop()
-        part = f" (those of its first {MAX_READ:,} bytes)" if size > MAX_READ else ""
-        return "\n".join([f"Lines {first} to {first + len(shown) - 1} of {len(lines):,}{part} of {path}:", *shown])
+        return "\n".join([f"Lines {first} to {first + len(shown) - 1} of {len(lines):,} of {path}:", *shown])
 
     def _understand_file(self, step, file_name, things_to_look_for):
         path = self._path(file_name)
@@ -1053,8 +999,7 @@ class Env:
         if start < 0:
             raise InvalidAction(f'"find" does not occur in {path}; copy it exactly as Inspect Script Lines shows it.')
         if before.find(find, start + 1) >= 0:      # also where the two overlap
-            raise InvalidAction(f'"find" occurs {max(2, before.count(find))} times in {path}, not once; take in more '
-                                "of the lines around it.")
+            raise InvalidAction(f'"find" occurs more than once in {path}; take in more of the lines around it.')
         return self._edit(step, path, before, before[:start] + replace + before[start + len(find):])
 
     def _set_constant(self, step, constant, value):
@@ -1100,13 +1045,9 @@ class Env:
         names = self._versions(path)
         if not names:
             raise InvalidAction(f"There is no edit of {path} to undo.")
-        sha_before = self.files.get(path)
+        before = script_text(self.blobs, self.files.get(path))
         self.files[path] = self.files.pop(names[-1])
-        if self.files[path] == sha_before:
-            return f"{path} is as it was: the edit changed nothing."
-        before = script_text(self.blobs, sha_before)
-        after = script_text(self.blobs, self.files[path])
-        return self._score_saved(step, path, before, after)
+        return self._score_saved(step, path, before, script_text(self.blobs, self.files[path]))
 
     def _copy_file(self, step, source, destination):
         origin = self._path(source)
@@ -1114,11 +1055,8 @@ class Env:
         file = self._file(origin)
         if file.stat().st_size > storage.MAX_BYTES // 2:
             raise InvalidAction(f"{origin} is too large to be copied; scripts can read it where it is.")
-        score_lines = []
-        if origin != target:
-            self._write(target, file)
-            if target == self.task.entry:
-                score_lines = self._score_edit(step)
+        self._write(target, file)
+        score_lines = self._score_edit(step) if target == self.task.entry else []
         return "\n".join([f"{origin} is copied to {target}.", *score_lines])
 
     def _execute_script(self, step, script_name):
@@ -1137,21 +1075,15 @@ class Env:
     def _describe_run(self, path, result):
         ending = "ran to the end in" if result.outcome == "ok" else f"ended with: {result.outcome}, after"
         parts = [f"{path} {ending} {result.seconds:.1f} s."]
+        stdout = result.stdout.strip()
+        stderr = result.stderr.strip()
         if result.exit_code == 0:
-            output = result.stdout.strip() or result.stderr.strip() or "It printed nothing."
-            parts.append(shorten(output, OUTPUT_ROOM))
+            parts.append(shorten(stdout or stderr or "It printed nothing.", OUTPUT_ROOM))
         else:  # the output before the error stays
-            outputs = [result.stdout.strip(), result.stderr.strip()]
-            parts += [shorten(output, OUTPUT_ROOM // 2) for output in outputs if output]
-        missing = re.match(r"ModuleNotFoundError: No module named '([^']{1,60})'", result.detail)
-        if missing:
-            parts.append(f"The package {missing[1]} is not installed and cannot be; do without it.")
-        elif result.outcome != "ok":
+            parts += [shorten(output, OUTPUT_ROOM // 2) for output in (stdout, stderr) if output]
+        if result.outcome != "ok":
             parts.append(f"{shorten(result.detail, 300)} {OUTCOMES[result.outcome][1]}".strip())
-        text = "\n".join(parts)
-        if any(text in message["content"] for message in self.messages):
-            text += "\nYou have seen this result: nothing has changed since. Edit the script first."
-        return text
+        return "\n".join(parts)
 
     def _final_answer(self, step, final_answer):
         self.ended = "final answer"
@@ -1165,8 +1097,7 @@ class Env:
         return score, result
 
     def _score_edit(self, step):
-        """Scores the workspace after an edit. Returns the lines that tell the agent what the run printed, and nothing
-        of the score."""
+        """Scores the workspace after an edit. Returns the lines that tell the agent what the run printed."""
         entry = self.task.entry
         self.seen["change"] = {}
         if entry in self.files and not self._is_too_large(entry):
@@ -1207,13 +1138,12 @@ class Env:
         if step.printed is None:
             return "no score was printed"
         best = self.seen["best_printed"]
+        comparison = "equal to" if step.printed == best else "worse than"
         if best is None or best_of(self.task.direction, best, step.printed) != best:
             self.seen |= {"best_printed": step.printed, "best_script": self.files[self.task.entry], "tried": []}
+            comparison = "better than"
         if best is None:
             return f"{step.printed:.5g}"
-        comparison = "equal to" if step.printed == best else "worse than"
-        if self.seen["best_printed"] != best:
-            comparison = "better than"
         return f"{step.printed:.5g}, {comparison} {best:.5g}"
 
     def _cached_run(self, script, timeout_s):
@@ -1227,14 +1157,12 @@ class Env:
         with self.cache.key_lock(key):
             self.deadline += time.monotonic() - waiting
             run = self._recall(key)
-            if run:
-                self.cache.count("hits")
-                return run
-            self.cache.count("runs")
-            run = self._run(script, before, timeout_s)
-            if comes_again(run.result):
-                entry = {"result": dataclasses.asdict(run.result), "score": run.score, "after": run.files}
-                self.cache.put(key, entry)
+            self.cache.count("hits" if run else "runs")
+            if not run:
+                run = self._run(script, before, timeout_s)
+                if comes_again(run.result):
+                    entry = {"result": dataclasses.asdict(run.result), "score": run.score, "after": run.files}
+                    self.cache.put(key, entry)
             return run
 
     def _key(self, script, before):
@@ -1249,7 +1177,7 @@ class Env:
         """Returns the Run in the cache; None if there is none, if no run gives such an entry, or if files are gone."""
         try:
             entry = self.cache.get(key)
-            check_form(entry, FORMS["cached"], "the entry")
+            check_form(entry, records.FORMS["cached"], "the entry")
             run = Run(Result(**entry["result"]), entry["score"], entry["after"])
             if run.files is not None:
                 check_state(run.files, self.blobs)
@@ -1277,24 +1205,24 @@ class Env:
                 if stamps_of(self.public) != stamps:
                     raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
                                        f"python -m tasks prepare {self.task.id} --force")
-                texts = {name: getattr(result, name).replace(f"{folder}/", "")      # without its random name
-                         for name in ("stdout", "stderr", "detail")}
-                result = dataclasses.replace(result, **texts)
+                outcome = result.outcome
+                detail = result.detail
                 # 2. The files that it left are stored.
-                if result.outcome in ("ok", "error"):
+                if outcome in ("ok", "error"):
                     files = storage.collect_folder(folder, self.blobs)
                     if files is None:
-                        detail = (f"It left more than {storage.MAX_FILES} files or {storage.MAX_BYTES >> 20} MiB; "
-                                  "nothing was kept.")
-                        result = dataclasses.replace(result, outcome="disk full", detail=detail)
+                        outcome = "disk full"
+                        detail = f"It left more than {storage.MAX_FILES} files or {storage.MAX_BYTES >> 20} MiB."
                 # 3. A submission is graded; of another script than the entry script only a new one.
-                if result.outcome == "ok" and (
+                if outcome == "ok" and (
                         script == self.task.entry or files.get("submission.csv") != before.get("submission.csv")):
                     outcome, detail, score = self._grade(folder / "submission.csv")
-                    result = dataclasses.replace(result, outcome=outcome, detail=detail)
             finally:
                 discard(folder)
-        return Run(result, score, files)
+        texts = {"stdout": result.stdout, "stderr": result.stderr, "detail": detail}
+        for name, text in texts.items():    # without the random name of the folder
+            texts[name] = text.replace(f"{folder}/", "")
+        return Run(dataclasses.replace(result, outcome=outcome, **texts), score, files)
 
     def _grade(self, submission):
         """Returns (outcome, detail, graded score or None)."""
@@ -1347,8 +1275,7 @@ def ask_coder_model(model, messages, **options):
 
 
 def model_policy(cfg, model, hint=""):
-    """Returns the function by which a model replies in play_trajectory. hint: a text that the model is told besides;
-    the record of the trajectory is without it."""
+    """Returns the function by which a model replies in play_trajectory. hint: a text that is told, and not recorded."""
     tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
 
     def reply(env, lines, seed):
@@ -1358,19 +1285,19 @@ def model_policy(cfg, model, hint=""):
         tried = []      # more than one where the scaffold asks again for what it cannot read
         while not tried or len(tried) < env.num_tries and not env.is_readable(tried[-1].text):
             first["content"] += env.reminder if tried else ""
-            completion = model.chat(messages, max_new_tokens=cfg.max_new_tokens, stop=env.stop,
-                                    seed=seed + len(tried), temperature=cfg.temperature, top_p=cfg.top_p)
-            tried.append(completion)
-        tokens = tokenizer.spelling(completion.tokens, completion.text) if tokenizer else None
+            tried.append(model.chat(messages, max_new_tokens=cfg.max_new_tokens, stop=env.stop,
+                                    seed=seed + len(tried), temperature=cfg.temperature, top_p=cfg.top_p))
+        last = tried[-1]
+        tokens = tokenizer.spelling(last.tokens, last.text) if tokenizer else None
         entries = {
-            "finish": completion.finish, "tokens": sum(len(each.tokens) or each.num_tokens for each in tried),
+            "finish": last.finish, "tokens": sum(len(each.tokens) or each.num_tokens for each in tried),
             "prompt_tokens": sum(each.prompt_tokens for each in tried),
             "cached_tokens": sum(each.cached_tokens for each in tried),
             "sample_seconds": sum(each.seconds for each in tried), "dropped": [each.text for each in tried[:-1]]}
         for name in ("thought", "no_reply", "answered_by", "refused"):      # what a server says besides
-            if getattr(completion, name):
-                entries[name] = getattr(completion, name)
-        return completion.text, tokens, entries
+            if getattr(last, name):
+                entries[name] = getattr(last, name)
+        return last.text, tokens, entries
     return reply
 
 
@@ -1378,22 +1305,24 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
     """Plays trajectory k of a task to its end, from the last step in its file `path`; each step adds a line.
 
     reply(env, lines, seed): the policy; returns (text, token ids or None, {further entries of the step's line}).
-    coder: a model of sample.load, or None. out: the folder of the blobs. cache: a ResultCache. run: a Progress, which
-    writes the lines and may stop the work. about: further entries of the header. data_seed, make: see make_env.
+    coder: a model of sample.load, or None. out: the folder of the blobs. run: a Progress, which writes the lines and
+    may stop the work. about: further entries of the header. data_seed, make: see make_env.
     """
     def seed_of(speaker):   # differs between trajectories, steps and speakers; the same again after an interruption
         return zlib.crc32(f"{cfg.seed} {task.id} {k} {env.index} {speaker}".encode())
 
-    def give_back_time(asked):
-        if cfg.clock == "scripts":
-            env.deadline += time.monotonic() - asked
+    def timed(function, *args, **options):
+        asked = time.monotonic()
+        try:
+            return function(*args, **options)
+        finally:
+            if cfg.clock == "scripts":
+                env.deadline += time.monotonic() - asked
 
     def ask_coder(messages):
-        asked = time.monotonic()
         seed = seed_of("coder") + counts["coder_replies"]       # a question that is repeated gets another answer
         counts["coder_replies"] += 1
-        completion = ask_coder_model(coder, messages, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p)
-        give_back_time(asked)
+        completion = timed(ask_coder_model, coder, messages, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p)
         counts["coder_tokens"] += len(completion.tokens) or completion.num_tokens
         counts["coder_prompt_tokens"] += completion.prompt_tokens
         if completion.answered_by:
@@ -1423,13 +1352,11 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         if len(last) == MAX_NO_REPLIES and all(last):
             run.write(path, {"type": "end", "ended": "no reply", "detail": last[-1]})
             return
-        asked = time.monotonic()
         try:
-            text, tokens, entries = reply(env, lines, seed_of("policy"))
+            text, tokens, entries = timed(reply, env, lines, seed_of("policy"))
         except ContextFull as error:
             run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
             return
-        give_back_time(asked)
         counts.clear()
         step = env.step(text, tokens=tokens)
         lines.append(record(step, **entries, **counts))
@@ -1470,13 +1397,9 @@ def prepare_task(cfg, id, raw, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Records and their replay, with the words of this file
+# Replay
 
-FORMS = records.record_forms(Step, PROMPTS, ACTIONS, AGENT_FORMAT["fields"], OUTCOMES, SCAFFOLDS)
-check_record = functools.partial(records.check_record, FORMS)
-read_records = functools.partial(records.read_records, FORMS)
-read_trajectory = functools.partial(records.read_trajectory, FORMS)
-read_record = functools.partial(records.read_record, FORMS)
+records.fill_forms(Step, PROMPTS, ACTIONS, AGENT_FORMAT["fields"], OUTCOMES, SCAFFOLDS)
 
 
 def replay(path, log=print, **options):
@@ -1485,7 +1408,7 @@ def replay(path, log=print, **options):
     make = Env
     if scaffold != SCAFFOLDS[0]:        # it stands on this file
         make = importlib.import_module(f"support.{scaffold}").Env
-    return records.replay(make, FORMS, path, log, **options)
+    return records.replay(make, path, log, **options)
 
 
 def main(args):

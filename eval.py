@@ -5,23 +5,22 @@
     python eval.py --task leaf-classification --model DIR --raw RAW  # 8 trajectories of 15 steps on the real data
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
     python eval.py --states FILE --model DIR --samples 8             # single actions in recorded states
-    python eval.py --compare runs/a,runs/b,runs/rl                   # runs nothing: draws what was run before
-    python eval.py --compare runs/a,runs/b --reference runs/b        # and divides the gains by those of runs/b
+    python eval.py --exports runs/rl,runs/episode                    # gain during training: rl.py --export-every
+    python eval.py --compare runs/a,runs/b --reference runs/b        # runs nothing: draws what was run before
 
 --out receives results.json (settings, versions, every score), trajectories/TASK-K.jsonl (a line a step, which
 `python env.py replay FILE` runs again), blobs/ (the files of every step) and report.html, a page that shows all of it.
 Ctrl-C keeps what is done; the same command goes on from there.
 
-The score of a trajectory is that of its final submission: of the starter's and all its valid ones the one whose script
-printed the best score, of equal ones the earliest. The paper's rule, the last valid one, stands beside it. A trajectory
-without a valid submission has failed; it counts at the starter's score. Of a score p, the starter's b and the best
-known one m, the gain is sign * (p - b) / |b|, and the gap closed is (p - b) / (m - b), at least -1 and at most 1.
+What counts of a trajectory is --final. One without a valid submission has failed, and counts at the starter's score.
 """
-import functools, json, math, random, re, sys
+import functools, json, math, random, re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+
+import support  # noqa: F401  before torch
 
 import numpy as np
 import torch
@@ -32,12 +31,13 @@ from env import (
     SCAFFOLDS, AgentSettings, Env, make_env, model_policy, play_trajectory, prepare_tasks, printed_metric, read_agent,
     read_record)
 from reward import best_of
-from support import aide, cli, disclosure, endpoint, miniature, mlagentbench
+from support import aide, cli, endpoint, miniature, mlagentbench
 from support.cli import RunError, check_choices, check_positive, exit_status, format_table, refuse_torchrun, run_main
+from support.disclosure import FINAL, count_work, disclose, notes, warnings
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, refuse_links_out, write_atomic
 from support.pretrained import hash_checkpoint
-from support.report import FINAL, read_log, read_results, write_page
+from support.report import read_log, read_results, write_page
 from support.parallel import Progress, run_parallel
 from support.sandbox import SLOTS
 from support.states import format_states, measure_states, record_states
@@ -50,23 +50,14 @@ MADE = {"fine-tuned": ("runs/sft", "python sft.py"), "after RL": ("runs/rl", "py
 MINIATURE = {"temperature": 1.0, "dtype": "float64", "trajectories": 3}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
 NUM_BOOTSTRAP = 10_000
-MIDDLE = [0.025, 0.975]        # quantiles, of an interval of 95 %
 DEFAULTS = {"aide": aide.DEFAULTS, "mlagentbench": mlagentbench.DEFAULTS}      # settings of a scaffold
+TAKEN = {"seconds": "seconds", "scripts": "runs", "tokens": "sampled_tokens"}   # of training: entry of its log.jsonl
 PACKAGES = ("torch", "tokenizers", "numpy", "pandas", "scikit-learn")
 UNDO = "Undo Edit Script"
 LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Script")     # change no script
-MINIATURE_MARK = " *"
-MINIATURE_WARNING = "* Miniature data are made up from a seed: scores on them do not compare with published ones."
-NOTE = """In brackets: intervals of 95 %, by bootstrap of the tasks and of the trajectories of each. Over random: the
-difference to random edits on the same tasks. Largest task: its share of the mean gap closed. A trajectory without a
-valid submission has failed and counts at the starter's score. (oracle) is no result: the average of the best graded
-step of each trajectory, which no agent can know. (paper): Table 1 of the paper, average and best of 8 trajectories."""
 NO_MODEL = """
-No --model was given, so only the starter scripts ran. To run an agent, add one of
-  --model Qwen/Qwen2.5-0.5B-Instruct       a model on the Hugging Face hub, downloaded when first used
-  --model models/qwen                      a folder with a model
-  --model http://localhost:8000/v1#name    any OpenAI-compatible server; its key is read from OPENAI_API_KEY
-"""
+No --model was given, so only the starter scripts ran. To run an agent, add --model with a folder, a model of the
+Hugging Face hub (Qwen/Qwen2.5-0.5B-Instruct), or any OpenAI-compatible server (http://localhost:8000/v1#name)."""
 
 
 @dataclass
@@ -83,8 +74,10 @@ class Settings(AgentSettings):
         # MLAgentBench), or aide (a search over whole scripts, whose output --coder reviews)
     search: str = "aide"  # of the scaffold aide: aide (5 drafts, debugs with probability 0.5, at most 3 deep), or
         # mle-bench (5 drafts, always debugs, at most 20 deep)
-    final: str = "best-validation"  # what counts of a trajectory: best-validation (by the printed score), or last-valid
+    final: str = "best-validation"  # what counts of a trajectory: best-validation (of the starter's and all valid
+        # submissions that whose script printed the best score, of equal ones the earliest), or last-valid (the paper's)
     temperature: float = 0.7  # of sampling; 0 always takes the most likely token
+    exports: tuple[str, ...] = ()  # evaluates all that rl.py --export-every has left in these --out of rl.py
     compare: tuple[str, ...] = ()  # draws these folders side by side into compare.html in --out, and runs nothing: the
         # --out of eval.py, of training (its log.jsonl), or collected trajectories
     reference: str = ""  # one of --compare: the gains of all are divided by its gain, as in Figure 3 of the paper
@@ -102,10 +95,9 @@ class Settings(AgentSettings):
             raise ValueError(f"--temperature must be at least 0, found {self.temperature}")
         if self.record_states < 0 or self.record_states and not self.states:
             raise ValueError("--record-states must be at least 0, and needs --states FILE to write to")
-        if self.states and not self.model and not self.record_states:
-            raise ValueError("--states needs --model, whose actions are measured, or --record-states")
-        if self.states and self.scaffold != "ml-agent":
-            raise ValueError(f"--states measures actions of the scaffold ml-agent alone, found {self.scaffold}")
+        if self.states and (self.scaffold != "ml-agent" or not (self.model or self.record_states)):
+            raise ValueError("--states measures actions of the scaffold ml-agent alone, found "
+                             f"{self.scaffold}; it needs --model or --record-states")
         for spec in filter(endpoint.is_server, (self.model, self.coder)):
             endpoint.address(spec)
         if self.scaffold != SCAFFOLDS[0] and self.model in ("", RANDOM):
@@ -113,8 +105,9 @@ class Settings(AgentSettings):
         tools = mlagentbench.TOOLS
         if self.scaffold == "mlagentbench" and (self.coder == "none" or not tools.keys() >= {*self.actions}):
             raise ValueError(f"--scaffold mlagentbench needs a --coder, and --actions among {', '.join(tools)}")
-        if self.compare and (self.model or self.task):
-            raise ValueError("--compare runs nothing, so it takes no --model and no --task")
+        if self.compare and (self.model or self.task) or self.exports and (self.model or self.compare or self.states):
+            raise ValueError("--compare takes no --model and no --task; --exports takes no --model, --compare or "
+                             "--states")
         if self.reference and self.reference not in self.compare:
             raise ValueError(f"--reference must be one of --compare, found {self.reference}")
         for folder in self.compare:
@@ -149,18 +142,6 @@ def summarize_trajectory(lines, direction, starter, printed):
     return {"best-validation": chosen, "last-valid": last, "oracle": oracle, "ended": end_reason(lines),
             "steps": len(steps), "valid": sum(step["valid"] for step in steps),
             **count_habits(steps, direction, printed)}
-
-
-def count_work(steps):
-    """Returns what recorded steps took: scripts, their seconds, and of the nodes of a search how
-    many there are, are buggy, were judged without the reviewer, and work by a score that their output does not show."""
-    nodes = [step["node"] for step in steps if step.get("node")]
-    return {"scripts": sum(step["outcome"] is not None for step in steps),
-            "seconds": sum((step["script_seconds"] for step in steps), 0.0),
-            "nodes": len(nodes),
-            "buggy": sum(node.get("buggy", False) for node in nodes),
-            "unreviewed": sum(node.get("review") == "script" for node in nodes),
-            "unprinted": sum(not node.get("buggy") and not node.get("is_printed") for node in nodes)}
 
 
 HABITS = {      # column -> the counts of a trajectory whose ratio it is
@@ -201,25 +182,12 @@ def changed_constant(step):
     return changes[0][1], float(changes[1][2]) > float(changes[0][2])
 
 
-def sum_habits(results):
-    """Returns {split: {column of HABITS: (part, whole)}} over all trajectories that results.json tells of."""
-    totals = {}
-    for result in results["tasks"].values():
-        for trajectory in result.get("trajectories", ()):
-            counts = {name: trajectory[name] for pair in HABITS.values() for name in pair}
-            totals.setdefault(result["split"], Counter()).update(counts)
-    shares = {}
-    for split, total in totals.items():
-        shares[split] = {habit: (total[part], total[whole]) for habit, (part, whole) in HABITS.items()}
-    return shares
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
 
 def gain(score, result):
-    """Returns the relative gain of a score over the starter's, in per cent; None where the starter's is 0. result: what
-    results.json says of the task."""
+    """Returns the gain of a score p over the starter's b, sign * (p - b) / |b| in per cent; None where b is 0. result:
+    what results.json says of the task."""
     starter = result["starter"]
     if starter == 0:
         return None
@@ -246,8 +214,12 @@ def final_scores(result, rule):
     return [result["starter"] if score is None else score for score in scores]
 
 
-def figure_values(result, figure, rule):
-    return [figure(score, result) for score in final_scores(result, rule)]
+def figure_values(run, tasks_played, figure, rule=None):
+    """Returns for each task the figure of each of a run's trajectories. tasks_played: a list of {name of a run: what
+    its results.json says of the task}; rule: by default the run's own."""
+    results = [by_run[run["name"]] for by_run in tasks_played]
+    return [[figure(score, result) for score in final_scores(result, rule or run["results"]["final"])]
+            for result in results]
 
 
 def bootstrap(groups):
@@ -267,12 +239,12 @@ def bootstrap(groups):
 
 
 def mean_and_interval(groups):
-    """Returns (mean, [low, high]) over tasks; the interval is None where there is one value alone. groups: see
-    bootstrap."""
+    """Returns (mean, [low, high]) over tasks, the interval of 95 %; it is None where there is one value alone. groups:
+    see bootstrap."""
     mean = float(np.mean([np.mean(own) - sum(map(np.mean, other)) for own, *other in groups]))
     if len(groups) == 1 and len(groups[0][0]) == 1:
         return mean, None
-    return mean, np.quantile(bootstrap(groups), MIDDLE).tolist()
+    return mean, np.quantile(bootstrap(groups), [0.025, 0.975]).tolist()
 
 
 def task_figures(result, rule):
@@ -284,7 +256,7 @@ def task_figures(result, rule):
     figures = {"average": float(scores.mean()), "best": float(best), "standard_error": error,
                "failed": sum(trajectory[rule] is None for trajectory in result["trajectories"])}
     for name, figure in FIGURES.items():
-        values = figure_values(result, figure, rule)
+        values = [figure(score, result) for score in scores.tolist()]
         figures[name] = (None, None) if None in values else mean_and_interval([[values]])
     return figures
 
@@ -335,6 +307,18 @@ def split_results(runs):
     return splits
 
 
+def common_results(runs):
+    """Returns what split_results does, of the tasks that all runs have played, on the same data and where both figures
+    are known."""
+    def is_common(by_run):
+        played = [result for result in by_run.values() if result.get("trajectories")]
+        data = {(result["starter"], result["m_best"], result["miniature"]) for result in played}
+        known = all(figure(result["starter"], result) is not None for result in played for figure in FIGURES.values())
+        return known and len(played) == len(runs) and len(data) == 1
+    return {split: {task: by_run for task, by_run in by_task.items() if is_common(by_run)}
+            for split, by_task in split_results(runs).items()}
+
+
 def build_table(runs):
     """Returns Table 1 of runs [{"name", "results"}]: a row for each task and agent, also the paper's agents."""
     rules = {run["name"]: run["results"]["final"] for run in runs}
@@ -343,7 +327,7 @@ def build_table(runs):
         for task, results in results_by_task.items():
             published = {}
             for name, result in results.items():
-                label = task + MINIATURE_MARK if result["miniature"] else task
+                label = f"{task} *" if result["miniature"] else task
                 rows.append({"task": label, "agent": name, **format_result(result, rules[name])})
                 published |= result["published"]
             for model, figures in published.items():
@@ -352,63 +336,66 @@ def build_table(runs):
     return rows
 
 
-def is_common(results, runs):
-    """Returns whether all runs have played a task, on the same data and where both figures are known."""
-    played = [result for result in results.values() if result.get("trajectories")]
-    data = {(result["starter"], result["m_best"], result["miniature"]) for result in played}
-    known = all(figure(result["starter"], result) is not None for result in played for figure in FIGURES.values())
-    return known and len(played) == len(runs) and len(data) == 1
-
-
 def build_means(runs):
     """Returns a row for each split and agent: means over the tasks that all runs have, if there are two."""
     rival = next((run for run in runs if run["results"]["settings"].get("model") == RANDOM), None)
     rows = []
-    for split, results_by_task in split_results(runs).items():
-        common = [results for results in results_by_task.values() if is_common(results, runs)]
-        if len(common) < 2:
+    for split, by_task in common_results(runs).items():
+        if len(by_task) < 2:
             continue
-        label = f"{len(common)} {split}"
+        label = f"{len(by_task)} {split}"
         rows.append({"tasks": label, "agent": "starter"} | {f"{name} %": "+0.0" for name in FIGURES})
         for run in runs:
-            rows.append({"tasks": label, "agent": run["name"], **format_means(run, rival, common)})
+            rows.append({"tasks": label, "agent": run["name"], **format_means(run, rival, list(by_task.values()))})
     return rows
 
 
-def format_means(run, rival, common):
-    """Returns {column: text} of a run's means over tasks. rival: the run of random edits or None. common: for each task
-    {name of a run: what its results.json says of it}."""
-    rule = run["results"]["final"]
+def format_means(run, rival, tasks_played):
+    """Returns {column: text} of a run's means over tasks. rival: the run of random edits or None. tasks_played: see
+    figure_values."""
+    rule = other_rule(run["results"]["final"])
     row = {}
     beside = {}
     for name, figure in FIGURES.items():
-        own = [figure_values(results[run["name"]], figure, rule) for results in common]
+        own = figure_values(run, tasks_played, figure)
         row[f"{name} %"] = format_mean(*mean_and_interval(list(zip(own))))
         if rival and run is not rival:
-            theirs = [figure_values(results[rival["name"]], figure, rival["results"]["final"]) for results in common]
+            theirs = figure_values(rival, tasks_played, figure)
             row[f"{name} over random"] = format_mean(*mean_and_interval(list(zip(own, theirs))))
-        others = [figure_values(results[run["name"]], figure, other_rule(rule)) for results in common]
-        beside[f"{other_rule(rule)} {name}"] = format_mean(np.mean(list(map(np.mean, others))))
+        others = figure_values(run, tasks_played, figure, rule)
+        beside[f"{rule} {name}"] = format_mean(np.mean(list(map(np.mean, others))))
     shares = list(map(np.mean, own))        # of the gap, the last figure
     if sum(shares) > 0:
         row["largest task"] = f"{max(shares) / sum(shares):.0%}"
     return row | beside
 
 
+def build_series(runs, exports):
+    """Returns the points of Figure 4, for the exports that all tasks of which are played: what `exports` says of each,
+    {name of its run here: {name: value}}, and its gain {split: (mean, interval)}."""
+    played = [run for run in runs if run["results"].get("complete")]
+    points = {run["name"]: exports[run["name"]] | {"gain": {}} for run in played}
+    for split, by_task in common_results(played).items():
+        if not by_task:
+            continue
+        for run in played:
+            values = figure_values(run, by_task.values(), gain)
+            points[run["name"]]["gain"][split] = mean_and_interval(list(zip(values)))
+    return list(points.values())
+
+
 def build_ratios(runs, reference):
     """Returns the layout of the paper's Figure 3: a row for each task that all runs have, with the gain of each over
-    that of the run named `reference`, "-" where the interval of that one is not above 0. The last row counts the tasks on which a run gained more than every other. ValueError: there is no such
-    run of an agent."""
+    that of the run named `reference`, "-" where the interval of that one is not above 0. The last row counts the
+    tasks on which a run gained more than every other. ValueError: there is no such run of an agent."""
     names = [run["name"] for run in runs]
     if reference not in names:
         raise ValueError(f"--reference: {reference} holds no evaluation of an agent")
     rows = []
     won = Counter()
-    for results_by_task in split_results(runs).values():
-        for task, results in results_by_task.items():
-            if not is_common(results, runs):
-                continue
-            figures = {run["name"]: task_figures(results[run["name"]], run["results"]["final"])["gain"] for run in runs}
+    for by_task in common_results(runs).values():
+        for task, by_run in by_task.items():
+            figures = {run["name"]: task_figures(by_run[run["name"]], run["results"]["final"])["gain"] for run in runs}
             mean, interval = figures[reference]
             row = {"task": task, "gain of the reference %": format_mean(mean, interval)}
             for name, (own, _) in figures.items():
@@ -423,13 +410,18 @@ def build_ratios(runs, reference):
 def build_habits(runs):
     """Returns a row for each split and agent: what it did, as shares."""
     rows = []
-    for split in split_results(runs):
+    for split, by_task in split_results(runs).items():
         for run in runs:
+            total = Counter()
+            for by_run in by_task.values():
+                for trajectory in by_run.get(run["name"], {}).get("trajectories", ()):
+                    total.update({name: trajectory[name] for pair in HABITS.values() for name in pair})
+            if not total:
+                continue
             row = {"tasks": split, "agent": run["name"]}
-            for habit, (part, whole) in sum_habits(run["results"]).get(split, {}).items():
-                row[habit] = f"{part / whole:.0%} of {whole}" if whole else "-"
-            if len(row) > 2:
-                rows.append(row)
+            for habit, (part, whole) in HABITS.items():
+                row[habit] = f"{total[part] / total[whole]:.0%} of {total[whole]}" if total[whole] else "-"
+            rows.append(row)
     return rows
 
 
@@ -450,69 +442,10 @@ def build_tables(runs, reference=""):
     return found
 
 
-def warnings(runs):
-    """Returns the texts that have to be read before any result of these runs."""
+def format_report(runs, reference=""):
+    """Returns the tables of one run or several as text. reference: see build_tables."""
     texts = []
-    for run in runs:
-        results = run["results"]
-        if any(part["miniature"] for part in (*results["tasks"].values(), *run.get("trajectories", ()))):
-            texts.append(MINIATURE_WARNING)
-        if not results.get("complete", True):
-            texts.append(f"{run['name']} is not complete; this is what was done when it stopped.")
-        if results["settings"].get("sandbox") == "off":
-            texts.append(f"{run['name']}: the sandbox was off, so scripts could read the answers.")
-    return list(dict.fromkeys(texts))
-
-
-def notes(runs):
-    """Returns the texts that one has to know to read the tables: how the trajectories of each agent ended, and NOTE."""
-    texts = []
-    for run in runs:
-        ends = Counter()
-        for result in run["results"]["tasks"].values():
-            ends.update(trajectory["ended"] for trajectory in result.get("trajectories", ()))
-        if ends:
-            words = ", ".join(f"{end} {count}" for end, count in ends.most_common())
-            texts.append(f"{run['name']}: {final_rule(run['results'])} counts. How they ended: {words}. "
-                         f"{describe_scaffold(run['results'])}")
-        if "disclosure" in run["results"]:
-            texts.append(disclosure.describe(run["name"], run["results"]["disclosure"]))
-    return [*texts, NOTE] if texts else []
-
-
-def final_rule(results):
-    """Returns in words which submission counts."""
-    if results["settings"].get("scaffold") == "aide" and results["final"] == "best-validation":
-        return aide.FINAL
-    return FINAL[results["final"]]
-
-
-def describe_scaffold(results):
-    """Returns in words how the model was asked, and what its trajectories took."""
-    settings = results["settings"]
-    total = Counter()
-    for result in results["tasks"].values():
-        total.update(result.get("work", {}))
-    scaffold = settings.get("scaffold", SCAFFOLDS[0])
-    coder = settings.get("coder")
-    seconds = settings.get("seconds", 0)
-    parts = [f"Scaffold: {scaffold}, at most {settings['steps']} steps and {seconds:g} s a trajectory"]
-    if settings.get("clock") == "scripts":
-        parts.append("the time that the model took to reply is not counted")
-    if scaffold == "aide":
-        num_drafts, debug_prob, max_depth = aide.SEARCHES[settings.get("search", "aide")]
-        parts.append(f"{num_drafts} drafts, debugging with probability {debug_prob} to depth {max_depth}, reviewer: "
-                     f"{settings['model'] if coder == 'model' else coder}")
-        parts.append(f"{total['buggy']} of {total['nodes']} nodes buggy, {total['unreviewed']} judged without a "
-                     f"review, {total['unprinted']} with a score that the output does not show")
-    parts.append(f"{total['scripts']} scripts run in {total['seconds']:.0f} s")
-    return "; ".join(parts) + "."
-
-
-def format_report(runs):
-    """Returns the tables of one run or several as text."""
-    texts = []
-    for table in build_tables(runs):
+    for table in build_tables(runs, reference):
         columns = table["columns"]
         rows = [[row.get(column, "") for column in columns] for row in table["rows"]]
         texts.append(f"{table['title']}\n\n{format_table([columns, *rows])}")
@@ -540,34 +473,43 @@ def read_run(folder, name):
             outcome = "unfinished"
         elif score is None:
             outcome = "failed"
-        elif best_of(direction, score, starter) == starter:
-            outcome = "not better"
         else:
-            outcome = "better"
+            outcome = "not better" if best_of(direction, score, starter) == starter else "better"
         trajectories.append({
             "task": task, "k": int(k), "miniature": lines[0]["miniature"], "starter": starter, "score": score,
             "outcome": outcome, "steps": [line for line in lines if line["type"] == "step"]})
     return {"name": name, "results": results, "trajectories": trajectories}
 
 
-def write_report(path, folders, trained, reference=""):
-    """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained. reference: see
-    build_tables."""
-    runs = [read_run(folder, name) for name, folder in folders.items()]
-    for run in runs:
-        about = {name: run["results"].get(name, {}) for name in ("settings", "versions")}
+def write_report(path, folders, trained, reference="", exports=None):
+    """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained, and returns
+    the runs that its tables show. reference: see build_tables. exports: see build_series; the page then shows no steps,
+    and results.json beside it receives the series."""
+    runs = []
+    for name, folder in folders.items():
+        run = read_run(folder, name)
+        about = {key: run["results"].get(key, {}) for key in ("settings", "versions")}
         run["text"] = json.dumps(about, indent=1) if about["settings"] else ""
-    agents = [run for run in runs if run["results"]["settings"].get("model")]
+        if exports:     # the steps of all would fill no page
+            run["trajectories"] = []
+        runs.append(run)
+    series = build_series(runs, exports) if exports else []
+    if exports:
+        write_atomic(Path(path).with_name("results.json"), {"complete": len(series) == len(exports), "exports": series})
+    agents = [run for run in runs if run["results"]["settings"].get("model")] or runs
     write_page(path, {
         "title": f"ML-Agent: {', '.join(folders)}", "warnings": warnings(runs), "notes": notes(runs),
-        "tables": build_tables(agents or runs, reference), "runs": runs,
+        "tables": build_tables(agents, reference), "runs": runs, "exports": series,
         "logs": [{"name": folder, "lines": read_log(folder)} for folder in trained]})
+    return agents
 
 
 def compare(cfg):
-    """Writes compare.html, which shows the folders of --compare side by side, and returns its path."""
+    """Writes compare.html, which shows the folders of --compare side by side, prints its tables, and returns its
+    path."""
     path = Path(cfg.out, "compare.html")
-    write_report(path, {folder: folder for folder in cfg.compare}, cfg.compare, cfg.reference)
+    runs = write_report(path, {folder: folder for folder in cfg.compare}, cfg.compare, cfg.reference)
+    print("\n" + format_report(runs, cfg.reference))
     return path
 
 
@@ -577,17 +519,14 @@ def compare(cfg):
 def run_identity(cfg, infos):
     """Returns {name: value} of all that the trajectories depend on. A run is continued only under the same."""
     # where, how many, how they are counted, and how long one waits for them
-    elsewhere = ("out", "data", "raw", "final", "trajectories", "compare", "reference", "reply_seconds",
+    elsewhere = ("out", "data", "raw", "final", "trajectories", "exports", "compare", "reference", "reply_seconds",
                  "states", "samples", "record_states")
     identity = {name: value for name, value in json.loads(json.dumps(asdict(cfg))).items() if name not in elsewhere}
     for task, info in infos:
         kind = "miniature" if info["miniature"] else "real"
         identity[f"data of {task.id}"] = f"{kind} {hash_json([info['sha256'], info['m_init']])[:12]}"
-    models = [cfg.model]
-    if cfg.coder not in ("model", "none"):
-        models.append(cfg.coder)
-    for name in filter(None, models):
-        if Path(name).is_dir():     # a model that was trained anew in the same folder is another model
+    for name in {cfg.model, cfg.coder}:
+        if name and Path(name).is_dir():     # a model that was trained anew in the same folder is another model
             identity[f"files of {name}"] = hash_checkpoint(name)
     return identity
 
@@ -644,24 +583,22 @@ def play_tasks(cfg, infos, home, cache, load):
     jobs = [job for job in jobs if not end_reason(records[job[-1]])]
     if not jobs:
         return
-    if any(records.values()):
-        num_done = len(records) - len(jobs)
-        print(f"{cfg.out}: {num_done} of {len(records)} trajectories are done; going on", file=sys.stderr)
     num_rows = min(max(1, TOKENS_TOGETHER // cfg.context), len(jobs))
     model, coder = (None, None) if cfg.model == RANDOM else load_models(cfg, num_rows, load)
     progress = Progress(records, cfg.steps)
 
     def play(task, k, path):
+        draws = f"{cfg.seed} {task.id} {k}"
         if cfg.model == RANDOM:
-            policy = miniature.random_policy(cfg, task, random.Random(f"{cfg.seed} {task.id} {k}"))
+            policy = miniature.random_policy(cfg, task, random.Random(draws))
         else:
             policy = model_policy(cfg, model)
-        about = {"model": cfg.model, "coder": cfg.coder, "scaffold": cfg.scaffold}
         make = Env
         if cfg.scaffold == "mlagentbench":
             make = mlagentbench.Env
         elif cfg.scaffold == "aide":
-            make = functools.partial(aide.Env, search=aide.SEARCHES[cfg.search], draws=f"{cfg.seed} {task.id} {k}")
+            make = functools.partial(aide.Env, search=aide.SEARCHES[cfg.search], draws=draws)
+        about = {"model": cfg.model, "coder": cfg.coder, "scaffold": cfg.scaffold}
         play_trajectory(cfg, task, k, path, policy, coder, home, cache, progress, about, make=make)
     try:
         run_parallel(jobs, play, num_rows, progress)
@@ -672,12 +609,13 @@ def play_tasks(cfg, infos, home, cache, load):
 def evaluate_agent(cfg, home, load):
     """Plays what is left of a run in cfg.out and returns its results, which results.json there holds too, also after an
     interruption. home: the folder of blobs and of what scripts gave. ValueError: a run with other settings is there."""
-    Path(cfg.out, "trajectories").mkdir(parents=True, exist_ok=True)
+    folder = Path(cfg.out, "trajectories")
+    folder.mkdir(parents=True, exist_ok=True)
     infos = prepare_tasks(cfg)
     identity = run_identity(cfg, infos)
-    if any(Path(cfg.out, "trajectories").glob("*.jsonl")):
-        before = json.loads(json.dumps(asdict(Settings())))     # of a run that is older than a setting
-        check_same(before | (read_results(cfg.out) or {"settings": {}})["settings"], identity, cfg.out)
+    if any(folder.glob("*.jsonl")):
+        before = read_results(cfg.out) or {"settings": {}}
+        check_same(before["settings"], identity, cfg.out)
     cache = ResultCache(Path(home, "cache"))
     starters = run_parallel([(cfg, *pair, home, cache) for pair in infos], starter_result, SLOTS.cpus)
     results = {"complete": False, "settings": identity, "final": cfg.final,
@@ -692,24 +630,26 @@ def evaluate_agent(cfg, home, load):
         if cfg.model:
             for task, _ in infos:
                 results["tasks"][task.id] |= played_result(cfg, task, results["tasks"][task.id])
-            results["habits"] = sum_habits(results)
-            files = trajectory_files(cfg.out)
-            results["disclosure"] = disclosure.disclose(map(read_record, files), cfg.model, cfg.coder)
+            records = map(read_record, trajectory_files(cfg.out))
+            results["disclosure"] = disclose(records, cfg.model, cfg.coder)
         write_atomic(Path(cfg.out, "results.json"), results)
     return results
 
 
-def evaluate(cfg, agents=None, load=sample.load):
+def evaluate(cfg, agents=None, load=sample.load, exports=None):
     """Evaluates agents, {name: settings}, one after the other, by default the one of cfg, and returns [{"name",
-    "results"}]. cfg.out receives a report of all, also after an interruption. ValueError: a setting is wrong."""
+    "results"}]. cfg.out receives a report of all, also after an interruption. exports: see build_series. ValueError: a
+    setting is wrong."""
     agents = agents or {cfg.model or "starter": cfg}
     folders = {name: agent.out for name, agent in agents.items()}
-    trained = [] if cfg.task else [folder for folder, _ in MADE.values()]
+    trained = cfg.exports
+    if not (cfg.task or cfg.exports):
+        trained = [folder for folder, _ in MADE.values()]
     with folder_lock(cfg.out, "eval.py"):
         try:
             return [{"name": name, "results": evaluate_agent(agent, cfg.out, load)} for name, agent in agents.items()]
         finally:
-            write_report(Path(cfg.out, "report.html"), folders, trained)
+            write_report(Path(cfg.out, "report.html"), folders, trained, exports=exports)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -730,23 +670,57 @@ def agents_made(cfg):
     return agents
 
 
+def find_exports(run):
+    """Returns the exports in a folder of rl.py, in the order of the iterations. ValueError: there are none."""
+    folders = sorted(path.parent for path in Path(run, "exports").glob("??????/config.json"))
+    if not folders:
+        raise ValueError(f"--exports: {run} holds no exports; rl.py --export-every N makes them")
+    return folders
+
+
+def agents_exported(cfg):
+    """Returns {name: settings} of the exports of --exports, and of each under its name what it took to train: run,
+    iteration, updates, seconds, scripts, tokens. ValueError: the log does not tell."""
+    agents = {}
+    taken = {}
+    for run in cfg.exports:
+        lines = {line.get("iteration"): line for line in read_log(run)}
+        for folder in find_exports(run):
+            iteration = int(folder.name)
+            try:
+                before = [lines[i] for i in range(1, iteration + 1)]
+                sums = {name: sum(line[entry] for line in before) for name, entry in TAKEN.items()}
+                updates = before[-1]["updates"] if before else 0
+            except (KeyError, TypeError):
+                raise ValueError(f"{run}/log.jsonl does not tell what each iteration up to {iteration} took") from None
+            name = f"{run}, {iteration}"
+            out = Path(cfg.out, re.sub(r"\W+", "-", run), folder.name)
+            agents[name] = replace(cfg, task=cfg.task or "all", model=str(folder), out=str(out), exports=())
+            taken[name] = {"run": run, "iteration": iteration, "updates": updates, **sums}
+    return agents, taken
+
+
 def fill(values):
     """For cli.parse: returns the settings that hold where none was typed."""
     if values["compare"]:
         return []
     if values["states"]:
         return [("--states", {"task": "all"})]
-    if values["task"] or values["model"]:
+    if not values["exports"] and (values["task"] or values["model"]):
         folder = sample.small_files(values["model"]) if values["model"] != RANDOM else None
         agent = read_agent(folder) if folder else {}
         return [(f"--scaffold {values['scaffold']}", DEFAULTS.get(values["scaffold"], {})),
                 (f"{values['model']}/agent.json", agent), ("no --task", {"task": "leaf-classification"})]
-    agents = {f"{folder}/agent.json": read_agent(folder) for folder, _ in MADE.values()}
+    folders = [folder for folder, _ in MADE.values()]
+    if values["exports"]:
+        folders = [find_exports(run)[0] for run in values["exports"]]
+    agents = {f"{folder}/agent.json": read_agent(folder) for folder in folders}
     formats = [agent for agent in agents.values() if agent]
-    if formats and formats[0] != formats[-1]:
-        raise ValueError(f"{' and '.join(agents)} differ, so one is of an older run. Make runs/rl anew with python "
-                         "rl.py, or evaluate each with --model and --task")
-    return [("the paper in miniature", MINIATURE), *agents.items()]
+    if any(agent != formats[0] for agent in formats):
+        raise ValueError(f"{' and '.join(agents)} differ, so one is of an older run. Train them anew, or evaluate each "
+                         "with --model and --task")
+    preset = {} if values["task"] else MINIATURE
+    return [("the paper in miniature", preset), *agents.items()]
 
 
 def main(argv=None):
@@ -755,24 +729,30 @@ def main(argv=None):
     def work():
         refuse_torchrun("an evaluation")
         if cfg.compare:
-            print(f"Written to {compare(cfg)}")
-            return
-        if cfg.record_states:
+            print(f"\nWritten to {compare(cfg)}")
+        elif cfg.record_states:
             record_states(cfg)
-            return
-        if cfg.states:
+        elif cfg.states:
             print("\n" + format_states(measure_states(cfg, sample.load, RANDOM)))
             print(f"\nWritten to {cfg.out}: states.json, and actions.jsonl with every reply")
-            return
-        agents = None
-        if not cfg.task:
-            agents = agents_made(cfg)
-            torch.set_num_threads(1)        # threads that wait for each other are slow beside scripts on every core
-        print("\n" + format_report(evaluate(cfg, agents)))
-        if cfg.task and not cfg.model:
-            print(NO_MODEL)
-        print(f"\nWritten to {cfg.out}: report.html, which shows every step, and results.json")
+        else:
+            run(cfg)
     return exit_status("eval.py", work, cfg.out)
+
+
+def run(cfg):
+    agents = None
+    taken = None
+    if cfg.exports:
+        agents, taken = agents_exported(cfg)
+    elif not cfg.task:
+        agents = agents_made(cfg)
+    if not cfg.task:
+        torch.set_num_threads(1)        # threads that wait for each other are slow beside scripts on every core
+    print("\n" + format_report(evaluate(cfg, agents, exports=taken)))
+    if not agents and not cfg.model:
+        print(NO_MODEL)
+    print(f"\nWritten to {cfg.out}: report.html and results.json")
 
 
 if __name__ == "__main__":

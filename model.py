@@ -11,14 +11,12 @@ names of the published checkpoints.
 Letters in shapes: B rows, T tokens in a row, N tokens with a target, S cached positions, V vocabulary, L layers,
 C model width, F feed-forward width, H query heads, K key/value heads, D head width.
 """
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-# Read when torch is first imported: idle threads soon sleep, and do not spin beside a running script.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+import support  # noqa: F401  before torch
 
 import torch
 import torch.nn as nn
@@ -153,12 +151,10 @@ def swiglu(gate, up):
 
 
 def logprob_stats(logits, targets, temperature, row_max, sum_exp, sum_z_exp, target_logit):
-    """Adds a chunk of the vocabulary to the statistics of N softmaxes, each (N,) and changed in place.
-
-    With z = logits / temperature over all chunks so far: row_max is max z, sum_exp the sum of exp(z - row_max),
-    sum_z_exp that of z exp(z - row_max), and target_logit the z of the target. logits: (N, chunk), overwritten.
-    targets: (N,), columns of this chunk; one that is none of them lies in another chunk.
-    """
+    """Adds a chunk of the vocabulary to the statistics of N softmaxes, each (N,) and changed in place: with
+    z = logits / temperature over all chunks so far, max z, the sums of exp(z - row_max) and of z exp(z - row_max), and
+    the z of the target. logits: (N, chunk), overwritten. targets: (N,); one that is no column of this chunk lies in
+    another."""
     z = logits.to(row_max.dtype).div_(temperature)
     new_max = torch.maximum(row_max, z.amax(-1))
     p = (z - new_max[:, None]).exp_()
@@ -172,10 +168,8 @@ def logprob_stats(logits, targets, temperature, row_max, sum_exp, sum_z_exp, tar
 
 def logprob_backward(logits, targets, temperature, lse, entropy, d_logp, d_entropy):
     """Returns the gradient of sum(d_logp * logp + d_entropy * entropy) with respect to a chunk of logits, (N, chunk).
-
-    With p the softmax and E its entropy, d logp / dz = 1[target] - p and d E / dz = -p (log p + E). d_entropy: None
-    where nothing depends on the entropies. See logprob_stats for logits and targets.
-    """
+    With p the softmax and E its entropy, d logp / dz = 1[target] - p and d E / dz = -p (log p + E). d_entropy may be
+    None. See logprob_stats for logits and targets."""
     logq = logits.to(lse.dtype).div_(temperature).sub_(lse[:, None])        # log p
     if d_entropy is None:
         d = logq.exp_().mul_(-d_logp[:, None])
@@ -193,9 +187,7 @@ def target_columns(targets, chunk):
 
 def attention_mask(positions, S, group, dtype):
     """Returns what attend needs to know of who sees what: query t of row b sees positions 0 .. positions[b, t] of S.
-
-    Here it is added to the scores: (B, 1, T * group, S), 0 or -inf. group: query heads that share a key head.
-    """
+    Here it is added to the scores: (B, 1, T * group, S), 0 or -inf. group: query heads that share a key head."""
     last_seen = positions.repeat_interleave(group, 1)[:, None, :, None]
     unseen = torch.arange(S, device=positions.device) > last_seen
     return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)
@@ -217,10 +209,8 @@ KERNELS = SimpleNamespace(**PLAIN)              # the operations in use; use_ker
 
 def use_kernels(name, device):
     """Lets the functions above ("torch") or those of fused.py ("triton") do the work from now on in this process. With
-    "compiled" it is those above, and build_model compiles the blocks that it makes.
-
-    Raises ValueError for another name, and for what cannot run: on this device, or without the package.
-    """
+    "compiled" it is those above, and build_model compiles the blocks. ValueError: another name, or what cannot run
+    here."""
     if name not in ("torch", "compiled", "triton"):
         raise ValueError(f"expected kernels torch, compiled or triton, found {name!r}")
     if name == "compiled" and torch.device(device).type != "cuda":
@@ -249,12 +239,9 @@ class Linear(nn.Linear):
 
 class LinearLogProb(torch.autograd.Function):
     """Log-prob of each target under softmax(x W^T / temperature), the entropy of that softmax, and whether the target
-    is its likeliest token, without ever holding (N, V) logits.
-
-    Logits are made for a chunk of the vocabulary at a time, with running statistics in fp32; backward makes them again
-    and scales each row by its own upstream gradient. In this order each row of the weight and of its gradient is
-    touched once in a pass, however many tokens there are.
-    """
+    is its likeliest token, without ever holding (N, V) logits: they are made for a chunk of the vocabulary at a time,
+    with running statistics in fp32, and made again in backward. So each row of the weight and of its gradient is
+    touched once in a pass."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, temperature, vocab_limit, vocab_chunk):
@@ -333,11 +320,9 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, head_dim, theta):
-    """Returns (cos, sin) of the angles position * theta^(-2i/D), i < D/2, in fp32, each (B, T, 1, D), for rope.
-
-    i and i + D/2 share an angle, and the first half of sin is negative. positions: (B, T) integers. RoFormer
-    (arXiv 2104.09864), equation 15. A stored buffer would be one more thing that the meta device leaves unset.
-    """
+    """Returns (cos, sin) of the angles position * theta^(-2i/D), i < D/2, in fp32, each (B, T, 1, D), for rope
+    (arXiv 2104.09864, equation 15). i and i + D/2 share an angle, and the first half of sin is negative. positions:
+    (B, T) integers. A stored buffer would be one more thing that the meta device leaves unset."""
     frequency = theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / -head_dim)
     angle = positions[:, :, None, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
@@ -357,9 +342,8 @@ class Layout(NamedTuple):
 
 def make_layout(lengths, device, varlen):
     """Returns the Layout of a row. lengths: of the texts that stand back to back in it. An entry (P, [R1, R2, ...]) is
-    a tree: P tokens that several texts begin with, once, and then the rest of each text, a branch. varlen: whether the
-    attention is varlen_attention, which wants offsets as tensors, so that a compiled block serves every layout.
-    """
+    a tree: P tokens that several texts begin with, once, and then the rest of each text, a branch. varlen: whether it
+    is for varlen_attention, which wants offsets as tensors, so that a compiled block serves every layout."""
     trees = as_trees(lengths)
     positions = []
     keys = []
@@ -389,11 +373,9 @@ def as_trees(lengths):
 
 
 def packed_attention(q, k, v, layout):
-    """Returns the causal attention within each text of the rows, (B, T, H, D). Each is a product of its own, so that
-    none sees another and no mask of T x T is made; the branches of a tree are one product together.
-
-    q: (B, T, H, D). k, v: (B, T, K, D). layout: of every row; a row with branches stands alone.
-    """
+    """Returns the causal attention within each text of the rows, (B, T, H, D). Each is a product of its own, without a
+    mask of T x T; the branches of a tree are one product together. q: (B, T, H, D). k, v: (B, T, K, D). layout: of
+    every row; a row with branches stands alone."""
     outputs = []
     end = 0
     for prefix, branches in layout.trees:
@@ -412,9 +394,7 @@ def packed_attention(q, k, v, layout):
 
 def branch_attention(q, k, v, seen_k, seen_v, lengths):
     """Returns the attention of branches, back to back, over themselves and their common prefix, (1, N, H, D).
-
-    q: (1, N, H, D). k, v: (1, N, K, D). seen_k, seen_v: (1, P, K, D) of the prefix. lengths: of the branches.
-    """
+    q: (1, N, H, D). k, v: (1, N, K, D). seen_k, seen_v: (1, P, K, D) of the prefix. lengths: of the branches."""
     n = len(lengths)
     P = seen_k.shape[1]
     R = max(lengths)
@@ -570,9 +550,8 @@ class Qwen2(nn.Module):
         """Returns the logits of the next token at every position: (B, T) int64 -> (B, T, V).
 
         With targets, (B, T) int64 and IGNORE where there is none, it returns of the N targets, in the order of the
-        rows, the log-probs and the entropies of their distributions, both (N,) fp32, and whether each is the likeliest
-        token, (N,) bool. See hidden_states for the rest, and Head for num_token_ids. Targets that stay on the CPU are
-        counted there, so that nobody waits for a GPU.
+        rows, log-probs and entropies, both (N,) fp32, and whether each is the likeliest token, (N,) bool. See
+        hidden_states for the rest, and Head for num_token_ids. Targets on the CPU spare waiting for a GPU.
         """
         x = self.hidden_states(tokens, batch, lengths)
         if targets is None:
@@ -604,11 +583,8 @@ class Qwen2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Loads a published checkpoint: a folder, or a hub id such as "Qwen/Qwen2.5-7B".
-
-        Each slice is read once and converted on its way into place, so that the peak of memory is the model itself.
-        Raises ValueError where the files do not fit the config (load_tensors).
-        """
+        """Loads a published checkpoint: a folder, or a hub id such as "Qwen/Qwen2.5-7B". The peak of memory is the
+        model itself. ValueError: the files do not fit the config (load_tensors)."""
         folder = find_folder(path)
         model = cls.uninitialized(Config.from_pretrained(folder), dtype, device)
         load_tensors(folder, {name: (p, 0, tuple(p.shape)) for name, p in model.named_parameters()})

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 
+import support  # noqa: F401  before torch
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -32,11 +34,11 @@ from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    RECOMPUTE_ABOVE, add_gradients, apply_device, build_model, compute_type, disk_plan, epoch_order,
-    explain_dist_errors, export_model, flops_of, format_gib, full_tensor, init_distributed, load_state, map_rows,
-    num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, ram_plan,
-    rank0_broadcast, row_threads, save_state, shape_of)
-from support.files import folder_lock, shorten
+    RECOMPUTE_ABOVE, add_gradients, apply_device, build_model, compute_type, epoch_order, explain_dist_errors,
+    export_model, flops_of, format_plan, full_tensor, init_distributed, load_state, map_rows, num_parameters,
+    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, row_threads,
+    save_state, shape_of)
+from support.files import folder_lock
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
 from support.records import AGENT
@@ -51,7 +53,6 @@ CHECK_EVERY = 8             # of so many states one is checked: the sampler's lo
 MAX_LOGP_DIFF = 1e-3        # ... within this
 ROUNDING = 1e-5             # log-probs of the same weights, computed in another order, differ by less
 EPS = 1e-4                  # is added to a standard deviation that is divided by
-SHOW_EVERY = 10             # iterations between actions that are printed
 VALIDATION_STATES = 16      # that --validate-every looks at
 
 SMALL = dict(advantage="rloo", states=8, samples=8, minibatches=2, lr=1e-5, kl=0.02, max_row_tokens=2048, max_batch=16,
@@ -92,6 +93,7 @@ class Settings(cli.TaskSettings):
     coder: str = "auto"  # who carries out the (AI) actions: none, model (the policy), or auto: the policy if the
         # recorded expert had a coder
     save_every: int = 10  # iterations between checkpoints
+    export_every: int = 0  # iterations between copies of the actor in exports/ in --out, the first before any; 0: none
     validate_every: int = 0  # iterations between two looks at fixed states that are never trained on; 0: none
     plan: bool = False  # print memory per GPU by part for these settings, and end; --model may then be a size: 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
@@ -102,8 +104,9 @@ class Settings(cli.TaskSettings):
                           coder=("auto", "none", "model"), dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches",
                            "temperature", "max_batch", "max_row_tokens", "save_every", "gpus")
-        if self.validate_every < 0:
-            raise ValueError(f"--validate-every must be at least 0, found {self.validate_every}")
+        for name in ("validate_every", "export_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{cli.flag_of(name)} must be at least 0, found {getattr(self, name)}")
         for name in ("lr", "critic_lr", "clip_low", "clip_high", "kl", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{cli.flag_of(name)} must be from 0 to 1, found {getattr(self, name)}")
@@ -112,8 +115,8 @@ class Settings(cli.TaskSettings):
         if self.minibatches > self.states:
             raise ValueError(f"--minibatches must be at most --states {self.states}, found {self.minibatches}")
         if not self.has_critic and self.samples < 2:
-            raise ValueError(f"--advantage {self.advantage} compares actions of one state, or trajectories from one "
-                             f"start: it needs --samples of at least 2, found {self.samples}")
+            raise ValueError(f"--advantage {self.advantage} compares actions: it needs --samples of at least 2, found "
+                             f"{self.samples}")
 
     @property
     def has_critic(self):
@@ -122,7 +125,7 @@ class Settings(cli.TaskSettings):
 
 # Settings that may change when a run is continued. The kind of device may not, see train().
 FREE = {"preset", "model", "trajectories", "out", "iterations", "max_batch", "data", "raw", "python", "gpu", "device",
-        "save_every", "plan", "gpus"}
+        "save_every", "export_every", "plan", "gpus"}
 
 
 # -- Rollouts
@@ -151,11 +154,10 @@ class Transition:
 
 
 class RolloutWorker:
-    """Samples actions with an engine and carries them out, on one process of several.
-
-    Every process plays a run of neighbouring states. Seeds and the order of the Transitions depend on the numbers of
-    state and action alone, so they are the same whatever the number of processes and whichever script ends first.
-    (Whole trajectories are not: their observations tell the time left.)
+    """Samples actions with an engine and carries them out, on one process of several, each of which plays a run of
+    neighbouring states. Seeds and the order of the Transitions depend on the numbers of state and action alone, so
+    neither the number of processes nor which script ends first matters. (For whole trajectories they do: observations
+    tell the time left.)
     """
 
     def __init__(self, cfg, engine, pool, rank=0, world_size=1):
@@ -176,8 +178,8 @@ class RolloutWorker:
         return ask_coder_model(self.engine, messages).text
 
     def begin(self, name):
-        """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the token ids that
-        the policy is shown there. MissingBlob: a file of the state has gone since the pool was read."""
+        """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the prompt's token
+        ids there. MissingBlob: a file of the state is gone."""
         state = self.states[name]
         recorded = {key: state.head[key] for key in AGENT}
         if self.cfg.rollout == "episode":
@@ -189,8 +191,8 @@ class RolloutWorker:
         return env, self.engine.tokenizer.chat(env.prompt())
 
     def hold_back(self):
-        """Takes a trajectory of each task out of the pool, and returns the names of some of their states, which
-        validate; the same whenever a run begins."""
+        """Takes a trajectory of each task out of the pool, the same in every run, and returns the names of some of
+        their states."""
         if not self.cfg.validate_every:
             return []
         rng = random.Random(f"{self.cfg.seed} validation")
@@ -206,11 +208,14 @@ class RolloutWorker:
     def validate(self):
         """Returns the mean reward of actions in the states held back. The same weights give the same figure."""
         names = [name for name in self.held_back if self.fits(name)]
-        per_rank = math.ceil(len(names) / self.world_size)
-        starts = list(enumerate(names))[self.rank * per_rank:(self.rank + 1) * per_rank]
-        futures = self.submit_actions(starts, "validation")
+        futures = self.submit_actions(self.own_starts(names), "validation")
         transitions = gather([future.result() for future in futures])
         return fmean(transition.reward for transition in transitions) if transitions else None
+
+    def own_starts(self, names):
+        """Returns this process's share of the states, [(number, name)]."""
+        per_rank = math.ceil(len(names) / self.world_size)
+        return list(enumerate(names))[self.rank * per_rank:(self.rank + 1) * per_rank]
 
     def fits(self, name):
         """Returns whether prompt and action fit the context; if not, the state is not drawn again."""
@@ -228,13 +233,11 @@ class RolloutWorker:
         return rank0_broadcast(partial(sample_states, self.pool, self.cfg.states, rng, self.chances, self.fits))
 
     def run(self, names, iteration):
-        """Returns the Transitions of all processes, in the order of the states `names`, and {name: number} about the
-        work. FloatingPointError: the weights are not finite."""
-        per_rank = math.ceil(len(names) / self.world_size)
-        first = self.rank * per_rank
+        """Returns the Transitions of all processes, in the order of the states `names`, and statistics of the work.
+        FloatingPointError: the weights are not finite."""
         before = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
         began = time.monotonic()
-        starts = list(enumerate(names))[first:first + per_rank]
+        starts = self.own_starts(names)
         if self.cfg.rollout == "episode":
             futures = [self.threads.submit(self.play_episode, name, group, number, iteration)
                        for group, name in starts for number in range(self.cfg.samples)]
@@ -252,15 +255,17 @@ class RolloutWorker:
                 self.chances[transition.state] = 0.1 + 2 * pstdev(rewards[transition.group])
         counts = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
         counts.subtract(before)
+        counts = sum(gather([counts]), Counter())
         return transitions, {
             "left_out": sum(chance == 0 for chance in self.chances.values()), "runs": counts["runs"],
+            "sampled_tokens": counts["sampled_tokens"],
             "cache_hits": counts["hits"] / max(1, counts["hits"] + counts["runs"]),
             "sample_s": sampled - began, "execute_s": executed - sampled,
-            "sampled_tokens_s": counts["sampled_tokens"] * self.world_size / (executed - began)}
+            "sampled_tokens_s": counts["sampled_tokens"] / (executed - began)}
 
     def submit_actions(self, starts, iteration):
-        """Samples actions in these states, [(number, name)], and has each carried out at once. Returns, when all are
-        sampled, the futures of the Transitions in order."""
+        """Samples actions in these states, and has each carried out at once. Returns, when all are sampled, the
+        futures of the Transitions in order."""
         futures = {}
 
         def on_reply(i, j, reply):
@@ -277,7 +282,7 @@ class RolloutWorker:
         return self.act(env, prompt, reply, name, group, number)
 
     def act(self, env, prompt, reply, name, group, number):
-        """Returns the Transition of an action: it is carried out, its script is run and graded, and it is rewarded."""
+        """Returns the Transition of an action, which is carried out, graded and rewarded."""
         try:
             step = vars(env.step(reply.text, self.engine.tokenizer.spelling(reply.tokens, reply.text)))
         except Exception as error:
@@ -309,8 +314,8 @@ class RolloutWorker:
 
 
 def make_engine(cfg, actor, tokenizer):
-    """Returns an Engine that samples from the actor itself where that is whole and computes in the dtype of its
-    weights, else from a whole copy in the dtype that it computes in."""
+    """Returns an Engine that samples from the actor itself, or from a copy where the actor is sharded or computes in
+    another dtype than that of its weights."""
     model = actor
     if any(isinstance(p, DTensor) or p.dtype is not actor.compute_dtype for p in actor.parameters()):
         device = next(actor.parameters()).device
@@ -346,8 +351,8 @@ def group_rewards(transitions):
 # -- Advantages and losses
 
 def token_rewards(transitions, logp_old, logp_ref, kl):
-    """Returns the reward of each token, a list of (N_i,): -kl * (logp_old - logp_ref) (arXiv 1909.08593, equation 2),
-    plus the action's reward at its last token. logp_ref None: there is no divergence."""
+    """Returns the reward of each token, a list of (N_i,): -kl * (logp_old - logp_ref) (arXiv 1909.08593, equation 2;
+    without logp_ref 0), plus the action's reward at its last token."""
     rewards = [torch.zeros_like(old) for old in logp_old]
     if logp_ref:
         rewards = [kl * (ref - old) for ref, old in zip(logp_ref, logp_old)]
@@ -386,8 +391,8 @@ def gae_of_episodes(transitions, rewards, values, lam):
 
 
 def group_returns(transitions, rewards):
-    """Returns for each action, rewards less divergence: what it earned together with the later ones of its trajectory,
-    and the same of all trajectories of its group from that step on, 0 of one that has ended before."""
+    """Returns for each action what it earned, less divergence, together with the later ones of its trajectory, and the
+    same of all trajectories of its group from that step on, 0 of one that has ended before."""
     groups = {}         # group -> trajectory -> what each of its actions earned
     for transition, token_reward in zip(transitions, rewards):
         episodes = groups.setdefault(transition.group, {})
@@ -403,15 +408,19 @@ def group_returns(transitions, rewards):
     return returns
 
 
+def less_baseline(token_reward, own, baseline):
+    """Returns the return to go from each token of an action, less the baseline. own: the action's, with later ones."""
+    later = own - token_reward.sum().item()
+    return gae(token_reward, torch.full_like(token_reward, baseline - later))
+
+
 def rloo(transitions, rewards, values, lam):
     """The return to go less the mean return of the group's others (leave-one-out, arXiv 2402.14740): of the state's
     other actions, or of the other trajectories from the same step on. Returns hold the divergence, as there: a baseline
     without it would push down whatever was sampled."""
     adv = []
     for token_reward, (own, group) in zip(rewards, group_returns(transitions, rewards)):
-        baseline = (sum(group) - own) / max(1, len(group) - 1)
-        later = own - token_reward.sum().item()
-        adv.append(gae(token_reward, torch.full_like(token_reward, baseline - later)))
+        adv.append(less_baseline(token_reward, own, (sum(group) - own) / max(1, len(group) - 1)))
     return adv
 
 
@@ -420,31 +429,28 @@ def grpo(transitions, rewards, values, lam):
     The divergence is part of the return here, so it is divided too."""
     adv = []
     for token_reward, (own, group) in zip(rewards, group_returns(transitions, rewards)):
-        later = own - token_reward.sum().item()
-        baseline = torch.full_like(token_reward, fmean(group) - later)
-        adv.append(gae(token_reward, baseline) / (pstdev(group) + EPS))
+        adv.append(less_baseline(token_reward, own, fmean(group)) / (pstdev(group) + EPS))
     return adv
 
 
 # To try another advantage, add a function here; its name is then a value of --advantage. It receives the Transitions,
-# the rewards of their tokens (a list of (N_i,), see token_rewards), the critic's values (None where there is none) and
-# --lam, and returns the advantages of the tokens, a list of (N_i,). All but gae compare the actions of one state: they
-# have no critic (Settings.has_critic), states of equal rewards are left out of the update, and other states are sampled
-# more often. The tests of the others in tests/test_rl.py show how to try one by hand.
+# the rewards of their tokens (see token_rewards), the critic's values (or None) and --lam, and returns the advantages
+# of the tokens, a list of (N_i,). All but gae compare the actions of one state: they have no critic
+# (Settings.has_critic), and prefer states whose rewards differ. tests/test_rl.py shows how to try one by hand.
 ADVANTAGES = {"gae": gae_of_episodes, "rloo": rloo, "grpo": grpo}
 
 
 def whiten(adv):
-    """Returns the advantages, a list of (N_i,), less their mean over all tokens, over their standard deviation. Where
-    all rewards are equal that is next to nothing, and so is the result: no noise is blown up."""
+    """Returns the advantages, a list of (N_i,), less their mean over all tokens, over their standard deviation. EPS
+    keeps it from blowing up the noise of equal rewards."""
     tokens = torch.cat(adv)
     tokens = (tokens - tokens.mean()) / (tokens.std(correction=0) + EPS)
     return list(tokens.split([len(a) for a in adv]))
 
 
 def importance_weights(logp_old, logp_sampler, cap=TIS_CAP):
-    """Returns the weight pi_old / pi_sampler of each token, at most `cap` (arXiv 2510.26788), a list of (N_i,): it
-    corrects the expectation where the rounding of sampler and trainer differs."""
+    """Returns the weight pi_old / pi_sampler of each token, at most `cap`, a list of (N_i,): it corrects for the
+    different rounding of sampler and trainer (arXiv 2510.26788)."""
     return [(old - sampler).exp().clamp(max=cap) for old, sampler in zip(logp_old, logp_sampler)]
 
 
@@ -492,8 +498,8 @@ class Critic(Qwen2):
 
 class PPOTrainer:
     """The actor, the reference (if --kl is not 0), the critic (with --advantage gae) and their updates, on one process
-    of several. Examples are (token ids, loss_mask). "Per token" means a list of (N_i,) fp32 tensors on the CPU, for the
-    examples of all processes, where N_i counts the tokens that loss_mask selects."""
+    of several. Examples are (token ids, loss_mask). "Per token" means a list of (N_i,) fp32 tensors on the CPU, of the
+    examples of all processes; N_i counts the tokens of loss_mask."""
 
     def __init__(self, cfg, config, folder, num_token_ids, rank, world_size, device):
         self.cfg = cfg
@@ -516,7 +522,7 @@ class PPOTrainer:
         self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0, fused=True)
 
     def forward(self, model, inputs):
-        """Returns the log-probs of the targets and the entropies, each (N,), of the actor or the reference."""
+        """Returns the log-probs of the targets and the entropies, each (N,)."""
         tokens, lengths, targets = inputs
         logp, entropy, _ = model(tokens, lengths=lengths, targets=targets, num_token_ids=self.num_token_ids,
                                  temperature=self.cfg.temperature)
@@ -527,12 +533,11 @@ class PPOTrainer:
         return packed_rows(examples, indices, self.rank, self.world_size, self.cfg.max_row_tokens)
 
     def cat(self, values, row):
-        """Returns the per-token values of a row's examples as one tensor on the device, empty for an empty row."""
+        """Returns the per-token values of a row's examples as one tensor on the device."""
         return torch.cat([torch.zeros(0), *(values[i] for i in row.examples)]).to(self.device)
 
     def per_token(self, examples, forward, indices=None):
-        """Returns forward(inputs) per token, of the examples `indices`, by default all; each process computes its
-        share."""
+        """Returns forward(inputs) per token, of the examples `indices`, by default all."""
         rows = self.packed_rows(examples, range(len(examples)) if indices is None else indices)
         outputs = map_rows(lambda row: forward(row.inputs(self.device)).float().cpu(), rows, self.threads)
         results = []
@@ -548,9 +553,8 @@ class PPOTrainer:
         return self.per_token(examples, lambda inputs: self.critic(*inputs))
 
     def minibatches(self, groups, iteration):
-        """Returns the indices of the examples of each optimizer step of an iteration: --epochs passes over the states
-        in random order, each cut into --minibatches. The actions of a state stay together, so that it is read once for
-        all of them. groups: the number of the state of each example."""
+        """Returns the indices of the examples of each optimizer step of an iteration. The actions of a state stay
+        together, so that it is read once for all of them. groups: the number of the state of each example."""
         states = sorted(set(groups))
         parts = min(self.cfg.minibatches, len(states))
         batches = []
@@ -561,56 +565,58 @@ class PPOTrainer:
                 batches.append([i for i, group in enumerate(groups) if group in drawn])
         return batches
 
-    def update_actor(self, examples, logp_old, adv, is_weight, batches):
-        """Updates the actor by PPO's objective, the mean over the tokens of all processes, in one step for each of the
-        batches, lists of indices, and returns statistics. logp_old, adv, is_weight: per token."""
-        sums = torch.zeros(3, device=self.device, dtype=torch.float64)
-        ratio_max = torch.ones((), device=self.device)
+    def update(self, model, examples, batches, loss_of):
+        """Makes an optimizer step of a model for each of the batches, lists of indices. loss_of(row, num_tokens)
+        returns a row's part of the loss, a mean over the tokens of all processes, and of statistics, a tensor. Returns
+        the statistics, of all processes, and the gradients' norm, each the mean over steps."""
+        sums = 0
         norms = []
         for batch in batches:
-            num_tokens = sum(len(logp_old[i]) for i in batch)       # of all processes
+            num_tokens = sum(sum(examples[i][1]) for i in batch)        # of all processes
 
-            def loss_of(row):
-                logp, entropy = self.forward(self.actor, row.inputs(self.device))
-                row_logp_old = self.cat(logp_old, row)
-                loss, clipped = policy_loss(logp, row_logp_old, self.cat(adv, row), self.cfg.clip_low,
-                                            self.cfg.clip_high)
-                loss = (self.cat(is_weight, row) * loss).sum() / num_tokens
-                log_ratio = torch.cat([logp.detach() - row_logp_old, logp.new_zeros(1)])       # also of an empty row
-                statistics = torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]).detach() / num_tokens
-                ratios.append(log_ratio.exp().max())
-                return loss * self.world_size, statistics       # gradients are averaged over processes
+            def scaled_loss(row):
+                loss, statistics = loss_of(row, num_tokens)
+                return loss * self.world_size, statistics.detach()      # gradients are averaged over processes
 
-            ratios = []
-            sums += add_gradients(self.actor, self.packed_rows(examples, batch), loss_of, self.threads)
-            ratio_max = torch.stack([ratio_max, *ratios]).max()
-            norms.append(optimizer_step(self.actor, self.optimizer))
+            sums = sums + add_gradients(model, self.packed_rows(examples, batch), scaled_loss, self.threads).double()
+            norms.append(optimizer_step(model, self.optimizer))
         if dist.is_initialized():
             dist.all_reduce(sums)
+        return (sums / len(batches)).tolist(), torch.stack(norms).mean().item()
+
+    def update_actor(self, examples, logp_old, adv, is_weight, batches):
+        """Updates the actor by PPO's objective (see update) and returns statistics. logp_old, adv, is_weight: per
+        token."""
+        ratios = []
+
+        def loss_of(row, num_tokens):
+            logp, entropy = self.forward(self.actor, row.inputs(self.device))
+            row_logp_old = self.cat(logp_old, row)
+            loss, clipped = policy_loss(logp, row_logp_old, self.cat(adv, row), self.cfg.clip_low, self.cfg.clip_high)
+            loss = (self.cat(is_weight, row) * loss).sum() / num_tokens
+            log_ratio = torch.cat([logp.detach() - row_logp_old, logp.new_zeros(1)])        # also of an empty row
+            ratios.append(log_ratio.exp().max())
+            return loss, torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]) / num_tokens
+
+        (loss, entropy, clip_fraction), grad_norm = self.update(self.actor, examples, batches, loss_of)
+        ratio_max = torch.stack(ratios).max()
+        if dist.is_initialized():
             dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
-        loss, entropy, clip_fraction = (sums / len(norms)).tolist()
-        return {"policy_loss": loss, "entropy": entropy, "clip_fraction": clip_fraction, "ratio_max": ratio_max.item(),
-                "grad_norm": torch.stack(norms).mean().item()}
+        num_updates = self.optimizer.state[next(self.actor.parameters())]["step"].item()
+        return {"updates": int(num_updates), "policy_loss": loss, "entropy": entropy, "clip_fraction": clip_fraction,
+                "ratio_max": ratio_max.item(), "grad_norm": grad_norm}
 
     def update_critic(self, examples, ret, value_old, batches, max_change=math.inf):
-        """Brings the critic's values to the returns, in one step for each of the batches, lists of indices, and returns
-        statistics. ret, value_old: per token; max_change: see value_loss."""
-        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
-        for batch in batches:
-            num_tokens = sum(len(ret[i]) for i in batch)
+        """Brings the critic's values to the returns (see update) and returns statistics. ret, value_old: per token;
+        max_change: see value_loss."""
+        def loss_of(row, num_tokens):
+            value = self.critic(*row.inputs(self.device))
+            row_value_old = self.cat(value_old, row)
+            loss = value_loss(value, row_value_old, self.cat(ret, row), max_change).sum() / num_tokens
+            clipped = (value - row_value_old).abs() > max_change
+            return loss, torch.stack([loss, clipped.sum() / num_tokens])
 
-            def loss_of(row):
-                value = self.critic(*row.inputs(self.device))
-                row_value_old = self.cat(value_old, row)
-                loss = value_loss(value, row_value_old, self.cat(ret, row), max_change).sum() / num_tokens
-                clipped = (value - row_value_old).abs() > max_change
-                return loss * self.world_size, torch.stack([loss, clipped.sum() / num_tokens]).detach()
-
-            sums += add_gradients(self.critic, self.packed_rows(examples, batch), loss_of, self.threads)
-            optimizer_step(self.critic, self.optimizer)
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        loss, clip_fraction = (sums / len(batches)).tolist()
+        (loss, clip_fraction), _ = self.update(self.critic, examples, batches, loss_of)
         variance = torch.cat(ret).var(correction=0)
         unexplained = (torch.cat(ret) - torch.cat(value_old)).var(correction=0)
         return {"value_loss": loss, "value_clip_fraction": clip_fraction,
@@ -620,14 +626,13 @@ class PPOTrainer:
 # -- The loop
 
 def iterate(cfg, worker, trainer, iteration):
-    """One iteration of PPO. Returns the Transitions and {name: number} for the log. RunError: nothing can be played, or
-    a gradient is not finite. FloatingPointError: the weights are not."""
+    """One iteration of PPO. Returns the Transitions and statistics. RunError: nothing can be played, or a gradient is
+    not finite. FloatingPointError: the weights are not."""
     # 1. States of the pool, the tasks in turn; the same on all processes.
     names = worker.sample_states(iteration)
 
-    # 2. Rollout: actions in each state. While the engine samples on, each is carried out in a restored workspace, its
-    # script is run and graded, and reward.py turns the result into one number. Without a critic, states whose actions
-    # all earned the same teach nothing but to stay with the reference.
+    # 2. Rollout: actions in each state, carried out, graded and rewarded while the engine samples on. Without a critic,
+    # states whose actions all earned the same teach nothing but to stay with the reference.
     transitions, stats = worker.run(names, iteration)
     learned = transitions
     if not cfg.has_critic and not cfg.kl:
@@ -677,7 +682,7 @@ def iterate(cfg, worker, trainer, iteration):
 def old_logprobs(worker, trainer, transitions, examples, logp_sampler, iteration):
     """Returns the actor's log-probs of the examples before the update, per token, and how far those of the sampler are
     from the trainer's, (N,). Where the sampler is the actor itself, its log-probs are the old ones, and the trainer's
-    are computed for a share of the states alone. RunError: they differ, so one of the two is wrong."""
+    are computed for a share of the states alone. RunError: they differ."""
     if not worker.samples_from(trainer.actor):
         logp_old = trainer.logprobs(trainer.actor, examples)
         return logp_old, (torch.cat(logp_old) - torch.cat(logp_sampler)).abs()
@@ -686,13 +691,12 @@ def old_logprobs(worker, trainer, transitions, examples, logp_sampler, iteration
     logp = trainer.logprobs(trainer.actor, examples, checked)
     diff = (torch.cat(logp) - torch.cat([logp_sampler[i] for i in checked])).abs()
     if not diff.max() < MAX_LOGP_DIFF:
-        raise RunError(f"log-probs of the sampler and of the trainer differ by {diff.max():.2g}, more than "
-                       f"{MAX_LOGP_DIFF}; they are of the same weights")
+        raise RunError(f"log-probs of the sampler and of the trainer differ by {diff.max():.2g}, though their weights "
+                       "are the same")
     return logp_sampler, diff
 
 
 def train(cfg, rank, world_size, device):
-    """Trains cfg.model on the pool and writes cfg.out, as process `rank` of `world_size`."""
     # 1. What is trained, and on what.
     tasks.refuse_held_out_names(tasks.names(cfg.task))
     folder = find_folder(cfg.model)
@@ -716,17 +720,18 @@ def train(cfg, rank, world_size, device):
         first = state["step"]
         worker.chances = state["chances"]
         if first >= cfg.iterations:
-            cli.announce(f"{cfg.out} is already trained, for {first} iterations; to begin anew give another --out, or "
-                         "delete it")
+            cli.announce(f"{cfg.out} is already trained, for {first} iterations; to begin anew give another --out")
         else:
             cli.announce(f"{cfg.out}: going on after iteration {first}")
 
     # 3. The iterations.
-    peak = peak_flops(device)
+    peak = peak_flops(device, trainer.actor.compute_dtype)
     # Counted in forward passes. Log-probs of the sampler itself take none.
     passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)
     passes -= worker.samples_from(trainer.actor)
     began = time.monotonic()
+    if cfg.export_every and first == 0:
+        export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", "000000"))
     for iteration in range(first, cfg.iterations):
         start = time.monotonic()
         try:
@@ -747,22 +752,32 @@ def train(cfg, rank, world_size, device):
             stats["validation_reward"] = worker.validate()
         if rank == 0:
             report(cfg, stats, transitions)
+        if cfg.export_every and (iteration + 1) % cfg.export_every == 0:    # before the checkpoint, so none is missed
+            export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", f"{iteration + 1:06d}"))
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
             save_state(cfg, iteration + 1, trainer.models, trainer.optimizer, origin, chances=worker.chances)
 
     # 4. The actor as a Hugging Face folder.
-    export_model(trainer.actor, tokenizer, cfg.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    export_agent(trainer.actor, tokenizer, folder, cfg.out)
     if rank == 0:
-        if agent := read_agent(folder):
-            write_agent(cfg.out, agent)
         print(f"Written to {cfg.out}: the model, log.jsonl, checkpoints\n\nNext: python eval.py")
+
+
+def export_agent(actor, tokenizer, source, out):
+    """Writes the actor as a Hugging Face folder, with agent.json of the folder `source` where it has one. Every process
+    must call this."""
+    is_cuda = next(actor.parameters()).is_cuda
+    export_model(actor, tokenizer, out, torch.bfloat16 if is_cuda else torch.float32)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    if agent := read_agent(source):
+        write_agent(out, agent)
 
 
 # -- Statistics: what log.jsonl says of an iteration
 
 def action_stats(cfg, transitions, logp_old, logp_ref, logp_diff):
-    """Returns {name: number} about an iteration's actions. The log-probs are per token, of those that are learned from.
-    logp_diff: see old_logprobs.
+    """Returns {name: number} about an iteration's actions. The log-probs are those of the actions learned from.
 
     To log something else, such as the fraction that undo an edit, add a line here:
     "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step tells what a step has.
@@ -793,8 +808,7 @@ def action_stats(cfg, transitions, logp_old, logp_ref, logp_diff):
 
 
 def report(cfg, stats, transitions):
-    """Adds an iteration's statistics to log.jsonl and its actions to samples.jsonl, and prints some; every SHOW_EVERY
-    iterations an action too."""
+    """Adds an iteration's statistics to log.jsonl and its actions to samples.jsonl, and prints a line."""
     append_lines(Path(cfg.out, "log.jsonl"), [stats])
     append_lines(Path(cfg.out, "samples.jsonl"), [
         {"iteration": stats["iteration"], "state": transition.state, "reply": transition.step["reply"],
@@ -805,10 +819,6 @@ def report(cfg, stats, transitions):
     left = timedelta(seconds=int(stats["seconds"] * (cfg.iterations - stats["iteration"])))
     seconds = " + ".join(f"{stats[name]:.1f}" for name in ("sample_s", "execute_s", "logprobs_s", "update_s"))
     print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{seconds} s", f"ETA {left}", sep="  ", flush=True)
-    if stats["iteration"] % SHOW_EVERY == 1:
-        transition = random.Random(stats["iteration"]).choice(transitions)
-        print(f"--- {transition.state}, {transition.step['kind']}, reward {transition.reward:.3f}\n"
-              f"{shorten(transition.step['reply'].strip(), 1200)}\n---", flush=True)
 
 
 def append_lines(path, values):
@@ -819,21 +829,19 @@ def append_lines(path, values):
 # -- As a program
 
 def plan(cfg):
-    """Returns the text of --plan: memory of one GPU by part, at the peak of an update. It reads no weights."""
+    """Returns the text of --plan: memory of one GPU by part, at the peak of an update."""
     config = shape_of(cfg.model)
     compute = compute_type(cfg.dtype, torch.device("cuda"))
     total = num_parameters(config)[-1]
     memory = partial(plan_memory, config, cfg.max_row_tokens, recompute=total > RECOMPUTE_ABOVE, critic=cfg.has_critic,
                      reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context)
-    parts = memory(cfg.gpus, compute)
+    lines = format_plan(memory(cfg.gpus, compute), total * (1 + cfg.has_critic), memory(1, torch.float32))
     return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens, {cfg.max_batch} x "
-                      f"{cfg.context:,} tokens sampled", "", "GiB per GPU", *format_gib(parts), "",
-                      disk_plan(total * (1 + cfg.has_critic)), ram_plan(memory(1, torch.float32))])
+                      f"{cfg.context:,} tokens sampled", "", *lines])
 
 
 def fill(values):
-    """For cli.parse: the settings that hold where none was typed, from agent.json in the model's folder and from the
-    recipe, which follows the size of the model."""
+    """Returns what holds where nothing was typed (see cli.parse): the model's agent.json and the recipe of its size."""
     model = values["model"]
     if values["preset"]:
         cli.preset(values["preset"], RECIPES)       # refuses another name

@@ -17,11 +17,12 @@ import re
 import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter, defaultdict, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import support  # noqa: F401  before torch
 
 import numpy as np
 import tokenizers
@@ -47,7 +48,6 @@ CHAT_TEMPLATE = (r"{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' +
 SYSTEM_TEMPLATE = ("{% if messages[0]['role'] != 'system' %}"
                    r"{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}")
 SYSTEM_IN_TEMPLATE = r"<\|im_start\|>system\\n(You are[^'<{]*)<\|im_end\|>"
-LARGEST_ID = 1 << 24        # a tokenizer file is data from others, and a table of all its ids is made
 
 
 class Tokenizer:
@@ -67,46 +67,39 @@ class Tokenizer:
         self.system = system
         self.folder = folder
         self.bpe.encode_special_tokens = True       # "<|im_end|>" in a script's output stays text and ends no turn
-        self.size = max(bpe.get_vocab(with_added_tokens=True).values()) + 1
         self.turn = bpe.token_to_id(self.TURN)
         self.end = bpe.token_to_id(self.END)
-        expected = "expected that of a Qwen2.5 checkpoint"
-        if self.turn is None or self.end is None:
-            raise ValueError(f"the tokenizer has no {self.TURN} or {self.END}; {expected}")
-        if self.size > LARGEST_ID:
-            raise ValueError(f"the tokenizer has an id of {self.size - 1:,}; {expected}")
+        # With the bytes of every id text can grow token by token, and stop strings are found without decoding it all.
+        self.bytes = defaultdict(bytes)
         added = bpe.get_added_tokens_decoder()
+        byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
+        try:
+            for text, i in bpe.get_vocab(with_added_tokens=True).items():
+                self.bytes[i] = text.encode() if i in added else bytes(byte_of[char] for char in text)
+            added[self.turn], added[self.end]
+        except KeyError:
+            raise ValueError(f"expected the tokenizer of a Qwen2.5 checkpoint: one of bytes, with {self.TURN} and "
+                             f"{self.END}") from None
+        self.size = max(self.bytes) + 1
         self.eos = {*eos, self.end}
         self.control = {i for i, token in added.items() if token.special} | self.eos | {self.turn}
-        # With the bytes of every id text can grow token by token, and stop strings are found without decoding it all.
-        byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
-        self.bytes = [b""] * self.size
-        for text, i in bpe.get_vocab(with_added_tokens=True).items():
-            if i in added:
-                self.bytes[i] = text.encode()
-            elif byte_of.keys() >= set(text):
-                self.bytes[i] = bytes(byte_of[char] for char in text)
-            else:
-                raise ValueError(f"the tokenizer spells {text[:80]!r} in no bytes; {expected}")
 
     @classmethod
     def from_pretrained(cls, folder):
         """Reads tokenizer.json of a checkpoint folder, and from its other files the ids that end a turn and the default
         system message. Raises ValueError for a missing or damaged file."""
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no tokenizer.json; copy it from the checkpoint the model came from")
         try:
-            bpe = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:      # the library raises bare Exception for every malformed file
-            raise ValueError(f"{path} cannot be read ({error}); download it again") from None
+            bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:      # the library raises bare Exception for a missing and for every malformed file
+            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); copy it from the checkpoint that "
+                             "the model came from") from None
         generation, config = (read_json(path) if path.is_file() else {} for path in (
             folder / "generation_config.json", folder / "tokenizer_config.json"))
         eos = generation.get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]
         if not all(isinstance(i, int) for i in eos):
-            raise ValueError(f"{folder / 'generation_config.json'}: eos_token_id must be numbers, found {str(eos):.80}")
+            raise ValueError(f"{folder}/generation_config.json: eos_token_id must be numbers, found {str(eos):.80}")
         template = str(config.get("chat_template", ""))
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
@@ -174,10 +167,10 @@ class Tokenizer:
             pos += len(piece)
         return ids if text[pos:] == decoder.decode(b"", final=True) else None
 
-    def chat(self, messages, add_generation_prompt=True):
+    def chat(self, messages):
         """Returns the token ids of a conversation, up to where the assistant speaks next. See conversation."""
         ids, _ = self.conversation(messages)
-        return ids + [self.turn, *self.encode("assistant\n")] if add_generation_prompt else ids
+        return [*ids, self.turn, *self.encode("assistant\n")]
 
     def conversation(self, messages, assistant_turns=None):
         """Returns (ids, loss_mask) of a conversation, [{"role", "content"}]. A message is
@@ -185,8 +178,7 @@ class Tokenizer:
 
         The loss mask is True for what the assistant chose: its replies, and the token that ends each. assistant_turns:
         the indices of the messages that count; None: all of the assistant's. The ids that were sampled for a reply, its
-        "tokens", stand for its content where they spell it, because encoding the text may give others. Raises
-        ValueError for another role, or a message without content.
+        "tokens", stand for its content where they spell it, because encoding the text may give others.
         """
         numbered = list(enumerate(messages))
         if self.system is not None and (not messages or messages[0].get("role") != "system"):
@@ -199,7 +191,7 @@ class Tokenizer:
             content = message.get("content")
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise ValueError(f"message {i}: expected a role of system, user or assistant and a text as content, "
-                                 f"found role {role!r} and content {str(content)[:40]!r}")
+                                 f"found {str(message):.80}")
             if role == "assistant":     # header and reply are encoded apart, as when the reply was sampled
                 header = self.encode("assistant\n")
                 reply = self.spelling(message.get("tokens"), content) or self.encode(content)
@@ -406,8 +398,8 @@ def next_tokens(model, batch, num_ids, tokens, temperature, uniform):
 
     num_ids: the tokenizer's size. For the rest see sample_tokens.
     """
-    # The log-probs must be those that the trainer computes for the same tokens. So the vocabulary's rows that stand for
-    # no token are left out, as in Head, and logits become fp32 before they are divided by the temperature.
+    # As the trainer has it, for equal log-probs: the vocabulary's rows that stand for no token are left out, and logits
+    # become fp32 before they are divided by the temperature.
     logits = model(tokens, batch)[0, :, :num_ids].float()
     return sample_tokens(logits, temperature, uniform)
 
@@ -440,7 +432,6 @@ class Request:
     temperature: float
     stop: list                  # of bytes
     uniform: np.ndarray         # (max_new_tokens,): all its random numbers, so batching cannot change them
-    stream: Callable            # called with the bytes of each new token, or None
     future: Future = field(default_factory=Future)
     tokens: list = field(default_factory=list)
     logps: list = field(default_factory=list)
@@ -511,21 +502,15 @@ class Engine:
 
     rows: conversations in the cache, which is also the largest batch. context: tokens of one conversation. A finished
     row keeps its keys and values: a prompt that begins with the same tokens (the next turn of a conversation, another
-    sample of the same prompt) reuses them. pack: on a CPU in fp32, keep a second copy of the weights, about twice as
-    fast for few rows; None: if they are large. draft: guess tokens from the text so far, and check several in one pass.
+    sample of the same prompt) reuses them. draft: guess tokens from the text so far, and check several in one pass.
     fixed_shapes: decode in passes of fixed shapes, DecodeGraph. Neither changes what is sampled.
-
-    A small model on a CPU takes one OpenMP thread, whoever calls: several would wait for each other at every product,
-    and beside a busy program each wait may last as long as the scheduler's turn. Any other model takes as many as are
-    set when its engine is made. Never does the load decide, so that a run can be repeated.
 
     The first chat or submit starts a thread that runs the model from then on. Until then generate runs it in the
     caller's thread, which on a CPU is a quarter faster for a large model: there is one pool of OpenMP threads, not two
     that share the cores.
     """
 
-    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", pack=None, draft=True,
-                 fixed_shapes=False):
+    def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", draft=True, fixed_shapes=False):
         weight = model.lm_head.weight
         self.model = model
         self.tokenizer = tokenizer
@@ -538,10 +523,11 @@ class Engine:
         self.graphs = {}        # {shape: DecodeGraph}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if fixed_shapes and self.device.type == "cuda" else None
         dtype = getattr(model, "compute_dtype", None) or weight.dtype       # of what is computed and cached
-        if pack is None:
-            pack = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
-        packable = (torch.float32, torch.bfloat16) if pack else (torch.bfloat16,)       # see cpu_linear
-        self.pack = self.device.type == "cpu" and weight.dtype is dtype and dtype in packable
+        is_large = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
+        packs = dtype is torch.bfloat16 or (dtype is torch.float32 and is_large)        # see cpu_linear
+        self.packs = self.device.type == "cpu" and weight.dtype is dtype and packs
+        # A small model takes one OpenMP thread: several would wait for each other at every product, beside a busy
+        # program as long as the scheduler's turn. The load does not decide, so that a run can be repeated.
         is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_BELOW
         self.num_threads = 1 if is_small else torch.get_num_threads()
         self.cache = KVCache(model.config, rows, self.context, dtype, self.device)
@@ -554,15 +540,14 @@ class Engine:
         self.wake = threading.Condition()       # guards active and waiting
         self.turn = threading.Lock()            # held by who runs the model
         self.thread = None
-        self.sampled_tokens = self.prefilled_tokens = self.reused_tokens = 0
+        self.sampled_tokens = self.prefilled_tokens = 0
         self.passes = self.drafted_tokens = self.accepted_tokens = 0
         self.refresh()
 
     def forget(self):
-        """Drops every cached token. Raises RuntimeError while replies are being sampled."""
+        """Drops every cached token, which must not be while replies are being sampled."""
         with self.wake:
-            if self.active or self.waiting:
-                raise RuntimeError("the cache cannot be dropped while replies are being sampled; wait for them first")
+            assert not (self.active or self.waiting), "the cache is dropped while replies are being sampled"
             self.lengths = [0] * self.rows
             self.used = [0] * self.rows
 
@@ -570,7 +555,7 @@ class Engine:
         """Takes notice of changed weights: drops what the old ones cached and guessed, and packs anew."""
         self.forget()
         self.guess_counts = [[1, 2] for _ in range(PromptLookup.LONGEST + 1)]
-        if self.pack:
+        if self.packs:
             cpu_linear.pack(self.model)
 
     # -- what callers use
@@ -580,48 +565,41 @@ class Engine:
         return self.submit(self.tokenizer.chat(messages), **options).result()
 
     def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
-        """Returns a list of n Completions for each prompt (a text, a list of ids, or a conversation).
+        """Returns a list of n Completions for each prompt (a text, a list of ids, or a conversation). See submit for
+        the options.
 
-        Sample j of prompt i draws from seed + i * n + j, or from seed[i] + j where there is one for each prompt; the
-        same calls give the same tokens on a CPU, and on a GPU but for rounding. The n samples of a prompt share one
-        prefill. on_completion(i, j, completion) is called in the caller's thread as soon as that sample is done, while
-        the others wait. What it raises ends the call and takes back what is not done.
+        Sample j of prompt i draws from seed + i * n + j. The same calls give the same tokens on a CPU, and on a GPU but
+        for rounding. on_completion(i, j, completion) is called in the caller's thread as soon as that sample is done.
         """
-        done = queue.SimpleQueue()
         requests = []
-        groups = []
-        index = {}      # {future: (i, j)}
-        seeds = [seed + i * n for i in range(len(prompts))] if isinstance(seed, int) else seed
-        for i, prompt in enumerate(prompts):
+        for prompt in prompts:
             ids = self._ids(prompt)
-            groups.append([None] * n)
-            for j in range(n):
-                request = self._request(ids, seed=seeds[i] + j, **options)
-                request.future.add_done_callback(done.put)
-                index[request.future] = i, j
-                requests.append(request)
+            for _ in range(n):
+                requests.append(self._request(ids, seed=seed + len(requests), **options))
+        numbers = {}
+        done = queue.SimpleQueue()
+        for number, request in enumerate(requests):
+            numbers[request.future] = number
+            request.future.add_done_callback(done.put)
         with self.wake:     # the engine sees all or none, so that a run can be repeated exactly
             self.waiting.extend(requests)
             self.wake.notify()
-        try:
-            for _ in index:
-                while self.thread is None and done.empty():
-                    self._advance()
-                future = done.get()
-                i, j = index[future]
-                groups[i][j] = future.result()
-                if on_completion:
-                    on_completion(i, j, groups[i][j])
-        except BaseException:
-            self._withdraw(index)
-            raise
-        return groups
+        for _ in requests:
+            while self.thread is None and done.empty():
+                self._advance()
+            future = done.get()
+            completion = future.result()
+            if on_completion:
+                i, j = divmod(numbers[future], n)
+                on_completion(i, j, completion)
+        completions = [request.future.result() for request in requests]
+        return [completions[i:i + n] for i in range(0, len(completions), n)]
 
     def submit(self, ids, **options):
         """Queues one reply to the token ids of a prompt, and returns a Future of its Completion.
 
-        Options: max_new_tokens, temperature, stop (strings), seed, and stream, which is called with the bytes of
-        each new token. Raises ContextFull if the reply may not fit the context, ValueError for options out of range.
+        Options: max_new_tokens, temperature, stop (strings), seed. Raises ContextFull if the reply may not fit the
+        context, ValueError for options out of range.
         """
         request = self._request(ids, **options)
         with self.wake:
@@ -632,7 +610,7 @@ class Engine:
             self.wake.notify()
         return request.future
 
-    def _request(self, ids, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0, stream=None):
+    def _request(self, ids, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0):
         if not (ids and max_new_tokens >= 1 and temperature >= 0 and top_p == 1):
             raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, and a top_p of 1, as training "
                              f"has; found {len(ids)} prompt tokens, {max_new_tokens}, {temperature} and {top_p}")
@@ -642,7 +620,7 @@ class Engine:
         stop = [stop] if isinstance(stop, str) else stop
         uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return Request(np.array(ids), max_new_tokens, temperature, [text.encode() for text in stop if text],
-                       uniform.numpy(), stream)
+                       uniform.numpy())
 
     def _ids(self, prompt):
         if isinstance(prompt, str):
@@ -679,19 +657,11 @@ class Engine:
             finally:
                 torch.set_num_threads(num_threads)
 
-    def _withdraw(self, futures):
-        """Samples no further the replies that nobody waits for any more."""
-        with self.turn, self.wake:
-            self.waiting = deque(request for request in self.waiting if request.future not in futures)
-            for row in reversed(range(len(self.active))):
-                if self.active[row].future in futures:
-                    self.release_row(row)
-
     def step(self):
         """Runs one pass: every active row gets a token, and with it those of its draft that prove right.
 
-        A token is sampled at each drafted position with that position's own random number, as without a draft. The
-        draft only decides whether the positions after it count, so the tokens are those of plain decoding.
+        Each position has its own random number, with a draft and without, and the draft only decides whether the
+        positions after it count: so the tokens are those of plain decoding.
         """
         # 1. New requests get rows, and their prompts come into the cache.
         self.schedule()
@@ -835,7 +805,6 @@ class Engine:
         request.cached = reused
         if self.draft:
             request.lookup = PromptLookup(request.prompt, self.guess_counts)
-        self.reused_tokens += reused
         self.prefilled_tokens += P - reused
 
     def prefill(self, rows):
@@ -862,9 +831,7 @@ class Engine:
         if not ended:
             piece = self.tokenizer.bytes[token]
             request.text += piece
-            cut = find_stop(request.text, request.stop, len(piece)) if request.stop else None
-            if request.stream:
-                request.stream(piece)
+            cut = find_stop(request.text, request.stop, len(piece))
         stopped = ended or cut is not None
         if not stopped and len(request.tokens) < request.max_new_tokens:
             return None
@@ -911,12 +878,11 @@ TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}
 
 def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch", graphs=False,
          key=None, timeout_s=600.0):
-    """Returns the Engine or Endpoint that a --model value names.
+    """Returns the Engine or Endpoint that a --model value names. Raises ValueError for what cannot be loaded.
 
     spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
-    out), or "http://host:port/v1#name". device "auto": CUDA if there is one. dtype "auto": bfloat16 where the hardware
-    multiplies it (CUDA, or a CPU with AVX512-BF16 or AMX), else float32. kernels: torch, or triton on CUDA. graphs: decode in CUDA
-    graphs. key, timeout_s: of a server, see Endpoint. Raises ValueError for what cannot be loaded.
+    out), or "http://host:port/v1#name". device, dtype, kernels: as in support.cli.ModelSettings. graphs: decode in
+    CUDA graphs. key, timeout_s: of a server, see Endpoint.
     """
     if is_server(spec):
         return Endpoint(spec, key, timeout_s)
@@ -924,8 +890,6 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if multiplies_bf16(device) and spec != "tiny" else "float32"
-    if dtype not in ("float64", "float32", "bfloat16"):
-        raise ValueError(f"expected dtype auto, float64, float32 or bfloat16, found {dtype!r}")
     if graphs and not str(device).startswith("cuda"):
         raise ValueError(f"CUDA graphs need a CUDA device, found {device!r}; leave them off there")
     use_kernels(kernels, device)
@@ -964,20 +928,11 @@ class Settings(ModelSettings):
 def main(cfg):
     policy = load(cfg.model, cfg.dtype, cfg.device, rows=1, kernels=cfg.kernels, graphs=cfg.graphs)
     messages = [{"role": "user", "content": cfg.prompt}]
-    options = {name: getattr(cfg, name) for name in ("max_new_tokens", "temperature", "seed")}
-    if isinstance(policy, Endpoint):
-        reply = policy.chat(messages, **options)
-        print(reply.text or reply.no_reply)
-        return
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def show(piece):
-        print(decoder.decode(piece), end="", flush=True)
-
-    reply = policy.generate([messages], stream=show, **options)[0][0]
-    print(decoder.decode(b"", final=True))
-    print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes (drafted "
-          f"{policy.drafted_tokens}, accepted {policy.accepted_tokens}) and {reply.seconds:.1f} s", file=sys.stderr)
+    reply = policy.chat(messages, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed)
+    print(reply.text or reply.no_reply)
+    if isinstance(policy, Engine):
+        print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes (drafted "
+              f"{policy.drafted_tokens}, accepted {policy.accepted_tokens}) and {reply.seconds:.1f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

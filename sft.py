@@ -2,18 +2,17 @@
 
     python sft.py                                               # all in miniature: collects, trains a tiny model
     torchrun --nproc_per_node 8 sft.py                          # with CUDA the paper's recipe for Qwen2.5-7B
-    python sft.py --collect                                     # no model, no data: the scripted expert, on miniatures
     python sft.py --collect --expert http://host:8000/v1#name   # an expert behind an OpenAI-compatible server
     python sft.py --model DIR                                   # fine-tunes a checkpoint on what was collected
 
-Collecting, for each held-in task. 1. Candidates: ideas that the expert writes (100 by default), or those shipped with
-the task. 2. Of these the 10 that differ most from each other (farthest-point selection on their words). 3. For each
-trajectory 1 to 3 of them stand in the expert's first prompt. The recorded prompt does not have them, so that the model
-learns to have the idea itself. Held-out tasks are refused, by name and by the hashes of those prepared in --data.
+Collecting, for each held-in task: of the ideas that the expert writes (or that are shipped with the task) the 10 that
+differ most are kept, and 1 to 3 of them stand in the expert's first prompt of each trajectory. The recorded prompt does
+not have them, so that the model learns to have the idea itself. Held-out tasks are refused, by name and by the hashes
+of those prepared in --data.
 
 The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), blobs/ (the files of every state),
-ideas/TASK.json (what the expert wrote) and manifest.json (settings, hashes, ideas, counts). A run that was killed goes
-on with the same command; a larger --num, or another --task, adds to it. Exit status: 0 done, 1 failed, 2 bad arguments.
+ideas/TASK.json and manifest.json. A run that was killed goes on with the same command; a larger --num, or another
+--task, adds to it.
 """
 import contextlib, hashlib, json, math, random, time
 from array import array
@@ -22,6 +21,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+
+import support  # noqa: F401  before torch
 
 import torch
 import torch.distributed as dist
@@ -37,9 +38,9 @@ from support.cli import RunError, exit_status, flag_of, format_table, refuse_tor
 from support.conversations import named, read_conversations
 from support.distributed import (
     RECOMPUTE_ABOVE, PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type,
-    disk_plan, explain_dist_errors, export_model, flops_of, format_gib, init_distributed, load_state, map_rows,
-    num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, ram_plan,
-    rank0_broadcast, row_threads, save_state, shape_of)
+    explain_dist_errors, export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters,
+    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, row_threads,
+    save_state, shape_of)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -65,14 +66,12 @@ class Settings(AgentSettings):
         # id, tiny, or http://host:port/v1#name
     task: str = "held-in"  # a task's id, or held-in for all that may be trained on
     trajectories: str = "runs/trajectories"  # what is collected goes here, and what is trained on comes from here: that
-        # folder, or a JSON or JSON-lines file of your own with "messages" or ShareGPT "conversations"
+        # folder, or your own file (.json or .jsonl) of "messages" or ShareGPT "conversations"
     model: str = ""  # what is fine-tuned: a folder, a hub id, or tiny (from scratch); empty: that of --preset
     out: str = "runs/sft"  # the model as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
-    preset: str = ""  # settings that other flags override: tiny, the paper in miniature, 0.5b and 1.5b for small
-        # published models, or 7b, the paper's; each collects first. Empty: that for the size of --model; without it 7b
-        # under torchrun with CUDA, else tiny
-    plan: bool = False  # print memory per GPU by part, updates and time for these settings, and end; --model may then
-        # be a size alone, such as 7b
+    preset: str = ""  # tiny (the paper in miniature), 0.5b, 1.5b or 7b (the paper's); each collects first, and other
+        # flags override it. Empty: that for the size of --model; without it 7b under torchrun with CUDA, else tiny
+    plan: bool = False  # print memory per GPU, updates and time, and end; --model may be a size alone, such as 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
     epochs: float = 2.0  # times that training sees each conversation
     updates: int | None = None  # optimizer steps; none: as many as the epochs take
@@ -91,9 +90,7 @@ class Settings(AgentSettings):
     def __post_init__(self):
         super().__post_init__()
         cli.check_choices(self, coder=("expert", "none"))
-        cli.check_positive(self, "gpus", "epochs", "batch", "max_row_tokens", "lr", "save_every", "num")
-        if self.updates is not None:
-            cli.check_positive(self, "updates")
+        cli.check_positive(self, "gpus", "epochs", "updates", "batch", "max_row_tokens", "lr", "save_every", "num")
         for name in ("warmup", "ideas", "temperature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must be at least 0, found {getattr(self, name)}")
@@ -101,8 +98,6 @@ class Settings(AgentSettings):
             endpoint.address(self.expert)
         if self.model and not self.preset and (self.collect or self.expert != "scripted"):
             raise ValueError("--expert acts with --collect, and --model is trained without it; give one of the two")
-        if not self.collect:
-            compute_type(self.dtype, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +106,9 @@ class Settings(AgentSettings):
 SAME = ("expert", "coder", *AGENT, "ideas", "max_new_tokens", "temperature", "context", "threads", "gpu", "sandbox",
         "seed")     # what trajectories of a folder agree in
 IDEA_FORM = {"title": TEXT, "instruction": TEXT, "edits?": [{"find": TEXT, "replace": TEXT}]}
-MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {"data": TEXT, "miniature": FLAG, "ideas?": [IDEA_FORM]}}}
+MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {"data": TEXT, "miniature": FLAG, "ideas?": [IDEA_FORM]}},
+            "complete?": FLAG}
+COUNTS = ("trajectories", "steps", "valid", "rose")     # rose: trajectories whose last score is better than the first
 
 
 def collect(cfg, load=sample.load):
@@ -120,18 +117,16 @@ def collect(cfg, load=sample.load):
     tasks.refuse_held_out_names(tasks.names(cfg.task))
     missing = set(miniature.SCRIPTED_ACTIONS[cfg.prompt_format]) - set(cfg.actions)
     if cfg.expert == "scripted" and missing:
-        raise ValueError(f"the scripted expert needs the actions {', '.join(sorted(missing))} too; add them to "
-                         "--actions")
+        raise ValueError(f"the scripted expert needs --actions with {', '.join(sorted(missing))} too")
     folder = Path(cfg.trajectories)
     with folder_lock(folder, "sft.py --collect"):
         # 1. The data, nothing of them held out, and what is there already.
         infos = defaultdict(list)       # id of a task -> task.json of each of its seeds
-        for task, info in prepare_tasks(cfg, LEARNED_SEEDS):
-            infos[task.id].append(info)
+        prepared = prepare_tasks(cfg, LEARNED_SEEDS)
         held_out = tasks.held_out_hashes(cfg.data)
-        for id in infos:
-            for info in infos[id]:
-                tasks.refuse_held_out(id, info["sha256"], held_out)
+        for task, info in prepared:
+            tasks.refuse_held_out(task.id, info["sha256"], held_out)
+            infos[task.id].append(info)
         manifest = open_manifest(cfg, infos)
         jobs = [(tasks.load(id), trajectory_path(folder, id, k), k) for k in range(cfg.num) for id in infos]
         records = {path: read_record(path) for _, path, _ in jobs}
@@ -145,10 +140,10 @@ def collect(cfg, load=sample.load):
             if expert.context and cfg.max_new_tokens >= expert.context:
                 raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of "
                                  f"{expert.context}")
-        lacking = [tasks.load(id) for id in infos if "ideas" not in manifest["tasks"][id]]
-        chosen = run_parallel([(cfg, task, expert) for task in lacking], choose_ideas, PARALLEL)
-        for task, ideas in zip(lacking, chosen):
-            manifest["tasks"][task.id]["ideas"] = ideas
+        lacking = [id for id in infos if "ideas" not in manifest["tasks"][id]]
+        chosen = run_parallel([(cfg, tasks.load(id), expert) for id in lacking], choose_ideas, PARALLEL)
+        for id, ideas in zip(lacking, chosen):
+            manifest["tasks"][id]["ideas"] = ideas
         write_atomic(folder / "manifest.json", {**manifest, "complete": False})
 
         # 3. The trajectories.
@@ -164,31 +159,36 @@ def collect(cfg, load=sample.load):
         return manifest
 
 
+def read_manifest(folder):
+    """Returns what manifest.json in a folder of trajectories holds; None: there is no such file or folder."""
+    path = Path(folder, "manifest.json")
+    raw = read_bytes(path) if path.parent.is_dir() else None
+    return parse_json(raw, MANIFEST, path) if raw else None
+
+
 def open_manifest(cfg, infos):
     """Returns what manifest.json of the folder holds, with an entry for each task. ValueError: the folder is of other
     settings, another expert or other data, or holds trajectories that the manifest does not tell of."""
-    path = Path(cfg.trajectories, "manifest.json")
     settings = {flag_of(name): getattr(cfg, name) for name in SAME}
     settings |= {flag_of(name): list(getattr(cfg, name)) for name in ("actions", "fields")}      # as JSON has them
     if Path(cfg.expert).is_dir():       # a model that was trained anew in the same folder is another model
         settings["--expert of sha256"] = hash_checkpoint(cfg.expert)
-    raw = read_bytes(path)
-    manifest = parse_json(raw, MANIFEST, path) if raw else {"settings": settings, "tasks": {}}
+    manifest = read_manifest(cfg.trajectories) or {"settings": settings, "tasks": {}}
     check_same(manifest["settings"], settings, cfg.trajectories, "--trajectories")
     for id in infos:
         hashes = [info["sha256"] for info in infos[id]]
         entry = {"data": hash_json(hashes)[:16], "miniature": infos[id][0]["miniature"]}
-        if id not in manifest["tasks"] and list(path.parent.glob(f"{id}-*.jsonl")):
-            raise ValueError(f"{path} does not tell of {id}, of which there are trajectories; delete them, or "
-                             "give another --trajectories")
+        if id not in manifest["tasks"] and list(Path(cfg.trajectories).glob(f"{id}-*.jsonl")):
+            raise ValueError(f"manifest.json does not tell of {id}, of which {cfg.trajectories} has trajectories; "
+                             "delete them, or give another --trajectories")
         manifest["tasks"].setdefault(id, entry)
         check_same(manifest["tasks"][id], entry, f"{cfg.trajectories}, {id},", "--trajectories")
     return manifest
 
 
 def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
-    """Plays trajectory k of a task to its end. expert: what sample.load returned, None for the scripted one. cache,
-    progress, path: see play_trajectory. ideas: those of the task. info: task.json of its data."""
+    """Plays trajectory k of a task to its end. expert: None for the scripted one. info: task.json of the task's data.
+    The others: see play_trajectory."""
     rng = random.Random(f"{cfg.seed} {task.id} {k}")
     drawn = rng.sample(ideas, min(rng.randint(1, 3), len(ideas)))
     if expert:
@@ -197,8 +197,7 @@ def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
     else:
         policy = miniature.scripted_policy(cfg, task, drawn, rng)
     tokenizer = getattr(expert, "tokenizer", None)
-    header = {"expert": cfg.expert, "ideas": [idea["title"] for idea in drawn],
-              "data_sha256": info["sha256"],
+    header = {"expert": cfg.expert, "ideas": [idea["title"] for idea in drawn], "data_sha256": info["sha256"],
               "tokenizer": tokenizer and tokenizer.fingerprint()}
     coder = expert if cfg.coder == "expert" else None
     play_trajectory(cfg, task, k, path, policy, coder, cfg.trajectories, cache, progress, header, info.get("seed", 0))
@@ -206,21 +205,23 @@ def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
 
 def count_trajectories(folder, task):
     """Returns what manifest.json says of the finished trajectories of a task."""
-    records = [read_record(path) for path in Path(folder).glob(f"{task.id}-*.jsonl")]
-    records = [lines for lines in records if end_reason(lines)]
-    steps = [line for lines in records for line in lines if line["type"] == "step"]
-    last_scores = [[line["m_after"] for line in lines if "m_after" in line][-1] for lines in records]
-    rose = [task.better(score, lines[0]["m_init"]) for score, lines in zip(last_scores, records)]
-    return {"trajectories": len(records), "steps": len(steps), "valid": sum(step["valid"] for step in steps),
-            "rose": sum(rose), "ended": dict(Counter(map(end_reason, records)))}
+    counts = Counter(dict.fromkeys(COUNTS, 0))
+    for path in Path(folder).glob(f"{task.id}-*.jsonl"):
+        records = read_record(path)
+        if end_reason(records):
+            scores = [line["m_after"] for line in records if "m_after" in line]
+            steps = [line for line in records if line["type"] == "step"]
+            counts.update(trajectories=1, steps=len(steps), valid=sum(step["valid"] for step in steps),
+                          rose=int(task.better(scores[-1], scores[0])))
+    return dict(counts)
 
 
 def report(manifest):
     """Returns the counts of a manifest as text."""
-    rows = [("task", "data", "trajectories", "steps", "valid", "score rose")]
+    rows = [("task", "data", *COUNTS)]
     for id, entry in manifest["tasks"].items():
         data = "miniature" if entry["miniature"] else "real"
-        rows.append((id, data, *(str(entry["counts"][name]) for name in ("trajectories", "steps", "valid", "rose"))))
+        rows.append((id, data, *(str(entry["counts"][name]) for name in COUNTS)))
     return format_table(rows)
 
 
@@ -262,9 +263,9 @@ def build_dataset(cfg, tokenizer, log=print):
 
 
 def hold_back(origins, share, seed):
-    """Returns the indices of about that share of the examples, at least one: all of some origins, drawn at random.
-    Neighbouring states of a trajectory are nearly alike, so none of one that validates is learned from. The steps of a
-    trajectory that is alone are held back one by one. origins: that of each example."""
+    """Returns the indices of about that share of the examples, at least one: all of some origins, drawn at random, as
+    neighbouring states of a trajectory are nearly alike; single steps where there is one trajectory alone. origins:
+    that of each example."""
     if len(set(origins)) == 1:
         origins = range(len(origins))
     wanted = max(1, round(share * len(origins)))
@@ -336,7 +337,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     log_file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
     threads = row_threads(config, device)
     valid_rows = packed_rows(valid, range(len(valid)), rank, world_size, cfg.max_row_tokens)
-    peak = peak_flops(device)
+    peak = peak_flops(device, model.compute_dtype)
     began = time.monotonic()
 
     for step in range(first, num_updates):
@@ -360,24 +361,24 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         try:
             norm = optimizer_step(model, optimizer).item()
         except RunError as error:       # each process names its part
-            raise RunError(f"step {step + 1}: loss {loss_part.item()}, {error}; rank {rank}, conversations "
-                           f"{sorted(sum((row.examples for row in rows), []))}. The checkpoints in {cfg.out} are from before"
-                           ) from None
+            numbers = sorted(i for row in rows for i in row.examples)
+            raise RunError(f"step {step + 1}: loss {loss_part.item()}, {error}; rank {rank}, conversations {numbers}. "
+                           f"The checkpoints in {cfg.out} are from before") from None
 
         # 4. The log, with a validation where a checkpoint follows.
         seconds = time.monotonic() - start
         num_tokens = sum(len(examples[i][0]) - 1 for i in batch)
         loss, flops = totals.tolist()
-        figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr,
-                   "tokens_s": num_tokens / seconds, "mfu": flops / world_size / seconds / peak if peak else None,
+        figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
+                   "mfu": flops / world_size / seconds / peak if peak else None,
                    "peak_gib": peak_memory(device) / 2**30, "seconds": seconds}
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
             figures["valid_loss"], figures["valid_accuracy"] = validate(
                 model, valid_rows, world_size, device, tokenizer.size, threads)
         if rank == 0:
-            left = (time.monotonic() - began) / (step + 1 - first) * (num_updates - step - 1)
-            log_step(log_file, figures, num_updates, left)
+            left_s = (time.monotonic() - began) / (step + 1 - first) * (num_updates - step - 1)
+            log_step(log_file, figures, num_updates, left_s)
 
         # 5. The checkpoint.
         if is_saved:
@@ -394,14 +395,14 @@ def hash_examples(*lists):
     return sha.hexdigest()[:16]
 
 
-def log_step(log_file, figures, num_updates, seconds_left):
+def log_step(log_file, figures, num_updates, left_s):
     """Writes the figures of a step to log.jsonl, and about a hundred times in a run to the screen."""
     log_file.write(json.dumps(figures) + "\n")
     log_file.flush()
     if "valid_loss" in figures or figures["step"] % max(1, num_updates // 100) == 0:
         texts = [f"{name} {value:.4g}" for name, value in figures.items() if name != "step" and value is not None]
-        left = timedelta(seconds=int(seconds_left))
-        print(f"step {figures['step']}/{num_updates}  {'  '.join(texts)}  ETA {left}", flush=True)
+        print(f"step {figures['step']}/{num_updates}  {'  '.join(texts)}  ETA {timedelta(seconds=int(left_s))}",
+              flush=True)
 
 
 def starting_point(cfg):
@@ -418,15 +419,12 @@ def starting_point(cfg):
 
 
 def check_format(cfg):
-    """Raises ValueError where the trajectories show their states in another form than the model's agent.json will ask
-    for."""
-    path = Path(cfg.trajectories, "manifest.json")
-    raw = read_bytes(path) if path.parent.is_dir() else None
-    if raw:
-        found = parse_json(raw, MANIFEST, path)["settings"].get("--prompt-format", cfg.prompt_format)
-        if found != cfg.prompt_format:
-            raise ValueError(f"{cfg.trajectories} was collected with --prompt-format {found}, found "
-                             f"{cfg.prompt_format} here; give the same, or other --trajectories")
+    """Raises ValueError where the trajectories show their states in another form than agent.json will ask for."""
+    manifest = read_manifest(cfg.trajectories)
+    found = manifest["settings"].get("--prompt-format") if manifest else cfg.prompt_format
+    if found != cfg.prompt_format:
+        raise ValueError(f"{cfg.trajectories} was collected with --prompt-format {found}, found "
+                         f"{cfg.prompt_format} here; give the same, or other --trajectories")
 
 
 def fine_tune(cfg):
@@ -443,10 +441,10 @@ def fine_tune(cfg):
             f"validate; {world_size} processes, {device}")
         train(cfg, examples, valid, tokenizer, config, folder)
         agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
-        if cfg.prompt_format == "short":
-            agent = replace(cfg, steps=miniature.AGENT_STEPS)
         if cfg.prompt_format == "medium":
             agent = cfg
+        elif cfg.prompt_format == "short":
+            agent = replace(cfg, steps=miniature.AGENT_STEPS)
         if rank == 0 and agent:
             write_agent(cfg.out, agent)
         log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
@@ -459,33 +457,34 @@ def plan(cfg):
     """Returns the text of --plan: memory of a GPU, updates, tokens and time. It needs no weights and no GPU."""
     config = shape_of(cfg.model)
     total = num_parameters(config)[-1]
-    parts = plan_memory(config, cfg.max_row_tokens, cfg.gpus, compute_type(cfg.dtype, torch.device("cuda")),
-                        total > RECOMPUTE_ABOVE)
+    recompute = total > RECOMPUTE_ABOVE
+    compute = compute_type(cfg.dtype, torch.device("cuda"))
+    parts = plan_memory(config, cfg.max_row_tokens, cfg.gpus, compute, recompute)
     num = 10_000        # about as many as the paper has
     if Path(cfg.trajectories).exists():
         num = len(read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)[0])
     updates = cfg.updates or math.ceil(cfg.epochs * num / cfg.batch)
-    row = PackedRow([0] * cfg.max_row_tokens, [cfg.max_row_tokens], [0] * cfg.max_row_tokens, [])
-    seconds = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12)
+    tokens = cfg.max_row_tokens
+    row = PackedRow([0] * tokens, [tokens], [0] * tokens, [])
+    hours = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12) / 3600
     return "\n".join([
-        f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens", "", "GiB per GPU",
-        *format_gib(parts), "", disk_plan(total), f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most "
-        f"{updates * cfg.batch * cfg.max_row_tokens:,} tokens",
-        f"about {seconds / 3600:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU",
-        ram_plan(plan_memory(config, cfg.max_row_tokens, 1, torch.float32, total > RECOMPUTE_ABOVE))])
+        f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {tokens:,} tokens", "",
+        *format_plan(parts, total, plan_memory(config, tokens, 1, torch.float32, recompute)),
+        f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most {updates * cfg.batch * tokens:,} tokens",
+        f"about {hours:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 
 
 def is_collected(path):
     """Returns whether there is something to train on: a file, or a folder whose collection was not broken off."""
-    raw = read_bytes(path / "manifest.json") if path.is_dir() else None
-    if raw is None:
+    manifest = read_manifest(path)
+    if manifest is None:
         return path.is_file() or any(path.glob("*.jsonl"))
-    return parse_json(raw, {"complete": FLAG}, path / "manifest.json")["complete"]
+    return manifest.get("complete", False)
 
 
 def collect_first(cfg):
-    """Collects for a preset. The miniature always does, which adds what is lacking; the paper's recipe only where
-    nothing was collected before, perhaps by another expert."""
+    """Collects for a preset: the miniature what is lacking, the others only where nothing was collected before, perhaps
+    by another expert."""
     if cfg.preset == "tiny" or not is_collected(Path(cfg.trajectories)):
         print(f"1. Collecting: an expert edits and runs the starters of --task {cfg.task}.")
         print(report(collect(cfg)))
@@ -502,43 +501,38 @@ def run(cfg):
         print("\n" + report(collect(cfg)))
         print(f"Written to {cfg.trajectories}: manifest.json, trajectories, blobs")
         return
-    rank, _, device = init_distributed()
+    rank, _, _ = init_distributed()
     with explain_dist_errors(rank):
         if cfg.preset:
             rank0_broadcast(partial(collect_first, cfg))
         fine_tune(cfg)
     if cfg.preset == "tiny" and rank == 0:
-        engine = sample.load(cfg.out, "float32", device, rows=32, context=cfg.context)
-        print(f"\n3. {miniature.show_replies(cfg, engine)}\n\nNext: python rl.py")
-
-
-def size_of(model):
-    """Returns the Config of a model that is to be trained."""
-    return Config.preset(model) if model == "tiny" else Config.from_pretrained(find_folder(model, ("*.json",)))
+        print("\nNext: python rl.py")
 
 
 def fill(values):
-    """For cli.parse: the preset, typed or chosen by the model's size or by how the program was started. The choice is
-    said."""
+    """For cli.parse: the preset, typed or chosen by the model's size or by how the program was started."""
     if values["preset"]:
         return [cli.preset(values["preset"], RECIPES)]
     model = values["model"]
     if values["collect"] or model and Path(values["trajectories"]).is_file():
         return []
     if model:
-        config = shape_of(model) if values["plan"] else size_of(model)
-        num = num_parameters(config)[-1]
+        if not values["plan"] and model != "tiny":
+            model = find_folder(model, ("*.json",))
+        num = num_parameters(shape_of(str(model)))[-1]
         preset = preset_for(num)
         if preset not in ("0.5b", "1.5b"):      # the others are typed, or follow how the program was started
             return []
-        return [(f"{model} has {num:,} weights, which --preset {preset} is for", {"preset": preset, **RECIPES[preset]})]
-    preset = "tiny"
-    if not under_torchrun():
+        why = f"{values['model']} has {num:,} weights, which --preset {preset} is for"
+    elif not under_torchrun():
+        preset = "tiny"
         why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun sft.py, or --preset 7b)"
     elif values["device"] != "cpu" and torch.cuda.is_available():
         preset = "7b"
         why = "the paper's run, as torchrun started it and there is CUDA (for the miniature: python sft.py)"
     else:
+        preset = "tiny"
         why = "the paper in miniature on all processes, as there is no CUDA here (for Qwen2.5-7B: --preset 7b)"
     return [(why, {"preset": preset, **RECIPES[preset]})]
 

@@ -1,31 +1,9 @@
-"""What the programs share: settings from the command line, exit status, and one folder for all that scripts leave.
-
-`parse` fills a dataclass: what was typed always holds, and a program's `fill` gives what holds where nothing was typed
-(a preset, a model's agent.json, the miniature's values). `run_main` and `exit_status` end a program.
-"""
-import argparse
-import contextlib
-import dataclasses
-import difflib
-import fcntl
-import inspect
-import math
-import os
-import re
-import signal
-import sys
-import tempfile
-import traceback
-import typing
+"""What the programs share: settings from the command line, exit status, and one folder for all that scripts leave."""
+import argparse, contextlib, dataclasses, difflib, fcntl, inspect, math, os, re, signal, sys, tempfile, traceback, typing
 from dataclasses import dataclass
 from pathlib import Path
 
 from support.sandbox import SandboxUnavailable, remove
-
-# Read when torch is first imported, so this comes before it: threads that wait for each other sleep after so many
-# spins. To spin on, the default, is 3 % faster on an idle machine, but beside a script a decoding step takes seven
-# times as long.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 class RunError(RuntimeError):
@@ -87,29 +65,28 @@ def check_choices(cfg, **choices):
 
 
 def check_positive(cfg, *names):
-    """Raises ValueError for a setting that is not a finite number above 0."""
+    """Raises ValueError for a setting that is not None and not a finite number above 0."""
     for name in names:
-        if not 0 < getattr(cfg, name) < math.inf:       # nor NaN
-            raise ValueError(f"{flag_of(name)} must be above 0, found {getattr(cfg, name)}")
+        value = getattr(cfg, name)
+        if value is not None and not 0 < value < math.inf:      # nor NaN
+            raise ValueError(f"{flag_of(name)} must be above 0, found {value}")
 
 
 def parse(cls, argv=None, fill=None):
-    """Returns an instance of the dataclass `cls`, filled from the command line.
+    """Returns an instance of the dataclass `cls`, filled from argv, by default the program's command line.
 
     A field reads `name: type = default  # help text`; comment lines below it that are indented deeper go on with the
     text. Types are int, float, str, bool (--name / --no-name), X | None (the word `none`) and tuple[X, ...] (a list
-    with commas). --max-new-tokens and --max_new_tokens are one flag, and --x=1 works.
+    with commas). --max-new-tokens and --max_new_tokens are one flag.
 
-    argv: the words; by default those of the program.
-    fill: a function of {name: value}, of all settings as typed or by default. It returns [(source, {name: value})]:
-        settings that hold where none was typed; the first source that has one counts.
-    What was typed, and what came from where, is said on the error stream. An unknown flag (near ones are listed), a
-    value of the wrong type, and a ValueError of `fill` or of the class end the program with status 2.
+    fill: a function of {name: value}, of all settings as typed or by default (a preset, agent.json). It returns
+        [(source, {name: value})]: settings that hold where none was typed; the first source that has one counts.
+    What was typed, and what came from where, is said on the error stream. An unknown flag, a value of the wrong type,
+    and a ValueError of `fill` or of the class end the program with status 2.
     """
     parser = _parser(cls)
-    if argv is None:
-        argv = sys.argv[1:]
-    argv = [re.sub(r"^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in argv]
+    words = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(r"^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in words]
     typed, unknown = parser.parse_known_args(argv)
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     if unknown:
@@ -129,7 +106,7 @@ def parse(cls, argv=None, fill=None):
         cfg = cls(**values)
     except ValueError as error:
         parser.error(str(error))
-    for line in origins:        # after the checks: what was typed may hold a key, which they refuse
+    for line in origins:        # after the checks, which refuse a key in what was typed
         announce(line)
     return cfg
 
@@ -217,8 +194,7 @@ def announce(text):
 
 
 def format_table(rows):
-    """Returns rows of texts as lines with aligned columns. Rows without any text are left out; the first two columns
-    are set to the left."""
+    """Returns rows of texts as aligned columns, the first two set to the left. Rows without any text are left out."""
     rows = [row for row in rows if any(row)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
@@ -233,8 +209,8 @@ def format_table(rows):
 # A program from start to end
 
 def exit_status(program, work, folder):
-    """Runs work() and returns the exit status: 0 done, 1 failed or interrupted, 2 bad settings. The error stream gets
-    the message. folder: where all that was done is kept."""
+    """Runs work() and returns the exit status: 0 done, 1 failed or interrupted, 2 bad settings. folder: where all that
+    was done is kept."""
     try:
         work()
         return 0
@@ -263,19 +239,16 @@ def refuse_torchrun(what):
 
 
 def run_main(main):
-    """Ends the process with main()'s status; SIGTERM, a batch system's request to end, is a Ctrl-C.
-
-    All that scripts leave lies below one temporary folder, which is removed at the end, also after a second Ctrl-C.
-    What a kill -9 leaves is removed by the next start: a folder whose file `owner` is locked by nobody.
-    """
+    """Ends the process with main()'s status; SIGTERM, a batch system's request to end, is a Ctrl-C. All that scripts
+    leave lies below one temporary folder, which is removed at the end, or after a kill -9 by the next start."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 1
-    # 1. What killed programs have left.
+    # 1. What killed programs have left: folders whose `owner` is locked by nobody.
     for file in Path(tempfile.gettempdir()).glob("ml-agent-*/owner"):
         with contextlib.suppress(OSError), file.open() as owner:    # it is held, or another user's
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(file.parent)
-    # 2. A folder of our own. Its lock is held before it has its name, so that nobody sees it unlocked.
+    # 2. A folder of our own. The lock is held before it is named `owner`, so that nobody sees it unlocked.
     tempfile.tempdir = tempfile.mkdtemp(prefix="ml-agent-")
     try:
         owner = Path(tempfile.tempdir, "starts").open("w")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import tasks
 from env import SCAFFOLDS, read_records, recorded_prompt
-from support.files import TEXT, shorten
-from support.storage import Blobs, MissingBlob
+from support.files import TEXT, parse_json, shorten
 from support.records import end_reason
+from support.storage import Blobs, MissingBlob
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
@@ -32,21 +32,19 @@ def read_conversations(path, data="data", tokenizer=None, log=print):
     """Returns ([Conversation, ...], {reason: sources that were left out}) of a folder of trajectories, or of a file: a
     trajectory, or a user's conversations.
 
-    Every entry that cannot be used is left out, counted and named. data: where prepared tasks are, for
-    the hashes of the held-out ones. tokenizer: of the model to be trained; the ids that an expert sampled are used if
-    it had the same one. ValueError: something held out, a file that is broken as a whole, or nothing to train on.
+    Every entry that cannot be used is left out, counted and named. data: where prepared tasks are, for the hashes of
+    the held-out ones. tokenizer: of the model to be trained; the ids that an expert sampled are used if it had the same
+    one. ValueError: something held out, a file that is broken as a whole, or nothing to train on.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"there is no {path}; collect it with: python sft.py --collect --trajectories {path}")
     held_out = tasks.held_out_hashes(data)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.glob("*.jsonl") if file.is_file())
-    if path.is_dir() or read_text(path).startswith('{"type": "header"'):
-        readers = [(str(file), partial(read_trajectory, file, held_out, tokenizer)) for file in files]
-    else:
+    if path.is_file() and not path.read_bytes().startswith(b'{"type": "header"'):
         readers = [(source, partial(read_own, entry, source)) for source, entry in read_entries(path)]
+    else:
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        readers = [(str(file), partial(read_trajectory, file, held_out, tokenizer)) for file in files]
 
     conversations = []
     left_out = defaultdict(list)        # reason -> sources
@@ -73,35 +71,21 @@ def named(what, sources):
     return f"  {what}: {len(sources)} ({', '.join(sources[:5])}{', ...' if len(sources) > 5 else ''})"
 
 
-def read_text(file):
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error})") from None
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-
-
 def read_entries(file):
-    """Returns [(source, entry)] of a user's file: JSON (a list, or one entry), or JSON lines, which stay text here."""
-    text = read_text(file)
-    if file.suffix != ".jsonl":
-        try:
-            value = json.loads(text)
-            entries = value if isinstance(value, list) else [value]
-            return [(f"{file}, entry {i}", entry) for i, entry in enumerate(entries, 1)]
-        except (ValueError, RecursionError) as error:
-            if "Extra data" not in str(error):      # JSON lines look like that
-                raise ValueError(f"{file} is not JSON: {error}. Expected a list of conversations, or one a "
-                                 "line") from None
-    lines = enumerate(text.split("\n"), 1)          # not splitlines(): U+2028 ends no line of JSON
-    return [(f"{file}, line {i}", line) for i, line in lines if line.strip()]
+    """Returns [(source, entry)] of a user's file: a list as JSON or, where its name ends in .jsonl, JSON lines, which
+    stay bytes here."""
+    raw = file.read_bytes()
+    if file.suffix == ".jsonl":
+        lines = enumerate(raw.split(b"\n"), 1)
+        return [(f"{file}, line {i}", line) for i, line in lines if line.strip()]
+    entries = parse_json(raw, ("a list of conversations", lambda value: isinstance(value, list)), file)
+    return [(f"{file}, entry {i}", entry) for i, entry in enumerate(entries, 1)]
 
 
 def read_own(entry, source):
     """Returns [the Conversation] of an entry of a user's file, {"messages": [{"role", "content"}]} or ShareGPT's
     {"conversations": [{"from", "value"}]}, with or without a "system". Every turn of the assistant is learned."""
-    if isinstance(entry, str):
+    if isinstance(entry, bytes):
         try:
             entry = json.loads(entry)
         except (ValueError, RecursionError):
@@ -144,10 +128,7 @@ def read_trajectory(file, held_out, tokenizer):
         raise InvalidConversation("not finished: collect again to go on with it")
     head = records[0]
     steps = [line for line in records if line["type"] == "step"]
-    try:
-        tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), held_out)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), held_out)
     if head.get("scaffold", SCAFFOLDS[0]) != SCAFFOLDS[0]:      # which shows a state in other words
         raise InvalidConversation(f"of the scaffold {head['scaffold']}")
     folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)

@@ -39,8 +39,8 @@ def pack(model):
 
 
 def packed_forward(layer, rows, product, x, *args, **kwargs):
-    """Returns product(x) for a number of rows that it is for, and otherwise what the class of the layer computes: so
-    with gradients, for another dtype, and with further arguments, which the output layer has."""
+    """Returns product(x) where it is for so many rows; else, with gradients, for another dtype and with the further
+    arguments of the output layer, what the layer's class computes."""
     plain = args or kwargs or torch.is_grad_enabled() or x.dtype is not layer.weight.dtype
     if plain or x.numel() // x.shape[-1] not in rows:
         return type(layer).forward(layer, x, *args, **kwargs)
@@ -49,9 +49,7 @@ def packed_forward(layer, rows, product, x, *args, **kwargs):
 
 def packed_product(layer):
     """Returns the numbers of rows for which a copy of an fp32 weight pays, and the function of x that uses the copy.
-
-    layer.step_bytes is set to the bytes of weights that a product with one row reads.
-    """
+    layer.step_bytes becomes the bytes of weights that a product with one row reads."""
     weight = layer.weight.detach()
     bias = layer.bias.detach() if layer.bias is not None else None
     largest = max(weight.abs().max().item(), 1e-30)

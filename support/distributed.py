@@ -102,8 +102,8 @@ def multiplies_bf16(device):
 
 
 def compute_type(dtype, device, config=None):
-    """Returns the torch.dtype that --dtype names for training: auto is bfloat16 where the hardware multiplies it, and
-    float32 elsewhere and, on a CPU, for a small model of that Config: its products are too small to gain."""
+    """Returns the torch.dtype that --dtype names for training: auto is bfloat16 where the hardware multiplies it, but
+    float32 on a CPU for a small model, whose products are too small to gain."""
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype must be auto, float32 or bfloat16 to train, found {dtype!r}")
     if dtype == "auto":
@@ -116,10 +116,10 @@ def build_model(config, folder, device, seed=0, recompute=False, compute=None, m
                 kernels="torch"):
     """Returns a model to train, with weights and gradients in float32, sharded over all processes (FSDP2).
 
-    Each process reads its own rows of the checkpoint in `folder`, or takes them from a model drawn at random from
-    the seed if that is None. compute: dtype of products and activations, by default that of --dtype auto; gradients are
-    reduced in float32. recompute: backward computes the activations of each block again. make: the class; a critic's
-    head, `score`, begins at zero. kernels: "compiled" compiles the blocks.
+    Each process reads its own rows of the checkpoint in `folder`; None: of a model drawn at random from the seed.
+    compute: dtype of products and activations, by default that of --dtype auto. recompute: backward computes the
+    activations of each block again. make: the class; a critic's head, `score`, begins at zero. kernels: "compiled"
+    compiles the blocks.
     """
     # 1. Made on the meta device, without memory. The units of FSDP are the blocks, and the rest.
     with torch.device("meta"):
@@ -183,11 +183,9 @@ def export_model(model, tokenizer, folder, dtype):
 
 
 def row_threads(config, device):
-    """Returns the threads that compute the rows of a small model on a CPU, None for any other.
-
-    OpenMP's threads wait for each other at every product, and beside a busy program each wait may take as long as the
-    scheduler's turn. So a product of a small model has one thread, and the cores compute different rows.
-    """
+    """Returns the threads that compute the rows of a small model on a CPU, None for any other. OpenMP's threads wait
+    for each other at every product, which takes long beside a busy program. So a product of a small model has one
+    thread, and the cores compute different rows."""
     if device.type != "cpu" or dist.is_initialized() or num_parameters(config)[-1] > SMALL_BELOW:
         return None
     torch.set_num_threads(1)
@@ -203,9 +201,8 @@ def map_rows(function, rows, threads=None):
 
 
 def add_gradients(model, rows, loss_of, threads=None):
-    """Adds the gradients of a sum over rows to a model, and returns its parts. loss_of(row) returns (the row's part of
-    the loss, and a tensor of statistics). threads: of row_threads; the sum is in the order of the rows all the same.
-    Returns the sum of the statistics.
+    """Adds the gradients of a sum over rows to a model. loss_of(row) returns the row's part of the loss, and a tensor
+    of statistics. Returns their sum. threads: of row_threads; the order of the sums is that of the rows all the same.
     """
     parameters = list(model.parameters())
 
@@ -219,17 +216,17 @@ def add_gradients(model, rows, loss_of, threads=None):
             loss, statistics = loss_of(row)
             loss.backward()
             total = total + statistics
-    else:
-        for gradients, statistics in threads.map(work, rows):
-            for p, gradient in zip(parameters, gradients):
-                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
-            total = total + statistics
+        return total
+    for gradients, statistics in threads.map(work, rows):
+        for p, gradient in zip(parameters, gradients):
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        total = total + statistics
     return total
 
 
 def optimizer_step(model, optimizer, max_norm=1.0):
-    """Clips the gradient of a model, changes its weights and clears the gradient. Returns the norm before clipping, a
-    tensor. RunError: it is not finite; no weight was changed."""
+    """Clips a model's gradient, makes a step and clears it. Returns the norm before clipping, a tensor. RunError: it
+    is not finite; no weight was changed."""
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
     if not torch.isfinite(norm):
         raise RunError(f"gradient norm {norm.item()}")
@@ -248,15 +245,15 @@ def epoch_order(num, seed, epoch):
 
 
 def batch_indices(num, step, size, seed):
-    """Returns the indices, out of `num`, of the examples of optimizer step `step`: the orders of the epochs, one after
-    the other, are cut into runs of `size`. A resumed run needs no memory of what it has seen."""
+    """Returns the indices, out of `num`, of the `size` examples of optimizer step `step`. A resumed run needs no memory
+    of what it has seen."""
     return [epoch_order(num, seed, i // num)[i % num] for i in range(step * size, (step + 1) * size)]
 
 
 def pack_lengths(lengths, max_row_tokens, multiple=1):
-    """Returns lists of indices, one for each packed row, the costliest row first: the longest text comes first, and
-    each goes into the row of the least cost among those with room. `multiple` divides the number of rows; some may be
-    empty. A text of more than max_row_tokens has a row of its own."""
+    """Returns lists of indices, one for each packed row, the costliest row first: each text, the longest first, goes
+    into the row of the least cost among those with room. `multiple` divides the number of rows; some may be empty. A
+    text of more than max_row_tokens has a row of its own."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     num_rows = multiple * math.ceil(sum(lengths) / max_row_tokens / multiple)
     while True:
@@ -277,11 +274,9 @@ def pack_lengths(lengths, max_row_tokens, multiple=1):
 
 
 def shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens):
-    """Returns the packed rows of one process, lists of indices out of `batch`; lengths: tokens of all examples.
-
-    FSDP gathers and reduces for all processes at once, so each gets the same number of rows, some of them empty, and
-    those that are computed at the same time are neighbours in cost.
-    """
+    """Returns the packed rows of one process, lists of indices out of `batch`; lengths: tokens of all examples. FSDP
+    gathers and reduces for all processes at once, so each gets the same number of rows, some of them empty, and those
+    of the same time are neighbours in cost."""
     rows = pack_lengths([lengths[i] for i in batch], max_row_tokens, world_size)
     return [[batch[i] for i in row] for row in rows[rank::world_size]]
 
@@ -315,8 +310,7 @@ LEAST_SHARED = 16       # tokens that texts have in common before they share the
 
 
 def pack_trees(examples, indices, max_row_tokens):
-    """Returns the Trees of the examples `indices`, whatever their order. No tree has more tokens than a row may have,
-    unless a single text has."""
+    """Returns the Trees of the examples `indices`, none of more tokens than a row may have, unless a single text is."""
     # 1. Sorted by their tokens, examples that begin alike are neighbours. One that goes on with another and learns
     # nothing of that part is the same text: the steps of a trajectory, where each prompt holds the step before.
     texts = []
@@ -345,13 +339,12 @@ def pack_trees(examples, indices, max_row_tokens):
 
 def shared_tokens(examples, text, other):
     """Returns how many tokens two texts begin with that neither learns, and beyond which both go on."""
-    limits = []
+    length = math.inf
     for indices in (text, other):
-        limits.append(len(examples[indices[-1]][0]) - 1)
+        ids = examples[indices[-1]][0]
         loss_mask = examples[indices[0]][1]
-        if True in loss_mask:
-            limits.append(loss_mask.index(True))
-    length = min(limits)
+        first_learned = loss_mask.index(True) if True in loss_mask else len(ids)
+        length = min(length, first_learned, len(ids) - 1)
     ids, other_ids = (np.array(examples[indices[-1]][0][:length]) for indices in (text, other))
     differs = ids != other_ids
     return int(differs.argmax()) if differs.any() else length
@@ -397,8 +390,8 @@ def lay_out(examples, trees):
 # Checkpoints
 
 def check_same(before, after, where, flag="--out"):
-    """Raises ValueError unless a run can go on: all that it hangs on, {what: value}, must be as it was when it began.
-    where: its folder; flag: the setting that would give it another."""
+    """Raises ValueError unless all that a run hangs on, {what: value}, is as it was when it began. where: its folder;
+    flag: the setting that would give it another."""
     def show(value):
         return shorten(ascii(value).strip("'"), 200)
     changes = [f"{what} {show(before.get(what))} (now {show(value)})"
@@ -409,11 +402,9 @@ def check_same(before, after, where, flag="--out"):
 
 
 def save_state(cfg, step, model, optimizer, origin, keep=2, **more):
-    """Writes all that a later process needs to go on after `step` steps, each process its own part, and more.
-
-    origin: {what: value} of all that the run hangs on besides its settings. The folder cfg.out/checkpoints/step-N is
-    renamed when all are done, so it is whole. The last `keep` stay.
-    """
+    """Writes all that a later process needs to go on after `step` steps, each process its own part, and `more`, to
+    cfg.out/checkpoints/step-N, which has its name when it is whole. The last `keep` stay. origin: {what: value} of all
+    that the run hangs on besides its settings."""
     rank, world_size = rank_and_size()
     final = Path(cfg.out, "checkpoints", f"step-{step:06d}")
     part = final.with_suffix(".part")
@@ -456,17 +447,14 @@ def load_state(cfg, names, model, optimizer, origin):
     moments = state.pop("optimizer")
     for (name, p), values in zip(model.named_parameters(), moments):
         local_rows(p.detach()).copy_(weights[name])
-        optimizer.state[p] = {key: _as_shard(value.to(p.device), p) for key, value in values.items()}
+        values = {key: value.to(p.device) for key, value in values.items()}
+        if isinstance(p, DTensor):
+            for key in values.keys() - {"step"}:        # a number, which is never sharded
+                values[key] = DTensor.from_local(values[key], p.device_mesh, p.placements, run_check=False,
+                                                 shape=p.shape, stride=p.stride())
+        optimizer.state[p] = values
     torch.set_rng_state(state["rng"])
     return state
-
-
-def _as_shard(value, parameter):
-    """Returns a moment of AdamW as its parameter is, sharded or not; the number of steps is never sharded."""
-    if not isinstance(parameter, DTensor) or value.ndim == 0:
-        return value
-    return DTensor.from_local(value, parameter.device_mesh, parameter.placements, run_check=False,
-                              shape=parameter.shape, stride=parameter.stride())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -479,14 +467,13 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peak_flops(device):
-    """Returns the operations a second of a device: the vendor's figure for a known GPU, None for another; measured on
-    a CPU."""
+def peak_flops(device, dtype):
+    """Returns the operations a second of a device: the vendor's of a known GPU, None of another; measured on a CPU."""
     if device.type == "cuda":
         vendor = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # dense bfloat16
         name = torch.cuda.get_device_name(device)
         return next((flops for key, flops in vendor.items() if key in name), None)
-    x = torch.randn(1024, 1024)
+    x = torch.randn(1024, 1024, dtype=dtype)
     seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
     return 2 * 1024**3 / seconds
 
@@ -525,12 +512,9 @@ def shape_of(model):
 
 def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True, critic=False, reference=False,
                 sampled_tokens=0):
-    """Returns {part: bytes} of one GPU at the peak of a training step, for --plan.
-
-    row_tokens: of a packed row, all of them learned. sampled_tokens: of the KV cache of a sampling copy of the model,
-    0 for none. critic, reference: whether there are a second model that is trained and a frozen one. The CUDA context,
-    buffers of NCCL and waste of the allocator come on top.
-    """
+    """Returns {part: bytes} of one GPU at the peak of a training step, for --plan, without CUDA's, NCCL's and the
+    allocator's own. row_tokens: of a packed row, all learned. sampled_tokens: of the KV cache of a sampling copy of the
+    model, 0 for none. critic, reference: whether there are a second model that is trained and a frozen one."""
     size = compute.itemsize
     C = config.hidden_size
     F = config.intermediate_size
@@ -560,25 +544,17 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
     return parts
 
 
+def format_plan(parts, num_trained, cpu_parts):
+    """Returns the lines of --plan that say what training takes: GPUs, disk (save_state's two checkpoints and a third
+    that is being written, each of a weight and two moments), and CPUs alone. parts, cpu_parts: see plan_memory; on
+    CPUs, in float32, one samples from the model that is trained."""
+    lines = [f"  {name:<14} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
+    ram = sum(size for name, size in cpu_parts.items() if name != "sampling copy") + PROCESS_BYTES
+    fits = "fits" if ram < 24e9 else "does not fit"
+    return ["GiB per GPU", *lines, "", f"{3 * 12 * num_trained / 2**30:,.0f} GiB of disk in --out, for checkpoints",
+            f"On CPUs alone: {ram / 2**30:.1f} GiB of RAM, which {fits} in 24 GB"]
+
+
 def preset_for(num_weights):
     """Returns the name of the preset for a model of so many weights."""
     return next(name for name, below in PRESETS_BELOW.items() if num_weights < below)
-
-
-def ram_plan(parts):
-    """Returns a line for --plan: what training takes on CPUs. parts: see plan_memory, of one process in float32, which
-    samples from the model that is trained."""
-    total = sum(size for name, size in parts.items() if name != "sampling copy") + PROCESS_BYTES
-    fits = "fits" if total < 24e9 else "does not fit"
-    return f"On CPUs alone: {total / 2**30:.1f} GiB of RAM, which {fits} in 24 GB"
-
-
-def format_gib(parts):
-    """Returns {part: bytes} as lines of text, with the sum as the last."""
-    return [f"  {name:<14} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
-
-
-def disk_plan(num_weights):
-    """Returns a line for --plan: what checkpoints of so many trained weights take, save_state's two and a third that is
-    being written, each of a weight and two moments in float32."""
-    return f"{3 * 12 * num_weights / 2**30:,.0f} GiB of disk in --out, for checkpoints"

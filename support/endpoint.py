@@ -6,7 +6,6 @@ import random
 import re
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from dataclasses import dataclass
 from support.cli import ContextFull, RunError, announce
 from support.files import shorten
 
-THOUGHT = "<think>", "</think>"
 PARAMETERS = "max_tokens", "seed", "top_p", "stop", "temperature"   # that a server may refuse, the dearest last
 SUCCESSIVE = "successive messages"      # of one role: a reply that could not be read is dropped between two of them
 INSTEAD = {"max_tokens": "max_completion_tokens", SUCCESSIVE: "one message"}
+TOO_LONG = r"context.{0,12}(length|window|size)|too long|too many tokens"       # said of a conversation
 QUESTION = [{"role": "user", "content": "Answer with the word yes."}]
 ONLY_THOUGHT = "The model thought and wrote nothing."
 MAX_TEXT = 1 << 21      # characters of a reply that are read
@@ -45,13 +44,12 @@ class Completion:
 
 class EndpointError(RunError):
     """A server gave no usable answer. tries: how often the same request is worth asking; pause_s: seconds to wait
-    before the next, at least; is_down: no request would have been answered."""
+    before the next, at least."""
 
-    def __init__(self, message, tries=1, pause_s=0.0, is_down=False):
+    def __init__(self, message, tries=1, pause_s=0.0):
         super().__init__(message)
         self.tries = tries
         self.pause_s = pause_s
-        self.is_down = is_down
 
 
 def is_server(spec):
@@ -64,17 +62,16 @@ def address(spec):
 
     Raises ValueError for another form, and for a key in it, because addresses stand in messages and results.
     """
-    expected = "expected an endpoint like http://host:port/v1#model-name"
     url, _, name = str(spec).partition("#")
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
-        raise ValueError(f"{expected}, found one whose host or port cannot be read") from None
-    if "@" in parts.netloc or parts.query:
-        raise ValueError(f"{expected}, found one with a password or a query in it; a key belongs in OPENAI_API_KEY")
-    if not is_server(url) or not parts.hostname or not name or not url.isprintable() or " " in url:
-        raise ValueError(f"{expected}, found {spec!r}")
+        parts = None
+    if not (parts and is_server(url) and parts.hostname and name and url.isprintable() and " " not in url) or (
+            "@" in parts.netloc or parts.query):
+        raise ValueError("expected an endpoint like http://host:port/v1#model-name, without a password or a query; a "
+                         "key belongs in OPENAI_API_KEY")
     url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     return (parts.scheme, parts.hostname, port), url, name
 
@@ -94,21 +91,6 @@ def key_name(spec, model):
     return "OPENAI_API_KEY" if same_host and not os.environ.get(own) else own
 
 
-def mask_key(text, key):
-    """Returns the text with * for each piece of eight or more characters of the key (a server may have cut it)."""
-    if not key:
-        return text
-    size = min(8, len(key))
-    pieces = set()
-    for spelling in (key, json.dumps(key)[1:-1], urllib.parse.quote(key, safe="")):
-        pieces |= {spelling[i:i + size] for i in range(len(spelling) - size + 1)}
-    masked = list(text)
-    for i in range(len(text) - size + 1):
-        if text[i:i + size] in pieces:
-            masked[i:i + size] = "*" * size
-    return "".join(masked)
-
-
 class AnyStatus(urllib.request.HTTPErrorProcessor):
     """Hands over answers of any status, and so follows no redirect: it would take the conversation to another host."""
 
@@ -122,17 +104,16 @@ class Endpoint:
     """The same `chat` as Engine's, answered by any server that speaks /v1/chat/completions. Threads may share it.
 
     spec is "http://host:port/v1#model-name". key: the environment variable that holds the server's key, which is sent
-    to that host alone and stands in no message. timeout_s: for one reply. What may get better is tried again, after
-    pauses that double.
+    to that host alone and stands in no message. timeout_s: for one reply.
     """
     context = None              # in tokens; only the server knows
     retries = 5                 # of a request that a server failed to answer
     busy_retries = 12           # of one that it had no time for, which takes six minutes
-    backoff_s = 1.0             # the first pause
+    backoff_s = 1.0             # the first pause; each is twice as long as the one before
     max_bytes = 16 * 2**20      # of one answer
 
     def __init__(self, spec, key=None, timeout_s=600.0):
-        (scheme, host, _), self.url, self.name = address(spec)
+        _, self.url, self.name = address(spec)
         self.key_name = key or key_name(spec, spec)
         self.timeout_s = timeout_s
         self.changed = {}       # what the server does not take -> what it is sent instead, None: nothing
@@ -140,17 +121,14 @@ class Endpoint:
         self._key = os.environ.get(self.key_name, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
             raise ValueError(f"{self.key_name} holds characters that cannot be sent in a header; set it again")
-        if self._key and scheme == "http" and host not in ("localhost", "127.0.0.1", "::1"):
-            announce(f"{self.url}: the key in {self.key_name} goes there unencrypted; is there no https?")
         self._opener = urllib.request.build_opener(AnyStatus)
 
     def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0):
         """Returns a Completion without tokens and logps, which the server keeps. messages: [{"role", "content"}].
 
-        What a model thinks is cut off before stop strings are looked for. The text is empty, and no_reply says why,
-        where there is none: a refusal, a call of a tool, a thought without end, or a conversation to which the server
-        has no answer though it answers others. Raises ContextFull where the server says so, and EndpointError where it
-        answers nothing.
+        What a model thinks is cut off before stop strings are looked for. no_reply says why a text is empty, such as
+        that of a conversation which the server cannot answer though it answers others. Raises ContextFull where the
+        server says so, and EndpointError where it answers nothing.
         """
         stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
         body = {"model": self.name, "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
@@ -161,8 +139,6 @@ class Endpoint:
         try:
             completion = self._ask_again(body)
         except EndpointError as error:
-            if error.is_down:
-                raise
             try:        # a short question tells a server that answers nothing from one that cannot answer this
                 self._ask(body | {"messages": QUESTION})
             except (EndpointError, ContextFull):
@@ -192,6 +168,7 @@ class Endpoint:
 
     def _ask(self, body):
         """Returns the Completion of a request, without the parameters that the server refuses."""
+        # 1. An answer that complains of no parameter.
         changed = dict(self.changed)
         while True:
             sent = {changed.get(name, name): value for name, value in body.items()}
@@ -199,34 +176,29 @@ class Endpoint:
             if SUCCESSIVE in changed:
                 sent["messages"] = join_successive(body["messages"])
             status, retry_after, said = self._post(json.dumps(sent).encode())
-            if status == 200:
-                completion = self._read(said)
-                was_stopped = completion.no_reply == ONLY_THOUGHT and "stop" in sent
-                name = "stop" if was_stopped else None      # it was looked for in the thought
-            else:
-                self._check_context(status, said)
-                name = refused_parameter(status, said, changed, sent)
+            if status in (400, 413, 422) and re.search(TOO_LONG, said[:4096], re.I):
+                raise ContextFull(f"{self.url} answered {status}: {self._excerpt(said)}; the conversation is longer "
+                                  f"than {self.name!r} takes")
+            name = refused_parameter(status, said, changed, sent)
             if not name:
                 break
             changed[name] = None if name in changed else INSTEAD.get(name)
         if status != 200:
             raise self._failure(status, retry_after, said)
-        completion.refused = self._remember(changed)
-        return completion
-
-    def _remember(self, changed):
-        """Keeps what has become of parameters, and returns it in words."""
+        completion = self._read(said)
+        # 2. A thought alone may have ended at a stop string in it: then the whole thought shows one.
+        if completion.no_reply == ONLY_THOUGHT and "stop" in sent:
+            completion = self._ask({name: value for name, value in body.items() if name != "stop"})
+            if find_stop(completion.thought, sent["stop"], len(completion.thought)) is None:
+                return completion
+            changed["stop"] = None
+        # 3. What was learned of the server.
         with self._lock:
             for name in changed.keys() - self.changed.keys():
                 announce(f"{self.url}: {name} is {describe_change(changed[name])} from now on")
             self.changed |= changed
-        return tuple(f"{name}: {describe_change(new)}" for name, new in sorted(changed.items()))
-
-    def _check_context(self, status, said):
-        too_long = re.search(r"context.{0,12}(length|window|size)|too long|too many tokens", said[:4096], re.I)
-        if too_long and status in (400, 413, 422):
-            raise ContextFull(f"{self.url} answered {status}: {self._excerpt(said)}; the conversation is longer than "
-                              f"{self.name!r} takes")
+        completion.refused = tuple(f"{name}: {describe_change(new)}" for name, new in sorted(changed.items()))
+        return completion
 
     def _failure(self, status, retry_after, said):
         """Returns the EndpointError of an answer with another status than 200."""
@@ -235,7 +207,7 @@ class Endpoint:
         seconds = re.fullmatch(r"\d{1,9}(\.\d+)?", retry_after)
         pause_s = float(seconds[0]) if seconds else 0.0
         if status in (408, 409, 425, 429, 503, 529):
-            return EndpointError(message, self.busy_retries + 1, pause_s, is_down=True)
+            return EndpointError(message, self.busy_retries + 1, pause_s)
         return EndpointError(message, self.retries + 1 if status >= 500 else 1, pause_s)
 
     def _read(self, said):
@@ -245,30 +217,29 @@ class Endpoint:
             choice = answer["choices"][0]
             message = choice["message"]
             text = message.get("content") or ""
-            if not isinstance(text, str):
-                raise TypeError("parts of a text")
-            finish = "length" if choice.get("finish_reason") == "length" else "stop"
+            if isinstance(text, list):      # parts, such as {"type": "text", "text": "..."}
+                text = [part["text"] for part in text if part["type"] == "text"]
+            text = "".join(text)
             usage = answer.get("usage") or {}
             counts = [usage.get("prompt_tokens"), (usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
                       usage.get("completion_tokens")]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise EndpointError(f"{self.url} answered, but not with a chat completion: {self._excerpt(said)}; is it an "
                                 "OpenAI-compatible /v1?", self.retries + 1) from None
-        thought = next((message[name] for name in ("reasoning_content", "reasoning") if message.get(name)), "")
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
         if not thought:
             thought, text = split_thought(text)
-        no_reply = ""
-        if not text.strip():
-            no_reply = missing_text(choice, message, bool(thought))
-        texts = [text[:MAX_TEXT], shorten(str(thought), MAX_THOUGHT), str(answer.get("model") or "")[:100], no_reply]
-        texts = [each.encode("utf-8", "replace").decode() for each in texts]        # half a surrogate pair: "?"
-        if len(self._key) >= 16:        # a shorter one, such as EMPTY, is a word that a reply may well hold
-            texts = [mask_key(each, self._key) for each in texts]
-        text, thought, answered_by, no_reply = texts
-        prompt_tokens, cached_tokens, num_tokens = (
-            count if type(count) is int and 0 <= count < 2**31 else 0 for count in counts)
+        no_reply = "" if text.strip() else missing_text(choice, message, bool(thought))
+        answered_by = "".join(filter(str.isprintable, str(answer.get("model") or "")[:100]))
+        texts = [text[:MAX_TEXT], shorten(str(thought), MAX_THOUGHT), answered_by, no_reply]
+        # Half of a surrogate pair, which no file takes, becomes "?".
+        text, thought, answered_by, no_reply = [
+            self._hide_key(each.encode("utf-8", "replace").decode()) for each in texts]
+        prompt_tokens, cached_tokens, num_tokens = [
+            count if type(count) is int and 0 <= count < 2**31 else 0 for count in counts]
+        finish = "length" if choice.get("finish_reason") == "length" else "stop"
         return Completion(text, [], [], finish, prompt_tokens, cached_tokens, num_tokens=num_tokens, thought=thought,
-                          no_reply=no_reply, answered_by="".join(filter(str.isprintable, answered_by)))
+                          no_reply=no_reply, answered_by=answered_by)
 
     def _post(self, body):
         """Returns (status, Retry-After, text) of the server's answer to one request."""
@@ -276,56 +247,48 @@ class Endpoint:
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
         raw = bytearray()
-        tries = self.retries + 1
         deadline = time.monotonic() + self.timeout_s        # the socket's own limit is for each piece of an answer
         try:
             with self._opener.open(request, timeout=self.timeout_s) as response:
                 while part := response.read1(65536):
                     raw += part
-                    if len(raw) > self.max_bytes:
-                        tries = 1
-                        raise OSError(f"more than {self.max_bytes} bytes")
-                    if time.monotonic() > deadline:
-                        raise TimeoutError("not complete in time")
-                if response.length:
-                    raise http.client.IncompleteRead(raw, response.length)
+                    if len(raw) > self.max_bytes or time.monotonic() > deadline:
+                        raise TimeoutError(f"not complete in time, or more than {self.max_bytes} bytes")
         except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)        # that of a URLError: the request could not be sent
-            if isinstance(reason, TimeoutError):
-                tries = 1
-            is_down = isinstance(error, urllib.error.URLError) and tries > 1
+            is_slow = isinstance(getattr(error, "reason", error), TimeoutError)
             raise EndpointError(f"{self.url} gave no answer ({self._excerpt(str(error))}; the limit is "
                                 f"{self.timeout_s:g} s); is the server running there, and is it overloaded?",
-                                tries, is_down=is_down) from None
+                                1 if is_slow else self.retries + 1) from None
         return response.status, response.headers.get("Retry-After", ""), raw.decode("utf-8", "replace")
 
     def _excerpt(self, said):
         """Returns the beginning of what a server said, in printable ASCII and without the key."""
-        text = " ".join(said[:4096].split())
-        return ascii(mask_key(text, self._key)[:300])
+        return ascii(" ".join(self._hide_key(said)[:4096].split())[:300])
+
+    def _hide_key(self, text):
+        if len(self._key) >= 16:        # a shorter one, such as EMPTY, is a word that a reply may well hold
+            for spelling in (self._key, json.dumps(self._key)[1:-1], urllib.parse.quote(self._key, safe="")):
+                text = text.replace(spelling, "*" * len(spelling))
+        return text
 
 
 def split_thought(text):
     """Returns (thought, reply) of a text that may begin with a thought, also where the prompt held its opening tag."""
-    opening, closing = THOUGHT
-    thought, tag, reply = text.partition(closing)
-    if not tag and not thought.lstrip().startswith(opening):
+    thought, tag, reply = text.partition("</think>")
+    if not tag and not thought.lstrip().startswith("<think>"):
         return "", text
-    return thought.strip().removeprefix(opening).strip(), reply.lstrip()
+    return thought.strip().removeprefix("<think>").strip(), reply.lstrip()
 
 
 def missing_text(choice, message, has_thought):
     """Returns why an answer has no text, in words."""
     if message.get("refusal"):
-        return f"The model refused: {ascii(shorten(str(message['refusal']), 200))}"
+        return f"The model refused: {ascii(str(message['refusal'])[:200])}"
     if message.get("tool_calls") or message.get("function_call"):
         return "The model called a tool of the server instead of writing a reply."
-    if choice.get("finish_reason") == "content_filter":
-        return "The server held the reply back (content_filter)."
     if choice.get("finish_reason") == "length":
-        what = "The model thought" if has_thought else "The model wrote nothing"
-        return f"{what} until its tokens were used up (max_new_tokens)."
-    return ONLY_THOUGHT if has_thought else "The reply was empty."
+        return "The model wrote no reply before its tokens were used up (max_new_tokens)."
+    return ONLY_THOUGHT if has_thought else f"The reply was empty ({ascii(choice.get('finish_reason')):.40})."
 
 
 def refused_parameter(status, said, changed, sent):

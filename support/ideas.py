@@ -40,7 +40,7 @@ def parse_ideas(text):
 
 def ask_ideas(cfg, task, expert):
     """Returns ideas that the expert writes for a task: cfg.ideas or more, fewer where it repeats itself. Its answers
-    are kept in ideas/TASK.json, so that none is asked for again. RunError: none of its answers can be read."""
+    are kept in ideas/TASK.json and not asked for again. RunError: none of them can be read."""
     path = Path(cfg.trajectories, "ideas", f"{task.id}.json")
     raw = read_bytes(path)
     answers = parse_json(raw, {"answers": [TEXT]}, path)["answers"] if raw else []
@@ -57,8 +57,8 @@ def ask_ideas(cfg, task, expert):
         write_atomic(path, {"answers": answers})
         ideas = parse_ideas("\n".join(answers))
     if not ideas:
-        raise RunError(f"{cfg.expert} has written no idea for {task.id} that could be read in {len(answers)} answers, "
-                       f"kept in {path}. Take the shipped ideas with --ideas 0, or another --expert.")
+        raise RunError(f"{cfg.expert} has written no idea for {task.id} that could be read; its answers are in {path}. "
+                       "Take the shipped ideas with --ideas 0, or another --expert.")
     return ideas
 
 
@@ -68,13 +68,13 @@ def tfidf_vectors(texts):
 
 
 def farthest(vectors, k):
-    """Returns the indices of k rows far apart: the two most distant, then again and again the row whose nearest chosen
-    one is farthest. Ties go to the first row. vectors: (N, C), rows of length 1, sparse or not; the distance is
-    Euclidean. The smallest distance is at least half the best possible (Gonzalez 1985)."""
+    """Returns the indices of k rows far apart, k at least 2: the two most distant, then again and again the row whose
+    nearest chosen one is farthest. Ties go to the first row. vectors: (N, C), rows of length 1, sparse or not; the
+    distance is Euclidean. The smallest distance is at least half the best possible (Gonzalez 1985)."""
     vectors = csr_array(vectors)
     distance = np.sqrt(np.maximum(2 - 2 * (vectors @ vectors.T).toarray(), 0))      # |a - b|^2 = 2 - 2ab
     distance[distance < 1e-7] = 0                           # what rounding leaves of equal rows must not choose
-    chosen = list(dict.fromkeys(np.unravel_index(distance.argmax(), distance.shape)))[:k]     # rows all equal: only 0
+    chosen = list(dict.fromkeys(np.unravel_index(distance.argmax(), distance.shape)))     # rows all equal: only 0
     while len(chosen) < min(k, len(distance)):
         nearest = distance[:, chosen].min(1)
         nearest[chosen] = -1

@@ -1,7 +1,6 @@
 """What only the laptop demonstration needs, whose model has a million weights: settings, an expert and a random loop
-without a model, a tokenizer of its own, and figures of what it replies."""
+without a model, states that were made up, and a tokenizer of its own."""
 import difflib, json, random, string
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -10,10 +9,9 @@ import tokenizers
 
 import tasks
 from env import (
-    MAX_LINES, NOTHING, InvalidAction, change_number, changes, constants, inverse, parse, set_constant, short_prompt,
+    MAX_LINES, NOTHING, InvalidAction, change_number, changes, constants, inverse, set_constant, short_prompt,
     shown_script, untried, without_comments)
 from sample import Tokenizer, byte_alphabet
-from support.cli import format_table
 from support.conversations import Conversation, read_conversations
 from support.files import shorten
 
@@ -33,19 +31,21 @@ TINY = {                # settings of the whole demonstration
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The scripted expert, and the random loop
+# The scripted expert, and the random loop: generators of replies, which are sent the record of each step
 
-def reply_of(cfg, step, notes, thought, action, **args):
-    """Returns a reply of the expert. step: the record of the last one; notes: on what was tried so far."""
+START = {"index": -1, "observation": "Nothing has been done.", **NOTHING}     # in place of the record of a last step
+RUN = "Execute Script", {"script_name": "train.py"}
+UNDO = "Undo Edit Script", {"script_name": "train.py"}
+
+
+def reply_of(cfg, step, thought, action, args):
+    """Returns a reply of the expert. step: the record of the last one."""
     lines = [line for line in step["observation"].splitlines() if not line.startswith("[")]     # [5 steps left]
     texts = {"Reflection": f"The last observation says: {shorten(' '.join(lines), 200)}",
-             "Research Plan and Status": f"Run the script, try ideas. Results: {'; '.join(notes) or 'none'}.",
+             "Research Plan and Status": f"Run the script, try ideas. Last: {'; '.join(step['tries'][-3:]) or 'nothing'}.",
              "Fact Check": f"The best score that a run has printed is {step['best_printed']}.",
              "Thought": thought, "Action": action, "Action Input": json.dumps(args, ensure_ascii=False)}
     return "\n".join(f"{name}: {texts[name]}" for name in cfg.fields)
-
-
-START = {"index": -1, "observation": "Nothing has been done.", **NOTHING}     # in place of the record of a last step
 
 
 def is_better(step, task, best):
@@ -56,56 +56,48 @@ def is_better(step, task, best):
 
 
 def search_constants(cfg, task, rng, is_expert=True):
-    """Yields the replies of a search over the constants of the script; send() it the record of each step, a dict.
+    """Yields the replies of a search over the constants of the script.
 
     It runs the script, then changes a random constant by a random factor, none twice of the same script, and takes back
     what does not print a better score than ever before, until the steps are used up. That is the random loop. The
     expert goes on with a change that has helped as long as it helps, and tries the other way at once where one has not.
     """
-    entry = task.entry
     script = task.starter       # the best
-    notes = []
-    step = yield reply_of(cfg, START, notes, "run it", "Execute Script", script_name=entry)
+    step = yield reply_of(cfg, START, "run it", *RUN)
     best = step["printed"] if is_better(step, task, None) else None
     helped = None       # the last change, if it was kept
 
     while True:
         # 1. A change.
-        change = helped
-        action = ("Set Constant Again", {})
         offered = untried(script, step["tried"])     # the environment refuses the others
         if not offered:
-            step = yield reply_of(cfg, step, notes, "there is nothing to change", "Execute Script", script_name=entry)
+            step = yield reply_of(cfg, step, "there is nothing to change", *RUN)
             continue
+        change = helped
+        action = ("Set Constant Again", {})
         if not is_expert or change not in offered:
             change = rng.choice(offered)
             action = set_action(change)
 
         # 2. What it brings; the other way, where it brings nothing.
-        while True:
-            number, value = change
-            title = f"{constants(script)[number - 1][0]} {value}"
-            step = yield reply_of(cfg, step, notes, title, action[0], **action[1])
+        for is_second in (False, True):
+            step = yield reply_of(cfg, step, "try another value", *action)
             if not cfg.show_scores:
-                step = yield reply_of(cfg, step, notes, "run it", "Execute Script", script_name=entry)
-            if is_better(step, task, best):
+                step = yield reply_of(cfg, step, "run it", *RUN)
+            back = other_way(change)
+            if is_better(step, task, best) or is_second or not is_expert or back not in untried(script, step["tried"]):
                 break
-            notes.append(f"{title}: taken back")
-            change = other_way(change)
-            is_second = action[0] == "Set Constant Inversely"
-            if not is_expert or is_second or change not in untried(script, step["tried"]):
-                break
+            change = back
             action = ("Set Constant Inversely", {})
 
         # 3. It is kept, or taken back.
         helped = None
         if is_better(step, task, best):
             best = step["printed"]
-            script = set_constant(script, number, value)
-            notes.append(f"{title}: {best}, kept")
+            script = set_constant(script, *change)
             helped = change
         else:
-            step = yield reply_of(cfg, step, notes, "take it back", "Undo Edit Script", script_name=entry)
+            step = yield reply_of(cfg, step, "take it back", *UNDO)
 
 
 def set_action(change):
@@ -123,60 +115,52 @@ MAX_PARTS = 2           # actions that one idea may take under medium prompts
 LONGEST_ACTION = 400    # characters of the arguments of one, about 120 tokens
 
 
-def fitting(idea, script):
-    """Returns the edits of an idea that change the script; [] where the text of one does not occur once, or where the
-    idea is told in words alone."""
+def apply_idea(script, idea):
+    """Returns the script after an idea's edits; as it is where the text of one does not occur once, or where the idea
+    is told in words alone."""
     try:
-        tasks.apply(script, idea)
+        return tasks.apply(script, idea)
     except (ValueError, KeyError):
-        return []
-    return [edit for edit in idea["edits"] if edit["find"] != edit["replace"]]
+        return script
 
 
 def try_ideas(cfg, task, ideas):
-    """Yields the replies of the expert with full prompts, as search_constants does. It runs and reads the script, and
-    tries the ideas one after another. One stays if the script then prints a better score than ever before; none is
-    begun that might not end within cfg.steps."""
-    entry = task.entry
+    """Yields the replies of the expert with full prompts. It runs and reads the script, and tries the ideas one after
+    another. One stays if the script then prints a better score than ever before; none is begun that might not end
+    within cfg.steps."""
     script = task.starter
-    notes = []
-
     # 1. The score to beat, and the script.
-    step = yield reply_of(cfg, START, notes, "run it", "Execute Script", script_name=entry)
+    step = yield reply_of(cfg, START, "run it", *RUN)
     best = step["printed"] if is_better(step, task, None) else None
     for first in range(1, script.count("\n") + 2, MAX_LINES):
-        step = yield reply_of(cfg, step, notes, "read it", "Inspect Script Lines", script_name=entry,
-                              start_line_number=str(first), end_line_number=str(first + MAX_LINES - 1))
+        lines = {"start_line_number": str(first), "end_line_number": str(first + MAX_LINES - 1)}
+        step = yield reply_of(cfg, step, "read it", "Inspect Script Lines", {"script_name": task.entry, **lines})
 
     # 2. Idea by idea: edits, and back where they are no better.
     for idea in ideas:
-        edits = fitting(idea, script)
+        changed = apply_idea(script, idea)
+        edits = [edit for edit in idea.get("edits", []) if edit["find"] != edit["replace"]]
         needed = 2 * len(edits) + 1 + (not cfg.show_scores)
-        if not edits or step["index"] + 1 + needed > cfg.steps:
+        if changed == script or step["index"] + 1 + needed > cfg.steps:
             continue
         for edit in edits:
-            step = yield reply_of(cfg, step, notes, idea["title"], "Replace In Script", script_name=entry, **edit)
+            args = {"script_name": task.entry, **edit}
+            step = yield reply_of(cfg, step, idea["title"], "Replace In Script", args)
         if not cfg.show_scores:
-            step = yield reply_of(cfg, step, notes, "run it", "Execute Script", script_name=entry)
+            step = yield reply_of(cfg, step, "run it", *RUN)
         if is_better(step, task, best):
             best = step["printed"]
-            script = tasks.apply(script, idea)
-            notes.append(f"{idea['title']}: {task.metric} {best}, kept")
+            script = changed
             continue
-        result = f"{task.metric} {step['printed']}" if step["outcome"] == "ok" else "failed"
-        notes.append(f"{idea['title']}: {result}, taken back")
         for _ in edits:
-            step = yield reply_of(cfg, step, notes, "take it back", "Undo Edit Script", script_name=entry)
-    yield reply_of(cfg, step, notes, "end", "Final Answer", final_answer=f"{task.metric} {best}")
+            step = yield reply_of(cfg, step, "take it back", *UNDO)
+    yield reply_of(cfg, step, "end", "Final Answer", {"final_answer": f"{task.metric} {best}"})
 
 
 def idea_actions(script, idea):
     """Returns [(action, its arguments)] that carry an idea out on a starter without comments, from its top to its end;
     [] where one would be long or there are more than MAX_PARTS."""
-    try:
-        target = without_comments(tasks.apply(script, idea))
-    except (ValueError, KeyError):
-        return []
+    target = without_comments(apply_idea(script, idea))
     script = without_comments(script)
     actions = []
     while script != target and len(actions) <= MAX_PARTS:
@@ -218,12 +202,12 @@ def first_change(script, target):
 
 
 def follow_ideas(cfg, task, ideas, rng):
-    """Yields the replies of the expert with medium prompts, as search_constants does. It runs the script, then tries
-    the ideas, and in between constants: a change that has helped once more, else a random one. What prints no better
-    score than ever before is taken back."""
+    """Yields the replies of the expert with medium prompts. It runs the script, then tries the ideas, and in between
+    constants: a change that has helped once more, else a random one. What prints no better score than ever before is
+    taken back."""
     text = without_comments(task.starter)       # the workspace's script where the best score comes from
     ideas = [(idea["title"], actions) for idea in ideas if (actions := idea_actions(task.starter, idea))]
-    step = yield reply_of(cfg, START, [], "I need the score to beat.", "Execute Script", script_name=task.entry)
+    step = yield reply_of(cfg, START, "I need the score to beat.", *RUN)
     best = step["printed"] if is_better(step, task, None) else None
     helped = None       # the last constant's number and factor, if kept
     done = set()        # names and values of constants that are tried on this script; the environment refuses them
@@ -231,40 +215,35 @@ def follow_ideas(cfg, task, ideas, rng):
     while True:
         # 1. An idea, or a constant.
         change = None
-        if ideas and (helped is None and rng.random() < 0.5 or not changes(text)):
+        offered = {}        # (number, factor) -> name, value and new value of the constant
+        for number, factor in changes(text):
+            name, value, *_ = constants(text)[number - 1]
+            offered[number, factor] = name, value, change_number(name, value, factor)
+        left = [pair for pair, (name, _, new_value) in offered.items() if (name, new_value) not in done]
+        if ideas and (helped is None and rng.random() < 0.5 or not offered):
             title, actions = ideas.pop()
+        elif left:
+            change = helped if helped in left else rng.choice(left)
+            name, value, new_value = offered[change]
+            word = "larger" if float(new_value) > float(value) else "smaller"
+            title = f"A {word} {name} has helped, so I go on" if change == helped else f"A {word} {name} may help"
+            actions = [("Set Constant", {"constant": name, "value": new_value})]
         else:
-            offered = {}        # (number, factor) -> name, value and new value of the constant
-            for number, factor in changes(text):
-                name, value, *_ = constants(text)[number - 1]
-                offered[number, factor] = name, value, change_number(name, value, factor)
-            left = [pair for pair, (name, _, new_value) in offered.items() if (name, new_value) not in done]
-            title = "There is nothing left to change"
-            actions = [("Execute Script", {"script_name": task.entry})]
-            if left:
-                change = helped if helped in left else rng.choice(left)
-                name, value, new_value = offered[change]
-                word = "larger" if float(new_value) > float(value) else "smaller"
-                title = f"A {word} {name} has helped, so I go on" if change == helped else f"A {word} {name} may help"
-                actions = [("Set Constant", {"constant": name, "value": new_value})]
+            step = yield reply_of(cfg, step, "There is nothing left to change.", *RUN)
+            continue
 
-        # 2. What it brings.
-        made = []
+        # 2. What it brings, of an idea up to a part that cannot be carried out, or whose run fails.
+        num_made = 0
         after = text
         for action, args in actions:
-            if action == "Replace In Script" and not after.count(args["find"]) == shown_script(after).count(
-                    args["find"]) == 1:
-                break
-            if action == "Set Constant" and (args["constant"], args["value"]) in done:
+            if not is_allowed(after, action, args, done):
                 break
             try:
                 changed = carry_out(after, action, args)
             except InvalidAction:       # the constant has this value already, or is no longer there
                 break
-            step = yield reply_of(cfg, step, [], f"{title}.", action, **args)
-            if action == "Execute Script":
-                break
-            made.append(args)
+            step = yield reply_of(cfg, step, f"{title}.", action, args)
+            num_made += 1
             if action == "Set Constant" and after == text:
                 done.add((args["constant"], args["value"]))
             after = changed
@@ -273,25 +252,28 @@ def follow_ideas(cfg, task, ideas, rng):
 
         # 3. It is kept, or taken back.
         helped = None
-        if made and is_better(step, task, best):
+        if num_made and is_better(step, task, best):
             best = step["printed"]
             text = after
             helped = change
             done.clear()
             continue
-        for _ in made:
-            why = "That was no better, so I take it back."
-            if step["outcome"] not in ("ok", None):
-                why = "The script failed, so I take it back."
-            step = yield reply_of(cfg, step, [], why, "Undo Edit Script", script_name=task.entry)
+        for _ in range(num_made):
+            why = "The script failed" if step["outcome"] not in ("ok", None) else "That was no better"
+            step = yield reply_of(cfg, step, f"{why}, so I take it back.", *UNDO)
+
+
+def is_allowed(script, action, args, done):
+    """Returns whether an edit has not been done, and stands in what a medium prompt shows of the script."""
+    if action == "Set Constant":
+        return (args["constant"], args["value"]) not in done
+    return script.count(args["find"]) == shown_script(script).count(args["find"]) == 1
 
 
 def carry_out(script, action, args):
-    """Returns the script after one of the expert's actions. InvalidAction: see set_constant."""
+    """Returns the script after one of the expert's edits. InvalidAction: see set_constant."""
     if action == "Set Constant":
         return set_constant(script, **args)
-    if action == "Execute Script":
-        return script
     return script.replace(args["find"], args["replace"])
 
 
@@ -342,7 +324,6 @@ class Imagined(NamedTuple):
     prompt: list        # chat messages
     script: str
     before: str         # the script that the last change was made in
-    last: str           # one of LAST
     change: tuple       # the last one, (number, value)
     tried: list         # changes of the best script
     actions: list       # [(action, its arguments)] of the expert, all as good
@@ -361,16 +342,14 @@ def imagine(metric, direction, script, last, rng):
 
     # 2. What has been seen, and what to do.
     tried = []
+    news = f"{better:.5g}, after Execute Script"
+    actions = []        # none of its own: any change that is untried
     if last == "nothing":
         news = NOTHING["news"]
-        actions = [("Execute Script", {"script_name": "train.py"})]
-    elif last == "a run":
-        news = f"{better:.5g}, after Execute Script"
-        actions = [set_action(pair) for pair in changes(script)]
+        actions = [RUN]
     elif last == "a better score":
         news = f"{better:.5g}, better than {worse:.5g}{after}"
         tried = [other_way(change)]
-        actions = [set_action(pair) for pair in changes(script) if pair not in tried]
         if change in changes(script):
             news += ", again is untried"
             actions = [("Set Constant Again", {})]
@@ -378,13 +357,14 @@ def imagine(metric, direction, script, last, rng):
         news = rng.choice((f"{worse:.5g}, worse than {better:.5g}", f"{worse:.5g}, worse than {better:.5g}",
                            f"{better:.5g}, equal to {better:.5g}", f"failed, {rng.choice(FAILURES)}")) + after
         tried = [change, *rng.sample(changes(before), rng.randint(0, 2))]
-        actions = [("Undo Edit Script", {"script_name": "train.py"})]
+        actions = [UNDO]
         if other_way(change) in changes(before) and other_way(change) not in tried:
             news += ", inversely is untried"
             actions = [("Set Constant Inversely", {})]
-    else:
+    elif last == "an undo":
         news = f"{better:.5g}, equal to {better:.5g}, after Undo Edit Script"
         tried = rng.sample(changes(script), min(rng.randint(1, 5), len(changes(script)) - 1))
+    if not actions:
         actions = [set_action(pair) for pair in changes(script) if pair not in tried]
 
     # 3. The prompt.
@@ -394,30 +374,25 @@ def imagine(metric, direction, script, last, rng):
     task = SimpleNamespace(metric=metric, direction=direction)
     steps_left = AGENT_STEPS if last == "nothing" else rng.randint(1, AGENT_STEPS - 1)
     prompt = short_prompt(task, seen, script, last != "a worse score", steps_left)
-    return Imagined(prompt, script, before, last, change, tried, actions)
-
-
-def imagine_name(words, rng):
-    """Returns the name of a constant: of such words or, half of the time, of letters that spell nothing."""
-    parts = rng.sample(words, rng.randint(1, 2))
-    if rng.random() < 0.5:
-        parts = ["".join(rng.choices(string.ascii_uppercase, k=rng.randint(1, 9))) for _ in parts]
-    return "_".join(parts)
+    return Imagined(prompt, script, before, change, tried, actions)
 
 
 def imagined_conversations(cfg):
-    """Returns [Conversation] of NUM_IMAGINED states in scripts that do not exist, whose constants are named with words
-    of held-in ones, and what the expert does there."""
+    """Returns [Conversation] of NUM_IMAGINED states in scripts that do not exist, and what the expert does there. Half
+    of their constants are named with words of held-in ones, the others with letters that spell nothing."""
     rng = random.Random(cfg.seed)
     held_in = [tasks.load(id) for id in tasks.names("held-in")]
     words = sorted({word for task in held_in for name, *_ in constants(task.starter) for word in name.split("_")})
     conversations = []
     for i in range(NUM_IMAGINED):
-        lines = [f"{imagine_name(words, rng)} = {rng.choice(rng.choice((WHOLE, BROKEN)))}"
-                 for _ in range(rng.randint(3, 6))]
+        lines = []
+        for _ in range(rng.randint(3, 6)):
+            parts = rng.sample(words, rng.randint(1, 2))
+            if rng.random() < 0.5:
+                parts = ["".join(rng.choices(string.ascii_uppercase, k=rng.randint(1, 9))) for _ in parts]
+            lines.append(f"{'_'.join(parts)} = {rng.choice(rng.choice((WHOLE, BROKEN)))}")
         state = imagine(rng.choice(held_in).metric, rng.choice(("up", "down")), "\n".join(lines), rng.choice(LAST), rng)
-        action, args = rng.choice(state.actions)
-        reply = reply_of(cfg, START, [], "", action, **args)
+        reply = reply_of(cfg, START, "", *rng.choice(state.actions))
         messages = [*state.prompt, {"role": "assistant", "content": reply}]
         conversations.append(Conversation(messages, [len(state.prompt)], f"imagined state {i}", f"imagined state {i}"))
     return conversations
@@ -448,85 +423,7 @@ def train_tokenizer(texts, size):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[Tokenizer.TEXT_END, Tokenizer.TURN, Tokenizer.END],
-        initial_alphabet=byte_alphabet(),
-        show_progress=False)
+        vocab_size=size, special_tokens=[Tokenizer.TEXT_END, Tokenizer.TURN, Tokenizer.END],
+        initial_alphabet=byte_alphabet(), show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     return Tokenizer(bpe, system=None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the trained model replies
-
-NUM_STATES = 96     # of held-in and of held-out tasks
-SHARES = ("valid", "as the expert", "taken back if worse", "gone on if better")
-
-
-def unseen_states(split, rng):
-    """Returns [Imagined] about starters of a split's tasks with some numbers changed. The model is shown held-out
-    scripts here; nothing is learned of them."""
-    ids = [id for id in tasks.names(split) if changes(tasks.load(id).starter)]
-    states = []
-    for i in range(NUM_STATES):
-        task = tasks.load(ids[i % len(ids)])
-        states.append(imagine(task.metric, task.direction, task.starter, LAST[i // len(ids) % len(LAST)], rng))
-    return states
-
-
-def is_valid(state, action, args):
-    """Returns whether the environment would carry out an action in an Imagined state."""
-    script = state.script
-    is_best = state.last != "a worse score"
-    if action == "Set Constant Again":
-        args = set_action(state.change)[1]
-    elif action == "Set Constant Inversely":
-        args = inverse(set_action(state.change)[1])
-        script = state.before
-        is_best = not is_best
-    if action not in ("Set Constant", "Execute Script") and state.last not in ("a better score", "a worse score"):
-        return False
-    if not action.startswith("Set Constant"):
-        return True
-    try:
-        set_constant(script, **args)
-    except (InvalidAction, TypeError):      # TypeError: there is no inverse
-        return False
-    return not is_best or args not in [set_action(pair)[1] for pair in state.tried]
-
-
-def judge_replies(cfg, engine, split):
-    """Returns ({name of SHARES: share}, [Counter of constants, of values], one state with its reply) of sampled replies
-    in unseen states."""
-    states = unseen_states(split, random.Random(cfg.seed))
-    replies = engine.generate([state.prompt for state in states], max_new_tokens=cfg.max_new_tokens, seed=cfg.seed)
-    found = {name: [] for name in SHARES}
-    named = Counter()
-    values = Counter()
-    for state, (reply,) in zip(states, replies):
-        _, action, args, error = parse(reply.text, cfg.fields, cfg.actions)
-        found["valid"].append(not error and is_valid(state, action, args))
-        found["as the expert"].append(not error and (action, args) in state.actions)
-        if not error and action == "Set Constant":
-            named[args["constant"]] += 1
-            values[args["value"]] += 1
-        if state.last == "a worse score":
-            found["taken back if worse"].append(action in ("Undo Edit Script", "Set Constant Inversely"))
-        elif state.last == "a better score" and state.change in changes(state.script):
-            found["gone on if better"].append(action == "Set Constant Again")
-    shares = {name: sum(hits) / max(1, len(hits)) for name, hits in found.items()}
-    return shares, [named, values], f"{states[0].prompt[-1]['content']}\n\nIts reply:\n{replies[0][0].text}"
-
-
-def show_replies(cfg, engine):
-    """Returns a text about sampled replies in unseen states: shares of valid ones, of edits taken back after a worse
-    score and gone on with after a better one, and which constants and values they name."""
-    rows = [("tasks", *SHARES, "constants", "values")]
-    examples = []
-    for split in ("held-in", "held-out"):
-        shares, counters, example = judge_replies(cfg, engine, split)
-        lists = [" ".join(f"{name}:{count}" for name, count in counter.most_common(8)) for counter in counters]
-        rows.append((split, *(f"{share:.0%}" for share in shares.values()), *lists))
-        examples.append(example)
-    return (f"Its replies in states it has not seen, {NUM_STATES} of each kind:\n{format_table(rows)}\n\n"
-            f"One state:\n{examples[0]}")

@@ -38,10 +38,8 @@ class State:
 
 def load_pool(cfg, tokenizer, log=print):
     """Returns {task id: {name: State}}: every prefix of every trajectory in cfg.trajectories, of the tasks of cfg.task.
-
-    States whose files are missing, and files that are no trajectory, are left out and reported by `log`. ValueError: a
-    held-out task, other data than the trajectories were collected on, a link that leads out of the folder, or no state.
-    """
+    What is damaged is left out and reported by `log`. ValueError: a held-out task, other data than the trajectories
+    were collected on, a link that leads out of the folder, or no state."""
     refuse_links_out(cfg.trajectories)      # results of scripts are added there
     forbidden = tasks.held_out_hashes(cfg.data)
     tokenizer_id = tokenizer.fingerprint()
@@ -96,10 +94,8 @@ def load_pool(cfg, tokenizer, log=print):
 
 def sample_states(pool, num, rng, chances, fits):
     """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
-
-    chances: {name: relative chance}, UNSEEN where there is none. fits(name) sets the chance of a state to 0 where it
-    returns False; another one is drawn. RunError: no state has a chance any more.
-    """
+    chances: {name: relative chance}, UNSEEN where there is none. fits(name) returns False where it sets the chance to
+    0; another one is drawn. RunError: no state has a chance any more."""
     names = []
     turn = []
     while len(names) < num:
@@ -122,7 +118,7 @@ def choose_coder(cfg, pool):
     needed = sorted(offered & set(NEEDS_CODER))
     if needed and cfg.coder == "none":
         raise ValueError(f"the states of {cfg.trajectories} were collected with a coder: they offer {', '.join(needed)}"
-                         ", which --coder none does not have; give --coder model, or collect with --coder none")
+                         ", which --coder none does not have; give --coder model")
     if cfg.coder == "auto":
         return replace(cfg, coder="model" if needed else "none")
     return cfg

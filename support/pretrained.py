@@ -2,7 +2,6 @@
 import hashlib
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,24 +45,17 @@ def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=SHARD_BYTES
         path.unlink()
     sync(folder)
 
-    paths = []
     weight_map = {}
     total_bytes = 0
-    for shard in split_shards(tensors, dtype, max_shard_bytes):
-        paths.append(folder / f"model-{len(paths)}.safetensors")
-        save_file(shard, paths[-1], metadata={"format": "pt"})
-        sync(paths[-1])
-        weight_map.update(dict.fromkeys(shard, len(paths)))
+    for count, shard in enumerate(split_shards(tensors, dtype, max_shard_bytes), 1):
+        path = folder / f"model-{count:05d}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})
+        sync(path)
+        weight_map |= dict.fromkeys(shard, path.name)
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
-
-    count = len(paths)
     if count == 1:
-        paths[0].rename(folder / "model.safetensors")
+        path.rename(folder / "model.safetensors")
     else:
-        files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        for path, file in zip(paths, files):
-            path.rename(folder / file)
-        weight_map = {name: files[i - 1] for name, i in weight_map.items()}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
     sync(folder)
@@ -96,35 +88,28 @@ def find_folder(path, files=("*.json", "*.safetensors", "merges.txt")):
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(files)))
     except (OSError, ValueError) as error:      # the hub's own errors are among these
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {reason}") from None
+        raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {error}") from None
 
 
 def hash_checkpoint(folder):
     """Returns a shortened sha256 of the weights, the config and the tokenizer in a folder. It reads the files whole."""
-    files = [path for path in sorted(Path(folder).iterdir())
-             if path.is_file() and (path.suffix == ".safetensors" or path.name in HASHED)]
-    with ThreadPoolExecutor() as threads:
-        hashes = dict(zip([path.name for path in files], threads.map(hash_file, files)))
+    hashes = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and (path.suffix == ".safetensors" or path.name in HASHED):
+            with path.open("rb") as stream:
+                hashes[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
-
-
-def hash_file(path):
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_headers(folder):
     """Returns {tensor name: (file, shape)} of model.safetensors, or of the files that the index of a folder names."""
     index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
+    files = {"model.safetensors"}
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map; download it again")
-        files = list(weight_map.values())
+        files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     headers = {}
-    for file in dict.fromkeys(map(str, files)):
+    for file in sorted(files):
         path = folder / file
         if path.name != file or not path.is_file():
             raise ValueError(f"{folder} lacks {file!r:.80}; expected model.safetensors, or {index.name} and its files")

@@ -1,7 +1,7 @@
 """Records of trajectories, and their replay.
 
 A trajectory file holds one JSON object a line: a header, the steps, and at most an "end". It may come from others, so
-each line is checked. env.py gives the words of its forms, and its class for a replay.
+each line is checked.
 """
 import dataclasses, json, re, sys, tempfile
 from dataclasses import dataclass
@@ -48,6 +48,7 @@ INTEGER = "a whole number", lambda value: type(value) is int and abs(value) < 1 
 SIZE = up_to(1 << 53)
 TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,99}", value)
 MESSAGE = "a message: role, content, and at most tokens", is_message
+FILES = "files", lambda value: True     # check_snapshot says what is wrong with them
 NODE = {        # what a scaffold that searches says of a step, see support/aide.py
     "parent?": maybe(COUNT),        # the step that it was made from
     "best?": maybe(COUNT),          # the best step so far
@@ -67,28 +68,29 @@ def form_of(cls):
     return {field.name: FORM_OF_TYPE[field.type] for field in dataclasses.fields(cls)}
 
 
-def record_forms(step_class, prompts, actions, reply_fields, outcomes, scaffolds):
-    """Returns {type of a record: its form}, and under "cached" the form of a run in the cache."""
+FORMS = {}      # type of a record -> its form; "cached": of a run in the cache. env.py, whose words these are, fills it
+
+
+def fill_forms(step_class, prompts, actions, reply_fields, outcomes, scaffolds):
+    """Fills FORMS with what the words of the environment allow."""
     outcome = one_of(*outcomes)
     printed = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
     action_names = f"a list of some of {', '.join(actions)}", lambda value: value == [] or some_of(*actions)[1](value)
-    header = {
+    FORMS["header"] = {
         "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "prompt_format": one_of(*prompts), "actions": action_names,
         "fields": reply_fields, "show_scores": FLAG, "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT),
         "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT, "news": TEXT, "change": LAST_CHANGE,
         "best_printed": maybe(FINITE), "best_script": maybe(TEXT), "tried": [CHANGE], "tries": [TEXT],
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
-        "messages": [MESSAGE], "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT},
+        "messages": [MESSAGE], "snapshot": FILES, "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT},
         "scaffold?": one_of(*scaffolds), "search?": [FINITE], "draws?": TEXT}
-    step = form_of(step_class) | {
+    FORMS["step"] = form_of(step_class) | {
         "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(outcome), "printed": printed,
-        "messages": [MESSAGE], **ANSWER}
-    del step["snapshot"], step["node"]      # they have their own checks
-    step["node?"] = NODE
-    cached = {
-        "result": form_of(Result) | {"outcome": outcome}, "score": maybe(FINITE),
-        "after": ("files or null", lambda value: True)}
-    return {"header": header, "step": step, "end": {"ended": TEXT}, "cached": cached}
+        "messages": [MESSAGE], "snapshot": FILES, "node?": NODE, **ANSWER}
+    del FORMS["step"]["node"]
+    FORMS["end"] = {"ended": TEXT}
+    FORMS["cached"] = {
+        "result": form_of(Result) | {"outcome": outcome}, "score": maybe(FINITE), "after": FILES}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,25 +120,17 @@ def restore_record(env, head, steps, seconds=None):
                 m_top=best_before(env.task, head, steps), seconds=seconds, seen=last, past=steps)
 
 
-def check_record(forms, line, first):
+def check_record(line, first):
     """Raises ValueError, one sentence, unless a line from anybody is such as header() or record() returns, or an end.
     first: it must be the header."""
     kind = line.get("type") if type(line) is dict else None
     if kind not in (["header"] if first else ["step", "end"]):
         raise ValueError(f"its type is {shorten(ascii(kind), 60)}")
-    for name, form in forms[kind].items():
-        key = name.removesuffix("?")
-        if key in line:
-            check_form(line[key], form, f'its entry "{key}"')
-        elif key == name:
-            raise ValueError(f'its entry "{key}" is missing')
-    if kind == "end":
-        return
-    if "snapshot" not in line:
-        raise ValueError('its entry "snapshot" is missing')
-    check_snapshot(line["snapshot"])
-    if not line["messages"]:
-        raise ValueError('its entry "messages" is empty')
+    check_form(line, FORMS[kind], "its entries")
+    if kind != "end":
+        check_snapshot(line["snapshot"])
+        if not line["messages"]:
+            raise ValueError("it has no messages")
 
 
 def check_node(node, index):
@@ -146,30 +140,30 @@ def check_node(node, index):
             raise ValueError(f'its entry "node" names as its {name} a later step')
 
 
-def read_records(forms, path, mend=False):
+def read_records(path, mend=False):
     """Returns the lines of a trajectory file, [] where there is none; a last line that was cut short is left out, and
     with mend removed from the file. ValueError names the line that is no record, and the reason."""
     lines = read_json_lines(path, {}, mend)
     for number, line in enumerate(lines, 1):
         try:
-            check_record(forms, line, number == 1)
+            check_record(line, number == 1)
             check_node(line.get("node", {}), number - 2)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is no record of a trajectory: {error}") from None
     return lines
 
 
-def read_trajectory(forms, path):
+def read_trajectory(path):
     """Returns (header, [step, ...]) of a trajectory file. ValueError: as read_records, or there is no line."""
-    lines = read_records(forms, path)
+    lines = read_records(path)
     if not lines:
         raise ValueError(f"{path} does not exist or is empty; a trajectory starts with a header")
     return lines[0], [line for line in lines if line["type"] == "step"]
 
 
-def read_record(forms, path, mend=True):
+def read_record(path, mend=True):
     """Returns the lines of a file <task>-<k>.jsonl, as read_records; it must be of that task."""
-    lines = read_records(forms, path, mend)
+    lines = read_records(path, mend)
     if lines and lines[0]["task"] != path.stem.rpartition("-")[0]:
         raise ValueError(f"{path} is a trajectory of {lines[0]['task']}; delete that file to play it again")
     return lines
@@ -201,11 +195,11 @@ def trajectory_files(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Replay
 
-def replay(Env, forms, path, log=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
+def replay(Env, path, log=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
     """Restores every recorded state, carries out its reply again, says what differs (times masked, figures to 6 digits)
     and returns the number of differences. The other arguments are as for Env; where the file tells of others, that is
     said, and not obeyed: a file must not choose a program, a folder or a weaker sandbox."""
-    head, steps = read_trajectory(forms, path)
+    head, steps = read_trajectory(path)
     out = next((parent for parent in Path(path).resolve().parents if (parent / "blobs").is_dir()), None)
     if out is None:
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
@@ -216,15 +210,20 @@ def replay(Env, forms, path, log=print, *, data="data", sandbox="on", python=Non
         if head[name] != value and {head[name], value} != {None, sys.executable}:
             log(f"it was recorded with {name} {shorten(ascii(head[name]), 100)}; here it is {value!r}, as --{name} "
                 "says")
-    coder = RecordedCoder()
     num_differences = 0
+    answers = []        # of the coder in this step
+
+    def recorded_coder(messages):
+        if not answers:     # it raised an error then
+            raise ValueError(step["error"].removeprefix(CANNOT_TAKE))
+        return answers.pop(0)
+
     with tempfile.TemporaryDirectory(prefix="ml-agent-replay-") as empty:     # every script is really run again
         agent = {name: head[name] for name in (*AGENT, *Env.own) if name in head}
-        env = Env(head["task"], data, out=out, coder=coder, cache=ResultCache(empty), **agent, **options)
+        env = Env(head["task"], data, out=out, coder=recorded_coder, cache=ResultCache(empty), **agent, **options)
         for number, step in enumerate(steps):
             restore_record(env, head, steps[:number], step["time_left_s"])
-            coder.answers = list(step["coder"])
-            coder.error = step["error"]
+            answers[:] = step["coder"]
             replayed = json.loads(json.dumps(record(env.step(step["reply"]))))
             for name in COMPARED:
                 if _masked(step.get(name, {})) != _masked(replayed[name]):
@@ -233,15 +232,6 @@ def replay(Env, forms, path, log=print, *, data="data", sandbox="on", python=Non
                         f"  replayed: {shorten(repr(replayed[name]), 1000)}")
     log(f"{len(steps)} steps replayed, {num_differences} differences")
     return num_differences
-
-
-class RecordedCoder:
-    """Answers as the coder did when a step was recorded."""
-
-    def __call__(self, messages):
-        if not self.answers:     # it raised an error then
-            raise ValueError(self.error.removeprefix(CANNOT_TAKE))
-        return self.answers.pop(0)
 
 
 def _masked(value):

@@ -2,16 +2,13 @@
 import base64, hashlib, html, json, math, re
 from pathlib import Path
 
-from support import disclosure
 from support.aide import SEARCHES
+from support.disclosure import FINAL, FORM
 from support.files import (
     COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, maybe, one_of, parse_json, read_bytes, read_json_lines, shorten,
     write_atomic)
 
 LONGEST_TEXT = 20_000       # characters of one text on the page
-FINAL = {"last-valid": "the last valid submission",
-         "best-validation": "the submission whose script printed the best score, the starter's too, of equal ones the "
-                            "earliest,"}
 CURVES = {      # entry of a training log -> heading of its figure
     "reward": "mean reward", "reward_edits": "mean reward of edits that ran", "valid": "valid replies, share",
     "kl": "divergence from the first model, nats a token", "entropy": "entropy, nats a token",
@@ -22,7 +19,8 @@ STEP = ("action", "args", "coder", "detail", "ended", "fields", "kind", "m_after
         "thought", "valid")     # is shown of a step
 
 # Files may come from others. Each entry that is used has a form here, and no other entry has an effect.
-LOG = {f"{name}?": maybe(NUMBER) for name in (*CURVES, *SHARES, "iteration", "step")}
+LOG = {f"{name}?": maybe(NUMBER)
+       for name in (*CURVES, *SHARES, "iteration", "step", "updates", "seconds", "runs", "sampled_tokens")}
 PAIR = "two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value))
 TRAJECTORY = {
     "k": COUNT, "best-validation": maybe(NUMBER), "last-valid": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD,
@@ -36,7 +34,7 @@ TASK = {
     "trajectories?": [TRAJECTORY], "work?": WORK}
 RESULTS = {
     "complete": FLAG, "final": one_of(*FINAL), "versions": {str: TEXT}, "tasks": {str: TASK},
-    "disclosure?": disclosure.FORM, "settings": {
+    "disclosure?": FORM, "settings": {
         "model": TEXT, "coder?": TEXT, "steps": COUNT, "seconds?": NUMBER, "scaffold?": TEXT,
         "search?": one_of(*SEARCHES), str: VALUE}}
 
@@ -56,7 +54,7 @@ def read_results(folder):
 
 
 def read_log(folder):
-    """Returns the lines of a training run's log.jsonl, each with the entries that the page draws. A line that is there
+    """Returns the lines of a training run's log.jsonl, each with the entries of LOG. A line that is there
     twice, since the run was killed and went on, counts as last."""
     lines = read_json_lines(Path(folder, "log.jsonl"), LOG)
     lines = {line.get("iteration", line.get("step")): line for line in lines}.values()

@@ -20,7 +20,7 @@ from scipy.stats import permutation_test
 import sample
 import tasks
 from env import (
-    FORMS, LEARNED_SEEDS, NOTHING, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
+    LEARNED_SEEDS, NOTHING, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
     script_text, untried)
 from support import miniature
 from support.cli import ContextFull, RunError, announce, exit_status, format_table
@@ -31,7 +31,7 @@ from support.files import (
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import hash_checkpoint
-from support.records import AGENT, FINITE, MESSAGE, TASK_ID, best_before, end_reason, trajectory_path
+from support.records import AGENT, FINITE, FORMS, MESSAGE, TASK_ID, best_before, end_reason, trajectory_path
 from support.report import read_results
 from support.sandbox import SLOTS
 from support.storage import UNDO, Blobs, ResultCache

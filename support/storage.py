@@ -42,10 +42,10 @@ def check_snapshot(snapshot):
     folders = set()
     for path, sha in snapshot.items():
         replaced = UNDO_PATH.fullmatch(path) if isinstance(path, str) else None
-        if not isinstance(path, str) or not is_usable(replaced[1] if replaced else path):
-            raise ValueError(f"a snapshot names {shorten(repr(path), 80)}, which cannot be a file of a workspace")
-        if not isinstance(sha, str) or not HASH.fullmatch(sha):
-            raise ValueError(f"a snapshot has {shorten(repr(sha), 80)} for {path}, which is no sha256")
+        is_named = isinstance(path, str) and is_usable(replaced[1] if replaced else path)
+        if not is_named or not isinstance(sha, str) or not HASH.fullmatch(sha):
+            raise ValueError(f"a snapshot has {shorten(ascii(path), 80)}: {shorten(ascii(sha), 80)}, expected the path "
+                             "of a file in a workspace and a sha256")
         folders.update(path[:i] for i, letter in enumerate(path) if letter == "/")
     if both := folders & snapshot.keys():
         raise ValueError(f"a snapshot has {min(both)} both as a file and as a folder")
@@ -86,20 +86,21 @@ def collect_folder(folder, blobs):
     large. Links, pipes, files that cannot be read, and files without a usable name are left out."""
     with contextlib.suppress(OSError):      # the script may have locked it
         os.chmod(folder, 0o700)
-    for store in (False, True):     # nothing is stored before it is known to be not too much
-        snapshot = {}
-        num_bytes = 0
-        for number, (path, parent, entry) in enumerate(walk(folder), 1):
-            try:
-                if path and entry.is_file(follow_symlinks=False):
-                    with open_regular(entry.name, parent) as file:
-                        num_bytes += os.fstat(file.fileno()).st_size
-                        snapshot[path] = blobs.put_file(file) if store else None
-            except OSError as error:    # it may not be read, or it changes or is gone meanwhile
-                if error.errno in NO_SPACE:
-                    raise
-            if number > 10 * MAX_FILES or len(snapshot) > MAX_FILES or num_bytes > MAX_BYTES:
-                return None
+    snapshot = {}
+    num_bytes = 0
+    for number, (path, parent, entry) in enumerate(walk(folder), 1):
+        try:
+            if path and entry.is_file(follow_symlinks=False):
+                with open_regular(entry.name, parent) as file:
+                    num_bytes += os.fstat(file.fileno()).st_size
+                    if len(snapshot) == MAX_FILES or num_bytes > MAX_BYTES:
+                        return None
+                    snapshot[path] = blobs.put_file(file)
+        except OSError as error:    # it may not be read, or it changes or is gone meanwhile
+            if error.errno in NO_SPACE:
+                raise
+        if number > 10 * MAX_FILES:
+            return None
     return snapshot
 
 
@@ -194,12 +195,8 @@ def copy_file(source, target=None):
     while block := source.read(min(num_left, BLOCK)):
         sha.update(block)
         num_left -= len(block)
-        if target and block == bytes(len(block)):   # a hole takes no disk in the source, and must take none in the copy
-            target.seek(len(block), os.SEEK_CUR)
-        elif target:
+        if target:
             target.write(block)
-    if target:
-        target.truncate()
     return sha.hexdigest()
 
 

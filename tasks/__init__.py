@@ -1,21 +1,17 @@
 """The machine-learning tasks: one folder a task, found by scanning; how they are prepared and graded.
 
-A task is a folder `tasks/<id>/` with three files
+A task is a folder `tasks/<id>/` with
     problem.md   the statement the agent reads
     train.py     the starter script the agent improves; reads `data/`, writes `submission.csv`
     task.py      `TASK = Task(...)`: the figures, and three functions: prepare, miniature, score
-and, where it has some,
-    ideas.json   ways to change the starter, each told in words and as edits; see `ideas`
-More folders of tasks can be named in the environment variable ML_AGENT_TASKS, separated by ":".
+    ideas.json   (if there are any) ways to change the starter, each told in words and as edits; see `ideas`
+The environment variable ML_AGENT_TASKS names more folders of tasks, separated by ":".
 
-    import tasks
     tasks.prepare("leaf-classification")                           # the miniature; raw="DIR" for the real data
     tasks.grade("leaf-classification", "submission.csv")           # a float, or tasks.InvalidSubmission with the reason
-This fills `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (what was prepared).
+This fills `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (see `info`).
 A *miniature* is data of the same form, made up from a seed; its scores do not compare with published ones.
 """
-import contextlib
-import csv
 import difflib
 import fcntl
 import functools
@@ -36,17 +32,16 @@ from typing import Callable
 from support import sandbox
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
-    MissingRaw, copy_raw, copy_raw_folder, is_disk_full, jpeg, loose_files, open_raw, raw_csv, raw_files,
-    split_positions, share_of_test, write_csv)
+    MissingRaw, copy_raw, copy_raw_folder, jpeg, open_raw, raw_csv, raw_files, share_of_test, split_positions,
+    split_rows, write_csv, write_zip)
 from tasks.submission import InvalidSubmission, matched, numbers, read_submission, read_table, show
 
 # What an idea may be about: the closed set of "kind" in ideas.json.
 IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentation", "ensembling", "calibration",
               "validation")
-INSTALL = "Install what the tasks' scripts use: pip install -r tasks/requirements.txt"
 MINIATURE_S = 6             # seconds of processor time of one script on a miniature; starters take up to two
 FOLDERS = [Path(__file__).parent, *map(Path, filter(None, os.environ.get("ML_AGENT_TASKS", "").split(":")))]
-GRADING = threading.Lock()  # one submission is graded at a time, since tables of text can take much memory
+GRADING = threading.Lock()  # one submission is graded at a time: tables of text can take much memory
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Task:
     split: str                      # "held-in" (trained on) or "held-out" (evaluated on)
     source: str                     # whose split and grader this follows: "MLE-bench" or "MLAgentBench"
     download: str                   # what to get, from where
-    size: str                       # how large the download is
+    size: str                       # of the download
     prepare: Callable               # (raw, public, private, variant): the publisher's files -> public and private
     miniature: Callable             # (raw, seed): writes files as the publisher ships them, 300 test rows or more
     score: Callable                 # (answers, submission): two tables {column: [text]} -> float, or InvalidSubmission,
@@ -70,9 +65,8 @@ class Task:
     key: str | None = "id"          # the submission's id column; None: rows are matched by position
     targets: tuple = ()             # the predicted columns; (): all of the sample submission's but the key
     text_targets: bool = False      # any text is a valid prediction
-    answers: str = "test.csv"       # the answers, a file in private
+    answers: str = "test.csv"       # a file in private
     sample: str = "sample_submission.csv"   # a valid, poor submission, a file in public
-    test_file: str = ""             # the file that belongs to a test row, from the row's id: "images/{}.jpg"
     known_signal: str = ""          # why the publisher's own ids or order tell of the target, where they do
     known_twins: str = ""           # why train and test share rows in the publisher's own data, where they do
     variants: tuple = ("default",)  # names of splits; the first is the default
@@ -80,8 +74,8 @@ class Task:
     medals: dict = field(default_factory=dict)      # gold, silver, bronze, median -> score on Kaggle's leaderboard
     medals_metric: str = ""         # the metric of the medals, where it is another
     alpha: float = 8.0              # the reward's slope
-    time_limit_s: float = 600.0     # one script, seconds
-    memory_limit_bytes: int = 4 << 30   # one script, bytes
+    time_limit_s: float = 600.0     # of one script
+    memory_limit_bytes: int = 4 << 30
     entry: str = "train.py"         # the script that is edited, run and scored
     folder: Path | None = None      # where the task's files lie; filled in by load
 
@@ -114,8 +108,7 @@ def load(id):
     if not isinstance(id, str) or id not in folders:
         id = str(id)[:100]
         near = [name for name in folders if id in name] or difflib.get_close_matches(id, folders, cutoff=0.4)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(folders)}."
-        raise ValueError(f"There is no task {id!r}. {hint}")
+        raise ValueError(f"There is no task {id!r}. Did you mean {' or '.join(near or folders)}?")
     return _load(folders[id])
 
 
@@ -151,9 +144,9 @@ def held_out_hashes(data):
     for folder in (Path(data), *Path(data).glob("seed-*")):
         for id in names("held-out"):
             if (folder / id / "task.json").exists():
-                for name, sha in info(id, folder)["sha256"].items():
-                    if name != f"public/{load(id).sample}":
-                        hashes[sha] = id
+                sha256 = info(id, folder)["sha256"]
+                sha256.pop(f"public/{load(id).sample}", None)
+                hashes |= dict.fromkeys(sha256.values(), id)
     return hashes
 
 
@@ -186,26 +179,20 @@ def ideas(id):
     path = load(id).folder / "ideas.json"
     if not path.exists():
         return []
+    titles = set()
     try:
         entries = list(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} must hold a list of ideas as JSON ({error}).") from None
-    titles = set()
-    for number, idea in enumerate(entries, 1):
-        if not _is_idea(idea) or idea["title"] in titles:
-            raise ValueError(f"{path}, entry {number}, must have a title of its own, an instruction, a kind "
-                             f"({', '.join(IDEA_KINDS)}) and edits, a list of {{find, replace}}.")
-        titles.add(idea["title"])
+        for idea in entries:
+            edits = [edit[name] for edit in idea["edits"] for name in ("find", "replace")]
+            is_text = all(isinstance(text, str) for text in (idea["title"], idea["instruction"], *edits))
+            if not is_text or idea["title"] in titles or idea["kind"] not in IDEA_KINDS or "" in (edits or [""])[::2]:
+                raise ValueError("a value is none of those allowed")
+            titles.add(idea["title"])
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{path} must hold a list of ideas, each with a title of its own, an instruction, a kind "
+                         f"({', '.join(IDEA_KINDS)}) and edits, a list of {{find, replace}}. Entry {len(titles) + 1} is "
+                         f"not like that ({error}).") from None
     return entries
-
-
-def _is_idea(idea):
-    match idea:
-        case {"title": str(), "kind": kind, "instruction": str(), "edits": [_, *_] as edits}:
-            texts = [edit.get(name) for edit in edits if isinstance(edit, dict) for name in ("find", "replace")]
-            is_text = len(texts) == 2 * len(edits) and all(isinstance(text, str) for text in texts)
-            return kind in IDEA_KINDS and is_text and all(texts[::2])       # what to find is not empty
-    return False
 
 
 def apply(script, idea):
@@ -230,10 +217,9 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, log=pr
 
     raw is the folder with the publisher's files; None makes the miniature of this seed, unless real data are prepared
     already: those are kept. variant names one of the task's splits; None keeps the one that is there, else takes the
-    first. The folder is built aside and renamed when whole, so it is complete or not there. The starter is run once
-    with the interpreter `python` and its score recorded. log is called with each line of progress.
-    ValueError: unknown task or variant; MissingRaw, which is one: the raw folder holds something else. RuntimeError:
-    the starter fails, or a program is needed to read the files.
+    first. force prepares again. The starter is run once with the interpreter `python` and its score recorded.
+    log is called with each line of progress. ValueError: unknown task or variant; MissingRaw, which is one: the raw
+    folder holds something else. RuntimeError: the starter fails, or a program is needed to read the files.
     """
     task = load(id)
     home = Path(data).resolve() / id
@@ -242,43 +228,25 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, log=pr
     wanted = {"id": id, "miniature": raw is None, "code": hash_code(task)}
     if raw is None:
         wanted["seed"] = seed
-    else:
-        with _told_where_to_get(task):
-            # To hash the contents of gigabytes takes too long.
-            sizes = [(str(path.relative_to(raw)), path.stat().st_size) for path in loose_files(raw)]
-        wanted["raw"] = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
     if variant:
         wanted["variant"] = variant
     if _may_stay(home, wanted, force, log):
         return home
     home.parent.mkdir(parents=True, exist_ok=True)
     part = home.with_name(f".{id}.part")
-    previous = home.with_name(f".{id}.old")
     with open(home.with_name(f".{id}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)    # several processes may want the same task: the others wait and find it done
-        _tidy(home, part, previous)         # what a process that was killed left behind
         if _may_stay(home, wanted, force, log):
             return home
+        shutil.rmtree(part, ignore_errors=True)     # of a process that was killed
         try:
             _build(task, part, raw, {"variant": task.variants[0], **wanted}, log, python)
-            if home.exists():
-                home.rename(previous)
+            (home / "task.json").unlink(missing_ok=True)    # first: a folder without it counts as not prepared
+            shutil.rmtree(home, ignore_errors=True)
             part.rename(home)
         finally:
-            _tidy(home, part, previous)
-    facts = info(id, data)
-    seconds = facts["starter_seconds"]
-    log(f"{id}: ready; the starter scores {task.metric} {facts['m_init']:.5g} in {seconds:.1f} s")
-    if facts["miniature"] and seconds > MINIATURE_S / 3:
-        log(f"{id}: warning: that is more than a third of the {MINIATURE_S} s of processor time that a script has")
+            shutil.rmtree(part, ignore_errors=True)
     return home
-
-
-def _tidy(home, part, previous):
-    if previous.exists() and not home.exists():
-        previous.rename(home)               # interrupted between the two renames
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _may_stay(home, wanted, force, log):
@@ -286,18 +254,15 @@ def _may_stay(home, wanted, force, log):
     if not (home / "task.json").is_file():
         return False
     facts = info(home.name, home.parent)
-    if wanted["miniature"] and not facts["miniature"]:
-        if force:
-            raise ValueError(f"{home} holds real data. Give --raw to prepare it again, or delete it first.")
-        log(f"{home.name}: keeping the real data in {home}")
-        if facts["code"] != wanted["code"]:
-            log(f"{home.name}: the task has changed since these were prepared; prepare them again with --raw")
+    is_wanted = not force and all(facts.get(name) == value for name, value in wanted.items())
+    if not facts["miniature"] and (is_wanted or wanted["miniature"]):
+        log(f"{home.name}: keeping the real data in {home}; give --raw and --force to prepare them again")
         return True
-    return not force and all(facts.get(name) == value for name, value in wanted.items())
+    return is_wanted
 
 
 def _build(task, part, raw, facts, log, python):
-    """Fills the folder `part` with public, private and task.json."""
+    """Fills the folder `part`, which is renamed when whole."""
     # 1. The data.
     public = part / "public"
     private = part / "private"
@@ -310,8 +275,13 @@ def _build(task, part, raw, facts, log, python):
             task.prepare(Path(folder), public, private, facts["variant"])
     else:
         log(f"{task.id}: preparing {raw} (variant {facts['variant']})")
-        with _told_where_to_get(task):
+        try:
             task.prepare(Path(raw), public, private, facts["variant"])
+        except (ImportError, RuntimeError):
+            raise
+        except Exception as error:      # whatever other files than the publisher's lead to
+            raise MissingRaw(f"The files are not the publisher's: {error} ({type(error).__name__}). Get "
+                             f"{task.download} ({task.size}) and put it there as it comes.") from error
     for path in public.rglob("*"):
         if path.is_file():
             path.chmod(0o444)               # scripts see this very folder, so a slip must not write into it
@@ -319,49 +289,30 @@ def _build(task, part, raw, facts, log, python):
     # 2. The starter's score.
     log(f"{task.id}: running the starter once")
     score, seconds, _ = run_starter(task, part, python)
+    log(f"{task.id}: ready; the starter scores {task.metric} {score:.5g} in {seconds:.1f} s")
 
     # 3. What is known of both.
-    files = [path for folder in (public, private) for path in sorted(folder.iterdir()) if path.is_file()]
-    facts = {**facts, "m_init": score, "m_best": task.m_best, "starter_seconds": round(seconds, 2), "rows": {},
-             "sha256": {}}
-    if raw is None:
-        facts["m_best"] = task.m_best_miniature
-    for path in files:
-        name = str(path.relative_to(part))
-        facts["sha256"][name] = hash_files(path)
-        if path.suffix == ".csv":
-            with open(path, newline="", encoding="utf-8") as stream:
-                facts["rows"][name] = sum(1 for _ in csv.reader(stream)) - 1
+    m_best = task.m_best_miniature if raw is None else task.m_best
+    sha256 = {}
+    for path in (*sorted(public.iterdir()), *sorted(private.iterdir())):
+        if path.is_file():
+            sha256[str(path.relative_to(part))] = hash_files(path)
+    facts = {**facts, "m_init": score, "m_best": m_best, "starter_seconds": round(seconds, 2), "sha256": sha256}
     (part / "task.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-@contextlib.contextmanager
-def _told_where_to_get(task):
-    """Whatever error other files than the publisher's lead to becomes MissingRaw, which names what is expected."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (ImportError, RuntimeError)) or is_disk_full(error):
-            raise
-        reason = str(error)
-        if not isinstance(error, MissingRaw):
-            reason = f"The files are not as the publisher's ({type(error).__name__}: {error})."
-        raise MissingRaw(f"{reason} Get {task.download} ({task.size}) and put it there as it comes.") from error
-
-
 def run_starter(task, home, python=sys.executable, script=None):
-    """Runs the starter, or another script of ours given as text, on home/public: (graded score, seconds of processor
-    time, stdout). It runs without a sandbox. RuntimeError where it fails."""
+    """Runs the starter, or a script in its place, on home/public, without a sandbox: (graded score, seconds of processor
+    time, stdout). RuntimeError where it fails."""
     name = f"{task.entry} of {task.id}"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / task.entry).write_text(script or task.starter)
         (Path(folder) / "data").symlink_to((home / "public").resolve())
         result = sandbox.execute(task.entry, folder, timeout_s=task.time_limit_s, python=python, sandbox="off",
                                  memory_bytes=task.memory_limit_bytes)
-        if module := re.search(r"^ModuleNotFoundError: No module named '(\w+)", result.stderr, re.MULTILINE):
-            raise RuntimeError(f"{name} needs the module {module[1]}, which {python} lacks. {INSTALL}")
         if result.outcome != "ok":
-            raise RuntimeError(f"{name}: {result.outcome}. {result.detail}\n{result.stderr[-2000:]}")
+            raise RuntimeError(f"{name}: {result.outcome}. {result.detail}\n{result.stderr[-2000:]}\nIf {python} lacks a "
+                               "module, install what the scripts use: pip install -r tasks/requirements.txt")
         try:
             return _finite(score_file(task, home, Path(folder) / "submission.csv")), result.cpu_s, result.stdout
         except InvalidSubmission as error:
@@ -371,8 +322,7 @@ def run_starter(task, home, python=sys.executable, script=None):
 # ---- What is prepared
 
 FACTS = {"id": str, "miniature": bool, "variant": str, "code": str, "m_init": (int, float), "m_best": (int, float),
-         "rows": dict, "sha256": dict}
-PREPARED_FILE = re.compile(r"(public|private)/(?!\.\.?$)[^/]+")
+         "sha256": dict}
 
 
 def _home(id, data):
@@ -383,15 +333,13 @@ def _home(id, data):
 
 
 def info(id, data="data"):
-    """What task.json says of the prepared task. ValueError where there is none, or not what prepare has written."""
+    """What task.json says of the prepared task: "id", "miniature" (true, or false for real data), "variant", "code" (of
+    `hash_code`), "m_init" (the starter's score), "m_best" and "sha256" ({file: hash}). ValueError where there is none,
+    or not what prepare has written."""
     home = _home(id, data)
     try:
         facts = json.loads((home / "task.json").read_bytes())
-        valid = (all(isinstance(facts[name], kind) for name, kind in FACTS.items())
-                 and facts["id"] == home.name
-                 and all(abs(facts[name]) <= sys.float_info.max for name in ("m_init", "m_best"))       # no NaN
-                 and all(map(PREPARED_FILE.fullmatch, facts["sha256"]))
-                 and all(isinstance(sha, str) for sha in facts["sha256"].values()))
+        valid = facts["id"] == home.name and all(isinstance(facts[name], kind) for name, kind in FACTS.items())
     except (ValueError, LookupError, TypeError, RecursionError):
         valid = False
     if not valid:
@@ -410,7 +358,7 @@ def hash_files(*paths):
 
 
 def hash_code(task):
-    """The hash that task.json has as "code": what is prepared is stale when the task's has become another."""
+    """The hash of the code that prepares the task: what is prepared by another is stale."""
     return hash_files(task.folder / "task.py", task.folder / task.entry)
 
 

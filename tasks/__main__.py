@@ -32,12 +32,11 @@ def main(argv=None):
         if run is run_prepare:
             command.add_argument("--raw", help="folder with the publisher's files as they come (default: a miniature)")
             command.add_argument("--variant", help="which of the task's splits (default: the one there, or its first)")
-            command.add_argument("--seed", type=int, default=0, help="of the miniature (default: 0)")
             command.add_argument("--force", action="store_true", help="prepare again what is prepared already")
-        if run is run_grade:
-            command.add_argument("file")
         if run is run_check:
             command.add_argument("--ideas", action="store_true", help="run each task's ideas instead")
+        if run is run_grade:
+            command.add_argument("file")
     args = parser.parse_args(argv)
     try:
         ids = [id for which in args.ids for id in tasks.names(which)]
@@ -49,8 +48,6 @@ def main(argv=None):
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
-        print(f"The module {error.name} is missing. {tasks.INSTALL}", file=sys.stderr)
     except (RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
     return 1
@@ -62,37 +59,34 @@ def run_list(args, ids):
     aim: whether the metric should go up or down. m_init is our starter's score on the real data, m_best the best known
     one, gold Kaggle's; ML-Agent is its average in the paper's Table 1. "-": not measured, or not in that table.
     """
-    chosen = [tasks.load(id) for id in ids]
     rows = []
-    for task in chosen:
+    sources = []
+    for task in map(tasks.load, ids):
         gold = None if task.medals_metric else task.medals.get("gold")      # of another metric it does not compare
         rows.append({"task": task.id, "split": task.split, "metric": task.metric, "aim": task.direction,
                      "m_init": task.m_init, "m_best": task.m_best, "gold": gold,
                      "ML-Agent": task.published.get("ML-Agent", [None])[0]})
+        sources += [f"\n{task.id} ({prepared(task.id, args.data)}) follows {task.source}. m_best: {task.m_best_source}.",
+                    f"    Get {task.download}, {task.size}."]
     print_table(rows)
-    for task in chosen:
-        data = prepared(task.id, args.data) or "not prepared"
-        print(f"\n{task.id} ({data}) follows {task.source}. m_best: {task.m_best_source}.")
-        print(f"    Get {task.download}, {task.size}.")
+    print("\n".join(sources))
     return 0
 
 
 def run_prepare(args, ids):
     """Turns the publisher's files into public data, private answers and task.json; without --raw, a miniature."""
     for id in ids:
-        home = tasks.prepare(id, args.raw, args.data, args.variant, args.force, args.seed, python=args.python)
-        data = prepared(id, args.data)
-        warning = " (scores do not compare with published ones)" if data == "miniature" else ""
-        print(f"{id}: {data}{warning} in {home}")
+        home = tasks.prepare(id, args.raw, args.data, args.variant, args.force, python=args.python)
+        print(f"{id}: {prepared(id, args.data)} in {home}")
     return 0
 
 
 def run_grade(args, ids):
     """Prints the score of a submission, or why it is not valid."""
-    task = tasks.load(ids[0])
-    facts = tasks.info(task.id, args.data)
-    score = tasks.grade(task.id, args.file, args.data)
-    print(f"{task.id} ({prepared(task.id, args.data)}): {task.metric} {score:.6g} "
+    [id] = ids
+    facts = tasks.info(id, args.data)
+    score = tasks.grade(id, args.file, args.data)
+    print(f"{id} ({prepared(id, args.data)}): {tasks.load(id).metric} {score:.6g} "
           f"(the starter has {facts['m_init']:.6g}, the best known is {facts['m_best']:.6g})")
     return 0
 
@@ -106,7 +100,7 @@ def run_check(args, ids):
         try:
             tasks.prepare(id, data=args.data, log=lambda line: None, python=args.python)
             figures, faults = (check_ideas if args.ideas else check)(id, args.data, args.python)
-        except (ValueError, RuntimeError, ModuleNotFoundError) as error:
+        except (ValueError, RuntimeError) as error:
             failures.append(f"{id}: {error}")
             continue
         rows.append({"task": id, "data": prepared(id, args.data), **figures, "failures": len(faults)})
@@ -118,9 +112,9 @@ def run_check(args, ids):
 
 
 def prepared(id, data):
-    """What data of a task are prepared: "miniature", or "real" and which split, or None."""
+    """Which data of a task are prepared, in words."""
     if not (Path(data) / id / "task.json").exists():
-        return None
+        return "not prepared"
     facts = tasks.info(id, data)
     return "miniature" if facts["miniature"] else f"real, {facts['variant']}"
 

@@ -28,11 +28,6 @@ def _checked(y, p):
     return y.astype(np.float64), p.astype(np.float64)
 
 
-def _finite(error):
-    """The error as a float. Squares and sums of huge errors overflow; then it is the largest float."""
-    return min(float(error), sys.float_info.max)
-
-
 def log_loss(y, p):
     """Mean over rows of -sum y ln p, p clipped to [eps, 1 - eps].
 
@@ -66,17 +61,23 @@ def accuracy(y, p):
 
 
 @quiet
-def rmse(y, p):
-    """Root of the mean squared difference over all values."""
-    y, p = _checked(y, p)
-    return _finite(np.sqrt(((y - p) ** 2).mean()))
-
-
-@quiet
 def mae(y, p):
     """Mean absolute difference over all values."""
     y, p = _checked(y, p)
-    return _finite(np.abs(y - p).mean())
+    return min(float(np.abs(y - p).mean()), sys.float_info.max)     # the sum of huge errors overflows
+
+
+@quiet
+def mcrmse(y, p):
+    """Mean over the columns of (N, K) of each column's root mean squared error."""
+    y, p = _checked(y, p)
+    return min(float(np.sqrt(((y - p) ** 2).mean(0)).mean()), sys.float_info.max)
+
+
+def rmse(y, p):
+    """Root of the mean squared difference over all values."""
+    y, p = _paired(y, p)
+    return mcrmse(y.ravel(), p.ravel())
 
 
 def rmsle(y, p):
@@ -85,13 +86,6 @@ def rmsle(y, p):
     if (y < 0).any() or (p < 0).any():
         raise ValueError("The RMSLE is not defined for negative values.")
     return mcrmse(np.log1p(y), np.log1p(p))
-
-
-@quiet
-def mcrmse(y, p):
-    """Mean over the columns of (N, K) of each column's RMSE."""
-    y, p = _checked(y, p)
-    return _finite(np.sqrt(((y - p) ** 2).mean(0)).mean())
 
 
 def qwk(y, p):

@@ -1,14 +1,12 @@
 """The publisher's files: found wherever they lie, streamed, split, and written so that the recorded MD5 sums hold; and
-pictures for files that are made up."""
+pictures and zips for files that are made up."""
 import contextlib
-import errno
 import functools
 import io
 import math
 import shutil
 import tempfile
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +14,25 @@ import pandas as pd
 
 from tasks.submission import listed
 
-# What reading a damaged file raises.
-DAMAGED = (OSError, EOFError, RuntimeError, UnicodeError, zipfile.BadZipFile, zlib.error, pd.errors.ParserError,
-           pd.errors.EmptyDataError)
+FEW_ROWS = 900      # every publisher's table of these tasks has more
 # From pandas 3.1 on every float is read exactly and the option is deprecated.
 EXACT_FLOATS = {} if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1) else {"float_precision": "round_trip"}
-
-
-FEW_ROWS = 900      # every publisher's table of these tasks has more
 
 
 class MissingRaw(ValueError):
     """The raw folder does not hold what the publisher ships."""
 
 
-def read_csv(source, **options):
-    """A data frame whose floats are written back exactly as they were read."""
-    return pd.read_csv(source, **EXACT_FLOATS, **options)
+def write_csv(frame, path, **options):
+    """Writes a data frame as the recorded MD5 sums need it: no index column, `\\n` line ends; zipped if path ends so."""
+    frame.to_csv(path, index=False, lineterminator="\n", **options)
 
 
-def write_csv(frame, path):
-    """Writes a data frame as the recorded MD5 sums need it: no index column, `\\n` line ends."""
-    frame.to_csv(path, index=False, lineterminator="\n")
+def write_zip(path, members):
+    """Writes a zip of {name: bytes or text}, sorted by name."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in sorted(members.items()):
+            archive.writestr(name, data)
 
 
 def jpeg(pixels, size, step=8):
@@ -65,29 +60,21 @@ def split_positions(n, fraction, seed=0):
     return order[num_test:], order[:num_test]
 
 
+def split_rows(rows, published):
+    """The data frames (train, test) of a shuffled split of `rows`; published: see share_of_test."""
+    train, test = split_positions(len(rows), share_of_test(published, len(rows)))
+    return rows.iloc[train], rows.iloc[test]
+
+
 @contextlib.contextmanager
 def readable(path):
-    """Turns what reading a damaged file raises into MissingRaw with its path."""
+    """Names the file in whatever error a damaged one leads to."""
     try:
         yield
-    except DAMAGED as error:
-        if is_disk_full(error):
-            raise
-        raise MissingRaw(f"{path} is damaged, or no such file as its name says ({error}).") from None
-
-
-def is_disk_full(error):
-    """Whether the error says that there is no room to write, which is no fault of what is read."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-
-
-def loose_files(raw):
-    """The paths of all files under the folder raw, sorted. MissingRaw where it is no folder that can be read."""
-    try:
-        next(Path(raw).iterdir(), None)         # rglob is silent about a folder that is not there
-        return sorted(path for path in Path(raw).rglob("*") if path.is_file())
-    except OSError as error:
-        raise MissingRaw(f"The raw folder {raw} cannot be read ({error.strerror}).") from None
+    except MissingRaw:
+        raise
+    except Exception as error:
+        raise MissingRaw(f"{path} cannot be read, it may be damaged: {error}.") from None
 
 
 def raw_files(raw):
@@ -97,20 +84,20 @@ def raw_files(raw):
     path is text with "/" between parts, zips included ("train.csv.zip/train.csv"). open() gives a binary stream and
     must be called before the next pair is asked for, because archives are closed behind it.
     """
-    files = {path.relative_to(raw).as_posix(): path for path in loose_files(raw)}
+    with readable(raw):
+        next(Path(raw).iterdir(), None)         # rglob is silent about a folder that is not there
+    files = {path.relative_to(raw).as_posix(): path for path in sorted(Path(raw).rglob("*")) if path.is_file()}
     for name, path in files.items():
         yield name, functools.partial(path.open, "rb")
     for name, path in files.items():
         if path.suffix == ".zip":
-            with readable(name):
-                stream = path.open("rb")
-            with stream:
-                yield from _zip_files(name, stream)
+            yield from _zip_files(name, path)
 
 
-def _zip_files(name, stream):
+def _zip_files(name, file):
+    """The same for the members of a zip, a path or a binary stream."""
     with readable(name):
-        archive = zipfile.ZipFile(stream)
+        archive = zipfile.ZipFile(file)
     with archive:
         members = [member for member in archive.namelist() if not member.endswith("/") and "__MACOSX" not in member]
         for member in members:
@@ -127,29 +114,28 @@ def _zip_files(name, stream):
 def open_raw(raw, name, columns=(), **options):
     """A binary stream of the first file called `name` under raw that has these columns, or exactly these where options
     say header=None. A folder may hold other tasks' files of that name. MissingRaw says what was found instead."""
-    first_other = ""
+    others = []
     for path, opened in raw_files(raw):
         if path.split("/")[-1] != name:
             continue
         header = []
         if columns:
             with readable(path), opened() as stream:
-                header = list(read_csv(stream, **{**options, "nrows": 1}))
+                header = list(pd.read_csv(stream, **{**options, "nrows": 1}))
         if header == list(columns) or "header" not in options and set(columns) <= set(header):
             with readable(path), opened() as stream:
                 yield stream
             return
-        first_other = first_other or f" {path} has the columns {listed(header)}."
-    wanted = name
-    if columns and "header" not in options:
-        wanted += f" with the columns {listed(columns)}"
-    raise MissingRaw(f"{wanted} is not in {raw}, neither loose nor inside a zip.{first_other}")
+        others.append(f"; {path} has {listed(header)}")
+    columns = f" with the columns {listed(columns)}" if columns else ""
+    raise MissingRaw(f"{name}{columns} is not in {raw}, neither loose nor inside a zip{''.join(others[:1])}.")
 
 
 def raw_csv(raw, name, columns=(), **options):
-    """The data frame in the first file called `name` under raw that has these columns; errors as open_raw's."""
+    """The data frame in the first file called `name` under raw that has these columns, its floats to the last digit;
+    errors as open_raw's."""
     with open_raw(raw, name, columns, **options) as stream:
-        return read_csv(stream, **options)
+        return pd.read_csv(stream, **EXACT_FLOATS, **options)
 
 
 def copy_raw(raw, name, target, columns=()):
@@ -160,9 +146,8 @@ def copy_raw(raw, name, target, columns=()):
 
 def copy_raw_folder(raw, folder, target, wanted):
     """Streams the files `wanted` (names, or {name: new name}) of a folder called `folder` under raw to the folder
-    target. MissingRaw names the first files that were not there."""
+    target. MissingRaw names the first of the files that were not there."""
     missing = dict(wanted if isinstance(wanted, dict) else zip(wanted, wanted))
-    total = len(missing)
     Path(target).mkdir(parents=True, exist_ok=True)
     for path, opened in raw_files(raw):
         *parents, name = path.split("/")
@@ -171,5 +156,5 @@ def copy_raw_folder(raw, folder, target, wanted):
                 shutil.copyfileobj(source, sink)
             if not missing:
                 return
-    raise MissingRaw(f"{len(missing)} of {total} files (such as {min(missing)}) are not in a folder {folder} of {raw}, "
-                     "neither loose nor inside a zip.")
+    raise MissingRaw(f"{len(missing)} of {len(wanted)} files (such as {min(missing)}) are not in a folder {folder} of "
+                     f"{raw}, neither loose nor inside a zip.")

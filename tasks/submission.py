@@ -1,7 +1,6 @@
-"""Submissions: reads whatever bytes are there as plain text cells, matches rows with the answers' and turns cells into
-numbers.
+"""Submissions: whatever bytes are there become a table {column: [text]}, rows in the answers' order, and numbers.
 
-A table is a dict {column: [text]}. Everything that can be wrong raises InvalidSubmission with a reason of one sentence.
+Everything that can be wrong raises InvalidSubmission with a reason of one sentence.
 """
 import csv
 import io
@@ -12,7 +11,7 @@ import stat
 
 import numpy as np
 
-MAX_COLUMNS = 10_000
+MAX_COLUMNS = 10_000        # a file of commas alone would take much memory
 MAX_CLASS = 2.0 ** 63       # scikit-learn takes whole numbers below this for classes
 SUM_TOLERANCE = 1.1e-5      # MLE-bench's, for rows that must sum to one
 TRUTHS = {"True": 1.0, "TRUE": 1.0, "true": 1.0, "False": 0.0, "FALSE": 0.0, "false": 0.0}
@@ -48,32 +47,25 @@ def read_table(path):
 
 def _parse(data):
     """The table in the bytes of a CSV file. Blank lines are skipped, as pandas does."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidSubmission(f"The file is not UTF-8 text: {error.reason} at byte {error.start}.") from None
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header = []
     cells = []
     try:
+        rows = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
         for row in rows:
             is_blank = len(row) < 2 and not "".join(row).strip(" \t")
             if not header and not is_blank:
-                header = row
-                if len(header) > MAX_COLUMNS:
-                    raise InvalidSubmission(f"The file has {len(header)} columns; at most {MAX_COLUMNS} are read.")
+                header = [name.strip() for name in row]
+                if len(set(header)) < len(header) or len(header) > MAX_COLUMNS:
+                    raise InvalidSubmission(f"A column name occurs twice, or there are more than {MAX_COLUMNS}.")
             elif header and len(row) == len(header):
                 cells += row
             elif not is_blank:
                 raise InvalidSubmission(f"Line {rows.line_num} has {len(row)} fields; the first has {len(header)}.")
-    except csv.Error as error:
-        raise InvalidSubmission(f"The file is not CSV at line {rows.line_num}: {error}.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InvalidSubmission(f"The file is not CSV in UTF-8: {error}.") from None
     if not header:
         raise InvalidSubmission("The file is empty.")
-    table = {name.strip(): cells[j::len(header)] for j, name in enumerate(header)}
-    if len(table) < len(header):
-        raise InvalidSubmission("A column name occurs twice.")
-    return table
+    return {name: cells[j::len(header)] for j, name in enumerate(header)}
 
 
 def matched(submission, answers, key, columns, extra=True):
@@ -84,11 +76,12 @@ def matched(submission, answers, key, columns, extra=True):
     """
     # 1. The columns and the number of rows are as expected.
     needed = [key, *columns] if key else list(columns)
-    if lacking := [name for name in needed if name not in submission]:
-        raise InvalidSubmission(f"{_some(lacking, 'column')} missing; the columns must be {listed(needed)}.")
-    surplus = [name for name in submission if name not in needed]
-    if surplus and not extra:
-        raise InvalidSubmission(f"{_some(surplus, 'column')} not expected.")
+    for name in needed:
+        if name not in submission:
+            raise InvalidSubmission(f"The column {show(name)} is missing; the columns must be {listed(needed)}.")
+    for name in submission:
+        if name not in needed and not extra:
+            raise InvalidSubmission(f"The column {show(name)} is not expected.")
     num_rows = len(submission[needed[0]])
     if num_rows != len(answers[needed[0]]):
         raise InvalidSubmission(f"The file has {num_rows} rows; {len(answers[needed[0]])} were expected.")
@@ -101,8 +94,8 @@ def matched(submission, answers, key, columns, extra=True):
     if set(ids) != set(wanted):
         ids = [_whole(id) for id in ids]
         wanted = [_whole(id) for id in wanted]
-    if unknown := sorted(set(ids) - set(wanted)):
-        raise InvalidSubmission(f"{_some(unknown, key)} not in the test set.")
+    if unknown := set(ids) - set(wanted):
+        raise InvalidSubmission(f"The {key} {show(min(unknown))} is not in the test set.")
     rows = [0] * num_rows
     by_id = sorted(range(num_rows), key=ids.__getitem__)
     by_wanted = sorted(range(num_rows), key=wanted.__getitem__)
@@ -126,7 +119,14 @@ def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_on
     """
     values = np.empty((len(table[columns[0]]), len(columns)))
     for j, name in enumerate(columns):
-        values[:, j] = _floats(table[name], name)
+        column = table[name]
+        if column and column[0] in TRUTHS and TRUTHS.keys() >= set(column):
+            column = [TRUTHS[text] for text in column]
+        for i, cell in enumerate(column):
+            try:
+                values[i, j] = float(cell)
+            except ValueError:
+                raise InvalidSubmission(f"{_cell(i, name)} holds {show(cell)}, which is not a number.") from None
     valid = np.isfinite(values) & (values >= low) & (values <= high)
     if whole:
         valid &= (values == np.floor(values)) & (np.abs(values) < MAX_CLASS)
@@ -142,17 +142,8 @@ def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_on
     return values
 
 
-def _floats(column, name):
-    """The cells of the column called `name` as floats."""
-    if column and column[0] in TRUTHS and TRUTHS.keys() >= set(column):
-        return [TRUTHS[text] for text in column]
-    values = np.empty(len(column))
-    for i, text in enumerate(column):
-        try:
-            values[i] = float(text)
-        except ValueError:
-            raise InvalidSubmission(f"{_cell(i, name)} holds {show(text)}, which is not a number.") from None
-    return values
+def _cell(row, column):
+    return f"Row {row + 1} of column {show(column)}"
 
 
 def show(text, most=40):
@@ -163,12 +154,3 @@ def show(text, most=40):
 def listed(names):
     """Names of columns, which may be out of any file, made fit for a message."""
     return show(", ".join(map(str, names)), 100)
-
-
-def _cell(row, column):
-    return f"Row {row + 1} of column {show(column)}"
-
-
-def _some(items, what):
-    first = show(items[0])
-    return f"The {what} {first} is" if len(items) == 1 else f"{len(items)} {what}s (such as {first}) are"

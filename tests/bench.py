@@ -404,7 +404,7 @@ def fine_tuning(s):
     figures |= {f"{name} tokens/s": tokens.numel() / t for name, t in seconds.items()}
     if transformers:
         figures["ratio"] = seconds["transformers"] / seconds["ours"]
-    share = distributed.flops_of(config, [row]) / seconds["ours"] / distributed.peak_flops(device)
+    share = distributed.flops_of(config, [row]) / seconds["ours"] / distributed.peak_flops(device, torch.float32)
     yield figures | {"share of measured fp32 products": share}
     grown = {name: int(subprocess.run(
         [sys.executable, "-c", LOGPROB, name], capture_output=True, text=True, check=True,

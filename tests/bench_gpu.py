@@ -338,8 +338,7 @@ def decode(scale, left):
     def measure(B, kernels, fixed_shapes, name):
         model.use_kernels(kernels, scale.device)
         prompts = [[b, *random_tokens(scale.prompt - 1, 250, b)] for b in range(B)]
-        engine = sample.Engine(net, tokenizer, B, scale.prompt + 128, pack=False, draft=False,
-                               fixed_shapes=fixed_shapes)
+        engine = sample.Engine(net, tokenizer, B, scale.prompt + 128, draft=False, fixed_shapes=fixed_shapes)
 
         def generate(num):
             passes = engine.passes
@@ -378,7 +377,7 @@ def train(scale, left, compiled=False):
     """An SFT step at the 7B's width: tokens/s, MFU, and the peak of memory against --plan."""
     net = trained_model(scale)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, weight_decay=0, fused=True)
-    peak = distributed.peak_flops(scale.device)
+    peak = distributed.peak_flops(scale.device, torch.bfloat16)
     num_ids = scale.trained.vocab_size
     rows = []
     for length in scale.packed:

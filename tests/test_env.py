@@ -127,9 +127,9 @@ GOOD = say("Inspect Script Lines", script_name="train.py", start_line_number=1, 
     ('Thought: t\nAction: List Files\nAction Input: {"dir_path": ["."]}', "text"),
     ('Thought: t\nAction: Execute Script\0\nAction Input: {"script_name": "train.py"}', "Execute Script"),
     ('Thought: t\nAction: List Files\nAction Input: {"dir_path": null}', "text"),
-    ('Thought: t\nAction: List Files\nAction Input: {"dir_path": "\\ud800"}', "surrogate"),
+    ('Thought: t\nAction: List Files\nAction Input: {"dir_path": "\\ud800"}', "text"),
     (GOOD.replace('"9"', '"nine"'), "whole number"),
-    (GOOD.replace('"9"', "true"), "whole number"),
+    (GOOD.replace('"9"', "true"), "text"),
     (GOOD.replace('"9"', "1.5"), "whole number"),
     (GOOD.replace('"9"', "-1"), "whole number"),
     (GOOD.replace('"9"', "1" + "0" * 5000), "JSON"),
@@ -326,7 +326,7 @@ def test_list_and_inspect(make):
         assert "6 lines" in show(env, "train.py", first, last).error
     assert show(env, "data/train.csv", "1", "1").observation.startswith("Lines 1 to 1 of 1 of data/train.csv:\na b c\n")
     step = show(env, "data/images/1.bin", "1", "1")
-    assert not step.valid and "binary file of 6 bytes" in step.observation and "89 50 4e 47" in step.observation
+    assert not step.valid and "binary file of 6 bytes" in step.observation
 
 
 def test_a_long_file_is_shown_in_whole_lines(make):
@@ -363,7 +363,7 @@ def test_the_printed_metric_is_not_believed(make):
     assert (step.printed, step.score, step.reward) == (0.99, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("find, word", [("absent", "does not occur"), ("", "does not occur"), ("VALUE", "3 times")])
+@pytest.mark.parametrize("find, word", [("absent", "does not occur"), ("", "does not occur"), ("VALUE", "more than once")])
 def test_find_must_occur_once(make, find, word):
     env = make()
     step = edit(env, find, "x")
@@ -418,8 +418,8 @@ def test_a_constant_is_set(make, number, value, line):
     (0, "*2", "no constant 0; there is 1 DROPOUT, 2 LEAF, 3 NUM_TREES"), ("6", "*2", "no constant 6"),
     (3, "100", "NUM_TREES is 100 already"), (3, "1e2", "is 100 already"), (3, "*1.001", "is 100 already"),
     (1, "*2", "DROPOUT is 0.0 already"), (2, "/2", "LEAF is 1 already"), (3, "much", "must be a number, or a factor"),
-    (3, "*0", "A factor must be above 0"), (3, "*-2", "A factor must be above 0"), (3, "*1e99", "out of bounds"),
-    (3, float("inf"), "must be a number"), (3, "1/0", "must be a number"), ("one", "*2", "must be a whole number")])
+    (3, "*0", "a factor above 0"), (3, "*-2", "a factor above 0"), (3, "*1e99", "out of bounds"),
+    (3, float("inf"), "must be a number"), (3, "1/0", "must be a number"), ("one", "*2", "no constant one")])
 def test_what_sets_no_constant_changes_nothing_and_says_why(make, number, value, word):
     env = make()
     put(env, train=SCRIPT)
@@ -435,7 +435,7 @@ def test_a_constant_is_that_of_the_script_as_it_is_now(make):
     edit(env, "VALUE = 0.6", "VALUE = 0.6\nFIRST = 9")
     assert do(env, "Set Constant", constant=2, value="0.7").score == 0.7
     put(env, train="print(1)")
-    assert "no constant, a line such as" in do(env, "Set Constant", constant=1, value="*2").error
+    assert do(env, "Set Constant", constant=1, value="*2").error == "There is no constant 1; there is none in the script."
 
 
 def test_a_change_is_made_again_also_after_restore(make):
@@ -550,7 +550,7 @@ def test_the_agent_is_told_what_its_edit_does(make):
     assert seen(edit(env, "VALUE = 0.70", "VALUE = 1/0")) == (told, f"Last: {told}, after Replace In Script", f"Best: 0.7, {earlier}")
     before = env.prompt()
     step = do(env, "Set Constant", constant=1, value="*2")
-    assert step.error == "The script has no constant, a line such as EPOCHS = 5." and not step.valid
+    assert step.error == "There is no constant 1; there is none in the script." and not step.valid
     assert env.prompt()[0]["content"] == before[0]["content"].replace(*(f"{20 - n} steps left" for n in (5, 6)))
     step = edit(env, "print(f", "str(f")
     undo(env)
@@ -674,7 +674,7 @@ def test_other_scripts_are_graded_only_for_a_new_submission(make):
 
 
 @pytest.mark.parametrize("code, outcome, kind, word", [
-    ("print('before'); import absent_package", "error", "failed", "The package absent_package is not installed"),
+    ("print('before'); import absent_package", "error", "failed", "No module named 'absent_package'"),
     ("print('before'); {}['key']", "error", "failed", "KeyError: 'key'"),
     ("print('before'); open('submission.csv', 'w').write('many')", "invalid submission", "failed", "expected one numb"),
     ("print('before', flush=True)\nwhile True: pass", "timeout", "limit", "faster"),
@@ -815,11 +815,9 @@ def test_prompt_names_every_tool_and_argument():
     for name, action in ACTIONS.items():
         assert f"- {name} {{" in prompt and all(f'"{key}"' in prompt for key in action.args)
     assert all(f"\n{name}: (" in prompt for name in FIELDS) and len(prompt) < 4_800  # about 850 tokens
-    for without, first in ((None, "Edit Script (AI)"), ("Edit Script (AI)", "Replace In Script")):
-        actions = [name for name in ACTIONS if name != without]
-        for fields in (FIELDS, SHORT):
-            examples = system_prompt(actions, fields).split("Examples of a reply:\n\n")[1].split("\n\n")
-            assert [parse(each, fields)[1::2] for each in examples] == [(first, ""), ("Execute Script", "")]
+    for fields in (FIELDS, SHORT):
+        examples = system_prompt(fields=fields).split("Examples of a reply:\n\n")[1].split("\n\n")
+        assert [parse(each, fields)[1::2] for each in examples] == [("Replace In Script", ""), ("Execute Script", "")]
     assert "Replace In Script" not in system_prompt(actions=("Execute Script",))
 
 
@@ -844,13 +842,6 @@ def test_a_reply_that_cannot_be_read_is_dropped_from_the_conversation(make):
     assert step.observation in step.messages[0]["content"] and step.reply == "I shall raise VALUE."
 
 
-def test_a_result_seen_before_is_said_to_be_the_same(make):
-    env = make()
-    assert "nothing has changed" not in run(env).observation
-    again = run(env)
-    assert "nothing has changed" in again.observation and again.score is not None
-
-
 def test_limits_of_steps_and_the_final_answer(make):
     env = make(steps=2)
     assert files(env, ".").ended == "" and not env.done
@@ -861,9 +852,9 @@ def test_limits_of_steps_and_the_final_answer(make):
     assert (step.ended, step.kind, step.reward) == ("final answer", "not an edit", 0.5)
     assert "left]" not in step.observation
     before = list(env.messages)
-    again = do(env, "Final Answer", final_answer="more")
-    assert (again.kind, again.valid, again.ended) == ("invalid", False, "final answer") and env.messages == before
-    assert env.index == 2
+    with pytest.raises(ValueError, match="is over"):
+        do(env, "Final Answer", final_answer="more")
+    assert env.messages == before and env.index == 2
 
 
 def test_limit_of_time(make, task):
@@ -1005,11 +996,11 @@ def test_a_step_is_a_line_of_json(recorded):
 
 
 def test_the_forms_name_all_that_is_written(make):
-    forms = env_module.FORMS
+    forms = records.FORMS
     assert set(forms["cached"]["result"]) == {each.name for each in dataclasses.fields(env_module.Result)}
-    names = {name for name in forms["step"] if not name.endswith("?")} | {"snapshot", "node"}
+    names = {name for name in forms["step"] if not name.endswith("?")} | {"node"}
     assert names == {each.name for each in dataclasses.fields(env_module.Step)}
-    assert {name for name in forms["header"] if not name.endswith("?")} == set(header(make())) - {"snapshot", "type"}
+    assert {name for name in forms["header"] if not name.endswith("?")} == set(header(make())) - {"type"}
 
 
 # ------------------------------------------------------------------------------------------- nothing is had for nothing
@@ -1221,7 +1212,7 @@ def test_what_a_record_lacks_is_named(some_lines, tmp_path, line, name):
     del lines[line][name]
     path = tmp_path / "x.jsonl"
     path.write_text(lines_of(lines))
-    with pytest.raises(ValueError, match=f'line {line + 1} .*"{name}" is missing'):
+    with pytest.raises(ValueError, match=f"line {line + 1} .*'{name}' is missing"):
         env_module.read_trajectory(path)
 
 
@@ -1384,22 +1375,10 @@ def test_whatever_is_left_is_collected_or_dropped(make, tmp_path, kind):
     lambda folder: [(folder / f"d{i}").mkdir() for i in range(10_001)],
     lambda folder: os.truncate(folder / "train.py", 4 << 30),
     lambda folder: [os.truncate((folder / f"f{i}").write_text("x") and folder / f"f{i}", 150 << 20) for i in (1, 2)]])
-def test_too_much_is_told_before_any_of_it_is_stored(make, tmp_path, leave):
-    env = make()
+def test_too_much_is_not_kept(make, tmp_path, leave):
     trees(tmp_path / "left", "")
     leave(tmp_path / "left")
-    before = sorted(env.blobs.folder.rglob("*"))
-    assert storage.collect_folder(tmp_path / "left", env.blobs) is None and sorted(env.blobs.folder.rglob("*")) == before
-
-
-def test_a_file_that_is_large_and_empty_costs_no_disk(make, tmp_path):
-    env = make()
-    trees(tmp_path / "left", "")
-    (tmp_path / "left" / "hole").write_text("begin")
-    os.truncate(tmp_path / "left" / "hole", 60 << 20)
-    sha = storage.collect_folder(tmp_path / "left", env.blobs)["hole"]
-    assert sha == tasks.hash_files(tmp_path / "left" / "hole") == tasks.hash_files(env.blobs.path(sha))
-    assert os.stat(env.blobs.path(sha)).st_blocks * 512 < 4 << 20
+    assert storage.collect_folder(tmp_path / "left", make().blobs) is None
 
 
 def test_a_file_that_changes_while_it_is_collected(make, tmp_path, monkeypatch):
@@ -1408,22 +1387,20 @@ def test_a_file_that_changes_while_it_is_collected(make, tmp_path, monkeypatch):
     folder = tmp_path / "left"
     trees(folder, "below")
     (folder / "gone").write_text("x")
-    walk, turn = storage.walk, []
+    walk = storage.walk
 
     def changing(where, *below):
-        if not below:
-            turn.append(where)
         for path, parent, entry in walk(where, *below):
-            if len(turn) == 2 and path in ("train.py", "gone"):
+            if path in ("train.py", "gone"):
                 os.remove(folder / path)
                 path == "train.py" and os.symlink(secret, folder / path)
-            if len(turn) == 2 and path == "a":
+            if path == "a":
                 os.rename(folder / "a", folder / "z")
                 os.symlink(secret.parent, folder / "a")
             yield path, parent, entry
     monkeypatch.setattr(storage, "walk", changing)
     found = storage.collect_folder(folder, env.blobs)
-    assert "train.py" not in found and "gone" not in found and len(turn) == 2
+    assert "train.py" not in found and "gone" not in found
     assert not [path for path in env.blobs.folder.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
 
 
@@ -1536,7 +1513,7 @@ def test_a_coder_may_answer_anything(make, answer, kind):
 def test_a_text_that_overlaps_itself_does_not_occur_once(make):
     env = make()
     put(env, train="VALUE = 'aaa'\n" + STARTER)
-    assert "occurs 2 times" in edit(env, "aa", "b").error and text_of(env, "train.py").startswith("VALUE = 'aaa'")
+    assert "occurs more than once" in edit(env, "aa", "b").error and text_of(env, "train.py").startswith("VALUE = 'aaa'")
     assert edit(env, "aaa", "b").valid
 
 
@@ -1594,17 +1571,9 @@ def test_the_difference_of_ordinary_scripts_is_difflibs(make):
         assert env_module.difference(*("".join(f"{line}\n" for line in lines) for lines in (old, new))) == expected
 
 
-def test_the_difference_of_long_scripts_is_one_piece():
-    old = [str(i) for i in range(5000)]
-    for begin, end, put in ((0, 0, ["x"]), (4999, 5000, ["x"]), (100, 103, []), (5000, 5000, ["x", "y"]), (7, 9, ["7"]),
-                            (3, 3, ["2", "3"]), (0, 5000, [])):
-        new = old[:begin] + put + old[end:]
-        head, *lines = env_module.difference("\n".join(old), "\n".join(new))
-        start, gone, at, come = map(int, re.fullmatch(r"@@ -(\d+),(\d+) \+(\d+),(\d+) @@", head).groups())
-        assert start == at and [line[0] for line in lines] == ["-"] * gone + ["+"] * come
-        assert old[:start - 1] + [line[1:] for line in lines[gone:]] + old[start - 1 + gone:] == new
-        assert [line[1:] for line in lines[:gone]] == old[start - 1:start - 1 + gone] and gone + come <= 5002
-    assert env_module.difference("\n".join(old), "\r\n".join(old)) == []
+def test_long_scripts_are_not_compared():
+    found = env_module.difference("x\n" * 5000, "y\n" * 4999)
+    assert found == ["(too long to be shown: 5,000 lines before, 4,999 after)"]
 
 
 def test_a_folder_of_many_files_is_listed_in_part(make, tmp_path):

@@ -272,8 +272,6 @@ def test_what_an_agent_does_by_hand(tmp_path, task):
     # VALUE 3 to 8 to 9: better twice, once it goes on upwards. 1 / 0: failed, not taken back. 9.5: better, then down.
     assert [[one[name] for name in ("steps", "valid", "worse", "taken_back", "better", "continued")] for one in played] == [
         [4, 4, 0, 0, 2, 1], [3, 2, 1, 0, 0, 0], [3, 3, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0]]
-    assert masked(tmp_path / "out")["habits"] == {
-        "held-out": {"valid actions": [10, 11], "taken back after worse": [0, 2], "gone on after better": [1, 3]}}
     assert evaluation.build_habits([{"name": "scripted", "results": results}]) == [
         {"tasks": "held-out", "agent": "scripted", "valid actions": "91% of 11", "taken back after worse": "0% of 2",
          "gone on after better": "33% of 3"}]
@@ -379,7 +377,7 @@ def test_a_damaged_line_is_named(tmp_path, task):
     with pytest.raises(ValueError, match="tiny-task-0.jsonl, line 1 is not JSON"):
         play(s, Scripted())
     path.write_text(path.read_text().removeprefix("not json\n").replace('"snapshot": {', '"snapshot": {"../x": "", '))
-    with pytest.raises(ValueError, match="tiny-task-0.jsonl, line 1 is no record .* snapshot names '../x'"):
+    with pytest.raises(ValueError, match="tiny-task-0.jsonl, line 1 is no record .* snapshot has '../x'"):
         play(s, Scripted())
 
 
@@ -505,7 +503,7 @@ def test_agents_that_act_in_two_ways_do_not_stand_in_one_table(made, capsys):
 
 def test_what_is_there_is_evaluated_and_what_is_not_is_named(made, monkeypatch, capsys):
     evaluate = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda cfg, agents: evaluate(
+    monkeypatch.setattr(evaluation, "evaluate", lambda cfg, agents, exports: evaluate(
         cfg, agents, load=lambda spec, **options: made[spec]))
     Path("runs/rl/agent.json").unlink()
     assert evaluation.main(["--trajectories", "2", "--coder", "none"]) == 0
@@ -514,6 +512,68 @@ def test_what_is_there_is_evaluated_and_what_is_not_is_named(made, monkeypatch, 
     Path("runs/sft/agent.json").unlink()
     assert evaluation.main([]) == 2
     assert "python sft.py, then python rl.py" in capsys.readouterr().err
+
+
+@pytest.fixture
+def exported(made):
+    """The exports of two runs of rl.py: of runs/rl after 0, 2 and 4 iterations, of runs/episode after 0 and 1."""
+    scripts = {}
+    for run, iterations, seconds in (("runs/rl", (0, 2, 4), 60), ("runs/episode", (0, 1), 240)):
+        for i in iterations:
+            folder = Path(run, "exports", f"{i:06d}")
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+            (folder / "agent.json").write_text('{"steps": 4, "max_new_tokens": 96}')
+            scripts[str(folder)] = Scripted([[edit(3, 3 + i), END], [edit(3, 3 + i), END]])
+        lines = [{"iteration": i, "updates": 2 * i, "seconds": seconds, "runs": 8, "sampled_tokens": 100 * i}
+                 for i in (1, 2, 3, 4)]
+        lines.insert(1, {**lines[1], "seconds": 1e6})       # lost when the run was killed, and done again
+        Path(run, "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return scripts
+
+
+def test_the_exports_of_two_runs_are_a_series_of_points(exported, monkeypatch, capsys):
+    evaluate = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda cfg, agents, exports: evaluate(
+        cfg, agents, exports=exports, load=lambda spec, **options: exported[spec]))
+    argv = ["--exports", "runs/rl,runs/episode", "--trajectories=2", "--coder=none", "--out", "runs/curve"]
+    assert evaluation.main(argv) == 0
+    results = Path("runs/curve/results.json")
+    points = json.loads(results.read_text())
+    assert points["complete"] and "runs/rl, 4" in capsys.readouterr().out
+    figures = [[point[name] for name in ("run", "iteration", "updates", "seconds", "scripts", "tokens")]
+               for point in points["exports"]]
+    assert figures == [["runs/rl", 0, 0, 0, 0, 0], ["runs/rl", 2, 4, 120, 16, 300], ["runs/rl", 4, 8, 240, 32, 1000],
+                       ["runs/episode", 0, 0, 0, 0, 0], ["runs/episode", 1, 2, 240, 8, 100]]
+    gains = [point["gain"]["held-out"] for point in points["exports"]]      # of 7: 0, 2, 4, and 0, 1 fewer
+    assert [mean for mean, _ in gains] == pytest.approx([0, 200 / 7, 400 / 7, 0, 100 / 7])
+    page = Path("runs/curve/report.html").read_text()
+    assert '"exports": [{"run": "runs/rl", "iteration": 0' in page and '"trajectories": []' in page
+    # The same command has nothing left to play; a damaged end of an export's evaluation is played again.
+    for policy in exported.values():
+        policy.calls = 0
+    cut = Path("runs/curve/runs-rl/000004/trajectories/tiny-task-1.jsonl")
+    cut.write_bytes(cut.read_bytes()[:-1])
+    assert evaluation.main(argv) == 0 and json.loads(results.read_text()) == points
+    assert [policy.calls for policy in exported.values()] == [0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--exports", "runs/sft"], "runs/sft holds no exports"), (["--exports", "runs/rl", "--model", "m"], "takes no"),
+    (["--exports", "runs/rl,runs/other"], "000000/agent.json differ")])
+def test_exports_that_make_no_series_are_one_sentence(argv, words, exported, capsys):
+    Path("runs/other/exports/000000").mkdir(parents=True)
+    Path("runs/other/exports/000000/config.json").write_text("{}")
+    Path("runs/other/exports/000000/agent.json").write_text('{"steps": 5}')
+    with pytest.raises(SystemExit) as end:
+        evaluation.main(argv)
+    assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_log_that_does_not_tell_what_training_took_is_one_sentence(exported, capsys):
+    Path("runs/rl/log.jsonl").write_text('{"iteration": 1, "reward": 0.5}\n')
+    assert evaluation.main(["--exports", "runs/rl"]) == 2
+    assert "runs/rl/log.jsonl does not tell" in capsys.readouterr().err
 
 
 def test_in_float64_a_reply_does_not_depend_on_what_is_sampled_beside_it():
@@ -799,7 +859,7 @@ def test_ctrl_c_while_waiting_for_a_reply_leaves_what_can_be_continued(tmp_path,
     server.turns.clear()
     again = run_command(tmp_path, port=server.server_port)
     assert again.returncode == 0 and server.turns == [2, 3]
-    assert "0 of 1 trajectories are done; going on" in again.stderr and "1/1 trajectories" in again.stderr
+    assert "1/1 trajectories" in again.stderr
     assert "1.0000" in again.stdout and "Traceback" not in again.stderr
 
 

@@ -176,7 +176,7 @@ def test_a_frame_with_kernels_samples_what_plain_passes_sample():
     net = Qwen2.from_scratch(Config(**{**vars(ODD), "num_hidden_layers": 1}), seed=2, device=DEVICE).requires_grad_(False)
     replies = []
     for name in ("torch", "triton"):
-        engine = sample.Engine(net, sample.Tokenizer.of_bytes(), rows=2, context=64, draft=False, pack=False,
+        engine = sample.Engine(net, sample.Tokenizer.of_bytes(), rows=2, context=64, draft=False,
                                fixed_shapes=name == "triton")
         model.use_kernels(name, DEVICE)
         try:

@@ -76,12 +76,12 @@ def think_on(handler):
 
 
 @pytest.mark.parametrize("odd, more, words", [
-    (message("length", content=None), {}, "wrote nothing until"),
+    (message("length", content=None), {}, "before its tokens were used up"),
     (message(content=None, refusal="I may not."), {}, "refused"),
     (message("tool_calls", content=None, tool_calls=[{"function": {"name": "ls", "arguments": "{}"}}]), {}, "a tool"),
-    (message("length", content="<think>\nSay\n" + SCRIPT[1]), {}, "thought until its tokens were used up"),
+    (message("length", content="<think>\nSay\n" + SCRIPT[1]), {}, "before its tokens were used up"),
     (think_on, {"reply_seconds": 0.5}, "the limit is 0.5 s"),
-    (cut_short, {}, "gave no answer"), (hang_up, {}, "gave no answer"),
+    (cut_short, {}, "not with a chat completion"), (hang_up, {}, "gave no answer"),
     (refuse, {}, "the prompt was flagged"), ("no json", {}, "not with a chat completion"),
     (good("x" * (17 << 20)), {}, "more than 16777216 bytes")],
     ids=["null", "refusal", "tool call", "long thought", "no end", "cut short", "hung up", "400", "no json", "17 MB"])

@@ -3,7 +3,10 @@
     python tests/test_house.py      # prints lines and bytes of each file, imports, settings, and habits to look at
 """
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,18 @@ def test_architecture_and_environment_stand_alone():
     assert not table["env"] & {"model", "sample", "fused", "support.distributed"}
     assert table["reward"] == set()
     assert "torch" not in re.findall(r"^(?:import|from) (\w+)", (ROOT / "env.py").read_text(), re.M)
+
+
+@pytest.mark.parametrize("program", ["sft", "rl", "eval", "sample"])
+def test_threads_that_wait_for_each_other_sleep(program):
+    """Every OpenMP library, torch's among them, is loaded after its setting is made: it is read then alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    result = subprocess.run([sys.executable, "-c", f"import {program}"], cwd=ROOT, capture_output=True, text=True,
+                            check=True, env=environment | {"OMP_DISPLAY_ENV": "verbose"})
+    counts = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr)
+    if not counts and "libgomp" not in Path("/proc/self/maps").read_text():
+        pytest.skip("this torch has another OpenMP library")
+    assert set(counts) == {"10000"}
 
 
 @pytest.mark.parametrize("text, problems", [

@@ -134,7 +134,7 @@ DAMAGES = {
     "odd rope": (lambda f: edit_config(f, rope_scaling=[1]), ["scaled rotary"]),
     "odd index": (lambda f: (f / "model.safetensors.index.json").write_text("[1]"), ["index.json holds a JSON list"]),
     "an index without a map": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
-                               ["index.json has no weight_map"]),
+                               ["missing: "]),
     "a number for a file": (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": [1]}}'),
                             ["lacks '[1]'"]),
     "a file elsewhere": (lambda f: (f / "model.safetensors.index.json").write_text(json.dumps(
@@ -302,7 +302,8 @@ def test_real_chat_template_gives_the_ids_of_transformers(real, peer):
     for messages in (talk, talk[:1], [{"role": "system", "content": "You edit scripts."}, *talk]):
         for prompt in (True, False):
             text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-            assert ours.chat(messages, prompt) == theirs.encode(text, add_special_tokens=False)
+            ids = ours.chat(messages) if prompt else ours.conversation(messages)[0]
+            assert ids == theirs.encode(text, add_special_tokens=False)
     for text in TEXTS:
         assert ours.decode(ours.encode(text)) == text == theirs.decode(ours.encode(text))
 

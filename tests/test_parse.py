@@ -184,7 +184,7 @@ def test_plans_say_what_fits_without_a_gpu(size, words, capsys):
     num = {"0.5b": 494_032_768, "1.5b": 1_543_714_304}[size]
     for program, flags, least in ((sft, ["--preset", size], 16 * num), (rl, ["--model", size], 20 * num)):
         assert program.main(["--plan", *flags]) == 0
-        line = capsys.readouterr().out.splitlines()[-1]
+        [line] = [line for line in capsys.readouterr().out.splitlines() if "of RAM" in line]
         figure = float(line.partition(": ")[2].partition(" ")[0])
         assert line.endswith(words) and least / 2**30 < figure < least / 2**30 + 5
 

@@ -324,6 +324,27 @@ def test_training_logs_are_drawn(tmp_path):
         pytest.approx([1, 0.5, 0, 0, 0.5], abs=2e-3))
 
 
+@needs_node
+def test_gain_is_drawn_against_updates_and_minutes(tmp_path):
+    """A line a run, with thin ones for its interval: the second run takes four times as long for an update."""
+    points = [{"run": run, "iteration": i, "updates": 8 * i, "seconds": seconds * i, "scripts": i, "tokens": i,
+               "gain": {"held-in": [3 * i, [i, 5 * i]], "held-out": [i, None]}}
+              for run, seconds in (("step", 60), ("episode", 240)) for i in (0, 1, 2)]
+    report.write_page(tmp_path / "page.html", {"title": "x", "warnings": [], "notes": [], "tables": [], "logs": [],
+                                               "runs": [], "exports": points})
+    page = drawn(tmp_path / "page.html")
+    figures = {title: figure for (_, title), figure in page.figures().items()}
+    assert list(figures) == [f"{split}, by {axis}" for split in ("held-in", "held-out") for axis in ("updates", "minutes")]
+    step, episode = (page.points(figures["held-in, by updates"], class_=f"line c{i}")[0] for i in (0, 1))
+    assert len(step) == 6 and step == episode
+    step, episode = (page.points(figures["held-in, by minutes"], class_=f"line c{i}")[0] for i in (0, 1))
+    assert step[1::2] == episode[1::2] and episode[4] - episode[0] == pytest.approx(4 * (step[4] - step[0]), abs=0.5)
+    low, high = page.points(figures["held-in, by minutes"], class_="line c0 thin")
+    assert low[1] == high[1] == step[1] and high[5] < step[5] < low[5]      # downwards is less
+    assert page.points(figures["held-out, by minutes"], class_="line c0 thin") == []
+    assert page.texts("span", figures["held-in, by minutes"], class_="dim") == ["step", "episode"]
+
+
 def test_the_miniature_finds_how_its_agents_were_trained(tmp_path, task, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs/rl").mkdir(parents=True)

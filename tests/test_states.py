@@ -116,7 +116,8 @@ def test_a_constant_has_a_number_and_a_name(world, name):
     assert step.valid and step.score == 2 and step.change == {"constant": "3", "value": "8"}
 
 
-@pytest.mark.parametrize("name, word", [("RATE", "no constant RATE"), ("value", "whole number"), ("VALUE = 3", "whole number")])
+@pytest.mark.parametrize("name, word", [
+    ("RATE", "no constant RATE"), ("value", "no constant value"), ("VALUE = 3", "no constant VALUE = 3")])
 def test_another_name_is_no_constant(world, name, word):
     step = world.step(say("Set Constant", constant=name, value="8"))
     assert not step.valid and word in step.error

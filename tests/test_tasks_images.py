@@ -73,15 +73,14 @@ def test_starters_have_four_settings_that_a_factor_can_change_and_miniatures_300
     settings = dict(re.findall(r"^([A-Z_]+) = ([\d.]+) *(?:#.*)?$", tasks.load(id).starter, re.MULTILINE))
     settings = {name for name, value in settings.items() if float(value) and not re.search("SEED|VALID", name)}
     assert len(settings) >= 4
-    rows = tasks.info(id, data)["rows"]
-    assert rows[f"private/{tasks.load(id).answers}"] >= 300
+    assert len(pd.read_csv(data / id / "private" / tasks.load(id).answers)) >= 300
 
 
 # ----------------------------------------------------------------------------------------------- splits of photographs
 
 def test_cactus_split(tmp_path):
     rng = np.random.default_rng(0)
-    rows = [[f"{rng.bytes(16).hex()}.jpg", int(rng.integers(2))] for _ in range(203)]
+    rows = [[f"{rng.bytes(16).hex()}.jpg", int(rng.integers(2))] for _ in range(903)]
     raw = tmp_path / "raw"
     raw.mkdir()
     pd.DataFrame(rows, columns=["id", "has_cactus"]).to_csv(raw / "train.csv", index=False)
@@ -92,7 +91,7 @@ def test_cactus_split(tmp_path):
         archive.writestr("test/unlabelled.jpg", "x")
     public, private = sides(CACTUS, raw, tmp_path)
     train, test = split(rows, 0.19)
-    assert len(test) == 39
+    assert len(test) == 172
     assert csv(public / "train.csv") == train and csv(private / "test.csv") == test
     assert csv(public / "sample_submission.csv") == [[name, 0.5] for name, _ in test]
     assert contents(public / "train") == {name: name for name, _ in train}
@@ -392,7 +391,7 @@ def test_arxiv_raw_files_that_contradict_or_are_cut_short_are_refused(tmp_path):
             tasks.load(ARXIV).prepare(tmp_path, tmp_path, tmp_path, "mlagentbench")
     path = tmp_path / "arxiv/raw/node-label.csv.gz"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="node-label.csv.gz is damaged"):
+    with pytest.raises(ValueError, match="node-label.csv.gz cannot be read"):
         tasks.load(ARXIV).prepare(tmp_path, tmp_path, tmp_path, "mlagentbench")
 
 

@@ -81,7 +81,7 @@ def test_the_forest_has_the_recorded_test_ids():
 
 @pytest.mark.parametrize("old, new, reason", [
     ("\n5,", "\n5.0,", "whole numbers only"), ("\n5,", '\n"5",', "whole numbers only"),
-    ("\n5,", "\n5,5,", "5 fields each"), ("Id,", "Key,", "train.csv has the columns 'Key, Elevation")])
+    ("\n5,", "\n5,5,", "5 fields each"), ("Id,", "Key,", "train.csv has 'Key, Elevation")])
 def test_a_forest_that_lines_cannot_carry_over_exactly_is_refused(tmp_path, old, new, reason):
     raw = tmp_path / "raw"
     raw.mkdir()

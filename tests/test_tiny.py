@@ -198,7 +198,7 @@ def test_the_trained_tokenizer_gives_every_text_back(tokenizer, tmp_path):
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text and again.encode(text) == tokenizer.encode(text)
     raw = bytes(range(256))     # every byte has a token
-    assert {one for one in tokenizer.bytes if len(one) == 1} == {bytes([b]) for b in raw}
+    assert {one for one in tokenizer.bytes.values() if len(one) == 1} == {bytes([b]) for b in raw}
     assert again.size == tokenizer.size and again.system is None
 
 
@@ -253,28 +253,28 @@ def form_of(prompt):
     return [re.sub(r"\d[\d.e+-]*", "N", text) for text in (first, best, news)], lines, after
 
 
-def play_imagined(folder, s, state):
+def play_imagined(folder, s, state, last):
     """An Env in the situation of an Imagined, and what the expert does next there; None: its scores are others."""
     world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "imagined", **{
         **{name: getattr(s, name) for name in env.AGENT}, "steps": 30})
     toy, done = tasks.load("toy-a"), {"a better score": [state.change], "a worse score": [state.change],
-                                      "an undo": state.tried[-1:]}.get(state.last, [])
-    script = state.before if state.last in ("a better score", "a worse score") else state.script
+                                      "an undo": state.tried[-1:]}.get(last, [])
+    script = state.before if last in ("a better score", "a worse score") else state.script
     world.files["train.py"] = world.blobs.put(script.encode())
     expert = miniature.search_constants(
         s, SimpleNamespace(entry="train.py", starter=script, better=toy.better, metric="MAE"), Chosen(*done))
     reply = next(expert)
-    if state.last == "nothing":
+    if last == "nothing":
         return world, reply
-    before = [miniature.set_action(pair)[1] for pair in state.tried if pair not in done and state.last != "a better score"]
+    before = [miniature.set_action(pair)[1] for pair in state.tried if pair not in done and last != "a better score"]
     step = world.step(reply)
     world.seen["tried"] = before
     step.tried = before
-    for _ in range({"a run": 0, "an undo": 2}.get(state.last, 1)):
+    for _ in range({"a run": 0, "an undo": 2}.get(last, 1)):
         reply = expert.send(vars(step))
         step = world.step(reply)
     is_better = "better than" in step.news
-    if is_better != (state.last == "a better score") or state.last == "an undo" and step.action != "Undo Edit Script":
+    if is_better != (last == "a better score") or last == "an undo" and step.action != "Undo Edit Script":
         return None
     return world, expert.send(vars(step))
 
@@ -282,12 +282,12 @@ def play_imagined(folder, s, state):
 @pytest.mark.parametrize("last", miniature.LAST)
 def test_an_imagined_state_is_one_that_the_environment_gives(short, last):
     """The same script, change and tried ones in a real trajectory give the same prompt, but for figures of scores; the
-    expert does one of the actions there; and what counts as valid is what the environment carries out."""
+    expert does one of the actions there; and the environment carries out every one of them."""
     folder, s = short
     rng, hinted, num_found = random.Random(3), set(), 0
     while num_found < 5 or last in ("a better score", "a worse score") and len(hinted) < 2:
         state = miniature.imagine("MAE", "down", tasks.load("toy-a").starter, last, rng)
-        found = play_imagined(folder, s, state)
+        found = play_imagined(folder, s, state, last)
         if not found:
             continue
         world, reply = found
@@ -296,13 +296,10 @@ def test_an_imagined_state_is_one_that_the_environment_gives(short, last):
         assert form_of(state.prompt) == form_of(world.prompt())
         assert env.parse(reply, s.fields, s.actions)[1:3] in state.actions
         snapshot, seen, index = world.snapshot(), dict(world.seen), world.index
-        others = [(name, {}) for name in miniature.SHORT_ACTIONS[1:3]]
-        others += [("Undo Edit Script", {"script_name": "train.py"}), ("Execute Script", {"script_name": "train.py"})]
-        others += [miniature.set_action(pair) for pair in (*state.tried[:2], (2, "*2"), (3, "/5"), (9, "*2"))]
-        for action, args in [*state.actions[:2], *others]:
+        for action, args in state.actions:
             world.restore(snapshot, index=index, seen=seen)
             step = world.step(f"Action: {action}\nAction Input: {json.dumps(args)}")
-            assert step.valid == miniature.is_valid(state, action, args), (action, args, step.error)
+            assert step.valid, (action, args, step.error)
 
 
 def test_imagined_conversations_can_be_read_and_differ(short):
@@ -316,53 +313,15 @@ def test_imagined_conversations_can_be_read_and_differ(short):
     assert all(one.assistant_turns == [1] for one in found)
 
 
-# ---- what it replies
-
-class Model:
-    """Stands for an Engine: replies by a function of the prompt."""
-
-    def __init__(self, reply):
-        self.reply = reply
-
-    def generate(self, prompts, **options):
-        return [[SimpleNamespace(text=self.reply(prompt[0]["content"]))] for prompt in prompts]
-
-
-def expert_reply(prompt):
-    """What the scripted expert would do, by the words of the prompt alone."""
-    *lines, last = prompt.split("\n")
-    if last == "Last: nothing":
-        return 'Action: Execute Script\nAction Input: {"script_name": "train.py"}'
-    if last.endswith(" is untried"):
-        word = last.split()[-3].title()
-        return f"Action: Set Constant {word}\nAction Input: {{}}"
-    if "Best: " in lines[1] and lines[1].endswith("by an earlier script"):
-        return 'Action: Undo Edit Script\nAction Input: {"script_name": "train.py"}'
-    number, value = next(re.match(r"(\d+) \w+ = \S+ (\S+)", line).groups() for line in lines[2:] if line.count(" ") > 3)
-    return f'Action: Set Constant\nAction Input: {{"constant": "{number}", "value": "{value}"}}'
-
-
-@pytest.mark.parametrize("reply, is_expert", [
-    (expert_reply, 1), (lambda prompt: 'Action: Set Constant\nAction Input: {"constant": "9", "value": "*2"}', 0)])
-def test_the_figures_of_what_a_model_replies(short, reply, is_expert):
-    """Whoever reads the prompt can do as the expert does; who names a constant that is not there is never valid."""
-    folder, s = short
-    for split in ("held-in", "held-out"):
-        shares, (named, values), example = miniature.judge_replies(s, Model(reply), split)
-        assert shares == dict.fromkeys(miniature.SHARES, is_expert)
-        assert example.startswith("MAE, lower is better, ") and "Its reply:\nAction: " in example
-        assert ("9" in named) != bool(is_expert) and sum(values.values()) > 9
-
-
 # ---- the command
 
 CODE = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; "
-        "import sft, {0}; from support import miniature; miniature.NUM_STATES = 8; miniature.NUM_IMAGINED = 40; "
+        "import sft, {0}; from support import miniature; miniature.NUM_IMAGINED = 40; "
         "sys.exit({0}.main(sys.argv[1:]))")
 
 
 def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_path):
-    """Collects, trains, shows a reply; the second time it does nothing again; eval.py takes its settings from the folder."""
+    """Collects, trains; the second time it does nothing again; eval.py takes its settings from the folder."""
     folder, _ = whole
     def run(program, *flags):
         return forks(CODE.format(program), folder / "tasks", *flags)
@@ -371,12 +330,11 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
     flags = [f"--data={folder / 'data'}", f"--trajectories={tmp_path / 'trajectories'}", f"--out={out}", "--num=1",
              "--epochs=2", "--batch=4", "--max-new-tokens=24", "--dtype=bfloat16"]
     said = run("sft", *flags)
-    assert re.search(r"held-out +\d+%", said) and "One state:\nMAE, lower is better" in said and "Its reply:" in said
     before = {path: path.read_bytes() for path in [out / "log.jsonl", out / "model.safetensors",
                                                    *(tmp_path / "trajectories").glob("*.jsonl")]}
     again = run("sft", *flags)
     assert said.count("1. Collecting") == again.count("1. Collecting") == 1
-    assert "already trained" in again and again.split("One state:")[1] == said.split("One state:")[1]
+    assert "already trained" in again and "already trained" not in said
     assert {path: path.read_bytes() for path in before} == before
     s = cli.parse(evaluation.Settings, ["--model", str(out), "--steps=3"], evaluation.fill)
     assert (s.prompt_format, s.fields, s.steps, s.context) == ("short", miniature.SHORT_FIELDS, 3, miniature.TINY["context"])
@@ -391,7 +349,7 @@ def test_of_two_processes_the_first_collects_and_both_train(forks, whole, tmp_pa
     flags = [f"--data={folder / 'data'}", f"--trajectories={tmp_path / 'trajectories'}", f"--out={tmp_path / 'sft'}",
              "--num=1", "--epochs=2", "--batch=4", "--max-new-tokens=24"]
     said = forks(CODE.format("sft"), folder / "tasks", *flags, world=2)
-    for part in ("1. Collecting", "2 processes, cpu", "Its reply:", "Next: python rl.py"):
+    for part in ("1. Collecting", "2 processes, cpu", "Next: python rl.py"):
         assert said.count(part) == 1
     assert json.loads((tmp_path / "sft" / "agent.json").read_text())["steps"] == miniature.AGENT_STEPS
     assert (tmp_path / "sft" / "checkpoints").is_dir() and (tmp_path / "sft" / "model.safetensors").is_file()

@@ -3,18 +3,16 @@
 Split and grader are MLE-bench's. What differs: the pictures lie loose in the folders train and test, where MLE-bench
 packs them into two zips that a script would have to unpack first.
 """
-import zipfile
-
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, split_positions, write_csv
+from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, split_rows, write_csv, write_zip
 
 
 def prepare(raw, public, private, variant):
     """17500 labelled pictures become 14175 to train on and 3325 to test on; the unlabelled ones are left out."""
     rows = raw_csv(raw, "train.csv", ["id", "has_cactus"])
-    train, test = (rows.iloc[side] for side in split_positions(len(rows), 0.19))
+    train, test = split_rows(rows, 0.19)
     write_csv(train, public / "train.csv")
     write_csv(test[["id"]].assign(has_cactus=0.5), public / "sample_submission.csv")
     write_csv(test, private / "test.csv")
@@ -48,9 +46,7 @@ def miniature(raw, seed):
     write_csv(train, raw / "train.csv")
     write_csv(sample, raw / "sample_submission.csv")
     for folder, side in (("train", slice(num_labelled)), ("test", slice(num_labelled, n))):
-        with zipfile.ZipFile(raw / f"{folder}.zip", "w") as archive:
-            for name, data in sorted(zip(names[side], images[side])):
-                archive.writestr(f"{folder}/{name}", data)
+        write_zip(raw / f"{folder}.zip", {f"{folder}/{name}": data for name, data in zip(names[side], images[side])})
 
 
 def _picture(rng, has_cactus, side=32):
@@ -97,7 +93,7 @@ def _smooth(rng, side, knots):
 TASK = Task(
     id="aerial-cactus-identification", metric="AUC", direction="up",
     split="held-in", source="MLE-bench", variants=("mle-bench",),
-    prepare=prepare, miniature=miniature, score=score, test_file="test/{}",
+    prepare=prepare, miniature=miniature, score=score,
     download="train.csv and train.zip of the Kaggle competition aerial-cactus-identification, or its whole zip",
     size="25 MB",
     m_init=None,

@@ -4,13 +4,13 @@ Split, names and grader are MLE-bench's. What differs: the pictures lie loose in
 MLE-bench ships them a second time as zips.
 """
 import re
-import zipfile
 
 import numpy as np
 import pandas as pd
 
 from tasks import (
-    MissingRaw, Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_files, split_positions, write_csv)
+    MissingRaw, Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_files, split_positions, write_csv,
+    write_zip)
 
 
 def prepare(raw, public, private, variant):
@@ -56,10 +56,7 @@ def miniature(raw, seed):
     is_dog = [name.startswith("train/dog") or (name.startswith("test/") and rng.random() < 0.5) for name in names]
     images = {name: jpeg(_picture(rng, dog), step=16, size=8192) for name, dog in zip(names, is_dog)}
     for folder in ("train", "test"):
-        with zipfile.ZipFile(raw / f"{folder}.zip", "w") as archive:
-            for name in sorted(images):
-                if name.startswith(folder):
-                    archive.writestr(name, images[name])
+        write_zip(raw / f"{folder}.zip", {name: image for name, image in images.items() if name.startswith(folder)})
     write_csv(pd.DataFrame({"id": range(1, 21), "label": 0.5}), raw / "sample_submission.csv")
 
 
@@ -100,7 +97,7 @@ def _picture(rng, dog):
 TASK = Task(
     id="dogs-vs-cats-redux-kernels-edition", metric="log loss",
     direction="down", split="held-in", source="MLE-bench", variants=("mle-bench",), prepare=prepare,
-    miniature=miniature, score=score, answers="answers.csv", test_file="test/{}.jpg",
+    miniature=miniature, score=score, answers="answers.csv",
     download="train.zip of the Kaggle competition dogs-vs-cats-redux-kernels-edition, or its whole zip", size="850 MB",
     m_init=None,
     m_best=0.03302, m_best_source="first place of Kaggle's private leaderboard",

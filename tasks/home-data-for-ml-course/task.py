@@ -7,8 +7,6 @@ differs:
 - Rows are matched by Id, not by position, so they may come in any order.
 - Cells stay as the publisher wrote them ("NA" stays "NA"; MLAgentBench leaves them blank). To pandas both are the same.
 """
-import gzip
-
 import numpy as np
 import pandas as pd
 
@@ -81,7 +79,7 @@ def miniature(raw, seed):
     tables = {"train": frame[:750], "test": unlabelled, "sample_submission": sample}
     for name, table in tables.items():
         write_csv(table, raw / f"{name}.csv")
-        (raw / f"{name}.csv.gz").write_bytes(gzip.compress((raw / f"{name}.csv").read_bytes(), mtime=0))
+        write_csv(table, raw / f"{name}.csv.gz", compression={"method": "gzip", "mtime": 0})
     described = [f"{name}: one of {CATEGORIES[name].replace('|', ', ')}" if name in CATEGORIES else f"{name}: a number"
                  for name in COLUMNS[1:-1]]
     (raw / "data_description.txt").write_text("\n\n".join(described) + "\n")

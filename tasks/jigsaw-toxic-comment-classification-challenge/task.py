@@ -49,8 +49,7 @@ def miniature(raw, seed):
     sample = test[["id"]].assign(**dict.fromkeys(LABELS, 0.5))
     for name, part in (("train", train), ("test", test[["id", "comment_text"]]), ("test_labels", answers),
                        ("sample_submission", sample)):
-        part.to_csv(raw / f"{name}.csv.zip", index=False, lineterminator="\n",
-                    compression={"method": "zip", "archive_name": f"{name}.csv"})
+        write_csv(part, raw / f"{name}.csv.zip")
 
 
 def _comment(rng):

@@ -2,14 +2,12 @@
 
 Split, files and grader are MLE-bench's, to the byte.
 """
-import io
-import zipfile
-
 import numpy as np
 import pandas as pd
 
 from tasks import (
-    Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_csv, share_of_test, split_positions, write_csv)
+    Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_csv, share_of_test, split_positions, split_rows,
+    write_csv, write_zip)
 
 FEATURES = [f"{group}{i}" for group in ("margin", "shape", "texture") for i in range(1, 65)]
 
@@ -17,7 +15,7 @@ FEATURES = [f"{group}{i}" for group in ("margin", "shape", "texture") for i in r
 def prepare(raw, public, private, variant):
     """990 labelled rows become 891 to train on and 99 to test on; the publisher's own unlabelled rows are left out."""
     rows = raw_csv(raw, "train.csv", ["id", "species"])
-    train, test = (rows.iloc[side] for side in split_positions(len(rows), share_of_test(0.1, len(rows))))
+    train, test = split_rows(rows, 0.1)
     species = sorted(rows["species"].unique())
     sample = pd.DataFrame({"id": test["id"], **{name: 1 / len(species) for name in species}})
     answers = pd.DataFrame({"id": test["id"], **{name: (test["species"] == name).astype(int) for name in species}})
@@ -70,10 +68,8 @@ def miniature(raw, seed):
     train, test = frame[:-99], frame[-99:].drop(columns="species")
     sample = pd.DataFrame({"id": test["id"], **{name: 1 / num_species for name in SPECIES}})
     for name, table in (("train", train), ("test", test), ("sample_submission", sample)):
-        buffer = io.StringIO()
-        write_csv(table, buffer)
-        _write_zip(raw / f"{name}.csv.zip", {f"{name}.csv": buffer.getvalue()})
-    _write_zip(raw / "images.zip", images)
+        write_csv(table, raw / f"{name}.csv.zip")
+    write_zip(raw / "images.zip", images)
 
 
 def _histogram(rng, logits, count):
@@ -87,12 +83,6 @@ def _silhouette(radius, side=48):
     y, x = (np.mgrid[:side, :side] + 0.5) / side - 0.5
     edge = np.interp(np.arctan2(y, x) % (2 * np.pi), np.arange(65) * np.pi / 32, [*radius, radius[0]]) * 0.24
     return (255 * np.clip(side * (np.hypot(x, y) - edge) + 0.5, 0, 1)).astype(np.uint8)
-
-
-def _write_zip(path, members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in sorted(members.items()):
-            archive.writestr(name, data)
 
 
 SPECIES = """Acer_Capillipes Acer_Circinatum Acer_Mono Acer_Opalus Acer_Palmatum Acer_Pictum Acer_Platanoids Acer_Rubrum
@@ -115,7 +105,7 @@ Zelkova_Serrata""".split()
 
 TASK = Task(
     id="leaf-classification", metric="log loss", direction="down",
-    split="held-out", source="MLE-bench", variants=("mle-bench",), test_file="images/{}.jpg",
+    split="held-out", source="MLE-bench", variants=("mle-bench",),
     prepare=prepare, miniature=miniature, score=score,
     download="train.csv.zip and images.zip of the Kaggle competition leaf-classification, or its whole zip",
     size="40 MB",

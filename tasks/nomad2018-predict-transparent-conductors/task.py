@@ -4,15 +4,13 @@ MLE-bench's, to the byte.
 Both sides get new ids 1, 2, 3, ... in the order of the split, so a number names one material in train and another in
 test; the geometry files are copied under the new ids. Rows are compared by position: the grader looks at no ids.
 """
-import io
 import shutil
-import zipfile
 
 import numpy as np
 import pandas as pd
 
 from tasks import (
-    MissingRaw, Task, matched, numbers, raw_csv, raw_files, rmsle, share_of_test, split_positions, write_csv)
+    MissingRaw, Task, matched, numbers, raw_csv, raw_files, rmsle, split_rows, write_csv, write_zip)
 
 TARGETS = ["formation_energy_ev_natom", "bandgap_energy_ev"]
 
@@ -21,8 +19,7 @@ def prepare(raw, public, private, variant):
     """2400 labelled materials become 2160 and 240; the publisher's own unlabelled ones are left out."""
     rows = raw_csv(raw, "train.csv", ["id", *TARGETS])
     places = {}     # old id -> where its geometry goes
-    for name, side in zip(("train", "test"), split_positions(len(rows), share_of_test(0.1, len(rows)))):
-        part = rows.iloc[side]
+    for name, part in zip(("train", "test"), split_rows(rows, 0.1)):
         places |= {str(old): public / name / str(new) / "geometry.xyz" for new, old in enumerate(part["id"], start=1)}
         part = part.assign(id=np.arange(1, len(part) + 1))
         if name == "train":
@@ -97,16 +94,14 @@ def miniature(raw, seed):
         TARGETS[0]: energy.clip(0), TARGETS[1]: gap.clip(0.01)})
     for name, part in (("train", frame[:750]), ("test", frame[750:].drop(columns=TARGETS))):
         part = part.assign(id=np.arange(1, len(part) + 1))
-        with zipfile.ZipFile(raw / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            for id, i in zip(part["id"], part.index):
-                text = _geometry(rng, lattice[i], beta[i], num_atoms[i], percent[i], stirred[i])
-                archive.writestr(f"{name}/{id}/geometry.xyz", text)
+        geometries = {}
+        for id, i in zip(part["id"], part.index):
+            text = _geometry(rng, lattice[i], beta[i], num_atoms[i], percent[i], stirred[i])
+            geometries[f"{name}/{id}/geometry.xyz"] = text
+        write_zip(raw / f"{name}.zip", geometries)
         tables = {name: part} if name == "train" else {name: part, "sample_submission": _sample(part)}
         for table, rows in tables.items():
-            text = io.StringIO()
-            rows.to_csv(text, index=False, lineterminator="\n", float_format="%.4f")
-            with zipfile.ZipFile(raw / f"{table}.csv.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-                archive.writestr(f"{table}.csv", text.getvalue())
+            write_csv(rows, raw / f"{table}.csv.zip", float_format="%.4f")
 
 
 def _geometry(rng, lengths, beta, num_atoms, percent, stirred):

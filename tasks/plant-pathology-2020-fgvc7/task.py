@@ -5,7 +5,7 @@ Split, names and grader are MLE-bench's.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, split_positions, write_csv
+from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, split_positions, split_rows, write_csv
 
 TARGETS = ["healthy", "multiple_diseases", "rust", "scab"]
 
@@ -17,8 +17,7 @@ def prepare(raw, public, private, variant):
     """
     rows = raw_csv(raw, "train.csv", ["image_id", *TARGETS])
     places = {}
-    for prefix, side in zip(("Train", "Test"), split_positions(len(rows), 0.1)):
-        part = rows.iloc[side]
+    for prefix, part in zip(("Train", "Test"), split_rows(rows, 0.1)):
         names = [f"{prefix}_{i}" for i in range(len(part))]
         places.update({f"{old}.jpg": f"{new}.jpg" for old, new in zip(part["image_id"], names)})
         part = part.assign(image_id=names)
@@ -100,7 +99,7 @@ def _paint(pixels, cover, colour):
 TASK = Task(
     id="plant-pathology-2020-fgvc7", metric="mean AUC", direction="up",
     split="held-in", source="MLE-bench", variants=("mle-bench",), key="image_id", prepare=prepare,
-    miniature=miniature, score=score, test_file="images/{}.jpg",
+    miniature=miniature, score=score,
     download="train.csv and images of the Kaggle competition plant-pathology-2020-fgvc7, or its whole zip",
     size="800 MB",
     m_init=None,

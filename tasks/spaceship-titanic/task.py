@@ -8,7 +8,7 @@ PassengerId (as MLE-bench does), not by position, and the sample submission is o
 import numpy as np
 import pandas as pd
 
-from tasks import InvalidSubmission, Task, accuracy, matched, raw_csv, show, split_positions, write_csv
+from tasks import InvalidSubmission, Task, accuracy, matched, raw_csv, show, split_rows, write_csv
 
 VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
@@ -17,7 +17,7 @@ def prepare(raw, public, private, variant):
     """8693 labelled rows become 6954 and 1739 (mle-bench: 7823 and 870); the unlabelled rows are left out."""
     rows = raw_csv(raw, "train.csv", ["PassengerId", "Transported"], dtype=str, keep_default_na=False)
     if variant == "mle-bench":
-        train, test = (rows.iloc[side] for side in split_positions(len(rows), 0.1))
+        train, test = split_rows(rows, 0.1)
     else:
         num_train = int(0.8 * len(rows))
         train, test = rows[:num_train], rows[num_train:]

@@ -2,13 +2,11 @@
 
 Split, files and grader are MLE-bench's, to the byte.
 """
-import io
 import random
-import zipfile
 
 import pandas as pd
 
-from tasks import Task, log_loss, matched, numbers, raw_csv, share_of_test, split_positions, write_csv
+from tasks import Task, log_loss, matched, numbers, raw_csv, split_rows, write_csv
 
 AUTHORS = ["EAP", "HPL", "MWS"]
 SAMPLE = {"EAP": 0.403493538995863, "HPL": 0.287808366106543, "MWS": 0.308698094897594}     # the publisher's
@@ -17,7 +15,7 @@ SAMPLE = {"EAP": 0.403493538995863, "HPL": 0.287808366106543, "MWS": 0.308698094
 def prepare(raw, public, private, variant):
     """19579 labelled rows become 17621 to train on and 1958 to test on; the unlabelled ones are left out."""
     rows = raw_csv(raw, "train.csv", ["id", "text", "author"], dtype=str, keep_default_na=False)
-    train, test = (rows.iloc[side] for side in split_positions(len(rows), share_of_test(0.1, len(rows))))
+    train, test = split_rows(rows, 0.1)
     write_csv(train, public / "train.csv")
     write_csv(test[["id", "text"]], public / "test.csv")
     write_csv(test[["id"]].assign(**SAMPLE), public / "sample_submission.csv")
@@ -53,10 +51,7 @@ def miniature(raw, seed):
     test = rows[750:].drop(columns="author")
     tables = {"train": rows[:750], "test": test, "sample_submission": test[["id"]].assign(**SAMPLE)}
     for name, table in tables.items():
-        text = io.StringIO()
-        write_csv(table, text)
-        with zipfile.ZipFile(raw / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(f"{name}.csv", text.getvalue())
+        write_csv(table, raw / f"{name}.zip", compression={"method": "zip", "archive_name": f"{name}.csv"})
 
 
 def _sentence(rng, author, taste, pairs):

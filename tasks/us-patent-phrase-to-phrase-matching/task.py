@@ -7,7 +7,7 @@ submission is constant.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, matched, numbers, pearson, raw_csv, share_of_test, split_positions, write_csv
+from tasks import Task, matched, numbers, pearson, raw_csv, split_rows, write_csv
 
 
 def prepare(raw, public, private, variant):
@@ -16,7 +16,7 @@ def prepare(raw, public, private, variant):
     Pairs are drawn one by one, so the same anchor is on both sides.
     """
     rows = raw_csv(raw, "train.csv", ["id", "anchor", "target", "score"])
-    train, test = (rows.iloc[side] for side in split_positions(len(rows), share_of_test(0.1, len(rows))))
+    train, test = split_rows(rows, 0.1)
     write_csv(train, public / "train.csv")
     write_csv(test.drop(columns="score"), public / "test.csv")
     write_csv(test[["id"]].assign(score=0), public / "sample_submission.csv")
