@@ -542,7 +542,7 @@ def test_a_step_and_the_folder_are_those_of_transformers(tmp_path):
         expected += loss.item()
     norm = norm_of(model)
     del model, logp, loss
-    model = distributed.build_model(Config.from_pretrained(real), Path(real), device)
+    model = distributed.build_model(Config.from_pretrained(real), Path(real), device, compute=torch.float32)
     rows = distributed.packed_rows(texts, range(3), 0, 1, 1000)
     assert len(rows) == 1
     assert sft.nll_gradients(model, rows, num, 1, device, tokenizer.size).item() == pytest.approx(expected, rel=1e-4)
