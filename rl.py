@@ -818,7 +818,8 @@ def report(cfg, stats, transitions):
     numbers = [f"{name} {stats[name]:.3g}" for name in names if stats.get(name) is not None]
     left = timedelta(seconds=int(stats["seconds"] * (cfg.iterations - stats["iteration"])))
     seconds = " + ".join(f"{stats[name]:.1f}" for name in ("sample_s", "execute_s", "logprobs_s", "update_s"))
-    print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{seconds} s", f"ETA {left}", sep="  ", flush=True)
+    print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{seconds} s", f"ETA {left}", sep="  ",
+          flush=True)
 
 
 def append_lines(path, values):
