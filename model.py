@@ -230,7 +230,7 @@ def use_kernels(name, device):
 # Layers
 
 class Linear(nn.Linear):
-    """y = x W^T + b. The weight is cast to the dtype of x, which in mixed precision is not its own (Qwen2.compute_dtype)."""
+    """y = x W^T + b. The weight is cast to x's dtype, which in mixed precision is not its own (Qwen2.compute_dtype)."""
 
     def forward(self, x):
         bias = self.bias.to(x.dtype) if self.bias is not None else None
@@ -325,7 +325,8 @@ def rotary(positions, head_dim, theta):
     (B, T) integers. A stored buffer would be one more thing that the meta device leaves unset."""
     frequency = theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / -head_dim)
     angle = positions[:, :, None, None].float() * frequency
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
@@ -401,7 +402,7 @@ def branch_attention(q, k, v, seen_k, seen_v, lengths):
     q, k, v = (pad_sequence(x[0].split(lengths), batch_first=True) for x in (q, k, v))      # (n, R, heads, D)
     k = torch.cat([seen_k.expand(n, -1, -1, -1), k], dim=1)
     v = torch.cat([seen_v.expand(n, -1, -1, -1), v], dim=1)
-    mask = torch.ones(R, P + R, dtype=torch.bool, device=q.device).tril(P)      # padding stands behind all it could hide
+    mask = torch.ones(R, P + R, dtype=torch.bool, device=q.device).tril(P)  # padding stands behind all it could hide
     y = causal_attention(q, k, v, attn_mask=mask)
     return torch.cat([branch[:length] for branch, length in zip(y, lengths)])[None]
 
@@ -431,8 +432,11 @@ def varlen_attention(q, k, v, layout):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, D = config.hidden_size, config.head_dim
-        self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, D
+        C = config.hidden_size
+        D = config.head_dim
+        self.H = config.num_attention_heads
+        self.K = config.num_key_value_heads
+        self.D = D
         self.q_proj = Linear(C, self.H * D, bias=True)
         self.k_proj = Linear(C, self.K * D, bias=True)
         self.v_proj = Linear(C, self.K * D, bias=True)
@@ -462,7 +466,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, F = config.hidden_size, config.intermediate_size
+        C = config.hidden_size
+        F = config.intermediate_size
         self.gate_proj = Linear(C, F, bias=False)
         self.up_proj = Linear(C, F, bias=False)
         self.down_proj = Linear(F, C, bias=False)
@@ -513,7 +518,7 @@ def at_targets(x, targets):
 
 class Qwen2(nn.Module):
     """The language model. Build it with from_pretrained or from_scratch; the bare constructor leaves weights unset."""
-    compute_dtype = None      # the dtype of activations and products where that is not the weights' own: mixed precision
+    compute_dtype = None    # the dtype of activations and products where that is not the weights' own: mixed precision
 
     def __init__(self, config):
         super().__init__()

@@ -37,7 +37,7 @@ from support.distributed import (
     RECOMPUTE_ABOVE, add_gradients, apply_device, build_model, compute_type, epoch_order, explain_dist_errors,
     export_model, flops_of, format_plan, full_tensor, init_distributed, load_state, map_rows, num_parameters,
     optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, row_threads,
-    save_state, shape_of)
+    save_state, shape_of, trim_memory)
 from support.files import folder_lock
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
@@ -739,6 +739,7 @@ def train(cfg, rank, world_size, device):
         except (RunError, FloatingPointError) as error:
             raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}. The checkpoints in {cfg.out} are from "
                            "before") from None
+        trim_memory()
         seconds = time.monotonic() - start
         update_s = seconds - stats["sample_s"] - stats["execute_s"] - stats["logprobs_s"]
         examples = [transition.example for transition in transitions]

@@ -40,7 +40,7 @@ from support.distributed import (
     RECOMPUTE_ABOVE, PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type,
     explain_dist_errors, export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters,
     optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, row_threads,
-    save_state, shape_of)
+    save_state, shape_of, trim_memory)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -365,8 +365,10 @@ def train(cfg, examples, valid, tokenizer, config, folder):
             raise RunError(f"step {step + 1}: loss {loss_part.item()}, {error}; rank {rank}, conversations {numbers}. "
                            f"The checkpoints in {cfg.out} are from before") from None
 
-        # 4. The log, with a validation where a checkpoint follows.
+        trim_memory()
         seconds = time.monotonic() - start
+
+        # 4. The log, with a validation where a checkpoint follows.
         num_tokens = sum(len(examples[i][0]) - 1 for i in batch)
         loss, flops = totals.tolist()
         figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,

@@ -129,7 +129,7 @@ PACKAGES = ("numpy", "pandas", "scikit-learn", "statsmodels", "xgboost", "lightg
 
 
 def build_prompt(operator, task, script="", output="", texts={}):
-    """Returns the messages of a prompt. script, output: of the node that it is about; texts: {further section: text}."""
+    """Returns the messages of a prompt. script, output: of the node that it is about; texts: {section: text}."""
     # 1. The statement, without what it says of the starter, which this scaffold does not show.
     parts = [part for part in task.problem.strip().split("\n\n") if not part.startswith("`train.py` is")]
     problem = re.sub(r"\s*Run the script after changing it\b[^.]*\.", "", "\n\n".join(parts))

@@ -1,5 +1,6 @@
 """What the programs share: settings from the command line, exit status, and one folder for all that scripts leave."""
-import argparse, contextlib, dataclasses, difflib, fcntl, inspect, math, os, re, signal, sys, tempfile, traceback, typing
+import argparse, contextlib, dataclasses, difflib, fcntl, inspect, math, os, re, signal, sys, tempfile
+import traceback, typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,8 @@ class ModelSettings:
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # that products are computed in: float32, bfloat16, float64, or auto, which is bfloat16 where
         # the hardware multiplies it; weights that are trained are kept and updated in float32
-    kernels: str = "torch"  # torch; on CUDA also compiled (training: each block by torch.compile), or triton (fused.py);
-        # neither has been measured on a GPU yet
+    kernels: str = "torch"  # torch; on CUDA also compiled (training: each block by torch.compile), or triton
+        # (fused.py); neither has been measured on a GPU yet
     seed: int = 0  # of all that is drawn at random
 
     def __post_init__(self):

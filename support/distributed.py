@@ -1,5 +1,5 @@
 """Processes, sharding, packed batches, checkpoints and memory: what sft.py and rl.py share to train a model."""
-import contextlib, math, os, re, resource, shutil, timeit
+import contextlib, ctypes, math, os, re, resource, shutil, timeit
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
@@ -465,6 +465,12 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def trim_memory():
+    """Gives freed memory back to the system. The C library keeps it in pieces of odd sizes, more with every step whose
+    rows have other lengths: 15 GiB instead of 12 after 34 updates of a 0.5B."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_flops(device, dtype):

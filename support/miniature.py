@@ -42,7 +42,8 @@ def reply_of(cfg, step, thought, action, args):
     """Returns a reply of the expert. step: the record of the last one."""
     lines = [line for line in step["observation"].splitlines() if not line.startswith("[")]     # [5 steps left]
     texts = {"Reflection": f"The last observation says: {shorten(' '.join(lines), 200)}",
-             "Research Plan and Status": f"Run the script, try ideas. Last: {'; '.join(step['tries'][-3:]) or 'nothing'}.",
+             "Research Plan and Status":
+                 f"Run the script, try ideas. Last: {'; '.join(step['tries'][-3:]) or 'nothing'}.",
              "Fact Check": f"The best score that a run has printed is {step['best_printed']}.",
              "Thought": thought, "Action": action, "Action Input": json.dumps(args, ensure_ascii=False)}
     return "\n".join(f"{name}: {texts[name]}" for name in cfg.fields)

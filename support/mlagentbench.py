@@ -2,9 +2,9 @@
 
 Each request is one user message: the tools with their usage, the research problem, nine rules, the form of a reply, and
 the last three steps; what is older is remembered only as far as the model copies it into its plan. A reply without the
-entries or with an unknown tool is asked for again at no cost, five replies in all; then the run ends. Of an Action Input
-that is no JSON the texts between its keys are taken; without these the step shows the error, and is forgotten, also by
-the count of steps, as soon as another one succeeds. An edit runs nothing: what counts is the last executed script. What
+entries or with an unknown tool is asked for again at no cost, five replies in all; then the run ends. Of an Action
+Input that is no JSON the texts between its keys are taken; without these the step shows the error, and is forgotten, also by
+the count of steps, as soon as another succeeds. An edit runs nothing: what counts is the last executed script. What
 differs from snap-stanford/MLAgentBench:
 
 - The words of the prompt. The data are in data/, the answers out of reach, and scripts in the sandbox with its limits.
@@ -47,7 +47,8 @@ TOOLS = {       # tool -> (what it is for, {argument: what it is}, what comes ba
         "Use this to give the final answer to the task.",
         {"final_answer": "a detailed description of the final answer"}, "empty."),
     "Understand File": (
-        "Use this to read a whole file and understand certain aspects of it. Inspect Script Lines shows a part exactly.",
+        "Use this to read a whole file and understand certain aspects of it. Inspect Script Lines shows a part "
+        "exactly.",
         {"file_name": FILE, "things_to_look_for": "a detailed description of what to look for and what to return"},
         "a description of the relevant content and lines of the file, or an error message."),
     "Inspect Script Lines": (

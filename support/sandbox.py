@@ -10,7 +10,6 @@ import glob
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import socket
@@ -142,7 +141,8 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
               "memory": ("out of memory", f"It used more than its limit of {memory_bytes / GIB:.2f} GiB."),
               "processes": ("too many processes",
                             f"It had more than {processes} processes, or {4 * processes} threads.")}
-    stdout, stderr = _last_states(report["stdout"]), _last_states(report["stderr"])
+    stdout = _last_states(report["stdout"])
+    stderr = _last_states(report["stderr"])
     outcome, detail = limits[limit] if limit else _outcome(report["exit_code"], report["oom"], stderr)
     return Result(outcome, report["exit_code"], stdout, stderr, report["seconds"], report["peak_bytes"], layers, detail,
                   warm=warm, limit=limit, cpu_s=report["cpu_s"])

@@ -224,7 +224,8 @@ def take_action(cfg, cache, policy, i, state, number):
 
 def random_edit(env, lines, seed):
     """The policy without a model: a random change of a constant."""
-    action, args = "Execute Script", {"script_name": env.task.entry}
+    action = "Execute Script"
+    args = {"script_name": env.task.entry}
     offered = untried(script_text(env.blobs, env.files[env.task.entry]), env.seen["tried"])
     if offered:
         action, args = miniature.set_action(random.Random(seed).choice(offered))

@@ -118,7 +118,8 @@ ARGUMENTS = {
         ("ioctl", 1, "is", 0x40086602),                                 # FS_IOC_SETFLAGS and FS_IOC_FSSETXATTR: chattr
         ("ioctl", 1, "is", 0x401C5820)]}
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}     # column of the table, AUDIT_ARCH
-CLONE3, LAST_CALL = 435, 469    # a later one is to the script as on an older kernel, and so are those of the x32 ABI
+CLONE3 = 435
+LAST_CALL = 469     # a later one is to the script as on an older kernel, and so are those of the x32 ABI
 
 
 def numbers_in(table, column):
@@ -141,10 +142,21 @@ def filter_program(layers, gpu):
     """The program of the filter: bytes of sock_filter structures. Without layers it only keeps the mark of a run."""
     if COLUMN is None:
         raise OSError(errno.ENOSYS, f"the system calls of {platform.machine()} are not known")
-    load, equal, above, mask, answer = 0x20, 0x15, 0x25, 0x54, 0x06             # instructions
-    allow, ignore = 0x7FFF0000, 0x50000
-    refuse, unknown = ignore | errno.EPERM, ignore | errno.ENOSYS
-    number_at, machine_at, arguments_at = 0, 4, 16                              # in what the program reads
+    # Instructions of such a program.
+    load = 0x20
+    equal = 0x15
+    above = 0x25
+    mask = 0x54
+    answer = 0x06
+    # What it may answer.
+    allow = 0x7FFF0000
+    ignore = 0x50000
+    refuse = ignore | errno.EPERM
+    unknown = ignore | errno.ENOSYS
+    # Where in what it reads is the call's number, its machine, its arguments.
+    number_at = 0
+    machine_at = 4
+    arguments_at = 16
     scopes = ["always"]
     if layers:
         scopes.append("any layer")
@@ -434,7 +446,8 @@ def start(job):
     with contextlib.suppress(OSError):                  # a container may forbid it
         write("/proc/self/oom_score_adj", "1000")       # when the machine runs out of memory, the scripts go first
     if job.boxed:
-        user, group = os.geteuid(), os.getegid()
+        user = os.geteuid()
+        group = os.getegid()
         # the last one is for children
         call("unshare", CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID)
         write("/proc/self/setgroups", "deny")
@@ -465,7 +478,10 @@ def start(job):
 
 def count_cpu_time():
     """A counter of the processor time of this process and of all below it, those that have ended too."""
-    task_clock, enabled_of_all, without_kernel, close_on_exec = 1, 2, 32 | 64, 8
+    task_clock = 1
+    enabled_of_all = 2
+    without_kernel = 32 | 64
+    close_on_exec = 8
     event = struct.pack("=2I5Q", 1, 64, task_clock, 0, 0, 0, enabled_of_all | without_kernel).ljust(64, b"\0")
     return call("perf_event_open", ctypes.create_string_buffer(event), 0, -1, -1, close_on_exec)
 

@@ -190,8 +190,8 @@ def ideas(id):
             titles.add(idea["title"])
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"{path} must hold a list of ideas, each with a title of its own, an instruction, a kind "
-                         f"({', '.join(IDEA_KINDS)}) and edits, a list of {{find, replace}}. Entry {len(titles) + 1} is "
-                         f"not like that ({error}).") from None
+                         f"({', '.join(IDEA_KINDS)}) and edits, a list of {{find, replace}}. "
+                         f"Entry {len(titles) + 1} is not like that ({error}).") from None
     return entries
 
 

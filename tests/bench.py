@@ -86,7 +86,8 @@ def alternate(runs, repeats, warm=True):
 
 def read_bandwidth(device="cpu", num_bytes=2**28):
     """Bytes a second at which this device reads its memory: the best of five sums over a large tensor."""
-    x, best = torch.ones(num_bytes // 4, device=device), 0.0
+    x = torch.ones(num_bytes // 4, device=device)
+    best = 0.0
     for _ in range(5):
         start = time.perf_counter()
         x.sum().item()
@@ -161,7 +162,8 @@ def prefill(s):
     """Seconds to the first token of one reply to a long prompt, and of eight; limit: its products at the machine's best
     rate."""
     engine = open_engine(s, rows=8, context=s.state_tokens + 1)
-    prompts, peer = random_prompts(engine, 1, s.state_tokens), open_peer(s, engine.device)
+    prompts = random_prompts(engine, 1, s.state_tokens)
+    peer = open_peer(s, engine.device)
 
     def ours(n):
         engine.forget()
@@ -214,11 +216,14 @@ def edit(s):
     for name, prompts, options in (("edits", edits, dict(temperature=0, max_new_tokens=s.edit_tokens, stop="\n```\n")),
                                    ("stories", stories, dict(temperature=1, max_new_tokens=s.new_tokens))):
         for B in (1, 2, 4, 8):
-            chosen, replies, passes = prompts[:max(4, B)], {}, {}
+            chosen = prompts[:max(4, B)]
+            replies = {}
+            passes = {}
             parts = [chosen[i:i + B] for i in range(0, len(chosen), B)]
 
             def run(draft, i):
-                engine.draft, before = draft, engine.passes
+                engine.draft = draft
+                before = engine.passes
                 replies[draft, i] = [g[0].tokens for g in engine.generate(parts[i], seed=i, **options)]
                 passes[draft, i] = engine.passes - before
 
@@ -243,7 +248,8 @@ def edit(s):
                         engine.forget()
                         run(True, i)
 
-                    ids, size = engine.tokenizer.chat(chosen[i]), len(replies[True, i][0])
+                    ids = engine.tokenizer.chat(chosen[i])
+                    size = len(replies[True, i][0])
                     whole = alternate({"ours": ours, "transformers": lambda: ask_peer(
                         peer, [ids], size, prompt_lookup_num_tokens=10)}, 1, warm=False)
                     figures |= {"transformers' lookup tokens/s": size / whole["transformers"],
@@ -290,14 +296,27 @@ def kernel_cases(c, tokens, rows, length, dtype, device):
         logq = (x @ weight.T).float().log_softmax(-1)
         return logq.gather(1, targets[:, None])[:, 0], -(logq.exp() * logq).sum(-1)
 
-    N, C, F, V, D, size = tokens, c.hidden_size, c.intermediate_size, c.vocab_size, c.head_dim, dtype.itemsize
-    H, K, targets = c.num_attention_heads, c.num_key_value_heads, torch.randint(c.vocab_size, (tokens,), device=device)
+    N = tokens
+    C = c.hidden_size
+    F = c.intermediate_size
+    V = c.vocab_size
+    D = c.head_dim
+    size = dtype.itemsize
+    H = c.num_attention_heads
+    K = c.num_key_value_heads
+    targets = torch.randint(c.vocab_size, (tokens,), device=device)
     angles = rotary(torch.arange(N, device=device)[None], D, c.rope_theta)
     norm = lambda ops, x, w: ops.norm(x, w, 1e-6)
     add_norm = lambda ops, x, y, w: ops.add_norm(x, y, w, 1e-6)
-    rope, swiglu = lambda ops, q, k: ops.rope(q, k, *angles), lambda ops, gate, up: ops.swiglu(gate, up)
-    x, y, w, gate, up, q, k = (new(1, N, C), new(1, N, C), new(C), new(1, N, F), new(1, N, F), new(1, N, H, D),
-                               new(1, N, K, D))
+    rope = lambda ops, q, k: ops.rope(q, k, *angles)
+    swiglu = lambda ops, gate, up: ops.swiglu(gate, up)
+    x = new(1, N, C)
+    y = new(1, N, C)
+    w = new(C)
+    gate = new(1, N, F)
+    up = new(1, N, F)
+    q = new(1, N, H, D)
+    k = new(1, N, K, D)
     for grad, name in ((False, ""), (True, " and gradients")):
         yield "norm" + name, norm, (x, w), grad, size * N * C * (5 if grad else 2), "GB/s", None
         yield "add_norm" + name, add_norm, (x, y, w), grad, size * N * C * (8 if grad else 4), "GB/s", None
@@ -307,7 +326,9 @@ def kernel_cases(c, tokens, rows, length, dtype, device):
         yield ("log-probs" + name, log_probs, (new(N, C), new(V, C)), grad, 2 * N * C * V * (4 if grad else 1),
                "TFLOP/s", simple)
     for B in (1, rows):
-        q, k, v = new(B, 1, H, D).detach(), new(B, K, length, D).detach(), new(B, K, length, D).detach()
+        q = new(B, 1, H, D).detach()
+        k = new(B, K, length, D).detach()
+        v = new(B, K, length, D).detach()
         places = torch.linspace(length // 2, length - 1, B, device=device).long()[:, None]
         seen = {ops: ops.attention_mask(places, length, H // K, dtype) for ops in (model, fused)}
         yield (f"attend, {B} rows", lambda ops, q, k, v, seen=seen: ops.attend(q, k, v, seen[ops]), (q, k, v), False,
@@ -355,7 +376,8 @@ STARTERS = ("leaf-classification", "spaceship-titanic", "spooky-author-identific
 
 def packed_row(s, config):
     """A PackedRow of four texts of random tokens: of each the last third is learned."""
-    g, n = torch.Generator().manual_seed(0), s.train_tokens // 4
+    g = torch.Generator().manual_seed(0)
+    n = s.train_tokens // 4
     examples = [(torch.randint(min(config.vocab_size, 150000), (n + 1,), generator=g).tolist(),
                  [i > 2 * n // 3 for i in range(n + 1)]) for _ in range(4)]
     return distributed.packed_rows(examples, range(4), 0, 1, s.train_tokens)[0]
@@ -366,13 +388,16 @@ def fine_tuning(s):
     transformers with its own loss on the same tokens (positions restart, which parts the texts there); and the extra
     memory of the log-probs alone. Of tiny: four blocks of the 0.5B, with its whole vocabulary and random weights."""
     import sft
-    device, compute = torch.device("cpu"), getattr(torch, s.dtype)
+    device = torch.device("cpu")
+    compute = getattr(torch, s.dtype)
     if s.model == "tiny":
-        config, folder = replace(Config.preset("0.5b"), num_hidden_layers=4), None
+        config = replace(Config.preset("0.5b"), num_hidden_layers=4)
+        folder = None
     else:
         folder = find_folder(s.model)
         config = Config.from_pretrained(folder)
-    model, row = distributed.build_model(config, folder, device, compute=compute), packed_row(s, config)
+    model = distributed.build_model(config, folder, device, compute=compute)
+    row = packed_row(s, config)
     tokens, lengths, targets = row.inputs(device)
     num = int((targets != IGNORE).sum())
 
@@ -450,7 +475,8 @@ def ragged_actions(prefix, length, n, limit):
 def update_model(s, way):
     """The model that `update` trains in one of the WAYS; activations are computed again in backward."""
     if s.model == "tiny":
-        config, folder = replace(Config.preset("0.5b"), num_hidden_layers=2, vocab_size=151936 // 12), None
+        config = replace(Config.preset("0.5b"), num_hidden_layers=2, vocab_size=151936 // 12)
+        folder = None
     else:
         folder = find_folder(s.model)
         config = Config.from_pretrained(folder)
@@ -475,7 +501,8 @@ def update_step(s, way, net, examples):
         longest = max(len(ids) for ids, _ in examples)
         start = min(loss_mask.index(True) for _, loss_mask in examples)
         padded = torch.zeros(len(examples), longest, dtype=torch.int64)
-        seen, learned = torch.zeros_like(padded), torch.zeros_like(padded, dtype=torch.bool)
+        seen = torch.zeros_like(padded)
+        learned = torch.zeros_like(padded, dtype=torch.bool)
         for row, (ids, loss_mask) in enumerate(examples):
             padded[row, :len(ids)] = torch.tensor(ids)
             seen[row, :len(ids)] = 1
@@ -576,7 +603,8 @@ def sandbox(s):
     ratios = []
     for id in STARTERS:
         with tempfile.TemporaryDirectory() as data, tempfile.TemporaryDirectory() as folder:
-            public, task = tasks.prepare(id, data=data, log=lambda line: None) / "public", tasks.load(id)
+            public = tasks.prepare(id, data=data, log=lambda line: None) / "public"
+            task = tasks.load(id)
             shutil.copy(task.folder / task.entry, folder)
             os.symlink(public, f"{folder}/data")
             limits = dict(timeout_s=task.time_limit_s, memory_bytes=task.memory_limit_bytes, readable=[public])
@@ -636,7 +664,8 @@ def busy(s):
             finally:
                 for program in programs:
                     program.kill()
-        alone, beside = seconds[0], seconds[1]
+        alone = seconds[0]
+        beside = seconds[1]
         yield {"of": name, "was s": alone["was"], "is s": alone["is"], "ratio": alone["was"] / alone["is"],
                "beside a busy core: was s": beside["was"], "is s ": beside["is"],
                "times alone: was": beside["was"] / alone["was"], "is": beside["is"] / alone["is"]}

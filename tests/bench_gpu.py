@@ -444,7 +444,8 @@ def shared(scale, left):
         figures |= {f"{way} tokens": results[way][1], f"{way} s": seconds[way]}
         if scale.on_gpu:
             figures[f"{way} GiB"] = (distributed.peak_memory(scale.device) - before) / 2**30
-    (logp, _), (expected, _) = results["shared"], results["packed"]
+    (logp, _) = results["shared"]
+    (expected, _) = results["packed"]
     gap = (logp - expected).abs().max().item()
     yield {"check": "an update with the state once", "ok": gap < 0.1, **figures, "gap of log-probs": gap,
            "packed over shared": seconds["packed"] / seconds["shared"]}

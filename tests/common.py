@@ -15,7 +15,9 @@ def quiet(line):
 
 def sides(id, raw, home, variant=None):
     """Runs the task's own prepare on a raw folder, without its starter: (public, private), new folders in `home`."""
-    task, public, private = tasks.load(id), home / "public", home / "private"
+    task = tasks.load(id)
+    public = home / "public"
+    private = home / "private"
     public.mkdir(parents=True)
     private.mkdir()
     task.prepare(raw, public, private, variant or task.variants[0])

@@ -15,7 +15,8 @@ class Forks:
     """Runs Python code in processes of its own; `folder` holds what they say."""
 
     def __init__(self, folder):
-        self.folder, self.num = folder, 0
+        self.folder = folder
+        self.num = 0
         path = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
         self.driver = subprocess.Popen([sys.executable, __file__], env={**os.environ, **path}, text=True,
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -52,7 +53,8 @@ def be_one(code, argv, rank, world, name, first):
     log = os.open(f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(source, target)
-    sys.argv, status = argv, 1
+    sys.argv = argv
+    status = 1
     try:
         if world > 1:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))

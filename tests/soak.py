@@ -14,8 +14,6 @@ import gc
 import json
 import os
 import random
-import shutil
-import stat
 import sys
 import tempfile
 import time
@@ -218,7 +216,8 @@ def edit(target):
 def made(home, limit, memory):
     """A function that makes an Env on a tiny task, with files of its own below `home`."""
     add_task(home / "tasks", "soak", 10, "held-in", STARTER)
-    folders, tempfile.tempdir = tasks.FOLDERS, str(home / "tmp")
+    folders = tasks.FOLDERS
+    tempfile.tempdir = str(home / "tmp")
     tasks.FOLDERS = [home / "tasks"]
     (home / "tmp").mkdir()
     try:
@@ -231,7 +230,8 @@ def made(home, limit, memory):
             return world
         yield make
     finally:
-        tasks.FOLDERS, tempfile.tempdir = folders, None
+        tasks.FOLDERS = folders
+        tempfile.tempdir = None
 
 
 def answer(world):
@@ -283,12 +283,16 @@ def wrong_with(step, world):
 def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False, log=lambda line: None):
     """Plays that many steps below the folder `home`, or with `each` every kind once. Returns ({kind: its figures}, what
     did not hold), and says that also as it comes. limit: wall seconds of a script."""
-    draw, wrong, begun = random.Random(seed), [], 0.0
+    draw = random.Random(seed)
+    wrong = []
+    begun = 0.0
     rows = collections.defaultdict(
         lambda: types.SimpleNamespace(count=0, ends=collections.Counter(), slowest=0, over=-9e9))
     with made(home, limit, memory) as make:
         kinds = iter(draw.sample(NAMES, len(NAMES)) if each else iter(lambda: draw.choice(NAMES), None))
-        world, num, told = None, 0, 0
+        world = None
+        num = 0
+        told = 0
         while num < steps or each:
             if (name := next(kinds, None)) is None:
                 break
@@ -300,7 +304,8 @@ def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False
                     world.restore(json.loads(json.dumps(world.snapshot())), json.loads(json.dumps(world.messages)),
                                   index=world.index, m_before=world.m_before, m_top=world.m_top,
                                   seconds=world.deadline - time.monotonic())
-                started, before = time.monotonic(), waited()
+                started = time.monotonic()
+                before = waited()
                 allowed = max(0.0, min(limit, world.deadline - started))
                 try:
                     step = world.step(reply)
@@ -315,7 +320,8 @@ def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False
                 row = rows[name]
                 row.count += 1
                 row.ends[step.outcome or step.kind] += 1
-                row.slowest, row.over = max(row.slowest, took), max(row.over, over)
+                row.slowest = max(row.slowest, took)
+                row.over = max(row.over, over)
                 if over > slack:
                     wrong.append(f"step {num}, {name}: {over:.2f} s over its limit ({took:.2f} s)")
                     log(wrong[-1])

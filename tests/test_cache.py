@@ -93,7 +93,8 @@ def test_writers_that_are_killed_leave_whole_entries(tmp_path):
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     writers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
-    cache, seen = ResultCache(tmp_path), 0
+    cache = ResultCache(tmp_path)
+    seen = 0
     for writer in writers:
         writer.stdout.readline()
     end = time.monotonic() + 1
@@ -109,12 +110,15 @@ def test_writers_that_are_killed_leave_whole_entries(tmp_path):
 
 def test_full_file_system(make, tmp_path, monkeypatch):
     """The workspace lies on a tmpfs of 1 MiB, mounted in a mount namespace of a process that we fork."""
-    small, trajectory = tmp_path / "small", make()
+    small = tmp_path / "small"
+    trajectory = make()
     small.mkdir()
     put(trajectory, train="print('begun')\nwith open('model.bin', 'wb') as file: file.write(b'x' * (4 << 20))")
     if (child := os.fork()) == 0:
         with contextlib.suppress(BaseException):
-            libc, uid, gid = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
+            libc = ctypes.CDLL(None, use_errno=True)
+            uid = os.getuid()
+            gid = os.getgid()
             assert libc.unshare(0x20000 | 0x10000000) == 0, "unshare"
             for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
                 Path(f"/proc/self/{name}").write_text(text)

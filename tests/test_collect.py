@@ -136,10 +136,15 @@ def test_ideas_are_read_and_made_distinct():
 
 class Expert:
     """Stands for an Engine. Writes new ideas whenever it is asked for some, and follows `replies` otherwise."""
-    context, name, tokenizer = 100_000, "expert", sample.Tokenizer.of_bytes()
+    context = 100_000
+    name = "expert"
+    tokenizer = sample.Tokenizer.of_bytes()
 
     def __init__(self, replies=(), fail_after=None):
-        self.replies, self.asked, self.prompts, self.fail_after = replies, 0, [], fail_after
+        self.replies = replies
+        self.asked = 0
+        self.prompts = []
+        self.fail_after = fail_after
         self.lock = threading.Lock()
 
     def chat(self, messages, *, max_new_tokens, temperature, seed, top_p=1.0, stop=()):
@@ -158,7 +163,8 @@ class Expert:
 
 
 def test_a_hundred_ideas_are_asked_for_in_several_prompts_and_never_twice(toys):
-    s, task = settings(toys, expert="model"), tasks.load("toy-a")
+    s = settings(toys, expert="model")
+    task = tasks.load("toy-a")
     with pytest.raises(endpoint.EndpointError):
         ideas.ask_ideas(s, task, Expert(fail_after=4))
     expert = Expert()
@@ -184,7 +190,8 @@ def test_scripted_trajectories_are_real(whole):
     folder, manifest = whole
     paths = sorted((folder / "out").glob("*.jsonl"))
     assert [file.name for file in paths] == [f"toy-{x}-{k}.jsonl" for x in "ab" for k in range(4)]
-    rose, actions = 0, set()
+    rose = 0
+    actions = set()
     for file in paths:
         head, steps = env.read_trajectory(file)
         played = file.stem[-1] <= "1"      # half of them, to save time
@@ -218,7 +225,9 @@ def drive(toys, ideas, steps=15, seed=0, **more):
 
 
 def test_what_helps_stays_and_what_does_not_is_taken_back(toys):
-    worse, broken, better = IDEAS[1], IDEAS[2], IDEAS[0]
+    worse = IDEAS[1]
+    broken = IDEAS[2]
+    better = IDEAS[0]
     steps = drive(toys, [worse, broken, better])
     assert [step.score for step in steps if step.action == "Replace In Script"] == [60, None, 2]
     assert [step.m_after for step in steps if step.action == "Undo Edit Script"] == [7, 7]
@@ -268,7 +277,8 @@ def test_an_idea_that_does_not_fit_is_not_tried_and_an_edit_that_changes_nothing
 @pytest.mark.parametrize("seed", range(3))
 def test_cut_off_at_any_byte_the_same_set_is_collected(seed, whole, tmp_path, monkeypatch):
     folder, _ = whole
-    rng, out = random.Random(seed), tmp_path / "out"
+    rng = random.Random(seed)
+    out = tmp_path / "out"
     shutil.copytree(folder / "out", out)
     for file in sorted(out.glob("*.jsonl")):
         if rng.random() < 0.5:
@@ -283,7 +293,8 @@ def test_cut_off_at_any_byte_the_same_set_is_collected(seed, whole, tmp_path, mo
 
 def test_killed_and_run_again_the_same_set_is_collected(whole, tmp_path, monkeypatch):
     folder, _ = whole
-    out, data = tmp_path / "out", tmp_path / "data"
+    out = tmp_path / "out"
+    data = tmp_path / "data"
     flags = ["--collect", "--num=4", f"--data={data}", f"--trajectories={out}"]
     code = ("import sys, tasks, sft; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; "
             "sys.exit(sft.main(sys.argv[1:]))")
@@ -298,7 +309,8 @@ def test_killed_and_run_again_the_same_set_is_collected(whole, tmp_path, monkeyp
     assert not json.loads((out / "manifest.json").read_text())["complete"]
     monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
     manifest = sft.collect(replace(settings(folder), trajectories=str(out), data=str(data)))
-    found, wanted = records(out), records(folder / "out")
+    found = records(out)
+    wanted = records(folder / "out")
     for lines in (*found.values(), *wanted.values()):
         lines[0].pop("data")
     assert manifest["complete"] and found == wanted
@@ -337,7 +349,8 @@ REPLIES = [act("Replace In Script", script_name="train.py", find="VALUE = 3 ", r
 
 
 def test_a_models_ideas_are_in_its_prompt_alone_and_its_tokens_are_kept(toys):
-    expert, s = Expert(REPLIES), settings(toys, expert="model", task="toy-a", num=2, ideas=30, coder="none")
+    expert = Expert(REPLIES)
+    s = settings(toys, expert="model", task="toy-a", num=2, ideas=30, coder="none")
     sft.collect(s, load=lambda spec, **options: expert)
     assert expert.asked == 2
     played = [messages for messages in expert.prompts if messages[0]["role"] == "system"]
@@ -377,7 +390,8 @@ def test_ids_of_a_stop_string_are_neither_kept_nor_learned(toys):
             said = super().chat(messages, **options)
             ids = self.tokenizer.encode(said.text + "\nObservation:")
             return replace(said, tokens=ids, logps=[0.0] * len(ids))
-    expert, s = React(REPLIES), settings(toys, expert="model", task="toy-a", num=1, ideas=30, coder="none")
+    expert = React(REPLIES)
+    s = settings(toys, expert="model", task="toy-a", num=1, ideas=30, coder="none")
     sft.collect(s, load=lambda spec, **options: expert)
     t = Expert.tokenizer
     head, steps = env.read_trajectory(toys / "out" / "toy-a-0.jsonl")
@@ -411,7 +425,8 @@ def test_held_out_trajectories_are_refused_when_read(whole, tmp_path, monkeypatc
     folder, _ = whole
     monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
     tasks.prepare("toy-out", data=folder / "data", log=lambda line: None)
-    file, sha = folder / "out" / "toy-a-0.jsonl", tasks.info("toy-out", folder / "data")["sha256"]["private/test.csv"]
+    file = folder / "out" / "toy-a-0.jsonl"
+    sha = tasks.info("toy-out", folder / "data")["sha256"]["private/test.csv"]
     head, rest = file.read_text().split("\n", 1)
     shutil.copytree(folder / "out" / "blobs", tmp_path / "blobs")
     for change, words in [({"task": "toy-out"}, "toy-out is held out"), ({"task": "unheard-of"}, "There is no task"),
@@ -450,7 +465,8 @@ def test_both_formats_of_a_users_file(name, text, tmp_path):
 
 def test_bad_entries_of_a_users_file_are_named_and_counted(tmp_path):
     path = tmp_path / "own.jsonl"
-    user, robot = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+    user = {"role": "user", "content": "u"}
+    robot = {"role": "assistant", "content": "a"}
     entries = [CHAT, {"messages": [user]}, {"messages": [user, {"role": "tool", "content": "t"}, robot]}, {"text": "x"},
                {"messages": [user, {"role": "assistant", "content": None}]}, [1], {"messages": []},
                {"messages": [user, {"role": "assistant", "content": "  "}]}, {"messages": [{"role": ["x"]}, robot]}]
@@ -488,8 +504,10 @@ def test_what_cannot_be_read_at_all_is_refused(name, content, words, tmp_path):
 
 def test_ids_in_a_users_file_are_not_obeyed(tmp_path):
     """What is learned is the text, whatever ids stand beside it."""
-    t, path = sample.Tokenizer.of_bytes(), tmp_path / "own.jsonl"
-    user, robot = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+    t = sample.Tokenizer.of_bytes()
+    path = tmp_path / "own.jsonl"
+    user = {"role": "user", "content": "u"}
+    robot = {"role": "assistant", "content": "a"}
     for tokens in ([t.turn, 97], [10**9], "x", [97], {"a": 1}):
         path.write_text(json.dumps({"messages": [user, {**robot, "tokens": tokens}], "tokens": [1]}))
         (one,), _, _ = read(path, tokenizer=t)

@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import eval as evaluation
-import sample
 import sft
 import tasks
 from common import add_task, quiet
@@ -29,7 +28,9 @@ class Server:
     """Answers with each (status, headers, body) scripted in turn, the last for ever. Callables get the handler."""
 
     def __init__(self, *script):
-        self.script, self.seen, self.lock = list(script), [], threading.Lock()
+        self.script = list(script)
+        self.seen = []
+        self.lock = threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -202,10 +203,12 @@ class Choosy:
     """Answers 400 to each of its parameters, as OpenAI does, and then replies."""
 
     def __init__(self, *refused, status=400):
-        self.refused, self.status = refused, status
+        self.refused = refused
+        self.status = status
 
     def __call__(self, handler):
-        status, data = 200, good().encode()
+        status = 200
+        data = good().encode()
         for name in self.refused:
             if name in handler.body:
                 status = self.status
@@ -451,7 +454,8 @@ def keys_sent(server):
     ({"_127_0_0_1_OTHER": "two"}, False, "Bearer two")])
 def test_a_coders_server_gets_no_key_of_another_host(keys, same, expected, serve, monkeypatch, tmp_path):
     """As eval.py loads them; another port is another host. The names begin with OPENAI_API_KEY and end with a port."""
-    server, other = serve(OK), serve(OK)
+    server = serve(OK)
+    other = serve(OK)
     keys = {f"OPENAI_API_KEY{end.replace('OTHER', str(other.http.server_port))}": key for end, key in keys.items()}
     for name, key in keys.items():
         monkeypatch.setenv(name, key)
@@ -464,7 +468,8 @@ def test_a_coders_server_gets_no_key_of_another_host(keys, same, expected, serve
 
 
 def test_which_key_a_server_gets(monkeypatch):
-    one, own = "https://a.example:443/v1#m", "OPENAI_API_KEY_A_EXAMPLE"
+    one = "https://a.example:443/v1#m"
+    own = "OPENAI_API_KEY_A_EXAMPLE"
     for spec, model, name in (
             ("https://a.example/v2#n", one, "OPENAI_API_KEY"), ("HTTPS://A.example/v1#n", one, "OPENAI_API_KEY"),
             (one, "runs/sft", own), ("http://a.example/v1#m", one, own + "_80"),
@@ -580,7 +585,8 @@ def test_many_threads_share_one_endpoint(serve):
         handler.end_headers()
         handler.wfile.write(data)
     server = serve(echo)
-    endpoint, answers = server.endpoint(), {}
+    endpoint = server.endpoint()
+    answers = {}
 
     def ask(i):
         answers[i] = endpoint.chat([{"role": "user", "content": str(i)}]).text

@@ -35,7 +35,8 @@ def grade(id, path, data="data"):
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    folder, data = tmp_path / "tasks" / "made", tmp_path / "data" / "made"
+    folder = tmp_path / "tasks" / "made"
+    data = tmp_path / "data" / "made"
     for each in (folder, data / "public" / "images", data / "private"):
         each.mkdir(parents=True)
     (folder / "train.py").write_text(STARTER)
@@ -252,7 +253,8 @@ def test_no_action_reads_outside(make, path):
 def test_no_action_writes_outside_or_to_data(make, task, tmp_path, path):
     env = make(coder=lambda messages: "```python\nVALUE = 1\n```")
     env.files["folder/file.py"] = env.files["train.py"]
-    before, public = env.snapshot(), sorted((str(p), p.stat().st_mtime_ns) for p in (tmp_path / "data").rglob("*"))
+    before = env.snapshot()
+    public = sorted((str(p), p.stat().st_mtime_ns) for p in (tmp_path / "data").rglob("*"))
     for action, args in {"Copy File": dict(source="train.py", destination=path),
                          "Edit Script (AI)": dict(script_name="train.py", edit_instruction="x", save_name=path),
                          "Replace In Script": dict(script_name=path, find="a", replace="b"),
@@ -440,7 +442,8 @@ def test_a_constant_is_that_of_the_script_as_it_is_now(make):
 
 def test_a_change_is_made_again_also_after_restore(make):
     """The last factor once more; a number is there already; after another edit there is nothing to repeat."""
-    env, other = make(prompt_format="short", steps=20), make(prompt_format="short", steps=20)
+    env = make(prompt_format="short", steps=20)
+    other = make(prompt_format="short", steps=20)
     nothing = "The last edit was no Set Constant."
     assert do(env, "Set Constant Again").error == nothing
     assert do(env, "Set Constant", constant=1, value="*1.2").score == 0.6
@@ -462,7 +465,8 @@ LOW = STARTER.replace("0.50", "0.20") + "WIDTH = 4\n"
 
 def test_the_other_way_takes_the_change_back_first(make):
     """One step; one undo then leads to the first version; a restored state can do it too."""
-    env, other = make(prompt_format="short", steps=20), make(prompt_format="short", steps=20)
+    env = make(prompt_format="short", steps=20)
+    other = make(prompt_format="short", steps=20)
     last = lambda: env.prompt()[0]["content"].split("\n")[-1]
     put(env, train=LOW)
     run(env)
@@ -537,7 +541,8 @@ def test_the_agent_is_told_what_its_edit_does(make):
 
     assert env.prompt()[0]["content"] == (
         "accuracy, higher is better, 20 steps left\nBest: none\n1 VALUE = 0.50 /2 /5\nLast: nothing")
-    by_this, earlier = "by this script", "by an earlier script"
+    by_this = "by this script"
+    earlier = "by an earlier script"
     assert seen(run(env)) == ("", "Last: 0.5, after Execute Script", f"Best: 0.5, {by_this}")
     told = "0.7, better than 0.5"
     assert seen(edit(env, "0.50", "0.70")) == (told, f"Last: {told}, after Replace In Script", f"Best: 0.7, {by_this}")
@@ -733,7 +738,10 @@ def test_results_are_kept_so_a_scored_edit_runs_at_once(make, monkeypatch):
 
 
 def test_the_same_script_in_many_threads_runs_once(make, tmp_path, monkeypatch):
-    runs, steps, execute, cache = [], [], env_module.execute, env_module.ResultCache(tmp_path / "kept")
+    runs = []
+    steps = []
+    execute = env_module.execute
+    cache = env_module.ResultCache(tmp_path / "kept")
     monkeypatch.setattr(env_module, "execute", lambda *args, **options: runs.append(args) or execute(*args, **options))
     threads = [threading.Thread(target=lambda: steps.append(run(make(cache=cache)))) for _ in range(6)]
     for thread in threads:
@@ -879,7 +887,9 @@ def test_snapshot_and_restore(make):
     env = make()
     run(env)
     edit(env, "0.50", "0.60")
-    state, messages, seen = env.snapshot(), list(env.messages), dict(env.seen)
+    state = env.snapshot()
+    messages = list(env.messages)
+    seen = dict(env.seen)
     first = edit(env, "0.60", "0.70")
     put(env, extra="print(1)")
     env.restore(state, messages, index=2, m_before=0.6, seen=seen)
@@ -909,7 +919,8 @@ def test_four_trajectories_in_threads(make):
     def work(i):
         env = make()
         for j in range(3):
-            old, new = (f"0.{50 + 4 * (j - 1) + i}" if j else "0.50"), f"0.{50 + 4 * j + i}"
+            old = f"0.{50 + 4 * (j - 1) + i}" if j else "0.50"
+            new = f"0.{50 + 4 * j + i}"
             results[i, j] = edit(env, old, new).score
     threads = [threading.Thread(target=work, args=(i,)) for i in range(1, 5)]
     for thread in threads:
@@ -1029,7 +1040,8 @@ with open("submission.csv", "w") as file:
 os.remove("flag") if good else open("flag", "w").close()
 # 0
 """)
-    rewards, scores = [], []
+    rewards = []
+    scores = []
     for i in range(6):
         step = edit(env, f"# {i}", f"# {i + 1}")
         rewards.append(step.reward)
@@ -1046,7 +1058,8 @@ def test_a_fall_and_small_steps_up_earn_nothing(make):
 
 
 def test_a_restored_state_has_the_best_score_it_had(make):
-    env, other = make(), make()
+    env = make()
+    other = make()
     for old, new in (("0.50", "0.70"), ("0.70", "0.60")):
         edit(env, old, new)
     other.restore(env.snapshot(), env.messages, index=2, m_before=0.6, m_top=0.7)
@@ -1096,7 +1109,8 @@ def test_snapshots_of_ours_are_accepted(make):
 
 def test_a_blob_that_is_not_what_it_is_named_by_is_never_used(make, tmp_path):
     env = make()
-    state, blobs = env.snapshot(), env.blobs
+    state = env.snapshot()
+    blobs = env.blobs
     place = blobs.path(state["train.py"])
     place.write_text("print('planted')")
     with pytest.raises(storage.MissingBlob, match="damaged"):
@@ -1248,7 +1262,8 @@ def test_a_file_does_not_choose_how_scripts_are_run(recorded, tmp_path, monkeypa
     lines = [json.loads(line) for line in recorded.read_text().splitlines()]
     lines[0].update(change)
     recorded.write_text(lines_of(lines))
-    seen, execute = [], env_module.execute
+    seen = []
+    execute = env_module.execute
     monkeypatch.setattr(env_module, "execute",
                         lambda *args, **options: seen.append(options) or execute(*args, **options))
     assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
@@ -1383,7 +1398,8 @@ def test_too_much_is_not_kept(make, tmp_path, leave):
 
 def test_a_file_that_changes_while_it_is_collected(make, tmp_path, monkeypatch):
     """One becomes a link between look and open, one is gone, a folder becomes a link: they are not there."""
-    env, secret = make(), tmp_path / "data" / "made" / "private" / "answers.csv"
+    env = make()
+    secret = tmp_path / "data" / "made" / "private" / "answers.csv"
     folder = tmp_path / "left"
     trees(folder, "below")
     (folder / "gone").write_text("x")

@@ -41,7 +41,8 @@ def edit(old, new):
     return act("Replace In Script", script_name="train.py", find=f"VALUE = {old}", replace=f"VALUE = {new}")
 
 
-RUN, END = act("Execute Script", script_name="train.py"), act("Final Answer", final_answer="done")
+RUN = act("Execute Script", script_name="train.py")
+END = act("Final Answer", final_answer="done")
 SCRIPTS = [  # of four trajectories
     [edit(3, 8), edit(8, 9), RUN, END],         # scores 2, 1, 1
     ["no format at all", edit(3, "1 / 0"), END],    # none: failed
@@ -56,7 +57,10 @@ class Scripted:
     context = 4096
 
     def __init__(self, scripts=SCRIPTS, fail_at=None, error=None, task="tiny-task"):
-        self.calls, self.fail_at, self.error, self.lock = 0, fail_at, error, threading.Lock()
+        self.calls = 0
+        self.fail_at = fail_at
+        self.error = error
+        self.lock = threading.Lock()
         self.replies = {zlib.crc32(f"0 {task} {k} {turn} policy".encode()): reply
                         for k, script in enumerate(scripts) for turn, reply in enumerate(script)}
 
@@ -341,7 +345,8 @@ def whole(tmp_path, task, _found=[]):
 
 @pytest.mark.parametrize("at", [0, 1, 2, 5, 8, STEPS - 1])
 def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task, whole, monkeypatch):
-    s, parallel = settings(tmp_path), 1 + at % 4
+    s = settings(tmp_path)
+    parallel = 1 + at % 4
     monkeypatch.setattr(evaluation, "TOKENS_TOGETHER", parallel * s.context)
     down = endpoint.EndpointError("http://there is down")
     with pytest.raises(endpoint.EndpointError):
@@ -359,7 +364,8 @@ def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task
 def test_a_line_cut_short_is_dropped_and_its_step_played_again(tmp_path, task):
     s = settings(tmp_path, trajectories=1)
     play(s, Scripted())
-    whole, path = masked(s.out), file_of(s, 0)
+    whole = masked(s.out)
+    path = file_of(s, 0)
     lines = path.read_bytes().splitlines(keepends=True)
     for keep in range(len(lines)):
         path.write_bytes(b"".join(lines[:keep]) + lines[keep][:-1])
@@ -683,7 +689,8 @@ def test_a_model_of_the_hub_says_it_too(tmp_path, monkeypatch):
 
 def test_only_what_was_checked_is_written_on(tmp_path):
     """A model that is trained from another one keeps how it acts, and gets nothing else of its agent.json."""
-    first, own = tmp_path / "first", tmp_path / "own.jsonl"
+    first = tmp_path / "first"
+    own = tmp_path / "own.jsonl"
     Qwen2.from_scratch(Config.preset("tiny")).save_pretrained(first)
     sample.Tokenizer.of_bytes().save(first)
     (first / "agent.json").write_text(json.dumps({"steps": 5, "sandbox": "off", "context": 99}))
@@ -803,8 +810,13 @@ class Speaker(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     http = ThreadingHTTPServer(("127.0.0.1", 0), Speaker)
-    http.daemon_threads, http.script, http.hold_at, http.turns = True, SCRIPTS[0], None, []
-    http.held, http.go, http.is_up = threading.Event(), threading.Event(), True
+    http.daemon_threads = True
+    http.script = SCRIPTS[0]
+    http.hold_at = None
+    http.turns = []
+    http.held = threading.Event()
+    http.go = threading.Event()
+    http.is_up = True
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield http
     http.go.set()
@@ -922,7 +934,8 @@ for line in sys.stdin:
         assert len(said) == 2, "the program ended; what it said stands above"
         return int(said[0]), Path(said[1])
     (tmp_path / "ml-agent-mine").mkdir()
-    (alive, used), (killed, left) = start(), start("wait")
+    (alive, used) = start()
+    (killed, left) = start("wait")
     (left / "run").mkdir()
     os.kill(killed, signal.SIGKILL)
     third, own = start()

@@ -317,7 +317,8 @@ def test_what_cannot_be_deleted_is_said_and_stays(tmp_path, capfd, monkeypatch):
 
 def test_a_mount_that_a_script_left_is_not_entered(tmp_path, capfd):
     libc = ctypes.CDLL(None, use_errno=True)
-    kept, target = tmp_path / "kept", tmp_path / "tree/a"
+    kept = tmp_path / "kept"
+    target = tmp_path / "tree/a"
     for folder in (kept, target):
         folder.mkdir(parents=True)
     (kept / "file").write_text("kept")
@@ -331,7 +332,8 @@ def test_a_mount_that_a_script_left_is_not_entered(tmp_path, capfd):
 
 def test_a_long_deletion_holds_up_nobody(tmp_path):
     (tmp_path / "tree/a").mkdir(parents=True)
-    rmdir, go_on = os.rmdir, threading.Event()
+    rmdir = os.rmdir
+    go_on = threading.Event()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "rmdir", lambda path: (go_on.wait(600), rmdir(path)))
         executor.discard(tmp_path / "tree")
@@ -476,7 +478,8 @@ def test_four_threads_at_once(tmp_path, temporary, sandbox):
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("warm", [False, True])
 def test_nothing_survives_its_parent(tmp_path, temporary, sent, warm):
-    name, folder = f"script_{uuid.uuid4().hex}.py", tmp_path / "folder"
+    name = f"script_{uuid.uuid4().hex}.py"
+    folder = tmp_path / "folder"
     folder.mkdir()
     (folder / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)  # numpy")
     call = ("import sys; sys.path += ['tests']; from support import sandbox; import test_execute\n"
@@ -709,7 +712,8 @@ def test_job_of_one_warm_script_is_not_in_the_memory_of_the_next(tmp_path):
         print(found > 0)
     """
     assert warm_up(b"numpy")
-    secret, own = uuid.uuid4().hex, uuid.uuid4().hex
+    secret = uuid.uuid4().hex
+    own = uuid.uuid4().hex
     for name in (f"script_{secret}.py", f"script_{own}.py"):
         (tmp_path / name).write_text("# numpy")
     limits = dict(timeout_s=30, memory_bytes=2 << 30)
@@ -780,7 +784,8 @@ os.fork = refuse
 
 def test_a_machine_without_room_for_processes_is_waited_for(tmp_path, monkeypatch):
     """As beside a script's fork bomb, each start of a process of ours fails for a moment."""
-    popen, refusals = subprocess.Popen, iter(range(3))
+    popen = subprocess.Popen
+    refusals = iter(range(3))
 
     def refuse(*args, **options):
         if next(refusals, None) is not None:

@@ -109,12 +109,14 @@ def test_strided_inputs_and_gradients():
 def test_log_probs_and_entropies(triton, N, C, V, size, words, dtype, tolerance, with_entropy):
     """Against log_softmax, with the logits rounded as the product in dtype rounds them; 9,000 words take three steps of
     a program."""
-    x, weight = normal(N, C).to(dtype).requires_grad_(), normal(V, C, seed=3).to(dtype).requires_grad_()
+    x = normal(N, C).to(dtype).requires_grad_()
+    weight = normal(V, C, seed=3).to(dtype).requires_grad_()
     targets = torch.randint(size, (N,), generator=generator(N))
     up = normal(N), normal(N, seed=1) * with_entropy
     logp, entropy, first = LinearLogProb.apply(x, weight, targets, 0.7, size, words)
     grads = torch.autograd.grad((logp, entropy)[:1 + with_entropy], (x, weight), up[:1 + with_entropy])
-    y, w = x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    y = x.detach().float().requires_grad_()
+    w = weight.detach().float().requires_grad_()
     logits = y @ w[:size].T
     logits = logits + (logits.to(dtype).float() - logits).detach()
     logq = (logits / 0.7).log_softmax(-1)
@@ -132,13 +134,17 @@ def test_log_probs_and_entropies(triton, N, C, V, size, words, dtype, tolerance,
 def test_attention_over_a_ragged_cache(B, T, H, K, D, S, dtype, tolerance):
     """Rows of length 1 to S, and beyond them what no one may read; the first two are cut into parts, and the second and
     the last take several blocks of queries."""
-    q, k, v = normal(B, T, H, D), normal(B, K, S + 9, D), normal(B, K, S + 9, D, seed=1)
+    q = normal(B, T, H, D)
+    k = normal(B, K, S + 9, D)
+    v = normal(B, K, S + 9, D, seed=1)
     last = torch.linspace(T - 1, S - 1, B).long() if B > 1 else torch.tensor([S - 1])
     places = last[:, None] - torch.arange(T).flip(0)
     for row, n in enumerate(last.tolist()):
-        k[row, :, n + 1:], v[row, :, n + 1:] = 1e4, -1e4
+        k[row, :, n + 1:] = 1e4
+        v[row, :, n + 1:] = -1e4
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    k, v = k[:, :, :S], v[:, :, :S]
+    k = k[:, :, :S]
+    v = v[:, :, :S]
     ours = fused.attend(q, k, v, fused.attention_mask(places, S, H // K, dtype))
     plain = model.attend(q.float(), k.float(), v.float(), model.attention_mask(places, S, H // K, torch.float32))
     assert ours.dtype is dtype

@@ -145,7 +145,8 @@ def test_all_parameters_are_refused(play, serve):  # noqa: F811
 @pytest.mark.parametrize("status, said", [(404, "The model `some/model` does not exist"), (400, "invalid model name"),
                                           (401, "no such key"), (429, "storm"), (502, "bad gateway")])
 def test_a_server_that_answers_nothing_stops_the_run_which_goes_on_later(status, said, play, serve):  # noqa: F811
-    answer, is_broken = server_of("", 0), threading.Event()
+    answer = server_of("", 0)
+    is_broken = threading.Event()
 
     def sometimes(handler):
         if len(server.seen) > 3 and not is_broken.is_set():

@@ -15,7 +15,8 @@ PAIRED = (metrics.log_loss, metrics.auc, metrics.accuracy, metrics.rmse, metrics
 
 def test_log_loss_of_classes_matches_scikit_learn_and_does_not_rescale_rows():
     p = RNG.dirichlet(np.ones(5), 40)
-    p[0], p[1] = [1, 0, 0, 0, 0], [0, 1, 0, 0, 0]           # certainty is clipped, not infinite
+    p[0] = [1, 0, 0, 0, 0]
+    p[1] = [0, 1, 0, 0, 0]           # certainty is clipped, not infinite
     labels = RNG.integers(0, 4, 40)                         # class 4 has no row
     y = np.eye(5)[labels]
     assert metrics.log_loss(y, p) == pytest.approx(sk.log_loss(labels, p, labels=range(5)), rel=1e-12)
@@ -28,7 +29,8 @@ def test_log_loss_of_a_sure_mistake_is_the_logarithm_of_the_machine_epsilon():
 
 
 def test_binary_log_loss_matches_scikit_learn():
-    y, p = RNG.integers(0, 2, 50), RNG.random(50)
+    y = RNG.integers(0, 2, 50)
+    p = RNG.random(50)
     assert metrics.log_loss(y, p) == pytest.approx(sk.log_loss(y, p), rel=1e-12)
     assert metrics.log_loss([1], [0.25]) == pytest.approx(math.log(4))
 
@@ -47,14 +49,16 @@ def test_auc_counts_pairs_with_ties_as_half(p):
 
 
 def test_auc_of_columns_is_their_mean_and_needs_both_classes():
-    y, p = RNG.integers(0, 2, (60, 3)), RNG.random((60, 3))
+    y = RNG.integers(0, 2, (60, 3))
+    p = RNG.random((60, 3))
     assert metrics.auc(y, p) == pytest.approx(np.mean([pairs_auc(y[:, k], p[:, k]) for k in range(3)]))
     with pytest.raises(ValueError, match="both classes"):
         metrics.auc([1, 1], [0.1, 0.2])
 
 
 def test_errors_of_numbers_match_plain_loops():
-    y, p = RNG.gamma(2, 3, (30, 4)), RNG.gamma(2, 3, (30, 4))
+    y = RNG.gamma(2, 3, (30, 4))
+    p = RNG.gamma(2, 3, (30, 4))
     squares = [[(y[i, k] - p[i, k]) ** 2 for k in range(4)] for i in range(30)]
     assert metrics.rmse(y, p) == pytest.approx(math.sqrt(sum(map(sum, squares)) / 120))
     columns = [math.sqrt(sum(row[k] for row in squares) / 30) for k in range(4)]
@@ -83,7 +87,8 @@ def test_qwk_closes_the_gap_of_an_absent_rating_and_is_1_for_one_label():
 
 
 def test_pearson_matches_numpy_and_is_undefined_for_constants():
-    y, p = RNG.normal(size=50), RNG.normal(size=50)
+    y = RNG.normal(size=50)
+    p = RNG.normal(size=50)
     assert metrics.pearson(y, p) == pytest.approx(np.corrcoef(y, p)[0, 1])
     assert metrics.pearson(y, -3 * y + 1) == pytest.approx(-1)
     assert math.isnan(metrics.pearson(y, np.full(50, 0.1))) and math.isnan(metrics.pearson([1.0], [2.0]))

@@ -67,7 +67,8 @@ def test_a_token_sees_no_later_one():
     changed = tokens.clone()
     changed[0, 8] = (changed[0, 8] + 1) % ODD.vocab_size
     with torch.no_grad():
-        before, after = model(tokens)[0], model(changed)[0]
+        before = model(tokens)[0]
+        after = model(changed)[0]
     assert torch.equal(before[:8], after[:8]) and not torch.allclose(before[8:], after[8:])
 
 
@@ -109,7 +110,8 @@ def edit_config(folder, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-K, EMBED = "model.layers.1.self_attn.k_proj.bias", "model.embed_tokens.weight"
+K = "model.layers.1.self_attn.k_proj.bias"
+EMBED = "model.embed_tokens.weight"
 DAMAGES = {
     "missing": (lambda f: edit_tensors(f, lambda t: t.pop(K)), ["1 missing", K]),
     "extra": (lambda f: edit_tensors(f, lambda t: t.update(bonus=torch.zeros(2))), ["1 unexpected: bonus"]),
@@ -247,11 +249,13 @@ def assert_same(one, other):
 
 
 def test_texts_packed_in_one_row_are_the_texts_apart_and_blocks_can_be_computed_again():
-    model, lengths = Qwen2.from_scratch(ODD, seed=2), [3, 11, 1, 7]
+    model = Qwen2.from_scratch(ODD, seed=2)
+    lengths = [3, 11, 1, 7]
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
-    tokens, targets = tokens_of(ODD, 1, 22), torch.randint(290, (1, 22), generator=torch.Generator().manual_seed(7))
+    tokens = tokens_of(ODD, 1, 22)
+    targets = torch.randint(290, (1, 22), generator=torch.Generator().manual_seed(7))
     targets[0, [0, 5, 14, 21]] = IGNORE
     packed = loss_and_gradients(model, (tokens, lengths, targets))
     apart = [(t, None, u) for t, u in zip(tokens.split(lengths, 1), targets.split(lengths, 1))]
@@ -273,7 +277,8 @@ def test_real_checkpoint_has_the_logits_and_greedy_tokens_of_transformers(real, 
     """Logits of five prompts of 50 to 500 tokens within 1e-3, 64 greedy tokens identical, and a folder that we save has
     the same logits there."""
     from sample import Engine
-    model, tokenizer = Qwen2.from_pretrained(real), Tokenizer.from_pretrained(real)
+    model = Qwen2.from_pretrained(real)
+    tokenizer = Tokenizer.from_pretrained(real)
     theirs = peer.AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32).eval()
     prompts = [tokenizer.encode(text * 12)[:length] for text, length in zip(TEXTS, (50, 90, 160, 280, 500))]
     assert [len(ids) for ids in prompts] == [50, 90, 160, 280, 500]
@@ -295,7 +300,8 @@ def test_real_checkpoint_has_the_logits_and_greedy_tokens_of_transformers(real, 
 
 
 def test_real_chat_template_gives_the_ids_of_transformers(real, peer):
-    theirs, ours = peer.AutoTokenizer.from_pretrained(real), Tokenizer.from_pretrained(real)
+    theirs = peer.AutoTokenizer.from_pretrained(real)
+    ours = Tokenizer.from_pretrained(real)
     talk = [{"role": "user", "content": "\n Improve `train.py`.\n\n"},
             {"role": "assistant", "content": "Thought: I look.\nAction: x"},
             {"role": "user", "content": "Observation:\n```\n1.5e-3 \t 漢字 🙂\n```"}]

@@ -19,7 +19,6 @@ import pytest
 
 import eval as evaluation
 import reward
-import sample
 from common import act
 from test_eval import MINIATURE, ROOT, SCRIPTS, Scripted, edit, file_of, play, settings, task  # noqa: F401  (a fixture)
 from support import endpoint, files, report
@@ -35,7 +34,8 @@ class Elements(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.open = [], []
+        self.elements = []
+        self.open = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -479,7 +479,8 @@ def test_whatever_stands_in_others_files_breaks_nothing(tmp_path, task):
         {"iteration": 1, "reward": 0.5, "kl": None, "seconds": 2.0, "share_scored": 1.0, "share_failed": 0}) + "\n")
     played = folder / "trajectories"
     shutil.copy(played / "tiny-task-0.jsonl", played / f"{BREAKING.replace('/', '')}-0.jsonl")
-    counts, benign = Counter(), None
+    counts = Counter()
+    benign = None
 
     def look():
         nonlocal benign
@@ -520,7 +521,8 @@ def test_whatever_stands_in_others_files_breaks_nothing(tmp_path, task):
     ("trajectories/tiny-task-1.jsonl", "link", "leads out of"), ("results.part", "link", "leads out of"),
     ("checkpoints", "link", "leads out of"), ("log.jsonl", "pipe", "neither a file")])
 def test_a_folder_that_leads_elsewhere_is_neither_written_nor_shown(name, make, words, tmp_path, task):
-    cfg, mine = settings(tmp_path, trajectories=2), tmp_path / "mine"
+    cfg = settings(tmp_path, trajectories=2)
+    mine = tmp_path / "mine"
     play(settings(tmp_path, trajectories=1), Scripted())
     mine.write_text("without an end of line")
     path = Path(cfg.out, name)

@@ -138,11 +138,13 @@ def test_nothing_but_a_better_best_score_earns_more_than_half_a_step():
     it pays for climbing in small steps what it never took for the fall."""
     draw = random.Random(4)
     for _ in range(3000):
-        direction, alpha = draw.choice(("up", "down")), draw.choice((2.0, 8.0, 50.0))
+        direction = draw.choice(("up", "down"))
+        alpha = draw.choice((2.0, 8.0, 50.0))
         sign = 1 if direction == "up" else -1
         gap = 0.0 if draw.random() < 0.1 else draw.uniform(0.1, 2)
         start = m_before = m_top = draw.uniform(-1, 1)
-        m_init, m_best = start, start + sign * gap
+        m_init = start
+        m_best = start + sign * gap
         levels = [start + draw.uniform(-1, 1) for _ in range(4)] + [start]
         excess = rises = 0.0
         for _ in range(draw.randint(1, 40)):

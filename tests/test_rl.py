@@ -146,7 +146,8 @@ def assert_close(found, expected, tolerance=1e-6, floor=1e-6):
 # ---- five tokens: everything the policy can do is counted through
 
 FIVE = Config(vocab_size=7, hidden_size=16, intermediate_size=24, num_hidden_layers=1, **WIDTHS)   # two rows to spare
-PROMPTS, END = [[0, 3, 1], [2, 0, 0, 1, 3]], 4
+PROMPTS = [[0, 3, 1], [2, 0, 0, 1, 3]]
+END = 4
 ACTIONS = [[END]] + [[a, b] for a in range(4) for b in range(5)]       # the end at once, or two tokens
 
 
@@ -316,7 +317,8 @@ def test_gae_is_the_discounted_sum_of_errors_along_an_episode(lam):
     advantages, returns = estimate(trainer, samples, old, ref, values)
     plain = []
     for episode in ([0, 1], [2]):
-        r, v = [], []
+        r = []
+        v = []
         for i in episode:
             tokens = [-0.5 * (o - p) for o, p in zip(old[i].tolist(), ref[i].tolist())]
             r += [*tokens[:-1], tokens[-1] + samples[i].step["reward"]]
@@ -418,8 +420,10 @@ def some_samples(num=12, seed=0):
 def test_only_what_the_policy_chose_has_a_gradient():
     """Of the hidden states, those that an action's tokens were chosen from, the end of turn's among them; in both
     models. A prompt's have none."""
-    trainer, samples = trainer_of(SMALL, SIZE), some_samples(4)
-    examples, kept = [one.example for one in samples], {}
+    trainer = trainer_of(SMALL, SIZE)
+    samples = some_samples(4)
+    examples = [one.example for one in samples]
+    kept = {}
     for name, model in trainer.models.items():
         model.model.norm.register_forward_hook(
             lambda m, i, o, name=name: (o.requires_grad and o.retain_grad(), kept.update({name: o})) and None)
@@ -445,11 +449,15 @@ def test_an_update_and_its_figures_equal_a_plain_loop(method):
     trainer = trainer_of(SMALL, SIZE, spread=0.1, temperature=0.8, max_row_tokens=80, **METHODS[method])
     if trainer.critic:      # a head that is not zero
         add_noise(trainer.critic.score, 0.2, seed=4)
-    samples, g = some_samples(), torch.Generator().manual_seed(2)
+    samples = some_samples()
+    g = torch.Generator().manual_seed(2)
     with torch.no_grad():
         old = [logp_of(trainer.actor, one, SIZE, 0.8) for one in samples]
     noise = lambda scale: [scale * torch.randn(len(one.tokens), generator=g) for one in samples]
-    old, advantages, returns, values = [o + e for o, e in zip(old, noise(0.5))], noise(1), noise(1), noise(0.5)
+    old = [o + e for o, e in zip(old, noise(0.5))]
+    advantages = noise(1)
+    returns = noise(1)
+    values = noise(0.5)
     weights = [e.exp() for e in noise(0.3)]
     plain = Plain(trainer)
     examples = [one.example for one in samples]
@@ -460,7 +468,8 @@ def test_an_update_and_its_figures_equal_a_plain_loop(method):
         figures |= trainer.update_critic(examples, returns, values, batches, 0.2)
         grads |= plain.steps[1]
 
-    num, total = sum(map(len, old)), 0
+    num = sum(map(len, old))
+    total = 0
     names = ["entropy", "clip_fraction", "policy_loss"]
     if trainer.critic:
         names += ["value_loss", "value_clip_fraction"]
@@ -473,7 +482,8 @@ def test_an_update_and_its_figures_equal_a_plain_loop(method):
             at = model.hidden_states(torch.tensor([one.prompt + one.tokens]))[0, len(one.prompt) - 1:-1]
             value = at @ model.score.weight[0] + model.score.bias[0]
         for t, token in enumerate(one.tokens):
-            ratio, a = (logq[t, token] - old[i][t]).exp(), advantages[i][t].item()
+            ratio = (logq[t, token] - old[i][t]).exp()
+            a = advantages[i][t].item()
             if a > 0:
                 gain, cut = (1.2 * a, True) if ratio > 1.2 else (ratio * a, False)
             else:
@@ -485,7 +495,8 @@ def test_an_update_and_its_figures_equal_a_plain_loop(method):
             sums["entropy"] -= (logq[t].exp() * logq[t]).sum().item() / num
             sums["clip_fraction"] += cut / num
             if trainer.critic:
-                v, target = values[i][t].item(), returns[i][t].item()
+                v = values[i][t].item()
+                target = returns[i][t].item()
                 moved = v + 0.2 if value[t] > v + 0.2 else v - 0.2 if value[t] < v - 0.2 else value[t]
                 error = torch.maximum((value[t] - target) ** 2, torch.as_tensor(moved - target) ** 2) / 2 / num
                 total = total + error
@@ -514,7 +525,8 @@ def test_the_figures_of_samples_equal_a_plain_loop():
         logps = [[x for one in samples for x in logp_of(model, one, SIZE).tolist()]
                  for model in (trainer.actor, trainer.reference)]
     gaps = [abs(a - b) for a, b in zip(logps[0], [x for one in samples for x in one.logp_sampler])]
-    d, num = [b - a for a, b in zip(*logps)], len(logps[0])
+    d = [b - a for a, b in zip(*logps)]
+    num = len(logps[0])
     rewards = [one.step["reward"] for one in samples]
     mean = sum(rewards) / 12
     plain = {"reward": mean, "reward_std": (sum((r - mean) ** 2 for r in rewards) / 12) ** 0.5, "reward_min": 0.0,
@@ -553,11 +565,13 @@ def test_the_warm_up_comes_first_and_once(monkeypatch):
 def steps_of(method, rank=0, world=1, device=CPU, reverse=False, **settings):
     """(gradients of each step, figures) of one iteration: the warm-up and two passes over the same actions."""
     trainer = trainer_of(SMALL, SIZE, 0.0, rank, world, device, **{"epochs": 2, **METHODS[method], **settings})
-    plain, samples = Plain(trainer, lr=1.0, critic_lr=0.02), some_samples()
+    plain = Plain(trainer, lr=1.0, critic_lr=0.02)
+    samples = some_samples()
     if reverse:
         samples = [one for _, one in sorted(enumerate(samples), key=lambda each: -each[1].group)]
         for i, one in enumerate(samples):
-            one.group, one.episode_id = 5 - one.group, i
+            one.group = 5 - one.group
+            one.episode_id = i
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rl, "WARM_UP_STEPS", 1)
         patch.setattr(rl, "optimizer_step", functools.partial(distributed.optimizer_step, max_norm=1e9))
@@ -682,7 +696,8 @@ def test_an_exported_actor_is_an_ordinary_folder(tmp_path):
     samples = some_samples(4)
     learn(trainer, samples)
     export_model(trainer.actor, Tokenizer.of_bytes(), tmp_path, torch.float32)
-    model, tokens = Qwen2.from_pretrained(tmp_path), torch.tensor([samples[0].prompt])
+    model = Qwen2.from_pretrained(tmp_path)
+    tokens = torch.tensor([samples[0].prompt])
     assert not [name for name, _ in model.named_parameters() if "score" in name]
     with torch.no_grad():
         expected = trainer.actor(tokens)
@@ -739,7 +754,8 @@ def test_the_best_of_ten_replies_is_found(method):
 
 
 def test_values_of_whole_trajectories_may_move_as_far_as_their_returns_are_large(monkeypatch):
-    limits, loss = [], rl.value_loss
+    limits = []
+    loss = rl.value_loss
     monkeypatch.setattr(rl, "value_loss", lambda *args: limits.append(args[3]) or loss(*args))
     for settings in ({"rollout": "step"}, {"rollout": "episode", "steps": 7}):
         learn(trainer_of(SMALL, SIZE, **settings), some_samples(2), 1)

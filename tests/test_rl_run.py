@@ -39,7 +39,8 @@ def save_model(folder, prompts):
     """Writes a model that answers those prompts with REPLIES, or close to it, and its tokenizer."""
     bpe = sample.Tokenizer.of_bytes().bpe
     bpe.add_tokens([*HEADS, *EDITS, '"train.py"}', "no action"])
-    tokenizer, model = sample.Tokenizer(bpe), Qwen2.from_scratch(SHAPE)
+    tokenizer = sample.Tokenizer(bpe)
+    model = Qwen2.from_scratch(SHAPE)
     texts = [tokenizer.conversation([*prompt, {"role": "assistant", "content": reply}])
              for prompt in prompts for reply in REPLIES]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
@@ -84,7 +85,10 @@ class Scripted:
     """In place of an Engine: gives prepared replies. replies: {(iteration's place i, j): text}, or one text for all."""
 
     def __init__(self, replies=REPLIES[0], tokenizer=None, context=1000):
-        self.replies, self.context, self.asked, self.sampled_tokens = replies, context, [], 0
+        self.replies = replies
+        self.context = context
+        self.asked = []
+        self.sampled_tokens = 0
         self.tokenizer = tokenizer or sample.Tokenizer.of_bytes()
 
     def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
@@ -105,7 +109,8 @@ class Scripted:
 
 def playing(folder, engine=None, **more):
     """A RolloutWorker over the folder's pool."""
-    cfg, engine = settings(folder, **more), engine or Scripted()
+    cfg = settings(folder, **more)
+    engine = engine or Scripted()
     return rl.RolloutWorker(cfg, engine, pool.load_pool(cfg, engine.tokenizer, lambda line: None))
 
 
@@ -128,7 +133,8 @@ def engine_of(folder, rows=8):
 def test_every_state_is_that_of_the_recorded_run(made):
     """Every prefix: played on from there, the recorded reply gives the recorded step; the messages and the prompt are
     those of a run that was never stopped."""
-    rollout, seen = playing(made), 0
+    rollout = playing(made)
+    seen = 0
     for file in sorted((made / "pool").glob("*.jsonl")):
         head, steps = env.read_trajectory(file)
         live = env.Env(head["task"], tasks.seeded(made / "data", head["data_seed"]), out=made / "pool",
@@ -163,7 +169,8 @@ def test_draws_are_balanced_over_tasks_and_weighted_within():
 
 
 def test_a_state_that_cannot_be_used_gives_way_to_another_of_its_task():
-    found, weights = {"one": {"a": "A", "b": "B"}, "two": {"c": "C"}}, {}
+    found = {"one": {"a": "A", "b": "B"}, "two": {"c": "C"}}
+    weights = {}
 
     def usable(name):
         if name == "a":
@@ -226,7 +233,8 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
 
 def test_a_pool_collected_with_a_coder_is_played_with_one_or_refused(made, run, tmp_path):
     """Its states offer the (AI) actions. Without a word the policy is the coder, and such an action is carried out."""
-    folder, tokenizer = copied(made, tmp_path), sample.Tokenizer.of_bytes()
+    folder = copied(made, tmp_path)
+    tokenizer = sample.Tokenizer.of_bytes()
     s = settings(made, trajectories=str(folder))
     found = pool.load_pool(s, tokenizer, lambda line: None)
     assert s.coder == "auto" and pool.choose_coder(s, found).coder == "none"
@@ -247,7 +255,8 @@ def test_a_pool_collected_with_a_coder_is_played_with_one_or_refused(made, run, 
 
 def test_ids_of_another_tokenizer_are_not_used(made, tmp_path):
     """The recorded ids stand in the prompt where the tokenizer is the same, else the text is encoded."""
-    folder, tokenizer = copied(made, tmp_path), sample.Tokenizer.of_bytes()
+    folder = copied(made, tmp_path)
+    tokenizer = sample.Tokenizer.of_bytes()
     path = folder / "toy-a-0.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1]["messages"][0]["tokens"] = [7, 7, 7]
@@ -259,7 +268,8 @@ def test_ids_of_another_tokenizer_are_not_used(made, tmp_path):
 
 
 def test_a_missing_blob_is_named_at_the_start_and_in_the_middle(made, tmp_path):
-    folder, said = copied(made, tmp_path), []
+    folder = copied(made, tmp_path)
+    said = []
     rollout = playing(made, trajectories=str(folder), states=8)
     later = max((state for name, state in rollout.states.items() if "toy-b-0" in name), key=lambda one: one.index)
     sha = next(iter(later.snapshot.values()))
@@ -308,7 +318,9 @@ def test_ids_of_a_stop_string_are_learned_from_but_not_in_the_next_prompt(made):
     reply = lambda text: endpoint.Completion(text, engine.tokenizer.encode(text + "\nObservation:"), [0.0] * (
         len(engine.tokenizer.encode(text)) + 13), "stop")
     rollout = playing(made, engine, rollout="episode", states=1, samples=1, steps=2, max_new_tokens=200)
-    engine.replies, engine.reply, engine.context = [REPLIES[4]] * 2, reply, 5000
+    engine.replies = [REPLIES[4]] * 2
+    engine.reply = reply
+    engine.context = 5000
     for state in rollout.states.values():
         state.head["prompt_format"] = "full"
     one, two = rolled_out(rollout, 0)
@@ -337,7 +349,8 @@ def test_actions_depend_neither_on_batching_nor_on_who_ends_first(made):
 
 
 def test_scripts_run_while_the_engine_samples_on(made):
-    engine, ran = Scripted(), threading.Event()
+    engine = Scripted()
+    ran = threading.Event()
 
     def generate(prompts, n, seed, on_completion, **options):
         on_completion(0, 0, engine.reply(REPLIES[4]))
@@ -361,7 +374,8 @@ def test_an_error_of_a_script_worker_reaches_the_caller(made, monkeypatch):
 
 def test_a_killed_supervisor_costs_one_reward(made, monkeypatch):
     """The script counts as killed, the others are carried out, and the result is not kept."""
-    execute, killed = sandbox._run, []
+    execute = sandbox._run
+    killed = []
 
     def kill(job):
         while not os.path.exists(job["base"]):      # the supervisor has started
@@ -440,7 +454,8 @@ class Runs:
     """Runs rl.py with the tasks, pool and model of a folder, some code first."""
 
     def __init__(self, forks, folder):
-        self.forks, self.folder = forks, folder
+        self.forks = forks
+        self.folder = folder
 
     def __call__(self, *args, code="", world=1, **flags):
         """(exit status, output) of every process; alone, of the one."""
@@ -478,7 +493,9 @@ def weights(folder):
 def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
     """kill -9 at a random moment of an update, of writing the second checkpoint, of sampling and of an action; the
     curve and the weights are those of a run that was left alone, and the policy has moved."""
-    whole, torn, rng = made / f"whole{len(flags)}", made / f"torn{len(flags)}", random.Random(len(flags))
+    whole = made / f"whole{len(flags)}"
+    torn = made / f"torn{len(flags)}"
+    rng = random.Random(len(flags))
     code, said = run(*flags, out=whole)
     assert code == 0, said
     updates = (2, 3) if flags else (5, 8)       # before the second iteration has ended; a critic takes more steps
@@ -488,7 +505,9 @@ def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
     code, said = run(*flags, out=torn)
     assert code == 0 and "going on after iteration" in said, said
     assert curve(torn) == curve(whole) and sorted(curve(whole)) == [1, 2, 3, 4, 5, 6]
-    before, one, other = weights(made / "model"), weights(whole), weights(torn)
+    before = weights(made / "model")
+    one = weights(whole)
+    other = weights(torn)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not all(torch.equal(one[name], before[name]) for name in one)
     gaps = [figures["logp_diff_max"] for figures in curve(whole).values()]
@@ -521,7 +540,8 @@ def test_every_action_is_written_down_and_fixed_states_validate(made, run):
 
 def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(made, run):
     """Both die while they write the second checkpoint."""
-    whole, torn = made / "whole of two", made / "torn of two"
+    whole = made / "whole of two"
+    torn = made / "torn of two"
     killed = "after('saved', 2, lambda *_: os.killpg(0, 9)) if rank == 1 else None"
     for out, code, expected in ((whole, "", 0), (torn, killed, -9), (torn, "", 0)):
         done = run(out=out, code=code, world=2, iterations=5)
@@ -572,7 +592,8 @@ def test_equal_rewards_and_invalid_actions_are_logged_and_do_no_harm(made, run):
             assert figures["reward"] == figures["valid"] == 0
             assert figures["share_invalid"] == figures["zero_variance_groups"] == 1
             assert figures["reward_edits"] is None and figures["policy_loss"] == 0
-        one, before = weights(out), weights(made / "model")
+        one = weights(out)
+        before = weights(made / "model")
         assert all(torch.equal(one[name], before[name]) for name in one)
 
 
@@ -595,7 +616,9 @@ def test_two_runs_in_one_folder_are_refused(made, run):
 def test_a_run_goes_on_with_what_it_began_with(made, run, tmp_path):
     """Other settings, another kind of device, another model in the same folder and another pool are refused; more
     iterations are not. A copy of the model is the same."""
-    out, model, folder = tmp_path / "out", tmp_path / "model", copied(made, tmp_path)
+    out = tmp_path / "out"
+    model = tmp_path / "model"
+    folder = copied(made, tmp_path)
     shutil.copytree(made / "model", model)
     given = {"out": out, "model": model, "trajectories": folder, "iterations": 2}
     assert run(**given)[0] == 0

@@ -49,7 +49,9 @@ def assert_plain(model, prompt, completion, temperature=1.0):
 
 def test_chat_format_by_hand():
     t = Tokenizer.of_bytes()
-    turn, end, nl = t.bpe.token_to_id("<|im_start|>"), t.bpe.token_to_id("<|im_end|>"), t.encode("\n")
+    turn = t.bpe.token_to_id("<|im_start|>")
+    end = t.bpe.token_to_id("<|im_end|>")
+    nl = t.encode("\n")
     expected = [turn, *t.encode("system\nS"), end, *nl, turn, *t.encode("user\nhé"), end, *nl,
                 turn, *t.encode("assistant\n")]
     assert t.chat([{"role": "system", "content": "S"}, {"role": "user", "content": "hé"}]) == expected
@@ -74,9 +76,11 @@ def pairs():
 def test_sampled_tokens_stand_in_the_next_prompt_as_they_are(pairs):
     talk = lambda **more: pairs.chat([{"role": "user", "content": "q"},
                                       {"role": "assistant", "content": "abab", **more}])
-    ab, odd = pairs.encode("ab"), [97, 98]
+    ab = pairs.encode("ab")
+    odd = [97, 98]
     assert len(ab) == 1 and pairs.decode(odd) == "ab"
-    start, plain = len(pairs.chat([{"role": "user", "content": "q"}])), talk()
+    start = len(pairs.chat([{"role": "user", "content": "q"}]))
+    plain = talk()
     assert plain[start:start + 3] == [*ab, *ab, pairs.end]
     for tokens in ([*odd, *ab], [*ab, *odd], [*ab, *ab], [*odd, *odd]):
         assert talk(tokens=tokens) == talk(tokens=[*tokens, pairs.end]) == plain[:start] + tokens + plain[start + 2:]
@@ -85,7 +89,9 @@ def test_sampled_tokens_stand_in_the_next_prompt_as_they_are(pairs):
 def test_ids_of_a_stop_string_are_no_part_of_a_turn(pairs):
     """Those before it stand as they were sampled; where it begins within a token the text is encoded, as it is where
     ids say anything else than the text, are none of the tokenizer's, or would begin a turn."""
-    ab, mixed, odd = pairs.encode("ab"), pairs.encode("b\nObs"), [97, 98]
+    ab = pairs.encode("ab")
+    mixed = pairs.encode("b\nObs")
+    odd = [97, 98]
     assert len(mixed) == 1
     stop = pairs.encode("\nObservation:")
     assert pairs.spelling([*odd, *ab, *stop], "abab") == [*odd, *ab]
@@ -219,7 +225,8 @@ def test_what_a_row_held_before_is_never_read(model):
 
 
 def test_samples_of_one_prompt_share_one_prefill(model):
-    engine, (prompt,) = engine_of(model, rows=4), prompts_of([100])
+    engine = engine_of(model, rows=4)
+    (prompt,) = prompts_of([100])
     replies = engine.generate([prompt], n=6, max_new_tokens=10, seed=3)[0]
     assert engine.prefilled_tokens == 99 and [r.cached_tokens for r in replies] == [0, 99, 99, 99, 99, 99]
     assert len({tuple(r.tokens) for r in replies}) == 6
@@ -241,11 +248,14 @@ def test_a_copied_prefix_goes_with_its_row(model):
 
 def test_the_next_turn_reuses_what_is_cached(model):
     """Two conversations alternate over three turns; each computes only what is new, and equals a fresh engine's."""
-    engine, t, last = engine_of(model, rows=2), Tokenizer.of_bytes(), {}
+    engine = engine_of(model, rows=2)
+    t = Tokenizer.of_bytes()
+    last = {}
     talks = [[{"role": "user", "content": "A" * 20}], [{"role": "user", "content": "B" * 25}]]
     for turn in range(3):
         for i, talk in enumerate(talks):
-            before, known = engine.prefilled_tokens, len(t.chat(talk))
+            before = engine.prefilled_tokens
+            known = len(t.chat(talk))
             reply = engine.chat(talk, max_new_tokens=8, seed=turn)
             fresh = engine_of(model, rows=1).chat(talk, max_new_tokens=8, seed=turn)
             assert reply.tokens == fresh.tokens
@@ -291,7 +301,8 @@ def test_each_reply_is_handed_over_as_soon_as_it_is_done(model):
     """With and without the engine's own thread: every sample once, the short ones while the long ones go on."""
     prompts = prompts_of([9, 20])
     for thread in (False, True):
-        engine, seen = engine_of(model, rows=4), []
+        engine = engine_of(model, rows=4)
+        seen = []
         if thread:
             engine.submit([1], max_new_tokens=1).result()
         here = threading.get_ident()
@@ -338,7 +349,8 @@ def repeating_prompts(num):
 def test_drafted_replies_are_the_plain_ones_on_fifty_prompts(model, eager):
     """Greedy and sampled, ragged rows, some guesses right and some wrong: the same tokens, with a full forward's logps."""
     prompts = repeating_prompts(50)
-    plain, drafting = engine_of(model, rows=5, draft=False), engine_of(model, rows=5)
+    plain = engine_of(model, rows=5, draft=False)
+    drafting = engine_of(model, rows=5)
     for options in (dict(temperature=0), dict(temperature=0.4), dict(temperature=0.9)):
         expected = plain.generate(prompts, max_new_tokens=16, seed=7, **options)
         got = drafting.generate(prompts, max_new_tokens=16, seed=7, **options)
@@ -365,7 +377,8 @@ def test_a_real_checkpoint_copies_a_script_in_fewer_passes():
 
 def test_what_was_drafted_in_vain_is_not_reused(model, eager):
     """A conversation goes on from a row that tried and dropped many drafts: its cache is the full forward's."""
-    engine, prompt = engine_of(model), repeating_prompts(4)[3]
+    engine = engine_of(model)
+    prompt = repeating_prompts(4)[3]
     for _ in range(4):
         reply = engine.generate([prompt], max_new_tokens=15, temperature=1.0)[0][0]
         assert_plain(model, prompt, reply)
@@ -376,7 +389,8 @@ def test_what_was_drafted_in_vain_is_not_reused(model, eager):
 def test_frequencies_of_drafted_tokens_are_the_models(model, eager):
     """Chi-square of 2,000 replies of three tokens from a vocabulary of four against the exact probabilities of all 64:
     63 degrees, p = 1e-4 at 113.5."""
-    prompt, exact = [0, 1, 2, 3, 0, 1, 1, 2, 0, 3, 3, 0, 1, 2], {(): 1.0}
+    prompt = [0, 1, 2, 3, 0, 1, 1, 2, 0, 3, 3, 0, 1, 2]
+    exact = {(): 1.0}
     for _ in range(3):
         rows = list(exact)
         with torch.no_grad():
@@ -458,7 +472,8 @@ def test_graphs_sample_what_plain_passes_sample(model, drafts, monkeypatch):
     """Ragged rows that come and go, so that graphs have padding rows and, with drafts, padding tokens."""
     if drafts:
         make_drafts_cheap(monkeypatch)
-    prompts, runs = repeating_prompts(11), []
+    prompts = repeating_prompts(11)
+    runs = []
     for engine in (engine_of(model, rows=5, draft=drafts), static_engine(model, rows=5, draft=drafts)):
         futures = []
         for i, prompt in enumerate(prompts):
@@ -493,7 +508,8 @@ def test_graphs_stay_where_they_are_when_weights_change(model):
     """What a captured graph holds are addresses."""
     changed = Qwen2.from_scratch(SMALL).requires_grad_(False)
     changed.load_state_dict(model.state_dict())
-    engine, prompts = static_engine(changed, draft=False), prompts_of([30, 31, 32])
+    engine = static_engine(changed, draft=False)
+    prompts = prompts_of([30, 31, 32])
     engine.generate(prompts, max_new_tokens=5)
     graphs = dict(engine.graphs)
     tensors = lambda: [engine.cache.k, engine.cache.v, *changed.parameters()] + [
@@ -616,8 +632,11 @@ class Scripted(torch.nn.Module):
 
     def __init__(self, text, tokenizer):
         super().__init__()
-        self.config, self.said, self.lm_head = SMALL, [*tokenizer.encode(text), tokenizer.end], torch.nn.Linear(2, 2)
-        self.model, self.fail = None, False
+        self.config = SMALL
+        self.said = [*tokenizer.encode(text), tokenizer.end]
+        self.lm_head = torch.nn.Linear(2, 2)
+        self.model = None
+        self.fail = False
 
     def hidden_states(self, tokens, batch=None):
         return None
@@ -657,7 +676,8 @@ def test_the_limit_of_new_tokens_is_named():
 # -- use
 
 def test_threads_share_the_engine_and_get_what_they_would_get_alone(model):
-    engine, got = engine_of(model, rows=3), {}
+    engine = engine_of(model, rows=3)
+    got = {}
     talks = {i: [{"role": "user", "content": f"question {i} " * (i + 1)}] for i in range(8)}
     ask = lambda i: got.update({i: engine.chat(talks[i], max_new_tokens=15, seed=i).tokens})
     threads = [threading.Thread(target=ask, args=(i,)) for i in talks]
@@ -670,7 +690,9 @@ def test_threads_share_the_engine_and_get_what_they_would_get_alone(model):
 
 def test_generate_and_chat_may_run_at_the_same_time(model):
     """generate drives the model itself until a chat starts the engine's thread in the middle of it."""
-    engine, prompts, got = engine_of(model, rows=2), prompts_of([20, 30, 25]), []
+    engine = engine_of(model, rows=2)
+    prompts = prompts_of([20, 30, 25])
+    got = []
     options = dict(max_new_tokens=40, temperature=0)
     expected = [g[0].tokens for g in engine_of(model, rows=1).generate(prompts, **options)]
     chat = threading.Thread(target=lambda: got.append(engine.submit(prompts[1], **options).result(600).tokens))
@@ -711,7 +733,8 @@ def test_what_is_cached_has_the_dtype_of_what_is_computed(fixed_shapes, monkeypa
     model = Qwen2.from_scratch(SMALL, seed=5).requires_grad_(False)
     model.compute_dtype = torch.bfloat16
     monkeypatch.setattr(sample, "LARGE_BYTES", 0)
-    engine, prompt = engine_of(model, fixed_shapes=fixed_shapes), prompts_of([40])[0]
+    engine = engine_of(model, fixed_shapes=fixed_shapes)
+    prompt = prompts_of([40])[0]
     reply, = engine.generate([prompt], max_new_tokens=8)[0]
     assert engine.cache.k.dtype is torch.bfloat16
     assert (torch.tensor(reply.logps) - plain_logps(model, prompt, reply.tokens)).abs().max() < 0.05
@@ -720,7 +743,8 @@ def test_what_is_cached_has_the_dtype_of_what_is_computed(fixed_shapes, monkeypa
 def test_refresh_takes_notice_of_changed_weights(model):
     changed = Qwen2.from_scratch(SMALL).requires_grad_(False)
     changed.load_state_dict(model.state_dict())
-    engine, prompts = engine_of(changed, rows=4), prompts_of([30, 31, 32, 33])
+    engine = engine_of(changed, rows=4)
+    prompts = prompts_of([30, 31, 32, 33])
     engine.generate(prompts, max_new_tokens=5)
     for p in changed.parameters():
         p.mul_(1.1)

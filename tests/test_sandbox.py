@@ -330,7 +330,8 @@ def fingerprint(folder):
 def attack(name, python, base, way):
     """Whether the attack succeeds; "off": as a plain subprocess, else in the sandbox: layers and how it is started."""
     layers, _, start = way.partition(", ")
-    world, key = Path(tempfile.mkdtemp(dir=base)), f"attack-{os.urandom(4).hex()}.py"
+    world = Path(tempfile.mkdtemp(dir=base))
+    key = f"attack-{os.urandom(4).hex()}.py"
     for folder in ("data/public", "data/private", "work/data"):
         (world / folder).mkdir(parents=True)
     for path, text in {"data/private/answers.csv": SECRET, "data/public/train.csv": "a,b\n", "evaluator.py": "",
@@ -338,7 +339,8 @@ def attack(name, python, base, way):
         (world / path).write_text(text)
     (world / "work/data/train.csv").symlink_to(world / "data/public/train.csv")
     victim = subprocess.Popen(["sleep", "60"], env={"KEY": SECRET, "PATH": os.environ["PATH"]})
-    tcp, udp = socket.create_server(("127.0.0.1", 0)), socket.socket(type=socket.SOCK_DGRAM)
+    tcp = socket.create_server(("127.0.0.1", 0))
+    udp = socket.socket(type=socket.SOCK_DGRAM)
     udp.bind(tcp.getsockname())
     sockets = [socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)]
     for each, address in zip(sockets, (f"{world}/socket", f"\0ml-agent-{victim.pid}")):
@@ -564,7 +566,8 @@ def test_daemons_by_the_hundred_leave_nothing(tmp_path, monkeypatch):
     assert warm_up(b"numpy")
     for number in range(4):
         one(-1 - number)
-    before, mounts = memory(), Path("/proc/self/mountinfo").read_text()
+    before = memory()
+    mounts = Path("/proc/self/mountinfo").read_text()
     with ThreadPoolExecutor(2) as pool:
         ended = list(pool.map(one, range(RUNS)))
     time.sleep(0.2)
@@ -579,7 +582,8 @@ def test_daemons_by_the_hundred_leave_nothing(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- many at once
 
 def test_threads_and_gpus_are_counted():
-    slots, order = Slots(3), []
+    slots = Slots(3)
+    order = []
     with slots.take(2), slots.take(1, "7") as gpu:
         assert gpu == "7" and slots.free == 0
 
@@ -617,7 +621,8 @@ def test_the_server_is_started_again_when_somebody_kills_it(tmp_path, monkeypatc
 @pytest.mark.parametrize("id", sorted(path.parent.name for path in Path(tasks.__file__).parent.glob("*/train.py"))
                          if RUNS >= 200 else ["leaf-classification", "ogbn-arxiv"])
 def test_starters_score_the_same_cold_and_warm(id, data, tmp_path):
-    task, public = tasks.load(id), data / id / "public"
+    task = tasks.load(id)
+    public = data / id / "public"
     assert warm_up((task.folder / task.entry).read_bytes())
     found = []
     for warm in (False, True):

@@ -178,7 +178,8 @@ def plain_varlen(q, k, v, query_ends, key_ends, max_queries, max_keys, window_si
     for n in range(len(query_ends) - 1):
         queries = q[query_ends[n]:query_ends[n + 1]]
         keys = slice(key_ends[n], key_ends[n + 1])
-        R, S = len(queries), len(k[keys])
+        R = len(queries)
+        S = len(k[keys])
         assert R <= max_queries and S <= max_keys
         heads = [x.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(0, 1) for x in (k[keys], v[keys])]
         scores = queries.transpose(0, 1) @ heads[0].mT / q.shape[-1] ** 0.5

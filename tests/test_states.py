@@ -13,7 +13,7 @@ import env
 import eval as evaluation
 import sft
 import tasks
-from support import conversations, endpoint, files, miniature, states, storage
+from support import conversations, endpoint, miniature, states, storage
 from support.cli import RunError
 from test_collect import settings, toys  # noqa: F401  (a fixture)
 
@@ -150,14 +150,13 @@ def collect_medium(toys, **more):
 
 
 def test_the_expert_takes_back_what_is_no_better_and_learns_no_failed_edit(toys):
-    cfg = collect_medium(toys, seed=2)
+    collect_medium(toys, seed=2)
     num_failed = 0
     replies = []
     for file in sorted((toys / "medium").glob("*.jsonl")):
         head, steps = env.read_trajectory(file)
         assert all(step["valid"] for step in steps) and steps[0]["action"] == "Execute Script"
         best = steps[0]["printed"]
-        made = 0
         for step, following in itertools.pairwise(steps):
             if step["action"] in ("Execute Script", "Undo Edit Script"):
                 continue

@@ -322,7 +322,8 @@ WITH_IDEAS = [id for id in tasks.names() if tasks.ideas(id)]     # a task of one
 
 @pytest.mark.parametrize("id", WITH_IDEAS)
 def test_shipped_ideas_are_diverse_fit_the_starter_and_import_what_the_requirements_name(id):
-    starter, ideas = (tasks.load(id).folder / "train.py").read_text(), tasks.ideas(id)
+    starter = (tasks.load(id).folder / "train.py").read_text()
+    ideas = tasks.ideas(id)
     assert len(ideas) >= 10 and len({one["kind"] for one in ideas}) >= 5 and len(WITH_IDEAS) >= 19
     assert all(len(one["instruction"]) >= 20 for one in ideas)
     scripts = {starter, *(tasks.apply(starter, one) for one in ideas)}
@@ -345,7 +346,9 @@ def test_shipped_ideas_run_and_most_but_not_all_beat_the_starter(data, tmp_path,
         pytest.importorskip("PIL", reason="Pillow is not installed")
     monkeypatch.chdir(tmp_path)
     Path("data").symlink_to(data / id / "public")
-    starter, task, scores = (tasks.load(id).folder / "train.py").read_text(), tasks.load(id), []
+    starter = (tasks.load(id).folder / "train.py").read_text()
+    task = tasks.load(id)
+    scores = []
     quick = [one for one in tasks.ideas(id) if id != "denoising-dirty-documents" or "sklearn" not in json.dumps(one)]
     for script in [starter, *(tasks.apply(starter, one) for one in quick)]:
         exec(compile(script, "train.py", "exec"), {"__name__": "__main__"})
@@ -358,7 +361,8 @@ def test_shipped_ideas_run_and_most_but_not_all_beat_the_starter(data, tmp_path,
 
 def test_prepare_is_a_no_op_until_forced(toy, tmp_path):
     home = tasks.prepare("toy", data=tmp_path / "data", log=quiet)
-    before, said = (home / "task.json").stat().st_mtime_ns, []
+    before = (home / "task.json").stat().st_mtime_ns
+    said = []
     assert tasks.prepare("toy", data=tmp_path / "data", log=said.append) == home and said == []
     assert (home / "task.json").stat().st_mtime_ns == before
     tasks.prepare("toy", data=tmp_path / "data", force=True, log=quiet)
@@ -372,14 +376,16 @@ def test_another_seed_or_a_changed_starter_makes_the_miniature_anew(toy, tmp_pat
     def facts(**options):
         tasks.prepare("toy", data=tmp_path / "data", log=quiet, **options)
         return tasks.info("toy", tmp_path / "data")
-    first, second = facts(), facts(seed=1)
+    first = facts()
+    second = facts(seed=1)
     assert first["sha256"] != second["sha256"] and facts()["sha256"] == first["sha256"]
     (toy / "train.py").write_text(TOY_STARTER.replace("/ len(rows)", "/ len(rows) + 9"))
     assert facts()["m_init"] > first["m_init"] + 5
 
 
 def test_real_data_replace_a_miniature_and_are_kept(toy, toy_raw, tmp_path):
-    data, said = tmp_path / "data", []
+    data = tmp_path / "data"
+    said = []
     tasks.prepare("toy", data=data, log=quiet)
     tasks.prepare("toy", raw=toy_raw, data=data, variant="last", log=quiet)
     assert not tasks.info("toy", data)["miniature"]
@@ -556,7 +562,8 @@ def test_miniatures_have_the_publishers_files_and_columns(id, tmp_path):
     ours = {path.name for path in tmp_path.iterdir() if path.suffix != ".gz"}
     assert ours == {path.name for path in raw.iterdir()}
     for name in ("train.csv", "test.csv", "sample_submission.csv"):
-        mini, full = tasks.raw_csv(tmp_path, name), tasks.raw_csv(raw, name)
+        mini = tasks.raw_csv(tmp_path, name)
+        full = tasks.raw_csv(raw, name)
         assert list(mini) == list(full) and len(mini) <= 3000
         if name == "train.csv":
             texts = [column for column in mini if pd.api.types.is_string_dtype(full[column])]
@@ -618,7 +625,8 @@ def good_models(data):
 def test_better_models_beat_the_starters_and_m_best_is_one_of_them(data, tmp_path):
     for id, submission in good_models(data).items():
         submission.to_csv(tmp_path / "submission.csv", index=False)
-        task, m_init = tasks.load(id), tasks.info(id, data)["m_init"]
+        task = tasks.load(id)
+        m_init = tasks.info(id, data)["m_init"]
         score = tasks.grade(id, tmp_path / "submission.csv", data)
         assert abs(score - task.m_best_miniature) < 0.1 * abs(task.m_best_miniature - m_init), id
 
@@ -777,12 +785,14 @@ def odd_submissions(sample, targets):
 
 @pytest.mark.parametrize("id", tasks.names())
 def test_whether_a_submission_is_valid_does_not_depend_on_the_answers(id, data):
-    task, rng = tasks.load(id), np.random.default_rng(0)
+    task = tasks.load(id)
+    rng = np.random.default_rng(0)
     true = tasks.read_answers(task, data / id)
     sample = tasks.read_table(data / id / "public" / task.sample)
     targets = targets_of(task, sample)
     sample, true = ({name: column[:300] for name, column in table.items()} for table in (sample, true))
-    answers, num_scored = [true], 0
+    answers = [true]
+    num_scored = 0
     for _ in range(2):
         order = rng.permutation(len(true[targets[0]]))
         answers.append({**true, **{name: [true[name][i] for i in order] for name in targets}})
@@ -847,7 +857,8 @@ def test_whatever_bytes_are_there_are_an_invalid_submission(data, tmp_path, monk
 def test_blank_lines_are_skipped_as_pandas_does(data, tmp_path):
     for id in ("spaceship-titanic", "ogbn-arxiv"):
         sample = data / id / "public" / "sample_submission.csv"
-        score, lines = tasks.grade(id, sample, data), sample.read_text().splitlines()
+        score = tasks.grade(id, sample, data)
+        lines = sample.read_text().splitlines()
         for text in ("\n" + "\n".join(lines), "  \n\n" + "\n \n".join(lines), "\r\n\r\n".join(lines)):
             (tmp_path / "s.csv").write_text(text)
             if id == "ogbn-arxiv" and "\n \n" in text:      # a blank cell of its only column
@@ -871,7 +882,8 @@ def test_random_edits_of_a_good_file_give_a_score_or_a_reason(id, data, tmp_path
     for _ in range(150):
         junk = bytearray(whole)
         for _ in range(rng.integers(1, 4)):
-            at, kind = rng.integers(len(junk)), rng.integers(3)
+            at = rng.integers(len(junk))
+            kind = rng.integers(3)
             junk[at:at + kind] = rng.choice(list(b'",\n\r\0 x0-\xff'), rng.integers(0, 3)).astype(np.uint8).tobytes()
         (tmp_path / "s.csv").write_bytes(junk)
         try:

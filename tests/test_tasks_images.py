@@ -24,10 +24,14 @@ import tasks
 from common import md5, sides
 from tasks import InvalidSubmission
 
-CACTUS, DOGS = "aerial-cactus-identification", "dogs-vs-cats-redux-kernels-edition"
-PLANT, WHALE = "plant-pathology-2020-fgvc7", "whale-categorization-playground"
-CIFAR, ARXIV = "cifar-10", "ogbn-arxiv"
-STATOIL, DIRTY = "statoil-iceberg-classifier-challenge", "denoising-dirty-documents"
+CACTUS = "aerial-cactus-identification"
+DOGS = "dogs-vs-cats-redux-kernels-edition"
+PLANT = "plant-pathology-2020-fgvc7"
+WHALE = "whale-categorization-playground"
+CIFAR = "cifar-10"
+ARXIV = "ogbn-arxiv"
+STATOIL = "statoil-iceberg-classifier-challenge"
+DIRTY = "denoising-dirty-documents"
 REAL = Path(__file__).parent.parent.parent / "shared" / "data"
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -124,7 +128,8 @@ def test_dogs_without_pictures(tmp_path):
 
 def test_plant_split_from_the_publishers_names(tmp_path, monkeypatch):
     (tmp_path / "raw").mkdir()
-    rng, columns = np.random.default_rng(0), ["image_id", "healthy", "multiple_diseases", "rust", "scab"]
+    rng = np.random.default_rng(0)
+    columns = ["image_id", "healthy", "multiple_diseases", "rust", "scab"]
     rows = [[f"Train_{i}", *np.eye(4, dtype=int)[rng.integers(4)].tolist()] for i in range(1821)]
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "raw" / "train.csv", index=False)
     public, private, copies = planned(PLANT, tmp_path / "raw", tmp_path, monkeypatch)
@@ -148,7 +153,9 @@ def test_whale_split(tmp_path, monkeypatch):
     frame.to_csv(tmp_path / "raw" / "train.csv", index=False)
     public, private, copies = planned(WHALE, tmp_path / "raw", tmp_path, monkeypatch)
 
-    draws, test, remaining = np.random.default_rng(0), set(), []
+    draws = np.random.default_rng(0)
+    test = set()
+    remaining = []
     for _, rows in frame.groupby("Id", sort=False):
         if len(rows) >= 2:
             pair = rows.sample(2, random_state=0).index
@@ -221,7 +228,8 @@ def python2_pickle(batch):
 
     def item(value):
         if isinstance(value, np.ndarray):
-            data, shape = value.tobytes(), b"".join(b"M" + n.to_bytes(2, "little") for n in value.shape)
+            data = value.tobytes()
+            shape = b"".join(b"M" + n.to_bytes(2, "little") for n in value.shape)
             empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t" + text("b") + b"tR"
             minus_one = b"J\xff\xff\xff\xff"
             dtype = b"cnumpy\ndtype\n(" + text("u1") + b"K\x00K\x01tR"
@@ -236,7 +244,8 @@ def python2_pickle(batch):
 def cifar_batches(pickled, rows=3):
     """{name: pickle} of small batches, and the images (6, rows, 32, 32, 3) and labels (6, rows) in them."""
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (6, rows, 32, 32, 3), np.uint8), rng.integers(0, 10, (6, rows))
+    images = rng.integers(0, 256, (6, rows, 32, 32, 3), np.uint8)
+    labels = rng.integers(0, 10, (6, rows))
     files = {"batches.meta": pickled({"label_names": NAMES})}
     for name, pixels, classes in zip([*BATCHES, "test_batch"], images, labels):
         planes = np.stack([pixels[..., c] for c in range(3)], 1).reshape(rows, 3072)    # all red, all green, all blue
@@ -328,7 +337,8 @@ def test_cifar_counts_the_first_largest_value_under_any_name_of_the_index():
     onehot = {"id": ["0", "1", "2"], **{str(k): ["1" if y == k else "0" for y in (3, 0, 9)] for k in range(10)}}
     values = {str(k): ["0.5", "0.5", "-7"] for k in range(10)}          # ties: the first column, here 0
     assert task.score(onehot, {"": ["0", "1", "2"], **values}) == pytest.approx(1 / 3)
-    values["3"][0], values["9"][2] = "0.6", "12"                        # neither range nor sums are checked
+    values["3"][0] = "0.6"
+    values["9"][2] = "12"                        # neither range nor sums are checked
     assert task.score(onehot, {"": ["0", "1", "2"], **values}) == 1.0
     assert task.score(onehot, {"index": ["2", "1", "0"], **{k: column[::-1] for k, column in values.items()}}) == 1.0
 
@@ -396,7 +406,8 @@ def test_arxiv_raw_files_that_contradict_or_are_cut_short_are_refused(tmp_path):
 
 
 def test_arxiv_scores_whole_classes_by_position():
-    answers, score = {"0": ["4", "39", "0", "7"]}, tasks.load(ARXIV).score
+    answers = {"0": ["4", "39", "0", "7"]}
+    score = tasks.load(ARXIV).score
     assert score(answers, {"0": ["4", "39.0", "1", "7"]}) == 0.75
     assert score(answers, {"0": ["39", "4", "7", "0"]}) == 0.0
     refused(ARXIV, answers, {"0": ["4", "39", "0.5", "7"]}, "whole")
@@ -513,7 +524,8 @@ def test_statoil_is_graded_by_log_loss():
 def write_pages(raw, numbers, shape=(2, 3)):
     """train.zip and train_cleaned.zip with pages of random grays; {number: clean page}."""
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-    rng, clean = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    clean = {}
     for folder in ("train", "train_cleaned"):
         with zipfile.ZipFile(raw / f"{folder}.zip", "w") as archive:
             for n in numbers:
@@ -534,7 +546,8 @@ def test_dirty_documents_split_is_the_published_one(tmp_path):
     assert names == {"train": set(numbers) - set(test), "train_cleaned": set(numbers) - set(test), "test": set(test)}
     expected = [(f"{n}_{i + 1}_{j + 1}", clean[n][i, j] / 255)
                 for n in sorted(test, key=str) for i in range(2) for j in range(3)]
-    answers, sample = pd.read_csv(private / "answers.csv"), pd.read_csv(public / "sampleSubmission.csv")
+    answers = pd.read_csv(private / "answers.csv")
+    sample = pd.read_csv(public / "sampleSubmission.csv")
     assert answers["id"].tolist() == sample["id"].tolist() == [id for id, _ in expected]
     assert answers["value"].tolist() == [value for _, value in expected] and (sample["value"] == 1).all()
     assert (private / "answers.csv").read_text() == answers.to_csv(index=False, lineterminator="\n")    # pandas' floats

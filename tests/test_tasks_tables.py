@@ -18,8 +18,10 @@ JIGSAW = "jigsaw-toxic-comment-classification-challenge"
 PATENT = "us-patent-phrase-to-phrase-matching"
 FOREST = "tabular-playground-series-dec-2021"
 NOMAD = "nomad2018-predict-transparent-conductors"
-SPOOKY, INSULTS = "spooky-author-identification", "detecting-insults-in-social-commentary"
-ESSAYS, FEEDBACK = "learning-agency-lab-automated-essay-scoring-2", "feedback-prize-english-language-learning"
+SPOOKY = "spooky-author-identification"
+INSULTS = "detecting-insults-in-social-commentary"
+ESSAYS = "learning-agency-lab-automated-essay-scoring-2"
+FEEDBACK = "feedback-prize-english-language-learning"
 REAL = Path(__file__).parents[1] / "../shared/data"
 RATINGS = ["cohesion", "syntax", "vocabulary", "phraseology", "grammar", "conventions"]
 TEXTS = ['He said, "no".', "two\nlines", "two\n\nparagraphs, a comma", "caf\u00e9 \u2014 na\u00efve", "NA", "7.0",
@@ -60,7 +62,8 @@ def forest_rows(n):
 
 @pytest.mark.parametrize("form", ["loose", "zip", "windows", "cut"])
 def test_the_forest_is_split_as_pandas_and_scikit_learn_would_write_it(tmp_path, form):
-    rows, raw = forest_rows(1003), tmp_path / "raw"
+    rows = forest_rows(1003)
+    raw = tmp_path / "raw"
     raw.mkdir()
     content = {"windows": text(rows).replace(b"\n", b"\r\n"), "cut": text(rows).rstrip()}.get(form, text(rows))
     if form == "zip":
@@ -104,20 +107,25 @@ def test_the_forest_is_graded_by_accuracy(data):
 @pytest.fixture(scope="module")
 def crystals(tmp_path_factory):
     """(rows of the publisher's train.csv, raw folder with nested zips as the publisher ships them, in one zip)."""
-    rng, n = np.random.default_rng(2), 2400
+    rng = np.random.default_rng(2)
+    n = 2400
     rows = pd.DataFrame({"id": np.arange(1, n + 1), "spacegroup": rng.choice([33, 194], n),
                          "lattice_vector_1_ang": rng.uniform(5, 20, n).round(4),
                          "formation_energy_ev_natom": rng.uniform(0, 0.5, n).round(4),
                          "bandgap_energy_ev": rng.uniform(0, 5, n).round(4)})
-    raw, whole, inner = tmp_path_factory.mktemp("crystals"), {}, io.BytesIO()
+    raw = tmp_path_factory.mktemp("crystals")
+    whole = {}
+    inner = io.BytesIO()
     for name in ("train", "test"):
         with zipfile.ZipFile(inner, "w") as archive:
             archive.writestr(f"{name}.csv", rows.to_csv(index=False, float_format="%.4f"))
-        whole[f"{name}.csv.zip"], inner = inner.getvalue(), io.BytesIO()
+        whole[f"{name}.csv.zip"] = inner.getvalue()
+        inner = io.BytesIO()
         with zipfile.ZipFile(inner, "w") as archive:
             for id in rows["id"]:
                 archive.writestr(f"{name}/{id}/geometry.xyz", f"# {name} {id}\n")
-        whole[f"{name}.zip"], inner = inner.getvalue(), io.BytesIO()
+        whole[f"{name}.zip"] = inner.getvalue()
+        inner = io.BytesIO()
     with zipfile.ZipFile(raw / f"{NOMAD}.zip", "w") as archive:
         for name, content in whole.items():
             archive.writestr(name, content)
@@ -163,7 +171,8 @@ def test_crystals_are_compared_by_position_and_ids_do_not_matter(data):
 # --------------------------------------------------------------------------------------------------------------- patent
 
 def test_pairs_of_phrases_are_split_row_by_row(tmp_path):
-    rng, n = np.random.default_rng(3), 1205
+    rng = np.random.default_rng(3)
+    n = 1205
     rows = pd.DataFrame({"id": [f"{id:016x}" for id in rng.integers(1 << 62, size=n)], "anchor": 'a "quoted", phrase',
                          "target": [f"target {i}" for i in range(n)], "context": "H01",
                          "score": rng.integers(0, 5, n) / 4})
@@ -225,7 +234,9 @@ def test_comments_without_labels_must_be_there_and_are_not_scored(data):
 
 @pytest.mark.parametrize("form", ["loose", "zips", "zips in a zip"])
 def test_spooky_sentences_are_split_row_by_row(tmp_path, form):
-    rng, n, raw = np.random.default_rng(0), 1203, tmp_path / "raw"
+    rng = np.random.default_rng(0)
+    n = 1203
+    raw = tmp_path / "raw"
     raw.mkdir()
     rows = pd.DataFrame({"id": [f"id{i:05d}" for i in rng.permutation(n)], "text": texts(n),
                          "author": rng.choice(["EAP", "HPL", "MWS"], n)})
@@ -259,7 +270,9 @@ def test_real_spooky_sentences_have_the_recorded_md5_sums(tmp_path):
 
 
 def test_scored_essays_are_split_row_by_row(tmp_path):
-    rng, n, raw = np.random.default_rng(1), 1307, tmp_path / "raw"
+    rng = np.random.default_rng(1)
+    n = 1307
+    raw = tmp_path / "raw"
     raw.mkdir()
     rows = pd.DataFrame({"essay_id": [f"{i:07x}" for i in rng.permutation(n)], "full_text": texts(n),
                          "score": rng.integers(1, 7, n)})
@@ -271,14 +284,17 @@ def test_scored_essays_are_split_row_by_row(tmp_path):
 
 
 def test_rated_essays_are_split_as_pandas_shuffles_them(tmp_path):
-    rng, n, raw = np.random.default_rng(2), 1311, tmp_path / "raw"
+    rng = np.random.default_rng(2)
+    n = 1311
+    raw = tmp_path / "raw"
     raw.mkdir()
     ratings = {name: rng.integers(2, 11, n) / 2 for name in RATINGS}
     rows = pd.DataFrame({"text_id": [f"{i:012X}" for i in rng.permutation(n)], "full_text": texts(n), **ratings})
     (raw / "train.csv").write_bytes(text(rows))
     public, private = sides(FEEDBACK, raw, tmp_path)
     shuffled = rows.sample(frac=1, random_state=42).reset_index(drop=True)
-    train, test = shuffled[:1284], shuffled[1284:]                  # int(0.98 * 1311)
+    train = shuffled[:1284]
+    test = shuffled[1284:]                  # int(0.98 * 1311)
     assert (public / "train.csv").read_bytes() == text(train)
     assert (public / "test.csv").read_bytes() == text(test[["text_id", "full_text"]])
     assert (public / "sample_submission.csv").read_bytes() == text(
@@ -289,7 +305,8 @@ def test_rated_essays_are_split_as_pandas_shuffles_them(tmp_path):
 @pytest.fixture
 def comments(tmp_path):
     """(test_with_solutions, home) of comments with everything a CSV file may garble; one comment comes twice."""
-    rng, raw = np.random.default_rng(3), tmp_path / "raw"
+    rng = np.random.default_rng(3)
+    raw = tmp_path / "raw"
     raw.mkdir()
     wrapped = [f'"{comment}"' for comment in texts(60)]
     wrapped += ['"\\xe1\\u00e1\\\\n\\\\xc2\\\\xa0"', '"""', '""', '"two\\nlines"', '"NA"']
@@ -308,7 +325,8 @@ def comments(tmp_path):
 
 def test_comments_are_carried_over_and_not_split(comments):
     rows, home = comments
-    public, private = home / INSULTS / "public", home / INSULTS / "private"
+    public = home / INSULTS / "public"
+    private = home / INSULTS / "private"
     assert (public / "test.csv").read_bytes() == text(rows[["Date", "Comment"]])
     gold = rows[["Insult", "Date", "Comment"]]
     assert (public / "sample_submission_null.csv").read_bytes() == text(gold.assign(Insult=0))

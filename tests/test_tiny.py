@@ -11,7 +11,6 @@ import torch
 
 import env
 import eval as evaluation
-import sample
 import sft
 import tasks
 from model import Config, Qwen2
@@ -121,7 +120,8 @@ def test_the_short_expert_looks_takes_back_and_goes_on(short):
         _, steps = env.read_trajectory(file)
         replies.add(tuple(step["reply"] for step in steps))
         assert all(step["valid"] for step in steps) and steps[0]["action"] == "Execute Script"
-        best, failed = steps[0]["printed"], set()
+        best = steps[0]["printed"]
+        failed = set()
         script = tasks.load(file.stem.rpartition("-")[0]).starter
         for step, after in zip(steps[1:], steps[2:]):
             if not step["action"].startswith("Set Constant"):
@@ -192,7 +192,8 @@ def tokenizer():
 
 def test_the_trained_tokenizer_gives_every_text_back(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    again, rng = Tokenizer.from_pretrained(tmp_path), random.Random(1)
+    again = Tokenizer.from_pretrained(tmp_path)
+    rng = random.Random(1)
     texts = ["", " ", "\n\n  x", "naïve 中文 🙂\u2028\x00", "<|im_end|>", 'Action: Go\nAction Input: {"find": "a"}'] + [
         "".join(map(chr, rng.choices([*range(32, 200), 9, 10, 13, 0x4e2d, 0x1f642, 0x301], k=50))) for _ in range(200)]
     for text in texts:
@@ -257,8 +258,9 @@ def play_imagined(folder, s, state, last):
     """An Env in the situation of an Imagined, and what the expert does next there; None: its scores are others."""
     world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "imagined", **{
         **{name: getattr(s, name) for name in env.AGENT}, "steps": 30})
-    toy, done = tasks.load("toy-a"), {"a better score": [state.change], "a worse score": [state.change],
-                                      "an undo": state.tried[-1:]}.get(last, [])
+    toy = tasks.load("toy-a")
+    done = {"a better score": [state.change], "a worse score": [state.change],
+            "an undo": state.tried[-1:]}.get(last, [])
     script = state.before if last in ("a better score", "a worse score") else state.script
     world.files["train.py"] = world.blobs.put(script.encode())
     expert = miniature.search_constants(
@@ -284,7 +286,9 @@ def test_an_imagined_state_is_one_that_the_environment_gives(short, last):
     """The same script, change and tried ones in a real trajectory give the same prompt, but for figures of scores; the
     expert does one of the actions there; and the environment carries out every one of them."""
     folder, s = short
-    rng, hinted, num_found = random.Random(3), set(), 0
+    rng = random.Random(3)
+    hinted = set()
+    num_found = 0
     while num_found < 5 or last in ("a better score", "a worse score") and len(hinted) < 2:
         state = miniature.imagine("MAE", "down", tasks.load("toy-a").starter, last, rng)
         found = play_imagined(folder, s, state, last)
@@ -295,7 +299,9 @@ def test_an_imagined_state_is_one_that_the_environment_gives(short, last):
         hinted.add("untried" in world.prompt()[0]["content"])
         assert form_of(state.prompt) == form_of(world.prompt())
         assert env.parse(reply, s.fields, s.actions)[1:3] in state.actions
-        snapshot, seen, index = world.snapshot(), dict(world.seen), world.index
+        snapshot = world.snapshot()
+        seen = dict(world.seen)
+        index = world.index
         for action, args in state.actions:
             world.restore(snapshot, index=index, seen=seen)
             step = world.step(f"Action: {action}\nAction Input: {json.dumps(args)}")
@@ -306,7 +312,8 @@ def test_imagined_conversations_can_be_read_and_differ(short):
     _, s = short
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(miniature, "NUM_IMAGINED", 60)
-        found, again = miniature.imagined_conversations(s), miniature.imagined_conversations(s)
+        found = miniature.imagined_conversations(s)
+        again = miniature.imagined_conversations(s)
     assert found == again and len({one.messages[0]["content"] for one in found}) == 60
     parsed = [env.parse(one.messages[-1]["content"], s.fields, s.actions) for one in found]
     assert not any(error for *_, error in parsed) and {action for _, action, *_ in parsed} == set(miniature.SHORT_ACTIONS)

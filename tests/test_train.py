@@ -49,7 +49,8 @@ def assert_same(one, other, tolerance=1e-6):
 
 
 def test_gradients_do_not_depend_on_how_texts_are_packed():
-    texts, chosen = texts_of(), list(range(12))
+    texts = texts_of()
+    chosen = list(range(12))
     whole = gradients(texts, chosen, 1, 0, longest=10_000)
     for longest in (300, 120, 60):
         assert_same(whole, gradients(texts, chosen, 1, 0, longest))
@@ -59,11 +60,13 @@ def test_gradients_do_not_depend_on_how_texts_are_packed():
 @pytest.mark.parametrize("parts", [2, 4])
 def test_micro_batches_are_one_batch(parts):
     """The gradients of 12 texts, added up over 2 or 4 micro-batches, are those of one; so is the loss."""
-    texts, chosen = texts_of(), list(range(12))
+    texts = texts_of()
+    chosen = list(range(12))
     num = sum(sum(texts[i][1]) for i in chosen)
     found = []
     for pieces in (1, parts):
-        model, loss = Qwen2.from_scratch(SMALL, seed=1), 0.0
+        model = Qwen2.from_scratch(SMALL, seed=1)
+        loss = 0.0
         for m in range(pieces):
             rows = distributed.packed_rows(texts, chosen[m::pieces], 0, 1, 120)
             loss = loss + sft.nll_gradients(model, rows, num, 1, torch.device("cpu"), 259)
@@ -145,8 +148,9 @@ torch.distributed.destroy_process_group()
 
 def test_products_in_bf16_leave_weights_and_gradients_in_fp32():
     """The gradients are those of fp32 within the rounding of bf16 (2^-9 a product), and are not rounded to bf16."""
-    whole, mixed = gradients(texts_of(), range(12), 1, 0, 300), gradients(texts_of(), range(12), 1, 0, 300,
-                                                                          torch.bfloat16)
+    whole = gradients(texts_of(), range(12), 1, 0, 300)
+    mixed = gradients(texts_of(), range(12), 1, 0, 300,
+                      torch.bfloat16)
     assert_same(whole, mixed, 0.03)
     assert all(grad.dtype is torch.float32 for grad in mixed[1].values())
     grad = mixed[1]["model.layers.0.mlp.up_proj.weight"]        # a sum over several rows of texts
@@ -380,7 +384,8 @@ def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(forks, tmp_path):
     files = sorted((tmp_path / "torn/checkpoints").glob("step-??????/rank-?.pt"))
     assert len(files) == 4
     for file, other in zip(files, sorted((tmp_path / "whole/checkpoints").glob("step-??????/rank-?.pt"))):
-        one, two = torch.load(file), torch.load(other)
+        one = torch.load(file)
+        two = torch.load(other)
         assert all(torch.equal(one["model"][name], two["model"][name]) for name in two["model"])
         for (name, rows), moments in zip(one["model"].items(), one["optimizer"]):
             whole = Qwen2.from_scratch(SMALL).get_parameter(name)
@@ -397,7 +402,8 @@ def fine_tune(tmp_path, *flags):
 def test_a_training_goes_on_with_what_it_began_with(tmp_path, capsys):
     """Other settings, weights, texts or an end elsewhere, which is another learning rate, are refused; so is nothing
     that is the same under another name."""
-    own, small = conversations(tmp_path / "own.jsonl"), tmp_path / "small"
+    own = conversations(tmp_path / "own.jsonl")
+    small = tmp_path / "small"
     Qwen2.from_scratch(SMALL).save_pretrained(small)
     Tokenizer.of_bytes().save(small)
     flags = ["--model", str(small)]
@@ -425,7 +431,9 @@ def test_a_training_goes_on_with_what_it_began_with(tmp_path, capsys):
 
 def test_what_a_rename_promises_is_on_the_disk_first(tmp_path, monkeypatch):
     """A checkpoint's file and folder; a model's weights before the config that makes them a model."""
-    done, fsync, rename = [], os.fsync, Path.rename
+    done = []
+    fsync = os.fsync
+    rename = Path.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)))
     monkeypatch.setattr(Path, "rename", lambda path, to: (rename(path, to), done.append(f"to {to.name}")))
     model = Qwen2.from_scratch(SMALL)
@@ -443,12 +451,14 @@ def test_what_a_rename_promises_is_on_the_disk_first(tmp_path, monkeypatch):
 def test_what_was_loaded_does_not_stay(tmp_path):
     """Of a checkpoint nothing is read to a GPU, and its weights and moments are not kept beside the model's own."""
     model = Qwen2.from_scratch(SMALL)
-    optimizer, s = torch.optim.AdamW(model.parameters(), fused=True), sft.Settings(out=str(tmp_path))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    s = sft.Settings(out=str(tmp_path))
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     distributed.save_state(s, 1, model, optimizer, {"a": 1}, more=[3])
-    load, places = torch.load, []
+    load = torch.load
+    places = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "load", lambda *args, **more: places.append(more["map_location"]) or load(*args, **more))
         state = distributed.load_state(s, ["lr"], model, optimizer, {"a": 1})
@@ -523,7 +533,8 @@ def test_a_step_and_the_folder_are_those_of_transformers(tmp_path):
     real = os.environ.get("MLAGENT_MODEL", "")
     if not Path(real or "-").is_dir():
         pytest.skip("set MLAGENT_MODEL to the folder of a real Qwen2.5 checkpoint to run this")
-    tokenizer, device = Tokenizer.from_pretrained(real), torch.device("cpu")
+    tokenizer = Tokenizer.from_pretrained(real)
+    device = torch.device("cpu")
     texts = [tokenizer.conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
              for question, answer in (("Name a prime.", "7"), ("What is 2 + 2?", "It is 4."), ("Say it.", "It! " * 9))]
     num = sum(sum(chosen) for _, chosen in texts)
@@ -534,7 +545,8 @@ def test_a_step_and_the_folder_are_those_of_transformers(tmp_path):
     def norm_of(model):
         return torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
 
-    model, expected = theirs(real), 0.0
+    model = theirs(real)
+    expected = 0.0
     for ids, chosen in texts:
         logp = model(torch.tensor([ids])).logits[0, :, :tokenizer.size].log_softmax(-1)
         loss = -sum(logp[i, ids[i + 1]] for i in range(len(ids) - 1) if chosen[i + 1]) / num
