@@ -1007,7 +1007,7 @@ class Env:
         number = find_constant(before, constant)
         after = set_constant(before, constant, value)
         name, old_value, *_ = constants(before)[number - 1]
-        self.change_text = f"{name} = {old_value} -> {constants(after)[number - 1][1]}"
+        self.change_text = f"{name} = {old_value} -> {change_number(name, old_value, value)}"
         change = {"constant": str(number), "value": value}
         is_best = self.files[self.task.entry] == self.seen["best_script"]
         best = self.seen["best_printed"]
@@ -1032,6 +1032,7 @@ class Env:
         versions = self._versions(self.task.entry)
         if not change or not versions:
             raise InvalidAction("The last edit was no Set Constant by a factor.")
+        self._path(self.task.entry, write=True)     # refused where a script has put a folder there
         files = self.snapshot()
         self.files[self.task.entry] = self.files.pop(versions[-1])
         try:
@@ -1166,7 +1167,7 @@ class Env:
             return run
 
     def _key(self, script, before):
-        """Returns a hash of all that a run depends on: files, data, grader, limits, versions, and hardware."""
+        """Returns a hash of all that a run depends on: files, data, grader, limits, versions, GPU or not."""
         data = {name: value for name, value in self.info.items() if name not in ("m_init", "starter_seconds")}
         parts = [script, sorted(before.items()), data, self.graders, [self.time_limit_s, "cpu"],
                  self.task.memory_limit_bytes, describe(self.python or sys.executable)[2], self.threads,
@@ -1264,12 +1265,14 @@ def make_env(cfg, task, out, cache, data_seed=0, make=Env, **options):
                threads=cfg.threads, sandbox=cfg.sandbox, cache=cache, **options)
 
 
-def ask_coder_model(model, messages, **options):
+def ask_coder_model(model, messages, max_new_tokens=CODER_TOKENS, **options):
     """Returns the Completion of the model that carries out the (AI) actions. Of a whole script it ends with the block,
     without the text after it; other replies may hold several blocks."""
     stop = CODE_END if messages[-1]["content"].endswith(WHOLE_SCRIPT) else ()
-    completion = model.chat(messages, max_new_tokens=CODER_TOKENS, stop=stop, **options)
-    if stop and completion.finish == "stop":
+    completion = model.chat(messages, max_new_tokens=max_new_tokens, stop=stop, **options)
+    if stop and completion.finish == "stop" and "```" not in completion.text:      # a bare ``` that opens the block
+        completion = model.chat(messages, max_new_tokens=max_new_tokens, **options)
+    elif stop and completion.finish == "stop":
         completion.text += CODE_END
     return completion
 
@@ -1322,7 +1325,10 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
     def ask_coder(messages):
         seed = seed_of("coder") + counts["coder_replies"]       # a question that is repeated gets another answer
         counts["coder_replies"] += 1
-        completion = timed(ask_coder_model, coder, messages, seed=seed, temperature=cfg.temperature, top_p=cfg.top_p)
+        # The model that acts may think here as long as for a reply.
+        limit = max(CODER_TOKENS, cfg.max_new_tokens) if cfg.coder in ("model", "expert") else CODER_TOKENS
+        completion = timed(ask_coder_model, coder, messages, limit, seed=seed, temperature=cfg.temperature,
+                           top_p=cfg.top_p)
         counts["coder_tokens"] += len(completion.tokens) or completion.num_tokens
         counts["coder_prompt_tokens"] += completion.prompt_tokens
         if completion.answered_by:
@@ -1355,6 +1361,9 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         try:
             text, tokens, entries = timed(reply, env, lines, seed_of("policy"))
         except ContextFull as error:
+            if len(lines) == 1:
+                raise RunError(f"{path}: not even the first prompt fits: {error}. Give a larger --context (or server), or "
+                               "a smaller --max-new-tokens, and another --out") from None
             run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
             return
         counts.clear()
@@ -1416,4 +1425,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    cli.run_main(lambda: main(sys.argv[1:]))

@@ -525,7 +525,7 @@ def run_identity(cfg, infos):
     for task, info in infos:
         kind = "miniature" if info["miniature"] else "real"
         identity[f"data of {task.id}"] = f"{kind} {hash_json([info['sha256'], info['m_init']])[:12]}"
-    for name in {cfg.model, cfg.coder}:
+    for name in {cfg.model} | ({cfg.coder} - {"model", "none"}):
         if name and Path(name).is_dir():     # a model that was trained anew in the same folder is another model
             identity[f"files of {name}"] = hash_checkpoint(name)
     return identity
@@ -752,7 +752,10 @@ def run(cfg):
     print("\n" + format_report(evaluate(cfg, agents, exports=taken)))
     if not agents and not cfg.model:
         print(NO_MODEL)
-    print(f"\nWritten to {cfg.out}: report.html and results.json")
+    folders = [cfg.out]
+    if agents and not cfg.exports:
+        folders = [agent.out for agent in agents.values()]
+    print(f"\nWritten: {cfg.out}/report.html, and results.json in {', '.join(folders)}")
 
 
 if __name__ == "__main__":

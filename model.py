@@ -510,7 +510,9 @@ class Backbone(nn.Module):
 
 
 def at_targets(x, targets):
-    """Returns x (N, C) and targets (N,) where there are targets, of x (B, T, C) and targets (B, T) on any device."""
+    """Returns x (N, C) and targets (N,) where there are targets, of x (B, T, C) and targets (B, T), a tensor on any
+    device or numpy."""
+    targets = torch.as_tensor(targets)
     index = (targets != IGNORE).flatten().nonzero()[:, 0]
     targets = targets.flatten()[index]
     return x.flatten(0, 1)[index.to(x.device)], targets.to(x.device)

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 import sample
 import tasks
 from env import LEARNED_SEEDS, MEDIUM_AGENT, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
-from model import Config, Linear, Qwen2, at_targets, use_kernels
+from model import CPU_LOGITS, Config, Linear, Qwen2, at_targets, use_kernels
 from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
@@ -195,7 +195,7 @@ class RolloutWorker:
         their states."""
         if not self.cfg.validate_every:
             return []
-        rng = random.Random(f"{self.cfg.seed} validation")
+        rng = random.Random("validation")
         names = []
         for task, states in sorted(self.pool.items()):
             files = sorted({state.file for state in states.values()})
@@ -210,6 +210,7 @@ class RolloutWorker:
         names = [name for name in self.held_back if self.fits(name)]
         futures = self.submit_actions(self.own_starts(names), "validation")
         transitions = gather([future.result() for future in futures])
+        self.engine.refresh()       # else the next iteration would sample otherwise than after a resume
         return fmean(transition.reward for transition in transitions) if transitions else None
 
     def own_starts(self, names):
@@ -726,6 +727,8 @@ def train(cfg, rank, world_size, device):
 
     # 3. The iterations.
     peak = peak_flops(device, trainer.actor.compute_dtype)
+    if peak and trainer.threads:        # it was measured in one thread, and all compute rows
+        peak *= SLOTS.cpus
     # Counted in forward passes. Log-probs of the sampler itself take none.
     passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)
     passes -= worker.samples_from(trainer.actor)
@@ -837,7 +840,7 @@ def plan(cfg):
     total = num_parameters(config)[-1]
     memory = partial(plan_memory, config, cfg.max_row_tokens, recompute=total > RECOMPUTE_ABOVE, critic=cfg.has_critic,
                      reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context)
-    lines = format_plan(memory(cfg.gpus, compute), total * (1 + cfg.has_critic), memory(1, torch.float32))
+    lines = format_plan(memory(cfg.gpus, compute), total * (1 + cfg.has_critic), memory(1, torch.float32, max_logits=CPU_LOGITS))
     return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens, {cfg.max_batch} x "
                       f"{cfg.context:,} tokens sampled", "", *lines])
 
@@ -860,6 +863,8 @@ def fill(values):
     fitting = preset_for(num)
     preset = values["preset"] or fitting
     source = f"{model} has {num:,} weights, which --preset {fitting} is for; another may be typed"
+    if values["preset"]:
+        source = f"--preset {preset}"
     return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RECIPES[preset]})]
 
 

@@ -33,7 +33,7 @@ from model import KERNELS, Config, Qwen2, use_kernels
 from support import cpu_linear
 from support.cli import ContextFull, ModelSettings, parse
 from support.distributed import SMALL_BELOW, multiplies_bf16
-from support.endpoint import Completion, Endpoint, EndpointError, find_stop, is_server
+from support.endpoint import Completion, Endpoint, EndpointError, address, find_stop, is_server
 from support.files import sync
 from support.pretrained import find_folder, read_json, write_json
 
@@ -923,6 +923,11 @@ class Settings(ModelSettings):
     max_new_tokens: int = 256           # the longest reply, in tokens
     temperature: float = 0.7            # 0 always takes the most likely token
     graphs: bool = False                # decode in CUDA graphs, which nobody has run on a GPU yet
+
+    def __post_init__(self):
+        super().__post_init__()
+        if is_server(self.model):
+            address(self.model)     # refuses a key in it before it is printed
 
 
 def main(cfg):

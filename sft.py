@@ -32,7 +32,7 @@ import tasks
 from env import (
     LEARNED_SEEDS, MEDIUM_AGENT, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record,
     write_agent)
-from model import Config, use_kernels
+from model import CPU_LOGITS, Config, use_kernels
 from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
 from support.conversations import named, read_conversations
@@ -46,6 +46,7 @@ from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import find_folder, hash_checkpoint
 from support.records import AGENT, end_reason, trajectory_path
+from support.sandbox import SLOTS
 from support.storage import ResultCache
 
 
@@ -253,12 +254,13 @@ def build_dataset(cfg, tokenizer, log=print):
     held_back = hold_back(origins, VALIDATION_SHARE, cfg.seed)
     valid = [example for i, example in enumerate(examples) if i in held_back]
     train = [example for i, example in enumerate(examples) if i not in held_back]
+    if not train or not valid:
+        raise ValueError(f"{len(examples)} conversations are too few to train on and to validate with; collect more, or "
+                         "cut fewer with a larger --max-row-tokens")
     if cfg.model == "tiny" and cfg.prompt_format == "short":
         for conversation in miniature.imagined_conversations(cfg):
             ids, loss_mask = tokenizer.conversation(conversation.messages, {conversation.assistant_turns[-1]})
             train.append((array("i", ids), bytes(loss_mask)))
-    if not train:
-        raise ValueError(f"{len(examples)} conversations are too few to train on and to validate with; collect more")
     return train, valid
 
 
@@ -338,6 +340,8 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     threads = row_threads(config, device)
     valid_rows = packed_rows(valid, range(len(valid)), rank, world_size, cfg.max_row_tokens)
     peak = peak_flops(device, model.compute_dtype)
+    if peak and threads:        # it was measured in one thread, and all compute rows
+        peak *= SLOTS.cpus
     began = time.monotonic()
 
     for step in range(first, num_updates):
@@ -365,7 +369,8 @@ def train(cfg, examples, valid, tokenizer, config, folder):
             raise RunError(f"step {step + 1}: loss {loss_part.item()}, {error}; rank {rank}, conversations {numbers}. "
                            f"The checkpoints in {cfg.out} are from before") from None
 
-        trim_memory()
+        if threads is None:     # a small model would spend a fifth of its time on getting the pages back
+            trim_memory()
         seconds = time.monotonic() - start
 
         # 4. The log, with a validation where a checkpoint follows.
@@ -471,7 +476,7 @@ def plan(cfg):
     hours = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12) / 3600
     return "\n".join([
         f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {tokens:,} tokens", "",
-        *format_plan(parts, total, plan_memory(config, tokens, 1, torch.float32, recompute)),
+        *format_plan(parts, total, plan_memory(config, tokens, 1, torch.float32, recompute, max_logits=CPU_LOGITS)),
         f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most {updates * cfg.batch * tokens:,} tokens",
         f"about {hours:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 

@@ -4,7 +4,7 @@ import traceback, typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.sandbox import SandboxUnavailable, remove
+from support.sandbox import OWNER, SandboxUnavailable, remove
 
 
 class RunError(RuntimeError):
@@ -244,17 +244,18 @@ def run_main(main):
     leave lies below one temporary folder, which is removed at the end, or after a kill -9 by the next start."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 1
-    # 1. What killed programs have left: folders whose `owner` is locked by nobody.
-    for file in Path(tempfile.gettempdir()).glob("ml-agent-*/owner"):
+    # 1. What killed programs have left: folders whose `owner` is locked by nobody, some of them half removed.
+    temporary = Path(tempfile.gettempdir())
+    for file in (*temporary.glob(f"ml-agent-*/{OWNER}"), *temporary.glob(f".gone-*/{OWNER}")):
         with contextlib.suppress(OSError), file.open() as owner:    # it is held, or another user's
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(file.parent)
-    # 2. A folder of our own. The lock is held before it is named `owner`, so that nobody sees it unlocked.
+    # 2. A folder of our own. The lock is held before it is named, so that nobody sees it unlocked.
     tempfile.tempdir = tempfile.mkdtemp(prefix="ml-agent-")
     try:
         owner = Path(tempfile.tempdir, "starts").open("w")
         fcntl.flock(owner, fcntl.LOCK_EX)
-        os.rename(owner.name, Path(tempfile.tempdir, "owner"))
+        os.rename(owner.name, Path(tempfile.tempdir, OWNER))
         # 3. The program.
         try:
             code = main()

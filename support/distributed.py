@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import IGNORE, Config, Qwen2, as_trees, load_tensors, write_checkpoint
+from model import GPU_LOGITS, IGNORE, Config, Qwen2, as_trees, load_tensors, write_checkpoint
 from support.cli import RunError, flag_of
 from support.files import shorten, sync
 from support.sandbox import SLOTS
@@ -300,8 +300,9 @@ class PackedRow(NamedTuple):
     examples: list  # the indices of its examples, in the order of their targets
 
     def inputs(self, device):
-        """Returns the model's inputs: tokens (1, T), lengths, targets (1, T), which stay on the CPU."""
-        return torch.tensor([self.tokens], device=device), self.lengths, torch.tensor([self.targets])
+        """Returns the model's inputs: tokens (1, T), lengths, and targets (1, T) as numpy, since FSDP would move a tensor
+        to the GPU, and counting them there waits for it."""
+        return torch.tensor([self.tokens], device=device), self.lengths, np.array([self.targets])
 
 
 # A process with nothing left to do gets an empty row: one token, and no target.
@@ -517,7 +518,7 @@ def shape_of(model):
 
 
 def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True, critic=False, reference=False,
-                sampled_tokens=0):
+                sampled_tokens=0, max_logits=GPU_LOGITS):
     """Returns {part: bytes} of one GPU at the peak of a training step, for --plan, without CUDA's, NCCL's and the
     allocator's own. row_tokens: of a packed row, all learned. sampled_tokens: of the KV cache of a sampling copy of the
     model, 0 for none. critic, reference: whether there are a second model that is trained and a frozen one."""
@@ -531,7 +532,7 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
     block_token = size * (8 * C + 2 * kv + 4 * F)           # what autograd keeps of a token in a block
     kept = L * row_tokens * (size * C if recompute else block_token)
     backward = row_tokens * (2 * size * (C + F) + (block_token if recompute else 0))
-    logits = 12 * min(row_tokens * config.vocab_size, 2**27) + 4 * table       # a piece, and the head's new gradient
+    logits = 12 * min(row_tokens * config.vocab_size, max_logits) + 4 * table       # a piece, and the head's new gradient
     if gpus > 1:
         gathered = size * (table + head + 2 * block)
         backward += (size + 4) * block                      # its gradient before it is shared out
@@ -553,9 +554,9 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
 def format_plan(parts, num_trained, cpu_parts):
     """Returns the lines of --plan that say what training takes: GPUs, disk (save_state's two checkpoints and a third
     that is being written, each of a weight and two moments), and CPUs alone. parts, cpu_parts: see plan_memory; on
-    CPUs, in float32, one samples from the model that is trained."""
+    CPUs, in float32, the copy for sampling is that of cpu_linear.pack."""
     lines = [f"  {name:<14} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
-    ram = sum(size for name, size in cpu_parts.items() if name != "sampling copy") + PROCESS_BYTES
+    ram = sum(cpu_parts.values()) + PROCESS_BYTES
     fits = "fits" if ram < 24e9 else "does not fit"
     return ["GiB per GPU", *lines, "", f"{3 * 12 * num_trained / 2**30:,.0f} GiB of disk in --out, for checkpoints",
             f"On CPUs alone: {ram / 2**30:.1f} GiB of RAM, which {fits} in 24 GB"]

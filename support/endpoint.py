@@ -188,7 +188,10 @@ class Endpoint:
         completion = self._read(said)
         # 2. A thought alone may have ended at a stop string in it: then the whole thought shows one.
         if completion.no_reply == ONLY_THOUGHT and "stop" in sent:
+            first = completion
             completion = self._ask({name: value for name, value in body.items() if name != "stop"})
+            for count in ("num_tokens", "prompt_tokens", "cached_tokens"):
+                setattr(completion, count, getattr(first, count) + getattr(completion, count))
             if find_stop(completion.thought, sent["stop"], len(completion.thought)) is None:
                 return completion
             changed["stop"] = None
@@ -254,7 +257,7 @@ class Endpoint:
                     raw += part
                     if len(raw) > self.max_bytes or time.monotonic() > deadline:
                         raise TimeoutError(f"not complete in time, or more than {self.max_bytes} bytes")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:       # ValueError: no host has such a name
             is_slow = isinstance(getattr(error, "reason", error), TimeoutError)
             raise EndpointError(f"{self.url} gave no answer ({self._excerpt(str(error))}; the limit is "
                                 f"{self.timeout_s:g} s); is the server running there, and is it overloaded?",

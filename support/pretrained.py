@@ -80,6 +80,8 @@ def split_shards(tensors, dtype, max_shard_bytes):
 
 def find_folder(path, files=("*.json", "*.safetensors", "merges.txt")):
     """Returns the local folder of a checkpoint; `files` of a hub id ("owner/name") are downloaded once into a cache."""
+    if str(path).lower().startswith(("http://", "https://")):       # not shown: it may hold a password
+        raise ValueError("a server's model has no weights here; give a folder or a hub id")
     if Path(path).is_dir():
         return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):

@@ -28,10 +28,12 @@ TRAJECTORY = {
 WORK = {
     "scripts": COUNT, "seconds": NUMBER, "nodes": COUNT, "buggy": COUNT, "unreviewed": COUNT,
     "unprinted": COUNT}
+FIGURE = "a number or null, and an interval", lambda value: (
+    isinstance(value, list) and len(value) == 2 and (value[0] is None or NUMBER[1](value[0])))
 TASK = {
     "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
     "m_best": NUMBER, "printed": maybe(NUMBER), "seconds": NUMBER, "published": {str: PAIR},
-    "trajectories?": [TRAJECTORY], "work?": WORK}
+    "trajectories?": [TRAJECTORY], "work?": WORK, "figures?": {str: {"gap": FIGURE}}}
 RESULTS = {
     "complete": FLAG, "final": one_of(*FINAL), "versions": {str: TEXT}, "tasks": {str: TASK},
     "disclosure?": FORM, "settings": {

@@ -25,6 +25,7 @@ from pathlib import Path
 from support import supervisor
 from support.supervisor import patiently
 
+OWNER = "owner"     # the file in a program's folder that it holds a lock on, see cli.run_main
 NO_SPACE = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 SUPERVISOR = supervisor.__file__
 LAYERS = ("namespaces", "landlock")     # each is enough to hide the answers
@@ -194,22 +195,27 @@ def describe(python):
     """(executable, all it needs to read, versions of itself and of its packages) of an interpreter. ValueError: it
     cannot be run."""
     try:
-        done = subprocess.run([shutil.which(python) or python, "-c", ABOUT_PYTHON], env={"PYTHONNOUSERSITE": "1"},
-                              cwd="/", capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run([shutil.which(python) or python, "-c", ABOUT_PYTHON],
+                              env={"PYTHONNOUSERSITE": "1", **_inherited()}, cwd="/", capture_output=True, text=True, check=True, timeout=60)
         program, folders, versions = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise ValueError(f"python must be an interpreter that can be run; {python!r} cannot: {error}") from None
+        said = getattr(error, "stderr", None) or str(error)
+        raise ValueError(f"python must be an interpreter that can be run; {python!r} cannot: {said[-300:]}") from None
     folders = [folder for folder in folders if folder not in ("/usr", "/usr/local")]    # LIBRARIES has what it needs
     folders += [os.path.realpath(folder) for folder in folders] + [os.path.dirname(os.path.realpath(program))]
     libraries = filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
     return program, (*folders, *libraries, *LIBRARIES), versions
 
 
+def _inherited():
+    """The environment variable without which some interpreters and CUDA set-ups do not start."""
+    return {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+
+
 def _environment(program, threads, serial, gpu=None, private="/nonexistent"):
     """The environment variables of a script. serial: joblib is to use one process."""
-    inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # some CUDA set-ups
     counts = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
-    return dict(**inherited, PATH=f"{os.path.dirname(program)}:/usr/local/bin:/usr/bin:/bin", HOME=private,
+    return dict(**_inherited(), PATH=f"{os.path.dirname(program)}:/usr/local/bin:/usr/bin:/bin", HOME=private,
                 TMPDIR=private, USER="agent", LANG="C.UTF-8", MPLBACKEND="Agg", CUDA_VISIBLE_DEVICES=gpu or "",
                 PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1", PYTHONNOUSERSITE="1", PYTHONHASHSEED="0",
                 PYTHONUTF8="1", JOBLIB_MULTIPROCESSING="0" if serial else "1", **dict.fromkeys(counts, str(threads)))
@@ -317,7 +323,7 @@ class Slots:
 
 
 # of this process, for all Envs together; under torchrun the machine's processes share its cores
-SLOTS = Slots(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+SLOTS = Slots(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
               int(os.environ.get("LOCAL_RANK", 0)))
 
 
@@ -384,7 +390,7 @@ def _run(job, server=None):
                     socket.send_fds(server.requests, [b"run"], [theirs.fileno()])
             else:
                 process = patiently(subprocess.Popen, [sys.executable, "-I", "-S", SUPERVISOR], stdin=theirs,
-                                    stdout=subprocess.DEVNULL, cwd="/", env={}, start_new_session=True)
+                                    stdout=subprocess.DEVNULL, cwd="/", env=_inherited(), start_new_session=True)
         connection.settimeout(job["timeout_s"] + GRACE_S)
         with contextlib.suppress(OSError, ValueError):
             connection.sendall(json.dumps(job).encode() + b"\n")
@@ -458,7 +464,8 @@ def remove(folder):
             with os.scandir(path) as entries:
                 for entry in entries:
                     if not entry.is_dir(follow_symlinks=False):
-                        os.unlink(entry.path)
+                        if path != top or entry.name != OWNER:      # goes last: by it the next program finds the rest
+                            os.unlink(entry.path)
                     elif not entry.name.startswith(token):
                         if not os.access(entry.path, os.W_OK):      # never of a mount of another's
                             os.chmod(entry.path, 0o700)
@@ -467,6 +474,8 @@ def remove(folder):
                         os.rename(entry.path, pending[-1])
             if path != top:
                 os.rmdir(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(top, OWNER))
         os.rmdir(top)
     except OSError as error:
         if os.path.lexists(top) or os.path.lexists(folder):

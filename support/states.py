@@ -39,6 +39,8 @@ from support.storage import UNDO, Blobs, ResultCache
 STATES_SEED = 4         # of the miniatures; training has LEARNED_SEEDS, and whole trajectories are played on 0
 RECORDED = 2            # trajectories of a task that its states are drawn from
 STATES_HASH = "states of sha256"
+MEASURED_UNDER = (STATES_HASH, "samples", "temperature", "seed")    # settings that agents which are compared share ...
+PLAYED_UNDER = ("steps", "temperature", "seed", "scaffold")         # ... of actions in states, and of trajectories
 ROWS = 16               # actions that are sampled at the same time
 SPLITS = "held-out", "held-in"
 NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
@@ -278,43 +280,56 @@ def read_measured(folder):
 
 
 def measures_of(folder):
-    """Returns ({measure: {task: figure}}, {split: hash of its states}) of an agent's folder, which holds held-out,
-    held-in (measure_states), held-out-trajectories and held-in-trajectories (eval.py), as far as they are there. The
-    first measure is the primary one."""
+    """Returns ({measure: {task: figure}}, {folder: what it was measured under}) of an agent's folder, which holds
+    held-out, held-in (measure_states), held-out-trajectories and held-in-trajectories (eval.py), as far as they are
+    there. The first measure is the primary one. ValueError: one of them is not complete, or none is there."""
     measures = {}
-    hashes = {}
+    under = {}
     for split in SPLITS:
         entries = {}
         if Path(folder, split).is_dir():
             results = read_measured(Path(folder, split))
             entries = results["tasks"]
-            hashes[split] = results["settings"].get(STATES_HASH)
+            under[split] = [results["settings"].get(name) for name in MEASURED_UNDER]
         measures[f"{split}, reward of a step"] = {id: entry["reward"] for id, entry in entries.items()}
-        played = read_results(Path(folder, f"{split}-trajectories")) or {"tasks": {}}
         gaps = measures.setdefault(f"{split}, gap closed", {})
+        played = read_results(Path(folder, f"{split}-trajectories"))
+        if not played:
+            continue
+        if not played["complete"]:
+            raise ValueError(f"{folder}/{split}-trajectories is not complete; run its eval.py again")
+        under[f"{split}-trajectories"] = {
+            name: value for name, value in played["settings"].items()
+            if name in PLAYED_UNDER or name.startswith("data of ")}
         for id, entry in played["tasks"].items():
             gap = entry.get("figures", {}).get("best-validation", {}).get("gap", [None])[0]
             if gap is not None:
                 gaps[id] = gap / 100
-    return measures, hashes
+    if not any(measures.values()):
+        raise ValueError(f"{folder} holds nothing measured; expected folders such as held-out in it")
+    return measures, under
 
 
 def compare_agents(folder, names):
     """Returns the table of agents, folders in `folder`, and the last of them less the one before it: the mean
     difference over the tasks that both have, and the p of sign_flip_p. All but the first measure are corrected
-    (Bonferroni). ValueError: their states are not the same."""
+    (Bonferroni). An agent without one of these tasks has no mean. ValueError: their states or settings differ."""
     agents = {}
-    first = {}      # split -> the hash of its states
+    first = {}      # folder -> what it was measured under
     for name in names:
-        agents[name], hashes = measures_of(Path(folder, name))
-        for split, value in hashes.items():
-            if first.setdefault(split, value) != value:
-                raise ValueError(f"{Path(folder, name, split)} was measured in other states than those before it")
+        agents[name], under = measures_of(Path(folder, name))
+        for part, value in under.items():
+            if first.setdefault(part, value) != value:
+                raise ValueError(f"{Path(folder, name, part)} was measured in other states, or under other settings, "
+                                 "than those before it")
     rows = [("measure", "tasks", *names, f"{names[-1]} less {names[-2]}", "p", "corrected")]
     for number, measure in enumerate(agents[names[-1]]):
         figures = [agents[name][measure] for name in names]
         shared = sorted(figures[-1].keys() & figures[-2].keys())
-        means = [f"{fmean(values.values()):.3f}" if values else "-" for values in figures]
+        means = []
+        for values in figures:
+            has_all = shared and values.keys() >= set(shared)
+            means.append(f"{fmean(values[id] for id in shared):.3f}" if has_all else "-")
         row = [measure, str(len(shared)), *means, "-", "-", "-"]
         if shared:
             differences = [figures[-1][id] - figures[-2][id] for id in shared]
@@ -331,14 +346,14 @@ LEAST_SPREAD = 0.05     # ... standard deviation of the rewards in a state, that
 
 
 def gate(folder):
-    """Returns in words that RL has something to learn from, by states.json in a folder. RunError: it has not."""
+    """Returns in words that RL has something to learn from, by states.json in a folder. ValueError: it has not."""
     entries = read_measured(folder)["tasks"].values()
     valid = fmean(entry["valid"] for entry in entries)
     spread = fmean(entry["spread"] for entry in entries)
     text = (f"{valid:.0%} of the actions are valid ({LEAST_VALID:.0%} are needed); the rewards in a state spread by "
             f"{spread:.3f} ({LEAST_SPREAD} is needed)")
     if valid < LEAST_VALID or spread < LEAST_SPREAD:
-        raise RunError(f"RL has nothing to learn from: {text}")
+        raise ValueError(f"RL has nothing to learn from: {text}")
     return text
 
 

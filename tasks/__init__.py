@@ -277,9 +277,11 @@ def _build(task, part, raw, facts, log, python):
         log(f"{task.id}: preparing {raw} (variant {facts['variant']})")
         try:
             task.prepare(Path(raw), public, private, facts["variant"])
-        except (ImportError, RuntimeError):
+        except (ImportError, RuntimeError, MemoryError):
             raise
         except Exception as error:      # whatever other files than the publisher's lead to
+            if isinstance(error, OSError) and error.errno in sandbox.NO_SPACE:
+                raise
             raise MissingRaw(f"The files are not the publisher's: {error} ({type(error).__name__}). Get "
                              f"{task.download} ({task.size}) and put it there as it comes.") from error
     for path in public.rglob("*"):
@@ -295,8 +297,7 @@ def _build(task, part, raw, facts, log, python):
     m_best = task.m_best_miniature if raw is None else task.m_best
     sha256 = {}
     for path in (*sorted(public.iterdir()), *sorted(private.iterdir())):
-        if path.is_file():
-            sha256[str(path.relative_to(part))] = hash_files(path)
+        sha256[str(path.relative_to(part))] = hash_path(path)
     facts = {**facts, "m_init": score, "m_best": m_best, "starter_seconds": round(seconds, 2), "sha256": sha256}
     (part / "task.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -355,6 +356,14 @@ def hash_files(*paths):
             while block := stream.read(1 << 20):
                 sha.update(block)
     return sha.hexdigest()
+
+
+def hash_path(path):
+    """The hash of a file, or of the names and contents of all files in a folder."""
+    if path.is_file():
+        return hash_files(path)
+    names = [f"{file.relative_to(path)} {hash_files(file)}\n" for file in sorted(path.rglob("*")) if file.is_file()]
+    return hashlib.sha256("".join(names).encode()).hexdigest()
 
 
 def hash_code(task):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 import tasks
+from support.cli import run_main
 from tasks.check import check, check_ideas
 
 
@@ -48,7 +49,7 @@ def main(argv=None):
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, MemoryError) as error:
         print(error, file=sys.stderr)
     return 1
 
@@ -75,6 +76,8 @@ def run_list(args, ids):
 
 def run_prepare(args, ids):
     """Turns the publisher's files into public data, private answers and task.json; without --raw, a miniature."""
+    if args.raw and not Path(args.raw).is_dir():
+        raise ValueError(f"There is no folder {args.raw}; --raw is the folder of the publisher's files.")
     for id in ids:
         home = tasks.prepare(id, args.raw, args.data, args.variant, args.force, python=args.python)
         print(f"{id}: {prepared(id, args.data)} in {home}")
@@ -115,7 +118,10 @@ def prepared(id, data):
     """Which data of a task are prepared, in words."""
     if not (Path(data) / id / "task.json").exists():
         return "not prepared"
-    facts = tasks.info(id, data)
+    try:
+        facts = tasks.info(id, data)
+    except ValueError:
+        return "damaged: delete its folder and prepare it again"
     return "miniature" if facts["miniature"] else f"real, {facts['variant']}"
 
 
@@ -125,4 +131,4 @@ def print_table(rows):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -4,6 +4,7 @@ Each of PROOFS is a function of a Case that returns a sentence for each fault it
 """
 import math
 import re
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def check(id, data, python):
 def changed_files(case):
     """The files are those that were prepared, by the task.py and the starter that are there now."""
     for name, sha in case.facts["sha256"].items():
-        if not (case.home / name).exists() or tasks.hash_files(case.home / name) != sha:
+        if not (case.home / name).exists() or tasks.hash_path(case.home / name) != sha:
             yield f"{name} is not what was prepared."
     if case.facts["code"] != tasks.hash_code(case.task):
         yield f"It was prepared by an older task.py or {case.task.entry}; prepare it again."
@@ -149,6 +150,10 @@ def shared_rows(case):
     """No row is both in train and in test, unless it is so in the publisher's own data."""
     if case.task.known_twins and not case.facts["miniature"]:
         return
+    for name in ("train.csv", "test.csv"):
+        path = case.home / "public" / name
+        if path.exists() and path.stat().st_size > MAX_BYTES:
+            print(f"{case.task.id}: {name} is too large to be searched for rows of the other", file=sys.stderr)
     test = case.frame("test.csv")
     train = case.frame("train.csv")
     common = [name for name in test if name in train]

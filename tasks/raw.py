@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from support.sandbox import NO_SPACE
 from tasks.submission import listed
 
 FEW_ROWS = 900      # every publisher's table of these tasks has more
@@ -71,9 +72,11 @@ def readable(path):
     """Names the file in whatever error a damaged one leads to."""
     try:
         yield
-    except MissingRaw:
+    except (MissingRaw, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:      # for what is written meanwhile
+            raise
         raise MissingRaw(f"{path} cannot be read, it may be damaged: {error}.") from None
 
 

@@ -101,7 +101,8 @@ def matched(submission, answers, key, columns, extra=True):
     by_wanted = sorted(range(num_rows), key=wanted.__getitem__)
     for i, j in zip(by_id, by_wanted):
         if ids[i] != wanted[j]:
-            raise InvalidSubmission(f"The {key} {show(min(ids[i], wanted[j]))} occurs too often.")
+            fault = "occurs too often" if ids[i] < wanted[j] else "is missing"
+            raise InvalidSubmission(f"The {key} {show(min(ids[i], wanted[j]))} {fault}.")
         rows[j] = i
     return {name: [submission[name][i] for i in rows] for name in columns}
 
@@ -115,7 +116,8 @@ def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_on
     """The columns of a table as float64 (rows, columns). A column may be all of True and False, as pandas has it.
 
     InvalidSubmission for text, NaN and infinity, values outside [low, high], values that are not whole where they
-    must be, and rows that do not sum to one where they must (within SUM_TOLERANCE).
+    must be, and rows that do not sum to one where they must (within SUM_TOLERANCE). Rows are counted as the answers
+    stand.
     """
     values = np.empty((len(table[columns[0]]), len(columns)))
     for j, name in enumerate(columns):

@@ -399,6 +399,7 @@ def fine_tuning(s):
     model = distributed.build_model(config, folder, device, compute=compute)
     row = packed_row(s, config)
     tokens, lengths, targets = row.inputs(device)
+    targets = torch.as_tensor(targets)
     num = int((targets != IGNORE).sum())
 
     def ours():

@@ -10,11 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import eval as evaluation
+import rl
+import sample
 import sft
 import tasks
 from common import add_task, quiet
 from sample import Endpoint, EndpointError
 from support import cli, endpoint
+from support.pretrained import find_folder
 
 ASK = [{"role": "user", "content": "hello"}]
 
@@ -486,12 +489,22 @@ def test_which_key_a_server_gets(monkeypatch):
                                   "http://a:secret-key/v1#m", "http://[secret-key/v1#m"])
 @pytest.mark.parametrize("cls, flag, fill", [
     (evaluation.Settings, "--model", evaluation.fill), (evaluation.Settings, "--coder", evaluation.fill),
-    (sft.Settings, "--expert", sft.fill)])
+    (sft.Settings, "--expert", sft.fill), (sample.Settings, "--model", None)])
 def test_a_key_in_an_address_is_refused_before_it_is_written_anywhere(spec, cls, flag, fill, capsys):
+    prompt = ["--prompt=hi"] if cls is sample.Settings else []
     with pytest.raises(SystemExit) as end:
-        cli.parse(cls, [f"{flag}={spec}"], fill)
+        cli.parse(cls, [f"{flag}={spec}", *prompt], fill)
     said = capsys.readouterr().err
     assert end.value.code == 2 and "http://host:port/v1#model-name" in said and "secret-key" not in said
+
+
+@pytest.mark.parametrize("fill", [sft.fill, rl.fill])
+def test_what_is_trained_is_no_server(fill, capsys):
+    cls = sft.Settings if fill is sft.fill else rl.Settings
+    with pytest.raises((SystemExit, ValueError)) as end:
+        find_folder(cli.parse(cls, ["--model=http://user:secret-key@host/v1#m"], fill).model)
+    assert "secret-key" not in str(end.value) and "a server's model has no weights" in (
+        str(end.value) + capsys.readouterr().err)
 
 
 def test_a_starter_runs_without_the_key(tmp_path, monkeypatch):

@@ -406,13 +406,16 @@ def test_the_numbered_constants_of_a_script():
     (3, "*2", "NUM_TREES = 200   # trees"), ("3", "/3", "NUM_TREES = 33   # trees"), (3, "/1000", "NUM_TREES = 1   # trees"),
     (3, 64, "NUM_TREES = 64   # trees"), (3, " * 1.5 ", "NUM_TREES = 150   # trees"), (5, "*2", "RATE = 0.002"),
     (5, "/3", "RATE = 0.000333"), (5, "*1e5", "RATE = 100.0"), (5, "/1000", "RATE = 1e-06"), (5, 5e-4, "RATE = 0.0005"),
-    (1, "0.5", "DROPOUT = 0.5"), (4, "*2", "OFFSET = 1"), (4, "-7", "OFFSET = -7"), (2, "*2", "LEAF = 2#rows")])
+    (1, "0.5", "DROPOUT = 0.5"), (4, "*2", "OFFSET = 1"), (4, "-7", "OFFSET = -7"), (5, "-7", "RATE = -7"),
+    (2, "*2", "LEAF = 2#rows")])
 def test_a_constant_is_set(make, number, value, line):
     env = make()
     put(env, train=SCRIPT)
     step = do(env, "Set Constant", constant=number, value=value)
     changed = [after for before, after in zip(SCRIPT.splitlines(), text_of(env, "train.py").splitlines()) if after != before]
     assert step.valid and changed == [line] and f"\n+{line}" in step.observation
+    new_value = re.match(r"\w+ = ([^ #]+)", line)[1]       # a negative one is no longer among the constants
+    assert re.match(rf"{line.split()[0]} = \S+ -> {re.escape(new_value)}:", env.seen["tries"][-1])
     assert undo(env).valid and text_of(env, "train.py") == SCRIPT
 
 

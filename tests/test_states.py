@@ -352,26 +352,45 @@ def test_the_table_of_agents_by_hand(tmp_path):
     write_measured(tmp_path / "rl" / "held-out", {"a": (0.5, 1, 0), "b": (0.7, 1, 0), "c": (0.9, 1, 0), "d": (0.1, 1, 0)})
     write_measured(tmp_path / "sft" / "held-in", {"e": (0.4, 1, 0)})
     write_measured(tmp_path / "rl" / "held-in", {"e": (0.5, 1, 0)})
+    write_measured(tmp_path / "base" / "held-out", {"a": (0.1, 1, 0), "b": (0.1, 1, 0)})
     lines = [line.split() for line in states.compare_agents(tmp_path, ["base", "sft", "rl"]).splitlines()]
-    # held-out: +0.1, +0.2, +0.3 over three tasks, p 2/8; the mean of rl is over its four tasks
-    assert lines[1][-7:] == ["3", "-", "0.500", "0.550", "+0.200", "0.2500", "-"]
+    # held-out: +0.1, +0.2, +0.3 over the three tasks that sft and rl share, p 2/8; base lacks one of them
+    assert lines[1][-7:] == ["3", "-", "0.500", "0.700", "+0.200", "0.2500", "-"]
     assert lines[3][-7:] == ["1", "-", "0.400", "0.500", "+0.100", "1.0000", "1.0000"]
 
 
-@pytest.mark.parametrize("valid, spread, status", [(0.9, 0.2, 0), (0.4, 0.2, 1), (0.9, 0.0, 1)])
+@pytest.mark.parametrize("valid, spread, status", [(0.9, 0.2, 0), (0.4, 0.2, 2), (0.9, 0.0, 2)])
 def test_the_gate(tmp_path, valid, spread, status, capsys):
     write_measured(tmp_path / "held-in", {"a": (0.5, valid, spread), "b": (0.5, valid, spread)})
     assert states.main(["gate", str(tmp_path / "held-in")]) == status
     assert f"{valid:.0%} of the actions are valid" in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("rl", [{"complete": False}, {"states of sha256": "b"}])
+@pytest.mark.parametrize("rl", [{"complete": False}, {"states of sha256": "b"}, {"samples": 4}])
 def test_agents_that_are_not_comparable_are_refused(rl, tmp_path):
-    """A measure that was broken off, or one in other states."""
+    """A measure that was broken off, one in other states, or one of fewer actions in each."""
     rewards = {"a": (0.4, 1, 0.1)}
-    write_measured(tmp_path / "sft" / "held-out", rewards, **{"states of sha256": "a"})
-    write_measured(tmp_path / "rl" / "held-out", rewards, **{"states of sha256": "a", **rl})
+    write_measured(tmp_path / "sft" / "held-out", rewards, **{"states of sha256": "a", "samples": 8})
+    write_measured(tmp_path / "rl" / "held-out", rewards, **{"states of sha256": "a", "samples": 8, **rl})
     with pytest.raises(ValueError, match="rl/held-out.*(is not complete|other states)"):
+        states.compare_agents(tmp_path, ["sft", "rl"])
+    with pytest.raises(ValueError, match="rll holds nothing measured"):
+        states.compare_agents(tmp_path, ["sft", "rll"])
+
+
+@pytest.mark.parametrize("rl", [{"complete": False}, {"settings": {"model": "m", "steps": 15}}])
+def test_trajectories_that_are_not_comparable_are_refused(rl, tmp_path):
+    """Those of an evaluation that was broken off, or of more steps."""
+    task = {"metric": "accuracy", "direction": "up", "split": "held-out", "miniature": True, "starter": 0.5, "m_best": 1.0,
+            "printed": 0.5, "seconds": 1.0, "published": {}, "figures": {"best-validation": {"gap": [20.0, [10.0, 30.0]]}}}
+    results = {"settings": {"model": "m", "steps": 9}, "complete": True, "final": "best-validation", "versions": {},
+               "tasks": {"a": task}}
+    for name, entries in (("sft", results), ("other", results), ("rl", {**results, **rl})):
+        folder = tmp_path / name / "held-out-trajectories"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(entries))
+    assert "0.200  0.200" in states.compare_agents(tmp_path, ["sft", "other"])
+    with pytest.raises(ValueError, match="rl/held-out-trajectories.*(is not complete|other settings)"):
         states.compare_agents(tmp_path, ["sft", "rl"])
 
 
