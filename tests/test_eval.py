@@ -830,14 +830,10 @@ def command(tmp_path, *more, port=None):
             "--out", str(tmp_path / "out"), "--trajectories", "1", "--steps", "5", *model, *more]
 
 
-def run_command(*args, **more):
-    return subprocess.run(command(*args, **more), capture_output=True, text=True, timeout=600)
-
-
-def test_without_a_model_the_command_scores_the_starter_and_says_how_to_get_one(tmp_path, task):
-    run = run_command(tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert MINIATURE in run.stdout and "7.0000" in run.stdout and "--model" in run.stdout
+def test_without_a_model_the_command_scores_the_starter_and_says_how_to_get_one(tmp_path, task, capsys):
+    assert evaluation.main(command(tmp_path)[2:]) == 0
+    said = capsys.readouterr().out
+    assert MINIATURE in said and "7.0000" in said and "--model" in said
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -854,11 +850,11 @@ def test_bad_arguments_end_with_status_2_and_a_reason(flags, words, tmp_path, ta
 
 
 def test_the_process_ends_with_that_status(tmp_path, task):
-    run = run_command(tmp_path, "--steps", "0")
+    run = subprocess.run(command(tmp_path, "--steps", "0"), capture_output=True, text=True, timeout=600)
     assert run.returncode == 2 and "Traceback" not in run.stderr
 
 
-def test_ctrl_c_while_waiting_for_a_reply_leaves_what_can_be_continued(tmp_path, task, server):
+def test_ctrl_c_while_waiting_for_a_reply_leaves_what_can_be_continued(tmp_path, task, server, capsys):
     server.hold_at = 2
     with subprocess.Popen(command(tmp_path, port=server.server_port), stderr=subprocess.PIPE, text=True) as run:
         assert server.held.wait(600)
@@ -869,10 +865,10 @@ def test_ctrl_c_while_waiting_for_a_reply_leaves_what_can_be_continued(tmp_path,
     assert [line["type"] for line in lines] == ["header", "step", "step"]
     server.hold_at = None
     server.turns.clear()
-    again = run_command(tmp_path, port=server.server_port)
-    assert again.returncode == 0 and server.turns == [2, 3]
-    assert "1/1 trajectories" in again.stderr
-    assert "1.0000" in again.stdout and "Traceback" not in again.stderr
+    assert evaluation.main(command(tmp_path, port=server.server_port)[2:]) == 0
+    assert server.turns == [2, 3]
+    again = capsys.readouterr()
+    assert "1/1 trajectories" in again.err and "1.0000" in again.out
 
 
 def scripts_below(pid):

@@ -77,14 +77,11 @@ def think_on(handler):
 
 @pytest.mark.parametrize("odd, more, words", [
     (message("length", content=None), {}, "before its tokens were used up"),
-    (message(content=None, refusal="I may not."), {}, "refused"),
-    (message("tool_calls", content=None, tool_calls=[{"function": {"name": "ls", "arguments": "{}"}}]), {}, "a tool"),
     (message("length", content="<think>\nSay\n" + SCRIPT[1]), {}, "before its tokens were used up"),
     (think_on, {"reply_seconds": 0.5}, "the limit is 0.5 s"),
-    (cut_short, {}, "not with a chat completion"), (hang_up, {}, "gave no answer"),
-    (refuse, {}, "the prompt was flagged"), ("no json", {}, "not with a chat completion"),
+    (cut_short, {}, "not with a chat completion"), (refuse, {}, "the prompt was flagged"),
     (good("x" * (17 << 20)), {}, "more than 16777216 bytes")],
-    ids=["null", "refusal", "tool call", "long thought", "no end", "cut short", "hung up", "400", "no json", "17 MB"])
+    ids=["null", "long thought", "no end", "cut short", "400", "17 MB"])
 def test_three_replies_in_a_row_that_are_none_end_one_trajectory_and_no_other(odd, more, words, play):
     (first, second), disclosed, cfg = play(server_of(odd), **more)
     assert [first[name] for name in ("ended", "steps", "valid", "best-validation")] == ["no reply", 4, 1, 2]
@@ -107,7 +104,7 @@ def test_a_run_killed_before_such_an_end_is_written_ends_without_another_questio
     assert file_of(cfg, 0).read_text() == before and len(server.seen) == num_asked and again == disclosed
 
 
-@pytest.mark.parametrize("odd, times", [(message(content=None), 1), (message(content=None), 2), (hang_up, 3)])
+@pytest.mark.parametrize("odd, times", [(message(content=None), 2), (hang_up, 3)])
 def test_after_fewer_it_goes_on(odd, times, play):
     (first, second), disclosed, _ = play(server_of(odd, times))
     num_lost = 1 if odd is hang_up else times       # of a lost connection each is tried three times
@@ -142,8 +139,7 @@ def test_all_parameters_are_refused(play, serve):  # noqa: F811
     assert disclosed["refused"] == {f"{name}: left out": 8 for name in endpoint.PARAMETERS}
 
 
-@pytest.mark.parametrize("status, said", [(404, "The model `some/model` does not exist"), (400, "invalid model name"),
-                                          (401, "no such key"), (429, "storm"), (502, "bad gateway")])
+@pytest.mark.parametrize("status, said", [(404, "The model `some/model` does not exist"), (429, "storm")])
 def test_a_server_that_answers_nothing_stops_the_run_which_goes_on_later(status, said, play, serve):  # noqa: F811
     answer = server_of("", 0)
     is_broken = threading.Event()
@@ -174,15 +170,15 @@ def test_a_thought_is_kept_beside_the_reply_and_not_shown_again(play):
     assert "secret plan" in (file_of(cfg, 0).parent.parent / "report.html").read_text()
 
 
-@pytest.mark.parametrize("clock, ended", [("all", "time"), ("scripts", "final answer")])
-def test_waiting_for_the_model_counts_or_not(clock, ended, play):
+@pytest.mark.parametrize("clock, seconds, ended", [("all", 2, "time"), ("scripts", 3.5, "final answer")])
+def test_waiting_for_the_model_counts_or_not(clock, seconds, ended, play):
     def slow(handler):
-        time.sleep(1.5)
+        time.sleep(1)
         return server_of("", 0)(handler)
-    played, _, cfg = play(slow, clock=clock, seconds=5)
+    played, _, cfg = play(slow, clock=clock, seconds=seconds)
     assert [trajectory["ended"] for trajectory in played] == [ended] * 2
     if clock == "scripts":
-        assert read_record(file_of(cfg, 0))[-1]["seconds_left"] > 2
+        assert read_record(file_of(cfg, 0))[-1]["seconds_left"] > 0.5
 
 
 def test_what_is_disclosed_by_hand(play):
