@@ -19,8 +19,10 @@ import pytest
 
 import eval as evaluation
 import reward
-from common import act
-from test_eval import MINIATURE, ROOT, SCRIPTS, Scripted, edit, file_of, play, settings, task  # noqa: F401  (a fixture)
+import tasks
+from common import act, add_task
+from test_eval import (
+    MINIATURE, ROOT, SCRIPTS, STARTER, Scripted, edit, file_of, play, settings, task)  # noqa: F401  (a fixture)
 from support import endpoint, files, report
 
 NODE = shutil.which("node")
@@ -99,9 +101,16 @@ def run(tmp_path, task):
     return cfg
 
 
-@pytest.fixture
-def path(run):
-    return Path(run.out, "report.html")
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """The page of such a run, which no test changes."""
+    folder = tmp_path_factory.mktemp("page")
+    add_task(folder / "tasks", "tiny-task", 10, "held-out", STARTER)
+    cfg = settings(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "FOLDERS", [folder / "tasks"])
+        play(cfg, Scripted())
+    return Path(cfg.out, "report.html")
 
 
 def change(path, how):
@@ -210,13 +219,13 @@ def test_published_figures_stand_beside_real_data_only(tmp_path, task):
 
 
 @needs_node
-def test_what_is_not_to_be_trusted_is_loud(run, path):
+def test_what_is_not_to_be_trusted_is_loud(run):
     def bad(line):
         if line.get("index") == 1:
             line.update(sandbox="off")
     change(file_of(run, 2), bad)
     play(run, None)
-    chips = drawn(path, "#tiny-task-2-0").texts("span", class_="chip bad")
+    chips = drawn(Path(run.out, "report.html"), "#tiny-task-2-0").texts("span", class_="chip bad")
     assert "sandbox off" in chips
 
 
@@ -392,7 +401,8 @@ def test_numbers_are_written_as_in_the_text():
 
 # ---- the same bytes, and nothing that an agent writes gets out of its place
 
-def test_a_stored_evaluation_gives_the_same_bytes(run, path, tmp_path):
+def test_a_stored_evaluation_gives_the_same_bytes(run, tmp_path):
+    path = Path(run.out, "report.html")
     first = path.read_bytes()
     play(run, None)
     assert path.read_bytes() == first
@@ -421,7 +431,8 @@ def hostile(line):
         line["ideas"] = list(HOSTILE[:6])
 
 
-def test_hostile_text_stays_text(run, path):
+def test_hostile_text_stays_text(run):
+    path = Path(run.out, "report.html")
     for k in range(4):
         change(file_of(run, k), hostile)
     play(run, None)
@@ -587,7 +598,8 @@ def test_a_browser_shows_what_node_shows(path):
 
 
 @browser
-def test_a_browser_shows_hostile_text_as_text(run, path):
+def test_a_browser_shows_hostile_text_as_text(run):
+    path = Path(run.out, "report.html")
     change(file_of(run, 0), hostile)
     play(run, None)
     page, said = opened(path, "#tiny-task-0-0")
@@ -597,12 +609,11 @@ def test_a_browser_shows_hostile_text_as_text(run, path):
 
 
 @browser
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_is_no_wider_than_the_window(width, path, tmp_path):
+def test_the_page_is_no_wider_than_the_window(path, tmp_path):
     """A frame of that width says how wide its page is; a window of the browser itself cannot be so narrow."""
     shutil.copy(path, tmp_path)
     (tmp_path / "frame.html").write_text(
-        f'<iframe id=f src="report.html#tiny-task-0-1" style="border:0;width:{width}px;height:800px"></iframe>'
+        '<iframe id=f src="report.html#tiny-task-0-1" style="border:0;width:390px;height:800px"></iframe>'
         '<p id=p></p><script>f.onload = () => p.textContent = f.contentDocument.documentElement.scrollWidth</script>')
     page, _ = opened(tmp_path / "frame.html", "", "--allow-file-access-from-files")
-    assert 0 < int(page.all("p", id="p")[0].text) <= width
+    assert 0 < int(page.all("p", id="p")[0].text) <= 390
