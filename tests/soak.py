@@ -42,8 +42,8 @@ SCRIPTS = {
     "folders, deep, in TMPDIR":
         "os.chdir(os.environ['TMPDIR'])\nfor i in range(3000):\n    os.mkdir('d'); os.chdir('d')\n",
     "folders, long names": "for i in range(40):\n    os.mkdir('d' * 250); os.chdir('d' * 250)\n",
-    "folders, many": "for i in range(12_000): os.mkdir(f'd{i}')\n",
-    "files, many": "for i in range(15_000): open(f'f{i}', 'w').close()\n",
+    "folders, many": "for i in range(10_100): os.mkdir(f'd{i}')\n",
+    "files, many": "for i in range(3_000): open(f'f{i}', 'w').close()\n",
     "files, a few more than may be": "for i in range(1001): open(f'f{i}', 'w').close()\n",
     "files in many folders":
         "for i in range(500):\n    os.makedirs(f'a{i}/b/c'); open(f'a{i}/b/c/file', 'w').write('x' * i)\n",

@@ -973,8 +973,7 @@ def test_replay_reproduces(recorded, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("index, name, value", [
-    (2, "observation", "rows: 4"), (3, "score", 0.61), (3, "reward", 0.5), (5, "outcome", "error"),
-    (8, "kind", "limit"), (1, "snapshot", {"train.py": "f" * 64})])
+    (2, "observation", "rows: 4"), (3, "score", 0.61), (1, "snapshot", {"train.py": "f" * 64})])
 def test_replay_detects_a_planted_difference(recorded, tmp_path, capsys, index, name, value):
     lines = [json.loads(line) for line in recorded.read_text().splitlines()]
     assert lines[index][name] != value
@@ -1051,13 +1050,6 @@ os.remove("flag") if good else open("flag", "w").close()
         scores.append(step.score)
         assert run(env).reward == 0.5
     assert scores == [0.1, 0.5, 0.1, 0.5, 0.1, 0.5] and sum(rewards) == pytest.approx(3.0)
-
-
-def test_a_fall_and_small_steps_up_earn_nothing(make):
-    env = make()
-    steps = [edit(env, *pair) for pair in zip(("0.50", "0.10", "0.20", "0.30"), ("0.10", "0.20", "0.30", "0.50"))]
-    assert [step.score for step in steps] == [0.1, 0.2, 0.3, 0.5]
-    assert sum(step.reward for step in steps) == pytest.approx(2.0) and steps[1].reward < 0.51
 
 
 def test_a_restored_state_has_the_best_score_it_had(make):
@@ -1241,10 +1233,17 @@ def test_lines_that_are_no_record_are_named(tmp_path, content):
         env_module.read_trajectory(tmp_path / "x")
 
 
+SOME_LINES = []
+
+
 @pytest.fixture
-def some_lines(make):
-    env = make()
-    return json.loads(json.dumps([header(env), record(files(env, ".")), record(edit(env, "0.50", "0.60"))]))
+def some_lines(request):
+    """A header and two steps, made once; each test has a copy."""
+    if not SOME_LINES:
+        env = request.getfixturevalue("make")()
+        lines = [header(env), record(files(env, ".")), record(edit(env, "0.50", "0.60"))]
+        SOME_LINES.append(json.dumps(lines))
+    return json.loads(SOME_LINES[0])
 
 
 def test_a_line_break_of_unicode_in_a_text_ends_no_line(some_lines, tmp_path):
@@ -1255,8 +1254,8 @@ def test_a_line_break_of_unicode_in_a_text_ends_no_line(some_lines, tmp_path):
 
 # ---- replay
 
-@pytest.mark.parametrize("change", [dict(sandbox="off"), dict(sandbox="none"), dict(python="PROGRAM"), dict(gpu="0"),
-                                    dict(threads=64), dict(data="/nowhere")])
+@pytest.mark.parametrize("change", [
+    dict(sandbox="off", python="PROGRAM", gpu="0", threads=64, data="/nowhere"), dict(sandbox="none")])
 def test_a_file_does_not_choose_how_scripts_are_run(recorded, tmp_path, monkeypatch, capsys, change):
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\n")
@@ -1270,9 +1269,9 @@ def test_a_file_does_not_choose_how_scripts_are_run(recorded, tmp_path, monkeypa
     monkeypatch.setattr(env_module, "execute",
                         lambda *args, **options: seen.append(options) or execute(*args, **options))
     assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
-    (name, value), = change.items()
     said = capsys.readouterr().out
-    assert f"recorded with {name} {value!r}" in said and f"--{name}" in said
+    for name, value in change.items():
+        assert f"recorded with {name} {value!r}" in said and f"--{name}" in said
     assert seen and all((each["sandbox"], each["python"], each["gpu"], each["threads"]) == ("on", None, None, 1)
                         for each in seen)
     assert not (tmp_path / "was-run").exists()
