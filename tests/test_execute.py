@@ -250,8 +250,8 @@ def test_processor_time_of_all_processes_counts_together(tmp_path, sandbox):
     burn = "import os, time\nfor _ in range(2):\n    if os.fork() == 0:\n        while True: pass\n"
     result = run(tmp_path, burn + "time.sleep(600)", timeout_s=600, cpu_s=0.5)
     assert (result.outcome, result.limit) == ("timeout", "cpu") and "0.5 s of processor time" in result.detail
-    assert run(tmp_path, "import time\ntime.sleep(1)", cpu_s=0.8).outcome == "ok"      # to wait costs none
-    result = run(tmp_path, "import time\ntime.sleep(600)", timeout_s=0.5, cpu_s=600)
+    assert run(tmp_path, "import time\ntime.sleep(0.6)", cpu_s=0.5).outcome == "ok"      # to wait costs none
+    result = run(tmp_path, "import time\ntime.sleep(600)", timeout_s=0.3, cpu_s=600)
     assert (result.outcome, result.limit) == ("timeout", "wall")
 
 
@@ -482,8 +482,8 @@ def test_nothing_survives_its_parent(tmp_path, temporary, sent, warm):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(60)  # numpy")
-    call = ("import sys; sys.path += ['tests']; from support import sandbox; import test_execute\n"
-            f"{warm} and test_execute.warm_up(b'numpy')\n"
+    wait = "import test_execute; test_execute.warm_up(b'numpy')\n" if warm else ""
+    call = (f"import sys; sys.path += ['tests']; from support import sandbox\n{wait}"
             f"sandbox.execute({name!r}, {str(folder)!r}, timeout_s=60, memory_bytes=1 << 30, warm={warm})")
     caller = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stderr=subprocess.DEVNULL,
                               env={**os.environ, "TMPDIR": str(temporary)})

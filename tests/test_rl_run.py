@@ -544,11 +544,11 @@ def test_a_killed_run_of_two_processes_goes_on_bit_for_bit(made, run):
     torn = made / "torn of two"
     killed = "after('saved', 2, lambda *_: os.killpg(0, 9)) if rank == 1 else None"
     for out, code, expected in ((whole, "", 0), (torn, killed, -9), (torn, "", 0)):
-        done = run(out=out, code=code, world=2, iterations=5)
+        done = run(out=out, code=code, world=2, iterations=4)
         assert [status for status, _ in done] == [expected] * 2, done
     assert "going on after iteration 2" in done[0][1] and curve(torn) == curve(whole)
     assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert [path.name for path in sorted((torn / "checkpoints").iterdir())] == ["step-000004", "step-000005"]
+    assert [path.name for path in sorted((torn / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
 
 
 def test_two_processes_play_and_learn_as_one(made, run):
@@ -579,13 +579,15 @@ def test_nan_stops_the_run_and_names_the_place(made, run):
         assert len(curve(out)) == 3 and not list(out.glob("*.safetensors"))
     code, said = run(out=out, iterations=3)
     assert code == 0 and "going on after iteration 2" in said and len(curve(out)) == 3
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000003"]       # the last iteration is saved, too
 
 
 def test_equal_rewards_and_invalid_actions_are_logged_and_do_no_harm(made, run):
     """No token is an action when only the end of turn is sampled: all rewards are 0, nothing is divided by 0."""
     for flags in ((), ("--advantage", "rloo")):
         out = made / f"equal{len(flags)}"
-        code, said = run(*flags, out=out, iterations=2, kl=0, code="env.Env.step.__globals__['parse'] = "
+        code, said = run(*flags, out=out, iterations=1, kl=0, code="env.Env.step.__globals__['parse'] = "
                          "lambda *a: ({}, None, {}, 'It cannot be read.')")
         assert code == 0, said
         for figures in curve(out).values():
@@ -620,18 +622,18 @@ def test_a_run_goes_on_with_what_it_began_with(made, run, tmp_path):
     model = tmp_path / "model"
     folder = copied(made, tmp_path)
     shutil.copytree(made / "model", model)
-    given = {"out": out, "model": model, "trajectories": folder, "iterations": 2}
+    given = {"out": out, "model": model, "trajectories": folder, "iterations": 1, "save-every": 1}
     assert run(**given)[0] == 0
 
     def refused(words, *flags, **more):
-        code, said = run(*flags, **{**given, "iterations": 3, **more})
+        code, said = run(*flags, **{**given, "iterations": 2, **more})
         assert code == 2 and re.search(rf"is of a run with {words}; give these again", said), said
     refused(r"--kl 0.1 \(now 0.5\)", kl=0.5)
     lines = (folder / "toy-a-0.jsonl").read_text().splitlines(keepends=True)
     (folder / "toy-a-0.jsonl").write_text("".join(lines[:-1]))
     refused(r"states of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
     (folder / "toy-a-0.jsonl").write_text("".join(lines))
-    saved = out / "checkpoints/step-000002/rank-0.pt"
+    saved = out / "checkpoints/step-000001/rank-0.pt"
     state = torch.load(saved)
     assert state["origin"]["products in"] == "float32 on cpu"
     state["origin"]["products in"] = "float32 on cuda"
@@ -641,8 +643,8 @@ def test_a_run_goes_on_with_what_it_began_with(made, run, tmp_path):
     shutil.copy(tmp_path / "saved", saved)
     Qwen2.from_scratch(SHAPE, seed=9).save_pretrained(model)
     refused(r"--model of sha256 (\w{16}) \(now (?!\1)\w{16}\)")
-    code, said = run(**{**given, "model": made / "model", "iterations": 3})
-    assert code == 0 and "going on after iteration 2" in said, said
+    code, said = run(**{**given, "model": made / "model", "iterations": 2})
+    assert code == 0 and "going on after iteration 1" in said, said
 
 
 def test_a_worker_that_raises_ends_the_run_and_the_same_command_goes_on(made, run):
@@ -673,8 +675,8 @@ def test_the_policy_is_kept_between_iterations(made, run):
     assert same == [True, False, False, False, False]
     log = curve(out)
     assert [log[i]["updates"] for i in (1, 2, 3, 4, 5)] == [2, 4, 6, 8, 10]
-    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert all(figures["sampled_tokens"] >= figures["action_tokens"] * 6 - 0.01 for figures in log.values()), samples
+    for figures in log.values():
+        assert figures["sampled_tokens"] == pytest.approx(figures["action_tokens"] * 6)
     code, said = run("--advantage", "rloo", out=made / "of two", world=2, iterations=1, **{"export-every": 1})[0]
     assert code == 0 and (made / "of two/exports/000001/model.safetensors").is_file(), said
     assert curve(made / "of two")[1]["sampled_tokens"] == log[1]["sampled_tokens"]     # of both processes
