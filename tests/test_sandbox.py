@@ -277,7 +277,11 @@ ATTACKS = {
         time.sleep(2)
         print("WON")
     """,
-    "daemon that edits files afterwards": DAEMON + "daemon()",
+    "daemon that edits files afterwards": DAEMON.replace("        os.setsid()\n", """        try:
+            os.setsid()
+        except PermissionError:     # with Landlock alone
+            pass
+""") + "daemon()",
 }
 # What a script can do with Landlock alone: the kernel asks it about opening and changing files, not about these.
 OPEN = {"landlock+seccomp": {"size and time of the answers", "see which files and processes there are"}}
@@ -526,6 +530,8 @@ def test_numbers_of_system_calls():
         for name, number in numbers.items():
             assert number == int(known.get(name, number))
             assert not known or name in known or number in range(424, 470)
+        if not known:
+            pytest.skip(f"there are no kernel headers here: {path}")
 
 
 def test_many_threads_probe_once(monkeypatch, capfd):
