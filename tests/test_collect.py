@@ -248,8 +248,8 @@ def test_an_idea_of_many_edits_goes_back_edit_by_edit(toys):
     assert steps[-1].m_after == 7 and script == (toys / "tasks" / "toy-a" / "train.py").read_text()
 
 
-@pytest.mark.parametrize("fields", [env.FIELDS, ("Thought", "Action", "Action Input"), miniature.SHORT_FIELDS])
-@pytest.mark.parametrize("prompt_format", ["full", "short"])
+@pytest.mark.parametrize("fields, prompt_format", [
+    (env.FIELDS, "full"), (("Thought", "Action", "Action Input"), "short"), (miniature.SHORT_FIELDS, "short")])
 def test_the_one_expert_writes_the_fields_it_is_asked_for(fields, prompt_format, toys):
     steps = drive(toys, IDEAS[:2], fields=fields, prompt_format=prompt_format)
     assert all(step.valid and (*step.fields, "Action Input") == fields for step in steps)

@@ -668,11 +668,6 @@ def test_a_stop_string_over_several_tokens_ends_the_reply_and_is_left_out():
     assert scripted("abcabd", max_new_tokens=40, stop="abd").text == "abc"
 
 
-def test_the_limit_of_new_tokens_is_named():
-    reply = scripted("abcdef", max_new_tokens=3)
-    assert (reply.text, reply.finish) == ("abc", "length")
-
-
 # -- use
 
 def test_threads_share_the_engine_and_get_what_they_would_get_alone(model):

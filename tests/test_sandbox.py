@@ -162,7 +162,7 @@ ATTACKS = {
         if os.fork():
             ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)
             hoard = b"x" * (400 << 20)
-        time.sleep(4)
+        time.sleep(2)
         print("WON")
     """,
     "memory in sockets": """
@@ -195,7 +195,7 @@ ATTACKS = {
     "threads without end": """
         import threading
         threading.stack_size(1 << 16)
-        for _ in range(300): threading.Thread(target=time.sleep, args=(3,)).start()
+        for _ in range(300): threading.Thread(target=time.sleep, args=(2,)).start()
         time.sleep(2)
         print("WON")
     """,
@@ -215,7 +215,7 @@ ATTACKS = {
                 os.fork() or os.setsid()
             except PermissionError:
                 pass
-        time.sleep(4)
+        time.sleep(2)
         print("WON")
     """,
     "change another process's limits": """

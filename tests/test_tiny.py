@@ -289,7 +289,7 @@ def test_an_imagined_state_is_one_that_the_environment_gives(short, last):
     rng = random.Random(3)
     hinted = set()
     num_found = 0
-    while num_found < 5 or last in ("a better score", "a worse score") and len(hinted) < 2:
+    while num_found < 3 or last in ("a better score", "a worse score") and len(hinted) < 2:
         state = miniature.imagine("MAE", "down", tasks.load("toy-a").starter, last, rng)
         found = play_imagined(folder, s, state, last)
         if not found:
