@@ -127,7 +127,8 @@ def random_prompts(engine, num, length):
 
 
 def decode(s):
-    """Greedy tokens/s of whole calls, prompt included: Engine.generate without drafts against transformers' generate."""
+    """Greedy tokens/s of whole calls, prompt included: Engine.generate without drafts against generate of
+    transformers."""
     engine = open_engine(s, rows=max(s.batches), context=s.prompt_tokens + s.new_tokens)
     engine.tokenizer.eos = set()            # every row samples new_tokens
     engine.draft = False
@@ -192,18 +193,19 @@ Change it as follows, and nothing else:
 
 """
 WHOLE = "Answer with the whole changed script in one ```python block."
-REPLACE = """Answer with one line of JSON, {"script_name": "train.py", "find": ..., "replace": ...}, in which "find" is \
-a text that occurs once in the script and "replace" is what shall stand in its place."""
+REPLACE = """Answer with one line of JSON, {"script_name": "train.py", "find": ..., "replace": ...}, in which "find" \
+is a text that occurs once in the script and "replace" is what shall stand in its place."""
 NOTHING = "Write a long story about {}."
-THEMES = ("a fox who learns to sail", "the last keeper of a lighthouse", "a city under the ice", "two clocks that disagree",
-          "a maker of violins", "the first umbrella", "a letter that came too late", "the gardener and the moon")
+THEMES = ("a fox who learns to sail", "the last keeper of a lighthouse", "a city under the ice",
+          "two clocks that disagree", "a maker of violins", "the first umbrella", "a letter that came too late",
+          "the gardener and the moon")
 
 
 def edit(s):
     """Decoding with drafts against decoding without, prompts already read, at 1, 2, 4 and 8 rows: scripts of the tasks
-    that are to be changed, returned whole or as a Replace action (greedy), and stories, which copy nothing (sampled). At
-    one row the two kinds of edit are also shown apart, each beside transformers with its own prompt lookup, whole calls,
-    ours as well."""
+    that are to be changed, returned whole or as a Replace action (greedy), and stories, which copy nothing (sampled).
+    At one row the two kinds of edit are also shown apart, each beside transformers with its own prompt lookup, whole
+    calls, ours as well."""
     folder = Path(__file__).resolve().parent.parent / "tasks"
     edits = []
     for file in sorted(folder.glob("*/ideas.json"), key=lambda f: len((f.parent / "train.py").read_text())):
@@ -259,7 +261,8 @@ def edit(s):
 
 LOADS = {
     "ours": "from model import Qwen2\nm = Qwen2.from_pretrained(sys.argv[1], dtype=dtype)",
-    "transformers": "from transformers import AutoModelForCausalLM as M\nm = M.from_pretrained(sys.argv[1], dtype=dtype)",
+    "transformers": "from transformers import AutoModelForCausalLM as M\n"
+                    "m = M.from_pretrained(sys.argv[1], dtype=dtype)",
 }
 
 
@@ -618,9 +621,9 @@ def sandbox(s):
 
 
 def busy(s):
-    """An iteration's passes of the miniature without its scripts: 8 actions in each of 32 states are sampled and learned
-    from. As it was: a product on all cores by OpenMP, each state read for each action; and as it is, see row_threads and
-    Engine. Alone, and beside a program that keeps one core busy."""
+    """An iteration's passes of the miniature without its scripts: 8 actions in each of 32 states are sampled and
+    learned from. As it was: a product on all cores by OpenMP, each state read for each action; and as it is, see
+    row_threads and Engine. Alone, and beside a program that keeps one core busy."""
     import rl
     import sample
     cfg = rl.Settings(advantage="rloo", samples=8, epochs=2, minibatches=4, max_row_tokens=704,
@@ -695,8 +698,9 @@ def rl_updates(s):
             rl.train(r, 0, 1, torch.device("cpu"))
             lines = [json.loads(line) for line in Path(r.out, "log.jsonl").read_text().splitlines()]
             median = lambda name: statistics.median(line[name] for line in lines[1:-1])
-            return {name: median(name) for name in ("seconds", "sample_s", "execute_s", "logprobs_s", "update_s", "cache_hits")} | {
-                "first reward": lines[0]["reward"], "last reward": lines[-1]["reward"]}
+            names = ("seconds", "sample_s", "execute_s", "logprobs_s", "update_s", "cache_hits")
+            rewards = {"first reward": lines[0]["reward"], "last reward": lines[-1]["reward"]}
+            return {name: median(name) for name in names} | rewards
 
         for name, more in {"step": dict(states=8, samples=2), "episode": dict(states=2, samples=1, steps=8)}.items():
             figures = updates(name, rollout=name, **more)

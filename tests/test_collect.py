@@ -355,7 +355,8 @@ def test_a_models_ideas_are_in_its_prompt_alone_and_its_tokens_are_kept(toys):
     assert expert.asked == 2
     played = [messages for messages in expert.prompts if messages[0]["role"] == "system"]
     assert len(played) == 6 and all("Ideas that may be worth trying:\n- idea" in m[1]["content"] for m in played)
-    found, left_out = sft.read_conversations(s.trajectories, data=s.data, tokenizer=Expert.tokenizer, log=lambda text: None)
+    found, left_out = sft.read_conversations(s.trajectories, data=s.data, tokenizer=Expert.tokenizer,
+                                             log=lambda text: None)
     assert len(found) == 2 and not left_out
     for one in found:
         assert not any("worth trying" in message["content"] for message in one.messages)
@@ -455,7 +456,8 @@ SHARED = {"system": "s", "conversations": [{"from": "human", "value": "u\u2028v"
 
 
 @pytest.mark.parametrize("name, text", [
-    ("list.json", json.dumps([CHAT, SHARED], indent=2)), ("lines.jsonl", "\ufeff" + json.dumps(CHAT, ensure_ascii=False) + "\r\n\n" + json.dumps(SHARED))])
+    ("list.json", json.dumps([CHAT, SHARED], indent=2)),
+    ("lines.jsonl", "\ufeff" + json.dumps(CHAT, ensure_ascii=False) + "\r\n\n" + json.dumps(SHARED))])
 def test_both_formats_of_a_users_file(name, text, tmp_path):
     (tmp_path / name).write_text(text, encoding="utf-8")
     found, left_out, said = read(tmp_path / name)

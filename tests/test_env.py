@@ -205,8 +205,8 @@ def test_garbage_never_raises(make):
         "\nObservation:", " ", "[" * 50, "\\u0000", '\nAction Input: {"dir_path": "."}',
         '\nAction Input: {"script_name": "../x"}']
     values = ["train.py"] * 12 + ["1"] * 12 + [
-        ".", "data", "data/images/1.bin", "", "\0", "a/b", "train.py/x", "..", "0", "é" * 200, "x" * 99, "-1", 9, None, [],
-        "VALUE = 0.50"]
+        ".", "data", "data/images/1.bin", "", "\0", "a/b", "train.py/x", "..", "0", "é" * 200, "x" * 99, "-1", 9, None,
+        [], "VALUE = 0.50"]
     seen = set()
     for i in range(500):
         if i % 3 == 0:
@@ -248,8 +248,8 @@ def test_no_action_reads_outside(make, path):
 
 
 @pytest.mark.parametrize("path", [
-    "/tmp/x", " /tmp/x", "../x", " ../x", ".. ", "data", "data/train.csv", "data/new.csv", "./data/train.csv", "data//x",
-    ".undo/9/x", "", ".", "x/", "folder", "train.py/x", "x\0"])
+    "/tmp/x", " /tmp/x", "../x", " ../x", ".. ", "data", "data/train.csv", "data/new.csv", "./data/train.csv",
+    "data//x", ".undo/9/x", "", ".", "x/", "folder", "train.py/x", "x\0"])
 def test_no_action_writes_outside_or_to_data(make, task, tmp_path, path):
     env = make(coder=lambda messages: "```python\nVALUE = 1\n```")
     env.files["folder/file.py"] = env.files["train.py"]
@@ -365,7 +365,8 @@ def test_the_printed_metric_is_not_believed(make):
     assert (step.printed, step.score, step.reward) == (0.99, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("find, word", [("absent", "does not occur"), ("", "does not occur"), ("VALUE", "more than once")])
+@pytest.mark.parametrize("find, word", [
+    ("absent", "does not occur"), ("", "does not occur"), ("VALUE", "more than once")])
 def test_find_must_occur_once(make, find, word):
     env = make()
     step = edit(env, find, "x")
@@ -403,16 +404,18 @@ def test_the_numbered_constants_of_a_script():
 
 
 @pytest.mark.parametrize("number, value, line", [
-    (3, "*2", "NUM_TREES = 200   # trees"), ("3", "/3", "NUM_TREES = 33   # trees"), (3, "/1000", "NUM_TREES = 1   # trees"),
-    (3, 64, "NUM_TREES = 64   # trees"), (3, " * 1.5 ", "NUM_TREES = 150   # trees"), (5, "*2", "RATE = 0.002"),
-    (5, "/3", "RATE = 0.000333"), (5, "*1e5", "RATE = 100.0"), (5, "/1000", "RATE = 1e-06"), (5, 5e-4, "RATE = 0.0005"),
+    (3, "*2", "NUM_TREES = 200   # trees"), ("3", "/3", "NUM_TREES = 33   # trees"),
+    (3, "/1000", "NUM_TREES = 1   # trees"), (3, 64, "NUM_TREES = 64   # trees"),
+    (3, " * 1.5 ", "NUM_TREES = 150   # trees"), (5, "*2", "RATE = 0.002"), (5, "/3", "RATE = 0.000333"),
+    (5, "*1e5", "RATE = 100.0"), (5, "/1000", "RATE = 1e-06"), (5, 5e-4, "RATE = 0.0005"),
     (1, "0.5", "DROPOUT = 0.5"), (4, "*2", "OFFSET = 1"), (4, "-7", "OFFSET = -7"), (5, "-7", "RATE = -7"),
     (2, "*2", "LEAF = 2#rows")])
 def test_a_constant_is_set(make, number, value, line):
     env = make()
     put(env, train=SCRIPT)
     step = do(env, "Set Constant", constant=number, value=value)
-    changed = [after for before, after in zip(SCRIPT.splitlines(), text_of(env, "train.py").splitlines()) if after != before]
+    lines = zip(SCRIPT.splitlines(), text_of(env, "train.py").splitlines())
+    changed = [after for before, after in lines if after != before]
     assert step.valid and changed == [line] and f"\n+{line}" in step.observation
     new_value = re.match(r"\w+ = ([^ #]+)", line)[1]       # a negative one is no longer among the constants
     assert re.match(rf"{line.split()[0]} = \S+ -> {re.escape(new_value)}:", env.seen["tries"][-1])
@@ -440,7 +443,8 @@ def test_a_constant_is_that_of_the_script_as_it_is_now(make):
     edit(env, "VALUE = 0.6", "VALUE = 0.6\nFIRST = 9")
     assert do(env, "Set Constant", constant=2, value="0.7").score == 0.7
     put(env, train="print(1)")
-    assert do(env, "Set Constant", constant=1, value="*2").error == "There is no constant 1; there is none in the script."
+    step = do(env, "Set Constant", constant=1, value="*2")
+    assert step.error == "There is no constant 1; there is none in the script."
 
 
 def test_a_change_is_made_again_also_after_restore(make):
@@ -555,7 +559,8 @@ def test_the_agent_is_told_what_its_edit_does(make):
     told = "0.7, equal to 0.7"
     assert seen(undo(env)) == (told, f"Last: {told}, after Undo Edit Script", f"Best: 0.7, {by_this}")
     told = "failed, ZeroDivisionError: division by zero"
-    assert seen(edit(env, "VALUE = 0.70", "VALUE = 1/0")) == (told, f"Last: {told}, after Replace In Script", f"Best: 0.7, {earlier}")
+    assert seen(edit(env, "VALUE = 0.70", "VALUE = 1/0")) == (
+        told, f"Last: {told}, after Replace In Script", f"Best: 0.7, {earlier}")
     before = env.prompt()
     step = do(env, "Set Constant", constant=1, value="*2")
     assert step.error == "There is no constant 1; there is none in the script." and not step.valid
@@ -1177,7 +1182,8 @@ def test_a_cache_entry_may_be_any_file(make, tmp_path):
     assert cache.get("aa") is None
 
 
-HEADER_ERRORS = [("data_seed", -1), ("data_seed", "../x"), ("data_seed", None), ("show_scores", 1), ("task", "../x"), ("task", ".."), ("task", 5), ("task", None), ("data", 5), ("prompt_format", "long"),
+HEADER_ERRORS = [("data_seed", -1), ("data_seed", "../x"), ("data_seed", None), ("show_scores", 1), ("task", "../x"),
+                 ("task", ".."), ("task", 5), ("task", None), ("data", 5), ("prompt_format", "long"),
                  ("actions", "List Files"), ("actions", ["rm"]), ("actions", [["List Files"]]), ("fields", ["x"]),
                  ("fields", []), ("steps", 0), ("steps", "8"), ("steps", 1.5), ("steps", True), ("seconds", -1),
                  ("seconds", "9"), ("threads", 0), ("threads", None), ("python", 5), ("gpu", 0), ("sandbox", None),
@@ -1187,8 +1193,8 @@ STEP_ERRORS = [("index", "1"), ("reply", 5), ("reply", None), ("coder", "x"), ("
                ("m_before", float("inf")), ("m_top", {}), ("score", True), ("score", "0.5"), ("reward", "1"),
                ("change", {"constant": "1"}), ("change", {"constant": 1, "value": "*2"}), ("best_printed", "1"),
                ("change", {"constant": "x", "value": "*2"}), ("tried", [{}]), ("tried", {}), ("tried", ["1 *2"]),
-               ("best_script", 5), ("news", None), ("time_left_s", None), ("seconds", float("nan")), ("ended", None), ("observation", ["x"]),
-               ("printed", "1")]
+               ("best_script", 5), ("news", None), ("time_left_s", None), ("seconds", float("nan")), ("ended", None),
+               ("observation", ["x"]), ("printed", "1")]
 BOTH_ERRORS = [("messages", {}), ("messages", ["x"]), ("messages", [{"role": "user"}]),
                ("messages", [{"role": "root", "content": "x"}]), ("messages", [{"role": "user", "content": None}]),
                ("messages", [{"role": "user", "content": "x", "name": "y"}]),
@@ -1286,7 +1292,8 @@ def test_a_replay_writes_nothing_elsewhere(recorded, tmp_path):
 
 def test_what_is_typed_for_a_replay_is_what_happens(recorded, tmp_path, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(env_module.Env, "__init__", lambda self, *args, **options: seen.append((args, options)) or 1 / 0)
+    monkeypatch.setattr(env_module.Env, "__init__",
+                        lambda self, *args, **options: seen.append((args, options)) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         env_module.main(["replay", str(recorded), "--data=d", "--sandbox", "off", "--python", "p", "--gpu", "1",
                          "--threads", "2"])
@@ -1531,7 +1538,8 @@ def test_a_coder_may_answer_anything(make, answer, kind):
 def test_a_text_that_overlaps_itself_does_not_occur_once(make):
     env = make()
     put(env, train="VALUE = 'aaa'\n" + STARTER)
-    assert "occurs more than once" in edit(env, "aa", "b").error and text_of(env, "train.py").startswith("VALUE = 'aaa'")
+    assert "occurs more than once" in edit(env, "aa", "b").error
+    assert text_of(env, "train.py").startswith("VALUE = 'aaa'")
     assert edit(env, "aaa", "b").valid
 
 
@@ -1611,7 +1619,8 @@ def test_every_kind_of_attack_leaves_a_step_and_nothing_else(tmp_path):
 # ------------------------------------------------------------------------------------------------------ jobs in threads
 
 def test_the_line_of_progress(tmp_path):
-    run = parallel.Progress({tmp_path / "a": [], tmp_path / "b": [{"type": "header"}, {"type": "step", "ended": ""}]}, 4)
+    begun = {tmp_path / "a": [], tmp_path / "b": [{"type": "header"}, {"type": "step", "ended": ""}]}
+    run = parallel.Progress(begun, 4)
     assert str(run.bar).strip().startswith("12% 1/8 [00:00<") and str(run.bar).endswith(", 0/2 trajectories]")
     for number in range(3):
         run.bar.start_t = time.time() - 60       # 4 of 7 steps are done, three of them in a minute

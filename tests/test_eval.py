@@ -274,7 +274,8 @@ def test_what_an_agent_does_by_hand(tmp_path, task):
     results = play(settings(tmp_path), Scripted())
     played = results["tasks"]["tiny-task"]["trajectories"]
     # VALUE 3 to 8 to 9: better twice, once it goes on upwards. 1 / 0: failed, not taken back. 9.5: better, then down.
-    assert [[one[name] for name in ("steps", "valid", "worse", "taken_back", "better", "continued")] for one in played] == [
+    names = ("steps", "valid", "worse", "taken_back", "better", "continued")
+    assert [[one[name] for name in names] for one in played] == [
         [4, 4, 0, 0, 2, 1], [3, 2, 1, 0, 0, 0], [3, 3, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0]]
     assert evaluation.build_habits([{"name": "scripted", "results": results}]) == [
         {"tasks": "held-out", "agent": "scripted", "valid actions": "91% of 11", "taken back after worse": "0% of 2",

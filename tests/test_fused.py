@@ -179,7 +179,8 @@ def test_a_whole_model_with_kernels_is_the_plain_one(recompute):
 
 
 def test_a_frame_with_kernels_samples_what_plain_passes_sample():
-    net = Qwen2.from_scratch(Config(**{**vars(ODD), "num_hidden_layers": 1}), seed=2, device=DEVICE).requires_grad_(False)
+    config = Config(**{**vars(ODD), "num_hidden_layers": 1})
+    net = Qwen2.from_scratch(config, seed=2, device=DEVICE).requires_grad_(False)
     replies = []
     for name in ("torch", "triton"):
         engine = sample.Engine(net, sample.Tokenizer.of_bytes(), rows=2, context=64, draft=False,
@@ -195,7 +196,8 @@ def test_a_frame_with_kernels_samples_what_plain_passes_sample():
 
 
 def test_the_benchmark_measures_the_same_computation_three_times(triton):
-    """At small sizes: what Triton's, torch's and the function for torch.compile give is one result, and its gradients."""
+    """At small sizes: what Triton's, torch's and the function for torch.compile give is one result, and its
+    gradients."""
     torch.manual_seed(0)
     seen = []
     for name, function, inputs, grad, amount, unit, simple in bench.kernel_cases(ODD, 5, 3, 40, torch.float32, DEVICE):

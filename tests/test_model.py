@@ -213,7 +213,8 @@ def test_kernels_that_cannot_run_are_refused_and_torchs_stay(monkeypatch):
 
 # -- what training needs
 
-@pytest.mark.parametrize("N, C, V, size, rows", [(5, 7, 41, 41, 3), (9, 3, 23, 19, 4), (1, 2, 5, 5, 1), (0, 3, 7, 7, 2)])
+@pytest.mark.parametrize("N, C, V, size, rows", [
+    (5, 7, 41, 41, 3), (9, 3, 23, 19, 4), (1, 2, 5, 5, 1), (0, 3, 7, 7, 2)])
 def test_fused_log_probs_and_entropies_are_those_of_a_softmax(N, C, V, size, rows):
     """Forward against log_softmax; backward by finite differences, each row with an upstream gradient of its own."""
     g = torch.Generator().manual_seed(N)

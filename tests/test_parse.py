@@ -129,7 +129,8 @@ def test_what_fills_may_be_refused(capsys):
 def test_the_miniature_fills_what_is_not_typed():
     s = parse(sft.Settings, ["--lr=2e-5", "--no-plan", "--epochs", "2"], sft.fill)
     tiny = miniature.TINY
-    assert (s.lr, s.plan, s.epochs) == (2e-5, False, 2) and (s.num, s.steps, s.preset) == (tiny["num"], tiny["steps"], "tiny")
+    assert (s.lr, s.plan, s.epochs) == (2e-5, False, 2)
+    assert (s.num, s.steps, s.preset) == (tiny["num"], tiny["steps"], "tiny")
     assert parse(sft.Settings, ["--preset=tiny", "--epochs=2"], sft.fill) == replace(s, lr=tiny["lr"])
     assert parse(sft.Settings, ["--model=tiny"], sft.fill) == sft.Settings(model="tiny")
     assert parse(sft.Settings, ["--preset=7b", "--epochs=3"], sft.fill).epochs == 3
@@ -149,7 +150,8 @@ def test_the_recipe_of_rl_follows_the_model(models, capsys):
     small, large = (["--model", str(models / name)] for name in ("small", "large"))
     s = parse(rl.Settings, large, rl.fill)
     assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (1e-6, 1e-3, 16384, "gae", "7b")
-    assert "7,615,616,512 weights, which --preset 7b is for; another may be typed: --preset 7b" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "7,615,616,512 weights, which --preset 7b is for; another may be typed: --preset 7b" in said
     s = parse(rl.Settings, small, rl.fill)
     assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (2e-4, 0.1, 704, "rloo", "tiny")
     assert "weights, which --preset tiny is for; another may be typed: --preset tiny" in capsys.readouterr().err
@@ -160,7 +162,8 @@ def test_the_recipe_of_rl_follows_the_model(models, capsys):
     assert (s.lr, s.advantage, s.max_batch) == (1e-6, "gae", 8)
     s = parse(rl.Settings, [*small, "--lr=1e-6", "--samples=4"], rl.fill)
     assert (s.lr, s.samples, s.minibatches) == (1e-6, 4, 2)
-    for model, name in (("7b", "7b"), ("Qwen/Qwen2.5-0.5B", "0.5b"), ("3b", "1.5b"), ("tiny", "tiny")):    # of a plan, without files
+    # of a plan, without files
+    for model, name in (("7b", "7b"), ("Qwen/Qwen2.5-0.5B", "0.5b"), ("3b", "1.5b"), ("tiny", "tiny")):
         assert parse(rl.Settings, ["--plan", "--model", model], rl.fill).preset == name
 
 
@@ -175,7 +178,8 @@ def test_a_small_published_model_gets_the_preset_of_its_size(models, tmp_path, c
     assert large == sft.Settings(model=str(models / "large"))
     own = tmp_path / "own.jsonl"        # a file of one's own is not cut to the length of medium prompts
     own.write_text("{}")
-    assert parse(sft.Settings, [f"--model={models / 'half'}", f"--trajectories={own}"], sft.fill).max_row_tokens == 15000
+    s = parse(sft.Settings, [f"--model={models / 'half'}", f"--trajectories={own}"], sft.fill)
+    assert s.max_row_tokens == 15000
 
 
 @pytest.mark.parametrize("size, words", [("0.5b", "fits in 24 GB"), ("1.5b", "does not fit in 24 GB")])

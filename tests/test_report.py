@@ -343,7 +343,8 @@ def test_gain_is_drawn_against_updates_and_minutes(tmp_path):
                                                "runs": [], "exports": points})
     page = drawn(tmp_path / "page.html")
     figures = {title: figure for (_, title), figure in page.figures().items()}
-    assert list(figures) == [f"{split}, by {axis}" for split in ("held-in", "held-out") for axis in ("updates", "minutes")]
+    assert list(figures) == [
+        f"{split}, by {axis}" for split in ("held-in", "held-out") for axis in ("updates", "minutes")]
     step, episode = (page.points(figures["held-in, by updates"], class_=f"line c{i}")[0] for i in (0, 1))
     assert len(step) == 6 and step == episode
     step, episode = (page.points(figures["held-in, by minutes"], class_=f"line c{i}")[0] for i in (0, 1))

@@ -343,11 +343,13 @@ def make_drafts_cheap(monkeypatch):
 
 def repeating_prompts(num):
     """Prompts in which text comes again, as in a script that is to be edited: three to five copies, some cut short."""
-    return [prompt * (3 + i % 3) + prompt[:i % 7] for i, prompt in enumerate(prompts_of([5 + i % 29 for i in range(num)]))]
+    prompts = prompts_of([5 + i % 29 for i in range(num)])
+    return [prompt * (3 + i % 3) + prompt[:i % 7] for i, prompt in enumerate(prompts)]
 
 
 def test_drafted_replies_are_the_plain_ones_on_fifty_prompts(model, eager):
-    """Greedy and sampled, ragged rows, some guesses right and some wrong: the same tokens, with a full forward's logps."""
+    """Greedy and sampled, ragged rows, some guesses right and some wrong: the same tokens, with the logps of a full
+    forward."""
     prompts = repeating_prompts(50)
     plain = engine_of(model, rows=5, draft=False)
     drafting = engine_of(model, rows=5)
@@ -417,7 +419,8 @@ def test_a_draft_never_passes_the_end_of_a_reply(eager):
 
 
 def test_lookup_by_hand():
-    text = sample.PromptLookup(torch.tensor([1, 2, 3, 4, 1, 2, 5, 6, 1, 2]).numpy(), odds := [[1, 2] for _ in range(17)])
+    odds = [[1, 2] for _ in range(17)]
+    text = sample.PromptLookup(torch.tensor([1, 2, 3, 4, 1, 2, 5, 6, 1, 2]).numpy(), odds)
     draft = lambda k: text.seq[text.pos:text.pos + k]
     assert text.match_len == 2 and draft(3) == [5, 6, 1]        # after "1 2" came 5 the last time
     assert text.accept_prob() == 0.5
@@ -551,8 +554,11 @@ def test_a_reply_that_ends_between_two_looks_at_a_graph_is_cut_there(said, optio
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device to capture graphs on")
 def test_graphs_on_a_gpu_sample_what_plain_passes_sample():
     model = Qwen2.from_scratch(SMALL, seed=5, device="cuda").requires_grad_(False)
-    runs = [[r[0].tokens for r in Engine(model, Tokenizer.of_bytes(), rows=3, context=256, fixed_shapes=fixed_shapes).generate(
-        repeating_prompts(7), max_new_tokens=20, temperature=0.7)] for fixed_shapes in (False, True)]
+    runs = []
+    for fixed_shapes in (False, True):
+        engine = Engine(model, Tokenizer.of_bytes(), rows=3, context=256, fixed_shapes=fixed_shapes)
+        replies = engine.generate(repeating_prompts(7), max_new_tokens=20, temperature=0.7)
+        runs.append([reply.tokens for reply, in replies])
     assert runs[0] == runs[1]
 
 

@@ -504,7 +504,8 @@ def test_without_a_layer_that_holds_scripts_are_refused(tmp_path, monkeypatch):
     def refused(*args):                 # as a container without namespaces
         raise RuntimeError("unshare: Operation not permitted")
     monkeypatch.setattr(sandbox, "_run", refused)
-    with pytest.raises(SandboxUnavailable, match="namespaces: unshare: Operation not permitted; landlock: .*user namespaces"):
+    words = "namespaces: unshare: Operation not permitted; landlock: .*user namespaces"
+    with pytest.raises(SandboxUnavailable, match=words):
         execute("a.py", tmp_path, timeout_s=9, memory_bytes=1 << 30)
 
 

@@ -366,8 +366,8 @@ def test_the_preview_of_wide_tables_is_cut_in_each(tmp_path):
 
 
 @pytest.mark.parametrize("text, line", [
-    ('[{"id": 1, "name": "a"}]', "data/a.json holds records: id (int), name (str)."), ('{"id": 1', ""), ("", ""), ("[1, 2]", ""),
-    ('[{"text": "' + "a" * (1 << 20) + '"}]', "")])
+    ('[{"id": 1, "name": "a"}]', "data/a.json holds records: id (int), name (str)."),
+    ('{"id": 1', ""), ("", ""), ("[1, 2]", ""), ('[{"text": "' + "a" * (1 << 20) + '"}]', "")])
 def test_the_preview_of_records(tmp_path, text, line):
     """What is no record, or a longer one than is read, is left out; the file is named all the same."""
     (tmp_path / "a.json").write_text(text)
@@ -463,7 +463,8 @@ def loop(tmp_path, replies, scripts=(), **more):
 
 
 # an edit, unreadable replies, an error that is forgotten, and one that is not
-LONG_LOOP = [LIST, "x", said("Edit Script (AI)", json.dumps(EDIT)), EXECUTE, NO_INPUT, "x", "y", EXECUTE, LIST, NO_INPUT, FINAL]
+LONG_LOOP = [LIST, "x", said("Edit Script (AI)", json.dumps(EDIT)), EXECUTE, NO_INPUT, "x", "y", EXECUTE, LIST,
+             NO_INPUT, FINAL]
 NEW_SCRIPT = f"```python\n{STARTER.replace('VALUE = 3', 'VALUE = 8')}```\n"
 
 

@@ -189,7 +189,7 @@ def plain_varlen(q, k, v, query_ends, key_ends, max_queries, max_keys, window_si
 
 
 def test_one_call_for_all_texts_gives_what_a_product_each_gives(monkeypatch):
-    """The way of CUDA: offsets of texts and branches as tensors, keys gathered; with a plain stand-in for the kernel."""
+    """The way of CUDA: offsets of texts and branches as tensors, keys gathered; a plain stand-in is the kernel."""
     model = Qwen2.from_scratch(SHAPE, seed=1)
     examples = draw_examples(5, branches=(3, 1, 4))
     rows = packed_rows(examples, range(len(examples)), 0, 1, 10**6)

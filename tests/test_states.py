@@ -67,10 +67,11 @@ def test_a_medium_prompt_by_hand(world):
               'open("submission.csv", "w").write("id,y\\n" + "".join(f"{i},{value}\\n" for i in (1, 2)))')
 
     def shown(steps_left, best, tries, value):
-        return (f"The score is MAE; lower is better. {steps_left} steps left. Best score: {best}.\nTries so far:\n{tries}\n\n"
-                f"train.py now:\n```python\n{script.replace('VALUE = 3', f'VALUE = {value}')}\n```\nUse one tool, with names "
-                "and lines of this script, and reply in this form:\nThought: (why, in one short sentence)\nAction: (the "
-                "name of the tool)\nAction Input: (its JSON)")
+        now = script.replace("VALUE = 3", f"VALUE = {value}")
+        return (f"The score is MAE; lower is better. {steps_left} steps left. Best score: {best}.\n"
+                f"Tries so far:\n{tries}\n\ntrain.py now:\n```python\n{now}\n```\n"
+                "Use one tool, with names and lines of this script, and reply in this form:\n"
+                "Thought: (why, in one short sentence)\nAction: (the name of the tool)\nAction Input: (its JSON)")
 
     system, user = world.prompt()
     assert user == {"role": "user", "content": shown(8, "none", "none", 3)}
@@ -255,8 +256,9 @@ def test_recording_that_was_killed_goes_on_under_the_same_settings_alone(recorde
     file.unlink()
     path = recorded / "recorded" / "trajectories" / "toy-b-1.jsonl"
     path.write_bytes(path.read_bytes()[:-100])      # cut short by a kill
+    actions = ("Set Constant", "Execute Script", "Undo Edit Script", "Final Answer")
     for change, words in [({"seed": 1}, "seed 0 .now 1"), ({"steps": 7}, "steps 6 .now 7"),
-                          ({"actions": ("Set Constant", "Execute Script", "Undo Edit Script", "Final Answer")}, "actions")]:
+                          ({"actions": actions}, "actions")]:
         with pytest.raises(ValueError, match=f"is of a run with {words}"):
             states.record_states(state_settings(recorded, "recorded", record_states=3, **change))
     assert not file.exists()
@@ -326,8 +328,8 @@ def test_a_file_of_states_is_checked(recorded, change, word, tmp_path):
 # ---- the comparison
 
 def test_the_sign_flip_test_by_hand():
-    """1, 2, 3: of 8 choices of signs two have a sum of 6 or -6. 1, -1, 4: of the sums 4, 6, -4, 2, -2, 4, -6, -4 six are
-    at least 4 from 0."""
+    """1, 2, 3: of 8 choices of signs two have a sum of 6 or -6. 1, -1, 4: of the sums 4, 6, -4, 2, -2, 4, -6, -4 six
+    are at least 4 from 0."""
     assert states.sign_flip_p([1, 2, 3]) == 2 / 8
     assert states.sign_flip_p([1, -1, 4]) == 6 / 8
     assert states.sign_flip_p([0.1] * 10) == 2 / 1024
@@ -343,7 +345,8 @@ def write_measured(folder, rewards, complete=True, **settings):
 
 def test_the_table_of_agents_by_hand(tmp_path):
     write_measured(tmp_path / "sft" / "held-out", {"a": (0.4, 1, 0), "b": (0.5, 1, 0), "c": (0.6, 1, 0)})
-    write_measured(tmp_path / "rl" / "held-out", {"a": (0.5, 1, 0), "b": (0.7, 1, 0), "c": (0.9, 1, 0), "d": (0.1, 1, 0)})
+    write_measured(tmp_path / "rl" / "held-out",
+                   {"a": (0.5, 1, 0), "b": (0.7, 1, 0), "c": (0.9, 1, 0), "d": (0.1, 1, 0)})
     write_measured(tmp_path / "sft" / "held-in", {"e": (0.4, 1, 0)})
     write_measured(tmp_path / "rl" / "held-in", {"e": (0.5, 1, 0)})
     write_measured(tmp_path / "base" / "held-out", {"a": (0.1, 1, 0), "b": (0.1, 1, 0)})
@@ -375,8 +378,9 @@ def test_agents_that_are_not_comparable_are_refused(rl, tmp_path):
 @pytest.mark.parametrize("rl", [{"complete": False}, {"settings": {"model": "m", "steps": 15}}])
 def test_trajectories_that_are_not_comparable_are_refused(rl, tmp_path):
     """Those of an evaluation that was broken off, or of more steps."""
-    task = {"metric": "accuracy", "direction": "up", "split": "held-out", "miniature": True, "starter": 0.5, "m_best": 1.0,
-            "printed": 0.5, "seconds": 1.0, "published": {}, "figures": {"best-validation": {"gap": [20.0, [10.0, 30.0]]}}}
+    task = {"metric": "accuracy", "direction": "up", "split": "held-out", "miniature": True, "starter": 0.5,
+            "m_best": 1.0, "printed": 0.5, "seconds": 1.0, "published": {},
+            "figures": {"best-validation": {"gap": [20.0, [10.0, 30.0]]}}}
     results = {"settings": {"model": "m", "steps": 9}, "complete": True, "final": "best-validation", "versions": {},
                "tasks": {"a": task}}
     for name, entries in (("sft", results), ("other", results), ("rl", {**results, **rl})):

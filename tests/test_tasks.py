@@ -159,14 +159,16 @@ def test_an_id_out_of_a_file_names_a_task_or_nothing(id, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    lambda facts: "[" * 10 ** 5, lambda facts: "3", lambda facts: "{", lambda facts: json.dumps({**facts, "m_init": "0"}),
+    lambda facts: "[" * 10 ** 5, lambda facts: "3", lambda facts: "{",
+    lambda facts: json.dumps({**facts, "m_init": "0"}),
     lambda facts: json.dumps({**facts, "sha256": []}), lambda facts: json.dumps({**facts, "id": "other"}),
     lambda facts: json.dumps({name: facts[name] for name in facts if name != "m_best"})])
 def test_a_task_json_that_prepare_did_not_write_is_one_clear_error(toy, tmp_path, change):
     home = tasks.prepare("toy", data=tmp_path, log=quiet)
     (home / "task.json").write_text(change(tasks.info("toy", tmp_path)))
     for use in (tasks.info, tasks.prepare):
-        with pytest.raises(ValueError, match="toy/task.json is not what prepare has written. Delete .*/toy and prepare"):
+        words = "toy/task.json is not what prepare has written. Delete .*/toy and prepare"
+        with pytest.raises(ValueError, match=words):
             use("toy", data=tmp_path)
 
 
@@ -455,7 +457,8 @@ def test_a_missing_raw_file_is_named_with_where_to_get_it(toy, toy_raw, tmp_path
 
 @pytest.mark.parametrize("starter, reason", [
     ("import no_such.thing", "(?s)No module named 'no_such'.* pip install -r tasks/requirements.txt"),
-    ("raise SystemExit('no luck')", "train.py of toy: error. .*\n.*no luck"), ("pass", "not valid. The submission cannot be opened"),
+    ("raise SystemExit('no luck')", "train.py of toy: error. .*\n.*no luck"),
+    ("pass", "not valid. The submission cannot be opened"),
     ("open('submission.csv', 'w').write('id\\n')", "not valid. The column 'y' is missing")])
 def test_a_starter_that_fails_is_reported(toy, tmp_path, starter, reason):
     (toy / "train.py").write_text(starter)
@@ -725,7 +728,8 @@ def test_every_task_refuses_what_is_incomplete_or_no_number(id, data, tmp_path):
     wrong = [({"other" if name == targets[-1] else name: column for name, column in sample.items()}, "is missing"),
              ({name: column[:-1] for name, column in sample.items()}, f"{n - 1} rows; {n} were expected"),
              ({name: [*column, column[0]] for name, column in sample.items()}, f"{n + 1} rows; {n} were expected"),
-             ({name: [] for name in sample}, f"0 rows; {n} were expected"), (cells(targets[0], ""), "not a number|must")]
+             ({name: [] for name in sample}, f"0 rows; {n} were expected"),
+             (cells(targets[0], ""), "not a number|must")]
     if not task.text_targets:
         wrong += [(cells(targets[0], text), "not a number|must be") for text in ("nan", "inf", "very likely")]
     if task.key:

@@ -38,7 +38,8 @@ def short(whole):
 def test_a_short_prompt_by_hand(short):
     """All but the score, which test_env.py works out."""
     folder, s = short
-    world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "hand", **{name: getattr(s, name) for name in env.AGENT})
+    agent = {name: getattr(s, name) for name in env.AGENT}
+    world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "hand", **agent)
 
     def after(action, **args):
         world.step(f"Action: {action}\nAction Input: {json.dumps(args)}")
@@ -82,7 +83,8 @@ def test_every_prompt_can_be_made_again_from_the_record(short):
 
 def test_a_short_prompt_shows_so_many_constants_at_most():
     script = "".join(f"NAME_{i:03} = {i}\n" for i in range(1, 200))
-    prompt = env.short_prompt(SimpleNamespace(metric="MAE", direction="down"), env.NOTHING, script, False, 3)[0]["content"]
+    task = SimpleNamespace(metric="MAE", direction="down")
+    prompt = env.short_prompt(task, env.NOTHING, script, False, 3)[0]["content"]
     shown = [line.partition(" *")[0] for line in prompt.split("\n")[2:-1]]
     assert shown == [f"{i} NAME_{i:03} = {i}" for i in range(1, env.SHORT_CONSTANTS + 1)]
 
@@ -92,8 +94,8 @@ def test_a_short_prompt_shows_so_many_constants_at_most():
 def test_what_is_tried_with_a_scripts_numbers():
     script = "SEED = 3\nSIDE = 4   # pixels\nRATE = 0.5\nSHIFT = 0\nDROPOUT = 0.0\nLEAF = 1\n"
     pairs = env.changes(script)
-    assert pairs == [(1, "0.1"), (1, "0.01"), (2, "*2"), (2, "*5"), (3, "/2"), (3, "/5"), (4, "*2"), (4, "/2"), (4, "*5"),
-                     (4, "/5"), (5, "*2"), (5, "/2"), (5, "*5"), (5, "/5")]
+    assert pairs == [(1, "0.1"), (1, "0.01"), (2, "*2"), (2, "*5"), (3, "/2"), (3, "/5"), (4, "*2"), (4, "/2"),
+                     (4, "*5"), (4, "/5"), (5, "*2"), (5, "/2"), (5, "*5"), (5, "/5")]
     tried = [{"constant": "05", "value": "*2"}, {"constant": "5", "value": "9"}, {"constant": "2", "value": "*5"}]
     assert env.untried(script, tried) == [pair for pair in pairs if pair not in ((5, "*2"), (2, "*5"))]
 
@@ -194,8 +196,9 @@ def test_the_trained_tokenizer_gives_every_text_back(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     again = Tokenizer.from_pretrained(tmp_path)
     rng = random.Random(1)
-    texts = ["", " ", "\n\n  x", "naïve 中文 🙂\u2028\x00", "<|im_end|>", 'Action: Go\nAction Input: {"find": "a"}'] + [
-        "".join(map(chr, rng.choices([*range(32, 200), 9, 10, 13, 0x4e2d, 0x1f642, 0x301], k=50))) for _ in range(200)]
+    texts = ["", " ", "\n\n  x", "naïve 中文 🙂\u2028\x00", "<|im_end|>", 'Action: Go\nAction Input: {"find": "a"}']
+    letters = [*range(32, 200), 9, 10, 13, 0x4e2d, 0x1f642, 0x301]
+    texts += ["".join(map(chr, rng.choices(letters, k=50))) for _ in range(200)]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text and again.encode(text) == tokenizer.encode(text)
     raw = bytes(range(256))     # every byte has a token
@@ -220,7 +223,8 @@ def test_transformers_opens_what_was_saved(tokenizer, tmp_path):
         own.save(tmp_path)
         peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
         for messages in ([{"role": "user", "content": "EPOCHS = 5 cat\n"}], [
-                {"role": "user", "content": "a"}, {"role": "assistant", "content": 'Action: Go\nAction Input: {"find": "x"}'},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": 'Action: Go\nAction Input: {"find": "x"}'},
                 {"role": "user", "content": "b 12"}]):
             ids = peer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
             assert list(ids) == own.chat(messages)
@@ -316,7 +320,8 @@ def test_imagined_conversations_can_be_read_and_differ(short):
         again = miniature.imagined_conversations(s)
     assert found == again and len({one.messages[0]["content"] for one in found}) == 60
     parsed = [env.parse(one.messages[-1]["content"], s.fields, s.actions) for one in found]
-    assert not any(error for *_, error in parsed) and {action for _, action, *_ in parsed} == set(miniature.SHORT_ACTIONS)
+    assert not any(error for *_, error in parsed)
+    assert {action for _, action, *_ in parsed} == set(miniature.SHORT_ACTIONS)
     assert all(one.assistant_turns == [1] for one in found)
 
 
@@ -344,7 +349,8 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
     assert "already trained" in again and "already trained" not in said
     assert {path: path.read_bytes() for path in before} == before
     s = cli.parse(evaluation.Settings, ["--model", str(out), "--steps=3"], evaluation.fill)
-    assert (s.prompt_format, s.fields, s.steps, s.context) == ("short", miniature.SHORT_FIELDS, 3, miniature.TINY["context"])
+    assert (s.prompt_format, s.fields) == ("short", miniature.SHORT_FIELDS)
+    assert (s.steps, s.context) == (3, miniature.TINY["context"])
     run("eval", f"--model={out}", f"--data={folder / 'data'}", f"--out={tmp_path / 'eval'}", "--task=toy-out",
         "--trajectories=1")
     head, steps = env.read_trajectory(tmp_path / "eval" / "trajectories" / "toy-out-0.jsonl")
@@ -381,7 +387,8 @@ def test_a_recipe_collects_first_where_nothing_was_collected(toys, tmp_path, cap
 @pytest.mark.parametrize("torchrun, cuda, flags, preset, said", [
     (False, False, [], "tiny", "the paper in miniature, as torchrun did not start it .for Qwen2.5-7B: torchrun"),
     (False, True, [], "tiny", "the paper in miniature, as torchrun did not start it"),
-    (True, False, [], "tiny", "the paper in miniature on all processes, as there is no CUDA here .for Qwen2.5-7B: --preset"),
+    (True, False, [], "tiny",
+     "the paper in miniature on all processes, as there is no CUDA here .for Qwen2.5-7B: --preset"),
     (True, True, [], "7b", "the paper's run, as .* there is CUDA .for the miniature: python sft.py.: .*7b"),
     (True, True, ["--device=cpu"], "tiny", "the paper in miniature on all processes"),
     (True, True, ["--model=tiny"], "", "typed: --model tiny")])
@@ -403,5 +410,6 @@ def test_what_runs_in_one_process_says_so_once(forks, tmp_path, program, flags, 
     forks.start(CODE.format(program), tmp_path, f"--data={tmp_path}", f"--out={tmp_path}", *flags, world=2)
     (first, said), (second, quiet) = forks.end()
     assert (first, second, quiet) == (2, 2, "")
-    assert said.splitlines()[-1] == f"{program}.py: {what} runs in one process; start it with python instead of torchrun"
+    expected = f"{program}.py: {what} runs in one process; start it with python instead of torchrun"
+    assert said.splitlines()[-1] == expected
     assert said.count("runs in one process") == 1
