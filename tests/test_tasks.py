@@ -492,7 +492,6 @@ def wrong_folders(id, raw, folder):
     yield raw.parent / ids[ids.index(id) - 1]               # another task's files
     (folder / "empty").mkdir()
     yield folder / "empty"
-    yield folder / "no-such-folder"
     (folder / "file").write_text("id\n1\n")
     yield folder / "file"
     for name, spoil in (("emptied", lambda data: b""), ("another", lambda data: b"\x80\0 not what it was" * 9),
@@ -518,6 +517,12 @@ def test_a_wrong_raw_folder_is_one_clear_error(id, data, tmp_path, capsys):
         assert f" Get {tasks.load(id).download} ({tasks.load(id).size}) and put it there as it comes." in said
         assert "Traceback" not in said and said.count("\n") == 1 and len(said) < 800, said
         assert not (tmp_path / "data" / id).exists()
+
+
+def test_a_raw_folder_that_is_not_there_is_named(tmp_path, capsys):
+    absent = tmp_path / "no-such-folder"
+    assert main(["prepare", "leaf-classification", "--raw", str(absent), "--data", str(tmp_path / "data")]) == 2
+    assert capsys.readouterr().err == f"There is no folder {absent}; --raw is the folder of the publisher's files.\n"
 
 
 @pytest.mark.parametrize("id", tasks.names())
