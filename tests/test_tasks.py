@@ -492,8 +492,6 @@ def wrong_folders(id, raw, folder):
     yield raw.parent / ids[ids.index(id) - 1]               # another task's files
     (folder / "empty").mkdir()
     yield folder / "empty"
-    (folder / "file").write_text("id\n1\n")
-    yield folder / "file"
     for name, spoil in (("emptied", lambda data: b""), ("another", lambda data: b"\x80\0 not what it was" * 9),
                         ("cut", lambda data: data[:len(data) // 2])):
         kept = {".jpg", ".png", ".xyz"}
@@ -519,10 +517,12 @@ def test_a_wrong_raw_folder_is_one_clear_error(id, data, tmp_path, capsys):
         assert not (tmp_path / "data" / id).exists()
 
 
-def test_a_raw_folder_that_is_not_there_is_named(tmp_path, capsys):
-    absent = tmp_path / "no-such-folder"
-    assert main(["prepare", "leaf-classification", "--raw", str(absent), "--data", str(tmp_path / "data")]) == 2
-    assert capsys.readouterr().err == f"There is no folder {absent}; --raw is the folder of the publisher's files.\n"
+def test_a_raw_folder_that_is_none_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("id\n1\n")
+    for raw in (tmp_path / "file", tmp_path / "absent"):
+        assert main(["prepare", "leaf-classification", "--raw", str(raw), "--data", str(tmp_path / "data")]) == 2
+        said = f"There is no folder {raw}; --raw is the folder of the publisher's files.\n"
+        assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("id", tasks.names())
