@@ -70,7 +70,7 @@ measure base "$model" held-in "$held_in"
 
 part "3. fine-tuning on what the scripted expert does"
 python sft.py --preset 0.5b --model "$model" --task "$held_in" --data "$run/data" --trajectories "$run/trajectories" \
-    --out "$run/sft" "${sft_flags[@]}"
+    --steps "$steps" --out "$run/sft" "${sft_flags[@]}"
 measure sft "$run/sft" held-in "$held_in"
 [ "${GATE:-on}" = off ] || python -m support.states gate "$run/eval/sft/held-in"
 
