@@ -864,7 +864,7 @@ def fill(values):
     preset = values["preset"] or fitting
     source = f"{model} has {num:,} weights, which --preset {fitting} is for; another may be typed"
     if values["preset"]:
-        source = f"--preset {preset}"
+        source = f"--preset {preset}; {model} has {num:,} weights, which --preset {fitting} is for"
     return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RECIPES[preset]})]
 
 

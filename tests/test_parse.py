@@ -155,7 +155,8 @@ def test_the_recipe_of_rl_follows_the_model(models, capsys):
     assert "weights, which --preset tiny is for; another may be typed: --preset tiny" in capsys.readouterr().err
     s = parse(rl.Settings, [*large, "--preset=tiny"], rl.fill)
     assert (s.lr, s.kl, s.preset) == (2e-4, 0.1, "tiny")
-    assert "weights, which --preset 7b is for; another may be typed: --advantage rloo" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--preset tiny; " in said and "weights, which --preset 7b is for: --advantage rloo" in said
     s = parse(rl.Settings, [*small, "--preset=7b"], rl.fill)
     assert (s.lr, s.advantage, s.max_batch) == (1e-6, "gae", 8)
     s = parse(rl.Settings, [*small, "--lr=1e-6", "--samples=4"], rl.fill)
