@@ -3,8 +3,9 @@
     env = Env("leaf-classification", out="runs/x")    # after: python -m tasks prepare leaf-classification
     env.reset()                                       # -> chat messages: the rules, then the task
     while not env.done:
-        step = env.step(policy(env.messages))         # -> Step: the action, its observation, the reward
-    python env.py replay runs/x/trajectories/FILE     # runs a recorded trajectory again and prints the differences
+        step = env.step(policy(env.prompt()))         # -> Step: the action, its observation, the reward
+
+    python env.py replay FILE                         # runs a trajectory of eval.py or sft.py again, prints differences
 
 A state is the chat messages and the workspace: a dict {path: sha256} over a store of blobs (support/storage.py). It
 becomes a folder only while a script runs. So a snapshot is free, a recorded state comes back exactly, and no `..`, link

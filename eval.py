@@ -98,6 +98,8 @@ class Settings(AgentSettings):
         if self.states and (self.scaffold != "ml-agent" or not (self.model or self.record_states)):
             raise ValueError("--states measures actions of the scaffold ml-agent alone, found "
                              f"{self.scaffold}; it needs --model or --record-states")
+        if self.states and self.coder not in ("model", "none"):
+            raise ValueError(f"--states has no (AI) actions, so no --coder {self.coder}")
         for spec in filter(endpoint.is_server, (self.model, self.coder)):
             endpoint.address(spec)
         if self.scaffold != SCAFFOLDS[0] and self.model in ("", RANDOM):

@@ -558,7 +558,7 @@ class Qwen2(nn.Module):
 
         With targets, (B, T) int64 and IGNORE where there is none, it returns of the N targets, in the order of the
         rows, log-probs and entropies, both (N,) fp32, and whether each is the likeliest token, (N,) bool. See
-        hidden_states for the rest, and Head for num_token_ids. Targets on the CPU spare waiting for a GPU.
+        hidden_states for the rest, and Head for num_token_ids. Targets as numpy spare waiting for a GPU.
         """
         x = self.hidden_states(tokens, batch, lengths)
         if targets is None:

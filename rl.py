@@ -1,7 +1,7 @@
 """Step-wise PPO (ML-Agent, arXiv 2505.23723): the policy takes one action in a recorded state and is rewarded.
 
     python rl.py                                        # goes on from runs/sft, on miniatures, on a laptop's CPU
-    torchrun --nproc_per_node 8 rl.py --preset 7b       # the same on eight GPUs
+    torchrun --nproc_per_node 8 rl.py                   # on eight GPUs; the recipe is that of the model's size
     python rl.py --rollout episode --states 4           # whole trajectories instead, for comparison
 
 Whole trajectories are slow to sample, since each step runs a training script. So the states come from expert
@@ -864,7 +864,7 @@ def fill(values):
     preset = values["preset"] or fitting
     source = f"{model} has {num:,} weights, which --preset {fitting} is for; another may be typed"
     if values["preset"]:
-        source = f"--preset {preset}"
+        source = f"--preset {preset}; {model} has {num:,} weights, which --preset {fitting} is for"
     return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RECIPES[preset]})]
 
 

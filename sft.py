@@ -63,8 +63,8 @@ VALIDATION_SHARE = 0.05     # of the examples
 @dataclass
 class Settings(AgentSettings):
     collect: bool = False  # collect trajectories of an expert
-    expert: str = "scripted"  # who acts: scripted (no model: it tries the ideas shipped with a task), a folder, a hub
-        # id, tiny, or http://host:port/v1#name
+    expert: str = "scripted"  # who acts: scripted (no model: it tries the ideas shipped with a task, with short
+        # prompts the constants of the script), a folder, a hub id, tiny, or http://host:port/v1#name
     task: str = "held-in"  # a task's id, or held-in for all that may be trained on
     trajectories: str = "runs/trajectories"  # what is collected goes here, and what is trained on comes from here: that
         # folder, or your own file (.json or .jsonl) of "messages" or ShareGPT "conversations"

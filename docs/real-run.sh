@@ -70,7 +70,7 @@ measure base "$model" held-in "$held_in"
 
 part "3. fine-tuning on what the scripted expert does"
 python sft.py --preset 0.5b --model "$model" --task "$held_in" --data "$run/data" --trajectories "$run/trajectories" \
-    --out "$run/sft" "${sft_flags[@]}"
+    --steps "$steps" --out "$run/sft" "${sft_flags[@]}"
 measure sft "$run/sft" held-in "$held_in"
 [ "${GATE:-on}" = off ] || python -m support.states gate "$run/eval/sft/held-in"
 
@@ -78,17 +78,16 @@ part "4. step-wise RL"
 python rl.py --model "$run/sft" --task "$held_in" --data "$run/data" --trajectories "$run/trajectories" --out "$run/rl" \
     --iterations "$iterations" "${rl_flags[@]}"
 
-part "5. evaluation"
-for name in sft rl base random; do
-    case $name in
-        base) path=$model ;;
-        random) path=random-edits ;;
-        *) path=$run/$name ;;
-    esac
-    measure $name "$path" held-out "$held_out"
-    measure $name "$path" held-in "$held_in"
-    play $name "$path" held-out "$held_out"
-    play $name "$path" held-in "$held_in"
+part "5. evaluation: single actions first, which decide"
+for work in measure play; do
+    for split in held-out held-in; do
+        tasks=$held_out
+        if [ $split = held-in ]; then tasks=$held_in; fi
+        $work sft "$run/sft" $split "$tasks"
+        $work rl "$run/rl" $split "$tasks"
+        $work random random-edits $split "$tasks"
+        $work base "$model" $split "$tasks"
+    done
 done
 
 part "6. the table and the report"
