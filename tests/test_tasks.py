@@ -544,9 +544,12 @@ SLOW = {"dogs-vs-cats-redux-kernels-edition", "plant-pathology-2020-fgvc7", "sta
 @pytest.mark.parametrize("id", sorted({*tasks.names()} - SLOW))
 def test_a_miniature_is_the_same_for_the_same_seed_and_another_for_another(id, data, tmp_path):
     def contents(home):
-        return {path.relative_to(home): (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else     # has a date
-                                         path.read_bytes())
-                for side in ("public", "private") for path in (home / side).rglob("*") if path.is_file()}
+        found = {}
+        for path in [*(home / "public").rglob("*"), *(home / "private").rglob("*")]:
+            if path.is_file():
+                raw = path.read_bytes()
+                found[path.relative_to(home)] = gzip.decompress(raw) if path.suffix == ".gz" else raw     # has a date
+        return found
     task = tasks.load(id)
     for seed in (0, 1):
         home = tmp_path / str(seed)
