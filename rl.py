@@ -55,13 +55,13 @@ ROUNDING = 1e-5             # log-probs of the same weights, computed in another
 EPS = 1e-4                  # is added to a standard deviation that is divided by
 VALIDATION_STATES = 16      # that --validate-every looks at
 
-SMALL = dict(advantage="rloo", states=8, samples=8, minibatches=2, lr=1e-5, kl=0.02, max_row_tokens=2048, max_batch=16,
+SMALL = dict(advantage="rloo", states=8, samples=8, minibatches=2, lr=3e-6, kl=0.02, max_row_tokens=2048, max_batch=16,
              save_every=5, context=MEDIUM_AGENT["context"], max_new_tokens=MEDIUM_AGENT["max_new_tokens"])
 RECIPES = {                 # --preset: what differs from the defaults, which are those of 7B
     "tiny": dict(advantage="rloo", iterations=40, states=32, samples=8, epochs=4, minibatches=2, lr=2e-4, kl=0.1,
                  max_row_tokens=704, max_batch=64),
     "0.5b": SMALL,
-    "1.5b": {**SMALL, "lr": 5e-6, "max_batch": 8},
+    "1.5b": {**SMALL, "lr": 2e-6, "max_batch": 8},
     "7b": {}}
 
 

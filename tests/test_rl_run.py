@@ -102,6 +102,9 @@ class Scripted:
         future = rl.ThreadPoolExecutor(1).submit(lambda: self.reply(self.replies.pop(0)))
         return future
 
+    def refresh(self):
+        """It has no cache to drop."""
+
     def reply(self, text):
         tokens = self.tokenizer.encode(text) + [self.tokenizer.end]
         return endpoint.Completion(text, tokens, [-0.01 * k for k in range(len(tokens))], "stop")
@@ -489,7 +492,7 @@ def weights(folder):
     return dict(Qwen2.from_pretrained(folder).named_parameters())
 
 
-@pytest.mark.parametrize("flags", [(), ("--advantage", "rloo", "--minibatches", "2")])
+@pytest.mark.parametrize("flags", [(), ("--advantage", "rloo", "--minibatches", "2", "--validate-every", "2")])
 def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
     """kill -9 at a random moment of an update, of writing the second checkpoint, of sampling and of an action; the
     curve and the weights are those of a run that was left alone, and the policy has moved."""
