@@ -465,7 +465,7 @@ def test_four_threads_at_once(tmp_path, temporary, sandbox):
 
     def execute_one(i):
         text = f"{DAEMON}\nprint({i})\n" + ("daemon()" if i % 3 else "time.sleep(60)")
-        return run(folders[i], text, timeout_s=30 if i % 3 else 0.5)
+        return run(folders[i], text, timeout_s=30 if i % 3 else 2)
     execute_one(0)
     descriptors = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(4) as pool:
