@@ -1050,7 +1050,7 @@ def test_command_line(data, tmp_path, capsys):
     assert main(["grade", "spaceship-titanic", str(tmp_path), "--data", str(data)]) == 1
     assert "not valid. The submission is not an ordinary file." in capsys.readouterr().err
     assert main(["prepare", "spaceship-titanic", "--data", str(data), "--raw", str(tmp_path / "no")]) == 2
-    assert "cannot be read, it may be damaged: [Errno 2] No such file" in capsys.readouterr().err
+    assert "There is no folder" in capsys.readouterr().err
 
 
 def test_check_on_the_command_line_fails_when_something_is_wrong(toy, tmp_path, capsys):
