@@ -1271,10 +1271,11 @@ def ask_coder_model(model, messages, max_new_tokens=CODER_TOKENS, **options):
     without the text after it; other replies may hold several blocks."""
     stop = CODE_END if messages[-1]["content"].endswith(WHOLE_SCRIPT) else ()
     completion = model.chat(messages, max_new_tokens=max_new_tokens, stop=stop, **options)
-    if stop and completion.finish == "stop" and "```" not in completion.text:      # a bare ``` that opens the block
-        completion = model.chat(messages, max_new_tokens=max_new_tokens, **options)
-    elif stop and completion.finish == "stop":
-        completion.text += CODE_END
+    if stop and completion.finish == "stop" and not completion.no_reply:
+        if "```" in completion.text:
+            completion.text += CODE_END
+        else:       # a bare ``` that opens the block has ended it
+            completion = model.chat(messages, max_new_tokens=max_new_tokens, **options)
     return completion
 
 

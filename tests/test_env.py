@@ -11,6 +11,7 @@ import tasks
 from env import ACTIONS, FIELDS, Env, parse, printed_metric, shorten, system_prompt
 from reward import KINDS
 from support import parallel, records, storage
+from support.endpoint import Completion
 from support.records import header, record
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
@@ -1651,3 +1652,26 @@ def test_a_pipe_in_place_of_a_trajectory_is_an_error_and_not_waited_for(tmp_path
     os.mkfifo(tmp_path / "toy-0.jsonl")
     with pytest.raises(ValueError, match="expected an ordinary file"):
         env_module.read_trajectory(tmp_path / "toy-0.jsonl")
+
+
+class Blocks:
+    """A model whose replies end where one of the texts to stop at begins, as an engine's and a server's do."""
+
+    def __init__(self, text, no_reply=""):
+        self.text = text
+        self.no_reply = no_reply
+        self.asked = 0
+
+    def chat(self, messages, max_new_tokens, stop=(), **options):
+        self.asked += 1
+        text = self.text.partition(stop)[0] if stop else self.text
+        return Completion(text, [], [], "stop", no_reply=self.no_reply)
+
+
+@pytest.mark.parametrize("text, no_reply, expected, asked", [
+    ("```python\nx = 1\n```\nThat is all.", "", "```python\nx = 1\n```\n", 1),
+    ("Sure:\n```\nx = 1\n```\n", "", "Sure:\n```\nx = 1\n```\n", 2), ("", "a refusal", "", 1)])
+def test_a_whole_script_ends_with_its_block_however_that_opens(text, no_reply, expected, asked):
+    model = Blocks(text, no_reply)
+    question = [{"role": "user", "content": f"Change x. {env_module.WHOLE_SCRIPT}"}]
+    assert (env_module.ask_coder_model(model, question).text, model.asked) == (expected, asked)
