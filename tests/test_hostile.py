@@ -170,10 +170,11 @@ def test_a_thought_is_kept_beside_the_reply_and_not_shown_again(play):
     assert "secret plan" in (file_of(cfg, 0).parent.parent / "report.html").read_text()
 
 
-@pytest.mark.parametrize("clock, seconds, ended", [("all", 2, "time"), ("scripts", 3.5, "final answer")])
-def test_waiting_for_the_model_counts_or_not(clock, seconds, ended, play):
+@pytest.mark.parametrize("clock, wait, seconds, ended", [
+    ("all", 2, 3.9, "time"), ("scripts", 1, 3.5, "final answer")])
+def test_waiting_for_the_model_counts_or_not(clock, wait, seconds, ended, play):
     def slow(handler):
-        time.sleep(1)
+        time.sleep(wait)
         return server_of("", 0)(handler)
     played, _, cfg = play(slow, clock=clock, seconds=seconds)
     assert [trajectory["ended"] for trajectory in played] == [ended] * 2
