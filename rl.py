@@ -840,7 +840,8 @@ def plan(cfg):
     total = num_parameters(config)[-1]
     memory = partial(plan_memory, config, cfg.max_row_tokens, recompute=total > RECOMPUTE_ABOVE, critic=cfg.has_critic,
                      reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context)
-    lines = format_plan(memory(cfg.gpus, compute), total * (1 + cfg.has_critic), memory(1, torch.float32, max_logits=CPU_LOGITS))
+    on_cpus = memory(1, torch.float32, max_logits=CPU_LOGITS)
+    lines = format_plan(memory(cfg.gpus, compute), total * (1 + cfg.has_critic), on_cpus)
     return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens, {cfg.max_batch} x "
                       f"{cfg.context:,} tokens sampled", "", *lines])
 
