@@ -154,7 +154,10 @@ def folder_lock(folder, program):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another {program} writes to {folder}; wait for it, or give another folder") from None
-        yield
+        try:
+            yield
+        finally:    # closing alone would leave it to a process forked meanwhile, which has the same open file
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def refuse_links_out(folder):
