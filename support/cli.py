@@ -34,22 +34,31 @@ class ModelSettings:
 
 
 @dataclass
-class TaskSettings(ModelSettings):
-    """Settings of every program that runs the scripts of tasks."""
+class ScriptSettings:
+    """Settings of every program that runs scripts."""
     data: str = "data"  # where prepared tasks are kept
-    raw: str = ""  # folder of the publisher's files, prepared on first use; for several tasks, the folder that holds
-        # one such folder per task id. Empty: the data prepared before, else the miniature
     python: str = sys.executable  # the interpreter that runs the tasks' scripts
     gpu: str = ""  # GPUs for the scripts, such as 0 or 0,1: each script gets one of them; empty hides all
     threads: int = 1  # that a script may use for numerics
     sandbox: str = "on"  # on, or off: scripts can then read the answers and all your files; every row says so
+
+    def __post_init__(self):
+        check_choices(self, sandbox=("on", "off"))
+        check_positive(self, "threads")
+
+
+@dataclass
+class TaskSettings(ModelSettings, ScriptSettings):
+    """Settings of every program in which a model acts on tasks."""
+    raw: str = ""  # folder of the publisher's files, prepared on first use; for several tasks, the folder that holds
+        # one such folder per task id. Empty: the data prepared before, else the miniature
     context: int = 16384  # tokens of one conversation; a trajectory that outgrows it ends
     max_new_tokens: int = 1024  # of one reply
 
     def __post_init__(self):
-        super().__post_init__()
-        check_choices(self, sandbox=("on", "off"))
-        check_positive(self, "threads", "context", "max_new_tokens")
+        ModelSettings.__post_init__(self)
+        ScriptSettings.__post_init__(self)
+        check_positive(self, "context", "max_new_tokens")
 
 
 def flag_of(name):

@@ -4,7 +4,6 @@ A trajectory file holds one JSON object a line: a header, the steps, and at most
 each line is checked.
 """
 import dataclasses, json, re, sys, tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
@@ -205,7 +204,7 @@ def replay(Env, path, log=print, *, data="data", sandbox="on", python=None, gpu=
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
     refuse_links_out(out)
     data = str(tasks.seeded(data, head["data_seed"]))
-    options = {"sandbox": sandbox, "python": python, "gpu": gpu, "threads": threads}
+    options = {"sandbox": sandbox, "python": python, "gpu": gpu or None, "threads": threads}
     for name, value in (options | {"data": data}).items():
         if head[name] != value and {head[name], value} != {None, sys.executable}:
             log(f"it was recorded with {name} {shorten(ascii(head[name]), 100)}; here it is {value!r}, as --{name} "
@@ -241,27 +240,13 @@ def _masked(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-@dataclass
-class ReplaySettings:
-    """How the scripts of a trajectory are run again; its file does not choose it."""
-    data: str = "data"  # where prepared tasks are kept
-    sandbox: str = "on"  # on, or off: scripts can then read the answers and all your files
-    python: str | None = None  # the interpreter that runs the scripts; none for this one
-    gpu: str | None = None  # CUDA_VISIBLE_DEVICES of the scripts
-    threads: int = 1  # that a script may use for numerics
-
-    def __post_init__(self):
-        cli.check_choices(self, sandbox=("on", "off"))
-        cli.check_positive(self, "threads")
-
-
 def main(replay, args):
     """Runs `env.py replay`. Returns the exit status: 0 no difference, 1 some, 2 it cannot be run."""
     if len(args) < 2 or args[0] != "replay" or args[1].startswith("-"):
         print("usage: python env.py replay FILE [--data D] [--sandbox on|off] [--python P] [--gpu G] [--threads N]",
               file=sys.stderr)
         return 2
-    cfg = cli.parse(ReplaySettings, args[2:])
+    cfg = cli.parse(cli.ScriptSettings, args[2:])
     try:
         return 1 if replay(args[1], **vars(cfg)) else 0
     except (ValueError, OSError, SandboxUnavailable) as error:

@@ -952,3 +952,20 @@ def test_a_file_in_place_of_a_folder_is_one_sentence(tmp_path, capsys):
             pass
     assert cli.exit_status("eval.py", work, tmp_path) == 1
     assert "eval.py: [Errno 17] File exists" in capsys.readouterr().err
+
+
+def test_a_folder_is_free_though_a_process_forked_meanwhile_lives_on(tmp_path):
+    """A script that is being started has the lock's file open for a moment, too."""
+    with files.folder_lock(tmp_path, "eval.py"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        with pytest.raises(ValueError, match="another eval.py"), files.folder_lock(tmp_path, "eval.py"):
+            pass
+    try:
+        with files.folder_lock(tmp_path, "eval.py"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
