@@ -37,9 +37,9 @@ from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
 from support.conversations import named, read_conversations
 from support.distributed import (
-    RECOMPUTE_ABOVE, PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type,
-    explain_dist_errors, export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters,
-    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, row_threads,
+    PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type, explain_dist_errors,
+    export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters, optimizer_step,
+    packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, recomputes, row_threads,
     save_state, shape_of, trim_memory)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
@@ -324,7 +324,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     on from the newest checkpoint there. folder: of the checkpoint that it begins with, None for random weights."""
     rank, world_size, device = init_distributed()
     use_kernels(cfg.kernels, device)
-    recompute = num_parameters(config)[-1] > RECOMPUTE_ABOVE
+    recompute = recomputes(num_parameters(config)[-1], device)
     model = build_model(config, folder, device, cfg.seed, recompute, compute_type(cfg.dtype, device, config),
                         kernels=cfg.kernels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
@@ -464,9 +464,9 @@ def plan(cfg):
     """Returns the text of --plan: memory of a GPU, updates, tokens and time. It needs no weights and no GPU."""
     config = shape_of(cfg.model)
     total = num_parameters(config)[-1]
-    recompute = total > RECOMPUTE_ABOVE
     compute = compute_type(cfg.dtype, torch.device("cuda"))
-    parts = plan_memory(config, cfg.max_row_tokens, cfg.gpus, compute, recompute)
+    parts = plan_memory(config, cfg.max_row_tokens, cfg.gpus, compute, recomputes(total, "cuda"))
+    on_cpus = plan_memory(config, cfg.max_row_tokens, 1, torch.float32, recomputes(total, "cpu"), max_logits=CPU_LOGITS)
     num = 10_000        # about as many as the paper has
     if Path(cfg.trajectories).exists():
         num = len(read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)[0])
@@ -476,7 +476,7 @@ def plan(cfg):
     hours = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12) / 3600
     return "\n".join([
         f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {tokens:,} tokens", "",
-        *format_plan(parts, total, plan_memory(config, tokens, 1, torch.float32, recompute, max_logits=CPU_LOGITS)),
+        *format_plan(parts, total, on_cpus),
         f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most {updates * cfg.batch * tokens:,} tokens",
         f"about {hours:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 
