@@ -34,10 +34,10 @@ from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    add_gradients, apply_device, build_model, compute_type, epoch_order, explain_dist_errors, export_model, flops_of,
-    format_plan, full_tensor, init_distributed, load_state, map_rows, num_parameters, optimizer_step, packed_rows,
-    peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, recomputes, row_threads, save_state, shape_of,
-    trim_memory)
+    RECOMPUTE_ABOVE, add_gradients, apply_device, build_model, compute_type, epoch_order, explain_dist_errors,
+    export_model, flops_of, format_plan, full_tensor, init_distributed, load_state, map_rows, num_parameters,
+    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, row_threads,
+    save_state, shape_of, trim_memory)
 from support.files import folder_lock
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
@@ -509,7 +509,7 @@ class PPOTrainer:
         self.world_size = world_size
         self.device = device
         self.threads = row_threads(config, device)
-        build = partial(build_model, config, folder, device, cfg.seed, recomputes(num_parameters(config)[-1], device),
+        build = partial(build_model, config, folder, device, cfg.seed, num_parameters(config)[-1] > RECOMPUTE_ABOVE,
                         compute_type(cfg.dtype, device, config), kernels=cfg.kernels)
         self.actor = build()
         self.reference = build().requires_grad_(False) if cfg.kl else None
@@ -838,11 +838,10 @@ def plan(cfg):
     config = shape_of(cfg.model)
     compute = compute_type(cfg.dtype, torch.device("cuda"))
     total = num_parameters(config)[-1]
-    memory = partial(plan_memory, config, cfg.max_row_tokens, critic=cfg.has_critic, reference=cfg.kl > 0,
-                     sampled_tokens=cfg.max_batch * cfg.context)
-    on_gpus = memory(cfg.gpus, compute, recomputes(total, "cuda"))
-    on_cpus = memory(1, torch.float32, recomputes(total, "cpu"), max_logits=CPU_LOGITS)
-    lines = format_plan(on_gpus, total * (1 + cfg.has_critic), on_cpus)
+    memory = partial(plan_memory, config, cfg.max_row_tokens, recompute=total > RECOMPUTE_ABOVE, critic=cfg.has_critic,
+                     reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context)
+    on_cpus = memory(1, torch.float32, max_logits=CPU_LOGITS)
+    lines = format_plan(memory(cfg.gpus, compute), total * (1 + cfg.has_critic), on_cpus)
     return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens, {cfg.max_batch} x "
                       f"{cfg.context:,} tokens sampled", "", *lines])
 

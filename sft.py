@@ -37,9 +37,9 @@ from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
 from support.conversations import named, read_conversations
 from support.distributed import (
-    PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type, explain_dist_errors,
-    export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters, optimizer_step,
-    packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, recomputes, row_threads,
+    RECOMPUTE_ABOVE, PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type,
+    explain_dist_errors, export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters,
+    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, row_threads,
     save_state, shape_of, trim_memory)
 from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
@@ -286,12 +286,20 @@ def hold_back(origins, share, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+SHORT_ROW = 2048        # tokens
 SCHEDULE = ("batch", "max_row_tokens", "lr", "warmup", "beta2", "dtype", "kernels", "seed")   # of a run that goes on
 
 
 def cosine(step, steps, peak):
     """Returns the learning rate of a step: half a cosine from `peak` at step 0 towards 0 at step `steps`."""
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def recomputes(config, device, row_tokens):
+    """Returns whether backward computes activations again, a third more time for less memory. Alone in a CPU's memory
+    a 0.5B has room for those of a short row."""
+    is_small = device.type == "cpu" and row_tokens <= SHORT_ROW
+    return num_parameters(config)[-1] > (1e9 if is_small else RECOMPUTE_ABOVE)
 
 
 def nll_gradients(model, rows, num_targets, world_size, device, num_ids, threads=None):
@@ -324,7 +332,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     on from the newest checkpoint there. folder: of the checkpoint that it begins with, None for random weights."""
     rank, world_size, device = init_distributed()
     use_kernels(cfg.kernels, device)
-    recompute = recomputes(num_parameters(config)[-1], device)
+    recompute = recomputes(config, device, cfg.max_row_tokens)
     model = build_model(config, folder, device, cfg.seed, recompute, compute_type(cfg.dtype, device, config),
                         kernels=cfg.kernels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
@@ -465,13 +473,13 @@ def plan(cfg):
     config = shape_of(cfg.model)
     total = num_parameters(config)[-1]
     compute = compute_type(cfg.dtype, torch.device("cuda"))
-    parts = plan_memory(config, cfg.max_row_tokens, cfg.gpus, compute, recomputes(total, "cuda"))
-    on_cpus = plan_memory(config, cfg.max_row_tokens, 1, torch.float32, recomputes(total, "cpu"), max_logits=CPU_LOGITS)
+    tokens = cfg.max_row_tokens
+    parts = plan_memory(config, tokens, cfg.gpus, compute, recomputes(config, torch.device("cuda"), tokens))
+    on_cpus = plan_memory(config, tokens, 1, torch.float32, recomputes(config, torch.device("cpu"), tokens), max_logits=CPU_LOGITS)
     num = 10_000        # about as many as the paper has
     if Path(cfg.trajectories).exists():
         num = len(read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)[0])
     updates = cfg.updates or math.ceil(cfg.epochs * num / cfg.batch)
-    tokens = cfg.max_row_tokens
     row = PackedRow([0] * tokens, [tokens], [0] * tokens, [])
     hours = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12) / 3600
     return "\n".join([

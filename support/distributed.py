@@ -18,7 +18,7 @@ from support.cli import RunError, flag_of
 from support.files import shorten, sync
 from support.sandbox import SLOTS
 
-RECOMPUTE_ABOVE = {"cuda": 100e6, "cpu": 1e9}    # weights; see recomputes
+RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
 ATTENTION_TOKENS = 65_000   # of a text whose attention takes as many operations as the rest of the 7B
 PRESETS_BELOW = {"tiny": 50e6, "0.5b": 1e9, "1.5b": 4e9, "7b": math.inf}    # weights of the models that each is for
 PROCESS_BYTES = 1 << 30     # of a process besides weights and activations: libraries, texts, allocator
@@ -110,12 +110,6 @@ def compute_type(dtype, device, config=None):
         is_small = device.type == "cpu" and config is not None and num_parameters(config)[-1] < SMALL_BELOW
         dtype = "bfloat16" if multiplies_bf16(device) and not is_small else "float32"
     return getattr(torch, dtype)
-
-
-def recomputes(num_weights, device):
-    """Returns whether a model's blocks compute their activations again in backward: a third more time, and less memory,
-    which on a CPU is there for the short rows of a 0.5B."""
-    return num_weights > RECOMPUTE_ABOVE[torch.device(device).type]
 
 
 def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2,
