@@ -311,18 +311,15 @@ def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
     """
     values = {}
     action = None
-    args = {}
-    error = ""
     try:
         source = read_entries(reply, fields, values)
         name = values["Action"].strip("`*\"'[] \t\n")
         if name not in actions:
             raise InvalidAction(f"There is no tool {shorten(name, 60)!r}; the tools are: {', '.join(actions)}.")
         action = name
-        args = read_args(name, source)
+        return values, action, read_args(name, source), ""
     except InvalidAction as problem:
-        error = str(problem)
-    return values, action, args, error
+        return values, action, {}, str(problem)
 
 
 def read_entries(reply, fields, values):
@@ -510,7 +507,7 @@ AGENT_FORMAT = {      # what agent.json in the folder of a model tells: how it w
         some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
     "context": up_to(1 << 20),
     "max_new_tokens": up_to(1 << 20),
-    "steps": up_to(1000),
+    "steps": up_to(1 << 20),
     "show_scores": FLAG,
 }
 
@@ -538,6 +535,7 @@ class AgentSettings(cli.TaskSettings):
     seconds: float = 1800.0  # that a trajectory may take
     clock: str = "all"  # what counts of these seconds: all, or scripts, without the time that the model takes to reply
     reply_seconds: float = 600.0  # that a server may take for one reply
+    top_p = 1.0     # no setting: replies are sampled from all tokens
 
     def __post_init__(self):
         super().__post_init__()
@@ -950,16 +948,18 @@ class Env:
 
     def _inspect_script_lines(self, step, script_name, start_line_number, end_line_number):
         path = self._path(script_name)
-        lines = self._text(path)[0].splitlines()
+        text, size = self._text(path)
+        lines = text.splitlines()
+        known = path if size <= MAX_READ else f"the first {MAX_READ >> 20} MiB of {path}"
         first = int(start_line_number)
         last = int(end_line_number)
         if not 1 <= first <= min(last, max(1, len(lines))):
-            raise InvalidAction(f"Lines {first} to {last} cannot be shown: {path} has {len(lines):,} lines.")
+            raise InvalidAction(f"Lines {first} to {last} cannot be shown: {known} has {len(lines):,} lines.")
         last = min(last, first - 1 + MAX_LINES)
         shown = [shorten(line, OUTPUT_ROOM) for line in lines[first - 1:last]]
         while len(shown) > 1 and len("\n".join(shown)) >= MAX_OBSERVATION - 200:
             shown.pop()
-        return "\n".join([f"Lines {first} to {first + len(shown) - 1} of {len(lines):,} of {path}:", *shown])
+        return "\n".join([f"Lines {first} to {first + len(shown) - 1} of {len(lines):,} of {known}:", *shown])
 
     def _understand_file(self, step, file_name, things_to_look_for):
         path = self._path(file_name)
@@ -1009,7 +1009,7 @@ class Env:
         after = set_constant(before, constant, value)
         name, old_value, *_ = constants(before)[number - 1]
         self.change_text = f"{name} = {old_value} -> {change_number(name, old_value, value)}"
-        change = {"constant": str(number), "value": value}
+        change = {"constant": str(number), "value": "".join(value.split())}
         is_best = self.files[self.task.entry] == self.seen["best_script"]
         best = self.seen["best_printed"]
         if is_best and change in self.seen["tried"]:
@@ -1223,7 +1223,7 @@ class Env:
                 discard(folder)
         texts = {"stdout": result.stdout, "stderr": result.stderr, "detail": detail}
         for name, text in texts.items():    # without the random name of the folder
-            texts[name] = text.replace(f"{folder}/", "")
+            texts[name] = text.replace(f"{folder}/", "").replace(str(folder), ".")
         return Run(dataclasses.replace(result, outcome=outcome, **texts), score, files)
 
     def _grade(self, submission):
@@ -1275,7 +1275,10 @@ def ask_coder_model(model, messages, max_new_tokens=CODER_TOKENS, **options):
         if "```" in completion.text:
             completion.text += CODE_END
         else:       # a bare ``` that opens the block has ended it
+            first = completion
             completion = model.chat(messages, max_new_tokens=max_new_tokens, **options)
+            completion.prompt_tokens += first.prompt_tokens
+            completion.num_tokens = sum(len(each.tokens) or each.num_tokens for each in (first, completion))
     return completion
 
 
@@ -1329,9 +1332,11 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         counts["coder_replies"] += 1
         # The model that acts may think here as long as for a reply.
         limit = max(CODER_TOKENS, cfg.max_new_tokens) if cfg.coder in ("model", "expert") else CODER_TOKENS
+        if coder.context:       # a server alone knows its own
+            limit = min(limit, coder.context // 2)
         completion = timed(ask_coder_model, coder, messages, limit, seed=seed, temperature=cfg.temperature,
                            top_p=cfg.top_p)
-        counts["coder_tokens"] += len(completion.tokens) or completion.num_tokens
+        counts["coder_tokens"] += completion.num_tokens or len(completion.tokens)
         counts["coder_prompt_tokens"] += completion.prompt_tokens
         if completion.answered_by:
             counts["coder_answered_by"] = completion.answered_by
@@ -1357,7 +1362,7 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
     # 2. State -> prompt -> reply -> step -> record.
     while not (env.done or run.stop.is_set()):
         last = [line.get("no_reply") for line in lines[-MAX_NO_REPLIES:]]
-        if len(last) == MAX_NO_REPLIES and all(last):
+        if all(last):       # the header, which has no such entry, is one of fewer
             run.write(path, {"type": "end", "ended": "no reply", "detail": last[-1]})
             return
         try:

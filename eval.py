@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import support  # noqa: F401  before torch
+import support  # noqa: F401  before numpy
 
 import numpy as np
-import torch
 
 import sample
 import tasks
@@ -84,8 +83,6 @@ class Settings(AgentSettings):
     states: str = ""  # a file of recorded states: the reward of single actions in them is measured instead
     samples: int = 8  # actions that are sampled in each state of --states
     record_states: int = 0  # states of each task, from the scripted expert, that are written to --states, once
-    ideas = 0       # no setting: the scripted expert tries those that are shipped
-    top_p = 1.0     # no setting: replies are sampled from all tokens
 
     def __post_init__(self):
         super().__post_init__()
@@ -632,7 +629,8 @@ def evaluate_agent(cfg, home, load):
         if cfg.model:
             for task, _ in infos:
                 results["tasks"][task.id] |= played_result(cfg, task, results["tasks"][task.id])
-            records = map(read_record, trajectory_files(cfg.out))
+            records = [read_record(trajectory_path(folder, task.id, k))
+                       for task, _ in infos for k in range(cfg.trajectories)]
             results["disclosure"] = disclose(records, cfg.model, cfg.coder)
         write_atomic(Path(cfg.out, "results.json"), results)
     return results
@@ -648,6 +646,9 @@ def evaluate(cfg, agents=None, load=sample.load, exports=None):
     if not (cfg.task or cfg.exports):
         trained = [folder for folder, _ in MADE.values()]
     with folder_lock(cfg.out, "eval.py"):
+        if exports and trajectory_files(cfg.out):
+            raise ValueError(f"{cfg.out} holds an evaluation, whose results.json the series would replace; give another "
+                             "--out")
         try:
             return [{"name": name, "results": evaluate_agent(agent, cfg.out, load)} for name, agent in agents.items()]
         finally:
@@ -707,7 +708,10 @@ def fill(values):
     if values["compare"]:
         return []
     if values["states"]:
-        return [("--states", {"task": "all"})]
+        folder = sample.small_files(values["model"]) if values["model"] not in ("", RANDOM) else None
+        agent = read_agent(folder) if folder else {}
+        length = {name: agent[name] for name in agent.keys() & {"max_new_tokens"}}      # a state has the rest
+        return [("--states", {"task": "all"}), (f"{values['model']}/agent.json", length)]
     if not values["exports"] and (values["task"] or values["model"]):
         folder = sample.small_files(values["model"]) if values["model"] != RANDOM else None
         agent = read_agent(folder) if folder else {}
@@ -749,8 +753,6 @@ def run(cfg):
         agents, taken = agents_exported(cfg)
     elif not cfg.task:
         agents = agents_made(cfg)
-    if not cfg.task:
-        torch.set_num_threads(1)        # threads that wait for each other are slow beside scripts on every core
     print("\n" + format_report(evaluate(cfg, agents, exports=taken)))
     if not agents and not cfg.model:
         print(NO_MODEL)

@@ -92,6 +92,9 @@ class Config:
                 expected = f"of type {field.type.__name__}, above 0 and at most {largest:,}"
             if not valid:
                 raise ValueError(f"{path}: {field.name} must be {expected}")
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise ValueError(f"{path}: num_attention_heads {config.num_attention_heads} must be a multiple of "
+                             f"num_key_value_heads {config.num_key_value_heads}")
         head_dim = raw.get("head_dim") or config.head_dim
         if config.num_attention_heads * head_dim != config.hidden_size:
             raise ValueError(f"{path}: hidden_size {config.hidden_size} must be num_attention_heads "
@@ -258,7 +261,6 @@ class LinearLogProb(torch.autograd.Function):
         is_argmax = target_logit >= row_max
         ctx.save_for_backward(x, weight, targets, lse, entropy)
         ctx.settings = temperature, vocab_limit, vocab_chunk
-        ctx.mark_non_differentiable(is_argmax)
         ctx.set_materialize_grads(False)        # None for a result that nothing depends on
         return target_logit - lse, entropy, is_argmax
 
@@ -349,6 +351,7 @@ def make_layout(lengths, device, varlen):
     positions = []
     keys = []
     queries = []            # tokens of each text that are queries
+    num_keys = []
     first = 0
     for prefix, branches in trees:
         parts = [(0, prefix)] if prefix else []
@@ -358,12 +361,12 @@ def make_layout(lengths, device, varlen):
             positions.append(torch.arange(seen, seen + length))
             keys += [torch.arange(first, first + seen), torch.arange(begin, begin + length)]
             queries.append(length)
+            num_keys.append(seen + length)
             begin += length
         first = begin
     positions = torch.cat(positions)[None].to(device)
     if not varlen:
         return Layout(trees, positions)
-    num_keys = [len(seen) + len(own) for seen, own in zip(keys[::2], keys[1::2])]
     ends = torch.tensor([[0, *queries], [0, *num_keys]]).cumsum(1).to(device, torch.int32)
     return Layout(trees, positions, torch.cat(keys).to(device), *ends, max(queries), max(num_keys))
 
@@ -512,10 +515,9 @@ class Backbone(nn.Module):
 def at_targets(x, targets):
     """Returns x (N, C) and targets (N,) where there are targets, of x (B, T, C) and targets (B, T), a tensor on any
     device or numpy."""
-    targets = torch.as_tensor(targets)
-    index = (targets != IGNORE).flatten().nonzero()[:, 0]
-    targets = targets.flatten()[index]
-    return x.flatten(0, 1)[index.to(x.device)], targets.to(x.device)
+    targets = torch.as_tensor(targets).flatten()
+    index = (targets != IGNORE).nonzero()[:, 0]
+    return x.flatten(0, 1)[index.to(x.device)], targets[index].to(x.device)
 
 
 class Qwen2(nn.Module):
@@ -586,7 +588,7 @@ class Qwen2(nn.Module):
             model = cls(config).to(dtype)
         model.to_empty(device=device)
         model.tie()
-        return model.requires_grad_(True)
+        return model
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):

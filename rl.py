@@ -36,9 +36,9 @@ from support.cli import RunError, exit_status, run_main
 from support.distributed import (
     RECOMPUTE_ABOVE, add_gradients, apply_device, build_model, compute_type, epoch_order, explain_dist_errors,
     export_model, flops_of, format_plan, full_tensor, init_distributed, load_state, map_rows, num_parameters,
-    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, row_threads,
-    save_state, shape_of, trim_memory)
-from support.files import folder_lock
+    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, rank_and_size,
+    row_threads, save_state, shape_of, trim_memory)
+from support.files import begin_log, folder_lock
 from support.pool import choose_coder, hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
 from support.records import AGENT
@@ -178,15 +178,16 @@ class RolloutWorker:
         return ask_coder_model(self.engine, messages).text
 
     def begin(self, name):
-        """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the prompt's token
-        ids there. MissingBlob: a file of the state is gone."""
+        """Returns an Env in a state, or with --rollout episode at the start of its trajectory (not of states held back),
+        and the prompt's token ids there. MissingBlob: a file of the state is gone."""
         state = self.states[name]
         recorded = {key: state.head[key] for key in AGENT}
-        if self.cfg.rollout == "episode":
+        from_start = self.cfg.rollout == "episode" and name not in self.held_back
+        if from_start:
             recorded["steps"] = self.cfg.steps
         env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, state.head["data_seed"],
                        coder=self.coder, **recorded)
-        if self.cfg.rollout == "step":
+        if not from_start:
             state.restore(env)
         return env, self.engine.tokenizer.chat(env.prompt())
 
@@ -201,14 +202,19 @@ class RolloutWorker:
             files = sorted({state.file for state in states.values()})
             if len(files) > 1:
                 file = rng.choice(files)
-                names += [name for name, state in states.items() if state.file == file]
-                self.pool = {**self.pool, task: {name: state for name, state in states.items() if state.file != file}}
+                trained = {name: state for name, state in states.items() if state.file != file}
+                seen = {state.contents for state in trained.values()}       # trajectories of a task begin alike
+                names += [name for name, state in states.items() if state.file == file and state.contents not in seen]
+                self.pool = {**self.pool, task: trained}
+        if not names:
+            raise ValueError("--validate-every holds back a trajectory of each task that has two, and there is none; "
+                             "collect more, or leave it out")
         return rng.sample(names, min(VALIDATION_STATES, len(names)))
 
     def validate(self):
         """Returns the mean reward of actions in the states held back. The same weights give the same figure."""
-        names = [name for name in self.held_back if self.fits(name)]
-        futures = self.submit_actions(self.own_starts(names), "validation")
+        self.held_back = [name for name in self.held_back if self.fits(name)]
+        futures = self.submit_actions(self.own_starts(self.held_back), "validation")
         transitions = gather([future.result() for future in futures])
         self.engine.refresh()       # else the next iteration would sample otherwise than after a resume
         return fmean(transition.reward for transition in transitions) if transitions else None
@@ -235,7 +241,7 @@ class RolloutWorker:
 
     def run(self, names, iteration):
         """Returns the Transitions of all processes, in the order of the states `names`, and statistics of the work.
-        FloatingPointError: the weights are not finite."""
+        RunError: the weights are not finite."""
         before = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
         began = time.monotonic()
         starts = self.own_starts(names)
@@ -254,9 +260,8 @@ class RolloutWorker:
             rewards = group_rewards(transitions)
             for transition in transitions:
                 self.chances[transition.state] = 0.1 + 2 * pstdev(rewards[transition.group])
-        counts = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
-        counts.subtract(before)
-        counts = sum(gather([counts]), Counter())
+        after = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
+        counts = sum(gather([after - before]), Counter())
         return transitions, {
             "left_out": sum(chance == 0 for chance in self.chances.values()), "runs": counts["runs"],
             "sampled_tokens": counts["sampled_tokens"],
@@ -520,7 +525,7 @@ class PPOTrainer:
             self.models["critic"] = self.critic
             groups.append({"params": list(self.critic.parameters()), "lr": cfg.critic_lr})
         # A step leaves a model alone that has no gradients, so one optimizer serves both.
-        self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=True)
 
     def forward(self, model, inputs):
         """Returns the log-probs of the targets and the entropies, each (N,)."""
@@ -543,8 +548,7 @@ class PPOTrainer:
         outputs = map_rows(lambda row: forward(row.inputs(self.device)).float().cpu(), rows, self.threads)
         results = []
         for row, output in zip(rows, outputs):
-            if row.examples:
-                results += zip(row.examples, output.split([sum(examples[i][1]) for i in row.examples]))
+            results += zip(row.examples, output.split([sum(examples[i][1]) for i in row.examples]))
         return [values for _, values in sorted(gather(results), key=lambda result: result[0])]
 
     def logprobs(self, model, examples, indices=None):
@@ -627,8 +631,8 @@ class PPOTrainer:
 # -- The loop
 
 def iterate(cfg, worker, trainer, iteration):
-    """One iteration of PPO. Returns the Transitions and statistics. RunError: nothing can be played, or a gradient is
-    not finite. FloatingPointError: the weights are not."""
+    """One iteration of PPO. Returns the Transitions and statistics. RunError: nothing can be played, or a gradient or
+    the weights are not finite."""
     # 1. States of the pool, the tasks in turn; the same on all processes.
     names = worker.sample_states(iteration)
 
@@ -703,6 +707,7 @@ def train(cfg, rank, world_size, device):
     folder = find_folder(cfg.model)
     tokenizer = sample.Tokenizer.from_pretrained(folder)
     config = Config.from_pretrained(folder)
+    tokenizer.check_fits(config, cfg.model)
     rank0_broadcast(lambda: len(prepare_tasks(cfg, LEARNED_SEEDS)))        # a Task itself cannot be sent
     if cfg.sandbox == "on":
         protection()        # here, before many threads ask at once
@@ -726,9 +731,10 @@ def train(cfg, rank, world_size, device):
             cli.announce(f"{cfg.out}: going on after iteration {first}")
 
     # 3. The iterations.
-    peak = peak_flops(device, trainer.actor.compute_dtype)
-    if peak and trainer.threads:        # it was measured in one thread, and all compute rows
-        peak *= SLOTS.cpus
+    if rank == 0:
+        for name in ("log.jsonl", "samples.jsonl"):
+            begin_log(Path(cfg.out, name), state)
+    peak = peak_flops(device, trainer.actor.compute_dtype, trainer.threads)
     # Counted in forward passes. Log-probs of the sampler itself take none.
     passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)
     passes -= worker.samples_from(trainer.actor)
@@ -739,11 +745,13 @@ def train(cfg, rank, world_size, device):
         start = time.monotonic()
         try:
             transitions, stats = iterate(cfg, worker, trainer, iteration)
-        except (RunError, FloatingPointError) as error:
+            trim_memory()
+            seconds = time.monotonic() - start
+            if cfg.validate_every and (iteration + 1) % cfg.validate_every == 0:
+                stats["validation_reward"] = worker.validate()
+        except RunError as error:
             raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}. The checkpoints in {cfg.out} are from "
                            "before") from None
-        trim_memory()
-        seconds = time.monotonic() - start
         update_s = seconds - stats["sample_s"] - stats["execute_s"] - stats["logprobs_s"]
         examples = [transition.example for transition in transitions]
         rows = packed_rows(examples, range(len(examples)), 0, 1, cfg.max_row_tokens)
@@ -752,8 +760,6 @@ def train(cfg, rank, world_size, device):
         stats |= {"iteration": iteration + 1, "update_s": update_s, "seconds": seconds,
                   "elapsed_s": time.monotonic() - began, "mfu": flops / compute_s / peak if peak else None,
                   "peak_gib": peak_memory(device) / 2**30}
-        if cfg.validate_every and (iteration + 1) % cfg.validate_every == 0:
-            stats["validation_reward"] = worker.validate()
         if rank == 0:
             report(cfg, stats, transitions)
         if cfg.export_every and (iteration + 1) % cfg.export_every == 0:    # before the checkpoint, so none is missed
@@ -764,7 +770,9 @@ def train(cfg, rank, world_size, device):
     # 4. The actor as a Hugging Face folder.
     export_agent(trainer.actor, tokenizer, folder, cfg.out)
     if rank == 0:
-        print(f"Written to {cfg.out}: the model, log.jsonl, checkpoints\n\nNext: python eval.py")
+        print(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
+        if cfg.preset == "tiny":
+            print("\nNext: python eval.py")
 
 
 def export_agent(actor, tokenizer, source, out):
@@ -772,9 +780,7 @@ def export_agent(actor, tokenizer, source, out):
     must call this."""
     is_cuda = next(actor.parameters()).is_cuda
     export_model(actor, tokenizer, out, torch.bfloat16 if is_cuda else torch.float32)
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
-    if agent := read_agent(source):
+    if rank_and_size()[0] == 0 and (agent := read_agent(source)):
         write_agent(out, agent)
 
 
@@ -851,11 +857,11 @@ def fill(values):
     model = values["model"]
     if values["preset"]:
         cli.preset(values["preset"], RECIPES)       # refuses another name
+    if model == Settings.model and not Path(model, "config.json").exists():     # nor is it asked of the hub
+        raise ValueError(f"there is no {model} to go on from; make it with: python sft.py, or give another --model")
     if values["plan"] and not Path(model).is_dir():     # such as 7b
         agent = {}
         config = shape_of(model)
-    elif model == Settings.model and not Path(model, "config.json").exists():       # nor is it asked of the hub
-        raise ValueError(f"there is no {model} to go on from; make it with: python sft.py, or give another --model")
     else:
         folder = find_folder(model, ("*.json",))
         agent = read_agent(folder)
@@ -863,9 +869,8 @@ def fill(values):
     num = num_parameters(config)[-1]
     fitting = preset_for(num)
     preset = values["preset"] or fitting
-    source = f"{model} has {num:,} weights, which --preset {fitting} is for; another may be typed"
-    if values["preset"]:
-        source = f"--preset {preset}; {model} has {num:,} weights, which --preset {fitting} is for"
+    source = f"{model} has {num:,} weights, which --preset {fitting} is for"
+    source = f"--preset {preset}; {source}" if values["preset"] else f"{source}; another may be typed"
     return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RECIPES[preset]})]
 
 

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 
 from model import KERNELS, Config, Qwen2, use_kernels
 from support import cpu_linear
-from support.cli import ContextFull, ModelSettings, parse
-from support.distributed import SMALL_BELOW, multiplies_bf16
+from support.cli import ContextFull, ModelSettings, RunError, parse
+from support.distributed import SMALL_BELOW, compute_type
 from support.endpoint import Completion, Endpoint, EndpointError, address, find_stop, is_server
 from support.files import sync
 from support.pretrained import find_folder, read_json, write_json
@@ -66,6 +66,8 @@ class Tokenizer:
         self.bpe = bpe
         self.system = system
         self.folder = folder
+        self.bpe.no_truncation()                    # as a tokenizer.json may ask for, in silence
+        self.bpe.no_padding()
         self.bpe.encode_special_tokens = True       # "<|im_end|>" in a script's output stays text and ends no turn
         self.turn = bpe.token_to_id(self.TURN)
         self.end = bpe.token_to_id(self.END)
@@ -100,7 +102,7 @@ class Tokenizer:
         eos = eos if isinstance(eos, list) else [eos]
         if not all(isinstance(i, int) for i in eos):
             raise ValueError(f"{folder}/generation_config.json: eos_token_id must be numbers, found {str(eos):.80}")
-        template = str(config.get("chat_template", ""))
+        template = str(config.get("chat_template") or "")
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
         system = cls.SYSTEM
@@ -117,6 +119,12 @@ class Tokenizer:
         bpe.decoder = tokenizers.decoders.ByteLevel()
         bpe.add_special_tokens([cls.TEXT_END, cls.TURN, cls.END])
         return cls(bpe)
+
+    def check_fits(self, config, name):
+        """Raises ValueError where a model of this Config lacks rows for some ids."""
+        if self.size > config.vocab_size:
+            raise ValueError(f"{name}: the tokenizer has {self.size} ids and the model rows for {config.vocab_size}; they "
+                             "are not of one checkpoint")
 
     def save(self, folder):
         """Writes the tokenizer's files beside a saved model, so that transformers and vLLM open the folder."""
@@ -313,7 +321,6 @@ class DecodeGraph(ForwardBatch):
     the tokens that a pass samples are the input of the next.
     """
     fresh = False
-    counts = None
 
     def __init__(self, model, num_ids, cache, B, T, S, pool):
         self.model = model
@@ -676,7 +683,7 @@ class Engine:
         for row, (request, draft, reply) in enumerate(zip(self.active, drafts, replies)):
             for i, (token, logp) in enumerate(reply):
                 if not math.isfinite(logp):
-                    raise FloatingPointError(f"{self.name} gives logits that are not finite; its weights are damaged")
+                    raise RunError(f"{self.name} gives logits that are not finite; its weights are damaged")
                 self.lengths[row] += 1
                 completion = self.append_token(request, token, logp)
                 if completion or (i < len(draft) and token != draft[i]):
@@ -888,29 +895,28 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
         return Endpoint(spec, key, timeout_s)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if multiplies_bf16(device) and spec != "tiny" else "float32"
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: there is no GPU that torch can use")
     if graphs and not str(device).startswith("cuda"):
         raise ValueError(f"CUDA graphs need a CUDA device, found {device!r}; leave them off there")
     use_kernels(kernels, device)
-    torch_dtype = getattr(torch, dtype)
-    if spec == "tiny":
-        tokenizer = Tokenizer.of_bytes()
-        model = Qwen2.from_scratch(Config.preset("tiny"), dtype=torch_dtype, device=device)
-    else:
-        folder = find_folder(spec)
+    folder = find_folder(spec) if spec != "tiny" else None
+    config = Config.from_pretrained(folder) if folder else Config.preset("tiny")
+    torch_dtype = compute_type(dtype, torch.device(device), config) if dtype == "auto" else getattr(torch, dtype)
+    if folder:
         tokenizer = Tokenizer.from_pretrained(folder)
+        tokenizer.check_fits(config, spec)
         model = Qwen2.from_pretrained(folder, torch_dtype, device)
-    if tokenizer.size > model.config.vocab_size:
-        raise ValueError(f"{spec}: the tokenizer has {tokenizer.size} ids and the model rows for "
-                         f"{model.config.vocab_size}; they are not of one checkpoint")
+    else:
+        tokenizer = Tokenizer.of_bytes()
+        model = Qwen2.from_scratch(config, dtype=torch_dtype, device=device)
     return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec), fixed_shapes=graphs)
 
 
 def small_files(model):
     """Returns a folder with the small files of the model that --model names, or on the hub; None if it has none."""
     try:
-        return None if is_server(model) or model in ("", "tiny") else find_folder(model, ("*.json",))
+        return None if model in ("", "tiny") else find_folder(model, ("*.json",))
     except ValueError:      # there is no such model; who loads it says so
         return None
 
@@ -944,5 +950,5 @@ if __name__ == "__main__":
     settings = parse(Settings)
     try:
         main(settings)
-    except (ValueError, EndpointError) as error:
+    except (ValueError, RunError, OSError) as error:
         sys.exit(f"sample.py: {error}")

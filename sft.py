@@ -14,7 +14,7 @@ The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), 
 ideas/TASK.json and manifest.json. A run that was killed goes on with the same command; a larger --num, or another
 --task, adds to it.
 """
-import contextlib, hashlib, json, math, random, time
+import contextlib, hashlib, json, math, os, random, time
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -30,23 +30,22 @@ import torch.distributed as dist
 import sample
 import tasks
 from env import (
-    LEARNED_SEEDS, MEDIUM_AGENT, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record,
-    write_agent)
+    AGENT_FORMAT, LEARNED_SEEDS, MEDIUM_AGENT, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent,
+    read_record, write_agent)
 from model import CPU_LOGITS, Config, use_kernels
 from support import cli, endpoint, miniature
-from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main, under_torchrun
+from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main
 from support.conversations import named, read_conversations
 from support.distributed import (
     RECOMPUTE_ABOVE, PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type,
     explain_dist_errors, export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters,
     optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, row_threads,
     save_state, shape_of, trim_memory)
-from support.files import FLAG, TEXT, VALUE, folder_lock, hash_json, parse_json, read_bytes, write_atomic
+from support.files import FLAG, TEXT, VALUE, begin_log, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import find_folder, hash_checkpoint
 from support.records import AGENT, end_reason, trajectory_path
-from support.sandbox import SLOTS
 from support.storage import ResultCache
 
 
@@ -86,7 +85,6 @@ class Settings(AgentSettings):
     ideas: int = 100  # candidates that the expert writes for each task; 0: the ideas shipped with it
     coder: str = "expert"  # who carries out the (AI) actions: expert (the same model), or none
     temperature: float = 1.0  # of the expert
-    top_p = 1.0     # no setting: the whole distribution
 
     def __post_init__(self):
         super().__post_init__()
@@ -179,7 +177,7 @@ def open_manifest(cfg, infos):
     for id in infos:
         hashes = [info["sha256"] for info in infos[id]]
         entry = {"data": hash_json(hashes)[:16], "miniature": infos[id][0]["miniature"]}
-        if id not in manifest["tasks"] and list(Path(cfg.trajectories).glob(f"{id}-*.jsonl")):
+        if id not in manifest["tasks"] and files_of(cfg.trajectories, id):
             raise ValueError(f"manifest.json does not tell of {id}, of which {cfg.trajectories} has trajectories; "
                              "delete them, or give another --trajectories")
         manifest["tasks"].setdefault(id, entry)
@@ -204,10 +202,15 @@ def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
     play_trajectory(cfg, task, k, path, policy, coder, cfg.trajectories, cache, progress, header, info.get("seed", 0))
 
 
+def files_of(folder, id):
+    """Returns the files of a task's trajectories; another task's id may begin with this one's."""
+    return [path for path in Path(folder).glob(f"{id}-*.jsonl") if path.stem.rpartition("-")[0] == id]
+
+
 def count_trajectories(folder, task):
     """Returns what manifest.json says of the finished trajectories of a task."""
     counts = Counter(dict.fromkeys(COUNTS, 0))
-    for path in Path(folder).glob(f"{task.id}-*.jsonl"):
+    for path in files_of(folder, task.id):
         records = read_record(path)
         if end_reason(records):
             scores = [line["m_after"] for line in records if "m_after" in line]
@@ -257,7 +260,7 @@ def build_dataset(cfg, tokenizer, log=print):
     if not train or not valid:
         raise ValueError(f"{len(examples)} conversations are too few to train on and to validate with; collect more, or "
                          "cut fewer with a larger --max-row-tokens")
-    if cfg.model == "tiny" and cfg.prompt_format == "short":
+    if cfg.model == "tiny" and cfg.prompt_format == "short" and cfg.show_scores:
         for conversation in miniature.imagined_conversations(cfg):
             ids, loss_mask = tokenizer.conversation(conversation.messages, {conversation.assistant_turns[-1]})
             train.append((array("i", ids), bytes(loss_mask)))
@@ -344,12 +347,13 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     first = state["step"] if state else 0
     if first >= num_updates and rank == 0:
         print(f"{cfg.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
-    log_file = open(Path(cfg.out, "log.jsonl"), "a") if rank == 0 else None
+    log_file = None
+    if rank == 0:
+        begin_log(Path(cfg.out, "log.jsonl"), state)
+        log_file = open(Path(cfg.out, "log.jsonl"), "a")
     threads = row_threads(config, device)
     valid_rows = packed_rows(valid, range(len(valid)), rank, world_size, cfg.max_row_tokens)
-    peak = peak_flops(device, model.compute_dtype)
-    if peak and threads:        # it was measured in one thread, and all compute rows
-        peak *= SLOTS.cpus
+    peak = peak_flops(device, model.compute_dtype, threads)
     began = time.monotonic()
 
     for step in range(first, num_updates):
@@ -424,7 +428,10 @@ def starting_point(cfg):
     """Returns (folder, tokenizer, Config) of the model that is fine-tuned; folder is None where it is drawn."""
     if cfg.model != "tiny":
         folder = find_folder(cfg.model)
-        return folder, sample.Tokenizer.from_pretrained(folder), Config.from_pretrained(folder)
+        tokenizer = sample.Tokenizer.from_pretrained(folder)
+        config = Config.from_pretrained(folder)
+        tokenizer.check_fits(config, cfg.model)
+        return folder, tokenizer, config
     config = Config.preset("tiny")
     if cfg.prompt_format == "full":
         return None, sample.Tokenizer.of_bytes(), config
@@ -456,10 +463,10 @@ def fine_tune(cfg):
             f"validate; {world_size} processes, {device}")
         train(cfg, examples, valid, tokenizer, config, folder)
         agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
-        if cfg.prompt_format == "medium":
-            agent = cfg
-        elif cfg.prompt_format == "short":
-            agent = replace(cfg, steps=miniature.AGENT_STEPS)
+        if cfg.prompt_format != "full":
+            agent = {name: getattr(cfg, name) for name in AGENT_FORMAT}
+        if manifest := read_manifest(cfg.trajectories):     # what it has learned, whatever was typed here
+            agent |= {name: manifest["settings"][flag_of(name)] for name in (AGENT_FORMAT.keys() & AGENT) - {"steps"}}
         if rank == 0 and agent:
             write_agent(cfg.out, agent)
         log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
@@ -475,10 +482,14 @@ def plan(cfg):
     compute = compute_type(cfg.dtype, torch.device("cuda"))
     tokens = cfg.max_row_tokens
     parts = plan_memory(config, tokens, cfg.gpus, compute, recomputes(config, torch.device("cuda"), tokens))
-    on_cpus = plan_memory(config, tokens, 1, torch.float32, recomputes(config, torch.device("cpu"), tokens), max_logits=CPU_LOGITS)
+    on_cpus = plan_memory(config, tokens, 1, torch.float32, recomputes(config, torch.device("cpu"), tokens),
+                          max_logits=CPU_LOGITS)
     num = 10_000        # about as many as the paper has
-    if Path(cfg.trajectories).exists():
-        num = len(read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)[0])
+    trajectories = Path(cfg.trajectories)
+    if trajectories.is_file() or is_collected(trajectories):
+        num = len(read_conversations(trajectories, cfg.data, log=lambda line: None)[0])
+        if cfg.model == "tiny" and cfg.prompt_format == "short":
+            num += miniature.NUM_IMAGINED
     updates = cfg.updates or math.ceil(cfg.epochs * num / cfg.batch)
     row = PackedRow([0] * tokens, [tokens], [0] * tokens, [])
     hours = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12) / 3600
@@ -499,11 +510,16 @@ def is_collected(path):
 
 def collect_first(cfg):
     """Collects for a preset: the miniature what is lacking, the others only where nothing was collected before, perhaps
-    by another expert."""
+    by another expert. ValueError: the miniature has nothing to collect into."""
+    if cfg.preset == "tiny" and Path(cfg.trajectories).is_file():
+        raise ValueError(f"{cfg.trajectories} is a file of conversations, and the miniature collects its own; say what "
+                         "is trained on the file: --model DIR, or --model tiny")
     if cfg.preset == "tiny" or not is_collected(Path(cfg.trajectories)):
         print(f"1. Collecting: an expert edits and runs the starters of --task {cfg.task}.")
         print(report(collect(cfg)))
         print(f"\n2. Training {cfg.model} on what it did.", flush=True)
+    else:
+        print(f"{cfg.trajectories} is trained on as it is; --collect with --num or --task adds to it", flush=True)
 
 
 def run(cfg):
@@ -540,7 +556,7 @@ def fill(values):
         if preset not in ("0.5b", "1.5b"):      # the others are typed, or follow how the program was started
             return []
         why = f"{values['model']} has {num:,} weights, which --preset {preset} is for"
-    elif not under_torchrun():
+    elif "TORCHELASTIC_RUN_ID" not in os.environ:       # torchrun has not started it
         preset = "tiny"
         why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun sft.py, or --preset 7b)"
     elif values["device"] != "cpu" and torch.cuda.is_available():

@@ -21,25 +21,25 @@ read -ra sft_flags <<<"${SFT_FLAGS:-}"
 read -ra rl_flags <<<"${RL_FLAGS:-}"
 agent=(--prompt-format medium --fields "Thought,Action,Action Input" --context 1280 --max-new-tokens 160 --steps "$steps"
        --actions "Set Constant,Replace In Script,Undo Edit Script,Execute Script,Final Answer" --coder none)
+if [ -n "$raw" ] && [ ! -d "$raw" ]; then echo "RAW: there is no folder $raw" >&2; exit 2; fi
 mkdir -p "$run"
+# The tasks of a split, and the data that its states are of.
+declare -A tasks=([held-in]=$held_in [held-out]=$held_out)
+declare -A data=([held-in]=$run/miniatures [held-out]=$run/data)
 part() { printf '\n==== %s  %s\n' "$(date +%H:%M:%S)" "$*" | tee -a "$run/parts.log"; }
 
-# measure NAME MODEL SPLIT TASKS: the reward of single actions in the recorded states
+# measure NAME MODEL SPLIT: the reward of single actions in the recorded states
 measure() {
-    [ -f "$run/eval/$1/$3/done" ] && return
-    local data=$run/data
-    [ "$3" = held-in ] && data=$run/miniatures
     part "states, $3: $1"
-    python eval.py --states "$run/$3.jsonl" --task "$4" --model "$2" --samples "$samples" --temperature 1 --context 1280 \
-        --max-new-tokens 160 --data "$data" --out "$run/eval/$1/$3"
-    touch "$run/eval/$1/$3/done"
+    python eval.py --states "$run/$3.jsonl" --task "${tasks[$3]}" --model "$2" --samples "$samples" --temperature 1 \
+        --context 1280 --max-new-tokens 160 --data "${data[$3]}" --out "$run/eval/$1/$3"
 }
 
-# play NAME MODEL SPLIT TASKS: whole trajectories
+# play NAME MODEL SPLIT: whole trajectories
 play() {
     part "trajectories, $3: $1"
-    python eval.py --task "$4" --model "$2" "${agent[@]}" --trajectories "$trajectories" --temperature 1 --data "$run/data" \
-        --out "$run/eval/$1/$3-trajectories"
+    python eval.py --task "${tasks[$3]}" --model "$2" "${agent[@]}" --trajectories "$trajectories" --temperature 1 \
+        --data "$run/data" --out "$run/eval/$1/$3-trajectories"
 }
 
 part "0. how long each part takes on this machine, about"
@@ -56,22 +56,19 @@ for folder in "$raw"/*/; do
     if [ -n "$raw" ] && [ -d "tasks/$id" ]; then python -m tasks prepare "$id" --raw "$folder" --data "$run/data"; fi
 done
 for split in held-out held-in; do
-    data=$run/data
-    tasks=$held_out
-    if [ $split = held-in ]; then data=$run/miniatures; tasks=$held_in; fi
     if [ ! -f "$run/$split.jsonl" ]; then
-        python eval.py --record-states "$states" --states "$run/$split.jsonl" --task "$tasks" "${agent[@]}" --data "$data" \
-            --out "$run/recorded/$split"
+        python eval.py --record-states "$states" --states "$run/$split.jsonl" --task "${tasks[$split]}" "${agent[@]}" \
+            --data "${data[$split]}" --out "$run/recorded/$split"
     fi
 done
 
 part "2. gate: the base model in held-in states"
-measure base "$model" held-in "$held_in"
+measure base "$model" held-in
 
 part "3. fine-tuning on what the scripted expert does"
 python sft.py --preset 0.5b --model "$model" --task "$held_in" --data "$run/data" --trajectories "$run/trajectories" \
     --steps "$steps" --out "$run/sft" "${sft_flags[@]}"
-measure sft "$run/sft" held-in "$held_in"
+measure sft "$run/sft" held-in
 [ "${GATE:-on}" = off ] || python -m support.states gate "$run/eval/sft/held-in"
 
 part "4. step-wise RL"
@@ -81,12 +78,10 @@ python rl.py --model "$run/sft" --task "$held_in" --data "$run/data" --trajector
 part "5. evaluation: single actions first, which decide"
 for work in measure play; do
     for split in held-out held-in; do
-        tasks=$held_out
-        if [ $split = held-in ]; then tasks=$held_in; fi
-        $work sft "$run/sft" $split "$tasks"
-        $work rl "$run/rl" $split "$tasks"
-        $work random random-edits $split "$tasks"
-        $work base "$model" $split "$tasks"
+        $work sft "$run/sft" $split
+        $work rl "$run/rl" $split
+        $work random random-edits $split
+        $work base "$model" $split
     done
 done
 

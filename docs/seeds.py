@@ -22,19 +22,16 @@ AGENTS = {"random edits": "random-edits", "fine-tuned": "sft", "after RL": "rl"}
 PAIRS = [("fine-tuned", "random edits"), ("after RL", "random edits"), ("after RL", "fine-tuned")]
 
 
-def values_of(folders, agent, split, figure, rule):
-    """Returns {task: a list for each seed, of its trajectories' figures}."""
-    values = {}
+def pooled(folders, agent):
+    """Returns {task: what results.json says of it, with the trajectories of all folders, in order}."""
+    found = {}
     for folder in folders:
-        for task, result in read_results(Path(folder, AGENTS[agent]))["tasks"].items():
-            if result["split"] == split:
-                scores = final_scores(result, rule)
-                values.setdefault(task, []).append([figure(score, result) for score in scores])
-    return values
-
-
-def pooled(values):
-    return {task: np.concatenate(by_seed) for task, by_seed in values.items()}
+        results = read_results(Path(folder, AGENTS[agent]))
+        if not results or not results["complete"]:
+            sys.exit(f"{folder}/{AGENTS[agent]} is not complete; run its eval.py again")
+        for task, result in results["tasks"].items():
+            found.setdefault(task, result | {"trajectories": []})["trajectories"] += result["trajectories"]
+    return found
 
 
 def shown(groups):
@@ -43,28 +40,26 @@ def shown(groups):
 
 
 def main(folders):
+    if not folders:
+        sys.exit(__doc__)
+    pools = {agent: pooled(folders, agent) for agent in AGENTS}
     for split in ("held-in", "held-out"):
+        own = {agent: [result for result in pool.values() if result["split"] == split] for agent, pool in pools.items()}
         for name, figure in FIGURES.items():
             for rule in FINAL:
-                values = {agent: values_of(folders, agent, split, figure, rule) for agent in AGENTS}
-                pools = {agent: pooled(values[agent]) for agent in AGENTS}
                 print(f"\n{split}, {name} in per cent, {rule}")
+                values = {agent: [[figure(score, result) for score in final_scores(result, rule)] for result in results]
+                          for agent, results in own.items()}
                 for agent in AGENTS:
-                    by_seed = [np.mean([each[i] for each in values[agent].values()]) for i in range(len(folders))]
-                    print(f"  {agent:<25}", shown([[pool] for pool in pools[agent].values()]),
+                    by_seed = np.reshape(values[agent], (len(values[agent]), len(folders), -1)).mean((0, 2))
+                    print(f"  {agent:<25}", shown(list(zip(values[agent]))),
                           "by seed", *(f"{mean:.1f}" for mean in by_seed))
                 for agent, other in PAIRS:
-                    print(f"  {agent + ' less ' + other:<25}",
-                          shown([[pools[agent][task], pools[other][task]] for task in pools[agent]]))
-        for agent, folder in AGENTS.items():
-            counts = {habit: np.zeros(2) for habit in HABITS}
-            for path in folders:
-                for result in read_results(Path(path, folder))["tasks"].values():
-                    if result["split"] == split:
-                        for habit, (part, whole) in HABITS.items():
-                            for trajectory in result["trajectories"]:
-                                counts[habit] += (trajectory[part], trajectory[whole])
-            print(f"  {agent:<25}", *(f"{habit} {part / max(1, whole):.0%} " for habit, (part, whole) in counts.items()))
+                    print(f"  {agent + ' less ' + other:<25}", shown(list(zip(values[agent], values[other]))))
+        for agent, results in own.items():
+            played = [trajectory for result in results for trajectory in result["trajectories"]]
+            sums = {habit: [sum(each[name] for each in played) for name in names] for habit, names in HABITS.items()}
+            print(f"  {agent:<25}", *(f"{habit} {part / max(1, whole):.0%} " for habit, (part, whole) in sums.items()))
 
 
 if __name__ == "__main__":

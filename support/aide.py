@@ -251,6 +251,7 @@ class Env(env.Env):
     def reset(self):
         super().reset()
         self.messages = self.prompt()
+        self.deadline = time.monotonic() + self.seconds     # to read the data the first time does not count
         return self.messages
 
     def restore(self, snapshot, messages=None, *, past=(), **options):
@@ -261,7 +262,7 @@ class Env(env.Env):
 
     def node_of(self, line):
         """Returns the Node of a recorded step."""
-        node = line["node"]
+        node = line.get("node", {})     # a record of others may have none
         metric = node.get("metric")
         buggy = node.get("buggy", True) or metric is None or line["score"] is None
         return Node(node.get("parent"), metric, buggy, line)
@@ -366,7 +367,8 @@ class Env(env.Env):
             review = {"is_bug": False, "summary": "", "metric": step.printed}
         metric = review["metric"]
         step.fields["Review"] = review["summary"]
-        numbers = re.findall(r"\d*\.?\d+(?:[eE][-+]?\d{1,3})?", output)
+        said = output.rpartition("\nExecution time: ")[0]       # what the script printed
+        numbers = re.findall(r"\d*\.?\d+(?:[eE][-+]?\d{1,3})?", said)
         shown = {f"{float(number):.4g}" for number in numbers}
         step.node = {"metric": metric, "buggy": review["is_bug"] or metric is None, "review": judge,
                      "is_printed": metric is not None and f"{abs(metric):.4g}" in shown}

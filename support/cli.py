@@ -125,7 +125,7 @@ def _parser(cls):
     """Returns the argument parser of a dataclass; a flag that was not typed leaves no value."""
     help_texts = _comments(cls)
     types = typing.get_type_hints(cls)
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
         kind = types[field.name]
@@ -235,11 +235,6 @@ def exit_status(program, work, folder):
     return 1
 
 
-def under_torchrun():
-    """Returns whether torchrun has started this process, alone or with others."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def refuse_torchrun(what):
     """Raises ValueError, on the first process alone, where torchrun has started several of a one-process program."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -273,12 +268,14 @@ def run_main(main):
         except KeyboardInterrupt:       # before the work began
             pass
         except BaseException:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):      # nobody reads it, as where Ctrl-C has ended a `| tee`
+                traceback.print_exc()
     finally:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.SIG_IGN)
         remove(tempfile.tempdir)
     # 4. Threads may still wait for a reply or a script, so the interpreter is not asked to wait for them.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)

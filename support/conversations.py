@@ -44,7 +44,8 @@ def read_conversations(path, data="data", tokenizer=None, log=print):
         readers = [(source, partial(read_own, entry, source)) for source, entry in read_entries(path)]
     else:
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        readers = [(str(file), partial(read_trajectory, file, held_out, tokenizer)) for file in files]
+        tokenizer_id = tokenizer.fingerprint() if tokenizer else None
+        readers = [(str(file), partial(read_trajectory, file, held_out, tokenizer_id)) for file in files]
 
     conversations = []
     left_out = defaultdict(list)        # reason -> sources
@@ -115,10 +116,10 @@ def conversation_of(messages, assistant_turns, source, origin, is_miniature=Fals
     return Conversation(messages[:assistant_turns[-1] + 1], assistant_turns, source, origin, is_miniature)
 
 
-def read_trajectory(file, held_out, tokenizer):
+def read_trajectory(file, held_out, tokenizer_id):
     """Returns [Conversation, ...] of a trajectory: one, or with shorter prompts one for each reply. Only replies that
     were carried out are learned, and under medium prompts only edits whose run did not fail. ValueError: it is of a
-    held-out task. held_out: see tasks.held_out_hashes."""
+    held-out task. held_out: see tasks.held_out_hashes. tokenizer_id: the fingerprint of the model's tokenizer, or None."""
     # 1. It is whole, and of a task that may be learned.
     try:
         records = read_records(file)
@@ -141,7 +142,7 @@ def read_trajectory(file, held_out, tokenizer):
 
     # 2. Its messages. Ids of another tokenizer say nothing to this model; of a reply that could not be read there is
     # no message of the assistant.
-    has_ids = tokenizer is not None and head.get("tokenizer") == tokenizer.fingerprint()
+    has_ids = tokenizer_id is not None and head.get("tokenizer") == tokenizer_id
     is_full = head["prompt_format"] == "full"
     is_miniature = head["miniature"]
     messages = []

@@ -10,7 +10,6 @@ in GB/s of fp32 weights, where the memory gives about 30:
 
 In bf16 on a CPU with AMX, weight @ x^T does about twice the work of F.linear.
 """
-import math
 import sys
 from functools import partial
 
@@ -52,9 +51,10 @@ def packed_product(layer):
     layer.step_bytes becomes the bytes of weights that a product with one row reads."""
     weight = layer.weight.detach()
     bias = layer.bias.detach() if layer.bias is not None else None
-    largest = max(weight.abs().max().item(), 1e-30)
-    scale = 2.0 ** (FP16_EXPONENT - math.ceil(math.log2(largest)))
-    if all(torch.equal((rows * scale).half().float(), rows * scale) for rows in weight.split(4096)):
+    exponent = torch.frexp(weight.abs().max()).exponent.item()      # the largest is below 2 ** exponent
+    scale = 2.0 ** (FP16_EXPONENT - exponent)
+    has_fp16 = torch.backends.quantized.engine in ("x86", "fbgemm")     # not on aarch64
+    if has_fp16 and all(torch.equal((rows * scale).half().float(), rows * scale) for rows in weight.split(4096)):
         layer.step_bytes = weight.nbytes // 2
         scaled_bias = bias * scale if bias is not None else None
         copy = torch.ops.quantized.linear_prepack_fp16(weight * scale, scaled_bias)

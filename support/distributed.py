@@ -107,13 +107,12 @@ def compute_type(dtype, device, config=None):
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"--dtype must be auto, float32 or bfloat16 to train, found {dtype!r}")
     if dtype == "auto":
-        is_small = device.type == "cpu" and config is not None and num_parameters(config)[-1] < SMALL_BELOW
+        is_small = device.type == "cpu" and num_parameters(config)[-1] < SMALL_BELOW
         dtype = "bfloat16" if multiplies_bf16(device) and not is_small else "float32"
     return getattr(torch, dtype)
 
 
-def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2,
-                kernels="torch"):
+def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2, kernels="torch"):
     """Returns a model to train, with weights and gradients in float32, sharded over all processes (FSDP2).
 
     Each process reads its own rows of the checkpoint in `folder`; None: of a model drawn at random from the seed.
@@ -170,9 +169,8 @@ def full_tensor(x):
 
 
 def export_model(model, tokenizer, folder, dtype):
-    """Writes a model as an ordinary Hugging Face folder, without a critic's head. Every process must call this."""
-    parameters = ((name, p) for name, p in model.named_parameters() if not name.startswith("score."))
-    tensors = ((name, full_tensor(p.detach())) for name, p in parameters)
+    """Writes a model as an ordinary Hugging Face folder. Every process must call this."""
+    tensors = ((name, full_tensor(p.detach())) for name, p in model.named_parameters())
     if rank_and_size()[0] == 0:
         tokenizer.save(folder)
         write_checkpoint(folder, model.config, tensors, dtype)
@@ -194,9 +192,7 @@ def row_threads(config, device):
 
 def map_rows(function, rows, threads=None):
     """Returns [function(row)], without gradients, in the order of the rows. threads: of row_threads."""
-    @torch.no_grad()
-    def work(row):
-        return function(row)
+    work = torch.no_grad()(function)
     return list(threads.map(work, rows) if threads else map(work, rows))
 
 
@@ -241,7 +237,7 @@ def optimizer_step(model, optimizer, max_norm=1.0):
 @lru_cache(maxsize=4)
 def epoch_order(num, seed, epoch):
     """Returns the indices 0 to num - 1 in the random order of an epoch."""
-    return torch.randperm(num, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return torch.randperm(num, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)).tolist()
 
 
 def batch_indices(num, step, size, seed):
@@ -255,7 +251,7 @@ def pack_lengths(lengths, max_row_tokens, multiple=1):
     into the row of the least cost among those with room. `multiple` divides the number of rows; some may be empty. A
     text of more than max_row_tokens has a row of its own."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    num_rows = multiple * math.ceil(sum(lengths) / max_row_tokens / multiple)
+    num_rows = multiple * math.ceil(min(len(lengths), sum(lengths) / max_row_tokens) / multiple)
     while True:
         rows = [[] for _ in range(num_rows)]
         tokens = [0] * num_rows
@@ -417,8 +413,12 @@ def save_state(cfg, step, model, optimizer, origin, keep=2, **more):
     parameters = dict(model.named_parameters())
     moments = [{key: local_rows(value) for key, value in optimizer.state[p].items()} for p in parameters.values()]
     file = part / f"rank-{rank}.pt"
-    torch.save({"step": step, "settings": vars(cfg), "origin": origin, "rng": torch.get_rng_state(), **more,
-                "model": {name: local_rows(p.detach()) for name, p in parameters.items()}, "optimizer": moments}, file)
+    try:
+        torch.save({"step": step, "settings": vars(cfg), "origin": origin, "rng": torch.get_rng_state(), **more,
+                    "model": {name: local_rows(p.detach()) for name, p in parameters.items()}, "optimizer": moments},
+                   file)
+    except RuntimeError as error:       # so torch says that the disk is full
+        raise OSError(f"{file} cannot be written; is the disk full? ({shorten(str(error), 200)})") from None
     sync(file)
     barrier()
     if rank == 0:
@@ -474,15 +474,16 @@ def trim_memory():
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def peak_flops(device, dtype):
-    """Returns the operations a second of a device: the vendor's of a known GPU, None of another; measured on a CPU."""
+def peak_flops(device, dtype, threads=None):
+    """Returns the operations a second of a device: the vendor's of a known GPU, None of another; measured on a CPU, in
+    one thread where `threads` (of row_threads) compute rows, and counted for all of them."""
     if device.type == "cuda":
         vendor = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # dense bfloat16
         name = torch.cuda.get_device_name(device)
         return next((flops for key, flops in vendor.items() if key in name), None)
     x = torch.randn(1024, 1024, dtype=dtype)
     seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
-    return 2 * 1024**3 / seconds
+    return 2 * 1024**3 / seconds * (SLOTS.cpus if threads else 1)
 
 
 def flops_of(config, rows):

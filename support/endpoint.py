@@ -140,7 +140,8 @@ class Endpoint:
             completion = self._ask_again(body)
         except EndpointError as error:
             try:        # a short question tells a server that answers nothing from one that cannot answer this
-                self._ask(body | {"messages": QUESTION})
+                ask = self._ask_again if error.tries == 1 else self._ask        # it may be busy just now
+                ask(body | {"messages": QUESTION})
             except (EndpointError, ContextFull):
                 raise error from None
             completion = Completion("", [], [], "stop", no_reply=str(error))

@@ -119,6 +119,15 @@ def read_json_lines(path, form, mend=False):
     return [parse_json(line, form, f"{path}, line {i}") for i, line in enumerate(raw[:whole].splitlines(), 1)]
 
 
+def begin_log(path, goes_on):
+    """Readies a file of JSON lines for more of them: without a last line that was cut short, or where no run goes on,
+    without those of one that ended before its first checkpoint."""
+    if goes_on:
+        read_json_lines(path, {str: ("anything", lambda value: True)}, mend=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_file(path):
     """Opens a new file for writing bytes, which takes the place of `path` when the block ends without an error. So
@@ -184,8 +193,7 @@ def refuse_links_out(folder):
 
 
 def hash_json(value):
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def shorten(text, limit):

@@ -3,13 +3,13 @@ import math, re, zlib
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics.pairwise import linear_kernel
 
 import tasks
 from env import better_word
 from support.cli import RunError
-from support.files import TEXT, parse_json, read_bytes, write_atomic
+from support.files import TEXT, parse_json, read_bytes, shorten, write_atomic
 
 NUM_IDEAS = 10          # of a task, those that differ most
 ASK = """{problem}
@@ -52,13 +52,16 @@ def ask_ideas(cfg, task, expert):
             script=task.starter, count=ASKED_AT_ONCE, kind=ASKED_ABOUT[len(answers) % len(ASKED_ABOUT)],
             known="".join(f"\n- {idea['title']}" for idea in ideas[-40:]))
         seed = zlib.crc32(f"{cfg.seed} {task.id} {len(answers)} ideas".encode())
-        answer = expert.chat([{"role": "user", "content": question}], temperature=1.0, max_new_tokens=1024, seed=seed)
+        answer = expert.chat([{"role": "user", "content": question}], temperature=1.0,
+                             max_new_tokens=max(1024, cfg.max_new_tokens), seed=seed)
         answers.append(answer.text)
         write_atomic(path, {"answers": answers})
         ideas = parse_ideas("\n".join(answers))
     if not ideas:
-        raise RunError(f"{cfg.expert} has written no idea for {task.id} that could be read; its answers are in {path}. "
-                       "Take the shipped ideas with --ideas 0, or another --expert.")
+        path.unlink(missing_ok=True)        # so that it is asked again
+        raise RunError(f"{cfg.expert} has written no idea for {task.id} that could be read, but for example "
+                       f"{shorten(ascii(answers[-1]), 200)}. Take the shipped ideas with --ideas 0, another --expert, or "
+                       "more --max-new-tokens")
     return ideas
 
 
@@ -71,8 +74,7 @@ def farthest(vectors, k):
     """Returns the indices of k rows far apart, k at least 2: the two most distant, then again and again the row whose
     nearest chosen one is farthest. Ties go to the first row. vectors: (N, C), rows of length 1, sparse or not; the
     distance is Euclidean. The smallest distance is at least half the best possible (Gonzalez 1985)."""
-    vectors = csr_array(vectors)
-    distance = np.sqrt(np.maximum(2 - 2 * (vectors @ vectors.T).toarray(), 0))      # |a - b|^2 = 2 - 2ab
+    distance = np.sqrt(np.maximum(2 - 2 * linear_kernel(vectors), 0))       # |a - b|^2 = 2 - 2ab
     distance[distance < 1e-7] = 0                           # what rounding leaves of equal rows must not choose
     chosen = list(dict.fromkeys(np.unravel_index(distance.argmax(), distance.shape)))     # rows all equal: only 0
     while len(chosen) < min(k, len(distance)):

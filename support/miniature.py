@@ -26,7 +26,7 @@ VOCABULARY = 512        # ids of its tokenizer
 TINY = {                # settings of the whole demonstration
     "model": "tiny",
     "prompt_format": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 320, "max_new_tokens": 64,
-    "num": 3, "steps": 8, "max_row_tokens": 512, "batch": 8, "epochs": 2.0, "lr": 1.5e-3, "beta2": 0.95,
+    "num": 3, "steps": AGENT_STEPS, "max_row_tokens": 512, "batch": 8, "lr": 1.5e-3, "beta2": 0.95,
     "warmup": 20, "save_every": 500}
 
 
@@ -216,16 +216,17 @@ def follow_ideas(cfg, task, ideas, rng):
     while True:
         # 1. An idea, or a constant.
         change = None
-        offered = {}        # (number, factor) -> name, value and new value of the constant
+        left = {}           # (number, factor) -> name, value and new value of a constant; what is untried
         for number, factor in changes(text):
             name, value, *_ = constants(text)[number - 1]
-            offered[number, factor] = name, value, change_number(name, value, factor)
-        left = [pair for pair, (name, _, new_value) in offered.items() if (name, new_value) not in done]
-        if ideas and (helped is None and rng.random() < 0.5 or not offered):
+            new_value = change_number(name, value, factor)
+            if (name, new_value) not in done:
+                left[number, factor] = name, value, new_value
+        if ideas and (helped is None and rng.random() < 0.5 or not left):
             title, actions = ideas.pop()
         elif left:
-            change = helped if helped in left else rng.choice(left)
-            name, value, new_value = offered[change]
+            change = helped if helped in left else rng.choice(list(left))
+            name, value, new_value = left[change]
             word = "larger" if float(new_value) > float(value) else "smaller"
             title = f"A {word} {name} has helped, so I go on" if change == helped else f"A {word} {name} may help"
             actions = [("Set Constant", {"constant": name, "value": new_value})]
@@ -248,8 +249,10 @@ def follow_ideas(cfg, task, ideas, rng):
             if action == "Set Constant" and after == text:
                 done.add((args["constant"], args["value"]))
             after = changed
-            if step["outcome"] != "ok":
+            if cfg.show_scores and step["outcome"] != "ok":
                 break
+        if num_made and not cfg.show_scores:
+            step = yield reply_of(cfg, step, "I need to know what it prints.", *RUN)
 
         # 3. It is kept, or taken back.
         helped = None
@@ -407,8 +410,9 @@ WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def make_tokenizer(cfg):
-    """Trains a tokenizer on the collected and the imagined conversations and saves it to cfg.out, once."""
-    if not Path(cfg.out, "tokenizer.json").exists():
+    """Trains a tokenizer on the collected and the imagined conversations and saves it to cfg.out, unless a run there is
+    to be gone on with."""
+    if not any(Path(cfg.out, "checkpoints").glob("step-??????")):
         conversations, _ = read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)
         conversations += imagined_conversations(cfg)
         texts = (message["content"] for conversation in conversations for message in conversation.messages)

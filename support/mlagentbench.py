@@ -191,8 +191,6 @@ class Env(env.Env):
     def read(self, reply):
         fields = {}
         action = None
-        args = {}
-        error = ""
         try:
             if len(reply) > env.MAX_REPLY:
                 raise InvalidAction(f"The reply is longer than {env.MAX_REPLY:,} characters.")
@@ -204,14 +202,14 @@ class Env(env.Env):
                 raise InvalidAction("There is no such tool.")
             action = name
             args = read_input(fields["Action Input"], TOOLS[action][1])
-            args = read_args(action, json.dumps(args))      # which checks the types
+            return fields, action, read_args(action, json.dumps(args)), ""      # which checks the types
         except InvalidAction as problem:
             error = str(problem)
         except ValueError as problem:
             usage = json.dumps(TOOLS[action][1], indent=1, ensure_ascii=False)
             error = (f"{PARSING}{problem}\nThe input of {action} must be valid JSON with the right entries: a comma "
                      f"may be missing, and triple quotes are none. Try again in this form:\n{usage}")
-        return fields, action, args, error
+        return fields, action, {}, error
 
     def is_readable(self, reply):
         return self.read(reply)[1] is not None
@@ -253,9 +251,11 @@ class Env(env.Env):
         last = int(end_line_number)
         if last - first > MAX_LINES:
             raise InvalidAction(f"At most {MAX_LINES} lines can be shown.")
-        lines = self._text(self._path(script_name))[0].split("\n")
+        text, size = self._text(self._path(script_name))
+        lines = text.split("\n")
+        known = "the file" if size <= env.MAX_READ else f"what is read of the file, its first {env.MAX_READ >> 20} MiB,"
         shown = "\n".join(lines[max(first - 1, 0):last])
-        return f"Here are the lines (the file ends at line {len(lines)}):\n\n{shown}"
+        return f"Here are the lines ({known} ends at line {len(lines)}):\n\n{shown}"
 
     def _understand_file(self, step, file_name, things_to_look_for):
         text = self._text(self._path(file_name))[0]
@@ -287,6 +287,6 @@ class Env(env.Env):
         text = result.stdout or result.stderr
         if result.exit_code != 0:
             text = result.stderr
-        if result.limit:
+        if result.limit or result.outcome == "disk full":
             text += f"\n{result.detail}"
         return f"The script has been executed. Here is the output:\n{text}"

@@ -1,6 +1,5 @@
 """The pool of states that rl.py plays in: every prefix of every recorded trajectory."""
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import tasks
@@ -8,7 +7,7 @@ from env import NEEDS_CODER, SCAFFOLDS, read_trajectory
 from support.cli import RunError
 from support.files import hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
-from support.storage import Blobs, MissingBlob
+from support.storage import Blobs, MissingBlob, check_state
 from support.records import restore_record
 
 
@@ -28,6 +27,12 @@ class State:
         return f"{self.file.stem}, step {self.index}"
 
     @property
+    def contents(self):
+        """The hash of all that the policy can see there."""
+        messages = [line["messages"] for line in (self.head, *self.steps[:self.index])]
+        return hash_json([self.head["data_seed"], self.snapshot, messages])
+
+    @property
     def snapshot(self):
         return (self.steps[self.index - 1] if self.index else self.head)["snapshot"]
 
@@ -45,12 +50,6 @@ def load_pool(cfg, tokenizer, log=print):
     tokenizer_id = tokenizer.fingerprint()
     blobs = Blobs(Path(cfg.trajectories, "blobs"))
 
-    @cache
-    def is_stored(sha):
-        try:
-            return bool(blobs.path(sha))
-        except MissingBlob:
-            return False
     pool = {}
     left_out = []       # a line for each state or file
     for file in sorted(Path(cfg.trajectories).glob("*.jsonl")):
@@ -78,10 +77,11 @@ def load_pool(cfg, tokenizer, log=print):
                     message.pop("tokens", None)
         for index in range(len(steps)):
             state = State(file, head, steps, index)
-            if all(map(is_stored, state.snapshot.values())):
+            try:
+                check_state(state.snapshot, blobs)
                 pool.setdefault(task, {})[state.name] = state
-            else:
-                left_out.append(f"{state.name}: a blob is missing")
+            except MissingBlob as error:
+                left_out.append(f"{state.name}: {error}")
     summary = f"{cfg.trajectories}: {sum(map(len, pool.values()))} states of {len(pool)} tasks"
     if left_out:
         summary = "\n  ".join([f"{summary}; left out: {len(left_out)}, such as", *left_out[:5]])

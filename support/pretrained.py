@@ -2,6 +2,7 @@
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -49,7 +50,10 @@ def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=SHARD_BYTES
     total_bytes = 0
     for count, shard in enumerate(split_shards(tensors, dtype, max_shard_bytes), 1):
         path = folder / f"model-{count:05d}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})
+        try:
+            save_file(shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:        # such as a full disk
+            raise OSError(f"{path} cannot be written: {error}") from None
         sync(path)
         weight_map |= dict.fromkeys(shard, path.name)
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
@@ -60,6 +64,8 @@ def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=SHARD_BYTES
         write_json(folder / "model.safetensors.index.json", index)
     sync(folder)
     config.save(folder, dtype)
+    for path in folder.glob("model*.safetensors"):      # which safetensors makes for their owner alone
+        shutil.copymode(folder / "config.json", path)
     sync(folder)
 
 
@@ -78,7 +84,7 @@ def split_shards(tensors, dtype, max_shard_bytes):
     yield shard
 
 
-def find_folder(path, files=("*.json", "*.safetensors", "merges.txt")):
+def find_folder(path, files=("*.json", "*.jinja", "*.safetensors", "merges.txt")):
     """Returns the local folder of a checkpoint; `files` of a hub id ("owner/name") are downloaded once into a cache."""
     if str(path).lower().startswith(("http://", "https://")):       # not shown: it may hold a password
         raise ValueError("a server's model has no weights here; give a folder or a hub id")
@@ -89,7 +95,7 @@ def find_folder(path, files=("*.json", "*.safetensors", "merges.txt")):
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(files)))
-    except (OSError, ValueError) as error:      # the hub's own errors are among these
+    except Exception as error:      # the hub's own, and those of the HTTP library below it
         raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {error}") from None
 
 

@@ -87,7 +87,7 @@ def fill_forms(step_class, prompts, actions, reply_fields, outcomes, scaffolds):
         "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(outcome), "printed": printed,
         "messages": [MESSAGE], "snapshot": FILES, "node?": NODE, **ANSWER}
     del FORMS["step"]["node"]
-    FORMS["end"] = {"ended": TEXT}
+    FORMS["end"] = {"ended": ("a reason", lambda value: TEXT[1](value) and value != "")}
     FORMS["cached"] = {
         "result": form_of(Result) | {"outcome": outcome}, "score": maybe(FINITE), "after": FILES}
 
@@ -146,7 +146,8 @@ def read_records(path, mend=False):
     for number, line in enumerate(lines, 1):
         try:
             check_record(line, number == 1)
-            check_node(line.get("node", {}), number - 2)
+            if line["type"] == "step":
+                check_node(line.get("node", {}), number - 2)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is no record of a trajectory: {error}") from None
     return lines

@@ -15,7 +15,7 @@ CURVES = {      # entry of a training log -> heading of its figure
     "cache_hits": "runs known already, share", "loss": "training loss", "valid_loss": "validation loss"}
 SHARES = ("share_invalid", "share_failed", "share_not_an_edit", "share_limit", "share_scored")
 STEP = ("action", "args", "coder", "detail", "ended", "fields", "kind", "m_after", "m_before", "no_reply", "node",
-        "observation", "outcome", "printed", "reply", "reward", "sandbox", "score", "script_seconds", "seconds",
+        "observation", "outcome", "printed", "reply", "reward", "sandbox", "score", "seconds",
         "thought", "valid")     # is shown of a step
 
 # Files may come from others. Each entry that is used has a form here, and no other entry has an effect.

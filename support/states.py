@@ -39,8 +39,9 @@ from support.storage import UNDO, Blobs, ResultCache
 STATES_SEED = 4         # of the miniatures; training has LEARNED_SEEDS, and whole trajectories are played on 0
 RECORDED = 2            # trajectories of a task that its states are drawn from
 STATES_HASH = "states of sha256"
-MEASURED_UNDER = (STATES_HASH, "samples", "temperature", "seed")    # settings that agents which are compared share ...
-PLAYED_UNDER = ("steps", "temperature", "seed", "scaffold")         # ... of actions in states, and of trajectories
+# Settings that agents which are compared share, of actions in states and of trajectories.
+MEASURED_UNDER = (STATES_HASH, "samples", "temperature", "seed", "max_new_tokens", "sandbox")
+PLAYED_UNDER = ("steps", "temperature", "seed", "scaffold", "max_new_tokens", "sandbox")
 ROWS = 16               # actions that are sampled at the same time
 SPLITS = "held-out", "held-in"
 NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
@@ -77,6 +78,8 @@ def record_states(cfg):
         jobs = [(task, k, trajectory_path(folder, task.id, k), info.get("seed", 0))
                 for task, info in infos for k in range(RECORDED)]
         records = {path: read_record(path) for _, _, path, _ in jobs}
+        if any(lines and "scaffold" in lines[0] for lines in records.values()):
+            raise ValueError(f"{folder} holds trajectories of another agent than the expert; give another --out")
         progress = Progress(records, cfg.steps)
         play = partial(play_expert, cfg, ResultCache(Path(cfg.out, "cache")), progress)
         run_parallel([job for job in jobs if not end_reason(records[job[2]])], play, SLOTS.cpus, progress)
@@ -104,10 +107,8 @@ def begin(path, identity):
 
 def play_expert(cfg, cache, progress, task, k, path, seed):
     rng = random.Random(f"{cfg.seed} {task.id} {k} states")
-    ideas = []
-    if cfg.prompt_format != "short":
-        ideas = choose_ideas(cfg, task, None)
-        ideas = rng.sample(ideas, min(3, len(ideas)))
+    ideas = choose_ideas(cfg, task, None) if tasks.ideas(task.id) else []
+    ideas = rng.sample(ideas, min(3, len(ideas)))
     policy = miniature.scripted_policy(cfg, task, ideas, rng)
     play_trajectory(cfg, task, k, path, policy, None, cfg.out, cache, progress, {}, seed)
 

@@ -7,7 +7,6 @@ import contextlib, functools, hashlib, io, json, os, re, shutil, stat, threading
 from pathlib import Path
 
 from support.files import atomic_file, read_bytes, shorten, write_atomic
-from support.sandbox import NO_SPACE
 
 MAX_FILES = 1_000           # files that a script may leave in the workspace
 MAX_BYTES = 1 << 28         # bytes that these files may have together
@@ -89,16 +88,16 @@ def collect_folder(folder, blobs):
     snapshot = {}
     num_bytes = 0
     for number, (path, parent, entry) in enumerate(walk(folder), 1):
-        try:
+        file = None
+        with contextlib.suppress(OSError):      # it may not be read, or is gone meanwhile
             if path and entry.is_file(follow_symlinks=False):
-                with open_regular(entry.name, parent) as file:
-                    num_bytes += os.fstat(file.fileno()).st_size
-                    if len(snapshot) == MAX_FILES or num_bytes > MAX_BYTES:
-                        return None
-                    snapshot[path] = blobs.put_file(file)
-        except OSError as error:    # it may not be read, or it changes or is gone meanwhile
-            if error.errno in NO_SPACE:
-                raise
+                file = open_regular(entry.name, parent)
+        if file:
+            with file:      # what fails from here on is our store
+                num_bytes += os.fstat(file.fileno()).st_size
+                if len(snapshot) == MAX_FILES or num_bytes > MAX_BYTES:
+                    return None
+                snapshot[path] = blobs.put_file(file)
         if number > 10 * MAX_FILES:
             return None
     return snapshot

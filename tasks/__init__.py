@@ -76,7 +76,7 @@ class Task:
     alpha: float = 8.0              # the reward's slope
     time_limit_s: float = 600.0     # of one script
     memory_limit_bytes: int = 4 << 30
-    entry: str = "train.py"         # the script that is edited, run and scored
+    entry = "train.py"              # the script that is edited, run and scored; no setting, since experts name it
     folder: Path | None = None      # where the task's files lie; filled in by load
 
     @property

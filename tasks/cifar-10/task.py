@@ -42,7 +42,7 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Share of images whose largest of ten values is the true class's, the first of them where several are largest."""
-    index = next(iter(submission))
+    index = "id" if "id" in submission else next(iter(submission))
     named = {"id" if name == index else name: column for name, column in submission.items()}
     predicted = numbers(matched(named, answers, "id", COLUMNS), COLUMNS)
     return accuracy(numbers(answers, COLUMNS).argmax(1), predicted.argmax(1))
