@@ -4,7 +4,7 @@ import traceback, typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.sandbox import OWNER, SandboxUnavailable, remove
+from support.sandbox import OWNER, SandboxUnavailable, remove, stop
 
 
 class RunError(RuntimeError):
@@ -250,12 +250,17 @@ def run_main(main):
     code = 1
     # 1. What killed programs have left: folders whose `owner` is locked by nobody, some of them half removed.
     temporary = Path(tempfile.gettempdir())
-    for file in (*temporary.glob(f"ml-agent-*/{OWNER}"), *temporary.glob(f".gone-*/{OWNER}")):
-        with contextlib.suppress(OSError), file.open() as owner:    # it is held, or another user's
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove(file.parent)
+    for file in (*temporary.glob(f"ml-agent-program-*/{OWNER}"), *temporary.glob(f".gone-*/{OWNER}")):
+        with contextlib.suppress(OSError):      # it is held, or another user's
+            owner = os.open(file, os.O_RDONLY | os.O_NONBLOCK)      # others may have put a pipe there
+            try:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not file.parent.is_symlink() and file.parent.stat().st_uid == os.geteuid():
+                    remove(file.parent)
+            finally:
+                os.close(owner)
     # 2. A folder of our own. The lock is held before it is named, so that nobody sees it unlocked.
-    tempfile.tempdir = tempfile.mkdtemp(prefix="ml-agent-")
+    tempfile.tempdir = tempfile.mkdtemp(prefix="ml-agent-program-")
     try:
         owner = Path(tempfile.tempdir, "starts").open("w")
         fcntl.flock(owner, fcntl.LOCK_EX)
@@ -273,6 +278,7 @@ def run_main(main):
     finally:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.SIG_IGN)
+        stop()
         remove(tempfile.tempdir)
     # 4. Threads may still wait for a reply or a script, so the interpreter is not asked to wait for them.
     for stream in (sys.stdout, sys.stderr):

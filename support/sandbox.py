@@ -284,7 +284,7 @@ def _probe():
             f"scripts cannot be kept from the answers on this machine ({'; '.join(trouble)}). One of two layers is "
             "needed: user namespaces (in a container allow them, as with `docker run --security-opt "
             "seccomp=unconfined`; on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or "
-            "Landlock (Linux 5.13 or later with landlock in /sys/kernel/security/lsm). With `--sandbox off` scripts "
+            "Landlock (Linux 6.2 or later with landlock in /sys/kernel/security/lsm). With `--sandbox off` scripts "
             "run unprotected, with the answers, all your files and the network in reach, and every result says so.")
     without = f" without {'; '.join(trouble)}" if trouble else ""
     print(f"sandbox: {'+'.join(held)}{without}", file=sys.stderr)
@@ -332,6 +332,8 @@ SLOTS = Slots(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_W
 
 _servers = {}       # key of a _Server -> it, or None where one run alone has asked for it
 _lock = threading.Lock()
+_running = set()    # sockets to the supervisors
+_stopped = threading.Event()
 
 
 class _Server:
@@ -382,6 +384,8 @@ def _run(job, server=None):
     killed or stopped it; whether the script was warm)."""
     started = report = process = None
     connection, theirs = socket.socketpair()
+    with _lock:
+        _running.add(connection)
     try:
         # 1. It is started, and says so before it starts the script
         with theirs:
@@ -409,6 +413,10 @@ def _run(job, server=None):
         if process:
             process.wait()
         discard(job["base"])
+        with _lock:
+            _running.remove(connection)
+        if _stopped.is_set():       # the program ends: nobody is to be told what became of this script
+            threading.Event().wait()
     if server and not started:
         with _lock:
             _servers.pop(server.key, None)
@@ -421,6 +429,19 @@ def _run(job, server=None):
     if report and "error" in report:
         raise RuntimeError(report["error"])
     return report, server is not None
+
+
+def stop():
+    """Ends all scripts, before this process ends. From then on no thread comes back from execute: what becomes of a
+    script that is ended so is no result."""
+    _stopped.set()
+    deadline = time.monotonic() + GRACE_S
+    while _running and time.monotonic() < deadline:
+        with _lock:
+            for connection in _running:
+                with contextlib.suppress(OSError):      # it has ended meanwhile
+                    connection.shutdown(socket.SHUT_WR)
+        time.sleep(0.01)
 
 
 def _kill_marked(mark):
@@ -460,18 +481,18 @@ def remove(folder):
         os.rename(folder, top)
         while pending:
             path = pending.pop()
-            os.chmod(path, 0o700)
-            with os.scandir(path) as entries:
+            with unlocked(path) as descriptor, os.scandir(descriptor) as entries:
                 for entry in entries:
                     if not entry.is_dir(follow_symlinks=False):
                         if path != top or entry.name != OWNER:      # goes last: by it the next program finds the rest
-                            os.unlink(entry.path)
+                            os.unlink(entry.name, dir_fd=descriptor)
                     elif not entry.name.startswith(token):
-                        if not os.access(entry.path, os.W_OK):      # never of a mount of another's
-                            os.chmod(entry.path, 0o700)
+                        if not os.access(entry.name, os.W_OK, dir_fd=descriptor):   # never of a mount of another's
+                            with unlocked(entry.name, descriptor):
+                                pass
                         pending.append(f"{top}/{token}-{number}")
                         number += 1
-                        os.rename(entry.path, pending[-1])
+                        os.rename(entry.name, pending[-1], src_dir_fd=descriptor)
             if path != top:
                 os.rmdir(path)
         with contextlib.suppress(FileNotFoundError):
@@ -480,3 +501,19 @@ def remove(folder):
     except OSError as error:
         if os.path.lexists(top) or os.path.lexists(folder):
             print(f"{folder} could not be deleted: {error}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def unlocked(path, parent=None):
+    """Opens a folder, to which we are given all rights, as a descriptor. By its name a script that still runs might by
+    now have put a link to a folder of the user's. OSError: it has, or there is none. parent: what a name is below."""
+    folder = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    try:
+        os.chmod(f"/proc/self/fd/{folder}", 0o700)
+        descriptor = os.open(f"/proc/self/fd/{folder}", os.O_RDONLY | os.O_DIRECTORY)
+    finally:
+        os.close(folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

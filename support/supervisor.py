@@ -238,6 +238,8 @@ def become_script(job, run):
     goes on as it is, with the libraries that it has imported: then, and only then, this function returns."""
     # 1. Its world. It dies with its parent
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with contextlib.suppress(OSError):                  # a container may forbid it
+        write("/proc/self/oom_score_adj", "1000")       # when the machine runs out of memory, the scripts go first
     if job.warm:
         rename(job)
     if job.boxed:
@@ -308,7 +310,8 @@ def build_root(job):
         write(f"{root}/proc/sys/kernel/pid_max", str(max(400, 4 * job.processes)))
     os.makedirs(f"{root}/dev/shm", exist_ok=True)
     protect(root, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0)
-    call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={job.memory_bytes // 2}")
+    call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV,
+         f"mode=1777,size={job.memory_bytes // 2},nr_inodes={job.memory_bytes >> 14}")      # an empty file takes 1 KiB
     for path, right in job.shown:
         if right == "write":
             protect(root + path, 0, MOUNT_ATTR_RDONLY)
@@ -344,6 +347,8 @@ def be_first(script, ended):
 def restrict_files(job):
     """Landlock, as far as this kernel knows it. OSError where it does not."""
     version = call("landlock_create_ruleset", None, 0, LANDLOCK_GET_VERSION)
+    if version < 3 and not job.boxed:       # before Linux 6.2 it does not keep anyone from emptying a file
+        raise OSError(errno.EOPNOTSUPP, "this kernel's Landlock does not know truncation; it is too old (Linux 6.2)")
     every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     of_devices = LANDLOCK_READ_FILE | LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE | LANDLOCK_IOCTL_DEV
     rights = {"read": LANDLOCK_EXECUTE | LANDLOCK_READ_FILE | LANDLOCK_READ_DIR,
@@ -404,7 +409,7 @@ def run_script(job):
 # ---------------------------------------------------------------------------------------------------------------------
 # The supervisor's side
 
-Process = namedtuple("Process", "parent group threads cpu_s resident")
+Process = namedtuple("Process", "parent group threads cpu_s resident folder")
 
 
 class Stream:
@@ -438,13 +443,11 @@ def start(job):
     Without namespaces this process adopts every orphan below it (a child subreaper): who double-forks or calls setsid
     stays its descendant, and the kernel's "no child left" is the proof that nothing survived.
     """
-    run = SimpleNamespace(counter=None)
+    run = SimpleNamespace(counter=None, own_cpu_s=time.process_time())
     # 1. This process
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     with contextlib.suppress(OSError):
         run.counter = count_cpu_time()
-    with contextlib.suppress(OSError):                  # a container may forbid it
-        write("/proc/self/oom_score_adj", "1000")       # when the machine runs out of memory, the scripts go first
     if job.boxed:
         user = os.geteuid()
         group = os.getegid()
@@ -563,9 +566,16 @@ def descendants():
     ticks = os.sysconf("SC_CLK_TCK")
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:    # or it has ended meanwhile
-            values = [int(value) for value in file.read().rpartition(b")")[2].split()[1:22]]    # a name may hold a ")"
+            state, *values = file.read().rpartition(b")")[2].split()[:22]   # a name may hold a ")"
+            values = list(map(int, values))
             cpu_s = sum(values[10:14]) / ticks      # with that of children it has waited for
-            processes[int(name)] = Process(values[0], values[1], values[16], cpu_s, values[20] * resource.getpagesize())
+            folder = f"/proc/{name}"
+            if state == b"Z" and values[16] > 1:    # its first thread has ended: that tells nothing of the others
+                folder += f"/task/{max(threads_of(name), key=int)}"
+                with open(f"{folder}/stat", "rb") as thread:
+                    values[20] = int(thread.read().rpartition(b")")[2].split()[21])
+            processes[int(name)] = Process(values[0], values[1], values[16], cpu_s, values[20] * resource.getpagesize(),
+                                           folder)
     below = {}
     ring = {os.getpid()}
     while ring:
@@ -574,39 +584,48 @@ def descendants():
     return below
 
 
+def threads_of(pid):
+    with contextlib.suppress(OSError):      # it has ended meanwhile
+        return os.listdir(f"/proc/{pid}/task")
+    return [pid]
+
+
 def cpu_seconds(run, processes):
-    """Processor time of all processes so far. Without the kernel's counter that of an ended process is missing if
-    nobody has waited for it."""
-    if run.counter is not None:
-        return int.from_bytes(os.read(run.counter, 8), sys.byteorder) / 1e9 - time.process_time()       # without ours
+    """Processor time of all processes so far. Without the kernel's counter, which the kernel takes from a program whose
+    file may not be read, that of an ended process is missing if nobody has waited for it."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return sum(process.cpu_s for process in processes.values()) + ended.ru_utime + ended.ru_stime
+    cpu_s = sum(process.cpu_s for process in processes.values()) + ended.ru_utime + ended.ru_stime
+    if run.counter is not None:
+        counted = int.from_bytes(os.read(run.counter, 8), sys.byteorder) / 1e9
+        cpu_s = max(cpu_s, counted - (time.process_time() - run.own_cpu_s))     # without ours
+    return cpu_s
 
 
 def held_bytes(processes):
     """The most that the pipes and sockets of the processes hold."""
     links = set()
-    hidden = 0
-    for pid in processes:
+    hidden = set()
+    for pid, thread in [(pid, thread) for pid in processes for thread in threads_of(pid)]:  # each may have its own files
+        folder = f"/proc/{pid}/task/{thread}/fd"
         try:
-            for name in os.listdir(f"/proc/{pid}/fd"):
+            for name in os.listdir(folder):
                 with contextlib.suppress(OSError):
-                    links.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+                    links.add(os.readlink(f"{folder}/{name}"))
         except PermissionError:     # it hides them
-            hidden += MAX_FILES * SOCKET_BYTES
+            hidden.add(pid)
         except OSError:             # it has ended meanwhile
             pass
     sizes = {"socket": SOCKET_BYTES, "pipe": PIPE_BYTES}
-    return hidden + sum(sizes.get(link.partition(":")[0], 0) for link in links)
+    return len(hidden) * MAX_FILES * SOCKET_BYTES + sum(sizes.get(link.partition(":")[0], 0) for link in links)
 
 
 def counted_once(processes):
     """(bytes of the processes' own memory, bytes of files in memory that they have mapped), with pages that several
     share counted once, as forks do. Resident bytes where the kernel does not tell."""
     private = mapped = 0
-    for pid, process in processes.items():
+    for process in processes.values():
         try:
-            with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+            with open(f"{process.folder}/smaps_rollup", "rb") as file:
                 sums = dict(line.split()[:2] for line in file if line.startswith(b"Pss"))
             files = int(sums.get(b"Pss_Shmem:", 0)) << 10
             private += (int(sums[b"Pss:"]) << 10) - files
