@@ -1195,7 +1195,7 @@ class Env:
         waiting = time.monotonic()
         with SLOTS.take(self.threads, self.gpu) as gpu:
             self.deadline += time.monotonic() - waiting
-            folder = Path(tempfile.mkdtemp(prefix="ml-agent-run-"))
+            folder = Path(tempfile.mkdtemp(prefix="ml-agent-run-")).resolve()       # as the script sees it
             try:
                 # 1. The script runs in a folder of its own.
                 stamps = stamps_of(self.public)

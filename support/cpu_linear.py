@@ -51,9 +51,9 @@ def packed_product(layer):
     layer.step_bytes becomes the bytes of weights that a product with one row reads."""
     weight = layer.weight.detach()
     bias = layer.bias.detach() if layer.bias is not None else None
-    exponent = torch.frexp(weight.abs().max()).exponent.item()      # the largest is below 2 ** exponent
-    scale = 2.0 ** (FP16_EXPONENT - exponent)
-    has_fp16 = torch.backends.quantized.engine in ("x86", "fbgemm")     # not on aarch64
+    largest = weight.abs().max()
+    scale = 2.0 ** (FP16_EXPONENT - torch.frexp(largest).exponent.item())       # the largest is below 2 ** exponent
+    has_fp16 = torch.backends.quantized.engine in ("x86", "fbgemm") and largest.isfinite()      # not on aarch64
     if has_fp16 and all(torch.equal((rows * scale).half().float(), rows * scale) for rows in weight.split(4096)):
         layer.step_bytes = weight.nbytes // 2
         scaled_bias = bias * scale if bias is not None else None

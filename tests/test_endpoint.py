@@ -299,6 +299,13 @@ def test_what_a_server_cannot_answer_is_no_reply_where_it_answers_others(status,
     assert len(server.seen) == num_asked + 1
 
 
+def test_a_server_that_is_busy_at_the_short_question_is_asked_it_again(serve):
+    server = serve((400, {}, "the content was flagged"), (429, {}, "later"), OK)
+    reply = server.endpoint().chat(ASK)
+    assert reply.text == "" and "the content was flagged" in reply.no_reply
+    assert [body["messages"] for *_, body in server.seen] == [ASK, endpoint.QUESTION, endpoint.QUESTION]
+
+
 def test_a_reply_that_takes_too_long_is_asked_for_once(serve):
     done = threading.Event()
 

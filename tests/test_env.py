@@ -343,6 +343,17 @@ def test_a_long_file_is_shown_in_whole_lines(make):
     assert len(show(env, "wide.py", "1", "1").observation) < 5_100
 
 
+def test_of_a_file_that_is_not_read_whole_the_observation_says_so(make, monkeypatch):
+    monkeypatch.setattr(env_module, "MAX_READ", 1 << 20)
+    env = make()
+    put(env, whole="x\n" * (1 << 19), big="x\n" * ((1 << 19) + 1))
+    assert show(env, "whole.py", 1, 1).observation.startswith("Lines 1 to 1 of 524,288 of whole.py:\nx\n")
+    for first in (1, 524_288):
+        said = f"Lines {first} to {first} of 524,288 of the first 1 MiB of big.py:\nx\n"
+        assert show(env, "big.py", first, first).observation.startswith(said)
+    assert "the first 1 MiB of big.py has 524,288 lines" in show(env, "big.py", 524_289, 524_289).error
+
+
 def test_replace_edits_scores_and_rewards(make):
     env = make()
     step = edit(env, "VALUE = 0.50", "VALUE = 0.60")
@@ -493,6 +504,24 @@ def test_the_other_way_takes_the_change_back_first(make):
     undo(env)
     undo(env)
     assert text_of(env, "train.py") == LOW and not undo(env).valid
+
+
+@pytest.mark.parametrize("value", [" *2", "*2 ", " * 2\t", "*2"])
+def test_blanks_in_a_factor_mean_nothing(make, value):
+    """It can be taken back and made the other way, and is not offered or accepted again."""
+    env = make(prompt_format="short", steps=20)
+    constant = lambda: env.prompt()[0]["content"].split("\n")[3]
+    put(env, train=LOW)
+    run(env)
+    assert constant() == "2 WIDTH = 4 *2 /2 *5 /5"
+    step = do(env, "Set Constant", constant=2, value=value)
+    assert (step.valid, step.change) == (True, {"constant": "2", "value": "*2"}) and step.tried == [step.change]
+    assert text_of(env, "train.py") == LOW.replace("WIDTH = 4", "WIDTH = 8")
+    step = do(env, "Set Constant Inversely")
+    assert step.valid and text_of(env, "train.py") == LOW.replace("WIDTH = 4", "WIDTH = 2")
+    assert step.tried == [{"constant": "2", "value": "*2"}, {"constant": "2", "value": "/2"}]
+    assert undo(env).valid and constant() == "2 WIDTH = 4 *5 /5"
+    assert "was tried on this script" in do(env, "Set Constant", constant=2, value="*2").error
 
 
 def test_the_other_way_is_refused_where_there_is_none_and_nothing_is_done(make):
@@ -716,6 +745,22 @@ def test_bad_scripts_tell_what_to_do_and_keep_what_they_printed(make, task, code
     step = edit(env, "'before'", "'other'")
     assert (step.outcome, step.kind) == (outcome, kind)
     assert step.detail not in step.observation      # an edit leads to the same, in silence
+
+
+def test_no_output_shows_the_random_name_of_the_folder_of_a_run(make):
+    env = make()
+    put(env, train="""import os, sys
+print("here:", os.getcwd())
+print("there:", os.path.abspath("x.csv"))
+print("error:", os.getcwd(), file=sys.stderr)
+raise ValueError(f"nothing in {os.getcwd()}")
+""")
+    step = run(env)
+    assert step.outcome == "error" and step.detail == "ValueError: nothing in ."
+    assert "\nhere: .\nthere: x.csv\n" in step.observation and "\nerror: .\n" in step.observation
+    result = env.score()[1]
+    for said in (step.observation, step.news, result.stdout, result.stderr, result.detail):
+        assert "ml-agent-run-" not in said
 
 
 def test_long_output_is_cut_in_the_middle(make):
@@ -1232,6 +1277,16 @@ def test_what_a_record_lacks_is_named(some_lines, tmp_path, line, name):
         env_module.read_trajectory(path)
 
 
+@pytest.mark.parametrize("ended", ["", 5, None, ["steps"]])
+def test_an_end_has_a_reason(some_lines, tmp_path, ended):
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines_of([*some_lines, {"type": "end", "ended": "steps"}]))
+    assert records.end_reason(records.read_records(path)) == "steps"
+    path.write_text(lines_of([*some_lines, {"type": "end", "ended": ended}]))
+    with pytest.raises(ValueError, match="line 4 is no record of a trajectory: .*ended.*: expected a reason, found"):
+        records.read_records(path)
+
+
 @pytest.mark.parametrize("content", [b"[]", b"5", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b"{}",
                                      b'{"type": "step"}', b'{"type": ' + b"1" * 5000 + b"}"])
 def test_lines_that_are_no_record_are_named(tmp_path, content):
@@ -1428,6 +1483,33 @@ def test_a_file_that_changes_while_it_is_collected(make, tmp_path, monkeypatch):
     found = storage.collect_folder(folder, env.blobs)
     assert "train.py" not in found and "gone" not in found
     assert not [path for path in env.blobs.folder.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+
+
+def test_what_a_script_has_made_unreadable_is_left_out_and_what_fails_in_our_store_is_not(make, tmp_path, monkeypatch):
+    """Its files would be missing in silence."""
+    env = make()
+    folder = tmp_path / "left"
+    trees(folder, "below")
+    plain_open = storage.open_regular
+
+    def open_regular(path, parent=None):        # whoever runs this: root may read what nobody may
+        if path == "x" and os.path.samestat(os.fstat(parent), os.stat(folder / "a" / "b")):
+            raise PermissionError(13, "Permission denied")
+        return plain_open(path, parent)
+    monkeypatch.setattr(storage, "open_regular", open_regular)
+    assert sorted(storage.collect_folder(folder, env.blobs)) == ["a/b/c/x", "a/x", "train.py"]
+
+    def put_file(file):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(env.blobs, "put_file", put_file)
+    for number in (5, 13, 24, 28):      # also such as a script's own files may give
+        opened = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError) as error:
+            storage.collect_folder(folder, env.blobs)
+        assert error.value.errno == number and len(os.listdir("/proc/self/fd")) == opened
+    number = 5
+    with pytest.raises(OSError, match="Input/output error"):
+        run(env)
 
 
 def test_a_folder_that_is_gone_or_locked_is_collected(make, tmp_path):
@@ -1655,17 +1737,22 @@ def test_a_pipe_in_place_of_a_trajectory_is_an_error_and_not_waited_for(tmp_path
 
 
 class Blocks:
-    """A model whose replies end where one of the texts to stop at begins, as an engine's and a server's do."""
+    """A model whose replies end where one of the texts to stop at begins, as an engine's and a server's do. Each letter
+    is a token; an engine, which has a context, returns them, and a server counts them."""
 
-    def __init__(self, text, no_reply=""):
+    def __init__(self, text, no_reply="", context=None):
         self.text = text
         self.no_reply = no_reply
-        self.asked = 0
+        self.context = context
+        self.limits = []
 
     def chat(self, messages, max_new_tokens, stop=(), **options):
-        self.asked += 1
+        self.limits.append(max_new_tokens)
         text = self.text.partition(stop)[0] if stop else self.text
-        return Completion(text, [], [], "stop", no_reply=self.no_reply)
+        tokens = list(text.encode())
+        if self.context:
+            return Completion(text, tokens, [0.0] * len(tokens), "stop", 100, no_reply=self.no_reply)
+        return Completion(text, [], [], "stop", 100, num_tokens=len(tokens), no_reply=self.no_reply)
 
 
 @pytest.mark.parametrize("text, no_reply, expected, asked", [
@@ -1674,4 +1761,45 @@ class Blocks:
 def test_a_whole_script_ends_with_its_block_however_that_opens(text, no_reply, expected, asked):
     model = Blocks(text, no_reply)
     question = [{"role": "user", "content": f"Change x. {env_module.WHOLE_SCRIPT}"}]
-    assert (env_module.ask_coder_model(model, question).text, model.asked) == (expected, asked)
+    completion = env_module.ask_coder_model(model, question)
+    assert (completion.text, len(model.limits), completion.prompt_tokens) == (expected, asked, 100 * asked)
+
+
+@pytest.fixture
+def ask_coder(task, tmp_path):
+    """Plays one Edit Script (AI) with a model as the coder; returns the record of the step."""
+    def play(model, **more):
+        cfg = SimpleNamespace(**{
+            "data": str(tmp_path / "data"), "python": None, "gpu": "", "threads": 1, "sandbox": "on", "clock": "all",
+            "actions": env_module.DEFAULT_ACTIONS, "fields": SHORT, "prompt_format": "full", "show_scores": True,
+            "steps": 1, "seconds": 1800.0, "seed": 0, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 100,
+            "coder": "model", **more})
+        lines = []
+        run = SimpleNamespace(stop=threading.Event(), write=lambda path, line: lines.append(line))
+        reply = say("Edit Script (AI)", script_name="train.py", edit_instruction="x", save_name="new.py")
+        env_module.play_trajectory(cfg, task, 0, tmp_path / "made-0.jsonl", lambda env, lines, seed: (reply, None, {}),
+                                   model, tmp_path / "out", env_module.ResultCache(tmp_path / "kept"), run, {})
+        _, step = lines
+        assert step["ended"] == "steps" and step["valid"]
+        return step
+    return play
+
+
+@pytest.mark.parametrize("context", [16_384, None])
+def test_tokens_of_a_coder_that_is_asked_twice_are_those_of_both_replies(ask_coder, context):
+    """The first, cut at its bare ```, has 5 letters and the second 20. One that ends with its block has 15."""
+    step = ask_coder(Blocks("Sure:\n```\nx = 1\n```\n", context=context))
+    assert (step["coder_tokens"], step["coder_prompt_tokens"], step["coder_replies"]) == (5 + 20, 200, 1)
+    step = ask_coder(Blocks("```python\nx = 1\n```\nThat is all.", context=context))
+    assert (step["coder_tokens"], step["coder_prompt_tokens"], step["coder_replies"]) == (15, 100, 1)
+
+
+@pytest.mark.parametrize("context, coder, max_new_tokens, limit", [
+    (16_384, "model", 100, 4096), (8192, "model", 100, 4096), (4097, "model", 100, 2048), (4096, "tiny", 9000, 2048),
+    (16_384, "model", 9000, 8192), (32_768, "expert", 9000, 9000), (32_768, "tiny", 9000, 4096),
+    (None, "model", 9000, 9000)])
+def test_a_coder_may_write_half_its_context_at_most(ask_coder, context, coder, max_new_tokens, limit):
+    """The other half is for the script that it reads. What a server's is nobody knows here."""
+    model = Blocks("```python\nx = 1\n```\n", context=context)
+    ask_coder(model, coder=coder, max_new_tokens=max_new_tokens)
+    assert model.limits == [limit]

@@ -119,6 +119,20 @@ def test_what_gets_better_soon_costs_nothing(odd, times, play):
     assert whole(first) and whole(second) and disclosed["no_replies"] == 0
 
 
+def test_a_server_that_is_busy_just_after_it_has_refused_a_conversation_ends_no_run(play):
+    others = server_of(refuse, 1)
+    busy = [True]
+
+    def answer(handler):
+        if handler.body["messages"] == endpoint.QUESTION and busy:
+            busy.clear()
+            return send(handler, "later", 429)
+        return others(handler)
+    (first, second), disclosed, _ = play(answer)
+    assert [first[name] for name in ("ended", "steps", "valid")] == ["final answer", 5, 4] and whole(second)
+    assert not busy and disclosed["no_replies"] == 1
+
+
 def test_a_reply_of_10_mb_is_one_invalid_step(play):
     (first, second), _, cfg = play(server_of(good("x" * 10_000_000), 1))
     assert [first[name] for name in ("ended", "steps", "valid")] == ["final answer", 5, 4] and whole(second)

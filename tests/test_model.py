@@ -93,6 +93,17 @@ def test_save_and_load_give_the_same_model(tmp_path, tied, shard_bytes):
         assert all(sum(t.nbytes for t in load_file(tmp_path / f).values()) <= max(shard_bytes, largest) for f in files)
 
 
+@pytest.mark.parametrize("shard_bytes", [10**9, 40_000])
+def test_who_may_read_a_saved_config_may_read_its_weights(tmp_path, shard_bytes):
+    before = os.umask(0o027)
+    try:
+        Qwen2.from_scratch(ODD).save_pretrained(tmp_path, max_shard_bytes=shard_bytes)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o640} and (len(modes) == 2) == (shard_bytes == 10**9)
+
+
 def test_loading_converts_to_the_dtype_asked_for_and_leaves_nothing_on_meta(tmp_path):
     Qwen2.from_scratch(ODD).save_pretrained(tmp_path)
     model = Qwen2.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -131,6 +142,8 @@ DAMAGES = {
     "deep config": (lambda f: (f / "config.json").write_text("[" * 100_000), ["is not JSON"]),
     "a text for a number": (lambda f: edit_config(f, hidden_size="96"), ["hidden_size must be of type int"]),
     "no heads": (lambda f: edit_config(f, num_attention_heads=0), ["num_attention_heads must be", "above 0"]),
+    "key heads": (lambda f: edit_config(f, num_key_value_heads=4),
+                  ["config.json: num_attention_heads 6 must be a multiple of num_key_value_heads 4"]),
     "layers for ever": (lambda f: edit_config(f, num_hidden_layers=10**12), ["num_hidden_layers must be", "1,024"]),
     "no float": (lambda f: edit_config(f, rope_theta=10**400), ["rope_theta must be of type float"]),
     "odd rope": (lambda f: edit_config(f, rope_scaling=[1]), ["scaled rotary"]),
@@ -185,6 +198,19 @@ def test_every_form_of_the_linear_layer_is_the_same_product(dtype, tolerance, ro
     for y in (unpacked, packed):
         assert y.shape == (rows, 1, 41) and (y - plain).abs().max() <= tolerance * plain.abs().max()
     assert layer(x).requires_grad       # with gradients on, the differentiable form
+
+
+def test_a_weight_that_is_no_number_is_packed_and_spoils_its_own_output_alone():
+    layer = Linear(16, 8)
+    x = torch.ones(4, 16)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+        layer.bias.fill_(1)
+        layer.weight[3, 5] = torch.nan
+        cpu_linear.pack(layer)
+        y = layer(x)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert y[:, 3].isnan().all() and torch.equal(y[:, others], torch.full((4, 7), 9.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ import torch
 import sample
 from model import Config, Qwen2
 from sample import ContextFull, Engine, ForwardBatch, Tokenizer, load, sample_tokens
+from support.cli import RunError
 
 SMALL = Config(vocab_size=267, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
                num_key_value_heads=2, max_position_embeddings=512)
@@ -149,6 +150,40 @@ def test_a_tokenizer_that_is_not_of_bytes_or_has_huge_ids_is_one_clear_error(tmp
     (tmp_path / "tokenizer.json").write_text(original.replace("<|im_end|>", "<|end|>"))
     with pytest.raises(ValueError, match=r"with <\|im_start\|> and <\|im_end\|>"):
         load(str(tmp_path))
+
+
+def test_a_tokenizer_file_that_asks_to_cut_or_pad_texts_does_neither(tmp_path):
+    """An id of ours is the byte itself."""
+    bpe = Tokenizer.of_bytes().bpe
+    bpe.enable_truncation(4)
+    bpe.enable_padding(length=6)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert told["truncation"]["max_length"] == 4 and told["padding"]["strategy"] == {"Fixed": 6}
+    t = Tokenizer.from_pretrained(tmp_path)
+    for text in ("abcdefgh", "a", ""):
+        assert t.encode(text) == list(text.encode())
+
+
+@pytest.mark.parametrize("config", [{"chat_template": None}, {}, None])
+def test_a_template_in_a_file_of_its_own_is_read(config, tmp_path):
+    """Also where tokenizer_config.json says null. One without a default system message gives none."""
+    Tokenizer.of_bytes().save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    template = json.loads(path.read_text())["chat_template"]
+    path.unlink() if config is None else path.write_text(json.dumps(config))
+    assert Tokenizer.from_pretrained(tmp_path).system == Tokenizer.SYSTEM
+    for system in ("You are terse.", None):
+        said = template.replace(Tokenizer.SYSTEM, system or "Be terse.")
+        (tmp_path / "chat_template.jinja").write_text(said)
+        assert Tokenizer.from_pretrained(tmp_path).system == system
+
+
+def test_a_model_has_a_row_for_every_id_of_its_tokenizer():
+    t = Tokenizer.of_bytes()
+    t.check_fits(Config(vocab_size=259), "some/model")
+    with pytest.raises(ValueError, match="some/model: the tokenizer has 259 ids and the model rows for 258"):
+        t.check_fits(Config(vocab_size=258), "some/model")
 
 
 def test_the_fingerprint_tells_tokenizers_apart(pairs, tmp_path):
@@ -728,6 +763,19 @@ def test_a_failing_model_is_reported_to_every_waiter_and_the_engine_lives_on():
     assert engine.submit([0], max_new_tokens=9, temperature=0).result(600).text == "ok"
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_weights_that_are_damaged_are_one_clear_error(packs, monkeypatch):
+    """Whether the model is small or so large that its weights are packed, and whether a row or all of them are."""
+    monkeypatch.setattr(sample, "LARGE_BYTES", 0 if packs else sample.LARGE_BYTES)
+    for damage in (lambda weight: weight[3, 5].fill_(torch.nan), lambda weight: weight.fill_(torch.nan)):
+        damaged = Qwen2.from_scratch(SMALL).requires_grad_(False)
+        damage(damaged.model.layers[0].self_attn.q_proj.weight)
+        engine = engine_of(damaged, name="some/model")
+        assert engine.packs == packs
+        with pytest.raises(RunError, match="some/model gives logits that are not finite; its weights are damaged"):
+            engine.generate([[1, 2, 3]], max_new_tokens=2)
+
+
 @pytest.mark.parametrize("fixed_shapes", [False, True])
 def test_what_is_cached_has_the_dtype_of_what_is_computed(fixed_shapes, monkeypatch):
     """Of a model with products in bf16 and weights in fp32, as training has it: log-probs as of its full forward."""
@@ -755,7 +803,7 @@ def test_refresh_takes_notice_of_changed_weights(model):
         assert_plain(changed, prompt, reply)
 
 
-def test_load_names_what_is_wrong(tmp_path):
+def test_load_names_what_is_wrong(tmp_path, monkeypatch):
     assert load("tiny").chat([{"role": "user", "content": "hi"}], max_new_tokens=2).tokens
     small = Config(vocab_size=100, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
     Qwen2.from_scratch(small).save_pretrained(tmp_path)
@@ -766,3 +814,6 @@ def test_load_names_what_is_wrong(tmp_path):
         load(str(tmp_path))
     with pytest.raises(ValueError, match="graphs need a CUDA device, found 'cpu'"):
         load("tiny", device="cpu", graphs=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda: there is no GPU that torch can use"):
+        load("tiny", device="cuda")

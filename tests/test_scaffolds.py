@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import eval as evaluation
 import tasks
 from common import add_task
 from sample import Tokenizer
-from support import aide, cli, conversations, endpoint, mlagentbench, pool, records
+from support import aide, cli, conversations, endpoint, mlagentbench, pool, records, storage
 from test_eval import ROOT, STARTER, Scripted, file_of, play, settings, task, text_of    # noqa: F401
 from test_report import drawn, needs_node
 
@@ -270,7 +271,10 @@ def test_what_the_reviewer_says_of_the_direction_changes_nothing(tree, tmp_path,
     (None, "none", 0, {"metric": 0.5, "buggy": False, "review": "script"}),
     (lambda output: '{"is_bug": true, "metric": 0.5}', "model", 1, {"metric": 0.5, "buggy": True, "review": "model"}),
     (lambda output: '{"is_bug": false, "metric": null}', "model", 1, {"metric": None, "buggy": True}),
-    (lambda output: '{"is_bug": false, "metric": 0.125}', "model", 1, {"metric": 0.125, "is_printed": False})])
+    (lambda output: '{"is_bug": false, "metric": 0.125}', "model", 1, {"metric": 0.125, "is_printed": False}),
+    (lambda output: '{"is_bug": false, "metric": -0.5}', "model", 1, {"metric": -0.5, "is_printed": True}),
+    (lambda output: f'{{"is_bug": false, "metric": {output.split("limit: ")[1].split()[0]}}}', "model", 1,
+     {"metric": tasks.MINIATURE_S, "is_printed": False})])      # a number that we have added
 def test_a_verdict_or_none(review, coder, num_reviews, node, tmp_path, task):
     cfg = aide_settings(tmp_path, steps=1, coder=coder)
     model = Model([solution(9)], review)
@@ -280,6 +284,35 @@ def test_a_verdict_or_none(review, coder, num_reviews, node, tmp_path, task):
     assert {name: step["node"][name] for name in node} == node
     assert len(step["coder"]) == num_reviews
     assert env.replay(file_of(cfg, 0), data=cfg.data) == 0
+
+
+def test_the_first_look_at_the_data_costs_no_time(tmp_path, task, monkeypatch):
+    cfg = aide_settings(tmp_path)
+    tasks.prepare("tiny-task", data=cfg.data, log=lambda line: None)
+    clock = [1000.0]
+
+    def preview(public):
+        clock[0] += 50
+        return "one large table"
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(aide, "preview", preview)
+    made = aide.Env("tiny-task", cfg.data, out=tmp_path / "out", seconds=600)
+    assert "one large table" in made.messages[0]["content"] and made.deadline == 1050 + 600
+    made.restore(made.snapshot(), made.messages, seconds=70)
+    assert made.deadline == 1050 + 70
+
+
+def test_a_step_without_a_node_is_a_difference_and_no_crash(tmp_path, task):
+    """The first step lacks it, and the second looks back at it; what that one says of itself is as recorded."""
+    cfg = aide_settings(tmp_path, steps=2)
+    play(cfg, Model([solution(8), solution(9)]))
+    lines = [json.loads(line) for line in file_of(cfg, 0).read_text().splitlines()]
+    assert lines[2]["node"]["best"] == 1
+    del lines[1]["node"]
+    file_of(cfg, 0).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = []
+    assert env.replay(file_of(cfg, 0), said.append, data=cfg.data) == 1
+    assert said[0].startswith("step 0, node:\n  recorded: None\n  replayed: {'metric': 1.5")
 
 
 def test_the_setting_of_mle_bench_always_debugs(tmp_path, task):
@@ -589,6 +622,38 @@ def test_an_edit_runs_nothing_and_the_last_executed_script_counts(tmp_path, task
     results = json.loads(Path(cfg.out, "results.json").read_text())
     assert results["tasks"]["tiny-task"]["trajectories"][0]["last-valid"] == 2.0
     assert "Scaffold: mlagentbench" in text_of(results)
+
+
+def test_an_argument_of_a_wrong_type_is_an_error_and_its_record_can_be_read(tmp_path, task):
+    wrong = [said("List Files", f'{{"dir_path": {value}}}') for value in ('["."]', "7", "null", '{"a": "b"}')]
+    lines = '{"script_name": "train.py", "start_line_number": "first", "end_line_number": "9"}'
+    cfg, model, steps = loop(tmp_path, [*wrong, said("Inspect Script Lines", lines), FINAL], steps=6)
+    assert [line["type"] for line in records.read_records(file_of(cfg, 0))] == ["header", *["step"] * 6]
+    for step in steps[:4]:
+        assert (step["action"], step["args"], step["valid"], step["kind"]) == ("List Files", {}, False, "invalid")
+        assert step["observation"].startswith('EnvError: "dir_path" must be a text')
+    assert steps[4]["args"] == {} and "must be a whole number" in steps[4]["observation"]
+    assert [prompt.count("EnvError: ") for prompt in model.prompts] == [0, 1, 2, 3, 3, 3]      # none is forgotten
+    (played,) = json.loads(Path(cfg.out, "results.json").read_text())["tasks"]["tiny-task"]["trajectories"]
+    assert (played["ended"], played["steps"]) == ("final answer", 6)
+
+
+def test_a_script_that_leaves_too_much_is_told_so(tmp_path, task, monkeypatch):
+    monkeypatch.setattr(storage, "MAX_FILES", 5)
+    script = f"```python\n{STARTER}for i in range(5):\n    open(f'{{i}}.bin', 'w')\n```\n"
+    cfg, model, steps = loop(tmp_path, [said("Edit Script (AI)", json.dumps(EDIT)), EXECUTE, FINAL], [script])
+    assert steps[1]["outcome"] == "disk full"
+    assert steps[1]["observation"] == ("The script has been executed. Here is the output:\nvalidation MAE: 6.5\n\n"
+                                       "It left more than 5 files or 256 MiB.")
+
+
+def test_of_a_file_that_is_not_read_whole_the_lines_say_so(loop_env, monkeypatch):
+    monkeypatch.setattr(env, "MAX_READ", 1 << 20)
+    for size, words in ((1 << 20, "the file"), ((1 << 20) + 2, "what is read of the file, its first 1 MiB,")):
+        loop_env.files["big.py"] = loop_env.blobs.put(b"x\n" * (size // 2))
+        source = '{"script_name": "big.py", "start_line_number": "1", "end_line_number": "1"}'
+        step = loop_env.step(said("Inspect Script Lines", source))
+        assert step.observation == f"Here are the lines ({words} ends at line 524289):\n\nx"
 
 
 def test_a_script_that_fails_shows_its_errors_alone(tmp_path, task):
