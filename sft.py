@@ -466,7 +466,9 @@ def fine_tune(cfg):
         if cfg.prompt_format != "full":
             agent = {name: getattr(cfg, name) for name in AGENT_FORMAT}
         if manifest := read_manifest(cfg.trajectories):     # what it has learned, whatever was typed here
-            agent |= {name: manifest["settings"][flag_of(name)] for name in (AGENT_FORMAT.keys() & AGENT) - {"steps"}}
+            told = manifest["settings"]
+            names = (AGENT_FORMAT.keys() & AGENT) - {"steps"}
+            agent |= {name: told[flag_of(name)] for name in names if flag_of(name) in told}
         if rank == 0 and agent:
             write_agent(cfg.out, agent)
         log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
@@ -488,7 +490,7 @@ def plan(cfg):
     trajectories = Path(cfg.trajectories)
     if trajectories.is_file() or is_collected(trajectories):
         num = len(read_conversations(trajectories, cfg.data, log=lambda line: None)[0])
-        if cfg.model == "tiny" and cfg.prompt_format == "short":
+        if cfg.model == "tiny" and cfg.prompt_format == "short" and cfg.show_scores:
             num += miniature.NUM_IMAGINED
     updates = cfg.updates or math.ceil(cfg.epochs * num / cfg.batch)
     row = PackedRow([0] * tokens, [tokens], [0] * tokens, [])

@@ -251,7 +251,8 @@ def pack_lengths(lengths, max_row_tokens, multiple=1):
     into the row of the least cost among those with room. `multiple` divides the number of rows; some may be empty. A
     text of more than max_row_tokens has a row of its own."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    num_rows = multiple * math.ceil(min(len(lengths), sum(lengths) / max_row_tokens) / multiple)
+    num_tokens = sum(min(length, max_row_tokens) for length in lengths)
+    num_rows = multiple * math.ceil(num_tokens / max_row_tokens / multiple)
     while True:
         rows = [[] for _ in range(num_rows)]
         tokens = [0] * num_rows

@@ -144,12 +144,14 @@ class Expert:
         self.replies = replies
         self.asked = 0
         self.prompts = []
+        self.lengths = []       # max_new_tokens of each call
         self.fail_after = fail_after
         self.lock = threading.Lock()
 
     def chat(self, messages, *, max_new_tokens, temperature, seed, top_p=1.0, stop=()):
         with self.lock:
             self.prompts.append(messages)
+            self.lengths.append(max_new_tokens)
             turn = sum(message["role"] == "assistant" for message in messages)
             if "ideas for changing" in messages[0]["content"]:
                 if self.asked == self.fail_after:
@@ -176,12 +178,26 @@ def test_a_hundred_ideas_are_asked_for_in_several_prompts_and_never_twice(toys):
     assert ideas.ask_ideas(s, task, again) == found and again.asked == 0
 
 
+@pytest.mark.parametrize("typed, asked_for", [(512, 1024), (1024, 1024), (6000, 6000)])
+def test_an_expert_that_thinks_may_write_as_much_for_ideas_as_for_a_reply(typed, asked_for, toys):
+    expert = Expert()
+    ideas.ask_ideas(settings(toys, expert="model", max_new_tokens=typed, ideas=20), tasks.load("toy-a"), expert)
+    assert expert.lengths == [asked_for] * 2
+
+
 def test_an_expert_without_ideas_is_an_error(toys):
+    """Its answers are not kept, so that another run asks again."""
     class Mute(Expert):
         def chat(self, messages, **options):
+            self.asked += 1
             return endpoint.Completion("I have none.", [], [], "stop")
-    with pytest.raises(cli.RunError, match="has written no idea for toy-a"):
-        ideas.ask_ideas(settings(toys, expert="mute"), tasks.load("toy-a"), Mute())
+    s = settings(toys, expert="mute")
+    task = tasks.load("toy-a")
+    for mute in (Mute(), Mute()):
+        with pytest.raises(cli.RunError, match="has written no idea for toy-a .*'I have none.'"):
+            ideas.ask_ideas(s, task, mute)
+        assert mute.asked == 21 + 1 + len(tasks.IDEA_KINDS)     # 3 * 7 answers of 15 ideas, and one of each kind
+    assert len(ideas.ask_ideas(s, task, Expert())) == 105
 
 
 # ---- the scripted expert
@@ -329,6 +345,16 @@ def test_a_larger_num_and_another_task_add_to_a_folder_and_other_settings_are_re
     (toys / "out" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="manifest.json does not tell of toy-a, of which"):
         sft.collect(s)
+
+
+def test_a_task_whose_name_begins_another_ones_has_trajectories_of_its_own(toys):
+    add_task(toys / "tasks", "toy", 9, "held-in", STARTER)
+    (toys / "tasks" / "toy" / "ideas.json").write_text(json.dumps(IDEAS))
+    for id, num in (("toy-b", 2), ("toy", 1)):
+        manifest = sft.collect(settings(toys, task=id, num=num, steps=3))
+    assert {id: one["counts"]["trajectories"] for id, one in manifest["tasks"].items()} == {"toy-b": 2, "toy": 1}
+    found = {id: sorted(path.name for path in sft.files_of(toys / "out", id)) for id in ("toy", "toy-b", "toy-a")}
+    assert found == {"toy": ["toy-0.jsonl"], "toy-b": ["toy-b-0.jsonl", "toy-b-1.jsonl"], "toy-a": []}
 
 
 def test_real_data_have_no_seeds(toys):

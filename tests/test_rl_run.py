@@ -280,7 +280,7 @@ def test_a_missing_blob_is_named_at_the_start_and_in_the_middle(made, tmp_path):
     (folder / "blobs" / sha[:2] / sha).unlink()
     found = pool.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
     assert {name for states in found.values() for name in states} == set(rollout.states) - lost
-    assert f"left out: {len(lost)}, such as" in said[0] and f"{min(lost)}: a blob is missing" in said[0]
+    assert f"left out: {len(lost)}, such as" in said[0] and f"{min(lost)}: the blob {sha} is missing in" in said[0]
     # the rollout that began before ends with the name of the blob
     for play in (lambda name: rollout.begin(name), lambda name: rollout.run([name], 0)):
         with pytest.raises(storage.MissingBlob, match=f"the blob {sha} is missing in"):
@@ -299,6 +299,60 @@ def test_a_prompt_that_is_too_long_is_left_out_and_said(made, capsys):
     assert out and out <= too_long and capsys.readouterr().err.count(f"--context is {limit}") == len(out)
     with pytest.raises(cli.RunError, match="no state of the pool"):
         playing(made, Scripted(context=20)).sample_states(0)
+
+
+# -- states that validate
+
+def twins(made, tmp_path, changed):
+    """A pool of two trajectories of toy-a on the same data, of which the second says something else from the step
+    `changed` on, and one of toy-b: the folder, and the number of states of each of the two."""
+    folder = copied(made, tmp_path)
+    for name in ("toy-a-1", "toy-b-1"):
+        (folder / f"{name}.jsonl").unlink()
+    lines = [json.loads(line) for line in (folder / "toy-a-0.jsonl").read_text().splitlines()]
+    for line in lines[1 + changed:]:
+        line["messages"][0]["content"] += "!"
+    (folder / "toy-a-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder, sum(line["type"] == "step" for line in lines)
+
+
+def test_no_state_that_validates_is_also_trained_on(made, tmp_path):
+    """Trajectories of a task on the same data begin alike: a state before whose step nothing differs yet is in both."""
+    folder, num = twins(made, tmp_path, changed=2)
+    rollout = playing(made, trajectories=str(folder), validate_every=1)
+    trained = {name for states in rollout.pool.values() for name in states}
+    file, = {name.partition(",")[0] for name in rollout.held_back}
+    assert file in ("toy-a-0", "toy-a-1") and file not in {name.partition(",")[0] for name in trained}
+    assert sorted(rollout.held_back) == [f"{file}, step {i}" for i in range(3, num)] and num == 6
+    assert len(trained) == len(rollout.states) - num
+
+    def shown(name):
+        state = rollout.states[name]
+        said = [message["content"] for line in [state.head, *state.steps[:state.index]] for message in line["messages"]]
+        return state.head["task"], state.head["data_seed"], said
+    assert not [name for name in rollout.held_back if shown(name) in map(shown, trained)]
+
+
+def test_where_nothing_can_be_held_back_that_is_said(made, tmp_path):
+    """The two trajectories are alike to their last action; or there is one of each task alone."""
+    folder, num = twins(made, tmp_path, changed=5)
+    for file in ("toy-b-0", "toy-a-1"):
+        with pytest.raises(ValueError, match="--validate-every holds back .* and there is none; collect more"):
+            playing(made, trajectories=str(folder), validate_every=1)
+        (folder / f"{file}.jsonl").unlink()
+    assert num == 6 and playing(made, trajectories=str(folder)).held_back == []
+
+
+def test_states_that_validate_are_played_from_their_step_whatever_is_trained_on(made):
+    """Also where whole trajectories are: one action in each, which earns the same."""
+    rollout = playing(made, rollout="episode", validate_every=1, steps=3)
+    for name in rollout.held_back:
+        here, _ = rollout.begin(name)
+        assert (here.index, here.steps) == (rollout.states[name].index, 6)
+    assert max(rollout.states[name].index for name in rollout.held_back) > 2
+    trained = [name for states in rollout.pool.values() for name in states]
+    assert {(here.index, here.steps) for here, _ in map(rollout.begin, trained)} == {(0, 3)}
+    assert rollout.validate() == playing(made, validate_every=1).validate()
 
 
 # -- rollouts
@@ -518,8 +572,12 @@ def test_a_killed_run_goes_on_bit_for_bit(made, run, flags):
 
 
 def test_every_action_is_written_down_and_fixed_states_validate(made, run):
-    """samples.jsonl has the log's rewards; states that validate are of trajectories that are never trained on."""
+    """samples.jsonl has the log's rewards; states that validate are of trajectories that are never trained on. Of a run
+    that ended before its first checkpoint no line stays."""
     out = made / "validated"
+    out.mkdir()
+    for name in ("log.jsonl", "samples.jsonl"):
+        (out / name).write_text('{"iteration": 1, "reward": 9}\n{"iter')
     code, said = run("--advantage", "rloo", out=out, iterations=2, **{"validate-every": 2})
     assert code == 0, said
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -654,8 +712,15 @@ def test_a_worker_that_raises_ends_the_run_and_the_same_command_goes_on(made, ru
     out = made / "raised"
     code, said = run(out=out, code="after('executing', 15, lambda *_: 1 / 0)")
     assert code == 1 and "ZeroDivisionError" in said and "It happened in the state toy-a-" in said, said
+    for name, num in (("log.jsonl", 2), ("samples.jsonl", 12)):
+        with (out / name).open("a") as file:
+            file.write('{"iteration": 3, "rew')     # cut short by a kill
+        assert len((out / name).read_text().splitlines()) == num + 1
     code, said = run(out=out, iterations=3)
     assert code == 0 and "going on after iteration 2" in said
+    for name, num in (("log.jsonl", 1), ("samples.jsonl", 6)):
+        lines = [json.loads(line)["iteration"] for line in (out / name).read_text().splitlines()]
+        assert lines == [1] * num + [2] * num + [3] * num
 
 
 def test_a_killed_process_ends_the_others_with_a_message(made, run):

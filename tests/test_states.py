@@ -2,6 +2,8 @@
 The tasks run in a moment, so every score is known beforehand."""
 import itertools
 import json
+import re
+import shutil
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,9 +14,9 @@ import env
 import eval as evaluation
 import sft
 import tasks
-from support import conversations, endpoint, miniature, states, storage
+from support import cli, conversations, endpoint, miniature, states, storage
 from support.cli import RunError
-from test_collect import add_toys, settings, toys  # noqa: F401  (a fixture)
+from test_collect import IDEAS, add_toys, drive, idea, settings, toys  # noqa: F401  (a fixture)
 
 MEDIUM = {name: value for name, value in env.MEDIUM_AGENT.items() if name != "context"}
 
@@ -173,6 +175,50 @@ def test_the_expert_takes_back_what_is_no_better_and_learns_no_failed_edit(toys)
     assert {tuple(message["role"] for message in talk.messages) for talk in found} == {("system", "user", "assistant")}
 
 
+LETTERS = {"Execute Script": "R", "Undo Edit Script": "U", "Set Constant": "E", "Replace In Script": "E"}
+
+
+def test_without_shown_scores_the_script_is_run_after_the_edits_of_an_idea(toys):
+    """All of them, since a part alone does not run; what is no better is taken back whole, and what is better stays: of
+    8 instead of 3 where 10 is right."""
+    steps = drive(toys, [IDEAS[0], IDEAS[4]], steps=14, show_scores=False, **{
+        name: MEDIUM[name] for name in ("prompt_format", "fields", "actions")})
+    assert all(step.valid for step in steps)
+    tries = re.findall("(E+)(R?)(U*)", "".join(LETTERS[step.action] for step in steps)[1:])
+    assert steps[0].action == "Execute Script" and sum(map(len, itertools.chain(*tries))) == len(steps) - 1
+    best = steps[0].printed
+    number = 0      # of the step that has run the script
+    for edits, run, undone in tries[:-1]:      # the last may be cut short
+        number += len(edits) + 1
+        is_better = steps[number].outcome == "ok" and steps[number].printed < best
+        assert run and len(undone) == (0 if is_better else len(edits))
+        best = steps[number].printed if is_better else best
+        number += len(undone)
+    assert best < 7 and "EE" in {edits for edits, *_ in tries[:-1]}
+
+
+def test_ideas_are_tried_also_where_all_constants_are(toys):
+    """A is 1, so *2 and *5 are all that it offers; both are worse. Then the idea is tried, against chance."""
+    class Later:
+        """In place of a random generator: rather a constant than an idea, and the first one."""
+        random = staticmethod(lambda: 0.9)
+        choice = staticmethod(lambda offered: offered[0])
+    task = SimpleNamespace(starter="A = 1\nprint('x')\n", better=lambda a, b: a > b)
+    cfg = settings(toys, **{name: MEDIUM[name] for name in ("prompt_format", "fields", "actions")})
+    expert = miniature.follow_ideas(cfg, task, [idea("Say y", ("print('x')", "print('y')"))], Later)
+    replies = [next(expert)]
+    while len(replies) < 9:
+        printed = 5.0 if len(replies) == 1 else 4.0
+        replies.append(expert.send({**miniature.START, "outcome": "ok", "printed": printed}))
+    done = [env.parse(reply, cfg.fields, cfg.actions)[1:3] for reply in replies]
+    back = miniature.UNDO
+    assert done == [
+        miniature.RUN, ("Set Constant", {"constant": "A", "value": "2"}), back,
+        ("Set Constant", {"constant": "A", "value": "5"}), back,
+        ("Replace In Script", {"script_name": "train.py", "find": "print('x')", "replace": "print('y')"}), back,
+        miniature.RUN, miniature.RUN]
+
+
 def test_recorded_medium_prompts_are_those_that_were_shown(toys):
     cfg = collect_medium(toys, num=1, task="toy-a")
     head, steps = env.read_trajectory(toys / "medium" / "toy-a-0.jsonl")
@@ -264,6 +310,39 @@ def test_recording_that_was_killed_goes_on_under_the_same_settings_alone(recorde
     assert not file.exists()
     states.record_states(state_settings(recorded, "recorded", record_states=3))
     assert file.read_bytes() == whole
+
+
+def test_states_are_not_recorded_in_the_trajectories_of_another_agent(recorded):
+    """Of random edits here, that an evaluation has played."""
+    cfg = state_settings(recorded, "played", states="", model=evaluation.RANDOM, coder="none", task="toy-out",
+                         trajectories=1, steps=1)
+    evaluation.evaluate(cfg)
+    file = recorded / "played" / "trajectories" / "toy-out-0.jsonl"
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="holds trajectories of another agent than the expert; give another --out"):
+        states.record_states(state_settings(recorded, "played", states=str(recorded / "others.jsonl"), task="toy-out",
+                                            record_states=1, steps=1))
+    assert file.read_bytes() == before and not (recorded / "others.jsonl").exists()
+
+
+def test_a_task_without_ideas_has_states(toys):
+    """Its constants are tried."""
+    (toys / "tasks" / "toy-a" / "ideas.json").unlink()
+    states.record_states(state_settings(toys, "recorded", task="toy-a", record_states=2, steps=3))
+    lines = [json.loads(line) for line in (toys / "states.jsonl").read_text().splitlines()]
+    assert [line["task"] for line in lines] == ["toy-a"] * 2
+    actions = {step["action"] for file in (toys / "recorded" / "trajectories").glob("*.jsonl")
+               for step in env.read_trajectory(file)[1]}
+    assert {"Execute Script", "Set Constant"} <= actions <= {"Execute Script", "Set Constant", "Undo Edit Script"}
+
+
+def test_a_model_says_how_long_its_actions_in_states_are(tmp_path):
+    """All else of how it acts stands in a state."""
+    (tmp_path / "agent.json").write_text('{"max_new_tokens": 96, "steps": 5, "context": 640, "show_scores": false}')
+    flags = ["--states", "states.jsonl", "--model", str(tmp_path)]
+    cfg = cli.parse(evaluation.Settings, flags, evaluation.fill)
+    assert cfg == evaluation.Settings(states="states.jsonl", model=str(tmp_path), task="all", max_new_tokens=96)
+    assert cli.parse(evaluation.Settings, [*flags, "--max-new-tokens=64"], evaluation.fill).max_new_tokens == 64
 
 
 def test_an_action_in_a_state_is_rewarded_as_in_its_trajectory(recorded):
@@ -363,26 +442,31 @@ def test_the_gate(tmp_path, valid, spread, status, capsys):
     assert f"{valid:.0%} of the actions are valid" in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("rl", [{"complete": False}, {"states of sha256": "b"}, {"samples": 4}])
+@pytest.mark.parametrize("rl", [{"complete": False}, {"states of sha256": "b"}, {"samples": 4}, {"max_new_tokens": 64},
+                                {"sandbox": "off"}])
 def test_agents_that_are_not_comparable_are_refused(rl, tmp_path):
-    """A measure that was broken off, one in other states, or one of fewer actions in each."""
+    """A measure that was broken off, one in other states, or one of fewer, shorter or less guarded actions in each."""
     rewards = {"a": (0.4, 1, 0.1)}
-    write_measured(tmp_path / "sft" / "held-out", rewards, **{"states of sha256": "a", "samples": 8})
-    write_measured(tmp_path / "rl" / "held-out", rewards, **{"states of sha256": "a", "samples": 8, **rl})
+    under = {"states of sha256": "a", "samples": 8, "max_new_tokens": 160, "sandbox": "on"}
+    write_measured(tmp_path / "sft" / "held-out", rewards, **under)
+    write_measured(tmp_path / "rl" / "held-out", rewards, **{**under, **rl})
     with pytest.raises(ValueError, match="rl/held-out.*(is not complete|other states)"):
         states.compare_agents(tmp_path, ["sft", "rl"])
     with pytest.raises(ValueError, match="rll holds nothing measured"):
         states.compare_agents(tmp_path, ["sft", "rll"])
 
 
-@pytest.mark.parametrize("rl", [{"complete": False}, {"settings": {"model": "m", "steps": 15}}])
+UNDER = {"model": "m", "steps": 9, "max_new_tokens": 160, "sandbox": "on"}
+
+
+@pytest.mark.parametrize("rl", [{"complete": False}, *({"settings": {**UNDER, **change}} for change in (
+    {"steps": 15}, {"max_new_tokens": 64}, {"sandbox": "off"}))])
 def test_trajectories_that_are_not_comparable_are_refused(rl, tmp_path):
-    """Those of an evaluation that was broken off, or of more steps."""
+    """Those of an evaluation that was broken off, of more steps or shorter replies, or without a sandbox."""
     task = {"metric": "accuracy", "direction": "up", "split": "held-out", "miniature": True, "starter": 0.5,
             "m_best": 1.0, "printed": 0.5, "seconds": 1.0, "published": {},
             "figures": {"best-validation": {"gap": [20.0, [10.0, 30.0]]}}}
-    results = {"settings": {"model": "m", "steps": 9}, "complete": True, "final": "best-validation", "versions": {},
-               "tasks": {"a": task}}
+    results = {"settings": UNDER, "complete": True, "final": "best-validation", "versions": {}, "tasks": {"a": task}}
     for name, entries in (("sft", results), ("other", results), ("rl", {**results, **rl})):
         folder = tmp_path / name / "held-out-trajectories"
         folder.mkdir(parents=True)

@@ -341,6 +341,9 @@ def test_cifar_counts_the_first_largest_value_under_any_name_of_the_index():
     values["9"][2] = "12"                        # neither range nor sums are checked
     assert task.score(onehot, {"": ["0", "1", "2"], **values}) == 1.0
     assert task.score(onehot, {"index": ["2", "1", "0"], **{k: column[::-1] for k, column in values.items()}}) == 1.0
+    assert task.score(onehot, {**values, "id": ["0", "1", "2"]}) == 1.0         # a column named id is it wherever it is
+    with pytest.raises(tasks.InvalidSubmission):        # the first column, "0", would be the index
+        task.score(onehot, {**values, "index": ["0", "1", "2"]})
 
 
 def test_cifar_real_archive_matches_plain_unpickling(tmp_path):

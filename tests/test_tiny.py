@@ -187,6 +187,22 @@ def test_without_shown_scores_the_expert_runs_what_it_has_changed(short):
 
 # ---- tokenizer
 
+@pytest.mark.parametrize("is_to_go_on", [True, False])
+def test_a_tokenizer_is_made_anew_unless_a_run_goes_on_with_it(is_to_go_on, short, tokenizer, tmp_path, monkeypatch):
+    """What a run has left that ended before its first checkpoint may be of other conversations."""
+    _, s = short
+    monkeypatch.setattr(miniature, "NUM_IMAGINED", 20)
+    miniature.make_tokenizer(replace(s, out=str(tmp_path / "fresh")))
+    tokenizer.save(tmp_path / "out")
+    (tmp_path / "out" / "checkpoints" / "step-000001.part").mkdir(parents=True)     # one that was not whole yet
+    if is_to_go_on:
+        (tmp_path / "out" / "checkpoints" / "step-000001").mkdir()
+    miniature.make_tokenizer(replace(s, out=str(tmp_path / "out")))
+    found = Tokenizer.from_pretrained(tmp_path / "out").fingerprint()
+    fresh = Tokenizer.from_pretrained(tmp_path / "fresh").fingerprint()
+    assert found == (tokenizer.fingerprint() if is_to_go_on else fresh) and fresh != tokenizer.fingerprint()
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(["EPOCHS = 12345\nC = 0.25 and so on, EPOCHS", "the cat, EPOCHS = 7"] * 9, 300)
@@ -325,7 +341,43 @@ def test_imagined_conversations_can_be_read_and_differ(short):
     assert all(one.assistant_turns == [1] for one in found)
 
 
+def test_states_are_imagined_only_with_the_scores_that_their_prompts_show(short, monkeypatch):
+    """A better score tells what to do next; without shown scores the expert runs the script first. One of six
+    trajectories of 8 replies validates."""
+    _, s = short
+    monkeypatch.setattr(miniature, "NUM_IMAGINED", 7)
+    num = [len(sft.build_dataset(replace(s, collect=False, model="tiny", show_scores=shown), Tokenizer.of_bytes(),
+                                 log=lambda line: None)[0]) for shown in (True, False)]
+    assert num == [40 + 7, 40]
+
+
 # ---- the command
+
+def test_a_plan_counts_imagined_states(short, capsys):
+    """48 replies of the expert and 3,000 imagined ones: each twice in steps of 8 are 762 steps."""
+    _, s = short
+    assert sft.main(["--plan", "--trajectories", s.trajectories, "--data", s.data]) == 0
+    assert "3,048 conversations: 762 steps of 8, at most 3,121,152 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prompt_format, own", [
+    ("short", {"context", "max_new_tokens", "steps"}), ("medium", {"context", "max_new_tokens", "steps"}),
+    ("full", set())])
+def test_agent_json_says_what_was_learned_and_what_was_typed(prompt_format, own, tmp_path, monkeypatch):
+    """How the trajectories were collected, whatever is typed when they are trained on; and how long the agent may act
+    as typed. How an agent with full prompts acts is up to whoever plays it."""
+    collected = {"prompt_format": prompt_format, "actions": ["Set Constant", "Execute Script"],
+                 "fields": ["Thought", "Action", "Action Input"], "show_scores": False}
+    (tmp_path / "manifest.json").write_text(json.dumps({"tasks": {}, "complete": True, "settings": {
+        **{cli.flag_of(name): value for name, value in collected.items()}, "--steps": 9, "--context": 999}}))
+    for name, value in (("starting_point", (None, None, None)), ("build_dataset", ([], [])), ("train", None)):
+        monkeypatch.setattr(sft, name, lambda *args, value=value: value)
+    typed = {"context": 500, "max_new_tokens": 50, "steps": 12}
+    sft.fine_tune(sft.Settings(model="tiny", prompt_format=prompt_format, trajectories=str(tmp_path),
+                               out=str(tmp_path / "out"), **typed))
+    agent = json.loads((tmp_path / "out" / "agent.json").read_text())
+    assert agent == collected | {name: typed[name] for name in own}
+
 
 CODE = ("import sys, tasks; from pathlib import Path; tasks.FOLDERS[:] = [Path(sys.argv.pop(1))]; "
         "import sft, {0}; from support import miniature; miniature.NUM_IMAGINED = 40; "

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,8 @@ def test_packing_loses_nothing_and_keeps_the_limit():
     assert all(sum(lengths[i] for i in row) <= 10 for row in rows)
     assert rows == [[5], [1], [3, 6], [0, 4, 2]]        # by hand: 3 joins 5, 2 joins 7, 1 joins 5 and 3
     assert distributed.pack_lengths([12, 3, 4], 10) == [[0], [2, 1]]
+    assert distributed.pack_lengths([30, 31, 32], 10) == [[2], [1], [0]]        # each too long: no row is empty
+    assert distributed.pack_lengths([30, 31, 32], 10, multiple=2) == [[2], [1], [0], []]
     assert distributed.pack_lengths([], 10) == []
 
 
@@ -106,6 +109,14 @@ def test_each_epoch_has_each_text_once_in_an_order_of_its_own():
     seen = [i for step in range(6) for i in distributed.batch_indices(9, step, 3, seed=5)]
     assert sorted(seen[:9]) == sorted(seen[9:]) == list(range(9)) and seen[:9] != seen[9:]
     assert seen == [i for step in range(3) for i in distributed.batch_indices(9, step, 6, seed=5)]
+
+
+def test_a_seed_may_be_as_large_as_a_date():
+    for epoch in range(3):
+        assert sorted(distributed.epoch_order(9, 20261129134200, epoch)) == list(range(9))
+        assert distributed.epoch_order(9, 20261129134200, epoch) != distributed.epoch_order(9, 20261129134201, epoch)
+        expected = torch.randperm(9, generator=torch.Generator().manual_seed(5 * 1_000_003 + epoch))
+        assert distributed.epoch_order(9, 5, epoch) == expected.tolist()        # as in runs that have begun
 
 
 def test_only_what_the_assistant_chose_has_a_gradient():
@@ -183,6 +194,15 @@ def test_a_process_of_several_joins_the_others_unless_it_has(monkeypatch):
     assert distributed.init_distributed()[:2] == (3, 4) and len(joined) == 1
 
 
+def test_only_a_small_model_or_a_half_billion_in_short_rows_on_a_cpu_keeps_its_activations():
+    cpu, cuda = map(torch.device, ("cpu", "cuda"))
+    for size, device, length, computes_again in [
+            ("0.5b", cpu, 2048, False), ("0.5b", cpu, 2049, True), ("0.5b", cuda, 2048, True),
+            ("1.5b", cpu, 2048, True), ("7b", cuda, 512, True), ("tiny", cpu, 15000, False),
+            ("tiny", cuda, 15000, False)]:
+        assert sft.recomputes(Config.preset(size), device, length) == computes_again, (size, device, length)
+
+
 # -- the plan
 
 PEAK = """
@@ -232,7 +252,7 @@ def test_planned_memory_is_what_training_takes(shape, length, recompute, compute
     assert sum(parts.values()) == pytest.approx(int(out.stdout), rel=0.15), parts
 
 
-def test_a_plan_needs_neither_gpu_nor_weights(capsys):
+def test_a_plan_needs_neither_gpu_nor_weights(capsys, tmp_path):
     """The 7B's figures by hand: 7,615,616,512 weights of 16 bytes on 8 GPUs are 14.19 GiB; 10,000 conversations twice
     in steps of 64 are 313 steps of at most 64 rows of 15,000 tokens. Other flags override the preset's."""
     assert sft.main(["--preset", "7b", "--plan", "--trajectories", "nowhere"]) == 0
@@ -241,9 +261,9 @@ def test_a_plan_needs_neither_gpu_nor_weights(capsys):
                  "at most 300,480,000 tokens"):
         assert part in said
     assert sft.main(["--gpus", "1", "--preset", "7b", "--plan", "--updates", "10", "--batch=2",
-                     "--trajectories", "nowhere"]) == 0
+                     "--trajectories", str(tmp_path)]) == 0       # a folder that nothing is in yet
     said = " ".join(capsys.readouterr().out.split())
-    assert all(part in said for part in ("actor 113.48", "10 steps of 2, at most 300,000 tokens"))
+    assert all(part in said for part in ("actor 113.48", "10,000 conversations: 10 steps of 2, at most 300,000 tokens"))
     with pytest.raises(SystemExit):
         sft.main(["--plan", "--model", "9b"])
     assert "no preset '9b'" in capsys.readouterr().err
@@ -404,8 +424,13 @@ def test_a_training_goes_on_with_what_it_began_with(tmp_path, capsys):
     Qwen2.from_scratch(SMALL).save_pretrained(small)
     Tokenizer.of_bytes().save(small)
     flags = ["--model", str(small)]
+    file = tmp_path / "out/log.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"step": 1, "loss": 9}\n{"st')      # of a run that ended before its first checkpoint
     assert fine_tune(tmp_path, *flags) == 0
-    log = (tmp_path / "out/log.jsonl").read_bytes()
+    log = file.read_bytes()
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [1, 2]
+    file.write_bytes(log + b'{"st')         # cut short by a kill
 
     def refused(words, *more):
         assert fine_tune(tmp_path, *flags, *more) == 2
@@ -423,7 +448,7 @@ def test_a_training_goes_on_with_what_it_began_with(tmp_path, capsys):
     shutil.copytree(small, tmp_path / "copy")
     assert fine_tune(tmp_path, "--model", str(tmp_path / "copy"), "--save-every", "1") == 0
     assert "already trained, for 2 steps" in capsys.readouterr().out
-    assert (tmp_path / "out/log.jsonl").read_bytes() == log
+    assert file.read_bytes() == log
 
 
 def test_what_a_rename_promises_is_on_the_disk_first(tmp_path, monkeypatch):
@@ -443,6 +468,36 @@ def test_what_a_rename_promises_is_on_the_disk_first(tmp_path, monkeypatch):
     files.write_atomic(tmp_path / "manifest.json", {"a": 1})
     assert len(done) == 1 and done[0].endswith(".part")
     assert json.loads((tmp_path / "manifest.json").read_text()) == {"a": 1}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path):
+    """As on a full disk: here no file may have more than 100 kB."""
+    model = Qwen2.from_scratch(SMALL)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="step-000003.part/rank-0.pt cannot be written; is the disk full?"):
+            distributed.save_state(sft.Settings(out=str(tmp_path)), 3, model, optimizer, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    distributed.save_state(sft.Settings(out=str(tmp_path)), 3, model, optimizer, {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_a_log_is_readied_for_more_lines(tmp_path):
+    """Where a run goes on, without a last line that was cut short; where none does, there is none."""
+    path = tmp_path / "log.jsonl"
+    for goes_on in ({"step": 1}, None):
+        files.begin_log(path, goes_on)
+        assert not path.exists()
+    for text, kept in (('{"step": 1}\n{"step": 2}\n{"st', '{"step": 1}\n{"step": 2}\n'), ('{"st', ""),
+                       ('{"step": 1}\n', '{"step": 1}\n')):
+        path.write_text(text)
+        files.begin_log(path, {"step": 1})
+        assert path.read_text() == kept
+    files.begin_log(path, None)
+    assert not path.exists()
 
 
 def test_what_was_loaded_does_not_stay(tmp_path):
@@ -507,6 +562,17 @@ def test_what_cannot_be_trained_is_said(tmp_path, capsys):
     with pytest.raises(SystemExit):
         fine_tune(tmp_path, "--dtype", "float16")
     assert "--dtype must be auto" in capsys.readouterr().err
+
+
+def test_a_file_without_a_model_that_learns_from_it_is_one_sentence(tmp_path, capsys):
+    """The miniature would collect into it."""
+    own = conversations(tmp_path / "own.jsonl")
+    before = own.read_bytes()
+    assert sft.main(["--trajectories", str(own), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    last = said.err.splitlines()[-1]
+    assert last.startswith(f"sft.py: {own} is a file of conversations") and "--model DIR, or --model tiny" in last
+    assert "Traceback" not in said.err and "1. Collecting" not in said.out and own.read_bytes() == before
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rank_and_batch(tmp_path, capsys):
