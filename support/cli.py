@@ -252,11 +252,12 @@ def run_main(main):
     temporary = Path(tempfile.gettempdir())
     for file in (*temporary.glob(f"ml-agent-program-*/{OWNER}"), *temporary.glob(f".gone-*/{OWNER}")):
         with contextlib.suppress(OSError):      # it is held, or another user's
-            owner = os.open(file, os.O_RDONLY | os.O_NONBLOCK)      # others may have put a pipe there
+            if file.parent.is_symlink() or file.parent.stat().st_uid != os.geteuid():
+                continue
+            owner = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)      # a script may have put a pipe there
             try:
                 fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not file.parent.is_symlink() and file.parent.stat().st_uid == os.geteuid():
-                    remove(file.parent)
+                remove(file.parent)
             finally:
                 os.close(owner)
     # 2. A folder of our own. The lock is held before it is named, so that nobody sees it unlocked.

@@ -384,8 +384,11 @@ def _run(job, server=None):
     killed or stopped it; whether the script was warm)."""
     started = report = process = None
     connection, theirs = socket.socketpair()
-    with _lock:
-        _running.add(connection)
+    with _lock:     # stop ends it, or comes before
+        if not _stopped.is_set():
+            _running.add(connection)
+    if connection not in _running:
+        _wait_if_stopped()
     try:
         # 1. It is started, and says so before it starts the script
         with theirs:
@@ -402,21 +405,21 @@ def _run(job, server=None):
             report = json.load(connection.makefile())
     finally:
         # 2. Nothing is left of it
-        if report is None or "error" in report:
-            connection.settimeout(GRACE_S)
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_WR)     # it ends all that it started
-                while connection.recv(1 << 16):
-                    pass
-            _kill_marked(job["mark"])
-        connection.close()
-        if process:
-            process.wait()
+        try:
+            if report is None or "error" in report:
+                connection.settimeout(GRACE_S)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_WR)     # it ends all that it started
+                    while connection.recv(1 << 16):
+                        pass
+                _kill_marked(job["mark"])
+            connection.close()
+            if process:
+                process.wait()
+        finally:                    # also at a second Ctrl-C: stop waits for these
+            with _lock:
+                _running.remove(connection)
         discard(job["base"])
-        with _lock:
-            _running.remove(connection)
-        if _stopped.is_set():       # the program ends: nobody is to be told what became of this script
-            threading.Event().wait()
     if server and not started:
         with _lock:
             _servers.pop(server.key, None)
@@ -434,7 +437,8 @@ def _run(job, server=None):
 def stop():
     """Ends all scripts, before this process ends. From then on no thread comes back from execute: what becomes of a
     script that is ended so is no result."""
-    _stopped.set()
+    with _lock:
+        _stopped.set()
     deadline = time.monotonic() + GRACE_S
     while _running and time.monotonic() < deadline:
         with _lock:
@@ -442,6 +446,12 @@ def stop():
                 with contextlib.suppress(OSError):      # it has ended meanwhile
                     connection.shutdown(socket.SHUT_WR)
         time.sleep(0.01)
+
+
+def _wait_if_stopped():
+    """Where the program ends, this thread is to start and to record nothing any more."""
+    if _stopped.is_set():
+        threading.Event().wait()
 
 
 def _kill_marked(mark):
@@ -464,6 +474,7 @@ def discard(folder):
     thread = threading.Thread(target=remove, args=[folder])
     thread.start()
     thread.join(0.5)
+    _wait_if_stopped()      # what was read in the folder meanwhile is not whole
 
 
 def remove(folder):
@@ -485,7 +496,8 @@ def remove(folder):
                 for entry in entries:
                     if not entry.is_dir(follow_symlinks=False):
                         if path != top or entry.name != OWNER:      # goes last: by it the next program finds the rest
-                            os.unlink(entry.name, dir_fd=descriptor)
+                            with contextlib.suppress(FileNotFoundError):    # a thread of discard was first
+                                os.unlink(entry.name, dir_fd=descriptor)
                     elif not entry.name.startswith(token):
                         if not os.access(entry.name, os.W_OK, dir_fd=descriptor):   # never of a mount of another's
                             with unlocked(entry.name, descriptor):

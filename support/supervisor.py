@@ -37,6 +37,7 @@ from types import SimpleNamespace
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 SECCOMP_MODE_FILTER = 2
+CLONE_FILES, CLONE_THREAD = 1 << 10, 1 << 16
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 1 << 12, 1 << 14, 1 << 18
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, AT_RECURSIVE = 1, 2, 0x8000
@@ -45,6 +46,7 @@ LANDLOCK_TCP = LANDLOCK_SIGNALS_AND_ABSTRACT_SOCKETS = 3
 LANDLOCK_EXECUTE, LANDLOCK_WRITE_FILE, LANDLOCK_READ_FILE, LANDLOCK_READ_DIR = 1, 2, 4, 8
 LANDLOCK_MAKE_CHAR, LANDLOCK_MAKE_BLOCK, LANDLOCK_TRUNCATE, LANDLOCK_IOCTL_DEV = 1 << 6, 1 << 11, 1 << 14, 1 << 15
 SOCKET_BYTES, PIPE_BYTES, MAX_FILES = 212_992, 65_536, 1024     # the most that one holds; files that a process opens
+PF_EXITING = 4
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The filter (seccomp). {where it holds: system calls that are refused}, each call with its numbers on x86_64 and on
@@ -83,17 +85,19 @@ CALLS = {"any layer": """
 """, "named": """
     # what ARGUMENTS name
     prlimit64 302 261, setrlimit 160 164, clone 56 220, socket 41 198, socketpair 53 199, setsockopt 54 208
-    fcntl 72 25, mmap 9 222, ioctl 16 29, sched_setaffinity 203 122, sched_setparam 142 118
+    close_range 436, fcntl 72 25, mmap 9 222, ioctl 16 29, sched_setaffinity 203 122, sched_setparam 142 118
     sched_setscheduler 144 119, sched_setattr 314 274, migrate_pages 256 238, move_pages 279 239
     setpriority 141 140, ioprio_set 251 30
     # what we call ourselves
     landlock_create_ruleset 444, landlock_add_rule 445, landlock_restrict_self 446, mount_setattr 442
 """}
 # {where it holds: (system call, number of an argument, relation, value)}: refused where the relation holds. "has": all
-# bits of the value are set
+# bits of the value are set; a number: of these bits just those of the value are
 ARGUMENTS = {
     "always": [("prlimit64", 1, "is", resource.RLIMIT_RTTIME),          # the mark of a run
-               ("setrlimit", 0, "is", resource.RLIMIT_RTTIME)],
+               ("setrlimit", 0, "is", resource.RLIMIT_RTTIME),
+               ("close_range", 2, "has", 2),                            # CLOSE_RANGE_UNSHARE: a thread's own files,
+               ("clone", 0, CLONE_FILES | CLONE_THREAD, CLONE_THREAD)],    # where nobody looks for sockets
     "any layer": [("prlimit64", 0, "is not", 0),                        # limits of another process
                   ("socket", 0, "is not", socket.AF_UNIX),
                   ("socketpair", 0, "is not", socket.AF_UNIX),
@@ -172,7 +176,7 @@ def filter_program(layers, gpu):
         for number in numbers_in(CALLS.get(scope, ""), COLUMN).values():
             program += [(equal, 0, 1, number), (answer, 0, 0, verdict)]
         for name, index, relation, value in ARGUMENTS.get(scope, ()):
-            bits = value if relation == "has" else 0xFFFFFFFF       # of the low half of these arguments
+            bits = {"has": value, "is": 0xFFFFFFFF, "is not": 0xFFFFFFFF}.get(relation, relation)   # of the low half
             jump = (equal, 1, 0, value) if relation == "is not" else (equal, 0, 1, value)
             program += [(equal, 0, 5, NUMBERS[name]), (load, 0, 0, arguments_at + 8 * index), (mask, 0, 0, bits), jump,
                         (answer, 0, 0, refuse), (load, 0, 0, number_at)]
@@ -571,9 +575,12 @@ def descendants():
             cpu_s = sum(values[10:14]) / ticks      # with that of children it has waited for
             folder = f"/proc/{name}"
             if state == b"Z" and values[16] > 1:    # its first thread has ended: that tells nothing of the others
-                folder += f"/task/{max(threads_of(name), key=int)}"
-                with open(f"{folder}/stat", "rb") as thread:
-                    values[20] = int(thread.read().rpartition(b")")[2].split()[21])
+                for thread in os.listdir(f"{folder}/task"):
+                    with contextlib.suppress(OSError), open(f"{folder}/task/{thread}/stat", "rb") as file:
+                        values[20] = int(file.read().rpartition(b")")[2].split()[21])
+                    if values[20]:                  # it lives
+                        folder += f"/task/{thread}"
+                        break
             processes[int(name)] = Process(values[0], values[1], values[16], cpu_s, values[20] * resource.getpagesize(),
                                            folder)
     below = {}
@@ -582,12 +589,6 @@ def descendants():
         ring = {pid for pid, process in processes.items() if process.parent in ring}
         below.update({pid: processes[pid] for pid in ring})
     return below
-
-
-def threads_of(pid):
-    with contextlib.suppress(OSError):      # it has ended meanwhile
-        return os.listdir(f"/proc/{pid}/task")
-    return [pid]
 
 
 def cpu_seconds(run, processes):
@@ -604,19 +605,21 @@ def cpu_seconds(run, processes):
 def held_bytes(processes):
     """The most that the pipes and sockets of the processes hold."""
     links = set()
-    hidden = set()
-    for pid, thread in [(pid, thread) for pid in processes for thread in threads_of(pid)]:  # each may have its own files
-        folder = f"/proc/{pid}/task/{thread}/fd"
+    hidden = 0
+    for process in processes.values():
+        folder = f"{process.folder}/fd"
         try:
             for name in os.listdir(folder):
                 with contextlib.suppress(OSError):
                     links.add(os.readlink(f"{folder}/{name}"))
-        except PermissionError:     # it hides them
-            hidden.add(pid)
+        except PermissionError:     # it hides them, or it has ended and nobody has waited for it: then it has none
+            with contextlib.suppress(OSError), open(f"{process.folder}/stat", "rb") as file:
+                if not int(file.read().rpartition(b")")[2].split()[6]) & PF_EXITING:
+                    hidden += MAX_FILES * SOCKET_BYTES
         except OSError:             # it has ended meanwhile
             pass
     sizes = {"socket": SOCKET_BYTES, "pipe": PIPE_BYTES}
-    return len(hidden) * MAX_FILES * SOCKET_BYTES + sum(sizes.get(link.partition(":")[0], 0) for link in links)
+    return hidden + sum(sizes.get(link.partition(":")[0], 0) for link in links)
 
 
 def counted_once(processes):

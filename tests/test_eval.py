@@ -26,6 +26,7 @@ from env import replay
 from model import Config, Qwen2
 from test_execute import parent, processes, wait_until
 from support import cli, endpoint, files, records
+from support.sandbox import OWNER
 
 ROOT = Path(__file__).parent.parent
 MINIATURE = "* Miniature data are made up from a seed: scores on them do not compare with published ones."
@@ -400,6 +401,15 @@ def test_more_trajectories_extend_a_run(tmp_path, task):
     assert policy.calls == len(SCRIPTS[2]) + len(SCRIPTS[3])
 
 
+def test_what_is_disclosed_is_of_the_trajectories_in_the_table(tmp_path, task):
+    """Of four that are there two are asked for: of 4 and of 3 replies, each of 3 tokens."""
+    for num, replies in ((4, STEPS), (2, 7)):
+        results = play(settings(tmp_path, trajectories=num), Scripted())
+        assert len(results["tasks"]["tiny-task"]["trajectories"]) == num
+        found = results["disclosure"]
+        assert found["replies"] == found["models"]["scripted"] == replies and found["tokens"]["written"] == 3 * replies
+
+
 @pytest.mark.parametrize("change, words", [
     ({"temperature": 0.1}, "temperature 0.7 (now 0.1)"), ({"steps": 6}, "steps 5 (now 6)"),
     ({"model": "other"}, "model scripted (now other)"), ({"seed": 1}, "seed 0 (now 1)")])
@@ -575,6 +585,15 @@ def test_exports_that_make_no_series_are_one_sentence(argv, words, exported, cap
     with pytest.raises(SystemExit) as end:
         evaluation.main(argv)
     assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_series_does_not_replace_an_evaluation(exported, capsys):
+    """Its results.json belongs to the trajectories beside it."""
+    for name in ("trajectories/tiny-task-0.jsonl", "results.json"):
+        files.write_atomic(Path("runs/held", name), {})
+    assert evaluation.main(["--exports", "runs/rl", "--out", "runs/held", "--trajectories=1"]) == 2
+    assert "runs/held holds an evaluation" in capsys.readouterr().err
+    assert json.loads(Path("runs/held/results.json").read_text()) == {}
 
 
 def test_a_log_that_does_not_tell_what_training_took_is_one_sentence(exported, capsys):
@@ -908,7 +927,8 @@ def test_an_endpoint_that_stays_down_ends_the_command_clearly(tmp_path, task, se
 
 
 def test_what_a_killed_program_leaves_is_removed_by_the_next(tmp_path):
-    """The folder of a program that still runs stays, and so does one that is not of these programs."""
+    """The folder of a program that still runs stays, and so does what is not of these programs, or another user's. A
+    pipe in place of its lock is not waited for."""
     code = f"""
 import os, signal, sys, tempfile
 sys.path.insert(0, {str(Path(evaluation.__file__).parent)!r})
@@ -930,7 +950,15 @@ for line in sys.stdin:
         said = programs.stdout.readline().split()
         assert len(said) == 2, "the program ended; what it said stands above"
         return int(said[0]), Path(said[1])
-    (tmp_path / "ml-agent-mine").mkdir()
+    stay = ["ml-agent-mine", "ml-agent-run-of-a-script", *["ml-agent-program-of-another"] * (os.geteuid() == 0)]
+    for name in stay:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / OWNER).touch()
+        if name.endswith("another"):
+            os.chown(tmp_path / name, 65534, 65534)
+    (tmp_path / "ml-agent-program-link").symlink_to("ml-agent-mine")
+    (tmp_path / "ml-agent-program-pipe").mkdir()
+    os.mkfifo(tmp_path / "ml-agent-program-pipe" / OWNER)
     (alive, used) = start()
     (killed, left) = start("wait")
     (left / "run").mkdir()
@@ -941,7 +969,82 @@ for line in sys.stdin:
         os.kill(pid, signal.SIGTERM)
     programs.communicate()      # until all have ended
     guard.cancel()
-    assert [path.name for path in tmp_path.iterdir()] == ["ml-agent-mine"]
+    assert {path.name for path in tmp_path.iterdir()} == {*stay, "ml-agent-program-link"}
+    assert all((tmp_path / name / OWNER).exists() for name in stay)
+
+
+def test_a_program_ends_its_scripts_before_it_deletes_their_folders(tmp_path):
+    """Else a script that misses its files would end with an error, and that would be recorded as its result."""
+    code = f"""
+import sys, tempfile, threading, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from support import cli, sandbox
+
+def call():
+    try:
+        print(sandbox.execute("a.py", folder, sandbox="off", timeout_s=600, memory_bytes=1 << 30))
+    finally:
+        print("came back", flush=True)
+
+def main():
+    global folder
+    folder = Path(tempfile.mkdtemp())
+    folder.joinpath("a.py").write_text("while open('a.py'): open('started', 'w')")
+    thread.start()
+    while not folder.joinpath("started").exists():
+        time.sleep(0.01)
+    raise KeyboardInterrupt
+
+def remove(folder, remove=cli.remove):
+    remove(folder)
+    thread.join(0.5)
+thread = threading.Thread(target=call)
+cli.remove = remove
+cli.run_main(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, text=True,
+                          capture_output=True, timeout=600)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "") and list(tmp_path.iterdir()) == []
+
+
+PIPED = """
+import select, signal, threading
+from support import cli
+
+def work():
+    threading.Thread(target=threading.Event().wait).start()     # it waits for a reply that never comes
+    try:
+        print("ready", flush=True)
+        print("what is still in the buffer")
+        signal.pause()
+    finally:
+        pipe = select.poll()
+        pipe.register(1, 0)
+        pipe.poll()     # returns when nobody reads any more
+cli.run_main(lambda: cli.exit_status("program", work, "runs"))
+"""
+
+
+@pytest.mark.parametrize("stderr", [subprocess.STDOUT, subprocess.DEVNULL], ids=["both", "stdout"])
+def test_ctrl_c_ends_a_program_at_once_whose_output_nobody_reads_any_more(stderr, tmp_path):
+    """As in `program 2>&1 | tee log` and `program | tee log`, where Ctrl-C ends both: what it says last cannot be
+    written, and a thread still waits."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": ""}
+    program = subprocess.Popen([sys.executable, "-c", PIPED], stdout=subprocess.PIPE, stderr=stderr, env=environment,
+                               process_group=0)
+    try:
+        (tmp_path / "log").touch()
+        with subprocess.Popen(["tee", tmp_path / "log"], stdin=program.stdout, stdout=subprocess.DEVNULL,
+                              process_group=program.pid):
+            program.stdout.close()
+            assert wait_until(lambda: "ready" in (tmp_path / "log").read_text())
+            os.killpg(program.pid, signal.SIGINT)
+        assert program.wait(600) == 1
+    finally:
+        program.kill()
+        program.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_a_file_in_place_of_a_folder_is_one_sentence(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """The executor: one test a promise. Linux only, like the executor."""
 
-import ctypes, os, re, resource, signal, subprocess, sys, tempfile, textwrap, threading, time, uuid
+import contextlib, ctypes, os, re, resource, signal, subprocess, sys, tempfile, textwrap, threading, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def daemon():
             with open("pulse", "a") as file:
                 file.write(f"{os.getpid()}\\n")
             time.sleep(0.01)
-    while not os.path.exists("pulse"):
+    while not os.path.exists("pulse") or os.path.getsize("pulse") == 0:
         time.sleep(0.01)
 """
 
@@ -268,6 +268,20 @@ def test_processor_time_without_the_kernels_counter(tmp_path, monkeypatch):
     assert run(tmp_path, burn, timeout_s=600, cpu_s=0.5).limit == "cpu"
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_processor_time_holds_all_that_the_script_saw_itself(tmp_path, warm):
+    """Nothing of the supervisor's own is taken off that was used before the script began."""
+    assert not warm or warm_up(b"numpy")
+    result = run(tmp_path, "import time  # numpy\nprint(time.process_time())", warm=warm)
+    assert result.warm == warm and 0 < float(result.stdout) <= result.cpu_s
+
+
+def test_the_machine_takes_memory_from_a_script_before_its_supervisor(tmp_path):
+    text = "import os\nfor pid in (os.getpid(), os.getppid()): print(open(f'/proc/{pid}/oom_score_adj').read().strip())"
+    ours = Path("/proc/self/oom_score_adj").read_text().strip()
+    assert run(tmp_path, text, sandbox="off").stdout.split() == ["1000", ours]
+
+
 @pytest.mark.parametrize("name", ["-c", "-V", "--help"])
 def test_name_that_is_an_option_of_the_interpreter(tmp_path, name):
     (tmp_path / name).write_text("print('run')")
@@ -328,6 +342,47 @@ def test_a_mount_that_a_script_left_is_not_entered(tmp_path, capfd):
     rest, = tmp_path.glob(".gone-*/a")
     assert libc.umount(str(rest).encode()) == 0
     assert (kept / "file").read_text() == "kept" and capfd.readouterr().err.count("could not be deleted") == 1
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_folder_that_becomes_a_link_while_it_is_deleted_is_not_followed(tmp_path, monkeypatch, locked):
+    """As a script that still runs could do: before the n-th question to the system, for each n."""
+    kept = tmp_path / "kept"
+    (kept / "folder").mkdir(parents=True)
+    (kept / "folder/file").write_text("kept")
+    kept.chmod(0o755)
+    num_left = 0
+
+    def or_swap(ask):
+        def asked(*args, **more):
+            nonlocal num_left
+            num_left -= 1
+            for name in ("a", "b") if num_left == 0 else ():
+                with contextlib.suppress(FileNotFoundError):    # it is deleted
+                    move(name, tmp_path / f"away-{name}", src_dir_fd=script)
+                    os.symlink(kept, name, dir_fd=script)
+            return ask(*args, **more)
+        return asked
+    move = os.rename
+    names = ("access", "chmod", "open", "rename", "rmdir", "scandir", "unlink")
+    for num in range(1, 1000):
+        for folder in ("a/c", "b"):
+            (tmp_path / "tree/run" / folder).mkdir(parents=True)
+        script = os.open(tmp_path / "tree/run", os.O_RDONLY)
+        num_left = num
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "access", lambda *args, **more: not locked)     # what root is told is always True
+            for name in names:
+                patch.setattr(os, name, or_swap(getattr(os, name)))
+            executor.remove(tmp_path / "tree")
+        os.close(script)
+        assert (kept / "folder/file").read_text() == "kept" and kept.stat().st_mode & 0o777 == 0o755
+        for rest in (*tmp_path.glob(".gone-*"), *tmp_path.glob("away-*")):      # where it gave up
+            executor.remove(rest)
+        assert {path.name for path in tmp_path.iterdir()} == {"kept", "temporary"}
+        if num_left > 0:
+            break
+    assert num > 20
 
 
 def test_a_long_deletion_holds_up_nobody(tmp_path):
@@ -499,6 +554,28 @@ def test_nothing_survives_its_parent(tmp_path, temporary, sent, warm):
     pulse = (folder / "pulse").read_text()
     time.sleep(0.1)
     assert (folder / "pulse").read_text() == pulse
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_script_that_is_stopped_has_no_result(tmp_path, temporary, monkeypatch, warm):
+    """A program stops its scripts before it deletes their folders. What becomes of them then must not be recorded."""
+    monkeypatch.setattr(executor, "_stopped", threading.Event())
+    assert not warm or warm_up(b"numpy")
+    came_back = threading.Event()
+    name = f"script_{uuid.uuid4().hex}.py"
+    (tmp_path / name).write_text(f"{DAEMON}\ndaemon()\ntime.sleep(600)  # numpy")
+
+    def call():
+        try:
+            execute(name, tmp_path, timeout_s=600, memory_bytes=1 << 30, warm=warm)
+        finally:
+            came_back.set()
+    threading.Thread(target=call, daemon=True).start()      # it never ends
+    assert wait_until((tmp_path / "pulse").exists)
+    executor.stop()
+    pulse = (tmp_path / "pulse").read_text()
+    assert processes(name) == [] and list(temporary.iterdir()) == [] and not executor._running
+    assert not came_back.wait(0.2) and (tmp_path / "pulse").read_text() == pulse
 
 
 def test_an_interrupted_thread_of_ours_is_not_needed(tmp_path):

@@ -43,7 +43,12 @@ ANSWERS = "f'{WORLD}/data/private/answers.csv'"
 # installed packages are others than before, when the victim is dead, when the listener was reached, or when a process
 # of it is left.
 ATTACKS = {
-    CONTROL: "open('data/train.csv').read(); open('submission.csv', 'w').write('1'); print('WON')",
+    CONTROL: """
+        for _ in range(30):     # of which each, until somebody waits for it, is in the list of processes
+            os.fork() or os._exit(0)
+        time.sleep(0.3)
+        open('data/train.csv').read(); open('submission.csv', 'w').write('1'); print('WON')
+    """,
     "read the answers by absolute name": f"print(open({ANSWERS}).read())",
     "read the answers by relative name": "print(open(os.path.relpath(f'{WORLD}/data/private/answers.csv')).read())",
     "read the answers beside the public data":
@@ -165,21 +170,43 @@ ATTACKS = {
         time.sleep(2)
         print("WON")
     """,
-    "memory in sockets": """
-        import socket
-        hoard = []
-        for _ in range(450):
-            hoard.append(socket.socketpair())
-            hoard[-1][0].setblocking(False)
-            for each in hoard[-1]:
-                each.setblocking(False)
-                try:
-                    while True: each.send(b"x" * 65536)
-                except BlockingIOError:
-                    pass
-        time.sleep(2)
+    "memory of a process whose first thread has ended": """
+        import ctypes, threading
+        def hold():
+            time.sleep(0.2)         # until it has
+            hoard = b"x" * (400 << 20)
+            time.sleep(2)
+            os.write(1, b"WON")
+            os._exit(0)
+        threading.Thread(target=hold).start()
+        ctypes.CDLL(None).pthread_exit(None)
+    """,
+    "memory of empty files in /dev/shm": """
+        import shutil
+        folder = f"/dev/shm/ml-agent-{VICTIM}-files"
+        os.mkdir(folder)
+        for i in range(13_000): os.mknod(f"{folder}/{i}")       # 1 KiB each, which no size tells
+        shutil.rmtree(folder)
         print("WON")
     """,
+    **{f"memory in sockets{of}": f"""
+        import ctypes, socket, threading
+        def hold():
+            {first}
+            hoard = []
+            for _ in range(450):
+                hoard.append(socket.socketpair())
+                for each in hoard[-1]:
+                    each.setblocking(False)
+                    try:
+                        while True: each.send(b"x" * 65536)
+                    except BlockingIOError:
+                        pass
+            time.sleep(2)
+            print("WON")
+        threading.Thread(target=hold).start()
+    """ for of, first in {"": "",
+                          " of a thread's own": "ctypes.CDLL(None).syscall(436, 999, 999, 2)"}.items()},  # close_range
     "memory of a segment that stays": """
         import ctypes
         if ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0:
@@ -207,6 +234,14 @@ ATTACKS = {
                 for _ in range(500_000): pass
                 os._exit(0)
             time.sleep(0.01)
+        print("WON")
+    """,
+    "processor time of a program that may not be read": """
+        if len(sys.argv) == 1:
+            with open("/bin/sh", "rb") as file, open(os.open("unread", os.O_CREAT | os.O_WRONLY, 0o111), "wb") as copy:
+                copy.write(file.read())
+            os.execv("unread", ["sh", "-c", f"exec '{sys.executable}' '{sys.argv[0]}' again"])
+        while time.process_time() < 1: pass
         print("WON")
     """,
     "fork bomb in sessions of its own": """
@@ -315,10 +350,14 @@ SHOWN = {   # the lines of the table in docs/sandbox.md -> the attacks above tha
 ALONE = {"patch a module that others import"}
 OPTIONS = {"fill the disk": dict(file_bytes=8 << 20), "fork bomb": dict(processes=40),
            "memory bomb": dict(memory_bytes=200 << 20), "go on after the time limit": dict(timeout_s=1),
-           "processor time of short-lived children": dict(cpu_s=0.5), "memory in sockets": dict(memory_bytes=150 << 20),
+           "processor time of short-lived children": dict(cpu_s=0.5),
+           "processor time of a program that may not be read": dict(cpu_s=0.2),
+           **dict.fromkeys(["memory in sockets", "memory in sockets of a thread's own"], dict(memory_bytes=150 << 20)),
            **dict.fromkeys(["threads without end", "fork bomb in sessions of its own"], dict(processes=40)),
-           **dict.fromkeys(["memory in a file of no folder", "memory in /dev/shm", "memory that is not mapped",
-                            "memory of a process that hides it"], dict(memory_bytes=200 << 20))}
+           **dict.fromkeys(["memory in a file of no folder", "memory in /dev/shm", "memory of empty files in /dev/shm",
+                            "memory that is not mapped", "memory of a process that hides it"],
+                           dict(memory_bytes=200 << 20)),
+           "memory of a process whose first thread has ended": dict(memory_bytes=250 << 20)}
 
 
 def fingerprint(folder):
@@ -516,6 +555,23 @@ def test_without_the_filter_it_is_said(monkeypatch, capfd, tmp_path):
     assert "sandbox: namespaces+landlock without seccomp: " in capfd.readouterr().err
     (tmp_path / "a.py").write_text("")
     assert execute("a.py", tmp_path, timeout_s=30, memory_bytes=1 << 30).sandbox == "namespaces+landlock"
+
+
+def test_a_landlock_that_lets_files_be_emptied_is_no_layer(tmp_path, monkeypatch, capfd):
+    """As it was before Linux 6.2, whose version of it was the third. Beside namespaces it does no harm."""
+    monkeypatch.setattr(sandbox, "_probe", sandbox.functools.lru_cache(sandbox._probe.__wrapped__))
+    alter_supervisor(monkeypatch, tmp_path, """
+call_now = call
+def call(name, *values):
+    return 2 if name == "landlock_create_ruleset" and values[0] is None else call_now(name, *values)
+""")
+    assert sandbox.protection() == ("namespaces", "seccomp")
+    assert re.search("sandbox: namespaces.seccomp without landlock: .*too old", capfd.readouterr().err)
+    (tmp_path / "a.py").write_text("")
+    limits = dict(timeout_s=30, memory_bytes=1 << 30)
+    with pytest.raises(RuntimeError, match="Landlock does not know truncation.*Linux 6.2"):
+        execute("a.py", tmp_path, sandbox="landlock+seccomp", **limits)
+    assert execute("a.py", tmp_path, sandbox="namespaces+landlock+seccomp", **limits).outcome == "ok"
 
 
 def test_numbers_of_system_calls():
