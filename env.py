@@ -560,9 +560,7 @@ def read_agent(folder):
 
 
 def write_agent(folder, agent):
-    """Writes agent.json to the folder of a model. agent: a program's settings, or what read_agent returns."""
-    if not isinstance(agent, dict):
-        agent = {name: getattr(agent, name) for name in AGENT_FORMAT}
+    """Writes agent.json to the folder of a model. agent: as read_agent returns it."""
     write_atomic(Path(folder, "agent.json"), agent)
 
 

@@ -33,7 +33,7 @@ from model import KERNELS, Config, Qwen2, use_kernels
 from support import cpu_linear
 from support.cli import ContextFull, ModelSettings, RunError, parse
 from support.distributed import SMALL_BELOW, compute_type
-from support.endpoint import Completion, Endpoint, EndpointError, address, find_stop, is_server
+from support.endpoint import Completion, Endpoint, address, find_stop, is_server
 from support.files import sync
 from support.pretrained import find_folder, read_json, write_json
 

@@ -289,20 +289,12 @@ def hold_back(origins, share, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-SHORT_ROW = 2048        # tokens
 SCHEDULE = ("batch", "max_row_tokens", "lr", "warmup", "beta2", "dtype", "kernels", "seed")   # of a run that goes on
 
 
 def cosine(step, steps, peak):
     """Returns the learning rate of a step: half a cosine from `peak` at step 0 towards 0 at step `steps`."""
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def recomputes(config, device, row_tokens):
-    """Returns whether backward computes activations again, a third more time for less memory. Alone in a CPU's memory
-    a 0.5B has room for those of a short row."""
-    is_small = device.type == "cpu" and row_tokens <= SHORT_ROW
-    return num_parameters(config)[-1] > (1e9 if is_small else RECOMPUTE_ABOVE)
 
 
 def nll_gradients(model, rows, num_targets, world_size, device, num_ids, threads=None):
@@ -335,7 +327,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     on from the newest checkpoint there. folder: of the checkpoint that it begins with, None for random weights."""
     rank, world_size, device = init_distributed()
     use_kernels(cfg.kernels, device)
-    recompute = recomputes(config, device, cfg.max_row_tokens)
+    recompute = num_parameters(config)[-1] > RECOMPUTE_ABOVE
     model = build_model(config, folder, device, cfg.seed, recompute, compute_type(cfg.dtype, device, config),
                         kernels=cfg.kernels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
@@ -456,6 +448,12 @@ def fine_tune(cfg):
     with contextlib.ExitStack() as stack:
         rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, "sft.py")))
         check_format(cfg)
+        manifest = read_manifest(cfg.trajectories)
+        told = manifest["settings"] if manifest else {}
+        names = (AGENT_FORMAT.keys() & AGENT) - {"steps"}
+        learned = {name: told[flag_of(name)] for name in names if flag_of(name) in told}
+        learned |= {name: tuple(value) for name, value in learned.items() if isinstance(value, list)}
+        cfg = replace(cfg, **learned)       # whatever was typed here: imagined states are of the same form
         folder, tokenizer, config = starting_point(cfg)
         examples, valid = build_dataset(cfg, tokenizer, log)
         num_tokens = sum(len(ids) for ids, _ in examples)
@@ -465,10 +463,9 @@ def fine_tune(cfg):
         agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
         if cfg.prompt_format != "full":
             agent = {name: getattr(cfg, name) for name in AGENT_FORMAT}
-        if manifest := read_manifest(cfg.trajectories):     # what it has learned, whatever was typed here
-            told = manifest["settings"]
-            names = (AGENT_FORMAT.keys() & AGENT) - {"steps"}
-            agent |= {name: told[flag_of(name)] for name in names if flag_of(name) in told}
+        elif learned and agent.get("prompt_format") != "full":      # its lengths are of other prompts
+            agent = {}
+        agent |= learned
         if rank == 0 and agent:
             write_agent(cfg.out, agent)
         log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
@@ -483,9 +480,9 @@ def plan(cfg):
     total = num_parameters(config)[-1]
     compute = compute_type(cfg.dtype, torch.device("cuda"))
     tokens = cfg.max_row_tokens
-    parts = plan_memory(config, tokens, cfg.gpus, compute, recomputes(config, torch.device("cuda"), tokens))
-    on_cpus = plan_memory(config, tokens, 1, torch.float32, recomputes(config, torch.device("cpu"), tokens),
-                          max_logits=CPU_LOGITS)
+    recompute = total > RECOMPUTE_ABOVE
+    parts = plan_memory(config, tokens, cfg.gpus, compute, recompute)
+    on_cpus = plan_memory(config, tokens, 1, torch.float32, recompute, max_logits=CPU_LOGITS)
     num = 10_000        # about as many as the paper has
     trajectories = Path(cfg.trajectories)
     if trajectories.is_file() or is_collected(trajectories):
@@ -520,7 +517,7 @@ def collect_first(cfg):
         print(f"1. Collecting: an expert edits and runs the starters of --task {cfg.task}.")
         print(report(collect(cfg)))
         print(f"\n2. Training {cfg.model} on what it did.", flush=True)
-    else:
+    elif Path(cfg.trajectories).is_dir():
         print(f"{cfg.trajectories} is trained on as it is; --collect with --num or --task adds to it", flush=True)
 
 

@@ -25,12 +25,16 @@ PAIRS = [("fine-tuned", "random edits"), ("after RL", "random edits"), ("after R
 def pooled(folders, agent):
     """Returns {task: what results.json says of it, with the trajectories of all folders, in order}."""
     found = {}
+    nums = set()        # of trajectories of a task in a folder
     for folder in folders:
         results = read_results(Path(folder, AGENTS[agent]))
         if not results or not results["complete"]:
             sys.exit(f"{folder}/{AGENTS[agent]} is not complete; run its eval.py again")
         for task, result in results["tasks"].items():
             found.setdefault(task, result | {"trajectories": []})["trajectories"] += result["trajectories"]
+            nums.add(len(result["trajectories"]))
+    if len(nums) > 1:
+        sys.exit(f"the seeds of {AGENTS[agent]} have {sorted(nums)} trajectories of a task; all must have as many")
     return found
 
 

@@ -122,10 +122,10 @@ def read_json_lines(path, form, mend=False):
 def begin_log(path, goes_on):
     """Readies a file of JSON lines for more of them: without a last line that was cut short, or where no run goes on,
     without those of one that ended before its first checkpoint."""
-    if goes_on:
-        read_json_lines(path, {str: ("anything", lambda value: True)}, mend=True)
-    else:
+    if not goes_on:
         path.unlink(missing_ok=True)
+    elif path.exists():     # however large it is, and whatever else is wrong with it
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 @contextlib.contextmanager

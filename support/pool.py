@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tasks
-from env import NEEDS_CODER, SCAFFOLDS, read_trajectory
+from env import NEEDS_CODER, NOTHING, SCAFFOLDS, read_trajectory
 from support.cli import RunError
 from support.files import hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
@@ -28,9 +28,13 @@ class State:
 
     @property
     def contents(self):
-        """The hash of all that the policy can see there."""
-        messages = [line["messages"] for line in (self.head, *self.steps[:self.index])]
-        return hash_json([self.head["data_seed"], self.snapshot, messages])
+        """The hash of all that the policy can see there: the messages, which tell the time left too, or what a medium or
+        short prompt is made from."""
+        lines = [self.head, *self.steps[:self.index]]
+        seen = [line["messages"] for line in lines]
+        if self.head["prompt_format"] != "full":
+            seen = [self.head["steps"] - self.index, *(lines[-1][name] for name in NOTHING)]
+        return hash_json([self.head["data_seed"], self.snapshot, seen])
 
     @property
     def snapshot(self):

@@ -2,7 +2,7 @@
 step-wise RL optimises.
 
     python eval.py --record-states 4 --states held-out.jsonl --task held-out --prompt-format medium ...   # once
-    python eval.py --states held-out.jsonl --samples 8 --model runs/rl --out runs/eval/rl/held-out        # each model
+    python eval.py --states held-out.jsonl --max-new-tokens 160 --model runs/rl --out runs/eval/rl/held-out  # each model
     python -m support.states compare runs/eval base sft rl      # one table; the last agent less the one before
 
 States are of the scripted expert on miniatures of STATES_SEED, on which nothing is trained, or of held-out tasks' real
@@ -291,7 +291,7 @@ def measures_of(folder):
         if Path(folder, split).is_dir():
             results = read_measured(Path(folder, split))
             entries = results["tasks"]
-            under[split] = [results["settings"].get(name) for name in MEASURED_UNDER]
+            under[split] = {name: results["settings"].get(name) for name in MEASURED_UNDER}
         measures[f"{split}, reward of a step"] = {id: entry["reward"] for id, entry in entries.items()}
         gaps = measures.setdefault(f"{split}, gap closed", {})
         played = read_results(Path(folder, f"{split}-trajectories"))
@@ -320,9 +320,10 @@ def compare_agents(folder, names):
     for name in names:
         agents[name], under = measures_of(Path(folder, name))
         for part, value in under.items():
-            if first.setdefault(part, value) != value:
+            before = first.setdefault(part, value)
+            if differing := sorted(what for what in before | value if before.get(what) != value.get(what)):
                 raise ValueError(f"{Path(folder, name, part)} was measured in other states, or under other settings, "
-                                 "than those before it")
+                                 f"than those before it: {', '.join(differing)}")
     rows = [("measure", "tasks", *names, f"{names[-1]} less {names[-2]}", "p", "corrected")]
     for number, measure in enumerate(agents[names[-1]]):
         figures = [agents[name][measure] for name in names]

@@ -15,8 +15,9 @@ import sample
 import sft
 import tasks
 from common import add_task, quiet
-from sample import Endpoint, EndpointError
+from sample import Endpoint
 from support import cli, endpoint
+from support.endpoint import EndpointError
 from support.pretrained import find_folder
 
 ASK = [{"role": "user", "content": "hello"}]

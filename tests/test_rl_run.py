@@ -312,6 +312,7 @@ def twins(made, tmp_path, changed):
     lines = [json.loads(line) for line in (folder / "toy-a-0.jsonl").read_text().splitlines()]
     for line in lines[1 + changed:]:
         line["messages"][0]["content"] += "!"
+        line["news"] += "!"
     (folder / "toy-a-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder, sum(line["type"] == "step" for line in lines)
 
