@@ -337,7 +337,7 @@ def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False
                 told = num
                 log(f"{num} steps, {resident():.0f} MiB")
         world = None
-        end = time.monotonic() + 5      # a process that was killed takes a moment to go
+        end = time.monotonic() + 600    # a process that was killed takes a moment to go, a large folder some seconds
         while (found := left_over(home)) and time.monotonic() < end:
             time.sleep(0.05)
         wrong += [f"left over: {each}" for each in found]

@@ -12,7 +12,8 @@ import fused
 def run(monkeypatch, tmp_path, parts):
     """Runs the command with these parts. Returns (what it ends with, what the file holds)."""
     monkeypatch.setattr(bench_gpu, "PARTS", parts)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "gpu", "--dry", "--json", str(tmp_path / "found.json")])
+    argv = ["bench.py", "gpu", "--dry", "--seconds=1e9", "--json", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", argv)
     message = None
     try:
         bench.main()

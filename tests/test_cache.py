@@ -9,6 +9,7 @@ import env
 import tasks
 from support import sandbox
 from test_env import make, put, run, task  # noqa: F401  (fixtures)
+from test_execute import wait_until
 from support.storage import ResultCache
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="scripts can be executed on Linux only")
@@ -97,6 +98,7 @@ def test_writers_that_are_killed_leave_whole_entries(tmp_path):
     seen = 0
     for writer in writers:
         writer.stdout.readline()
+    assert wait_until(lambda: cache.get("aa1") and cache.get("aa2"))
     end = time.monotonic() + 1
     while time.monotonic() < end:
         seen += cache.get("aa1") is not None

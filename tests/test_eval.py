@@ -941,7 +941,7 @@ for line in sys.stdin:
 """
     programs = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                 env={**os.environ, "TMPDIR": str(tmp_path)}, start_new_session=True)
-    guard = threading.Timer(120, os.killpg, (programs.pid, signal.SIGKILL))     # if one of them does not begin
+    guard = threading.Timer(600, os.killpg, (programs.pid, signal.SIGKILL))     # if one of them does not begin
     guard.start()
 
     def start(line="go on"):

@@ -3,9 +3,11 @@ import json
 import threading
 import time
 import zlib
+from types import SimpleNamespace
 
 import pytest
 
+import env
 import eval as evaluation
 from common import act
 from env import MAX_REPLY, read_record, replay
@@ -71,14 +73,14 @@ def refuse(handler):
 
 
 def think_on(handler):
-    time.sleep(2)
+    time.sleep(9)
     hang_up(handler)
 
 
 @pytest.mark.parametrize("odd, more, words", [
     (message("length", content=None), {}, "before its tokens were used up"),
     (message("length", content="<think>\nSay\n" + SCRIPT[1]), {}, "before its tokens were used up"),
-    (think_on, {"reply_seconds": 0.5}, "the limit is 0.5 s"),
+    (think_on, {"reply_seconds": 2}, "the limit is 2 s"),
     (cut_short, {}, "not with a chat completion"), (refuse, {}, "the prompt was flagged"),
     (good("x" * (17 << 20)), {}, "more than 16777216 bytes")],
     ids=["null", "long thought", "no end", "cut short", "400", "17 MB"])
@@ -184,16 +186,20 @@ def test_a_thought_is_kept_beside_the_reply_and_not_shown_again(play):
     assert "secret plan" in (file_of(cfg, 0).parent.parent / "report.html").read_text()
 
 
-@pytest.mark.parametrize("clock, wait, seconds, ended", [
-    ("all", 2, 3.9, "time"), ("scripts", 1, 3.5, "final answer")])
-def test_waiting_for_the_model_counts_or_not(clock, wait, seconds, ended, play):
+@pytest.mark.parametrize("clock, ended", [("all", "time"), ("scripts", "final answer")])
+def test_waiting_for_the_model_counts_or_not(clock, ended, play, monkeypatch):
+    """Each reply takes a thousand of 1,800 seconds, by which the clock is set forward; one after the other plays."""
+    forward = [0]
+    monkeypatch.setattr(env, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + forward[0]))
+    monkeypatch.setattr(evaluation, "TOKENS_TOGETHER", 1)
+
     def slow(handler):
-        time.sleep(wait)
+        forward[0] += 1000
         return server_of("", 0)(handler)
-    played, _, cfg = play(slow, clock=clock, seconds=seconds)
+    played, _, cfg = play(slow, clock=clock, seconds=1800)
     assert [trajectory["ended"] for trajectory in played] == [ended] * 2
     if clock == "scripts":
-        assert read_record(file_of(cfg, 0))[-1]["seconds_left"] > 0.5
+        assert read_record(file_of(cfg, 0))[-1]["seconds_left"] > 800
 
 
 def test_what_is_disclosed_by_hand(play):

@@ -365,7 +365,7 @@ def test_an_action_in_a_state_is_rewarded_as_in_its_trajectory(recorded):
 
 def test_means_by_hand_and_a_run_that_was_broken_off_goes_on(recorded):
     cfg = state_settings(recorded, samples=4)
-    broken = Copying(fail_after=10)
+    broken = Copying(fail_after=20)     # more than are asked at the same time, so that some are carried out
     with pytest.raises(RunError):
         measure(cfg, broken)
     path = recorded / "measured" / "actions.jsonl"
@@ -374,7 +374,7 @@ def test_means_by_hand_and_a_run_that_was_broken_off_goes_on(recorded):
     model = Copying()
     results = measure(cfg, model)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert 0 < len(before) <= 10 and model.calls == 36 - len(before)
+    assert 0 < len(before) <= 20 and model.calls == 36 - len(before)
     assert sorted((line["state"], line["number"]) for line in lines) == list(itertools.product(range(9), range(4)))
     numbers = [i for i, state in states.read_states(cfg) if state["task"] == "toy-a"]
     own = [line for line in lines if line["state"] in numbers]
