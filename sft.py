@@ -441,6 +441,19 @@ def check_format(cfg):
                          f"{cfg.prompt_format} here; give the same, or other --trajectories")
 
 
+def collected_format(cfg):
+    """Returns {setting: value} of how the agent of the trajectories acted, but for its number of steps; {} where nothing
+    was collected."""
+    manifest = read_manifest(cfg.trajectories)
+    settings = manifest["settings"] if manifest else {}
+    learned = {}
+    for name in (AGENT_FORMAT.keys() & AGENT) - {"steps"}:
+        value = settings.get(flag_of(name))
+        if value is not None:
+            learned[name] = tuple(value) if isinstance(value, list) else value      # as a program's settings have it
+    return learned
+
+
 def fine_tune(cfg):
     """Trains cfg.model on cfg.trajectories and writes cfg.out."""
     rank, world_size, device = init_distributed()
@@ -448,11 +461,7 @@ def fine_tune(cfg):
     with contextlib.ExitStack() as stack:
         rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, "sft.py")))
         check_format(cfg)
-        manifest = read_manifest(cfg.trajectories)
-        told = manifest["settings"] if manifest else {}
-        names = (AGENT_FORMAT.keys() & AGENT) - {"steps"}
-        learned = {name: told[flag_of(name)] for name in names if flag_of(name) in told}
-        learned |= {name: tuple(value) for name, value in learned.items() if isinstance(value, list)}
+        learned = collected_format(cfg)
         cfg = replace(cfg, **learned)       # whatever was typed here: imagined states are of the same form
         folder, tokenizer, config = starting_point(cfg)
         examples, valid = build_dataset(cfg, tokenizer, log)
