@@ -697,8 +697,15 @@ class Env:
 
     @property
     def time_limit_s(self):
-        """Seconds that one run of a script may take."""
+        """Seconds that one run of a script may take; on a miniature they are those of an ordinary core."""
         return min(self.task.time_limit_s, tasks.MINIATURE_S if self.info.get("miniature") else math.inf)
+
+    @property
+    def allowed_s(self):
+        """The limit in seconds of this machine: a slow one, by what the starter took when the miniature was prepared,
+        allows more of them."""
+        seconds = self.info.get("starter_seconds", 0) if self.info.get("miniature") else 0
+        return self.time_limit_s * max(1, seconds / tasks.STARTER_S)
 
     @property
     def steps_left(self):
@@ -1093,7 +1100,7 @@ class Env:
 
     def score(self):
         """Runs the entry script in a copy of the workspace. Returns (graded score or None, Result)."""
-        result, score, _ = self._cached_run(self.task.entry, WALL_FACTOR * self.time_limit_s)
+        result, score, _ = self._cached_run(self.task.entry, WALL_FACTOR * self.allowed_s)
         return score, result
 
     def _score_edit(self, step):
@@ -1117,7 +1124,7 @@ class Env:
     def _run_in_step(self, step, script):
         """Runs a script in the time that is left, with the results in the step; returns the Run."""
         time_left = self.deadline - time.monotonic()
-        run = self._cached_run(script, max(0.0, min(WALL_FACTOR * self.time_limit_s, time_left)))
+        run = self._cached_run(script, max(0.0, min(WALL_FACTOR * self.allowed_s, time_left)))
         step.outcome = run.result.outcome
         step.detail = run.result.detail
         step.kind = OUTCOMES[run.result.outcome][0]
@@ -1199,7 +1206,7 @@ class Env:
                 stamps = stamps_of(self.public)
                 storage.build_folder(folder, before, self.blobs, self.public)
                 result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=gpu,
-                                 cpu_s=self.time_limit_s * self.threads,
+                                 cpu_s=self.allowed_s * self.threads,
                                  memory_bytes=self.task.memory_limit_bytes, threads=self.threads,
                                  sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"])
                 if stamps_of(self.public) != stamps:

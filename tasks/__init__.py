@@ -39,7 +39,8 @@ from tasks.submission import InvalidSubmission, matched, numbers, read_submissio
 # What an idea may be about: the closed set of "kind" in ideas.json.
 IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentation", "ensembling", "calibration",
               "validation")
-MINIATURE_S = 6             # seconds of processor time of one script on a miniature; starters take up to two
+MINIATURE_S = 6             # seconds of processor time of one script on a miniature, where ...
+STARTER_S = 2               # ... the slowest starter takes so many: more on a slower machine, see env.Env.allowed_s
 FOLDERS = [Path(__file__).parent, *map(Path, filter(None, os.environ.get("ML_AGENT_TASKS", "").split(":")))]
 GRADING = threading.Lock()  # one submission is graded at a time: tables of text can take much memory
 

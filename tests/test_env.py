@@ -10,7 +10,7 @@ import env as env_module
 import tasks
 from env import ACTIONS, FIELDS, Env, parse, printed_metric, shorten, system_prompt
 from reward import KINDS
-from support import parallel, records, storage
+from support import parallel, records, sandbox, storage
 from support.endpoint import Completion
 from support.records import header, record
 from test_execute import becomes_empty
@@ -933,6 +933,25 @@ def test_limit_of_time(make, task):
     step = files(env, ".")
     assert (step.kind, step.reward, step.valid, step.ended) == ("limit", 0.5, False, "time")
     assert "over" in step.observation
+
+
+@pytest.mark.parametrize("starter_s, allowed_s", [(0.5, 6), (2, 6), (5, 15)])
+def test_a_slow_machine_allows_more_seconds(make, task, monkeypatch, starter_s, allowed_s):
+    limits = []
+
+    def watched(*arguments, **options):
+        limits.append((options["cpu_s"], options["timeout_s"]))
+        return sandbox.execute(*arguments, **options)
+
+    monkeypatch.setattr(env_module, "execute", watched)
+    monkeypatch.setitem(tasks.info("made"), "starter_seconds", starter_s)
+    env = make()
+    env.score()
+    assert limits == [(allowed_s, 4 * allowed_s)] and env.time_limit_s == 6     # the agent is told the same anywhere
+    limits.clear()
+    monkeypatch.setitem(tasks.info("made"), "miniature", False)
+    make().score()
+    assert limits == [(20, 80)]
 
 
 def test_a_timeout_for_lack_of_time_is_not_remembered(make, task):
