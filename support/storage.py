@@ -15,7 +15,6 @@ MAX_RESULT = 16 << 20       # bytes of a stored result; one of ours has 3 MiB at
 UNDO = ".undo/"             # `.undo/<number>/<path>` is what edit <number> replaced at <path>
 HASH = re.compile("[0-9a-f]{64}")
 UNDO_PATH = re.compile(r"\.undo/[1-9][0-9]{0,8}/(.+)")
-BLOCK = 1 << 20             # bytes that are copied at a time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,15 +167,14 @@ class Blobs:
             return self.put_file(source)
 
     def put_file(self, source):
-        """Stores an open file and returns its sha256. OSError: it changes meanwhile."""
-        sha = copy_file(source)
+        """Stores an open file and returns its sha256."""
+        sha = hashlib.file_digest(source, "sha256").hexdigest()
         try:
             self.path(sha)
         except MissingBlob:
             source.seek(0)
             with atomic_file(self.folder / sha[:2] / sha) as target:
-                if copy_file(source, target) != sha:
-                    raise OSError(f"a file changed while it was stored in {self.folder}")
+                shutil.copyfileobj(source, target)
         return sha
 
 
@@ -184,19 +182,7 @@ class Blobs:
 def is_sound(path, inode, size, time_of_change):
     """Returns whether the contents of a blob are those it is named by; read once while it stays the same file."""
     with open_regular(path) as file:
-        return copy_file(file) == path.name
-
-
-def copy_file(source, target=None):
-    """Reads an open file, at most MAX_BYTES of it, copies them to another if there is one, and returns the sha256."""
-    sha = hashlib.sha256()
-    num_left = MAX_BYTES
-    while block := source.read(min(num_left, BLOCK)):
-        sha.update(block)
-        num_left -= len(block)
-        if target:
-            target.write(block)
-    return sha.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest() == path.name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
