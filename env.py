@@ -989,8 +989,6 @@ class Env:
         """Returns the coder's reply, which is kept in the step for replay."""
         try:
             answer = self.coder([{"role": "user", "content": question}])
-            if not isinstance(answer, str):
-                raise ValueError(f"its answer is no text but of type {type(answer).__name__}")
         except ValueError as error:
             raise InvalidAction(CANNOT_TAKE + shorten(plain(str(error)), 200)) from error
         step.coder.append(plain(answer[:MAX_SCRIPT + 1]))

@@ -172,7 +172,6 @@ REPLIES = {
 PLACES = [*["train.py"] * 12, "other.py", "lib/part.py", "submission.csv", "data/sample_submission.csv", "data", "big",
           "-c.py", ".undo/1/train.py", "train.py/x", "data/../train.py", "f1", "l1", "b", ".", ""]
 CODERS = {
-    "coder, no text": lambda draw: draw.choice([None, 3, b"```\nx\n```", ["x"]]),
     "coder, huge": lambda draw: "```python\n" + draw.choice(["x = 1\n", "x", "\u20ac"]) * 20_000_000,
     "coder, half a pair": lambda draw: "```python\nprint('\ud800')\n```",
     "coder, no block": lambda draw: draw.choice(["", "no", "```", "``` ```", " " * 500_000 + "```"]),

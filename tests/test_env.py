@@ -1624,7 +1624,6 @@ def test_a_name_that_is_an_option_names_no_file(make, name):
 
 
 @pytest.mark.parametrize("answer, kind", [
-    (None, "invalid"), (b"```\nprint(1)\n```", "invalid"), (["x"], "invalid"), (7, "invalid"),
     ("```\n" + "x = 1\n" * 10_000_000, "invalid"), ("```\n" * 3_000_000, "invalid"), ("", "not an edit"),
     ("```\nprint('\ud800')\n```", "failed"), (ValueError("\ud800" * 1000), "invalid")],
     ids=lambda each: ascii(each)[:20])
