@@ -1068,8 +1068,6 @@ class Env:
         path = self._path(script_name)
         if self._file(path) and path not in self.files:
             raise InvalidAction(f"{path} is data; only scripts in the workspace can be executed.")
-        if self._is_too_large(path):
-            raise InvalidAction(f"{path} is no script: it has more than {MAX_SCRIPT:,} bytes.")
         result, _, files = self._run_in_step(step, path)
         if files is not None:
             self.files = files | {name: self.files[name] for _, name in self._replaced()}
@@ -1105,19 +1103,16 @@ class Env:
         """Scores the workspace after an edit. Returns the lines that tell the agent what the run printed."""
         entry = self.task.entry
         self.seen["change"] = {}
-        if entry in self.files and not self._is_too_large(entry):
+        if entry in self.files:
             self._run_in_step(step, entry)
-        else:       # a script has removed it or made it large
+        else:       # a script has removed it
             step.kind = "failed"
-            step.detail = f"There is no {entry}, or it has more than {MAX_SCRIPT:,} bytes."
+            step.detail = f"There is no {entry}."
             step.news = f"failed, {step.detail}"
         if not self.show_scores:
             step.news = ""
             return []
         return [f"The run of {entry}: {step.news}"]
-
-    def _is_too_large(self, script):
-        return self.blobs.path(self.files[script]).stat().st_size > MAX_SCRIPT
 
     def _run_in_step(self, step, script):
         """Runs a script in the time that is left, with the results in the step; returns the Run."""
