@@ -894,8 +894,6 @@ class Env:
                                 f"{storage.MAX_BYTES >> 20:,} MiB.")
         if path in self.files:
             replaced = self._replaced()
-            if len(replaced) == storage.MAX_UNDO:
-                del self.files[replaced[0][1]]
             number = replaced[-1][0] + 1 if replaced else 1
             self.files[f"{UNDO}{number}/{path}"] = self.files[path]
         self.files[path] = sha

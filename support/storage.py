@@ -10,7 +10,6 @@ from support.files import atomic_file, read_bytes, shorten, write_atomic
 
 MAX_FILES = 1_000           # files that a script may leave in the workspace
 MAX_BYTES = 1 << 28         # bytes that these files may have together
-MAX_UNDO = 1_000            # replaced files that are kept for Undo Edit Script
 MAX_RESULT = 16 << 20       # bytes of a stored result; one of ours has 3 MiB at most
 UNDO = ".undo/"             # `.undo/<number>/<path>` is what edit <number> replaced at <path>
 HASH = re.compile("[0-9a-f]{64}")
@@ -34,9 +33,8 @@ def is_usable(path):
 
 def check_snapshot(snapshot):
     """Raises ValueError, one sentence, unless a value from anybody is a snapshot as Env.snapshot returns it."""
-    if type(snapshot) is not dict or len(snapshot) > MAX_FILES + MAX_UNDO:
-        raise ValueError(f"a snapshot must be {{path: sha256}}, of at most {MAX_FILES} files and {MAX_UNDO} that edits "
-                         "have replaced")
+    if type(snapshot) is not dict:
+        raise ValueError("a snapshot must be {path: sha256}")
     folders = set()
     for path, sha in snapshot.items():
         replaced = UNDO_PATH.fullmatch(path) if isinstance(path, str) else None
