@@ -187,8 +187,8 @@ def is_sound(path, inode, size, time_of_change):
 # Results of scripts
 
 class ResultCache:
-    """Results of runs by a key, so that one state is run once, in <folder>/<aa>/<key>. An entry is a line with the
-    sha256 of the rest, and JSON; a damaged one counts as absent. Many processes may write at once."""
+    """Results of runs by a key, so that one state is run once, as JSON in <folder>/<aa>/<key>. What is no JSON counts
+    as absent. Many processes may write at once."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -208,11 +208,9 @@ class ResultCache:
     def get(self, key):
         """Returns the entry, a value from JSON, or None if there is none."""
         try:
-            digest, _, text = (read_bytes(self.folder / key[:2] / key, MAX_RESULT) or b"").partition(b"\n")
-            return json.loads(text) if hashlib.sha256(text).hexdigest().encode() == digest else None
+            return json.loads(read_bytes(self.folder / key[:2] / key, MAX_RESULT) or b"null")
         except (ValueError, RecursionError):
             return None
 
     def put(self, key, entry):
-        text = json.dumps(entry).encode()
-        write_atomic(self.folder / key[:2] / key, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+        write_atomic(self.folder / key[:2] / key, json.dumps(entry).encode())
