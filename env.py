@@ -31,7 +31,7 @@ from reward import best_of, reward
 from support import cli, records, storage
 from support.cli import ContextFull, RunError
 from support.files import (
-    FLAG, check_form, is_text, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic)
+    FLAG, is_text, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic)
 from support.parallel import run_parallel
 from support.records import (  # noqa: F401
     AGENT, CANNOT_TAKE, check_record, header, read_record, read_records, read_trajectory, record, restore_record)
@@ -1172,17 +1172,15 @@ class Env:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _recall(self, key):
-        """Returns the Run in the cache; None if there is none, if no run gives such an entry, or if files are gone."""
+        """Returns the Run in the cache; None if there is none, or of another version, or if files are gone."""
         try:
             entry = self.cache.get(key)
-            check_form(entry, records.FORMS["cached"], "the entry")
             run = Run(Result(**entry["result"]), entry["score"], entry["after"])
             if run.files is not None:
                 check_state(run.files, self.blobs)
-        except (TypeError, ValueError):
+            return run
+        except (TypeError, LookupError, ValueError):
             return None
-        is_whole = run.files is not None if run.result.outcome == "ok" else run.score is None
-        return run if is_whole else None
 
     def _run(self, script, before, timeout_s):
         """Runs a script on the files `before` and grades its submission; returns the Run."""

@@ -12,7 +12,7 @@ from support import cli
 from support.files import (
     COUNT, FLAG, TEXT, WORD, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of,
     up_to)
-from support.sandbox import Result, SandboxUnavailable
+from support.sandbox import SandboxUnavailable
 from support.storage import ResultCache, check_snapshot
 
 CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder has refused
@@ -60,19 +60,11 @@ ANSWER = {      # of the model, beside the step that came of it
 FORM_OF_TYPE = {
     int: INTEGER, float: FINITE, str: TEXT, bool: FLAG, dict: {str: TEXT}, list: [TEXT],
     float | None: maybe(FINITE), str | None: maybe(TEXT)}
-
-
-def form_of(cls):
-    """Returns the form of a dataclass as JSON."""
-    return {field.name: FORM_OF_TYPE[field.type] for field in dataclasses.fields(cls)}
-
-
-FORMS = {}      # type of a record -> its form; "cached": of a run in the cache. env.py, whose words these are, fills it
+FORMS = {}      # type of a record -> its form; env.py, whose words these are, fills it
 
 
 def fill_forms(step_class, prompts, actions, reply_fields, outcomes, scaffolds):
     """Fills FORMS with what the words of the environment allow."""
-    outcome = one_of(*outcomes)
     printed = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
     action_names = f"a list of some of {', '.join(actions)}", lambda value: value == [] or some_of(*actions)[1](value)
     FORMS["header"] = {
@@ -83,13 +75,11 @@ def fill_forms(step_class, prompts, actions, reply_fields, outcomes, scaffolds):
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
         "messages": [MESSAGE], "snapshot": FILES, "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT},
         "scaffold?": one_of(*scaffolds), "search?": [FINITE], "draws?": TEXT}
-    FORMS["step"] = form_of(step_class) | {
-        "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(outcome), "printed": printed,
-        "messages": [MESSAGE], "snapshot": FILES, "node?": NODE, **ANSWER}
-    del FORMS["step"]["node"]
+    by_type = {field.name: FORM_OF_TYPE[field.type] for field in dataclasses.fields(step_class) if field.name != "node"}
+    FORMS["step"] = by_type | {
+        "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(one_of(*outcomes)),
+        "printed": printed, "messages": [MESSAGE], "snapshot": FILES, "node?": NODE, **ANSWER}
     FORMS["end"] = {"ended": ("a reason", lambda value: TEXT[1](value) and value != "")}
-    FORMS["cached"] = {
-        "result": form_of(Result) | {"outcome": outcome}, "score": maybe(FINITE), "after": FILES}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

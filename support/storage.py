@@ -1,7 +1,7 @@
 """Storage of what runs leave: files by their contents, states of a workspace, and the results of scripts.
 
-A state of a workspace is a snapshot: a dict {path: sha256} whose contents lie in a store of blobs. Snapshots, blobs and
-results may come from others, so each is checked before it is used.
+A state of a workspace is a snapshot: a dict {path: sha256} whose contents lie in a store of blobs. Both may come from
+others, so each is checked before it is used.
 """
 import contextlib, functools, hashlib, io, json, os, re, shutil, stat, threading, weakref
 from pathlib import Path
