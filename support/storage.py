@@ -147,17 +147,15 @@ class Blobs:
     def path(self, sha):
         """Returns the path of a blob. MissingBlob: it is missing, or its contents are not those it is named by. A text
         that is no sha256 is never looked up."""
-        reason = "missing"
         if isinstance(sha, str) and HASH.fullmatch(sha):
             path = self.folder / sha[:2] / sha
             with contextlib.suppress(OSError):      # which is not remembered: it may be readable the next time
                 state = os.lstat(path)
-                if stat.S_ISREG(state.st_mode) and state.st_size <= MAX_BYTES:
-                    reason = "damaged"
-                    if is_sound(path, state.st_ino, state.st_size, state.st_ctime_ns):
-                        return path
-        raise MissingBlob(f"the blob {shorten(str(sha), 80)} is {reason} in {self.folder}: this state cannot be "
-                          "restored")
+                if (stat.S_ISREG(state.st_mode) and state.st_size <= MAX_BYTES
+                        and is_sound(path, state.st_ino, state.st_size, state.st_ctime_ns)):
+                    return path
+        raise MissingBlob(f"the blob {shorten(str(sha), 80)} is missing in {self.folder} or damaged there: this state "
+                          "cannot be restored")
 
     def put(self, content):
         """Stores bytes, or the file at a path, and returns the sha256."""
