@@ -19,7 +19,7 @@ what the run printed (--no-show-scores: not even that), which is recorded too an
 To add an action, write an entry in ACTIONS and a method of Env with the action's name in lower case, for example
 `_list_files` for "List Files".
 """
-import contextlib, dataclasses, difflib, hashlib, importlib, io, json, math, os, re, sys, tempfile, time
+import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, tempfile, time
 import tokenize, zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -1410,17 +1410,13 @@ def prepare_task(cfg, id, raw, seed):
 records.fill_forms(Step, PROMPTS, ACTIONS, AGENT_FORMAT["fields"], OUTCOMES, SCAFFOLDS)
 
 
-def replay(path, log=print, **options):
-    """Runs a recorded trajectory again; returns the number of differences, see support/records.py."""
-    scaffold = read_trajectory(path)[0].get("scaffold", SCAFFOLDS[0])
-    make = Env
-    if scaffold != SCAFFOLDS[0]:        # it stands on this file
-        make = importlib.import_module(f"support.{scaffold}").Env
-    return records.replay(make, path, log, **options)
+def env_of(scaffold):
+    """Returns the Env of a scaffold, None for ours; those of other papers stand on this file."""
+    return Env if scaffold in (None, SCAFFOLDS[0]) else importlib.import_module(f"support.{scaffold}").Env
 
 
-def main(args):
-    return records.main(replay, args)
+replay = functools.partial(records.replay, env_of)
+main = functools.partial(records.main, replay)
 
 
 if __name__ == "__main__":

@@ -185,11 +185,12 @@ def trajectory_files(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Replay
 
-def replay(Env, path, log=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
+def replay(env_of, path, log=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
     """Restores every recorded state, carries out its reply again, says what differs (times masked, figures to 6 digits)
-    and returns the number of differences. The other arguments are as for Env; where the file tells of others, that is
-    said, and not obeyed: a file must not choose a program, a folder or a weaker sandbox."""
+    and returns the number of differences. env_of: see env.py. The other arguments are as for Env; where the file tells
+    of others, that is said, and not obeyed: a file must not choose a program, a folder or a weaker sandbox."""
     head, steps = read_trajectory(path)
+    Env = env_of(head.get("scaffold"))
     out = next((parent for parent in Path(path).resolve().parents if (parent / "blobs").is_dir()), None)
     if out is None:
         raise ValueError(f"there is no folder `blobs` beside {path} or above it, so no state can be restored")
