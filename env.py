@@ -1007,15 +1007,15 @@ class Env:
     def _set_constant(self, step, constant, value):
         before = self._text(self.task.entry, edit=True)[0]
         number = find_constant(before, constant)
-        after = set_constant(before, constant, value)
-        name, old_value, *_ = constants(before)[number - 1]
-        self.change_text = f"{name} = {old_value} -> {change_number(name, old_value, value)}"
+        name, old_value, start, end = constants(before)[number - 1]
+        new_value = change_number(name, old_value, value)
+        self.change_text = f"{name} = {old_value} -> {new_value}"
         change = {"constant": str(number), "value": "".join(value.split())}
         is_best = self.files[self.task.entry] == self.seen["best_script"]
         best = self.seen["best_printed"]
         if is_best and change in self.seen["tried"]:
             raise InvalidAction(f"Constant {constant} {value} was tried on this script, and is no better.")
-        observation = self._edit(step, self.task.entry, before, after)
+        observation = self._edit(step, self.task.entry, before, before[:start] + new_value + before[end:])
         self.seen["change"] = change
         if is_best and self.show_scores:
             if self.seen["best_printed"] == best:
@@ -1364,11 +1364,9 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
 
 def prepare_tasks(cfg, seeds=(0,)):
     """Prepares the tasks of cfg.task on first use, and returns [(task, the contents of its task.json)]: of a task whose
-    data are miniatures one for each of the seeds. ValueError: no such task, or raw files are missing. RunError: a
-    starter does not run."""
-    ids = list(tasks.names(cfg.task))
-    if not ids:
-        raise ValueError(f"there is no {cfg.task} task here yet; python -m tasks list shows those there are")
+    data are miniatures one for each of the seeds. ValueError: raw files are missing. RunError: a starter does not
+    run."""
+    ids = tasks.names(cfg.task)
     jobs = []
     for id in ids:
         raw = cfg.raw
