@@ -8,16 +8,14 @@
     python env.py replay FILE                         # runs a trajectory of eval.py or sft.py again, prints differences
 
 A state is the chat messages and the workspace: a dict {path: sha256} over a store of blobs (support/storage.py). It
-becomes a folder only while a script runs. So a snapshot is free, a recorded state comes back exactly, and no `..`, link
-or daemon reaches the workspace.
+becomes a folder only while a script runs. So a recorded state comes back exactly, and no `..`, link or daemon reaches
+the workspace.
 
-Actions have the names and arguments of MLAgentBench; Replace In Script and Set Constant are added, edits that the
-policy writes itself. After every edit the entry script runs in a copy of the workspace, and its submission is graded
-here, against answers that the script cannot reach (support/sandbox.py). The agent never sees that score; it is told
-what the run printed (--no-show-scores: not even that), which is recorded too and not believed.
+After every edit the entry script runs in a copy of the workspace, and its submission is graded here, against answers
+that the script cannot reach (support/sandbox.py). The agent never sees that score; it is told what the run printed
+(--no-show-scores: not even that), which is not believed.
 
-To add an action, write an entry in ACTIONS and a method of Env with the action's name in lower case, for example
-`_list_files` for "List Files".
+An action is an entry in ACTIONS and a method of Env: `_list_files` for "List Files".
 """
 import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, tempfile, time
 import tokenize, zlib
@@ -40,22 +38,21 @@ from support.storage import UNDO, Blobs, ResultCache, check_state, fits, without
 
 OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the advice after the output
     "ok": ("scored", ""),  # exit code 0 and, where it is graded, a valid submission
-    "error": ("failed", "Find the cause in the error above and change the script."),  # exit code above 0
+    "error": ("failed", "Find the cause in the error above and change the script."),
     "killed": ("failed", "Change the script so that it does not crash."),  # by a signal that is not ours
-    "too many processes": ("failed", "Use fewer processes (n_jobs, num_workers)."),  # at once
+    "too many processes": ("failed", "Use fewer processes (n_jobs, num_workers)."),
     "no submission": ("failed", "The script must write submission.csv to the current folder."),
-    "invalid submission": ("failed", "Correct what the script writes to submission.csv."),  # the grader refused it
+    "invalid submission": ("failed", "Correct what the script writes to submission.csv."),
     "timeout": ("limit", "Make it faster: a smaller model, fewer rounds or folds."),
-    # also if it ended by MemoryError and the like
     "out of memory": ("limit", "Use less memory: smaller batches, a smaller model, smaller types."),
     "disk full": ("limit", "Write less to disk."),  # also a file above the size limit, or too much left behind
 }
 FIELDS = ("Reflection", "Research Plan and Status", "Fact Check", "Thought", "Action", "Action Input")
-PROMPTS = ("full", "medium", "short")   # how a state is shown to the policy, see Env.prompt
+PROMPTS = ("full", "medium", "short")
 SCAFFOLDS = ("ml-agent", "mlagentbench", "aide")    # ours, and those of other papers in support/
 MAX_REPLY = 50_000                      # characters of a reply; a longer one is refused unread
 MAX_OBSERVATION = 5_000                 # characters, about 1,500 tokens
-OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # characters of a file or an output inside an observation
+OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # of a file or an output inside an observation
 NUMBER = r"(?:0|[1-9]\d{0,14})(?:\.\d{0,15})?(?:[eE][-+]?\d{1,2})?"     # as a script writes it
 NAME = r"[A-Z][A-Z0-9_]{0,99}"          # of a constant
 NUMBERED = ("start_line_number", "end_line_number", "constant", "value")    # arguments that may be numbers
@@ -80,9 +77,9 @@ WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no 
 
 class Action(NamedTuple):
     args: dict                  # argument -> an explanation of it
-    text: str                   # what the action does
-    needs_coder: bool = False   # without a coder the action is not offered
-    example: str = ""           # a whole reply, since a small model copies the form that it sees
+    text: str
+    needs_coder: bool = False
+    example: str = ""           # a whole reply
 
 
 ACTIONS = {
@@ -161,7 +158,7 @@ text is written \\n, a double quote \\", a backslash \\\\.
 Examples of a reply:
 
 {examples}"""
-COMPARE = {     # whether the observation of an edit tells the score that its run printed
+COMPARE = {     # show_scores -> what to do after the first run
     True: "Then change one thing at a time: every edit is run at once, and its observation says what the run printed, "
           "and whether that is better than the best score printed before.",
     False: "Then change one thing, run again, and compare the validation scores."}
@@ -192,12 +189,12 @@ Tries so far:
 ```
 Use one tool, with names and lines of this script, and reply in this form:
 {form}"""
-MEDIUM_AGENT = {        # settings of an agent for medium prompts
+MEDIUM_AGENT = {
     "prompt_format": "medium", "fields": ("Thought", "Action", "Action Input"), "context": 1280, "max_new_tokens": 160,
     "actions": ("Set Constant", "Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")}
 MEDIUM_FORM = EXPLAIN | {
     "Thought": "(why, in one short sentence)", "Action": "(the name of the tool)", "Action Input": "(its JSON)"}
-MEDIUM_EXAMPLES = {     # the Thought and the Action Input: what a small model takes for the form is what it is shown
+MEDIUM_EXAMPLES = {     # the Thought and the Action Input
     "Set Constant": ("Longer training may help.", {"constant": "EPOCHS", "value": "20"}),
     "Replace In Script": ("The sizes are skewed, so I take logarithms.", {
         "script_name": "train.py", "find": 'x = rows["size"]', "replace": 'x = np.log1p(rows["size"])'}),
@@ -209,7 +206,7 @@ NOTHING = {     # what is seen at the start, see Step
 
 
 def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
-    """Returns the first message, the same for all tasks: tools, rules, format, and examples."""
+    """Returns the text of the first message, the same for all tasks."""
     examples = []
     for name in actions:
         if ACTIONS[name].example:
@@ -236,8 +233,7 @@ def short_prompt(task, seen, script, is_best, steps_left):
 
 
 def medium_prompt(task, seen, script, is_best, steps_left, actions, fields):
-    """Returns the two messages for a model of some hundred million weights: the tools; and the best printed score, the
-    last tries and the script. See short_prompt."""
+    """Returns the two messages for a model of some hundred million weights. See short_prompt."""
     thoughts_and_args = MEDIUM_EXAMPLES | medium_edits(script, steps_left)
     examples = []
     for name in actions:
@@ -255,8 +251,8 @@ def medium_prompt(task, seen, script, is_best, steps_left, actions, fields):
 
 
 def medium_edits(script, steps_left):
-    """Returns examples of edits that change this script, {} where it has no constant: a small model that sees another
-    script's names copies those. Each step has others, so that what is copied is not always the same."""
+    """Returns examples of edits of this script, {} where it has no constant: a small model that sees another script's
+    names copies those. Each step has others, so that what is copied is not always the same."""
     offered = changes(script)
     examples = {}
     for shift, action in enumerate(("Set Constant", "Replace In Script") if offered else ()):
@@ -282,7 +278,7 @@ def best_text(seen, is_best):
 
 
 def recorded_prompt(agent, task, seen, snapshot, blobs, steps_left):
-    """Returns the short or the medium prompt of a state. agent: {setting: value}, such as the header of a record."""
+    """Returns the short or the medium prompt of a state. agent: {setting: value}."""
     sha = snapshot.get(task.entry)
     about = task, seen, script_text(blobs, sha), sha == seen["best_script"], steps_left
     if agent["prompt_format"] == "short":
@@ -305,9 +301,8 @@ def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
     """Reads any reply, in linear time. Returns (values, action, args, error): the texts of the entries, the name and
     the arguments of the action, and "" if it may be carried out, else one sentence.
 
-    Entries begin a line, in the order of `fields`, in any case, with or without markdown signs; of one that is repeated
-    the first counts. What follows a line "Observation:" is invented and not read. The Action Input is the first JSON
-    object after its header; raw line breaks in its texts pass.
+    Entries begin a line, in the order of `fields`, in any case, with or without markdown signs. What follows a line
+    "Observation:" is invented and not read. The Action Input is the first JSON object after its header.
     """
     values = {}
     action = None
@@ -385,7 +380,7 @@ def script_text(blobs, sha):
 
 
 def constants(script):
-    """Returns [(name, text of the number, start and end of that text)] of the numbered constants of a script: its lines
+    """Returns [(name, text of the number, its start, its end)] of the numbered constants of a script: its lines
     `NAME = number` in the order of their names, but not how it is seeded and validated."""
     line = rf"^({NAME}) = ({NUMBER})(?=[ \t]{{0,99}}(?:#|$))"
     found = []
@@ -396,8 +391,7 @@ def constants(script):
 
 
 def find_constant(script, constant):
-    """Returns the number of a constant, from 1. constant: that number or its name. InvalidAction: there is no
-    such constant."""
+    """Returns the number of a constant, from 1. constant: that number or its name."""
     names = [name for name, *_ in constants(script)]
     constant = str(constant).strip()     # or a whole number
     if constant in names:
@@ -409,15 +403,15 @@ def find_constant(script, constant):
 
 
 def set_constant(script, constant, value):
-    """Returns the script with another value of a constant. constant: see find_constant; value: a number, or * or / and
-    a factor, which keeps a whole number whole and at least 1, and others at 3 significant digits. InvalidAction: there
-    is no such constant, or it would not change."""
+    """Returns the script with another value of a constant. InvalidAction: there is no such constant, or it would not
+    change. See find_constant and change_number."""
     name, before, start, end = constants(script)[find_constant(script, constant) - 1]
     return script[:start] + change_number(name, before, value) + script[end:]
 
 
 def change_number(name, before, value):
-    """Returns the text of the number in the place of `before`. See set_constant."""
+    """Returns the text of the number in the place of `before`. value: a number, or * or / and a factor, which keeps a
+    whole number whole and at least 1, and others at 3 significant digits."""
     parts = re.fullmatch(rf"\s*([*/]?)\s*(-?{NUMBER})\s*", value)
     if not parts or parts[1] and float(parts[2]) <= 0:
         raise InvalidAction("The value must be a number, or a factor above 0 such as *2 or /2; found "
@@ -451,8 +445,7 @@ def without_comments(script):
 
 
 def changes(script):
-    """Returns [(number of a constant, value)] of what a short prompt offers: what changes the script and lets a share
-    be below 1."""
+    """Returns [(number of a constant, value)] of what a short prompt offers; a share stays below 1."""
     found = []
     for number, (name, text, *_) in enumerate(constants(script), 1):
         is_zero = float(text) == 0 and "." in text
@@ -465,7 +458,7 @@ def changes(script):
 
 
 def untried(script, tried):
-    """Returns those of changes(script) that are not among the arguments of the Set Constants in `tried`."""
+    """Returns those of changes(script) that are not in `tried`, arguments of Set Constant."""
     done = [(int(change["constant"]), change["value"]) for change in tried]
     return [change for change in changes(script) if change not in done]
 
@@ -500,7 +493,7 @@ def printed_metric(stdout, metric=""):
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings of an agent
 
-AGENT_FORMAT = {      # what agent.json in the folder of a model tells: how it was trained to act
+AGENT_FORMAT = {      # of agent.json in the folder of a model: how it was trained to act
     "prompt_format": one_of(*PROMPTS),
     "actions": some_of(*DEFAULT_ACTIONS),
     "fields": (f"some of {', '.join(FIELDS)}, each once, with the last two at the end", lambda value: (
@@ -513,7 +506,7 @@ AGENT_FORMAT = {      # what agent.json in the folder of a model tells: how it w
 
 
 def check_agent(actions, fields, prompt_format):
-    """Raises ValueError unless these settings of an agent, which may come from a file or from a caller, exist."""
+    """Raises ValueError unless these settings of an agent exist."""
     forms = AGENT_FORMAT | {"actions": some_of(*ACTIONS)}
     for name, value in {"prompt_format": prompt_format, "actions": list(actions), "fields": list(fields)}.items():
         expected, is_right = forms[name]
@@ -545,8 +538,8 @@ class AgentSettings(cli.TaskSettings):
 
 
 def read_agent(folder):
-    """Returns {name: value} of the settings that agent.json in the folder of a model tells, {} where there is none.
-    ValueError: an entry is not of its form. Entries that are no such settings are ignored, which is announced."""
+    """Returns {name: value} of the settings in agent.json, {} where there is none. ValueError: an entry is not of its
+    form. Others are ignored, which is announced."""
     path = Path(folder, "agent.json")
     raw = read_bytes(path, 1 << 16)
     if raw is None:
@@ -560,7 +553,6 @@ def read_agent(folder):
 
 
 def write_agent(folder, agent):
-    """Writes agent.json to the folder of a model. agent: as read_agent returns it."""
     write_atomic(Path(folder, "agent.json"), agent)
 
 
@@ -569,7 +561,7 @@ def write_agent(folder, agent):
 
 
 class Run(NamedTuple):
-    """How a script ended, the graded score of its submission, and the files that it left; None: they are as before."""
+    """How a script ended, the graded score of its submission, and the files that it left (None: as before)."""
     result: Result
     score: float | None
     files: dict | None
