@@ -559,7 +559,6 @@ def write_agent(folder, agent):
 # ---------------------------------------------------------------------------------------------------------------------
 # The environment
 
-
 class Run(NamedTuple):
     """How a script ended, the graded score of its submission, and the files that it left (None: as before)."""
     result: Result
@@ -584,7 +583,7 @@ class Step:
     printed: float | None = None    # the validation score that the script printed, not to be believed
     score: float | None = None      # the graded score of the submission that this step's run wrote
     m_before: float = math.nan      # the score of the last edit before this step; at first the starter's
-    m_after: float = math.nan       # the same after it: `score` if it was an edit and has one, else m_before
+    m_after: float = math.nan       # the same after it
     m_top: float | None = None      # the best of the starter's score and of all edits before this step
     reward: float = 0.0
     seconds: float = 0.0            # of the whole step
@@ -594,12 +593,11 @@ class Step:
     peak_bytes: int = 0             # of the run
     sandbox: str = ""               # the layers that were active in the run
     coder: list = field(default_factory=list)       # the replies of the coder, for replay
-    messages: list = field(default_factory=list)    # the chat messages that this step added: reply and observation,
-    #                                                 or the observation alone after a reply that could not be read
+    messages: list = field(default_factory=list)    # the chat messages that this step added
     snapshot: dict = field(default_factory=dict)    # the workspace after the step
     news: str = ""                  # one line about the step for a short prompt
     change: dict = field(default_factory=dict)      # the arguments of the last Set Constant, also of this step
-    best_printed: float | None = None   # the best score of the entry script that the agent was told, also by this step
+    best_printed: float | None = None   # the best score of the entry script that the agent was told
     best_script: str | None = None  # sha256 of the script that printed it
     tried: list = field(default_factory=list)       # the Set Constants of that script that were no better
     tries: list = field(default_factory=list)       # the last steps, a line each, for a medium prompt
@@ -611,16 +609,14 @@ class Env:
     """One trajectory on one task. The scaffolds of other papers are subclasses.
 
     task: a Task or its id. data: the folder of prepared data. out: where `blobs/` is kept; many Envs may share it.
-    actions: names from ACTIONS; without a coder those that need one are left out. steps, seconds: limits of the
-    trajectory; to wait for a free slot does not count. coder: callable(messages) -> str, a second model for the (AI)
-    actions; its ValueError (a text that does not fit) goes to the agent. fields, prompt_format, show_scores: see
-    AgentSettings. python, threads, sandbox: see execute. gpu: "0,1" gives each script one of these GPUs. cache: a
-    ResultCache (default: one in out).
+    actions: those that need a coder are left out without one. seconds: to wait for a free slot does not count. coder:
+    callable(messages) -> str for the (AI) actions; its ValueError (a text that does not fit) goes to the agent. cache:
+    a ResultCache (default: one in out). The rest: see AgentSettings and cli.ScriptSettings.
     """
     stop = ("\nObservation:",)      # texts that end a reply
-    num_tries = 1                   # replies of a step; a subclass with more says which of them is_readable,
-    reminder = ""                   # and what is added to the prompt of a further one
-    own = ()                        # arguments of the subclass, which are recorded
+    num_tries = 1                   # replies of a step; a subclass with more has is_readable(reply),
+    reminder = ""                   # and adds this to the prompt of a further one
+    own = ()                        # further arguments, which are recorded
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
                  coder=None, prompt_format="full", show_scores=True, python=None, gpu=None, threads=1, sandbox="on",
@@ -661,15 +657,15 @@ class Env:
         return self.messages
 
     def snapshot(self):
-        """Returns the workspace as {path: sha256}, with the files that edits have replaced under `.undo/`."""
+        """Returns the workspace as {path: sha256}, what edits have replaced under `.undo/`."""
         return dict(self.files)
 
     def restore(self, snapshot, messages=None, *, index=0, m_before=None, m_top=None, seconds=None, seen=NOTHING,
                 past=()):
         """Continues from a recorded state before step `index`. m_before: the score of the last edit (default: the
-        starter's). m_top: the best score so far. seconds: that are left (default: all). seen: what the agent has seen,
-        as the record of the last step tells it. past: the records of the steps, for scaffolds that look back.
-        ValueError: it is no snapshot. MissingBlob: a file is missing or damaged, or they are too large."""
+        starter's). m_top: the best score so far. seconds: that are left (default: all). seen: of the record of the last
+        step. past: the records of the steps, for scaffolds that look back. ValueError: it is no snapshot. MissingBlob:
+        a file is missing or damaged, or they are too large."""
         check_state(snapshot, self.blobs)
         self.files = dict(snapshot)
         self.index = index
@@ -689,13 +685,12 @@ class Env:
 
     @property
     def time_limit_s(self):
-        """Seconds that one run of a script may take; on a miniature they are those of an ordinary core."""
+        """Seconds of an ordinary core that one run of a script may take, as the agent is told."""
         return min(self.task.time_limit_s, tasks.MINIATURE_S if self.info.get("miniature") else math.inf)
 
     @property
     def allowed_s(self):
-        """The limit in seconds of this machine: a slow one, by what the starter took when the miniature was prepared,
-        allows more of them."""
+        """The same in seconds of this machine: more on a slow one, by what the starter of a miniature took here."""
         seconds = self.info.get("starter_seconds", 0) if self.info.get("miniature") else 0
         return self.time_limit_s * max(1, seconds / tasks.STARTER_S)
 
@@ -708,8 +703,8 @@ class Env:
         return bool(self.ended)
 
     def step(self, reply, tokens=None):
-        """Carries out any reply and returns the Step. tokens: the sampled ids that spell the reply, kept in the
-        messages so that its text is not encoded again. ValueError: the trajectory is over."""
+        """Carries out any reply and returns the Step. tokens: the sampled ids that spell the reply, which stand in the
+        messages. ValueError: the trajectory is over."""
         if self.done:
             raise ValueError("the trajectory is over")
         started = time.monotonic()
@@ -767,15 +762,15 @@ class Env:
         return parse(reply, self.fields, self.actions)
 
     def complete_observation(self, step):
-        """Returns the observation of a step at its full length, and with what is left."""
+        """Returns the observation of a step with what is left, and not too long."""
         text = shorten(step.observation, MAX_OBSERVATION)
         if not self.ended:
             text += f"\n[{self.steps_left} steps and {step.seconds_left / 60:.0f} min left]"
         return text
 
     def describe_change(self):
-        """Returns the last Set Constant in words, and whether a short prompt still offers what goes on from it: the
-        same again after a better score, else the inverse."""
+        """Returns the last Set Constant in words, and whether what goes on from it is untried: the same again after a
+        better score, else the inverse."""
         change = self.seen["change"]
         best = self.seen["best_script"]
         following = {}
@@ -828,10 +823,10 @@ class Env:
             message["tokens"] = list(tokens)
         return [message, observation]
 
-    # Files. A path is a normalised text below the workspace. "data/..." are the public files, which are only read.
+    # Files. "data/..." are the public ones, which are only read.
 
     def _path(self, text, write=False):
-        """Returns the normalised path, "" for the workspace. InvalidAction: it leads out, or must not be written."""
+        """Returns the normalised path, "" for the workspace."""
         shown = shorten(repr(text), 80)
         text = text.strip()
         path = "/".join(part for part in text.split("/") if part not in ("", "."))
@@ -855,7 +850,7 @@ class Env:
         return real
 
     def _file(self, path):
-        """Returns where the contents of a file are. InvalidAction: there is no such file."""
+        """Returns where the contents of a file are."""
         public = self._public(path)
         if public and public.is_file():
             return public
@@ -865,8 +860,7 @@ class Env:
         raise InvalidAction(f"There is no file {path or '.'}; the workspace holds {', '.join(names[:20])}, data/.")
 
     def _text(self, path, edit=False):
-        """Returns (text of the first MAX_READ bytes, size in bytes) of a file. InvalidAction: it is no text or, for an
-        edit, too large."""
+        """Returns (text of the first MAX_READ bytes, size in bytes) of a file."""
         file = self._file(path)
         size = file.stat().st_size
         content = read_start(file, MAX_READ)
@@ -878,7 +872,7 @@ class Env:
         return text, size
 
     def _write(self, path, content):
-        """Puts bytes, or the file at a path, into the workspace, and keeps what was there for Undo Edit Script."""
+        """Puts bytes, or the file at a path, into the workspace, and keeps what was there."""
         sha = self.blobs.put(content)
         after = without_undo(self.files) | {path: sha}
         if not fits(after, self.blobs):
@@ -899,7 +893,7 @@ class Env:
         return [name for _, name in self._replaced() if name.split("/", 2)[2] == path]
 
     def _edit(self, step, path, before, after):
-        """Makes an edit and scores it; returns its observation, the difference."""
+        """Makes an edit and scores it; returns its observation."""
         if before == after:
             return f"{path} is as it was: the edit changes nothing."
         content = after.encode()
@@ -911,7 +905,7 @@ class Env:
     def _score_saved(self, step, path, before, after):
         return "\n".join([f"{path} is saved. The difference:", *difference(before, after), *self._score_edit(step)])
 
-    # Actions. Each takes the Step, to write the results of a run to, and the arguments, and returns the observation.
+    # Actions. Each takes the Step and the arguments, and returns the observation.
 
     def _list_files(self, step, dir_path):
         contents = self._contents(self._path(dir_path))
@@ -923,7 +917,7 @@ class Env:
         return "\n".join(lines)
 
     def _contents(self, path):
-        """Returns {name in a folder, that of a folder with a "/" at its end: where its contents are}."""
+        """Returns {name in a folder, with "/" if it is one too: where its contents are}."""
         prefix = path + "/" if path else ""
         public = self._public(path)
         contents = {}
@@ -1090,7 +1084,7 @@ class Env:
         return score, result
 
     def _score_edit(self, step):
-        """Scores the workspace after an edit. Returns the lines that tell the agent what the run printed."""
+        """Scores the workspace after an edit. Returns the lines that tell the agent of it."""
         entry = self.task.entry
         self.seen["change"] = {}
         if entry in self.files:
@@ -1121,8 +1115,7 @@ class Env:
         return run
 
     def _judge(self, step):
-        """Returns what a run of the entry script printed, and how that compares with the best that the agent was told
-        before; or how it failed."""
+        """Returns what a run of the entry script printed, compared with the best before, or how it failed."""
         if step.outcome != "ok":
             return f"failed, {shorten(step.detail, 300)}"
         if step.printed is None:
@@ -1137,8 +1130,8 @@ class Env:
         return f"{step.printed:.5g}, {comparison} {best:.5g}"
 
     def _cached_run(self, script, timeout_s):
-        """Returns the Run of a script in a copy of the workspace. It depends on the state alone, so it is kept. The
-        entry script starts without an old submission.csv."""
+        """Returns the Run of a script in a copy of the workspace. The entry script starts without an old
+        submission.csv."""
         before = without_undo(self.files)
         if script == self.task.entry:
             before.pop("submission.csv", None)
@@ -1156,7 +1149,7 @@ class Env:
             return run
 
     def _key(self, script, before):
-        """Returns a hash of all that a run depends on: files, data, grader, limits, versions, GPU or not."""
+        """Returns a hash of all that a run depends on."""
         data = {name: value for name, value in self.info.items() if name not in ("m_init", "starter_seconds")}
         parts = [script, sorted(before.items()), data, self.graders, [self.time_limit_s, "cpu"],
                  self.task.memory_limit_bytes, describe(self.python or sys.executable)[2], self.threads,
@@ -1175,7 +1168,7 @@ class Env:
             return None
 
     def _run(self, script, before, timeout_s):
-        """Runs a script on the files `before` and grades its submission; returns the Run."""
+        """Runs a script on the files `before` and grades its submission."""
         score = None
         files = None
         waiting = time.monotonic()
@@ -1258,7 +1251,7 @@ def ask_coder_model(model, messages, max_new_tokens=CODER_TOKENS, **options):
 
 
 def model_policy(cfg, model, hint=""):
-    """Returns the function by which a model replies in play_trajectory. hint: a text that is told, and not recorded."""
+    """Returns a policy for play_trajectory. hint: a text that is told, and not recorded."""
     tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
 
     def reply(env, lines, seed):
@@ -1307,7 +1300,7 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         counts["coder_replies"] += 1
         # The model that acts may think here as long as for a reply.
         limit = max(CODER_TOKENS, cfg.max_new_tokens) if cfg.coder in ("model", "expert") else CODER_TOKENS
-        if coder.context:       # a server alone knows its own
+        if coder.context:       # else it is a server's
             limit = min(limit, coder.context // 2)
         completion = timed(ask_coder_model, coder, messages, limit, seed=seed, temperature=cfg.temperature,
                            top_p=cfg.top_p)
@@ -1344,8 +1337,8 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
             text, tokens, entries = timed(reply, env, lines, seed_of("policy"))
         except ContextFull as error:
             if len(lines) == 1:
-                raise RunError(f"{path}: not even the first prompt fits: {error}. Give a larger --context (or server), or "
-                               "a smaller --max-new-tokens, and another --out") from None
+                raise RunError(f"{path}: not even the first prompt fits: {error}. Give a larger --context (or server), "
+                               "or a smaller --max-new-tokens, and another --out") from None
             run.write(path, {"type": "end", "ended": "context full", "detail": str(error)})
             return
         counts.clear()
