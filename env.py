@@ -505,15 +505,6 @@ AGENT_FORMAT = {      # of agent.json in the folder of a model: how it was train
 }
 
 
-def check_agent(actions, fields, prompt_format):
-    """Raises ValueError unless these settings of an agent exist."""
-    forms = AGENT_FORMAT | {"actions": some_of(*ACTIONS)}
-    for name, value in {"prompt_format": prompt_format, "actions": list(actions), "fields": list(fields)}.items():
-        expected, is_right = forms[name]
-        if not is_right(value):
-            raise ValueError(f"{cli.flag_of(name)}: expected {expected}, found {shorten(ascii(value), 200)}")
-
-
 @dataclass
 class AgentSettings(cli.TaskSettings):
     """Settings of every program in which an agent acts."""
@@ -532,9 +523,13 @@ class AgentSettings(cli.TaskSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        cli.check_choices(self, clock=("all", "scripts"))
+        cli.check_choices(self, clock=("all", "scripts"), prompt_format=PROMPTS)
         cli.check_positive(self, "steps", "seconds", "reply_seconds")
-        check_agent(self.actions, self.fields, self.prompt_format)
+        for name in ("actions", "fields"):
+            expected, is_right = AGENT_FORMAT[name]
+            value = list(getattr(self, name))
+            if not is_right(value):
+                raise ValueError(f"{cli.flag_of(name)}: expected {expected}, found {shorten(ascii(value), 200)}")
 
 
 def read_agent(folder):
@@ -621,7 +616,6 @@ class Env:
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
                  coder=None, prompt_format="full", show_scores=True, python=None, gpu=None, threads=1, sandbox="on",
                  cache=None):
-        check_agent(actions, fields, prompt_format)
         self.task = tasks.load(task) if isinstance(task, str) else task
         self.info = tasks.info(self.task.id, data=data)
         modules = sorted(Path(tasks.__file__).parent.glob("*.py"))

@@ -8,7 +8,7 @@ import pytest
 
 import env as env_module
 import tasks
-from env import ACTIONS, FIELDS, Env, parse, printed_metric, shorten, system_prompt
+from env import ACTIONS, FIELDS, AgentSettings, Env, parse, printed_metric, shorten, system_prompt
 from reward import KINDS
 from support import parallel, records, sandbox, storage
 from support.endpoint import Completion
@@ -849,12 +849,12 @@ def test_only_chosen_actions(make):
     env = make(actions=["List Files", "Final Answer"])
     assert env.actions == ("List Files", "Final Answer") and not run(env).valid
     with pytest.raises(ValueError, match="Delete"):
-        make(actions=["Delete"])
+        AgentSettings(actions=["Delete"])
     with pytest.raises(ValueError, match="once"):
-        make(actions=["List Files", "Final Answer", "List Files"])
+        AgentSettings(actions=["List Files", "Final Answer", "List Files"])
     for fields in (("Action", "Thought"), ("Thought", "Thought", "Action", "Action Input"), ("x", *FIELDS)):
         with pytest.raises(ValueError, match="fields"):
-            make(fields=fields)
+            AgentSettings(fields=fields)
 
 
 def test_an_action_is_an_entry_and_a_method(make, monkeypatch):
