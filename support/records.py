@@ -1,7 +1,6 @@
 """Records of trajectories, and their replay.
 
-A trajectory file holds one JSON object a line: a header, the steps, and at most an "end". It may come from others, so
-each line is checked.
+A trajectory file holds one JSON object a line: a header, the steps, and at most an "end". It may come from others.
 """
 import dataclasses, json, re, sys, tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ from support.files import (
 from support.sandbox import SandboxUnavailable
 from support.storage import ResultCache, check_snapshot
 
-CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder has refused
+CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder refused
 COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
             "score", "m_before", "m_after", "m_top", "reward", "news", "change", "best_printed", "best_script",
             "tried", "node", "snapshot", "ended")
@@ -34,7 +33,6 @@ def is_message(value):
 
 
 def is_change(value):
-    """Returns whether a value is the arguments of Set Constant, of which constant is a number."""
     return (type(value) is dict and set(value) == {"constant", "value"} and all(map(TEXT[1], value.values()))
             and re.fullmatch(r"\s*[0-9]{1,9}\s*", value["constant"]) is not None)
 
@@ -43,22 +41,19 @@ CHANGE = "the arguments of Set Constant", is_change
 LAST_CHANGE = "the arguments of Set Constant or {}", lambda value: value == {} or is_change(value)
 FINITE = "a finite number", is_number
 POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
-INTEGER = "a whole number", lambda value: type(value) is int and abs(value) < 1 << 63
 SIZE = up_to(1 << 53)
 TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,99}", value)
 MESSAGE = "a message: role, content, and at most tokens", is_message
-FILES = "files", lambda value: True     # check_snapshot says what is wrong with them
+FILES = "files", lambda value: True     # see check_snapshot
 NODE = {        # what a scaffold that searches says of a step, see support/aide.py
-    "parent?": maybe(COUNT),        # the step that it was made from
-    "best?": maybe(COUNT),          # the best step so far
-    "metric?": maybe(FINITE), "buggy?": FLAG, "review?": one_of("model", "script"), "is_printed?": FLAG}
-ANSWER = {      # of the model, beside the step that came of it
+    "parent?": maybe(COUNT), "best?": maybe(COUNT), "metric?": maybe(FINITE), "buggy?": FLAG,
+    "review?": one_of("model", "script"), "is_printed?": FLAG}
+ANSWER = {      # of the model
     "tokens?": COUNT, "prompt_tokens?": COUNT, "cached_tokens?": COUNT, "sample_seconds?": FINITE, "thought?": TEXT,
-    "no_reply?": TEXT, "answered_by?": WORD, "refused?": [WORD], "coder_tokens?": COUNT,
-    "coder_replies?": COUNT, "dropped?": [TEXT],
-    "coder_prompt_tokens?": COUNT, "coder_answered_by?": WORD}
+    "no_reply?": TEXT, "answered_by?": WORD, "refused?": [WORD], "dropped?": [TEXT], "coder_tokens?": COUNT,
+    "coder_replies?": COUNT, "coder_prompt_tokens?": COUNT, "coder_answered_by?": WORD}
 FORM_OF_TYPE = {
-    int: INTEGER, float: FINITE, str: TEXT, bool: FLAG, dict: {str: TEXT}, list: [TEXT],
+    int: COUNT, float: FINITE, str: TEXT, bool: FLAG, dict: {str: TEXT}, list: [TEXT],
     float | None: maybe(FINITE), str | None: maybe(TEXT)}
 FORMS = {}      # type of a record -> its form; env.py, whose words these are, fills it
 
@@ -86,7 +81,7 @@ def fill_forms(step_class, prompts, actions, reply_fields, outcomes, scaffolds):
 # Records
 
 def header(env, **entries):
-    """Returns the first line, to be written right after reset(). entries: the caller's own (model, seed)."""
+    """Returns the first line, to be written right after reset()."""
     settings = {name: getattr(env, name) for name in (*AGENT, *env.own, "python", "gpu", "threads", "sandbox")}
     return {"type": "header", "task": env.task.id, "data": str(env.data), "data_seed": env.info.get("seed", 0),
             **settings, "m_init": env.info["m_init"], "m_best": env.info["m_best"],
@@ -96,8 +91,7 @@ def header(env, **entries):
 
 
 def record(step, **entries):
-    """Returns the line of a step. The state before step i is the snapshot of step i - 1, or the header's; the messages
-    of the header and of all steps before i; m_before and m_top of step i."""
+    """Returns the line of a step. The state before step i: see restore_record."""
     return {"type": "step", **dataclasses.asdict(step), **entries}
 
 
@@ -110,8 +104,8 @@ def restore_record(env, head, steps, seconds=None):
 
 
 def check_record(line, first):
-    """Raises ValueError, one sentence, unless a line from anybody is such as header() or record() returns, or an end.
-    first: it must be the header."""
+    """Raises ValueError, one sentence, unless a line is such as header() or record() returns, or an end. first: it must
+    be the header."""
     kind = line.get("type") if type(line) is dict else None
     if kind not in (["header"] if first else ["step", "end"]):
         raise ValueError(f"its type is {shorten(ascii(kind), 60)}")
@@ -160,8 +154,7 @@ def read_record(path, mend=True):
 
 
 def end_reason(lines):
-    """Returns why a trajectory is over: "final answer", "steps", "time", "context full" or "no reply"; "" if it is
-    not."""
+    """Returns why a trajectory is over; "" if it is not."""
     return lines[-1].get("ended", "") if lines else ""
 
 
@@ -175,7 +168,7 @@ def trajectory_path(folder, id, k):
 
 
 def trajectory_files(folder):
-    """Returns the trajectory files in a folder of eval.py or of sft.py --collect, those of a task in order."""
+    """Returns the trajectory files in a folder of eval.py or of sft.py --collect, in order."""
     paths = [*Path(folder).glob("trajectories/*-*.jsonl"), *Path(folder).glob("*-*.jsonl")]
     numbered = [(*match.groups(), path) for path in paths
                 if (match := re.fullmatch(r"([\w.-]+)-([0-9]{1,9})", path.stem, re.ASCII))]
@@ -186,9 +179,9 @@ def trajectory_files(folder):
 # Replay
 
 def replay(env_of, path, log=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
-    """Restores every recorded state, carries out its reply again, says what differs (times masked, figures to 6 digits)
-    and returns the number of differences. env_of: see env.py. The other arguments are as for Env; where the file tells
-    of others, that is said, and not obeyed: a file must not choose a program, a folder or a weaker sandbox."""
+    """Restores every recorded state, carries out its reply again, says what differs and returns the number of
+    differences. env_of: see env.py. Where the file tells of other options, that is said, and not obeyed: a file must
+    not choose a program, a folder or a weaker sandbox."""
     head, steps = read_trajectory(path)
     Env = env_of(head.get("scaffold"))
     out = next((parent for parent in Path(path).resolve().parents if (parent / "blobs").is_dir()), None)
