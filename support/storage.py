@@ -10,7 +10,6 @@ from support.files import atomic_file, read_bytes, shorten, write_atomic
 
 MAX_FILES = 1_000           # files that a script may leave in the workspace
 MAX_BYTES = 1 << 28         # bytes that these files may have together
-MAX_RESULT = 16 << 20       # bytes of a stored result; one of ours has 3 MiB at most
 UNDO = ".undo/"             # `.undo/<number>/<path>` is what edit <number> replaced at <path>
 HASH = re.compile("[0-9a-f]{64}")
 UNDO_PATH = re.compile(r"\.undo/[1-9][0-9]{0,8}/(.+)")
@@ -62,13 +61,13 @@ def fits(files, blobs):
 
 
 def without_undo(snapshot):
-    """Returns the files of a snapshot without those that edits have replaced."""
+    """Returns a snapshot without what edits have replaced."""
     return {path: sha for path, sha in snapshot.items() if not path.startswith(UNDO)}
 
 
 def build_folder(folder, snapshot, blobs, public):
-    """Writes the files of a snapshot to a folder. `data` becomes a folder of links to the public files, so that a
-    script may add to it, and what it adds is lost."""
+    """Writes the files of a snapshot to a folder. `data` becomes a folder of links to the public files: what a script
+    adds to it is lost."""
     for path, sha in snapshot.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(blobs.path(sha), folder / path)
@@ -134,28 +133,25 @@ def open_regular(path, parent=None):
 # Blobs
 
 class MissingBlob(ValueError):
-    """A recorded state cannot be restored: one of its files is missing, or is not what was recorded."""
+    """A recorded state cannot be restored."""
 
 
 class Blobs:
-    """Contents by their sha256, in <folder>/<aa>/<sha256>. The folder may come from others, so each is read once before
-    it is used. Many processes may write at once."""
+    """Contents by their sha256, in <folder>/<aa>/<sha256>. Each is read once before it is used. Many processes may
+    write at once."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
 
     def path(self, sha):
-        """Returns the path of a blob. MissingBlob: it is missing, or its contents are not those it is named by. A text
-        that is no sha256 is never looked up."""
-        if isinstance(sha, str) and HASH.fullmatch(sha):
-            path = self.folder / sha[:2] / sha
-            with contextlib.suppress(OSError):      # which is not remembered: it may be readable the next time
-                state = os.lstat(path)
-                if (stat.S_ISREG(state.st_mode) and state.st_size <= MAX_BYTES
-                        and is_sound(path, state.st_ino, state.st_size, state.st_ctime_ns)):
-                    return path
-        raise MissingBlob(f"the blob {shorten(str(sha), 80)} is missing in {self.folder} or damaged there: this state "
-                          "cannot be restored")
+        """Returns the path of a blob. MissingBlob: it is missing, or its contents are not those it is named by."""
+        path = self.folder / sha[:2] / sha
+        with contextlib.suppress(OSError):      # which is not remembered: it may be readable the next time
+            state = os.lstat(path)
+            if (stat.S_ISREG(state.st_mode) and state.st_size <= MAX_BYTES
+                    and is_sound(path, state.st_ino, state.st_size, state.st_ctime_ns)):
+                return path
+        raise MissingBlob(f"the blob {sha} is missing in {self.folder} or damaged there: this state cannot be restored")
 
     def put(self, content):
         """Stores bytes, or the file at a path, and returns the sha256."""
@@ -185,8 +181,8 @@ def is_sound(path, inode, size, time_of_change):
 # Results of scripts
 
 class ResultCache:
-    """Results of runs by a key, so that one state is run once, as JSON in <folder>/<aa>/<key>. What is no JSON counts
-    as absent. Many processes may write at once."""
+    """Results of runs by a key, as JSON in <folder>/<aa>/<key>. What is no JSON counts as absent. Many processes may
+    write at once."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -195,7 +191,7 @@ class ResultCache:
         self.key_locks = weakref.WeakValueDictionary()
 
     def key_lock(self, key):
-        """Returns a lock: a thread that wants a result which another thread is computing waits for it there."""
+        """Returns a lock: who wants a result which another thread is computing waits for it there."""
         with self.lock:
             return self.key_locks.setdefault(key, threading.Lock())
 
@@ -206,7 +202,7 @@ class ResultCache:
     def get(self, key):
         """Returns the entry, a value from JSON, or None if there is none."""
         try:
-            return json.loads(read_bytes(self.folder / key[:2] / key, MAX_RESULT) or b"null")
+            return json.loads(read_bytes(self.folder / key[:2] / key) or b"null")
         except (ValueError, RecursionError):
             return None
 

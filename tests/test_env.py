@@ -1192,15 +1192,6 @@ def test_a_blob_that_is_not_what_it_is_named_by_is_never_used(make, tmp_path):
         env.restore({**state, "x": sha})
 
 
-def test_a_text_that_is_no_hash_is_not_looked_up(make, tmp_path, monkeypatch):
-    blobs = make().blobs
-    (tmp_path / "out" / "secret").write_text("x")
-    monkeypatch.setattr(os, "lstat", None)
-    for sha in (*BAD_HASHES, "../secret", str(tmp_path / "out" / "secret")):
-        with pytest.raises(storage.MissingBlob):
-            blobs.path(sha)
-
-
 def test_a_state_with_too_large_files_is_gone(make, monkeypatch):
     env = make()
     state = {"a": env.blobs.put(b"x" * 600), "b": env.blobs.put(b"x" * 600), ".undo/1/a": env.blobs.put(b"y" * 600)}
