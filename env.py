@@ -194,10 +194,7 @@ MEDIUM_AGENT = {
     "actions": ("Set Constant", "Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")}
 MEDIUM_FORM = EXPLAIN | {
     "Thought": "(why, in one short sentence)", "Action": "(the name of the tool)", "Action Input": "(its JSON)"}
-MEDIUM_EXAMPLES = {     # the Thought and the Action Input
-    "Set Constant": ("Longer training may help.", {"constant": "EPOCHS", "value": "20"}),
-    "Replace In Script": ("The sizes are skewed, so I take logarithms.", {
-        "script_name": "train.py", "find": 'x = rows["size"]', "replace": 'x = np.log1p(rows["size"])'}),
+MEDIUM_EXAMPLES = {     # the Thought and the Action Input; of edits see medium_edits
     "Undo Edit Script": ("The score got worse.", {"script_name": "train.py"}),
     "Execute Script": ("I need the score to beat.", {"script_name": "train.py"}),
     "Final Answer": ("Nothing is left to improve.", {"final_answer": "done"})}
@@ -669,7 +666,6 @@ class Env:
         self.deadline = time.monotonic() + (self.seconds if seconds is None else seconds)
         self.seen = {name: seen[name] for name in NOTHING}
         self.ended = ""
-        self.change_text = ""
 
     def prompt(self):
         """Returns the chat messages that the policy is shown for its next reply."""
