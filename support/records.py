@@ -178,7 +178,7 @@ def trajectory_files(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Replay
 
-def replay(env_of, path, log=print, *, data="data", sandbox="on", python=None, gpu=None, threads=1):
+def replay(env_of, path, log=print, *, data="data", sandbox="on", python=sys.executable, gpu=None, threads=1):
     """Restores every recorded state, carries out its reply again, says what differs and returns the number of
     differences. env_of: see env.py. Where the file tells of other options, that is said, and not obeyed: a file must
     not choose a program, a folder or a weaker sandbox."""
@@ -191,7 +191,7 @@ def replay(env_of, path, log=print, *, data="data", sandbox="on", python=None, g
     data = str(tasks.seeded(data, head["data_seed"]))
     options = {"sandbox": sandbox, "python": python, "gpu": gpu or None, "threads": threads}
     for name, value in (options | {"data": data}).items():
-        if head[name] != value and {head[name], value} != {None, sys.executable}:
+        if head[name] != value:
             log(f"it was recorded with {name} {shorten(ascii(head[name]), 100)}; here it is {value!r}, as --{name} "
                 "says")
     num_differences = 0
