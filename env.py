@@ -1369,7 +1369,7 @@ def prepare_task(cfg, id, raw, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Replay
 
-records.fill_forms(Step, PROMPTS, ACTIONS, AGENT_FORMAT["fields"], OUTCOMES, SCAFFOLDS)
+records.fill_forms(Step, AGENT_FORMAT, OUTCOMES, SCAFFOLDS)
 
 
 def env_of(scaffold):

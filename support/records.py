@@ -9,8 +9,7 @@ import tasks
 from reward import KINDS, best_of
 from support import cli
 from support.files import (
-    COUNT, FLAG, TEXT, WORD, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of,
-    up_to)
+    COUNT, FLAG, TEXT, WORD, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, up_to)
 from support.sandbox import SandboxUnavailable
 from support.storage import ResultCache, check_snapshot
 
@@ -41,7 +40,6 @@ CHANGE = "the arguments of Set Constant", is_change
 LAST_CHANGE = "the arguments of Set Constant or {}", lambda value: value == {} or is_change(value)
 FINITE = "a finite number", is_number
 POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
-SIZE = up_to(1 << 53)
 TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,99}", value)
 MESSAGE = "a message: role, content, and at most tokens", is_message
 FILES = "files", lambda value: True     # see check_snapshot
@@ -58,14 +56,12 @@ FORM_OF_TYPE = {
 FORMS = {}      # type of a record -> its form; env.py, whose words these are, fills it
 
 
-def fill_forms(step_class, prompts, actions, reply_fields, outcomes, scaffolds):
-    """Fills FORMS with what the words of the environment allow."""
+def fill_forms(step_class, agent_format, outcomes, scaffolds):
+    """Fills FORMS with what the words of the environment allow. agent_format: see env.AGENT_FORMAT."""
     printed = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
-    action_names = f"a list of some of {', '.join(actions)}", lambda value: value == [] or some_of(*actions)[1](value)
-    FORMS["header"] = {
-        "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "prompt_format": one_of(*prompts), "actions": action_names,
-        "fields": reply_fields, "show_scores": FLAG, "steps": SIZE, "seconds": POSITIVE, "python": maybe(TEXT),
-        "gpu": maybe(TEXT), "threads": SIZE, "sandbox": TEXT, "news": TEXT, "change": LAST_CHANGE,
+    FORMS["header"] = {name: agent_format[name] for name in AGENT if name in agent_format} | {
+        "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "seconds": POSITIVE, "python": maybe(TEXT),
+        "gpu": maybe(TEXT), "threads": up_to(1 << 20), "sandbox": TEXT, "news": TEXT, "change": LAST_CHANGE,
         "best_printed": maybe(FINITE), "best_script": maybe(TEXT), "tried": [CHANGE], "tries": [TEXT],
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
         "messages": [MESSAGE], "snapshot": FILES, "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT},
