@@ -582,7 +582,6 @@ class Step:
     time_left_s: float = 0.0        # of the trajectory, when the step began
     seconds_left: float = 0.0       # of the trajectory, when the step ended
     script_seconds: float = 0.0     # of the run, also if its result was known already
-    peak_bytes: int = 0             # of the run
     sandbox: str = ""               # the layers that were active in the run
     coder: list = field(default_factory=list)       # the replies of the coder, for replay
     messages: list = field(default_factory=list)    # the chat messages that this step added
@@ -1098,7 +1097,6 @@ class Env:
         step.score = run.score
         step.printed = printed_metric(run.result.stdout, self.task.metric)
         step.script_seconds = run.result.seconds
-        step.peak_bytes = run.result.peak_bytes
         step.sandbox = run.result.sandbox
         if script == self.task.entry and (self.show_scores or step.action == "Execute Script"):
             step.news = self._judge(step)
@@ -1258,8 +1256,7 @@ def model_policy(cfg, model, hint=""):
         entries = {
             "finish": last.finish, "tokens": sum(len(each.tokens) or each.num_tokens for each in tried),
             "prompt_tokens": sum(each.prompt_tokens for each in tried),
-            "cached_tokens": sum(each.cached_tokens for each in tried),
-            "sample_seconds": sum(each.seconds for each in tried), "dropped": [each.text for each in tried[:-1]]}
+            "cached_tokens": sum(each.cached_tokens for each in tried), "dropped": [each.text for each in tried[:-1]]}
         for name in ("thought", "no_reply", "answered_by", "refused"):      # what a server says besides
             if getattr(last, name):
                 entries[name] = getattr(last, name)

@@ -47,7 +47,7 @@ NODE = {        # what a scaffold that searches says of a step, see support/aide
     "parent?": maybe(COUNT), "best?": maybe(COUNT), "metric?": maybe(FINITE), "buggy?": FLAG,
     "review?": one_of("model", "script"), "is_printed?": FLAG}
 ANSWER = {      # of the model
-    "tokens?": COUNT, "prompt_tokens?": COUNT, "cached_tokens?": COUNT, "sample_seconds?": FINITE, "thought?": TEXT,
+    "tokens?": COUNT, "prompt_tokens?": COUNT, "cached_tokens?": COUNT, "thought?": TEXT,
     "no_reply?": TEXT, "answered_by?": WORD, "refused?": [WORD], "dropped?": [TEXT], "coder_tokens?": COUNT,
     "coder_replies?": COUNT, "coder_prompt_tokens?": COUNT, "coder_answered_by?": WORD}
 FORM_OF_TYPE = {

@@ -73,7 +73,7 @@ def records(folder):
     def mask(value):
         if isinstance(value, dict):
             return {key: mask(each) for key, each in value.items() if not key.endswith(("seconds", "_left", "_left_s"))
-                    and key not in ("peak_bytes", "seconds_left")}
+                    and key != "seconds_left"}
         if isinstance(value, list):
             return [mask(each) for each in value]
         return re.sub(r"\d+\.\d s\b|\d+ min\b", "#", value) if isinstance(value, str) else value

@@ -208,7 +208,7 @@ def test_no_prompt_tells_a_graded_score(tmp_path, task):
 
 
 def lines_without_clocks(cfg):
-    free = ("seconds", "seconds_left", "time_left_s", "script_seconds", "peak_bytes")
+    free = ("seconds", "seconds_left", "time_left_s", "script_seconds")
     lines = [{name: value for name, value in line.items() if name not in free}
              for line in env.read_record(file_of(cfg, 0))]
     return records._masked(json.dumps(lines).replace(cfg.data, "data"))
