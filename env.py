@@ -72,8 +72,7 @@ LEARNED_SEEDS = (1, 2, 3)   # of the miniatures that are learned from; what is r
 WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so much wall time is allowed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
+# ---- Prompts
 
 class Action(NamedTuple):
     args: dict                  # argument -> an explanation of it
@@ -287,8 +286,7 @@ def better_word(task):
     return "higher" if task.direction == "up" else "lower"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Texts
+# ---- Texts
 
 class InvalidAction(ValueError):
     """A reply that cannot be read, or an action that cannot be carried out; the message is for the agent."""
@@ -487,8 +485,7 @@ def printed_metric(stdout, metric=""):
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings of an agent
+# ---- Settings of an agent
 
 AGENT_FORMAT = {      # of agent.json in the folder of a model: how it was trained to act
     "prompt_format": one_of(*PROMPTS),
@@ -548,8 +545,7 @@ def write_agent(folder, agent):
     write_atomic(Path(folder, "agent.json"), agent)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The environment
+# ---- The environment
 
 class Run(NamedTuple):
     """How a script ended, the graded score of its submission, and the files that it left (None: as before)."""
@@ -1207,8 +1203,7 @@ def comes_again(result):
     return result.exit_code >= 0 and result.outcome != "disk full"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Playing with a policy: one trajectory, and many at a time
+# ---- Playing with a policy: one trajectory, and many at a time
 
 CODER_TOKENS = 4096     # tokens that a reply of the coder may have: it writes whole scripts
 CODE_END = "\n```\n"    # the line that ends a script in a reply
@@ -1363,8 +1358,7 @@ def prepare_task(cfg, id, raw, seed):
     return task, tasks.info(id, data)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay
+# ---- Replay
 
 records.fill_forms(Step, AGENT_FORMAT, OUTCOMES, SCAFFOLDS)
 

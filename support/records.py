@@ -20,8 +20,7 @@ COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind",
 AGENT = ("actions", "fields", "prompt_format", "show_scores", "steps", "seconds")   # what an Env takes from a record
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Forms
+# ---- Forms
 
 def is_message(value):
     if type(value) is not dict or not {"role", "content"} <= set(value) <= {"role", "content", "tokens"}:
@@ -73,8 +72,7 @@ def fill_forms(step_class, agent_format, outcomes, scaffolds):
     FORMS["end"] = {"ended": ("a reason", lambda value: TEXT[1](value) and value != "")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
+# ---- Records
 
 def header(env, **entries):
     """Returns the first line, to be written right after reset()."""
@@ -171,8 +169,7 @@ def trajectory_files(folder):
     return [path for *_, path in sorted(numbered, key=lambda entry: (entry[0], int(entry[1]), entry[2]))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay
+# ---- Replay
 
 def replay(env_of, path, log=print, *, data="data", sandbox="on", python=sys.executable, gpu=None, threads=1):
     """Restores every recorded state, carries out its reply again, says what differs and returns the number of
