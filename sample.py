@@ -99,9 +99,6 @@ class Tokenizer:
         generation, config = (read_json(path) if path.is_file() else {} for path in (
             folder / "generation_config.json", folder / "tokenizer_config.json"))
         eos = generation.get("eos_token_id") or []
-        eos = eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(i, int) for i in eos):
-            raise ValueError(f"{folder}/generation_config.json: eos_token_id must be numbers, found {str(eos):.80}")
         template = str(config.get("chat_template") or "")
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
@@ -109,7 +106,7 @@ class Tokenizer:
         if template:
             match = re.search(SYSTEM_IN_TEMPLATE, template)
             system = match[1] if match else None
-        return cls(bpe, eos, system, folder)
+        return cls(bpe, eos if isinstance(eos, list) else [eos], system, folder)
 
     @classmethod
     def of_bytes(cls):
@@ -553,10 +550,8 @@ class Engine:
 
     def forget(self):
         """Drops every cached token, which must not be while replies are being sampled."""
-        with self.wake:
-            assert not (self.active or self.waiting), "the cache is dropped while replies are being sampled"
-            self.lengths = [0] * self.rows
-            self.used = [0] * self.rows
+        self.lengths = [0] * self.rows
+        self.used = [0] * self.rows
 
     def refresh(self):
         """Takes notice of changed weights: drops what the old ones cached and guessed, and packs anew."""
