@@ -538,8 +538,6 @@ class Engine:
         # Rows 0 .. len(active) - 1 are being sampled; the others are parked, their cached tokens waiting for reuse.
         self.active = []
         self.tokens = np.zeros((rows, self.context), int)       # what each row's cache holds
-        self.lengths = [0] * rows                               # how many of them
-        self.used = [0] * rows                                  # when each was parked last
         self.waiting = deque()
         self.wake = threading.Condition()       # guards active and waiting
         self.turn = threading.Lock()            # held by who runs the model
@@ -550,8 +548,8 @@ class Engine:
 
     def forget(self):
         """Drops every cached token, which must not be while replies are being sampled."""
-        self.lengths = [0] * self.rows
-        self.used = [0] * self.rows
+        self.lengths = [0] * self.rows      # tokens that each row's cache holds
+        self.used = [0] * self.rows         # when each was parked last
 
     def refresh(self):
         """Takes notice of changed weights: drops what the old ones cached and guessed, and packs anew."""
@@ -651,7 +649,7 @@ class Engine:
                     failed = [*self.active, *self.waiting]
                     self.active = []
                     self.waiting.clear()
-                    self.lengths = [0] * self.rows
+                    self.forget()
                 for request in failed:
                     request.future.set_exception(error)
                 if not isinstance(error, Exception):

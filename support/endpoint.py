@@ -1,5 +1,6 @@
 """A client for servers that speak OpenAI's chat protocol, with the same chat() as the engine in sample.py."""
 import http.client
+import itertools
 import json
 import os
 import random
@@ -308,12 +309,8 @@ def refused_parameter(status, said, changed, sent):
 
 def join_successive(messages):
     """Returns the messages with each run of one role as one message."""
-    joined = []
-    for message in messages:
-        if joined and joined[-1]["role"] == message["role"]:
-            message = {**message, "content": f"{joined.pop()['content']}\n\n{message['content']}"}
-        joined.append(message)
-    return joined
+    groups = itertools.groupby(messages, lambda message: message["role"])
+    return [{"role": role, "content": "\n\n".join(each["content"] for each in group)} for role, group in groups]
 
 
 def describe_change(new_name):
