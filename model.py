@@ -4,9 +4,8 @@
     logits = model(tokens)                                          # (B, T) int64 -> (B, T, V)
     model.save_pretrained("my-folder")                              # opens in transformers and vLLM
 
-The network (Qwen2.5 report, arXiv 2412.15115, section 2) is L blocks of pre-norm attention and SwiGLU, with RMSNorm,
-rotary positions, grouped-query attention and, in the small sizes, the embedding as output head. Parameters carry the
-names of the published checkpoints.
+The network is that of the Qwen2.5 report, arXiv 2412.15115, section 2. Parameters carry the names of the published
+checkpoints.
 
 Letters in shapes: B rows, T tokens in a row, N tokens with a target, S cached positions, V vocabulary, L layers,
 C model width, F feed-forward width, H query heads, K key/value heads, D head width.
@@ -60,14 +59,14 @@ class Config:
 
     @classmethod
     def preset(cls, name):
-        """Returns the shape of a published size ("0.5b" ... "32b"), or "tiny", which a laptop's CPU can train."""
+        """Returns the shape of a published size ("0.5b" ... "32b"), or "tiny"."""
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return replace(PRESETS[name])
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Reads config.json. Raises ValueError where it is missing, damaged, or of a model that is not built here."""
+        """Reads config.json. ValueError: it is missing, damaged, or of a model that is not built here."""
         path = Path(folder) / "config.json"
         raw = read_json(path)
         if raw.get("model_type") != "qwen2":
@@ -145,8 +144,7 @@ def swiglu(gate, up):
 def logprob_stats(logits, targets, temperature, row_max, sum_exp, sum_z_exp, target_logit):
     """Adds a chunk of the vocabulary to the statistics of N softmaxes, each (N,) and changed in place: with
     z = logits / temperature over all chunks so far, max z, the sums of exp(z - row_max) and of z exp(z - row_max), and
-    the z of the target. logits: (N, chunk), overwritten. targets: (N,); one that is no column of this chunk lies in
-    another."""
+    the z of the target. logits: (N, chunk), overwritten. targets: (N,), also of other chunks."""
     z = logits.to(row_max.dtype).div_(temperature)
     new_max = torch.maximum(row_max, z.amax(-1))
     p = (z - new_max[:, None]).exp_()
@@ -161,7 +159,7 @@ def logprob_stats(logits, targets, temperature, row_max, sum_exp, sum_z_exp, tar
 def logprob_backward(logits, targets, temperature, lse, entropy, d_logp, d_entropy):
     """Returns the gradient of sum(d_logp * logp + d_entropy * entropy) with respect to a chunk of logits, (N, chunk).
     With p the softmax and E its entropy, d logp / dz = 1[target] - p and d E / dz = -p (log p + E). d_entropy may be
-    None. See logprob_stats for logits and targets."""
+    None."""
     logq = logits.to(lse.dtype).div_(temperature).sub_(lse[:, None])        # log p
     if d_entropy is None:
         d = logq.exp_().mul_(-d_logp[:, None])
@@ -178,8 +176,8 @@ def target_columns(targets, chunk):
 
 
 def attention_mask(positions, S, group, dtype):
-    """Returns what attend needs to know of who sees what: query t of row b sees positions 0 .. positions[b, t] of S.
-    Here it is added to the scores: (B, 1, T * group, S), 0 or -inf. group: query heads that share a key head."""
+    """Returns what attend adds to the scores, (B, 1, T * group, S): query t of row b sees positions
+    0 .. positions[b, t] of S. group: query heads that share a key head."""
     last_seen = positions.repeat_interleave(group, 1)[:, None, :, None]
     unseen = torch.arange(S, device=positions.device) > last_seen
     return torch.zeros_like(unseen, dtype=dtype).masked_fill_(unseen, -torch.inf)
@@ -189,20 +187,19 @@ def attend(q, k, v, mask):
     """Returns the attention of queries (B, T, H, D) over cached keys and values (B, K, S, D): (B, T, H, D)."""
     B, T, H, D = q.shape
     K = k.shape[1]
-    # Heads that share a key head become further queries of it, so that the cache is not copied for each of them.
+    # Heads that share a key head become further queries of it: the cache is not copied.
     q = q.view(B, T, K, H // K, D).transpose(1, 2).reshape(B, K, T * H // K, D)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.view(B, K, T, H // K, D).transpose(1, 2).reshape(B, T, H, D)
 
 
 PLAIN = {f.__name__: f for f in (norm, add_norm, rope, swiglu, logprob_stats, logprob_backward, attention_mask, attend)}
-KERNELS = SimpleNamespace(**PLAIN)              # the operations in use; use_kernels changes it in place
+KERNELS = SimpleNamespace(**PLAIN)              # the operations in use
 
 
 def use_kernels(name, device):
-    """Lets the functions above ("torch") or those of fused.py ("triton") do the work from now on in this process. With
-    "compiled" it is those above, and build_model compiles the blocks. ValueError: another name, or what cannot run
-    here."""
+    """Lets the functions above ("torch", and "compiled", where build_model compiles the blocks) or those of fused.py
+    ("triton") do the work from now on in this process. ValueError: another name, or what cannot run here."""
     if name not in ("torch", "compiled", "triton"):
         raise ValueError(f"expected kernels torch, compiled or triton, found {name!r}")
     if name == "compiled" and torch.device(device).type != "cuda":
@@ -222,7 +219,7 @@ def use_kernels(name, device):
 # Layers
 
 class Linear(nn.Linear):
-    """y = x W^T + b. The weight is cast to x's dtype, which in mixed precision is not its own (Qwen2.compute_dtype)."""
+    """y = x W^T + b, in x's dtype."""
 
     def forward(self, x):
         bias = self.bias.to(x.dtype) if self.bias is not None else None
@@ -232,8 +229,7 @@ class Linear(nn.Linear):
 class LinearLogProb(torch.autograd.Function):
     """Log-prob of each target under softmax(x W^T / temperature), the entropy of that softmax, and whether the target
     is its likeliest token, without ever holding (N, V) logits: they are made for a chunk of the vocabulary at a time,
-    with running statistics in fp32, and made again in backward. So each row of the weight and of its gradient is
-    touched once in a pass."""
+    with running statistics in fp32, and made again in backward."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, temperature, vocab_limit, vocab_chunk):
@@ -271,7 +267,7 @@ class LinearLogProb(torch.autograd.Function):
 
 
 def logits_of_chunk(x, weight, limit):
-    """Returns the logits (N, chunk) of rows of the head; of those from `limit` on, which stand for no id, NO_LOGIT."""
+    """Returns the logits (N, chunk) of rows of the head, NO_LOGIT of those from `limit` on."""
     logits = x @ weight.to(x.dtype).T
     if limit < logits.shape[1]:
         logits[:, limit:] = NO_LOGIT
@@ -283,9 +279,7 @@ class Head(Linear):
 
     def forward(self, x, targets=None, temperature=1.0, num_token_ids=None):
         """x (..., C) -> logits (..., V); with targets (N,) int64: x (N, C) -> logp, entropy, is_argmax, each (N,).
-
-        num_token_ids: the number of token ids; rows of the vocabulary beyond it get no probability, as in sampling.
-        """
+        Rows of the vocabulary beyond num_token_ids get no probability, as in sampling."""
         if targets is None:
             return super().forward(x)
         max_logits = CPU_LOGITS if x.device.type == "cpu" else GPU_LOGITS
@@ -312,8 +306,7 @@ class RMSNorm(nn.Module):
 
 def rotary(positions, head_dim, theta):
     """Returns (cos, sin) of the angles position * theta^(-2i/D), i < D/2, in fp32, each (B, T, 1, D), for rope
-    (arXiv 2104.09864, equation 15). i and i + D/2 share an angle, and the first half of sin is negative. positions:
-    (B, T) integers. A stored buffer would be one more thing that the meta device leaves unset."""
+    (arXiv 2104.09864, equation 15). i and i + D/2 share an angle, and the first half of sin is negative."""
     frequency = theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / -head_dim)
     angle = positions[:, :, None, None].float() * frequency
     cos = angle.cos()
@@ -322,7 +315,7 @@ def rotary(positions, head_dim, theta):
 
 
 class Layout(NamedTuple):
-    """Which tokens of a row see which; see make_layout. The last five are None where the attention is plain."""
+    """Which tokens of a row see which. The last five are for varlen_attention alone."""
     trees: list                 # [(tokens of the prefix, [tokens of each branch])]; a text alone has no branches
     positions: torch.Tensor     # (1, T): of each token in its own text
     key_index: torch.Tensor = None      # (S,): the keys of all queries' texts, prefixes repeated, back to back
@@ -334,8 +327,8 @@ class Layout(NamedTuple):
 
 def make_layout(lengths, device, varlen):
     """Returns the Layout of a row. lengths: of the texts that stand back to back in it. An entry (P, [R1, R2, ...]) is
-    a tree: P tokens that several texts begin with, once, and then the rest of each text, a branch. varlen: whether it
-    is for varlen_attention, which wants offsets as tensors, so that a compiled block serves every layout."""
+    a tree: P tokens that several texts begin with, once, and then the rest of each text, a branch. varlen: with what
+    varlen_attention needs, as tensors, so that a compiled block serves every layout."""
     trees = as_trees(lengths)
     positions = []
     keys = []
@@ -361,14 +354,13 @@ def make_layout(lengths, device, varlen):
 
 
 def as_trees(lengths):
-    """Returns the texts and trees of a row as [(tokens of the prefix, [tokens of each branch])]; see make_layout."""
+    """Returns the texts and trees of a row as [(tokens of the prefix, [tokens of each branch])]."""
     return [(entry, []) if isinstance(entry, int) else entry for entry in lengths]
 
 
 def packed_attention(q, k, v, layout):
-    """Returns the causal attention within each text of the rows, (B, T, H, D). Each is a product of its own, without a
-    mask of T x T; the branches of a tree are one product together. q: (B, T, H, D). k, v: (B, T, K, D). layout: of
-    every row; a row with branches stands alone."""
+    """Returns the causal attention within each text of the rows, (B, T, H, D): a product for each text, and one for
+    the branches of a tree. q: (B, T, H, D). k, v: (B, T, K, D). A row with branches stands alone."""
     outputs = []
     end = 0
     for prefix, branches in layout.trees:
@@ -387,7 +379,7 @@ def packed_attention(q, k, v, layout):
 
 def branch_attention(q, k, v, seen_k, seen_v, lengths):
     """Returns the attention of branches, back to back, over themselves and their common prefix, (1, N, H, D).
-    q: (1, N, H, D). k, v: (1, N, K, D). seen_k, seen_v: (1, P, K, D) of the prefix. lengths: of the branches."""
+    q: (1, N, H, D). k, v: (1, N, K, D). seen_k, seen_v: (1, P, K, D) of the prefix."""
     n = len(lengths)
     P = seen_k.shape[1]
     R = max(lengths)
@@ -413,8 +405,8 @@ def has_varlen(tokens, dtype):
 
 
 def varlen_attention(q, k, v, layout):
-    """Returns what packed_attention does, for one row on CUDA in half precision, in one call for all texts and
-    branches. Each attends to its own keys up to the last, so a branch's queries are the last of the text."""
+    """Returns what packed_attention does in one call for all texts and branches, a branch's queries being the last of
+    its text."""
     k, v = (x[0].index_select(0, layout.key_index) for x in (k, v))
     y = varlen_attn(q[0], k, v, layout.query_ends, layout.key_ends, layout.max_queries, layout.max_keys,
                     window_size=(-1, 0), enable_gqa=True)       # causal, aligned at the end
@@ -435,8 +427,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.H * D, C, bias=False)
 
     def forward(self, x, cos, sin, batch, layer, layout):
-        """x (B, T, C) -> (B, T, C). layout: a Layout, None where the batch knows who sees what; layer: the index of
-        this block. For the rest see Qwen2.hidden_states."""
+        """x (B, T, C) -> (B, T, C). layout: None where the batch knows who sees what. layer: the index of the block."""
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, self.H, self.D)
         k = self.k_proj(x).view(B, T, self.K, self.D)
@@ -479,7 +470,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def compile(self, **options):
-        """Has the block compiled, one graph for every layout of a row; only training uses it, and never a batch."""
+        """Has the block compiled, one graph for every layout of a row, for training."""
         self.residual = torch.compile(self.residual, fullgraph=True, **options)
 
     def forward(self, *inputs):
@@ -502,8 +493,8 @@ class Backbone(nn.Module):
 
 
 def at_targets(x, targets):
-    """Returns x (N, C) and targets (N,) where there are targets, of x (B, T, C) and targets (B, T), a tensor on any
-    device or numpy."""
+    """Returns x (N, C) and targets (N,) of x (B, T, C) and targets (B, T), a tensor on any device or numpy, where there
+    are targets."""
     targets = torch.as_tensor(targets).flatten()
     index = (targets != IGNORE).nonzero()[:, 0]
     return x.flatten(0, 1)[index.to(x.device)], targets[index].to(x.device)
@@ -528,9 +519,8 @@ class Qwen2(nn.Module):
     def hidden_states(self, tokens, batch=None, lengths=None):
         """Returns the last normalised hidden states, (B, T, C), of `tokens`, (B, T) int64.
 
-        Without a batch each row is a text from its first token, and token t sees 0..t. With lengths each row holds
-        several texts, none of which sees another, and trees of texts that begin alike; see make_layout. With a batch
-        (sample.ForwardBatch) the one row is the batch's tokens, which continue what is cached.
+        Each row is a text; with lengths it holds several, none of which sees another, or trees of them (make_layout).
+        With a batch (sample.ForwardBatch) the one row is the batch's tokens, which continue what is cached.
         """
         dtype = self.compute_dtype or self.model.embed_tokens.weight.dtype
         layout = None
@@ -547,9 +537,9 @@ class Qwen2(nn.Module):
     def forward(self, tokens, batch=None, lengths=None, targets=None, temperature=1.0, num_token_ids=None):
         """Returns the logits of the next token at every position: (B, T) int64 -> (B, T, V).
 
-        With targets, (B, T) int64 and IGNORE where there is none, it returns of the N targets, in the order of the
-        rows, log-probs and entropies, both (N,) fp32, and whether each is the likeliest token, (N,) bool. See
-        hidden_states for the rest, and Head for num_token_ids. Targets as numpy spare waiting for a GPU.
+        With targets, (B, T) int64 and IGNORE where there is none, it returns of these N, in the order of the rows,
+        log-probs and entropies, (N,) fp32, and whether each is the likeliest token, (N,) bool. Targets as numpy spare
+        waiting for a GPU. See hidden_states, and Head for num_token_ids.
         """
         x = self.hidden_states(tokens, batch, lengths)
         if targets is None:
@@ -581,14 +571,14 @@ class Qwen2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, dtype=torch.float32, device="cpu"):
-        """Loads a published checkpoint: a folder, or a hub id such as "Qwen/Qwen2.5-7B". The peak of memory is the
-        model itself. ValueError: the files do not fit the config (load_tensors)."""
+        """Loads a published checkpoint: a folder, or a hub id such as "Qwen/Qwen2.5-7B". ValueError: its files do not
+        fit its config."""
         folder = find_folder(path)
         model = cls.uninitialized(Config.from_pretrained(folder), dtype, device)
         load_tensors(folder, {name: (p, 0, tuple(p.shape)) for name, p in model.named_parameters()})
         return model
 
     def save_pretrained(self, folder, max_shard_bytes=SHARD_BYTES):
-        """Writes config.json and the weights; see write_checkpoint. Tokenizer.save writes the tokenizer's files."""
+        """Writes config.json and the weights. Tokenizer.save writes the tokenizer's files."""
         tensors = ((name, p.detach()) for name, p in self.named_parameters())   # a tied head comes once, as embedding
         write_checkpoint(folder, self.config, tensors, next(self.parameters()).dtype, max_shard_bytes)
