@@ -1,8 +1,8 @@
 """The operations of model.py in Triton, for CUDA: the same names, arguments and results (model.use_kernels picks them).
 
-Each reads and writes its data once where torch's own calls do so several times. Matrix products stay with cuBLAS. With
-TRITON_INTERPRET=1 in the environment everything runs on a CPU, slowly, for the tests. The name kernels.py is not free:
-transformers would take the file for a package. Letters of shapes are those of model.py; N is the number of rows.
+Each reads and writes its data once where torch's own calls do so several times. With TRITON_INTERPRET=1 in the
+environment everything runs on a CPU, slowly, for the tests. Letters of shapes are those of model.py; N is the number of
+rows. (Named kernels.py, transformers would take the file for a package.)
 """
 import os
 
@@ -48,10 +48,8 @@ def _norm(x, y, weight, total, out, C, eps, ADD: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def _norm_backward(x, weight, d_total, d_out, dx, dw, N, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """With r = 1 / sqrt(mean(x^2) + eps) and g = weight * d_out: dx = r (g - x r^2 mean(g x)), dw = sum of d_out x r.
-
-    A program sums dw over every num_programs-th row.
-    """
+    """With r = 1 / sqrt(mean(x^2) + eps) and g = weight * d_out: dx = r (g - x r^2 mean(g x)), dw = sum of d_out x r,
+    of which a program sums every num_programs-th row."""
     cols = tl.arange(0, BLOCK)
     valid = cols < C
     w = tl.load(weight + cols, mask=valid, other=0).to(tl.float32)
@@ -90,7 +88,7 @@ class _AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_total, d_out):
-        x, weight = ctx.saved_tensors       # read once: recomputed activations are given out a single time
+        x, weight = ctx.saved_tensors       # recomputed activations are given out a single time
         C = x.shape[-1]
         N = x.numel() // C
         add = d_total is not None
@@ -287,11 +285,9 @@ def _dot(a, b, WIDE: tl.constexpr):
 @triton.jit
 def _attend(q, k, v, positions, out, parts, stats, stride_b, stride_k, scale, T, K, D, SPLITS: tl.constexpr,
             GROUP: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
-    """A program takes some queries of one row of all GROUP heads that share a key head, so that keys and values are
-    read once for them, and one of SPLITS parts of the positions that they see.
-
-    The result goes to out, and with several parts to parts, with the maximum and the sum of its softmax in stats.
-    """
+    """A program takes some queries of one row of all GROUP heads that share a key head, and one of SPLITS parts of the
+    positions that they see. With several parts the result goes to parts, with the maximum and the sum of its softmax in
+    stats."""
     b = tl.program_id(0) // K
     h = tl.program_id(0) % K
     split = tl.program_id(1)
@@ -347,7 +343,7 @@ def attention_mask(positions, S, group, dtype):
 
 
 def attend(q, k, v, mask):
-    """Takes two launches where the queries alone would not keep the GPU busy: then what they see is cut into parts."""
+    """What the queries see is cut into parts where they alone would not keep the GPU busy."""
     B, T, H, D = q.shape
     K, S = k.shape[1:3]
     out = torch.empty_like(q)
