@@ -15,7 +15,7 @@ from support.cli import ContextFull, RunError, announce
 from support.files import shorten
 
 PARAMETERS = "max_tokens", "seed", "top_p", "stop", "temperature"   # that a server may refuse, the dearest last
-SUCCESSIVE = "successive messages"      # of one role: a reply that could not be read is dropped between two of them
+SUCCESSIVE = "successive messages"      # of one role, as between which an unreadable reply was dropped
 INSTEAD = {"max_tokens": "max_completion_tokens", SUCCESSIVE: "one message"}
 TOO_LONG = r"context.{0,12}(length|window|size)|too long|too many tokens"       # said of a conversation
 QUESTION = [{"role": "user", "content": "Answer with the word yes."}]
@@ -26,8 +26,8 @@ MAX_THOUGHT = 50_000    # characters of a thought that are kept
 
 @dataclass
 class Completion:
-    """One sampled reply. `tokens` hold the end-of-turn token, or the last token of a stop string, where one ended it;
-    `text` does not. `logps[i]` is the log-prob of `tokens[i]` under the distribution it was drawn from."""
+    """One sampled reply. `tokens` hold what ended it, an end of turn or a stop string, and `text` does not. `logps[i]`
+    is the log-prob of `tokens[i]` under the distribution it was drawn from."""
     text: str
     tokens: list        # of int
     logps: list         # of float, in nats
@@ -44,8 +44,7 @@ class Completion:
 
 
 class EndpointError(RunError):
-    """A server gave no usable answer. tries: how often the same request is worth asking; pause_s: seconds to wait
-    before the next, at least."""
+    """A server gave no usable answer. tries: how often the same is worth asking. pause_s: to wait before, at least."""
 
     def __init__(self, message, tries=1, pause_s=0.0):
         super().__init__(message)
@@ -54,15 +53,12 @@ class EndpointError(RunError):
 
 
 def is_server(spec):
-    """Returns whether a --model value is the address of a server."""
     return str(spec).lower().startswith(("http://", "https://"))
 
 
 def address(spec):
-    """Returns ((scheme, host, port), the URL to post to, the model's name) of "http://host:port/v1#name".
-
-    Raises ValueError for another form, and for a key in it, because addresses stand in messages and results.
-    """
+    """Returns ((scheme, host, port), the URL to post to, the model's name) of "http://host:port/v1#name". ValueError:
+    another form, or one with a key, because addresses stand in messages and results."""
     url, _, name = str(spec).partition("#")
     try:
         parts = urllib.parse.urlsplit(url)
@@ -78,12 +74,9 @@ def address(spec):
 
 
 def key_name(spec, model):
-    """Returns the name of the environment variable that holds the key for the server `spec`.
-
-    OPENAI_API_KEY is for the host of `model` alone. Another host has a variable of its own, and so has that one where
-    it is set: OPENAI_API_KEY_API_DEEPSEEK_COM for https://api.deepseek.com, OPENAI_API_KEY_LOCALHOST_8001 for
-    http://localhost:8001.
-    """
+    """Returns the name of the environment variable that holds the key for the server `spec`: OPENAI_API_KEY for the
+    host of `model` alone, and for another, or where it is set, its own, such as OPENAI_API_KEY_API_DEEPSEEK_COM or, for
+    http://localhost:8001, OPENAI_API_KEY_LOCALHOST_8001."""
     scheme, host, port = address(spec)[0]
     if (scheme, port) != ("https", 443):
         host += f".{port}"
@@ -93,7 +86,7 @@ def key_name(spec, model):
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """Hands over answers of any status, and so follows no redirect: it would take the conversation to another host."""
+    """Hands over answers of any status, and follows no redirect, which would take the conversation to another host."""
 
     def http_response(self, request, response):
         return response
@@ -102,10 +95,10 @@ class AnyStatus(urllib.request.HTTPErrorProcessor):
 
 
 class Endpoint:
-    """The same `chat` as Engine's, answered by any server that speaks /v1/chat/completions. Threads may share it.
+    """A server that speaks /v1/chat/completions, at "http://host:port/v1#model-name". Threads may share it.
 
-    spec is "http://host:port/v1#model-name". key: the environment variable that holds the server's key, which is sent
-    to that host alone and stands in no message. timeout_s: for one reply.
+    key: the environment variable that holds the server's key, which is sent to that host alone and stands in no
+    message. timeout_s: for one reply.
     """
     context = None              # in tokens; only the server knows
     retries = 5                 # of a request that a server failed to answer
@@ -125,11 +118,11 @@ class Endpoint:
         self._opener = urllib.request.build_opener(AnyStatus)
 
     def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0):
-        """Returns a Completion without tokens and logps, which the server keeps. messages: [{"role", "content"}].
+        """Returns a Completion without tokens and logps. messages: [{"role", "content"}].
 
-        What a model thinks is cut off before stop strings are looked for. no_reply says why a text is empty, such as
-        that of a conversation which the server cannot answer though it answers others. Raises ContextFull where the
-        server says so, and EndpointError where it answers nothing.
+        What a model thinks is cut off before stop strings are looked for. no_reply says why a text is empty, also where
+        the server cannot answer this conversation, though it answers others. Raises ContextFull where the server says
+        so, and EndpointError where it answers nothing.
         """
         stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
         body = {"model": self.name, "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
@@ -140,7 +133,7 @@ class Endpoint:
         try:
             completion = self._ask_again(body)
         except EndpointError as error:
-            try:        # a short question tells a server that answers nothing from one that cannot answer this
+            try:        # does the server answer anything?
                 ask = self._ask_again if error.tries == 1 else self._ask        # it may be busy just now
                 ask(body | {"messages": QUESTION})
             except (EndpointError, ContextFull):
@@ -154,7 +147,7 @@ class Endpoint:
         return completion
 
     def _ask_again(self, body):
-        """Returns the Completion of a request, which is made until it is answered, or not worth it any more."""
+        """Returns the Completion of a request, which is made as often as it is worth."""
         attempt = 1
         while True:
             try:
@@ -169,7 +162,6 @@ class Endpoint:
             attempt += 1
 
     def _ask(self, body):
-        """Returns the Completion of a request, without the parameters that the server refuses."""
         # 1. An answer that complains of no parameter.
         changed = dict(self.changed)
         while True:
@@ -188,7 +180,7 @@ class Endpoint:
         if status != 200:
             raise self._failure(status, retry_after, said)
         completion = self._read(said)
-        # 2. A thought alone may have ended at a stop string in it: then the whole thought shows one.
+        # 2. A thought alone may have ended at a stop string in it. Then the whole thought shows one.
         if completion.no_reply == ONLY_THOUGHT and "stop" in sent:
             first = completion
             completion = self._ask({name: value for name, value in body.items() if name != "stop"})
@@ -206,7 +198,6 @@ class Endpoint:
         return completion
 
     def _failure(self, status, retry_after, said):
-        """Returns the EndpointError of an answer with another status than 200."""
         message = (f"{self.url} answered {status}: {self._excerpt(said)}; check the server, the model's name "
                    f"{self.name!r} and the key in {self.key_name}")
         seconds = re.fullmatch(r"\d{1,9}(\.\d+)?", retry_after)
@@ -216,7 +207,6 @@ class Endpoint:
         return EndpointError(message, self.retries + 1 if status >= 500 else 1, pause_s)
 
     def _read(self, said):
-        """Returns the Completion that a server's answer tells of."""
         try:
             answer = json.loads(said)
             choice = answer["choices"][0]
@@ -267,7 +257,7 @@ class Endpoint:
         return response.status, response.headers.get("Retry-After", ""), raw.decode("utf-8", "replace")
 
     def _excerpt(self, said):
-        """Returns the beginning of what a server said, in printable ASCII and without the key."""
+        """Returns the beginning of a text, in printable ASCII and without the key."""
         return ascii(" ".join(self._hide_key(said)[:4096].split())[:300])
 
     def _hide_key(self, text):
@@ -278,7 +268,7 @@ class Endpoint:
 
 
 def split_thought(text):
-    """Returns (thought, reply) of a text that may begin with a thought, also where the prompt held its opening tag."""
+    """Returns (thought, reply) of a text. The thought's opening tag may have stood in the prompt."""
     thought, tag, reply = text.partition("</think>")
     if not tag and not thought.lstrip().startswith("<think>"):
         return "", text
@@ -286,7 +276,6 @@ def split_thought(text):
 
 
 def missing_text(choice, message, has_thought):
-    """Returns why an answer has no text, in words."""
     if message.get("refusal"):
         return f"The model refused: {ascii(str(message['refusal'])[:200])}"
     if message.get("tool_calls") or message.get("function_call"):
@@ -297,7 +286,7 @@ def missing_text(choice, message, has_thought):
 
 
 def refused_parameter(status, said, changed, sent):
-    """Returns what an answer complains of, by the name that it has in PARAMETERS or SUCCESSIVE; None: nothing known."""
+    """Returns the one of PARAMETERS, or SUCCESSIVE, that an answer complains of, or None."""
     if status not in (400, 422):
         return None
     if SUCCESSIVE not in changed and re.search("alternat|successive|consecutive", said[:4096]):
@@ -308,7 +297,6 @@ def refused_parameter(status, said, changed, sent):
 
 
 def join_successive(messages):
-    """Returns the messages with each run of one role as one message."""
     groups = itertools.groupby(messages, lambda message: message["role"])
     return [{"role": role, "content": "\n\n".join(each["content"] for each in group)} for role, group in groups]
 
