@@ -1,7 +1,6 @@
-"""Faster products for the few rows of a decoding step on a CPU, which a loaded model is given after it is built.
+"""Faster products for the few rows of a decoding step on a CPU, whose time goes into reading the weights.
 
-A step of 1 to 64 rows takes its time from reading the weights. Measured on two cores at the shapes of the 0.5B model,
-in GB/s of fp32 weights, where the memory gives about 30:
+In GB/s of fp32 weights, on two cores at the shapes of the 0.5B model, where the memory gives about 30:
 
     rows                     1     4     8    64
     F.linear                29    13    10     5
@@ -38,8 +37,8 @@ def pack(model):
 
 
 def packed_forward(layer, rows, product, x, *args, **kwargs):
-    """Returns product(x) where it is for so many rows; else, with gradients, for another dtype and with the further
-    arguments of the output layer, what the layer's class computes."""
+    """Returns product(x) where it is for so many rows, and else, as with gradients, another dtype or targets, what the
+    layer's class computes."""
     plain = args or kwargs or torch.is_grad_enabled() or x.dtype is not layer.weight.dtype
     if plain or x.numel() // x.shape[-1] not in rows:
         return type(layer).forward(layer, x, *args, **kwargs)
@@ -47,8 +46,8 @@ def packed_forward(layer, rows, product, x, *args, **kwargs):
 
 
 def packed_product(layer):
-    """Returns the numbers of rows for which a copy of an fp32 weight pays, and the function of x that uses the copy.
-    layer.step_bytes becomes the bytes of weights that a product with one row reads."""
+    """Returns the numbers of rows for which a copy of an fp32 weight pays, and the function of x that uses it. Sets
+    layer.step_bytes, the bytes that a product with one row reads."""
     weight = layer.weight.detach()
     bias = layer.bias.detach() if layer.bias is not None else None
     largest = weight.abs().max()

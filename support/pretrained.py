@@ -16,7 +16,6 @@ HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 
 
 def read_json(path):
-    """Returns the JSON object in a file of a checkpoint. Raises ValueError where there is none."""
     if not path.is_file():
         raise ValueError(f"{path.parent} holds no {path.name}; expected the folder of a Qwen2.5 checkpoint")
     try:
@@ -36,8 +35,8 @@ def write_json(path, values):
 def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=SHARD_BYTES):
     """Writes config.json and model.safetensors, or shards of at most max_shard_bytes with their index.
 
-    tensors: an iterable of (name, tensor), converted to dtype, of which one shard is held at a time. The config
-    is removed first and written last: a folder whose writing broke off does not load.
+    tensors: an iterable of (name, tensor), of which one shard is held at a time. The config is removed first and
+    written last: a folder whose writing broke off does not load.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +69,7 @@ def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=SHARD_BYTES
 
 
 def split_shards(tensors, dtype, max_shard_bytes):
-    """Yields {name: tensor} for each file. It is always the same dictionary, so that one shard is held at a time."""
+    """Yields {name: tensor} for each file, always the same dictionary, so that one shard is held at a time."""
     shard = {}
     shard_bytes = 0
     for name, tensor in tensors:
@@ -100,7 +99,7 @@ def find_folder(path, files=("*.json", "*.jinja", "*.safetensors", "merges.txt")
 
 
 def hash_checkpoint(folder):
-    """Returns a shortened sha256 of the weights, the config and the tokenizer in a folder. It reads the files whole."""
+    """Returns a shortened sha256 of the weights, the config and the tokenizer in a folder."""
     hashes = {}
     for path in sorted(Path(folder).iterdir()):
         if path.is_file() and (path.suffix == ".safetensors" or path.name in HASHED):
@@ -133,9 +132,9 @@ def read_headers(folder):
 def load_tensors(folder, parameters, slice_bytes=32 * 2**20, unused=()):
     """Fills parameters from the checkpoint in `folder`, a slice of rows at a time.
 
-    parameters: {name: (tensor, first, shape)}; the tensor receives the rows from `first` on of one of this shape, so
-    that a process which holds a part reads only that part. unused: names in the checkpoint that need no parameter.
-    Raises ValueError naming missing, unexpected and mis-shaped tensors together, before anything is copied.
+    parameters: {name: (tensor, first, shape)}; the tensor receives the rows from `first` on of one of this shape.
+    unused: names in the checkpoint that need no parameter. ValueError: missing, unexpected and mis-shaped tensors,
+    before anything is copied.
     """
     headers = read_headers(folder)
     shared = sorted(parameters.keys() & headers.keys())
