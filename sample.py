@@ -41,7 +41,7 @@ from support.pretrained import find_folder, read_json, write_json
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
-# What transformers and vLLM read of Qwen's chat format. They put the default system message first, if there is one.
+# What transformers and vLLM read of Qwen's chat format.
 CHAT_TEMPLATE = (r"{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
                  r"{% endfor %}"
                  r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -53,8 +53,8 @@ SYSTEM_IN_TEMPLATE = r"<\|im_start\|>system\\n(You are[^'<{]*)<\|im_end\|>"
 class Tokenizer:
     """A byte-level BPE tokenizer (tokenizer.json) with Qwen's chat format.
 
-    size: the number of token ids. The model's vocabulary may be larger; its spare ids are never sampled.
-    eos: the ids that end a turn. bytes: of each id.
+    size: the number of token ids; the model's spare ones are never sampled. eos: the ids that end a turn. bytes: of
+    each id, with which text grows token by token.
     """
     TURN = "<|im_start|>"
     END = "<|im_end|>"
@@ -71,7 +71,6 @@ class Tokenizer:
         self.bpe.encode_special_tokens = True       # "<|im_end|>" in a script's output stays text and ends no turn
         self.turn = bpe.token_to_id(self.TURN)
         self.end = bpe.token_to_id(self.END)
-        # With the bytes of every id text can grow token by token, and stop strings are found without decoding it all.
         self.bytes = defaultdict(bytes)
         added = bpe.get_added_tokens_decoder()
         byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
@@ -88,8 +87,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Reads tokenizer.json of a checkpoint folder, and from its other files the ids that end a turn and the default
-        system message. Raises ValueError for a missing or damaged file."""
+        """Reads a checkpoint folder. ValueError: tokenizer.json is missing or damaged."""
         folder = Path(folder)
         try:
             bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -110,7 +108,7 @@ class Tokenizer:
 
     @classmethod
     def of_bytes(cls):
-        """Returns a tokenizer of one token a byte and three special tokens, for a model without a checkpoint."""
+        """Returns a tokenizer of one token a byte and three special tokens."""
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(byte_alphabet())}, []))
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -118,13 +116,12 @@ class Tokenizer:
         return cls(bpe)
 
     def check_fits(self, config, name):
-        """Raises ValueError where a model of this Config lacks rows for some ids."""
         if self.size > config.vocab_size:
-            raise ValueError(f"{name}: the tokenizer has {self.size} ids and the model rows for {config.vocab_size}; they "
-                             "are not of one checkpoint")
+            raise ValueError(f"{name}: the tokenizer has {self.size} ids and the model rows for {config.vocab_size}; "
+                             "they are not of one checkpoint")
 
     def save(self, folder):
-        """Writes the tokenizer's files beside a saved model, so that transformers and vLLM open the folder."""
+        """Writes the tokenizer's files beside a saved model."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not self.folder:
@@ -143,11 +140,10 @@ class Tokenizer:
         part.replace(folder / "tokenizer.json")
 
     def fingerprint(self):
-        """Returns 16 hex digits that tell tokenizers apart: sampled ids help a model with the same one alone."""
+        """Returns 16 hex digits that tell tokenizers apart."""
         return hashlib.sha256(self.bpe.to_str().encode()).hexdigest()[:16]
 
     def encode(self, text):
-        """Returns the token ids of plain text."""
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
@@ -155,8 +151,8 @@ class Tokenizer:
         return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
 
     def spelling(self, ids, text):
-        """Returns those of the sampled ids that spell exactly the text, without what ended it (an end of turn or a stop
-        string); None where they do not, or are no ids at all: they may come from a file."""
+        """Returns those of the sampled ids that spell exactly the text, without what ended it; None where they do not,
+        or are no ids: they may come from a file."""
         if not isinstance(ids, list):
             return None
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -173,17 +169,17 @@ class Tokenizer:
         return ids if text[pos:] == decoder.decode(b"", final=True) else None
 
     def chat(self, messages):
-        """Returns the token ids of a conversation, up to where the assistant speaks next. See conversation."""
+        """Returns the token ids of a conversation, up to where the assistant speaks next."""
         ids, _ = self.conversation(messages)
         return [*ids, self.turn, *self.encode("assistant\n")]
 
     def conversation(self, messages, assistant_turns=None):
-        """Returns (ids, loss_mask) of a conversation, [{"role", "content"}]. A message is
-        <|im_start|>role\\ncontent<|im_end|>\\n; the default system message comes first where the conversation has none.
+        """Returns (ids, loss_mask) of a conversation, [{"role", "content"}]. The default system message comes first
+        where it has none. The ids that were sampled for a reply, its "tokens", stand for its content where they spell
+        it, because encoding the text may give others.
 
         The loss mask is True for what the assistant chose: its replies, and the token that ends each. assistant_turns:
-        the indices of the messages that count; None: all of the assistant's. The ids that were sampled for a reply, its
-        "tokens", stand for its content where they spell it, because encoding the text may give others.
+        the indices of the messages that count; None: all of the assistant's.
         """
         numbered = list(enumerate(messages))
         if self.system is not None and (not messages or messages[0].get("role") != "system"):
@@ -221,10 +217,8 @@ def byte_alphabet():
 # Key/value cache
 
 class KVCache:
-    """Keys and values of R conversations of up to S_max tokens: two tensors (L, R, K, S_max, D), allocated once.
-
-    S_max is the next multiple of 64 above `length`. No token stands at its last position, where padding is written.
-    """
+    """Keys and values of R conversations: two tensors (L, R, K, S_max, D), allocated once. S_max is the next multiple
+    of 64 above `length`. No token stands at its last position, where padding is written."""
 
     def __init__(self, config, rows, length, dtype, device):
         self.group = config.num_attention_heads // config.num_key_value_heads       # query heads that share a key
@@ -235,12 +229,10 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def copy(self, source, target, length):
-        """Copies the first `length` positions of one row to another."""
         for cached in (self.k, self.v):
             cached[:, target, :, :length] = cached[:, source, :, :length]
 
     def swap(self, a, b, length):
-        """Exchanges the first `length` positions of two rows."""
         for cached in (self.k, self.v):
             kept = cached[:, a, :, :length].clone()
             cached[:, a, :, :length] = cached[:, b, :, :length]
@@ -250,9 +242,8 @@ class KVCache:
 class ForwardBatch:
     """The tokens of one pass: row rows[i] of a cache goes on with counts[i] >= 1 tokens after its starts[i] tokens.
 
-    The new tokens of all rows, N together, stand back to back; positions: (1, N), where each stands in its row. A token
-    sees its row up to its own position, so what an earlier conversation left beyond is never read. fresh: every row is
-    at its start, where plain causal attention gives the same.
+    The new tokens of all rows, N together, stand back to back; positions: (1, N), where each stands in its row, which
+    it sees up to there. fresh: every row is at its start, where plain causal attention gives the same.
     """
     def __init__(self, cache, rows, starts, counts):
         self.cache = cache
@@ -284,7 +275,7 @@ class ForwardBatch:
         self.parts.append((tokens, slice(first_row, end_row), S, mask))
 
     def locate(self, rows):
-        """Notes where the keys of the tokens, which are in the rows (N,), belong among a layer's R * K * S_max."""
+        """Notes where the tokens' keys belong among a layer's R * K * S_max. rows: (N,)."""
         K, S_max = self.cache.k.shape[2:4]
         heads = rows[:, None] * K + torch.arange(K, device=rows.device)
         self.places = (heads * S_max + self.positions[0, :, None]).flatten()        # (N * K,)
@@ -311,11 +302,11 @@ class ForwardBatch:
 
 class DecodeGraph(ForwardBatch):
     """A pass of one shape, run again and again: the first B rows of a cache, each with T new tokens that see its first
-    S positions. All it reads and writes are tensors that stay where they are, so that on CUDA a pass is one graph,
-    which is replayed without asking the device anything. On a CPU the same function runs as it stands.
+    S positions. All it reads and writes are tensors that stay where they are, so that on CUDA a pass is one graph; on a
+    CPU the same function runs as it stands.
 
-    A token at the cache's last position, which no row ever reaches, is padding: it writes there alone. Where T is 1,
-    the tokens that a pass samples are the input of the next.
+    A token at the cache's last position is padding. Where T is 1, the tokens that a pass samples are the input of the
+    next.
     """
     fresh = False
 
@@ -351,12 +342,9 @@ class DecodeGraph(ForwardBatch):
         self.positions.add_(1).clamp_(max=self.cache.padding)
 
     def run(self, passes, tokens, starts, temperature, uniform):
-        """Runs passes over the first rows, of which there may be fewer than B. Returns for each row [(token, logp)] of
-        its passes, or of its tokens.
-
-        tokens: a list for each row, which goes on after its first `starts` positions. temperature: of each row.
-        uniform: a number for each result.
-        """
+        """Returns for each row [(token, logp)] of its passes, or of its tokens. There may be fewer rows than B.
+        tokens: a list for each row, which goes on after its first `starts` positions. uniform: a number for each
+        result."""
         # 1. Padding makes (B, T) of them.
         B, T = self.shape[:2]
         all_tokens = np.zeros((B, T), int)
@@ -389,7 +377,7 @@ CHECK_EVERY = 4             # passes of a DecodeGraph between two looks at what 
 GRAPH_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
 SHORTEST_SIGHT = 256        # positions that a graph's tokens see at least, so that there are few graphs
 # On these devices the number S of positions that a pass sees grows in steps, and the mask hides the rest: there a
-# kernel is chosen for each new shape, and a mask of odd width is copied in every layer. On a CPU it would cost time.
+# kernel is chosen for each new shape, and a mask of odd width is copied in every layer.
 FEW_SHAPES = ("cuda",)
 SIGHT_STEP = 64
 
@@ -398,11 +386,8 @@ SIGHT_STEP = 64
 # Sampling a token
 
 def next_tokens(model, batch, num_ids, tokens, temperature, uniform):
-    """Returns what is sampled after each of the batch's tokens (1, N), and its log-probs, both (N,).
-
-    num_ids: the tokenizer's size. For the rest see sample_tokens.
-    """
-    # As the trainer has it, for equal log-probs: the vocabulary's rows that stand for no token are left out, and logits
+    """Returns what is sampled after each of the batch's tokens (1, N), and its log-probs, both (N,)."""
+    # As in training, for equal log-probs: rows of the vocabulary that stand for no token are left out, and logits
     # become fp32 before they are divided by the temperature.
     logits = model(tokens, batch)[0, :, :num_ids].float()
     return sample_tokens(logits, temperature, uniform)
@@ -449,8 +434,8 @@ class PromptLookup:
     """Guesses how a text goes on: as it did after its last two tokens when they occurred before.
 
     pos: where in `seq` the token stands that is guessed next, or None. match_len: how many tokens before it equal the
-    end of the text, up to LONGEST. counts: [right, made] guesses of all texts for each match_len, drafted or not.
-    acceptance: the same of this text alone, where older guesses count less.
+    end of the text, up to LONGEST. counts: [right, made] guesses of all texts for each match_len. acceptance: the same
+    of this text alone, where older guesses count less.
     """
     LONGEST = 16
     DECAY = 0.9
@@ -464,7 +449,6 @@ class PromptLookup:
         self.find()
 
     def find(self):
-        """Looks up the last bigram, and counts how many more tokens before it match."""
         seq = self.seq
         self.pos = self.ngram_index.get(tuple(seq[-2:]))
         self.match_len = 2
@@ -474,7 +458,6 @@ class PromptLookup:
                 self.match_len += 1
 
     def add(self, token):
-        """Appends the next token to the text."""
         right = False
         if self.pos is not None:
             right = self.seq[self.pos] == token
@@ -504,14 +487,13 @@ class PromptLookup:
 class Engine:
     """Samples many conversations at once from one model. Any thread may call chat, generate and submit.
 
-    rows: conversations in the cache, which is also the largest batch. context: tokens of one conversation. A finished
-    row keeps its keys and values: a prompt that begins with the same tokens (the next turn of a conversation, another
-    sample of the same prompt) reuses them. draft: guess tokens from the text so far, and check several in one pass.
-    fixed_shapes: decode in passes of fixed shapes, DecodeGraph. Neither changes what is sampled.
+    rows: conversations in the cache, which is also the largest batch. A finished row keeps its keys and values: a
+    prompt that begins with the same tokens reuses them. context: tokens of one conversation. draft: guess tokens from
+    the text so far, and check several in one pass. fixed_shapes: decode by DecodeGraph. Neither changes what is
+    sampled.
 
     The first chat or submit starts a thread that runs the model from then on. Until then generate runs it in the
-    caller's thread, which on a CPU is a quarter faster for a large model: there is one pool of OpenMP threads, not two
-    that share the cores.
+    caller's thread, which on a CPU is a quarter faster for a large model: it has one pool of OpenMP threads, not two.
     """
 
     def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", draft=True, fixed_shapes=False):
@@ -530,8 +512,7 @@ class Engine:
         is_large = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
         packs = dtype is torch.bfloat16 or (dtype is torch.float32 and is_large)        # see cpu_linear
         self.packs = self.device.type == "cpu" and weight.dtype is dtype and packs
-        # A small model takes one OpenMP thread: several would wait for each other at every product, beside a busy
-        # program as long as the scheduler's turn. The load does not decide, so that a run can be repeated.
+        # A small model takes one OpenMP thread, as in support.distributed.row_threads.
         is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_BELOW
         self.num_threads = 1 if is_small else torch.get_num_threads()
         self.cache = KVCache(model.config, rows, self.context, dtype, self.device)
@@ -552,7 +533,7 @@ class Engine:
         self.used = [0] * self.rows         # when each was parked last
 
     def refresh(self):
-        """Takes notice of changed weights: drops what the old ones cached and guessed, and packs anew."""
+        """Takes notice of changed weights."""
         self.forget()
         self.guess_counts = [[1, 2] for _ in range(PromptLookup.LONGEST + 1)]
         if self.packs:
@@ -561,15 +542,15 @@ class Engine:
     # -- what callers use
 
     def chat(self, messages, **options):
-        """Returns the assistant's next reply to a conversation, a Completion. See submit for the options."""
+        """Returns the Completion of a conversation. See submit for the options."""
         return self.submit(self.tokenizer.chat(messages), **options).result()
 
     def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
         """Returns a list of n Completions for each prompt (a text, a list of ids, or a conversation). See submit for
         the options.
 
-        Sample j of prompt i draws from seed + i * n + j. The same calls give the same tokens on a CPU, and on a GPU but
-        for rounding. on_completion(i, j, completion) is called in the caller's thread as soon as that sample is done.
+        Sample j of prompt i draws from seed + i * n + j. on_completion(i, j, completion) is called in the caller's
+        thread as soon as that sample is done.
         """
         requests = []
         for prompt in prompts:
@@ -598,8 +579,7 @@ class Engine:
     def submit(self, ids, **options):
         """Queues one reply to the token ids of a prompt, and returns a Future of its Completion.
 
-        Options: max_new_tokens, temperature, stop (strings), seed. Raises ContextFull if the reply may not fit the
-        context, ValueError for options out of range.
+        Options: max_new_tokens, temperature, stop (strings), seed. Raises ContextFull if the reply may not fit.
         """
         request = self._request(ids, **options)
         with self.wake:
@@ -637,7 +617,7 @@ class Engine:
             self._advance()
 
     def _advance(self):
-        """Makes one step if there is anything to do. What it raises is handed to everyone who waits for a reply."""
+        """Makes one step if there is anything to do. What it raises is handed to all who wait for a reply."""
         with self.turn, torch.no_grad():        # not inference_mode: it would break later training of the same module
             num_threads = torch.get_num_threads()       # of OpenMP, each Python thread's own
             torch.set_num_threads(self.num_threads)
@@ -658,11 +638,8 @@ class Engine:
                 torch.set_num_threads(num_threads)
 
     def step(self):
-        """Runs one pass: every active row gets a token, and with it those of its draft that prove right.
-
-        Each position has its own random number, with a draft and without, and the draft only decides whether the
-        positions after it count: so the tokens are those of plain decoding.
-        """
+        """Runs one pass: every active row gets a token, and with it those of its draft that prove right. Each position
+        has its own random number, with a draft and without: so the tokens are those of plain decoding."""
         # 1. New requests get rows, and their prompts come into the cache.
         self.schedule()
         # 2. One pass over each row's last token and its draft; in a graph without drafts, several passes.
@@ -693,11 +670,9 @@ class Engine:
             future.set_result(completion)
 
     def propose_drafts(self):
-        """Returns for each active row the tokens to try after its last.
-
-        A guess that is right with probability p, after j others, is right with p^(j + 1). It pays if that is more
-        tokens than its cost would give otherwise. All that pay raise that rate, so the lengths are found again with it.
-        """
+        """Returns for each active row the tokens to try after its last. Where each guess is right with probability p,
+        the j-th adds p^j tokens. It pays if its cost would give fewer otherwise. All that pay raise that rate, so the
+        lengths are found again with it."""
         B = len(self.active)
         if not self.draft:
             return [[]] * B
@@ -749,8 +724,7 @@ class Engine:
         return [list(itertools.islice(pairs, count)) for count in counts]
 
     def schedule(self):
-        """Gives free rows to waiting requests, and brings their prompts but for the last token into the cache. Each
-        reuses the longest beginning that some row holds."""
+        """Gives free rows to waiting requests, and brings their prompts but for the last token into the cache."""
         # 1. Requests get rows while there are any.
         with self.wake:
             ready = len(self.active)
@@ -786,7 +760,7 @@ class Engine:
     def assign_row(self, request, row, source, reused):
         """Makes `row` begin with the `reused` tokens of the row `source` that are the request's first."""
         # 1. Take over the source if it is parked and holds this conversation's last turn, or another reply to its
-        #    prompt. Else copy what is shared to an empty row, or to the one that was parked first.
+        #    prompt. Else copy what is shared, best to an empty row.
         P = len(request.prompt) - 1
         parked = range(row, self.rows)
         home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))
@@ -808,7 +782,7 @@ class Engine:
         self.prefilled_tokens += P - reused
 
     def prefill(self, rows):
-        """Computes what the cache lacks of the prompts in these rows, PREFILL_TOKENS in one pass."""
+        """Computes what the cache lacks of the prompts in these rows."""
         missing = [(row, pos) for row in rows for pos in range(self.lengths[row], len(self.active[row].prompt) - 1)]
         for begin in range(0, len(missing), PREFILL_TOKENS):
             part = missing[begin:begin + PREFILL_TOKENS]
@@ -868,8 +842,8 @@ LARGE_BYTES = 2**26         # of weights, beyond what a processor's cache holds
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
 LONGEST_DRAFT = 32          # tokens of one row
-# The cost of one more token in a pass, of which the pass itself is 1. Constants, so that the same seeds always make the
-# same passes. On a GPU a pass of few tokens takes as long as reading the weights does.
+# The cost of one more token in a pass, of which the pass itself is 1: constants, so that the same seeds make the same
+# passes.
 TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}
 
 
@@ -878,11 +852,9 @@ TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}
 
 def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch", graphs=False,
          key=None, timeout_s=600.0):
-    """Returns the Engine or Endpoint that a --model value names. Raises ValueError for what cannot be loaded.
+    """Returns the Engine or Endpoint that a --model value names (Settings.model). ValueError: it cannot be loaded.
 
-    spec: a folder, a hub id ("Qwen/Qwen2.5-7B-Instruct"), "tiny" (random weights, one token a byte: for trying things
-    out), or "http://host:port/v1#name". device, dtype, kernels: as in support.cli.ModelSettings. graphs: decode in
-    CUDA graphs. key, timeout_s: of a server, see Endpoint.
+    device, dtype, kernels: as in support.cli.ModelSettings. key, timeout_s: of a server, see Endpoint.
     """
     if is_server(spec):
         return Endpoint(spec, key, timeout_s)
