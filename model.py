@@ -24,7 +24,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from support.pretrained import SHARD_BYTES, find_folder, load_tensors, read_json, write_checkpoint, write_json
+from support.files import write_atomic
+from support.pretrained import SHARD_BYTES, find_folder, load_tensors, read_json, write_checkpoint
 
 # cuDNN makes a plan for every new shape of an attention, which takes 40 to 400 ms, and shapes change at each pass.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -98,7 +99,7 @@ class Config:
             "use_sliding_window": False,
             "torch_dtype": str(dtype).removeprefix("torch."),
         }
-        write_json(Path(folder) / "config.json", {**values, **asdict(self)})
+        write_atomic(Path(folder) / "config.json", {**values, **asdict(self)})
 
 
 PRESETS = {     # V, C, F, L, H, K

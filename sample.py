@@ -34,8 +34,8 @@ from support import cpu_linear
 from support.cli import ContextFull, ModelSettings, RunError, parse
 from support.distributed import SMALL_BELOW, compute_type
 from support.endpoint import Completion, Endpoint, address, find_stop, is_server
-from support.files import sync
-from support.pretrained import find_folder, read_json, write_json
+from support.files import sync, write_atomic
+from support.pretrained import find_folder, read_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,8 +128,8 @@ class Tokenizer:
             system = "" if self.system is None else SYSTEM_TEMPLATE.replace("SYSTEM", self.system)
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.END, "pad_token": self.TEXT_END,
                         "clean_up_tokenization_spaces": False, "chat_template": system + CHAT_TEMPLATE}
-            write_json(folder / "generation_config.json", {"eos_token_id": self.end})
-            write_json(folder / "tokenizer_config.json", settings)
+            write_atomic(folder / "generation_config.json", {"eos_token_id": self.end})
+            write_atomic(folder / "tokenizer_config.json", settings)
         elif self.folder.resolve() != folder.resolve():
             for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
                 if (self.folder / name).is_file():

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.files import sync
+from support.files import parse_json, sync, write_atomic
 
 SHARD_BYTES = 5 * 10**9     # of the largest file of weights
 HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -18,18 +18,7 @@ HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 def read_json(path):
     if not path.is_file():
         raise ValueError(f"{path.parent} holds no {path.name}; expected the folder of a Qwen2.5 checkpoint")
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a JSON {type(values).__name__}; expected an object")
-    return values
-
-
-def write_json(path, values):
-    path.write_text(json.dumps(values, indent=2) + "\n")
-    sync(path)
+    return parse_json(path.read_bytes(), {}, path)
 
 
 def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=SHARD_BYTES):
@@ -60,7 +49,7 @@ def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=SHARD_BYTES
         path.rename(folder / "model.safetensors")
     else:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_atomic(folder / "model.safetensors.index.json", index)
     sync(folder)
     config.save(folder, dtype)
     for path in folder.glob("model*.safetensors"):      # which safetensors makes for their owner alone
