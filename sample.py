@@ -217,26 +217,24 @@ def byte_alphabet():
 # Key/value cache
 
 class KVCache:
-    """Keys and values of R conversations: two tensors (L, R, K, S_max, D), allocated once. S_max is the next multiple
-    of 64 above `length`. No token stands at its last position, where padding is written."""
+    """Keys and values of R conversations: two tensors (L, R, K, S_max, D), allocated as one. S_max is the next
+    multiple of 64 above `length`. No token stands at its last position, where padding is written."""
 
     def __init__(self, config, rows, length, dtype, device):
         self.group = config.num_attention_heads // config.num_key_value_heads       # query heads that share a key
         self.padding = (length // SIGHT_STEP + 1) * SIGHT_STEP - 1
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, self.padding + 1, config.head_dim)
+        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, self.padding + 1, config.head_dim)
         # Zeros, not empty: a masked position has weight 0, and 0 times a stray NaN would still be NaN.
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v = self.kv
 
     def copy(self, source, target, length):
-        for cached in (self.k, self.v):
-            cached[:, target, :, :length] = cached[:, source, :, :length]
+        self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
 
     def swap(self, a, b, length):
-        for cached in (self.k, self.v):
-            kept = cached[:, a, :, :length].clone()
-            cached[:, a, :, :length] = cached[:, b, :, :length]
-            cached[:, b, :, :length] = kept
+        kept = self.kv[:, :, a, :, :length].clone()
+        self.copy(b, a, length)
+        self.kv[:, :, b, :, :length] = kept
 
 
 class ForwardBatch:
