@@ -286,15 +286,12 @@ class ForwardBatch:
 
     def attend(self, layer, q):
         """Returns what the queries (N, H, D) find in the cache, (N, H, D)."""
-        out = torch.empty_like(q) if len(self.parts) > 1 else None
+        out = torch.empty_like(q)
         for tokens, rows, S, mask in self.parts:
             k = self.cache.k[layer, rows, :, :S]        # (B, K, S, D)
             v = self.cache.v[layer, rows, :, :S]
             y = KERNELS.attend(q[tokens].view(len(k), -1, *q.shape[1:]), k, v, mask)
-            y = y.view(-1, *q.shape[1:])
-            if out is None:
-                return y
-            out[tokens] = y
+            out[tokens] = y.view(-1, *q.shape[1:])
         return out
 
 
@@ -555,23 +552,21 @@ class Engine:
             ids = self._ids(prompt)
             for _ in range(n):
                 requests.append(self._request(ids, seed=seed + len(requests), **options))
-        numbers = {}
+        futures = [request.future for request in requests]
         done = queue.SimpleQueue()
-        for number, request in enumerate(requests):
-            numbers[request.future] = number
-            request.future.add_done_callback(done.put)
+        for future in futures:
+            future.add_done_callback(done.put)
         with self.wake:     # the engine sees all or none, so that a run can be repeated exactly
             self.waiting.extend(requests)
             self.wake.notify()
-        for _ in requests:
+        for _ in futures:
             while self.thread is None and done.empty():
                 self._advance()
             future = done.get()
             completion = future.result()
             if on_completion:
-                i, j = divmod(numbers[future], n)
-                on_completion(i, j, completion)
-        completions = [request.future.result() for request in requests]
+                on_completion(*divmod(futures.index(future), n), completion)
+        completions = [future.result() for future in futures]
         return [completions[i:i + n] for i in range(0, len(completions), n)]
 
     def submit(self, ids, **options):
