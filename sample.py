@@ -730,7 +730,8 @@ class Engine:
             later = []
             for request in self.active[ready:]:
                 # 3. The row that shares most with the prompt, unless one of this round will share more.
-                same = self.shared_prefix(request.prompt[:-1])
+                equal = self.tokens[:, :len(request.prompt) - 1] == request.prompt[:-1]
+                same = np.logical_and.accumulate(equal, axis=1).sum(1)      # (R,)
                 shared = np.minimum(same, known)
                 source = int(shared.argmax())
                 if same[ready:row].max(initial=0) > shared[source] + FEW_TOKENS:
@@ -744,11 +745,6 @@ class Engine:
             self.active[row:] = later
             self.prefill(range(ready, row))
             ready = row
-
-    def shared_prefix(self, prompt):
-        """Returns how many tokens at the beginning of each row are the prompt's, (R,)."""
-        equal = self.tokens[:, :len(prompt)] == prompt
-        return np.logical_and.accumulate(equal, axis=1).sum(1)
 
     def assign_row(self, request, row, source, reused):
         """Makes `row` begin with the `reused` tokens of the row `source` that are the request's first."""
@@ -788,7 +784,7 @@ class Engine:
                 self.lengths[row] += count
 
     def append_token(self, request, token, logp):
-        """Adds a sampled token to its reply. Returns the Completion if that ends it, else None."""
+        """Adds a sampled token to its reply. Returns the Completion where that ends it."""
         request.tokens.append(token)
         request.logps.append(logp)
         if request.lookup:
@@ -853,9 +849,9 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
         return Endpoint(spec, key, timeout_s)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: there is no GPU that torch can use")
-    if graphs and not str(device).startswith("cuda"):
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that torch can use")
+    if graphs and device != "cuda":
         raise ValueError(f"CUDA graphs need a CUDA device, found {device!r}; leave them off there")
     use_kernels(kernels, device)
     folder = find_folder(spec) if spec != "tiny" else None
@@ -872,7 +868,7 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
 
 
 def small_files(model):
-    """Returns a folder with the small files of the model that --model names, or on the hub; None if it has none."""
+    """Returns a folder with the small files of the model that --model names, or None."""
     try:
         return None if model in ("", "tiny") else find_folder(model, ("*.json",))
     except ValueError:      # there is no such model; who loads it says so
