@@ -17,12 +17,6 @@ QUERIES = 16        # of a program of attention: the smallest side of a matrix p
 KEYS = 64           # that it reads at a time
 
 
-def check_device(device):
-    """Raises ValueError where these kernels cannot run."""
-    if torch.device(device).type != "cuda" and not INTERPRETED:
-        raise ValueError(f"the Triton kernels need a CUDA device, found {str(device)!r}; use torch's there")
-
-
 def row_launch(width):
     """Returns the launch options of a program that holds a whole row."""
     block = triton.next_power_of_2(width)
