@@ -364,30 +364,26 @@ def packed_attention(q, k, v, layout):
     """Returns the causal attention within each text of the rows, (B, T, H, D): a product for each text, and one for
     the branches of a tree. q: (B, T, H, D). k, v: (B, T, K, D). A row with branches stands alone."""
     outputs = []
-    end = 0
+    begin = 0
     for prefix, branches in layout.trees:
-        begin = end
-        middle = begin + prefix
-        end = middle + sum(branches)
-        seen_k = k[:, begin:middle]
-        seen_v = v[:, begin:middle]
+        end = begin + prefix + sum(branches)
+        tree = [x[:, begin:end] for x in (q, k, v)]
         if prefix:
-            outputs.append(causal_attention(q[:, begin:middle], seen_k, seen_v, is_causal=True))
+            outputs.append(causal_attention(*(x[:, :prefix] for x in tree), is_causal=True))
         if branches:
-            own = [x[:, middle:end] for x in (q, k, v)]
-            outputs.append(branch_attention(*own, seen_k, seen_v, branches))
+            outputs.append(branch_attention(*tree, prefix, branches))
+        begin = end
     return torch.cat(outputs, dim=1)
 
 
-def branch_attention(q, k, v, seen_k, seen_v, lengths):
-    """Returns the attention of branches, back to back, over themselves and their common prefix, (1, N, H, D).
-    q: (1, N, H, D). k, v: (1, N, K, D). seen_k, seen_v: (1, P, K, D) of the prefix."""
-    n = len(lengths)
-    P = seen_k.shape[1]
+def branch_attention(q, k, v, P, lengths):
+    """Returns the attention of a tree's branches over themselves and their prefix of P tokens, (1, N, H, D).
+    q: (1, P + N, H, D). k, v: (1, P + N, K, D)."""
     R = max(lengths)
-    q, k, v = (pad_sequence(x[0].split(lengths), batch_first=True) for x in (q, k, v))      # (n, R, heads, D)
-    k = torch.cat([seen_k.expand(n, -1, -1, -1), k], dim=1)
-    v = torch.cat([seen_v.expand(n, -1, -1, -1), v], dim=1)
+    own = [pad_sequence(x[0, P:].split(lengths), batch_first=True) for x in (q, k, v)]      # (n, R, heads, D)
+    q = own[0]
+    k = torch.cat([k[:, :P].expand(len(lengths), -1, -1, -1), own[1]], dim=1)
+    v = torch.cat([v[:, :P].expand(len(lengths), -1, -1, -1), own[2]], dim=1)
     mask = torch.ones(R, P + R, dtype=torch.bool, device=q.device).tril(P)  # padding stands behind all it could hide
     y = causal_attention(q, k, v, attn_mask=mask)
     return torch.cat([branch[:length] for branch, length in zip(y, lengths)])[None]
