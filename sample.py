@@ -160,8 +160,7 @@ class Tokenizer:
         for n, i in enumerate(ids):
             if pos == len(text) and not decoder.getstate()[0]:
                 return ids[:n]
-            is_text = type(i) is int and 0 <= i < self.size and i not in self.control
-            raw = self.bytes[i] if is_text else b""
+            raw = self.bytes.get(i, b"") if type(i) is int and i not in self.control else b""
             piece = decoder.decode(raw)
             if not raw or not text.startswith(piece, pos):
                 return None
@@ -538,20 +537,16 @@ class Engine:
 
     def chat(self, messages, **options):
         """Returns the Completion of a conversation. See submit for the options."""
-        return self.submit(self.tokenizer.chat(messages), **options).result()
+        return self.submit(messages, **options).result()
 
     def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
-        """Returns a list of n Completions for each prompt (a text, a list of ids, or a conversation). See submit for
-        the options.
+        """Returns a list of n Completions for each prompt. See submit for the options.
 
         Sample j of prompt i draws from seed + i * n + j. on_completion(i, j, completion) is called in the caller's
         thread as soon as that sample is done.
         """
-        requests = []
-        for prompt in prompts:
-            ids = self._ids(prompt)
-            for _ in range(n):
-                requests.append(self._request(ids, seed=seed + len(requests), **options))
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        requests = [self._request(prompt, seed=seed + i, **options) for i, prompt in enumerate(repeated)]
         futures = [request.future for request in requests]
         done = queue.SimpleQueue()
         for future in futures:
@@ -569,12 +564,10 @@ class Engine:
         completions = [future.result() for future in futures]
         return [completions[i:i + n] for i in range(0, len(completions), n)]
 
-    def submit(self, ids, **options):
-        """Queues one reply to the token ids of a prompt, and returns a Future of its Completion.
-
-        Options: max_new_tokens, temperature, stop (strings), seed. Raises ContextFull if the reply may not fit.
-        """
-        request = self._request(ids, **options)
+    def submit(self, prompt, **options):
+        """Queues one reply to a prompt (a text, a list of ids, or a conversation), and returns a Future of its
+        Completion. Options: max_new_tokens, temperature, stop (strings), seed. ContextFull: the reply may not fit."""
+        request = self._request(prompt, **options)
         with self.wake:
             self.waiting.append(request)
             if self.thread is None:
@@ -583,7 +576,10 @@ class Engine:
             self.wake.notify()
         return request.future
 
-    def _request(self, ids, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0):
+    def _request(self, prompt, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0):
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if ids and isinstance(ids[0], dict):
+            ids = self.tokenizer.chat(ids)
         if not (ids and max_new_tokens >= 1 and temperature >= 0 and top_p == 1):
             raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, and a top_p of 1, as training "
                              f"has; found {len(ids)} prompt tokens, {max_new_tokens}, {temperature} and {top_p}")
@@ -595,18 +591,12 @@ class Engine:
         return Request(np.array(ids), max_new_tokens, temperature, [text.encode() for text in stop if text],
                        uniform.numpy())
 
-    def _ids(self, prompt):
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        return self.tokenizer.chat(prompt) if prompt and isinstance(prompt[0], dict) else list(prompt)
-
     # -- what runs the model
 
     def _serve(self):
         while True:
             with self.wake:
-                while not (self.active or self.waiting):
-                    self.wake.wait()
+                self.wake.wait_for(lambda: self.active or self.waiting)
             self._advance()
 
     def _advance(self):

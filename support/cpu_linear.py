@@ -29,11 +29,8 @@ def pack(model):
     checkpoint, and otherwise to oneDNN's blocked layout; sums stay in fp32. A weight in bf16 needs no copy.
     """
     for layer in model.modules():
-        if isinstance(layer, Linear) and layer.weight.dtype is torch.float32:
-            rows, product = packed_product(layer)
-            layer.forward = partial(packed_forward, layer, rows, product)
-        elif isinstance(layer, Linear) and layer.weight.dtype is torch.bfloat16:
-            layer.forward = partial(packed_forward, layer, ANY_ROWS, partial(bf16_product, layer))
+        if isinstance(layer, Linear):
+            layer.forward = partial(packed_forward, layer, *packed_product(layer))
 
 
 def packed_forward(layer, rows, product, x, *args, **kwargs):
@@ -46,19 +43,18 @@ def packed_forward(layer, rows, product, x, *args, **kwargs):
 
 
 def packed_product(layer):
-    """Returns the numbers of rows for which a copy of an fp32 weight pays, and the function of x that uses it. Sets
-    layer.step_bytes, the bytes that a product with one row reads."""
+    """Returns the numbers of rows for which a layer's fast product pays, and the function of x that computes it."""
+    if layer.weight.dtype is torch.bfloat16:
+        return ANY_ROWS, partial(bf16_product, layer)
     weight = layer.weight.detach()
     bias = layer.bias.detach() if layer.bias is not None else None
     largest = weight.abs().max()
     scale = 2.0 ** (FP16_EXPONENT - torch.frexp(largest).exponent.item())       # the largest is below 2 ** exponent
     has_fp16 = torch.backends.quantized.engine in ("x86", "fbgemm") and largest.isfinite()      # not on aarch64
     if has_fp16 and all(torch.equal((rows * scale).half().float(), rows * scale) for rows in weight.split(4096)):
-        layer.step_bytes = weight.nbytes // 2
         scaled_bias = bias * scale if bias is not None else None
         copy = torch.ops.quantized.linear_prepack_fp16(weight * scale, scaled_bias)
         return FEW_ROWS, partial(fp16_product, copy, scale)
-    layer.step_bytes = weight.nbytes
     copy = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
     return FEW_ROWS_BLOCKED, partial(blocked_product, copy, bias)
 

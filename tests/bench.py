@@ -42,7 +42,7 @@ import torch
 
 import model
 from model import IGNORE, Config, LinearLogProb, find_folder, rotary
-from support import distributed
+from support import cpu_linear, distributed
 
 try:
     import transformers
@@ -97,8 +97,13 @@ def read_bandwidth(device="cpu", num_bytes=2**28):
 
 def streamed_bytes(net):
     """Bytes of weights that a decoding step of one row reads: every matrix product's, in the form it is read in."""
-    linears = (layer for layer in net.modules() if isinstance(layer, model.Linear))
-    return sum(getattr(layer, "step_bytes", layer.weight.nbytes) for layer in linears)
+    total = 0
+    for layer in net.modules():
+        if isinstance(layer, model.Linear):
+            *_, product = getattr(layer.forward, "args", [None])        # of cpu_linear.packed_forward
+            is_halved = getattr(product, "func", None) is cpu_linear.fp16_product
+            total += layer.weight.nbytes // (2 if is_halved else 1)
+    return total
 
 
 def open_engine(s, rows, context):
