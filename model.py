@@ -143,9 +143,9 @@ def swiglu(gate, up):
 
 
 def logprob_stats(logits, targets, temperature, row_max, sum_exp, sum_z_exp, target_logit):
-    """Adds a chunk of the vocabulary to the statistics of N softmaxes, each (N,) and changed in place: with
-    z = logits / temperature over all chunks so far, max z, the sums of exp(z - row_max) and of z exp(z - row_max), and
-    the z of the target. logits: (N, chunk), overwritten. targets: (N,), also of other chunks."""
+    """Adds a chunk of the vocabulary to the statistics of N softmaxes, (N,) and changed in place: with
+    z = logits / temperature, max z, the sums of exp(z - row_max) and of z exp(z - row_max), and the z of the target.
+    logits: (N, chunk), overwritten. targets: (N,), also of other chunks."""
     z = logits.to(row_max.dtype).div_(temperature)
     new_max = torch.maximum(row_max, z.amax(-1))
     p = (z - new_max[:, None]).exp_()
@@ -158,9 +158,8 @@ def logprob_stats(logits, targets, temperature, row_max, sum_exp, sum_z_exp, tar
 
 
 def logprob_backward(logits, targets, temperature, lse, entropy, d_logp, d_entropy):
-    """Returns the gradient of sum(d_logp * logp + d_entropy * entropy) with respect to a chunk of logits, (N, chunk).
-    With p the softmax and E its entropy, d logp / dz = 1[target] - p and d E / dz = -p (log p + E). d_entropy may be
-    None."""
+    """Returns the gradient of sum(d_logp * logp + d_entropy * entropy) in a chunk of logits, (N, chunk). With p the
+    softmax and E its entropy, d logp / dz = 1[target] - p and d E / dz = -p (log p + E). d_entropy may be None."""
     logq = logits.to(lse.dtype).div_(temperature).sub_(lse[:, None])        # log p
     if d_entropy is None:
         d = logq.exp_().mul_(-d_logp[:, None])
@@ -172,7 +171,7 @@ def logprob_backward(logits, targets, temperature, lse, entropy, d_logp, d_entro
 
 
 def target_columns(targets, chunk):
-    """Returns the targets as columns (N, 1) that can be indexed, and which of them are columns of the chunk, (N,)."""
+    """Returns the targets as columns (N, 1) that can be indexed, and which are columns of the chunk, (N,)."""
     return targets.clamp(0, chunk - 1)[:, None], (targets >= 0) & (targets < chunk)
 
 
@@ -185,7 +184,7 @@ def attention_mask(positions, S, group, dtype):
 
 
 def attend(q, k, v, mask):
-    """Returns the attention of queries (B, T, H, D) over cached keys and values (B, K, S, D): (B, T, H, D)."""
+    """Returns the attention of queries (B, T, H, D) over keys and values (B, K, S, D), (B, T, H, D)."""
     B, T, H, D = q.shape
     K = k.shape[1]
     # Heads that share a key head become further queries of it: the cache is not copied.
@@ -328,8 +327,8 @@ class Layout(NamedTuple):
 
 
 def make_layout(lengths, device, varlen):
-    """Returns the Layout of a row. lengths: of the texts that stand back to back in it. An entry (P, [R1, R2, ...]) is
-    a tree: P tokens that several texts begin with, once, and then the rest of each text, a branch. varlen: with what
+    """Returns the Layout of a row. lengths: of the texts in it, back to back. An entry (P, [R1, R2, ...]) is a tree: P
+    tokens that several texts begin with, once, and then the rest of each text, a branch. varlen: with what
     varlen_attention needs, as tensors, so that a compiled block serves every layout."""
     trees = as_trees(lengths)
     positions = []

@@ -1,4 +1,4 @@
-"""Sampling: tokenizer and chat template, a continuously batched engine, and a client for OpenAI-compatible servers.
+"""Sampling: tokenizer and chat template, and a continuously batched engine.
 
     python sample.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "Write a haiku about gradient descent."
 
@@ -62,7 +62,7 @@ class Tokenizer:
     SYSTEM = "You are a helpful assistant."
 
     def __init__(self, bpe, eos=(), system=SYSTEM, folder=None):
-        """system: the message that a conversation without a system message gets; None: it gets none."""
+        """system: the message that a conversation without a system message gets, or None."""
         self.bpe = bpe
         self.system = system
         self.folder = folder
@@ -108,7 +108,6 @@ class Tokenizer:
 
     @classmethod
     def of_bytes(cls):
-        """Returns a tokenizer of one token a byte and three special tokens."""
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(byte_alphabet())}, []))
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -168,7 +167,7 @@ class Tokenizer:
         return ids if text[pos:] == decoder.decode(b"", final=True) else None
 
     def chat(self, messages):
-        """Returns the token ids of a conversation, up to where the assistant speaks next."""
+        """Returns the ids of a conversation, up to where the assistant speaks next."""
         ids, _ = self.conversation(messages)
         return [*ids, self.turn, *self.encode("assistant\n")]
 
@@ -177,8 +176,8 @@ class Tokenizer:
         where it has none. The ids that were sampled for a reply, its "tokens", stand for its content where they spell
         it, because encoding the text may give others.
 
-        The loss mask is True for what the assistant chose: its replies, and the token that ends each. assistant_turns:
-        the indices of the messages that count; None: all of the assistant's.
+        The loss mask is True for the assistant's replies, and the token that ends each. assistant_turns: the indices
+        of the messages that count; None: all of the assistant's.
         """
         numbered = list(enumerate(messages))
         if self.system is not None and (not messages or messages[0].get("role") != "system"):
@@ -255,7 +254,7 @@ class ForwardBatch:
         self.parts = []     # of the attention: (new tokens, their rows, the number S of positions they see, mask)
         if self.fresh:
             return
-        # The first token of every row goes into one product; a row with more tokens has one of its own after it.
+        # The first token of every row goes into one product, further ones of a row into one of its own.
         together = len(rows) > 1 and min(counts) == 1 and rows[-1] - rows[0] == len(rows) - 1
         if together:
             tokens = slice(None) if max(counts) == 1 else begins
@@ -336,9 +335,8 @@ class DecodeGraph(ForwardBatch):
         self.positions.add_(1).clamp_(max=self.cache.padding)
 
     def run(self, passes, tokens, starts, temperature, uniform):
-        """Returns for each row [(token, logp)] of its passes, or of its tokens. There may be fewer rows than B.
-        tokens: a list for each row, which goes on after its first `starts` positions. uniform: a number for each
-        result."""
+        """Returns for each row, of which there may be fewer than B, [(token, logp)] of its passes, or of its tokens.
+        tokens: a list for each row, which goes on after its first `starts` positions."""
         # 1. Padding makes (B, T) of them.
         B, T = self.shape[:2]
         all_tokens = np.zeros((B, T), int)
@@ -370,8 +368,8 @@ class DecodeGraph(ForwardBatch):
 CHECK_EVERY = 4             # passes of a DecodeGraph between two looks at what they sampled
 GRAPH_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
 SHORTEST_SIGHT = 256        # positions that a graph's tokens see at least, so that there are few graphs
-# On these devices the number S of positions that a pass sees grows in steps, and the mask hides the rest: there a
-# kernel is chosen for each new shape, and a mask of odd width is copied in every layer.
+# On these devices the number S of positions that a pass sees grows in steps: there a kernel is chosen for each new
+# shape, and a mask of odd width is copied in every layer.
 FEW_SHAPES = ("cuda",)
 SIGHT_STEP = 64
 
@@ -468,7 +466,7 @@ class PromptLookup:
             self.find()
 
     def accept_prob(self):
-        """Returns the probability that the next guess is right: this text's record, after two guesses like others'."""
+        """Returns the probability that the next guess is right: this text's record, with two guesses like others'."""
         if self.pos is None:
             return 0.0
         right, made = self.counts[self.match_len]
@@ -527,7 +525,7 @@ class Engine:
         self.used = [0] * self.rows         # when each was parked last
 
     def refresh(self):
-        """Takes notice of changed weights."""
+        """To be called when weights have changed."""
         self.forget()
         self.guess_counts = [[1, 2] for _ in range(PromptLookup.LONGEST + 1)]
         if self.packs:
@@ -671,7 +669,7 @@ class Engine:
         return [request.lookup.guess(min(k, most)) for request, k, most in zip(self.active, lengths, left)]
 
     def decode_graph(self, drafts):
-        """Returns (passes, graph) for the active rows, each size of the graph one of few; (1, None) where none fits."""
+        """Returns (passes, graph) for the active rows, (1, None) where no graph fits."""
         B = min(round_up(len(drafts)), self.rows)
         T = round_up(1 + max(map(len, drafts)))
         if not self.fixed_shapes or B * T > GRAPH_TOKENS:
@@ -687,8 +685,7 @@ class Engine:
         return passes, self.graphs[shape]
 
     def forward(self, drafts, passes, graph):
-        """Returns for each active row [(token, logp)]: what is sampled after its last token and after each of its
-        draft, or in each of several passes."""
+        """Returns for each active row [(token, logp)] after its last token and each of its draft, or of each pass."""
         counts = [max(passes, 1 + len(draft)) for draft in drafts]
         newest = [request.tokens[-1] if request.tokens else request.prompt[-1] for request in self.active]
         tokens = [[token, *draft] for token, draft in zip(newest, drafts)]         # no pass has seen them yet
@@ -708,7 +705,7 @@ class Engine:
 
     def schedule(self):
         """Gives free rows to waiting requests, and brings their prompts but for the last token into the cache."""
-        # 1. Requests get rows while there are any.
+        # 1. Requests get rows.
         with self.wake:
             ready = len(self.active)
             while self.waiting and len(self.active) < self.rows:
@@ -738,8 +735,8 @@ class Engine:
 
     def assign_row(self, request, row, source, reused):
         """Makes `row` begin with the `reused` tokens of the row `source` that are the request's first."""
-        # 1. Take over the source if it is parked and holds this conversation's last turn, or another reply to its
-        #    prompt. Else copy what is shared, best to an empty row.
+        # 1. Take over a parked source that holds this conversation's last turn, or another reply to its prompt. Else
+        #    copy what is shared, best to an empty row.
         P = len(request.prompt) - 1
         parked = range(row, self.rows)
         home = min(parked, key=lambda r: (self.lengths[r] > 0, self.used[r]))
@@ -821,9 +818,7 @@ LARGE_BYTES = 2**26         # of weights, beyond what a processor's cache holds
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
 LONGEST_DRAFT = 32          # tokens of one row
-# The cost of one more token in a pass, of which the pass itself is 1: constants, so that the same seeds make the same
-# passes.
-TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}
+TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}    # of one more in a pass, whose own is 1; constant, as runs can be repeated
 
 
 # ---------------------------------------------------------------------------------------------------------------------
