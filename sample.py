@@ -312,9 +312,9 @@ class DecodeGraph(ForwardBatch):
         self.rows = torch.arange(B, device=device).repeat_interleave(T)
         self.tokens = torch.zeros(1, B * T, dtype=torch.int64, device=device)
         self.positions = torch.full((1, B * T), cache.padding, device=device)
-        self.temperature = torch.ones(B * T, dtype=torch.float64, device=device)
-        self.uniform = torch.zeros(B * T, dtype=torch.float64, device=device)
-        self.result = torch.zeros(2, B * T, dtype=torch.float64, device=device)     # tokens, log-probs
+        numbers = torch.zeros(4, B * T, dtype=torch.float64, device=device)
+        self.temperature, self.uniform = numbers[:2]
+        self.result = numbers[2:]       # tokens, log-probs
         self.graph = None
         if device.type == "cuda":
             self.compute()              # libraries set themselves up in a first call, which cannot be captured
@@ -341,7 +341,7 @@ class DecodeGraph(ForwardBatch):
         B, T = self.shape[:2]
         all_tokens = np.zeros((B, T), int)
         positions = np.full((B, T), self.cache.padding)
-        all_temperatures = np.ones(B)
+        all_temperatures = np.zeros(B)
         all_temperatures[:len(temperature)] = temperature
         numbers = np.zeros((B, passes * T))
         for row, (new, start, drawn) in enumerate(zip(tokens, starts, uniform)):
