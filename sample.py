@@ -191,14 +191,10 @@ class Tokenizer:
             if role not in ("system", "user", "assistant") or not isinstance(content, str):
                 raise ValueError(f"message {i}: expected a role of system, user or assistant and a text as content, "
                                  f"found {str(message):.80}")
-            if role == "assistant":     # header and reply are encoded apart, as when the reply was sampled
-                header = self.encode("assistant\n")
-                reply = self.spelling(message.get("tokens"), content) or self.encode(content)
-                learned = assistant_turns is None or i in assistant_turns
-            else:
-                header = self.encode(f"{role}\n{content}")
-                reply = []
-                learned = False
+            is_reply = role == "assistant"      # which is encoded apart from its header, as when it was sampled
+            header = self.encode(f"{role}\n" if is_reply else f"{role}\n{content}")
+            reply = (self.spelling(message.get("tokens"), content) or self.encode(content)) if is_reply else []
+            learned = is_reply and (assistant_turns is None or i in assistant_turns)
             ids += [self.turn, *header, *reply, self.end, *newline]
             loss_mask += [False] * (1 + len(header)) + [learned] * (len(reply) + 1) + [False] * len(newline)
         return ids, loss_mask
@@ -745,8 +741,7 @@ class Engine:
         if source in parked and (is_next_turn or is_same_prompt):
             home = source
         else:
-            if source != home:
-                self.cache.copy(source, home, reused)
+            self.cache.copy(source, home, reused)
             self.lengths[home] = reused         # before the swap, so that what was copied moves with the row
         # 2. Bring it to its place.
         self.swap_rows(home, row)
@@ -881,8 +876,8 @@ def main(cfg):
     reply = policy.chat(messages, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed)
     print(reply.text or reply.no_reply)
     if isinstance(policy, Engine):
-        print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes (drafted "
-              f"{policy.drafted_tokens}, accepted {policy.accepted_tokens}) and {reply.seconds:.1f} s", file=sys.stderr)
+        print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes and "
+              f"{reply.seconds:.1f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":
