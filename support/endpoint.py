@@ -121,8 +121,8 @@ class Endpoint:
         """Returns a Completion without tokens and logps. messages: [{"role", "content"}].
 
         What a model thinks is cut off before stop strings are looked for. no_reply says why a text is empty, also where
-        the server cannot answer this conversation, though it answers others. Raises ContextFull where the server says
-        so, and EndpointError where it answers nothing.
+        the server answers other conversations alone. Raises ContextFull where the server says so, and EndpointError
+        where it answers nothing.
         """
         stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
         body = {"model": self.name, "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
@@ -147,9 +147,8 @@ class Endpoint:
         return completion
 
     def _ask_again(self, body):
-        """Returns the Completion of a request, which is made as often as it is worth."""
-        attempt = 1
-        while True:
+        """Returns the Completion of a request, made as often as it is worth."""
+        for attempt in itertools.count(1):
             try:
                 return self._ask(body)
             except EndpointError as error:
@@ -159,7 +158,6 @@ class Endpoint:
                     announce(f"{error}; it is asked again for some minutes")
                 pause = min(60.0, self.backoff_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
                 time.sleep(max(pause, min(error.pause_s, self.timeout_s)))
-            attempt += 1
 
     def _ask(self, body):
         # 1. An answer that complains of no parameter.
@@ -291,9 +289,8 @@ def refused_parameter(status, said, changed, sent):
         return None
     if SUCCESSIVE not in changed and re.search("alternat|successive|consecutive", said[:4096]):
         return SUCCESSIVE
-    named = [name for name in PARAMETERS if (now := changed.get(name, name)) in sent
-             and re.search(rf"\b{now}\b", said[:4096])]
-    return named[0] if named else None
+    return next((name for name in PARAMETERS if (now := changed.get(name, name)) in sent
+                 and re.search(rf"\b{now}\b", said[:4096])), None)
 
 
 def join_successive(messages):
