@@ -128,7 +128,6 @@ Action Input: {"script_name": "train.py"}"""),
         "ends the work. Use it once, when there is nothing left to improve."),
 }
 DEFAULT_ACTIONS = tuple(ACTIONS)
-NEEDS_CODER = tuple(name for name, action in ACTIONS.items() if action.needs_coder)
 EXPLAIN = {
     "Reflection": "what the last observation means; for an error, its cause",
     "Research Plan and Status": "the whole plan, what is done, and the results that observations confirmed",

@@ -39,7 +39,7 @@ from support.distributed import (
     optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, rank_and_size,
     row_threads, save_state, shape_of, trim_memory)
 from support.files import begin_log, folder_lock
-from support.pool import choose_coder, hash_inputs, load_pool, sample_states
+from support.pool import hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
 from support.records import AGENT
 from support.sandbox import SLOTS, protection
@@ -90,8 +90,6 @@ class Settings(cli.TaskSettings):
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
     max_batch: int = 8  # actions sampled at the same time, on each process
     max_row_tokens: int = 16384  # tokens of a packed row in training, if no single example has more
-    coder: str = "auto"  # who carries out the (AI) actions: none, model (the policy), or auto: the policy if the
-        # recorded expert had a coder
     save_every: int = 10  # iterations between checkpoints
     export_every: int = 0  # iterations between copies of the actor in exports/ in --out, the first before any; 0: none
     validate_every: int = 0  # iterations between two looks at fixed states that are never trained on; 0: none
@@ -101,7 +99,7 @@ class Settings(cli.TaskSettings):
     def __post_init__(self):
         super().__post_init__()
         cli.check_choices(self, rollout=("step", "episode"), advantage=tuple(ADVANTAGES),
-                          coder=("auto", "none", "model"), dtype=("auto", "float32", "bfloat16"))
+                          dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches",
                            "temperature", "max_batch", "max_row_tokens", "save_every", "gpus")
         for name in ("validate_every", "export_every"):
@@ -172,7 +170,6 @@ class RolloutWorker:
         self.cache = ResultCache(Path(cfg.trajectories, "cache"))
         self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if cfg.rollout == "step" else cfg.states * cfg.samples)
         self.options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, stop=("\nObservation:",))
-        self.coder = self.ask_coder if cfg.coder == "model" else None
 
     def ask_coder(self, messages):
         return ask_coder_model(self.engine, messages).text
@@ -186,7 +183,7 @@ class RolloutWorker:
         if from_start:
             recorded["steps"] = self.cfg.steps
         env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, state.head["data_seed"],
-                       coder=self.coder, **recorded)
+                       coder=self.ask_coder, **recorded)
         if not from_start:
             state.restore(env)
         return env, self.engine.tokenizer.chat(env.prompt())
@@ -712,7 +709,6 @@ def train(cfg, rank, world_size, device):
     if cfg.sandbox == "on":
         protection()        # here, before many threads ask at once
     pool = load_pool(cfg, tokenizer, cli.announce)
-    cfg = choose_coder(cfg, pool)
     use_kernels(cfg.kernels, device)
     trainer = PPOTrainer(cfg, config, folder, tokenizer.size, rank, world_size, device)
 

@@ -1,9 +1,9 @@
 """The pool of states that rl.py plays in: every prefix of every recorded trajectory."""
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
-from env import NEEDS_CODER, NOTHING, SCAFFOLDS, read_trajectory
+from env import NOTHING, SCAFFOLDS, read_trajectory
 from support.cli import RunError
 from support.files import hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
@@ -113,19 +113,6 @@ def sample_states(pool, num, rng, chances, fits):
             names.append(name)
             turn.pop()
     return names
-
-
-def choose_coder(cfg, pool):
-    """Returns the settings, with --coder auto replaced by the coder that the recorded prompts need. ValueError: they
-    offer (AI) actions and there is to be no coder."""
-    offered = {name for states in pool.values() for state in states.values() for name in state.head["actions"]}
-    needed = sorted(offered & set(NEEDS_CODER))
-    if needed and cfg.coder == "none":
-        raise ValueError(f"the states of {cfg.trajectories} were collected with a coder: they offer {', '.join(needed)}"
-                         ", which --coder none does not have; give --coder model")
-    if cfg.coder == "auto":
-        return replace(cfg, coder="model" if needed else "none")
-    return cfg
 
 
 def hash_inputs(cfg, folder, pool):

@@ -769,7 +769,7 @@ def test_values_of_whole_trajectories_may_move_as_far_as_their_returns_are_large
     {"samples": 0}, {"epochs": 0}, {"temperature": 0.0}, {"max_new_tokens": 0}, {"max_row_tokens": 0}, {"kl": -0.1},
     {"minibatches": 4, "states": 3}, {"advantage": "rloo", "samples": 1}, {"advantage": "grpo", "samples": 1},
     {"lr": -1e-6}, {"critic_lr": float("nan")}, {"clip_low": 1.5},
-    {"clip_high": -0.1}, {"coder": "runs/other"}, {"lam": -0.1}, {"lam": 1.1},
+    {"clip_high": -0.1}, {"lam": -0.1}, {"lam": 1.1},
     {"context": 1024, "max_new_tokens": 1024}])
 def test_settings_that_make_no_sense_are_refused_by_name(bad):
     with pytest.raises(ValueError, match="--" + list(bad)[0].replace("_", "-")):

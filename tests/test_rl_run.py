@@ -235,26 +235,19 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     refused(made, "is a link that leads out of", trajectories=str(folder))
 
 
-def test_a_pool_collected_with_a_coder_is_played_with_one_or_refused(made, run, tmp_path):
-    """Its states offer the (AI) actions. Without a word the policy is the coder, and such an action is carried out."""
+def test_the_policy_is_the_coder_of_a_pool_that_was_collected_with_one(made, tmp_path):
+    """Its states offer the (AI) actions, and such an action is carried out; where none had a coder they are not known."""
     folder = copied(made, tmp_path)
-    tokenizer = sample.Tokenizer.of_bytes()
-    s = settings(made, trajectories=str(folder))
-    found = pool.load_pool(s, tokenizer, lambda line: None)
-    assert s.coder == "auto" and pool.choose_coder(s, found).coder == "none"
     edit_head(folder / "toy-a-1.jsonl", actions=env.DEFAULT_ACTIONS, fields=miniature.SHORT_FIELDS)
-    found = pool.load_pool(s, tokenizer, lambda line: None)
-    for given in ("auto", "model"):
-        assert pool.choose_coder(settings(made, coder=given), found).coder == "model"
-    code, said = run(out=tmp_path / "out", trajectories=folder, coder="none")
-    assert code == 2 and "they offer Edit Script (AI), Understand File, which --coder none does not have" in said, said
     edit = ('Action: Edit Script (AI)\nAction Input: {"script_name": "train.py", "edit_instruction": "x", '
             '"save_name": "train.py"}')
     engine = Scripted(edit)
     engine.chat = lambda messages, **options: engine.reply("```python\n" + "VALUE = 9\n```")
-    rollout = rl.RolloutWorker(pool.choose_coder(s, found), engine, found)
+    rollout = playing(made, engine, trajectories=str(folder))
     step = rollout.execute_action("toy-a-1, step 0", 0, 0, engine.reply(edit)).step
     assert step["valid"] and step["kind"] != "invalid" and step["coder"]
+    step = rollout.execute_action("toy-a-0, step 0", 0, 0, engine.reply(edit)).step
+    assert not step["valid"] and not step["coder"]
 
 
 def test_ids_of_another_tokenizer_are_not_used(made, tmp_path):
