@@ -29,15 +29,14 @@ from torch.distributed.tensor import DTensor
 import sample
 import tasks
 from env import LEARNED_SEEDS, MEDIUM_AGENT, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
-from model import CPU_LOGITS, Config, Linear, Qwen2, at_targets, use_kernels
+from model import Config, Linear, Qwen2, at_targets, use_kernels
 from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    RECOMPUTE_ABOVE, add_gradients, apply_device, build_model, compute_type, epoch_order, explain_dist_errors,
-    export_model, flops_of, format_plan, full_tensor, init_distributed, load_state, map_rows, num_parameters,
-    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, rank_and_size,
-    row_threads, save_state, shape_of, trim_memory)
+    add_gradients, apply_device, build_model, compute_type, epoch_order, explain_dist_errors, export_model, flops_of,
+    format_plan, full_tensor, init_distributed, load_state, map_rows, num_parameters, optimizer_step, packed_rows,
+    peak_flops, peak_memory, preset_for, rank0_broadcast, rank_and_size, row_threads, save_state, shape_of, trim_memory)
 from support.files import begin_log, folder_lock
 from support.pool import hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
@@ -511,8 +510,8 @@ class PPOTrainer:
         self.world_size = world_size
         self.device = device
         self.threads = row_threads(config, device)
-        build = partial(build_model, config, folder, device, cfg.seed, num_parameters(config)[-1] > RECOMPUTE_ABOVE,
-                        compute_type(cfg.dtype, device, config), kernels=cfg.kernels)
+        build = partial(build_model, config, folder, device, cfg.seed, compute=compute_type(cfg.dtype, device, config),
+                        kernels=cfg.kernels)
         self.actor = build()
         self.reference = build().requires_grad_(False) if cfg.kl else None
         self.critic = build(make=Critic) if cfg.has_critic else None
@@ -832,13 +831,8 @@ def append_lines(path, values):
 
 def plan(cfg):
     """Returns the text of --plan: memory of one GPU by part, at the peak of an update."""
-    config = shape_of(cfg.model)
-    compute = compute_type(cfg.dtype, torch.device("cuda"))
-    total = num_parameters(config)[-1]
-    memory = partial(plan_memory, config, cfg.max_row_tokens, recompute=total > RECOMPUTE_ABOVE, critic=cfg.has_critic,
-                     reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context)
-    on_cpus = memory(1, torch.float32, max_logits=CPU_LOGITS)
-    lines = format_plan(memory(cfg.gpus, compute), total * (1 + cfg.has_critic), on_cpus)
+    lines = format_plan(cfg, shape_of(cfg.model), critic=cfg.has_critic, reference=cfg.kl > 0,
+                        sampled_tokens=cfg.max_batch * cfg.context)
     return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens, {cfg.max_batch} x "
                       f"{cfg.context:,} tokens sampled", "", *lines])
 

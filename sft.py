@@ -32,15 +32,14 @@ import tasks
 from env import (
     AGENT_FORMAT, LEARNED_SEEDS, MEDIUM_AGENT, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent,
     read_record, write_agent)
-from model import CPU_LOGITS, Config, use_kernels
+from model import Config, use_kernels
 from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main
 from support.conversations import named, read_conversations
 from support.distributed import (
-    RECOMPUTE_ABOVE, PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type,
-    explain_dist_errors, export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters,
-    optimizer_step, packed_rows, peak_flops, peak_memory, plan_memory, preset_for, rank0_broadcast, row_threads,
-    save_state, shape_of, trim_memory)
+    PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type, explain_dist_errors,
+    export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters, optimizer_step,
+    packed_rows, peak_flops, peak_memory, preset_for, rank0_broadcast, row_threads, save_state, shape_of, trim_memory)
 from support.files import FLAG, TEXT, VALUE, begin_log, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -327,8 +326,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     on from the newest checkpoint there. folder: of the checkpoint that it begins with, None for random weights."""
     rank, world_size, device = init_distributed()
     use_kernels(cfg.kernels, device)
-    recompute = num_parameters(config)[-1] > RECOMPUTE_ABOVE
-    model = build_model(config, folder, device, cfg.seed, recompute, compute_type(cfg.dtype, device, config),
+    model = build_model(config, folder, device, cfg.seed, compute=compute_type(cfg.dtype, device, config),
                         kernels=cfg.kernels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
     num_updates = cfg.updates or math.ceil(cfg.epochs * len(examples) / cfg.batch)
@@ -486,24 +484,18 @@ def fine_tune(cfg):
 def plan(cfg):
     """Returns the text of --plan: memory of a GPU, updates, tokens and time. It needs no weights and no GPU."""
     config = shape_of(cfg.model)
-    total = num_parameters(config)[-1]
-    compute = compute_type(cfg.dtype, torch.device("cuda"))
     tokens = cfg.max_row_tokens
-    recompute = total > RECOMPUTE_ABOVE
-    parts = plan_memory(config, tokens, cfg.gpus, compute, recompute)
-    on_cpus = plan_memory(config, tokens, 1, torch.float32, recompute, max_logits=CPU_LOGITS)
     num = 10_000        # about as many as the paper has
-    trajectories = Path(cfg.trajectories)
-    if trajectories.is_file() or is_collected(trajectories):
-        num = len(read_conversations(trajectories, cfg.data, log=lambda line: None)[0])
+    if is_collected(Path(cfg.trajectories)):
+        num = len(read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)[0])
         if cfg.model == "tiny" and cfg.prompt_format == "short" and cfg.show_scores:
             num += miniature.NUM_IMAGINED
     updates = cfg.updates or math.ceil(cfg.epochs * num / cfg.batch)
     row = PackedRow([0] * tokens, [tokens], [0] * tokens, [])
     hours = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12) / 3600
     return "\n".join([
-        f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {tokens:,} tokens", "",
-        *format_plan(parts, total, on_cpus),
+        f"{cfg.model}: {num_parameters(config)[-1]:,} weights; {cfg.gpus} GPUs, rows of {tokens:,} tokens", "",
+        *format_plan(cfg, config),
         f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most {updates * cfg.batch * tokens:,} tokens",
         f"about {hours:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
 

@@ -2,7 +2,7 @@
 import contextlib, ctypes, math, os, re, resource, shutil, timeit
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import GPU_LOGITS, IGNORE, Config, Qwen2, as_trees, load_tensors, write_checkpoint
+from model import CPU_LOGITS, GPU_LOGITS, IGNORE, Config, Qwen2, as_trees, load_tensors, write_checkpoint
 from support.cli import RunError, flag_of
 from support.files import shorten, sync
 from support.sandbox import SLOTS
@@ -112,20 +112,20 @@ def compute_type(dtype, device, config=None):
     return getattr(torch, dtype)
 
 
-def build_model(config, folder, device, seed=0, recompute=False, compute=None, make=Qwen2, kernels="torch"):
+def build_model(config, folder, device, seed=0, recompute=None, compute=None, make=Qwen2, kernels="torch"):
     """Returns a model to train, with weights and gradients in float32, sharded over all processes (FSDP2).
 
     Each process reads its own rows of the checkpoint in `folder`; None: of a model drawn at random from the seed.
     compute: dtype of products and activations, by default that of --dtype auto. recompute: backward computes the
-    activations of each block again. make: the class; a critic's head, `score`, begins at zero. kernels: "compiled"
-    compiles the blocks.
+    activations of each block again, by default those of a large model. make: the class; a critic's head, `score`,
+    begins at zero. kernels: "compiled" compiles the blocks.
     """
     # 1. Made on the meta device, without memory. The units of FSDP are the blocks, and the rest.
     with torch.device("meta"):
         model = make(config)
     model.compute_dtype = compute or compute_type("auto", device, config)
     for block in model.model.layers:
-        block.recompute = recompute
+        block.recompute = num_parameters(config)[-1] > RECOMPUTE_ABOVE if recompute is None else recompute
         if kernels == "compiled" and model.compute_dtype is torch.bfloat16:     # others have attention of other shapes
             block.compile()
     rank, world_size = rank_and_size()
@@ -553,12 +553,16 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
     return parts
 
 
-def format_plan(parts, num_trained, cpu_parts):
+def format_plan(cfg, config, critic=False, **more):
     """Returns the lines of --plan that say what training takes: GPUs, disk (save_state's two checkpoints and a third
-    that is being written, each of a weight and two moments), and CPUs alone. parts, cpu_parts: see plan_memory; on
-    CPUs, in float32, the copy for sampling is that of cpu_linear.pack."""
+    that is being written, each of a weight and two moments), and CPUs alone, where products are in float32 and the copy
+    for sampling is that of cpu_linear.pack. critic, more: see plan_memory."""
+    total = num_parameters(config)[-1]
+    memory = partial(plan_memory, config, cfg.max_row_tokens, recompute=total > RECOMPUTE_ABOVE, critic=critic, **more)
+    parts = memory(cfg.gpus, compute_type(cfg.dtype, torch.device("cuda")))
     lines = [f"  {name:<14} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
-    ram = sum(cpu_parts.values()) + PROCESS_BYTES
+    num_trained = total * (1 + critic)
+    ram = sum(memory(1, torch.float32, max_logits=CPU_LOGITS).values()) + PROCESS_BYTES
     fits = "fits" if ram < 24e9 else "does not fit"
     return ["GiB per GPU", *lines, "", f"{3 * 12 * num_trained / 2**30:,.0f} GiB of disk in --out, for checkpoints",
             f"On CPUs alone: {ram / 2**30:.1f} GiB of RAM, which {fits} in 24 GB"]

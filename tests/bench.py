@@ -404,7 +404,7 @@ def fine_tuning(s):
     else:
         folder = find_folder(s.model)
         config = Config.from_pretrained(folder)
-    model = distributed.build_model(config, folder, device, compute=compute)
+    model = distributed.build_model(config, folder, device, recompute=False, compute=compute)
     row = packed_row(s, config)
     tokens, lengths, targets = row.inputs(device)
     targets = torch.as_tensor(targets)

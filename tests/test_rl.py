@@ -594,7 +594,7 @@ def test_an_update_does_not_depend_on_rows_order_or_recomputation(method, monkey
     assert len(whole[0]) == (5 if method == "critic" else 2) and whole[1]["ratio_max"] > 1.01
     for settings in ({"max_row_tokens": 200}, {"max_row_tokens": 80}, {"max_row_tokens": 90, "reverse": True}):
         assert_same(steps_of(method, **settings), whole)
-    monkeypatch.setattr(rl, "RECOMPUTE_ABOVE", 0)
+    monkeypatch.setattr(distributed, "RECOMPUTE_ABOVE", 0)
     assert_same(steps_of(method), whole)
 
 
