@@ -430,20 +430,15 @@ def starting_point(cfg):
     return None, tokenizer, replace(config, vocab_size=tokenizer.size)
 
 
-def check_format(cfg):
-    """Raises ValueError where the trajectories show their states in another form than agent.json will ask for."""
+def collected_format(cfg):
+    """Returns {setting: value} of how the agent of the trajectories acted, but for its number of steps; {} where nothing
+    was collected. ValueError: their prompts are of another form than --prompt-format."""
     manifest = read_manifest(cfg.trajectories)
-    found = manifest["settings"].get("--prompt-format") if manifest else cfg.prompt_format
+    settings = manifest["settings"] if manifest else {}
+    found = settings.get("--prompt-format", cfg.prompt_format)
     if found != cfg.prompt_format:
         raise ValueError(f"{cfg.trajectories} was collected with --prompt-format {found}, found "
                          f"{cfg.prompt_format} here; give the same, or other --trajectories")
-
-
-def collected_format(cfg):
-    """Returns {setting: value} of how the agent of the trajectories acted, but for its number of steps; {} where nothing
-    was collected."""
-    manifest = read_manifest(cfg.trajectories)
-    settings = manifest["settings"] if manifest else {}
     learned = {}
     for name in (AGENT_FORMAT.keys() & AGENT) - {"steps"}:
         value = settings.get(flag_of(name))
@@ -458,7 +453,6 @@ def fine_tune(cfg):
     log = print if rank == 0 else lambda line: None
     with contextlib.ExitStack() as stack:
         rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, "sft.py")))
-        check_format(cfg)
         learned = collected_format(cfg)
         cfg = replace(cfg, **learned)       # whatever was typed here: imagined states are of the same form
         folder, tokenizer, config = starting_point(cfg)

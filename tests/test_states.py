@@ -237,8 +237,8 @@ def test_recorded_medium_prompts_are_those_that_were_shown(toys):
 def test_trajectories_of_another_form_are_not_trained_on(toys):
     cfg = collect_medium(toys, num=1)
     with pytest.raises(ValueError, match="collected with --prompt-format medium, found full here"):
-        sft.check_format(replace(cfg, prompt_format="full"))
-    sft.check_format(cfg)
+        sft.collected_format(replace(cfg, prompt_format="full"))
+    assert sft.collected_format(cfg)["prompt_format"] == "medium"
 
 
 # ---- recorded states
