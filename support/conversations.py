@@ -116,22 +116,36 @@ def conversation_of(messages, assistant_turns, source, origin, is_miniature=Fals
     return Conversation(messages[:assistant_turns[-1] + 1], assistant_turns, source, origin, is_miniature)
 
 
-def read_trajectory(file, held_out, tokenizer_id):
-    """Returns [Conversation, ...] of a trajectory: one, or with shorter prompts one for each reply. Only replies that
-    were carried out are learned, and under medium prompts only edits whose run did not fail. ValueError: it is of a
-    held-out task. held_out: see tasks.held_out_hashes. tokenizer_id: the fingerprint of the model's tokenizer, or None."""
-    # 1. It is whole, and of a task that may be learned.
+def read_learnable(file, held_out, tokenizer_id):
+    """Returns the lines of a trajectory, without ids of another tokenizer, which say nothing to the model that learns.
+    ValueError: it is of a held-out task. held_out: see tasks.held_out_hashes. tokenizer_id: the fingerprint of the
+    model's tokenizer."""
     try:
-        records = read_records(file)
+        lines = read_records(file)
     except ValueError as error:
         raise InvalidConversation(f"no record of a trajectory: {error}") from None
-    if not end_reason(records):
-        raise InvalidConversation("not finished: collect again to go on with it")
-    head = records[0]
-    steps = [line for line in records if line["type"] == "step"]
+    if not lines:
+        raise InvalidConversation("empty")
+    head = lines[0]
     tasks.refuse_held_out(head["task"], head.get("data_sha256", {}), held_out)
     if head.get("scaffold", SCAFFOLDS[0]) != SCAFFOLDS[0]:      # which shows a state in other words
         raise InvalidConversation(f"of the scaffold {head['scaffold']}")
+    if head.get("tokenizer") != tokenizer_id:
+        for line in lines:
+            for message in line.get("messages", ()):
+                message.pop("tokens", None)
+    return lines
+
+
+def read_trajectory(file, held_out, tokenizer_id):
+    """Returns [Conversation, ...] of a trajectory: one, or with shorter prompts one for each reply. Only replies that
+    were carried out are learned, and under medium prompts only edits whose run did not fail. See read_learnable."""
+    # 1. It is whole.
+    lines = read_learnable(file, held_out, tokenizer_id)
+    if not end_reason(lines):
+        raise InvalidConversation("not finished: collect again to go on with it")
+    head = lines[0]
+    steps = [line for line in lines if line["type"] == "step"]
     folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
     blobs = Blobs(folder / "blobs")
     try:
@@ -140,9 +154,7 @@ def read_trajectory(file, held_out, tokenizer_id):
     except MissingBlob:
         raise InvalidConversation("a missing blob") from None
 
-    # 2. Its messages. Ids of another tokenizer say nothing to this model; of a reply that could not be read there is
-    # no message of the assistant.
-    has_ids = tokenizer_id is not None and head.get("tokenizer") == tokenizer_id
+    # 2. Its messages. Of a reply that could not be read there is none of the assistant.
     is_full = head["prompt_format"] == "full"
     is_miniature = head["miniature"]
     messages = []
@@ -150,9 +162,6 @@ def read_trajectory(file, held_out, tokenizer_id):
     assistant_turns = []
     conversations = []
     for line in (head, *steps):
-        if not has_ids:
-            for message in line["messages"]:
-                message.pop("tokens", None)
         if line["type"] == "step" and line["valid"] and line["messages"][0]["role"] == "assistant":
             assistant_turns.append(len(messages))
             if not is_full and not (head["prompt_format"] == "medium" and line["kind"] == "failed"):

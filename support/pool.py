@@ -3,8 +3,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
-from env import NOTHING, SCAFFOLDS, read_trajectory
+from env import NOTHING
 from support.cli import RunError
+from support.conversations import InvalidConversation, read_learnable
 from support.files import hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
 from support.storage import Blobs, MissingBlob, check_state
@@ -58,16 +59,13 @@ def load_pool(cfg, tokenizer, log=print):
     left_out = []       # a line for each state or file
     for file in sorted(Path(cfg.trajectories).glob("*.jsonl")):
         try:
-            head, steps = read_trajectory(file)
-        except (ValueError, OSError) as error:
-            left_out.append(str(error))
+            head, *lines = read_learnable(file, forbidden, tokenizer_id)
+        except InvalidConversation as error:
+            left_out.append(f"{file}: {error}")
             continue
+        steps = [line for line in lines if line["type"] == "step"]
         task = head["task"]
-        tasks.refuse_held_out(task, head.get("data_sha256", {}), forbidden)
         if task not in tasks.names(cfg.task):
-            continue
-        if head.get("scaffold", SCAFFOLDS[0]) != SCAFFOLDS[0]:
-            left_out.append(f"{file} is of the scaffold {head['scaffold']}")
             continue
         data = tasks.seeded(cfg.data, head["data_seed"])
         data_sha256 = tasks.info(task, data)["sha256"]
@@ -75,10 +73,6 @@ def load_pool(cfg, tokenizer, log=print):
         if head.get("data_sha256", data_sha256) != data_sha256:
             raise ValueError(f"{file} was collected on other data than {Path(data, task)} holds; prepare those "
                              "again, or collect anew")
-        if head.get("tokenizer") != tokenizer_id:       # the recorded token ids mean nothing to this model
-            for line in (head, *steps):
-                for message in line["messages"]:
-                    message.pop("tokens", None)
         for index in range(len(steps)):
             state = State(file, head, steps, index)
             try:
