@@ -768,8 +768,7 @@ def train(cfg, rank, world_size, device):
 def export_agent(actor, tokenizer, source, out):
     """Writes the actor as a Hugging Face folder, with agent.json of the folder `source` where it has one. Every process
     must call this."""
-    is_cuda = next(actor.parameters()).is_cuda
-    export_model(actor, tokenizer, out, torch.bfloat16 if is_cuda else torch.float32)
+    export_model(actor, tokenizer, out)
     if rank_and_size()[0] == 0 and (agent := read_agent(source)):
         write_agent(out, agent)
 

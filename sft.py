@@ -392,7 +392,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         # 5. The checkpoint.
         if is_saved:
             save_state(cfg, step + 1, model, optimizer, origin)
-    export_model(model, tokenizer, cfg.out, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    export_model(model, tokenizer, cfg.out)
 
 
 def hash_examples(*lists):

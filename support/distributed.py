@@ -168,8 +168,10 @@ def full_tensor(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def export_model(model, tokenizer, folder, dtype):
-    """Writes a model as an ordinary Hugging Face folder. Every process must call this."""
+def export_model(model, tokenizer, folder):
+    """Writes a model as an ordinary Hugging Face folder, in bfloat16 where it is on a GPU. Every process must call this.
+    """
+    dtype = torch.bfloat16 if next(model.parameters()).is_cuda else torch.float32
     tensors = ((name, full_tensor(p.detach())) for name, p in model.named_parameters())
     if rank_and_size()[0] == 0:
         tokenizer.save(folder)

@@ -663,7 +663,7 @@ def one_of_several(folder):
     found = {method: steps_of(method, rank, world, device, max_row_tokens=length) for method in methods}
     actor = found["critic"][2].actor
     assert any(isinstance(p, DTensor) for p in actor.parameters())
-    export_model(actor, Tokenizer.of_bytes(), Path(folder, str(world)), torch.float32)
+    export_model(actor, Tokenizer.of_bytes(), Path(folder, str(world)))
     trainer = trainer_of(SMALL, SIZE, 0.0, rank, world, device, **SAMPLING)
     gaps = gaps_after_updates(trainer) if world == 2 else []
     figures = {method: each[:2] for method, each in found.items()}
@@ -695,7 +695,7 @@ def test_an_exported_actor_is_an_ordinary_folder(tmp_path):
     trainer = trainer_of(SMALL, SIZE, lr=1e-2, critic_lr=1e-2)
     samples = some_samples(4)
     learn(trainer, samples)
-    export_model(trainer.actor, Tokenizer.of_bytes(), tmp_path, torch.float32)
+    export_model(trainer.actor, Tokenizer.of_bytes(), tmp_path)
     model = Qwen2.from_pretrained(tmp_path)
     tokens = torch.tensor([samples[0].prompt])
     assert not [name for name, _ in model.named_parameters() if "score" in name]

@@ -615,7 +615,7 @@ def test_a_step_and_the_folder_are_those_of_transformers(tmp_path):
     assert norm_of(model) == pytest.approx(norm, rel=1e-4)
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
     model.zero_grad()
-    distributed.export_model(model, tokenizer, tmp_path / "out", torch.float32)
+    distributed.export_model(model, tokenizer, tmp_path / "out")
     tokens = torch.tensor([texts[2][0]])
     with torch.no_grad():
         ours = model(tokens)
