@@ -284,7 +284,11 @@ class Tree(NamedTuple):
     """Texts that begin alike: in a packed row their beginning stands once, and each text goes on in a branch."""
     prefix: int     # tokens of the beginning; each branch starts with its last token, whose successor may be learned
     texts: list     # of each text the indices of its examples: the last is the text, the others are its beginnings
-    branches: list  # tokens of each branch
+    lengths: list   # tokens of each text
+
+    @property
+    def branches(self):
+        return [length - self.prefix for length in self.lengths]
 
     @property
     def num_tokens(self):
@@ -328,8 +332,10 @@ def pack_trees(examples, indices, max_row_tokens):
     for n, text in enumerate(texts):
         num_tokens = len(examples[text[-1]][0]) - 1
         if shared[n] >= max(LEAST_SHARED, shared[n + 1]):
-            joined = join(trees[-1], text, num_tokens, shared[n] - 1)
-            saved = len(trees[-1].texts) * joined.prefix > (len(trees[-1].texts) - 1) * trees[-1].prefix
+            tree = trees[-1]
+            prefix = min(shared[n] - 1, tree.prefix or math.inf)
+            joined = Tree(prefix, [*tree.texts, text], [*tree.lengths, num_tokens])
+            saved = len(tree.texts) * prefix > (len(tree.texts) - 1) * tree.prefix
             if saved and joined.num_tokens <= max_row_tokens:
                 trees[-1] = joined
                 continue
@@ -345,17 +351,8 @@ def shared_tokens(examples, text, other):
         loss_mask = examples[indices[0]][1]
         first_learned = loss_mask.index(True) if True in loss_mask else len(ids)
         length = min(length, first_learned, len(ids) - 1)
-    ids, other_ids = (np.array(examples[indices[-1]][0][:length]) for indices in (text, other))
-    differs = ids != other_ids
-    return int(differs.argmax()) if differs.any() else length
-
-
-def join(tree, text, num_tokens, prefix):
-    """Returns the Tree with one text more, of so many tokens, and with a prefix that is no longer than before."""
-    if len(tree.texts) > 1:
-        prefix = min(prefix, tree.prefix)
-    branches = [length + tree.prefix - prefix for length in tree.branches]
-    return Tree(prefix, [*tree.texts, text], [*branches, num_tokens - prefix])
+    ids, other_ids = (examples[indices[-1]][0] for indices in (text, other))
+    return next((i for i in range(length) if ids[i] != other_ids[i]), length)
 
 
 def packed_rows(examples, indices, rank, world_size, max_row_tokens):
