@@ -10,7 +10,7 @@ trajectories, and only the action is new. `iterate` is one iteration, from top t
 --out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl with a line for each iteration. A killed
 run continues exactly with the same command.
 """
-import contextlib, json, math, random, sys, time, zlib
+import contextlib, math, random, sys, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,9 +34,10 @@ from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    add_gradients, apply_device, build_model, compute_type, epoch_order, explain_dist_errors, export_model, flops_of,
-    format_plan, full_tensor, init_distributed, load_state, map_rows, num_parameters, optimizer_step, packed_rows,
-    peak_flops, peak_memory, preset_for, rank0_broadcast, rank_and_size, row_threads, save_state, shape_of, trim_memory)
+    add_gradients, append_lines, apply_device, build_model, compute_type, epoch_order, explain_dist_errors,
+    export_model, flops_of, format_plan, full_tensor, init_distributed, load_state, map_rows, num_parameters,
+    optimizer_step, packed_rows, peak_flops, peak_memory, preset_for, rank0_broadcast, rank_and_size, row_threads,
+    save_state, shape_of, trim_memory)
 from support.files import begin_log, folder_lock
 from support.pool import hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
@@ -819,11 +820,6 @@ def report(cfg, stats, transitions):
     seconds = " + ".join(f"{stats[name]:.1f}" for name in ("sample_s", "execute_s", "logprobs_s", "update_s"))
     print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{seconds} s", f"ETA {left}", sep="  ",
           flush=True)
-
-
-def append_lines(path, values):
-    with open(path, "a") as file:
-        file.writelines(json.dumps(value) + "\n" for value in values)
 
 
 # -- As a program

@@ -14,7 +14,7 @@ The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), 
 ideas/TASK.json and manifest.json. A run that was killed goes on with the same command; a larger --num, or another
 --task, adds to it.
 """
-import contextlib, hashlib, json, math, os, random, time
+import contextlib, hashlib, math, os, random, time
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -37,9 +37,10 @@ from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main
 from support.conversations import named, read_conversations
 from support.distributed import (
-    PackedRow, add_gradients, apply_device, batch_indices, build_model, check_same, compute_type, explain_dist_errors,
-    export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters, optimizer_step,
-    packed_rows, peak_flops, peak_memory, preset_for, rank0_broadcast, row_threads, save_state, shape_of, trim_memory)
+    PackedRow, add_gradients, append_lines, apply_device, batch_indices, build_model, check_same, compute_type,
+    explain_dist_errors, export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters,
+    optimizer_step, packed_rows, peak_flops, peak_memory, preset_for, rank0_broadcast, row_threads, save_state,
+    shape_of, trim_memory)
 from support.files import FLAG, TEXT, VALUE, begin_log, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -337,10 +338,8 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     first = state["step"] if state else 0
     if first >= num_updates and rank == 0:
         print(f"{cfg.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
-    log_file = None
     if rank == 0:
         begin_log(Path(cfg.out, "log.jsonl"), state)
-        log_file = open(Path(cfg.out, "log.jsonl"), "a")
     threads = row_threads(config, device)
     valid_rows = packed_rows(valid, range(len(valid)), rank, world_size, cfg.max_row_tokens)
     peak = peak_flops(device, model.compute_dtype, threads)
@@ -387,7 +386,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
                 model, valid_rows, world_size, device, tokenizer.size, threads)
         if rank == 0:
             left_s = (time.monotonic() - began) / (step + 1 - first) * (num_updates - step - 1)
-            log_step(log_file, figures, num_updates, left_s)
+            log_step(cfg, figures, num_updates, left_s)
 
         # 5. The checkpoint.
         if is_saved:
@@ -404,10 +403,9 @@ def hash_examples(*lists):
     return sha.hexdigest()[:16]
 
 
-def log_step(log_file, figures, num_updates, left_s):
+def log_step(cfg, figures, num_updates, left_s):
     """Writes the figures of a step to log.jsonl, and about a hundred times in a run to the screen."""
-    log_file.write(json.dumps(figures) + "\n")
-    log_file.flush()
+    append_lines(Path(cfg.out, "log.jsonl"), [figures])
     if "valid_loss" in figures or figures["step"] % max(1, num_updates // 100) == 0:
         texts = [f"{name} {value:.4g}" for name, value in figures.items() if name != "step" and value is not None]
         print(f"step {figures['step']}/{num_updates}  {'  '.join(texts)}  ETA {timedelta(seconds=int(left_s))}",

@@ -1,5 +1,5 @@
 """Processes, sharding, packed batches, checkpoints and memory: what sft.py and rl.py share to train a model."""
-import contextlib, ctypes, math, os, re, resource, shutil, timeit
+import contextlib, ctypes, json, math, os, re, resource, shutil, timeit
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -169,8 +169,7 @@ def full_tensor(x):
 
 
 def export_model(model, tokenizer, folder):
-    """Writes a model as an ordinary Hugging Face folder, in bfloat16 where it is on a GPU. Every process must call this.
-    """
+    """Writes a model as an ordinary Hugging Face folder, in bfloat16 if it is on a GPU. Every process must call this."""
     dtype = torch.bfloat16 if next(model.parameters()).is_cuda else torch.float32
     tensors = ((name, full_tensor(p.detach())) for name, p in model.named_parameters())
     if rank_and_size()[0] == 0:
@@ -459,7 +458,12 @@ def load_state(cfg, names, model, optimizer, origin):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Time and memory
+# Logs, time and memory
+
+def append_lines(path, values):
+    with open(path, "a") as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)
+
 
 def peak_memory(device):
     """Returns the most bytes that the GPU has held, or the resident set of the process."""
