@@ -10,7 +10,7 @@ trajectories, and only the action is new. `iterate` is one iteration, from top t
 --out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl with a line for each iteration. A killed
 run continues exactly with the same command.
 """
-import contextlib, math, random, sys, time, zlib
+import math, random, sys, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,11 +34,10 @@ from reward import KINDS
 from support import cli
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    add_gradients, append_lines, apply_device, build_model, compute_type, epoch_order, explain_dist_errors,
-    export_model, flops_of, format_plan, full_tensor, init_distributed, load_state, map_rows, num_parameters,
-    optimizer_step, packed_rows, peak_flops, peak_memory, preset_for, rank0_broadcast, rank_and_size, row_threads,
-    save_state, shape_of, trim_memory)
-from support.files import begin_log, folder_lock
+    add_gradients, append_lines, build_model, compute_type, epoch_order, export_model, flops_of, format_plan,
+    full_tensor, joined, load_state, map_rows, num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory,
+    preset_for, rank0_broadcast, rank_and_size, row_threads, save_state, shape_of, trim_memory)
+from support.files import begin_log
 from support.pool import hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
 from support.records import AGENT
@@ -858,10 +857,7 @@ def run(cfg):
     if cfg.plan:
         print(plan(cfg))
         return
-    apply_device(cfg.device)
-    rank, world_size, device = init_distributed()
-    with explain_dist_errors(rank), contextlib.ExitStack() as stack:
-        rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, "rl.py")))
+    with joined(cfg, "rl.py") as (rank, world_size, device):
         train(cfg, rank, world_size, device)
 
 

@@ -14,7 +14,7 @@ The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), 
 ideas/TASK.json and manifest.json. A run that was killed goes on with the same command; a larger --num, or another
 --task, adds to it.
 """
-import contextlib, hashlib, math, os, random, time
+import hashlib, math, os, random, time
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -38,9 +38,8 @@ from support.cli import RunError, exit_status, flag_of, format_table, refuse_tor
 from support.conversations import named, read_conversations
 from support.distributed import (
     PackedRow, add_gradients, append_lines, apply_device, batch_indices, build_model, check_same, compute_type,
-    explain_dist_errors, export_model, flops_of, format_plan, init_distributed, load_state, map_rows, num_parameters,
-    optimizer_step, packed_rows, peak_flops, peak_memory, preset_for, rank0_broadcast, row_threads, save_state,
-    shape_of, trim_memory)
+    export_model, flops_of, format_plan, init_distributed, joined, load_state, map_rows, num_parameters, optimizer_step,
+    packed_rows, peak_flops, peak_memory, preset_for, rank0_broadcast, row_threads, save_state, shape_of, trim_memory)
 from support.files import FLAG, TEXT, VALUE, begin_log, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -447,10 +446,10 @@ def collected_format(cfg):
 
 def fine_tune(cfg):
     """Trains cfg.model on cfg.trajectories and writes cfg.out."""
-    rank, world_size, device = init_distributed()
-    log = print if rank == 0 else lambda line: None
-    with contextlib.ExitStack() as stack:
-        rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, "sft.py")))
+    with joined(cfg, "sft.py") as (rank, world_size, device):
+        log = print if rank == 0 else lambda line: None
+        if cfg.preset:
+            rank0_broadcast(partial(collect_first, cfg))
         learned = collected_format(cfg)
         cfg = replace(cfg, **learned)       # whatever was typed here: imagined states are of the same form
         folder, tokenizer, config = starting_point(cfg)
@@ -468,6 +467,8 @@ def fine_tune(cfg):
         if rank == 0 and agent:
             write_agent(cfg.out, agent)
         log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
+        if cfg.preset == "tiny":
+            log("\nNext: python rl.py")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,19 +519,13 @@ def run(cfg):
     if cfg.plan:
         print(plan(cfg))
         return
-    apply_device(cfg.device)
     if cfg.collect:
+        apply_device(cfg.device)
         refuse_torchrun("collecting")
         print("\n" + report(collect(cfg)))
         print(f"Written to {cfg.trajectories}: manifest.json, trajectories, blobs")
-        return
-    rank, _, _ = init_distributed()
-    with explain_dist_errors(rank):
-        if cfg.preset:
-            rank0_broadcast(partial(collect_first, cfg))
+    else:
         fine_tune(cfg)
-    if cfg.preset == "tiny" and rank == 0:
-        print("\nNext: python rl.py")
 
 
 def fill(values):

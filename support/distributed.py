@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from model import CPU_LOGITS, GPU_LOGITS, IGNORE, Config, Qwen2, as_trees, load_tensors, write_checkpoint
 from support.cli import RunError, flag_of
-from support.files import shorten, sync
+from support.files import folder_lock, shorten, sync
 from support.sandbox import SLOTS
 
 RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
@@ -56,10 +56,15 @@ def rank_and_size():
 
 
 @contextlib.contextmanager
-def explain_dist_errors(rank):
-    """Raises RunError in place of what torch raises where another process of the run has ended."""
+def joined(cfg, program):
+    """Yields (rank, world size, device) of one of a run's processes, which hold cfg.out together. Raises RunError in
+    place of what torch raises where another of them has ended."""
+    apply_device(cfg.device)
+    rank, world_size, device = init_distributed()
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, program)))
+            yield rank, world_size, device
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
