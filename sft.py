@@ -87,7 +87,7 @@ class Settings(AgentSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        cli.check_choices(self, coder=("expert", "none"))
+        cli.check_choices(self, coder=("expert", "none"), dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "gpus", "epochs", "updates", "batch", "max_row_tokens", "lr", "save_every", "num")
         for name in ("warmup", "ideas", "temperature"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -98,23 +98,14 @@ def barrier():
 # ---------------------------------------------------------------------------------------------------------------------
 # The model, whole or sharded
 
-def multiplies_bf16(device):
-    """Returns whether the hardware of a device multiplies bfloat16: CUDA, or a CPU with AVX512-BF16 or AMX."""
-    if torch.device(device).type != "cpu":
-        return True
-    capabilities = torch.cpu.get_capabilities()
-    return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-
-
 def compute_type(dtype, device, config=None):
-    """Returns the torch.dtype that --dtype names for training: auto is bfloat16 where the hardware multiplies it, but
-    float32 on a CPU for a small model, whose products are too small to gain."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"--dtype must be auto, float32 or bfloat16 to train, found {dtype!r}")
-    if dtype == "auto":
-        is_small = device.type == "cpu" and num_parameters(config)[-1] < SMALL_BELOW
-        dtype = "bfloat16" if multiplies_bf16(device) and not is_small else "float32"
-    return getattr(torch, dtype)
+    """Returns the torch.dtype that --dtype names for training: auto is bfloat16 where the hardware multiplies it (CUDA,
+    or a CPU with AVX512-BF16 or AMX), but float32 on a CPU for a small model, whose products are too small to gain."""
+    if dtype == "auto" and device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        is_small = num_parameters(config)[-1] < SMALL_BELOW
+        dtype = "float32" if is_small or not (can.get("avx512_bf16") or can.get("amx_bf16")) else "bfloat16"
+    return getattr(torch, "bfloat16" if dtype == "auto" else dtype)
 
 
 def build_model(config, folder, device, seed=0, recompute=None, compute=None, make=Qwen2, kernels="torch"):
