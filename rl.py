@@ -823,14 +823,6 @@ def report(cfg, stats, transitions):
 
 # -- As a program
 
-def plan(cfg):
-    """Returns the text of --plan: memory of one GPU by part, at the peak of an update."""
-    lines = format_plan(cfg, shape_of(cfg.model), critic=cfg.has_critic, reference=cfg.kl > 0,
-                        sampled_tokens=cfg.max_batch * cfg.context)
-    return "\n".join([f"{cfg.model} on {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens, {cfg.max_batch} x "
-                      f"{cfg.context:,} tokens sampled", "", *lines])
-
-
 def fill(values):
     """Returns what holds where nothing was typed (see cli.parse): the model's agent.json and the recipe of its size."""
     model = values["model"]
@@ -849,7 +841,7 @@ def fill(values):
 
 def run(cfg):
     if cfg.plan:
-        print(plan(cfg))
+        print(format_plan(cfg, cfg.has_critic, reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context))
         return
     with joined(cfg, "rl.py") as (rank, world_size, device):
         train(cfg, rank, world_size, device)

@@ -37,9 +37,9 @@ from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main
 from support.conversations import named, read_conversations
 from support.distributed import (
-    PackedRow, add_gradients, append_lines, apply_device, batch_indices, build_model, check_same, compute_type,
-    export_model, flops_of, format_plan, init_distributed, joined, load_state, map_rows, num_parameters, optimizer_step,
-    packed_rows, peak_flops, peak_memory, preset_for, rank0_broadcast, row_threads, save_state, shape_of, trim_memory)
+    add_gradients, append_lines, apply_device, batch_indices, build_model, check_same, compute_type, export_model,
+    flops_of, format_plan, init_distributed, joined, load_state, map_rows, num_parameters, optimizer_step, packed_rows,
+    peak_flops, peak_memory, preset_for, rank0_broadcast, row_threads, save_state, shape_of, trim_memory)
 from support.files import FLAG, TEXT, VALUE, begin_log, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -70,7 +70,7 @@ class Settings(AgentSettings):
     out: str = "runs/sft"  # the model as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
     preset: str = ""  # tiny (the paper in miniature), 0.5b, 1.5b or 7b (the paper's); each collects first, and other
         # flags override it. Empty: that for the size of --model; without it 7b under torchrun with CUDA, else tiny
-    plan: bool = False  # print memory per GPU, updates and time, and end; --model may be a size alone, such as 7b
+    plan: bool = False  # print memory per GPU by part, and end; --model may be a size alone, such as 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
     epochs: float = 2.0  # times that training sees each conversation
     updates: int | None = None  # optimizer steps; none: as many as the epochs take
@@ -474,25 +474,6 @@ def fine_tune(cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-def plan(cfg):
-    """Returns the text of --plan: memory of a GPU, updates, tokens and time. It needs no weights and no GPU."""
-    config = shape_of(cfg.model)
-    tokens = cfg.max_row_tokens
-    num = 10_000        # about as many as the paper has
-    if is_collected(Path(cfg.trajectories)):
-        num = len(read_conversations(cfg.trajectories, cfg.data, log=lambda line: None)[0])
-        if cfg.model == "tiny" and cfg.prompt_format == "short" and cfg.show_scores:
-            num += miniature.NUM_IMAGINED
-    updates = cfg.updates or math.ceil(cfg.epochs * num / cfg.batch)
-    row = PackedRow([0] * tokens, [tokens], [0] * tokens, [])
-    hours = updates * cfg.batch * flops_of(config, [row]) / (cfg.gpus * 0.4 * 989e12) / 3600
-    return "\n".join([
-        f"{cfg.model}: {num_parameters(config)[-1]:,} weights; {cfg.gpus} GPUs, rows of {tokens:,} tokens", "",
-        *format_plan(cfg, config),
-        f"{num:,} conversations: {updates:,} steps of {cfg.batch}, at most {updates * cfg.batch * tokens:,} tokens",
-        f"about {hours:.1f} hours at most, at 40 % of an H100's 989 TFLOP/s per GPU"])
-
-
 def is_collected(path):
     """Returns whether there is something to train on: a file, or a folder whose collection was not broken off."""
     manifest = read_manifest(path)
@@ -517,7 +498,7 @@ def collect_first(cfg):
 
 def run(cfg):
     if cfg.plan:
-        print(plan(cfg))
+        print(format_plan(cfg))
         return
     if cfg.collect:
         apply_device(cfg.device)

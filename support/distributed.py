@@ -552,10 +552,11 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
     return parts
 
 
-def format_plan(cfg, config, critic=False, **more):
-    """Returns the lines of --plan that say what training takes: GPUs, disk (save_state's two checkpoints and a third
-    that is being written, each of a weight and two moments), and CPUs alone, where products are in float32 and the copy
-    for sampling is that of cpu_linear.pack. critic, more: see plan_memory."""
+def format_plan(cfg, critic=False, **more):
+    """Returns the text of --plan, for which no weights and no GPU are needed: memory of one GPU by part, disk
+    (save_state's two checkpoints and a third that is being written, each of a weight and two moments), and CPUs alone,
+    where products are in float32 and the copy for sampling is that of cpu_linear.pack. critic, more: see plan_memory."""
+    config = shape_of(cfg.model)
     total = num_parameters(config)[-1]
     memory = partial(plan_memory, config, cfg.max_row_tokens, recompute=total > RECOMPUTE_ABOVE, critic=critic, **more)
     parts = memory(cfg.gpus, compute_type(cfg.dtype, torch.device("cuda")))
@@ -563,8 +564,10 @@ def format_plan(cfg, config, critic=False, **more):
     num_trained = total * (1 + critic)
     ram = sum(memory(1, torch.float32, max_logits=CPU_LOGITS).values()) + PROCESS_BYTES
     fits = "fits" if ram < 24e9 else "does not fit"
-    return ["GiB per GPU", *lines, "", f"{3 * 12 * num_trained / 2**30:,.0f} GiB of disk in --out, for checkpoints",
-            f"On CPUs alone: {ram / 2**30:.1f} GiB of RAM, which {fits} in 24 GB"]
+    return "\n".join([
+        f"{cfg.model}: {total:,} weights; {cfg.gpus} GPUs, rows of {cfg.max_row_tokens:,} tokens", "", "GiB per GPU",
+        *lines, "", f"{3 * 12 * num_trained / 2**30:,.0f} GiB of disk in --out, for checkpoints",
+        f"On CPUs alone: {ram / 2**30:.1f} GiB of RAM, which {fits} in 24 GB"])
 
 
 def preset_for(num_weights):

@@ -353,13 +353,6 @@ def test_states_are_imagined_only_with_the_scores_that_their_prompts_show(short,
 
 # ---- the command
 
-def test_a_plan_counts_imagined_states(short, capsys):
-    """48 replies of the expert and 3,000 imagined ones: each twice in steps of 8 are 762 steps."""
-    _, s = short
-    assert sft.main(["--plan", "--trajectories", s.trajectories, "--data", s.data]) == 0
-    assert "3,048 conversations: 762 steps of 8, at most 3,121,152 tokens" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("prompt_format, own", [
     ("short", {"context", "max_new_tokens", "steps"}), ("medium", {"context", "max_new_tokens", "steps"}),
     ("full", set())])

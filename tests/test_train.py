@@ -244,17 +244,14 @@ def test_planned_memory_is_what_training_takes(shape, length, recompute, compute
 
 
 def test_a_plan_needs_neither_gpu_nor_weights(capsys, tmp_path):
-    """The 7B's figures by hand: 7,615,616,512 weights of 16 bytes on 8 GPUs are 14.19 GiB; 10,000 conversations twice
-    in steps of 64 are 313 steps of at most 64 rows of 15,000 tokens. Other flags override the preset's."""
+    """The 7B's figures by hand: 7,615,616,512 weights of 16 bytes on 8 GPUs are 14.19 GiB. Other flags override the
+    preset's."""
     assert sft.main(["--preset", "7b", "--plan", "--trajectories", "nowhere"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    for part in ("7,615,616,512 weights", "actor 14.19", "255 GiB of disk", "313 steps of 64",
-                 "at most 300,480,000 tokens"):
+    for part in ("7,615,616,512 weights", "actor 14.19", "255 GiB of disk"):
         assert part in said
-    assert sft.main(["--gpus", "1", "--preset", "7b", "--plan", "--updates", "10", "--batch=2",
-                     "--trajectories", str(tmp_path)]) == 0       # a folder that nothing is in yet
-    said = " ".join(capsys.readouterr().out.split())
-    assert all(part in said for part in ("actor 113.48", "10,000 conversations: 10 steps of 2, at most 300,000 tokens"))
+    assert sft.main(["--gpus", "1", "--preset", "7b", "--plan", "--trajectories", str(tmp_path)]) == 0
+    assert "actor 113.48" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
         sft.main(["--plan", "--model", "9b"])
     assert "no preset '9b'" in capsys.readouterr().err
