@@ -40,7 +40,7 @@ from support.distributed import (
 from support.files import begin_log
 from support.pool import hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
-from support.records import AGENT
+from support.records import AGENT, restore_record
 from support.sandbox import SLOTS, protection
 from support.storage import ResultCache
 
@@ -184,7 +184,7 @@ class RolloutWorker:
         env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, state.head["data_seed"],
                        coder=self.ask_coder, **recorded)
         if not from_start:
-            state.restore(env)
+            restore_record(env, state.head, state.steps[:state.index])
         return env, self.engine.tokenizer.chat(env.prompt())
 
     def hold_back(self):

@@ -9,7 +9,6 @@ from support.conversations import InvalidConversation, read_learnable
 from support.files import hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
 from support.storage import Blobs, MissingBlob, check_state
-from support.records import restore_record
 
 
 UNSEEN = 0.3    # chance of a state that was not sampled yet; rl.py gives from 0.1 to 1.1 to one that was
@@ -40,10 +39,6 @@ class State:
     @property
     def snapshot(self):
         return (self.steps[self.index - 1] if self.index else self.head)["snapshot"]
-
-    def restore(self, env):
-        """Puts an Env of the task into this state. MissingBlob: a file of it is missing."""
-        restore_record(env, self.head, self.steps[:self.index])
 
 
 def load_pool(cfg, tokenizer, log=print):
