@@ -4,11 +4,8 @@
     torchrun --nproc_per_node 8 rl.py                   # on eight GPUs; the recipe is that of the model's size
     python rl.py --rollout episode --states 4           # whole trajectories instead, for comparison
 
-Whole trajectories are slow to sample, since each step runs a training script. So the states come from expert
-trajectories, and only the action is new. `iterate` is one iteration, from top to bottom.
-
---out receives the actor as a Hugging Face folder, checkpoints, and log.jsonl with a line for each iteration. A killed
-run continues exactly with the same command.
+Each step of a whole trajectory runs a training script, which is slow. So the states come from expert trajectories, and
+only the action is new. `iterate` is one iteration. A killed run continues exactly with the same command.
 """
 import math, random, sys, time, zlib
 from collections import Counter
@@ -48,7 +45,7 @@ DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (a
 VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
 TIS_CAP = 2.0               # cap of a token's weight pi_old / pi_sampler (arXiv 2510.26788)
 WARM_UP_STEPS = 4           # of the critic alone, before the first update: its head begins at zero
-CHECK_EVERY = 8             # of so many states one is checked: the sampler's log-probs must be the trainer's ...
+CHECK_EVERY = 8             # of so many states one is checked: the log-probs of sampler and trainer must agree ...
 MAX_LOGP_DIFF = 1e-3        # ... within this
 ROUNDING = 1e-5             # log-probs of the same weights, computed in another order, differ by less
 EPS = 1e-4                  # is added to a standard deviation that is divided by
@@ -151,10 +148,9 @@ class Transition:
 
 
 class RolloutWorker:
-    """Samples actions with an engine and carries them out, on one process of several, each of which plays a run of
-    neighbouring states. Seeds and the order of the Transitions depend on the numbers of state and action alone, so
-    neither the number of processes nor which script ends first matters. (For whole trajectories they do: observations
-    tell the time left.)
+    """Samples actions with an engine and carries them out, on one process of several. Seeds and the order of the
+    Transitions depend on the numbers of state and action alone, so neither the number of processes nor which script
+    ends first matters. (For whole trajectories they do: observations tell the time left.)
     """
 
     def __init__(self, cfg, engine, pool, rank=0, world_size=1):
@@ -174,8 +170,8 @@ class RolloutWorker:
         return ask_coder_model(self.engine, messages).text
 
     def begin(self, name):
-        """Returns an Env in a state, or with --rollout episode at the start of its trajectory (not of states held back),
-        and the prompt's token ids there. MissingBlob: a file of the state is gone."""
+        """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the prompt's token
+        ids there. MissingBlob: a file of the state is gone."""
         state = self.states[name]
         recorded = {key: state.head[key] for key in AGENT}
         from_start = self.cfg.rollout == "episode" and name not in self.held_back
@@ -188,8 +184,7 @@ class RolloutWorker:
         return env, self.engine.tokenizer.chat(env.prompt())
 
     def hold_back(self):
-        """Takes a trajectory of each task out of the pool, the same in every run, and returns the names of some of
-        their states."""
+        """Takes a trajectory of each task out of the pool, and returns the names of some of their states."""
         if not self.cfg.validate_every:
             return []
         rng = random.Random("validation")
@@ -208,7 +203,7 @@ class RolloutWorker:
         return rng.sample(names, min(VALIDATION_STATES, len(names)))
 
     def validate(self):
-        """Returns the mean reward of actions in the states held back. The same weights give the same figure."""
+        """Returns the mean reward of actions in the states held back."""
         self.held_back = [name for name in self.held_back if self.fits(name)]
         futures = self.submit_actions(self.own_starts(self.held_back), "validation")
         transitions = gather([future.result() for future in futures])
@@ -231,7 +226,7 @@ class RolloutWorker:
         return False
 
     def sample_states(self, iteration):
-        """Returns the names of an iteration's states, of all processes; the first process draws them."""
+        """Returns the names of an iteration's states, of all processes."""
         rng = random.Random(f"{self.cfg.seed} {iteration}")
         return rank0_broadcast(partial(sample_states, self.pool, self.cfg.states, rng, self.chances, self.fits))
 
@@ -266,8 +261,8 @@ class RolloutWorker:
             "sampled_tokens_s": counts["sampled_tokens"] / (executed - began)}
 
     def submit_actions(self, starts, iteration):
-        """Samples actions in these states, and has each carried out at once. Returns, when all are sampled, the
-        futures of the Transitions in order."""
+        """Samples actions in these states, has each carried out at once, and returns the futures of the Transitions in
+        order."""
         futures = {}
 
         def on_reply(i, j, reply):
@@ -284,7 +279,7 @@ class RolloutWorker:
         return self.act(env, prompt, reply, name, group, number)
 
     def act(self, env, prompt, reply, name, group, number):
-        """Returns the Transition of an action, which is carried out, graded and rewarded."""
+        """Carries an action out and returns its Transition."""
         try:
             step = vars(env.step(reply.text, self.engine.tokenizer.spelling(reply.tokens, reply.text)))
         except Exception as error:
@@ -316,8 +311,7 @@ class RolloutWorker:
 
 
 def make_engine(cfg, actor, tokenizer):
-    """Returns an Engine that samples from the actor itself, or from a copy where the actor is sharded or computes in
-    another dtype than that of its weights."""
+    """Returns an Engine of the actor, or of a copy where it is sharded or does not compute in its weights' dtype."""
     model = actor
     if any(isinstance(p, DTensor) or p.dtype is not actor.compute_dtype for p in actor.parameters()):
         device = next(actor.parameters()).device
@@ -334,7 +328,7 @@ def copy_weights(actor, model):
 
 
 def gather(values):
-    """Returns the lists of all processes joined, on every process."""
+    """Returns the lists of all processes joined."""
     if not dist.is_initialized():
         return values
     lists = [None] * dist.get_world_size()
@@ -367,8 +361,7 @@ def gae(rewards, values, gamma=1.0, lam=1.0):
     """Returns the advantages of one episode's tokens, (N,), from their rewards and values, (N,).
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1} (arXiv 1506.02438, equations 11 and 16).
-    The value behind the last token is 0: an action is a whole episode, and a full prompt tells a trajectory how many
-    steps it has left, so that ending there is part of its task.
+    The value behind the last token is 0: an action is an episode of its own, and trajectories are told the steps left.
     """
     adv = []
     next_adv = 0.0
@@ -393,8 +386,8 @@ def gae_of_episodes(transitions, rewards, values, lam):
 
 
 def group_returns(transitions, rewards):
-    """Returns for each action what it earned, less divergence, together with the later ones of its trajectory, and the
-    same of all trajectories of its group from that step on, 0 of one that has ended before."""
+    """Returns for each action its return (what it and the later ones of its trajectory earned, less divergence), and
+    those of all trajectories of its group from that step on, 0 of one that has ended before."""
     groups = {}         # group -> trajectory -> what each of its actions earned
     for transition, token_reward in zip(transitions, rewards):
         episodes = groups.setdefault(transition.group, {})
@@ -411,15 +404,14 @@ def group_returns(transitions, rewards):
 
 
 def less_baseline(token_reward, own, baseline):
-    """Returns the return to go from each token of an action, less the baseline. own: the action's, with later ones."""
+    """Returns the return to go from each token of an action, less the baseline. own: the action's return."""
     later = own - token_reward.sum().item()
     return gae(token_reward, torch.full_like(token_reward, baseline - later))
 
 
 def rloo(transitions, rewards, values, lam):
-    """The return to go less the mean return of the group's others (leave-one-out, arXiv 2402.14740): of the state's
-    other actions, or of the other trajectories from the same step on. Returns hold the divergence, as there: a baseline
-    without it would push down whatever was sampled."""
+    """The return to go less the mean return of the group's others (leave-one-out, arXiv 2402.14740). Returns hold the
+    divergence, as there: a baseline without it would push down whatever was sampled."""
     adv = []
     for token_reward, (own, group) in zip(rewards, group_returns(transitions, rewards)):
         adv.append(less_baseline(token_reward, own, (sum(group) - own) / max(1, len(group) - 1)))
@@ -427,8 +419,7 @@ def rloo(transitions, rewards, values, lam):
 
 
 def grpo(transitions, rewards, values, lam):
-    """The return to go less the mean return of the group, over its standard deviation (arXiv 2402.03300); see rloo.
-    The divergence is part of the return here, so it is divided too."""
+    """The return to go less the mean return of the group, over its standard deviation (arXiv 2402.03300)."""
     adv = []
     for token_reward, (own, group) in zip(rewards, group_returns(transitions, rewards)):
         adv.append(less_baseline(token_reward, own, fmean(group)) / (pstdev(group) + EPS))
@@ -437,22 +428,19 @@ def grpo(transitions, rewards, values, lam):
 
 # To try another advantage, add a function here; its name is then a value of --advantage. It receives the Transitions,
 # the rewards of their tokens (see token_rewards), the critic's values (or None) and --lam, and returns the advantages
-# of the tokens, a list of (N_i,). All but gae compare the actions of one state: they have no critic
-# (Settings.has_critic), and prefer states whose rewards differ. tests/test_rl.py shows how to try one by hand.
+# of the tokens, a list of (N_i,). Only gae has a critic (Settings.has_critic).
 ADVANTAGES = {"gae": gae_of_episodes, "rloo": rloo, "grpo": grpo}
 
 
 def whiten(adv):
-    """Returns the advantages, a list of (N_i,), less their mean over all tokens, over their standard deviation. EPS
-    keeps it from blowing up the noise of equal rewards."""
+    """Returns the advantages, a list of (N_i,), less their mean over all tokens, over their standard deviation."""
     tokens = torch.cat(adv)
     tokens = (tokens - tokens.mean()) / (tokens.std(correction=0) + EPS)
     return list(tokens.split([len(a) for a in adv]))
 
 
 def importance_weights(logp_old, logp_sampler, cap=TIS_CAP):
-    """Returns the weight pi_old / pi_sampler of each token, at most `cap`, a list of (N_i,): it corrects for the
-    different rounding of sampler and trainer (arXiv 2510.26788)."""
+    """Returns the weight pi_old / pi_sampler of each token, at most `cap`, a list of (N_i,) (arXiv 2510.26788)."""
     return [(old - sampler).exp().clamp(max=cap) for old, sampler in zip(logp_old, logp_sampler)]
 
 
@@ -460,8 +448,7 @@ def policy_loss(logp, logp_old, adv, clip_low, clip_high):
     """Returns the loss of each token, (N,), and whether the ratio's clip decided it, (N,).
 
     With r = exp(logp - logp_old): -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and where A < 0 at most
-    -DUAL_CLIP A (arXiv 1707.06347, equation 7; arXiv 1912.09729, equation 5). The difference is kept within 10 before
-    exp, which must not overflow; beyond that no gradient is left but those below A e^-10.
+    -DUAL_CLIP A (arXiv 1707.06347, equation 7; arXiv 1912.09729, equation 5). exp must not overflow.
     """
     ratio = (logp - logp_old).clamp(-10, 10).exp()
     plain = ratio * adv
@@ -481,7 +468,7 @@ def value_loss(value, value_old, ret, max_change):
 # -- PPO
 
 class Critic(Qwen2):
-    """The value of the state before each token of an action: the language model's backbone with a head of one row."""
+    """The value of the state before each token: the language model's backbone with a head of one row."""
 
     def __init__(self, config):
         nn.Module.__init__(self)
@@ -490,7 +477,7 @@ class Critic(Qwen2):
         self.score = Linear(config.hidden_size, 1)
 
     def tie(self):
-        """There is no output head to tie."""
+        """It has no output head."""
 
     def forward(self, tokens, lengths=None, targets=None):
         """tokens (B, T) int64, as for Qwen2 -> the values at the N targets, (N,) fp32."""
@@ -499,9 +486,9 @@ class Critic(Qwen2):
 
 
 class PPOTrainer:
-    """The actor, the reference (if --kl is not 0), the critic (with --advantage gae) and their updates, on one process
-    of several. Examples are (token ids, loss_mask). "Per token" means a list of (N_i,) fp32 tensors on the CPU, of the
-    examples of all processes; N_i counts the tokens of loss_mask."""
+    """The actor, the reference (if --kl is not 0), the critic (with --advantage gae) and their updates. Examples are
+    (token ids, loss_mask). "Per token" means a list of (N_i,) fp32 tensors on the CPU, of the examples of all
+    processes; N_i counts the tokens of loss_mask."""
 
     def __init__(self, cfg, config, folder, num_token_ids, rank, world_size, device):
         self.cfg = cfg
@@ -555,7 +542,7 @@ class PPOTrainer:
 
     def minibatches(self, groups, iteration):
         """Returns the indices of the examples of each optimizer step of an iteration. The actions of a state stay
-        together, so that it is read once for all of them. groups: the number of the state of each example."""
+        together, so that it is read once. groups: the number of the state of each example."""
         states = sorted(set(groups))
         parts = min(self.cfg.minibatches, len(states))
         batches = []
@@ -586,8 +573,7 @@ class PPOTrainer:
         return (sums / len(batches)).tolist(), torch.stack(norms).mean().item()
 
     def update_actor(self, examples, logp_old, adv, is_weight, batches):
-        """Updates the actor by PPO's objective (see update) and returns statistics. logp_old, adv, is_weight: per
-        token."""
+        """Updates the actor by PPO's objective and returns statistics. logp_old, adv, is_weight: per token."""
         ratios = []
 
         def loss_of(row, num_tokens):
@@ -608,8 +594,8 @@ class PPOTrainer:
                 "ratio_max": ratio_max.item(), "grad_norm": grad_norm}
 
     def update_critic(self, examples, ret, value_old, batches, max_change=math.inf):
-        """Brings the critic's values to the returns (see update) and returns statistics. ret, value_old: per token;
-        max_change: see value_loss."""
+        """Brings the critic's values to the returns and returns statistics. ret, value_old: per token. max_change: see
+        value_loss."""
         def loss_of(row, num_tokens):
             value = self.critic(*row.inputs(self.device))
             row_value_old = self.cat(value_old, row)
@@ -627,8 +613,8 @@ class PPOTrainer:
 # -- The loop
 
 def iterate(cfg, worker, trainer, iteration):
-    """One iteration of PPO. Returns the Transitions and statistics. RunError: nothing can be played, or a gradient or
-    the weights are not finite."""
+    """One iteration of PPO. Returns the Transitions and statistics. RunError: nothing can be played, or something is
+    not finite."""
     # 1. States of the pool, the tasks in turn; the same on all processes.
     names = worker.sample_states(iteration)
 
@@ -637,7 +623,7 @@ def iterate(cfg, worker, trainer, iteration):
     examples = [transition.example for transition in transitions]
     logp_sampler = [torch.tensor(transition.logp_sampler) for transition in transitions]
 
-    # 3. Log-probs of the actor as it was sampled from and of the frozen reference; the critic's values.
+    # 3. Log-probs of the actor before the update and of the reference; the critic's values.
     began = time.monotonic()
     logp_old, logp_diff = old_logprobs(worker, trainer, transitions, examples, logp_sampler, iteration)
     logp_ref = None
@@ -677,8 +663,8 @@ def iterate(cfg, worker, trainer, iteration):
 
 def old_logprobs(worker, trainer, transitions, examples, logp_sampler, iteration):
     """Returns the actor's log-probs of the examples before the update, per token, and how far those of the sampler are
-    from the trainer's, (N,). Where the sampler is the actor itself, its log-probs are the old ones, and the trainer's
-    are computed for a share of the states alone. RunError: they differ."""
+    from the trainer's, (N,). Where the sampler is the actor itself, its log-probs are the old ones, and a share of the
+    states is checked. RunError: they differ."""
     if not worker.samples_from(trainer.actor):
         logp_old = trainer.logprobs(trainer.actor, examples)
         return logp_old, (torch.cat(logp_old) - torch.cat(logp_sampler)).abs()
@@ -766,8 +752,7 @@ def train(cfg, rank, world_size, device):
 
 
 def export_agent(actor, tokenizer, source, out):
-    """Writes the actor as a Hugging Face folder, with agent.json of the folder `source` where it has one. Every process
-    must call this."""
+    """Writes the actor as a Hugging Face folder, with agent.json of `source`. Every process must call this."""
     export_model(actor, tokenizer, out)
     if rank_and_size()[0] == 0 and (agent := read_agent(source)):
         write_agent(out, agent)
@@ -776,11 +761,8 @@ def export_agent(actor, tokenizer, source, out):
 # -- Statistics: what log.jsonl says of an iteration
 
 def action_stats(cfg, transitions, logp_old, logp_ref, logp_diff):
-    """Returns {name: number} about an iteration's actions.
-
-    To log something else, such as the fraction that undo an edit, add a line here:
-    "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step tells what a step has.
-    """
+    """Returns {name: number} about an iteration's actions. To log something else, add a line such as
+    "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step tells what a step has."""
     steps = [transition.step for transition in transitions]
     rewards = torch.tensor([step["reward"] for step in steps])
     kinds = Counter(step["kind"] for step in steps)
@@ -807,7 +789,7 @@ def action_stats(cfg, transitions, logp_old, logp_ref, logp_diff):
 
 
 def report(cfg, stats, transitions):
-    """Adds an iteration's statistics to log.jsonl and its actions to samples.jsonl, and prints a line."""
+    """Writes an iteration's statistics to log.jsonl and its actions to samples.jsonl, and prints a line."""
     append_lines(Path(cfg.out, "log.jsonl"), [stats])
     append_lines(Path(cfg.out, "samples.jsonl"), [
         {"iteration": stats["iteration"], "state": transition.state, "reply": transition.step["reply"],
