@@ -28,8 +28,7 @@ SMALL_BELOW = 50e6          # weights; the products of a smaller model are too s
 # Processes
 
 def apply_device(name):
-    """Makes --device hold: cpu hides all GPUs, which must come before anything looks for one. ValueError: cuda, and
-    torch finds no GPU."""
+    """Makes --device hold: cpu hides all GPUs, before anything looks for one. ValueError: cuda, and there is none."""
     if name == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif name == "cuda" and not torch.cuda.is_available():
@@ -99,8 +98,8 @@ def barrier():
 # The model, whole or sharded
 
 def compute_type(dtype, device, config=None):
-    """Returns the torch.dtype that --dtype names for training: auto is bfloat16 where the hardware multiplies it (CUDA,
-    or a CPU with AVX512-BF16 or AMX), but float32 on a CPU for a small model, whose products are too small to gain."""
+    """Returns the torch.dtype that --dtype names: auto is bfloat16 where the hardware multiplies it, but float32 on a
+    CPU for a small model, whose products are too small to gain."""
     if dtype == "auto" and device.type == "cpu":
         can = torch.cpu.get_capabilities()
         is_small = num_parameters(config)[-1] < SMALL_BELOW
@@ -111,10 +110,9 @@ def compute_type(dtype, device, config=None):
 def build_model(config, folder, device, seed=0, recompute=None, compute=None, make=Qwen2, kernels="torch"):
     """Returns a model to train, with weights and gradients in float32, sharded over all processes (FSDP2).
 
-    Each process reads its own rows of the checkpoint in `folder`; None: of a model drawn at random from the seed.
-    compute: dtype of products and activations, by default that of --dtype auto. recompute: backward computes the
-    activations of each block again, by default those of a large model. make: the class; a critic's head, `score`,
-    begins at zero. kernels: "compiled" compiles the blocks.
+    Each process reads its own rows of the checkpoint in `folder`; None: the weights are drawn from the seed. compute:
+    dtype of products and activations, by default that of --dtype auto. recompute: backward computes the activations
+    of each block again, by default in a large model. make: the class; a critic's head, `score`, begins at zero.
     """
     # 1. Made on the meta device, without memory. The units of FSDP are the blocks, and the rest.
     with torch.device("meta"):
@@ -178,9 +176,8 @@ def export_model(model, tokenizer, folder):
 
 
 def row_threads(config, device):
-    """Returns the threads that compute the rows of a small model on a CPU, None for any other. OpenMP's threads wait
-    for each other at every product, which takes long beside a busy program. So a product of a small model has one
-    thread, and the cores compute different rows."""
+    """Returns the threads that compute the rows of a small model on a CPU, one row each, None for any other. OpenMP's
+    threads would wait for each other at every small product, which takes long beside a busy program."""
     if device.type != "cpu" or dist.is_initialized() or num_parameters(config)[-1] > SMALL_BELOW:
         return None
     torch.set_num_threads(1)
@@ -195,8 +192,7 @@ def map_rows(function, rows, threads=None):
 
 def add_gradients(model, rows, loss_of, threads=None):
     """Adds the gradients of a sum over rows to a model. loss_of(row) returns the row's part of the loss, and a tensor
-    of statistics. Returns their sum. threads: of row_threads; the order of the sums is that of the rows all the same.
-    """
+    of statistics. Returns their sum. threads: of row_threads; all is summed in the order of the rows."""
     parameters = list(model.parameters())
 
     def work(row):
@@ -218,8 +214,8 @@ def add_gradients(model, rows, loss_of, threads=None):
 
 
 def optimizer_step(model, optimizer, max_norm=1.0):
-    """Clips a model's gradient, makes a step and clears it. Returns the norm before clipping, a tensor. RunError: it
-    is not finite; no weight was changed."""
+    """Clips a model's gradient, makes a step and clears it. Returns the norm before clipping. RunError: it is not
+    finite; no weight was changed."""
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
     if not torch.isfinite(norm):
         raise RunError(f"gradient norm {norm.item()}")
@@ -238,15 +234,14 @@ def epoch_order(num, seed, epoch):
 
 
 def batch_indices(num, step, size, seed):
-    """Returns the indices, out of `num`, of the `size` examples of optimizer step `step`. A resumed run needs no memory
-    of what it has seen."""
+    """Returns the indices, out of `num`, of the `size` examples of optimizer step `step`."""
     return [epoch_order(num, seed, i // num)[i % num] for i in range(step * size, (step + 1) * size)]
 
 
 def pack_lengths(lengths, max_row_tokens, multiple=1):
-    """Returns lists of indices, one for each packed row, the costliest row first: each text, the longest first, goes
-    into the row of the least cost among those with room. `multiple` divides the number of rows; some may be empty. A
-    text of more than max_row_tokens has a row of its own."""
+    """Returns lists of indices, one for each packed row, the costliest first: each text, the longest first, goes into
+    the row of the least cost among those with room. `multiple` divides the number of rows; some may be empty. A text of
+    more than max_row_tokens has a row of its own."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     num_tokens = sum(min(length, max_row_tokens) for length in lengths)
     num_rows = multiple * math.ceil(num_tokens / max_row_tokens / multiple)
@@ -268,9 +263,8 @@ def pack_lengths(lengths, max_row_tokens, multiple=1):
 
 
 def shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens):
-    """Returns the packed rows of one process, lists of indices out of `batch`; lengths: tokens of all examples. FSDP
-    gathers and reduces for all processes at once, so each gets the same number of rows, some of them empty, and those
-    of the same time are neighbours in cost."""
+    """Returns the packed rows of one process, lists of indices out of `batch`; lengths: tokens of all examples. Under
+    FSDP all processes wait for each other at a row, so each has as many, some empty, of about the same cost."""
     rows = pack_lengths([lengths[i] for i in batch], max_row_tokens, world_size)
     return [[batch[i] for i in row] for row in rows[rank::world_size]]
 
@@ -298,8 +292,8 @@ class PackedRow(NamedTuple):
     examples: list  # the indices of its examples, in the order of their targets
 
     def inputs(self, device):
-        """Returns the model's inputs: tokens (1, T), lengths, and targets (1, T) as numpy, since FSDP would move a tensor
-        to the GPU, and counting them there waits for it."""
+        """Returns tokens (1, T), lengths, and targets (1, T) as numpy: FSDP would move a tensor to the GPU, and counting
+        them there waits for it."""
         return torch.tensor([self.tokens], device=device), self.lengths, np.array([self.targets])
 
 
@@ -309,7 +303,7 @@ LEAST_SHARED = 16       # tokens that texts have in common before they share the
 
 
 def pack_trees(examples, indices, max_row_tokens):
-    """Returns the Trees of the examples `indices`, none of more tokens than a row may have, unless a single text is."""
+    """Returns the Trees of the examples `indices`, none of more tokens than a row may have, but for single texts."""
     # 1. Sorted by their tokens, examples that begin alike are neighbours. One that goes on with another and learns
     # nothing of that part is the same text: the steps of a trajectory, where each prompt holds the step before.
     texts = []
@@ -339,7 +333,7 @@ def pack_trees(examples, indices, max_row_tokens):
 
 
 def shared_tokens(examples, text, other):
-    """Returns how many tokens two texts begin with that neither learns, and beyond which both go on."""
+    """Returns with how many tokens, that neither learns, two texts begin alike and go on."""
     length = math.inf
     for indices in (text, other):
         ids = examples[indices[-1]][0]
@@ -382,8 +376,8 @@ def lay_out(examples, trees):
 # Checkpoints
 
 def check_same(before, after, where, flag="--out"):
-    """Raises ValueError unless all that a run hangs on, {what: value}, is as it was when it began. where: its folder;
-    flag: the setting that would give it another."""
+    """Raises ValueError unless all that a run hangs on, {what: value}, is as when it began. where: its folder, for
+    which `flag` would give another."""
     def show(value):
         return shorten(ascii(value).strip("'"), 200)
     changes = [f"{what} {show(before.get(what))} (now {show(value)})"
@@ -394,7 +388,7 @@ def check_same(before, after, where, flag="--out"):
 
 
 def save_state(cfg, step, model, optimizer, origin, keep=2, **more):
-    """Writes all that a later process needs to go on after `step` steps, each process its own part, and `more`, to
+    """Writes all that is needed to go on after `step` steps, each process its own part, and `more`, to
     cfg.out/checkpoints/step-N, which has its name when it is whole. The last `keep` stay. origin: {what: value} of all
     that the run hangs on besides its settings."""
     rank, world_size = rank_and_size()
@@ -428,7 +422,7 @@ def save_state(cfg, step, model, optimizer, origin, keep=2, **more):
 
 def load_state(cfg, names, model, optimizer, origin):
     """Puts the newest state below cfg.out into model and optimizer and returns the rest of it, None where there is
-    none. ValueError: the run had another number of processes, settings of these names or origin (save_state)."""
+    none. ValueError: the run had another number of processes, settings of these names or origin."""
     rank, world_size = rank_and_size()
     folders = sorted(Path(cfg.out, "checkpoints").glob("step-??????"))
     if not folders:
@@ -475,8 +469,8 @@ def trim_memory():
 
 
 def peak_flops(device, dtype, threads=None):
-    """Returns the operations a second of a device: the vendor's of a known GPU, None of another; measured on a CPU, in
-    one thread where `threads` (of row_threads) compute rows, and counted for all of them."""
+    """Returns the operations a second of a device: the vendor's of a known GPU, None of another; measured on a CPU, of
+    all of `threads` (of row_threads) where they compute rows."""
     if device.type == "cuda":
         vendor = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # dense bfloat16
         name = torch.cuda.get_device_name(device)
@@ -520,9 +514,9 @@ def shape_of(model):
 
 def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True, critic=False, reference=False,
                 sampled_tokens=0, max_logits=GPU_LOGITS):
-    """Returns {part: bytes} of one GPU at the peak of a training step, for --plan, without CUDA's, NCCL's and the
-    allocator's own. row_tokens: of a packed row, all learned. sampled_tokens: of the KV cache of a sampling copy of the
-    model, 0 for none. critic, reference: whether there are a second model that is trained and a frozen one."""
+    """Returns {part: bytes} of one GPU at the peak of a training step, without CUDA's, NCCL's and the allocator's own.
+    row_tokens: of a packed row, all learned. sampled_tokens: of the KV cache of a sampling copy of the model, 0 for
+    none. critic, reference: whether there are a second model that is trained and a frozen one."""
     size = compute.itemsize
     C = config.hidden_size
     F = config.intermediate_size
@@ -533,7 +527,7 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
     block_token = size * (8 * C + 2 * kv + 4 * F)           # what autograd keeps of a token in a block
     kept = L * row_tokens * (size * C if recompute else block_token)
     backward = row_tokens * (2 * size * (C + F) + (block_token if recompute else 0))
-    logits = 12 * min(row_tokens * config.vocab_size, max_logits) + 4 * table       # a piece, and the head's new gradient
+    logits = 12 * min(row_tokens * config.vocab_size, max_logits) + 4 * table   # a piece, and the head's new gradient
     if gpus > 1:
         gathered = size * (table + head + 2 * block)
         backward += (size + 4) * block                      # its gradient before it is shared out
@@ -553,9 +547,9 @@ def plan_memory(config, row_tokens, gpus, compute=torch.bfloat16, recompute=True
 
 
 def format_plan(cfg, critic=False, **more):
-    """Returns the text of --plan, for which no weights and no GPU are needed: memory of one GPU by part, disk
-    (save_state's two checkpoints and a third that is being written, each of a weight and two moments), and CPUs alone,
-    where products are in float32 and the copy for sampling is that of cpu_linear.pack. critic, more: see plan_memory."""
+    """Returns the text of --plan, for which no weights and no GPU are needed: memory of one GPU by part, disk (two
+    checkpoints and one that is being written, each of a weight and two moments), and CPUs alone, in float32, where the
+    copy for sampling is that of cpu_linear.pack. critic, more: see plan_memory."""
     config = shape_of(cfg.model)
     total = num_parameters(config)[-1]
     memory = partial(plan_memory, config, cfg.max_row_tokens, recompute=total > RECOMPUTE_ABOVE, critic=critic, **more)
