@@ -5,14 +5,12 @@
     python sft.py --collect --expert http://host:8000/v1#name   # an expert behind an OpenAI-compatible server
     python sft.py --model DIR                                   # fine-tunes a checkpoint on what was collected
 
-Collecting, for each held-in task: of the ideas that the expert writes (or that are shipped with the task) the 10 that
-differ most are kept, and 1 to 3 of them stand in the expert's first prompt of each trajectory. The recorded prompt does
-not have them, so that the model learns to have the idea itself. Held-out tasks are refused, by name and by the hashes
-of those prepared in --data.
+Collecting: of the ideas that the expert writes (or that are shipped with the task) the 10 that differ most are kept, and
+1 to 3 of them stand in the expert's first prompt of each trajectory. The recorded prompt does not have them, so that
+the model learns to have the idea itself. Held-out tasks are refused, by name and by the hashes of those in --data.
 
 The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), blobs/ (the files of every state),
-ideas/TASK.json and manifest.json. A run that was killed goes on with the same command; a larger --num, or another
---task, adds to it.
+ideas/TASK.json and manifest.json. A killed run goes on with the same command; a larger --num or another --task adds.
 """
 import hashlib, math, os, random, time
 from array import array
@@ -110,8 +108,7 @@ COUNTS = ("trajectories", "steps", "valid", "rose")     # rose: trajectories who
 
 
 def collect(cfg, load=sample.load):
-    """Collects cfg.num trajectories of each task of cfg.task and returns what manifest.json then holds. ValueError:
-    something is wrong with the settings. RunError: the expert is of no use."""
+    """Collects cfg.num trajectories of each task of cfg.task and returns what manifest.json then holds."""
     tasks.refuse_held_out_names(tasks.names(cfg.task))
     missing = set(miniature.SCRIPTED_ACTIONS[cfg.prompt_format]) - set(cfg.actions)
     if cfg.expert == "scripted" and missing:
@@ -166,7 +163,7 @@ def read_manifest(folder):
 
 def open_manifest(cfg, infos):
     """Returns what manifest.json of the folder holds, with an entry for each task. ValueError: the folder is of other
-    settings, another expert or other data, or holds trajectories that the manifest does not tell of."""
+    settings, another expert or other data."""
     settings = {flag_of(name): getattr(cfg, name) for name in SAME}
     settings |= {flag_of(name): list(getattr(cfg, name)) for name in ("actions", "fields")}      # as JSON has them
     if Path(cfg.expert).is_dir():       # a model that was trained anew in the same folder is another model
@@ -185,8 +182,7 @@ def open_manifest(cfg, infos):
 
 
 def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
-    """Plays trajectory k of a task to its end. expert: None for the scripted one. info: task.json of the task's data.
-    The others: see play_trajectory."""
+    """Plays trajectory k of a task to its end. expert: None for the scripted one. info: task.json of the task's data."""
     rng = random.Random(f"{cfg.seed} {task.id} {k}")
     drawn = rng.sample(ideas, min(rng.randint(1, 3), len(ideas)))
     if expert:
@@ -202,12 +198,12 @@ def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
 
 
 def files_of(folder, id):
-    """Returns the files of a task's trajectories; another task's id may begin with this one's."""
+    """Returns the files of a task's trajectories, not those of one whose id begins alike."""
     return [path for path in Path(folder).glob(f"{id}-*.jsonl") if path.stem.rpartition("-")[0] == id]
 
 
 def count_trajectories(folder, task):
-    """Returns what manifest.json says of the finished trajectories of a task."""
+    """Returns the counts of a task's finished trajectories."""
     counts = Counter(dict.fromkeys(COUNTS, 0))
     for path in files_of(folder, task.id):
         records = read_record(path)
@@ -232,8 +228,7 @@ def report(manifest):
 # The data set. An example is (ids, loss_mask): token ids, and for each of them whether it is learned.
 
 def build_dataset(cfg, tokenizer, log=print):
-    """Returns (examples to train on, examples to validate with) from cfg.trajectories. A conversation of more than
-    cfg.max_row_tokens tokens is cut there. ValueError: nothing is left."""
+    """Returns (examples to train on, examples to validate with) from cfg.trajectories. ValueError: nothing is left."""
     # 1. Conversations become examples.
     conversations, _ = read_conversations(cfg.trajectories, cfg.data, tokenizer, log)
     limit = cfg.max_row_tokens + 1
@@ -267,9 +262,8 @@ def build_dataset(cfg, tokenizer, log=print):
 
 
 def hold_back(origins, share, seed):
-    """Returns the indices of about that share of the examples, at least one: all of some origins, drawn at random, as
-    neighbouring states of a trajectory are nearly alike; single steps where there is one trajectory alone. origins:
-    that of each example."""
+    """Returns the indices of about that share of the examples, at least one: all of some origins, as neighbouring
+    states of a trajectory are nearly alike; single ones of one origin alone. origins: that of each example."""
     if len(set(origins)) == 1:
         origins = range(len(origins))
     wanted = max(1, round(share * len(origins)))
@@ -297,8 +291,8 @@ def cosine(step, steps, peak):
 
 
 def nll_gradients(model, rows, num_targets, world_size, device, num_ids, threads=None):
-    """Adds the gradients of the mean negative log-prob over all `num_targets` targets of the step, of all processes and
-    rows. Returns this process's part of that mean, a tensor. num_ids: of the tokenizer. threads: see add_gradients."""
+    """Adds the gradients of the mean negative log-prob over all `num_targets` targets of the step, of all processes.
+    Returns this process's part of that mean. num_ids: of the tokenizer. threads: see add_gradients."""
     def loss_of(row):
         tokens, lengths, targets = row.inputs(device)
         logp, _, _ = model(tokens, lengths=lengths, targets=targets, num_token_ids=num_ids)
@@ -308,8 +302,7 @@ def nll_gradients(model, rows, num_targets, world_size, device, num_ids, threads
 
 
 def validate(model, rows, world_size, device, num_ids, threads=None):
-    """Returns (mean negative log-prob, share of targets that were the most likely token) of this and all other
-    processes' rows."""
+    """Returns (mean negative log-prob, share of targets that were the most likely token), of all processes."""
     def sums_of(row):
         tokens, lengths, targets = row.inputs(device)
         logp, _, is_most_likely = model(tokens, lengths=lengths, targets=targets, num_token_ids=num_ids)
@@ -322,8 +315,8 @@ def validate(model, rows, world_size, device, num_ids, threads=None):
 
 
 def train(cfg, examples, valid, tokenizer, config, folder):
-    """Fine-tunes on examples and writes cfg.out: checkpoints, log.jsonl, and the model as a Hugging Face folder. Goes
-    on from the newest checkpoint there. folder: of the checkpoint that it begins with, None for random weights."""
+    """Fine-tunes on examples and writes cfg.out; goes on from the newest checkpoint there. folder: of the model that it
+    begins with, None for random weights."""
     rank, world_size, device = init_distributed()
     use_kernels(cfg.kernels, device)
     model = build_model(config, folder, device, cfg.seed, compute=compute_type(cfg.dtype, device, config),
@@ -403,7 +396,7 @@ def hash_examples(*lists):
 
 
 def log_step(cfg, figures, num_updates, left_s):
-    """Writes the figures of a step to log.jsonl, and about a hundred times in a run to the screen."""
+    """Writes the figures of a step to log.jsonl, and about a hundred times in a run prints them."""
     append_lines(Path(cfg.out, "log.jsonl"), [figures])
     if "valid_loss" in figures or figures["step"] % max(1, num_updates // 100) == 0:
         texts = [f"{name} {value:.4g}" for name, value in figures.items() if name != "step" and value is not None]
@@ -428,8 +421,8 @@ def starting_point(cfg):
 
 
 def collected_format(cfg):
-    """Returns {setting: value} of how the agent of the trajectories acted, but for its number of steps; {} where nothing
-    was collected. ValueError: their prompts are of another form than --prompt-format."""
+    """Returns {setting: value} of how the agent of the trajectories acted, but for its number of steps. ValueError:
+    their prompts are of another form than --prompt-format."""
     manifest = read_manifest(cfg.trajectories)
     settings = manifest["settings"] if manifest else {}
     found = settings.get("--prompt-format", cfg.prompt_format)
@@ -484,7 +477,7 @@ def is_collected(path):
 
 def collect_first(cfg):
     """Collects for a preset: the miniature what is lacking, the others only where nothing was collected before, perhaps
-    by another expert. ValueError: the miniature has nothing to collect into."""
+    by another expert."""
     if cfg.preset == "tiny" and Path(cfg.trajectories).is_file():
         raise ValueError(f"{cfg.trajectories} is a file of conversations, and the miniature collects its own; say what "
                          "is trained on the file: --model DIR, or --model tiny")

@@ -30,12 +30,9 @@ class InvalidConversation(ValueError):
 
 def read_conversations(path, data="data", tokenizer=None, log=print):
     """Returns ([Conversation, ...], {reason: sources that were left out}) of a folder of trajectories, or of a file: a
-    trajectory, or a user's conversations.
-
-    Every entry that cannot be used is left out, counted and named. data: where prepared tasks are, for the hashes of
-    the held-out ones. tokenizer: of the model to be trained; the ids that an expert sampled are used if it had the same
-    one. ValueError: something held out, a file that is broken as a whole, or nothing to train on.
-    """
+    trajectory, or a user's conversations. data: where prepared tasks are, for the hashes of the held-out ones.
+    tokenizer: of the model to be trained; the ids that an expert sampled are used if it had the same one. ValueError:
+    something held out, a file that is broken as a whole, or nothing to train on."""
     path = Path(path)
     if not path.exists():
         raise ValueError(f"there is no {path}; collect it with: python sft.py --collect --trajectories {path}")
@@ -73,8 +70,7 @@ def named(what, sources):
 
 
 def read_entries(file):
-    """Returns [(source, entry)] of a user's file: a list as JSON or, where its name ends in .jsonl, JSON lines, which
-    stay bytes here."""
+    """Returns [(source, entry)] of a user's file: a list as JSON or, if named .jsonl, JSON lines, which stay bytes."""
     raw = file.read_bytes()
     if file.suffix == ".jsonl":
         lines = enumerate(raw.split(b"\n"), 1)
@@ -140,7 +136,6 @@ def read_learnable(file, held_out, tokenizer_id):
 def read_trajectory(file, held_out, tokenizer_id):
     """Returns [Conversation, ...] of a trajectory: one, or with shorter prompts one for each reply. Only replies that
     were carried out are learned, and under medium prompts only edits whose run did not fail. See read_learnable."""
-    # 1. It is whole.
     lines = read_learnable(file, held_out, tokenizer_id)
     if not end_reason(lines):
         raise InvalidConversation("not finished: collect again to go on with it")
@@ -154,10 +149,9 @@ def read_trajectory(file, held_out, tokenizer_id):
     except MissingBlob:
         raise InvalidConversation("a missing blob") from None
 
-    # 2. Its messages. Of a reply that could not be read there is none of the assistant.
     is_full = head["prompt_format"] == "full"
     is_miniature = head["miniature"]
-    messages = []
+    messages = []       # of a reply that could not be read there is none of the assistant
     before = head
     assistant_turns = []
     conversations = []

@@ -72,8 +72,8 @@ def tfidf_vectors(texts):
 
 def farthest(vectors, k):
     """Returns the indices of k rows far apart, k at least 2: the two most distant, then again and again the row whose
-    nearest chosen one is farthest. Ties go to the first row. vectors: (N, C), rows of length 1, sparse or not; the
-    distance is Euclidean. The smallest distance is at least half the best possible (Gonzalez 1985)."""
+    nearest chosen one is farthest (Gonzalez 1985). Ties go to the first row. vectors: (N, C), rows of length 1, sparse
+    or not."""
     distance = np.sqrt(np.maximum(2 - 2 * linear_kernel(vectors), 0))       # |a - b|^2 = 2 - 2ab
     distance[distance < 1e-7] = 0                           # what rounding leaves of equal rows must not choose
     chosen = list(dict.fromkeys(np.unravel_index(distance.argmax(), distance.shape)))     # rows all equal: only 0
@@ -85,8 +85,8 @@ def farthest(vectors, k):
 
 
 def choose_ideas(cfg, task, expert):
-    """Returns the ideas that the trajectories of a task draw from: of all candidates those that differ most. expert:
-    None for the scripted one, which with short prompts tries the script's constants instead."""
+    """Returns the ideas that the trajectories of a task draw from, those that differ most. expert: None for the scripted
+    one, which with short prompts tries the script's constants instead."""
     if expert is None and cfg.prompt_format == "short":
         return []
     if expert is None or cfg.ideas == 0:

@@ -28,8 +28,7 @@ class State:
 
     @property
     def contents(self):
-        """The hash of all that the policy can see there: the messages, which tell the time left too, or what a medium or
-        short prompt is made from."""
+        """The hash of all that the policy can see there: the messages, or what a shorter prompt is made from."""
         lines = [self.head, *self.steps[:self.index]]
         seen = [line["messages"] for line in lines]
         if self.head["prompt_format"] != "full":
@@ -43,8 +42,7 @@ class State:
 
 def load_pool(cfg, tokenizer, log=print):
     """Returns {task id: {name: State}}: every prefix of every trajectory in cfg.trajectories, of the tasks of cfg.task.
-    What is damaged is left out and reported by `log`. ValueError: a held-out task, other data than the trajectories
-    were collected on, a link that leads out of the folder, or no state."""
+    What is damaged is left out and reported by `log`. ValueError: a held-out task, other data, or no state."""
     refuse_links_out(cfg.trajectories)      # results of scripts are added there
     forbidden = tasks.held_out_hashes(cfg.data)
     tokenizer_id = tokenizer.fingerprint()
@@ -88,7 +86,7 @@ def load_pool(cfg, tokenizer, log=print):
 def sample_states(pool, num, rng, chances, fits):
     """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
     chances: {name: relative chance}, UNSEEN where there is none. fits(name) returns False where it sets the chance to
-    0; another one is drawn. RunError: no state has a chance any more."""
+    0. RunError: no state has a chance any more."""
     names = []
     turn = []
     while len(names) < num:
