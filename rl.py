@@ -153,12 +153,10 @@ class RolloutWorker:
     ends first matters. (For whole trajectories they do: observations tell the time left.)
     """
 
-    def __init__(self, cfg, engine, pool, rank=0, world_size=1):
+    def __init__(self, cfg, engine, pool):
         self.cfg = cfg
         self.engine = engine
         self.pool = pool
-        self.rank = rank
-        self.world_size = world_size
         self.states = {name: state for states in pool.values() for name, state in states.items()}
         self.chances = {}       # name of a state -> its chance to be sampled; 0: it does not fit the context
         self.held_back = self.hold_back()       # names of the states that validate
@@ -212,8 +210,9 @@ class RolloutWorker:
 
     def own_starts(self, names):
         """Returns this process's share of the states, [(number, name)]."""
-        per_rank = math.ceil(len(names) / self.world_size)
-        return list(enumerate(names))[self.rank * per_rank:(self.rank + 1) * per_rank]
+        rank, world_size = rank_and_size()
+        per_rank = math.ceil(len(names) / world_size)
+        return list(enumerate(names))[rank * per_rank:(rank + 1) * per_rank]
 
     def fits(self, name):
         """Returns whether prompt and action fit the context; if not, the state is not drawn again."""
@@ -490,11 +489,9 @@ class PPOTrainer:
     (token ids, loss_mask). "Per token" means a list of (N_i,) fp32 tensors on the CPU, of the examples of all
     processes; N_i counts the tokens of loss_mask."""
 
-    def __init__(self, cfg, config, folder, num_token_ids, rank, world_size, device):
+    def __init__(self, cfg, config, folder, num_token_ids, device):
         self.cfg = cfg
         self.num_token_ids = num_token_ids
-        self.rank = rank
-        self.world_size = world_size
         self.device = device
         self.threads = row_threads(config, device)
         build = partial(build_model, config, folder, device, cfg.seed, compute=compute_type(cfg.dtype, device, config),
@@ -519,7 +516,7 @@ class PPOTrainer:
 
     def packed_rows(self, examples, indices):
         """Returns this process's share of the examples `indices`, packed."""
-        return packed_rows(examples, indices, self.rank, self.world_size, self.cfg.max_row_tokens)
+        return packed_rows(examples, indices, *rank_and_size(), self.cfg.max_row_tokens)
 
     def cat(self, values, row):
         """Returns the per-token values of a row's examples as one tensor on the device."""
@@ -564,7 +561,7 @@ class PPOTrainer:
 
             def scaled_loss(row):
                 loss, statistics = loss_of(row, num_tokens)
-                return loss * self.world_size, statistics.detach()      # gradients are averaged over processes
+                return loss * rank_and_size()[1], statistics.detach()       # gradients are averaged over processes
 
             sums = sums + add_gradients(model, self.packed_rows(examples, batch), scaled_loss, self.threads).double()
             norms.append(optimizer_step(model, self.optimizer))
@@ -690,13 +687,13 @@ def train(cfg, rank, world_size, device):
         protection()        # here, before many threads ask at once
     pool = load_pool(cfg, tokenizer, cli.announce)
     use_kernels(cfg.kernels, device)
-    trainer = PPOTrainer(cfg, config, folder, tokenizer.size, rank, world_size, device)
+    trainer = PPOTrainer(cfg, config, folder, tokenizer.size, device)
 
     # 2. Where a run was stopped, it goes on.
     origin = {"products in": f"{trainer.actor.compute_dtype} on {device.type}".removeprefix("torch."),
               **rank0_broadcast(lambda: hash_inputs(cfg, folder, pool))}
     state = load_state(cfg, sorted(vars(cfg).keys() - FREE), trainer.models, trainer.optimizer, origin)
-    worker = RolloutWorker(cfg, make_engine(cfg, trainer.actor, tokenizer), pool, rank, world_size)
+    worker = RolloutWorker(cfg, make_engine(cfg, trainer.actor, tokenizer), pool)
     first = 0
     if state:
         first = state["step"]

@@ -200,7 +200,7 @@ def sampler(scale, left):
     """Log-probs of what an engine samples, in each way that it can, against the trainer's for the same tokens."""
     tokenizer = sample.Tokenizer.of_bytes()
     cfg = settings_of(scale)
-    trainer = rl.PPOTrainer(cfg, scale.small, None, tokenizer.size, 0, 1, scale.device)
+    trainer = rl.PPOTrainer(cfg, scale.small, None, tokenizer.size, scale.device)
     scale_weights(trainer.actor)
     net = rl.make_engine(cfg, trainer.actor, tokenizer).model
     prompts = [[i, *range(5, 25), i, 9] for i in range(6)]
@@ -273,7 +273,7 @@ def transitions_of(config, prefix, branches, num_states):
 def ppo_step(config, device):
     """Returns the figures of an iteration of PPO in fp32, with critic and reference, and the actor's weights."""
     cfg = replace(settings_of(None, kl=0.01), dtype="float32")
-    trainer = rl.PPOTrainer(cfg, config, None, config.vocab_size, 0, 1, device)
+    trainer = rl.PPOTrainer(cfg, config, None, config.vocab_size, device)
     transitions = transitions_of(config, 40, (3, 20), 2)
     examples = [transition.example for transition in transitions]
     old = trainer.logprobs(trainer.actor, examples)

@@ -44,9 +44,9 @@ def tokenizer_of(letters):
     return Tokenizer(bpe)
 
 
-def trainer_of(config, size, spread=0.0, rank=0, world=1, device=CPU, **settings):
+def trainer_of(config, size, spread=0.0, device=CPU, **settings):
     """A PPOTrainer with random weights; spread: of what is added to the actor's, to part it from the reference."""
-    trainer = rl.PPOTrainer(rl.Settings(**settings), config, None, size, rank, world, device)
+    trainer = rl.PPOTrainer(rl.Settings(**settings), config, None, size, device)
     if spread:
         add_noise(trainer.actor, spread)
     return trainer
@@ -562,9 +562,9 @@ def test_the_warm_up_comes_first_and_once(monkeypatch):
 
 # ---- however the work is divided
 
-def steps_of(method, rank=0, world=1, device=CPU, reverse=False, **settings):
+def steps_of(method, device=CPU, reverse=False, **settings):
     """(gradients of each step, figures) of one iteration: the warm-up and two passes over the same actions."""
-    trainer = trainer_of(SMALL, SIZE, 0.0, rank, world, device, **{"epochs": 2, **METHODS[method], **settings})
+    trainer = trainer_of(SMALL, SIZE, 0.0, device, **{"epochs": 2, **METHODS[method], **settings})
     plain = Plain(trainer, lr=1.0, critic_lr=0.02)
     samples = some_samples()
     if reverse:
@@ -660,11 +660,11 @@ def one_of_several(folder):
     """What each of several processes does; the first saves the figures and the gaps, all of them export the actor."""
     rank, world, device = init_distributed()
     length, methods = WORLDS[world]
-    found = {method: steps_of(method, rank, world, device, max_row_tokens=length) for method in methods}
+    found = {method: steps_of(method, device, max_row_tokens=length) for method in methods}
     actor = found["critic"][2].actor
     assert any(isinstance(p, DTensor) for p in actor.parameters())
     export_model(actor, Tokenizer.of_bytes(), Path(folder, str(world)))
-    trainer = trainer_of(SMALL, SIZE, 0.0, rank, world, device, **SAMPLING)
+    trainer = trainer_of(SMALL, SIZE, 0.0, device, **SAMPLING)
     gaps = gaps_after_updates(trainer) if world == 2 else []
     figures = {method: each[:2] for method, each in found.items()}
     if rank == 0:
