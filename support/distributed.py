@@ -262,13 +262,6 @@ def pack_lengths(lengths, max_row_tokens, multiple=1):
         num_rows += multiple
 
 
-def shard_across_ranks(lengths, batch, rank, world_size, max_row_tokens):
-    """Returns the packed rows of one process, lists of indices out of `batch`; lengths: tokens of all examples. Under
-    FSDP all processes wait for each other at a row, so each has as many, some empty, of about the same cost."""
-    rows = pack_lengths([lengths[i] for i in batch], max_row_tokens, world_size)
-    return [[batch[i] for i in row] for row in rows[rank::world_size]]
-
-
 class Tree(NamedTuple):
     """Texts that begin alike: in a packed row their beginning stands once, and each text goes on in a branch."""
     prefix: int     # tokens of the beginning; each branch starts with its last token, whose successor may be learned
@@ -345,10 +338,10 @@ def shared_tokens(examples, text, other):
 
 
 def packed_rows(examples, indices, rank, world_size, max_row_tokens):
-    """Returns the PackedRows of one process, of the examples `indices` of all processes; see shard_across_ranks."""
+    """Returns the PackedRows of one process, of the examples `indices` of all processes. Under FSDP these wait for each
+    other at a row, so each has as many, some of them empty, of about the same cost."""
     trees = pack_trees(examples, indices, max_row_tokens)
-    lengths = [tree.num_tokens for tree in trees]
-    rows = shard_across_ranks(lengths, range(len(trees)), rank, world_size, max_row_tokens)
+    rows = pack_lengths([tree.num_tokens for tree in trees], max_row_tokens, world_size)[rank::world_size]
     return [lay_out(examples, [trees[t] for t in row]) if row else EMPTY_ROW for row in rows]
 
 

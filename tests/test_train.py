@@ -94,12 +94,14 @@ def test_rows_of_eight_processes_take_equally_long(seed):
     lengths = torch.empty(640).log_normal_(math.log(5000), 0.8, generator=torch.Generator().manual_seed(seed))
     lengths = lengths.long().clamp(50, 15000).tolist()
     used = []
-    for batch in torch.arange(640).split(64):
-        shares = [distributed.shard_across_ranks(lengths, batch.tolist(), rank, 8, 15000) for rank in range(8)]
-        assert sorted(i for share in shares for row in share for i in row) == batch.tolist()
+    for start in range(0, 640, 64):
+        batch = lengths[start:start + 64]
+        rows = distributed.pack_lengths(batch, 15000, multiple=8)
+        shares = [rows[rank::8] for rank in range(8)]       # as packed_rows deals them
+        assert sorted(i for row in rows for i in row) == list(range(64))
         assert len(set(map(len, shares))) == 1
-        assert all(sum(lengths[i] for i in row) <= 15000 for share in shares for row in share)
-        cost = torch.tensor([[sum(lengths[i] * (1 + lengths[i] / 65000) for i in row) for row in share]
+        assert all(sum(batch[i] for i in row) <= 15000 for row in rows)
+        cost = torch.tensor([[sum(batch[i] * (1 + batch[i] / 65000) for i in row) for row in share]
                              for share in shares])
         used.append((cost.mean(0).sum() / cost.max(0).values.sum()).item())
     assert sum(used) / len(used) > 0.9
