@@ -96,8 +96,7 @@ class Settings(AgentSettings):
             raise ValueError("--expert acts with --collect, and --model is trained without it; give one of the two")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Collecting
+# -- Collecting
 
 SAME = ("expert", "coder", *AGENT, "ideas", "max_new_tokens", "temperature", "context", "threads", "gpu", "sandbox",
         "seed")     # what trajectories of a folder agree in
@@ -224,8 +223,7 @@ def report(manifest):
     return format_table(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set. An example is (ids, loss_mask): token ids, and for each of them whether it is learned.
+# -- The data set. An example is (ids, loss_mask): token ids, and for each of them whether it is learned.
 
 def build_dataset(cfg, tokenizer, log=print):
     """Returns (examples to train on, examples to validate with) from cfg.trajectories. ValueError: nothing is left."""
@@ -279,8 +277,7 @@ def hold_back(origins, share, seed):
     return set(chosen)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
+# -- Training
 
 SCHEDULE = ("batch", "max_row_tokens", "lr", "warmup", "beta2", "dtype", "kernels", "seed")   # of a run that goes on
 
@@ -464,8 +461,7 @@ def fine_tune(cfg):
             log("\nNext: python rl.py")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
+# -- The command
 
 def is_collected(path):
     """Returns whether there is something to train on: a file, or a folder whose collection was not broken off."""

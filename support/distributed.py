@@ -24,8 +24,7 @@ PRESETS_BELOW = {"tiny": 50e6, "0.5b": 1e9, "1.5b": 4e9, "7b": math.inf}    # we
 PROCESS_BYTES = 1 << 30     # of a process besides weights and activations: libraries, texts, allocator
 SMALL_BELOW = 50e6          # weights; the products of a smaller model are too small for several threads
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
+# -- Processes
 
 def apply_device(name):
     """Makes --device hold: cpu hides all GPUs, before anything looks for one. ValueError: cuda, and there is none."""
@@ -94,8 +93,7 @@ def barrier():
         dist.barrier()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model, whole or sharded
+# -- The model, whole or sharded
 
 def compute_type(dtype, device, config=None):
     """Returns the torch.dtype that --dtype names: auto is bfloat16 where the hardware multiplies it, but float32 on a
@@ -224,8 +222,7 @@ def optimizer_step(model, optimizer, max_norm=1.0):
     return norm
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches. An example is (ids, loss_mask): token ids, and for each of them whether it is learned.
+# -- Batches. An example is (ids, loss_mask): token ids, and for each of them whether it is learned.
 
 @lru_cache(maxsize=4)
 def epoch_order(num, seed, epoch):
@@ -365,8 +362,7 @@ def lay_out(examples, trees):
     return row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# -- Checkpoints
 
 def check_same(before, after, where, flag="--out"):
     """Raises ValueError unless all that a run hangs on, {what: value}, is as when it began. where: its folder, for
@@ -440,8 +436,7 @@ def load_state(cfg, names, model, optimizer, origin):
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Logs, time and memory
+# -- Logs, time and memory
 
 def append_lines(path, values):
     with open(path, "a") as file:
