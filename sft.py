@@ -5,7 +5,7 @@
     python sft.py --collect --expert http://host:8000/v1#name   # an expert behind an OpenAI-compatible server
     python sft.py --model DIR                                   # fine-tunes a checkpoint on what was collected
 
-Collecting: of the ideas that the expert writes (or that are shipped with the task) the 10 that differ most are kept, and
+Collecting: of the ideas that the expert writes (or that are shipped with a task) the 10 that differ most are kept, and
 1 to 3 of them stand in the expert's first prompt of each trajectory. The recorded prompt does not have them, so that
 the model learns to have the idea itself. Held-out tasks are refused, by name and by the hashes of those in --data.
 
@@ -181,7 +181,7 @@ def open_manifest(cfg, infos):
 
 
 def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
-    """Plays trajectory k of a task to its end. expert: None for the scripted one. info: task.json of the task's data."""
+    """Plays trajectory k of a task to its end. expert: None for the scripted one. info: task.json of its data."""
     rng = random.Random(f"{cfg.seed} {task.id} {k}")
     drawn = rng.sample(ideas, min(rng.randint(1, 3), len(ideas)))
     if expert:
@@ -250,8 +250,8 @@ def build_dataset(cfg, tokenizer, log=print):
     valid = [example for i, example in enumerate(examples) if i in held_back]
     train = [example for i, example in enumerate(examples) if i not in held_back]
     if not train or not valid:
-        raise ValueError(f"{len(examples)} conversations are too few to train on and to validate with; collect more, or "
-                         "cut fewer with a larger --max-row-tokens")
+        raise ValueError(f"{len(examples)} conversations are too few to train on and to validate with; collect more, "
+                         "or cut fewer with a larger --max-row-tokens")
     if cfg.model == "tiny" and cfg.prompt_format == "short" and cfg.show_scores:
         for conversation in miniature.imagined_conversations(cfg):
             ids, loss_mask = tokenizer.conversation(conversation.messages, {conversation.assistant_turns[-1]})
@@ -261,7 +261,7 @@ def build_dataset(cfg, tokenizer, log=print):
 
 def hold_back(origins, share, seed):
     """Returns the indices of about that share of the examples, at least one: all of some origins, as neighbouring
-    states of a trajectory are nearly alike; single ones of one origin alone. origins: that of each example."""
+    states of a trajectory are nearly alike. origins: that of each example."""
     if len(set(origins)) == 1:
         origins = range(len(origins))
     wanted = max(1, round(share * len(origins)))

@@ -43,7 +43,7 @@ def init_distributed():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        # A script may run for half an hour while others wait. A process that dies is noticed at once all the same.
+        # A script may run for half an hour while others wait.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
     return rank, world_size, device
 
@@ -127,8 +127,8 @@ def build_model(config, folder, device, seed=0, recompute=None, compute=None, ma
         policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
         for unit in (*model.model.layers, model):
-            # By default the root, with embedding and head, would stay gathered after a forward without a backward:
-            # memory that the reference does not need, and parameters that the optimizer does not know.
+            # By default the root would stay gathered after a forward without a backward: memory that the reference
+            # does not need, and parameters that the optimizer does not know.
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to_empty(device=device)
     model.tie()
@@ -161,7 +161,7 @@ def full_tensor(x):
 
 
 def export_model(model, tokenizer, folder):
-    """Writes a model as an ordinary Hugging Face folder, in bfloat16 if it is on a GPU. Every process must call this."""
+    """Writes a Hugging Face folder, in bfloat16 if the model is on a GPU. Every process must call this."""
     dtype = torch.bfloat16 if next(model.parameters()).is_cuda else torch.float32
     tensors = ((name, full_tensor(p.detach())) for name, p in model.named_parameters())
     if rank_and_size()[0] == 0:
@@ -282,13 +282,12 @@ class PackedRow(NamedTuple):
     examples: list  # the indices of its examples, in the order of their targets
 
     def inputs(self, device):
-        """Returns tokens (1, T), lengths, and targets (1, T) as numpy: FSDP would move a tensor to the GPU, and counting
-        them there waits for it."""
+        """Returns tokens (1, T), lengths, and targets (1, T) as numpy: FSDP would move a tensor to the GPU, and
+        counting them there waits for it."""
         return torch.tensor([self.tokens], device=device), self.lengths, np.array([self.targets])
 
 
-# A process with nothing left to do gets an empty row: one token, and no target.
-EMPTY_ROW = PackedRow([0], [1], [IGNORE], [])
+EMPTY_ROW = PackedRow([0], [1], [IGNORE], [])       # of a process with nothing left to do
 LEAST_SHARED = 16       # tokens that texts have in common before they share them
 
 

@@ -60,8 +60,8 @@ def ask_ideas(cfg, task, expert):
     if not ideas:
         path.unlink(missing_ok=True)        # so that it is asked again
         raise RunError(f"{cfg.expert} has written no idea for {task.id} that could be read, but for example "
-                       f"{shorten(ascii(answers[-1]), 200)}. Take the shipped ideas with --ideas 0, another --expert, or "
-                       "more --max-new-tokens")
+                       f"{shorten(ascii(answers[-1]), 200)}. Take the shipped ideas with --ideas 0, another --expert, "
+                       "or more --max-new-tokens")
     return ideas
 
 
@@ -85,8 +85,8 @@ def farthest(vectors, k):
 
 
 def choose_ideas(cfg, task, expert):
-    """Returns the ideas that the trajectories of a task draw from, those that differ most. expert: None for the scripted
-    one, which with short prompts tries the script's constants instead."""
+    """Returns the ideas that the trajectories of a task draw from, those that differ most. expert: None for the
+    scripted one, which with short prompts tries the script's constants instead."""
     if expert is None and cfg.prompt_format == "short":
         return []
     if expert is None or cfg.ideas == 0:
