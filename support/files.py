@@ -1,7 +1,7 @@
 """Files on disk: written whole, held by one process, and checked where others may have made them.
 
 A form says which values from JSON are accepted: (words, test) for a value; [form] for a list of such; {name: form} for
-an object with these entries, where "name?" may be missing and `str` stands for all names. See check_form.
+an object with these entries, where "name?" may be missing and `str` stands for all names.
 """
 import contextlib, fcntl, hashlib, json, os, stat, sys, uuid
 from pathlib import Path
@@ -13,7 +13,7 @@ MAX_FILE = 1 << 28      # bytes of a file that is read as a whole
 # Forms of values from JSON
 
 def is_text(value):
-    """Returns whether a value is a text that can be written to a file: it has no half of a surrogate pair."""
+    """Returns whether a value is a text that can be written: it has no half of a surrogate pair."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
@@ -21,7 +21,7 @@ def is_text(value):
 
 
 def is_number(value):
-    """Returns whether a value is a number, not NaN and not infinite."""
+    """Returns whether a value is a finite number."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
@@ -59,7 +59,7 @@ VALUE = "a text, a number, true, false, null or a list of these", is_value
 
 
 def check_form(value, form, where):
-    """Raises ValueError, one sentence that says where, unless a value from JSON has a form."""
+    """Raises ValueError unless a value from JSON has a form."""
     if isinstance(form, tuple):
         words, is_right = form
         if not is_right(value):
@@ -100,7 +100,6 @@ def read_bytes(path, most=MAX_FILE):
 
 
 def parse_json(raw, form, where):
-    """Returns the value of JSON from anybody. ValueError: it is not JSON, or not of that form."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
@@ -111,7 +110,7 @@ def parse_json(raw, form, where):
 
 def read_json_lines(path, form, mend=False):
     """Returns the lines of a file of JSON lines, [] where there is none. A last line that was cut short is left out,
-    and with mend removed from the file. ValueError: another line is not JSON, or not of this form."""
+    and with mend removed from the file."""
     raw = read_bytes(path) or b""
     whole = raw.rfind(b"\n") + 1
     if mend and whole < len(raw):
@@ -120,8 +119,8 @@ def read_json_lines(path, form, mend=False):
 
 
 def begin_log(path, goes_on):
-    """Readies a file of JSON lines for more of them: without a last line that was cut short, or where no run goes on,
-    without those of one that ended before its first checkpoint."""
+    """Readies a file of JSON lines for more: without a last line that was cut short, or where no run goes on, without
+    any."""
     if not goes_on:
         path.unlink(missing_ok=True)
     elif path.exists():     # however large it is, and whatever else is wrong with it
@@ -130,8 +129,8 @@ def begin_log(path, goes_on):
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """Opens a new file for writing bytes, which takes the place of `path` when the block ends without an error. So
-    `path` is whole or as it was, also with many writers and where this process is killed."""
+    """Opens a new file for writing bytes, which takes the place of `path` when the block ends without an error: `path`
+    is whole or as it was, also with many writers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -143,7 +142,7 @@ def atomic_file(path):
 
 
 def write_atomic(path, value):
-    """Writes bytes, or a value as JSON, to a file that is whole or as it was before."""
+    """Writes bytes, or a value as JSON."""
     with atomic_file(path) as file:
         if isinstance(value, bytes):    # pages and copies, often thousands, which can be made again
             file.write(value)
@@ -155,7 +154,7 @@ def write_atomic(path, value):
 
 @contextlib.contextmanager
 def folder_lock(folder, program):
-    """Makes a folder and holds it for this process. ValueError: another process has it, or it leads elsewhere."""
+    """Makes a folder and holds it for this process; ValueError if another one does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     refuse_links_out(folder)
     with Path(folder, "lock").open("w") as lock:        # let go however this process ends
@@ -170,8 +169,8 @@ def folder_lock(folder, program):
 
 
 def refuse_links_out(folder):
-    """ValueError where something in a folder leads out of it, or is neither a file nor a folder: the folder may come
-    from others, and what is written to it must not end up elsewhere."""
+    """ValueError where something in a folder leads out of it, or is neither a file nor a folder: it may come from
+    others, and what is written to it must not end up elsewhere."""
     root = os.path.realpath(folder)
     todo = [root]
     while todo:
@@ -204,8 +203,8 @@ def shorten(text, limit):
 
 
 def sync(path):
-    """Returns when the contents of a file or the names of a folder are on the disk: to be called before a rename, which
-    may otherwise be there without them after a loss of power."""
+    """Returns when the contents of a file or the names of a folder are on the disk. Without it a rename may outlive
+    them in a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
