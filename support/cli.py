@@ -20,7 +20,6 @@ class ContextFull(ValueError):
 
 @dataclass
 class ModelSettings:
-    """Settings of every program that runs a model."""
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # that products are computed in: float32, bfloat16, float64, or auto, which is bfloat16 where
         # the hardware multiplies it; weights that are trained are kept and updated in float32
@@ -35,7 +34,6 @@ class ModelSettings:
 
 @dataclass
 class ScriptSettings:
-    """Settings of every program that runs scripts."""
     data: str = "data"  # where prepared tasks are kept
     python: str = sys.executable  # the interpreter that runs the tasks' scripts
     gpu: str = ""  # GPUs for the scripts, such as 0 or 0,1: each script gets one of them; empty hides all
@@ -62,7 +60,6 @@ class TaskSettings(ModelSettings, ScriptSettings):
 
 
 def flag_of(name):
-    """Returns a setting's flag: --max-new-tokens of max_new_tokens."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -89,10 +86,10 @@ def parse(cls, argv=None, fill=None):
     text. Types are int, float, str, bool (--name / --no-name), X | None (the word `none`) and tuple[X, ...] (a list
     with commas). --max-new-tokens and --max_new_tokens are one flag.
 
-    fill: a function of {name: value}, of all settings as typed or by default (a preset, agent.json). It returns
-        [(source, {name: value})]: settings that hold where none was typed; the first source that has one counts.
-    What was typed, and what came from where, is said on the error stream. An unknown flag, a value of the wrong type,
-    and a ValueError of `fill` or of the class end the program with status 2.
+    fill: a function of {name: value}, of all settings as typed or by default. It returns [(source, {name: value})]:
+        settings that hold where none was typed; the first source that has one counts.
+    What came from where is said on the error stream. Mistakes, and a ValueError of `fill` or of the class, end the
+    program with status 2.
     """
     parser = _parser(cls)
     words = sys.argv[1:] if argv is None else argv
@@ -122,7 +119,6 @@ def parse(cls, argv=None, fill=None):
 
 
 def _parser(cls):
-    """Returns the argument parser of a dataclass; a flag that was not typed leaves no value."""
     help_texts = _comments(cls)
     types = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
@@ -142,7 +138,7 @@ def _parser(cls):
 
 
 def _comments(cls):
-    """Returns {field: its trailing comment} of a dataclass and its bases, from their source."""
+    """Returns {field: its comment} of a dataclass and its bases."""
     comments = {}
     for base in reversed(cls.__mro__[:-1]):
         name = None
@@ -158,7 +154,6 @@ def _comments(cls):
 
 
 def _convert(text, kind):
-    """Returns the value of a flag's text, of the type `kind`."""
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
         return tuple(_convert(word.strip(), inner[0]) for word in text.split(",") if word.strip())
@@ -198,13 +193,13 @@ def preset(name, recipes):
 # Output
 
 def announce(text):
-    """Says something on the error stream; of several processes under torchrun the first one says it."""
+    """Says something on the error stream; under torchrun the first process does."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
 
 
 def format_table(rows):
-    """Returns rows of texts as aligned columns, the first two set to the left. Rows without any text are left out."""
+    """Returns rows of texts as aligned columns, the first two set to the left, without empty rows."""
     rows = [row for row in rows if any(row)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
@@ -244,8 +239,8 @@ def refuse_torchrun(what):
 
 
 def run_main(main):
-    """Ends the process with main()'s status; SIGTERM, a batch system's request to end, is a Ctrl-C. All that scripts
-    leave lies below one temporary folder, which is removed at the end, or after a kill -9 by the next start."""
+    """Ends the process with main()'s status; SIGTERM, a batch system's request to end, is a Ctrl-C. What scripts leave
+    lies in one temporary folder, which is removed at the end, or after a kill -9 by the next start."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 1
     # 1. What killed programs have left: folders whose `owner` is locked by nobody, some of them half removed.
@@ -281,7 +276,7 @@ def run_main(main):
             signal.signal(name, signal.SIG_IGN)
         stop()
         remove(tempfile.tempdir)
-    # 4. Threads may still wait for a reply or a script, so the interpreter is not asked to wait for them.
+    # 4. Threads may still wait for a reply or a script, and the interpreter would wait for them.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
