@@ -1,8 +1,5 @@
-"""Runs a script under limits, in a sandbox: execute. Linux only. docs/sandbox.md says what is covered.
-
-supervisor.py stands beside each script. Scripts that use numpy or torch are forked from a server that has imported
-them, which saves most of their time, and live under the same layers and limits.
-"""
+"""Runs a script under limits, in a sandbox: execute. Linux only. docs/sandbox.md says what is covered, and how a script
+is started."""
 import contextlib
 import errno
 import functools
@@ -33,7 +30,7 @@ FILTER = "seccomp"                      # goes with either, for what they leave 
 GIB = 1 << 30
 GRACE_S = 30        # for so long after its limits a supervisor is waited for
 
-# what a warm server imports, by what a script's text mentions; torch.optim would import the last one when it is used
+# what a warm server imports, by what a script's text mentions; torch.optim imports the last one when it is used
 TABLES = ("numpy", "pandas", "scipy.sparse", "sklearn.ensemble", "sklearn.linear_model", "sklearn.neural_network",
           "sklearn.model_selection", "sklearn.pipeline", "sklearn.feature_extraction.text")
 WARM = {rb"\btorch": (*TABLES, "torch", "torch._dynamo"), rb"\b(numpy|pandas|scipy|sklearn)\b": TABLES}
@@ -76,14 +73,13 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     timeout_s: wall seconds. cpu_s: processor time of all its processes, those that have ended too; None: any.
     memory_bytes: of all its processes, with /dev/shm, pipes and sockets; without a GPU each address space is limited
     to 4 GiB more, so that a huge allocation fails inside the script. processes: at once; of threads four times as many.
-    python: the interpreter (default: this one). sandbox: "on" uses every layer that holds here, "off" none, names as
-    in Result.sandbox those. readable: files and folders that it may read beside the interpreter and the system's
-    libraries; it may write to cwd and to its TMPDIR. hidden: what it must not reach. output_bytes: kept of each stream.
-    file_bytes: the largest file. threads: for OpenMP and BLAS. gpu: value of CUDA_VISIBLE_DEVICES; None hides all.
-    warm: it may be forked from a process that has imported its libraries, from the second one on.
+    sandbox: "on" uses every layer that holds here, "off" none, names as in Result.sandbox those. readable: what it may
+    read beside the interpreter and the system's libraries; it may write to cwd and to its TMPDIR. hidden: what it must
+    not reach. output_bytes: kept of each stream. file_bytes: the largest file. threads: for OpenMP and BLAS. gpu: value
+    of CUDA_VISIBLE_DEVICES; None hides all. warm: it may be forked from a process that has its libraries.
 
     ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
-    not on Linux, or the interpreter does not start. OSError: no space is left. SandboxUnavailable: see protection.
+    not on Linux, or the script could not be started. OSError: no space is left. SandboxUnavailable: see protection.
     """
     # 1. What is asked for
     if not sys.platform.startswith("linux"):
@@ -162,8 +158,8 @@ def _last_states(text):
 
 def _outcome(exit_code, oom, stderr):
     """(outcome, detail) of a script that ended within its limits, by what the kernel reports and, for exit code 1, by
-    the line `Type: message` of the traceback that ends the error stream: other words do not count. oom: meanwhile the
-    kernel has killed some process for lack of memory."""
+    the line `Type: message` of the traceback that ends the error stream. oom: meanwhile the kernel has killed some
+    process for lack of memory."""
     if exit_code == 0:
         return "ok", ""
     if exit_code == -signal.SIGXFSZ:
@@ -179,7 +175,7 @@ def _outcome(exit_code, oom, stderr):
     if name.endswith(("MemoryError", "OutOfMemoryError")) or name in ("OSError", "RuntimeError") and re.search(
             r"\[Errno 12\]|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory", message):
         return "out of memory", line
-    # file too large, no space, quota; the last is numpy's own wording
+    # file too large, no space, quota; the last is numpy's
     if name == "OSError" and re.match(r"\[Errno (27|28|122)\]|\d+ requested and \d+ written", message):
         return "disk full", line
     return "error", line
@@ -192,11 +188,11 @@ print(json.dumps([sys.executable, [sys.prefix, sys.base_prefix, sys.exec_prefix]
 
 @functools.cache
 def describe(python):
-    """(executable, all it needs to read, versions of itself and of its packages) of an interpreter. ValueError: it
-    cannot be run."""
+    """(executable, all it needs to read, versions of itself and of its packages) of an interpreter."""
     try:
         done = subprocess.run([shutil.which(python) or python, "-c", ABOUT_PYTHON],
-                              env={"PYTHONNOUSERSITE": "1", **_inherited()}, cwd="/", capture_output=True, text=True, check=True, timeout=60)
+                              env={"PYTHONNOUSERSITE": "1", **_inherited()}, cwd="/", capture_output=True, text=True,
+                              check=True, timeout=60)
         program, folders, versions = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
@@ -208,7 +204,7 @@ def describe(python):
 
 
 def _inherited():
-    """The environment variable without which some interpreters and CUDA set-ups do not start."""
+    """What some interpreters and CUDA set-ups need."""
     return {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
 
 
@@ -249,7 +245,7 @@ _probing = threading.Lock()
 
 def protection():
     """What holds on this machine, such as ("namespaces", "landlock", "seccomp"). Each is tried by a script that
-    attempts what it must be denied. SandboxUnavailable: no layer holds; the message says why and what to do."""
+    attempts what it must be denied. SandboxUnavailable: no layer holds."""
     with _probing:      # many threads may ask first
         return _probe()
 
@@ -292,7 +288,7 @@ def _probe():
 
 
 class Slots:
-    """Who may run now. With more scripts at once than the machine has cores, timeouts would depend on the load."""
+    """Who may run now: with more scripts than cores, timeouts would depend on the load."""
 
     def __init__(self, cpus, local_rank=0):
         self.cpus = self.free = cpus
@@ -302,10 +298,10 @@ class Slots:
 
     @contextlib.contextmanager
     def take(self, threads=1, gpus=None):
-        """Waits for as many cores as the script has threads and for one of the GPUs "0,1", say; gives its name."""
+        """Waits for as many cores as the script has threads and for one of the GPUs "0,1", say; yields its name."""
         threads = min(threads, self.cpus)
         names = [name for name in (gpus or "").split(",") if name]
-        if names:       # the machine's processes do not see each other's choice, so each begins with another name
+        if names:       # processes do not see each other's choice, so each begins with another name
             first = self.local_rank % len(names)
             names = names[first:] + names[:first]
         with self.changed:
@@ -337,8 +333,8 @@ _stopped = threading.Event()
 
 
 class _Server:
-    """A process that imports libraries and then forks a supervisor for each request, whose script is a fork as well.
-    key: (interpreter, libraries, threads, serial)."""
+    """A process that imports libraries and forks a supervisor for each request, whose script is a fork as well. key:
+    (interpreter, libraries, threads, serial)."""
 
     def __init__(self, key):
         self.key = key
@@ -347,7 +343,7 @@ class _Server:
         program, libraries, threads, serial = key
         environment = _environment(program, threads, serial)
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"      # it is not to look for a GPU
-        # it has the flags of `python script`, and its program from stdin: a script would see the path in its frames
+        # its program is from stdin, since a script would see the path in its frames
         with theirs, open(SUPERVISOR) as program_file:
             patiently(subprocess.Popen, [program, "-", str(theirs.fileno()), *libraries], stdin=program_file,
                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", env=environment,
@@ -366,7 +362,7 @@ class _Server:
 
 
 def _warm_server(program, text, threads, serial):
-    """The server that has what a script of that text imports, if it is up, else None."""
+    """The server that has what a script of that text imports, if it is up."""
     libraries = next((libraries for mention, libraries in WARM.items() if re.search(mention, text)), None)
     if libraries is None:
         return None
@@ -380,7 +376,7 @@ def _warm_server(program, text, threads, serial):
 
 
 def _run(job, server=None):
-    """Has a job done by a supervisor, forked from a server or started; returns (its report, or None if the script has
+    """Has a job done by a supervisor, forked from a server or started; returns (its report, None if the script has
     killed or stopped it; whether the script was warm)."""
     started = report = process = None
     connection, theirs = socket.socketpair()
@@ -435,8 +431,8 @@ def _run(job, server=None):
 
 
 def stop():
-    """Ends all scripts, before this process ends. From then on no thread comes back from execute: what becomes of a
-    script that is ended so is no result."""
+    """Ends all scripts, before this process ends. From then on no thread comes back from execute: how a script ends so
+    is no result."""
     with _lock:
         _stopped.set()
     deadline = time.monotonic() + GRACE_S
@@ -449,7 +445,7 @@ def stop():
 
 
 def _wait_if_stopped():
-    """Where the program ends, this thread is to start and to record nothing any more."""
+    """Where the program ends, this thread starts and records nothing any more."""
     if _stopped.is_set():
         threading.Event().wait()
 
@@ -463,14 +459,13 @@ def _kill_marked(mark):
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):  # ended meanwhile, or another user's
                 if f" {mark} " in Path(f"/proc/{name}/limits").read_text():
-                    os.killpg(os.getpgid(int(name)), signal.SIGKILL)    # at once with those that it forks meanwhile
+                    os.killpg(os.getpgid(int(name)), signal.SIGKILL)    # with those that it forks meanwhile
                     killed.add(name)
         time.sleep(0.01)
 
 
 def discard(folder):
-    """Deletes a folder as remove does. What takes longer than a moment goes on in a thread, for which the end of this
-    process waits."""
+    """Deletes a folder as remove does; what takes longer than a moment goes on in a thread."""
     thread = threading.Thread(target=remove, args=[folder])
     thread.start()
     thread.join(0.5)
@@ -478,8 +473,8 @@ def discard(folder):
 
 
 def remove(folder):
-    """Deletes a folder, if it is there, with all that a script may have left in it. Never raises: what cannot be
-    deleted stays, and stderr says so.
+    """Deletes a folder, if it is there, with all that a script may have left in it. What cannot be deleted stays, and
+    stderr says so.
 
     It is renamed first, so that its name is free at once. The folders in it are moved up before they are emptied: so
     nothing is recursive, no path grows, and no mount is entered, since the kernel does not rename one.
@@ -517,8 +512,8 @@ def remove(folder):
 
 @contextlib.contextmanager
 def unlocked(path, parent=None):
-    """Opens a folder, to which we are given all rights, as a descriptor. By its name a script that still runs might by
-    now have put a link to a folder of the user's. OSError: it has, or there is none. parent: what a name is below."""
+    """Gives us all rights to a folder, and opens it. By its name a script that still runs may have put a link to a
+    folder of the user's: then OSError."""
     folder = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
     try:
         os.chmod(f"/proc/self/fd/{folder}", 0o700)
