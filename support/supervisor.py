@@ -1,16 +1,15 @@
-"""Stands between us and one script: starts it under its limits and in its sandbox, watches it, and ends all that it
-started. This program uses the standard library alone, and is started by its path:
+"""Starts one script under its limits and in its sandbox, watches it, and ends all that it started. It uses the standard
+library alone, and is started by its path:
 
     python -I -S support/supervisor.py              # does the job that it reads from the socket 0
     python - 3 numpy pandas < support/supervisor.py # has forks that do so, one for each request on the socket 3; their
                                                     # scripts are forks too, and have these libraries
 
-Two layers keep a script in, each enough to hide the answers; job.layers names those to put up.
-namespaces: the script's parent is process 1 of a world of its own: there are no other processes, no network, and a file
-tree in which job.shown is all there is. When process 1 ends, the kernel ends all others with it.
-landlock: the script may open what lies below job.shown and nothing else, may not connect, and may not signal anyone
-outside. It holds for root too.
-With either, a script has no capability and cannot gain one, and seccomp lets the kernel refuse the calls listed below.
+job.layers names the layers to put up; each is enough to hide the answers.
+namespaces: a world with no other processes, no network, and no files but job.shown. When its process 1, the script's
+parent, ends, the kernel ends all others with it.
+landlock: the script may open what lies below job.shown and nothing else, connect to nobody, and signal nobody outside.
+With either, a script has no capability and cannot gain one, and seccomp refuses the calls listed below.
 """
 import atexit
 import contextlib
@@ -54,7 +53,7 @@ PF_EXITING = 4
 # needs an object that only a refused call makes.
 
 CALLS = {"any layer": """
-    # keyrings: the user's secrets, and a place where things outlive a run
+    # keyrings: secrets, and a place where things outlive a run
     add_key 248 217, request_key 249 218, keyctl 250 219
     # memory and messages that belong to no process
     shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190, semop 65 193, semtimedop 220 192, semctl 66 191
@@ -69,7 +68,7 @@ CALLS = {"any layer": """
     bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, io_uring_setup 425, fanotify_init 300 262
     modify_ldt 154 -, personality 135 92, syslog 103 116, quotactl 179 60, quotactl_fd 443, uselib 134 -
 """, "no GPU": """
-    # files in memory; the driver of a GPU may need them
+    # files in memory
     memfd_create 319 279, memfd_secret 447
 """, "landlock alone": """
     # without a session of its own, one signal to the group ends all, however fast they fork
@@ -83,7 +82,7 @@ CALLS = {"any layer": """
     chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452, utime 132 -, utimes 235 -, futimesat 261 -
     utimensat 280 88
 """, "named": """
-    # what ARGUMENTS name
+    # in ARGUMENTS
     prlimit64 302 261, setrlimit 160 164, clone 56 220, socket 41 198, socketpair 53 199, setsockopt 54 208
     close_range 436, fcntl 72 25, mmap 9 222, ioctl 16 29, sched_setaffinity 203 122, sched_setparam 142 118
     sched_setscheduler 144 119, sched_setattr 314 274, migrate_pages 256 238, move_pages 279 239
@@ -146,18 +145,16 @@ def filter_program(layers, gpu):
     """The program of the filter: bytes of sock_filter structures. Without layers it only keeps the mark of a run."""
     if COLUMN is None:
         raise OSError(errno.ENOSYS, f"the system calls of {platform.machine()} are not known")
-    # Instructions of such a program.
     load = 0x20
     equal = 0x15
     above = 0x25
     mask = 0x54
     answer = 0x06
-    # What it may answer.
     allow = 0x7FFF0000
     ignore = 0x50000
     refuse = ignore | errno.EPERM
     unknown = ignore | errno.ENOSYS
-    # Where in what it reads is the call's number, its machine, its arguments.
+    # Where what it asks about is.
     number_at = 0
     machine_at = 4
     arguments_at = 16
@@ -188,7 +185,7 @@ def filter_program(layers, gpu):
 # Small tools
 
 libc = ctypes.CDLL(None, use_errno=True)
-START_S = 10    # for so long it is tried to start a process
+START_S = 10    # see patiently
 
 
 def call(name, *values):
@@ -214,8 +211,8 @@ def write(path, text):
 
 
 def patiently(start, *args, **options):
-    """Returns what `start` returns, which starts a process. Where there is no room for one, as beside a script's fork
-    bomb, it is tried again for START_S seconds; then RuntimeError."""
+    """Calls `start`, which starts a process; where there is no room for one, as beside a fork bomb, for START_S seconds
+    again."""
     ended = time.monotonic() + START_S
     while True:
         try:
@@ -230,7 +227,7 @@ def patiently(start, *args, **options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The script's side, from the fork on: each step takes something away
+# The script's side, from the fork on
 
 PROC = [f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg", "version", "filesystems", "devices",
                                      "driver", "sys/vm", "sys/kernel/osrelease")]       # tells of no process
@@ -238,12 +235,12 @@ MASKED = [f"/proc/{name}" for name in ("keys", "key-users", "timer_list", "sched
 
 
 def become_script(job, run):
-    """Turns this fork of a supervisor into the script. A cold one is an interpreter that is started anew. A warm one
-    goes on as it is, with the libraries that it has imported: then, and only then, this function returns."""
+    """Turns this fork of a supervisor into the script: a new interpreter, or a warm one, which goes on with what it has
+    imported; then alone this function returns."""
     # 1. Its world. It dies with its parent
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(OSError):                  # a container may forbid it
-        write("/proc/self/oom_score_adj", "1000")       # when the machine runs out of memory, the scripts go first
+        write("/proc/self/oom_score_adj", "1000")       # when memory runs out, scripts go first
     if job.warm:
         rename(job)
     if job.boxed:
@@ -257,7 +254,7 @@ def become_script(job, run):
     # 2. Its limits
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: job.file_bytes,
               resource.RLIMIT_NOFILE: min(MAX_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])}
-    if job.boxed:       # counts the threads of this run alone; the kernel ignores it for root
+    if job.boxed:       # of this run's threads alone; root has no such limit
         limits[resource.RLIMIT_NPROC] = 4 * job.processes
     if job.address_bytes:
         limits[resource.RLIMIT_AS] = job.address_bytes
@@ -281,7 +278,7 @@ def become_script(job, run):
             signal.signal(name, signal.SIG_DFL)
         os.execve(job.command[0], job.command, job.env)
     prctl(PR_SET_DUMPABLE, 1)       # it may look into its own /proc
-    os.closerange(3, 1 << 20)       # exec would do both; this also tells the supervisor that all is well
+    os.closerange(3, 1 << 20)       # exec would do both; this tells the supervisor that all is well
 
 
 def rename(job):
@@ -297,7 +294,7 @@ def rename(job):
 def build_root(job):
     """Makes the file tree and enters it."""
     root = job.root
-    call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)       # no mount comes or goes
+    call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)
     call("mount", "tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
     for path, _ in job.shown:
         show(path, root)
@@ -310,7 +307,7 @@ def build_root(job):
     for path in MASKED:
         with contextlib.suppress(OSError):
             call("mount", "/dev/null", root + path, None, MS_BIND | MS_REC, None)
-    with contextlib.suppress(OSError):      # holds for root too: from Linux 6.14 on, each world has its own
+    with contextlib.suppress(OSError):      # for root too; from Linux 6.14 on, each world has its own
         write(f"{root}/proc/sys/kernel/pid_max", str(max(400, 4 * job.processes)))
     os.makedirs(f"{root}/dev/shm", exist_ok=True)
     protect(root, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0)
@@ -332,12 +329,12 @@ def show(path, root):
 
 
 def protect(target, add, clear):
-    """Sets and clears attributes of a mount and of all below it. The path is absolute, so no folder is given."""
+    """Sets and clears attributes of a mount and of all below it."""
     call("mount_setattr", 0, target, AT_RECURSIVE, (ctypes.c_uint64 * 4)(add, clear), 32)
 
 
 def be_first(script, ended):
-    """Process 1: adopts orphans, tells the script's status and ends, and all others with it."""
+    """Process 1: tells the script's status and ends, and all others with it."""
     prctl(PR_SET_DUMPABLE, 0)       # nobody traces it
     os.closerange(0, ended)
     os.closerange(ended + 1, 1 << 16)
@@ -349,7 +346,6 @@ def be_first(script, ended):
 
 
 def restrict_files(job):
-    """Landlock, as far as this kernel knows it. OSError where it does not."""
     version = call("landlock_create_ruleset", None, 0, LANDLOCK_GET_VERSION)
     if version < 3 and not job.boxed:       # before Linux 6.2 it does not keep anyone from emptying a file
         raise OSError(errno.EOPNOTSUPP, "this kernel's Landlock does not know truncation; it is too old (Linux 6.2)")
@@ -381,8 +377,7 @@ def put_up_filter(job):
 
 
 def run_script(job):
-    """Runs the script in this process, a fork of one that has imported libraries, as `python script` would: by the same
-    C function. It differs in one thing: more modules are in sys.modules."""
+    """Runs the script in this process as `python script` would, by the same C function; but more is in sys.modules."""
     path = os.fsencode(os.path.join(job.cwd, job.command[1]))
     main = type(sys)("__main__")
     for name in ("__annotations__", "__builtins__"):
@@ -393,7 +388,7 @@ def run_script(job):
     sys.orig_argv = job.command
     sys.path.insert(0, os.path.dirname(os.path.realpath(os.fsdecode(path))))
     sys.setrecursionlimit(sys.getrecursionlimit() + 2 + (sys.version_info < (3, 12)))       # the two frames of ours
-    # what was drawn or looked up when the libraries were imported; random draws anew after each fork by itself
+    # what was drawn or looked up when the libraries were imported; random does this by itself
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     if "torch" in sys.modules:
@@ -407,7 +402,7 @@ def run_script(job):
     ctypes.pythonapi.fopen.restype = ctypes.c_void_p
     file = ctypes.c_void_p(ctypes.pythonapi.fopen(path, b"rb"))
     if ctypes.pythonapi.PyRun_SimpleFileExFlags(file, path, 1, None) and sys.last_type is not KeyboardInterrupt:
-        sys.exit(1)     # the interpreter knows of an interruption, and ends by the signal
+        sys.exit(1)     # the interpreter ends an interrupted one by the signal
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,7 +412,7 @@ Process = namedtuple("Process", "parent group threads cpu_s resident folder")
 
 
 class Stream:
-    """What comes out of a pipe. Of a long stream the middle is dropped as it comes."""
+    """What comes out of a pipe, without the middle where it is long."""
 
     def __init__(self, pipe, size):
         self.pipe = pipe
@@ -441,8 +436,7 @@ class Stream:
 
 
 def start(job):
-    """Starts the script of a job; returns what watch needs. In the process of a warm script it returns None.
-    RuntimeError: the script could not be started, or a layer not be put up.
+    """Starts the script of a job; returns what watch needs, or None in the process of a warm script.
 
     Without namespaces this process adopts every orphan below it (a child subreaper): who double-forks or calls setsid
     stays its descendant, and the kernel's "no child left" is the proof that nothing survived.
@@ -474,7 +468,7 @@ def start(job):
         except BaseException as error:
             os.write(run.failure, repr(error).encode())
         os._exit(127)
-    # 3. What it says until it is the script, which closes the pipe
+    # 3. What it says until it is the script
     for descriptor in (run.out, run.err, run.ended, run.failure):
         os.close(descriptor)
     if message := os.read(failure, 1000):
@@ -484,7 +478,7 @@ def start(job):
 
 
 def count_cpu_time():
-    """A counter of the processor time of this process and of all below it, those that have ended too."""
+    """The kernel's counter of processor time of this process and of all below it, those that have ended too."""
     task_clock = 1
     enabled_of_all = 2
     without_kernel = 32 | 64
@@ -494,8 +488,8 @@ def count_cpu_time():
 
 
 def watch(job, run):
-    """Waits until the script ends or is above a limit, ends all that it started, and returns the report, see the end.
-    None: our parent is gone or calls the run off, as the end of its socket tells."""
+    """Waits until the script ends or is above a limit, ends all that it started, and returns the report; None where
+    our parent is gone or calls the run off, as the end of its socket tells."""
     status = None
     limit = ""
     peak = 0
@@ -541,7 +535,7 @@ def watch(job, run):
 
 
 def exceeded(job, run):
-    """(the limit that the processes are above now, or "", bytes of memory they use)"""
+    """(the limit that the processes are above, or "", bytes of memory they use)"""
     processes = descendants()
     cpu_s = cpu_seconds(run, processes)
     if job.boxed:
@@ -569,12 +563,12 @@ def descendants():
     processes = {}
     ticks = os.sysconf("SC_CLK_TCK")
     for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:    # or it has ended meanwhile
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:    # or it has ended
             state, *values = file.read().rpartition(b")")[2].split()[:22]   # a name may hold a ")"
             values = list(map(int, values))
             cpu_s = sum(values[10:14]) / ticks      # with that of children it has waited for
             folder = f"/proc/{name}"
-            if state == b"Z" and values[16] > 1:    # its first thread has ended: that tells nothing of the others
+            if state == b"Z" and values[16] > 1:    # its first thread alone has ended
                 for thread in os.listdir(f"{folder}/task"):
                     with contextlib.suppress(OSError), open(f"{folder}/task/{thread}/stat", "rb") as file:
                         values[20] = int(file.read().rpartition(b")")[2].split()[21])
@@ -592,8 +586,8 @@ def descendants():
 
 
 def cpu_seconds(run, processes):
-    """Processor time of all processes so far. Without the kernel's counter, which the kernel takes from a program whose
-    file may not be read, that of an ended process is missing if nobody has waited for it."""
+    """Processor time of all processes so far. Without the kernel's counter, which does not see a program whose file may
+    not be read, that of an ended process is missing if nobody has waited for it."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = sum(process.cpu_s for process in processes.values()) + ended.ru_utime + ended.ru_stime
     if run.counter is not None:
@@ -612,19 +606,19 @@ def held_bytes(processes):
             for name in os.listdir(folder):
                 with contextlib.suppress(OSError):
                     links.add(os.readlink(f"{folder}/{name}"))
-        except PermissionError:     # it hides them, or it has ended and nobody has waited for it: then it has none
+        except PermissionError:     # it hides them, or has ended unwaited for: then it has none
             with contextlib.suppress(OSError), open(f"{process.folder}/stat", "rb") as file:
                 if not int(file.read().rpartition(b")")[2].split()[6]) & PF_EXITING:
                     hidden += MAX_FILES * SOCKET_BYTES
-        except OSError:             # it has ended meanwhile
+        except OSError:             # it has ended
             pass
     sizes = {"socket": SOCKET_BYTES, "pipe": PIPE_BYTES}
     return hidden + sum(sizes.get(link.partition(":")[0], 0) for link in links)
 
 
 def counted_once(processes):
-    """(bytes of the processes' own memory, bytes of files in memory that they have mapped), with pages that several
-    share counted once, as forks do. Resident bytes where the kernel does not tell."""
+    """(bytes of the processes' own memory, bytes of files in memory that they have mapped), shared pages counted once.
+    Resident bytes where the kernel does not tell."""
     private = mapped = 0
     for process in processes.values():
         try:
@@ -633,7 +627,7 @@ def counted_once(processes):
             files = int(sums.get(b"Pss_Shmem:", 0)) << 10
             private += (int(sums[b"Pss:"]) << 10) - files
             mapped += files
-        except ProcessLookupError:          # it has ended meanwhile, and holds nothing any more
+        except ProcessLookupError:          # it has ended
             pass
         except (OSError, LookupError):      # it hides them
             private += process.resident
@@ -641,15 +635,15 @@ def counted_once(processes):
 
 
 def oom_kills():
-    """How often the kernel has killed a process for lack of memory; 0 where it does not tell."""
+    """How often the kernel has killed a process for lack of memory."""
     with contextlib.suppress(OSError, IndexError), open("/proc/vmstat", "rb") as file:
         return int(file.read().partition(b"\noom_kill ")[2].split()[0])
     return 0
 
 
 def end_all(run, status, boxed):
-    """Ends all processes below this one, until the kernel says that there is no child; returns the first one's status.
-    status: that, if it has been waited for."""
+    """Ends all processes below this one, until the kernel says that there is no child; returns the first one's status,
+    which is `status` if it has been waited for."""
     if boxed and status is None:
         os.kill(run.child, signal.SIGKILL)      # process 1 is gone only after all others are
         status = os.waitpid(run.child, 0)[1]
@@ -672,8 +666,7 @@ def end_all(run, status, boxed):
 # The program
 
 def supervise(warm):
-    """Reads a job from the socket 0, does it, and writes the report. Returns in the process of a warm script alone: the
-    job."""
+    """Reads a job from the socket 0, does it, and writes the report. Returns the job in a warm script's process."""
     with open(0, closefd=False) as file:
         line = file.readline()
     if not line:        # our parent is gone already
@@ -699,8 +692,7 @@ def supervise(warm):
 
 def serve(requests, libraries):
     """Imports libraries, says "up" or why this process cannot be forked, and forks a supervisor for each request; it
-    returns in these alone. A request holds a socket, from which the supervisor reads its job, so that one run's is
-    never in the memory of another."""
+    returns in these alone. A request holds the socket with the job, so that one run's is never in another's memory."""
     requests.set_inheritable(False)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)       # the kernel clears away who ends
     state = import_libraries(libraries)
@@ -722,7 +714,6 @@ def serve(requests, libraries):
 
 
 def import_libraries(names):
-    """Imports the libraries that are there, for forks of this process. Returns "up", or why it cannot be forked."""
     modules = {}
     atexit.register(spare, modules)     # before the libraries' own, so it comes last
     for name in names:
@@ -730,14 +721,14 @@ def import_libraries(names):
             importlib.import_module(name)
     modules.update(sys.modules)
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(modules))
-    for finalizer in list(weakref.finalize._registry):      # what libraries wanted to do at the end, torch for 0.1 s
+    for finalizer in list(weakref.finalize._registry):      # what libraries do at the end, torch for 0.1 s
         finalizer.atexit = False
     gc.collect()
     gc.freeze()         # a collection in a fork would copy every page
-    if hasattr(libc, "on_exit"):    # the forks run what C code wants to do at the end, but not these libraries'
+    if hasattr(libc, "on_exit"):    # and what their C code does; what a fork's own does goes before
         libc.on_exit(libc._exit, None)
         libc.on_exit(libc.fcloseall, None)
-    if patiently(os.fork) == 0:     # OpenBLAS ends its threads at the first fork, and starts them when they are needed
+    if patiently(os.fork) == 0:     # OpenBLAS ends its threads at the first fork
         os._exit(0)
     # the streams, requests, and one for the listing
     if len(os.listdir("/proc/self/task")) > 1 or len(os.listdir("/proc/self/fd")) > 5:
@@ -746,7 +737,7 @@ def import_libraries(names):
 
 
 def spare(modules):
-    """Keeps the end of an interpreter from taking the libraries apart, which would copy all that a fork shares."""
+    """Keeps the end of an interpreter from taking the libraries apart, which would copy what forks share."""
     for name in modules:
         if sys.modules.get(name) is modules[name]:
             del sys.modules[name]
