@@ -30,14 +30,13 @@ def maybe(form):
 
 
 def one_of(*values):
-    return f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values
+    return f"one of {', '.join(values)}", lambda value: value in values
 
 
 def some_of(*values):
     def is_some(value):
-        if not isinstance(value, list) or not all(isinstance(name, str) and name in values for name in value):
-            return False
-        return 0 < len(value) == len(set(value))
+        return (isinstance(value, list) and all(name in values for name in value)
+                and 0 < len(value) == len(set(value)))
     return f"a list of some of {', '.join(values)}, each once", is_some
 
 
