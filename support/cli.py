@@ -84,7 +84,7 @@ def parse(cls, argv=None, fill=None):
 
     A field reads `name: type = default  # help text`; comment lines below it that are indented deeper go on with the
     text. Types are int, float, str, bool (--name / --no-name), X | None (the word `none`) and tuple[X, ...] (a list
-    with commas). --max-new-tokens and --max_new_tokens are one flag.
+    with commas).
 
     fill: a function of {name: value}, of all settings as typed or by default. It returns [(source, {name: value})]:
         settings that hold where none was typed; the first source that has one counts.
@@ -92,8 +92,6 @@ def parse(cls, argv=None, fill=None):
     program with status 2.
     """
     parser = _parser(cls)
-    words = sys.argv[1:] if argv is None else argv
-    argv = [re.sub(r"^--[^=]+", lambda match: match[0].replace("_", "-"), word) for word in words]
     typed, unknown = parser.parse_known_args(argv)
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     if unknown:

@@ -646,12 +646,12 @@ def test_what_is_typed_holds_also_where_it_is_the_default(tmp_path, capsys):
     default = evaluation.Settings()
     for name in AGENT:
         value = getattr(default, name)
-        s = parsed(tmp_path, f"--{name}={','.join(value) if isinstance(value, tuple) else value}")
+        s = parsed(tmp_path, f"{cli.flag_of(name)}={','.join(value) if isinstance(value, tuple) else value}")
         assert getattr(s, name) == value
         assert [other for other in AGENT if getattr(s, other) != getattr(default, other)] == [
             other for other in AGENT if other != name]
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{tmp_path}/agent.json")]
-        assert len(said) == 1 and f"--{name.replace('_', '-')} " not in said[0]
+        assert len(said) == 1 and f"{cli.flag_of(name)} " not in said[0]
 
 
 @pytest.mark.parametrize("name, value", [

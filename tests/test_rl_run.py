@@ -515,7 +515,7 @@ class Runs:
         flags = {"model": self.folder / "model", "trajectories": self.folder / "pool", "data": self.folder / "data",
                  "task": "toy-a", "states": 3, "samples": 2, "max-new-tokens": 8, "context": 1000, "iterations": 6,
                  "save-every": 2, "lr": 3e-3, "critic-lr": 1e-3, "kl": 0.1, **flags}
-        args = [*args, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+        args = [*args, *(word for name, value in flags.items() for word in (cli.flag_of(name), str(value)))]
         self.forks.start(f"{RUN}\n{code}\nrl.run_main(lambda: rl.main(['--preset', '7b', *sys.argv[2:]]))",
                          self.folder / "tasks", *args, world=world)
         found = self.forks.end()
