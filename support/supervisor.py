@@ -93,32 +93,35 @@ CALLS = {"any layer": """
 # {where it holds: (system call, number of an argument, relation, value)}: refused where the relation holds. "has": all
 # bits of the value are set; a number: of these bits just those of the value are
 ARGUMENTS = {
-    "always": [("prlimit64", 1, "is", resource.RLIMIT_RTTIME),          # the mark of a run
-               ("setrlimit", 0, "is", resource.RLIMIT_RTTIME),
-               ("close_range", 2, "has", 2),                            # CLOSE_RANGE_UNSHARE: a thread's own files,
-               ("clone", 0, CLONE_FILES | CLONE_THREAD, CLONE_THREAD)],    # where nobody looks for sockets
-    "any layer": [("prlimit64", 0, "is not", 0),                        # limits of another process
-                  ("socket", 0, "is not", socket.AF_UNIX),
-                  ("socketpair", 0, "is not", socket.AF_UNIX),
-                  ("setsockopt", 2, "is", socket.SO_SNDBUF),
-                  ("setsockopt", 2, "is", socket.SO_RCVBUF),
-                  ("fcntl", 1, "is", 1031),                             # F_SETPIPE_SZ: pipes hold memory too
-                  ("fcntl", 1, "is", 1024),                             # F_SETLEASE: it stays on public data,
-                  ("fcntl", 1, "is", 1036),                             # as do F_SET_RW_HINT
-                  ("fcntl", 1, "is", 1038),                             # and F_SET_FILE_RW_HINT
-                  ("mmap", 3, "has", 0x40000),                          # MAP_HUGETLB is not counted as resident
-                  ("clone", 0, "has", CLONE_NEWUSER)],
-    "no GPU": [("mmap", 3, "has", 0x21)],                               # MAP_SHARED_ANONYMOUS may be kept unmapped
+    "always": [
+        ("prlimit64", 1, "is", resource.RLIMIT_RTTIME),     # the mark of a run
+        ("setrlimit", 0, "is", resource.RLIMIT_RTTIME),
+        ("close_range", 2, "has", 2),       # CLOSE_RANGE_UNSHARE: a thread's own files, where nobody looks for sockets
+        ("clone", 0, CLONE_FILES | CLONE_THREAD, CLONE_THREAD)],
+    "any layer": [
+        ("prlimit64", 0, "is not", 0),      # limits of another process
+        ("socket", 0, "is not", socket.AF_UNIX),
+        ("socketpair", 0, "is not", socket.AF_UNIX),
+        ("setsockopt", 2, "is", socket.SO_SNDBUF),
+        ("setsockopt", 2, "is", socket.SO_RCVBUF),
+        ("fcntl", 1, "is", 1031),           # F_SETPIPE_SZ: pipes hold memory too
+        ("fcntl", 1, "is", 1024),           # F_SETLEASE, F_SET_RW_HINT, F_SET_FILE_RW_HINT: they stay on public data
+        ("fcntl", 1, "is", 1036),
+        ("fcntl", 1, "is", 1038),
+        ("mmap", 3, "has", 0x40000),        # MAP_HUGETLB is not counted as resident
+        ("clone", 0, "has", CLONE_NEWUSER)],
+    "no GPU": [
+        ("mmap", 3, "has", 0x21)],          # MAP_SHARED_ANONYMOUS may be kept unmapped
     "landlock alone": [
         *((name, 0, "is not", 0) for name in ("sched_setaffinity", "sched_setparam", "sched_setscheduler",
                                               "sched_setattr", "migrate_pages", "move_pages")),     # other processes'
         ("setpriority", 0, "is not", os.PRIO_PROCESS),
         ("setpriority", 1, "is not", 0),
-        ("ioprio_set", 0, "is not", 1),                                 # IOPRIO_WHO_PROCESS
+        ("ioprio_set", 0, "is not", 1),     # IOPRIO_WHO_PROCESS
         ("ioprio_set", 1, "is not", 0),
-        ("socket", 1, "has", socket.SOCK_DGRAM),                        # datagrams need no connection
+        ("socket", 1, "has", socket.SOCK_DGRAM),            # datagrams need no connection
         ("socketpair", 1, "has", socket.SOCK_DGRAM),
-        ("ioctl", 1, "is", 0x40086602),                                 # FS_IOC_SETFLAGS and FS_IOC_FSSETXATTR: chattr
+        ("ioctl", 1, "is", 0x40086602),     # FS_IOC_SETFLAGS and FS_IOC_FSSETXATTR: chattr
         ("ioctl", 1, "is", 0x401C5820)]}
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}     # column of the table, AUDIT_ARCH
 CLONE3 = 435
