@@ -98,7 +98,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
         if hidden:      # else the script is ours
             _warn_of_off()
     # 2. What the script sees: {path: right}
-    base = os.path.join(tempfile.gettempdir(), f"ml-agent-tmp-{uuid.uuid4().hex}")
+    base = os.path.join(tempfile.gettempdir(), f"ml-agent-{uuid.uuid4().hex[:16]}")     # sockets need short names
     private = os.path.join(base, "tmp")
     libraries = [*folders, *map(str, readable)]
     devices = list(DEVICES)

@@ -852,7 +852,8 @@ def test_threads_of_a_warm_script(tmp_path):
 
 
 def test_torch_trains_and_draws_in_warm_scripts(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", "/tmp")    # its workers put a socket there, whose name must be short
+    program = tempfile.TemporaryDirectory(prefix="ml-agent-program-", dir="/tmp", ignore_cleanup_errors=True)
+    monkeypatch.setattr(tempfile, "tempdir", program.name)      # workers put a socket below, whose name must be short
     text = """
         import torch
         print(torch.rand(1).item(), torch.initial_seed())
@@ -872,6 +873,7 @@ def test_torch_trains_and_draws_in_warm_scripts(tmp_path, monkeypatch):
     assert first.warm and second.warm and first.stderr == cold.stderr and first.outcome == "ok"
     lines = [result.stdout.splitlines() for result in (cold, first, second)]
     assert len({line[0] for line in lines}) == 3 and len({line[1] for line in lines}) == 1
+    program.cleanup()
 
 
 FULL = """
