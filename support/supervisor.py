@@ -350,9 +350,9 @@ def be_first(script, ended):
 
 def restrict_files(job):
     version = call("landlock_create_ruleset", None, 0, LANDLOCK_GET_VERSION)
-    if version < 3 and not job.boxed:       # before Linux 6.2 it does not keep anyone from emptying a file
+    if version < 3:     # it does not keep anyone from emptying a file
         raise OSError(errno.EOPNOTSUPP, "this kernel's Landlock does not know truncation; it is too old (Linux 6.2)")
-    every = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
+    every = (1 << (15 if version < 5 else 16)) - 1
     of_devices = LANDLOCK_READ_FILE | LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE | LANDLOCK_IOCTL_DEV
     rights = {"read": LANDLOCK_EXECUTE | LANDLOCK_READ_FILE | LANDLOCK_READ_DIR,
               "write": every & ~(LANDLOCK_MAKE_CHAR | LANDLOCK_MAKE_BLOCK),
