@@ -132,11 +132,10 @@ def numbers_in(table, column):
     """{system call: its number} in a column of a table; those that the machine lacks are left out."""
     numbers = {}
     for line in table.splitlines():
-        if line.strip() and not line.strip().startswith("#"):
-            for entry in line.split(","):
-                name, *both = entry.split()
-                if both[column % len(both)] != "-":
-                    numbers[name] = int(both[column % len(both)])
+        for entry in filter(str.strip, line.partition("#")[0].split(",")):
+            name, *both = entry.split()
+            if both[column % len(both)] != "-":
+                numbers[name] = int(both[column % len(both)])
     return numbers
 
 
@@ -419,7 +418,7 @@ class Stream:
 
     def __init__(self, pipe, size):
         self.pipe = pipe
-        self.half = max(1, size // 2)
+        self.half = size // 2
         self.head = self.tail = b""
         self.seen = 0
 
@@ -504,7 +503,7 @@ def watch(job, run):
     # 1. Until it ends, or is above a limit
     deadline = run.started + job.timeout_s
     look = run.started + 0.05
-    while status is None and not limit:
+    while not limit:
         for descriptor, _ in poll.poll(max(0.0, min(look, deadline) - time.monotonic()) * 1000 + 1):
             if descriptor == 0:
                 limit = "parent"
