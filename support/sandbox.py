@@ -277,11 +277,9 @@ def _probe():
                 held.append(layer)
     if not set(LAYERS) & set(held):
         raise SandboxUnavailable(
-            f"scripts cannot be kept from the answers on this machine ({'; '.join(trouble)}). One of two layers is "
-            "needed: user namespaces (in a container allow them, as with `docker run --security-opt "
-            "seccomp=unconfined`; on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or "
-            "Landlock (Linux 6.2 or later with landlock in /sys/kernel/security/lsm). With `--sandbox off` scripts "
-            "run unprotected, with the answers, all your files and the network in reach, and every result says so.")
+            f"scripts cannot be kept from the answers on this machine ({'; '.join(trouble)}). It takes user namespaces "
+            "or Landlock; docs/sandbox.md says how to allow them. With `--sandbox off` scripts run unprotected, with "
+            "the answers, all your files and the network in reach, and every result says so.")
     without = f" without {'; '.join(trouble)}" if trouble else ""
     print(f"sandbox: {'+'.join(held)}{without}", file=sys.stderr)
     return tuple(held)
