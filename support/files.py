@@ -6,8 +6,6 @@ an object with these entries, where "name?" may be missing and `str` stands for 
 import contextlib, fcntl, hashlib, json, os, stat, sys, uuid
 from pathlib import Path
 
-MAX_FILE = 1 << 28      # bytes of a file that is read as a whole
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Forms of values from JSON
@@ -82,7 +80,7 @@ def check_form(value, form, where):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading and writing
 
-def read_bytes(path, most=MAX_FILE):
+def read_bytes(path, most=1 << 28):
     """Returns the content of a file, None where there is none. ValueError: it is no ordinary file, or larger."""
     def opener(path, flags):        # waits for nobody at the other end of a pipe
         return os.open(path, flags | os.O_NONBLOCK)
