@@ -637,7 +637,6 @@ def counted_once(processes):
 
 
 def oom_kills():
-    """How often the kernel has killed a process for lack of memory."""
     with contextlib.suppress(OSError, IndexError), open("/proc/vmstat", "rb") as file:
         return int(file.read().partition(b"\noom_kill ")[2].split()[0])
     return 0
@@ -727,9 +726,8 @@ def import_libraries(names):
         finalizer.atexit = False
     gc.collect()
     gc.freeze()         # a collection in a fork would copy every page
-    if hasattr(libc, "on_exit"):    # and what their C code does; what a fork's own does goes before
-        libc.on_exit(libc._exit, None)
-        libc.on_exit(libc.fcloseall, None)
+    libc.on_exit(libc._exit, None)      # and what their C code does; what a fork's own does goes before
+    libc.on_exit(libc.fcloseall, None)
     if patiently(os.fork) == 0:     # OpenBLAS ends its threads at the first fork
         os._exit(0)
     # the streams, requests, and one for the listing
