@@ -325,9 +325,8 @@ SLOTS = Slots(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_W
 # The processes that stand between us and a script
 
 _servers = {}       # key of a _Server -> it, or None where one run alone has asked for it
-_lock = threading.Lock()
+_lock = threading.Lock()    # stop keeps it, so that no thread starts or records anything any more
 _running = set()    # sockets to the supervisors
-_stopped = threading.Event()
 
 
 class _Server:
@@ -379,10 +378,7 @@ def _run(job, server=None):
     started = report = process = None
     connection, theirs = socket.socketpair()
     with _lock:     # stop ends it, or comes before
-        if not _stopped.is_set():
-            _running.add(connection)
-    if connection not in _running:
-        _wait_if_stopped()
+        _running.add(connection)
     try:
         # 1. It is started, and says so before it starts the script
         with theirs:
@@ -411,8 +407,7 @@ def _run(job, server=None):
             if process:
                 process.wait()
         finally:                    # also at a second Ctrl-C: stop waits for these
-            with _lock:
-                _running.remove(connection)
+            _running.remove(connection)
         discard(job["base"])
     if server and not started:
         with _lock:
@@ -431,21 +426,13 @@ def _run(job, server=None):
 def stop():
     """Ends all scripts, before this process ends. From then on no thread comes back from execute: how a script ends so
     is no result."""
-    with _lock:
-        _stopped.set()
+    _lock.acquire()
     deadline = time.monotonic() + GRACE_S
     while _running and time.monotonic() < deadline:
-        with _lock:
-            for connection in _running:
-                with contextlib.suppress(OSError):      # it has ended meanwhile
-                    connection.shutdown(socket.SHUT_WR)
+        for connection in list(_running):
+            with contextlib.suppress(OSError):      # it has ended meanwhile
+                connection.shutdown(socket.SHUT_WR)
         time.sleep(0.01)
-
-
-def _wait_if_stopped():
-    """Where the program ends, this thread starts and records nothing any more."""
-    if _stopped.is_set():
-        threading.Event().wait()
 
 
 def _kill_marked(mark):
@@ -467,7 +454,8 @@ def discard(folder):
     thread = threading.Thread(target=remove, args=[folder])
     thread.start()
     thread.join(0.5)
-    _wait_if_stopped()      # what was read in the folder meanwhile is not whole
+    with _lock:     # for ever, if the program ends: what was read in the folder meanwhile is not whole
+        pass
 
 
 def remove(folder):

@@ -584,7 +584,7 @@ def test_nothing_survives_its_parent(tmp_path, temporary, sent, warm):
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_script_that_is_stopped_has_no_result(tmp_path, temporary, monkeypatch, warm):
     """A program stops its scripts before it deletes their folders. What becomes of them then must not be recorded."""
-    monkeypatch.setattr(executor, "_stopped", threading.Event())
+    monkeypatch.setattr(executor, "_lock", threading.Lock())
     assert not warm or warm_up(b"numpy")
     came_back = threading.Event()
     name = f"script_{uuid.uuid4().hex}.py"
