@@ -212,6 +212,12 @@ def write(path, text):
         file.write(text)
 
 
+def stat_of(folder):
+    """What /proc tells of a process or thread, from its state on."""
+    with open(f"{folder}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()      # its name may hold a ")"
+
+
 def patiently(start, *args, **options):
     """Calls `start`, which starts a process; where there is no room for one, as beside a fork bomb, for START_S seconds
     again."""
@@ -287,8 +293,7 @@ def rename(job):
     """Gives this fork the environment of the script, and its command in /proc."""
     os.environ.clear()
     os.environ.update(job.env)
-    with open("/proc/self/stat", "rb") as file:     # where the kernel has put the arguments
-        start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
+    start, end = map(int, stat_of("/proc/self")[45:47])     # where the kernel has put the arguments
     block = b"".join(os.fsencode(text) + b"\0" for text in job.command)[:end - start - 1]
     ctypes.memmove(start, block.ljust(end - start, b"\0"), end - start)
 
@@ -565,15 +570,15 @@ def descendants():
     processes = {}
     ticks = os.sysconf("SC_CLK_TCK")
     for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:    # or it has ended
-            state, *values = file.read().rpartition(b")")[2].split()[:22]   # a name may hold a ")"
+        folder = f"/proc/{name}"
+        with contextlib.suppress(OSError):          # it has ended
+            state, *values = stat_of(folder)[:22]
             values = list(map(int, values))
             cpu_s = sum(values[10:14]) / ticks      # with that of children it has waited for
-            folder = f"/proc/{name}"
             if state == b"Z" and values[16] > 1:    # its first thread alone has ended
                 for thread in os.listdir(f"{folder}/task"):
-                    with contextlib.suppress(OSError), open(f"{folder}/task/{thread}/stat", "rb") as file:
-                        values[20] = int(file.read().rpartition(b")")[2].split()[21])
+                    with contextlib.suppress(OSError):
+                        values[20] = int(stat_of(f"{folder}/task/{thread}")[21])
                     if values[20]:                  # it lives
                         folder += f"/task/{thread}"
                         break
@@ -609,8 +614,8 @@ def held_bytes(processes):
                 with contextlib.suppress(OSError):
                     links.add(os.readlink(f"{folder}/{name}"))
         except PermissionError:     # it hides them, or has ended unwaited for: then it has none
-            with contextlib.suppress(OSError), open(f"{process.folder}/stat", "rb") as file:
-                if not int(file.read().rpartition(b")")[2].split()[6]) & PF_EXITING:
+            with contextlib.suppress(OSError):
+                if not int(stat_of(process.folder)[6]) & PF_EXITING:
                     hidden += MAX_FILES * SOCKET_BYTES
         except OSError:             # it has ended
             pass
