@@ -172,7 +172,7 @@ def _outcome(exit_code, oom, stderr):
     lines = [line for line in body.split("\n") if line and not line[0].isspace()] if header and exit_code == 1 else []
     line = lines[0][:500] if lines else ""
     name, _, message = line.partition(": ")
-    if name.endswith(("MemoryError", "OutOfMemoryError")) or name in ("OSError", "RuntimeError") and re.search(
+    if name.endswith("MemoryError") or name in ("OSError", "RuntimeError") and re.search(
             r"\[Errno 12\]|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory", message):
         return "out of memory", line
     # file too large, no space, quota; the last is numpy's
