@@ -36,7 +36,7 @@ from support.disclosure import FINAL, count_work, disclose, notes, warnings
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, refuse_links_out, write_atomic
 from support.pretrained import hash_checkpoint
-from support.report import read_log, read_results, write_page
+from support.report import STEP, read_log, read_results, write_page
 from support.parallel import Progress, run_parallel
 from support.sandbox import SLOTS
 from support.states import format_states, measure_states, record_states
@@ -476,7 +476,8 @@ def read_run(folder, name):
             outcome = "not better" if best_of(direction, score, starter) == starter else "better"
         trajectories.append({
             "task": task, "k": int(k), "miniature": lines[0]["miniature"], "starter": starter, "score": score,
-            "outcome": outcome, "steps": [line for line in lines if line["type"] == "step"]})
+            "outcome": outcome,
+            "steps": [{name: line.get(name) for name in STEP} for line in lines if line["type"] == "step"]})
     return {"name": name, "results": results, "trajectories": trajectories}
 
 
@@ -484,21 +485,19 @@ def write_report(path, folders, trained, reference="", exports=None):
     """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained, and returns
     the runs that its tables show. reference: see build_tables. exports: see build_series; the page then shows no steps,
     and results.json beside it receives the series."""
-    runs = []
-    for name, folder in folders.items():
-        run = read_run(folder, name)
+    runs = [read_run(folder, name) for name, folder in folders.items()]
+    shown = []
+    for run in runs:
         about = {key: run["results"].get(key, {}) for key in ("settings", "versions")}
-        run["text"] = json.dumps(about, indent=1) if about["settings"] else ""
-        if exports:     # the steps of all would fill no page
-            run["trajectories"] = []
-        runs.append(run)
+        shown.append({"name": run["name"], "text": json.dumps(about, indent=1) if about["settings"] else "",
+                      "trajectories": [] if exports else run["trajectories"]})      # the steps of all would fill no page
     series = build_series(runs, exports) if exports else []
     if exports:
         write_atomic(Path(path).with_name("results.json"), {"complete": len(series) == len(exports), "exports": series})
     agents = [run for run in runs if run["results"]["settings"].get("model")] or runs
     write_page(path, {
         "title": f"ML-Agent: {', '.join(folders)}", "warnings": warnings(runs), "notes": notes(runs),
-        "tables": build_tables(agents, reference), "runs": runs, "exports": series,
+        "tables": build_tables(agents, reference), "runs": shown, "exports": series,
         "logs": [{"name": folder, "lines": read_log(folder)} for folder in trained]})
     return agents
 

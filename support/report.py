@@ -63,11 +63,6 @@ def read_log(folder):
     return [{name: line[name] for name in (entry.removesuffix("?") for entry in LOG) if name in line} for line in lines]
 
 
-def select_steps(trajectory):
-    """Returns a trajectory with what the page shows of its steps."""
-    return {**trajectory, "steps": [{name: step.get(name) for name in STEP} for step in trajectory["steps"]]}
-
-
 def for_browsers(value):
     """Returns a value as JSON that every browser reads: long texts are cut, and NaN and infinities become texts."""
     if isinstance(value, dict):
@@ -87,9 +82,7 @@ def write_page(path, data):
     for tag in ("script", "style"):
         content = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
         hashes[tag] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-    runs = [{"name": run["name"], "text": run["text"], "trajectories": list(map(select_steps, run["trajectories"]))}
-            for run in data["runs"]]
-    text = json.dumps(for_browsers({**data, "curves": CURVES, "runs": runs}), ensure_ascii=False)
+    text = json.dumps(for_browsers({**data, "curves": CURVES}), ensure_ascii=False)
     parts = {
         "title": html.escape(data["title"]),
         # a browser runs what we wrote, and nothing that might have got in
