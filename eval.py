@@ -484,7 +484,7 @@ def read_run(folder, name):
 def write_report(path, folders, trained, reference="", exports=None):
     """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained, and returns
     the runs that its tables show. reference: see build_tables. exports: see build_series; the page then shows no steps,
-    and results.json beside it receives the series."""
+    and exports.json beside it receives the series."""
     runs = [read_run(folder, name) for name, folder in folders.items()]
     shown = []
     for run in runs:
@@ -493,7 +493,7 @@ def write_report(path, folders, trained, reference="", exports=None):
                       "trajectories": [] if exports else run["trajectories"]})      # the steps of all would fill no page
     series = build_series(runs, exports) if exports else []
     if exports:
-        write_atomic(Path(path).with_name("results.json"), {"complete": len(series) == len(exports), "exports": series})
+        write_atomic(Path(path).with_name("exports.json"), {"complete": len(series) == len(exports), "exports": series})
     agents = [run for run in runs if run["results"]["settings"].get("model")] or runs
     write_page(path, {
         "title": f"ML-Agent: {', '.join(folders)}", "warnings": warnings(runs), "notes": notes(runs),
@@ -645,9 +645,6 @@ def evaluate(cfg, agents=None, load=sample.load, exports=None):
     if not (cfg.task or cfg.exports):
         trained = [folder for folder, _ in MADE.values()]
     with folder_lock(cfg.out, "eval.py"):
-        if exports and trajectory_files(cfg.out):
-            raise ValueError(f"{cfg.out} holds an evaluation, whose results.json the series would replace; give another "
-                             "--out")
         try:
             return [{"name": name, "results": evaluate_agent(agent, cfg.out, load)} for name, agent in agents.items()]
         finally:
