@@ -540,19 +540,14 @@ def starter_result(cfg, task, info, home, cache):
             "seconds": run.seconds}
 
 
-def played_result(cfg, task, result):
-    """Returns the trajectories of a task that are over, as results.json says them, and their statistics. result: what
-    it says of the starter."""
-    played = []
-    steps = []
-    for k in range(cfg.trajectories):
-        lines = read_record(trajectory_path(Path(cfg.out, "trajectories"), task.id, k))
-        if end_reason(lines):
-            summary = summarize_trajectory(lines, task.direction, result["starter"], result["printed"])
-            played.append({"k": k, **summary})
-            steps += [line for line in lines if line["type"] == "step"]
+def played_result(records, task, result):
+    """Returns the trajectories of a task that are over, as results.json says them, and their statistics. records: the
+    lines of each; result: what it says of the starter."""
+    played = [{"k": k, **summarize_trajectory(lines, task.direction, result["starter"], result["printed"])}
+              for k, lines in enumerate(records) if end_reason(lines)]
     if not played:
         return {}
+    steps = [line for lines in records if end_reason(lines) for line in lines if line["type"] == "step"]
     figures = {rule: task_figures(result | {"trajectories": played}, rule) for rule in (*FINAL, "oracle")}
     return {"trajectories": played, "figures": figures, "work": count_work(steps)}
 
@@ -626,10 +621,11 @@ def evaluate_agent(cfg, home, load):
         results["complete"] = True
     finally:
         if cfg.model:
+            records = []
             for task, _ in infos:
-                results["tasks"][task.id] |= played_result(cfg, task, results["tasks"][task.id])
-            records = [read_record(trajectory_path(folder, task.id, k))
-                       for task, _ in infos for k in range(cfg.trajectories)]
+                own = [read_record(trajectory_path(folder, task.id, k)) for k in range(cfg.trajectories)]
+                results["tasks"][task.id] |= played_result(own, task, results["tasks"][task.id])
+                records += own
             results["disclosure"] = disclose(records, cfg.model, cfg.coder)
         write_atomic(Path(cfg.out, "results.json"), results)
     return results
@@ -752,10 +748,7 @@ def run(cfg):
     print("\n" + format_report(evaluate(cfg, agents, exports=taken)))
     if not agents and not cfg.model:
         print(NO_MODEL)
-    folders = [cfg.out]
-    if agents and not cfg.exports:
-        folders = [agent.out for agent in agents.values()]
-    print(f"\nWritten: {cfg.out}/report.html, and results.json in {', '.join(folders)}")
+    print(f"\nWritten to {cfg.out}: report.html, and there or below the scores, results.json")
 
 
 if __name__ == "__main__":
