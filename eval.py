@@ -92,11 +92,10 @@ class Settings(AgentSettings):
             raise ValueError(f"--temperature must be at least 0, found {self.temperature}")
         if self.record_states < 0 or self.record_states and not self.states:
             raise ValueError("--record-states must be at least 0, and needs --states FILE to write to")
-        if self.states and (self.scaffold != "ml-agent" or not (self.model or self.record_states)):
-            raise ValueError("--states measures actions of the scaffold ml-agent alone, found "
-                             f"{self.scaffold}; it needs --model or --record-states")
-        if self.states and self.coder not in ("model", "none"):
-            raise ValueError(f"--states has no (AI) actions, so no --coder {self.coder}")
+        if self.states and (self.scaffold != "ml-agent" or self.coder not in ("model", "none")
+                            or not (self.model or self.record_states)):
+            raise ValueError("--states needs --model or --record-states, takes no --coder, and measures actions of the "
+                             f"scaffold ml-agent alone, found {self.scaffold}")
         for spec in filter(endpoint.is_server, (self.model, self.coder)):
             endpoint.address(spec)
         if self.scaffold != SCAFFOLDS[0] and self.model in ("", RANDOM):
@@ -124,21 +123,18 @@ def summarize_trajectory(lines, direction, starter, printed):
     printed score of the starter."""
     steps = [line for line in lines if line["type"] == "step"]
     valid = [step for step in steps if step["score"] is not None]
-    chosen = oracle = last = None
-    if valid:
-        last = valid[-1]["score"]
-        oracle = best_of(direction, *(step["score"] for step in valid))
-        chosen = starter
-        best = printed
-        for step in valid:
-            if best_of(direction, best, step["printed"]) != best:       # of equal ones the earliest stays
-                best = step["printed"]
-                chosen = step["score"]
+    chosen = starter if valid else None
+    best = printed
+    for step in valid:
+        if best_of(direction, best, step["printed"]) != best:       # of equal ones the earliest stays
+            best = step["printed"]
+            chosen = step["score"]
     nodes = [step for step in steps if step.get("node")]
     if nodes:       # a search has its own choice
         best = nodes[-1]["node"].get("best")
         chosen = None if best is None else steps[best]["score"]
-    return {"best-validation": chosen, "last-valid": last, "oracle": oracle, "ended": end_reason(lines),
+    return {"best-validation": chosen, "last-valid": valid[-1]["score"] if valid else None,
+            "oracle": best_of(direction, *(step["score"] for step in valid)), "ended": end_reason(lines),
             "steps": len(steps), "valid": sum(step["valid"] for step in steps),
             **count_habits(steps, direction, printed)}
 
@@ -188,10 +184,8 @@ def gain(score, result):
     """Returns the gain of a score p over the starter's b, sign * (p - b) / |b| in per cent; None where b is 0. result:
     what results.json says of the task."""
     starter = result["starter"]
-    if starter == 0:
-        return None
     difference = score - starter if result["direction"] == "up" else starter - score
-    return 100 * difference / abs(starter)
+    return 100 * difference / abs(starter) if starter else None
 
 
 def gap_closed(score, result):
