@@ -326,17 +326,14 @@ def compare_agents(folder, names):
                                  f"than those before it: {', '.join(differing)}")
     rows = [("measure", "tasks", *names, f"{names[-1]} less {names[-2]}", "p", "corrected")]
     for number, measure in enumerate(agents[names[-1]]):
-        figures = [agents[name][measure] for name in names]
-        shared = sorted(figures[-1].keys() & figures[-2].keys())
-        means = []
-        for values in figures:
-            has_all = shared and values.keys() >= set(shared)
-            means.append(f"{fmean(values[id] for id in shared):.3f}" if has_all else "-")
-        row = [measure, str(len(shared)), *means, "-", "-", "-"]
-        if shared:
-            differences = [figures[-1][id] - figures[-2][id] for id in shared]
-            p = sign_flip_p(differences)
-            row[-3:-1] = [f"{fmean(differences):+.3f}", f"{p:.4f}"]
+        table = pandas.DataFrame({name: agents[name][measure] for name in names}, dtype=float)
+        table = table.dropna(subset=names[-2:])
+        means = ["-" if np.isnan(mean) else f"{mean:.3f}" for mean in table.mean(skipna=False)]
+        row = [measure, str(len(table)), *means, "-", "-", "-"]
+        if len(table):
+            differences = table[names[-1]] - table[names[-2]]
+            p = sign_flip_p(list(differences))
+            row[-3:-1] = [f"{differences.mean():+.3f}", f"{p:.4f}"]
             if number:
                 row[-1] = f"{min(1.0, NUM_COMPARISONS * p):.4f}"
         rows.append(row)
