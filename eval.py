@@ -11,8 +11,6 @@
 --out receives results.json (settings, versions, every score), trajectories/TASK-K.jsonl (a line a step, which
 `python env.py replay FILE` runs again), blobs/ (the files of every step) and report.html, a page that shows all of it.
 Ctrl-C keeps what is done; the same command goes on from there.
-
-What counts of a trajectory is --final. One without a valid submission has failed, and counts at the starter's score.
 """
 import functools, json, math, random, re
 from collections import Counter
@@ -118,9 +116,8 @@ class Settings(AgentSettings):
 # What a trajectory scored, and what it shows of learning
 
 def summarize_trajectory(lines, direction, starter, printed):
-    """Returns what results.json says of a trajectory, from its record: the score of its final submission by each rule
-    and its best score, which an oracle would choose (None: it failed), and counts. starter, printed: the graded and the
-    printed score of the starter."""
+    """Returns what results.json says of a trajectory, from its record: its score by each rule, its best score, which an
+    oracle would choose (None: it failed), and counts. starter, printed: the starter's graded and printed score."""
     steps = [line for line in lines if line["type"] == "step"]
     valid = [step for step in steps if step["score"] is not None]
     chosen = starter if valid else None
@@ -146,10 +143,10 @@ HABITS = {      # column -> the counts of a trajectory whose ratio it is
 
 
 def count_habits(steps, direction, best):
-    """Returns counts of a trajectory's steps: "worse" edits, whose run printed a worse score than the best before or
-    failed, and how many of them were "taken_back" next; "better" ones of one constant, and after how many of them the
-    same constant was "continued" in the same direction. Steps that only look or run are passed over, and an edit after
-    which nothing came does not count. best: what the starter printed."""
+    """Returns counts of a trajectory's edits: "worse" ones, which printed a worse score than the best before or failed,
+    and of these those "taken_back" next; "better" ones of one constant, and of these those after which the same
+    constant was "continued" in the same direction. Steps that only look or run are passed over, and an edit after which
+    nothing came does not count. best: what the starter printed."""
     counts = dict.fromkeys(("worse", "taken_back", "better", "continued"), 0)
     steps = [step for step in steps if step["action"] not in LOOKS and not step.get("node")]
     for step, following in zip(steps, steps[1:]):
@@ -168,8 +165,8 @@ def count_habits(steps, direction, best):
 
 
 def changed_constant(step):
-    """Returns (name, whether its number rose) of the one constant that an edit changed, by the difference in its
-    observation; None where that is no line `NAME = number`."""
+    """Returns (name, whether its number rose) of the one constant that an edit changed; None where its difference is no
+    line `NAME = number`."""
     number = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d{1,3})?"
     changes = re.findall(rf"^([-+])(\w+) = ({number})[ \t]*(?:#.*)?$", step["observation"], re.MULTILINE)
     if [sign for sign, *_ in changes] != ["-", "+"] or changes[0][1] != changes[1][1]:
@@ -181,8 +178,7 @@ def changed_constant(step):
 # Statistics
 
 def gain(score, result):
-    """Returns the gain of a score p over the starter's b, sign * (p - b) / |b| in per cent; None where b is 0. result:
-    what results.json says of the task."""
+    """Returns the gain of a score p over the starter's b, sign * (p - b) / |b| in per cent; None where b is 0."""
     starter = result["starter"]
     difference = score - starter if result["direction"] == "up" else starter - score
     return 100 * difference / abs(starter) if starter else None
@@ -208,17 +204,16 @@ def final_scores(result, rule):
 
 
 def figure_values(run, tasks_played, figure, rule=None):
-    """Returns for each task the figure of each of a run's trajectories. tasks_played: a list of {name of a run: what
-    its results.json says of the task}; rule: by default the run's own."""
+    """Returns for each task the figure of each of a run's trajectories. tasks_played: [{name of a run: result}]; rule:
+    by default the run's own."""
     results = [by_run[run["name"]] for by_run in tasks_played]
     return [[figure(score, result) for score in final_scores(result, rule or run["results"]["final"])]
             for result in results]
 
 
 def bootstrap(groups):
-    """Returns (10,000,) means over tasks, drawn with replacement, and for each drawn task over its trajectories, drawn
-    with replacement. groups: for each task a list of the trajectories' values; or two lists, whose means' difference
-    counts: both are then of the same drawn tasks."""
+    """Returns (10,000,) means over tasks drawn with replacement, and of each over its trajectories drawn with
+    replacement. groups: for each task a list of the trajectories' values; or two, whose means' difference counts."""
     rng = np.random.default_rng(0)
     means = np.zeros(NUM_BOOTSTRAP)
     for _ in groups:
@@ -232,8 +227,7 @@ def bootstrap(groups):
 
 
 def mean_and_interval(groups):
-    """Returns (mean, [low, high]) over tasks, the interval of 95 %; it is None where there is one value alone. groups:
-    see bootstrap."""
+    """Returns (mean, [low, high]) of bootstrap's groups: the interval of 95 %, or None of one value alone."""
     mean = float(np.mean([np.mean(own) - sum(map(np.mean, other)) for own, *other in groups]))
     if len(groups) == 1 and len(groups[0][0]) == 1:
         return mean, None
@@ -241,8 +235,7 @@ def mean_and_interval(groups):
 
 
 def task_figures(result, rule):
-    """Returns the statistics of a task's trajectories by a rule: average, best and standard error of the scores, gain
-    and gap closed in per cent, each with its interval, and how many have failed."""
+    """Returns the statistics of a task's trajectories by a rule; of gain and gap with intervals."""
     scores = np.array(final_scores(result, rule), dtype=float)
     best = scores.max() if result["direction"] == "up" else scores.min()
     error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None
@@ -264,7 +257,6 @@ def format_number(x, form=".4f"):
 
 
 def format_mean(mean, interval=None):
-    """Returns a mean with its interval, in per cent."""
     text = "-" if mean is None else f"{mean:+.1f}"
     return f"{text} ({interval[0]:+.1f} to {interval[1]:+.1f})" if interval else text
 
@@ -274,7 +266,6 @@ def other_rule(rule):
 
 
 def format_result(result, rule):
-    """Returns {column: text} for what results.json says of a task."""
     row = {"metric": f"{result['metric']} ({result['direction']})", "starter": format_number(result["starter"])}
     if not result.get("trajectories"):      # the starter alone was run
         row["it printed"] = format_number(result["printed"])
@@ -292,7 +283,7 @@ def format_result(result, rule):
 
 
 def split_results(runs):
-    """Returns {split: {task: {name of a run: what its results.json says of the task}}}."""
+    """Returns {split: {task: {name of a run: result}}}."""
     splits = {}
     for run in runs:
         for task, result in run["results"]["tasks"].items():
@@ -301,8 +292,7 @@ def split_results(runs):
 
 
 def common_results(runs):
-    """Returns what split_results does, of the tasks that all runs have played, on the same data and where both figures
-    are known."""
+    """Returns split_results of the tasks that all runs have played on the same data, and whose figures are known."""
     def is_common(by_run):
         played = [result for result in by_run.values() if result.get("trajectories")]
         data = {(result["starter"], result["m_best"], result["miniature"]) for result in played}
@@ -344,8 +334,7 @@ def build_means(runs):
 
 
 def format_means(run, rival, tasks_played):
-    """Returns {column: text} of a run's means over tasks. rival: the run of random edits or None. tasks_played: see
-    figure_values."""
+    """Returns {column: text} of a run's means. rival: the run of random edits or None."""
     rule = other_rule(run["results"]["final"])
     row = {}
     beside = {}
@@ -364,8 +353,8 @@ def format_means(run, rival, tasks_played):
 
 
 def build_series(runs, exports):
-    """Returns the points of Figure 4, for the exports that all tasks of which are played: what `exports` says of each,
-    {name of its run here: {name: value}}, and its gain {split: (mean, interval)}."""
+    """Returns the points of Figure 4, of the exports that are complete: what `exports` says of each, {name of its run:
+    {name: value}}, and its gain {split: (mean, interval)}."""
     played = [run for run in runs if run["results"].get("complete")]
     points = {run["name"]: exports[run["name"]] | {"gain": {}} for run in played}
     for split, by_task in common_results(played).items():
@@ -378,9 +367,9 @@ def build_series(runs, exports):
 
 
 def build_ratios(runs, reference):
-    """Returns the layout of the paper's Figure 3: a row for each task that all runs have, with the gain of each over
-    that of the run named `reference`, "-" where the interval of that one is not above 0. The last row counts the
-    tasks on which a run gained more than every other. ValueError: there is no such run of an agent."""
+    """Returns the layout of Figure 3: a row for each task that all runs have, with each gain over that of the run named
+    `reference`, "-" where its interval is not above 0; the last row counts the tasks on which a run gained more than
+    every other. ValueError: there is no such run of an agent."""
     names = [run["name"] for run in runs]
     if reference not in names:
         raise ValueError(f"--reference: {reference} holds no evaluation of an agent")
@@ -419,8 +408,7 @@ def build_habits(runs):
 
 
 def build_tables(runs, reference=""):
-    """Returns all tables of runs: [{"title", "columns", "rows"}], without those that have no row. reference: the name
-    of the run whose gain divides those of all, if there is one."""
+    """Returns the tables of runs that have rows: [{"title", "columns", "rows"}]. reference: see build_ratios."""
     tables = {"Mean gain over the starter, and mean share of the gap to the best known score that was closed, in %":
               build_means(runs), "What the agents do": build_habits(runs), "Task by task": build_table(runs)}
     if reference:
@@ -436,7 +424,6 @@ def build_tables(runs, reference=""):
 
 
 def format_report(runs, reference=""):
-    """Returns the tables of one run or several as text. reference: see build_tables."""
     texts = []
     for table in build_tables(runs, reference):
         columns = table["columns"]
@@ -477,14 +464,13 @@ def read_run(folder, name):
 
 def write_report(path, folders, trained, reference="", exports=None):
     """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained, and returns
-    the runs that its tables show. reference: see build_tables. exports: see build_series; the page then shows no steps,
-    and exports.json beside it receives the series."""
+    the runs that its tables show. exports: see build_series; exports.json beside the page then receives the series."""
     runs = [read_run(folder, name) for name, folder in folders.items()]
     shown = []
     for run in runs:
         about = {key: run["results"].get(key, {}) for key in ("settings", "versions")}
         shown.append({"name": run["name"], "text": json.dumps(about, indent=1) if about["settings"] else "",
-                      "trajectories": [] if exports else run["trajectories"]})      # the steps of all would fill no page
+                      "trajectories": [] if exports else run["trajectories"]})      # which are too many for a page
     series = build_series(runs, exports) if exports else []
     if exports:
         write_atomic(Path(path).with_name("exports.json"), {"complete": len(series) == len(exports), "exports": series})
@@ -497,8 +483,7 @@ def write_report(path, folders, trained, reference="", exports=None):
 
 
 def compare(cfg):
-    """Writes compare.html, which shows the folders of --compare side by side, prints its tables, and returns its
-    path."""
+    """Writes compare.html, prints its tables, and returns its path."""
     path = Path(cfg.out, "compare.html")
     runs = write_report(path, {folder: folder for folder in cfg.compare}, cfg.compare, cfg.reference)
     print("\n" + format_report(runs, cfg.reference))
@@ -509,7 +494,7 @@ def compare(cfg):
 # The evaluation
 
 def run_identity(cfg, infos):
-    """Returns {name: value} of all that the trajectories depend on. A run is continued only under the same."""
+    """Returns all that the trajectories depend on, {name: value}. A run is continued only under the same."""
     # where, how many, how they are counted, and how long one waits for them
     elsewhere = ("out", "data", "raw", "final", "trajectories", "exports", "compare", "reference", "reply_seconds",
                  "states", "samples", "record_states")
@@ -535,8 +520,8 @@ def starter_result(cfg, task, info, home, cache):
 
 
 def played_result(records, task, result):
-    """Returns the trajectories of a task that are over, as results.json says them, and their statistics. records: the
-    lines of each; result: what it says of the starter."""
+    """Returns what results.json says of the trajectories that are over. records: the lines of each; result: what it
+    says of the starter."""
     played = [{"k": k, **summarize_trajectory(lines, task.direction, result["starter"], result["printed"])}
               for k, lines in enumerate(records) if end_reason(lines)]
     if not played:
@@ -547,8 +532,7 @@ def played_result(records, task, result):
 
 
 def load_models(cfg, num_rows, load=sample.load):
-    """Returns the model that acts, and the one that carries out the (AI) actions or None. num_rows: conversations that
-    each holds at the same time."""
+    """Returns the model that acts, and the one for the (AI) actions or None. num_rows: conversations at a time."""
     options = {"dtype": cfg.dtype, "device": cfg.device, "kernels": cfg.kernels, "context": cfg.context,
                "rows": num_rows, "timeout_s": cfg.reply_seconds}
     policy = load(cfg.model, **options)
@@ -594,8 +578,8 @@ def play_tasks(cfg, infos, home, cache, load):
 
 
 def evaluate_agent(cfg, home, load):
-    """Plays what is left of a run in cfg.out and returns its results, which results.json there holds too, also after an
-    interruption. home: the folder of blobs and of what scripts gave. ValueError: a run with other settings is there."""
+    """Plays what is left of a run in cfg.out and returns its results, which results.json holds too, also after an
+    interruption. home: the folder of blobs/ and cache/. ValueError: a run with other settings is there."""
     folder = Path(cfg.out, "trajectories")
     folder.mkdir(parents=True, exist_ok=True)
     infos = prepare_tasks(cfg)
@@ -626,9 +610,8 @@ def evaluate_agent(cfg, home, load):
 
 
 def evaluate(cfg, agents=None, load=sample.load, exports=None):
-    """Evaluates agents, {name: settings}, one after the other, by default the one of cfg, and returns [{"name",
-    "results"}]. cfg.out receives a report of all, also after an interruption. exports: see build_series. ValueError: a
-    setting is wrong."""
+    """Evaluates agents, {name: settings}, by default the one of cfg, and returns [{"name", "results"}]. cfg.out
+    receives a report of all, also after an interruption. exports: see build_series."""
     agents = agents or {cfg.model or "starter": cfg}
     folders = {name: agent.out for name, agent in agents.items()}
     trained = cfg.exports
@@ -668,8 +651,8 @@ def find_exports(run):
 
 
 def agents_exported(cfg):
-    """Returns {name: settings} of the exports of --exports, and of each under its name what it took to train: run,
-    iteration, updates, seconds, scripts, tokens. ValueError: the log does not tell."""
+    """Returns {name: settings} of all exports, and under each name what it took to train. ValueError: the log does not
+    tell."""
     agents = {}
     taken = {}
     for run in cfg.exports:
