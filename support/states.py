@@ -175,22 +175,17 @@ def measure_states(cfg, load, random_edits):
             policy = model_policy(cfg, model)
         cache = ResultCache(Path(cfg.out, "cache"))
         lock = threading.Lock()
-        is_over = threading.Event()
+        file = actions_file.open("a")
 
         def act(i, state, number):
             line = take_action(cfg, cache, policy, i, state, number)
-            with lock, actions_file.open("a") as file:
-                if is_over.is_set():        # after an error nothing is written any more
-                    return
+            with lock:
                 file.write(json.dumps(line) + "\n")
+                file.flush()
                 actions.append(line)
                 announce(f"{len(actions)} of {len(states) * cfg.samples} actions, mean reward "
                          f"{fmean(action['reward'] for action in actions):.3f}")
-        try:
-            run_parallel(jobs, act, ROWS)
-        finally:
-            with lock:
-                is_over.set()
+        run_parallel(jobs, act, ROWS, file)     # which closes it at the end, and after an error before it is raised
 
         # 3. Their means.
         results = {"settings": identity, "complete": True, "tasks": summarize_actions(states, actions)}
