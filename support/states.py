@@ -6,7 +6,7 @@ step-wise RL optimises.
     python -m support.states compare runs/eval base sft rl      # one table; the last agent less the one before
 
 States are of the scripted expert on miniatures of STATES_SEED, on which nothing is trained, or of held-out tasks' real
-data. A file of states holds one a line, and all that it takes to restore it.
+data. A line of a file of states holds all that it takes to restore one.
 """
 import json, random, sys, threading, time, zlib
 from functools import partial
@@ -59,12 +59,10 @@ RESULTS = {"settings": {str: VALUE}, "complete": FLAG, "tasks": {str: ENTRY}}
 # A file of states
 
 def record_states(cfg):
-    """Plays the scripted expert on the tasks of cfg.task and writes cfg.record_states states of each to the file
-    cfg.states. ValueError: it is there already, training learns from a task's data, or other settings were played in
-    cfg.out."""
+    """Plays the scripted expert on the tasks of cfg.task and writes cfg.record_states states of each to cfg.states.
+    ValueError: that file is there, training learns from a task's data, or cfg.out holds something else."""
     if Path(cfg.states).exists():
         raise ValueError(f"{cfg.states} is there already; states are recorded once")
-    lines = []
     with folder_lock(cfg.out, "eval.py"):
         # 1. Trajectories of the expert, as far as they are not there.
         infos = prepare_tasks(cfg, (STATES_SEED,))
@@ -85,6 +83,7 @@ def record_states(cfg):
         run_parallel([job for job in jobs if not end_reason(records[job[2]])], play, SLOTS.cpus, progress)
 
         # 2. States in them.
+        lines = []
         for task, info in infos:
             prefixes = []
             for k in range(RECORDED):
@@ -98,7 +97,7 @@ def record_states(cfg):
 
 
 def begin(path, identity):
-    """Writes all that a run hangs on to its results. ValueError: those of a run with others are there."""
+    """Writes what a run hangs on to its results. ValueError: those of a run with others are there."""
     raw = read_bytes(path)
     if raw:
         check_same(parse_json(raw, RESULTS, path)["settings"], identity, path.parent)
@@ -114,15 +113,15 @@ def play_expert(cfg, cache, progress, task, k, path, seed):
 
 
 def refuse_learned(task, info):
-    """Raises ValueError where training learns from the data of a task. info: its task.json."""
+    """Raises ValueError where training learns from the data of a task."""
     if task.split == "held-in" and (not info["miniature"] or info.get("seed", 0) in LEARNED_SEEDS):
         raise ValueError(f"the data of {task.id} are real, or of a seed that is trained on; give another --data, for "
                          f"miniatures of seed {STATES_SEED}")
 
 
 def describe_state(cfg, task, info, head, steps):
-    """Returns the line of the state after the recorded `steps` of a trajectory. Files that scripts wrote are left out:
-    the entry script, which is what an action changes, starts without them."""
+    """Returns the line of the state after the recorded `steps`, without files that scripts wrote: the entry script,
+    which is what an action changes, starts without them."""
     last = [head, *steps][-1]
     blobs = Blobs(Path(cfg.out, "blobs"))
     files = {path: blobs.path(sha).read_text() for path, sha in last["snapshot"].items()
@@ -134,7 +133,7 @@ def describe_state(cfg, task, info, head, steps):
 
 
 def read_states(cfg):
-    """Returns [(number, state)] of the file cfg.states, of the tasks of cfg.task. ValueError: it is no such file."""
+    """Returns [(number, state)] of the tasks of cfg.task in cfg.states. ValueError: it is no such file."""
     states = list(enumerate(read_json_lines(cfg.states, STATE)))
     states = [(i, state) for i, state in states if state["task"] in tasks.names(cfg.task)]
     if not states:
@@ -146,9 +145,9 @@ def read_states(cfg):
 # Actions in them
 
 def measure_states(cfg, load, random_edits):
-    """Samples cfg.samples actions in each state of cfg.states, adds each to actions.jsonl in cfg.out, and returns what
-    states.json there then holds. What is in actions.jsonl is not played again. random_edits: the name of the agent
-    without a model. ValueError: other settings or another model were measured there."""
+    """Samples cfg.samples actions in each state of cfg.states, as far as they are not in actions.jsonl of cfg.out, and
+    returns what states.json there then holds. random_edits: the name of the agent without a model. ValueError: other
+    settings or another model were measured there."""
     with folder_lock(cfg.out, "eval.py"):
         # 1. What is measured, and what of it is done.
         states = read_states(cfg)
@@ -194,7 +193,7 @@ def measure_states(cfg, load, random_edits):
 
 
 def prepare_data(cfg, states):
-    """Prepares the data of all states. ValueError: a state was recorded on other data, or training learns from them."""
+    """Prepares the data of all states. ValueError: one was recorded on other data, or training learns from them."""
     shas = {(state["task"], state["data_seed"]): state["data_sha256"] for _, state in states}
     for (id, seed), sha256 in sorted(shas.items()):
         task, info = prepare_task(cfg, id, "", seed)
@@ -205,7 +204,6 @@ def prepare_data(cfg, states):
 
 
 def take_action(cfg, cache, policy, i, state, number):
-    """Returns the line of actions.jsonl of action `number` in state i."""
     env = make_env(cfg, state["task"], cfg.out, cache, state["data_seed"], **state["agent"])
     files = {path: env.blobs.put(text.encode()) for path, text in state["files"].items()}
     env.restore(files, state["messages"], index=state["index"], m_before=state["m_before"], m_top=state["m_top"],
@@ -232,7 +230,7 @@ def random_edit(env, lines, seed):
 
 
 def summarize_actions(states, actions):
-    """Returns {task: what states.json says of it}. spread: the standard deviation of the rewards in a state."""
+    """Returns {task: means}. spread: the standard deviation of the rewards in a state."""
     task_of = {i: state["task"] for i, state in states}
     table = pandas.DataFrame(actions)
     found = {}
@@ -246,7 +244,7 @@ def summarize_actions(states, actions):
 
 
 def format_states(results):
-    """Returns the table of states.json as text, with the means over the tasks of each split."""
+    """Returns the table of states.json, with means over the tasks of each split."""
     table = pandas.DataFrame.from_dict(results["tasks"], orient="index").astype({"reward_ran": float})
     means = table.groupby("split").mean()
     means.index = [f"mean, {split}" for split in means.index]
@@ -257,8 +255,8 @@ def format_states(results):
 # Comparing agents
 
 def sign_flip_p(differences):
-    """Returns the two-sided p of an exact permutation test over paired differences: the share of all choices of signs
-    under which the sum is at least as far from 0 as it is."""
+    """Returns the two-sided p of an exact permutation test: the share of all choices of signs of the differences under
+    which their sum is at least as far from 0."""
     if len(differences) < 2:
         return 1.0
     test = permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=np.inf)
@@ -266,7 +264,6 @@ def sign_flip_p(differences):
 
 
 def read_measured(folder):
-    """Returns the states.json of a folder. ValueError: there is none, or actions are lacking."""
     path = Path(folder, "states.json")
     raw = read_bytes(path)
     results = parse_json(raw, RESULTS, path) if raw else {}
@@ -276,9 +273,9 @@ def read_measured(folder):
 
 
 def measures_of(folder):
-    """Returns ({measure: {task: figure}}, {folder: what it was measured under}) of an agent's folder, which holds
-    held-out, held-in (measure_states), held-out-trajectories and held-in-trajectories (eval.py), as far as they are
-    there. The first measure is the primary one. ValueError: one of them is not complete, or none is there."""
+    """Returns ({measure: {task: figure}}, {folder: what it was measured under}) of an agent's folder with held-out and
+    held-in (of measure_states), held-out-trajectories and held-in-trajectories (of eval.py), as far as they are there.
+    The first measure is the primary one. ValueError: one of them is not complete, or none is there."""
     measures = {}
     under = {}
     for split in SPLITS:
@@ -307,9 +304,9 @@ def measures_of(folder):
 
 
 def compare_agents(folder, names):
-    """Returns the table of agents, folders in `folder`, and the last of them less the one before it: the mean
-    difference over the tasks that both have, and the p of sign_flip_p. All but the first measure are corrected
-    (Bonferroni). An agent without one of these tasks has no mean. ValueError: their states or settings differ."""
+    """Returns the table of agents, folders in `folder`, and of the last less the one before: the mean difference over
+    the tasks that both have, and its p, which is corrected (Bonferroni) but for the first measure. An agent without
+    one of these tasks has no mean. ValueError: their states or settings differ."""
     agents = {}
     first = {}      # folder -> what it was measured under
     for name in names:
@@ -340,7 +337,7 @@ LEAST_SPREAD = 0.05     # ... standard deviation of the rewards in a state, that
 
 
 def gate(folder):
-    """Returns in words that RL has something to learn from, by states.json in a folder. ValueError: it has not."""
+    """Returns in words that RL has something to learn from in a folder of measured states. ValueError: it has not."""
     entries = read_measured(folder)["tasks"].values()
     valid = fmean(entry["valid"] for entry in entries)
     spread = fmean(entry["spread"] for entry in entries)
@@ -358,8 +355,8 @@ LEARNED = 324           # expert states: 9 tasks, 4 trajectories, 9 steps
 
 
 def plan_parts(model, num_states, num_samples, num_trajectories, num_iterations):
-    """Returns in words how long the parts of docs/real-run.sh take, by how fast this machine reads prompts and samples.
-    A trained token costs three that are read, an update and its reference four."""
+    """Returns in words how long the parts of docs/real-run.sh take here, by how fast prompts are read and replies are
+    sampled. A trained token costs three that are read, an update and its reference four."""
     # 1. Seconds a token.
     engine = sample.load(model, rows=8, context=1280)
     words = engine.tokenizer.encode("x = rows['size'] * 2\n" * 100)
