@@ -2,7 +2,7 @@
 step-wise RL optimises.
 
     python eval.py --record-states 4 --states held-out.jsonl --task held-out --prompt-format medium ...   # once
-    python eval.py --states held-out.jsonl --max-new-tokens 160 --model runs/rl --out runs/eval/rl/held-out  # each model
+    python eval.py --states held-out.jsonl --max-new-tokens 160 --model runs/rl --out runs/eval/rl/held-out # each model
     python -m support.states compare runs/eval base sft rl      # one table; the last agent less the one before
 
 States are of the scripted expert on miniatures of STATES_SEED, on which nothing is trained, or of held-out tasks' real
