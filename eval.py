@@ -564,11 +564,8 @@ def play_tasks(cfg, infos, home, cache, load):
             policy = miniature.random_policy(cfg, task, random.Random(draws))
         else:
             policy = model_policy(cfg, model)
-        make = Env
-        if cfg.scaffold == "mlagentbench":
-            make = mlagentbench.Env
-        elif cfg.scaffold == "aide":
-            make = functools.partial(aide.Env, search=aide.SEARCHES[cfg.search], draws=draws)
+        search = functools.partial(aide.Env, search=aide.SEARCHES[cfg.search], draws=draws)
+        make = {"ml-agent": Env, "mlagentbench": mlagentbench.Env, "aide": search}[cfg.scaffold]
         about = {"model": cfg.model, "coder": cfg.coder, "scaffold": cfg.scaffold}
         play_trajectory(cfg, task, k, path, policy, coder, home, cache, progress, about, make=make)
     try:
@@ -676,22 +673,21 @@ def fill(values):
     """For cli.parse: returns the settings that hold where none was typed."""
     if values["compare"]:
         return []
-    if values["states"]:
-        folder = sample.small_files(values["model"]) if values["model"] not in ("", RANDOM) else None
+    model = values["model"]
+    if values["states"] or not values["exports"] and (values["task"] or model):
+        folder = sample.small_files(model) if model != RANDOM else None
         agent = read_agent(folder) if folder else {}
-        length = {name: agent[name] for name in agent.keys() & {"max_new_tokens"}}      # a state has the rest
-        return [("--states", {"task": "all"}), (f"{values['model']}/agent.json", length)]
-    if not values["exports"] and (values["task"] or values["model"]):
-        folder = sample.small_files(values["model"]) if values["model"] != RANDOM else None
-        agent = read_agent(folder) if folder else {}
+        if values["states"]:
+            length = {name: agent[name] for name in agent.keys() & {"max_new_tokens"}}      # a state has the rest
+            return [("--states", {"task": "all"}), (f"{model}/agent.json", length)]
         return [(f"--scaffold {values['scaffold']}", DEFAULTS.get(values["scaffold"], {})),
-                (f"{values['model']}/agent.json", agent), ("no --task", {"task": "leaf-classification"})]
+                (f"{model}/agent.json", agent), ("no --task", {"task": "leaf-classification"})]
     folders = [folder for folder, _ in MADE.values()]
     if values["exports"]:
         folders = [find_exports(run)[0] for run in values["exports"]]
     agents = {f"{folder}/agent.json": read_agent(folder) for folder in folders}
     formats = [agent for agent in agents.values() if agent]
-    if any(agent != formats[0] for agent in formats):
+    if formats[1:] != formats[:-1]:
         raise ValueError(f"{' and '.join(agents)} differ, so one is of an older run. Train them anew, or evaluate each "
                          "with --model and --task")
     preset = {} if values["task"] else MINIATURE
