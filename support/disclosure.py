@@ -26,30 +26,27 @@ step of each trajectory, which no agent can know. (paper): Table 1 of the paper,
 def disclose(records, model, coder):
     """Returns what results.json says of a run under "disclosure": counts of steps. records: the lines of each
     trajectory. model, coder: as asked for; what a server says that it is takes their place."""
-    lines = [line for record in records for line in record]
-    steps = [line for line in lines if line["type"] == "step"]
+    steps = [line for lines in records for line in lines if line["type"] == "step"]
     layers = Counter(step["sandbox"] for step in steps if step["outcome"] is not None)
     labels = LABELS[2]
     if layers:
         labels = LABELS[1] if layers.keys() & {"off", ""} else LABELS[0]
     asked = model if coder == "model" else coder
-    coders = Counter(step.get("coder_answered_by", asked) for step in steps if "coder_tokens" in step)
-    refused = Counter(name for step in steps for name in step.get("refused", ()))
     return {
-        "labels": labels, "sandbox": dict(layers), "graded": GRADED, "replies": len(steps),
+        "labels": labels, "sandbox": layers, "graded": GRADED, "replies": len(steps),
         "no_replies": sum("no_reply" in step for step in steps), "thoughts": sum("thought" in step for step in steps),
-        "models": dict(Counter(step.get("answered_by", model) for step in steps)), "coders": dict(coders),
-        "refused": dict(refused),
+        "models": Counter(step.get("answered_by", model) for step in steps),
+        "coders": Counter(step.get("coder_answered_by", asked) for step in steps if "coder_tokens" in step),
+        "refused": Counter(name for step in steps for name in step.get("refused", ())),
         "tokens": {name: sum(step.get(entry, 0) for step in steps) for name, entry in TOKENS.items()}}
 
 
 def count_work(steps):
-    """Returns what recorded steps took: scripts, their seconds, and of the nodes of a search how many there are, are
-    buggy, were judged without the reviewer, and work by a score that their output does not show."""
+    """Returns what recorded steps took, and of the nodes of a search how many there are, are buggy, were judged without
+    the reviewer, and work by a score that their output does not show."""
     nodes = [step["node"] for step in steps if step.get("node")]
     return {"scripts": sum(step["outcome"] is not None for step in steps),
-            "seconds": sum((step["script_seconds"] for step in steps), 0.0),
-            "nodes": len(nodes),
+            "seconds": sum((step["script_seconds"] for step in steps), 0.0), "nodes": len(nodes),
             "buggy": sum(node.get("buggy", False) for node in nodes),
             "unreviewed": sum(node.get("review") == "script" for node in nodes),
             "unprinted": sum(not node.get("buggy") and not node.get("is_printed") for node in nodes)}
@@ -57,21 +54,20 @@ def count_work(steps):
 
 def warnings(runs):
     """Returns the texts that have to be read before any result of these runs."""
-    texts = {}      # each once, in order
+    texts = []
     for run in runs:
         results = run["results"]
         if any(part["miniature"] for part in (*results["tasks"].values(), *run.get("trajectories", ()))):
-            texts[MINIATURE_WARNING] = True
+            texts.append(MINIATURE_WARNING)
         if not results.get("complete", True):
-            texts[f"{run['name']} is not complete; this is what was done when it stopped."] = True
+            texts.append(f"{run['name']} is not complete; this is what was done when it stopped.")
         if results["settings"].get("sandbox") == "off":
-            texts[f"{run['name']}: the sandbox was off, so scripts could read the answers."] = True
-    return list(texts)
+            texts.append(f"{run['name']}: the sandbox was off, so scripts could read the answers.")
+    return list(dict.fromkeys(texts))
 
 
 def notes(runs):
-    """Returns the texts that one has to know to read the tables: of each run what counts, how its trajectories ended,
-    how the agent was asked and what it disclosed, and NOTE."""
+    """Returns the texts below the tables: of each run what counts, how it was asked and what it disclosed, and NOTE."""
     texts = []
     for run in runs:
         results = run["results"]
@@ -82,9 +78,8 @@ def notes(runs):
             work.update(result.get("work", {}))
         if ends:
             words = ", ".join(f"{end} {count}" for end, count in ends.most_common())
-            final = FINAL[results["final"]]
-            if work["nodes"] and results["final"] == "best-validation":
-                final = aide.FINAL
+            is_search = work["nodes"] and results["final"] == "best-validation"
+            final = aide.FINAL if is_search else FINAL[results["final"]]
             texts.append(f"{run['name']}: {final} counts. How they ended: {words}. "
                          f"{describe_scaffold(results['settings'], work)}")
         if "disclosure" in results:
