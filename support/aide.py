@@ -1,14 +1,12 @@
 """AIDE's tree search over whole scripts, as a scaffold (eval.py --scaffold aide).
 
-A node is a plan, a script, its output, a verdict, a score that a reviewer reads in the output, and the node that it was
-made from. A step makes one node: `choose` says whether to draft, debug or improve, the coder replies with plan and
-script, the script runs once, the reviewer judges the output. The result is the working node with the best reported
-score. There is no conversation: every request is a new prompt. The search is that of WecoAI's aideml; what differs:
+A step makes one node: `choose` says whether to draft, debug or improve, the coder replies with plan and script, the
+script runs once, a reviewer judges the output and reports the score in it. The result is the working node with the best
+reported score. Every request is a new prompt. The search is that of WecoAI's aideml; what differs:
 
 - The reviewer's verdict is JSON in its reply, asked for up to three times, instead of a forced function call. Without
-  one the outcome of the run and the printed score decide. A run that failed is not reviewed, as it is buggy anyway.
-- The task knows whether higher is better; the reviewer's word on it has no effect.
-- Whole numbers are scores too, NaN and infinities are none.
+  one the outcome of the run and the printed score decide. A run that failed is buggy without a review.
+- The task says whether higher is better, not the reviewer. Whole numbers are scores too, NaN and infinities are none.
 - A missing or invalid submission makes a node buggy, and its output says why.
 - Every script starts in a new workspace and in the sandbox: nothing is installed, downloaded, or left to later nodes.
 - The output is stdout, then stderr. The prompts tell the steps and the time that are left, as in MLE-bench's fork.
@@ -38,7 +36,7 @@ MAX_PREVIEW = 6_000     # characters
 
 @dataclass
 class Node:
-    """One solution. Node i is made by step i."""
+    """What step i makes is node i."""
     parent: int | None      # the node it was made from; None: a draft
     metric: float | None = None     # the score that the reviewer reported, not to be believed
     buggy: bool = True
@@ -57,15 +55,14 @@ def debug_depth(nodes, i):
 
 def best_node(nodes, direction):
     """Returns the index of the working node with the best reported score, of equal ones the first; None: none works."""
-    sign = 1 if direction == "up" else -1
     working = [i for i, node in enumerate(nodes) if not node.buggy]
-    return max(working, key=lambda i: sign * nodes[i].metric, default=None)
+    best = max if direction == "up" else min        # both take the first of equal ones
+    return best(working, key=lambda i: nodes[i].metric, default=None)
 
 
 def choose(nodes, direction, rng, search):
-    """Returns ("Draft", None), ("Debug", index of a node) or ("Improve", index of a node). search: see SEARCHES.
-
-    The order of the draws is that of the original: past the drafts one random(), then at most one choice()."""
+    """Returns ("Draft", None), ("Debug", index of a node) or ("Improve", index of a node). search: see SEARCHES. The
+    draws are those of the original: past the drafts one random(), then at most one choice()."""
     num_drafts, debug_prob, max_debug_depth = search
     if sum(node.parent is None for node in nodes) < num_drafts:     # the buggy ones too
         return "Draft", None
@@ -76,9 +73,7 @@ def choose(nodes, direction, rng, search):
         if broken:
             return "Debug", rng.choice(broken)
     best = best_node(nodes, direction)
-    if best is None:
-        return "Draft", None
-    return "Improve", best
+    return "Draft" if best is None else "Improve", best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,16 +148,14 @@ def compiles(script):
 
 
 def plan_and_script(reply):
-    """Returns (plan, script) of a reply: the text before the first fence, and all code blocks that compile; "" for one
-    that is not there."""
+    """Returns (plan, script) of a reply: the text before the first fence, and all code blocks that compile; or ""."""
     blocks = re.findall(r"```(?:python)?(.*?)```", reply[:env.MAX_REPLY], re.DOTALL)        # in linear time
     script = "\n\n".join(block.strip("\n") for block in blocks if compiles(block))
     return reply.partition("```")[0].strip(), f"{script}\n" if script.strip() else ""
 
 
 def read_review(reply):
-    """Returns {"is_bug", "summary", "metric"} of a reviewer's reply, None if it has no verdict: of the JSON objects in
-    it the last that says whether there is a bug."""
+    """Returns {"is_bug", "summary", "metric"} of the last JSON object in a reply that has "is_bug", or None."""
     for match in reversed(list(re.finditer(r"\{", reply[:env.MAX_REPLY]))[-100:]):
         try:
             values = json.JSONDecoder(strict=False).raw_decode(reply, match.start())[0]
@@ -236,9 +229,9 @@ def describe_column(name, column):
 # The scaffold
 
 class Env(env.Env):
-    """One trajectory: each reply of the coder makes a node. search: as SEARCHES. draws: a text that seeds the choices,
-    so that a trajectory that goes on chooses as one that was not broken off. coder: the reviewer; None: the printed
-    score counts. The snapshot of a step is the node's script alone."""
+    """One trajectory. search: as SEARCHES. draws: a text that seeds the choices, so that a trajectory that goes on
+    chooses as one that was not broken off. coder: the reviewer; None: the printed score counts. The snapshot of a step
+    is the node's script alone."""
     stop = ()
     num_tries = TRIES
     own = ("search", "draws")
@@ -333,7 +326,6 @@ class Env(env.Env):
         return step
 
     def _make_node(self, step, **works_on):
-        """Makes a node of a step's reply; returns the output of its script."""
         entry = self.task.entry
         plan, script = plan_and_script(step.reply)
         if not (plan and script):       # after all tries: the reply as it is, which a run shows to be no script
@@ -355,7 +347,6 @@ class Env(env.Env):
     _draft = _debug = _improve = _make_node
 
     def _review(self, step, script, output):
-        """Asks the reviewer about a script that has run, and puts its verdict into the step."""
         question = build_prompt("Review", self.task, script, output)[0]["content"]
         review = None
         judge = "model"

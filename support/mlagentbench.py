@@ -1,11 +1,10 @@
 """MLAgentBench's own loop, as a scaffold (eval.py --scaffold mlagentbench).
 
-Each request is one user message: the tools with their usage, the research problem, nine rules, the form of a reply, and
-the last three steps; what is older is remembered only as far as the model copies it into its plan. A reply without the
-entries or with an unknown tool is asked for again at no cost, five replies in all; then the run ends. Of an Action
-Input that is no JSON the texts between its keys are taken; without these the step shows the error, and is forgotten, also by
-the count of steps, as soon as another succeeds. An edit runs nothing: what counts is the last executed script. What
-differs from snap-stanford/MLAgentBench:
+Each request is one user message: the tools, the research problem, nine rules, the form of a reply, and the last three
+steps. A reply without the entries or with an unknown tool is asked for again at no cost, five replies in all; then the
+run ends. Of an Action Input that is no JSON the texts between its keys are taken; without these the step shows the
+error, and is forgotten, also by the count of steps, as soon as another succeeds. An edit runs nothing: what counts is
+the last executed script. What differs from snap-stanford/MLAgentBench:
 
 - The words of the prompt. The data are in data/, the answers out of reach, and scripts in the sandbox with its limits.
 - Read File, Write File, Append File, Python REPL, Reflection and Edit Script Segment (AI), which its prompt does not
@@ -106,8 +105,8 @@ def describe_tool(name):
 
 
 def read_entries(reply, fields):
-    """Returns {entry: text} of a reply: of a header that is repeated the last counts, but of the first entry the first
-    header. InvalidAction: one is missing."""
+    """Returns {entry: text} of a reply: of a repeated header the last counts, of the first entry the first.
+    InvalidAction: one is missing."""
     values = {}
     end = len(reply)
     for name in reversed(fields):
@@ -121,7 +120,7 @@ def read_entries(reply, fields):
 
 
 def read_input(text, keys):
-    """Returns the arguments in the text of an Action Input: of JSON; else what lies between its keys, in their order.
+    """Returns the arguments of an Action Input that is JSON, else what lies between its keys, in their order.
     ValueError: it has neither."""
     text = re.sub(r"^```(?:json)?|```$", "", text.strip()).strip()
     reason = "Argument mismatch"

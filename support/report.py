@@ -23,11 +23,9 @@ LOG = {f"{name}?": maybe(NUMBER)
        for name in (*CURVES, *SHARES, "iteration", "step", "updates", "seconds", "runs", "sampled_tokens")}
 PAIR = "two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value))
 TRAJECTORY = {
-    "k": COUNT, "best-validation": maybe(NUMBER), "last-valid": maybe(NUMBER), "oracle": maybe(NUMBER), "ended": WORD,
-    "steps": COUNT, "valid": COUNT, "worse": COUNT, "taken_back": COUNT, "better": COUNT, "continued": COUNT}
-WORK = {
-    "scripts": COUNT, "seconds": NUMBER, "nodes": COUNT, "buggy": COUNT, "unreviewed": COUNT,
-    "unprinted": COUNT}
+    "ended": WORD, **dict.fromkeys((*FINAL, "oracle"), maybe(NUMBER)),
+    **dict.fromkeys(("k", "steps", "valid", "worse", "taken_back", "better", "continued"), COUNT)}
+WORK = {"seconds": NUMBER, **dict.fromkeys(("scripts", "nodes", "buggy", "unreviewed", "unprinted"), COUNT)}
 FIGURE = "a number or null, and an interval", lambda value: (
     isinstance(value, list) and len(value) == 2 and (value[0] is None or NUMBER[1](value[0])))
 TASK = {
@@ -56,8 +54,8 @@ def read_results(folder):
 
 
 def read_log(folder):
-    """Returns the lines of a training run's log.jsonl, each with the entries of LOG. A line that is there
-    twice, since the run was killed and went on, counts as last."""
+    """Returns the entries of LOG in a training run's log.jsonl. Of a line that is there twice, since the run was killed
+    and went on, the last counts."""
     lines = read_json_lines(Path(folder, "log.jsonl"), LOG)
     lines = {line.get("iteration", line.get("step")): line for line in lines}.values()
     return [{name: line[name] for name in (entry.removesuffix("?") for entry in LOG) if name in line} for line in lines]
@@ -75,8 +73,8 @@ def for_browsers(value):
 
 
 def write_page(path, data):
-    """Writes the page: the template beside this file with `data` in it as JSON, of which the template's script draws
-    everything. data: title, warnings, tables, notes, logs, runs; see eval.write_report."""
+    """Writes the template beside this file with `data` in it as JSON, of which its script draws everything. data: see
+    eval.write_report."""
     template = Path(__file__).with_suffix(".html").read_text()
     hashes = {}
     for tag in ("script", "style"):
