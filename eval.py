@@ -466,11 +466,8 @@ def write_report(path, folders, trained, reference="", exports=None):
     """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained, and returns
     the runs that its tables show. exports: see build_series; exports.json beside the page then receives the series."""
     runs = [read_run(folder, name) for name, folder in folders.items()]
-    shown = []
-    for run in runs:
-        about = {key: run["results"].get(key, {}) for key in ("settings", "versions")}
-        shown.append({"name": run["name"], "text": json.dumps(about, indent=1) if about["settings"] else "",
-                      "trajectories": [] if exports else run["trajectories"]})      # which are too many for a page
+    # the trajectories of all exports are too many for a page
+    shown = [{"name": run["name"], "trajectories": [] if exports else run["trajectories"]} for run in runs]
     series = build_series(runs, exports) if exports else []
     if exports:
         write_atomic(Path(path).with_name("exports.json"), {"complete": len(series) == len(exports), "exports": series})

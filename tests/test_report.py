@@ -205,7 +205,7 @@ def test_published_figures_stand_beside_real_data_only(tmp_path, task):
     page = shown(Path(cfg.out, "report.html"))
     assert page["tables"][-1]["rows"][1:] == [
         {"task": "tiny-task", "agent": "ML-Agent (paper)", "average": "0.5000", "best": "0.2500"}]
-    assert "iniature" not in json.dumps([page["title"], page["warnings"], page["tables"], page["runs"][0]["text"]])
+    assert "iniature" not in json.dumps([page["title"], page["warnings"], page["tables"], page["notes"]])
 
 
 @needs_node
