@@ -25,9 +25,7 @@ from env import (
 from support import miniature
 from support.cli import ContextFull, RunError, announce, exit_status, format_table
 from support.distributed import check_same
-from support.files import (
-    COUNT, FLAG, NUMBER, TEXT, VALUE, folder_lock, hash_json, maybe, parse_json, read_bytes, read_json_lines,
-    write_atomic)
+from support.files import COUNT, FLAG, TEXT, folder_lock, hash_json, parse_json, read_bytes, read_json_lines, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import hash_checkpoint
@@ -49,10 +47,7 @@ STATE = {
     "task": TASK_ID, "data_seed": COUNT, "data_sha256": {str: TEXT}, "index": COUNT, "m_before": FINITE,
     "m_top": FINITE, "messages": [MESSAGE], "files": {str: TEXT},
     "agent": {name: FORMS["header"][name] for name in AGENT}, "seen": {name: FORMS["header"][name] for name in NOTHING}}
-ACTION = {"state": COUNT, "number": COUNT, "action": maybe(TEXT), "kind": TEXT, "valid": FLAG, "ran": FLAG,
-          "reward": NUMBER, "reply": TEXT}
-ENTRY = {"split": TEXT, "reward": NUMBER, "valid": NUMBER, "spread": NUMBER, str: VALUE}
-RESULTS = {"settings": {str: VALUE}, "complete": FLAG, "tasks": {str: ENTRY}}
+RESULTS = {"settings": {}, "complete": FLAG, "tasks": {}}      # of our own files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +155,7 @@ def measure_states(cfg, load, random_edits):
         path = Path(cfg.out, "states.json")
         begin(path, identity)
         actions_file = Path(cfg.out, "actions.jsonl")
-        actions = read_json_lines(actions_file, ACTION, mend=True)
+        actions = read_json_lines(actions_file, {}, mend=True)
 
         # 2. The actions that are lacking; those of a state follow each other and share its prefix.
         done = {(line["state"], line["number"]) for line in actions}
