@@ -25,7 +25,8 @@ from env import (
 from support import miniature
 from support.cli import ContextFull, RunError, announce, exit_status, format_table
 from support.distributed import check_same
-from support.files import COUNT, FLAG, TEXT, folder_lock, hash_json, parse_json, read_bytes, read_json_lines, write_atomic
+from support.files import (
+    COUNT, FLAG, TEXT, folder_lock, hash_json, parse_json, read_bytes, read_json_lines, write_atomic)
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import hash_checkpoint
@@ -129,8 +130,8 @@ def describe_state(cfg, task, info, head, steps):
 
 def read_states(cfg):
     """Returns [(number, state)] of the tasks of cfg.task in cfg.states. ValueError: it is no such file."""
-    states = list(enumerate(read_json_lines(cfg.states, STATE)))
-    states = [(i, state) for i, state in states if state["task"] in tasks.names(cfg.task)]
+    names = tasks.names(cfg.task)
+    states = [(i, state) for i, state in enumerate(read_json_lines(cfg.states, STATE)) if state["task"] in names]
     if not states:
         raise ValueError(f"there is no state of --task {cfg.task} in {cfg.states}; record some with --record-states 4")
     return states
@@ -159,8 +160,7 @@ def measure_states(cfg, load, random_edits):
 
         # 2. The actions that are lacking; those of a state follow each other and share its prefix.
         done = {(line["state"], line["number"]) for line in actions}
-        jobs = [(i, state, number) for i, state in states for number in range(cfg.samples)]
-        jobs = [(i, state, number) for i, state, number in jobs if (i, number) not in done]
+        jobs = [(i, state, number) for i, state in states for number in range(cfg.samples) if (i, number) not in done]
         if jobs and cfg.model == random_edits:
             policy = random_edit
         elif jobs:
@@ -215,13 +215,11 @@ def take_action(cfg, cache, policy, i, state, number):
 
 def random_edit(env, lines, seed):
     """The policy without a model: a random change of a constant."""
-    action = "Execute Script"
-    args = {"script_name": env.task.entry}
+    action, args = miniature.RUN
     offered = untried(script_text(env.blobs, env.files[env.task.entry]), env.seen["tried"])
     if offered:
         action, args = miniature.set_action(random.Random(seed).choice(offered))
-    values = dict.fromkeys(env.fields, "-") | {"Action": action, "Action Input": json.dumps(args)}
-    return "\n".join(f"{name}: {values[name]}" for name in env.fields), None, {}
+    return miniature.reply_of(env, miniature.START, "try it", action, args), None, {}
 
 
 def summarize_actions(states, actions):
