@@ -13,9 +13,10 @@ GRADED = ("whether a submission is valid, and why it is not; no score, no answer
           "scores are the script's own")
 TOKENS = {"read": "prompt_tokens", "of these cached": "cached_tokens", "written": "tokens",
           "read by the coder": "coder_prompt_tokens", "written by the coder": "coder_tokens"}
-FORM = {
-    "labels": one_of(*LABELS), "sandbox": {str: COUNT}, "graded": TEXT, "replies": COUNT, "no_replies": COUNT,
-    "thoughts": COUNT, "models": {str: COUNT}, "coders": {str: COUNT}, "refused": {str: COUNT}, "tokens": {str: COUNT}}
+COUNTS = {
+    **dict.fromkeys(("replies", "no_replies", "thoughts"), COUNT),
+    **dict.fromkeys(("models", "coders", "refused", "tokens", "sandbox"), {str: COUNT})}
+FORM = {"labels": one_of(*LABELS), "graded": TEXT, **COUNTS}
 MINIATURE_WARNING = "* Miniature data are made up from a seed: scores on them do not compare with published ones."
 NOTE = """In brackets: intervals of 95 %, by bootstrap of the tasks and of the trajectories of each. Over random: the
 difference to random edits on the same tasks. Largest task: its share of the mean gap closed. A trajectory without a
@@ -107,14 +108,10 @@ def describe_scaffold(settings, work):
 
 def describe(name, found):
     """Returns a disclosure as text. name: of the run."""
-    def listed(counts):
-        return ", ".join(f"{key or 'none'} ({count:,})" for key, count in counts.items()) or "nobody"
-    texts = [
-        f"{name}: the labels were {found['labels']}; scripts that ran, by the layers around them: "
-        f"{listed(found['sandbox'])}. Of grading the agent was shown {found['graded']}.",
-        f"Answered by {listed(found['models'])}; of {found['replies']:,} replies {found['no_replies']:,} were none and "
-        f"{found['thoughts']:,} came after a thought. Coder: {listed(found['coders'])}.",
-        f"Tokens: {', '.join(f'{count:,} {what}' for what, count in found['tokens'].items() if count) or 'unknown'}."]
-    if found["refused"]:
-        texts.append(f"Parameters that the server was not given as asked for: {listed(found['refused'])}.")
-    return " ".join(texts)
+    texts = [f"{name}: the labels were {found['labels']}. Of grading the agent was shown {found['graded']}"]
+    for entry in COUNTS:
+        value = found[entry]
+        if isinstance(value, dict):
+            value = ", ".join(f"{key or 'none'} ({count:,})" for key, count in value.items()) or "none"
+        texts.append(f"{entry.replace('_', ' ').capitalize()}: {value}")
+    return ". ".join(texts) + "."
