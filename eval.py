@@ -63,8 +63,7 @@ class Settings(AgentSettings):
         # without --model too the paper in miniature: what sft.py and rl.py have made, on all tasks
     model: str = ""  # a folder, a hub id, tiny (random weights), http://host:port/v1#name, or random-edits: no model,
         # constants changed at random and changed back where the score is no better; empty: starters alone
-    coder: str = "model"  # who carries out the (AI) actions: model (the same one), none, or another, as in --model;
-        # the key of a server on another host is read from OPENAI_API_KEY_HOST, such as OPENAI_API_KEY_API_DEEPSEEK_COM
+    coder: str = "model"  # who carries out the (AI) actions: model (the same one), none, or another, as in --model
     out: str = "runs/eval"  # where the results go; a run that is there already is continued
     trajectories: int = 8  # per task
     scaffold: str = SCAFFOLDS[0]  # how the model is asked: ml-agent (the loop of this project), mlagentbench (that of

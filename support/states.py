@@ -353,13 +353,14 @@ def plan_parts(model, num_states, num_samples, num_trajectories, num_iterations)
     # 1. Seconds a token.
     engine = sample.load(model, rows=8, context=1280)
     words = engine.tokenizer.encode("x = rows['size'] * 2\n" * 100)
-    engine.generate([words[2:PROMPT_TOKENS + 2]], max_new_tokens=1)     # the first pass is slower
-    began = time.monotonic()
-    engine.generate([words[:PROMPT_TOKENS]], max_new_tokens=1)
-    read_s = (time.monotonic() - began) / PROMPT_TOKENS
-    began = time.monotonic()
-    engine.generate([words[1:PROMPT_TOKENS + 1]], n=8, max_new_tokens=16, temperature=1.0)
-    write_s = max(1e-9, time.monotonic() - began - read_s * PROMPT_TOKENS) / (8 * 16)
+
+    def measure(start, n, length):
+        began = time.monotonic()
+        engine.generate([words[start:start + PROMPT_TOKENS]], n=n, max_new_tokens=length, temperature=1.0)
+        return time.monotonic() - began
+    measure(2, 1, 1)        # the first pass is slower
+    read_s = measure(0, 1, 1) / PROMPT_TOKENS
+    write_s = max(1e-9, measure(1, 8, 16) - read_s * PROMPT_TOKENS) / (8 * 16)
 
     # 2. Seconds of the parts.
     script_s = SCRIPT_S / SLOTS.cpus
