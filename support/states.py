@@ -56,7 +56,7 @@ RESULTS = {"settings": {}, "complete": FLAG, "tasks": {}}      # of our own file
 
 def record_states(cfg):
     """Plays the scripted expert on the tasks of cfg.task and writes cfg.record_states states of each to cfg.states.
-    ValueError: that file is there, training learns from a task's data, or cfg.out holds something else."""
+    ValueError: that file is there, training learns from a task's data, or other settings were recorded in cfg.out."""
     if Path(cfg.states).exists():
         raise ValueError(f"{cfg.states} is there already; states are recorded once")
     with folder_lock(cfg.out, "eval.py"):
@@ -67,13 +67,11 @@ def record_states(cfg):
             refuse_learned(task, info)
             identity[f"data of {task.id}"] = hash_json(info["sha256"])[:16]
         begin(Path(cfg.out, "recorded.json"), json.loads(json.dumps(identity)))
-        folder = Path(cfg.out, "trajectories")
+        folder = Path(cfg.out, "expert")        # in no evaluation's way
         folder.mkdir(exist_ok=True)
         jobs = [(task, k, trajectory_path(folder, task.id, k), info.get("seed", 0))
                 for task, info in infos for k in range(RECORDED)]
         records = {path: read_record(path) for _, _, path, _ in jobs}
-        if any(lines and "scaffold" in lines[0] for lines in records.values()):
-            raise ValueError(f"{folder} holds trajectories of another agent than the expert; give another --out")
         progress = Progress(records, cfg.steps)
         play = partial(play_expert, cfg, ResultCache(Path(cfg.out, "cache")), progress)
         run_parallel([job for job in jobs if not end_reason(records[job[2]])], play, SLOTS.cpus, progress)

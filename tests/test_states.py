@@ -300,7 +300,7 @@ def test_recording_that_was_killed_goes_on_under_the_same_settings_alone(recorde
     file = recorded / "states.jsonl"
     whole = file.read_bytes()
     file.unlink()
-    path = recorded / "recorded" / "trajectories" / "toy-b-1.jsonl"
+    path = recorded / "recorded" / "expert" / "toy-b-1.jsonl"
     path.write_bytes(path.read_bytes()[:-100])      # cut short by a kill
     actions = ("Set Constant", "Execute Script", "Undo Edit Script", "Final Answer")
     for change, words in [({"seed": 1}, "seed 0 .now 1"), ({"steps": 7}, "steps 6 .now 7"),
@@ -312,26 +312,13 @@ def test_recording_that_was_killed_goes_on_under_the_same_settings_alone(recorde
     assert file.read_bytes() == whole
 
 
-def test_states_are_not_recorded_in_the_trajectories_of_another_agent(recorded):
-    """Of random edits here, that an evaluation has played."""
-    cfg = state_settings(recorded, "played", states="", model=evaluation.RANDOM, coder="none", task="toy-out",
-                         trajectories=1, steps=1)
-    evaluation.evaluate(cfg)
-    file = recorded / "played" / "trajectories" / "toy-out-0.jsonl"
-    before = file.read_bytes()
-    with pytest.raises(ValueError, match="holds trajectories of another agent than the expert; give another --out"):
-        states.record_states(state_settings(recorded, "played", states=str(recorded / "others.jsonl"), task="toy-out",
-                                            record_states=1, steps=1))
-    assert file.read_bytes() == before and not (recorded / "others.jsonl").exists()
-
-
 def test_a_task_without_ideas_has_states(toys):
     """Its constants are tried."""
     (toys / "tasks" / "toy-a" / "ideas.json").unlink()
     states.record_states(state_settings(toys, "recorded", task="toy-a", record_states=2, steps=3))
     lines = [json.loads(line) for line in (toys / "states.jsonl").read_text().splitlines()]
     assert [line["task"] for line in lines] == ["toy-a"] * 2
-    actions = {step["action"] for file in (toys / "recorded" / "trajectories").glob("*.jsonl")
+    actions = {step["action"] for file in (toys / "recorded" / "expert").glob("*.jsonl")
                for step in env.read_trajectory(file)[1]}
     assert {"Execute Script", "Set Constant"} <= actions <= {"Execute Script", "Set Constant", "Undo Edit Script"}
 
@@ -349,7 +336,7 @@ def test_an_action_in_a_state_is_rewarded_as_in_its_trajectory(recorded):
     """The expert's own next action, in the restored state, earns what it earned when it was recorded."""
     cfg = state_settings(recorded, "rewarded")
     files_of = {}
-    for file in (recorded / "recorded" / "trajectories").glob("*.jsonl"):
+    for file in (recorded / "recorded" / "expert").glob("*.jsonl"):
         head, steps = env.read_trajectory(file)
         for step in steps:
             before = (steps[step["index"] - 1] if step["index"] else head)
