@@ -125,9 +125,8 @@ def summarize_trajectory(lines, direction, starter, printed):
         if best_of(direction, best, step["printed"]) != best:       # of equal ones the earliest stays
             best = step["printed"]
             chosen = step["score"]
-    nodes = [step for step in steps if step.get("node")]
-    if nodes:       # a search has its own choice
-        best = nodes[-1]["node"].get("best")
+    if nodes := [step["node"] for step in steps if step.get("node")]:       # a search has its own choice
+        best = nodes[-1].get("best")
         chosen = None if best is None else steps[best]["score"]
     return {"best-validation": chosen, "last-valid": valid[-1]["score"] if valid else None,
             "oracle": best_of(direction, *(step["score"] for step in valid)), "ended": end_reason(lines),
@@ -399,10 +398,9 @@ def build_habits(runs):
                     total.update({name: trajectory[name] for pair in HABITS.values() for name in pair})
             if not total:
                 continue
-            row = {"tasks": split, "agent": run["name"]}
-            for habit, (part, whole) in HABITS.items():
-                row[habit] = f"{total[part] / total[whole]:.0%} of {total[whole]}" if total[whole] else "-"
-            rows.append(row)
+            shares = {habit: f"{total[part] / total[whole]:.0%} of {total[whole]}" if total[whole] else "-"
+                      for habit, (part, whole) in HABITS.items()}
+            rows.append({"tasks": split, "agent": run["name"], **shares})
     return rows
 
 
@@ -607,9 +605,7 @@ def evaluate(cfg, agents=None, load=sample.load, exports=None):
     receives a report of all, also after an interruption. exports: see build_series."""
     agents = agents or {cfg.model or "starter": cfg}
     folders = {name: agent.out for name, agent in agents.items()}
-    trained = cfg.exports
-    if not (cfg.task or cfg.exports):
-        trained = [folder for folder, _ in MADE.values()]
+    trained = cfg.exports or ([] if cfg.task else [folder for folder, _ in MADE.values()])
     with folder_lock(cfg.out, "eval.py"):
         try:
             return [{"name": name, "results": evaluate_agent(agent, cfg.out, load)} for name, agent in agents.items()]
