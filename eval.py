@@ -516,11 +516,15 @@ def starter_result(cfg, task, info, home, cache):
 def played_result(records, task, result):
     """Returns what results.json says of the trajectories that are over. records: the lines of each; result: what it
     says of the starter."""
-    played = [{"k": k, **summarize_trajectory(lines, task.direction, result["starter"], result["printed"])}
-              for k, lines in enumerate(records) if end_reason(lines)]
+    played = []
+    steps = []
+    for k, lines in enumerate(records):
+        if end_reason(lines):
+            summary = summarize_trajectory(lines, task.direction, result["starter"], result["printed"])
+            played.append({"k": k, **summary})
+            steps += [line for line in lines if line["type"] == "step"]
     if not played:
         return {}
-    steps = [line for lines in records if end_reason(lines) for line in lines if line["type"] == "step"]
     figures = {rule: task_figures(result | {"trajectories": played}, rule) for rule in (*FINAL, "oracle")}
     return {"trajectories": played, "figures": figures, "work": count_work(steps)}
 

@@ -1,6 +1,7 @@
 """What has to be known of a run before its table is believed: what counted, what was out of reach, who answered, and
 what it took."""
 from collections import Counter
+from itertools import chain
 
 from support import aide
 from support.files import COUNT, TEXT, one_of
@@ -27,7 +28,7 @@ step of each trajectory, which no agent can know. (paper): Table 1 of the paper,
 def disclose(records, model, coder):
     """Returns what results.json says of a run under "disclosure": counts of steps. records: the lines of each
     trajectory. model, coder: as asked for; what a server says that it is takes their place."""
-    steps = [line for lines in records for line in lines if line["type"] == "step"]
+    steps = [line for line in chain(*records) if line["type"] == "step"]
     layers = Counter(step["sandbox"] for step in steps if step["outcome"] is not None)
     labels = LABELS[2]
     if layers:

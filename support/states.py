@@ -158,7 +158,8 @@ def measure_states(cfg, load, random_edits):
 
         # 2. The actions that are lacking; those of a state follow each other and share its prefix.
         done = {(line["state"], line["number"]) for line in actions}
-        jobs = [(i, state, number) for i, state in states for number in range(cfg.samples) if (i, number) not in done]
+        jobs = [(i, state, number) for i, state in states for number in range(cfg.samples)]
+        jobs = [job for job in jobs if (job[0], job[2]) not in done]
         if jobs and cfg.model == random_edits:
             policy = random_edit
         elif jobs:
