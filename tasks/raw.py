@@ -148,14 +148,17 @@ def copy_raw(raw, name, target, columns=()):
 
 
 def copy_raw_folder(raw, folder, target, wanted):
-    """Streams the files `wanted` (names, or {name: new name}) of a folder called `folder` under raw to the folder
-    target. MissingRaw names the first of the files that were not there."""
+    """Streams the files `wanted` of a folder called `folder` under raw to the folder target. wanted: paths in that
+    folder, all as deep, or {path: new path}. MissingRaw names the first of the files that were not there."""
     missing = dict(wanted if isinstance(wanted, dict) else zip(wanted, wanted))
-    Path(target).mkdir(parents=True, exist_ok=True)
+    depth = 1 + min(missing).count("/")
     for path, opened in raw_files(raw):
-        *parents, name = path.split("/")
-        if name in missing and parents[-1:] == [folder]:
-            with readable(path), opened() as source, open(Path(target) / missing.pop(name), "wb") as sink:
+        parts = path.split("/")
+        name = "/".join(parts[-depth:])
+        if name in missing and parts[:-depth][-1:] == [folder]:
+            place = Path(target, missing.pop(name))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with readable(path), opened() as source, open(place, "wb") as sink:
                 shutil.copyfileobj(source, sink)
             if not missing:
                 return

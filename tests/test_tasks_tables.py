@@ -153,7 +153,7 @@ def test_a_crystal_without_geometry_is_named(crystals, tmp_path):
         (tmp_path / "train.csv.zip").write_bytes(archive.read("train.csv.zip"))
     (tmp_path / "train" / "7").mkdir(parents=True)
     (tmp_path / "train" / "7" / "geometry.xyz").write_text("# 7\n")
-    with pytest.raises(tasks.MissingRaw, match="2399 of 2400 geometries .such as train/1/geometry.xyz"):
+    with pytest.raises(tasks.MissingRaw, match="2399 of 2400 files .such as 1/geometry.xyz. are not in a folder train"):
         sides(NOMAD, tmp_path, tmp_path)
 
 

@@ -16,10 +16,7 @@ def prepare(raw, public, private, variant):
     write_csv(train, public / "train.csv")
     write_csv(test[["id"]].assign(has_cactus=0.5), public / "sample_submission.csv")
     write_csv(test, private / "test.csv")
-    places = {}
-    for folder, side in (("train", train), ("test", test)):
-        (public / folder).mkdir()
-        places.update({name: f"{folder}/{name}" for name in side["id"]})
+    places = {name: f"train/{name}" for name in train["id"]} | {name: f"test/{name}" for name in test["id"]}
     copy_raw_folder(raw, "train", public, places)
 
 

@@ -33,8 +33,6 @@ def prepare(raw, public, private, variant):
     answers = pd.DataFrame({"id": range(1, len(test) + 1), "label": [int("dog" in name) for name in test]})
     write_csv(answers.assign(label=0.5), public / "sample_submission.csv")
     write_csv(answers, private / "answers.csv")
-    for folder in ("train", "test"):
-        (public / folder).mkdir()
     copy_raw_folder(raw, "train", public, places)
 
 

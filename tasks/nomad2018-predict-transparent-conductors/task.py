@@ -4,13 +4,10 @@ MLE-bench's, to the byte.
 Both sides get new ids 1, 2, 3, ... in the order of the split, so a number names one material in train and another in
 test; the geometry files are copied under the new ids. Rows are compared by position: the grader looks at no ids.
 """
-import shutil
-
 import numpy as np
 import pandas as pd
 
-from tasks import (
-    MissingRaw, Task, matched, numbers, raw_csv, raw_files, rmsle, split_rows, write_csv, write_zip)
+from tasks import Task, copy_raw_folder, matched, numbers, raw_csv, rmsle, split_rows, write_csv, write_zip
 
 TARGETS = ["formation_energy_ev_natom", "bandgap_energy_ev"]
 
@@ -18,35 +15,20 @@ TARGETS = ["formation_energy_ev_natom", "bandgap_energy_ev"]
 def prepare(raw, public, private, variant):
     """2400 labelled materials become 2160 and 240; the publisher's own unlabelled ones are left out."""
     rows = raw_csv(raw, "train.csv", ["id", *TARGETS])
-    places = {}     # old id -> where its geometry goes
+    places = {}
     for name, part in zip(("train", "test"), split_rows(rows, 0.1)):
-        places |= {str(old): public / name / str(new) / "geometry.xyz" for new, old in enumerate(part["id"], start=1)}
+        places |= {f"{old}/geometry.xyz": f"{name}/{new}/geometry.xyz" for new, old in enumerate(part["id"], start=1)}
         part = part.assign(id=np.arange(1, len(part) + 1))
         if name == "train":
             write_csv(part, public / "train.csv")
     write_csv(part, private / "test.csv")
     write_csv(part.drop(columns=TARGETS), public / "test.csv")
     write_csv(_sample(part), public / "sample_submission.csv")
-    _copy_geometries(raw, places)
+    copy_raw_folder(raw, "train", public, places)
 
 
 def _sample(rows):
     return rows[["id"]].assign(formation_energy_ev_natom=0.1779, bandgap_energy_ev=1.8892)
-
-
-def _copy_geometries(raw, places):
-    """Streams train/<old id>/geometry.xyz under raw to places[old id]. MissingRaw names one that is not there."""
-    total = len(places)
-    for path, opened in raw_files(raw):
-        folder, id, name = ["", "", *path.split("/")][-3:]
-        if folder == "train" and name == "geometry.xyz" and id in places:
-            target = places.pop(id)
-            target.parent.mkdir(parents=True)
-            with opened() as source, open(target, "wb") as sink:
-                shutil.copyfileobj(source, sink)
-    if places:
-        raise MissingRaw(f"{len(places)} of {total} geometries (such as train/{min(places)}/geometry.xyz) are not in "
-                         f"{raw}, neither loose nor inside a zip.")
 
 
 def score(answers, submission):

@@ -23,10 +23,7 @@ def prepare(raw, public, private, variant):
     write_csv(train, public / "train.csv")
     write_csv(test[["Image"]].assign(Id=SAMPLE), public / "sample_submission.csv")
     write_csv(test.assign(Id=test["Id"].where(test["Id"].isin(train["Id"]), "new_whale")), private / "test.csv")
-    places = {}
-    for folder, side in (("train", train), ("test", test)):
-        (public / folder).mkdir()
-        places.update({name: f"{folder}/{name}" for name in side["Image"]})
+    places = {name: f"train/{name}" for name in train["Image"]} | {name: f"test/{name}" for name in test["Image"]}
     copy_raw_folder(raw, "train", public, places)
 
 
