@@ -571,13 +571,6 @@ def test_dirty_documents_copies_pages_byte_for_byte_and_names_what_is_missing(tm
         tasks.load(DIRTY).prepare(tmp_path / "private", tmp_path / "public", tmp_path / "private", "mle-bench")
 
 
-def test_dirty_documents_without_pillow_says_so(tmp_path, monkeypatch):
-    write_pages(tmp_path, range(2, 12))
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(RuntimeError, match="pip install pillow"):
-        sides(DIRTY, tmp_path, tmp_path)
-
-
 def test_dirty_documents_pools_all_pixels_in_any_order():
     answers = {"id": ["1_1_1", "1_1_2", "20_1_1"], "value": ["0.0", "1.0", "0.5"]}
     score = tasks.load(DIRTY).score

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks import MissingRaw, Task, copy_raw_folder, matched, numbers, raw_files, rmse, split_positions
+from tasks import MissingRaw, Task, copy_raw_folder, matched, numbers, raw_files, readable, rmse, split_positions
 
 GRAYS = [str(gray / 255) for gray in range(256)]       # as pandas would write the floats
 
@@ -44,22 +44,11 @@ def score(answers, submission):
     return rmse(numbers(answers, ["value"]), predicted)
 
 
-def _pillow():
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError:
-        raise RuntimeError("The pages are PNG images, which need Pillow to be read. Run: pip install pillow") from None
-    return Image, ImageDraw, ImageFont
-
-
 def _gray(path):
     """The image at path as grays, uint8 (rows, columns)."""
-    image = _pillow()[0]
-    try:
-        with image.open(path) as page:
-            return np.asarray(page.convert("L"))
-    except OSError as error:
-        raise MissingRaw(f"{path.name} of train_cleaned is damaged ({error}).") from None
+    from PIL import Image
+    with readable(f"train_cleaned/{path.name}"), Image.open(path) as page:
+        return np.asarray(page.convert("L"))
 
 
 def miniature(raw, seed):
@@ -67,16 +56,16 @@ def miniature(raw, seed):
 
     A page has lines of words. Its scan has paper of uneven brightness, a fold, the ring of a cup, blur and grain.
     """
-    image, draw, font = _pillow()
+    from PIL import Image, ImageDraw, ImageFont
     rng = np.random.default_rng(seed)
     # the bitmap font, which is the same everywhere; some versions of Pillow before 10.4 have only the smooth one
-    font = getattr(font, "load_default_imagefont", font.load_default)()
+    font = getattr(ImageFont, "load_default_imagefont", ImageFont.load_default)()
     for folder in ("train", "train_cleaned", "test"):
         (raw / folder).mkdir()
     for n in range(1, 91):
         height, width = (66 if n <= 30 else 104), 136
-        page = image.new("L", (width, height), 255)
-        pen = draw.Draw(page)
+        page = Image.new("L", (width, height), 255)
+        pen = ImageDraw.Draw(page)
         for top in range(2, height - 11, 13):
             pen.text((3, top), " ".join(rng.choice(WORDS, 5)), fill=0, font=font)
         clean = np.asarray(page) / 255
@@ -92,7 +81,7 @@ def miniature(raw, seed):
         ink = np.pad(1 - clean, 1)
         ink = 0.6 * ink[1:-1, 1:-1] + 0.1 * (ink[:-2, 1:-1] + ink[2:, 1:-1] + ink[1:-1, :-2] + ink[1:-1, 2:])
         scan = paper * (1 - rng.uniform(0.7, 0.95) * ink) + rng.normal(0, 0.025, clean.shape)
-        scan = image.fromarray((255 * np.clip(scan, 0, 1)).astype(np.uint8))
+        scan = Image.fromarray((255 * np.clip(scan, 0, 1)).astype(np.uint8))
         scan.save(raw / ("test" if n % 3 == 1 else "train") / f"{n}.png")
         if n % 3 != 1:
             page.save(raw / "train_cleaned" / f"{n}.png")
