@@ -4,21 +4,18 @@ Split and grader are MLE-bench's. What differs: the agent gets train.json and te
 submission, where MLE-bench leaves .7z files, which a script could open only with a further program.
 """
 import json
-import lzma
 import re
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from tasks import MissingRaw, Task, log_loss, matched, numbers, raw_files, split_positions, write_csv
+from tasks import MissingRaw, Task, log_loss, matched, numbers, raw_files, readable, split_positions, write_csv
 
 SIDE = 75
 GIVEN = ["id", "band_1", "band_2", "inc_angle"]     # what a test record keeps
-UNPACKERS = ["7z", "7zz", "7za"]
 
 
 def prepare(raw, public, private, variant):
@@ -58,33 +55,17 @@ def _train_json(raw, folder):
             packed = folder / name
     if packed is None:
         raise MissingRaw(f"Neither train.json nor train.json.7z is in {raw}, loose or inside a zip.")
-    _unpack(packed, folder / "unpacked")
-    found = sorted((folder / "unpacked").rglob("train.json"))
-    if not found:
-        raise MissingRaw("train.json.7z holds no train.json.")
-    return found[0]
-
-
-def _unpack(packed, folder):
-    """Unpacks a .7z file into a folder, by the package py7zr or else by a 7z program."""
-    program = next(filter(None, map(shutil.which, UNPACKERS)), None)
     try:
         import py7zr
     except ImportError:
-        if program is None:
-            raise RuntimeError(
-                f"{packed.name} needs an unpacker. Install py7zr (pip install py7zr) or one of the programs "
-                f"{', '.join(UNPACKERS)}, or unpack it yourself and give the folder with train.json.") from None
-        run = subprocess.run([program, "x", "-y", f"-o{folder}", packed], capture_output=True, text=True)
-        if run.returncode != 0:
-            said = (run.stderr or run.stdout)[-200:].strip()
-            raise MissingRaw(f"{packed.name} is damaged: {program} says {said!r}.") from None
-        return
-    try:
-        with py7zr.SevenZipFile(packed) as archive:
-            archive.extractall(folder)
-    except (py7zr.exceptions.ArchiveError, lzma.LZMAError, EOFError) as error:
-        raise MissingRaw(f"{packed.name} is damaged ({error}).") from None
+        raise RuntimeError("train.json.7z needs a package to be unpacked. Run: pip install py7zr. Or unpack it yourself "
+                           "and give the folder with train.json.") from None
+    with readable(packed.name), py7zr.SevenZipFile(packed) as archive:
+        archive.extractall(folder)
+    found = sorted(folder.rglob("train.json"))
+    if not found:
+        raise MissingRaw("train.json.7z holds no train.json.")
+    return found[0]
 
 
 def _records(path):
