@@ -8,16 +8,14 @@ The publisher's own test images are the test, as in MLAgentBench's cifar10. What
   many and NaN are refused.
 How many images there are is read off the archive.
 """
-import gzip
 import io
 import pickle
 import tarfile
-import zlib
 
 import numpy as np
 import pandas as pd
 
-from tasks import MissingRaw, Task, accuracy, matched, numbers, raw_files, write_csv
+from tasks import MissingRaw, Task, accuracy, matched, numbers, raw_files, readable, write_csv
 
 ARCHIVE, SIDE = "cifar-10-python.tar.gz", 32
 TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
@@ -50,44 +48,17 @@ def score(answers, submission):
 
 # -------------------------------------------------------------------------------------------------- reading the pickles
 
-class _Array:
-    """What a pickled array of bytes is turned into while it is read; `.value` is the array, once its state is set."""
-
-    def __setstate__(self, state):
-        _, shape, dtype, by_column, data = state
-        if not isinstance(dtype, _Dtype) or by_column or not isinstance(data, bytes):
-            raise ValueError("an array in it is not made of plain bytes")
-        self.value = np.frombuffer(data, np.uint8).reshape(shape)
-
-
-class _Dtype:
-    """What a pickled element type is turned into; only bytes are allowed."""
-
-    def __init__(self, kind, *_):
-        if _text(kind) not in ("u1", "uint8"):
-            raise ValueError(f"an array in it holds {kind!r}, not bytes")
-
-    def __setstate__(self, state):
-        pass        # byte order, which a byte has none of
-
-
-def _encode(text, encoding):
-    """Python 3 pickles bytes as text to be encoded."""
-    if _text(encoding) != "latin1":
-        raise ValueError(f"it asks for the encoding {encoding!r}")
-    return text.encode("latin1")
+ARRAYS = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
+          ("numpy", "dtype"), ("_codecs", "encode")}
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads dicts, lists, numbers, text, bytes and arrays of bytes; no name in the pickle is ever looked up."""
-
-    stand_ins = {("_codecs", "encode"): _encode, ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype,
-                 **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in ("core", "_core")}}
+    """Reads dicts, lists, numbers, text and arrays: of the names in a pickle it looks up those of ARRAYS alone."""
 
     def find_class(self, module, name):
-        if (module, name) not in self.stand_ins:
+        if (module, name) not in ARRAYS:
             raise ValueError(f"it asks for {module}.{name}, which data have no use for")
-        return self.stand_ins[module, name]
+        return super().find_class(module, name)
 
 
 def _batches(raw):
@@ -99,31 +70,27 @@ def _batches(raw):
             with opened() as stream:
                 found[name] = _unpickle(name, stream)
         elif name == ARCHIVE:
-            try:
-                with opened() as stream, tarfile.open(fileobj=stream, mode="r|gz") as archive:
-                    for member in archive:
-                        name = member.name.split("/")[-1]
-                        if member.isfile() and name in wanted:
-                            found[name] = _unpickle(name, io.BytesIO(archive.extractfile(member).read()))
-            except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise MissingRaw(f"{path} is damaged ({error}).") from None
+            with readable(path), opened() as stream, tarfile.open(fileobj=stream, mode="r|gz") as archive:
+                for member in archive:
+                    name = member.name.split("/")[-1]
+                    if member.isfile() and name in wanted:
+                        found[name] = _unpickle(name, io.BytesIO(archive.extractfile(member).read()))
     if missing := sorted(wanted - set(found)):
         raise MissingRaw(f"{missing[0]} is not in {raw}, neither loose nor inside {ARCHIVE}.")
     return found
 
 
 def _unpickle(name, stream):
-    """The dict in a pickle, its keys as text. ValueError where it holds anything but data."""
-    try:
+    """The dict in a pickle, its keys as text."""
+    with readable(name):
         return {_text(key): value for key, value in _Unpickler(stream, encoding="bytes").load().items()}
-    except (ValueError, TypeError, AttributeError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise MissingRaw(f"{name} is not one of CIFAR-10's pickles: {error}.") from None
 
 
 def _images(name, batch, num_classes):
     """A batch's images, uint8 (rows, 32, 32, 3), and labels, int64 (rows,)."""
-    data, labels = getattr(batch.get("data"), "value", None), np.array(batch.get("labels", []))
-    if data is None or data.shape != (len(labels), 3 * SIDE * SIDE) or not np.isin(labels, range(num_classes)).all():
+    data, labels = np.asarray(batch.get("data")), np.array(batch.get("labels", []))
+    is_whole = data.dtype == np.uint8 and data.shape == (len(labels), 3 * SIDE * SIDE)
+    if not is_whole or not np.isin(labels, range(num_classes)).all():
         raise MissingRaw(
             f"{name} should hold rows of {3 * SIDE * SIDE} bytes and a label from 0 to {num_classes - 1} for each.")
     return data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), labels

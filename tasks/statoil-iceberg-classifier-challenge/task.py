@@ -58,8 +58,8 @@ def _train_json(raw, folder):
     try:
         import py7zr
     except ImportError:
-        raise RuntimeError("train.json.7z needs a package to be unpacked. Run: pip install py7zr. Or unpack it yourself "
-                           "and give the folder with train.json.") from None
+        raise RuntimeError("train.json.7z needs a package: pip install py7zr. Or unpack it yourself and give the "
+                           "folder with train.json.") from None
     with readable(packed.name), py7zr.SevenZipFile(packed) as archive:
         archive.extractall(folder)
     found = sorted(folder.rglob("train.json"))
