@@ -77,7 +77,7 @@ def readable(path):
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_SPACE:      # for what is written meanwhile
             raise
-        raise MissingRaw(f"{path} cannot be read, it may be damaged: {error}.") from None
+        raise MissingRaw(f"{path} cannot be read, it may be damaged: {str(error).strip()}.") from None
 
 
 def raw_files(raw):
