@@ -34,7 +34,7 @@ from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, q
 from tasks.raw import (
     MissingRaw, copy_raw, copy_raw_folder, jpeg, raw_csv, raw_files, readable, share_of_test, split_positions,
     split_rows, write_csv, write_zip)
-from tasks.submission import InvalidSubmission, matched, numbers, read_submission, read_table, show
+from tasks.submission import InvalidSubmission, matched, numbers, paired, read_submission, read_table, show
 
 # What an idea may be about: the closed set of "kind" in ideas.json.
 IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentation", "ensembling", "calibration",

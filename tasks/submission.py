@@ -144,6 +144,13 @@ def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_on
     return values
 
 
+def paired(answers, submission, key, columns, extra=True, **rules):
+    """The columns of the answers and of the submission as numbers, row by row of the answers: two float64 arrays (rows,
+    columns). See `matched`, and `numbers`, whose rules are the submission's."""
+    predicted = matched(submission, answers, key, columns, extra)
+    return numbers(answers, columns), numbers(predicted, columns, **rules)
+
+
 def _cell(row, column):
     return f"Row {row + 1} of column {show(column)}"
 

@@ -6,7 +6,7 @@ packs them into two zips that a script would have to unpack first.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, split_rows, write_csv, write_zip
+from tasks import Task, auc, copy_raw_folder, jpeg, paired, raw_csv, split_rows, write_csv, write_zip
 
 
 def prepare(raw, public, private, variant):
@@ -22,8 +22,7 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Area under the ROC curve of the probabilities."""
-    predicted = matched(submission, answers, "id", ["has_cactus"])
-    return auc(numbers(answers, ["has_cactus"]), numbers(predicted, ["has_cactus"], low=0, high=1))
+    return auc(*paired(answers, submission, "id", ["has_cactus"], low=0, high=1))
 
 
 def miniature(raw, seed):

@@ -15,7 +15,7 @@ import tarfile
 import numpy as np
 import pandas as pd
 
-from tasks import MissingRaw, Task, accuracy, matched, numbers, raw_files, readable, write_csv
+from tasks import MissingRaw, Task, accuracy, paired, raw_files, readable, write_csv
 
 ARCHIVE, SIDE = "cifar-10-python.tar.gz", 32
 TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
@@ -42,8 +42,8 @@ def score(answers, submission):
     """Share of images whose largest of ten values is the true class's, the first of them where several are largest."""
     index = "id" if "id" in submission else next(iter(submission))
     named = {"id" if name == index else name: column for name, column in submission.items()}
-    predicted = numbers(matched(named, answers, "id", COLUMNS), COLUMNS)
-    return accuracy(numbers(answers, COLUMNS).argmax(1), predicted.argmax(1))
+    truth, predicted = paired(answers, named, "id", COLUMNS)
+    return accuracy(truth.argmax(1), predicted.argmax(1))
 
 
 # -------------------------------------------------------------------------------------------------- reading the pickles

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks import MissingRaw, Task, copy_raw_folder, matched, numbers, raw_files, readable, rmse, split_positions
+from tasks import MissingRaw, Task, copy_raw_folder, paired, raw_files, readable, rmse, split_positions
 
 GRAYS = [str(gray / 255) for gray in range(256)]       # as pandas would write the floats
 
@@ -40,8 +40,7 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Root of the mean squared error over the pixels of all pages together; values need not be from 0 to 1."""
-    predicted = numbers(matched(submission, answers, "id", ["value"]), ["value"])
-    return rmse(numbers(answers, ["value"]), predicted)
+    return rmse(*paired(answers, submission, "id", ["value"]))
 
 
 def _gray(path):

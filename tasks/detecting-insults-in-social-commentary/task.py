@@ -8,7 +8,7 @@ import random
 
 import pandas as pd
 
-from tasks import Task, accuracy, copy_raw, matched, numbers, raw_csv, write_csv
+from tasks import Task, accuracy, copy_raw, paired, raw_csv, write_csv
 
 
 def prepare(raw, public, private, variant):
@@ -24,8 +24,8 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Share of comments that are right, a probability above 0.5 meaning an insult."""
-    predicted = matched(submission, answers, "Comment", ["Insult"])
-    return accuracy(numbers(answers, ["Insult"]), numbers(predicted, ["Insult"], low=0, high=1) > 0.5)
+    truth, predicted = paired(answers, submission, "Comment", ["Insult"], low=0, high=1)
+    return accuracy(truth, predicted > 0.5)
 
 
 def miniature(raw, seed):

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 
 from tasks import (
-    MissingRaw, Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_files, split_positions, write_csv,
-    write_zip)
+    MissingRaw, Task, copy_raw_folder, jpeg, log_loss, paired, raw_files, split_positions, write_csv, write_zip)
 
 
 def prepare(raw, public, private, variant):
@@ -38,8 +37,8 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Log loss of the probability of a dog."""
-    predicted = matched(submission, answers, "id", ["label"])
-    return log_loss(numbers(answers, ["label"])[:, 0], numbers(predicted, ["label"], low=0, high=1)[:, 0])
+    truth, predicted = paired(answers, submission, "id", ["label"], low=0, high=1)
+    return log_loss(truth[:, 0], predicted[:, 0])
 
 
 def miniature(raw, seed):

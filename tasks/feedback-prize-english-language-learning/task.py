@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pandas as pd
 
-from tasks import Task, matched, mcrmse, numbers, raw_csv, share_of_test, write_csv
+from tasks import Task, mcrmse, paired, raw_csv, share_of_test, write_csv
 
 RATINGS = ["cohesion", "syntax", "vocabulary", "phraseology", "grammar", "conventions"]
 
@@ -29,8 +29,7 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Root mean squared error of each rating, averaged over the six."""
-    predicted = matched(submission, answers, "text_id", RATINGS)
-    return mcrmse(numbers(answers, RATINGS), numbers(predicted, RATINGS))
+    return mcrmse(*paired(answers, submission, "text_id", RATINGS))
 
 
 def miniature(raw, seed):

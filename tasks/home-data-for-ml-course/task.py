@@ -10,7 +10,7 @@ differs:
 import numpy as np
 import pandas as pd
 
-from tasks import Task, copy_raw, mae, matched, numbers, raw_csv, share_of_test, write_csv
+from tasks import Task, copy_raw, mae, paired, raw_csv, share_of_test, write_csv
 
 
 def prepare(raw, public, private, variant):
@@ -29,8 +29,7 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Mean absolute error in dollars."""
-    predicted = matched(submission, answers, "Id", ["SalePrice"])
-    return mae(numbers(answers, ["SalePrice"]), numbers(predicted, ["SalePrice"]))
+    return mae(*paired(answers, submission, "Id", ["SalePrice"]))
 
 
 def miniature(raw, seed):

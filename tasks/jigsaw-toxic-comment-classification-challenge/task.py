@@ -7,7 +7,7 @@ name, not by position, so they may come in any order.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, matched, numbers, raw_csv, write_csv
+from tasks import Task, auc, paired, raw_csv, write_csv
 
 LABELS = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
 
@@ -23,8 +23,7 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Mean of the six AUCs over the rows whose labels do not sum to less than zero."""
-    predicted = numbers(matched(submission, answers, "id", LABELS, extra=False), LABELS)
-    truth = numbers(answers, LABELS)
+    truth, predicted = paired(answers, submission, "id", LABELS, extra=False)
     scored = truth.sum(1) >= 0
     return auc(truth[scored], predicted[scored])
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from tasks import (
-    Task, copy_raw_folder, jpeg, log_loss, matched, numbers, raw_csv, share_of_test, split_positions, split_rows,
-    write_csv, write_zip)
+    Task, copy_raw_folder, jpeg, log_loss, paired, raw_csv, share_of_test, split_positions, split_rows, write_csv,
+    write_zip)
 
 FEATURES = [f"{group}{i}" for group in ("margin", "shape", "texture") for i in range(1, 65)]
 
@@ -29,8 +29,7 @@ def prepare(raw, public, private, variant):
 def score(answers, submission):
     """Log loss over the species; exactly the columns of the sample, each row a distribution."""
     species = [name for name in answers if name != "id"]
-    predicted = matched(submission, answers, "id", species, extra=False)
-    return log_loss(numbers(answers, species), numbers(predicted, species, low=0, high=1, sum_to_one=True))
+    return log_loss(*paired(answers, submission, "id", species, extra=False, low=0, high=1, sum_to_one=True))
 
 
 def miniature(raw, seed):

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pandas as pd
 
-from tasks import Task, matched, numbers, qwk, raw_csv, split_rows, write_csv
+from tasks import Task, paired, qwk, raw_csv, split_rows, write_csv
 
 
 def prepare(raw, public, private, variant):
@@ -23,8 +23,8 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Quadratic weighted kappa. Scores must be whole; those outside 1 to 6 count as further classes."""
-    predicted = matched(submission, answers, "essay_id", ["score"])
-    return qwk(numbers(answers, ["score"])[:, 0], numbers(predicted, ["score"], whole=True)[:, 0])
+    truth, predicted = paired(answers, submission, "essay_id", ["score"], whole=True)
+    return qwk(truth[:, 0], predicted[:, 0])
 
 
 def miniature(raw, seed):

@@ -7,7 +7,7 @@ test; the geometry files are copied under the new ids. Rows are compared by posi
 import numpy as np
 import pandas as pd
 
-from tasks import Task, copy_raw_folder, matched, numbers, raw_csv, rmsle, split_rows, write_csv, write_zip
+from tasks import Task, copy_raw_folder, paired, raw_csv, rmsle, split_rows, write_csv, write_zip
 
 TARGETS = ["formation_energy_ev_natom", "bandgap_energy_ev"]
 
@@ -33,8 +33,8 @@ def _sample(rows):
 
 def score(answers, submission):
     """Mean of the two RMSLEs. Rows in the order of test.csv; ids may be there or not."""
-    y, p = (numbers(table, TARGETS, low=0) for table in (answers, matched(submission, answers, None, TARGETS)))
-    return (rmsle(y[:, 0], p[:, 0]) + rmsle(y[:, 1], p[:, 1])) / 2
+    truth, predicted = paired(answers, submission, None, TARGETS, low=0)
+    return (rmsle(truth[:, 0], predicted[:, 0]) + rmsle(truth[:, 1], predicted[:, 1])) / 2
 
 
 def miniature(raw, seed):

@@ -5,7 +5,7 @@ Split, names and grader are MLE-bench's.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, copy_raw_folder, jpeg, matched, numbers, raw_csv, split_positions, split_rows, write_csv
+from tasks import Task, auc, copy_raw_folder, jpeg, paired, raw_csv, split_positions, split_rows, write_csv
 
 TARGETS = ["healthy", "multiple_diseases", "rust", "scab"]
 
@@ -32,8 +32,7 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Mean over the four columns of the area under the ROC curve. Only ranks matter, so values may be any numbers."""
-    predicted = matched(submission, answers, "image_id", TARGETS, extra=False)
-    return auc(numbers(answers, TARGETS), numbers(predicted, TARGETS))
+    return auc(*paired(answers, submission, "image_id", TARGETS, extra=False))
 
 
 def miniature(raw, seed):

@@ -6,7 +6,7 @@ import random
 
 import pandas as pd
 
-from tasks import Task, log_loss, matched, numbers, raw_csv, split_rows, write_csv
+from tasks import Task, log_loss, paired, raw_csv, split_rows, write_csv
 
 AUTHORS = ["EAP", "HPL", "MWS"]
 SAMPLE = {"EAP": 0.403493538995863, "HPL": 0.287808366106543, "MWS": 0.308698094897594}     # the publisher's
@@ -25,8 +25,7 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Log loss over the three authors; exactly the columns of the sample, each row a distribution."""
-    predicted = matched(submission, answers, "id", AUTHORS, extra=False)
-    return log_loss(numbers(answers, AUTHORS), numbers(predicted, AUTHORS, low=0, high=1, sum_to_one=True))
+    return log_loss(*paired(answers, submission, "id", AUTHORS, extra=False, low=0, high=1, sum_to_one=True))
 
 
 def miniature(raw, seed):

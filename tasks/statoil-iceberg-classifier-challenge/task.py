@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tasks import MissingRaw, Task, log_loss, matched, numbers, raw_files, readable, split_positions, write_csv
+from tasks import MissingRaw, Task, log_loss, paired, raw_files, readable, split_positions, write_csv
 
 SIDE = 75
 GIVEN = ["id", "band_1", "band_2", "inc_angle"]     # what a test record keeps
@@ -38,8 +38,8 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Log loss of the probability that it is an iceberg."""
-    predicted = matched(submission, answers, "id", ["is_iceberg"])
-    return log_loss(numbers(answers, ["is_iceberg"])[:, 0], numbers(predicted, ["is_iceberg"], low=0, high=1)[:, 0])
+    truth, predicted = paired(answers, submission, "id", ["is_iceberg"], low=0, high=1)
+    return log_loss(truth[:, 0], predicted[:, 0])
 
 
 def _train_json(raw, folder):

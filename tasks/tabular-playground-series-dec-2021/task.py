@@ -4,7 +4,7 @@ MLE-bench's, to the byte.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, accuracy, matched, numbers, raw_csv, split_rows, write_csv
+from tasks import Task, accuracy, paired, raw_csv, split_rows, write_csv
 
 
 def prepare(raw, public, private, variant):
@@ -19,8 +19,7 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Share of rows that are right. Kinds are whole numbers, and 2.0 is 2."""
-    predicted = matched(submission, answers, "Id", ["Cover_Type"])
-    return accuracy(numbers(answers, ["Cover_Type"]), numbers(predicted, ["Cover_Type"], whole=True))
+    return accuracy(*paired(answers, submission, "Id", ["Cover_Type"], whole=True))
 
 
 def miniature(raw, seed):

@@ -7,7 +7,7 @@ submission is constant.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, matched, numbers, pearson, raw_csv, split_rows, write_csv
+from tasks import Task, paired, pearson, raw_csv, split_rows, write_csv
 
 
 def prepare(raw, public, private, variant):
@@ -25,8 +25,8 @@ def prepare(raw, public, private, variant):
 
 def score(answers, submission):
     """Pearson's correlation; NaN, which is refused, for a constant prediction."""
-    predicted = matched(submission, answers, "id", ["score"])
-    return pearson(numbers(answers, ["score"])[:, 0], numbers(predicted, ["score"])[:, 0])
+    truth, predicted = paired(answers, submission, "id", ["score"])
+    return pearson(truth[:, 0], predicted[:, 0])
 
 
 def miniature(raw, seed):
