@@ -72,8 +72,7 @@ class Task:
     known_twins: str = ""           # why train and test share rows in the publisher's own data, where they do
     variants: tuple = ("default",)  # names of splits; the first is the default
     published: dict = field(default_factory=dict)   # Table 1: model -> (average, best) of 8, accuracies from 0 to 1
-    medals: dict = field(default_factory=dict)      # gold, silver, bronze, median -> score on Kaggle's leaderboard
-    medals_metric: str = ""         # the metric of the medals, where it is another
+    gold: float | None = None       # the score of Kaggle's gold medal, where it is of this metric
     alpha: float = 8.0              # the reward's slope
     time_limit_s: float = 600.0     # of one script
     memory_limit_bytes: int = 4 << 30

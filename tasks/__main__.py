@@ -63,9 +63,8 @@ def run_list(args, ids):
     rows = []
     sources = []
     for task in map(tasks.load, ids):
-        gold = None if task.medals_metric else task.medals.get("gold")      # of another metric it does not compare
         rows.append({"task": task.id, "split": task.split, "metric": task.metric, "aim": task.direction,
-                     "m_init": task.m_init, "m_best": task.m_best, "gold": gold,
+                     "m_init": task.m_init, "m_best": task.m_best, "gold": task.gold,
                      "ML-Agent": task.published.get("ML-Agent", [None])[0]})
         sources += [f"\n{task.id} ({prepared(task.id, args.data)}) follows {task.source}. m_best: {task.m_best_source}.",
                     f"    Get {task.download}, {task.size}."]

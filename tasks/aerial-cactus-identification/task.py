@@ -96,5 +96,5 @@ TASK = Task(
     m_best=1.0, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.951,
     m_best_miniature_source="boosted trees on histograms of gradients and mean colours",
-    medals={"gold": 1.0, "silver": 1.0, "bronze": 1.0, "median": 0.9991},
+    gold=1.0,
 )

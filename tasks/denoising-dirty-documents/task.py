@@ -102,5 +102,5 @@ TASK = Task(
     published={"Qwen-7B-Instruct": (0.1523, 0.0926), "Qwen-32B-Instruct": (0.1344, 0.0829),
                "GPT-4o-mini": (0.1459, 0.0662), "GPT-4o": (0.1471, 0.0661), "DeepSeek-R1": (0.1419, 0.1326),
                "ML-Agent": (0.0741, 0.0556)},
-    medals={"gold": 0.01794, "silver": 0.02609, "bronze": 0.04517, "median": 0.07325},
+    gold=0.01794,
 )

@@ -120,5 +120,4 @@ TASK = Task(
     published={"Qwen-7B-Instruct": (0.8013, 0.8075), "Qwen-32B-Instruct": (0.8089, 0.8201),
                "GPT-4o-mini": (0.8006, 0.8044), "GPT-4o": (0.8033, 0.8170), "DeepSeek-R1": (0.7992, 0.8041),
                "ML-Agent": (0.8111, 0.8273)},
-    medals={"gold": 0.83321, "silver": 0.82307, "bronze": 0.79111, "median": 0.77842}, medals_metric="AUC",
 )

@@ -115,5 +115,5 @@ TASK = Task(
     published={"Qwen-7B-Instruct": (0.9746, 0.9752), "Qwen-32B-Instruct": (0.9751, 0.9753),
                "GPT-4o-mini": (0.9744, 0.9752), "GPT-4o": (0.9751, 0.9752), "DeepSeek-R1": (0.9752, 0.9752),
                "ML-Agent": (0.9753, 0.9763)},
-    medals={"gold": 0.9874, "silver": 0.98668, "bronze": 0.98639, "median": 0.98079},
+    gold=0.9874,
 )

@@ -115,5 +115,5 @@ TASK = Task(
     published={"Qwen-7B-Instruct": (0.0780, 0.0653), "Qwen-32B-Instruct": (0.0786, 0.0473),
                "GPT-4o-mini": (0.0747, 0.0601), "GPT-4o": (0.0785, 0.0499), "DeepSeek-R1": (0.0761, 0.0540),
                "ML-Agent": (0.0689, 0.0373)},
-    medals={"gold": 0.0, "silver": 0.00791, "bronze": 0.01526, "median": 0.108345},
+    gold=0.0,
 )

@@ -108,5 +108,5 @@ TASK = Task(
     published={"Qwen-7B-Instruct": (0.7422, 0.7545), "Qwen-32B-Instruct": (0.7464, 0.7615),
                "GPT-4o-mini": (0.7386, 0.7441), "GPT-4o": (0.7437, 0.7484), "DeepSeek-R1": (0.7336, 0.7488),
                "ML-Agent": (0.7472, 0.7693)},
-    medals={"gold": 0.83583, "silver": 0.83518, "bronze": 0.83471, "median": 0.828265},
+    gold=0.83583,
 )

@@ -103,5 +103,5 @@ TASK = Task(
     published={"Qwen-7B-Instruct": (0.4515, 0.4285), "Qwen-32B-Instruct": (0.4660, 0.4285),
                "GPT-4o-mini": (0.4443, 0.4285), "GPT-4o": (0.4474, 0.4422), "DeepSeek-R1": (0.4454, 0.4248),
                "ML-Agent": (0.4415, 0.4078)},
-    medals={"gold": 0.16506, "silver": 0.26996, "bronze": 0.29381, "median": 0.418785},
+    gold=0.16506,
 )

@@ -121,5 +121,5 @@ TASK = Task(
     published={"Qwen-7B-Instruct": (0.3093, 0.2683), "Qwen-32B-Instruct": (0.3052, 0.2664),
                "GPT-4o-mini": (0.2908, 0.2719), "GPT-4o": (0.3209, 0.2914), "DeepSeek-R1": (0.2908, 0.2701),
                "ML-Agent": (0.2868, 0.2617)},
-    medals={"gold": 0.11374, "silver": 0.13753, "bronze": 0.14552, "median": 0.20371},
+    gold=0.11374,
 )

@@ -70,5 +70,5 @@ TASK = Task(
     published={"Qwen-7B-Instruct": (0.9594, 0.9606), "Qwen-32B-Instruct": (0.9597, 0.9612),
                "GPT-4o-mini": (0.9590, 0.9607), "GPT-4o": (0.9591, 0.9610), "DeepSeek-R1": (0.9578, 0.9612),
                "ML-Agent": (0.9609, 0.9613)},
-    medals={"gold": 0.9566, "silver": 0.95658, "bronze": 0.95658, "median": 0.95342},
+    gold=0.9566,
 )

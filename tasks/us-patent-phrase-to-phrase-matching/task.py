@@ -106,5 +106,5 @@ TASK = Task(
     published={"Qwen-7B-Instruct": (0.4700, 0.4859), "Qwen-32B-Instruct": (0.4725, 0.4908),
                "GPT-4o-mini": (0.4695, 0.4905), "GPT-4o": (0.4882, 0.5599), "DeepSeek-R1": (0.4651, 0.4813),
                "ML-Agent": (0.5117, 0.5791)},
-    medals={"gold": 0.87, "silver": 0.863, "bronze": 0.8616, "median": 0.851},
+    gold=0.87,
 )

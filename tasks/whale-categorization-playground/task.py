@@ -128,5 +128,5 @@ TASK = Task(
     published={"Qwen-7B-Instruct": (0.1304, 0.2276), "Qwen-32B-Instruct": (0.1268, 0.2019),
                "GPT-4o-mini": (0.1198, 0.1421), "GPT-4o": (0.1417, 0.2185), "DeepSeek-R1": (0.1551, 0.2456),
                "ML-Agent": (0.2009, 0.2524)},
-    medals={"gold": 0.56236, "silver": 0.44852, "bronze": 0.40515, "median": 0.32788},
+    gold=0.56236,
 )
