@@ -32,7 +32,7 @@ from typing import Callable
 from support import sandbox
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
-    MissingRaw, copy_raw, copy_raw_folder, jpeg, raw_csv, raw_files, readable, share_of_test, split_positions,
+    MissingRaw, copy_raw, copy_raw_folder, jpeg, misspelt, raw_csv, raw_files, readable, share_of_test, split_positions,
     split_rows, write_csv, write_zip)
 from tasks.submission import InvalidSubmission, matched, numbers, paired, read_submission, read_table, show
 

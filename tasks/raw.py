@@ -1,5 +1,5 @@
 """The publisher's files: found wherever they lie, streamed, split, and written so that the recorded MD5 sums hold; and
-pictures and zips for files that are made up."""
+pictures, zips and slips of spelling for files that are made up."""
 import contextlib
 import functools
 import io
@@ -45,6 +45,12 @@ def jpeg(pixels, size, step=8):
     if stream.tell() > size:
         raise ValueError(f"The image takes {stream.tell()} bytes and cannot be padded to {size}.")
     return stream.getvalue().ljust(size, b"\0")
+
+
+def misspelt(rng, word):
+    """The word with two neighbouring letters swapped, one left out or one doubled."""
+    i = rng.randrange(1, len(word) - 1)
+    return word[:i] + rng.choice([word[i + 1] + word[i], "", word[i] * 2 + word[i + 1]]) + word[i + 2:]
 
 
 def share_of_test(published, num_rows):

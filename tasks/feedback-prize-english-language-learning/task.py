@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pandas as pd
 
-from tasks import Task, mcrmse, paired, raw_csv, share_of_test, write_csv
+from tasks import Task, mcrmse, misspelt, paired, raw_csv, share_of_test, write_csv
 
 RATINGS = ["cohesion", "syntax", "vocabulary", "phraseology", "grammar", "conventions"]
 
@@ -64,7 +64,7 @@ def _essay(rng, ratings):
         words = " ".join(clauses).split()
         if well("cohesion") and rng.random() < 0.7:
             words = rng.choice(LINKS).split() + words
-        words = [_slipped(rng, word) if len(word) > 4 and rng.random() < 0.4 and not well("conventions") else word
+        words = [misspelt(rng, word) if len(word) > 4 and rng.random() < 0.4 and not well("conventions") else word
                  for word in words]
         sentence = " ".join(words)
         text += (sentence[0].upper() + sentence[1:] if well("conventions") else sentence)
@@ -79,12 +79,6 @@ def _clause(rng, nouns, well):
     phrase = right if well("phraseology") else wrong
     verb = agreeing if well("grammar") else clashing
     return f"{subject} {verb} {phrase} about {rich if well('vocabulary') else plain} {rng.choice(nouns)}"
-
-
-def _slipped(rng, word):
-    """The word with two neighbouring letters swapped, one left out or one doubled."""
-    i = rng.randrange(1, len(word) - 1)
-    return word[:i] + rng.choice([word[i + 1] + word[i], "", word[i] * 2 + word[i + 1]]) + word[i + 2:]
 
 
 TOPICS = [topic.split() for topic in """sports teams games schools trainers matches

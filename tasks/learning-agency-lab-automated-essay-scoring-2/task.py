@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pandas as pd
 
-from tasks import Task, paired, qwk, raw_csv, split_rows, write_csv
+from tasks import Task, misspelt, paired, qwk, raw_csv, split_rows, write_csv
 
 
 def prepare(raw, public, private, variant):
@@ -58,18 +58,12 @@ def _essay(rng, score):
             elif word in WORDS:
                 plain, rich = WORDS[word]
                 word = rng.choice(rich if rng.random() < 0.05 + 0.11 * skill["words"] else plain)
-            words[j] = _slipped(rng, word) if len(word) > 3 and rng.random() < 0.2 - 0.032 * skill["spelling"] else word
+            words[j] = misspelt(rng, word) if len(word) > 3 and rng.random() < 0.2 - 0.032 * skill["spelling"] else word
         sentence = " ".join(words) + "."
         if rng.random() > 0.35 - 0.06 * skill["spelling"]:
             sentence = sentence[0].upper() + sentence[1:]
         text += sentence + ("\n\n" if rng.random() < 0.05 * skill["paragraphs"] else " ")
     return text.strip()
-
-
-def _slipped(rng, word):
-    """The word with two neighbouring letters swapped, one left out or one doubled."""
-    i = rng.randrange(1, len(word) - 1)
-    return word[:i] + rng.choice([word[i + 1] + word[i], "", word[i] * 2 + word[i + 1]]) + word[i + 2:]
 
 
 TOPICS = [topic.split() for topic in """cars traffic driving roads buses cities parking fuel
