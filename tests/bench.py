@@ -264,27 +264,44 @@ def edit(s):
                 yield figures
 
 
-LOADS = {
-    "ours": "from model import Qwen2\nm = Qwen2.from_pretrained(sys.argv[1], dtype=dtype)",
-    "transformers": "from transformers import AutoModelForCausalLM as M\n"
-                    "m = M.from_pretrained(sys.argv[1], dtype=dtype)",
-}
+def in_new_process(call):
+    """What a call of a function of this file gives in a process of its own, which returns freed memory at once."""
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000",
+           "PYTHONPATH": str(Path(__file__).resolve().parent)}
+    run = subprocess.run([sys.executable, "-c", f"import json, bench; print(json.dumps(bench.{call}))"],
+                         capture_output=True, text=True, check=True, env=env)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def grown(run):
+    """How far the resident set of this process grows above what it is now while `run` runs, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")       # the peak begins anew
+    before = peak_resident()
+    run()
+    return peak_resident() - before
+
+
+def peak_resident():
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def load_once(folder, dtype, loader):
+    """(seconds, growth of the resident set over the weights' size) of loading a checkpoint."""
+    opened = []
+    start = time.perf_counter()
+    cls = model.Qwen2 if loader == "ours" else transformers.AutoModelForCausalLM
+    size = grown(lambda: opened.append(cls.from_pretrained(folder, dtype=getattr(torch, dtype))))
+    return time.perf_counter() - start, size / sum(p.nbytes for p in opened[0].parameters())
 
 
 def load_checkpoint(s):
-    """Seconds and peak memory (growth of the resident set over the weights' size) of loading on the CPU."""
-    for name, code in LOADS.items():
-        if s.model == "tiny" or name == "transformers" and not transformers:
+    """Seconds and peak memory of loading on the CPU, see load_once."""
+    for loader in ("ours", "transformers"):
+        if s.model == "tiny" or loader == "transformers" and not transformers:
             continue
-        program = (f"import resource, sys, time, torch\nimport {'model' if name == 'ours' else 'transformers'}\n"
-                   f"dtype = torch.{s.dtype}\nkib = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-                   f"before, start = kib(), time.perf_counter()\n{code}\n"
-                   "seconds, size = time.perf_counter() - start, sum(p.nbytes for p in m.parameters())\n"
-                   "print(seconds, (kib() - before) * 1024 / size)")
-        out = [subprocess.run([sys.executable, "-c", program, s.model], capture_output=True, text=True, check=True,
-                              cwd=Path(__file__).parent.parent).stdout.split()[-2:] for _ in range(s.repeats)]
-        yield {"loader": name, "seconds": statistics.median(float(o[0]) for o in out),
-               "peak over weights": statistics.median(float(o[1]) for o in out)}
+        call = f"load_once({s.model!r}, {s.dtype!r}, {loader!r})"
+        seconds, peaks = zip(*(in_new_process(call) for _ in range(s.repeats)))
+        yield {"loader": loader, "seconds": statistics.median(seconds), "peak over weights": statistics.median(peaks)}
 
 
 def kernel_cases(c, tokens, rows, length, dtype, device):
@@ -382,6 +399,14 @@ STARTERS = ("leaf-classification", "spaceship-titanic", "spooky-author-identific
             "whale-categorization-playground", "ogbn-arxiv", "cifar-10")
 
 
+def config_of(s, **tiny):
+    """(Config, folder) of the model; of tiny those of the 0.5B with some values changed, and None."""
+    if s.model == "tiny":
+        return replace(Config.preset("0.5b"), **tiny), None
+    folder = find_folder(s.model)
+    return Config.from_pretrained(folder), folder
+
+
 def packed_row(s, config):
     """A PackedRow of four texts of random tokens: of each the last third is learned."""
     g = torch.Generator().manual_seed(0)
@@ -398,12 +423,7 @@ def fine_tuning(s):
     import sft
     device = torch.device("cpu")
     compute = getattr(torch, s.dtype)
-    if s.model == "tiny":
-        config = replace(Config.preset("0.5b"), num_hidden_layers=4)
-        folder = None
-    else:
-        folder = find_folder(s.model)
-        config = Config.from_pretrained(folder)
+    config, folder = config_of(s, num_hidden_layers=4)
     model = distributed.build_model(config, folder, device, recompute=False, compute=compute)
     row = packed_row(s, config)
     tokens, lengths, targets = row.inputs(device)
@@ -440,30 +460,24 @@ def fine_tuning(s):
         figures["ratio"] = seconds["transformers"] / seconds["ours"]
     share = distributed.flops_of(config, [row]) / seconds["ours"] / distributed.peak_flops(device, torch.float32)
     yield figures | {"share of measured fp32 products": share}
-    grown = {name: int(subprocess.run(
-        [sys.executable, "-c", LOGPROB, name], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parent.parent, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000",
-                                               "MALLOC_TRIM_THRESHOLD_": "1000000"}).stdout)
-        for name in ("ours", "plain")}
-    yield {"log-probs of": "1024 x 151936", **{f"{name} MiB": size / 2**20 for name, size in grown.items()},
-           "share": grown["ours"] / grown["plain"]}
+    memory = {way: in_new_process(f"head_memory({way!r})") for way in ("ours", "plain")}
+    yield {"log-probs of": "1024 x 151936", **{f"{way} MiB": size / 2**20 for way, size in memory.items()},
+           "share": memory["ours"] / memory["plain"]}
 
 
-LOGPROB = """
-import re, sys, torch
-from model import Head
-head, x, targets = Head(896, 151936, bias=False), torch.randn(1024, 896, requires_grad=True), torch.arange(1024)
-now = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-def step(x, targets):
-    if sys.argv[1] == "ours":
-        logp = head(x, targets)[0]
-    else:
-        logp = head(x).log_softmax(-1).gather(1, targets[:, None])
-    logp.mean().backward()
-before = now("VmRSS")
-step(x, targets)
-print(now("VmHWM") - before - head.weight.nbytes - x.nbytes)      # without the gradients themselves
-"""
+def head_memory(way):
+    """Bytes that log-probs of 1024 tokens and their gradients take, without the gradients themselves."""
+    head = model.Head(896, 151936, bias=False)
+    x = torch.randn(1024, 896, requires_grad=True)
+    targets = torch.arange(1024)
+
+    def step():
+        if way == "ours":
+            logp = head(x, targets)[0]
+        else:
+            logp = head(x).log_softmax(-1).gather(1, targets[:, None])
+        logp.mean().backward()
+    return grown(step) - head.weight.nbytes - x.nbytes
 
 
 UPDATES = ((300, 30, 8), (1000, 100, 2), (1000, 100, 8), (1000, 300, 8), (4000, 300, 8))
@@ -483,12 +497,7 @@ def ragged_actions(prefix, length, n, limit):
 
 def update_model(s, way):
     """The model that `update` trains in one of the WAYS; activations are computed again in backward."""
-    if s.model == "tiny":
-        config = replace(Config.preset("0.5b"), num_hidden_layers=2, vocab_size=151936 // 12)
-        folder = None
-    else:
-        folder = find_folder(s.model)
-        config = Config.from_pretrained(folder)
+    config, folder = config_of(s, num_hidden_layers=2, vocab_size=151936 // 12)
     ours = distributed.build_model(config, folder, torch.device("cpu"), recompute=True, compute=getattr(torch, s.dtype))
     if way != "transformers":
         return ours
@@ -542,14 +551,7 @@ def update_memory(s, way, examples):
     """In a process of its own: how far the resident set grows above weights and gradients, in bytes."""
     net = update_model(s, way)
     update_step(s, way, net, ragged_actions(20, 4, 2, 1000))        # makes the gradients, and loads what is needed
-    Path("/proc/self/clear_refs").write_text("5")       # the peak begins anew
-    before = peak_resident()
-    update_step(s, way, net, examples)
-    return peak_resident() - before
-
-
-def peak_resident():
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return grown(lambda: update_step(s, way, net, examples))
 
 
 def update(s):
@@ -574,11 +576,9 @@ def update(s):
         figures = {"state": prefix, "action": length, "actions": n}
         memory = {}
         for way in ways:
-            code = (f"import bench; s = bench.Settings(model={s.model!r}, dtype={s.dtype!r})\n"
-                    f"print(bench.update_memory(s, {way!r}, bench.ragged_actions({prefix}, {length}, {n}, {limit})))")
-            env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-            memory[way] = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                                             cwd=Path(__file__).parent, env=env).stdout)
+            memory[way] = in_new_process(
+                f"update_memory(bench.Settings(model={s.model!r}, dtype={s.dtype!r}), {way!r}, "
+                f"bench.ragged_actions({prefix}, {length}, {n}, {limit}))")
             figures |= {f"{way} tokens": found[way][1], f"{way} s": seconds[way], f"{way} GiB": memory[way] / 2**30}
         for way in ways[1:]:
             figures |= {f"{way} over shared, time": seconds[way] / seconds["shared"],
