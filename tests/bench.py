@@ -626,9 +626,8 @@ def sandbox(s):
 
 
 def busy(s):
-    """An iteration's passes of the miniature without its scripts: 8 actions in each of 32 states are sampled and
-    learned from. As it was: a product on all cores by OpenMP, each state read for each action; and as it is, see
-    row_threads and Engine. Alone, and beside a program that keeps one core busy."""
+    """Seconds of an iteration's passes of the miniature, and of sampling 64 replies: 8 actions in each of 32 states,
+    without their scripts. Alone, and beside a program that keeps one core busy."""
     import rl
     import sample
     cfg = rl.Settings(advantage="rloo", samples=8, epochs=2, minibatches=4, max_row_tokens=704,
@@ -643,41 +642,25 @@ def busy(s):
     groups = [i // 8 for i in range(256)]
     old = trainer.logprobs(trainer.actor, examples)
     ones = [torch.ones_like(logp) for logp in old]
-    least_shared = distributed.LEAST_SHARED
-    threads = trainer.threads
-    cores = os.cpu_count()
 
-    def as_it_was(is_old):
-        distributed.LEAST_SHARED = 10**9 if is_old else least_shared
-        trainer.threads = None if is_old else threads
-        engine.num_threads = cores if is_old else 1
-        torch.set_num_threads(cores if is_old else 1)
-
-    def update(is_old):
-        as_it_was(is_old)
-        trainer.logprobs(trainer.actor, examples, range(256) if is_old else range(32))      # a share is checked
+    def update():
+        trainer.logprobs(trainer.actor, examples, range(32))        # a share is checked
         trainer.logprobs(trainer.reference, examples)
         trainer.update_actor(examples, old, ones, ones, trainer.minibatches(groups, 0))
 
-    def draw(is_old):
-        as_it_was(is_old)
+    def draw():
         engine.forget()
         engine.generate(prompts[:8], n=8, max_new_tokens=26)
 
-    for name, work in {"update": update, "sample": draw}.items():
-        seconds = {}
-        for others in (0, 1):
-            programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
-            try:
-                seconds[others] = alternate({"was": lambda: work(True), "is": lambda: work(False)}, s.repeats)
-            finally:
-                for program in programs:
-                    program.kill()
-        alone = seconds[0]
-        beside = seconds[1]
-        yield {"of": name, "was s": alone["was"], "is s": alone["is"], "ratio": alone["was"] / alone["is"],
-               "beside a busy core: was s": beside["was"], "is s ": beside["is"],
-               "times alone: was": beside["was"] / alone["was"], "is": beside["is"] / alone["is"]}
+    alone = alternate({"update": update, "sample": draw}, s.repeats)
+    program = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        beside = alternate({"update": update, "sample": draw}, s.repeats)
+    finally:
+        program.kill()
+    for name in alone:
+        yield {"of": name, "alone s": alone[name], "beside a busy core s": beside[name],
+               "times alone": beside[name] / alone[name]}
 
 
 def rl_updates(s):
