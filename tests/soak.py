@@ -3,7 +3,7 @@
 Each step is one of the KINDS below: a hostile script (run by an edit, or put there and executed), a hostile reply, or a
 hostile answer of the coder. After each step it must hold that nothing was raised, the Step is well-formed, and our side
 took at most a second more than the script's limit or the time that was left; at the end that no process, file or folder
-is left and that memory has not grown. It prints a table by kind, and ends with 1 if something did not hold.
+is left and that memory has not grown. It prints what did not hold, and then ends with 1.
 """
 import argparse
 import collections
@@ -17,7 +17,6 @@ import random
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import env as env_module  # noqa: E402
 import tasks  # noqa: E402
 from common import act, add_task  # noqa: E402
-from env import ACTIONS, Env, check_record
+from env import ACTIONS, WALL_FACTOR, Env, check_record
 from reward import KINDS as REWARD_KINDS  # noqa: E402
 from support import sandbox
 from support.storage import check_snapshot
@@ -143,7 +142,6 @@ TEXTS = {   # whole scripts whose text is the attack; the newline at the end is 
     "text, digits": "N = 9" + "1e-." * 100_000 + "\n" + STARTER,
     "text, a surrogate": "x = '\ud800'\n" + STARTER,
 }
-FACTOR = getattr(env_module, "WALL_FACTOR", 1)      # of a script's wall limit to its task's
 REPLIES = {
     "reply, empty": lambda draw: draw.choice(["", " ", "\n" * 40_000, "\0"]),
     "reply, huge": lambda draw: draw.choice(["x", "Action:", "{", "\u20ac", "\n"]) * 3_000_000,
@@ -221,7 +219,7 @@ def made(home, limit, memory):
     (home / "tmp").mkdir()
     try:
         tasks.prepare("soak", data=home / "data", log=lambda line: None)
-        task = dataclasses.replace(tasks.load("soak"), time_limit_s=limit / FACTOR, memory_limit_bytes=memory)
+        task = dataclasses.replace(tasks.load("soak"), time_limit_s=limit / WALL_FACTOR, memory_limit_bytes=memory)
 
         def make(**options):
             world = Env(task, home / "data", out=home / "out", **options, coder=lambda messages: answer(world))
@@ -280,13 +278,17 @@ def wrong_with(step, world):
 
 
 def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False, log=lambda line: None):
-    """Plays that many steps below the folder `home`, or with `each` every kind once. Returns ({kind: its figures}, what
+    """Plays that many steps below the folder `home`, or with `each` every kind once. Returns ({kind: its steps}, what
     did not hold), and says that also as it comes. limit: wall seconds of a script."""
     draw = random.Random(seed)
     wrong = []
     begun = 0.0
-    rows = collections.defaultdict(
-        lambda: types.SimpleNamespace(count=0, ends=collections.Counter(), slowest=0, over=-9e9))
+    counts = collections.Counter()
+
+    def fail(what):
+        wrong.append(f"step {num}, {name}: {what}")
+        log(wrong[-1])
+
     with made(home, limit, memory) as make:
         kinds = iter(draw.sample(NAMES, len(NAMES)) if each else iter(lambda: draw.choice(NAMES), None))
         world = None
@@ -310,23 +312,16 @@ def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False
                     step = world.step(reply)
                     world.prompt()
                 except Exception as error:
-                    wrong.append(f"step {num}, {name}: {type(error).__name__}: {error}")
-                    log(wrong[-1])
+                    fail(f"{type(error).__name__}: {error}")
                     world = None
                     break
                 took = time.monotonic() - started
                 over = took - (waited() - before) - (allowed if step.script_seconds else 0.0)
-                row = rows[name]
-                row.count += 1
-                row.ends[step.outcome or step.kind] += 1
-                row.slowest = max(row.slowest, took)
-                row.over = max(row.over, over)
+                counts[name] += 1
                 if over > slack:
-                    wrong.append(f"step {num}, {name}: {over:.2f} s over its limit ({took:.2f} s)")
-                    log(wrong[-1])
+                    fail(f"{over:.2f} s over its limit ({took:.2f} s)")
                 if found := wrong_with(step, world):
-                    wrong.append(f"step {num}, {name}: {found}")
-                    log(wrong[-1])
+                    fail(found)
                 num += 1
                 if world.done:
                     break
@@ -342,7 +337,7 @@ def soak(home, steps, seed=0, limit=2.0, memory=200 << 20, slack=1.0, each=False
         wrong += [f"left over: {each}" for each in found]
         if not each and (grown := resident() - begun) > 16:
             wrong.append(f"memory has grown by {grown:.0f} MiB, from {begun:.0f}")
-    return rows, wrong
+    return counts, wrong
 
 
 def main():
@@ -350,23 +345,14 @@ def main():
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=2.0, help="wall seconds of a script")
-    parser.add_argument("--each", action="store_true", help="every kind once, whatever --steps says")
     s = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
-        rows, wrong = soak(home, s.steps, s.seed, s.limit, each=s.each,
+        counts, wrong = soak(home, s.steps, s.seed, s.limit,
                            log=lambda line: print(line, file=sys.stderr, flush=True))
     finally:
         sandbox.remove(home)
-    print(f"{'kind':34} steps  slowest    over  outcomes")
-    for name in NAMES:
-        if name in rows:
-            row = rows[name]
-            ends = ", ".join(f"{end} {count}" for end, count in row.ends.most_common())
-            print(f"{name:34} {row.count:5} {row.slowest:8.2f} {row.over:7.2f}  {ends}")
-    print(f"{sum(row.count for row in rows.values())} steps of {len(rows)} kinds, {len(wrong)} things are wrong")
-    for line in wrong:
-        print(line)
+    print("\n".join([f"{sum(counts.values())} steps of {len(counts)} kinds, {len(wrong)} things are wrong", *wrong]))
     return 1 if wrong else 0
 
 
