@@ -33,7 +33,7 @@ from support import sandbox
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
     MissingRaw, copy_raw, copy_raw_folder, jpeg, misspelt, raw_csv, raw_files, readable, share_of_test, split_positions,
-    split_rows, write_csv, write_zip)
+    split_rows, write_csv, write_tables, write_zip)
 from tasks.submission import InvalidSubmission, matched, numbers, paired, read_submission, read_table, show
 
 # What an idea may be about: the closed set of "kind" in ideas.json.

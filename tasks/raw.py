@@ -29,6 +29,14 @@ def write_csv(frame, path, **options):
     frame.to_csv(path, index=False, lineterminator="\n", **options)
 
 
+def write_tables(folder, train, test, **guess):
+    """Writes train.csv; test.csv, without the columns that are guessed; and sample_submission.csv, the first column of
+    the test and the guesses."""
+    write_csv(train, folder / "train.csv")
+    write_csv(test.drop(columns=list(guess)), folder / "test.csv")
+    write_csv(test.iloc[:, :1].assign(**guess), folder / "sample_submission.csv")
+
+
 def write_zip(path, members):
     """Writes a zip of {name: bytes or text}, sorted by name."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

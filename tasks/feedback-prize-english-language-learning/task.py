@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pandas as pd
 
-from tasks import Task, mcrmse, misspelt, paired, raw_csv, share_of_test, write_csv
+from tasks import Task, mcrmse, misspelt, paired, raw_csv, share_of_test, write_csv, write_tables
 
 RATINGS = ["cohesion", "syntax", "vocabulary", "phraseology", "grammar", "conventions"]
 
@@ -21,9 +21,7 @@ def prepare(raw, public, private, variant):
     rows = rows.iloc[np.random.RandomState(42).permutation(len(rows))]
     num_train = int((1 - share_of_test(0.02, len(rows))) * len(rows))
     train, test = rows[:num_train], rows[num_train:]
-    write_csv(train, public / "train.csv")
-    write_csv(test[["text_id", "full_text"]], public / "test.csv")
-    write_csv(test[["text_id"]].assign(**{name: 3.0 for name in RATINGS}), public / "sample_submission.csv")
+    write_tables(public, train, test, **dict.fromkeys(RATINGS, 3.0))
     write_csv(test[["text_id", *RATINGS]], private / "answer.csv")
 
 
@@ -45,10 +43,8 @@ def miniature(raw, seed):
         level = rng.gauss(3.1, 0.5)
         ratings = {name: min(5, max(1, round(2 * rng.gauss(level, 0.45)) / 2)) for name in RATINGS}
         rows.append({"text_id": f"{id:012X}", "full_text": _essay(rng, ratings), **ratings})
-    rows = pd.DataFrame(rows)
-    write_csv(rows[:750].astype({name: float for name in RATINGS}), raw / "train.csv")
-    write_csv(rows[750:][["text_id", "full_text"]], raw / "test.csv")
-    write_csv(rows[750:][["text_id"]].assign(**{name: 3.0 for name in RATINGS}), raw / "sample_submission.csv")
+    rows = pd.DataFrame(rows).astype({name: float for name in RATINGS})
+    write_tables(raw, rows[:750], rows[750:], **dict.fromkeys(RATINGS, 3.0))
 
 
 def _essay(rng, ratings):

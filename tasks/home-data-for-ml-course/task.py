@@ -10,7 +10,7 @@ differs:
 import numpy as np
 import pandas as pd
 
-from tasks import Task, copy_raw, mae, paired, raw_csv, share_of_test, write_csv
+from tasks import Task, copy_raw, mae, paired, raw_csv, share_of_test, write_csv, write_tables
 
 
 def prepare(raw, public, private, variant):
@@ -19,10 +19,7 @@ def prepare(raw, public, private, variant):
     rows = raw_csv(raw, "train.csv", ["Id", "SalePrice"], dtype=str, keep_default_na=False)
     num_train = int((1 - share_of_test(0.2, len(rows))) * len(rows))
     train, test = rows[:num_train], rows[num_train:]
-    write_csv(train, public / "train.csv")
-    write_csv(test.drop(columns="SalePrice"), public / "test.csv")
-    sample = test[["Id"]].assign(SalePrice=pd.to_numeric(train["SalePrice"]).mean().round())
-    write_csv(sample, public / "sample_submission.csv")
+    write_tables(public, train, test, SalePrice=pd.to_numeric(train["SalePrice"]).mean().round())
     copy_raw(raw, "data_description.txt", public / "data_description.txt")
     write_csv(test[["Id", "SalePrice"]], private / "test.csv")
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pandas as pd
 
-from tasks import Task, misspelt, paired, qwk, raw_csv, split_rows, write_csv
+from tasks import Task, misspelt, paired, qwk, raw_csv, split_rows, write_csv, write_tables
 
 
 def prepare(raw, public, private, variant):
@@ -15,9 +15,7 @@ def prepare(raw, public, private, variant):
     rows = raw_csv(raw, "train.csv", ["essay_id", "full_text", "score"], dtype=str, keep_default_na=False)
     train, test = split_rows(rows, 0.1)
     drawn = np.random.RandomState(42).randint(1, 7, size=len(test))
-    write_csv(train, public / "train.csv")
-    write_csv(test[["essay_id", "full_text"]], public / "test.csv")
-    write_csv(test[["essay_id"]].assign(score=drawn), public / "sample_submission.csv")
+    write_tables(public, train, test, score=drawn)
     write_csv(test, private / "answers.csv")
 
 
@@ -38,9 +36,7 @@ def miniature(raw, seed):
     ids = rng.sample(range(16 ** 7), 753)
     rows = pd.DataFrame({"essay_id": [f"{id:07x}" for id in ids], "full_text": [_essay(rng, s) for s in scores],
                          "score": scores})
-    write_csv(rows[:750], raw / "train.csv")
-    write_csv(rows[750:].drop(columns="score"), raw / "test.csv")
-    write_csv(rows[750:][["essay_id"]].assign(score=3), raw / "sample_submission.csv")
+    write_tables(raw, rows[:750], rows[750:], score=3)
 
 
 def _essay(rng, score):

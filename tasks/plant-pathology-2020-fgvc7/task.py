@@ -5,7 +5,8 @@ Split, names and grader are MLE-bench's.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, copy_raw_folder, jpeg, paired, raw_csv, split_positions, split_rows, write_csv
+from tasks import (
+    Task, auc, copy_raw_folder, jpeg, paired, raw_csv, split_positions, split_rows, write_csv, write_tables)
 
 TARGETS = ["healthy", "multiple_diseases", "rust", "scab"]
 
@@ -16,17 +17,14 @@ def prepare(raw, public, private, variant):
     Ids and pictures are named anew in the order of the split: Train_0, Train_1, ... and Test_0, Test_1, ...
     """
     rows = raw_csv(raw, "train.csv", ["image_id", *TARGETS])
+    sides = {}
     places = {}
     for prefix, part in zip(("Train", "Test"), split_rows(rows, 0.1)):
         names = [f"{prefix}_{i}" for i in range(len(part))]
         places.update({f"{old}.jpg": f"{new}.jpg" for old, new in zip(part["image_id"], names)})
-        part = part.assign(image_id=names)
-        if prefix == "Train":
-            write_csv(part, public / "train.csv")
-        else:
-            write_csv(part[["image_id"]], public / "test.csv")
-            write_csv(part[["image_id"]].assign(**dict.fromkeys(TARGETS, 0.25)), public / "sample_submission.csv")
-            write_csv(part, private / "test.csv")
+        sides[prefix.lower()] = part.assign(image_id=names)
+    write_tables(public, **sides, **dict.fromkeys(TARGETS, 0.25))
+    write_csv(sides["test"], private / "test.csv")
     copy_raw_folder(raw, "images", public / "images", places)
 
 
@@ -55,9 +53,7 @@ def miniature(raw, seed):
         picture = jpeg(_picture(rng, rust=kind in (1, 2), scab=kind in (1, 3)), size=8192)
         (raw / "images" / f"{name}.jpg").write_bytes(picture)
     frame = pd.DataFrame({"image_id": names, **{name: (label == k).astype(int) for k, name in enumerate(TARGETS)}})
-    write_csv(frame[:num_labelled], raw / "train.csv")
-    write_csv(frame[num_labelled:][["image_id"]], raw / "test.csv")
-    write_csv(frame[num_labelled:][["image_id"]].assign(**dict.fromkeys(TARGETS, 0.25)), raw / "sample_submission.csv")
+    write_tables(raw, frame[:num_labelled], frame[num_labelled:], **dict.fromkeys(TARGETS, 0.25))
 
 
 def _picture(rng, rust, scab, height=64, width=96):

@@ -8,7 +8,7 @@ PassengerId (as MLE-bench does), not by position, and the sample submission is o
 import numpy as np
 import pandas as pd
 
-from tasks import InvalidSubmission, Task, accuracy, matched, raw_csv, show, split_rows, write_csv
+from tasks import InvalidSubmission, Task, accuracy, matched, raw_csv, show, split_rows, write_csv, write_tables
 
 VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
@@ -21,9 +21,7 @@ def prepare(raw, public, private, variant):
     else:
         num_train = int(0.8 * len(rows))
         train, test = rows[:num_train], rows[num_train:]
-    write_csv(train, public / "train.csv")
-    write_csv(test.drop(columns="Transported"), public / "test.csv")
-    write_csv(test[["PassengerId"]].assign(Transported=False), public / "sample_submission.csv")
+    write_tables(public, train, test, Transported=False)
     write_csv(test, private / "test.csv")
 
 
@@ -74,9 +72,7 @@ def miniature(raw, seed):
         "Transported": (odds > np.median(odds)).astype(str)})
     features = frame.columns[1:-1]
     frame[features] = frame[features].mask(rng.random((n, len(features))) < 0.02, "")
-    write_csv(frame[:3000], raw / "train.csv")
-    write_csv(frame[3000:].drop(columns="Transported"), raw / "test.csv")
-    write_csv(frame[3000:][["PassengerId"]].assign(Transported=False), raw / "sample_submission.csv")
+    write_tables(raw, frame[:3000], frame[3000:], Transported=False)
 
 
 SPENT_ON = {"RoomService": -1, "FoodCourt": 1, "ShoppingMall": 1, "Spa": -1, "VRDeck": -1}     # and what it speaks for

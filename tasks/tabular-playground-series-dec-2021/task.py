@@ -4,16 +4,14 @@ MLE-bench's, to the byte.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, accuracy, paired, raw_csv, split_rows, write_csv
+from tasks import Task, accuracy, paired, raw_csv, split_rows, write_csv, write_tables
 
 
 def prepare(raw, public, private, variant):
     """4,000,000 labelled rows become 3,600,000 and 400,000; the publisher's own unlabelled rows are left out."""
     rows = raw_csv(raw, "train.csv", ["Id", "Cover_Type"], dtype="int32")      # of four bytes, to save memory
     train, test = split_rows(rows, 0.1)
-    write_csv(train, public / "train.csv")
-    write_csv(test.drop(columns="Cover_Type"), public / "test.csv")
-    write_csv(test[["Id"]].assign(Cover_Type=2), public / "sample_submission.csv")
+    write_tables(public, train, test, Cover_Type=2)
     write_csv(test, private / "test.csv")
 
 
@@ -25,9 +23,7 @@ def score(answers, submission):
 def miniature(raw, seed):
     """750 labelled rows and 60 unlabelled ones."""
     rows = forest(np.random.default_rng(seed), 810)
-    write_csv(rows[:750], raw / "train.csv")
-    write_csv(rows[750:].drop(columns="Cover_Type"), raw / "test.csv")
-    write_csv(rows[750:][["Id"]].assign(Cover_Type=2), raw / "sample_submission.csv")
+    write_tables(raw, rows[:750], rows[750:], Cover_Type=2)
 
 
 def forest(rng, n):

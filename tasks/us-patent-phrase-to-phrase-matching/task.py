@@ -7,7 +7,7 @@ submission is constant.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, paired, pearson, raw_csv, split_rows, write_csv
+from tasks import Task, paired, pearson, raw_csv, split_rows, write_csv, write_tables
 
 
 def prepare(raw, public, private, variant):
@@ -17,9 +17,7 @@ def prepare(raw, public, private, variant):
     """
     rows = raw_csv(raw, "train.csv", ["id", "anchor", "target", "score"])
     train, test = split_rows(rows, 0.1)
-    write_csv(train, public / "train.csv")
-    write_csv(test.drop(columns="score"), public / "test.csv")
-    write_csv(test[["id"]].assign(score=0), public / "sample_submission.csv")
+    write_tables(public, train, test, score=0)
     write_csv(test, private / "test.csv")
 
 
@@ -52,9 +50,7 @@ def miniature(raw, seed):
         anchor = f"{qualities[anchors[k][0]][0]} {things[anchors[k][1]][0]}"
         rows.append([f"{rng.integers(1 << 62):016x}", anchor, target, contexts[k], level / 4])
     frame = pd.DataFrame(rows, columns=["id", "anchor", "target", "context", "score"])
-    write_csv(frame[:750], raw / "train.csv")
-    write_csv(frame[750:].drop(columns="score"), raw / "test.csv")
-    write_csv(frame[750:][["id"]].assign(score=0), raw / "sample_submission.csv")
+    write_tables(raw, frame[:750], frame[750:], score=0)
 
 
 def _target(rng, quality, thing, level, qualities, things):
