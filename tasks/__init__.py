@@ -70,7 +70,7 @@ class Task:
     sample: str = "sample_submission.csv"   # a valid, poor submission, a file in public
     known_signal: str = ""          # why the publisher's own ids or order tell of the target, where they do
     known_twins: str = ""           # why train and test share rows in the publisher's own data, where they do
-    variants: tuple = ("default",)  # names of splits; the first is the default
+    variants: tuple = ()            # names of splits, the first the default; (): one, named after the source
     published: dict = field(default_factory=dict)   # Table 1: model -> (average, best) of 8, accuracies from 0 to 1
     gold: float | None = None       # the score of Kaggle's gold medal, where it is of this metric
     alpha: float = 8.0              # the reward's slope
@@ -124,7 +124,7 @@ def _load(folder):
     task = getattr(module, "TASK", None)
     if not isinstance(task, Task) or task.id != folder.name:
         raise ValueError(f"{folder / 'task.py'} must define TASK, a tasks.Task, whose id is the folder's name.")
-    return replace(task, folder=folder)
+    return replace(task, folder=folder, variants=task.variants or (task.source.lower(),))
 
 
 def names(which="all"):

@@ -88,7 +88,7 @@ def _smooth(rng, side, knots):
 
 TASK = Task(
     id="aerial-cactus-identification", metric="AUC", direction="up",
-    split="held-in", source="MLE-bench", variants=("mle-bench",),
+    split="held-in", source="MLE-bench",
     prepare=prepare, miniature=miniature, score=score,
     download="train.csv and train.zip of the Kaggle competition aerial-cactus-identification, or its whole zip",
     size="25 MB",

@@ -140,7 +140,7 @@ def _picture(rng, k):
 
 TASK = Task(
     id="cifar-10", metric="accuracy", direction="up", split="held-in",
-    source="MLAgentBench", variants=("mlagentbench",), targets=tuple(COLUMNS),
+    source="MLAgentBench", targets=tuple(COLUMNS),
     prepare=prepare, miniature=miniature, score=score,
     download="cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html", size="170 MB",
     m_init=None, m_best=0.995, m_best_source="vision transformer ViT-H/14, arXiv 2010.11929",

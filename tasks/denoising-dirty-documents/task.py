@@ -90,7 +90,7 @@ WORDS = "a few lines of print on a page that somebody put a cup of coffee on and
 
 TASK = Task(
     id="denoising-dirty-documents", metric="RMSE", direction="down",
-    split="held-out", source="MLE-bench", variants=("mle-bench",), targets=("value",), answers="answers.csv",
+    split="held-out", source="MLE-bench", targets=("value",), answers="answers.csv",
     sample="sampleSubmission.csv",
     prepare=prepare, miniature=miniature, score=score,
     known_signal="an id is a place on a page, in its order, and neighbouring pixels are alike",

@@ -107,7 +107,7 @@ WORDS = {
 
 TASK = Task(
     id="detecting-insults-in-social-commentary", metric="accuracy",
-    direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), key="Comment",
+    direction="up", split="held-out", source="MLE-bench", key="Comment",
     targets=("Insult",), sample="sample_submission_null.csv", prepare=prepare, miniature=miniature, score=score,
     known_signal="the comment itself is the key, and how it begins tells of the target",
     known_twins="comments have no ids, so the same short one may have been written in both files",

@@ -93,7 +93,7 @@ def _picture(rng, dog):
 
 TASK = Task(
     id="dogs-vs-cats-redux-kernels-edition", metric="log loss",
-    direction="down", split="held-in", source="MLE-bench", variants=("mle-bench",), prepare=prepare,
+    direction="down", split="held-in", source="MLE-bench", prepare=prepare,
     miniature=miniature, score=score, answers="answers.csv",
     download="train.zip of the Kaggle competition dogs-vs-cats-redux-kernels-edition, or its whole zip", size="850 MB",
     m_init=None,

@@ -101,7 +101,7 @@ ADJECTIVES = [      # plain and rich
 
 TASK = Task(
     id="feedback-prize-english-language-learning", metric="MCRMSE",
-    direction="down", split="held-in", source="MLAgentBench", variants=("mlagentbench",), key="text_id",
+    direction="down", split="held-in", source="MLAgentBench", key="text_id",
     targets=tuple(RATINGS), answers="answer.csv", prepare=prepare, miniature=miniature, score=score,
     download="train.csv of the Kaggle competition feedback-prize-english-language-learning, or its whole zip",
     size="9 MB",

@@ -124,7 +124,7 @@ CATEGORIES = {      # the values of each category, the most frequent first
 
 TASK = Task(
     id="home-data-for-ml-course", metric="MAE", direction="down",
-    split="held-in", source="MLAgentBench", variants=("mlagentbench",), key="Id",
+    split="held-in", source="MLAgentBench", key="Id",
     prepare=prepare, miniature=miniature, score=score,
     download="train.csv and data_description.txt of the Kaggle competition home-data-for-ml-course, or its whole zip",
     size="1 MB",

@@ -104,7 +104,7 @@ you me one deleted reverted vandalism neutral opinion fact policy help welcome p
 
 TASK = Task(
     id="jigsaw-toxic-comment-classification-challenge", metric="mean AUC",
-    direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), targets=tuple(LABELS),
+    direction="up", split="held-out", source="MLE-bench", targets=tuple(LABELS),
     prepare=prepare, miniature=miniature, score=score,
     download="train.csv.zip, test.csv.zip, test_labels.csv.zip and sample_submission.csv.zip of the Kaggle competition "
              "jigsaw-toxic-comment-classification-challenge, or its whole zip", size="55 MB",

@@ -104,7 +104,7 @@ Zelkova_Serrata""".split()
 
 TASK = Task(
     id="leaf-classification", metric="log loss", direction="down",
-    split="held-out", source="MLE-bench", variants=("mle-bench",),
+    split="held-out", source="MLE-bench",
     prepare=prepare, miniature=miniature, score=score,
     download="train.csv.zip and images.zip of the Kaggle competition leaf-classification, or its whole zip",
     size="40 MB",

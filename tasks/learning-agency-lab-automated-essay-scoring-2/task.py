@@ -87,7 +87,7 @@ WORDS = {           # plain words, and rich ones for the same
 
 TASK = Task(
     id="learning-agency-lab-automated-essay-scoring-2", metric="QWK",
-    direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), key="essay_id", targets=("score",),
+    direction="up", split="held-out", source="MLE-bench", key="essay_id", targets=("score",),
     answers="answers.csv", prepare=prepare, miniature=miniature, score=score,
     download="train.csv of the Kaggle competition learning-agency-lab-automated-essay-scoring-2, or its whole zip",
     size="36 MB",

@@ -103,7 +103,7 @@ def _geometry(rng, lengths, beta, num_atoms, percent, stirred):
 
 TASK = Task(
     id="nomad2018-predict-transparent-conductors", metric="mean RMSLE",
-    direction="down", split="held-in", source="MLE-bench", variants=("mle-bench",), key=None, targets=tuple(TARGETS),
+    direction="down", split="held-in", source="MLE-bench", key=None, targets=tuple(TARGETS),
     prepare=prepare, miniature=miniature, score=score,
     known_twins="147 of the 240 test rows have all columns of train.csv in common with a training row: the table says "
                 "little of a crystal, and only the geometries tell them apart",

@@ -74,7 +74,7 @@ def miniature(raw, seed):
 
 TASK = Task(
     id="ogbn-arxiv", metric="accuracy", direction="up", split="held-in",
-    source="MLAgentBench", variants=("mlagentbench",), key=None, targets=("0",),
+    source="MLAgentBench", key=None, targets=("0",),
     prepare=prepare, miniature=miniature, score=score,
     known_signal="nodes lie in the order of their ids in the Microsoft Academic Graph, which may go with the subject",
     download="arxiv.zip of the Open Graph Benchmark (data set ogbn-arxiv), packed or unpacked", size="80 MB",

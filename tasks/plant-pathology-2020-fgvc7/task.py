@@ -93,7 +93,7 @@ def _paint(pixels, cover, colour):
 
 TASK = Task(
     id="plant-pathology-2020-fgvc7", metric="mean AUC", direction="up",
-    split="held-in", source="MLE-bench", variants=("mle-bench",), key="image_id", prepare=prepare,
+    split="held-in", source="MLE-bench", key="image_id", prepare=prepare,
     miniature=miniature, score=score,
     download="train.csv and images of the Kaggle competition plant-pathology-2020-fgvc7, or its whole zip",
     size="800 MB",

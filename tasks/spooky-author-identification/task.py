@@ -93,7 +93,7 @@ crossed""".split(),
 
 TASK = Task(
     id="spooky-author-identification", metric="log loss", direction="down",
-    split="held-out", source="MLE-bench", variants=("mle-bench",), targets=tuple(AUTHORS),
+    split="held-out", source="MLE-bench", targets=tuple(AUTHORS),
     prepare=prepare, miniature=miniature, score=score,
     download="train.zip of the Kaggle competition spooky-author-identification, or its whole zip", size="2 MB",
     m_init=0.4615,

@@ -111,7 +111,7 @@ def miniature(raw, seed):
 
 TASK = Task(
     id="statoil-iceberg-classifier-challenge", metric="log loss",
-    direction="down", split="held-out", source="MLE-bench", variants=("mle-bench",), targets=("is_iceberg",),
+    direction="down", split="held-out", source="MLE-bench", targets=("is_iceberg",),
     prepare=prepare, miniature=miniature, score=score,
     download="train.json.7z of the Kaggle competition statoil-iceberg-classifier-challenge, or its whole zip",
     size="300 MB",

@@ -56,7 +56,7 @@ def forest(rng, n):
 
 TASK = Task(
     id="tabular-playground-series-dec-2021", metric="accuracy",
-    direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), key="Id", targets=("Cover_Type",),
+    direction="up", split="held-out", source="MLE-bench", key="Id", targets=("Cover_Type",),
     prepare=prepare, miniature=miniature, score=score, time_limit_s=1200.0, memory_limit_bytes=8 << 30,
     download="train.csv of the Kaggle competition tabular-playground-series-dec-2021, or its whole zip", size="700 MB",
     m_init=None,

@@ -92,7 +92,7 @@ CONTEXTS = ["A47", "B01", "B29", "C08", "F16", "G01", "G06", "H01", "H04"]
 
 TASK = Task(
     id="us-patent-phrase-to-phrase-matching", metric="Pearson correlation",
-    direction="up", split="held-out", source="MLE-bench", variants=("mle-bench",), targets=("score",), prepare=prepare,
+    direction="up", split="held-out", source="MLE-bench", targets=("score",), prepare=prepare,
     miniature=miniature, score=score,
     download="train.csv of the Kaggle competition us-patent-phrase-to-phrase-matching, or its whole zip", size="2 MB",
     m_init=0.475,

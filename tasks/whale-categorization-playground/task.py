@@ -117,7 +117,7 @@ def _picture(rng, outline, marks, height=48, width=96):
 
 TASK = Task(
     id="whale-categorization-playground", metric="MAP@5", direction="up",
-    split="held-out", source="MLE-bench", variants=("mle-bench",), key="Image", targets=("Id",), text_targets=True,
+    split="held-out", source="MLE-bench", key="Image", targets=("Id",), text_targets=True,
     prepare=prepare, miniature=miniature, score=score,
     download="train.csv and train.zip of the Kaggle competition whale-categorization-playground, or its whole zip",
     size="700 MB",
