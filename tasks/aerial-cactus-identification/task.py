@@ -1,7 +1,6 @@
 """Aerial cactus identification: whether a small aerial photograph shows a columnar cactus.
 
-Split and grader are MLE-bench's. What differs: the pictures lie loose in the folders train and test, where MLE-bench
-packs them into two zips that a script would have to unpack first.
+Split and grader are MLE-bench's, which packs the pictures into two zips.
 """
 import numpy as np
 import pandas as pd
@@ -26,11 +25,10 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """1600 labelled pictures, three in four with a cactus, and 20 unlabelled ones: zips of 32 x 32 JPEGs of one length.
+    """1600 labelled pictures, three in four with a cactus, and 20 unlabelled ones.
 
-    Every picture shows ground with shrubs. A cactus is a thin upright stem with two arms, somewhere near the middle;
-    pictures without one have a fallen trunk of that colour and size instead, turned any way. Under a cactus the ground
-    is a little greener.
+    A cactus is a thin upright stem with two arms on slightly greener ground; the other pictures have a fallen trunk of
+    that colour and size, turned any way.
     """
     rng = np.random.default_rng(seed)
     num_labelled, n = 1600, 1620

@@ -2,11 +2,8 @@
 
 The publisher's own test images are the test, as in MLAgentBench's cifar10. What differs:
 - The labels of the test images are hidden. MLAgentBench leaves them in the data folder, and its starter reads them.
-- The pickles are not handed on: images are .npy files and labels .csv files, which no script can be harmed by. The
-  publisher's file names are left out, because they begin with the name of the class.
-- The index column of a submission is called id in our sample; as in MLAgentBench any name will do, or none. A row too
-  many and NaN are refused.
-How many images there are is read off the archive.
+- Images are .npy files and labels .csv files. The publisher's file names, which begin with the class, are left out.
+- The index column of a submission is called id in our sample; as in MLAgentBench any name will do, or none.
 """
 import io
 import pickle
@@ -103,10 +100,7 @@ def _text(value):
 # ------------------------------------------------------------------------------------------------------------ miniature
 
 def miniature(raw, seed):
-    """The archive with 5 x 100 images to train on and 300 to test on.
-
-    A class is one of five shapes in a cold or a warm colour, in any place, size and turn, unevenly lit, on any ground.
-    """
+    """5 x 100 images to train on and 300 to test on. A class is one of five shapes in a cold or a warm colour."""
     rng = np.random.default_rng(seed)
     with tarfile.open(raw / ARCHIVE, "w:gz", compresslevel=1) as archive:
         def add(name, batch):

@@ -51,10 +51,8 @@ def _gray(path):
 
 
 def miniature(raw, seed):
-    """90 small pages, 60 of them with their clean pair, numbered and split as the publisher's are.
-
-    A page has lines of words. Its scan has paper of uneven brightness, a fold, the ring of a cup, blur and grain.
-    """
+    """90 small pages of words, 60 of them with their clean pair. A scan has paper of uneven brightness, a fold, the
+    ring of a cup, blur and grain."""
     from PIL import Image, ImageDraw, ImageFont
     rng = np.random.default_rng(seed)
     # the bitmap font, which is the same everywhere; some versions of Pillow before 10.4 have only the smooth one
@@ -68,7 +66,6 @@ def miniature(raw, seed):
         for top in range(2, height - 11, 13):
             pen.text((3, top), " ".join(rng.choice(WORDS, 5)), fill=0, font=font)
         clean = np.asarray(page) / 255
-        # paper: its brightness changes slowly across the page; a fold and a ring darken it by their distance
         y, x = np.mgrid[:height, :width]
         waves = [rng.normal(0, 0.035) * np.cos(a * x / width + b * y / height + rng.uniform(0, 6))
                  for a, b in rng.uniform(-9, 9, (6, 2))]

@@ -1,8 +1,8 @@
 """Insults in comments: whether a comment is meant to insult someone in the conversation.
 
-Files and split are MLE-bench's: no split is made, the publisher's first test set and its solutions are the test. The
-score is the paper's accuracy, with probabilities above 0.5 taken as insults; MLE-bench's own is the AUC. No row has an
-id: the comment itself is the key, so it must come back unchanged.
+Files are MLE-bench's: the publisher's first test set and its solutions are the test. The score is the paper's accuracy,
+with probabilities above 0.5 taken as insults; MLE-bench's is the AUC. The comment itself is the key, so it must come
+back unchanged.
 """
 import random
 
@@ -31,8 +31,8 @@ def score(answers, submission):
 def miniature(raw, seed):
     """450 comments to train on and 300 to test on, 40 % of them insults.
 
-    Rude words and "you" occur in both kinds: an insult calls the reader rude names, the rest call others so, or speak
-    to the reader kindly. Rude words are often spelt in ways that come once only. Escapes stand for spaces and lines.
+    An insult calls the reader rude names, the rest call others so, or speak to the reader kindly. Rude words are often
+    spelt in ways that come once only.
     """
     rng = random.Random(seed)
     taste = {kind: [rng.lognormvariate(0, 1) for _ in words] for kind, words in WORDS.items()}

@@ -1,7 +1,6 @@
 """Dogs versus cats: the probability that a photograph shows a dog.
 
-Split, names and grader are MLE-bench's. What differs: the pictures lie loose in the folders train and test only, where
-MLE-bench ships them a second time as zips.
+Split, names and grader are MLE-bench's, which ships the pictures a second time as zips.
 """
 import re
 
@@ -15,8 +14,7 @@ from tasks import (
 def prepare(raw, public, private, variant):
     """25000 labelled pictures become 22500 to train on and 2500 to test on; the unlabelled ones are left out.
 
-    The pictures are split in the order of their names as text, then named anew in the order of the split:
-    train/cat.0.jpg, train/cat.1.jpg, ... and train/dog.0.jpg, ... each with a count of its own, test/1.jpg, ...
+    They are split in the order of their names as text, then named anew: train/cat.0.jpg, train/dog.0.jpg, test/1.jpg.
     """
     paths = (path.split("/") for path, _ in raw_files(raw) if re.search(r"(^|/)train/(cat|dog)\.\d+\.jpg$", path))
     names = sorted({path[-1] for path in paths})
@@ -42,11 +40,8 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """1500 cats, 1500 dogs and 20 unlabelled pictures, as zips of JPEGs of many sizes and one length.
-
-    Each shows a face near the middle, of any colour before any other. Cats have whiskers and pointed ears that stand,
-    dogs have a long snout and round ears that hang.
-    """
+    """1500 cats, 1500 dogs and 20 unlabelled pictures. Cats have whiskers and pointed ears that stand, dogs have a long
+    snout and round ears that hang."""
     rng = np.random.default_rng(seed)
     names = [f"train/{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(1500)]
     names += [f"test/{i}.jpg" for i in range(1, 21)]

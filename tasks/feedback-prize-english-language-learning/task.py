@@ -1,9 +1,8 @@
 """Feedback on essays of English learners: six ratings of each essay.
 
 The split is that of MLAgentBench's feedback: the rows shuffled with seed 42, the last 2 % are the test. What differs:
-- Rows are matched by text_id, not by position; MLAgentBench asks for the numbers of the rows in place of ids.
-- The sample submission is one of the test rows, not the publisher's own for other rows.
-- The starter is a real model; MLAgentBench's predicts random numbers, and the agent writes the model.
+rows are matched by text_id, not by position, the sample submission is one of the test rows, and the starter is a real
+model where MLAgentBench's predicts random numbers.
 """
 import random
 
@@ -33,9 +32,8 @@ def score(answers, submission):
 def miniature(raw, seed):
     """750 rated essays and three unrated ones.
 
-    A writer has a level, and a rating of each side of the language near it. Cohesion shows in linking words, syntax in
-    joined clauses, vocabulary in rich words, phraseology in which verb goes with which noun, grammar in agreement of
-    subject and verb, conventions in spelling, capitals and full stops. Topic and length tell nothing.
+    Cohesion shows in linking words, syntax in joined clauses, vocabulary in rich words, phraseology in which verb goes
+    with which noun, grammar in agreement of subject and verb, conventions in spelling, capitals and full stops.
     """
     rng = random.Random(seed)
     rows = []

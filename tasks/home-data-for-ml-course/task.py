@@ -4,8 +4,8 @@ The split is that of MLAgentBench's house-price: by position, the last 20 % of t
 differs:
 - The publisher's .gz copies are not shown, because train.csv.gz holds the prices of the test rows.
 - The sample submission is one of the test rows, not the publisher's own for other rows.
-- Rows are matched by Id, not by position, so they may come in any order.
-- Cells stay as the publisher wrote them ("NA" stays "NA"; MLAgentBench leaves them blank). To pandas both are the same.
+- Rows are matched by Id, not by position.
+- Cells stay as the publisher wrote them: MLAgentBench leaves "NA" blank.
 """
 import numpy as np
 import pandas as pd
@@ -30,11 +30,8 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """750 labelled houses and 60 without a price, as CSV files and gzip copies of them.
-
-    The price is a product of effects: size above ground and below, quality, age, garage, fireplaces, neighbourhood,
-    kitchen, cooling, lot, and 6 % noise. The other columns are drawn at random and say nothing.
-    """
+    """750 labelled houses and 60 without a price, as CSV files and gzip copies of them. The price is a product of
+    effects and 6 % noise; the columns that are not in it say nothing."""
     rng = np.random.default_rng(seed)
     n = 810
     house = {name: rng.choice(values.split("|"), n, p=_weights(values)) for name, values in CATEGORIES.items()}

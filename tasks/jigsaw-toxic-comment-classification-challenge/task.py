@@ -1,8 +1,7 @@
 """Jigsaw's toxic comments: six kinds of toxicity of a comment. Files and grader are MLE-bench's, to the byte.
 
-No split is made: train and test are the publisher's own, and the labels of test were published later. Comments without
-labels are in test, too; they must be predicted and are not scored. What differs from MLE-bench: columns are told by
-name, not by position, so they may come in any order.
+Train and test are the publisher's own. Comments without labels are in test, too; they must be predicted and are not
+scored. What differs from MLE-bench: columns are told by name, not by position.
 """
 import numpy as np
 import pandas as pd
@@ -31,9 +30,8 @@ def score(answers, submission):
 def miniature(raw, seed):
     """450 labelled comments, and 375 to test on, of which 300 have labels.
 
-    Each kind of toxicity has its own made-up swear words, spelt in many ways: with doubled letters, digits for letters
-    and endings. Vegetables insult only after "you". Who shouts (in capitals) is severe. Hate is a people named beside a
-    swear word, and one comment in twenty is labelled wrongly.
+    Each kind of toxicity has its own made-up swear words, spelt in many ways. Vegetables insult only after "you". Who
+    shouts is severe. Hate is a people named beside a swear word, and one comment in twenty is labelled wrongly.
     """
     rng = np.random.default_rng(seed)
     n = 825

@@ -36,8 +36,7 @@ def miniature(raw, seed):
     """8 labelled leaves of each species, of which 4 or 5 are to learn from, and 99 unlabelled ones.
 
     A species has an outline (six harmonics) and a histogram each of its margin and its texture. A leaf varies all
-    three and is turned a little, which shifts its 64 shape values. The images show the same outlines, in files of one
-    length.
+    three and is turned a little, which shifts its 64 shape values. The images show the same outlines.
     """
     rng = np.random.default_rng(seed)
     num_species, angle = len(SPECIES), np.arange(64) * np.pi / 32

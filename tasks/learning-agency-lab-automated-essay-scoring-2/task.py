@@ -29,7 +29,7 @@ def miniature(raw, seed):
     """750 scored essays on five topics and three without a score.
 
     The better an essay, the longer it is, the richer its words, the more linked its sentences, the more its paragraphs
-    and the fewer its slips of spelling and of capitals. Each of these also varies by itself.
+    and the fewer its slips of spelling and of capitals.
     """
     rng = random.Random(seed)
     scores = rng.choices(range(1, 7), [0.08, 0.25, 0.33, 0.22, 0.09, 0.03], k=753)

@@ -35,9 +35,8 @@ def score(answers, submission):
 def miniature(raw, seed):
     """750 labelled materials and 40 unlabelled ones, each with a geometry.
 
-    What the mixture does to the targets is bent, and another thing in each symmetry, so that no line fits. They also
-    depend on the volume an atom has and on how far the atoms are moved from a regular grid, which only the geometry
-    file tells.
+    What the mixture does to the targets is bent, and another thing in each symmetry. They also depend on the volume an
+    atom has and on how far the atoms are moved from a regular grid, which only the geometry file tells.
     """
     rng = np.random.default_rng(seed)
     n = 790

@@ -3,8 +3,7 @@
 The split is the Open Graph Benchmark's by year, as in MLAgentBench's ogbn-arxiv. What differs:
 - The labels of the test nodes are hidden. MLAgentBench leaves all labels in the data folder.
 - The folder `mapping` is left out: it names the papers, and so their subjects.
-- The files are plain CSV, some packed by gzip, so no script needs the ogb package. The sample submission is ours.
-- Predictions must be whole numbers.
+- The files are plain CSV, some packed by gzip. Predictions must be whole numbers.
 """
 import gzip
 import io
@@ -18,10 +17,7 @@ SIDES = ["train", "valid", "test"]
 
 
 def prepare(raw, public, private, variant):
-    """169343 nodes become 90941 to train on, 29799 to validate on and 48603 to test on, in the official order.
-
-    Edges, features and years are copied as they come.
-    """
+    """169343 nodes become 90941 to train on, 29799 to validate on and 48603 to test on, in the official order."""
     one_column = {"columns": [0], "header": None, "compression": "gzip"}
     labels = raw_csv(raw, "node-label.csv.gz", **one_column)[0]
     rows = {side: raw_csv(raw, f"{side}.csv.gz", **one_column)[0] for side in SIDES}
@@ -45,8 +41,8 @@ def score(answers, submission):
 def miniature(raw, seed):
     """2700 papers of ten subjects, 2000 of them to train on, 300 to validate on and 400 to test on.
 
-    A paper cites four papers that are no newer, three in five of its own subject. Its 128 features lean weakly
-    towards its subject's, so that one paper's features say less than those of its neighbours together.
+    A paper cites four that are no newer, three in five of its own subject. Its 128 features lean weakly towards its
+    subject's, so that they say less than those of its neighbours together.
     """
     rng = np.random.default_rng(seed)
     num_nodes, num_classes = 2700, 10

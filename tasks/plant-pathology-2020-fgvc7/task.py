@@ -36,8 +36,8 @@ def score(answers, submission):
 def miniature(raw, seed):
     """3000 labelled leaves (28 % healthy, 12 % with several diseases, 32 % with rust, 28 % with scab), 20 unlabelled.
 
-    JPEGs of 96 x 64 pixels and one length: a leaf, lit and turned anyhow, before a blurred garden. Rust is a few small
-    orange spots with a yellow rim, scab some brown-black blotches without an edge; several diseases are both, fewer.
+    A leaf, lit and turned anyhow, before a blurred garden. Rust is a few small orange spots with a yellow rim, scab
+    some brown-black blotches without an edge; several diseases are both, fewer.
     """
     rng = np.random.default_rng(seed)
     num_labelled, num_test = 3000, 300

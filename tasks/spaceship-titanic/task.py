@@ -2,8 +2,8 @@
 
 The default split is MLAgentBench's, the paper's source: by position, the last 20 % of the labelled rows are the test.
 The ids name travel groups in order, so hardly a group is on both sides. The variant mle-bench is MLE-bench's shuffled
-split, byte for byte, where groups may be on both sides. What differs from MLAgentBench: rows are matched by
-PassengerId (as MLE-bench does), not by position, and the sample submission is one of the test rows.
+split, byte for byte. What differs from MLAgentBench: rows are matched by PassengerId, and the sample submission is one
+of the test rows.
 """
 import numpy as np
 import pandas as pd
@@ -42,8 +42,8 @@ def _truths(table):
 def miniature(raw, seed):
     """3000 labelled passengers in groups of one to four, and 60 unlabelled ones.
 
-    Sleepers spend nothing and are mostly transported. Money spent on comfort speaks against it, on food and shopping
-    for it, both by about its root. Planet, deck, side and childhood matter too. 2 % of the cells are blank.
+    Sleepers are mostly transported. Money spent on comfort speaks against it, on food and shopping for it, both by
+    about its root. Planet, deck, side and childhood matter too. 2 % of the cells are blank.
     """
     rng = np.random.default_rng(seed)
     n = 3060

@@ -31,8 +31,8 @@ def score(answers, submission):
 def miniature(raw, seed):
     """750 labelled sentences and 60 unlabelled ones, in zips.
 
-    The authors share templates and words, and each prefers some of them, and with an adjective a noun. They also
-    differ in how they punctuate and in how the names they invent end; the names themselves hardly come twice.
+    Each author prefers some templates and words, and with an adjective a noun. They also differ in how they punctuate
+    and in how the names they invent end.
     """
     rng = random.Random(4)   # the authors are the same for every seed
     taste = {author: {kind: [rng.lognormvariate(0, 0.8) for _ in words] for kind, words in WORDS.items()}

@@ -1,7 +1,6 @@
 """Iceberg or ship: two radar images of 75 x 75 and the angle they were taken at.
 
-Split and grader are MLE-bench's. What differs: the agent gets train.json and test.json unpacked, and a plain sample
-submission, where MLE-bench leaves .7z files, which a script could open only with a further program.
+Split and grader are MLE-bench's, which leaves .7z files where the agent here gets the JSON and a sample submission.
 """
 import json
 import re
@@ -81,10 +80,10 @@ def _records(path):
 
 
 def miniature(raw, seed):
-    """1500 labelled records and 40 others, unpacked, as the archives' data/processed/train.json and test.json.
+    """1500 labelled records and 40 others, unpacked.
 
     An object is an ellipse of echoes over speckle that weakens with the angle. Icebergs are nearly round and echo more
-    in the second band; ships are long, and lie in any direction. How bright and how large it is says nothing.
+    in the second band; ships are long.
     """
     rng = np.random.default_rng(seed)
     n, records = 1540, []

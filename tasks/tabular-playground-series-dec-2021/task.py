@@ -29,8 +29,8 @@ def miniature(raw, seed):
 def forest(rng, n):
     """A data frame of n rows with the publisher's columns.
 
-    What grows somewhere is told by how high and dry it is: by the elevation above the nearest water, the soil (the
-    higher its number, the drier), the third wilderness area, the way the slope faces, and a little chance.
+    What grows is told by how high and dry it is: by the elevation above the nearest water, the soil (the higher its
+    number, the drier), the third wilderness area, and the way the slope faces.
     """
     area = rng.choice(4, n, p=[0.44, 0.06, 0.42, 0.08])
     soil = np.clip(rng.normal(20, 8, n).round(), 0, 39).astype(int)

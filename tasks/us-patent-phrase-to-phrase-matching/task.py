@@ -1,8 +1,7 @@
 """Phrase matching in patents: how alike two phrases are in meaning. Split, files and grader are MLE-bench's, to the
 byte.
 
-The correlation of a constant prediction is not defined, so it is refused; MLE-bench lets it pass with NaN. The sample
-submission is constant.
+A constant prediction, such as the sample submission, has no correlation and is refused; MLE-bench gives it NaN.
 """
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ from tasks import Task, paired, pearson, raw_csv, split_rows, write_csv, write_t
 def prepare(raw, public, private, variant):
     """36,473 labelled pairs become 32,825 and 3648; the publisher's own unlabelled ones are left out.
 
-    Pairs are drawn one by one, so the same anchor is on both sides.
+    The same anchor may be on both sides.
     """
     rows = raw_csv(raw, "train.csv", ["id", "anchor", "target", "score"])
     train, test = split_rows(rows, 0.1)
@@ -22,7 +21,7 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Pearson's correlation; NaN, which is refused, for a constant prediction."""
+    """Pearson's correlation."""
     truth, predicted = paired(answers, submission, "id", ["score"])
     return pearson(truth[:, 0], predicted[:, 0])
 

@@ -59,10 +59,11 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """1260 labelled pictures: 150 of 12 whales seen often, 740 of 240 seen 2 to 4 times, 250 seen once, 120 of new ones.
+    """1260 labelled pictures: 150 of 12 whales seen often, 740 of 240 seen 2 to 4 times, 250 seen once, 120 of new
+    ones.
 
-    JPEGs of 96 x 48 pixels and one length: a dark fluke before the sea, with its own outline and its own white marks.
-    Each picture moves, turns and lights it anew, and one in three is grey. A new whale is one never seen again.
+    A dark fluke before the sea, with its own outline and white marks. Each picture moves, turns and lights it anew, and
+    one in three is grey. A new whale is one never seen again.
     """
     rng = np.random.default_rng(seed)
     counts = [*rng.multinomial(150 - 12 * 7, np.ones(12) / 12) + 7, *np.repeat([2, 3, 4], [70, 80, 90]), *[1] * 250]
