@@ -61,8 +61,7 @@ class Task:
     m_init: float | None            # the starter's score on the real data, first variant; None: not measured
     m_best: float                   # the best known score on the real data ...
     m_best_source: str              # ... and where that figure comes from
-    m_best_miniature: float         # a good model's score on the miniature of seed 0 ...
-    m_best_miniature_source: str    # ... and which model that was
+    m_best_miniature: float         # a good model's score on the miniature of seed 0
     key: str | None = "id"          # the submission's id column; None: rows are matched by position
     targets: tuple = ()             # the predicted columns; (): all of the sample submission's but the key
     text_targets: bool = False      # any text is a valid prediction

@@ -66,7 +66,7 @@ def score(answers, submission):
 TASK = Task(
     id="NAME", metric="MAE", direction="down", split="SPLIT", source="us",
     download="truth.csv from nowhere", size="1 kB", prepare=prepare, miniature=miniature, score=score,
-    m_init=7.0, m_best=0.0, m_best_source="by hand", m_best_miniature=0.0, m_best_miniature_source="by hand",
+    m_init=7.0, m_best=0.0, m_best_source="by hand", m_best_miniature=0.0,
     published=PUBLISHED)
 '''
 

@@ -74,7 +74,7 @@ def miniature(raw, seed):
 TASK = Task(
     id="toy", metric="MAE", direction="down", split="held-in", source="us",
     download="all.csv of the toy competition", size="1 kB", prepare=prepare, miniature=miniature, score=score,
-    m_init=None, m_best=0.0, m_best_source="algebra", m_best_miniature=0.0, m_best_miniature_source="algebra",
+    m_init=None, m_best=0.0, m_best_source="algebra", m_best_miniature=0.0,
     variants=("first", "last"))
 '''
 TOY_STARTER = '''

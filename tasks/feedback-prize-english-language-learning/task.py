@@ -105,8 +105,7 @@ TASK = Task(
     size="9 MB",
     m_init=0.63564,
     m_best=0.43, m_best_source="the winners' score in participants' reports of the Kaggle competition",
-    m_best_miniature=0.4218,
-    m_best_miniature_source="ridge regression on runs of up to three words and measures of form",
+    m_best_miniature=0.4218,    # ridge regression on runs of up to three words and measures of form
     published={"Qwen-7B-Instruct": (0.6735, 0.6116), "Qwen-32B-Instruct": (0.6273, 0.5783),
                "GPT-4o-mini": (0.6211, 0.5940), "GPT-4o": (0.6435, 0.6098), "DeepSeek-R1": (0.6452, 0.5973),
                "ML-Agent": (0.5910, 0.5777)},

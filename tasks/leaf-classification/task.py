@@ -109,8 +109,7 @@ TASK = Task(
     size="40 MB",
     m_init=0.077067,
     m_best=0.0, m_best_source="first place of Kaggle's private leaderboard",
-    m_best_miniature=0.0576,
-    m_best_miniature_source="logistic regression on roots of the histograms and Fourier magnitudes of the outline",
+    m_best_miniature=0.0576,    # logistic regression on roots of the histograms and Fourier magnitudes of the outline
     published={"Qwen-7B-Instruct": (0.0780, 0.0653), "Qwen-32B-Instruct": (0.0786, 0.0473),
                "GPT-4o-mini": (0.0747, 0.0601), "GPT-4o": (0.0785, 0.0499), "DeepSeek-R1": (0.0761, 0.0540),
                "ML-Agent": (0.0689, 0.0373)},

@@ -110,7 +110,6 @@ TASK = Task(
              "or its whole zip", size="6 MB",
     m_init=0.06461,
     m_best=0.051, m_best_source="first place of Kaggle's private leaderboard",
-    m_best_miniature=0.0576,
-    m_best_miniature_source="histogram gradient boosting of logarithms with volume and distances between atoms",
+    m_best_miniature=0.0576,    # histogram gradient boosting of logarithms with volume and distances between atoms
     gold=0.05589,
 )

@@ -115,8 +115,7 @@ TASK = Task(
     download="train.json.7z of the Kaggle competition statoil-iceberg-classifier-challenge, or its whole zip",
     size="300 MB",
     m_init=None, m_best=0.08227, m_best_source="first place of Kaggle's private leaderboard",
-    m_best_miniature=0.284,
-    m_best_miniature_source="logistic regression with the length, width and brightest pixels of the object",
+    m_best_miniature=0.284,    # logistic regression with the length, width and brightest pixels of the object
     published={"Qwen-7B-Instruct": (0.3093, 0.2683), "Qwen-32B-Instruct": (0.3052, 0.2664),
                "GPT-4o-mini": (0.2908, 0.2719), "GPT-4o": (0.3209, 0.2914), "DeepSeek-R1": (0.2908, 0.2701),
                "ML-Agent": (0.2868, 0.2617)},

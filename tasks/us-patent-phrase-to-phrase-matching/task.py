@@ -96,8 +96,7 @@ TASK = Task(
     download="train.csv of the Kaggle competition us-patent-phrase-to-phrase-matching, or its whole zip", size="2 MB",
     m_init=0.475,
     m_best=0.8782, m_best_source="first place of Kaggle's private leaderboard",
-    m_best_miniature=0.7796,
-    m_best_miniature_source="ridge regression on words, pairs of words, words in common and letters in common",
+    m_best_miniature=0.7796,    # ridge regression on words, pairs of words, words in common and letters in common
     published={"Qwen-7B-Instruct": (0.4700, 0.4859), "Qwen-32B-Instruct": (0.4725, 0.4908),
                "GPT-4o-mini": (0.4695, 0.4905), "GPT-4o": (0.4882, 0.5599), "DeepSeek-R1": (0.4651, 0.4813),
                "ML-Agent": (0.5117, 0.5791)},
