@@ -352,8 +352,7 @@ def hash_files(*paths):
     sha = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                sha.update(block)
+            hashlib.file_digest(stream, lambda: sha)
     return sha.hexdigest()
 
 

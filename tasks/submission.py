@@ -7,9 +7,10 @@ import io
 import math
 import os
 import re
-import stat
 
 import numpy as np
+
+from support.storage import open_regular
 
 MAX_COLUMNS = 10_000        # a file of commas alone would take much memory
 MAX_CLASS = 2.0 ** 63       # scikit-learn takes whole numbers below this for classes
@@ -24,18 +25,14 @@ class InvalidSubmission(ValueError):
 def read_submission(path, limit_bytes):
     """The table in the CSV file at path. No symbolic link is followed and no more than limit_bytes are read."""
     try:
-        # Without O_NONBLOCK a named pipe would hold us up for ever.
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open_regular(path) as stream:
+            data = stream.read(limit_bytes + 1)
+            size = os.fstat(stream.fileno()).st_size
     except OSError as error:
-        raise InvalidSubmission(f"The submission cannot be opened: {error.strerror.lower()}.") from None
-    status = os.fstat(handle)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(handle)
-        raise InvalidSubmission("The submission is not an ordinary file.")
-    with open(handle, "rb") as stream:
-        data = stream.read(limit_bytes + 1)
+        reason = f"cannot be opened: {error.strerror.lower()}" if error.strerror else "is not an ordinary file"
+        raise InvalidSubmission(f"The submission {reason}.") from None
     if len(data) > limit_bytes:
-        raise InvalidSubmission(f"The file has {status.st_size} bytes; at most {limit_bytes} are read.")
+        raise InvalidSubmission(f"The file has {size} bytes; at most {limit_bytes} are read.")
     return _parse(data)
 
 
