@@ -1,16 +1,9 @@
-"""The machine-learning tasks: one folder a task, found by scanning; how they are prepared and graded.
-
-A task is a folder `tasks/<id>/` with
-    problem.md   the statement the agent reads
-    train.py     the starter script the agent improves; reads `data/`, writes `submission.csv`
-    task.py      `TASK = Task(...)`: the figures, and three functions: prepare, miniature, score
-    ideas.json   (if there are any) ways to change the starter, each told in words and as edits; see `ideas`
-The environment variable ML_AGENT_TASKS names more folders of tasks, separated by ":".
+"""The machine-learning tasks, how they are prepared and graded. tasks/README.md says what the folder of a task holds;
+the environment variable ML_AGENT_TASKS names more folders of tasks, separated by ":".
 
     tasks.prepare("leaf-classification")                           # the miniature; raw="DIR" for the real data
     tasks.grade("leaf-classification", "submission.csv")           # a float, or tasks.InvalidSubmission with the reason
 This fills `data/<id>/`: `public` (all the agent may see), `private` (the answers) and `task.json` (see `info`).
-A *miniature* is data of the same form, made up from a seed; its scores do not compare with published ones.
 """
 import difflib
 import fcntl
@@ -150,8 +143,8 @@ def held_out_hashes(data):
 
 
 def refuse_held_out(id, sha256, forbidden):
-    """ValueError if a task or one of its files, {name: sha256}, is held out; also if there is no such task here, as
-    nothing can then be said about it. forbidden: see held_out_hashes."""
+    """ValueError if a task or one of its files, {name: sha256}, is held out or unknown. forbidden: see
+    held_out_hashes."""
     if load(id).split != "held-in":
         raise ValueError(f"{id} is held out: it is for evaluation, and nothing of it may be trained on")
     for name, sha in sha256.items():
@@ -170,11 +163,7 @@ def refuse_held_out_names(ids):
 # ---- Ideas
 
 def ideas(id):
-    """The ideas of the task's ideas.json, in its order; [] where there is no such file.
-
-    An idea is a dict: "title", "kind" (one of IDEA_KINDS), "instruction" (what to do, in words) and "edits", a list of
-    {"find": text, "replace": text} for `apply`. ValueError names the file and the entry that is not like that.
-    """
+    """The ideas of the task's ideas.json, dicts as the error below describes; [] where there is no such file."""
     path = load(id).folder / "ideas.json"
     if not path.exists():
         return []
@@ -215,10 +204,9 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, log=pr
     """Prepares a task into data/id and returns that path; does nothing where that is done already.
 
     raw is the folder with the publisher's files; None makes the miniature of this seed, unless real data are prepared
-    already: those are kept. variant names one of the task's splits; None keeps the one that is there, else takes the
-    first. force prepares again. The starter is run once with the interpreter `python` and its score recorded.
-    log is called with each line of progress. ValueError: unknown task or variant; MissingRaw, which is one: the raw
-    folder holds something else. RuntimeError: the starter fails, or a program is needed to read the files.
+    already. variant names one of the task's splits; None keeps the one that is there, else takes the first. The starter
+    is run once with the interpreter `python` and its score recorded. ValueError: unknown task or variant; MissingRaw,
+    which is one: the raw folder holds something else. RuntimeError: the starter fails, or a package is missing.
     """
     task = load(id)
     home = Path(data).resolve() / id
@@ -333,9 +321,8 @@ def _home(id, data):
 
 
 def info(id, data="data"):
-    """What task.json says of the prepared task: "id", "miniature" (true, or false for real data), "variant", "code" (of
-    `hash_code`), "m_init" (the starter's score), "m_best" and "sha256" ({file: hash}). ValueError where there is none,
-    or not what prepare has written."""
+    """What task.json says of the prepared task, see FACTS; "m_init" is the starter's score, "sha256" {file: hash}.
+    ValueError where there is none, or not what prepare has written."""
     home = _home(id, data)
     try:
         facts = json.loads((home / "task.json").read_bytes())
@@ -378,8 +365,7 @@ def grade(id, path, data="data"):
 
 
 def score_file(task, home, path):
-    """The score of the submission at path for the task prepared in home; NaN or infinity where the metric is not
-    defined for these predictions. Errors as grade's."""
+    """The same for the task prepared in home; NaN or infinity where the metric is not defined for these predictions."""
     limit_bytes = (home / "public" / task.sample).stat().st_size * 4 + (4 << 20)    # numbers in full are 3 times longer
     with GRADING:
         submission = read_submission(path, limit_bytes)

@@ -58,7 +58,7 @@ class Case:
 
 
 def check(id, data, python):
-    """(figures, faults) of the task prepared in data/id: a dict, and a sentence for each fault that was found."""
+    """(figures, faults) of the task prepared in data/id: a dict, and sentences."""
     task = tasks.load(id)
     home = Path(data) / id
     facts = tasks.info(id, data)
@@ -167,8 +167,7 @@ def shared_rows(case):
 
 
 def signals(case):
-    """The position in the test file and the order of the ids do not go with the target. The publisher's own may
-    (known_signal)."""
+    """The position in the test file and the order of the ids do not go with the target."""
     if case.task.known_signal:
         return
     orders = {"position in the test file": range(case.num_rows)}

@@ -1,5 +1,5 @@
-"""The publisher's files: found wherever they lie, streamed, split, and written so that the recorded MD5 sums hold; and
-pictures, zips and slips of spelling for files that are made up."""
+"""The publisher's files, found wherever they lie, split, and written so that the recorded MD5 sums hold; and what
+miniatures are made of."""
 import contextlib
 import functools
 import io
@@ -62,14 +62,14 @@ def misspelt(rng, word):
 
 
 def share_of_test(published, num_rows):
-    """The share of the labelled rows that are the test: the published one, but two fifths of so few rows as only a
-    miniature has, because on a handful of them chance decides which of two models is better."""
+    """The share of the labelled rows that are the test: the published one, but two fifths of a miniature's few rows,
+    because on a handful of them chance decides which of two models is better."""
     return published if num_rows >= FEW_ROWS else 0.4
 
 
 def split_positions(n, fraction, seed=0):
-    """Positions of the train rows and of the test rows, int64 (n - ceil(fraction n),) and (ceil(fraction n),), in the
-    order both are written. This is scikit-learn's shuffled split restated, so that no version of it moves a row."""
+    """Positions of the train rows and of the test rows, in the order both are written. This is scikit-learn's shuffled
+    split restated, so that no version of it moves a row."""
     num_test = math.ceil(fraction * n)
     order = np.random.RandomState(seed).permutation(n)
     return order[num_test:], order[:num_test]
@@ -95,12 +95,9 @@ def readable(path):
 
 
 def raw_files(raw):
-    """Yields (path, open) for every file under raw: loose ones first, then members of zips, each followed by zips
-    inside it.
-
-    path is text with "/" between parts, zips included ("train.csv.zip/train.csv"). open() gives a binary stream and
-    must be called before the next pair is asked for, because archives are closed behind it.
-    """
+    """Yields (path, open) for every file under raw: loose ones first, then members of zips, also of zips inside them,
+    with paths such as "train.csv.zip/train.csv". open() gives a binary stream and must be called before the next pair
+    is asked for, because archives are closed behind it."""
     with readable(raw):
         next(Path(raw).iterdir(), None)         # rglob is silent about a folder that is not there
     files = {path.relative_to(raw).as_posix(): path for path in sorted(Path(raw).rglob("*")) if path.is_file()}

@@ -1,7 +1,5 @@
-"""Submissions: whatever bytes are there become a table {column: [text]}, rows in the answers' order, and numbers.
-
-Everything that can be wrong raises InvalidSubmission with a reason of one sentence.
-"""
+"""Submissions: whatever bytes are there become a table {column: [text]}, rows in the answers' order, and numbers. What
+is wrong raises InvalidSubmission with a reason of one sentence."""
 import csv
 import io
 import math
@@ -66,11 +64,8 @@ def _parse(data):
 
 
 def matched(submission, answers, key, columns, extra=True):
-    """The table of `columns` of the submission, its rows in the order of the answers' ids.
-
-    key is the id column, or None to take the rows as they stand. extra says whether further columns are allowed. Ids
-    may occur more than once where the answers' do; such rows are taken in the order they come.
-    """
+    """The table of `columns` of the submission, its rows in the order of the answers' ids. key: the id column; None
+    takes the rows as they stand. extra: whether further columns are allowed. Rows of one id are taken as they come."""
     # 1. The columns and the number of rows are as expected.
     needed = [key, *columns] if key else list(columns)
     for name in needed:
@@ -110,12 +105,7 @@ def _whole(id):
 
 
 def numbers(table, columns, low=-math.inf, high=math.inf, whole=False, sum_to_one=False):
-    """The columns of a table as float64 (rows, columns). A column may be all of True and False, as pandas has it.
-
-    InvalidSubmission for text, NaN and infinity, values outside [low, high], values that are not whole where they
-    must be, and rows that do not sum to one where they must (within SUM_TOLERANCE). Rows are counted as the answers
-    stand.
-    """
+    """The columns of a table as float64 (rows, columns), all finite. A column may be all of True and False."""
     values = np.empty((len(table[columns[0]]), len(columns)))
     for j, name in enumerate(columns):
         column = table[name]
