@@ -20,7 +20,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Area under the ROC curve of the probabilities."""
     return auc(*paired(answers, submission, "id", ["has_cactus"], low=0, high=1))
 
 

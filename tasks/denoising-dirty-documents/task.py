@@ -39,7 +39,7 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Root of the mean squared error over the pixels of all pages together; values need not be from 0 to 1."""
+    """Over the pixels of all pages together; values need not be from 0 to 1."""
     return rmse(*paired(answers, submission, "id", ["value"]))
 
 

@@ -23,7 +23,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Share of comments that are right, a probability above 0.5 meaning an insult."""
     truth, predicted = paired(answers, submission, "Comment", ["Insult"], low=0, high=1)
     return accuracy(truth, predicted > 0.5)
 

@@ -34,7 +34,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Log loss of the probability of a dog."""
     truth, predicted = paired(answers, submission, "id", ["label"], low=0, high=1)
     return log_loss(truth[:, 0], predicted[:, 0])
 

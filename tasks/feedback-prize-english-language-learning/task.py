@@ -25,7 +25,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Root mean squared error of each rating, averaged over the six."""
     return mcrmse(*paired(answers, submission, "text_id", RATINGS))
 
 

@@ -25,7 +25,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Mean absolute error in dollars."""
     return mae(*paired(answers, submission, "Id", ["SalePrice"]))
 
 

@@ -21,7 +21,7 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Mean of the six AUCs over the rows whose labels do not sum to less than zero."""
+    """Rows without labels have -1 for each."""
     truth, predicted = paired(answers, submission, "id", LABELS, extra=False)
     scored = truth.sum(1) >= 0
     return auc(truth[scored], predicted[scored])

@@ -27,7 +27,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Log loss over the species; exactly the columns of the sample, each row a distribution."""
     species = [name for name in answers if name != "id"]
     return log_loss(*paired(answers, submission, "id", species, extra=False, low=0, high=1, sum_to_one=True))
 

@@ -20,7 +20,7 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Quadratic weighted kappa. Scores must be whole; those outside 1 to 6 count as further classes."""
+    """Scores outside 1 to 6 count as further classes."""
     truth, predicted = paired(answers, submission, "essay_id", ["score"], whole=True)
     return qwk(truth[:, 0], predicted[:, 0])
 

@@ -27,7 +27,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Mean of the two RMSLEs. Rows in the order of test.csv; ids may be there or not."""
     truth, predicted = paired(answers, submission, None, TARGETS, low=0)
     return (rmsle(truth[:, 0], predicted[:, 0]) + rmsle(truth[:, 1], predicted[:, 1])) / 2
 

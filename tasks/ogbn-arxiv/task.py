@@ -34,7 +34,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Share of test nodes whose class is right; rows are matched by position."""
     return accuracy(*paired(answers, submission, None, ["0"], whole=True))
 
 

@@ -29,7 +29,7 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Mean over the four columns of the area under the ROC curve. Only ranks matter, so values may be any numbers."""
+    """Only ranks matter, so values may be any numbers."""
     return auc(*paired(answers, submission, "image_id", TARGETS, extra=False))
 
 

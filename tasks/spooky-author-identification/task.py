@@ -24,7 +24,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Log loss over the three authors; exactly the columns of the sample, each row a distribution."""
     return log_loss(*paired(answers, submission, "id", AUTHORS, extra=False, low=0, high=1, sum_to_one=True))
 
 

@@ -36,7 +36,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Log loss of the probability that it is an iceberg."""
     truth, predicted = paired(answers, submission, "id", ["is_iceberg"], low=0, high=1)
     return log_loss(truth[:, 0], predicted[:, 0])
 

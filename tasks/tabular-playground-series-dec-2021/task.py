@@ -16,7 +16,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Share of rows that are right. Kinds are whole numbers, and 2.0 is 2."""
     return accuracy(*paired(answers, submission, "Id", ["Cover_Type"], whole=True))
 
 

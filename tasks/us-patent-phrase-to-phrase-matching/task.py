@@ -21,7 +21,6 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    """Pearson's correlation."""
     truth, predicted = paired(answers, submission, "id", ["score"])
     return pearson(truth[:, 0], predicted[:, 0])
 
