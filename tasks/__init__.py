@@ -45,8 +45,7 @@ class Task:
     direction: str                  # "up": higher is better, 1 is perfect; "down": lower is better, 0 is perfect
     split: str                      # "held-in" (trained on) or "held-out" (evaluated on)
     source: str                     # whose split and grader this follows: "MLE-bench" or "MLAgentBench"
-    download: str                   # what to get, from where
-    size: str                       # of the download
+    size: str                       # of what to download
     prepare: Callable               # (raw, public, private, variant): the publisher's files -> public and private
     miniature: Callable             # (raw, seed): writes files as the publisher ships them, 300 test rows or more
     score: Callable                 # (answers, submission): two tables {column: [text]} -> float, or InvalidSubmission,
@@ -55,6 +54,8 @@ class Task:
     m_best: float                   # the best known score on the real data ...
     m_best_source: str              # ... and where that figure comes from
     m_best_miniature: float         # a good model's score on the miniature of seed 0
+    kaggle: str = ""                # files of the Kaggle competition of this id, or else ...
+    download: str = ""              # ... what to get, from where
     key: str | None = "id"          # the submission's id column; None: rows are matched by position
     targets: tuple = ()             # the predicted columns; (): all of the sample submission's but the key
     text_targets: bool = False      # any text is a valid prediction
@@ -116,7 +117,9 @@ def _load(folder):
     task = getattr(module, "TASK", None)
     if not isinstance(task, Task) or task.id != folder.name:
         raise ValueError(f"{folder / 'task.py'} must define TASK, a tasks.Task, whose id is the folder's name.")
-    return replace(task, folder=folder, variants=task.variants or (task.source.lower(),))
+    files = f"{task.kaggle} of the Kaggle competition {task.id}, or its whole zip"
+    return replace(task, folder=folder, variants=task.variants or (task.source.lower(),),
+                   download=files if task.kaggle else task.download)
 
 
 def names(which="all"):

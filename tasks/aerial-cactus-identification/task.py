@@ -87,8 +87,7 @@ TASK = Task(
     id="aerial-cactus-identification", metric="AUC", direction="up",
     split="held-in", source="MLE-bench",
     prepare=prepare, miniature=miniature, score=score,
-    download="train.csv and train.zip of the Kaggle competition aerial-cactus-identification, or its whole zip",
-    size="25 MB",
+    kaggle="train.csv and train.zip", size="25 MB",
     m_init=None,
     m_best=1.0, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.951,    # boosted trees on histograms of gradients and mean colours

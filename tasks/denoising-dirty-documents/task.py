@@ -91,8 +91,7 @@ TASK = Task(
     sample="sampleSubmission.csv",
     prepare=prepare, miniature=miniature, score=score,
     known_signal="an id is a place on a page, in its order, and neighbouring pixels are alike",
-    download="train.zip and train_cleaned.zip of the Kaggle competition denoising-dirty-documents, or its whole zip",
-    size="60 MB",
+    kaggle="train.zip and train_cleaned.zip", size="60 MB",
     m_init=0.13934, m_best=0.00416, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.0201,    # boosted trees on a window and the background, fitted to darkened pages too
     published={"Qwen-7B-Instruct": (0.1523, 0.0926), "Qwen-32B-Instruct": (0.1344, 0.0829),

@@ -110,8 +110,7 @@ TASK = Task(
     targets=("Insult",), sample="sample_submission_null.csv", prepare=prepare, miniature=miniature, score=score,
     known_signal="the comment itself is the key, and how it begins tells of the target",
     known_twins="comments have no ids, so the same short one may have been written in both files",
-    download="train.csv and test_with_solutions.csv of the Kaggle competition detecting-insults-in-social-commentary, "
-             "or its whole zip", size="2 MB",
+    kaggle="train.csv and test_with_solutions.csv", size="2 MB",
     m_init=0.82168,
     m_best=0.8625, m_best_source="shipped ideas, measured; Kaggle's leaderboard has the AUC",
     m_best_miniature=0.9967,    # logistic regression on words, pairs of words and character n-grams

@@ -89,7 +89,7 @@ TASK = Task(
     id="dogs-vs-cats-redux-kernels-edition", metric="log loss",
     direction="down", split="held-in", source="MLE-bench", prepare=prepare,
     miniature=miniature, score=score, answers="answers.csv",
-    download="train.zip of the Kaggle competition dogs-vs-cats-redux-kernels-edition, or its whole zip", size="850 MB",
+    kaggle="train.zip", size="850 MB",
     m_init=None,
     m_best=0.03302, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.0081,   # batch-normalised network on grey pictures and their edges, 8 epochs, mirrored at random

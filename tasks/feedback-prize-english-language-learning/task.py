@@ -100,8 +100,7 @@ TASK = Task(
     id="feedback-prize-english-language-learning", metric="MCRMSE",
     direction="down", split="held-in", source="MLAgentBench", key="text_id",
     targets=tuple(RATINGS), answers="answer.csv", prepare=prepare, miniature=miniature, score=score,
-    download="train.csv of the Kaggle competition feedback-prize-english-language-learning, or its whole zip",
-    size="9 MB",
+    kaggle="train.csv", size="9 MB",
     m_init=0.63564,
     m_best=0.43, m_best_source="the winners' score in participants' reports of the Kaggle competition",
     m_best_miniature=0.4218,    # ridge regression on runs of up to three words and measures of form

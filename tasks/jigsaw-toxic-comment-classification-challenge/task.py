@@ -104,8 +104,7 @@ TASK = Task(
     id="jigsaw-toxic-comment-classification-challenge", metric="mean AUC",
     direction="up", split="held-out", source="MLE-bench", targets=tuple(LABELS),
     prepare=prepare, miniature=miniature, score=score,
-    download="train.csv.zip, test.csv.zip, test_labels.csv.zip and sample_submission.csv.zip of the Kaggle competition "
-             "jigsaw-toxic-comment-classification-challenge, or its whole zip", size="55 MB",
+    kaggle="train.csv.zip, test.csv.zip, test_labels.csv.zip and sample_submission.csv.zip", size="55 MB",
     m_init=None,
     m_best=0.98856, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.9714,    # logistic regression on pieces of words spelt plainly, pairs of words and capitals

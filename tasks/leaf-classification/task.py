@@ -104,8 +104,7 @@ TASK = Task(
     id="leaf-classification", metric="log loss", direction="down",
     split="held-out", source="MLE-bench",
     prepare=prepare, miniature=miniature, score=score,
-    download="train.csv.zip and images.zip of the Kaggle competition leaf-classification, or its whole zip",
-    size="40 MB",
+    kaggle="train.csv.zip and images.zip", size="40 MB",
     m_init=0.077067,
     m_best=0.0, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.0576,    # logistic regression on roots of the histograms and Fourier magnitudes of the outline

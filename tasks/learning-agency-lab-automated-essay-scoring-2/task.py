@@ -89,8 +89,7 @@ TASK = Task(
     id="learning-agency-lab-automated-essay-scoring-2", metric="QWK",
     direction="up", split="held-out", source="MLE-bench", key="essay_id", targets=("score",),
     answers="answers.csv", prepare=prepare, miniature=miniature, score=score,
-    download="train.csv of the Kaggle competition learning-agency-lab-automated-essay-scoring-2, or its whole zip",
-    size="36 MB",
+    kaggle="train.csv", size="36 MB",
     m_init=None,
     m_best=0.84128, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.8481,    # ridge regression on words and measures of form, stretched

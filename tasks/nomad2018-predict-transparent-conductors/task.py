@@ -105,8 +105,7 @@ TASK = Task(
     prepare=prepare, miniature=miniature, score=score,
     known_twins="147 of the 240 test rows have all columns of train.csv in common with a training row: the table says "
                 "little of a crystal, and only the geometries tell them apart",
-    download="train.csv.zip and train.zip of the Kaggle competition nomad2018-predict-transparent-conductors, "
-             "or its whole zip", size="6 MB",
+    kaggle="train.csv.zip and train.zip", size="6 MB",
     m_init=0.06461,
     m_best=0.051, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.0576,    # histogram gradient boosting of logarithms with volume and distances between atoms

@@ -95,8 +95,7 @@ TASK = Task(
     id="plant-pathology-2020-fgvc7", metric="mean AUC", direction="up",
     split="held-in", source="MLE-bench", key="image_id", prepare=prepare,
     miniature=miniature, score=score,
-    download="train.csv and images of the Kaggle competition plant-pathology-2020-fgvc7, or its whole zip",
-    size="800 MB",
+    kaggle="train.csv and images", size="800 MB",
     m_init=None,
     m_best=0.98445, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.936,    # 200 deep trees of a random forest on histograms of colour and relative brightness

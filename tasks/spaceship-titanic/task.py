@@ -72,7 +72,7 @@ TASK = Task(
     split="held-in", source="MLAgentBench", variants=("mlagentbench", "mle-bench"), key="PassengerId",
     targets=("Transported",), prepare=prepare, miniature=miniature, score=score,
     known_signal="PassengerId names travel groups, whose members often share their fate, as in the publisher's data",
-    download="train.csv of the Kaggle competition spaceship-titanic, or its whole zip", size="1 MB",
+    kaggle="train.csv", size="1 MB",
     m_init=0.78781,
     m_best=0.82815, m_best_source="first place of Kaggle's leaderboard",
     m_best_miniature=0.8767,    # logistic regression on square roots of the amounts, deck and side

@@ -94,7 +94,7 @@ TASK = Task(
     id="spooky-author-identification", metric="log loss", direction="down",
     split="held-out", source="MLE-bench", targets=tuple(AUTHORS),
     prepare=prepare, miniature=miniature, score=score,
-    download="train.zip of the Kaggle competition spooky-author-identification, or its whole zip", size="2 MB",
+    kaggle="train.zip", size="2 MB",
     m_init=0.4615,
     m_best=0.02467, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.219,    # logistic regression on runs of up to three words and character n-grams

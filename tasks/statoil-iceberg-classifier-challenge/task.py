@@ -111,8 +111,7 @@ TASK = Task(
     id="statoil-iceberg-classifier-challenge", metric="log loss",
     direction="down", split="held-out", source="MLE-bench", targets=("is_iceberg",),
     prepare=prepare, miniature=miniature, score=score,
-    download="train.json.7z of the Kaggle competition statoil-iceberg-classifier-challenge, or its whole zip",
-    size="300 MB",
+    kaggle="train.json.7z", size="300 MB",
     m_init=None, m_best=0.08227, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.284,    # logistic regression with the length, width and brightest pixels of the object
     published={"Qwen-7B-Instruct": (0.3093, 0.2683), "Qwen-32B-Instruct": (0.3052, 0.2664),

@@ -92,7 +92,7 @@ TASK = Task(
     id="us-patent-phrase-to-phrase-matching", metric="Pearson correlation",
     direction="up", split="held-out", source="MLE-bench", targets=("score",), prepare=prepare,
     miniature=miniature, score=score,
-    download="train.csv of the Kaggle competition us-patent-phrase-to-phrase-matching, or its whole zip", size="2 MB",
+    kaggle="train.csv", size="2 MB",
     m_init=0.475,
     m_best=0.8782, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.7796,    # ridge regression on words, pairs of words, words in common and letters in common

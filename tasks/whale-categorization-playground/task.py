@@ -120,8 +120,7 @@ TASK = Task(
     id="whale-categorization-playground", metric="MAP@5", direction="up",
     split="held-out", source="MLE-bench", key="Image", targets=("Id",), text_targets=True,
     prepare=prepare, miniature=miniature, score=score,
-    download="train.csv and train.zip of the Kaggle competition whale-categorization-playground, or its whole zip",
-    size="700 MB",
+    kaggle="train.csv and train.zip", size="700 MB",
     m_init=None,
     m_best=0.78563, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.599,    # discriminant directions of shifted copies at 24 x 12 pixels, the best fit of all shifts
