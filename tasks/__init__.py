@@ -34,6 +34,7 @@ IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentati
               "validation")
 MINIATURE_S = 6             # seconds of processor time of one script on a miniature, where ...
 STARTER_S = 2               # ... the slowest starter takes so many: more on a slower machine, see env.Env.allowed_s
+TABLE_1 = "Qwen-7B-Instruct", "Qwen-32B-Instruct", "GPT-4o-mini", "GPT-4o", "DeepSeek-R1", "ML-Agent"     # of the paper
 FOLDERS = [Path(__file__).parent, *map(Path, filter(None, os.environ.get("ML_AGENT_TASKS", "").split(":")))]
 GRADING = threading.Lock()  # one submission is graded at a time: tables of text can take much memory
 
@@ -90,6 +91,11 @@ class Task:
     def better(self, a, b):
         """Whether score a beats score b."""
         return a > b if self.direction == "up" else a < b
+
+
+def table_1(*scores):
+    """{model: its scores}, for the models of the paper's Table 1 in its order."""
+    return dict(zip(TABLE_1, scores, strict=True))
 
 
 # ---- The registry

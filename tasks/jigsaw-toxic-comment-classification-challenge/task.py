@@ -6,7 +6,7 @@ scored. What differs from MLE-bench: columns are told by name, not by position.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, auc, paired, raw_csv, write_csv
+from tasks import Task, auc, paired, raw_csv, table_1, write_csv
 
 LABELS = ["toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate"]
 
@@ -108,8 +108,7 @@ TASK = Task(
     m_init=None,
     m_best=0.98856, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.9714,    # logistic regression on pieces of words spelt plainly, pairs of words and capitals
-    published={"Qwen-7B-Instruct": (0.9746, 0.9752), "Qwen-32B-Instruct": (0.9751, 0.9753),
-               "GPT-4o-mini": (0.9744, 0.9752), "GPT-4o": (0.9751, 0.9752), "DeepSeek-R1": (0.9752, 0.9752),
-               "ML-Agent": (0.9753, 0.9763)},
+    published=table_1((0.9746, 0.9752), (0.9751, 0.9753), (0.9744, 0.9752),
+                      (0.9751, 0.9752), (0.9752, 0.9752), (0.9753, 0.9763)),
     gold=0.9874,
 )

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from tasks import (
-    Task, copy_raw_folder, jpeg, log_loss, paired, raw_csv, share_of_test, split_positions, split_rows, write_csv,
-    write_zip)
+    Task, copy_raw_folder, jpeg, log_loss, paired, raw_csv, share_of_test, split_positions, split_rows, table_1,
+    write_csv, write_zip)
 
 FEATURES = [f"{group}{i}" for group in ("margin", "shape", "texture") for i in range(1, 65)]
 
@@ -108,8 +108,7 @@ TASK = Task(
     m_init=0.077067,
     m_best=0.0, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.0576,    # logistic regression on roots of the histograms and Fourier magnitudes of the outline
-    published={"Qwen-7B-Instruct": (0.0780, 0.0653), "Qwen-32B-Instruct": (0.0786, 0.0473),
-               "GPT-4o-mini": (0.0747, 0.0601), "GPT-4o": (0.0785, 0.0499), "DeepSeek-R1": (0.0761, 0.0540),
-               "ML-Agent": (0.0689, 0.0373)},
+    published=table_1((0.0780, 0.0653), (0.0786, 0.0473), (0.0747, 0.0601),
+                      (0.0785, 0.0499), (0.0761, 0.0540), (0.0689, 0.0373)),
     gold=0.0,
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tasks import MissingRaw, Task, log_loss, paired, raw_files, readable, split_positions, write_csv
+from tasks import MissingRaw, Task, log_loss, paired, raw_files, readable, split_positions, table_1, write_csv
 
 SIDE = 75
 GIVEN = ["id", "band_1", "band_2", "inc_angle"]     # what a test record keeps
@@ -114,8 +114,7 @@ TASK = Task(
     kaggle="train.json.7z", size="300 MB",
     m_init=None, m_best=0.08227, m_best_source="first place of Kaggle's private leaderboard",
     m_best_miniature=0.284,    # logistic regression with the length, width and brightest pixels of the object
-    published={"Qwen-7B-Instruct": (0.3093, 0.2683), "Qwen-32B-Instruct": (0.3052, 0.2664),
-               "GPT-4o-mini": (0.2908, 0.2719), "GPT-4o": (0.3209, 0.2914), "DeepSeek-R1": (0.2908, 0.2701),
-               "ML-Agent": (0.2868, 0.2617)},
+    published=table_1((0.3093, 0.2683), (0.3052, 0.2664), (0.2908, 0.2719),
+                      (0.3209, 0.2914), (0.2908, 0.2701), (0.2868, 0.2617)),
     gold=0.11374,
 )
