@@ -51,10 +51,9 @@ class Task:
     miniature: Callable             # (raw, seed): writes files as the publisher ships them, 300 test rows or more
     score: Callable                 # (answers, submission): two tables {column: [text]} -> float, or InvalidSubmission,
                                     # for what is in the submission, never for how it compares with the answers
-    m_init: float | None            # the starter's score on the real data, first variant; None: not measured
-    m_best: float                   # the best known score on the real data ...
-    m_best_source: str              # ... and where that figure comes from
+    m_best: float                   # the best known score on the real data
     m_best_miniature: float         # a good model's score on the miniature of seed 0
+    m_init: float | None = None     # the starter's score on the real data, first variant; None: not measured
     kaggle: str = ""                # files of the Kaggle competition of this id, or else ...
     download: str = ""              # ... what to get, from where
     key: str | None = "id"          # the submission's id column; None: rows are matched by position
@@ -66,6 +65,7 @@ class Task:
     known_twins: str = ""           # why train and test share rows in the publisher's own data, where they do
     variants: tuple = ()            # names of splits, the first the default; (): one, named after the source
     published: dict = field(default_factory=dict)   # Table 1: model -> (average, best) of 8, accuracies from 0 to 1
+    m_best_source: str = ""         # where that figure comes from; "": Kaggle's first place
     gold: float | None = None       # the score of Kaggle's gold medal, where it is of this metric
     alpha: float = 8.0              # the reward's slope
     time_limit_s: float = 600.0     # of one script
@@ -123,9 +123,10 @@ def _load(folder):
     task = getattr(module, "TASK", None)
     if not isinstance(task, Task) or task.id != folder.name:
         raise ValueError(f"{folder / 'task.py'} must define TASK, a tasks.Task, whose id is the folder's name.")
-    files = f"{task.kaggle} of the Kaggle competition {task.id}, or its whole zip"
-    return replace(task, folder=folder, variants=task.variants or (task.source.lower(),),
-                   download=files if task.kaggle else task.download)
+    if task.kaggle:
+        task = replace(task, download=f"{task.kaggle} of the Kaggle competition {task.id}, or its whole zip",
+                       m_best_source=task.m_best_source or "first place of Kaggle's private leaderboard")
+    return replace(task, folder=folder, variants=task.variants or (task.source.lower(),))
 
 
 def names(which="all"):

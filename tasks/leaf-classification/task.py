@@ -106,7 +106,7 @@ TASK = Task(
     prepare=prepare, miniature=miniature, score=score,
     kaggle="train.csv.zip and images.zip", size="40 MB",
     m_init=0.077067,
-    m_best=0.0, m_best_source="first place of Kaggle's private leaderboard",
+    m_best=0.0,
     m_best_miniature=0.0576,    # logistic regression on roots of the histograms and Fourier magnitudes of the outline
     published=table_1((0.0780, 0.0653), (0.0786, 0.0473), (0.0747, 0.0601),
                       (0.0785, 0.0499), (0.0761, 0.0540), (0.0689, 0.0373)),

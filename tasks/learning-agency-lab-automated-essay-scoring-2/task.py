@@ -90,8 +90,7 @@ TASK = Task(
     direction="up", split="held-out", source="MLE-bench", key="essay_id", targets=("score",),
     answers="answers.csv", prepare=prepare, miniature=miniature, score=score,
     kaggle="train.csv", size="36 MB",
-    m_init=None,
-    m_best=0.84128, m_best_source="first place of Kaggle's private leaderboard",
+    m_best=0.84128,
     m_best_miniature=0.8481,    # ridge regression on words and measures of form, stretched
     published=table_1((0.7422, 0.7545), (0.7464, 0.7615), (0.7386, 0.7441),
                       (0.7437, 0.7484), (0.7336, 0.7488), (0.7472, 0.7693)),

@@ -73,6 +73,6 @@ TASK = Task(
     prepare=prepare, miniature=miniature, score=score,
     known_signal="nodes lie in the order of their ids in the Microsoft Academic Graph, which may go with the subject",
     download="arxiv.zip of the Open Graph Benchmark (data set ogbn-arxiv), packed or unpacked", size="80 MB",
-    m_init=None, m_best=0.7803, m_best_source="language models and RevGAT (SimTeG), arXiv 2308.02565",
+    m_best=0.7803, m_best_source="language models and RevGAT (SimTeG), arXiv 2308.02565",
     m_best_miniature=0.89,    # network of 128 units on features averaged over neighbours, learning rate 0.01
 )

@@ -112,7 +112,7 @@ TASK = Task(
     direction="down", split="held-out", source="MLE-bench", targets=("is_iceberg",),
     prepare=prepare, miniature=miniature, score=score,
     kaggle="train.json.7z", size="300 MB",
-    m_init=None, m_best=0.08227, m_best_source="first place of Kaggle's private leaderboard",
+    m_best=0.08227,
     m_best_miniature=0.284,    # logistic regression with the length, width and brightest pixels of the object
     published=table_1((0.3093, 0.2683), (0.3052, 0.2664), (0.2908, 0.2719),
                       (0.3209, 0.2914), (0.2908, 0.2701), (0.2868, 0.2617)),
