@@ -65,7 +65,7 @@ class Task:
     known_twins: str = ""           # why train and test share rows in the publisher's own data, where they do
     variants: tuple = ()            # names of splits, the first the default; (): one, named after the source
     published: dict = field(default_factory=dict)   # Table 1: model -> (average, best) of 8, accuracies from 0 to 1
-    m_best_source: str = ""         # where that figure comes from; "": Kaggle's first place
+    m_best_source: str = ""         # where m_best comes from; "": Kaggle's first place
     gold: float | None = None       # the score of Kaggle's gold medal, where it is of this metric
     alpha: float = 8.0              # the reward's slope
     time_limit_s: float = 600.0     # of one script

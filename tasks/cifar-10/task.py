@@ -43,8 +43,6 @@ def score(answers, submission):
     return accuracy(truth.argmax(1), predicted.argmax(1))
 
 
-# -------------------------------------------------------------------------------------------------- reading the pickles
-
 ARRAYS = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
           ("numpy", "dtype"), ("_codecs", "encode")}
 
@@ -96,8 +94,6 @@ def _images(name, batch, num_classes):
 def _text(value):
     return value.decode() if isinstance(value, bytes) else value
 
-
-# ------------------------------------------------------------------------------------------------------------ miniature
 
 def miniature(raw, seed):
     """5 x 100 images to train on and 300 to test on. A class is one of five shapes in a cold or a warm colour."""
