@@ -56,11 +56,7 @@ class Settings:
     model: str = "tiny"             # checkpoint folder; tiny: random weights, without a peer
     json: str = ""                  # also write the figures to this file
     batches: tuple[int, ...] = (1, 8)   # rows sampled together
-    prompt_tokens: int = 32         # of each row's prompt
     new_tokens: int = 48            # sampled for each row
-    edit_tokens: int = 96           # of a reply that edits a script, at most
-    state_tokens: int = 1000        # of the prompt that prefill reads
-    train_tokens: int = 1024        # of the packed row that is trained on
     longest_state: int = 4000       # that update measures
     repeats: int = 3                # runs of each; the median counts
     dtype: str = "float32"          # float32 or bfloat16, ours and the peer's
@@ -70,6 +66,11 @@ class Settings:
     script_seconds: float = 1.0     # that a task's script takes, in rl
     dry: bool = False               # gpu: tiny shapes on a CPU, which tries the code
     seconds: float = 440            # of gpu, after which no further part begins
+
+
+PROMPT_TOKENS = 32      # of each row's prompt that decode reads
+STATE_TOKENS = 1000     # of the prompt that prefill reads
+TRAIN_TOKENS = 1024     # of the packed row that is trained on
 
 
 def alternate(runs, repeats, warm=True):
@@ -134,7 +135,7 @@ def random_prompts(engine, num, length):
 def decode(s):
     """Greedy tokens/s of whole calls, prompt included: Engine.generate without drafts against generate of
     transformers."""
-    engine = open_engine(s, rows=max(s.batches), context=s.prompt_tokens + s.new_tokens)
+    engine = open_engine(s, rows=max(s.batches), context=PROMPT_TOKENS + s.new_tokens)
     engine.tokenizer.eos = set()            # every row samples new_tokens
     engine.draft = False
     limit = read_bandwidth(engine.device) / streamed_bytes(engine.model)       # decoding steps a second
@@ -142,7 +143,7 @@ def decode(s):
         engine.model)           # of fp32 weights half the bytes may be read: support/cpu_linear.py
     peer = open_peer(s, engine.device)
     for B in s.batches:
-        prompts = random_prompts(engine, B, s.prompt_tokens)
+        prompts = random_prompts(engine, B, PROMPT_TOKENS)
 
         def ours():
             engine.forget()                 # no prefix cached by an earlier run
@@ -167,8 +168,8 @@ def decode(s):
 def prefill(s):
     """Seconds to the first token of one reply to a long prompt, and of eight; limit: its products at the machine's best
     rate."""
-    engine = open_engine(s, rows=8, context=s.state_tokens + 1)
-    prompts = random_prompts(engine, 1, s.state_tokens)
+    engine = open_engine(s, rows=8, context=STATE_TOKENS + 1)
+    prompts = random_prompts(engine, 1, STATE_TOKENS)
     peer = open_peer(s, engine.device)
 
     def ours(n):
@@ -181,8 +182,8 @@ def prefill(s):
         runs["transformers"] = lambda: ask_peer(peer, prompts, 1)
     seconds = alternate(runs, s.repeats)
     layers = sum(p.numel() for p in engine.model.model.layers.parameters())
-    limit = s.state_tokens * 2 * layers * seconds["product"] / (2 * 2048 ** 3)
-    yield {"prompt tokens": s.state_tokens, **{f"{name} s": t for name, t in seconds.items() if name != "product"},
+    limit = STATE_TOKENS * 2 * layers * seconds["product"] / (2 * 2048 ** 3)
+    yield {"prompt tokens": STATE_TOKENS, **{f"{name} s": t for name, t in seconds.items() if name != "product"},
            "8 over 1": seconds["8 replies"] / seconds["1 reply"],
            **({"ratio": seconds["transformers"] / seconds["1 reply"]} if peer else {}),
            "limit s": limit, "share of the limit": limit / seconds["1 reply"]}
@@ -220,7 +221,7 @@ def edit(s):
     stories = [[{"role": "user", "content": NOTHING.format(theme)}] for theme in THEMES]
     engine = open_engine(s, rows=8, context=4096)
     peer = open_peer(s, engine.device)
-    for name, prompts, options in (("edits", edits, dict(temperature=0, max_new_tokens=s.edit_tokens, stop="\n```\n")),
+    for name, prompts, options in (("edits", edits, dict(temperature=0, max_new_tokens=96, stop="\n```\n")),
                                    ("stories", stories, dict(temperature=1, max_new_tokens=s.new_tokens))):
         for B in (1, 2, 4, 8):
             chosen = prompts[:max(4, B)]
@@ -407,13 +408,13 @@ def config_of(s, **tiny):
     return Config.from_pretrained(folder), folder
 
 
-def packed_row(s, config):
+def packed_row(config):
     """A PackedRow of four texts of random tokens: of each the last third is learned."""
     g = torch.Generator().manual_seed(0)
-    n = s.train_tokens // 4
+    n = TRAIN_TOKENS // 4
     examples = [(torch.randint(min(config.vocab_size, 150000), (n + 1,), generator=g).tolist(),
                  [i > 2 * n // 3 for i in range(n + 1)]) for _ in range(4)]
-    return distributed.packed_rows(examples, range(4), 0, 1, s.train_tokens)[0]
+    return distributed.packed_rows(examples, range(4), 0, 1, TRAIN_TOKENS)[0]
 
 
 def fine_tuning(s):
@@ -425,7 +426,7 @@ def fine_tuning(s):
     compute = getattr(torch, s.dtype)
     config, folder = config_of(s, num_hidden_layers=4)
     model = distributed.build_model(config, folder, device, recompute=False, compute=compute)
-    row = packed_row(s, config)
+    row = packed_row(config)
     tokens, lengths, targets = row.inputs(device)
     targets = torch.as_tensor(targets)
     num = int((targets != IGNORE).sum())
