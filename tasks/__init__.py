@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Callable
 
 from support import sandbox
+from support.files import FLAG, NUMBER, TEXT, is_text, one_of, parse_json
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
     MissingRaw, copy_raw, copy_raw_folder, jpeg, misspelt, raw_csv, raw_files, readable, share_of_test, split_positions,
@@ -172,25 +173,19 @@ def refuse_held_out_names(ids):
 
 # ---- Ideas
 
+IDEA = {"title": TEXT, "kind": one_of(*IDEA_KINDS), "instruction": TEXT,
+        "edits": [{"find": ("a text of some length", lambda value: is_text(value) and value), "replace": TEXT}]}
+
+
 def ideas(id):
-    """The ideas of the task's ideas.json, dicts as the error below describes; [] where there is no such file."""
+    """The ideas of the task's ideas.json, of the form IDEA; [] where there is no such file."""
     path = load(id).folder / "ideas.json"
     if not path.exists():
         return []
-    titles = set()
-    try:
-        entries = list(json.loads(path.read_text(encoding="utf-8")))
-        for idea in entries:
-            edits = [edit[name] for edit in idea["edits"] for name in ("find", "replace")]
-            is_text = all(isinstance(text, str) for text in (idea["title"], idea["instruction"], *edits))
-            if not is_text or idea["title"] in titles or idea["kind"] not in IDEA_KINDS or "" in (edits or [""])[::2]:
-                raise ValueError("a value is none of those allowed")
-            titles.add(idea["title"])
-    except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{path} must hold a list of ideas, each with a title of its own, an instruction, a kind "
-                         f"({', '.join(IDEA_KINDS)}) and edits, a list of {{find, replace}}. "
-                         f"Entry {len(titles) + 1} is not like that ({error}).") from None
-    return entries
+    found = parse_json(path.read_bytes(), [IDEA], path)
+    if len({idea["title"] for idea in found if idea["edits"]}) < len(found):
+        raise ValueError(f"{path}: each idea must have edits, and a title of its own")
+    return found
 
 
 def apply(script, idea):
@@ -319,8 +314,7 @@ def run_starter(task, home, python=sys.executable, script=None):
 
 # ---- What is prepared
 
-FACTS = {"id": str, "miniature": bool, "variant": str, "code": str, "m_init": (int, float), "m_best": (int, float),
-         "sha256": dict}
+FACTS = {"miniature": FLAG, "variant": TEXT, "code": TEXT, "m_init": NUMBER, "m_best": NUMBER, "sha256": {str: TEXT}}
 
 
 def _home(id, data):
@@ -335,13 +329,10 @@ def info(id, data="data"):
     ValueError where there is none, or not what prepare has written."""
     home = _home(id, data)
     try:
-        facts = json.loads((home / "task.json").read_bytes())
-        valid = facts["id"] == home.name and all(isinstance(facts[name], kind) for name, kind in FACTS.items())
-    except (ValueError, LookupError, TypeError, RecursionError):
-        valid = False
-    if not valid:
-        raise ValueError(f"{home}/task.json is not what prepare has written. Delete {home} and prepare the task again.")
-    return facts
+        return parse_json((home / "task.json").read_bytes(), {**FACTS, "id": one_of(home.name)}, "task.json")
+    except ValueError:
+        raise ValueError(f"{home}/task.json is not what prepare has written. Delete {home} and prepare the task "
+                         "again.") from None
 
 
 def hash_files(*paths):

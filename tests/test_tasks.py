@@ -273,12 +273,12 @@ def test_ideas_are_read_and_applied(toy):
     {"edits": [{"find": "x"}]}, {"edits": "x"}])
 def test_an_idea_that_is_not_one_is_named_with_its_file(toy, change):
     with_ideas(toy, [IDEAS[0], {**IDEAS[1], **change}])
-    with pytest.raises(ValueError, match="ideas.json must hold a list of ideas, each with a title .* Entry 2 is not"):
+    with pytest.raises(ValueError, match="ideas.json(, entry 1, |: each idea must have edits, and a title of its own)"):
         tasks.ideas("toy")
 
 
 def test_a_file_that_is_no_list_of_ideas(toy):
-    for text, reason in (("3", "must hold a list"), ("[", "must hold a list"), ("[3]", "Entry 1 is not")):
+    for text, reason in (("3", "expected a list"), ("[", "ideas.json is not JSON"), ("[3]", "entry 0: expected an object")):
         (toy / "ideas.json").write_text(text)
         with pytest.raises(ValueError, match=reason):
             tasks.ideas("toy")
