@@ -1160,11 +1160,15 @@ class Env:
             folder = Path(tempfile.mkdtemp(prefix="ml-agent-run-")).resolve()       # as the script sees it
             try:
                 # 1. The script runs in a folder of its own.
+                stamps = stamps_of(self.public)
                 storage.build_folder(folder, before, self.blobs, self.public)
                 result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=gpu,
                                  cpu_s=self.allowed_s * self.threads,
                                  memory_bytes=self.task.memory_limit_bytes, threads=self.threads,
                                  sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"])
+                if stamps_of(self.public) != stamps:
+                    raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
+                                       f"python -m tasks prepare {self.task.id} --force")
                 outcome = result.outcome
                 detail = result.detail
                 # 2. The files that it left are stored.
@@ -1200,6 +1204,13 @@ def comes_again(result):
         return result.limit in ("memory", "processes") or result.limit == "cpu" and result.warm
     # a signal may be the kernel's, for lack of memory
     return result.exit_code >= 0 and result.outcome != "disk full"
+
+
+def stamps_of(folder):
+    """Returns names, sizes and times of a folder's entries, to see that a script has written to shared data."""
+    with os.scandir(folder) as entries:
+        states = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
 # ---- Playing with a policy: one trajectory, and many at a time

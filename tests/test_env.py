@@ -302,11 +302,16 @@ print(sorted(os.listdir('data')))
     assert sorted(os.listdir(tmp_path / "data" / "made" / "public")) == ["images", "link.csv", "train.csv"]
 
 
-def test_script_that_changes_public_data_gets_an_error(make):
+def test_script_that_changes_public_data_stops_us(make, tmp_path):
+    spoil = "open('data/train.csv', 'w').write('spoiled')"
     env = make()
-    put(env, spoil="open('data/train.csv', 'w').write('spoiled')")
+    put(env, spoil=spoil)
     step = run(env, "spoil.py")
     assert step.outcome == "error" and "Errno" in step.observation
+    env = make(sandbox="off")
+    put(env, spoil=spoil)
+    with pytest.raises(RuntimeError, match="changed the public data"):
+        run(env, "spoil.py")
 
 
 # -------------------------------------------------------------------------------------------------------------- actions
