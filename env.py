@@ -1351,6 +1351,8 @@ def prepare_tasks(cfg, seeds=(0,)):
             raw = Path(raw, id)
         is_real = raw or Path(cfg.data, id, "task.json").is_file() and not tasks.info(id, cfg.data)["miniature"]
         jobs += [(cfg, id, raw, seed) for seed in ((0,) if is_real else seeds)]
+    if len(jobs) == 1:        # in this thread, where a request to end removes what is half prepared
+        return [prepare_task(*jobs[0])]
     return run_parallel(jobs, prepare_task, SLOTS.cpus)
 
 

@@ -9,7 +9,7 @@
     python eval.py --compare runs/a,runs/b --reference runs/b        # runs nothing: draws what was run before
 
 --out receives results.json (settings, versions, every score), trajectories/TASK-K.jsonl (a line a step, which
-`python env.py replay FILE` runs again), blobs/ (the files of every step) and report.html, a page that shows all of it.
+`python env.py replay FILE` runs again), blobs/ (the files of every step) and report.html, a page of scores and steps.
 Ctrl-C keeps what is done; the same command goes on from there.
 """
 import functools, json, math, random, re
@@ -92,7 +92,7 @@ class Settings(AgentSettings):
         if self.states and (self.scaffold != "ml-agent" or self.coder not in ("model", "none")
                             or not (self.model or self.record_states)):
             raise ValueError("--states needs --model or --record-states, takes no --coder, and measures actions of the "
-                             f"scaffold ml-agent alone, found {self.scaffold}")
+                             f"scaffold ml-agent alone, found {self.scaffold} and --coder {self.coder}")
         for spec in filter(endpoint.is_server, (self.model, self.coder)):
             endpoint.address(spec)
         if self.scaffold != SCAFFOLDS[0] and self.model in ("", RANDOM):
@@ -611,6 +611,9 @@ def evaluate(cfg, agents=None, load=sample.load, exports=None):
     folders = {name: agent.out for name, agent in agents.items()}
     trained = cfg.exports or ([] if cfg.task else [folder for folder, _ in MADE.values()])
     with folder_lock(cfg.out, "eval.py"):
+        if exports and trajectory_files(cfg.out):
+            raise ValueError(f"{cfg.out} holds an evaluation, whose report.html the series would replace; give another "
+                             "--out")
         try:
             return [{"name": name, "results": evaluate_agent(agent, cfg.out, load)} for name, agent in agents.items()]
         finally:
@@ -717,7 +720,8 @@ def run(cfg):
     print("\n" + format_report(evaluate(cfg, agents, exports=taken)))
     if not agents and not cfg.model:
         print(NO_MODEL)
-    print(f"\nWritten to {cfg.out}: report.html, and there or below the scores, results.json")
+    series = ", exports.json" if cfg.exports else ""
+    print(f"\nWritten to {cfg.out}: report.html{series}, and there or below the scores, results.json")
 
 
 if __name__ == "__main__":

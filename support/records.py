@@ -59,6 +59,8 @@ def fill_forms(step_class, agent_format, outcomes, scaffolds):
     """Fills FORMS with what the words of the environment allow. agent_format: see env.AGENT_FORMAT."""
     printed = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
     FORMS["header"] = {name: agent_format[name] for name in AGENT if name in agent_format} | {
+        "actions": ("a list of actions", lambda value: value == [] or agent_format["actions"][1](value)),
+        "steps": up_to(1 << 53),
         "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "seconds": POSITIVE, "python": maybe(TEXT),
         "gpu": maybe(TEXT), "threads": up_to(1 << 20), "sandbox": TEXT, "news": TEXT, "change": LAST_CHANGE,
         "best_printed": maybe(FINITE), "best_script": maybe(TEXT), "tried": [CHANGE], "tries": [TEXT],
