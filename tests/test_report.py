@@ -87,9 +87,9 @@ def shown(path):
     return json.loads(Elements(text).all("script", id="data")[0].text, parse_constant=refuse)
 
 
-def drawn(path, at=""):
-    """The page after its script has run in node. at: "#HASH"."""
-    done = subprocess.run([NODE, Path(__file__).with_name("dom.js"), path, at], capture_output=True, text=True)
+def drawn(path, *choices):
+    """The page after its script has run in node. choices: "#HASH", and "SELECT=VALUE" for what is picked."""
+    done = subprocess.run([NODE, Path(__file__).with_name("dom.js"), path, *choices], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return Elements(done.stdout)
 
@@ -169,10 +169,20 @@ def test_a_link_opens_a_trajectory_at_a_step(path):
 
 
 @needs_node
-def test_a_link_to_nothing_opens_nothing(path):
-    for link in ("#", "#%", "#none-0", "#?task=tiny-task"):
-        boxes = drawn(path, link).all("details", class_="trajectory")
-        assert len(boxes) == 4 and not any("open" in box.attributes for box in boxes)
+def test_filters(path):
+    def visible(*choices):
+        page = drawn(path, *choices)
+        boxes = page.all("details", class_="trajectory")
+        names = [page.texts("b", box)[0] for box in boxes if "hidden" not in box.attributes]
+        assert page.texts("span", page.all("h2")[-1])[0] == f"{len(names)} of {len(boxes)}"
+        return names
+    assert len(visible("#")) == len(visible("#%")) == len(visible("#none-0")) == 4
+    assert visible("#?task=tiny-task&outcome=failed") == ["tiny-task-1", "tiny-task-3"]
+    assert visible("#?outcome=better&more=none") == visible("", "outcome=better") == [
+        "tiny-task-0", "tiny-task-2"]
+    page = drawn(path)
+    options = {pick.attributes["name"]: page.texts("option", pick) for pick in page.all("select")}
+    assert options == {"task": ["any task", "tiny-task"], "outcome": ["any outcome", "better", "failed"]}
 
 
 @needs_node
@@ -582,7 +592,7 @@ def outline(page):
 @browser
 @needs_node
 def test_a_browser_shows_what_node_shows(path):
-    for at in ("#none-0", "#tiny-task-0-1"):
+    for at in ("#?outcome=failed", "#tiny-task-0-1"):
         page, said = opened(path, at)
         assert said == [] and outline(page) == outline(drawn(path, at))
     assert len(page.all("section", class_="step")) == 4
