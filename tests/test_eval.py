@@ -556,6 +556,7 @@ def test_the_exports_of_two_runs_are_a_series_of_points(exported, monkeypatch, c
     argv = ["--exports", "runs/rl,runs/episode", "--trajectories=2", "--coder=none", "--out", "runs/curve"]
     assert evaluation.main(argv) == 0
     results = Path("runs/curve/exports.json")
+    assert not Path("runs/curve/results.json").exists()
     points = json.loads(results.read_text())
     assert points["complete"] and "runs/rl, 4" in capsys.readouterr().out
     figures = [[point[name] for name in ("run", "iteration", "updates", "seconds", "scripts", "tokens")]
@@ -585,6 +586,15 @@ def test_exports_that_make_no_series_are_one_sentence(argv, words, exported, cap
     with pytest.raises(SystemExit) as end:
         evaluation.main(argv)
     assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_series_does_not_replace_an_evaluation(exported, capsys):
+    """Its report belongs to the trajectories beside it."""
+    for name in ("trajectories/tiny-task-0.jsonl", "report.html"):
+        files.write_atomic(Path("runs/held", name), {})
+    assert evaluation.main(["--exports", "runs/rl", "--out", "runs/held", "--trajectories=1"]) == 2
+    assert "runs/held holds an evaluation" in capsys.readouterr().err
+    assert json.loads(Path("runs/held/report.html").read_text()) == {}
 
 
 def test_a_log_that_does_not_tell_what_training_took_is_one_sentence(exported, capsys):
