@@ -768,7 +768,7 @@ def put(column, value, row=0):
     ("tabular-playground-series-dec-2021", put("Cover_Type", "1e155"), r"holds 1e\+155; it must be a whole number"),
     ("home-data-for-ml-course", put("SalePrice", "True"), "which is not a number"),     # in a column of numbers
     ("home-data-for-ml-course", put("SalePrice", "$200,000"), "which is not a number"),
-    ("spaceship-titanic", put("Transported", "yes"), "which is not a number"),
+    ("spaceship-titanic", put("Transported", "yes"), "holds 'yes'; it must be True or False"),
 ])
 def test_a_spoilt_submission_is_refused_with_its_reason(data, tmp_path, id, change, reason):
     change(gold(id, data)).to_csv(tmp_path / "s.csv", index=False)

@@ -8,7 +8,9 @@ of the test rows.
 import numpy as np
 import pandas as pd
 
-from tasks import Task, accuracy, paired, raw_csv, split_rows, write_csv, write_tables
+from tasks import InvalidSubmission, Task, accuracy, matched, raw_csv, show, split_rows, write_csv, write_tables
+
+VALUES = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def prepare(raw, public, private, variant):
@@ -24,7 +26,17 @@ def prepare(raw, public, private, variant):
 
 
 def score(answers, submission):
-    return accuracy(*paired(answers, submission, "PassengerId", ["Transported"], low=0, high=1, whole=True))
+    """Share of passengers that are right. True and False in any case, 1 and 0 are understood."""
+    return accuracy(_truths(answers), _truths(matched(submission, answers, "PassengerId", ["Transported"])))
+
+
+def _truths(table):
+    values = [VALUES.get(text.strip().lower()) for text in table["Transported"]]
+    if None in values:
+        row = values.index(None)
+        found = show(table["Transported"][row])
+        raise InvalidSubmission(f"Row {row + 1} of column 'Transported' holds {found}; it must be True or False.")
+    return values
 
 
 def miniature(raw, seed):
