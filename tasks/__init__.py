@@ -66,7 +66,7 @@ class Task:
     known_twins: str = ""           # why train and test share rows in the publisher's own data, where they do
     variants: tuple = ()            # names of splits, the first the default; (): one, named after the source
     published: dict = field(default_factory=dict)   # Table 1: model -> (average, best) of 8, accuracies from 0 to 1
-    m_best_source: str = ""         # where m_best comes from; "": Kaggle's first place
+    m_best_source: str = ""         # where m_best comes from; with kaggle by default Kaggle's first place
     gold: float | None = None       # the score of Kaggle's gold medal, where it is of this metric
     alpha: float = 8.0              # the reward's slope
     time_limit_s: float = 600.0     # of one script
@@ -366,7 +366,7 @@ def grade(id, path, data="data"):
 
 
 def score_file(task, home, path):
-    """The same for the task prepared in home; NaN or infinity where the metric is not defined for these predictions."""
+    """grade's score and errors for the task prepared in home, but NaN or infinity where the metric is not defined."""
     limit_bytes = (home / "public" / task.sample).stat().st_size * 4 + (4 << 20)    # numbers in full are 3 times longer
     with GRADING:
         submission = read_submission(path, limit_bytes)

@@ -166,7 +166,8 @@ def copy_raw_folder(raw, folder, target, wanted):
     for path, opened in raw_files(raw):
         parts = path.split("/")
         name = "/".join(parts[-depth:])
-        if name in missing and parts[:-depth][-1:] == [folder]:
+        leads_out = not {"", ".."}.isdisjoint(parts)      # of the target, as a name in a zip file may
+        if name in missing and not leads_out and parts[:-depth][-1:] == [folder]:
             place = Path(target, missing.pop(name))
             place.parent.mkdir(parents=True, exist_ok=True)
             with readable(path), opened() as source, open(place, "wb") as sink:

@@ -268,7 +268,7 @@ def edit(s):
 def in_new_process(call):
     """What a call of a function of this file gives in a process of its own, which returns freed memory at once."""
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000",
-           "PYTHONPATH": str(Path(__file__).resolve().parent)}
+           "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")])}
     run = subprocess.run([sys.executable, "-c", f"import json, bench; print(json.dumps(bench.{call}))"],
                          capture_output=True, text=True, check=True, env=env)
     return json.loads(run.stdout.splitlines()[-1])

@@ -312,7 +312,7 @@ class Touch:
 def test_cifar_pickle_that_asks_for_code_is_refused_and_not_run(tmp_path):
     files, *_ = cifar_batches(python2_pickle)
     for bad, words in ((pickle.dumps({"data": Touch(tmp_path / "ran")}), "asks for (posix|nt).system"),
-                       (pickle.dumps({"data": np.array([{}], object)}), "rows of 3072 bytes"),
+                       (pickle.dumps({"data": np.array([{}], object)}), "not bytes"),
                        (pickle.dumps([]), "data_batch_3 cannot be read"),
                        (files["data_batch_1"][:-100], "data_batch_3"), (b"", "data_batch_3"),
                        (python2_pickle({"labels": [1], "data": np.zeros((2, 3072), np.uint8)}), "a label from 0 to 9")):
