@@ -134,7 +134,7 @@ class Transition:
     tokens: list        # token ids of the action, with the end of turn
     logp_sampler: list  # their log-probs when they were sampled
     step: dict          # env.Step as a dict
-    advantage: float | None = None      # the mean over its tokens
+    advantage: float | None = None      # the mean over its tokens; None where it is not learned from
 
     @property
     def reward(self):
@@ -615,14 +615,19 @@ def iterate(cfg, worker, trainer, iteration):
     # 1. States of the pool, the tasks in turn; the same on all processes.
     names = worker.sample_states(iteration)
 
-    # 2. Rollout: actions in each state, carried out, graded and rewarded while the engine samples on.
+    # 2. Rollout: actions in each state, carried out, graded and rewarded while the engine samples on. Without a critic,
+    # states whose actions all earned the same teach nothing but to stay with the reference.
     transitions, stats = worker.run(names, iteration)
-    examples = [transition.example for transition in transitions]
-    logp_sampler = [torch.tensor(transition.logp_sampler) for transition in transitions]
+    learned = transitions
+    if not cfg.has_critic and not cfg.kl:
+        rewards = group_rewards(transitions)
+        learned = [t for t in transitions if len(set(rewards[t.group])) > 1] or transitions
+    examples = [transition.example for transition in learned]
+    logp_sampler = [torch.tensor(transition.logp_sampler) for transition in learned]
 
     # 3. Log-probs of the actor before the update and of the reference; the critic's values.
     began = time.monotonic()
-    logp_old, logp_diff = old_logprobs(worker, trainer, transitions, examples, logp_sampler, iteration)
+    logp_old, logp_diff = old_logprobs(worker, trainer, learned, examples, logp_sampler, iteration)
     logp_ref = None
     if trainer.reference:       # a difference within rounding is none: where all rewards are equal it would be whitened
         logp_ref = [torch.where((ref - old).abs() < ROUNDING, old, ref)
@@ -632,23 +637,23 @@ def iterate(cfg, worker, trainer, iteration):
     stats |= action_stats(cfg, transitions, logp_old, logp_ref, logp_diff)
 
     # 4. Advantages. The critic's head begins at zero, so a few steps of the critic alone come first.
-    rewards = token_rewards(transitions, logp_old, logp_ref, cfg.kl)
-    adv = ADVANTAGES[cfg.advantage](transitions, rewards, values, cfg.lam)
+    rewards = token_rewards(learned, logp_old, logp_ref, cfg.kl)
+    adv = ADVANTAGES[cfg.advantage](learned, rewards, values, cfg.lam)
     if trainer.critic and iteration == 0:
         ret = [a + value for a, value in zip(adv, values)]
         trainer.update_critic(examples, ret, values, [list(range(len(examples)))] * WARM_UP_STEPS)
         values = trainer.values(examples)
-        adv = ADVANTAGES[cfg.advantage](transitions, rewards, values, cfg.lam)
+        adv = ADVANTAGES[cfg.advantage](learned, rewards, values, cfg.lam)
 
     # 5. PPO updates, of the critic and of the actor.
-    batches = trainer.minibatches([transition.group for transition in transitions], iteration)
+    batches = trainer.minibatches([transition.group for transition in learned], iteration)
     if trainer.critic:
         ret = [a + value for a, value in zip(adv, values)]
         adv = whiten(adv)
         # The return of a trajectory is a sum over as many rewards as it has steps, so its values may move farther.
         max_change = VALUE_CLIP * (cfg.steps if cfg.rollout == "episode" else 1)
         stats |= trainer.update_critic(examples, ret, values, batches, max_change)
-    for transition, token_adv in zip(transitions, adv):
+    for transition, token_adv in zip(learned, adv):
         transition.advantage = token_adv.mean().item()
     is_weight = importance_weights(logp_old, logp_sampler)
     stats |= trainer.update_actor(examples, logp_old, adv, is_weight, batches)
@@ -758,8 +763,9 @@ def export_agent(actor, tokenizer, source, out):
 # -- Statistics: what log.jsonl says of an iteration
 
 def action_stats(cfg, transitions, logp_old, logp_ref, logp_diff):
-    """Returns {name: number} about an iteration's actions. To log something else, add a line such as
-    "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step tells what a step has."""
+    """Returns {name: number} about an iteration's actions. The log-probs are those of the actions learned from. To log
+    something else, add a line such as "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step
+    tells what a step has."""
     steps = [transition.step for transition in transitions]
     rewards = torch.tensor([step["reward"] for step in steps])
     kinds = Counter(step["kind"] for step in steps)

@@ -786,6 +786,32 @@ def test_a_preset_holds_where_no_flag_says_otherwise():
     assert (s.lr, s.critic_lr, s.max_batch, s.kl) == (1e-6, 1e-5, 8, 0.5)
 
 
+def test_a_group_update_leaves_out_states_whose_actions_all_earned_the_same():
+    """Their gradient is zero: with them or without, the sum over tokens is the same, and its denominator is not."""
+    samples = some_samples(6)
+    for one in samples:
+        one.step["reward"] = 0.25 if one.group == 0 else one.step["reward"]
+    kept = [one for one in samples if one.group != 0]
+    found = []
+    for learned in (samples, kept):
+        trainer = trainer_of(SMALL, SIZE, advantage="rloo", kl=0.0)
+        plain = Plain(trainer)
+        figures = learn(trainer, learned)
+        assert figures["reward"] == pytest.approx(sum(one.reward for one in learned) / len(learned))
+        found.append(plain.steps[0])
+    assert_close(found[0], found[1], 0)
+    trainer = trainer_of(SMALL, SIZE, advantage="rloo", kl=0.0)
+    logp_old = trainer.logprobs(trainer.actor, [one.example for one in samples])
+    adv, _ = estimate(trainer, samples, logp_old, None, None)
+    weights = rl.importance_weights(logp_old, [torch.tensor(one.logp_sampler) for one in samples])
+    plain = Plain(trainer)
+    trainer.update_actor([one.example for one in samples], logp_old, adv, weights, [list(range(len(samples)))])
+    share = sum(len(one.tokens) for one in kept) / sum(len(one.tokens) for one in samples)
+    assert_close(scaled(plain.steps[0], 1 / share), found[1], 1e-4)
+    learn(trainer_of(SMALL, SIZE, advantage="rloo", kl=0.1), samples)       # here they hold the policy at the reference
+    assert all(one.advantage is not None for one in samples)
+
+
 @pytest.mark.parametrize("name", ["sample", "eval", "sft", "rl"])
 def test_every_setting_is_read(name):
     """Outside the class and its checks, in the script or in what it hands its settings to: as s.NAME, or quoted."""

@@ -236,7 +236,7 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
 
 
 def test_the_policy_is_the_coder_of_a_pool_that_was_collected_with_one(made, tmp_path):
-    """Its states offer the (AI) actions, and such an action is carried out; elsewhere they are not known."""
+    """Its states offer the (AI) actions, and such an action is carried out; where none had a coder they are not known."""
     folder = copied(made, tmp_path)
     edit_head(folder / "toy-a-1.jsonl", actions=env.DEFAULT_ACTIONS, fields=miniature.SHORT_FIELDS)
     edit = ('Action: Edit Script (AI)\nAction Input: {"script_name": "train.py", "edit_instruction": "x", '
@@ -583,7 +583,10 @@ def test_every_action_is_written_down_and_fixed_states_validate(made, run):
         lines = [line for line in samples if line["iteration"] == figures["iteration"]]
         assert len(lines) == 6 and sum(line["reward"] for line in lines) / 6 == pytest.approx(figures["reward"])
         assert figures["reward_of_tasks"] == {"toy-a": pytest.approx(figures["reward"])}
-        assert all(isinstance(line["advantage"], float) for line in lines)
+        for state in {line["state"] for line in lines}:     # equal rewards teach nothing
+            rewards, learned = zip(*((line["reward"], line["advantage"] is not None) for line in lines
+                                     if line["state"] == state))
+            assert len(set(rewards)) == 1 or all(learned)
     rollout = playing(made, validate_every=1)
     assert rollout.held_back == playing(made, validate_every=1).held_back
     used = {name.partition(",")[0] for states in rollout.pool.values() for name in states}
