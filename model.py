@@ -170,7 +170,8 @@ def logprob_stats(logits, targets, temperature, row_max, sum_exp, sum_z_exp, tar
 
 def logprob_backward(logits, targets, temperature, lse, entropy, d_logp, d_entropy):
     """Returns the gradient of sum(d_logp * logp + d_entropy * entropy) in a chunk of logits, (N, chunk). With p the
-    softmax and E its entropy, d logp / dz = 1[target] - p and d E / dz = -p (log p + E). d_entropy may be None."""
+    softmax and E its entropy, d logp / dz = 1[target] - p and d E / dz = -p (log p + E). d_entropy may be None. logits
+    is overwritten."""
     logq = logits.to(lse.dtype).div_(temperature).sub_(lse[:, None])        # log p
     if d_entropy is None:
         d = logq.exp_().mul_(-d_logp[:, None])

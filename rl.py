@@ -66,7 +66,8 @@ class Settings(cli.TaskSettings):
     preset: str = ""  # settings for a size of model, which flags override: tiny, 0.5b, 1.5b, 7b; empty: by the
         # number of weights
     model: str = "runs/sft"  # what is trained: a folder or a hub id; the reference and the critic begin as it too
-    trajectories: str = "runs/trajectories"  # the recorded states; results of new scripts are added to its cache
+    trajectories: str = "runs/trajectories"  # the recorded states; results of new scripts are added to its cache. Where
+        # they offer (AI) actions, the policy itself carries these out
     out: str = "runs/rl"  # the actor as a Hugging Face folder, log.jsonl and checkpoints; a run there is continued
     task: str = "held-in"  # a task's id, or held-in for all that may be trained on
     rollout: str = "step"  # step: one action in a recorded state; episode: whole trajectories from the start

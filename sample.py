@@ -97,6 +97,9 @@ class Tokenizer:
         generation, config = (read_json(path) if path.is_file() else {} for path in (
             folder / "generation_config.json", folder / "tokenizer_config.json"))
         eos = generation.get("eos_token_id") or []
+        eos = eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(token, int) for token in eos):
+            raise ValueError(f"{folder}/generation_config.json: eos_token_id must be numbers, found {str(eos):.80}")
         template = str(config.get("chat_template") or "")
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
@@ -104,7 +107,7 @@ class Tokenizer:
         if template:
             match = re.search(SYSTEM_IN_TEMPLATE, template)
             system = match[1] if match else None
-        return cls(bpe, eos if isinstance(eos, list) else [eos], system, folder)
+        return cls(bpe, eos, system, folder)
 
     @classmethod
     def of_bytes(cls):

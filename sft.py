@@ -85,7 +85,9 @@ class Settings(AgentSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        cli.check_choices(self, coder=("expert", "none"), dtype=("auto", "float32", "bfloat16"))
+        cli.check_choices(self, coder=("expert", "none"))
+        if not self.collect:        # an expert may compute in float64
+            cli.check_choices(self, dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "gpus", "epochs", "updates", "batch", "max_row_tokens", "lr", "save_every", "num")
         for name in ("warmup", "ideas", "temperature"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -477,6 +479,8 @@ def collect_first(cfg):
     if cfg.preset == "tiny" and Path(cfg.trajectories).is_file():
         raise ValueError(f"{cfg.trajectories} is a file of conversations, and the miniature collects its own; say what "
                          "is trained on the file: --model DIR, or --model tiny")
+    if Path(cfg.out).resolve() == Path(cfg.trajectories).resolve():
+        raise ValueError(f"--out and --trajectories are both {cfg.out}; give two folders")
     if cfg.preset == "tiny" or not is_collected(Path(cfg.trajectories)):
         print(f"1. Collecting: an expert edits and runs the starters of --task {cfg.task}.")
         print(report(collect(cfg)))

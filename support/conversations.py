@@ -119,7 +119,7 @@ def read_learnable(file, held_out, tokenizer_id):
     try:
         lines = read_records(file)
     except ValueError as error:
-        raise InvalidConversation(f"no record of a trajectory: {error}") from None
+        raise InvalidConversation(str(error)) from None
     if not lines:
         raise InvalidConversation("empty")
     head = lines[0]

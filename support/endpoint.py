@@ -260,7 +260,7 @@ class Endpoint:
 
     def _hide_key(self, text):
         if len(self._key) >= 16:        # a shorter one, such as EMPTY, is a word that a reply may well hold
-            for spelling in (self._key, urllib.parse.quote(self._key, safe="")):
+            for spelling in (self._key, json.dumps(self._key)[1:-1], urllib.parse.quote(self._key, safe="")):
                 text = text.replace(spelling, "*" * len(spelling))
         return text
 

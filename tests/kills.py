@@ -52,7 +52,7 @@ def flags_of(program, folder, steps):
         flags |= {"trajectories": folder / "own.jsonl", "updates": steps, "batch": 4, "lr": 1e-3}
     else:
         flags |= {"trajectories": folder / "pool", "data": folder / "data", "task": "toy-a", "iterations": steps,
-                  "preset": "7b", "rows": 8, "states": 4, "samples": 2, "max-new-tokens": 8,
+                  "preset": "7b", "states": 4, "samples": 2, "max-new-tokens": 8,
                   "context": 1000, "lr": 3e-3, "critic-lr": 1e-3, "kl": 0.1}
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
