@@ -295,8 +295,8 @@ def _build(task, part, raw, facts, log, python):
 
 
 def run_starter(task, home, python=sys.executable, script=None):
-    """Runs the starter, or a script in its place, on home/public, without a sandbox: (graded score, seconds of processor
-    time, stdout). RuntimeError where it fails."""
+    """Runs the starter, or a script in its place, on home/public, without a sandbox: (graded score, seconds of
+    processor time, stdout). RuntimeError where it fails."""
     name = f"{task.entry} of {task.id}"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / task.entry).write_text(script or task.starter)
@@ -304,8 +304,8 @@ def run_starter(task, home, python=sys.executable, script=None):
         result = sandbox.execute(task.entry, folder, timeout_s=task.time_limit_s, python=python, sandbox="off",
                                  memory_bytes=task.memory_limit_bytes)
         if result.outcome != "ok":
-            raise RuntimeError(f"{name}: {result.outcome}. {result.detail}\n{result.stderr[-2000:]}\nIf {python} lacks a "
-                               "module, install what the scripts use: pip install -r tasks/requirements.txt")
+            raise RuntimeError(f"{name}: {result.outcome}. {result.detail}\n{result.stderr[-2000:]}\nIf {python} lacks "
+                               "a module, install what the scripts use: pip install -r tasks/requirements.txt")
         try:
             return _finite(score_file(task, home, Path(folder) / "submission.csv")), result.cpu_s, result.stdout
         except InvalidSubmission as error:

@@ -66,8 +66,8 @@ def run_list(args, ids):
         rows.append({"task": task.id, "split": task.split, "metric": task.metric, "aim": task.direction,
                      "m_init": task.m_init, "m_best": task.m_best, "gold": task.gold,
                      "ML-Agent": task.published.get("ML-Agent", [None])[0]})
-        sources += [f"\n{task.id} ({prepared(task.id, args.data)}) follows {task.source}. m_best: {task.m_best_source}.",
-                    f"    Get {task.download}, {task.size}."]
+        sources.append(f"\n{task.id} ({prepared(task.id, args.data)}) follows {task.source}. "
+                       f"m_best: {task.m_best_source}.\n    Get {task.download}, {task.size}.")
     print_table(rows)
     print("\n".join(sources))
     return 0

@@ -196,9 +196,9 @@ PROOFS = (changed_files, changed_starter, broken_ideas, imperfect_answers, good_
 
 
 def check_ideas(id, data, python):
-    """(figures, failures) as check, of running each of the task's ideas on what is prepared in data/id: each must change
-    the starter's graded score, by more than another share of validation rows or another seed; at least half must
-    improve it and at least one must make it worse."""
+    """(figures, failures) as check, of running each of the task's ideas on what is prepared in data/id: each must
+    change the starter's graded score, by more than another share of validation rows or another seed; at least half
+    must improve it and at least one must make it worse."""
     start = time.monotonic()
     task = tasks.load(id)
     starter = tasks.info(id, data)["m_init"]

@@ -25,7 +25,7 @@ class MissingRaw(ValueError):
 
 
 def write_csv(frame, path, **options):
-    """Writes a data frame as the recorded MD5 sums need it: no index column, `\\n` line ends; zipped if path ends so."""
+    """Writes a data frame as the recorded MD5 sums need it: no index column, `\\n` line ends; zipped by path's end."""
     frame.to_csv(path, index=False, lineterminator="\n", **options)
 
 

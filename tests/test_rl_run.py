@@ -236,7 +236,7 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
 
 
 def test_the_policy_is_the_coder_of_a_pool_that_was_collected_with_one(made, tmp_path):
-    """Its states offer the (AI) actions, and such an action is carried out; where none had a coder they are not known."""
+    """Its states offer the (AI) actions, and one is carried out; where none had a coder they are not known."""
     folder = copied(made, tmp_path)
     edit_head(folder / "toy-a-1.jsonl", actions=env.DEFAULT_ACTIONS, fields=miniature.SHORT_FIELDS)
     edit = ('Action: Edit Script (AI)\nAction Input: {"script_name": "train.py", "edit_instruction": "x", '

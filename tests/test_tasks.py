@@ -278,7 +278,8 @@ def test_an_idea_that_is_not_one_is_named_with_its_file(toy, change):
 
 
 def test_a_file_that_is_no_list_of_ideas(toy):
-    for text, reason in (("3", "expected a list"), ("[", "ideas.json is not JSON"), ("[3]", "entry 0: expected an object")):
+    for text, reason in (("3", "expected a list"), ("[", "ideas.json is not JSON"),
+                         ("[3]", "entry 0: expected an object")):
         (toy / "ideas.json").write_text(text)
         with pytest.raises(ValueError, match=reason):
             tasks.ideas("toy")
