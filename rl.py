@@ -817,12 +817,13 @@ def fill(values):
     if model == Settings.model and not Path(model, "config.json").exists():     # nor is it asked of the hub
         raise ValueError(f"there is no {model} to go on from; make it with: python sft.py, or give another --model")
     folder = model if values["plan"] else find_folder(model, ("*.json",))      # --plan takes a size alone, such as 7b
+    agent = read_agent(folder)
     num = num_parameters(shape_of(str(folder)))[-1]
     fitting = preset_for(num)
     preset = values["preset"] or fitting
     source = f"{model} has {num:,} weights, which --preset {fitting} is for"
     source = f"--preset {preset}; {source}" if values["preset"] else f"{source}; another may be typed"
-    return [(f"{model}/agent.json", read_agent(folder)), (source, {"preset": preset, **RECIPES[preset]})]
+    return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RECIPES[preset]})]
 
 
 def run(cfg):
