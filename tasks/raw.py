@@ -135,7 +135,7 @@ def open_raw(raw, name, columns=(), **options):
         header = []
         if columns:
             with readable(path), opened() as stream:
-                header = list(pd.read_csv(stream, **{**options, "nrows": 1}))
+                header = list(pd.read_csv(stream, **{**options, "nrows": 1, "dtype": str}))
         if header == list(columns) or "header" not in options and set(columns) <= set(header):
             with readable(path), opened() as stream:
                 yield stream
