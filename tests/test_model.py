@@ -321,7 +321,8 @@ def test_real_checkpoint_has_the_logits_and_greedy_tokens_of_transformers(real, 
         reply = theirs.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False, repetition_penalty=1.0,
                                 eos_token_id=sorted(tokenizer.eos))[0, len(ids):].tolist()
         assert mine == reply
-    model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_bytes=10**9)       # the checkpoint's own precision
+    precision = getattr(torch, json.loads((Path(real) / "config.json").read_text())["torch_dtype"])
+    model.to(precision).save_pretrained(tmp_path, max_shard_bytes=10**9)
     tokenizer.save(tmp_path)
     reopened = peer.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert peer.AutoTokenizer.from_pretrained(tmp_path).encode(TEXTS[3]) == tokenizer.encode(TEXTS[3])
