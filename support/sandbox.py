@@ -33,6 +33,7 @@ GRACE_S = 30        # for so long after its limits a supervisor is waited for
 # what a warm server imports, by what a script's text mentions; torch.optim imports the last one when it is used
 TABLES = ("numpy", "pandas", "scipy.sparse", "sklearn.ensemble", "sklearn.linear_model", "sklearn.neural_network",
           "sklearn.model_selection", "sklearn.pipeline", "sklearn.feature_extraction.text")
+IMPORT_S = 10       # processor time that libraries may take, which a warm script has imported already
 WARM = {rb"\btorch": (*TABLES, "torch", "torch._dynamo"), rb"\b(numpy|pandas|scipy|sklearn)\b": TABLES}
 
 # what scripts may see beside the interpreter: not all of /usr, since some keep their own work there
@@ -70,7 +71,8 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     """Runs `python script` in the folder `cwd` and returns its Result. When it returns, also by an exception, nothing
     that the script started is alive. Many threads may call it at once.
 
-    timeout_s: wall seconds. cpu_s: processor time of all its processes, those that have ended too; None: any.
+    timeout_s: wall seconds. cpu_s: processor time of all its processes, those that have ended too, and IMPORT_S more for
+    the libraries of a cold script; None: any.
     memory_bytes: of all its processes, with /dev/shm, pipes and sockets; without a GPU each address space is limited
     to 4 GiB more, so that a huge allocation fails inside the script. processes: at once; of threads four times as many.
     sandbox: "on" uses every layer that holds here, "off" none, names as in Result.sandbox those. readable: what it may
@@ -116,7 +118,10 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     # 3. The run
     serial = bool(layers) and "namespaces" not in layers        # no /dev/shm and so no semaphores
     with open(os.path.join(cwd, script), "rb") as file:
-        server = _warm_server(program, file.read(1 << 20), threads, serial) if warm else None
+        text = file.read(1 << 20)
+    server = _warm_server(program, text, threads, serial) if warm else None
+    if cpu_s and not server and libraries_of(text):
+        cpu_s += IMPORT_S
     job = dict(
         # a name that starts with "-" is no option of the interpreter
         command=[program, f"./{script}" if script.startswith("-") else script],
@@ -358,9 +363,14 @@ class _Server:
         return self.up
 
 
+def libraries_of(text):
+    """What a warm server has imported for a script of that text; None: nothing."""
+    return next((libraries for mention, libraries in WARM.items() if re.search(mention, text)), None)
+
+
 def _warm_server(program, text, threads, serial):
     """The server that has what a script of that text imports, if it is up."""
-    libraries = next((libraries for mention, libraries in WARM.items() if re.search(mention, text)), None)
+    libraries = libraries_of(text)
     if libraries is None:
         return None
     key = program, libraries, threads, serial

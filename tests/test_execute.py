@@ -266,6 +266,12 @@ def test_script_that_stops_its_supervisor_is_killed_too(tmp_path, temporary, mon
     assert becomes_empty(temporary)
 
 
+def test_the_imports_of_a_cold_script_do_not_count(tmp_path):
+    burn = "import time\nwhile time.process_time() < 1: pass"
+    assert run(tmp_path, burn, timeout_s=600, cpu_s=0.2, warm=False).limit == "cpu"
+    assert run(tmp_path, "# of numpy\n" + burn, timeout_s=600, cpu_s=0.2, warm=False).outcome == "ok"
+
+
 def test_processor_time_of_all_processes_counts_together(tmp_path, sandbox):
     burn = "import os, time\nfor _ in range(2):\n    if os.fork() == 0:\n        while True: pass\n"
     result = run(tmp_path, burn + "time.sleep(600)", timeout_s=600, cpu_s=0.5)
