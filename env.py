@@ -17,8 +17,7 @@ that the script cannot reach (support/sandbox.py). The agent never sees that sco
 
 An action is an entry in ACTIONS and a method of Env: `_list_files` for "List Files".
 """
-import contextlib, dataclasses, difflib, functools, hashlib, importlib, io, json, math, os, re, sys, tempfile, time
-import tokenize, zlib
+import dataclasses, functools, hashlib, importlib, json, math, os, re, sys, tempfile, time, zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import NamedTuple
 
 import tasks
 from reward import best_of, reward
-from support import cli, records, storage
+from support import cli, records, scripts, storage
 from support.cli import ContextFull, RunError
 from support.files import (
     FLAG, is_text, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic)
@@ -34,6 +33,7 @@ from support.parallel import run_parallel
 from support.records import (  # noqa: F401
     AGENT, CANNOT_TAKE, check_record, header, read_record, read_records, read_trajectory, record, restore_record)
 from support.sandbox import NO_SPACE, SLOTS, Result, discard, describe, execute, protection
+from support.scripts import InvalidAction
 from support.storage import UNDO, Blobs, ResultCache, check_state, fits, without_undo
 
 OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the advice after the output
@@ -53,21 +53,16 @@ SCAFFOLDS = ("ml-agent", "mlagentbench", "aide")    # ours, and those of other p
 MAX_REPLY = 50_000                      # characters of a reply; a longer one is refused unread
 MAX_OBSERVATION = 5_000                 # characters, about 1,500 tokens
 OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # of a file or an output inside an observation
-NUMBER = r"(?:0|[1-9]\d{0,14})(?:\.\d{0,15})?(?:[eE][-+]?\d{1,2})?"     # as a script writes it
-NAME = r"[A-Z][A-Z0-9_]{0,99}"          # of a constant
 NUMBERED = ("start_line_number", "end_line_number", "constant", "value")    # arguments that may be numbers
 MAX_LINES = 200                         # of one Inspect Script Lines
 MAX_LISTED = 100                        # names of one List Files
 MAX_READ = 10 << 20                     # bytes that an action looks at
 MAX_SCRIPT = 1 << 20                    # bytes that an action may edit
 MAX_CODER = 20_000                      # characters that Understand File shows to the coder
-MAX_DIFF = 2_000                        # lines of two texts together that are compared, in 0.6 s at worst
 SHORT_CONSTANTS = 20                    # constants in a short prompt
 SHORT_NEWS = 100                        # characters of the news in a short prompt, and of a try in a medium one
 NUM_TRIES = 6                           # in a medium prompt
 SCRIPT_ROOM = 1_350                     # characters of the script in a medium prompt, about 380 tokens
-FACTORS = ("*2", "/2", "*5", "/5")      # that a short prompt offers to multiply a constant with
-NUMBERS = ("0.1", "0.01")               # that it offers in place of 0.0, which no factor changes
 LEARNED_SEEDS = (1, 2, 3)   # of the miniatures that are learned from; what is reported is measured on seed 0
 WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so much wall time is allowed
 
@@ -217,9 +212,9 @@ def short_prompt(task, seen, script, is_best, steps_left):
     """Returns the one message that a small model is shown: the best printed score, the numbered constants of the
     script, each with the changes that are still to be tried, and what the last step brought. seen: see NOTHING;
     is_best: whether that score is of this script."""
-    offered = untried(script, seen["tried"])
+    offered = scripts.untried(script, seen["tried"])
     lines = []
-    for number, (name, text, *_) in enumerate(constants(script)[:SHORT_CONSTANTS], 1):
+    for number, (name, text, *_) in enumerate(scripts.constants(script)[:SHORT_CONSTANTS], 1):
         values = [value for which, value in offered if which == number]
         lines.append(" ".join([f"{number} {name} = {text}", *values]))
     content = SHORT.format(metric=task.metric, better=better_word(task), steps_left=steps_left, news=seen["news"],
@@ -248,12 +243,12 @@ def medium_prompt(task, seen, script, is_best, steps_left, actions, fields):
 def medium_edits(script, steps_left):
     """Returns examples of edits of this script, {} where it has no constant: a small model that sees another script's
     names copies those. Each step has others, so that what is copied is not always the same."""
-    offered = changes(script)
+    offered = scripts.changes(script)
     examples = {}
     for shift, action in enumerate(("Set Constant", "Replace In Script") if offered else ()):
         number, factor = offered[(7 * steps_left + 5 * shift) % len(offered)]
-        name, value, *_ = constants(script)[number - 1]
-        new_value = change_number(name, value, factor)
+        name, value, *_ = scripts.constants(script)[number - 1]
+        new_value = scripts.change_number(name, value, factor)
         args = {"constant": name, "value": new_value}
         if action == "Replace In Script":
             args = {"script_name": "train.py", "find": f"{name} = {value}", "replace": f"{name} = {new_value}"}
@@ -286,10 +281,6 @@ def better_word(task):
 
 
 # ---- Texts
-
-class InvalidAction(ValueError):
-    """A reply that cannot be read, or an action that cannot be carried out; the message is for the agent."""
-
 
 def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
     """Reads any reply, in linear time. Returns (values, action, args, error): the texts of the entries, the name and
@@ -371,107 +362,6 @@ def read_start(path, limit):
 def script_text(blobs, sha):
     """Returns the text of a script of the workspace; "" where there is none."""
     return read_start(blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace") if sha else ""
-
-
-def constants(script):
-    """Returns [(name, text of the number, its start, its end)] of the numbered constants of a script: its lines
-    `NAME = number` in the order of their names, but not how it is seeded and validated."""
-    line = rf"^({NAME}) = ({NUMBER})(?=[ \t]{{0,99}}(?:#|$))"
-    found = []
-    for match in re.finditer(line, script, re.MULTILINE):
-        if "SEED" not in match[1] and "VALID" not in match[1]:
-            found.append((match[1], match[2], match.start(2), match.end(2)))
-    return sorted(found)
-
-
-def find_constant(script, constant):
-    """Returns the number of a constant, from 1. constant: that number or its name."""
-    names = [name for name, *_ in constants(script)]
-    constant = str(constant).strip()     # or a whole number
-    if constant in names:
-        return names.index(constant) + 1
-    if re.fullmatch("[0-9]{1,9}", constant) and 1 <= int(constant) <= len(names):
-        return int(constant)
-    listed = ", ".join(f"{i} {name}" for i, name in enumerate(names[:MAX_LISTED], 1))
-    raise InvalidAction(f"There is no constant {shorten(constant, 60)}; there is {listed or 'none in the script'}.")
-
-
-def set_constant(script, constant, value):
-    """Returns the script with another value of a constant. InvalidAction: there is no such constant, or it would not
-    change. See find_constant and change_number."""
-    name, before, start, end = constants(script)[find_constant(script, constant) - 1]
-    return script[:start] + change_number(name, before, value) + script[end:]
-
-
-def change_number(name, before, value):
-    """Returns the text of the number in the place of `before`. value: a number, or * or / and a factor, which keeps a
-    whole number whole and at least 1, and others at 3 significant digits."""
-    parts = re.fullmatch(rf"\s*([*/]?)\s*(-?{NUMBER})\s*", value)
-    if not parts or parts[1] and float(parts[2]) <= 0:
-        raise InvalidAction("The value must be a number, or a factor above 0 such as *2 or /2; found "
-                            f"{shorten(repr(value), 60)}.")
-    sign, after = parts.groups()
-    if sign:
-        number = float(before) * (float(after) if sign == "*" else 1 / float(after))
-        after = str(max(1, round(number))) if before.isdigit() else str(float(f"{number:.3g}"))
-        if not re.fullmatch(NUMBER, after):
-            raise InvalidAction(f"{name} = {after} is out of bounds.")
-    if float(after) == float(before):
-        raise InvalidAction(f"{name} is {before} already.")
-    return after
-
-
-def without_comments(script):
-    """Returns the text of a script without comments, docstrings and empty lines."""
-    lines = script.splitlines()
-    begins = True       # a statement
-    tokens = list(tokenize.generate_tokens(io.StringIO(script).readline))
-    code = [token for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
-    for token, after in zip(code, code[1:]):
-        if begins and token.type == tokenize.STRING and after.type == tokenize.NEWLINE:
-            lines[token.start[0] - 1:token.end[0]] = [""] * (token.end[0] - token.start[0] + 1)
-        begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    for token in tokens:
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    return "".join(f"{line.rstrip()}\n" for line in lines if line.strip())
-
-
-def changes(script):
-    """Returns [(number of a constant, value)] of what a short prompt offers; a share stays below 1."""
-    found = []
-    for number, (name, text, *_) in enumerate(constants(script), 1):
-        is_zero = float(text) == 0 and "." in text
-        for value in NUMBERS if is_zero else FACTORS:
-            with contextlib.suppress(InvalidAction):
-                after = float(change_number(name, text, value))
-                if not 0 < float(text) < 1 <= after:
-                    found.append((number, value))
-    return found
-
-
-def untried(script, tried):
-    """Returns those of changes(script) that are not in `tried`, arguments of Set Constant."""
-    done = [(int(change["constant"]), change["value"]) for change in tried]
-    return [change for change in changes(script) if change not in done]
-
-
-def inverse(change):
-    """Returns the arguments of the Set Constant that takes one back; {} where that was not by a factor."""
-    if change.get("value", "")[:1] not in ("*", "/"):
-        return {}
-    sign = "/" if change["value"].startswith("*") else "*"
-    return {"constant": change["constant"], "value": sign + change["value"][1:]}
-
-
-def difference(before, after):
-    """Returns the lines of a unified difference of two texts, without its heads."""
-    before = before.splitlines()
-    after = after.splitlines()
-    if len(before) + len(after) > MAX_DIFF:     # difflib takes quadratic time
-        return [f"(too long to be shown: {len(before):,} lines before, {len(after):,} after)"]
-    return list(difflib.unified_diff(before, after, lineterm="", n=2))[2:]
 
 
 def printed_metric(stdout, metric=""):
@@ -632,7 +522,7 @@ class Env:
         """Goes back to the starter; returns the messages."""
         starter = self.task.folder / self.task.entry
         if self.prompt_format == "medium":      # its script is shown as it is, so that it can be copied
-            starter = without_comments(self.task.starter).encode()
+            starter = scripts.without_comments(self.task.starter).encode()
         starter = {self.task.entry: self.blobs.put(starter)}
         problem = PROBLEM.format(task=self.task, limit=self.time_limit_s, problem=self.task.problem.strip(),
                                  steps=self.steps, minutes=self.seconds / 60, better=better_word(self.task))
@@ -763,10 +653,10 @@ class Env:
             following = change
         elif self.files[self._versions(self.task.entry)[-1]] == best:
             word = "inversely"
-            following = inverse(change)
+            following = scripts.inverse(change)
         text = " ".join(f"Set Constant {change['constant']} {change['value']}".split())
         if following:
-            offered = untried(script_text(self.blobs, best), self.seen["tried"])
+            offered = scripts.untried(script_text(self.blobs, best), self.seen["tried"])
             if (int(following["constant"]), following["value"]) in offered:
                 text += f", {word} is untried"
         return text
@@ -887,7 +777,8 @@ class Env:
         return self._score_saved(step, path, before, after)
 
     def _score_saved(self, step, path, before, after):
-        return "\n".join([f"{path} is saved. The difference:", *difference(before, after), *self._score_edit(step)])
+        lines = scripts.difference(before, after)
+        return "\n".join([f"{path} is saved. The difference:", *lines, *self._score_edit(step)])
 
     # Actions. Each takes the Step and the arguments, and returns the observation.
 
@@ -976,9 +867,9 @@ class Env:
 
     def _set_constant(self, step, constant, value):
         before = self._text(self.task.entry, edit=True)[0]
-        number = find_constant(before, constant)
-        name, old_value, start, end = constants(before)[number - 1]
-        new_value = change_number(name, old_value, value)
+        number = scripts.find_constant(before, constant)
+        name, old_value, start, end = scripts.constants(before)[number - 1]
+        new_value = scripts.change_number(name, old_value, value)
         self.change_text = f"{name} = {old_value} -> {new_value}"
         change = {"constant": str(number), "value": "".join(value.split())}
         is_best = self.files[self.task.entry] == self.seen["best_script"]
@@ -990,8 +881,8 @@ class Env:
         if is_best and self.show_scores:
             if self.seen["best_printed"] == best:
                 self.seen["tried"] = [*self.seen["tried"], change]
-            elif inverse(change):       # it leads back to a script that is no better
-                self.seen["tried"] = [inverse(change)]
+            elif scripts.inverse(change):       # it leads back to a script that is no better
+                self.seen["tried"] = [scripts.inverse(change)]
         return observation
 
     def _set_constant_again(self, step):
@@ -1000,7 +891,7 @@ class Env:
         return self._set_constant(step, **self.seen["change"])
 
     def _set_constant_inversely(self, step):
-        change = inverse(self.seen["change"])
+        change = scripts.inverse(self.seen["change"])
         versions = self._versions(self.task.entry)
         if not change or not versions:
             raise InvalidAction("The last edit was no Set Constant by a factor.")

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import env
-from env import InvalidAction, better_word, difference, plain, read_start, script_text
+from env import better_word, plain, read_start, script_text
 from reward import best_of
 from support.files import is_number, shorten
 from support.sandbox import describe
+from support.scripts import InvalidAction, difference
 
 SEARCHES = {        # name -> num_drafts, debug_prob, max_debug_depth
     "aide": (5, 0.5, 3),

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import tokenizers
 
 import tasks
-from env import (
-    MAX_LINES, NOTHING, InvalidAction, change_number, changes, constants, inverse, set_constant, short_prompt,
-    shown_script, untried, without_comments)
+from env import MAX_LINES, NOTHING, short_prompt, shown_script
 from sample import Tokenizer, byte_alphabet
 from support.conversations import Conversation, read_conversations
 from support.files import shorten
+from support.scripts import (
+    InvalidAction, change_number, changes, constants, inverse, set_constant, untried, without_comments)
 
 SHORT_ACTIONS = ("Set Constant", "Set Constant Again", "Set Constant Inversely", "Undo Edit Script", "Execute Script")
 SCRIPTED_ACTIONS = {        # of the scripted expert

@@ -20,8 +20,9 @@ the last executed script. What differs from snap-stanford/MLAgentBench:
 import contextlib, json, re
 
 import env
-from env import EXPLAIN, InvalidAction, read_args, script_text
+from env import EXPLAIN, read_args, script_text
 from support.files import shorten
+from support.scripts import InvalidAction
 
 WINDOW = 3          # steps that the prompt shows
 BLOCK = 10_000      # characters of a text that the coder reads at a time

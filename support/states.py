@@ -21,7 +21,7 @@ import sample
 import tasks
 from env import (
     LEARNED_SEEDS, NOTHING, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
-    script_text, untried)
+    script_text)
 from support import miniature
 from support.cli import ContextFull, RunError, announce, exit_status, format_table
 from support.distributed import check_same
@@ -33,6 +33,7 @@ from support.pretrained import hash_checkpoint
 from support.records import AGENT, FINITE, FORMS, MESSAGE, TASK_ID, best_before, end_reason, trajectory_path
 from support.report import read_results
 from support.sandbox import SLOTS
+from support.scripts import untried
 from support.storage import UNDO, Blobs, ResultCache
 
 STATES_SEED = 4         # of the miniatures; training has LEARNED_SEEDS, and whole trajectories are played on 0

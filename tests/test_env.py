@@ -10,7 +10,7 @@ import env as env_module
 import tasks
 from env import ACTIONS, FIELDS, AgentSettings, Env, parse, printed_metric, shorten, system_prompt
 from reward import KINDS
-from support import parallel, records, sandbox, storage
+from support import parallel, records, sandbox, scripts, storage
 from support.endpoint import Completion
 from support.records import header, record
 from test_execute import becomes_empty
@@ -215,7 +215,7 @@ def test_garbage_never_raises(make):
             reply = "".join(draw.choice(pieces) for _ in range(draw.randint(0, 60)))
         else:  # the form is right and the values are not
             name = draw.choice([name for name in ACTIONS if name not in ("Final Answer", "Execute Script")])
-            if env_module.inverse(env.seen["change"]) and draw.random() < 0.5:
+            if scripts.inverse(env.seen["change"]) and draw.random() < 0.5:
                 name = draw.choice(["Set Constant Again", "Set Constant Inversely"])
             likely = ["1", "*2"] * 30 if name == "Set Constant" else []
             reply = say(name, **{key: draw.choice(likely + values) for key in ACTIONS[name][0]})
@@ -409,11 +409,11 @@ LEAF = 1#rows
 
 
 def test_the_numbered_constants_of_a_script():
-    found = env_module.constants(SCRIPT)
+    found = scripts.constants(SCRIPT)
     assert [each[:2] for each in found] == [
         ("DROPOUT", "0.0"), ("LEAF", "1"), ("NUM_TREES", "100"), ("OFFSET", "0"), ("RATE", "1e-3")]
     assert all(SCRIPT[start:end] == text for _, text, start, end in found)
-    assert env_module.constants("A = 1.2.3\nB = 007\nC = 1 2\nd = 1\nE=1\n") == []
+    assert scripts.constants("A = 1.2.3\nB = 007\nC = 1 2\nd = 1\nE=1\n") == []
 
 
 @pytest.mark.parametrize("number, value, line", [
@@ -1661,8 +1661,8 @@ def test_work_on_any_text_is_linear(task, text):
     began = time.process_time()
     env_module.short_prompt(task, env_module.NOTHING | {"news": text}, text, True, 1)
     env_module.cut_observation(text)
-    env_module.difference(text, text + "\nx")
-    env_module.difference("x\n" + text, text)
+    scripts.difference(text, text + "\nx")
+    scripts.difference("x\n" + text, text)
     printed_metric(text, "validation")
     records._masked(text)
     parse(text[:50_000])
@@ -1675,7 +1675,7 @@ def test_work_on_any_text_is_linear(task, text):
     ("".join(f"{i % 97}\n" for i in range(200_000)), "".join(f"{i % 89}\n" for i in range(200_000)))])
 def test_texts_that_difflib_takes_for_ever_for_are_compared(old, new):
     began = time.process_time()
-    found = env_module.difference(old, new)
+    found = scripts.difference(old, new)
     assert time.process_time() - began < 20 and found
 
 
@@ -1685,12 +1685,12 @@ def test_the_difference_of_ordinary_scripts_is_difflibs(make):
         old = [draw.choice(["x = 1", "y = 2", "", f"z = {draw.random()}"]) for _ in range(draw.randint(0, 60))]
         new = [line for line in old if draw.random() < 0.9]
         new[draw.randint(0, len(new)):0] = ["new"] * draw.randint(0, 3)
-        expected = list(env_module.difflib.unified_diff(old, new, lineterm="", n=2))[2:]
-        assert env_module.difference(*("".join(f"{line}\n" for line in lines) for lines in (old, new))) == expected
+        expected = list(scripts.difflib.unified_diff(old, new, lineterm="", n=2))[2:]
+        assert scripts.difference(*("".join(f"{line}\n" for line in lines) for lines in (old, new))) == expected
 
 
 def test_long_scripts_are_not_compared():
-    found = env_module.difference("x\n" * 5000, "y\n" * 4999)
+    found = scripts.difference("x\n" * 5000, "y\n" * 4999)
     assert found == ["(too long to be shown: 5,000 lines before, 4,999 after)"]
 
 

@@ -14,7 +14,7 @@ import env
 import eval as evaluation
 import sft
 import tasks
-from support import cli, conversations, endpoint, miniature, states, storage
+from support import cli, conversations, endpoint, miniature, scripts, states, storage
 from support.cli import RunError
 from test_collect import IDEAS, add_toys, drive, idea, settings, toys  # noqa: F401  (a fixture)
 
@@ -49,16 +49,17 @@ def load(path):
 
 
 def test_a_script_without_comments():
-    assert env.without_comments(SCRIPT) == (
+    assert scripts.without_comments(SCRIPT) == (
         'import os\nRATE = 0.5\ndef load(path):\n    text = """kept # here"""\n    return text + "# and here"\n')
 
 
 def test_no_starter_loses_more_than_comments():
     for id in tasks.names("all"):
         task = tasks.load(id)
-        shorter = env.without_comments(task.starter)
+        shorter = scripts.without_comments(task.starter)
         compile(shorter, id, "exec")
-        assert [found[:2] for found in env.constants(shorter)] == [found[:2] for found in env.constants(task.starter)]
+        kept, found = ([each[:2] for each in scripts.constants(text)] for text in (shorter, task.starter))
+        assert kept == found
         assert '"""' not in shorter and not any(line.lstrip().startswith("#") for line in shorter.splitlines())
 
 
@@ -93,11 +94,11 @@ def test_a_medium_prompt_by_hand(world):
 def test_examples_in_a_medium_prompt_can_be_carried_out():
     """What a model copies from them is a valid action at every step of every task's starter."""
     for id in tasks.names("all"):
-        script = env.without_comments(tasks.load(id).starter)
+        script = scripts.without_comments(tasks.load(id).starter)
         for steps_left in range(1, 9):
             examples = env.medium_edits(script, steps_left)
             args = examples["Set Constant"][1]
-            assert env.set_constant(script, **args) != script
+            assert scripts.set_constant(script, **args) != script
             args = examples["Replace In Script"][1]
             assert args["find"] != args["replace"] and args["find"] in script
     assert env.medium_edits("print(1)\n", 3) == {}
@@ -133,14 +134,14 @@ def test_an_idea_becomes_actions_that_give_the_same_script():
     for id in tasks.names("all"):
         task = tasks.load(id)
         for idea in tasks.ideas(id):
-            script = env.without_comments(task.starter)
+            script = scripts.without_comments(task.starter)
             actions = miniature.idea_actions(task.starter, idea)
             for action, args in actions:
                 assert action == "Set Constant" or script.count(args["find"]) == 1
                 script = miniature.carry_out(script, action, args)
             if actions:
                 num += 1
-                assert script == env.without_comments(tasks.apply(task.starter, idea))
+                assert script == scripts.without_comments(tasks.apply(task.starter, idea))
                 assert len(actions) <= miniature.MAX_PARTS
     assert num > 100
 

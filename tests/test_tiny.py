@@ -17,7 +17,7 @@ from model import Config, Qwen2
 from sample import Tokenizer
 from support.miniature import train_tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
-from support import cli, miniature, storage
+from support import cli, miniature, scripts, storage
 from support.records import restore_record
 
 
@@ -93,17 +93,17 @@ def test_a_short_prompt_shows_so_many_constants_at_most():
 
 def test_what_is_tried_with_a_scripts_numbers():
     script = "SEED = 3\nSIDE = 4   # pixels\nRATE = 0.5\nSHIFT = 0\nDROPOUT = 0.0\nLEAF = 1\n"
-    pairs = env.changes(script)
+    pairs = scripts.changes(script)
     assert pairs == [(1, "0.1"), (1, "0.01"), (2, "*2"), (2, "*5"), (3, "/2"), (3, "/5"), (4, "*2"), (4, "/2"),
                      (4, "*5"), (4, "/5"), (5, "*2"), (5, "/2"), (5, "*5"), (5, "/5")]
     tried = [{"constant": "05", "value": "*2"}, {"constant": "5", "value": "9"}, {"constant": "2", "value": "*5"}]
-    assert env.untried(script, tried) == [pair for pair in pairs if pair not in ((5, "*2"), (2, "*5"))]
+    assert scripts.untried(script, tried) == [pair for pair in pairs if pair not in ((5, "*2"), (2, "*5"))]
 
 
 def test_the_inverse_of_a_change():
-    assert env.inverse({"constant": "2", "value": "*5"}) == {"constant": "2", "value": "/5"}
-    assert env.inverse({"constant": "2", "value": "/2"}) == {"constant": "2", "value": "*2"}
-    assert env.inverse({"constant": "2", "value": "0.1"}) == env.inverse({}) == {}
+    assert scripts.inverse({"constant": "2", "value": "*5"}) == {"constant": "2", "value": "/5"}
+    assert scripts.inverse({"constant": "2", "value": "/2"}) == {"constant": "2", "value": "*2"}
+    assert scripts.inverse({"constant": "2", "value": "0.1"}) == scripts.inverse({}) == {}
     assert miniature.other_way((2, "*5")) == (2, "/5") and miniature.other_way((2, "0.1")) is None
 
 
@@ -136,11 +136,11 @@ def test_the_short_expert_looks_takes_back_and_goes_on(short):
                 failed = {back}
                 num_helped += 1
                 script = blobs.path(step["snapshot"]["train.py"]).read_text()
-                if (int(number), value) in env.changes(script):
+                if (int(number), value) in scripts.changes(script):
                     assert after["action"] == "Set Constant Again" and change_of(after) == change
                 continue
             failed.add(change)
-            if (int(number), back[1]) in env.changes(script) and back not in failed:
+            if (int(number), back[1]) in scripts.changes(script) and back not in failed:
                 assert after["action"] == "Set Constant Inversely" and change_of(after) == back
                 num_inverse += 1
             else:
