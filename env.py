@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import tasks
 from reward import best_of, reward
-from support import cli, records, scripts, storage
+from support import cli, prompts, records, scripts, storage
 from support.cli import ContextFull, RunError
 from support.files import (
     FLAG, is_text, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic)
@@ -59,10 +59,6 @@ MAX_LISTED = 100                        # names of one List Files
 MAX_READ = 10 << 20                     # bytes that an action looks at
 MAX_SCRIPT = 1 << 20                    # bytes that an action may edit
 MAX_CODER = 20_000                      # characters that Understand File shows to the coder
-SHORT_CONSTANTS = 20                    # constants in a short prompt
-SHORT_NEWS = 100                        # characters of the news in a short prompt, and of a try in a medium one
-NUM_TRIES = 6                           # in a medium prompt
-SCRIPT_ROOM = 1_350                     # characters of the script in a medium prompt, about 380 tokens
 LEARNED_SEEDS = (1, 2, 3)   # of the miniatures that are learned from; what is reported is measured on seed 0
 WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so much wall time is allowed
 
@@ -162,35 +158,6 @@ PROBLEM = """Task: {task.id}
 The workspace holds {task.entry} (the script to improve) and data/ (read-only). The metric is {task.metric}; \
 {better} is better. You have {steps} steps and {minutes:.0f} minutes; one run of a script may take \
 {limit:.0f} s."""
-SHORT = """{metric}, {better} is better, {steps_left} steps left
-Best: {best}
-{constants}
-Last: {news}"""
-MEDIUM_SYSTEM = """You improve a script that trains a model. After a change it is run, and you are told the score \
-that it printed. Undo a change that is no better, then try something else.
-
-Your tools, with examples of whole replies:
-
-{examples}"""
-MEDIUM = """The score is {metric}; {better} is better. {steps_left} steps left. Best score: {best}.
-Tries so far:
-{tries}
-
-{entry} now:
-```python
-{script}
-```
-Use one tool, with names and lines of this script, and reply in this form:
-{form}"""
-MEDIUM_AGENT = {
-    "prompt_format": "medium", "fields": ("Thought", "Action", "Action Input"), "context": 1280, "max_new_tokens": 160,
-    "actions": ("Set Constant", "Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")}
-MEDIUM_FORM = EXPLAIN | {
-    "Thought": "(why, in one short sentence)", "Action": "(the name of the tool)", "Action Input": "(its JSON)"}
-MEDIUM_EXAMPLES = {     # the Thought and the Action Input; of edits see medium_edits
-    "Undo Edit Script": ("The score got worse.", {"script_name": "train.py"}),
-    "Execute Script": ("I need the score to beat.", {"script_name": "train.py"}),
-    "Final Answer": ("Nothing is left to improve.", {"final_answer": "done"})}
 NOTHING = {     # what is seen at the start, see Step
     "news": "nothing", "change": {}, "best_printed": None, "best_script": None, "tried": [], "tries": []}
 
@@ -208,76 +175,14 @@ def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
         compare=COMPARE[show_scores], examples="\n\n".join(examples))
 
 
-def short_prompt(task, seen, script, is_best, steps_left):
-    """Returns the one message that a small model is shown: the best printed score, the numbered constants of the
-    script, each with the changes that are still to be tried, and what the last step brought. seen: see NOTHING;
-    is_best: whether that score is of this script."""
-    offered = scripts.untried(script, seen["tried"])
-    lines = []
-    for number, (name, text, *_) in enumerate(scripts.constants(script)[:SHORT_CONSTANTS], 1):
-        values = [value for which, value in offered if which == number]
-        lines.append(" ".join([f"{number} {name} = {text}", *values]))
-    content = SHORT.format(metric=task.metric, better=better_word(task), steps_left=steps_left, news=seen["news"],
-                           best=best_text(seen, is_best), constants="\n".join(lines))
-    return [{"role": "user", "content": content}]
-
-
-def medium_prompt(task, seen, script, is_best, steps_left, actions, fields):
-    """Returns the two messages for a model of some hundred million weights. See short_prompt."""
-    thoughts_and_args = MEDIUM_EXAMPLES | medium_edits(script, steps_left)
-    examples = []
-    for name in actions:
-        thought, args = thoughts_and_args.get(name, ("I need this tool.", ACTIONS[name].args))
-        values = dict.fromkeys(fields, thought) | {"Action": name, "Action Input": json.dumps(args)}
-        examples.append("\n".join(f"{field}: {values[field]}" for field in fields))
-    shown = shown_script(script).rstrip("\n")
-    if shown != script.rstrip("\n"):
-        shown += "\n... (the rest is not shown)"
-    content = MEDIUM.format(metric=task.metric, better=better_word(task), steps_left=steps_left, entry=task.entry,
-                            best=best_text(seen, is_best), tries="\n".join(seen["tries"]) or "none", script=shown,
-                            form="\n".join(f"{field}: {MEDIUM_FORM[field]}" for field in fields))
-    return [{"role": "system", "content": MEDIUM_SYSTEM.format(examples="\n\n".join(examples))},
-            {"role": "user", "content": content}]
-
-
-def medium_edits(script, steps_left):
-    """Returns examples of edits of this script, {} where it has no constant: a small model that sees another script's
-    names copies those. Each step has others, so that what is copied is not always the same."""
-    offered = scripts.changes(script)
-    examples = {}
-    for shift, action in enumerate(("Set Constant", "Replace In Script") if offered else ()):
-        number, factor = offered[(7 * steps_left + 5 * shift) % len(offered)]
-        name, value, *_ = scripts.constants(script)[number - 1]
-        new_value = scripts.change_number(name, value, factor)
-        args = {"constant": name, "value": new_value}
-        if action == "Replace In Script":
-            args = {"script_name": "train.py", "find": f"{name} = {value}", "replace": f"{name} = {new_value}"}
-        examples[action] = f"Another {name} may help.", args
-    return examples
-
-
-def shown_script(script):
-    """Returns what a medium prompt shows of a script: whole lines of its first SCRIPT_ROOM characters."""
-    return script if len(script) <= SCRIPT_ROOM else script[:SCRIPT_ROOM].rpartition("\n")[0]
-
-
-def best_text(seen, is_best):
-    if seen["best_printed"] is None:
-        return "none"
-    return f"{seen['best_printed']:.5g}, by {'this' if is_best else 'an earlier'} script"
-
-
 def recorded_prompt(agent, task, seen, snapshot, blobs, steps_left):
     """Returns the short or the medium prompt of a state. agent: {setting: value}."""
     sha = snapshot.get(task.entry)
     about = task, seen, script_text(blobs, sha), sha == seen["best_script"], steps_left
     if agent["prompt_format"] == "short":
-        return short_prompt(*about)
-    return medium_prompt(*about, agent["actions"], agent["fields"])
-
-
-def better_word(task):
-    return "higher" if task.direction == "up" else "lower"
+        return prompts.short_prompt(*about)
+    actions = {name: ACTIONS[name].args for name in agent["actions"]}
+    return prompts.medium_prompt(*about, actions, {name: EXPLAIN[name] for name in agent["fields"]})
 
 
 # ---- Texts
@@ -525,7 +430,7 @@ class Env:
             starter = scripts.without_comments(self.task.starter).encode()
         starter = {self.task.entry: self.blobs.put(starter)}
         problem = PROBLEM.format(task=self.task, limit=self.time_limit_s, problem=self.task.problem.strip(),
-                                 steps=self.steps, minutes=self.seconds / 60, better=better_word(self.task))
+                                 steps=self.steps, minutes=self.seconds / 60, better=prompts.better_word(self.task))
         self.restore(starter, [{"role": "system", "content": system_prompt(self.actions, self.fields,
                                                                           self.show_scores)},
                                {"role": "user", "content": problem}])
@@ -624,12 +529,12 @@ class Env:
         name = step.action
         if name.startswith("Set Constant") and self.seen["change"]:     # else the disk was full
             name = self.describe_change()
-        outcome = " ".join((step.news or step.observation.partition("\n")[0]).split()).rstrip(".")[:SHORT_NEWS]
-        self.seen["news"] = f"{outcome}, after {name[:SHORT_NEWS]}"
+        outcome = " ".join((step.news or step.observation.partition("\n")[0]).split()).rstrip(".")[:prompts.SHORT_NEWS]
+        self.seen["news"] = f"{outcome}, after {name[:prompts.SHORT_NEWS]}"
         title = self.change_text or step.action
         if step.action == "Replace In Script":
-            title = f"{title}, {' '.join(step.fields.get('Thought', '').split())[:SHORT_NEWS]}"
-        self.seen["tries"] = [*self.seen["tries"], f"{title}: {outcome}"][-NUM_TRIES:]
+            title = f"{title}, {' '.join(step.fields.get('Thought', '').split())[:prompts.SHORT_NEWS]}"
+        self.seen["tries"] = [*self.seen["tries"], f"{title}: {outcome}"][-prompts.NUM_TRIES:]
 
     def read(self, reply):
         """Returns what parse does of a reply."""

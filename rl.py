@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import LEARNED_SEEDS, MEDIUM_AGENT, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
+from env import LEARNED_SEEDS, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
 from model import Config, Linear, Qwen2, at_targets, use_kernels
 from reward import KINDS
 from support import cli
@@ -37,6 +37,7 @@ from support.distributed import (
 from support.files import begin_log
 from support.pool import hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
+from support.prompts import MEDIUM_AGENT
 from support.records import AGENT, restore_record
 from support.sandbox import SLOTS, protection
 from support.storage import ResultCache

@@ -28,7 +28,7 @@ import torch.distributed as dist
 import sample
 import tasks
 from env import (
-    AGENT_FORMAT, LEARNED_SEEDS, MEDIUM_AGENT, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent,
+    AGENT_FORMAT, LEARNED_SEEDS, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent,
     read_record, write_agent)
 from model import Config, use_kernels
 from support import cli, endpoint, miniature
@@ -42,6 +42,7 @@ from support.files import FLAG, TEXT, VALUE, begin_log, folder_lock, hash_json, 
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import find_folder, hash_checkpoint
+from support.prompts import MEDIUM_AGENT
 from support.records import AGENT, end_reason, trajectory_path
 from support.storage import ResultCache
 

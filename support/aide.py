@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import env
-from env import better_word, plain, read_start, script_text
+from env import plain, read_start, script_text
 from reward import best_of
 from support.files import is_number, shorten
+from support.prompts import better_word
 from support.sandbox import describe
 from support.scripts import InvalidAction, difference
 

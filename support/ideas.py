@@ -7,9 +7,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics.pairwise import linear_kernel
 
 import tasks
-from env import better_word
 from support.cli import RunError
 from support.files import TEXT, parse_json, read_bytes, shorten, write_atomic
+from support.prompts import better_word
 
 NUM_IDEAS = 10          # of a task, those that differ most
 ASK = """{problem}

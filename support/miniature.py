@@ -8,10 +8,11 @@ from typing import NamedTuple
 import tokenizers
 
 import tasks
-from env import MAX_LINES, NOTHING, short_prompt, shown_script
+from env import MAX_LINES, NOTHING
 from sample import Tokenizer, byte_alphabet
 from support.conversations import Conversation, read_conversations
 from support.files import shorten
+from support.prompts import short_prompt, shown_script
 from support.scripts import (
     InvalidAction, change_number, changes, constants, inverse, set_constant, untried, without_comments)
 

@@ -10,7 +10,7 @@ import env as env_module
 import tasks
 from env import ACTIONS, FIELDS, AgentSettings, Env, parse, printed_metric, shorten, system_prompt
 from reward import KINDS
-from support import parallel, records, sandbox, scripts, storage
+from support import parallel, prompts, records, sandbox, scripts, storage
 from support.endpoint import Completion
 from support.records import header, record
 from test_execute import becomes_empty
@@ -1659,7 +1659,7 @@ LONG = [BLANKS, "A = 1" + BLANKS + "\n", ("A = 1" + " " * 50_000 + "x\n") * 10, 
 @pytest.mark.parametrize("text", LONG, ids=lambda text: ascii(text)[:16])
 def test_work_on_any_text_is_linear(task, text):
     began = time.process_time()
-    env_module.short_prompt(task, env_module.NOTHING | {"news": text}, text, True, 1)
+    prompts.short_prompt(task, env_module.NOTHING | {"news": text}, text, True, 1)
     env_module.cut_observation(text)
     scripts.difference(text, text + "\nx")
     scripts.difference("x\n" + text, text)

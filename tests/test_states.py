@@ -14,11 +14,11 @@ import env
 import eval as evaluation
 import sft
 import tasks
-from support import cli, conversations, endpoint, miniature, scripts, states, storage
+from support import cli, conversations, endpoint, miniature, prompts, scripts, states, storage
 from support.cli import RunError
 from test_collect import IDEAS, add_toys, drive, idea, settings, toys  # noqa: F401  (a fixture)
 
-MEDIUM = {name: value for name, value in env.MEDIUM_AGENT.items() if name != "context"}
+MEDIUM = {name: value for name, value in prompts.MEDIUM_AGENT.items() if name != "context"}
 
 
 def say(action, **args):
@@ -96,20 +96,22 @@ def test_examples_in_a_medium_prompt_can_be_carried_out():
     for id in tasks.names("all"):
         script = scripts.without_comments(tasks.load(id).starter)
         for steps_left in range(1, 9):
-            examples = env.medium_edits(script, steps_left)
+            examples = prompts.medium_edits(script, steps_left)
             args = examples["Set Constant"][1]
             assert scripts.set_constant(script, **args) != script
             args = examples["Replace In Script"][1]
             assert args["find"] != args["replace"] and args["find"] in script
-    assert env.medium_edits("print(1)\n", 3) == {}
+    assert prompts.medium_edits("print(1)\n", 3) == {}
 
 
 def test_a_long_script_is_cut_at_a_line_and_the_prompt_says_so():
     task = SimpleNamespace(metric="MAE", direction="down", entry="train.py")
     script = "".join(f"NUMBER_{i} = {i}\n" for i in range(1000))
-    text = env.medium_prompt(task, env.NOTHING, script, False, 3, MEDIUM["actions"], MEDIUM["fields"])[1]["content"]
+    actions = {name: env.ACTIONS[name].args for name in MEDIUM["actions"]}
+    fields = {name: env.EXPLAIN[name] for name in MEDIUM["fields"]}
+    text = prompts.medium_prompt(task, env.NOTHING, script, False, 3, actions, fields)[1]["content"]
     shown = text.partition("```python\n")[2].partition("\n```")[0].splitlines()
-    assert shown[-1] == "... (the rest is not shown)" and len("\n".join(shown[:-1])) <= env.SCRIPT_ROOM
+    assert shown[-1] == "... (the rest is not shown)" and len("\n".join(shown[:-1])) <= prompts.SCRIPT_ROOM
     assert all(line in script.splitlines() for line in shown[:-1])
 
 

@@ -17,7 +17,7 @@ from model import Config, Qwen2
 from sample import Tokenizer
 from support.miniature import train_tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
-from support import cli, miniature, scripts, storage
+from support import cli, miniature, prompts, scripts, storage
 from support.records import restore_record
 
 
@@ -84,9 +84,9 @@ def test_every_prompt_can_be_made_again_from_the_record(short):
 def test_a_short_prompt_shows_so_many_constants_at_most():
     script = "".join(f"NAME_{i:03} = {i}\n" for i in range(1, 200))
     task = SimpleNamespace(metric="MAE", direction="down")
-    prompt = env.short_prompt(task, env.NOTHING, script, False, 3)[0]["content"]
+    prompt = prompts.short_prompt(task, env.NOTHING, script, False, 3)[0]["content"]
     shown = [line.partition(" *")[0] for line in prompt.split("\n")[2:-1]]
-    assert shown == [f"{i} NAME_{i:03} = {i}" for i in range(1, env.SHORT_CONSTANTS + 1)]
+    assert shown == [f"{i} NAME_{i:03} = {i}" for i in range(1, prompts.SHORT_CONSTANTS + 1)]
 
 
 # ---- the scripted expert with short prompts, and the random loop
