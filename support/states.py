@@ -19,9 +19,7 @@ from scipy.stats import permutation_test
 
 import sample
 import tasks
-from env import (
-    LEARNED_SEEDS, NOTHING, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
-    script_text)
+from env import NOTHING, read_record, script_text
 from support import miniature
 from support.cli import ContextFull, RunError, announce, exit_status, format_table
 from support.distributed import check_same
@@ -29,6 +27,8 @@ from support.files import (
     COUNT, FLAG, TEXT, folder_lock, hash_json, parse_json, read_bytes, read_json_lines, write_atomic)
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
+from support.play import (
+    LEARNED_SEEDS, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks)
 from support.pretrained import hash_checkpoint
 from support.records import AGENT, FINITE, FORMS, MESSAGE, TASK_ID, best_before, end_reason, trajectory_path
 from support.report import read_results

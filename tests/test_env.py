@@ -12,6 +12,7 @@ from env import ACTIONS, FIELDS, AgentSettings, Env, parse, printed_metric, shor
 from reward import KINDS
 from support import parallel, prompts, records, sandbox, scripts, storage
 from support.endpoint import Completion
+from support.play import ask_coder_model, play_trajectory
 from support.records import header, record
 from test_execute import becomes_empty
 
@@ -1772,7 +1773,7 @@ class Blocks:
 def test_a_whole_script_ends_with_its_block_however_that_opens(text, no_reply, expected, asked):
     model = Blocks(text, no_reply)
     question = [{"role": "user", "content": f"Change x. {env_module.WHOLE_SCRIPT}"}]
-    completion = env_module.ask_coder_model(model, question)
+    completion = ask_coder_model(model, question)
     assert (completion.text, len(model.limits), completion.prompt_tokens) == (expected, asked, 100 * asked)
 
 
@@ -1788,8 +1789,8 @@ def ask_coder(task, tmp_path):
         lines = []
         run = SimpleNamespace(stop=threading.Event(), write=lambda path, line: lines.append(line))
         reply = say("Edit Script (AI)", script_name="train.py", edit_instruction="x", save_name="new.py")
-        env_module.play_trajectory(cfg, task, 0, tmp_path / "made-0.jsonl", lambda env, lines, seed: (reply, None, {}),
-                                   model, tmp_path / "out", env_module.ResultCache(tmp_path / "kept"), run, {})
+        play_trajectory(cfg, task, 0, tmp_path / "made-0.jsonl", lambda env, lines, seed: (reply, None, {}), model,
+                        tmp_path / "out", env_module.ResultCache(tmp_path / "kept"), run, {})
         _, step = lines
         assert step["ended"] == "steps" and step["valid"]
         return step

@@ -190,7 +190,9 @@ def test_a_thought_is_kept_beside_the_reply_and_not_shown_again(play):
 def test_waiting_for_the_model_counts_or_not(clock, ended, play, monkeypatch):
     """Each reply takes a thousand of 1,800 seconds, by which the clock is set forward; one after the other plays."""
     forward = [0]
-    monkeypatch.setattr(env, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + forward[0]))
+    clock_of_both = SimpleNamespace(monotonic=lambda: time.monotonic() + forward[0])
+    monkeypatch.setattr(env, "time", clock_of_both)
+    monkeypatch.setattr("support.play.time", clock_of_both)
     monkeypatch.setattr(evaluation, "TOKENS_TOGETHER", 1)
 
     def slow(handler):

@@ -14,7 +14,7 @@ import env
 import eval as evaluation
 import sft
 import tasks
-from support import cli, conversations, endpoint, miniature, prompts, scripts, states, storage
+from support import cli, conversations, endpoint, miniature, play, prompts, scripts, states, storage
 from support.cli import RunError
 from test_collect import IDEAS, add_toys, drive, idea, settings, toys  # noqa: F401  (a fixture)
 
@@ -291,7 +291,7 @@ def test_states_are_recorded_once_and_of_data_that_nothing_is_trained_on(recorde
     lines = [json.loads(line) for line in (recorded / "states.jsonl").read_text().splitlines()]
     assert {(line["task"], line["data_seed"]) for line in lines} == {
         (id, states.STATES_SEED) for id in ("toy-a", "toy-b", "toy-out")}
-    assert states.STATES_SEED not in (0, *env.LEARNED_SEEDS)
+    assert states.STATES_SEED not in (0, *play.LEARNED_SEEDS)
     assert len(lines) == 9 and len({(line["task"], line["index"], str(line["seen"])) for line in lines}) == 9
     with pytest.raises(ValueError, match="recorded once"):
         states.record_states(state_settings(recorded, "recorded", record_states=3))
