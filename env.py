@@ -27,8 +27,7 @@ from reward import best_of, reward
 from support import cli, prompts, records, scripts, storage
 from support.files import (
     FLAG, is_text, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic)
-from support.records import (  # noqa: F401
-    AGENT, CANNOT_TAKE, check_record, header, read_record, read_records, read_trajectory, record, restore_record)
+from support.records import CANNOT_TAKE
 from support.sandbox import NO_SPACE, SLOTS, Result, discard, describe, execute, protection
 from support.scripts import InvalidAction
 from support.storage import UNDO, Blobs, ResultCache, check_state, fits, without_undo

@@ -24,7 +24,7 @@ import numpy as np
 
 import sample
 import tasks
-from env import SCAFFOLDS, AgentSettings, Env, printed_metric, read_agent, read_record
+from env import SCAFFOLDS, AgentSettings, Env, printed_metric, read_agent
 from reward import best_of
 from support import aide, cli, endpoint, miniature, mlagentbench
 from support.cli import RunError, check_choices, check_positive, exit_status, format_table, refuse_torchrun, run_main
@@ -38,7 +38,7 @@ from support.parallel import Progress, run_parallel
 from support.sandbox import SLOTS
 from support.states import format_states, measure_states, record_states
 from support.storage import ResultCache
-from support.records import end_reason, trajectory_files, trajectory_path
+from support.records import end_reason, read_record, trajectory_files, trajectory_path
 
 RANDOM = "random-edits"         # as --model: constants changed at random, kept where the printed score is better
 MADE = {"fine-tuned": ("runs/sft", "python sft.py"), "after RL": ("runs/rl", "python rl.py")}   # name: folder, command

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import sample
 import tasks
-from env import AGENT_FORMAT, AgentSettings, read_agent, read_record, write_agent
+from env import AGENT_FORMAT, AgentSettings, read_agent, write_agent
 from model import Config, use_kernels
 from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main
@@ -42,7 +42,7 @@ from support.parallel import Progress, run_parallel
 from support.play import LEARNED_SEEDS, model_policy, play_trajectory, prepare_tasks
 from support.pretrained import find_folder, hash_checkpoint
 from support.prompts import MEDIUM_AGENT
-from support.records import AGENT, end_reason, trajectory_path
+from support.records import AGENT, end_reason, read_record, trajectory_path
 from support.storage import ResultCache
 
 

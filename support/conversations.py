@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import tasks
-from env import SCAFFOLDS, read_records, recorded_prompt
+from env import SCAFFOLDS, recorded_prompt
 from support.files import TEXT, parse_json, shorten
-from support.records import end_reason
+from support.records import end_reason, read_records
 from support.storage import Blobs, MissingBlob
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}

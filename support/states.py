@@ -19,7 +19,7 @@ from scipy.stats import permutation_test
 
 import sample
 import tasks
-from env import NOTHING, read_record, script_text
+from env import NOTHING, script_text
 from support import miniature
 from support.cli import ContextFull, RunError, announce, exit_status, format_table
 from support.distributed import check_same
@@ -30,7 +30,8 @@ from support.parallel import Progress, run_parallel
 from support.play import (
     LEARNED_SEEDS, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks)
 from support.pretrained import hash_checkpoint
-from support.records import AGENT, FINITE, FORMS, MESSAGE, TASK_ID, best_before, end_reason, trajectory_path
+from support.records import (
+    AGENT, FINITE, FORMS, MESSAGE, TASK_ID, best_before, end_reason, read_record, trajectory_path)
 from support.report import read_results
 from support.sandbox import SLOTS
 from support.scripts import untried

@@ -25,11 +25,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import env as env_module  # noqa: E402
 import tasks  # noqa: E402
 from common import act, add_task  # noqa: E402
-from env import ACTIONS, WALL_FACTOR, Env, check_record
+from env import ACTIONS, WALL_FACTOR, Env
 from reward import KINDS as REWARD_KINDS  # noqa: E402
 from support import sandbox
 from support.storage import check_snapshot
-from support.records import record
+from support.records import check_record, record
 
 HEAD = "import contextlib, os, shutil, signal, socket, stat, subprocess, sys, threading, time\n"
 SUBMIT = 'open("submission.csv", "w").write("id,y\\n1,{0}\\n2,{0}\\n")\n'

@@ -21,6 +21,7 @@ import sft
 import tasks
 from common import act, add_task
 from support import cli, endpoint, files, ideas, miniature, storage
+from support.records import AGENT, read_trajectory
 
 ROOT = Path(__file__).parent.parent
 
@@ -209,7 +210,7 @@ def test_scripted_trajectories_are_real(whole):
     rose = 0
     actions = set()
     for file in paths:
-        head, steps = env.read_trajectory(file)
+        head, steps = read_trajectory(file)
         played = file.stem[-1] <= "1"      # half of them, to save time
         assert not played or env.replay(file, log=lambda text: None, data=folder / "data") == 0
         assert all(step["valid"] for step in steps) and steps[-1]["ended"] == "final answer"
@@ -224,7 +225,7 @@ def test_scripted_trajectories_are_real(whole):
     assert counts["trajectories"] == 4 and counts["steps"] == counts["valid"]
     hashes = [tasks.info("toy-a", folder / "data" / f"seed-{seed}")["sha256"] for seed in (1, 2, 3)]
     assert manifest["tasks"]["toy-a"]["data"] == files.hash_json(hashes)[:16]
-    heads = [env.read_trajectory(file)[0] for file in paths]
+    heads = [read_trajectory(file)[0] for file in paths]
     assert [head["data_seed"] for head in heads] == [1, 2, 3, 1] * 2 and not (folder / "data" / "toy-a").exists()
 
 
@@ -232,7 +233,7 @@ def drive(toys, ideas, steps=15, seed=0, **more):
     """Steps of the scripted expert on toy-a with these ideas."""
     tasks.prepare("toy-a", data=toys / "data", log=lambda line: None)
     cfg = settings(toys, steps=steps, **more)
-    world = env.Env("toy-a", toys / "data", out=toys / "world", **{name: getattr(cfg, name) for name in env.AGENT})
+    world = env.Env("toy-a", toys / "data", out=toys / "world", **{name: getattr(cfg, name) for name in AGENT})
     policy = miniature.scripted_policy(cfg, world.task, ideas, random.Random(seed))
     lines = [None]
     while not world.done:
@@ -363,7 +364,7 @@ def test_real_data_have_no_seeds(toys):
     (raw / "truth.csv").write_text("id,y\n1,10\n2,10\n")
     for flags in ({"raw": str(raw)}, {}):       # the second time they are there already
         sft.collect(settings(toys, task="toy-a", num=2, **flags))
-        heads = [env.read_trajectory(file)[0] for file in sorted((toys / "out").glob("*.jsonl"))]
+        heads = [read_trajectory(file)[0] for file in sorted((toys / "out").glob("*.jsonl"))]
         assert [(head["data_seed"], head["miniature"]) for head in heads] == [(0, False)] * 2
     assert not list((toys / "data").glob("seed-*"))
 
@@ -421,7 +422,7 @@ def test_ids_of_a_stop_string_are_neither_kept_nor_learned(toys):
     s = settings(toys, expert="model", task="toy-a", num=1, ideas=30, coder="none")
     sft.collect(s, load=lambda spec, **options: expert)
     t = Expert.tokenizer
-    head, steps = env.read_trajectory(toys / "out" / "toy-a-0.jsonl")
+    head, steps = read_trajectory(toys / "out" / "toy-a-0.jsonl")
     assert [t.decode(step["messages"][0]["tokens"]) for step in steps] == REPLIES
     (one,), _ = sft.read_conversations(s.trajectories, data=s.data, tokenizer=t, log=lambda text: None)
     ids, chosen = t.conversation(one.messages, set(one.assistant_turns))

@@ -872,7 +872,7 @@ def test_an_action_is_an_entry_and_a_method(make, monkeypatch):
     assert '- Count Lines {"file_name": "file"}: counts the lines of a file.' in env.messages[0]["content"]
     step = do(env, "Count Lines", file_name="train.py")
     assert step.valid and step.observation.startswith("6 lines\n")
-    env_module.check_record(json.loads(json.dumps(record(step))), first=False)
+    records.check_record(json.loads(json.dumps(record(step))), first=False)
 
 
 # ------------------------------------------------------------------------------------------------------- the trajectory
@@ -1270,7 +1270,7 @@ def test_wrong_types_in_a_trajectory_are_one_clear_sentence(some_lines, tmp_path
     path = tmp_path / "x.jsonl"
     path.write_text(lines_of(lines))
     with pytest.raises(ValueError) as error:
-        env_module.read_trajectory(path)
+        records.read_trajectory(path)
     said = str(error.value)
     assert said.startswith(f"{path}, line {line + 1} is no record of a trajectory: ") and name in said.lower()
     assert "\n" not in said and len(said) < 400
@@ -1285,7 +1285,7 @@ def test_what_a_record_lacks_is_named(some_lines, tmp_path, line, name):
     path = tmp_path / "x.jsonl"
     path.write_text(lines_of(lines))
     with pytest.raises(ValueError, match=f"line {line + 1} .*'{name}' is missing"):
-        env_module.read_trajectory(path)
+        records.read_trajectory(path)
 
 
 @pytest.mark.parametrize("ended", ["", 5, None, ["steps"]])
@@ -1303,7 +1303,7 @@ def test_an_end_has_a_reason(some_lines, tmp_path, ended):
 def test_lines_that_are_no_record_are_named(tmp_path, content):
     (tmp_path / "x").write_bytes(content + b"\n")
     with pytest.raises(ValueError, match="x, line 1(: expected an object| is no record| is not JSON)"):
-        env_module.read_trajectory(tmp_path / "x")
+        records.read_trajectory(tmp_path / "x")
 
 
 SOME_LINES = []
@@ -1322,7 +1322,7 @@ def some_lines(request):
 def test_a_line_break_of_unicode_in_a_text_ends_no_line(some_lines, tmp_path):
     some_lines[1]["observation"] = "a\u2028b\x85c"
     (tmp_path / "x").write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in some_lines), "utf-8")
-    assert env_module.read_trajectory(tmp_path / "x")[1][0]["observation"] == "a\u2028b\x85c"
+    assert records.read_trajectory(tmp_path / "x")[1][0]["observation"] == "a\u2028b\x85c"
 
 
 # ---- replay
@@ -1625,7 +1625,7 @@ def test_a_coder_may_answer_anything(make, answer, kind):
         assert step.kind == kind or action == "Understand File"
         line = json.dumps([record(step), env.messages], ensure_ascii=False).encode()
         assert len(line) < 8 * env_module.MAX_SCRIPT
-        env_module.check_record(json.loads(line)[0], False)
+        records.check_record(json.loads(line)[0], False)
 
 
 def test_a_text_that_overlaps_itself_does_not_occur_once(make):
@@ -1745,7 +1745,7 @@ def test_the_first_error_stops_all():
 def test_a_pipe_in_place_of_a_trajectory_is_an_error_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "toy-0.jsonl")
     with pytest.raises(ValueError, match="expected an ordinary file"):
-        env_module.read_trajectory(tmp_path / "toy-0.jsonl")
+        records.read_trajectory(tmp_path / "toy-0.jsonl")
 
 
 class Blocks:

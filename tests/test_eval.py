@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-import env
 import eval as evaluation
 import rl
 import sample
@@ -745,7 +744,7 @@ def test_a_record_cannot_give_itself_more_time(tmp_path, task):
     *lines, last = file_of(s, 0).read_text().splitlines()
     file_of(s, 0).write_text("\n".join([*lines, json.dumps({**json.loads(last), "seconds_left": 1e6}), ""]))
     play(s, Scripted())
-    assert all(line["seconds_left"] <= 1000 for line in env.read_record(file_of(s, 0))[3:])
+    assert all(line["seconds_left"] <= 1000 for line in records.read_record(file_of(s, 0))[3:])
 
 
 # ---- ends and errors
@@ -882,7 +881,7 @@ def test_ctrl_c_while_waiting_for_a_reply_leaves_what_can_be_continued(tmp_path,
         run.send_signal(signal.SIGINT)
         _, said = run.communicate(timeout=600)
     assert run.returncode == 1 and "interrupted" in said and "the same command goes on" in said
-    lines = env.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
+    lines = records.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
     assert [line["type"] for line in lines] == ["header", "step", "step"]
     server.hold_at = None
     server.turns.clear()
@@ -909,7 +908,7 @@ def test_ctrl_c_while_a_script_runs_ends_the_script(tmp_path, task, server):
         run.communicate(timeout=600)
     assert run.returncode == 1
     assert wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in script))
-    lines = env.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
+    lines = records.read_record(tmp_path / "out" / "trajectories" / "tiny-task-0.jsonl")
     assert [line.get("score") for line in lines] == [None, 2.0]
 
 

@@ -139,9 +139,9 @@ def test_every_state_is_that_of_the_recorded_run(made):
     rollout = playing(made)
     seen = 0
     for file in sorted((made / "pool").glob("*.jsonl")):
-        head, steps = env.read_trajectory(file)
+        head, steps = records.read_trajectory(file)
         live = env.Env(head["task"], tasks.seeded(made / "data", head["data_seed"]), out=made / "pool",
-                       **{name: head[name] for name in env.AGENT})
+                       **{name: head[name] for name in records.AGENT})
         for step in steps:
             state = rollout.states[f"{file.stem}, step {step['index']}"]
             here = rollout.begin(state.name)[0]
@@ -227,7 +227,7 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     (folder / "toy-a-1.jsonl").write_text("{}\n")
     said = []
     found = pool.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
-    num = sum(len(env.read_trajectory(folder / f"{name}.jsonl")[1]) for name in ("toy-a-0", "toy-b-0", "toy-b-1"))
+    num = sum(len(records.read_trajectory(folder / f"{name}.jsonl")[1]) for name in ("toy-a-0", "toy-b-0", "toy-b-1"))
     for part in (f"{num} states of 2 tasks; left out: 3, such as", "toy-a-1.jsonl"):
         assert part in said[0]
     assert len(found["toy-a"]) == 6

@@ -124,7 +124,7 @@ def aide_settings(tmp_path, out="out", **more):
 
 
 def steps_of(cfg):
-    return [line for line in env.read_record(file_of(cfg, 0)) if line["type"] == "step"]
+    return [line for line in records.read_record(file_of(cfg, 0)) if line["type"] == "step"]
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_no_prompt_tells_a_graded_score(tmp_path, task):
 def lines_without_clocks(cfg):
     free = ("seconds", "seconds_left", "time_left_s", "script_seconds")
     lines = [{name: value for name, value in line.items() if name not in free}
-             for line in env.read_record(file_of(cfg, 0))]
+             for line in records.read_record(file_of(cfg, 0))]
     return records._masked(json.dumps(lines).replace(cfg.data, "data"))
 
 
@@ -331,7 +331,7 @@ def test_a_tree_of_others_is_checked(change, words, tree, tmp_path):
     path = tmp_path / "tiny-task-0.jsonl"
     path.write_text("\n".join([*lines[:7], json.dumps(line), *lines[8:], ""]))
     with pytest.raises(ValueError, match=words):
-        env.read_record(path)
+        records.read_record(path)
 
 
 def test_it_is_neither_trained_on_nor_a_start_of_training(tmp_path, task):

@@ -14,7 +14,7 @@ import env
 import eval as evaluation
 import sft
 import tasks
-from support import cli, conversations, endpoint, miniature, play, prompts, scripts, states, storage
+from support import cli, conversations, endpoint, miniature, play, prompts, records, scripts, states, storage
 from support.cli import RunError
 from test_collect import IDEAS, add_toys, drive, idea, settings, toys  # noqa: F401  (a fixture)
 
@@ -159,7 +159,7 @@ def test_the_expert_takes_back_what_is_no_better_and_learns_no_failed_edit(toys)
     num_failed = 0
     replies = []
     for file in sorted((toys / "medium").glob("*.jsonl")):
-        head, steps = env.read_trajectory(file)
+        head, steps = records.read_trajectory(file)
         assert all(step["valid"] for step in steps) and steps[0]["action"] == "Execute Script"
         best = steps[0]["printed"]
         for step, following in itertools.pairwise(steps):
@@ -224,8 +224,8 @@ def test_ideas_are_tried_also_where_all_constants_are(toys):
 
 def test_recorded_medium_prompts_are_those_that_were_shown(toys):
     cfg = collect_medium(toys, num=1, task="toy-a")
-    head, steps = env.read_trajectory(toys / "medium" / "toy-a-0.jsonl")
-    agent = {name: getattr(cfg, name) for name in env.AGENT}
+    head, steps = records.read_trajectory(toys / "medium" / "toy-a-0.jsonl")
+    agent = {name: getattr(cfg, name) for name in records.AGENT}
     played = env.Env("toy-a", toys / "data" / "seed-1", out=toys / "again", **agent)
     found, _ = conversations.read_conversations(toys / "medium", toys / "data", log=lambda line: None)
     shown = []
@@ -322,7 +322,7 @@ def test_a_task_without_ideas_has_states(toys):
     lines = [json.loads(line) for line in (toys / "states.jsonl").read_text().splitlines()]
     assert [line["task"] for line in lines] == ["toy-a"] * 2
     actions = {step["action"] for file in (toys / "recorded" / "expert").glob("*.jsonl")
-               for step in env.read_trajectory(file)[1]}
+               for step in records.read_trajectory(file)[1]}
     assert {"Execute Script", "Set Constant"} <= actions <= {"Execute Script", "Set Constant", "Undo Edit Script"}
 
 
@@ -340,7 +340,7 @@ def test_an_action_in_a_state_is_rewarded_as_in_its_trajectory(recorded):
     cfg = state_settings(recorded, "rewarded")
     files_of = {}
     for file in (recorded / "recorded" / "expert").glob("*.jsonl"):
-        head, steps = env.read_trajectory(file)
+        head, steps = records.read_trajectory(file)
         for step in steps:
             before = (steps[step["index"] - 1] if step["index"] else head)
             files_of[head["task"], step["index"], str(before["seen"] if "seen" in before else before["tries"])] = step

@@ -17,7 +17,7 @@ from model import Config, Qwen2
 from sample import Tokenizer
 from support.miniature import train_tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
-from support import cli, miniature, prompts, scripts, storage
+from support import cli, miniature, prompts, records, scripts, storage
 from support.records import restore_record
 
 
@@ -38,7 +38,7 @@ def short(whole):
 def test_a_short_prompt_by_hand(short):
     """All but the score, which test_env.py works out."""
     folder, s = short
-    agent = {name: getattr(s, name) for name in env.AGENT}
+    agent = {name: getattr(s, name) for name in records.AGENT}
     world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "hand", **agent)
 
     def after(action, **args):
@@ -64,9 +64,9 @@ def test_every_prompt_can_be_made_again_from_the_record(short):
     """By restoring the state, and by reading for training: both give what the policy was shown."""
     folder, s = short
     file = sorted((folder / "short").glob("toy-a-*.jsonl"))[0]
-    head, steps = env.read_trajectory(file)
+    head, steps = records.read_trajectory(file)
     assert head["prompt_format"] == "short" and env.replay(file, log=lambda line: None, data=folder / "data") == 0
-    agent = {name: getattr(s, name) for name in env.AGENT}
+    agent = {name: getattr(s, name) for name in records.AGENT}
     played = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "again", **agent)
     restored = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "short", **agent)
     shown = []
@@ -119,7 +119,7 @@ def test_the_short_expert_looks_takes_back_and_goes_on(short):
     num_helped = num_inverse = 0
     replies = set()
     for file in (folder / "short").glob("*.jsonl"):
-        _, steps = env.read_trajectory(file)
+        _, steps = records.read_trajectory(file)
         replies.add(tuple(step["reply"] for step in steps))
         assert all(step["valid"] for step in steps) and steps[0]["action"] == "Execute Script"
         best = steps[0]["printed"]
@@ -152,7 +152,7 @@ def test_the_short_expert_looks_takes_back_and_goes_on(short):
 
 def play(folder, s, policy, steps):
     world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "loop", **{
-        **{name: getattr(s, name) for name in env.AGENT}, "steps": steps})
+        **{name: getattr(s, name) for name in records.AGENT}, "steps": steps})
     lines = [None]
     while not world.done:
         lines.append(vars(world.step(policy(world, lines, 0)[0])))
@@ -277,7 +277,7 @@ def form_of(prompt):
 def play_imagined(folder, s, state, last):
     """An Env in the situation of an Imagined, and what the expert does next there; None: its scores are others."""
     world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "imagined", **{
-        **{name: getattr(s, name) for name in env.AGENT}, "steps": 30})
+        **{name: getattr(s, name) for name in records.AGENT}, "steps": 30})
     toy = tasks.load("toy-a")
     done = {"a better score": [state.change], "a worse score": [state.change],
             "an undo": state.tried[-1:]}.get(last, [])
@@ -398,7 +398,7 @@ def test_the_command_without_arguments_in_its_smallest_form(forks, whole, tmp_pa
     assert (s.steps, s.context) == (3, miniature.TINY["context"])
     run("eval", f"--model={out}", f"--data={folder / 'data'}", f"--out={tmp_path / 'eval'}", "--task=toy-out",
         "--trajectories=1")
-    head, steps = env.read_trajectory(tmp_path / "eval" / "trajectories" / "toy-out-0.jsonl")
+    head, steps = records.read_trajectory(tmp_path / "eval" / "trajectories" / "toy-out-0.jsonl")
     assert head["prompt_format"] == "short" and len(steps) == miniature.AGENT_STEPS
 
 
