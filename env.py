@@ -25,8 +25,7 @@ from typing import NamedTuple
 import tasks
 from reward import best_of, reward
 from support import cli, prompts, records, scripts, storage
-from support.files import (
-    FLAG, is_text, one_of, parse_json, read_bytes, shorten, some_of, up_to, write_atomic)
+from support.files import FLAG, is_text, one_of, shorten, some_of, up_to
 from support.records import CANNOT_TAKE
 from support.sandbox import NO_SPACE, SLOTS, Result, discard, describe, execute, protection
 from support.scripts import InvalidAction
@@ -273,66 +272,6 @@ def printed_metric(stdout, metric=""):
             if numbers and math.isfinite(value := float(numbers[-1])):
                 return value
     return None
-
-
-# ---- Settings of an agent
-
-AGENT_FORMAT = {      # of agent.json in the folder of a model: how it was trained to act
-    "prompt_format": one_of(*PROMPTS),
-    "actions": some_of(*DEFAULT_ACTIONS),
-    "fields": (f"some of {', '.join(FIELDS)}, each once, with the last two at the end", lambda value: (
-        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
-    "context": up_to(1 << 20),
-    "max_new_tokens": up_to(1 << 20),
-    "steps": up_to(1 << 20),
-    "show_scores": FLAG,
-}
-
-
-@dataclass
-class AgentSettings(cli.TaskSettings):
-    """Settings of every program in which an agent acts."""
-    actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the agent may do
-    fields: tuple[str, ...] = FIELDS  # entries of a reply; a weak model does better with "Thought,Action,Action Input"
-    prompt_format: str = "full"  # what the model is shown of a state: full (the conversation), medium (the script
-        # without comments, the best score and the last tries, for some hundred million weights), or short (the script's
-        # constants, the best score and what the last step brought, for a few million)
-    show_scores: bool = True  # after an edit the agent is told what the script now prints; without it, as in the paper,
-        # it has to run the script to know
-    steps: int = 15  # replies that a trajectory may have
-    seconds: float = 1800.0  # that a trajectory may take
-    clock: str = "all"  # what counts of these seconds: all, or scripts, without the time that the model takes to reply
-    reply_seconds: float = 600.0  # that a server may take for one reply
-    top_p = 1.0     # no setting: replies are sampled from all tokens
-
-    def __post_init__(self):
-        super().__post_init__()
-        cli.check_choices(self, clock=("all", "scripts"), prompt_format=PROMPTS)
-        cli.check_positive(self, "steps", "seconds", "reply_seconds")
-        for name in ("actions", "fields"):
-            expected, is_right = AGENT_FORMAT[name]
-            value = list(getattr(self, name))
-            if not is_right(value):
-                raise ValueError(f"{cli.flag_of(name)}: expected {expected}, found {shorten(ascii(value), 200)}")
-
-
-def read_agent(folder):
-    """Returns {name: value} of the settings in agent.json, {} where there is none. ValueError: an entry is not of its
-    form. Others are ignored, which is announced."""
-    path = Path(folder, "agent.json")
-    raw = read_bytes(path, 1 << 16)
-    if raw is None:
-        return {}
-    values = parse_json(raw, {f"{name}?": form for name, form in AGENT_FORMAT.items()}, path)
-    if ignored := sorted(values.keys() - AGENT_FORMAT.keys()):
-        names = shorten(", ".join(map(ascii, ignored)), 200)
-        cli.announce(f"{path} may say {', '.join(AGENT_FORMAT)}; ignored: {names}")
-    return {name: tuple(values[name]) if isinstance(values[name], list) else values[name]
-            for name in AGENT_FORMAT if name in values}
-
-
-def write_agent(folder, agent):
-    write_atomic(Path(folder, "agent.json"), agent)
 
 
 # ---- The environment
@@ -1005,8 +944,18 @@ def stamps_of(folder):
     return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
-# ---- Replay
+# ---- Records and replay
 
+AGENT_FORMAT = {      # of agent.json in the folder of a model: how it was trained to act
+    "prompt_format": one_of(*PROMPTS),
+    "actions": some_of(*DEFAULT_ACTIONS),
+    "fields": (f"some of {', '.join(FIELDS)}, each once, with the last two at the end", lambda value: (
+        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
+    "context": up_to(1 << 20),
+    "max_new_tokens": up_to(1 << 20),
+    "steps": up_to(1 << 20),
+    "show_scores": FLAG,
+}
 records.fill_forms(Step, AGENT_FORMAT, OUTCOMES, SCAFFOLDS)
 
 

@@ -24,14 +24,14 @@ import numpy as np
 
 import sample
 import tasks
-from env import SCAFFOLDS, AgentSettings, Env, printed_metric, read_agent
+from env import SCAFFOLDS, Env, printed_metric
 from reward import best_of
 from support import aide, cli, endpoint, miniature, mlagentbench
 from support.cli import RunError, check_choices, check_positive, exit_status, format_table, refuse_torchrun, run_main
 from support.disclosure import FINAL, count_work, disclose, notes, warnings
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, refuse_links_out, write_atomic
-from support.play import make_env, model_policy, play_trajectory, prepare_tasks
+from support.play import AgentSettings, make_env, model_policy, play_trajectory, prepare_tasks, read_agent
 from support.pretrained import hash_checkpoint
 from support.report import STEP, read_log, read_results, write_page
 from support.parallel import Progress, run_parallel

@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import read_agent, write_agent
 from model import Config, Linear, Qwen2, at_targets, use_kernels
 from reward import KINDS
 from support import cli
@@ -35,7 +34,7 @@ from support.distributed import (
     full_tensor, joined, load_state, map_rows, num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory,
     preset_for, rank0_broadcast, rank_and_size, row_threads, save_state, shape_of, trim_memory)
 from support.files import begin_log
-from support.play import LEARNED_SEEDS, ask_coder_model, make_env, prepare_tasks
+from support.play import LEARNED_SEEDS, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
 from support.pool import hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
 from support.prompts import MEDIUM_AGENT

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 import sample
 import tasks
-from env import AGENT_FORMAT, AgentSettings, read_agent, write_agent
+from env import AGENT_FORMAT
 from model import Config, use_kernels
 from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main
@@ -39,7 +39,8 @@ from support.distributed import (
 from support.files import FLAG, TEXT, VALUE, begin_log, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
-from support.play import LEARNED_SEEDS, model_policy, play_trajectory, prepare_tasks
+from support.play import (
+    LEARNED_SEEDS, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, write_agent)
 from support.pretrained import find_folder, hash_checkpoint
 from support.prompts import MEDIUM_AGENT
 from support.records import AGENT, end_reason, read_record, trajectory_path

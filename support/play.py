@@ -1,11 +1,14 @@
-"""Playing with a policy: the tasks are prepared, and a trajectory is played from its last recorded step to its end."""
+"""Playing with a policy: settings of an agent, its tasks, and a trajectory from the last recorded step to its end."""
 import sys, time, zlib
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
-from env import WHOLE_SCRIPT, Env
+from env import AGENT_FORMAT, DEFAULT_ACTIONS, FIELDS, PROMPTS, WHOLE_SCRIPT, Env
+from support import cli
 from support.cli import ContextFull, RunError
+from support.files import parse_json, read_bytes, shorten, write_atomic
 from support.parallel import run_parallel
 from support.records import AGENT, header, read_record, record, restore_record
 from support.sandbox import SLOTS
@@ -15,6 +18,56 @@ CODER_TOKENS = 4096     # tokens that a reply of the coder may have: it writes w
 CODE_END = "\n```\n"    # the line that ends a script in a reply
 MAX_NO_REPLIES = 3      # in a row, after which a trajectory is over
 
+
+# ---- Settings of an agent
+
+@dataclass
+class AgentSettings(cli.TaskSettings):
+    """Settings of every program in which an agent acts."""
+    actions: tuple[str, ...] = DEFAULT_ACTIONS  # what the agent may do
+    fields: tuple[str, ...] = FIELDS  # entries of a reply; a weak model does better with "Thought,Action,Action Input"
+    prompt_format: str = "full"  # what the model is shown of a state: full (the conversation), medium (the script
+        # without comments, the best score and the last tries, for some hundred million weights), or short (the script's
+        # constants, the best score and what the last step brought, for a few million)
+    show_scores: bool = True  # after an edit the agent is told what the script now prints; without it, as in the paper,
+        # it has to run the script to know
+    steps: int = 15  # replies that a trajectory may have
+    seconds: float = 1800.0  # that a trajectory may take
+    clock: str = "all"  # what counts of these seconds: all, or scripts, without the time that the model takes to reply
+    reply_seconds: float = 600.0  # that a server may take for one reply
+    top_p = 1.0     # no setting: replies are sampled from all tokens
+
+    def __post_init__(self):
+        super().__post_init__()
+        cli.check_choices(self, clock=("all", "scripts"), prompt_format=PROMPTS)
+        cli.check_positive(self, "steps", "seconds", "reply_seconds")
+        for name in ("actions", "fields"):
+            expected, is_right = AGENT_FORMAT[name]
+            value = list(getattr(self, name))
+            if not is_right(value):
+                raise ValueError(f"{cli.flag_of(name)}: expected {expected}, found {shorten(ascii(value), 200)}")
+
+
+def read_agent(folder):
+    """Returns {name: value} of the settings in agent.json, {} where there is none. ValueError: an entry is not of its
+    form. Others are ignored, which is announced."""
+    path = Path(folder, "agent.json")
+    raw = read_bytes(path, 1 << 16)
+    if raw is None:
+        return {}
+    values = parse_json(raw, {f"{name}?": form for name, form in AGENT_FORMAT.items()}, path)
+    if ignored := sorted(values.keys() - AGENT_FORMAT.keys()):
+        names = shorten(", ".join(map(ascii, ignored)), 200)
+        cli.announce(f"{path} may say {', '.join(AGENT_FORMAT)}; ignored: {names}")
+    return {name: tuple(values[name]) if isinstance(values[name], list) else values[name]
+            for name in AGENT_FORMAT if name in values}
+
+
+def write_agent(folder, agent):
+    write_atomic(Path(folder, "agent.json"), agent)
+
+
+# ---- One trajectory
 
 def make_env(cfg, task, out, cache, data_seed=0, make=Env, **options):
     """Returns the Env of a task by a program's settings. data_seed: of its miniature. make: the class."""
@@ -133,6 +186,8 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         lines.append(record(step, **entries, **counts))
         run.write(path, lines[-1])
 
+
+# ---- Tasks
 
 def prepare_tasks(cfg, seeds=(0,)):
     """Prepares the tasks of cfg.task on first use, and returns [(task, the contents of its task.json)]: of a task whose

@@ -8,11 +8,11 @@ import pytest
 
 import env as env_module
 import tasks
-from env import ACTIONS, FIELDS, AgentSettings, Env, parse, printed_metric, shorten, system_prompt
+from env import ACTIONS, FIELDS, Env, parse, printed_metric, shorten, system_prompt
 from reward import KINDS
 from support import parallel, prompts, records, sandbox, scripts, storage
 from support.endpoint import Completion
-from support.play import ask_coder_model, play_trajectory
+from support.play import AgentSettings, ask_coder_model, play_trajectory
 from support.records import header, record
 from test_execute import becomes_empty
 
