@@ -5,6 +5,8 @@
     while not env.done:
         step = env.step(policy(env.prompt()))         # -> Step: the action, its observation, the reward
 
+support/play.py plays so with a model, records every step, and goes on after an interruption.
+
     python env.py replay FILE                         # runs a trajectory of eval.py or sft.py again, prints differences
 
 A state is the chat messages and the workspace: a dict {path: sha256} over a store of blobs (support/storage.py). It
@@ -180,7 +182,7 @@ def recorded_prompt(agent, task, seen, snapshot, blobs, steps_left):
     return prompts.medium_prompt(*about, actions, {name: EXPLAIN[name] for name in agent["fields"]})
 
 
-# ---- Texts
+# ---- Reading a reply, and what a script has printed
 
 def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
     """Reads any reply, in linear time. Returns (values, action, args, error): the texts of the entries, the name and
@@ -330,9 +332,11 @@ class Env:
     a ResultCache (default: one in out). The rest: see AgentSettings and cli.ScriptSettings.
     """
     stop = ("\nObservation:",)      # texts that end a reply
-    num_tries = 1                   # replies of a step; a subclass with more has is_readable(reply),
-    reminder = ""                   # and adds this to the prompt of a further one
-    own = ()                        # further arguments, which are recorded
+    # A subclass with more tries has is_readable(reply): where that is False another reply is asked for, up to so many,
+    # with the reminder at the end of the prompt.
+    num_tries = 1
+    reminder = ""
+    own = ()                        # names of further arguments, which are recorded
 
     def __init__(self, task, data="data", *, out, actions=DEFAULT_ACTIONS, fields=FIELDS, steps=15, seconds=1800,
                  coder=None, prompt_format="full", show_scores=True, python=None, gpu=None, threads=1, sandbox="on",
@@ -427,7 +431,7 @@ class Env:
 
         # 1. The reply becomes an action, and the action changes the workspace.
         step.fields, step.action, step.args, parse_error = self.read(reply)
-        self.change_text = ""
+        self.change_text = ""       # of a Set Constant, such as "RATE = 0.1 -> 0.2"
         self.act(step, parse_error)
         self.index += 1
 
@@ -540,7 +544,8 @@ class Env:
     # Files. "data/..." are the public ones, which are only read.
 
     def _path(self, text, write=False):
-        """Returns the normalised path, "" for the workspace."""
+        """Returns the normalised path, "" for the workspace. InvalidAction: it leads out of the workspace, or with
+        write it is read-only or cannot be a file there."""
         shown = shorten(repr(text), 80)
         text = text.strip()
         path = "/".join(part for part in text.split("/") if part not in ("", "."))
@@ -574,7 +579,8 @@ class Env:
         raise InvalidAction(f"There is no file {path or '.'}; the workspace holds {', '.join(names[:20])}, data/.")
 
     def _text(self, path, edit=False):
-        """Returns (text of the first MAX_READ bytes, size in bytes) of a file."""
+        """Returns (text of the first MAX_READ bytes, size in bytes) of a file. InvalidAction: it is binary, or with
+        edit it could not be written back as it is."""
         file = self._file(path)
         size = file.stat().st_size
         content = read_start(file, MAX_READ)
@@ -713,13 +719,13 @@ class Env:
         self.change_text = f"{name} = {old_value} -> {new_value}"
         change = {"constant": str(number), "value": "".join(value.split())}
         is_best = self.files[self.task.entry] == self.seen["best_script"]
-        best = self.seen["best_printed"]
+        best_before = self.seen["best_printed"]
         if is_best and change in self.seen["tried"]:
             raise InvalidAction(f"Constant {constant} {value} was tried on this script, and is no better.")
         observation = self._edit(step, self.task.entry, before, before[:start] + new_value + before[end:])
         self.seen["change"] = change
         if is_best and self.show_scores:
-            if self.seen["best_printed"] == best:
+            if self.seen["best_printed"] == best_before:
                 self.seen["tried"] = [*self.seen["tried"], change]
             elif scripts.inverse(change):       # it leads back to a script that is no better
                 self.seen["tried"] = [scripts.inverse(change)]
@@ -829,7 +835,8 @@ class Env:
         return run
 
     def _judge(self, step):
-        """Returns what a run of the entry script printed, compared with the best before, or how it failed."""
+        """Returns what a run of the entry script printed, compared with the best before, or how it failed. A new best
+        score is remembered."""
         if step.outcome != "ok":
             return f"failed, {shorten(step.detail, 300)}"
         if step.printed is None:

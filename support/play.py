@@ -127,7 +127,7 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
     def seed_of(speaker):   # differs between trajectories, steps and speakers; the same again after an interruption
         return zlib.crc32(f"{cfg.seed} {task.id} {k} {env.index} {speaker}".encode())
 
-    def timed(function, *args, **options):
+    def timed(function, *args, **options):      # to wait for a model does not count with --clock scripts
         asked = time.monotonic()
         try:
             return function(*args, **options)

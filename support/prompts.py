@@ -28,10 +28,10 @@ Tries so far:
 ```
 Use one tool, with names and lines of this script, and reply in this form:
 {form}"""
-MEDIUM_AGENT = {
+MEDIUM_AGENT = {        # settings of an agent that is shown medium prompts
     "prompt_format": "medium", "fields": ("Thought", "Action", "Action Input"), "context": 1280, "max_new_tokens": 160,
     "actions": ("Set Constant", "Replace In Script", "Undo Edit Script", "Execute Script", "Final Answer")}
-MEDIUM_FORM = {
+MEDIUM_FORM = {         # entry of a reply -> what is asked of it, in place of env.EXPLAIN
     "Thought": "(why, in one short sentence)", "Action": "(the name of the tool)", "Action Input": "(its JSON)"}
 MEDIUM_EXAMPLES = {     # the Thought and the Action Input; of edits see medium_edits
     "Undo Edit Script": ("The score got worse.", {"script_name": "train.py"}),
@@ -77,8 +77,10 @@ def medium_edits(script, steps_left):
     """Returns examples of edits of this script, {} where it has no constant: a small model that sees another script's
     names copies those. Each step has others, so that what is copied is not always the same."""
     offered = changes(script)
+    if not offered:
+        return {}
     examples = {}
-    for shift, action in enumerate(("Set Constant", "Replace In Script") if offered else ()):
+    for shift, action in enumerate(("Set Constant", "Replace In Script")):
         number, factor = offered[(7 * steps_left + 5 * shift) % len(offered)]
         name, value, *_ = constants(script)[number - 1]
         new_value = change_number(name, value, factor)

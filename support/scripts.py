@@ -6,8 +6,8 @@ from support.files import shorten
 
 NUMBER = r"(?:0|[1-9]\d{0,14})(?:\.\d{0,15})?(?:[eE][-+]?\d{1,2})?"     # as a script writes it
 NAME = r"[A-Z][A-Z0-9_]{0,99}"          # of a constant
-FACTORS = ("*2", "/2", "*5", "/5")      # that a short prompt offers to multiply a constant with
-NUMBERS = ("0.1", "0.01")               # that it offers in place of 0.0, which no factor changes
+FACTORS = ("*2", "/2", "*5", "/5")      # that prompts for small models offer to multiply a constant with
+NUMBERS = ("0.1", "0.01")               # that they offer in place of 0.0, which no factor changes
 MAX_NAMED = 100                         # constants in the message that there is no such one
 MAX_DIFF = 2_000                        # lines of two texts together that are compared, in 0.6 s at worst
 
@@ -82,7 +82,8 @@ def without_comments(script):
 
 
 def changes(script):
-    """Returns [(number of a constant, value)] of what a short prompt offers; a share stays below 1."""
+    """Returns [(number of a constant, value)] of what prompts for small models offer: each constant times each of the
+    FACTORS, but not a share (a number between 0 and 1) times what would make it 1 or more."""
     found = []
     for number, (name, text, *_) in enumerate(constants(script), 1):
         is_zero = float(text) == 0 and "." in text
