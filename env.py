@@ -19,16 +19,15 @@ that the script cannot reach (support/sandbox.py). The agent never sees that sco
 
 An action is an entry in ACTIONS and a method of Env: `_list_files` for "List Files".
 """
-import dataclasses, functools, hashlib, importlib, json, math, os, re, sys, tempfile, time
+import dataclasses, hashlib, importlib, json, math, os, re, sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import tasks
 from reward import best_of, reward
-from support import cli, prompts, records, scripts, storage
-from support.files import FLAG, is_text, one_of, shorten, some_of, up_to
-from support.records import CANNOT_TAKE
+from support import cli, prompts, scripts, storage
+from support.files import is_text, shorten
 from support.sandbox import NO_SPACE, SLOTS, Result, discard, describe, execute, protection
 from support.scripts import InvalidAction
 from support.storage import UNDO, Blobs, ResultCache, check_state, fits, without_undo
@@ -57,6 +56,7 @@ MAX_READ = 10 << 20                     # bytes that an action looks at
 MAX_SCRIPT = 1 << 20                    # bytes that an action may edit
 MAX_CODER = 20_000                      # characters that Understand File shows to the coder
 WHOLE_SCRIPT = "Answer with the whole changed script in one ```python block."   # ends a question for a script
+CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder refused
 WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so much wall time is allowed
 
 
@@ -951,29 +951,5 @@ def stamps_of(folder):
     return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
-# ---- Records and replay
-
-AGENT_FORMAT = {      # of agent.json in the folder of a model: how it was trained to act
-    "prompt_format": one_of(*PROMPTS),
-    "actions": some_of(*DEFAULT_ACTIONS),
-    "fields": (f"some of {', '.join(FIELDS)}, each once, with the last two at the end", lambda value: (
-        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
-    "context": up_to(1 << 20),
-    "max_new_tokens": up_to(1 << 20),
-    "steps": up_to(1 << 20),
-    "show_scores": FLAG,
-}
-records.fill_forms(Step, AGENT_FORMAT, OUTCOMES, SCAFFOLDS)
-
-
-def env_of(scaffold):
-    """Returns the Env of a scaffold, None for ours; those of other papers stand on this file."""
-    return Env if scaffold in (None, SCAFFOLDS[0]) else importlib.import_module(f"support.{scaffold}").Env
-
-
-replay = functools.partial(records.replay, env_of)
-main = functools.partial(records.main, replay)
-
-
-if __name__ == "__main__":
-    cli.run_main(lambda: main(sys.argv[1:]))
+if __name__ == "__main__":       # its replay stands on this file
+    cli.run_main(lambda: importlib.import_module("support.records").main(sys.argv[1:]))

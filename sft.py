@@ -27,7 +27,6 @@ import torch.distributed as dist
 
 import sample
 import tasks
-from env import AGENT_FORMAT
 from model import Config, use_kernels
 from support import cli, endpoint, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main
@@ -43,7 +42,7 @@ from support.play import (
     LEARNED_SEEDS, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, write_agent)
 from support.pretrained import find_folder, hash_checkpoint
 from support.prompts import MEDIUM_AGENT
-from support.records import AGENT, end_reason, read_record, trajectory_path
+from support.records import AGENT, AGENT_FORMAT, end_reason, read_record, trajectory_path
 from support.storage import ResultCache
 
 

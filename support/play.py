@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
-from env import AGENT_FORMAT, DEFAULT_ACTIONS, FIELDS, PROMPTS, WHOLE_SCRIPT, Env
+from env import DEFAULT_ACTIONS, FIELDS, PROMPTS, WHOLE_SCRIPT, Env
 from support import cli
 from support.cli import ContextFull, RunError
 from support.files import parse_json, read_bytes, shorten, write_atomic
 from support.parallel import run_parallel
-from support.records import AGENT, header, read_record, record, restore_record
+from support.records import AGENT, AGENT_FORMAT, header, read_record, record, restore_record
 from support.sandbox import SLOTS
 
 LEARNED_SEEDS = (1, 2, 3)   # of the miniatures that are learned from; what is reported is measured on seed 0

@@ -1,19 +1,20 @@
-"""Records of trajectories, and their replay.
+"""Records of trajectories, and their replay (python env.py replay FILE).
 
 A trajectory file holds one JSON object a line: a header, the steps, and at most an "end". It may come from others.
 """
-import dataclasses, json, re, sys, tempfile
+import dataclasses, importlib, json, re, sys, tempfile
 from pathlib import Path
 
 import tasks
+from env import CANNOT_TAKE, DEFAULT_ACTIONS, FIELDS, OUTCOMES, PROMPTS, SCAFFOLDS, Step
 from reward import KINDS, best_of
 from support import cli
 from support.files import (
-    COUNT, FLAG, TEXT, WORD, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, up_to)
+    COUNT, FLAG, TEXT, WORD, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of,
+    up_to)
 from support.sandbox import SandboxUnavailable
 from support.storage import ResultCache, check_snapshot
 
-CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder refused
 COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind", "outcome", "detail", "printed",
             "score", "m_before", "m_after", "m_top", "reward", "news", "change", "best_printed", "best_script",
             "tried", "node", "snapshot", "ended")
@@ -42,6 +43,7 @@ POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
 TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,99}", value)
 MESSAGE = "a message: role, content, and at most tokens", is_message
 FILES = "files", lambda value: True     # see check_snapshot
+PRINTED = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
 NODE = {        # what a scaffold that searches says of a step, see support/aide.py
     "parent?": maybe(COUNT), "best?": maybe(COUNT), "metric?": maybe(FINITE), "buggy?": FLAG,
     "review?": one_of("model", "script"), "is_printed?": FLAG}
@@ -52,26 +54,30 @@ ANSWER = {      # of the model
 FORM_OF_TYPE = {
     int: COUNT, float: FINITE, str: TEXT, bool: FLAG, dict: {str: TEXT}, list: [TEXT],
     float | None: maybe(FINITE), str | None: maybe(TEXT)}
-FORMS = {}      # type of a record -> its form; env.py, whose words these are, fills it
-
-
-def fill_forms(step_class, agent_format, outcomes, scaffolds):
-    """Fills FORMS with what the words of the environment allow. agent_format: see env.AGENT_FORMAT."""
-    printed = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
-    FORMS["header"] = {name: agent_format[name] for name in AGENT if name in agent_format} | {
-        "actions": ("a list of actions", lambda value: value == [] or agent_format["actions"][1](value)),
+AGENT_FORMAT = {      # of agent.json in the folder of a model: how it was trained to act
+    "prompt_format": one_of(*PROMPTS),
+    "actions": some_of(*DEFAULT_ACTIONS),
+    "fields": (f"some of {', '.join(FIELDS)}, each once, with the last two at the end", lambda value: (
+        some_of(*FIELDS)[1](value) and value[-2:] == list(FIELDS[-2:]))),
+    "context": up_to(1 << 20),
+    "max_new_tokens": up_to(1 << 20),
+    "steps": up_to(1 << 20),
+    "show_scores": FLAG,
+}
+FORMS = {       # type of a record -> its form
+    "header": {name: AGENT_FORMAT[name] for name in AGENT if name in AGENT_FORMAT} | {
+        "actions": ("a list of actions", lambda value: value == [] or AGENT_FORMAT["actions"][1](value)),
         "steps": up_to(1 << 53),
         "task": TASK_ID, "data": TEXT, "data_seed": COUNT, "seconds": POSITIVE, "python": maybe(TEXT),
         "gpu": maybe(TEXT), "threads": up_to(1 << 20), "sandbox": TEXT, "news": TEXT, "change": LAST_CHANGE,
         "best_printed": maybe(FINITE), "best_script": maybe(TEXT), "tried": [CHANGE], "tries": [TEXT],
         "m_init": FINITE, "m_best": FINITE, "miniature": FLAG, "m_after": FINITE, "seconds_left": FINITE,
         "messages": [MESSAGE], "snapshot": FILES, "tokenizer?": maybe(TEXT), "data_sha256?": {str: TEXT},
-        "scaffold?": one_of(*scaffolds), "search?": [FINITE], "draws?": TEXT}
-    by_type = {field.name: FORM_OF_TYPE[field.type] for field in dataclasses.fields(step_class) if field.name != "node"}
-    FORMS["step"] = by_type | {
-        "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(one_of(*outcomes)),
-        "printed": printed, "messages": [MESSAGE], "snapshot": FILES, "node?": NODE, **ANSWER}
-    FORMS["end"] = {"ended": ("a reason", lambda value: TEXT[1](value) and value != "")}
+        "scaffold?": one_of(*SCAFFOLDS), "search?": [FINITE], "draws?": TEXT},
+    "step": {each.name: FORM_OF_TYPE[each.type] for each in dataclasses.fields(Step) if each.name != "node"} | {
+        "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(one_of(*OUTCOMES)),
+        "printed": PRINTED, "messages": [MESSAGE], "snapshot": FILES, "node?": NODE, **ANSWER},
+    "end": {"ended": ("a reason", lambda value: TEXT[1](value) and value != "")}}
 
 
 # ---- Records
@@ -173,10 +179,15 @@ def trajectory_files(folder):
 
 # ---- Replay
 
-def replay(env_of, path, log=print, *, data="data", sandbox="on", python=sys.executable, gpu=None, threads=1):
+def env_of(scaffold):
+    """Returns the Env of a scaffold, None for ours; those of other papers stand on env.py."""
+    return importlib.import_module("env" if scaffold in (None, SCAFFOLDS[0]) else f"support.{scaffold}").Env
+
+
+def replay(path, log=print, *, data="data", sandbox="on", python=sys.executable, gpu=None, threads=1):
     """Restores every recorded state, carries out its reply again, says what differs and returns the number of
-    differences. env_of: see env.py. Where the file tells of other options, that is said, and not obeyed: a file must
-    not choose a program, a folder or a weaker sandbox."""
+    differences. Where the file tells of other options, that is said, and not obeyed: a file must not choose a program,
+    a folder or a weaker sandbox."""
     head, steps = read_trajectory(path)
     Env = env_of(head.get("scaffold"))
     out = next((parent for parent in Path(path).resolve().parents if (parent / "blobs").is_dir()), None)
@@ -220,7 +231,7 @@ def _masked(value):
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def main(replay, args):
+def main(args):
     """Runs `env.py replay`. Returns the exit status: 0 no difference, 1 some, 2 it cannot be run."""
     if len(args) < 2 or args[0] != "replay" or args[1].startswith("-"):
         print("usage: python env.py replay FILE [--data D] [--sandbox on|off] [--python P] [--gpu G] [--threads N]",

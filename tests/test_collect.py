@@ -21,7 +21,7 @@ import sft
 import tasks
 from common import act, add_task
 from support import cli, endpoint, files, ideas, miniature, storage
-from support.records import AGENT, read_trajectory
+from support.records import AGENT, read_trajectory, replay
 
 ROOT = Path(__file__).parent.parent
 
@@ -212,7 +212,7 @@ def test_scripted_trajectories_are_real(whole):
     for file in paths:
         head, steps = read_trajectory(file)
         played = file.stem[-1] <= "1"      # half of them, to save time
-        assert not played or env.replay(file, log=lambda text: None, data=folder / "data") == 0
+        assert not played or replay(file, log=lambda text: None, data=folder / "data") == 0
         assert all(step["valid"] for step in steps) and steps[-1]["ended"] == "final answer"
         assert 1 <= len(head["ideas"]) <= 3 and set(head["ideas"]) <= {one["title"] for one in IDEAS}
         assert not any(title in message["content"] for title in head["ideas"] for message in head["messages"])

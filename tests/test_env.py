@@ -1045,7 +1045,7 @@ def recorded(make, tmp_path):
 
 
 def test_replay_reproduces(recorded, tmp_path, capsys):
-    assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
+    assert records.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
     assert "8 steps replayed, 0 differences" in capsys.readouterr().out
 
 
@@ -1057,27 +1057,27 @@ def test_replay_detects_a_planted_difference(recorded, tmp_path, capsys, index, 
     lines[index][name] = value
     recorded.write_text(lines_of(lines))
     if name == "snapshot":  # the state of the next step is gone
-        assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2
+        assert records.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2
         assert "missing" in capsys.readouterr().err
     else:
-        assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 1
+        assert records.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 1
         assert f"step {index - 1}, {name}" in capsys.readouterr().out
 
 
 def test_replay_says_what_is_wrong_with_a_file(recorded, tmp_path, capsys):
     whole = recorded.read_text()
     recorded.write_text(whole + '{"type": "st')      # as a kill leaves it
-    assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
+    assert records.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
     assert "8 steps replayed, 0 differences" in capsys.readouterr().out
     recorded.write_text(whole + '{"type": "st\n')
-    assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2
+    assert records.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 2
     assert "line 11 is not JSON" in capsys.readouterr().err
     (tmp_path / "empty").write_text("")
-    assert env_module.main(["replay", str(tmp_path / "empty")]) == 2 and "empty" in capsys.readouterr().err
-    assert env_module.main(["replay", str(tmp_path / "absent")]) == 2
+    assert records.main(["replay", str(tmp_path / "empty")]) == 2 and "empty" in capsys.readouterr().err
+    assert records.main(["replay", str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err == (
         f"env.py replay: {tmp_path}/absent does not exist or is empty; a trajectory starts with a header\n")
-    assert env_module.main([]) == 2
+    assert records.main([]) == 2
 
 
 def test_a_step_is_a_line_of_json(recorded):
@@ -1341,7 +1341,7 @@ def test_a_file_does_not_choose_how_scripts_are_run(recorded, tmp_path, monkeypa
     execute = env_module.execute
     monkeypatch.setattr(env_module, "execute",
                         lambda *args, **options: seen.append(options) or execute(*args, **options))
-    assert env_module.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
+    assert records.main(["replay", str(recorded), "--data", str(tmp_path / "data")]) == 0
     said = capsys.readouterr().out
     for name, value in change.items():
         assert f"recorded with {name} {value!r}" in said and f"--{name}" in said
@@ -1354,7 +1354,7 @@ def test_a_replay_writes_nothing_elsewhere(recorded, tmp_path):
     blobs = next(parent for parent in recorded.parents if (parent / "blobs").is_dir()) / "blobs"
     (blobs / "aa-away").symlink_to("/")
     with pytest.raises(ValueError, match="is a link that leads out of"):
-        env_module.replay(recorded, data=tmp_path / "data")
+        records.replay(recorded, data=tmp_path / "data")
 
 
 def test_what_is_typed_for_a_replay_is_what_happens(recorded, tmp_path, monkeypatch, capsys):
@@ -1362,7 +1362,7 @@ def test_what_is_typed_for_a_replay_is_what_happens(recorded, tmp_path, monkeypa
     monkeypatch.setattr(env_module.Env, "__init__",
                         lambda self, *args, **options: seen.append((args, options)) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        env_module.main(["replay", str(recorded), "--data=d", "--sandbox", "off", "--python", "p", "--gpu", "1",
+        records.main(["replay", str(recorded), "--data=d", "--sandbox", "off", "--python", "p", "--gpu", "1",
                          "--threads", "2"])
     (args, options), = seen
     assert args[1] == "d"
@@ -1370,9 +1370,9 @@ def test_what_is_typed_for_a_replay_is_what_happens(recorded, tmp_path, monkeypa
     for wrong in (["--sandbx", "off"], ["--sand", "off"], ["--sandbox", "maybe"], ["--threads", "0"],
                   ["--threads", "x"], ["more"]):
         with pytest.raises(SystemExit, match="2"):
-            env_module.main(["replay", str(recorded), *wrong])
+            records.main(["replay", str(recorded), *wrong])
         assert "error: " in capsys.readouterr().err and len(seen) == 1
-    assert env_module.main(["play", str(recorded)]) == 2
+    assert records.main(["play", str(recorded)]) == 2
 
 
 def test_an_error_of_the_coder_is_replayed(make, tmp_path, capsys):
@@ -1382,7 +1382,7 @@ def test_an_error_of_the_coder_is_replayed(make, tmp_path, capsys):
     lines = [header(env), record(do(env, "Understand File", file_name="train.py", things_to_look_for="x"))]
     path = tmp_path / "out" / "x.jsonl"
     path.write_text(lines_of(lines))
-    assert env_module.main(["replay", str(path), "--data", str(tmp_path / "data")]) == 0
+    assert records.main(["replay", str(path), "--data", str(tmp_path / "data")]) == 0
     assert "1 steps replayed, 0 differences" in capsys.readouterr().out
 
 

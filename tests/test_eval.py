@@ -21,7 +21,6 @@ import sample
 import sft
 import tasks
 from common import act, add_task
-from env import replay
 from model import Config, Qwen2
 from test_execute import parent, processes, wait_until
 from support import cli, endpoint, files, records
@@ -359,7 +358,7 @@ def test_a_run_broken_off_anywhere_ends_as_if_it_had_not_been(at, tmp_path, task
     assert again.calls <= STEPS - at + parallel       # what was recorded was not played again
     assert masked(s.out) == whole
     for file in Path(s.out, "trajectories").iterdir():
-        assert replay(file, data=s.data) == 0
+        assert records.replay(file, data=s.data) == 0
 
 
 def test_a_line_cut_short_is_dropped_and_its_step_played_again(tmp_path, task):
@@ -483,7 +482,7 @@ def test_the_agents_that_were_made_stand_in_one_table_with_random_edits(made, tm
     assert Path("runs/eval/report.html").is_file()
     for name in ("random-edits", "sft", "rl"):
         assert json.loads(Path("runs/eval", name, "results.json").read_text())["complete"]
-        assert replay(Path("runs/eval", name, "trajectories", "tiny-task-0.jsonl"), log=print) == 0
+        assert records.replay(Path("runs/eval", name, "trajectories", "tiny-task-0.jsonl"), log=print) == 0
     assert play_all({}) == runs         # nothing is left to play
 
 

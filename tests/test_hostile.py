@@ -10,9 +10,9 @@ import pytest
 import env
 import eval as evaluation
 from common import act
-from env import MAX_REPLY, replay
+from env import MAX_REPLY
 from support import endpoint
-from support.records import read_record
+from support.records import read_record, replay
 from test_endpoint import Choosy, cut_short, good, hang_up, serve  # noqa: F401
 from test_eval import END, RUN, STARTER, edit, file_of, settings, task  # noqa: F401
 

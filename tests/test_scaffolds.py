@@ -283,7 +283,7 @@ def test_a_verdict_or_none(review, coder, num_reviews, node, tmp_path, task):
     assert len(set(model.review_seeds)) == num_reviews      # each of them may come out differently
     assert {name: step["node"][name] for name in node} == node
     assert len(step["coder"]) == num_reviews
-    assert env.replay(file_of(cfg, 0), data=cfg.data) == 0
+    assert records.replay(file_of(cfg, 0), data=cfg.data) == 0
 
 
 def test_the_first_look_at_the_data_costs_no_time(tmp_path, task, monkeypatch):
@@ -311,7 +311,7 @@ def test_a_step_without_a_node_is_a_difference_and_no_crash(tmp_path, task):
     del lines[1]["node"]
     file_of(cfg, 0).write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = []
-    assert env.replay(file_of(cfg, 0), said.append, data=cfg.data) == 1
+    assert records.replay(file_of(cfg, 0), said.append, data=cfg.data) == 1
     assert said[0].startswith("step 0, node:\n  recorded: None\n  replayed: {'metric': 1.5")
 
 
@@ -491,7 +491,7 @@ def loop(tmp_path, replies, scripts=(), **more):
     cfg = settings(tmp_path, **more)
     model = Assistant(replies, scripts)
     play(cfg, model)
-    assert env.replay(file_of(cfg, 0), data=cfg.data) == 0
+    assert records.replay(file_of(cfg, 0), data=cfg.data) == 0
     return cfg, model, steps_of(cfg)
 
 
@@ -717,4 +717,4 @@ def test_a_server_that_gives_no_replies_ends_one_trajectory(scaffold, ended, num
     assert len(steps) == num_steps
     num_tries = {"aide": 3, "mlagentbench": 5}[scaffold]
     assert steps[-1]["tokens"] == 7 * num_tries and steps[-1]["no_reply"] == "it refused"
-    assert env.replay(file_of(cfg, 0), data=cfg.data) == 0
+    assert records.replay(file_of(cfg, 0), data=cfg.data) == 0

@@ -172,7 +172,7 @@ def test_the_expert_takes_back_what_is_no_better_and_learns_no_failed_edit(toys)
             elif "two parts" not in following["reply"] and following["fields"]["Thought"] != step["fields"]["Thought"]:
                 assert following["action"] == "Undo Edit Script"
         replies += [step["reply"] for step in steps if step["kind"] != "failed"]
-        assert env.replay(file, log=lambda line: None, data=toys / "data") == 0
+        assert records.replay(file, log=lambda line: None, data=toys / "data") == 0
     found, _ = conversations.read_conversations(toys / "medium", toys / "data", log=lambda line: None)
     assert num_failed and sorted(talk.messages[-1]["content"] for talk in found) == sorted(replies)
     assert {tuple(message["role"] for message in talk.messages) for talk in found} == {("system", "user", "assistant")}

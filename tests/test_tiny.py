@@ -65,7 +65,7 @@ def test_every_prompt_can_be_made_again_from_the_record(short):
     folder, s = short
     file = sorted((folder / "short").glob("toy-a-*.jsonl"))[0]
     head, steps = records.read_trajectory(file)
-    assert head["prompt_format"] == "short" and env.replay(file, log=lambda line: None, data=folder / "data") == 0
+    assert head["prompt_format"] == "short" and records.replay(file, log=lambda line: None, data=folder / "data") == 0
     agent = {name: getattr(s, name) for name in records.AGENT}
     played = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "again", **agent)
     restored = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "short", **agent)
