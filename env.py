@@ -599,8 +599,7 @@ class Env:
             raise InvalidAction(f"The workspace is full: it may hold {storage.MAX_FILES:,} files and "
                                 f"{storage.MAX_BYTES >> 20:,} MiB.")
         if path in self.files:
-            replaced = self._replaced()
-            number = replaced[-1][0] + 1 if replaced else 1
+            number = max((number for number, _ in self._replaced()), default=0) + 1
             self.files[f"{UNDO}{number}/{path}"] = self.files[path]
         self.files[path] = sha
 
@@ -643,9 +642,8 @@ class Env:
         public = self._public(path)
         contents = {}
         if public and public.is_dir():
-            with os.scandir(public) as entries:
-                for entry in entries:
-                    contents[entry.name + ("/" if entry.is_dir() else "")] = entry.path
+            for entry in public.iterdir():
+                contents[entry.name + ("/" if entry.is_dir() else "")] = entry
         for name, sha in without_undo(self.files).items():
             if name.startswith(prefix):
                 first, slash, _ = name[len(prefix):].partition("/")
@@ -946,8 +944,7 @@ def comes_again(result):
 
 def stamps_of(folder):
     """Returns names, sizes and times of a folder's entries, to see that a script has written to shared data."""
-    with os.scandir(folder) as entries:
-        states = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    states = [(path.name, path.lstat()) for path in folder.iterdir()]
     return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
