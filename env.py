@@ -463,47 +463,9 @@ class Env:
         step.seconds = time.monotonic() - started
         return step
 
-    def remember_news(self, step):
-        """Puts what a step has brought into what short and medium prompts tell."""
-        name = step.action
-        if name.startswith("Set Constant") and self.seen["change"]:     # else the disk was full
-            name = self.describe_change()
-        outcome = " ".join((step.news or step.observation.partition("\n")[0]).split()).rstrip(".")[:prompts.SHORT_NEWS]
-        self.seen["news"] = f"{outcome}, after {name[:prompts.SHORT_NEWS]}"
-        title = self.change_text or step.action
-        if step.action == "Replace In Script":
-            title = f"{title}, {' '.join(step.fields.get('Thought', '').split())[:prompts.SHORT_NEWS]}"
-        self.seen["tries"] = [*self.seen["tries"], f"{title}: {outcome}"][-prompts.NUM_TRIES:]
-
     def read(self, reply):
         """Returns what parse does of a reply."""
         return parse(reply, self.fields, self.actions)
-
-    def complete_observation(self, step):
-        """Returns the observation of a step with what is left, and not too long."""
-        text = shorten(step.observation, MAX_OBSERVATION)
-        if not self.ended:
-            text += f"\n[{self.steps_left} steps and {step.seconds_left / 60:.0f} min left]"
-        return text
-
-    def describe_change(self):
-        """Returns the last Set Constant in words, and whether what goes on from it is untried: the same again after a
-        better score, else the inverse."""
-        change = self.seen["change"]
-        best = self.seen["best_script"]
-        following = {}
-        if self.files[self.task.entry] == best:
-            word = "again"
-            following = change
-        elif self.files[self._versions(self.task.entry)[-1]] == best:
-            word = "inversely"
-            following = scripts.inverse(change)
-        text = " ".join(f"Set Constant {change['constant']} {change['value']}".split())
-        if following:
-            offered = scripts.untried(script_text(self.blobs, best), self.seen["tried"])
-            if (int(following["constant"]), following["value"]) in offered:
-                text += f", {word} is untried"
-        return text
 
     def act(self, step, parse_error):
         """Carries out the action of a step."""
@@ -530,6 +492,13 @@ class Env:
             step.detail = f"This machine could not store the files: {error.strerror}."
             step.observation = step.detail
 
+    def complete_observation(self, step):
+        """Returns the observation of a step with what is left, and not too long."""
+        text = shorten(step.observation, MAX_OBSERVATION)
+        if not self.ended:
+            text += f"\n[{self.steps_left} steps and {step.seconds_left / 60:.0f} min left]"
+        return text
+
     def messages_of(self, step, tokens, parse_error):
         """Returns the chat messages that a step adds."""
         observation = {"role": "user", "content": step.observation}
@@ -540,6 +509,37 @@ class Env:
         if tokens is not None and message["content"] == step.reply:
             message["tokens"] = list(tokens)
         return [message, observation]
+
+    def remember_news(self, step):
+        """Puts what a step has brought into what short and medium prompts tell."""
+        name = step.action
+        if name.startswith("Set Constant") and self.seen["change"]:     # else the disk was full
+            name = self.describe_change()
+        outcome = " ".join((step.news or step.observation.partition("\n")[0]).split()).rstrip(".")[:prompts.SHORT_NEWS]
+        self.seen["news"] = f"{outcome}, after {name[:prompts.SHORT_NEWS]}"
+        title = self.change_text or step.action
+        if step.action == "Replace In Script":
+            title = f"{title}, {' '.join(step.fields.get('Thought', '').split())[:prompts.SHORT_NEWS]}"
+        self.seen["tries"] = [*self.seen["tries"], f"{title}: {outcome}"][-prompts.NUM_TRIES:]
+
+    def describe_change(self):
+        """Returns the last Set Constant in words, and whether what goes on from it is untried: the same again after a
+        better score, else the inverse."""
+        change = self.seen["change"]
+        best = self.seen["best_script"]
+        following = {}
+        if self.files[self.task.entry] == best:
+            word = "again"
+            following = change
+        elif self.files[self._versions(self.task.entry)[-1]] == best:
+            word = "inversely"
+            following = scripts.inverse(change)
+        text = " ".join(f"Set Constant {change['constant']} {change['value']}".split())
+        if following:
+            offered = scripts.untried(script_text(self.blobs, best), self.seen["tried"])
+            if (int(following["constant"]), following["value"]) in offered:
+                text += f", {word} is untried"
+        return text
 
     # Files. "data/..." are the public ones, which are only read.
 
