@@ -1,6 +1,6 @@
 """The text of a script: its numbered constants and what may be tried with them, its code without comments, and the
 difference of two."""
-import contextlib, difflib, io, re, tokenize
+import ast, contextlib, difflib, io, re, tokenize
 
 from support.files import shorten
 
@@ -67,14 +67,10 @@ def change_number(name, before, value):
 def without_comments(script):
     """Returns the text of a script without comments, docstrings and empty lines."""
     lines = script.splitlines()
-    begins = True       # a statement
-    tokens = list(tokenize.generate_tokens(io.StringIO(script).readline))
-    code = [token for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
-    for token, after in zip(code, code[1:]):
-        if begins and token.type == tokenize.STRING and after.type == tokenize.NEWLINE:
-            lines[token.start[0] - 1:token.end[0]] = [""] * (token.end[0] - token.start[0] + 1)
-        begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    for token in tokens:
+    for node in ast.walk(ast.parse(script)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    for token in tokenize.generate_tokens(io.StringIO(script).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
