@@ -23,7 +23,7 @@ import tasks
 from common import act, add_task
 from test_eval import (
     MINIATURE, ROOT, SCRIPTS, STARTER, Scripted, edit, file_of, play, settings, task)  # noqa: F401  (a fixture)
-from support import endpoint, files, report
+from support import endpoint, files, report, tables
 
 NODE = shutil.which("node")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -397,7 +397,7 @@ def test_ticks_are_round_and_few():
 def test_numbers_are_written_as_in_the_text():
     code = 'console.log(JSON.stringify([number(0.5), number(29166.08), number(null), number("nan"), number(-3.14, 1)]))'
     assert run_script(code) == ["0.5000", "29166.1", "-", "nan", "-3.1"]
-    assert [evaluation.format_number(x) for x in (0.5, 29166.08, None)] == ["0.5000", "29166.1", "-"]
+    assert [tables.format_number(x) for x in (0.5, 29166.08, None)] == ["0.5000", "29166.1", "-"]
 
 
 # ---- the same bytes, and nothing that an agent writes gets out of its place

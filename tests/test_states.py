@@ -14,7 +14,7 @@ import env
 import eval as evaluation
 import sft
 import tasks
-from support import cli, conversations, endpoint, miniature, states, storage
+from support import cli, conversations, endpoint, miniature, states, storage, tables
 from support.cli import RunError
 from test_collect import IDEAS, add_toys, drive, idea, settings, toys  # noqa: F401  (a fixture)
 
@@ -270,7 +270,7 @@ def measure(cfg, model):
     def load(spec, timeout_s, **options):
         assert timeout_s == cfg.reply_seconds       # of a server
         return model
-    return states.measure_states(cfg, load, evaluation.RANDOM)
+    return states.measure_states(cfg, load, tables.RANDOM)
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +376,7 @@ def test_means_by_hand_and_a_run_that_was_broken_off_goes_on(recorded):
 
 
 def test_random_edits_are_measured_without_a_model(recorded):
-    results = measure(state_settings(recorded, "random", model=evaluation.RANDOM, samples=2), None)
+    results = measure(state_settings(recorded, "random", model=tables.RANDOM, samples=2), None)
     assert all(entry["valid"] == 1 for entry in results["tasks"].values())
 
 
