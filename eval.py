@@ -20,18 +20,16 @@ from pathlib import Path
 import support  # noqa: F401  before torch
 
 import sample
-import tasks
 from env import (
     SCAFFOLDS, AgentSettings, Env, make_env, model_policy, play_trajectory, prepare_tasks, printed_metric, read_agent,
     read_record)
-from reward import best_of
 from support import aide, cli, endpoint, miniature, mlagentbench, tables
 from support.cli import RunError, check_choices, check_positive, exit_status, refuse_torchrun, run_main
-from support.disclosure import FINAL, count_work, disclose, notes, warnings
+from support.disclosure import FINAL, count_work, disclose
 from support.distributed import check_same
-from support.files import folder_lock, hash_json, refuse_links_out, write_atomic
+from support.files import folder_lock, hash_json, write_atomic
 from support.pretrained import hash_checkpoint
-from support.report import STEP, read_log, read_results, write_page
+from support.report import read_log, read_results, write_report
 from support.parallel import Progress, run_parallel
 from support.sandbox import SLOTS
 from support.states import format_states, measure_states, record_states
@@ -102,62 +100,6 @@ class Settings(AgentSettings):
             files = [Path(folder, name) for name in ("results.json", "log.jsonl")]
             if not any(map(Path.is_file, files)) and not trajectory_files(folder):
                 raise ValueError(f"--compare: {folder} holds no results.json, log.jsonl or trajectories")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-
-def read_run(folder, name):
-    """Returns what the page shows of a folder: {name, results, trajectories}."""
-    refuse_links_out(folder)
-    results = read_results(folder) or {"settings": {}, "tasks": {}, "final": "last-valid"}
-    trajectories = []
-    for path in trajectory_files(folder):
-        lines = read_record(path, mend=False)
-        if not lines:       # not begun
-            continue
-        task, _, k = path.stem.rpartition("-")
-        about = results["tasks"].get(task, {})
-        direction = about.get("direction") or tasks.load(task).direction
-        starter = lines[0]["m_init"]
-        score = tables.summarize_trajectory(lines, direction, starter, about.get("printed"))[results["final"]]
-        if not end_reason(lines):
-            outcome = "unfinished"
-        elif score is None:
-            outcome = "failed"
-        else:
-            outcome = "not better" if best_of(direction, score, starter) == starter else "better"
-        trajectories.append({
-            "task": task, "k": int(k), "miniature": lines[0]["miniature"], "starter": starter, "score": score,
-            "outcome": outcome,
-            "steps": [{name: line.get(name) for name in STEP} for line in lines if line["type"] == "step"]})
-    return {"name": name, "results": results, "trajectories": trajectories}
-
-
-def write_report(path, folders, trained, reference="", exports=None):
-    """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained, and returns
-    the runs that its tables show. exports: see tables.build_series; exports.json beside the page then receives the
-    series."""
-    runs = [read_run(folder, name) for name, folder in folders.items()]
-    # the trajectories of all exports are too many for a page
-    shown = [{"name": run["name"], "trajectories": [] if exports else run["trajectories"]} for run in runs]
-    series = tables.build_series(runs, exports) if exports else []
-    if exports:
-        write_atomic(Path(path).with_name("exports.json"), {"complete": len(series) == len(exports), "exports": series})
-    agents = [run for run in runs if run["results"]["settings"].get("model")] or runs
-    write_page(path, {
-        "title": f"ML-Agent: {', '.join(folders)}", "warnings": warnings(runs), "notes": notes(runs),
-        "tables": tables.build_tables(agents, reference), "runs": shown, "exports": series,
-        "logs": [{"name": folder, "lines": read_log(folder)} for folder in trained]})
-    return agents
-
-
-def compare(cfg):
-    """Writes compare.html, prints its tables, and returns its path."""
-    path = Path(cfg.out, "compare.html")
-    runs = write_report(path, {folder: folder for folder in cfg.compare}, cfg.compare, cfg.reference)
-    print("\n" + tables.format_report(runs, cfg.reference))
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,6 +326,14 @@ def main(argv=None):
         else:
             run(cfg)
     return exit_status("eval.py", work, cfg.out)
+
+
+def compare(cfg):
+    """Writes compare.html, prints its tables, and returns its path."""
+    path = Path(cfg.out, "compare.html")
+    runs = write_report(path, {folder: folder for folder in cfg.compare}, cfg.compare, cfg.reference)
+    print("\n" + tables.format_report(runs, cfg.reference))
+    return path
 
 
 def run(cfg):

@@ -2,11 +2,15 @@
 import base64, hashlib, html, json, math, re
 from pathlib import Path
 
+import tasks
+from reward import best_of
+from support import tables
 from support.aide import SEARCHES
-from support.disclosure import FINAL, FORM
+from support.disclosure import FINAL, FORM, notes, warnings
 from support.files import (
-    COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, maybe, one_of, parse_json, read_bytes, read_json_lines, shorten,
-    write_atomic)
+    COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, maybe, one_of, parse_json, read_bytes, read_json_lines, refuse_links_out,
+    shorten, write_atomic)
+from support.records import end_reason, read_record, trajectory_files
 
 LONGEST_TEXT = 20_000       # characters of one text on the page
 CURVES = {      # entry of a training log -> heading of its figure
@@ -61,6 +65,51 @@ def read_log(folder):
     return [{name: line[name] for name in (entry.removesuffix("?") for entry in LOG) if name in line} for line in lines]
 
 
+def read_run(folder, name):
+    """Returns what the page shows of a folder: {name, results, trajectories}."""
+    refuse_links_out(folder)
+    results = read_results(folder) or {"settings": {}, "tasks": {}, "final": "last-valid"}
+    trajectories = []
+    for path in trajectory_files(folder):
+        lines = read_record(path, mend=False)
+        if not lines:       # not begun
+            continue
+        task, _, k = path.stem.rpartition("-")
+        about = results["tasks"].get(task, {})
+        direction = about.get("direction") or tasks.load(task).direction
+        starter = lines[0]["m_init"]
+        score = tables.summarize_trajectory(lines, direction, starter, about.get("printed"))[results["final"]]
+        if not end_reason(lines):
+            outcome = "unfinished"
+        elif score is None:
+            outcome = "failed"
+        else:
+            outcome = "not better" if best_of(direction, score, starter) == starter else "better"
+        trajectories.append({
+            "task": task, "k": int(k), "miniature": lines[0]["miniature"], "starter": starter, "score": score,
+            "outcome": outcome,
+            "steps": [{name: line.get(name) for name in STEP} for line in lines if line["type"] == "step"]})
+    return {"name": name, "results": results, "trajectories": trajectories}
+
+
+def write_report(path, folders, trained, reference="", exports=None):
+    """Writes the page of folders of eval.py, {name: folder}, and of folders where something was trained, and returns
+    the runs that its tables show. exports: see tables.build_series; exports.json beside the page then receives the
+    series."""
+    runs = [read_run(folder, name) for name, folder in folders.items()]
+    # the trajectories of all exports are too many for a page
+    shown = [{"name": run["name"], "trajectories": [] if exports else run["trajectories"]} for run in runs]
+    series = tables.build_series(runs, exports) if exports else []
+    if exports:
+        write_atomic(Path(path).with_name("exports.json"), {"complete": len(series) == len(exports), "exports": series})
+    agents = [run for run in runs if run["results"]["settings"].get("model")] or runs
+    write_page(path, {
+        "title": f"ML-Agent: {', '.join(folders)}", "warnings": warnings(runs), "notes": notes(runs),
+        "tables": tables.build_tables(agents, reference), "runs": shown, "exports": series,
+        "logs": [{"name": folder, "lines": read_log(folder)} for folder in trained]})
+    return agents
+
+
 def for_browsers(value):
     """Returns a value as JSON that every browser reads: long texts are cut, and NaN and infinities become texts."""
     if isinstance(value, dict):
@@ -74,7 +123,7 @@ def for_browsers(value):
 
 def write_page(path, data):
     """Writes the template beside this file with `data` in it as JSON, of which its script draws everything. data: see
-    eval.write_report."""
+    write_report."""
     template = Path(__file__).with_suffix(".html").read_text()
     hashes = {}
     for tag in ("script", "style"):

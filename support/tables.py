@@ -1,4 +1,4 @@
-"""From recorded trajectories to tables: scores, gains with their intervals, and rows for the screen and for the page."""
+"""From recorded trajectories to tables: scores, gains and their intervals, rows for the screen and for the page."""
 import re
 from collections import Counter
 

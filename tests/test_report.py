@@ -296,7 +296,7 @@ def test_the_means_stand_first(run):
     path.write_text(json.dumps(results))
     shutil.rmtree(Path(run.out, "trajectories"))
     page = Path(run.out, "means.html")
-    evaluation.write_report(page, {"a": run.out}, [])
+    report.write_report(page, {"a": run.out}, [])
     page = drawn(page)
     heads, starter, row = page.rows()[:3]
     assert heads[:3] == ["tasks", "agent", "gain %"]
