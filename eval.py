@@ -25,7 +25,7 @@ from env import (
     read_record)
 from support import aide, cli, endpoint, miniature, mlagentbench, tables
 from support.cli import RunError, check_choices, check_positive, exit_status, refuse_torchrun, run_main
-from support.disclosure import FINAL, count_work, disclose
+from support.disclosure import FINAL, disclose
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, write_atomic
 from support.pretrained import hash_checkpoint
@@ -131,22 +131,6 @@ def starter_result(cfg, task, info, home, cache):
             "seconds": run.seconds}
 
 
-def played_result(records, task, result):
-    """Returns what results.json says of the trajectories that are over. records: the lines of each; result: what it
-    says of the starter."""
-    played = []
-    steps = []
-    for k, lines in enumerate(records):
-        if end_reason(lines):
-            summary = tables.summarize_trajectory(lines, task.direction, result["starter"], result["printed"])
-            played.append({"k": k, **summary})
-            steps += [line for line in lines if line["type"] == "step"]
-    if not played:
-        return {}
-    figures = {rule: tables.task_figures(result | {"trajectories": played}, rule) for rule in (*FINAL, "oracle")}
-    return {"trajectories": played, "figures": figures, "work": count_work(steps)}
-
-
 def load_models(cfg, num_rows, load=sample.load):
     """Returns the model that acts, and the one for the (AI) actions or None. num_rows: conversations at a time."""
     options = {"dtype": cfg.dtype, "device": cfg.device, "kernels": cfg.kernels, "context": cfg.context,
@@ -215,7 +199,7 @@ def evaluate_agent(cfg, home, load):
             records = []
             for task, _ in infos:
                 own = [read_record(trajectory_path(folder, task.id, k)) for k in range(cfg.trajectories)]
-                results["tasks"][task.id] |= played_result(own, task, results["tasks"][task.id])
+                results["tasks"][task.id] |= tables.played_result(own, task, results["tasks"][task.id])
                 records += own
             results["disclosure"] = disclose(records, cfg.model, cfg.coder)
         write_atomic(Path(cfg.out, "results.json"), results)

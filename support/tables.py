@@ -6,7 +6,7 @@ import numpy as np
 
 from reward import best_of
 from support.cli import format_table
-from support.disclosure import FINAL, notes, warnings
+from support.disclosure import FINAL, count_work, notes, warnings
 from support.records import end_reason
 
 RANDOM = "random-edits"         # as --model: constants changed at random, kept where the printed score is better
@@ -147,6 +147,22 @@ def task_figures(result, rule):
         values = [figure(score, result) for score in scores.tolist()]
         figures[name] = (None, None) if None in values else mean_and_interval([[values]])
     return figures
+
+
+def played_result(records, task, result):
+    """Returns what results.json says of the trajectories that are over. records: the lines of each; result: what it
+    says of the starter."""
+    played = []
+    steps = []
+    for k, lines in enumerate(records):
+        if end_reason(lines):
+            summary = summarize_trajectory(lines, task.direction, result["starter"], result["printed"])
+            played.append({"k": k, **summary})
+            steps += [line for line in lines if line["type"] == "step"]
+    if not played:
+        return {}
+    figures = {rule: task_figures(result | {"trajectories": played}, rule) for rule in (*FINAL, "oracle")}
+    return {"trajectories": played, "figures": figures, "work": count_work(steps)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
