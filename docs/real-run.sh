@@ -44,7 +44,7 @@ play() {
 
 part "0. how long each part takes on this machine, about"
 if [ ! -f "$run/plan.txt" ]; then
-    python -m support.states plan "$model" "$states" "$samples" "$trajectories" "$iterations" >"$run/plan.part"
+    python docs/plan.py "$model" "$states" "$samples" "$trajectories" "$iterations" >"$run/plan.part"
     mv "$run/plan.part" "$run/plan.txt"
 fi
 cat "$run/plan.txt"
