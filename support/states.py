@@ -21,7 +21,7 @@ import tasks
 from env import (
     LEARNED_SEEDS, NOTHING, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
     script_text, untried)
-from support import miniature
+from support import miniature, tables
 from support.cli import ContextFull, RunError, announce, exit_status, format_table
 from support.distributed import check_same
 from support.files import (
@@ -137,10 +137,9 @@ def read_states(cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # Actions in them
 
-def measure_states(cfg, load, random_edits):
+def measure_states(cfg, load):
     """Samples cfg.samples actions in each state of cfg.states, as far as they are not in actions.jsonl of cfg.out, and
-    returns what states.json there then holds. random_edits: the name of the agent without a model. ValueError: other
-    settings or another model were measured there."""
+    returns what states.json there then holds. ValueError: other settings or another model were measured there."""
     with folder_lock(cfg.out, "eval.py"):
         # 1. What is measured, and what of it is done.
         states = read_states(cfg)
@@ -159,7 +158,7 @@ def measure_states(cfg, load, random_edits):
         done = {(line["state"], line["number"]) for line in actions}
         jobs = [(i, state, number) for i, state in states for number in range(cfg.samples)]
         jobs = [job for job in jobs if (job[0], job[2]) not in done]
-        if jobs and cfg.model == random_edits:
+        if jobs and cfg.model == tables.RANDOM:
             policy = random_edit
         elif jobs:
             model = load(cfg.model, dtype=cfg.dtype, device=cfg.device, kernels=cfg.kernels, context=cfg.context,

@@ -270,7 +270,7 @@ def measure(cfg, model):
     def load(spec, timeout_s, **options):
         assert timeout_s == cfg.reply_seconds       # of a server
         return model
-    return states.measure_states(cfg, load, tables.RANDOM)
+    return states.measure_states(cfg, load)
 
 
 @pytest.fixture(scope="module")
