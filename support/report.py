@@ -30,12 +30,10 @@ TRAJECTORY = {
     "ended": WORD, **dict.fromkeys((*FINAL, "oracle"), maybe(NUMBER)),
     **dict.fromkeys(("k", "steps", "valid", "worse", "taken_back", "better", "continued"), COUNT)}
 WORK = {"seconds": NUMBER, **dict.fromkeys(("scripts", "nodes", "buggy", "unreviewed", "unprinted"), COUNT)}
-FIGURE = "a number or null, and an interval", lambda value: (
-    isinstance(value, list) and len(value) == 2 and (value[0] is None or NUMBER[1](value[0])))
 TASK = {
     "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,
     "m_best": NUMBER, "printed": maybe(NUMBER), "seconds": NUMBER, "published": {str: PAIR},
-    "trajectories?": [TRAJECTORY], "work?": WORK, "figures?": {str: {"gap": FIGURE}}}
+    "trajectories?": [TRAJECTORY], "work?": WORK}
 RESULTS = {
     "complete": FLAG, "final": one_of(*FINAL), "versions": {str: TEXT}, "tasks": {str: TASK},
     "disclosure?": FORM, "settings": {

@@ -30,18 +30,15 @@ from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import hash_checkpoint
 from support.records import AGENT, FINITE, FORMS, MESSAGE, TASK_ID, best_before, end_reason, trajectory_path
-from support.report import read_results
 from support.sandbox import SLOTS
 from support.storage import UNDO, Blobs, ResultCache
 
 STATES_SEED = 4         # of the miniatures; training has LEARNED_SEEDS, and whole trajectories are played on 0
 RECORDED = 2            # trajectories of a task that its states are drawn from
 STATES_HASH = "states of sha256"
-# Settings that agents which are compared share, of actions in states and of trajectories.
-MEASURED_UNDER = (STATES_HASH, "samples", "temperature", "seed", "max_new_tokens", "sandbox")
-PLAYED_UNDER = ("steps", "temperature", "seed", "scaffold", "max_new_tokens", "sandbox")
+# Settings that agents which are compared share, beside the data of each task.
+SHARED = (STATES_HASH, "samples", "steps", "temperature", "seed", "scaffold", "max_new_tokens", "sandbox")
 ROWS = 16               # actions that are sampled at the same time
-SPLITS = "held-out", "held-in"
 NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
 STATE = {
     "task": TASK_ID, "data_seed": COUNT, "data_sha256": {str: TEXT}, "index": COUNT, "m_before": FINITE,
@@ -253,13 +250,23 @@ def sign_flip_p(differences):
     return float(test.pvalue)
 
 
-def read_measured(folder):
-    path = Path(folder, "states.json")
+def read_complete(path):
+    """Returns the content of states.json or of a results.json of our own. ValueError: not all of it was measured."""
     raw = read_bytes(path)
     results = parse_json(raw, RESULTS, path) if raw else {}
     if not results.get("complete") or not results["tasks"]:
-        raise ValueError(f"{path} is not complete; make it with: python eval.py --states FILE --model M --out {folder}")
+        raise ValueError(f"{path} is not complete; run its eval.py again")
     return results
+
+
+def mean_gap(entry):
+    gap, _ = entry["figures"]["best-validation"]["gap"]
+    return None if gap is None else gap / 100
+
+
+MEASURES = {    # name -> what follows the split in the folder's name, the file there, the figure of a task in that file
+    "reward of a step": ("", "states.json", lambda entry: entry["reward"]),
+    "gap closed": ("-trajectories", "results.json", mean_gap)}
 
 
 def measures_of(folder):
@@ -268,26 +275,15 @@ def measures_of(folder):
     The first measure is the primary one. ValueError: one of them is not complete, or none is there."""
     measures = {}
     under = {}
-    for split in SPLITS:
-        entries = {}
-        if Path(folder, split).is_dir():
-            results = read_measured(Path(folder, split))
-            entries = results["tasks"]
-            under[split] = {name: results["settings"].get(name) for name in MEASURED_UNDER}
-        measures[f"{split}, reward of a step"] = {id: entry["reward"] for id, entry in entries.items()}
-        gaps = measures.setdefault(f"{split}, gap closed", {})
-        played = read_results(Path(folder, f"{split}-trajectories"))
-        if not played:
-            continue
-        if not played["complete"]:
-            raise ValueError(f"{folder}/{split}-trajectories is not complete; run its eval.py again")
-        under[f"{split}-trajectories"] = {
-            name: value for name, value in played["settings"].items()
-            if name in PLAYED_UNDER or name.startswith("data of ")}
-        for id, entry in played["tasks"].items():
-            gap = entry.get("figures", {}).get("best-validation", {}).get("gap", [None])[0]
-            if gap is not None:
-                gaps[id] = gap / 100
+    for split in ("held-out", "held-in"):
+        for name, (ending, file, figure) in MEASURES.items():
+            part = split + ending
+            measure = measures.setdefault(f"{split}, {name}", {})
+            if Path(folder, part).is_dir():
+                results = read_complete(Path(folder, part, file))
+                measure |= {id: figure(entry) for id, entry in results["tasks"].items()}
+                under[part] = {name: value for name, value in results["settings"].items()
+                               if name in SHARED or name.startswith("data of ")}
     if not any(measures.values()):
         raise ValueError(f"{folder} holds nothing measured; expected folders such as held-out in it")
     return measures, under
@@ -328,7 +324,7 @@ LEAST_SPREAD = 0.05     # ... standard deviation of the rewards in a state, that
 
 def gate(folder):
     """Returns in words that RL has something to learn from in a folder of measured states. ValueError: it has not."""
-    entries = read_measured(folder)["tasks"].values()
+    entries = read_complete(Path(folder, "states.json"))["tasks"].values()
     valid = fmean(entry["valid"] for entry in entries)
     spread = fmean(entry["spread"] for entry in entries)
     text = (f"{valid:.0%} of the actions are valid ({LEAST_VALID:.0%} are needed); the rewards in a state spread by "
