@@ -138,7 +138,7 @@ def read_trajectory(path):
     lines = read_records(path)
     if not lines:
         raise ValueError(f"{path} does not exist or is empty; a trajectory starts with a header")
-    return lines[0], [line for line in lines if line["type"] == "step"]
+    return lines[0], steps_of(lines)
 
 
 def read_record(path, mend=True):
@@ -147,6 +147,10 @@ def read_record(path, mend=True):
     if lines and lines[0]["task"] != path.stem.rpartition("-")[0]:
         raise ValueError(f"{path} is a trajectory of {lines[0]['task']}; delete that file to play it again")
     return lines
+
+
+def steps_of(lines):
+    return [line for line in lines if line["type"] == "step"]
 
 
 def end_reason(lines):

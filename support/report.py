@@ -10,7 +10,7 @@ from support.disclosure import FINAL, FORM, notes, warnings
 from support.files import (
     COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, maybe, one_of, parse_json, read_bytes, read_json_lines, refuse_links_out,
     shorten, write_atomic)
-from support.records import end_reason, read_record, trajectory_files
+from support.records import end_reason, read_record, steps_of, trajectory_files
 
 LONGEST_TEXT = 20_000       # characters of one text on the page
 CURVES = {      # entry of a training log -> heading of its figure
@@ -85,8 +85,7 @@ def read_run(folder, name):
             outcome = "not better" if best_of(direction, score, starter) == starter else "better"
         trajectories.append({
             "task": task, "k": int(k), "miniature": lines[0]["miniature"], "starter": starter, "score": score,
-            "outcome": outcome,
-            "steps": [{name: line.get(name) for name in STEP} for line in lines if line["type"] == "step"]})
+            "outcome": outcome, "steps": [{name: step.get(name) for name in STEP} for step in steps_of(lines)]})
     return {"name": name, "results": results, "trajectories": trajectories}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from reward import best_of
 from support.cli import format_table
 from support.disclosure import FINAL, count_work, notes, warnings
-from support.records import end_reason
+from support.records import end_reason, steps_of
 
 RANDOM = "random-edits"         # as --model: constants changed at random, kept where the printed score is better
 NUM_BOOTSTRAP = 10_000
@@ -21,7 +21,7 @@ LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Scrip
 def summarize_trajectory(lines, direction, starter, printed):
     """Returns what results.json says of a trajectory, from its record: its score by each rule, its best score, which an
     oracle would choose (None: it failed), and counts. starter, printed: the starter's graded and printed score."""
-    steps = [line for line in lines if line["type"] == "step"]
+    steps = steps_of(lines)
     valid = [step for step in steps if step["score"] is not None]
     chosen = starter if valid else None
     best = printed
@@ -158,7 +158,7 @@ def played_result(records, task, result):
         if end_reason(lines):
             summary = summarize_trajectory(lines, task.direction, result["starter"], result["printed"])
             played.append({"k": k, **summary})
-            steps += [line for line in lines if line["type"] == "step"]
+            steps += steps_of(lines)
     if not played:
         return {}
     figures = {rule: task_figures(result | {"trajectories": played}, rule) for rule in (*FINAL, "oracle")}
