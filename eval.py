@@ -36,7 +36,7 @@ from support.states import format_states, measure_states, record_states
 from support.storage import ResultCache
 from support.records import end_reason, trajectory_files, trajectory_path
 
-MADE = {"fine-tuned": ("runs/sft", "python sft.py"), "after RL": ("runs/rl", "python rl.py")}   # name: folder, command
+MADE = {"fine-tuned": "runs/sft", "after RL": "runs/rl"}     # by sft.py and rl.py
 # float64, so that a reply does not depend on which replies are sampled beside it, as rounding would have it
 MINIATURE = {"temperature": 1.0, "dtype": "float64", "trajectories": 3}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
@@ -197,9 +197,9 @@ def evaluate_agent(cfg, home, load):
     finally:
         if cfg.model:
             records = []
-            for task, _ in infos:
-                own = [read_record(trajectory_path(folder, task.id, k)) for k in range(cfg.trajectories)]
-                results["tasks"][task.id] |= tables.played_result(own, task, results["tasks"][task.id])
+            for id, result in results["tasks"].items():
+                own = [read_record(trajectory_path(folder, id, k)) for k in range(cfg.trajectories)]
+                result |= tables.played_result(own, result)
                 records += own
             results["disclosure"] = disclose(records, cfg.model, cfg.coder)
         write_atomic(Path(cfg.out, "results.json"), results)
@@ -211,7 +211,7 @@ def evaluate(cfg, agents=None, load=sample.load, exports=None):
     receives a report of all, also after an interruption. exports: see tables.build_series."""
     agents = agents or {cfg.model or "starter": cfg}
     folders = {name: agent.out for name, agent in agents.items()}
-    trained = cfg.exports or ([] if cfg.task else [folder for folder, _ in MADE.values()])
+    trained = cfg.exports or ([] if cfg.task else list(MADE.values()))
     with folder_lock(cfg.out, "eval.py"):
         if exports and trajectory_files(cfg.out):
             raise ValueError(f"{cfg.out} holds an evaluation, whose report.html the series would replace; give another "
@@ -229,11 +229,11 @@ def agents_made(cfg):
     """Returns {name: settings} of random edits and of what sft.py and rl.py have made, for all miniatures."""
     random_agent = replace(cfg, task="all", model=tables.RANDOM, coder="none", out=str(Path(cfg.out, tables.RANDOM)))
     agents = {"random edits": random_agent}
-    for name, (folder, command) in MADE.items():
+    for name, folder in MADE.items():
         if Path(folder, "agent.json").is_file():
             agents[name] = replace(cfg, task="all", model=folder, out=str(Path(cfg.out, Path(folder).name)))
         else:
-            print(f"Not there yet: {name}. Make {folder} with: {command}")
+            print(f"Not there yet: {name}. Make {folder} with: python {Path(folder).name}.py")
     if len(agents) == 1:
         raise ValueError("there is no agent to evaluate: run python sft.py, then python rl.py. Or run a starter alone: "
                          "python eval.py --task leaf-classification")
@@ -283,16 +283,13 @@ def fill(values):
             return [("--states", {"task": "all"}), (f"{model}/agent.json", length)]
         return [(f"--scaffold {values['scaffold']}", DEFAULTS.get(values["scaffold"], {})),
                 (f"{model}/agent.json", agent), ("no --task", {"task": "leaf-classification"})]
-    folders = [folder for folder, _ in MADE.values()]
-    if values["exports"]:
-        folders = [find_exports(run)[0] for run in values["exports"]]
+    folders = [find_exports(run)[0] for run in values["exports"]] or MADE.values()
     agents = {f"{folder}/agent.json": read_agent(folder) for folder in folders}
     formats = [agent for agent in agents.values() if agent]
     if formats[1:] != formats[:-1]:
         raise ValueError(f"{' and '.join(agents)} differ, so one is of an older run. Train them anew, or evaluate each "
                          "with --model and --task")
-    preset = {} if values["task"] else MINIATURE
-    return [("the paper in miniature", preset), *agents.items()]
+    return [("the paper in miniature", {} if values["task"] else MINIATURE), *agents.items()]
 
 
 def main(argv=None):

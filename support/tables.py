@@ -149,14 +149,14 @@ def task_figures(result, rule):
     return figures
 
 
-def played_result(records, task, result):
+def played_result(records, result):
     """Returns what results.json says of the trajectories that are over. records: the lines of each; result: what it
     says of the starter."""
     played = []
     steps = []
     for k, lines in enumerate(records):
         if end_reason(lines):
-            summary = summarize_trajectory(lines, task.direction, result["starter"], result["printed"])
+            summary = summarize_trajectory(lines, result["direction"], result["starter"], result["printed"])
             played.append({"k": k, **summary})
             steps += steps_of(lines)
     if not played:

@@ -505,7 +505,7 @@ def test_what_is_typed_holds_for_the_agents_that_were_made(made):
     for name, cfg in agents.items():
         assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (0.7, 15, "auto", 2)
         assert (cfg.max_new_tokens, cfg.task) == (96, "all")        # of agent.json, and of the miniature
-        model, _ = evaluation.MADE.get(name, (tables.RANDOM, ""))
+        model = evaluation.MADE.get(name, tables.RANDOM)
         assert (cfg.model, cfg.out) == (model, str(Path("runs/eval", Path(model).name)))
     cfg = cli.parse(evaluation.Settings, [], evaluation.fill)
     assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (1.0, 4, "float64", 3)
