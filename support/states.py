@@ -3,26 +3,23 @@ step-wise RL optimises.
 
     python eval.py --record-states 4 --states held-out.jsonl --task held-out --prompt-format medium ...   # once
     python eval.py --states held-out.jsonl --max-new-tokens 160 --model runs/rl --out runs/eval/rl/held-out # each model
-    python -m support.states compare runs/eval base sft rl      # one table; the last agent less the one before
 
 States are of the scripted expert on miniatures of STATES_SEED, on which nothing is trained, or of held-out tasks' real
 data. A line of a file of states holds all that it takes to restore one.
 """
-import json, random, sys, threading, zlib
+import json, random, threading, zlib
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import pandas
-from scipy.stats import permutation_test
 
 import tasks
 from env import (
     LEARNED_SEEDS, NOTHING, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks, read_record,
     script_text, untried)
 from support import miniature, tables
-from support.cli import ContextFull, RunError, announce, exit_status, format_table
+from support.cli import ContextFull, RunError, announce
 from support.distributed import check_same
 from support.files import (
     COUNT, FLAG, TEXT, folder_lock, hash_json, parse_json, read_bytes, read_json_lines, write_atomic)
@@ -36,10 +33,7 @@ from support.storage import UNDO, Blobs, ResultCache
 STATES_SEED = 4         # of the miniatures; training has LEARNED_SEEDS, and whole trajectories are played on 0
 RECORDED = 2            # trajectories of a task that its states are drawn from
 STATES_HASH = "states of sha256"
-# Settings that agents which are compared share, beside the data of each task.
-SHARED = (STATES_HASH, "samples", "steps", "temperature", "seed", "scaffold", "max_new_tokens", "sandbox")
 ROWS = 16               # actions that are sampled at the same time
-NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
 STATE = {
     "task": TASK_ID, "data_seed": COUNT, "data_sha256": {str: TEXT}, "index": COUNT, "m_before": FINITE,
     "m_top": FINITE, "messages": [MESSAGE], "files": {str: TEXT},
@@ -236,119 +230,3 @@ def format_states(results):
     means = table.groupby("split").mean()
     means.index = [f"mean, {split}" for split in means.index]
     return pandas.concat([table, means]).to_string(float_format="{:.3f}".format, na_rep="-")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing agents
-
-def sign_flip_p(differences):
-    """Returns the two-sided p of an exact permutation test: the share of all choices of signs of the differences under
-    which their sum is at least as far from 0."""
-    if len(differences) < 2:
-        return 1.0
-    test = permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=np.inf)
-    return float(test.pvalue)
-
-
-def read_complete(path):
-    """Returns the content of states.json or of a results.json of our own. ValueError: not all of it was measured."""
-    raw = read_bytes(path)
-    results = parse_json(raw, RESULTS, path) if raw else {}
-    if not results.get("complete") or not results["tasks"]:
-        raise ValueError(f"{path} is not complete; run its eval.py again")
-    return results
-
-
-def mean_gap(entry):
-    gap, _ = entry["figures"]["best-validation"]["gap"]
-    return None if gap is None else gap / 100
-
-
-MEASURES = {    # name -> what follows the split in the folder's name, the file there, the figure of a task in that file
-    "reward of a step": ("", "states.json", lambda entry: entry["reward"]),
-    "gap closed": ("-trajectories", "results.json", mean_gap)}
-
-
-def measures_of(folder):
-    """Returns ({measure: {task: figure}}, {folder: what it was measured under}) of an agent's folder with held-out and
-    held-in (of measure_states), held-out-trajectories and held-in-trajectories (of eval.py), as far as they are there.
-    The first measure is the primary one. ValueError: one of them is not complete, or none is there."""
-    measures = {}
-    under = {}
-    for split in ("held-out", "held-in"):
-        for name, (ending, file, figure) in MEASURES.items():
-            part = split + ending
-            measure = measures.setdefault(f"{split}, {name}", {})
-            if Path(folder, part).is_dir():
-                results = read_complete(Path(folder, part, file))
-                measure |= {id: figure(entry) for id, entry in results["tasks"].items()}
-                under[part] = {name: value for name, value in results["settings"].items()
-                               if name in SHARED or name.startswith("data of ")}
-    if not any(measures.values()):
-        raise ValueError(f"{folder} holds nothing measured; expected folders such as held-out in it")
-    return measures, under
-
-
-def compare_agents(folder, names):
-    """Returns the table of agents, folders in `folder`, and of the last less the one before: the mean difference over
-    the tasks that both have, and its p, which is corrected (Bonferroni) but for the first measure. An agent without
-    one of these tasks has no mean. ValueError: their states or settings differ."""
-    agents = {}
-    first = {}      # folder -> what it was measured under
-    for name in names:
-        agents[name], under = measures_of(Path(folder, name))
-        for part, value in under.items():
-            before = first.setdefault(part, value)
-            if differing := sorted(what for what in before | value if before.get(what) != value.get(what)):
-                raise ValueError(f"{Path(folder, name, part)} was measured in other states, or under other settings, "
-                                 f"than those before it: {', '.join(differing)}")
-    rows = [("measure", "tasks", *names, f"{names[-1]} less {names[-2]}", "p", "corrected")]
-    for number, measure in enumerate(agents[names[-1]]):
-        table = pandas.DataFrame({name: agents[name][measure] for name in names}, dtype=float)
-        table = table.dropna(subset=names[-2:])
-        means = ["-" if np.isnan(mean) else f"{mean:.3f}" for mean in table.mean(skipna=False)]
-        row = [measure, str(len(table)), *means, "-", "-", "-"]
-        if len(table):
-            differences = table[names[-1]] - table[names[-2]]
-            p = sign_flip_p(list(differences))
-            row[-3:-1] = [f"{differences.mean():+.3f}", f"{p:.4f}"]
-            if number:
-                row[-1] = f"{min(1.0, NUM_COMPARISONS * p):.4f}"
-        rows.append(row)
-    return format_table(rows)
-
-
-LEAST_VALID = 0.5       # share of actions, and ...
-LEAST_SPREAD = 0.05     # ... standard deviation of the rewards in a state, that RL can learn from
-
-
-def gate(folder):
-    """Returns in words that RL has something to learn from in a folder of measured states. ValueError: it has not."""
-    entries = read_complete(Path(folder, "states.json"))["tasks"].values()
-    valid = fmean(entry["valid"] for entry in entries)
-    spread = fmean(entry["spread"] for entry in entries)
-    text = (f"{valid:.0%} of the actions are valid ({LEAST_VALID:.0%} are needed); the rewards in a state spread by "
-            f"{spread:.3f} ({LEAST_SPREAD} is needed)")
-    if valid < LEAST_VALID or spread < LEAST_SPREAD:
-        raise ValueError(f"RL has nothing to learn from: {text}")
-    return text
-
-
-USAGE = """usage: python -m support.states compare FOLDER AGENT AGENT ...
-       python -m support.states gate FOLDER"""
-
-
-def main(args):
-    command, *rest = args or [""]
-    if command == "compare" and len(rest) >= 3:
-        work = partial(compare_agents, rest[0], rest[1:])
-    elif command == "gate" and len(rest) == 1:
-        work = partial(gate, *rest)
-    else:
-        print(USAGE, file=sys.stderr)
-        return 2
-    return exit_status("support.states", lambda: print(work()), rest[0])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
