@@ -3,7 +3,7 @@ import base64, hashlib, html, json, math, re
 from pathlib import Path
 
 import tasks
-from reward import best_of
+from reward import KINDS, best_of
 from support import tables
 from support.aide import SEARCHES
 from support.disclosure import FINAL, FORM, notes, warnings
@@ -17,7 +17,7 @@ CURVES = {      # entry of a training log -> heading of its figure
     "reward": "mean reward", "reward_edits": "mean reward of edits that ran", "valid": "valid replies, share",
     "kl": "divergence from the first model, nats a token", "entropy": "entropy, nats a token",
     "cache_hits": "runs known already, share", "loss": "training loss", "valid_loss": "validation loss"}
-SHARES = ("share_invalid", "share_failed", "share_not_an_edit", "share_limit", "share_scored")
+SHARES = {f"share_{kind.replace(' ', '_')}": kind for kind in KINDS}      # entry of a log of rl.py -> its words
 STEP = ("action", "args", "coder", "detail", "ended", "fields", "kind", "m_after", "m_before", "no_reply", "node",
         "observation", "outcome", "printed", "reply", "reward", "sandbox", "score", "seconds",
         "thought", "valid")     # is shown of a step
@@ -126,7 +126,7 @@ def write_page(path, data):
     for tag in ("script", "style"):
         content = re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1]
         hashes[tag] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-    text = json.dumps(for_browsers({**data, "curves": CURVES}), ensure_ascii=False)
+    text = json.dumps(for_browsers({**data, "curves": CURVES, "shares": SHARES}), ensure_ascii=False)
     parts = {
         "title": html.escape(data["title"]),
         # a browser runs what we wrote, and nothing that might have got in

@@ -200,10 +200,11 @@ def test_scores_by_step(path):
     assert page.texts("span", kinds, class_="dim") == ["invalid 1", "failed 1", "not an edit 5", "limit 0", "scored 4"]
 
 
-def test_the_page_knows_every_kind_of_reward():
-    names = re.search(r"const KINDS = (\[.*?\]);", Path(report.__file__).with_suffix(".html").read_text())[1]
-    assert json.loads(names) == list(reward.KINDS)
-    assert list(report.SHARES) == [f"share_{kind.replace(' ', '_')}" for kind in reward.KINDS]
+def test_the_page_knows_every_kind_of_reward(path):
+    assert list(shown(path)["shares"].items()) == [
+        ("share_invalid", "invalid"), ("share_failed", "failed"), ("share_not_an_edit", "not an edit"),
+        ("share_limit", "limit"), ("share_scored", "scored")]
+    assert list(shown(path)["shares"].values()) == list(reward.KINDS)
 
 
 def test_published_figures_stand_beside_real_data_only(tmp_path, task):
@@ -375,7 +376,7 @@ def run_script(code):
     """What an expression gives that uses the functions of the page's script."""
     source = re.search("<script>(.*?)</script>", Path(report.__file__).with_suffix(".html").read_text(), re.DOTALL)[1]
     functions = source[:source.index("// ---- the parts of the page")].replace("const data", "const unused")
-    stub = 'globalThis.document = {getElementById: id => ({textContent: "{}"})}; globalThis.data = {runs: []};'
+    stub = 'globalThis.document = {getElementById: id => ({textContent: "{}"})}; globalThis.data = {runs: [], shares: {}};'
     done = subprocess.run([NODE, "-e", f"{stub} (0, eval)({json.dumps(functions)} + {json.dumps(code)})"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
