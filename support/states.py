@@ -26,7 +26,7 @@ from support.files import (
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import hash_checkpoint
-from support.records import AGENT, FINITE, FORMS, MESSAGE, TASK_ID, best_before, end_reason, trajectory_path
+from support.records import AGENT, FINITE, FORMS, MESSAGE, TASK_ID, end_reason, state_after, trajectory_path
 from support.sandbox import SLOTS
 from support.storage import UNDO, Blobs, ResultCache
 
@@ -110,9 +110,8 @@ def describe_state(cfg, task, info, head, steps):
     blobs = Blobs(Path(cfg.out, "blobs"))
     files = {path: blobs.path(sha).read_text() for path, sha in last["snapshot"].items()
              if path == task.entry or path.startswith(UNDO) and path.endswith(f"/{task.entry}")}
-    return {"task": task.id, "data_seed": head["data_seed"], "data_sha256": info["sha256"], "index": len(steps),
-            "m_before": last["m_after"], "m_top": best_before(task, head, steps),
-            "messages": [message for line in (head, *steps) for message in line["messages"]], "files": files,
+    return {"task": task.id, "data_seed": head["data_seed"], "data_sha256": info["sha256"],
+            **state_after(task, head, steps), "files": files,
             "agent": {name: head[name] for name in AGENT}, "seen": {name: last[name] for name in NOTHING}}
 
 
