@@ -28,7 +28,7 @@ LOG = {f"{name}?": maybe(NUMBER)
 PAIR = "two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value))
 TRAJECTORY = {
     "ended": WORD, **dict.fromkeys((*FINAL, "oracle"), maybe(NUMBER)),
-    **dict.fromkeys(("k", "steps", "valid", "worse", "taken_back", "better", "continued"), COUNT)}
+    **dict.fromkeys(("k", *sum(tables.HABITS.values(), ())), COUNT)}
 WORK = {"seconds": NUMBER, **dict.fromkeys(("scripts", "nodes", "buggy", "unreviewed", "unprinted"), COUNT)}
 TASK = {
     "metric": WORD, "direction": one_of("up", "down"), "split": WORD, "miniature": FLAG, "starter": NUMBER,

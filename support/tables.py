@@ -139,9 +139,9 @@ def mean_and_interval(groups):
 def task_figures(result, rule):
     """Returns the statistics of a task's trajectories by a rule; of gain and gap with intervals."""
     scores = np.array(final_scores(result, rule), dtype=float)
-    best = scores.max() if result["direction"] == "up" else scores.min()
     error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None
-    figures = {"average": float(scores.mean()), "best": float(best), "standard_error": error,
+    figures = {"average": float(scores.mean()), "best": best_of(result["direction"], *scores.tolist()),
+               "standard_error": error,
                "failed": sum(trajectory[rule] is None for trajectory in result["trajectories"])}
     for name, figure in FIGURES.items():
         values = [figure(score, result) for score in scores.tolist()]
@@ -168,10 +168,10 @@ def played_result(records, result):
 # ---------------------------------------------------------------------------------------------------------------------
 # The tables: lists of rows {column: text}, for the screen and for the page
 
-def format_number(x, form=".4f"):
+def format_number(x):
     if x is None:
         return "-"
-    return f"{x:.1f}" if abs(x) >= 1000 else f"{x:{form}}"
+    return f"{x:.1f}" if abs(x) >= 1000 else f"{x:.4f}"
 
 
 def format_mean(mean, interval=None):
@@ -187,7 +187,7 @@ def format_result(result, rule):
     row = {"metric": f"{result['metric']} ({result['direction']})", "starter": format_number(result["starter"])}
     if not result.get("trajectories"):      # the starter alone was run
         row["it printed"] = format_number(result["printed"])
-        row["seconds"] = format_number(result["seconds"], ".1f")
+        row["seconds"] = f"{result['seconds']:.1f}"
         return row
     figures = task_figures(result, rule)
     row |= {"average": format_number(figures["average"]), "best": format_number(figures["best"]),
@@ -312,15 +312,14 @@ def build_habits(runs):
     rows = []
     for split, by_task in split_results(runs).items():
         for run in runs:
-            total = Counter()
-            for by_run in by_task.values():
-                for trajectory in by_run.get(run["name"], {}).get("trajectories", ()):
-                    total.update({name: trajectory[name] for pair in HABITS.values() for name in pair})
-            if not total:
-                continue
-            shares = {habit: f"{total[part] / total[whole]:.0%} of {total[whole]}" if total[whole] else "-"
-                      for habit, (part, whole) in HABITS.items()}
-            rows.append({"tasks": split, "agent": run["name"], **shares})
+            own = [by_run.get(run["name"], {}) for by_run in by_task.values()]
+            played = [trajectory for result in own for trajectory in result.get("trajectories", ())]
+            row = {"tasks": split, "agent": run["name"]}
+            for habit, (part, whole) in HABITS.items():
+                num = sum(trajectory[whole] for trajectory in played)
+                row[habit] = f"{sum(trajectory[part] for trajectory in played) / num:.0%} of {num}" if num else "-"
+            if played:
+                rows.append(row)
     return rows
 
 

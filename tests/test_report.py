@@ -376,7 +376,8 @@ def run_script(code):
     """What an expression gives that uses the functions of the page's script."""
     source = re.search("<script>(.*?)</script>", Path(report.__file__).with_suffix(".html").read_text(), re.DOTALL)[1]
     functions = source[:source.index("// ---- the parts of the page")].replace("const data", "const unused")
-    stub = 'globalThis.document = {getElementById: id => ({textContent: "{}"})}; globalThis.data = {runs: [], shares: {}};'
+    stub = ('globalThis.document = {getElementById: id => ({textContent: "{}"})}; '
+            'globalThis.data = {runs: [], shares: {}};')
     done = subprocess.run([NODE, "-e", f"{stub} (0, eval)({json.dumps(functions)} + {json.dumps(code)})"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
