@@ -29,7 +29,7 @@ from support.disclosure import FINAL, disclose
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, write_atomic
 from support.pretrained import hash_checkpoint
-from support.report import read_log, read_results, write_report
+from support.report import find_exports, read_exports, read_results, write_report
 from support.parallel import Progress, run_parallel
 from support.sandbox import SLOTS
 from support.states import format_states, measure_states, record_states
@@ -41,7 +41,6 @@ MADE = {"fine-tuned": "runs/sft", "after RL": "runs/rl"}     # by sft.py and rl.
 MINIATURE = {"temperature": 1.0, "dtype": "float64", "trajectories": 3}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
 DEFAULTS = {"aide": aide.DEFAULTS, "mlagentbench": mlagentbench.DEFAULTS}      # settings of a scaffold
-TAKEN = {"seconds": "seconds", "scripts": "runs", "tokens": "sampled_tokens"}   # of training: entry of its log.jsonl
 PACKAGES = ("torch", "tokenizers", "numpy", "pandas", "scikit-learn")
 NO_MODEL = """
 No --model was given, so only the starter scripts ran. To run an agent, add --model with a folder, a model of the
@@ -240,33 +239,16 @@ def agents_made(cfg):
     return agents
 
 
-def find_exports(run):
-    """Returns the exports in a folder of rl.py, in the order of the iterations. ValueError: there are none."""
-    folders = sorted(path.parent for path in Path(run, "exports").glob("??????/config.json"))
-    if not folders:
-        raise ValueError(f"--exports: {run} holds no exports; rl.py --export-every N makes them")
-    return folders
-
-
 def agents_exported(cfg):
-    """Returns {name: settings} of all exports, and under each name what it took to train. ValueError: the log does not
-    tell."""
+    """Returns {name: settings} of all exports, and under each name what it took to train."""
     agents = {}
     taken = {}
     for run in cfg.exports:
-        lines = {line.get("iteration"): line for line in read_log(run)}
-        for folder in find_exports(run):
-            iteration = int(folder.name)
-            try:
-                before = [lines[i] for i in range(1, iteration + 1)]
-                sums = {name: sum(line[entry] for line in before) for name, entry in TAKEN.items()}
-                updates = before[-1]["updates"] if before else 0
-            except (KeyError, TypeError):
-                raise ValueError(f"{run}/log.jsonl does not tell what each iteration up to {iteration} took") from None
-            name = f"{run}, {iteration}"
+        for folder, entries in read_exports(run):
+            name = f"{run}, {entries['iteration']}"
             out = Path(cfg.out, re.sub(r"\W+", "-", run), folder.name)
             agents[name] = replace(cfg, task=cfg.task or "all", model=str(folder), out=str(out), exports=())
-            taken[name] = {"run": run, "iteration": iteration, "updates": updates, **sums}
+            taken[name] = entries
     return agents, taken
 
 

@@ -18,6 +18,7 @@ CURVES = {      # entry of a training log -> heading of its figure
     "kl": "divergence from the first model, nats a token", "entropy": "entropy, nats a token",
     "cache_hits": "runs known already, share", "loss": "training loss", "valid_loss": "validation loss"}
 SHARES = {f"share_{kind.replace(' ', '_')}": kind for kind in KINDS}      # entry of a log of rl.py -> its words
+TAKEN = {"seconds": "seconds", "scripts": "runs", "tokens": "sampled_tokens"}   # of training: entry of its log.jsonl
 STEP = ("action", "args", "coder", "detail", "ended", "fields", "kind", "m_after", "m_before", "no_reply", "node",
         "observation", "outcome", "printed", "reply", "reward", "sandbox", "score", "seconds",
         "thought", "valid")     # is shown of a step
@@ -61,6 +62,31 @@ def read_log(folder):
     lines = read_json_lines(Path(folder, "log.jsonl"), LOG)
     lines = {line.get("iteration", line.get("step")): line for line in lines}.values()
     return [{name: line[name] for name in (entry.removesuffix("?") for entry in LOG) if name in line} for line in lines]
+
+
+def find_exports(run):
+    """Returns the exports in a folder of rl.py, in the order of the iterations. ValueError: there are none."""
+    folders = sorted(path.parent for path in Path(run, "exports").glob("??????/config.json"))
+    if not folders:
+        raise ValueError(f"--exports: {run} holds no exports; rl.py --export-every N makes them")
+    return folders
+
+
+def read_exports(run):
+    """Returns [(folder, {name: value} of what it took to train)] of the exports in a folder of rl.py. ValueError: the
+    log does not tell."""
+    lines = {line.get("iteration"): line for line in read_log(run)}
+    found = []
+    for folder in find_exports(run):
+        iteration = int(folder.name)
+        try:
+            before = [lines[i] for i in range(1, iteration + 1)]
+            sums = {name: sum(line[entry] for line in before) for name, entry in TAKEN.items()}
+            updates = before[-1]["updates"] if before else 0
+        except (KeyError, TypeError):
+            raise ValueError(f"{run}/log.jsonl does not tell what each iteration up to {iteration} took") from None
+        found.append((folder, {"run": run, "iteration": iteration, "updates": updates, **sums}))
+    return found
 
 
 def read_run(folder, name):
