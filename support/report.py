@@ -8,9 +8,9 @@ from support import tables
 from support.aide import SEARCHES
 from support.disclosure import FINAL, FORM, notes, warnings
 from support.files import (
-    COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, maybe, one_of, parse_json, read_bytes, read_json_lines, refuse_links_out,
-    shorten, write_atomic)
-from support.records import end_reason, read_record, steps_of, trajectory_files
+    COUNT, FLAG, NUMBER, TEXT, VALUE, WORD, check_form, maybe, one_of, parse_json, read_bytes, read_json_lines,
+    refuse_links_out, shorten, write_atomic)
+from support.records import TASK_ID, end_reason, read_record, steps_of, trajectory_files
 
 LONGEST_TEXT = 20_000       # characters of one text on the page
 CURVES = {      # entry of a training log -> heading of its figure
@@ -50,9 +50,7 @@ def read_results(folder):
     if content is None:
         return None
     results = parse_json(content, RESULTS, path)
-    for task in results["tasks"]:
-        if not re.fullmatch(r"[\w.-]{1,100}", task, re.ASCII):
-            raise ValueError(f"{path}: {shorten(ascii(task), 80)} is no task")
+    check_form(list(results["tasks"]), [TASK_ID], f"{path}, its tasks")
     return results
 
 
