@@ -29,14 +29,14 @@ from support.disclosure import FINAL, disclose
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, write_atomic
 from support.pretrained import hash_checkpoint
-from support.report import find_exports, read_exports, read_results, write_report
 from support.parallel import Progress, run_parallel
+from support.records import end_reason, trajectory_files, trajectory_path
+from support.report import find_exports, read_exports, read_results, write_report
 from support.sandbox import SLOTS
 from support.states import format_states, measure_states, record_states
 from support.storage import ResultCache
-from support.records import end_reason, trajectory_files, trajectory_path
 
-MADE = {"fine-tuned": "runs/sft", "after RL": "runs/rl"}     # by sft.py and rl.py
+MADE = {"fine-tuned": "runs/sft", "after RL": "runs/rl"}     # name in the tables -> where sft.py and rl.py leave it
 # float64, so that a reply does not depend on which replies are sampled beside it, as rounding would have it
 MINIATURE = {"temperature": 1.0, "dtype": "float64", "trajectories": 3}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
@@ -85,7 +85,7 @@ class Settings(AgentSettings):
                              f"scaffold ml-agent alone, found {self.scaffold} and --coder {self.coder}")
         for spec in filter(endpoint.is_server, (self.model, self.coder)):
             endpoint.address(spec)
-        if self.scaffold != SCAFFOLDS[0] and self.model in ("", tables.RANDOM):
+        if self.scaffold != "ml-agent" and self.model in ("", tables.RANDOM):
             raise ValueError(f"--scaffold {self.scaffold} needs a --model to ask")
         tools = mlagentbench.TOOLS
         if self.scaffold == "mlagentbench" and (self.coder == "none" or not tools.keys() >= {*self.actions}):
@@ -300,6 +300,7 @@ def compare(cfg):
 
 
 def run(cfg):
+    """Runs agents, or starters alone, and prints the tables."""
     agents = None
     taken = None
     if cfg.exports:

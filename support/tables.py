@@ -180,10 +180,12 @@ def format_mean(mean, interval=None):
 
 
 def other_rule(rule):
+    """Returns the rule that stands beside a run's own: there are two for what counts of a trajectory."""
     return next(name for name in FINAL if name != rule)
 
 
 def format_result(result, rule):
+    """Returns {column: text} of what an agent, or the starter alone, scored on a task."""
     row = {"metric": f"{result['metric']} ({result['direction']})", "starter": format_number(result["starter"])}
     if not result.get("trajectories"):      # the starter alone was run
         row["it printed"] = format_number(result["printed"])
