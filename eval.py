@@ -284,7 +284,7 @@ def main(argv=None):
         elif cfg.record_states:
             record_states(cfg)
         elif cfg.states:
-            print("\n" + format_states(measure_states(cfg, sample.load)))
+            print("\n" + format_states(measure_states(cfg, load_models)))
             print(f"\nWritten to {cfg.out}: states.json, and actions.jsonl with every reply")
         else:
             run(cfg)

@@ -129,7 +129,8 @@ def read_states(cfg):
 
 def measure_states(cfg, load):
     """Samples cfg.samples actions in each state of cfg.states, as far as they are not in actions.jsonl of cfg.out, and
-    returns what states.json there then holds. ValueError: other settings or another model were measured there."""
+    returns what states.json there then holds. load: as eval.load_models. ValueError: other settings or another model
+    were measured there."""
     with folder_lock(cfg.out, "eval.py"):
         # 1. What is measured, and what of it is done.
         states = read_states(cfg)
@@ -151,8 +152,7 @@ def measure_states(cfg, load):
         if jobs and cfg.model == tables.RANDOM:
             policy = random_edit
         elif jobs:
-            model = load(cfg.model, dtype=cfg.dtype, device=cfg.device, kernels=cfg.kernels, context=cfg.context,
-                         rows=min(ROWS, len(jobs)), timeout_s=cfg.reply_seconds)
+            model, _ = load(cfg, min(ROWS, len(jobs)))
             policy = model_policy(cfg, model)
         cache = ResultCache(Path(cfg.out, "cache"))
         lock = threading.Lock()

@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -271,7 +272,7 @@ def measure(cfg, model):
     def load(spec, timeout_s, **options):
         assert timeout_s == cfg.reply_seconds       # of a server
         return model
-    return states.measure_states(cfg, load)
+    return states.measure_states(cfg, partial(evaluation.load_models, load=load))
 
 
 @pytest.fixture(scope="module")
