@@ -44,7 +44,7 @@ play() {
 
 part "0. how long each part takes on this machine, about"
 if [ ! -f "$run/plan.txt" ]; then
-    python -m support.states plan "$model" "$states" "$samples" "$trajectories" "$iterations" >"$run/plan.part"
+    python docs/real_run.py plan "$model" "$states" "$samples" "$trajectories" "$iterations" >"$run/plan.part"
     mv "$run/plan.part" "$run/plan.txt"
 fi
 cat "$run/plan.txt"
@@ -69,7 +69,7 @@ part "3. fine-tuning on what the scripted expert does"
 python sft.py --preset 0.5b --model "$model" --task "$held_in" --data "$run/data" --trajectories "$run/trajectories" \
     --steps "$steps" --out "$run/sft" "${sft_flags[@]}"
 measure sft "$run/sft" held-in
-[ "${GATE:-on}" = off ] || python -m support.states gate "$run/eval/sft/held-in"
+[ "${GATE:-on}" = off ] || python docs/real_run.py gate "$run/eval/sft/held-in"
 
 part "4. step-wise RL"
 python rl.py --model "$run/sft" --task "$held_in" --data "$run/data" --trajectories "$run/trajectories" --out "$run/rl" \
@@ -86,7 +86,7 @@ for work in measure play; do
 done
 
 part "6. the table and the report"
-python -m support.states compare "$run/eval" base random sft rl | tee "$run/table.txt"
+python docs/real_run.py compare "$run/eval" base random sft rl | tee "$run/table.txt"
 folders=$(printf "$run/eval/%s-trajectories," base/held-out random/held-out sft/held-out rl/held-out)
 python eval.py --compare "$folders$run/sft,$run/rl" --out "$run"
 part "done: $run/table.txt and $run/compare.html"

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import FIGURES, FINAL, HABITS, final_scores, mean_and_interval
 from support.report import read_results
+from support.tables import FIGURES, FINAL, HABITS, final_scores, format_mean, mean_and_interval
 
 AGENTS = {"random edits": "random-edits", "fine-tuned": "sft", "after RL": "rl"}     # name -> its folder
 PAIRS = [("fine-tuned", "random edits"), ("after RL", "random edits"), ("after RL", "fine-tuned")]
@@ -39,8 +39,7 @@ def pooled(folders, agent):
 
 
 def shown(groups):
-    mean, (low, high) = mean_and_interval(groups)
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    return format_mean(*mean_and_interval(groups))
 
 
 def main(folders):

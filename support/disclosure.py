@@ -5,6 +5,7 @@ from itertools import chain
 
 from support import aide
 from support.files import COUNT, TEXT, one_of
+from support.records import steps_of
 
 FINAL = {"last-valid": "the last valid submission",
          "best-validation": "the submission whose script printed the best score, the starter's too, of equal ones the "
@@ -28,7 +29,7 @@ step of each trajectory, which no agent can know. (paper): Table 1 of the paper,
 def disclose(records, model, coder):
     """Returns what results.json says of a run under "disclosure": counts of steps. records: the lines of each
     trajectory. model, coder: as asked for; what a server says that it is takes their place."""
-    steps = [line for line in chain(*records) if line["type"] == "step"]
+    steps = steps_of(chain(*records))
     layers = Counter(step["sandbox"] for step in steps if step["outcome"] is not None)
     labels = LABELS[2]
     if layers:

@@ -100,9 +100,14 @@ def record(step, **entries):
 def restore_record(env, head, steps, seconds=None):
     """Puts an Env into the state after the recorded `steps` of a trajectory. seconds: that are left; default: all."""
     last = [head, *steps][-1]
-    messages = [message for line in (head, *steps) for message in line["messages"]]
-    env.restore(last["snapshot"], messages, index=len(steps), m_before=last["m_after"],
-                m_top=best_before(env.task, head, steps), seconds=seconds, seen=last, past=steps)
+    env.restore(last["snapshot"], **state_after(env.task, head, steps), seconds=seconds, seen=last, past=steps)
+
+
+def state_after(task, head, steps):
+    """Returns what Env.restore takes of the state after the recorded `steps`, besides files and what was seen."""
+    return {"index": len(steps), "m_before": [head, *steps][-1]["m_after"],
+            "m_top": best_of(task.direction, head["m_init"], *(step["m_after"] for step in steps)),
+            "messages": [message for line in (head, *steps) for message in line["messages"]]}
 
 
 def check_record(line, first):
@@ -144,7 +149,7 @@ def read_trajectory(path):
     lines = read_records(path)
     if not lines:
         raise ValueError(f"{path} does not exist or is empty; a trajectory starts with a header")
-    return lines[0], [line for line in lines if line["type"] == "step"]
+    return lines[0], steps_of(lines)
 
 
 def read_record(path, mend=True):
@@ -155,14 +160,13 @@ def read_record(path, mend=True):
     return lines
 
 
+def steps_of(lines):
+    return [line for line in lines if line["type"] == "step"]
+
+
 def end_reason(lines):
     """Returns why a trajectory is over; "" if it is not."""
     return lines[-1].get("ended", "") if lines else ""
-
-
-def best_before(task, head, steps):
-    """Returns the best score of a recorded trajectory after `steps`: the starter's, or an edit's."""
-    return best_of(task.direction, head["m_init"], *(step["m_after"] for step in steps))
 
 
 def trajectory_path(folder, id, k):

@@ -3,25 +3,21 @@ step-wise RL optimises.
 
     python eval.py --record-states 4 --states held-out.jsonl --task held-out --prompt-format medium ...   # once
     python eval.py --states held-out.jsonl --max-new-tokens 160 --model runs/rl --out runs/eval/rl/held-out # each model
-    python -m support.states compare runs/eval base sft rl      # one table; the last agent less the one before
 
 States are of the scripted expert on miniatures of STATES_SEED, on which nothing is trained, or of held-out tasks' real
 data. A line of a file of states holds all that it takes to restore one.
 """
-import json, random, sys, threading, time, zlib
+import json, random, threading, zlib
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import pandas
-from scipy.stats import permutation_test
 
-import sample
 import tasks
 from env import NOTHING, script_text
-from support import miniature
-from support.cli import ContextFull, RunError, announce, exit_status, format_table
+from support import miniature, tables
+from support.cli import ContextFull, RunError, announce
 from support.distributed import check_same
 from support.files import (
     COUNT, FLAG, TEXT, folder_lock, hash_json, parse_json, read_bytes, read_json_lines, write_atomic)
@@ -31,8 +27,7 @@ from support.play import (
     LEARNED_SEEDS, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks)
 from support.pretrained import hash_checkpoint
 from support.records import (
-    AGENT, FINITE, FORMS, MESSAGE, TASK_ID, best_before, end_reason, read_record, trajectory_path)
-from support.report import read_results
+    AGENT, FINITE, FORMS, MESSAGE, TASK_ID, end_reason, read_record, state_after, trajectory_path)
 from support.sandbox import SLOTS
 from support.scripts import untried
 from support.storage import UNDO, Blobs, ResultCache
@@ -40,12 +35,7 @@ from support.storage import UNDO, Blobs, ResultCache
 STATES_SEED = 4         # of the miniatures; training has LEARNED_SEEDS, and whole trajectories are played on 0
 RECORDED = 2            # trajectories of a task that its states are drawn from
 STATES_HASH = "states of sha256"
-# Settings that agents which are compared share, of actions in states and of trajectories.
-MEASURED_UNDER = (STATES_HASH, "samples", "temperature", "seed", "max_new_tokens", "sandbox")
-PLAYED_UNDER = ("steps", "temperature", "seed", "scaffold", "max_new_tokens", "sandbox")
 ROWS = 16               # actions that are sampled at the same time
-SPLITS = "held-out", "held-in"
-NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
 STATE = {
     "task": TASK_ID, "data_seed": COUNT, "data_sha256": {str: TEXT}, "index": COUNT, "m_before": FINITE,
     "m_top": FINITE, "messages": [MESSAGE], "files": {str: TEXT},
@@ -122,9 +112,8 @@ def describe_state(cfg, task, info, head, steps):
     blobs = Blobs(Path(cfg.out, "blobs"))
     files = {path: blobs.path(sha).read_text() for path, sha in last["snapshot"].items()
              if path == task.entry or path.startswith(UNDO) and path.endswith(f"/{task.entry}")}
-    return {"task": task.id, "data_seed": head["data_seed"], "data_sha256": info["sha256"], "index": len(steps),
-            "m_before": last["m_after"], "m_top": best_before(task, head, steps),
-            "messages": [message for line in (head, *steps) for message in line["messages"]], "files": files,
+    return {"task": task.id, "data_seed": head["data_seed"], "data_sha256": info["sha256"],
+            **state_after(task, head, steps), "files": files,
             "agent": {name: head[name] for name in AGENT}, "seen": {name: last[name] for name in NOTHING}}
 
 
@@ -140,10 +129,10 @@ def read_states(cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # Actions in them
 
-def measure_states(cfg, load, random_edits):
+def measure_states(cfg, load):
     """Samples cfg.samples actions in each state of cfg.states, as far as they are not in actions.jsonl of cfg.out, and
-    returns what states.json there then holds. random_edits: the name of the agent without a model. ValueError: other
-    settings or another model were measured there."""
+    returns what states.json there then holds. load: as eval.load_models. ValueError: other settings or another model
+    were measured there."""
     with folder_lock(cfg.out, "eval.py"):
         # 1. What is measured, and what of it is done.
         states = read_states(cfg)
@@ -162,11 +151,10 @@ def measure_states(cfg, load, random_edits):
         done = {(line["state"], line["number"]) for line in actions}
         jobs = [(i, state, number) for i, state in states for number in range(cfg.samples)]
         jobs = [job for job in jobs if (job[0], job[2]) not in done]
-        if jobs and cfg.model == random_edits:
+        if jobs and cfg.model == tables.RANDOM:
             policy = random_edit
         elif jobs:
-            model = load(cfg.model, dtype=cfg.dtype, device=cfg.device, kernels=cfg.kernels, context=cfg.context,
-                         rows=min(ROWS, len(jobs)), timeout_s=cfg.reply_seconds)
+            model, _ = load(cfg, min(ROWS, len(jobs)))
             policy = model_policy(cfg, model)
         cache = ResultCache(Path(cfg.out, "cache"))
         lock = threading.Lock()
@@ -243,162 +231,3 @@ def format_states(results):
     means = table.groupby("split").mean()
     means.index = [f"mean, {split}" for split in means.index]
     return pandas.concat([table, means]).to_string(float_format="{:.3f}".format, na_rep="-")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing agents
-
-def sign_flip_p(differences):
-    """Returns the two-sided p of an exact permutation test: the share of all choices of signs of the differences under
-    which their sum is at least as far from 0."""
-    if len(differences) < 2:
-        return 1.0
-    test = permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=np.inf)
-    return float(test.pvalue)
-
-
-def read_measured(folder):
-    path = Path(folder, "states.json")
-    raw = read_bytes(path)
-    results = parse_json(raw, RESULTS, path) if raw else {}
-    if not results.get("complete") or not results["tasks"]:
-        raise ValueError(f"{path} is not complete; make it with: python eval.py --states FILE --model M --out {folder}")
-    return results
-
-
-def measures_of(folder):
-    """Returns ({measure: {task: figure}}, {folder: what it was measured under}) of an agent's folder with held-out and
-    held-in (of measure_states), held-out-trajectories and held-in-trajectories (of eval.py), as far as they are there.
-    The first measure is the primary one. ValueError: one of them is not complete, or none is there."""
-    measures = {}
-    under = {}
-    for split in SPLITS:
-        entries = {}
-        if Path(folder, split).is_dir():
-            results = read_measured(Path(folder, split))
-            entries = results["tasks"]
-            under[split] = {name: results["settings"].get(name) for name in MEASURED_UNDER}
-        measures[f"{split}, reward of a step"] = {id: entry["reward"] for id, entry in entries.items()}
-        gaps = measures.setdefault(f"{split}, gap closed", {})
-        played = read_results(Path(folder, f"{split}-trajectories"))
-        if not played:
-            continue
-        if not played["complete"]:
-            raise ValueError(f"{folder}/{split}-trajectories is not complete; run its eval.py again")
-        under[f"{split}-trajectories"] = {
-            name: value for name, value in played["settings"].items()
-            if name in PLAYED_UNDER or name.startswith("data of ")}
-        for id, entry in played["tasks"].items():
-            gap = entry.get("figures", {}).get("best-validation", {}).get("gap", [None])[0]
-            if gap is not None:
-                gaps[id] = gap / 100
-    if not any(measures.values()):
-        raise ValueError(f"{folder} holds nothing measured; expected folders such as held-out in it")
-    return measures, under
-
-
-def compare_agents(folder, names):
-    """Returns the table of agents, folders in `folder`, and of the last less the one before: the mean difference over
-    the tasks that both have, and its p, which is corrected (Bonferroni) but for the first measure. An agent without
-    one of these tasks has no mean. ValueError: their states or settings differ."""
-    agents = {}
-    first = {}      # folder -> what it was measured under
-    for name in names:
-        agents[name], under = measures_of(Path(folder, name))
-        for part, value in under.items():
-            before = first.setdefault(part, value)
-            if differing := sorted(what for what in before | value if before.get(what) != value.get(what)):
-                raise ValueError(f"{Path(folder, name, part)} was measured in other states, or under other settings, "
-                                 f"than those before it: {', '.join(differing)}")
-    rows = [("measure", "tasks", *names, f"{names[-1]} less {names[-2]}", "p", "corrected")]
-    for number, measure in enumerate(agents[names[-1]]):
-        table = pandas.DataFrame({name: agents[name][measure] for name in names}, dtype=float)
-        table = table.dropna(subset=names[-2:])
-        means = ["-" if np.isnan(mean) else f"{mean:.3f}" for mean in table.mean(skipna=False)]
-        row = [measure, str(len(table)), *means, "-", "-", "-"]
-        if len(table):
-            differences = table[names[-1]] - table[names[-2]]
-            p = sign_flip_p(list(differences))
-            row[-3:-1] = [f"{differences.mean():+.3f}", f"{p:.4f}"]
-            if number:
-                row[-1] = f"{min(1.0, NUM_COMPARISONS * p):.4f}"
-        rows.append(row)
-    return format_table(rows)
-
-
-LEAST_VALID = 0.5       # share of actions, and ...
-LEAST_SPREAD = 0.05     # ... standard deviation of the rewards in a state, that RL can learn from
-
-
-def gate(folder):
-    """Returns in words that RL has something to learn from in a folder of measured states. ValueError: it has not."""
-    entries = read_measured(folder)["tasks"].values()
-    valid = fmean(entry["valid"] for entry in entries)
-    spread = fmean(entry["spread"] for entry in entries)
-    text = (f"{valid:.0%} of the actions are valid ({LEAST_VALID:.0%} are needed); the rewards in a state spread by "
-            f"{spread:.3f} ({LEAST_SPREAD} is needed)")
-    if valid < LEAST_VALID or spread < LEAST_SPREAD:
-        raise ValueError(f"RL has nothing to learn from: {text}")
-    return text
-
-
-PROMPT_TOKENS = 800     # of a medium prompt with tries
-ACTION_TOKENS = 70
-SCRIPT_S = 2.0          # seconds of a script on a miniature
-LEARNED = 324           # expert states: 9 tasks, 4 trajectories, 9 steps
-
-
-def plan_parts(model, num_states, num_samples, num_trajectories, num_iterations):
-    """Returns in words how long the parts of docs/real-run.sh take here, by how fast prompts are read and replies are
-    sampled. A trained token costs three that are read, an update and its reference four."""
-    # 1. Seconds a token.
-    engine = sample.load(model, rows=8, context=1280)
-    words = engine.tokenizer.encode("x = rows['size'] * 2\n" * 100)
-
-    def measure(start, n, length):
-        began = time.monotonic()
-        engine.generate([words[start:start + PROMPT_TOKENS]], n=n, max_new_tokens=length, temperature=1.0)
-        return time.monotonic() - began
-    measure(2, 1, 1)        # the first pass is slower
-    read_s = measure(0, 1, 1) / PROMPT_TOKENS
-    write_s = max(1e-9, measure(1, 8, 16) - read_s * PROMPT_TOKENS) / (8 * 16)
-
-    # 2. Seconds of the parts.
-    script_s = SCRIPT_S / SLOTS.cpus
-    state_s = PROMPT_TOKENS * read_s
-    action_s = ACTION_TOKENS * write_s + script_s
-    measure_s = 19 * num_states * (state_s + num_samples * action_s)     # of an agent on all tasks
-    learn_s = 8 * (PROMPT_TOKENS + 8 * ACTION_TOKENS) * 4 * read_s
-    parts = {
-        "states, expert": (19 * 2 * 9 + LEARNED) * script_s,
-        "gate": measure_s * 9 / 19,
-        "fine-tuning": 2 * LEARNED * (PROMPT_TOKENS + ACTION_TOKENS) * 3 * read_s,
-        "RL": num_iterations * (8 * (state_s + 8 * action_s) + learn_s),
-        "states of four agents": 4 * measure_s,
-        "trajectories of four agents": 4 * 19 * 9 * num_trajectories * (state_s + action_s)}
-    rows = [[name, f"{seconds / 60:.0f}"] for name, seconds in [*parts.items(), ("all", sum(parts.values()))]]
-    return (f"It reads {1 / read_s:.0f} and samples {1 / write_s:.0f} tokens a second. Minutes, about:\n"
-            + format_table(rows))
-
-
-USAGE = """usage: python -m support.states compare FOLDER AGENT AGENT ...
-       python -m support.states gate FOLDER
-       python -m support.states plan MODEL STATES SAMPLES TRAJECTORIES ITERATIONS"""
-
-
-def main(args):
-    command, *rest = args or [""]
-    if command == "compare" and len(rest) >= 3:
-        work = partial(compare_agents, rest[0], rest[1:])
-    elif command == "gate" and len(rest) == 1:
-        work = partial(gate, *rest)
-    elif command == "plan" and len(rest) == 5 and all(word.isdecimal() for word in rest[1:]):
-        work = partial(plan_parts, rest[0], *map(int, rest[1:]))
-    else:
-        print(USAGE, file=sys.stderr)
-        return 2
-    return exit_status("support.states", lambda: print(work()), rest[0])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

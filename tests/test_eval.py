@@ -23,7 +23,7 @@ import tasks
 from common import act, add_task
 from model import Config, Qwen2
 from test_execute import parent, processes, wait_until
-from support import cli, endpoint, files, records
+from support import cli, endpoint, files, records, tables
 from support.sandbox import OWNER
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def play(cfg, policy):
 
 
 def text_of(results):
-    return evaluation.format_report([{"name": "scripted", "results": results}])
+    return tables.format_report([{"name": "scripted", "results": results}])
 
 
 def file_of(s, k):
@@ -141,7 +141,7 @@ def step(printed=None, score=None, action="Replace In Script", change=("3", "4")
 
 
 def summary(*steps, direction="up", starter=5.0, printed=0.5):
-    return evaluation.summarize_trajectory([{"type": "header"}, *steps], direction, starter, printed)
+    return tables.summarize_trajectory([{"type": "header"}, *steps], direction, starter, printed)
 
 
 @pytest.mark.parametrize("direction, printed, chosen", [
@@ -186,30 +186,30 @@ def run_of(name, model="m", **results):
     ("up", 6, 6, 50, 25),               # of the gap of 4 the scores 1, 6, 2 close -1/4, 1 and 0
     ("down", -1, 1, -50, -200 / 9)])    # of 3 they close 1/3, -4/3, which counts as -1, and 0
 def test_figures_in_both_directions(direction, m_best, best, gain, gap):
-    a = evaluation.task_figures(result([1, 6, None], 2, m_best, direction), "best-validation")
+    a = tables.task_figures(result([1, 6, None], 2, m_best, direction), "best-validation")
     assert (a["average"], a["best"], a["failed"]) == (3, best, 1)
     assert a["gain"][0] == gain and a["gap"][0] == pytest.approx(gap)
     assert a["standard_error"] == pytest.approx(((4 + 9 + 1) / 2) ** 0.5 / 3 ** 0.5)
 
 
 def test_a_figure_that_is_not_defined_is_none():
-    a = evaluation.task_figures(result([3], 0, 6, "up"), "best-validation")
+    a = tables.task_figures(result([3], 0, 6, "up"), "best-validation")
     assert (a["average"], a["gain"], a["standard_error"], a["gap"]) == (3, (None, None), None, (50, None))
     for m_best in (2, 3):       # not better than the starter
-        assert evaluation.gap_closed(1, result([], 2, m_best)) is None
-    assert evaluation.gain(-1, result([], -2, 0, "up")) == 50      # better is positive, below zero too
-    assert str(evaluation.gain(5, result([], 5, 0))) == "0.0"
+        assert tables.gap_closed(1, result([], 2, m_best)) is None
+    assert tables.gain(-1, result([], -2, 0, "up")) == 50      # better is positive, below zero too
+    assert str(tables.gain(5, result([], 5, 0))) == "0.0"
 
 
 @pytest.mark.parametrize("score, gap", [(3, 50), (4, 100), (9, 100), (2, 0), (1, -50), (-7, -100)])
 def test_the_gap_closed_has_a_floor_and_a_ceiling(score, gap):
-    assert evaluation.gap_closed(score, result([], 2, 4, "up")) == gap
-    assert evaluation.gap_closed(-score, result([], -2, -4)) == gap
+    assert tables.gap_closed(score, result([], 2, 4, "up")) == gap
+    assert tables.gap_closed(-score, result([], -2, -4)) == gap
 
 
 def test_the_interval_is_about_right():
     scores = [float(i % 10) for i in range(400)]        # average 4.5, standard deviation 2.872
-    mean, (low, high) = evaluation.mean_and_interval([[scores]])
+    mean, (low, high) = tables.mean_and_interval([[scores]])
     assert mean == 4.5
     assert low == pytest.approx(4.5 - 1.96 * 2.872 / 20, abs=0.02)
     assert high == pytest.approx(4.5 + 1.96 * 2.872 / 20, abs=0.02)
@@ -225,7 +225,7 @@ def test_the_interval_is_about_right():
     ([[[60], [50]], [[10], [0]]], 10, [10, 10]),        # the same tasks for both: always 10
     ([[[0, 10], [0, 10]]], 0, [-10, 10])])              # the trajectories are drawn apart: -10 with 1/16
 def test_means_and_intervals_by_hand(groups, mean, interval):
-    found_mean, found_interval = evaluation.mean_and_interval(groups)
+    found_mean, found_interval = tables.mean_and_interval(groups)
     assert found_mean == mean and found_interval == interval
 
 
@@ -233,8 +233,8 @@ def test_means_over_tasks_beside_random_edits_by_hand():
     """Gains of 50 and 25 %, gaps of 50 and 50 %; random edits 20 and 25, 20 and 50."""
     others = {"third": result([1, 1], 0, 0.5), "fourth": result([1, 2], 3, 1, split="held-in")}
     agent = run_of("agent", first=result([5], 10, 0, last=10), second=result([3], 4, 2, last=4), **others)
-    chance = run_of("chance", evaluation.RANDOM, first=result([8], 10, 0), second=result([3], 4, 2), **others)
-    rows = evaluation.build_means([chance, agent])
+    chance = run_of("chance", tables.RANDOM, first=result([8], 10, 0), second=result([3], 4, 2), **others)
+    rows = tables.build_means([chance, agent])
     assert rows[0] == {"tasks": "2 held-out", "agent": "starter", "gain %": "+0.0", "gap %": "+0.0"}
     assert rows[1] == {
         "tasks": "2 held-out", "agent": "chance", "gain %": "+22.5 (+20.0 to +25.0)", "gap %": "+35.0 (+20.0 to +50.0)",
@@ -246,9 +246,9 @@ def test_means_over_tasks_beside_random_edits_by_hand():
         "last-valid gap": "+0.0"}]
     # a mean is of what all have played, on the same data
     del chance["results"]["tasks"]["second"]
-    assert evaluation.build_means([chance, agent]) == []
+    assert tables.build_means([chance, agent]) == []
     chance["results"]["tasks"]["second"] = result([3], 4.5, 2)
-    assert evaluation.build_means([chance, agent]) == []
+    assert tables.build_means([chance, agent]) == []
 
 
 def test_gains_divided_by_those_of_a_reference_by_hand():
@@ -256,7 +256,7 @@ def test_gains_divided_by_those_of_a_reference_by_hand():
     agent = run_of("agent", first=result([5, 7], 10, 0), second=result([4], 4, 2), third=result([3], 4, 2),
                    other=result([1], 4, 2))
     best = run_of("best", first=result([2, 2], 10, 0), second=result([3, 5], 4, 2), third=result([5, 5], 4, 2))
-    heads, *rows = evaluation.build_ratios([agent, best], "best")
+    heads, *rows = tables.build_ratios([agent, best], "best")
     assert heads == {"task": "first", "gain of the reference %": "+80.0 (+80.0 to +80.0)", "agent": "0.50",
                      "best": "1.00"}
     assert rows == [
@@ -264,7 +264,7 @@ def test_gains_divided_by_those_of_a_reference_by_hand():
         {"task": "third", "gain of the reference %": "-25.0 (-25.0 to -25.0)", "agent": "-", "best": "-"},
         {"task": "won, of 3", "agent": "1", "best": "1"}]
     with pytest.raises(ValueError, match="--reference: none holds no evaluation"):
-        evaluation.build_ratios([agent, best], "none")
+        tables.build_ratios([agent, best], "none")
     with pytest.raises(ValueError, match="--reference must be one of --compare"):
         evaluation.Settings(reference="runs/a")
 
@@ -276,7 +276,7 @@ def test_what_an_agent_does_by_hand(tmp_path, task):
     names = ("steps", "valid", "worse", "taken_back", "better", "continued")
     assert [[one[name] for name in names] for one in played] == [
         [4, 4, 0, 0, 2, 1], [3, 2, 1, 0, 0, 0], [3, 3, 1, 0, 1, 0], [1, 1, 0, 0, 0, 0]]
-    assert evaluation.build_habits([{"name": "scripted", "results": results}]) == [
+    assert tables.build_habits([{"name": "scripted", "results": results}]) == [
         {"tasks": "held-out", "agent": "scripted", "valid actions": "91% of 11", "taken back after worse": "0% of 2",
          "gone on after better": "33% of 3"}]
 
@@ -300,7 +300,7 @@ BACK = {"action": "Set Constant Inversely"}
     ([step(0.6, 1), step(0.7, 1, name="Y"), step(0.7, 1, change=("\"a\"", "\"b\""))], (0, 0, 2, 0)),
     ([step(0.6, 1, change=("\"a\"", "\"b\"")), step(0.6, 1)], (0, 0, 0, 0))])      # no constant with a number
 def test_taken_back_after_worse_and_gone_on_after_better(steps, counts):
-    found = evaluation.count_habits(steps, "up", 0.5)
+    found = tables.count_habits(steps, "up", 0.5)
     assert tuple(found[name] for name in ("worse", "taken_back", "better", "continued")) == counts
 
 
@@ -471,7 +471,7 @@ def play_all(made):
 
 def test_the_agents_that_were_made_stand_in_one_table_with_random_edits(made, tmp_path):
     runs = play_all(made)
-    rows = [row for table in evaluation.build_tables(runs) for row in table["rows"] if row.get("task") == "tiny-task *"]
+    rows = [row for table in tables.build_tables(runs) for row in table["rows"] if row.get("task") == "tiny-task *"]
     assert [row["agent"] for row in rows] == ["random edits", "fine-tuned", "after RL"]
     # 1 and 7 (failed): 4 on average, of 7; 1 and 2: 1.5. Both of two draws are the same with probability 1/4 each
     columns = ("metric", "starter", "average", "best", "gain %")
@@ -488,12 +488,12 @@ def test_the_agents_that_were_made_stand_in_one_table_with_random_edits(made, tm
 
 def test_random_edits_need_no_model_and_take_back_what_is_no_better(tmp_path, task):
     """Of one constant, with the scores of |VALUE - 9.5| printed: what it keeps scores better than the starter."""
-    found = play(settings(tmp_path, model=evaluation.RANDOM, steps=8), None)["tasks"]["tiny-task"]["trajectories"]
+    found = play(settings(tmp_path, model=tables.RANDOM, steps=8), None)["tasks"]["tiny-task"]["trajectories"]
     assert all(one["valid"] == one["steps"] == 8 and one["taken_back"] == one["worse"] for one in found)
     assert sum(one["worse"] for one in found) > 0 and min(one["best-validation"] for one in found) < 7
-    again = play(settings(tmp_path, "again", model=evaluation.RANDOM, steps=8), None)
+    again = play(settings(tmp_path, "again", model=tables.RANDOM, steps=8), None)
     assert again["tasks"]["tiny-task"]["trajectories"] == found         # the same seed
-    other = play(settings(tmp_path, "other", model=evaluation.RANDOM, steps=8, seed=1), None)
+    other = play(settings(tmp_path, "other", model=tables.RANDOM, steps=8, seed=1), None)
     assert other["tasks"]["tiny-task"]["trajectories"] != found
 
 
@@ -503,7 +503,7 @@ def test_what_is_typed_holds_for_the_agents_that_were_made(made):
     for name, cfg in agents.items():
         assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (0.7, 15, "auto", 2)
         assert (cfg.max_new_tokens, cfg.task) == (96, "all")        # of agent.json, and of the miniature
-        model, _ = evaluation.MADE.get(name, (evaluation.RANDOM, ""))
+        model = evaluation.MADE.get(name, tables.RANDOM)
         assert (cfg.model, cfg.out) == (model, str(Path("runs/eval", Path(model).name)))
     cfg = cli.parse(evaluation.Settings, [], evaluation.fill)
     assert (cfg.temperature, cfg.steps, cfg.dtype, cfg.trajectories) == (1.0, 4, "float64", 3)

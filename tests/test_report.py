@@ -23,7 +23,7 @@ import tasks
 from common import act, add_task
 from test_eval import (
     MINIATURE, ROOT, SCRIPTS, STARTER, Scripted, edit, file_of, play, settings, task)  # noqa: F401  (a fixture)
-from support import endpoint, files, report
+from support import endpoint, files, report, tables
 
 NODE = shutil.which("node")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -200,10 +200,11 @@ def test_scores_by_step(path):
     assert page.texts("span", kinds, class_="dim") == ["invalid 1", "failed 1", "not an edit 5", "limit 0", "scored 4"]
 
 
-def test_the_page_knows_every_kind_of_reward():
-    names = re.search(r"const KINDS = (\[.*?\]);", Path(report.__file__).with_suffix(".html").read_text())[1]
-    assert json.loads(names) == list(reward.KINDS)
-    assert list(report.SHARES) == [f"share_{kind.replace(' ', '_')}" for kind in reward.KINDS]
+def test_the_page_knows_every_kind_of_reward(path):
+    assert list(shown(path)["shares"].items()) == [
+        ("share_invalid", "invalid"), ("share_failed", "failed"), ("share_not_an_edit", "not an edit"),
+        ("share_limit", "limit"), ("share_scored", "scored")]
+    assert list(shown(path)["shares"].values()) == list(reward.KINDS)
 
 
 def test_published_figures_stand_beside_real_data_only(tmp_path, task):
@@ -296,7 +297,7 @@ def test_the_means_stand_first(run):
     path.write_text(json.dumps(results))
     shutil.rmtree(Path(run.out, "trajectories"))
     page = Path(run.out, "means.html")
-    evaluation.write_report(page, {"a": run.out}, [])
+    report.write_report(page, {"a": run.out}, [])
     page = drawn(page)
     heads, starter, row = page.rows()[:3]
     assert heads[:3] == ["tasks", "agent", "gain %"]
@@ -375,7 +376,8 @@ def run_script(code):
     """What an expression gives that uses the functions of the page's script."""
     source = re.search("<script>(.*?)</script>", Path(report.__file__).with_suffix(".html").read_text(), re.DOTALL)[1]
     functions = source[:source.index("// ---- the parts of the page")].replace("const data", "const unused")
-    stub = 'globalThis.document = {getElementById: id => ({textContent: "{}"})}; globalThis.data = {runs: []};'
+    stub = ('globalThis.document = {getElementById: id => ({textContent: "{}"})}; '
+            'globalThis.data = {runs: [], shares: {}};')
     done = subprocess.run([NODE, "-e", f"{stub} (0, eval)({json.dumps(functions)} + {json.dumps(code)})"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -397,7 +399,7 @@ def test_ticks_are_round_and_few():
 def test_numbers_are_written_as_in_the_text():
     code = 'console.log(JSON.stringify([number(0.5), number(29166.08), number(null), number("nan"), number(-3.14, 1)]))'
     assert run_script(code) == ["0.5000", "29166.1", "-", "nan", "-3.1"]
-    assert [evaluation.format_number(x) for x in (0.5, 29166.08, None)] == ["0.5000", "29166.1", "-"]
+    assert [tables.format_number(x) for x in (0.5, 29166.08, None)] == ["0.5000", "29166.1", "-"]
 
 
 # ---- the same bytes, and nothing that an agent writes gets out of its place

@@ -3,9 +3,9 @@ The tasks run in a moment, so every score is known beforehand."""
 import itertools
 import json
 import re
-import shutil
 import threading
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +14,8 @@ import env
 import eval as evaluation
 import sft
 import tasks
-from support import cli, conversations, endpoint, miniature, play, prompts, records, scripts, states, storage
+from docs import real_run
+from support import cli, conversations, endpoint, miniature, play, prompts, records, scripts, states, storage, tables
 from support.cli import RunError
 from test_collect import IDEAS, add_toys, drive, idea, settings, toys  # noqa: F401  (a fixture)
 
@@ -273,7 +274,7 @@ def measure(cfg, model):
     def load(spec, timeout_s, **options):
         assert timeout_s == cfg.reply_seconds       # of a server
         return model
-    return states.measure_states(cfg, load, evaluation.RANDOM)
+    return states.measure_states(cfg, partial(evaluation.load_models, load=load))
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +380,7 @@ def test_means_by_hand_and_a_run_that_was_broken_off_goes_on(recorded):
 
 
 def test_random_edits_are_measured_without_a_model(recorded):
-    results = measure(state_settings(recorded, "random", model=evaluation.RANDOM, samples=2), None)
+    results = measure(state_settings(recorded, "random", model=tables.RANDOM, samples=2), None)
     assert all(entry["valid"] == 1 for entry in results["tasks"].values())
 
 
@@ -399,10 +400,10 @@ def test_a_file_of_states_is_checked(recorded, change, word, tmp_path):
 def test_the_sign_flip_test_by_hand():
     """1, 2, 3: of 8 choices of signs two have a sum of 6 or -6. 1, -1, 4: of the sums 4, 6, -4, 2, -2, 4, -6, -4 six
     are at least 4 from 0."""
-    assert states.sign_flip_p([1, 2, 3]) == 2 / 8
-    assert states.sign_flip_p([1, -1, 4]) == 6 / 8
-    assert states.sign_flip_p([0.1] * 10) == 2 / 1024
-    assert states.sign_flip_p([0, 0]) == 1
+    assert real_run.sign_flip_p([1, 2, 3]) == 2 / 8
+    assert real_run.sign_flip_p([1, -1, 4]) == 6 / 8
+    assert real_run.sign_flip_p([0.1] * 10) == 2 / 1024
+    assert real_run.sign_flip_p([0, 0]) == 1
 
 
 def write_measured(folder, rewards, complete=True, **settings):
@@ -419,7 +420,7 @@ def test_the_table_of_agents_by_hand(tmp_path):
     write_measured(tmp_path / "sft" / "held-in", {"e": (0.4, 1, 0)})
     write_measured(tmp_path / "rl" / "held-in", {"e": (0.5, 1, 0)})
     write_measured(tmp_path / "base" / "held-out", {"a": (0.1, 1, 0), "b": (0.1, 1, 0)})
-    lines = [line.split() for line in states.compare_agents(tmp_path, ["base", "sft", "rl"]).splitlines()]
+    lines = [line.split() for line in real_run.compare_agents(tmp_path, ["base", "sft", "rl"]).splitlines()]
     # held-out: +0.1, +0.2, +0.3 over the three tasks that sft and rl share, p 2/8; base lacks one of them
     assert lines[1][-7:] == ["3", "-", "0.500", "0.700", "+0.200", "0.2500", "-"]
     assert lines[3][-7:] == ["1", "-", "0.400", "0.500", "+0.100", "1.0000", "1.0000"]
@@ -428,7 +429,7 @@ def test_the_table_of_agents_by_hand(tmp_path):
 @pytest.mark.parametrize("valid, spread, status", [(0.9, 0.2, 0), (0.4, 0.2, 2), (0.9, 0.0, 2)])
 def test_the_gate(tmp_path, valid, spread, status, capsys):
     write_measured(tmp_path / "held-in", {"a": (0.5, valid, spread), "b": (0.5, valid, spread)})
-    assert states.main(["gate", str(tmp_path / "held-in")]) == status
+    assert real_run.main(["gate", str(tmp_path / "held-in")]) == status
     assert f"{valid:.0%} of the actions are valid" in "".join(capsys.readouterr())
 
 
@@ -441,9 +442,9 @@ def test_agents_that_are_not_comparable_are_refused(rl, tmp_path):
     write_measured(tmp_path / "sft" / "held-out", rewards, **under)
     write_measured(tmp_path / "rl" / "held-out", rewards, **{**under, **rl})
     with pytest.raises(ValueError, match="rl/held-out.*(is not complete|other states)"):
-        states.compare_agents(tmp_path, ["sft", "rl"])
+        real_run.compare_agents(tmp_path, ["sft", "rl"])
     with pytest.raises(ValueError, match="rll holds nothing measured"):
-        states.compare_agents(tmp_path, ["sft", "rll"])
+        real_run.compare_agents(tmp_path, ["sft", "rll"])
 
 
 UNDER = {"model": "m", "steps": 9, "max_new_tokens": 160, "sandbox": "on"}
@@ -461,13 +462,13 @@ def test_trajectories_that_are_not_comparable_are_refused(rl, tmp_path):
         folder = tmp_path / name / "held-out-trajectories"
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(entries))
-    assert "0.200  0.200" in states.compare_agents(tmp_path, ["sft", "other"])
+    assert "0.200  0.200" in real_run.compare_agents(tmp_path, ["sft", "other"])
     with pytest.raises(ValueError, match="rl/held-out-trajectories.*(is not complete|other settings)"):
-        states.compare_agents(tmp_path, ["sft", "rl"])
+        real_run.compare_agents(tmp_path, ["sft", "rl"])
 
 
 def test_the_gate_judges_no_measure_that_was_broken_off(tmp_path, capsys):
     write_measured(tmp_path / "held-in", {"a": (0.5, 0.9, 0.2)}, complete=False)
-    assert states.main(["gate", str(tmp_path / "held-in")]) == 2
+    assert real_run.main(["gate", str(tmp_path / "held-in")]) == 2
     assert "is not complete" in capsys.readouterr().err
 
