@@ -11,9 +11,9 @@ import tasks
 from env import (
     MAX_LINES, NOTHING, InvalidAction, change_number, changes, constants, inverse, set_constant, short_prompt,
     shown_script, untried, without_comments)
-from sample import Tokenizer, byte_alphabet
 from support.conversations import Conversation, read_conversations
 from support.files import shorten
+from support.tokenizer import Tokenizer, byte_alphabet
 
 SHORT_ACTIONS = ("Set Constant", "Set Constant Again", "Set Constant Inversely", "Undo Edit Script", "Execute Script")
 SCRIPTED_ACTIONS = {        # of the scripted expert

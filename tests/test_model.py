@@ -15,7 +15,7 @@ import model
 import sample
 from model import IGNORE, Config, Linear, LinearLogProb, Qwen2
 from support.pretrained import find_folder, hash_checkpoint
-from sample import Tokenizer
+from support.tokenizer import Tokenizer
 from support import cpu_linear
 
 ODD = Config(vocab_size=301, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,

@@ -10,8 +10,9 @@ import torch
 
 import sample
 from model import Config, Qwen2
-from sample import ContextFull, Engine, ForwardBatch, Tokenizer, load, sample_tokens
+from sample import ContextFull, Engine, ForwardBatch, load, sample_tokens
 from support.cli import RunError
+from support.tokenizer import Tokenizer
 
 SMALL = Config(vocab_size=267, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
                num_key_value_heads=2, max_position_embeddings=512)
