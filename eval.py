@@ -33,7 +33,7 @@ from support.cli import RunError, check_choices, check_positive, exit_status, fo
 from support.disclosure import FINAL, count_work, disclose, notes, warnings
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, refuse_links_out, write_atomic
-from support.pretrained import hash_checkpoint
+from support.pretrained import hash_checkpoint, small_files
 from support.report import STEP, read_log, read_results, write_page
 from support.parallel import Progress, run_parallel
 from support.sandbox import SLOTS
@@ -674,7 +674,7 @@ def fill(values):
         return []
     model = values["model"]
     if values["states"] or not values["exports"] and (values["task"] or model):
-        folder = sample.small_files(model) if model != RANDOM else None
+        folder = small_files(model) if model != RANDOM else None
         agent = read_agent(folder) if folder else {}
         if values["states"]:
             length = {name: agent[name] for name in agent.keys() & {"max_new_tokens"}}      # a state has the rest

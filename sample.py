@@ -673,14 +673,6 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
     return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec), fixed_shapes=graphs)
 
 
-def small_files(model):
-    """Returns a folder with the small files of the model that --model names, or None."""
-    try:
-        return None if model in ("", "tiny") else find_folder(model, ("*.json",))
-    except ValueError:      # there is no such model; who loads it says so
-        return None
-
-
 @dataclass(kw_only=True)
 class Settings(ModelSettings):
     """Command line of sample.py."""
