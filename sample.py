@@ -298,6 +298,23 @@ class PromptLookup:
         return self.seq[self.pos:self.pos + length] if length else []
 
 
+def draft_lengths(probs, cost):
+    """Returns how many tokens to guess in each row of a pass. probs: for each row, that its next guess is right.
+
+    A token costs `cost` passes, so one pass over n tokens takes 1 + cost * n. Where each guess is right with
+    probability p, the j-th adds p^j tokens. It pays if its cost would give fewer otherwise, at the rate of tokens that
+    the whole pass has. All that pay raise that rate, so the lengths are found again with it.
+    """
+    B = len(probs)
+    rate = B / (1 + cost * B)
+    for _ in range(3):
+        least = max(cost * rate, 1e-9)
+        lengths = [int(min(LONGEST_DRAFT, math.log(least) / math.log(p))) if p > least else 0 for p in probs]
+        tokens = B + sum(p * (1 - p ** k) / (1 - p) for p, k in zip(probs, lengths) if k)
+        rate = max(rate, tokens / (1 + cost * (B + sum(lengths))))
+    return lengths
+
+
 class Engine:
     """Samples many conversations at once from one model. Any thread may call chat, generate and submit.
 
@@ -473,20 +490,11 @@ class Engine:
             future.set_result(completion)
 
     def propose_drafts(self):
-        """Returns for each active row the tokens to try after its last. Where each guess is right with probability p,
-        the j-th adds p^j tokens. It pays if its cost would give fewer otherwise. All that pay raise that rate, so the
-        lengths are found again with it."""
-        B = len(self.active)
+        """Returns for each active row the tokens to try after its last."""
         if not self.draft:
-            return [[]] * B
-        cost = TOKEN_COST[self.device.type]
+            return [[]] * len(self.active)
         probs = [request.lookup.accept_prob() for request in self.active]
-        rate = B / (1 + cost * B)
-        for _ in range(3):
-            least = max(cost * rate, 1e-9)
-            lengths = [int(min(LONGEST_DRAFT, math.log(least) / math.log(p))) if p > least else 0 for p in probs]
-            tokens = B + sum(p * (1 - p ** k) / (1 - p) for p, k in zip(probs, lengths) if k)
-            rate = max(rate, tokens / (1 + cost * (B + sum(lengths))))
+        lengths = draft_lengths(probs, TOKEN_COST[self.device.type])
         left = [request.max_new_tokens - len(request.tokens) - 1 for request in self.active]
         return [request.lookup.guess(min(k, most)) for request, k, most in zip(self.active, lengths, left)]
 
