@@ -12,6 +12,7 @@ import sample
 from model import Config, Qwen2
 from sample import ContextFull, Engine, ForwardBatch, load, sample_tokens
 from support.cli import RunError
+from support.drafts import TOKEN_COST, PromptLookup
 from support.tokenizer import Tokenizer
 
 SMALL = Config(vocab_size=267, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
@@ -374,7 +375,7 @@ def eager(monkeypatch):
 
 
 def make_drafts_cheap(monkeypatch):
-    monkeypatch.setitem(sample.TOKEN_COST, "cpu", 1e-6)
+    monkeypatch.setitem(TOKEN_COST, "cpu", 1e-6)
 
 
 def repeating_prompts(num):
@@ -456,7 +457,7 @@ def test_a_draft_never_passes_the_end_of_a_reply(eager):
 
 def test_lookup_by_hand():
     odds = [[1, 2] for _ in range(17)]
-    text = sample.PromptLookup(torch.tensor([1, 2, 3, 4, 1, 2, 5, 6, 1, 2]).numpy(), odds)
+    text = PromptLookup(torch.tensor([1, 2, 3, 4, 1, 2, 5, 6, 1, 2]).numpy(), odds)
     draft = lambda k: text.seq[text.pos:text.pos + k]
     assert text.match_len == 2 and draft(3) == [5, 6, 1]        # after "1 2" came 5 the last time
     assert text.accept_prob() == 0.5
@@ -474,8 +475,8 @@ def test_lookup_by_hand():
     (0.9, 0.0, 32), (0.9, 2.0, 2), (0.5, 2.0, 0), (0.5, 0.1, 2), (0.05, 0.1, 0), (0.0, 0.0, 0)])
 def test_a_draft_is_as_long_as_pays(model, chance, cost, length, monkeypatch):
     """Tokens per second of one row, (1 - p^(k + 1)) / (1 - p) / (1 + cost * (k + 1)), is largest at that length."""
-    monkeypatch.setitem(sample.TOKEN_COST, "cpu", cost)
-    monkeypatch.setattr(sample.PromptLookup, "accept_prob", lambda self: chance)
+    monkeypatch.setitem(TOKEN_COST, "cpu", cost)
+    monkeypatch.setattr(PromptLookup, "accept_prob", lambda self: chance)
     engine = engine_of(model)
     with engine.wake:
         engine.waiting.append(engine._request([1, 2] * 50, max_new_tokens=100))
@@ -488,12 +489,12 @@ def test_a_draft_is_as_long_as_pays(model, chance, cost, length, monkeypatch):
 
 def test_a_gpu_drafts_more_than_a_cpu(model, monkeypatch):
     """A token costs it a 250th of a pass: at a chance of 0.5 the fourth guess is right often enough, not the tenth."""
-    monkeypatch.setattr(sample.PromptLookup, "accept_prob", lambda self: 0.5)
+    monkeypatch.setattr(PromptLookup, "accept_prob", lambda self: 0.5)
     lengths = {}
     for device in ("cpu", "cuda"):
         engine = engine_of(model)
         engine.active = [engine._request([1, 2] * 50, max_new_tokens=100)]
-        engine.active[0].lookup = sample.PromptLookup(engine.active[0].prompt, engine.guess_counts)
+        engine.active[0].lookup = PromptLookup(engine.active[0].prompt, engine.guess_counts)
         engine.active[0].lookup.pos = 2
         engine.device = torch.device(device)
         lengths[device] = len(engine.propose_drafts()[0])
