@@ -73,7 +73,7 @@ class ForwardBatch:
         device = cache.k.device
         positions = np.arange(ends[-1]) + np.repeat(np.subtract(starts, begins), counts)
         self.positions = torch.from_numpy(positions)[None].to(device)
-        self.locate(torch.from_numpy(np.repeat(rows, counts)).to(device))
+        self.rows = torch.from_numpy(np.repeat(rows, counts)).to(device)       # (N,)
         self.parts = []     # of the attention: (new tokens, their rows, the number S of positions they see, mask)
         if self.fresh:
             return
@@ -93,17 +93,10 @@ class ForwardBatch:
         mask = KERNELS.attention_mask(positions, S, self.cache.group, self.cache.k.dtype)
         self.parts.append((tokens, slice(first_row, end_row), S, mask))
 
-    def locate(self, rows):
-        """Notes where the tokens' keys belong among a layer's R * K * S_max. rows: (N,)."""
-        K, S_max = self.cache.k.shape[2:4]
-        heads = rows[:, None] * K + torch.arange(K, device=rows.device)
-        self.places = (heads * S_max + self.positions[0, :, None]).flatten()        # (N * K,)
-
     def append(self, layer, k, v):
         """Stores this pass's keys and values, (N, K, D)."""
-        D = k.shape[2]
-        self.cache.k[layer].view(-1, D)[self.places] = k.reshape(-1, D)
-        self.cache.v[layer].view(-1, D)[self.places] = v.reshape(-1, D)
+        self.cache.k[layer][self.rows, :, self.positions[0]] = k
+        self.cache.v[layer][self.rows, :, self.positions[0]] = v
 
     def attend(self, layer, q):
         """Returns what the queries (N, H, D) find in the cache, (N, H, D)."""
@@ -147,7 +140,6 @@ class DecodeGraph(ForwardBatch):
 
     def compute(self):
         B, T, S = self.shape
-        self.locate(self.rows)
         positions = torch.where(self.positions < self.cache.padding, self.positions, 0).view(B, T)
         mask = KERNELS.attention_mask(positions, S, self.cache.group, self.cache.k.dtype)
         self.parts = [(slice(None), slice(0, B), S, mask)]
