@@ -577,7 +577,8 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
          key=None, timeout_s=600.0):
     """Returns the Engine or Endpoint that a --model value names (Settings.model). ValueError: it cannot be loaded.
 
-    device, dtype, kernels: as in support.cli.ModelSettings. key, timeout_s: of a server, see Endpoint.
+    device, dtype, kernels: as in support.cli.ModelSettings. key, timeout_s: of a server, see Endpoint. The others: of
+    an engine, see Engine; graphs are its fixed_shapes, captured on CUDA.
     """
     if is_server(spec):
         return Endpoint(spec, key, timeout_s)
@@ -588,16 +589,16 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
     if graphs and device != "cuda":
         raise ValueError(f"CUDA graphs need a CUDA device, found {device!r}; leave them off there")
     use_kernels(kernels, device)
-    folder = find_folder(spec) if spec != "tiny" else None
-    config = Config.from_pretrained(folder) if folder else Config.preset("tiny")
-    torch_dtype = compute_type(dtype, torch.device(device), config) if dtype == "auto" else getattr(torch, dtype)
-    if folder:
+    if spec == "tiny":
+        config = Config.preset("tiny")
+        tokenizer = Tokenizer.of_bytes()
+        model = Qwen2.from_scratch(config, dtype=compute_type(dtype, torch.device(device), config), device=device)
+    else:
+        folder = find_folder(spec)
+        config = Config.from_pretrained(folder)
         tokenizer = Tokenizer.from_pretrained(folder)
         tokenizer.check_fits(config, spec)
-        model = Qwen2.from_pretrained(folder, torch_dtype, device)
-    else:
-        tokenizer = Tokenizer.of_bytes()
-        model = Qwen2.from_scratch(config, dtype=torch_dtype, device=device)
+        model = Qwen2.from_pretrained(folder, compute_type(dtype, torch.device(device), config), device)
     return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec), fixed_shapes=graphs)
 
 
