@@ -262,9 +262,7 @@ class Engine:
         self.graphs = {}        # {shape: DecodeGraph}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if fixed_shapes and self.device.type == "cuda" else None
         dtype = getattr(model, "compute_dtype", None) or weight.dtype       # of what is computed and cached
-        is_large = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
-        packs = dtype is torch.bfloat16 or (dtype is torch.float32 and is_large)        # see cpu_linear
-        self.packs = self.device.type == "cpu" and weight.dtype is dtype and packs
+        self.packs = weight.dtype is dtype and cpu_linear.pays(model)
         # A small model takes one OpenMP thread, as in support.distributed.row_threads.
         is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_BELOW
         self.num_threads = 1 if is_small else torch.get_num_threads()
@@ -565,7 +563,6 @@ def round_up(n):
     return 1 << (n - 1).bit_length()
 
 
-LARGE_BYTES = 2**26         # of weights, beyond what a processor's cache holds
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
 

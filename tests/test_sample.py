@@ -11,6 +11,7 @@ import torch
 import sample
 from model import Config, Qwen2
 from sample import ContextFull, Engine, ForwardBatch, load, sample_tokens
+from support import cpu_linear
 from support.cli import RunError
 from support.drafts import TOKEN_COST, PromptLookup
 from support.tokenizer import Tokenizer
@@ -239,7 +240,7 @@ def test_ragged_refilled_batches_have_the_logps_of_a_full_forward(model, order, 
     limits = [7, 1, 12, 30, 3, 9, 20, 2, 15, 40, 5, 11]
     shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(order)).tolist()
     with monkeypatch.context() as patch:
-        patch.setattr(sample, "LARGE_BYTES", 0 if packs else sample.LARGE_BYTES)
+        patch.setattr(cpu_linear, "LARGE_BYTES", 0 if packs else cpu_linear.LARGE_BYTES)
         engine = engine_of(model, rows=3)
     assert engine.packs == packs
     futures = {i: engine.submit(prompts[i], max_new_tokens=limits[i], temperature=0.8, seed=i) for i in shuffled}
@@ -767,7 +768,7 @@ def test_a_failing_model_is_reported_to_every_waiter_and_the_engine_lives_on():
 @pytest.mark.parametrize("packs", [True, False])
 def test_weights_that_are_damaged_are_one_clear_error(packs, monkeypatch):
     """Whether the model is small or so large that its weights are packed, and whether a row or all of them are."""
-    monkeypatch.setattr(sample, "LARGE_BYTES", 0 if packs else sample.LARGE_BYTES)
+    monkeypatch.setattr(cpu_linear, "LARGE_BYTES", 0 if packs else cpu_linear.LARGE_BYTES)
     for damage in (lambda weight: weight[3, 5].fill_(torch.nan), lambda weight: weight.fill_(torch.nan)):
         damaged = Qwen2.from_scratch(SMALL).requires_grad_(False)
         damage(damaged.model.layers[0].self_attn.q_proj.weight)
@@ -782,7 +783,7 @@ def test_what_is_cached_has_the_dtype_of_what_is_computed(fixed_shapes, monkeypa
     """Of a model with products in bf16 and weights in fp32, as training has it: log-probs as of its full forward."""
     model = Qwen2.from_scratch(SMALL, seed=5).requires_grad_(False)
     model.compute_dtype = torch.bfloat16
-    monkeypatch.setattr(sample, "LARGE_BYTES", 0)
+    monkeypatch.setattr(cpu_linear, "LARGE_BYTES", 0)
     engine = engine_of(model, fixed_shapes=fixed_shapes)
     prompt = prompts_of([40])[0]
     reply, = engine.generate([prompt], max_new_tokens=8)[0]
