@@ -114,8 +114,7 @@ class DecodeGraph(ForwardBatch):
     S positions. All it reads and writes are tensors that stay where they are, so that on CUDA a pass is one graph; on a
     CPU the same function runs as it stands.
 
-    A token at the cache's last position is padding. Where T is 1, the tokens that a pass samples are the input of the
-    next.
+    A token at the cache's last position is padding.
     """
     fresh = False
 
@@ -145,42 +144,33 @@ class DecodeGraph(ForwardBatch):
         self.parts = [(slice(None), slice(0, B), S, mask)]
         sampled, logps = next_tokens(self.model, self, self.num_ids, self.tokens, self.temperature, self.uniform)
         self.result.copy_(torch.stack((sampled.double(), logps.double())))
-        if T == 1:
-            self.tokens.copy_(sampled[None])
-        self.positions.add_(1).clamp_(max=self.cache.padding)
 
-    def run(self, passes, tokens, starts, temperature, uniform):
-        """Returns for each row, of which there may be fewer than B, [(token, logp)] of its passes, or of its tokens.
+    def run(self, tokens, starts, temperature, uniform):
+        """Returns [(token, logp)] after each row's tokens, of which there may be fewer than T, as of the rows than B.
         tokens: a list for each row, which goes on after its first `starts` positions."""
-        # 1. Padding makes (B, T) of them.
-        B, T = self.shape[:2]
-        all_tokens = np.zeros((B, T), int)
-        positions = np.full((B, T), self.cache.padding)
-        all_temperatures = np.zeros(B)
-        all_temperatures[:len(temperature)] = temperature
-        numbers = np.zeros((B, passes * T))
-        for row, (new, start, drawn) in enumerate(zip(tokens, starts, uniform)):
-            all_tokens[row, :len(new)] = new
-            positions[row, :len(new)] = range(start, start + len(new))
-            numbers[row, :len(drawn)] = drawn
-        self.tokens.copy_(torch.from_numpy(all_tokens.reshape(1, -1)))
-        self.positions.copy_(torch.from_numpy(positions.reshape(1, -1)))
-        self.temperature.copy_(torch.from_numpy(all_temperatures.repeat(T)))
-        # 2. The passes.
-        results = []
-        for numbers_of_pass in torch.from_numpy(numbers).to(self.uniform.device).split(T, dim=1):
-            self.uniform.copy_(numbers_of_pass.reshape(-1))
-            if self.graph:
-                self.graph.replay()
-            else:
-                self.compute()
-            results.append(self.result.view(2, B, T).clone())
-        sampled, logps = torch.cat(results, dim=2).tolist()             # the only wait for the device
-        return [[(int(token), logp) for token, logp in zip(sampled[row], logps[row])][:max(passes, len(new))]
+        B, T, _ = self.shape
+        positions = [range(start, start + len(new)) for start, new in zip(starts, tokens)]
+        self.tokens.copy_(padded(tokens, B, T, 0))
+        self.positions.copy_(padded(positions, B, T, self.cache.padding))
+        self.temperature.copy_(padded([[t] * T for t in temperature], B, T, 0.0))
+        self.uniform.copy_(padded(uniform, B, T, 0.0))
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.compute()
+        sampled, logps = self.result.view(2, B, T).tolist()             # the only wait for the device
+        return [[(int(token), logp) for token, logp in zip(sampled[row], logps[row])][:len(new)]
                 for row, new in enumerate(tokens)]
 
 
-CHECK_EVERY = 4             # passes of a DecodeGraph between two looks at what they sampled
+def padded(rows, B, T, padding):
+    """Returns at most B rows of at most T numbers as (B * T,), filled up with padding."""
+    array = np.full((B, T), padding)
+    for row, values in enumerate(rows):
+        array[row, :len(values)] = values
+    return torch.from_numpy(array).flatten()
+
+
 GRAPH_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
 SHORTEST_SIGHT = 256        # positions that a graph's tokens see at least, so that there are few graphs
 # On these devices the number S of positions that a pass sees grows in steps: there a kernel is chosen for each new
@@ -382,11 +372,10 @@ class Engine:
         has its own random number, with a draft and without: so the tokens are those of plain decoding."""
         # 1. New requests get rows, and their prompts come into the cache.
         self.schedule()
-        # 2. One pass over each row's last token and its draft; in a graph without drafts, several passes.
+        # 2. One pass over each row's last token and its draft.
         drafts = self.propose_drafts()
-        passes, graph = self.decode_graph(drafts)
-        replies = self.forward(drafts, passes, graph)
-        self.passes += passes
+        replies = self.forward(drafts)
+        self.passes += 1
         self.drafted_tokens += sum(map(len, drafts))
         # 3. Each row takes its tokens up to the first that ends the reply or differs from the draft.
         finished = []
@@ -419,31 +408,29 @@ class Engine:
         return [request.lookup.guess(min(k, most)) for request, k, most in zip(self.active, lengths, left)]
 
     def decode_graph(self, drafts):
-        """Returns (passes, graph) for the active rows, (1, None) where no graph fits."""
+        """Returns the DecodeGraph for the active rows, or None where the pass is run as it stands."""
         B = min(round_up(len(drafts)), self.rows)
         T = round_up(1 + max(map(len, drafts)))
         if not self.fixed_shapes or B * T > GRAPH_TOKENS:
-            return 1, None
-        passes = 1
-        if T == 1:
-            passes = min(CHECK_EVERY, max(request.max_new_tokens - len(request.tokens) for request in self.active))
+            return None
         longest = max(self.lengths[:len(drafts)])
-        S = min(max(SHORTEST_SIGHT, round_up(longest + T + passes)), self.cache.padding + 1)
+        S = min(max(SHORTEST_SIGHT, round_up(longest + T)), self.cache.padding + 1)
         shape = B, T, S
         if shape not in self.graphs:
             self.graphs[shape] = DecodeGraph(self.model, self.tokenizer.size, self.cache, *shape, self.pool)
-        return passes, self.graphs[shape]
+        return self.graphs[shape]
 
-    def forward(self, drafts, passes, graph):
-        """Returns for each active row [(token, logp)] after its last token and each of its draft, or of each pass."""
-        counts = [max(passes, 1 + len(draft)) for draft in drafts]
+    def forward(self, drafts):
+        """Returns for each active row [(token, logp)] after its last token and each of its draft."""
+        counts = [1 + len(draft) for draft in drafts]
         newest = [request.tokens[-1] if request.tokens else request.prompt[-1] for request in self.active]
         tokens = [[token, *draft] for token, draft in zip(newest, drafts)]         # no pass has seen them yet
         starts = self.lengths[:len(tokens)]
         temperature = [request.temperature for request in self.active]
         uniform = [request.uniform[len(request.tokens):][:count] for request, count in zip(self.active, counts)]
+        graph = self.decode_graph(drafts)
         if graph:
-            return graph.run(passes, tokens, starts, temperature, uniform)
+            return graph.run(tokens, starts, temperature, uniform)
         batch = ForwardBatch(self.cache, range(len(tokens)), starts, counts)
         arrays = np.concatenate(tokens)[None], np.repeat(temperature, counts).astype(float), np.concatenate(uniform)
         inputs = [torch.from_numpy(array).to(self.device) for array in arrays]

@@ -538,7 +538,7 @@ def test_a_graph_writes_where_its_tokens_stand_and_in_the_spare_position_alone(m
     before = cache.k.clone()
     graph = sample.DecodeGraph(model, 259, cache, 4, 4, 64, None)
     # The other tokens of the second row, and two more rows, are padding.
-    replies = graph.run(1, [[1, 1, 1], [1]], [7, 30], [1.0, 1.0], [[0.1, 0.2, 0.3], [0.4]])
+    replies = graph.run([[1, 1, 1], [1]], [7, 30], [1.0, 1.0], [[0.1, 0.2, 0.3], [0.4]])
     assert [len(reply) for reply in replies] == [3, 1]
     changed = (cache.k != before).any(-1).any(2).any(0)     # (rows, positions)
     written = [[0, 7], [0, 8], [0, 9], [1, 30]]
@@ -564,23 +564,23 @@ def test_graphs_stay_where_they_are_when_weights_change(model):
     assert graphs and engine.graphs == graphs and [t.data_ptr() for t in tensors()] == places
 
 
-@pytest.mark.parametrize("active, draft, left, length, found", [
-    (1, 0, 90, 9, (4, 1, 1, 256)), (3, 0, 2, 9, (2, 4, 1, 256)), (5, 0, 90, 300, (4, 6, 1, 448)),
-    (2, 4, 90, 9, (1, 2, 8, 256)), (6, 32, 90, 9, (1, None)), (1, 3, 90, 254, (1, 1, 4, 448))])
-def test_the_sizes_of_a_graph_are_few_and_large_enough(active, draft, left, length, found, model):
+@pytest.mark.parametrize("active, draft, length, found", [
+    (1, 0, 9, (1, 1, 256)), (3, 0, 9, (4, 1, 256)), (5, 0, 300, (6, 1, 448)), (2, 4, 9, (2, 8, 256)), (6, 32, 9, None),
+    (1, 3, 252, (1, 4, 256)), (1, 3, 253, (1, 4, 448))])
+def test_the_sizes_of_a_graph_are_few_and_large_enough(active, draft, length, found, model):
     """Six rows, a context of 400, of which the cache holds 448: rows and tokens to the next power of two, positions to
     one of 256 or more."""
     engine = Engine(model, Tokenizer.of_bytes(), rows=6, context=400, fixed_shapes=True)
-    engine.active = [engine._request([1], max_new_tokens=left) for _ in range(active)]
+    engine.active = [engine._request([1], max_new_tokens=90) for _ in range(active)]
     engine.lengths[:active] = [length] + [3] * (active - 1)
-    passes, graph = engine.decode_graph([[7] * draft] + [[]] * (active - 1))
-    assert (passes, *(graph.shape[:3] if graph else [None])) == found
+    graph = engine.decode_graph([[7] * draft] + [[]] * (active - 1))
+    assert (graph.shape if graph else None) == found
 
 
 @pytest.mark.parametrize("said, options, text, finish", [
     ("abcdef", {}, "abcdef", "stop"), ("abcdef", dict(max_new_tokens=5), "abcde", "length"),
     ("abc def", dict(stop="c d"), "ab", "stop")])
-def test_a_reply_that_ends_between_two_looks_at_a_graph_is_cut_there(said, options, text, finish):
+def test_a_reply_of_graphs_ends_where_it_would_without_them(said, options, text, finish):
     t = Tokenizer.of_bytes()
     engine = Engine(Scripted(said, t), t, rows=2, context=40, draft=False, fixed_shapes=True)
     reply = engine.generate([[0]], temperature=0, **{"max_new_tokens": 30, **options})[0][0]
