@@ -251,7 +251,7 @@ class Engine:
         self.fixed_shapes = fixed_shapes
         self.graphs = {}        # {shape: DecodeGraph}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if fixed_shapes and self.device.type == "cuda" else None
-        dtype = getattr(model, "compute_dtype", None) or weight.dtype       # of what is computed and cached
+        dtype = model.compute_dtype or weight.dtype       # of what is computed and cached
         self.packs = weight.dtype is dtype and cpu_linear.pays(model)
         # A small model takes one OpenMP thread, as in support.distributed.row_threads.
         is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_BELOW
@@ -388,8 +388,7 @@ class Engine:
                 if completion or (i < len(draft) and token != draft[i]):
                     break
             self.sampled_tokens += i + 1
-            if draft:
-                self.accepted_tokens += i
+            self.accepted_tokens += i
             if completion:
                 finished.append((row, request.future, completion))
         # 4. Finished rows are parked, and only then handed over, so that who waits for a reply finds its row free.
@@ -423,7 +422,7 @@ class Engine:
     def forward(self, drafts):
         """Returns for each active row [(token, logp)] after its last token and each of its draft."""
         counts = [1 + len(draft) for draft in drafts]
-        newest = [request.tokens[-1] if request.tokens else request.prompt[-1] for request in self.active]
+        newest = [(request.tokens or request.prompt)[-1] for request in self.active]
         tokens = [[token, *draft] for token, draft in zip(newest, drafts)]         # no pass has seen them yet
         starts = self.lengths[:len(tokens)]
         temperature = [request.temperature for request in self.active]

@@ -672,6 +672,7 @@ def test_a_small_model_runs_with_one_thread_whoever_calls(small, expected):
 
 class Scripted(torch.nn.Module):
     """Stands in for a model: says the bytes of a text, whatever it is asked."""
+    compute_dtype = None
 
     def __init__(self, text, tokenizer):
         super().__init__()
