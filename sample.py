@@ -512,11 +512,9 @@ class Engine:
         if request.lookup:
             request.lookup.add(token)
         ended = token in self.tokenizer.eos
-        cut = None
-        if not ended:
-            piece = self.tokenizer.bytes[token]
-            request.text += piece
-            cut = find_stop(request.text, request.stop, len(piece))
+        piece = b"" if ended else self.tokenizer.bytes[token]
+        request.text += piece
+        cut = find_stop(request.text, request.stop, len(piece))
         stopped = ended or cut is not None
         if not stopped and len(request.tokens) < request.max_new_tokens:
             return None
@@ -529,8 +527,7 @@ class Engine:
         request = self.active[row]
         last = len(self.active) - 1
         P = len(request.prompt) - 1
-        sampled = [request.prompt[-1], *request.tokens[:-1]]        # no pass has seen the last token
-        self.tokens[row, P:self.lengths[row]] = sampled[:self.lengths[row] - P]
+        self.tokens[row, P:self.lengths[row]] = [request.prompt[-1], *request.tokens[:-1]]  # the last was never fed
         self.swap_rows(row, last)
         self.active[row] = self.active[last]
         self.active.pop()
