@@ -1,4 +1,4 @@
-"""Sampling: a continuously batched engine.
+"""Sampling: an engine that decodes many conversations in one batch, which they join and leave at any token.
 
     python sample.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "Write a haiku about gradient descent."
 
@@ -61,8 +61,9 @@ class KVCache:
 class ForwardBatch:
     """The tokens of one pass: row rows[i] of a cache goes on with counts[i] >= 1 tokens after its starts[i] tokens.
 
-    The new tokens of all rows, N together, stand back to back; positions: (1, N), where each stands in its row, which
-    it sees up to there. fresh: every row is at its start, where plain causal attention gives the same.
+    The new tokens of all rows, N together, stand back to back. positions: (1, N), where each stands in its row, which
+    it sees up to there. fresh: no row has anything cached, so the new tokens attend to each other alone, as in training
+    (model.py: packed_attention), and `attend` is not needed.
     """
     def __init__(self, cache, rows, starts, counts):
         self.cache = cache
@@ -229,6 +230,9 @@ class Request:
 
 class Engine:
     """Samples many conversations at once from one model. Any thread may call chat, generate and submit.
+
+    All happens in `step`, again and again: waiting requests get rows, their prompts are computed, and one pass gives
+    every row its next tokens.
 
     rows: conversations in the cache, which is also the largest batch. A finished row keeps its keys and values: a
     prompt that begins with the same tokens reuses them. context: tokens of one conversation. draft: guess tokens from
@@ -470,7 +474,7 @@ class Engine:
             ready = row
 
     def assign_row(self, request, row, source, reused):
-        """Makes `row` begin with the `reused` tokens of the row `source` that are the request's first."""
+        """Makes `row` begin with the request's first `reused` tokens, which the row `source` holds."""
         # 1. Take over a parked source that holds this conversation's last turn, or another reply to its prompt. Else
         #    copy what is shared, best to an empty row.
         P = len(request.prompt) - 1
@@ -506,7 +510,7 @@ class Engine:
                 self.lengths[row] += count
 
     def append_token(self, request, token, logp):
-        """Adds a sampled token to its reply. Returns the Completion where that ends it."""
+        """Adds a sampled token to its reply. Returns the Completion where that ends it, and else None."""
         request.tokens.append(token)
         request.logps.append(logp)
         if request.lookup:
