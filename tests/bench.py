@@ -41,8 +41,9 @@ from sample import load     # sets how threads wait, so it comes before torch
 import torch
 
 import model
-from model import IGNORE, Config, LinearLogProb, find_folder, rotary
+from model import IGNORE, Config, LinearLogProb, rotary
 from support import cpu_linear, distributed
+from support.pretrained import find_folder
 from support.tokenizer import Tokenizer
 
 try:
