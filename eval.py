@@ -27,7 +27,7 @@ from support.disclosure import FINAL, disclose
 from support.distributed import check_same
 from support.files import folder_lock, hash_json, write_atomic
 from support.play import AgentSettings, make_env, model_policy, play_trajectory, prepare_tasks, read_agent
-from support.pretrained import hash_checkpoint
+from support.pretrained import hash_checkpoint, small_files
 from support.parallel import Progress, run_parallel
 from support.records import end_reason, read_record, trajectory_files, trajectory_path
 from support.report import find_exports, read_exports, read_results, write_report
@@ -257,7 +257,7 @@ def fill(values):
         return []
     model = values["model"]
     if values["states"] or not values["exports"] and (values["task"] or model):
-        folder = sample.small_files(model) if model != tables.RANDOM else None
+        folder = small_files(model) if model != tables.RANDOM else None
         agent = read_agent(folder) if folder else {}
         if values["states"]:
             length = {name: agent[name] for name in agent.keys() & {"max_new_tokens"}}      # a state has the rest

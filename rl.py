@@ -41,6 +41,7 @@ from support.prompts import MEDIUM_AGENT
 from support.records import AGENT, restore_record
 from support.sandbox import SLOTS, protection
 from support.storage import ResultCache
+from support.tokenizer import Tokenizer
 
 DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (arXiv 1912.09729)
 VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
@@ -686,7 +687,7 @@ def train(cfg, rank, world_size, device):
     # 1. What is trained, and on what.
     tasks.refuse_held_out_names(tasks.names(cfg.task))
     folder = find_folder(cfg.model)
-    tokenizer = sample.Tokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(folder)
     config = Config.from_pretrained(folder)
     tokenizer.check_fits(config, cfg.model)
     rank0_broadcast(lambda: len(prepare_tasks(cfg, LEARNED_SEEDS)))        # a Task itself cannot be sent

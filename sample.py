@@ -1,4 +1,4 @@
-"""Sampling: tokenizer and chat template, and a continuously batched engine.
+"""Sampling: an engine that decodes many conversations in one batch, which they join and leave at any token.
 
     python sample.py --model Qwen/Qwen2.5-0.5B-Instruct --prompt "Write a haiku about gradient descent."
 
@@ -8,24 +8,19 @@
 
 The letters B, T, N, K, D, S, V, L are those of model.py; R is the number of rows of the cache.
 """
-import codecs
-import hashlib
 import itertools
 import math
 import queue
-import re
 import sys
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import support  # noqa: F401  before torch
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
 
@@ -33,181 +28,10 @@ from model import KERNELS, Config, Qwen2, use_kernels
 from support import cpu_linear
 from support.cli import ContextFull, ModelSettings, RunError, parse
 from support.distributed import SMALL_BELOW, compute_type
+from support.drafts import TOKEN_COST, PromptLookup, draft_lengths
 from support.endpoint import Completion, Endpoint, address, find_stop, is_server
-from support.files import sync, write_atomic
-from support.pretrained import find_folder, read_json
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
-
-# What transformers and vLLM read of Qwen's chat format.
-CHAT_TEMPLATE = (r"{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-                 r"{% endfor %}"
-                 r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-SYSTEM_TEMPLATE = ("{% if messages[0]['role'] != 'system' %}"
-                   r"{{ '<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}")
-SYSTEM_IN_TEMPLATE = r"<\|im_start\|>system\\n(You are[^'<{]*)<\|im_end\|>"
-
-
-class Tokenizer:
-    """A byte-level BPE tokenizer (tokenizer.json) with Qwen's chat format.
-
-    size: the number of token ids; the model's spare ones are never sampled. eos: the ids that end a turn. bytes: of
-    each id, with which text grows token by token.
-    """
-    TURN = "<|im_start|>"
-    END = "<|im_end|>"
-    TEXT_END = "<|endoftext|>"
-    SYSTEM = "You are a helpful assistant."
-
-    def __init__(self, bpe, eos=(), system=SYSTEM, folder=None):
-        """system: the message that a conversation without a system message gets, or None."""
-        self.bpe = bpe
-        self.system = system
-        self.folder = folder
-        self.bpe.no_truncation()                    # as a tokenizer.json may ask for, in silence
-        self.bpe.no_padding()
-        self.bpe.encode_special_tokens = True       # "<|im_end|>" in a script's output stays text and ends no turn
-        self.turn = bpe.token_to_id(self.TURN)
-        self.end = bpe.token_to_id(self.END)
-        self.bytes = defaultdict(bytes)
-        added = bpe.get_added_tokens_decoder()
-        byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
-        try:
-            for text, i in bpe.get_vocab(with_added_tokens=True).items():
-                self.bytes[i] = text.encode() if i in added else bytes(byte_of[char] for char in text)
-            added[self.turn], added[self.end]
-        except KeyError:
-            raise ValueError(f"expected the tokenizer of a Qwen2.5 checkpoint: one of bytes, with {self.TURN} and "
-                             f"{self.END}") from None
-        self.size = max(self.bytes) + 1
-        self.eos = {*eos, self.end}
-        self.control = {i for i, token in added.items() if token.special} | self.eos | {self.turn}
-
-    @classmethod
-    def from_pretrained(cls, folder):
-        """Reads a checkpoint folder. ValueError: tokenizer.json is missing or damaged."""
-        folder = Path(folder)
-        try:
-            bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:      # the library raises bare Exception for a missing and for every malformed file
-            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); copy it from the checkpoint that "
-                             "the model came from") from None
-        generation, config = (read_json(path) if path.is_file() else {} for path in (
-            folder / "generation_config.json", folder / "tokenizer_config.json"))
-        eos = generation.get("eos_token_id") or []
-        eos = eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(token, int) for token in eos):
-            raise ValueError(f"{folder}/generation_config.json: eos_token_id must be numbers, found {str(eos):.80}")
-        template = str(config.get("chat_template") or "")
-        if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
-            template = (folder / "chat_template.jinja").read_text()
-        system = cls.SYSTEM
-        if template:
-            match = re.search(SYSTEM_IN_TEMPLATE, template)
-            system = match[1] if match else None
-        return cls(bpe, eos, system, folder)
-
-    @classmethod
-    def of_bytes(cls):
-        bpe = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(byte_alphabet())}, []))
-        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        bpe.decoder = tokenizers.decoders.ByteLevel()
-        bpe.add_special_tokens([cls.TEXT_END, cls.TURN, cls.END])
-        return cls(bpe)
-
-    def check_fits(self, config, name):
-        if self.size > config.vocab_size:
-            raise ValueError(f"{name}: the tokenizer has {self.size} ids and the model rows for {config.vocab_size}; "
-                             "they are not of one checkpoint")
-
-    def save(self, folder):
-        """Writes the tokenizer's files beside a saved model."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not self.folder:
-            system = "" if self.system is None else SYSTEM_TEMPLATE.replace("SYSTEM", self.system)
-            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.END, "pad_token": self.TEXT_END,
-                        "clean_up_tokenization_spaces": False, "chat_template": system + CHAT_TEMPLATE}
-            write_atomic(folder / "generation_config.json", {"eos_token_id": self.end})
-            write_atomic(folder / "tokenizer_config.json", settings)
-        elif self.folder.resolve() != folder.resolve():
-            for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
-                if (self.folder / name).is_file():
-                    (folder / name).write_bytes((self.folder / name).read_bytes())
-        part = folder / "tokenizer.part"        # a run that is killed here leaves a whole tokenizer.json or none
-        self.bpe.save(str(part))
-        sync(part)
-        part.replace(folder / "tokenizer.json")
-
-    def fingerprint(self):
-        """Returns 16 hex digits that tell tokenizers apart."""
-        return hashlib.sha256(self.bpe.to_str().encode()).hexdigest()[:16]
-
-    def encode(self, text):
-        return self.bpe.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids):
-        """Returns the text of token ids. Bytes that are no valid UTF-8 become U+FFFD."""
-        return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
-
-    def spelling(self, ids, text):
-        """Returns those of the sampled ids that spell exactly the text, without what ended it; None where they do not,
-        or are no ids: they may come from a file."""
-        if not isinstance(ids, list):
-            return None
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        pos = 0
-        for n, i in enumerate(ids):
-            if pos == len(text) and not decoder.getstate()[0]:
-                return ids[:n]
-            raw = self.bytes.get(i, b"") if type(i) is int and i not in self.control else b""
-            piece = decoder.decode(raw)
-            if not raw or not text.startswith(piece, pos):
-                return None
-            pos += len(piece)
-        return ids if text[pos:] == decoder.decode(b"", final=True) else None
-
-    def chat(self, messages):
-        """Returns the ids of a conversation, up to where the assistant speaks next."""
-        ids, _ = self.conversation(messages)
-        return [*ids, self.turn, *self.encode("assistant\n")]
-
-    def conversation(self, messages, assistant_turns=None):
-        """Returns (ids, loss_mask) of a conversation, [{"role", "content"}]. The default system message comes first
-        where it has none. The ids that were sampled for a reply, its "tokens", stand for its content where they spell
-        it, because encoding the text may give others.
-
-        The loss mask is True for the assistant's replies, and the token that ends each. assistant_turns: the indices
-        of the messages that count; None: all of the assistant's.
-        """
-        numbered = list(enumerate(messages))
-        if self.system is not None and (not messages or messages[0].get("role") != "system"):
-            numbered.insert(0, (-1, {"role": "system", "content": self.system}))
-        ids = []
-        loss_mask = []
-        newline = self.encode("\n")
-        for i, message in numbered:
-            role = message.get("role")
-            content = message.get("content")
-            if role not in ("system", "user", "assistant") or not isinstance(content, str):
-                raise ValueError(f"message {i}: expected a role of system, user or assistant and a text as content, "
-                                 f"found {str(message):.80}")
-            is_reply = role == "assistant"      # which is encoded apart from its header, as when it was sampled
-            header = self.encode(f"{role}\n" if is_reply else f"{role}\n{content}")
-            reply = (self.spelling(message.get("tokens"), content) or self.encode(content)) if is_reply else []
-            learned = is_reply and (assistant_turns is None or i in assistant_turns)
-            ids += [self.turn, *header, *reply, self.end, *newline]
-            loss_mask += [False] * (1 + len(header)) + [learned] * (len(reply) + 1) + [False] * len(newline)
-        return ids, loss_mask
-
-
-def byte_alphabet():
-    """Returns GPT-2's character for each of the 256 bytes: printable Latin-1 stays, the rest is U+0100 onwards."""
-    plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
-    spare = iter(range(256, 512))
-    return [chr(b) if b in plain else chr(next(spare)) for b in range(256)]
+from support.pretrained import find_folder
+from support.tokenizer import Tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,8 +61,9 @@ class KVCache:
 class ForwardBatch:
     """The tokens of one pass: row rows[i] of a cache goes on with counts[i] >= 1 tokens after its starts[i] tokens.
 
-    The new tokens of all rows, N together, stand back to back; positions: (1, N), where each stands in its row, which
-    it sees up to there. fresh: every row is at its start, where plain causal attention gives the same.
+    The new tokens of all rows, N together, stand back to back. positions: (1, N), where each stands in its row, which
+    it sees up to there. fresh: no row has anything cached, so the new tokens attend to each other alone, as in training
+    (model.py: packed_attention), and `attend` is not needed.
     """
     def __init__(self, cache, rows, starts, counts):
         self.cache = cache
@@ -249,7 +74,7 @@ class ForwardBatch:
         device = cache.k.device
         positions = np.arange(ends[-1]) + np.repeat(np.subtract(starts, begins), counts)
         self.positions = torch.from_numpy(positions)[None].to(device)
-        self.locate(torch.from_numpy(np.repeat(rows, counts)).to(device))
+        self.rows = torch.from_numpy(np.repeat(rows, counts)).to(device)       # (N,)
         self.parts = []     # of the attention: (new tokens, their rows, the number S of positions they see, mask)
         if self.fresh:
             return
@@ -269,17 +94,10 @@ class ForwardBatch:
         mask = KERNELS.attention_mask(positions, S, self.cache.group, self.cache.k.dtype)
         self.parts.append((tokens, slice(first_row, end_row), S, mask))
 
-    def locate(self, rows):
-        """Notes where the tokens' keys belong among a layer's R * K * S_max. rows: (N,)."""
-        K, S_max = self.cache.k.shape[2:4]
-        heads = rows[:, None] * K + torch.arange(K, device=rows.device)
-        self.places = (heads * S_max + self.positions[0, :, None]).flatten()        # (N * K,)
-
     def append(self, layer, k, v):
         """Stores this pass's keys and values, (N, K, D)."""
-        D = k.shape[2]
-        self.cache.k[layer].view(-1, D)[self.places] = k.reshape(-1, D)
-        self.cache.v[layer].view(-1, D)[self.places] = v.reshape(-1, D)
+        self.cache.k[layer][self.rows, :, self.positions[0]] = k
+        self.cache.v[layer][self.rows, :, self.positions[0]] = v
 
     def attend(self, layer, q):
         """Returns what the queries (N, H, D) find in the cache, (N, H, D)."""
@@ -297,8 +115,7 @@ class DecodeGraph(ForwardBatch):
     S positions. All it reads and writes are tensors that stay where they are, so that on CUDA a pass is one graph; on a
     CPU the same function runs as it stands.
 
-    A token at the cache's last position is padding. Where T is 1, the tokens that a pass samples are the input of the
-    next.
+    A token at the cache's last position is padding.
     """
     fresh = False
 
@@ -323,48 +140,38 @@ class DecodeGraph(ForwardBatch):
 
     def compute(self):
         B, T, S = self.shape
-        self.locate(self.rows)
         positions = torch.where(self.positions < self.cache.padding, self.positions, 0).view(B, T)
         mask = KERNELS.attention_mask(positions, S, self.cache.group, self.cache.k.dtype)
         self.parts = [(slice(None), slice(0, B), S, mask)]
         sampled, logps = next_tokens(self.model, self, self.num_ids, self.tokens, self.temperature, self.uniform)
         self.result.copy_(torch.stack((sampled.double(), logps.double())))
-        if T == 1:
-            self.tokens.copy_(sampled[None])
-        self.positions.add_(1).clamp_(max=self.cache.padding)
 
-    def run(self, passes, tokens, starts, temperature, uniform):
-        """Returns for each row, of which there may be fewer than B, [(token, logp)] of its passes, or of its tokens.
+    def run(self, tokens, starts, temperature, uniform):
+        """Returns [(token, logp)] after each row's tokens, of which there may be fewer than T, as of the rows than B.
         tokens: a list for each row, which goes on after its first `starts` positions."""
-        # 1. Padding makes (B, T) of them.
-        B, T = self.shape[:2]
-        all_tokens = np.zeros((B, T), int)
-        positions = np.full((B, T), self.cache.padding)
-        all_temperatures = np.zeros(B)
-        all_temperatures[:len(temperature)] = temperature
-        numbers = np.zeros((B, passes * T))
-        for row, (new, start, drawn) in enumerate(zip(tokens, starts, uniform)):
-            all_tokens[row, :len(new)] = new
-            positions[row, :len(new)] = range(start, start + len(new))
-            numbers[row, :len(drawn)] = drawn
-        self.tokens.copy_(torch.from_numpy(all_tokens.reshape(1, -1)))
-        self.positions.copy_(torch.from_numpy(positions.reshape(1, -1)))
-        self.temperature.copy_(torch.from_numpy(all_temperatures.repeat(T)))
-        # 2. The passes.
-        results = []
-        for numbers_of_pass in torch.from_numpy(numbers).to(self.uniform.device).split(T, dim=1):
-            self.uniform.copy_(numbers_of_pass.reshape(-1))
-            if self.graph:
-                self.graph.replay()
-            else:
-                self.compute()
-            results.append(self.result.view(2, B, T).clone())
-        sampled, logps = torch.cat(results, dim=2).tolist()             # the only wait for the device
-        return [[(int(token), logp) for token, logp in zip(sampled[row], logps[row])][:max(passes, len(new))]
+        B, T, _ = self.shape
+        positions = [range(start, start + len(new)) for start, new in zip(starts, tokens)]
+        self.tokens.copy_(padded(tokens, B, T, 0))
+        self.positions.copy_(padded(positions, B, T, self.cache.padding))
+        self.temperature.copy_(padded([[t] * T for t in temperature], B, T, 0.0))
+        self.uniform.copy_(padded(uniform, B, T, 0.0))
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.compute()
+        sampled, logps = self.result.view(2, B, T).tolist()             # the only wait for the device
+        return [[(int(token), logp) for token, logp in zip(sampled[row], logps[row])][:len(new)]
                 for row, new in enumerate(tokens)]
 
 
-CHECK_EVERY = 4             # passes of a DecodeGraph between two looks at what they sampled
+def padded(rows, B, T, padding):
+    """Returns at most B rows of at most T numbers as (B * T,), filled up with padding."""
+    array = np.full((B, T), padding)
+    for row, values in enumerate(rows):
+        array[row, :len(values)] = values
+    return torch.from_numpy(array).flatten()
+
+
 GRAPH_TOKENS = 256          # of one pass, padding included; beyond it padding costs more than launching does
 SHORTEST_SIGHT = 256        # positions that a graph's tokens see at least, so that there are few graphs
 # On these devices the number S of positions that a pass sees grows in steps: there a kernel is chosen for each new
@@ -417,66 +224,15 @@ class Request:
     logps: list = field(default_factory=list)
     text: bytearray = field(default_factory=bytearray)
     cached: int = 0
-    lookup: "PromptLookup" = None       # None without drafting
+    lookup: PromptLookup = None         # None without drafting
     started: float = field(default_factory=time.perf_counter)
-
-
-class PromptLookup:
-    """Guesses how a text goes on: as it did after its last two tokens when they occurred before.
-
-    pos: where in `seq` the token stands that is guessed next, or None. match_len: how many tokens before it equal the
-    end of the text, up to LONGEST. counts: [right, made] guesses of all texts for each match_len. acceptance: the same
-    of this text alone, where older guesses count less.
-    """
-    LONGEST = 16
-    DECAY = 0.9
-
-    def __init__(self, prompt, counts):
-        self.seq = prompt.tolist()
-        self.counts = counts
-        self.acceptance = [0.0, 0.0]
-        bigrams = zip(self.seq, self.seq[1:])
-        self.ngram_index = dict(zip(bigrams, range(2, len(self.seq))))      # bigram -> where it was last followed
-        self.find()
-
-    def find(self):
-        seq = self.seq
-        self.pos = self.ngram_index.get(tuple(seq[-2:]))
-        self.match_len = 2
-        if self.pos is not None:
-            longest = min(self.LONGEST, self.pos)
-            while self.match_len < longest and seq[self.pos - 1 - self.match_len] == seq[-1 - self.match_len]:
-                self.match_len += 1
-
-    def add(self, token):
-        right = False
-        if self.pos is not None:
-            right = self.seq[self.pos] == token
-            counts = self.counts[self.match_len]
-            counts[0] += right
-            counts[1] += 1
-            self.acceptance = [self.DECAY * self.acceptance[0] + right, self.DECAY * self.acceptance[1] + 1]
-        self.ngram_index[tuple(self.seq[-2:])] = len(self.seq)
-        self.seq.append(token)
-        if right:       # the copy goes on, wherever else its last bigram occurs
-            self.pos += 1
-            self.match_len = min(self.LONGEST, self.match_len + 1)
-        else:
-            self.find()
-
-    def accept_prob(self):
-        """Returns the probability that the next guess is right: this text's record, with two guesses like others'."""
-        if self.pos is None:
-            return 0.0
-        right, made = self.counts[self.match_len]
-        return (self.acceptance[0] + 2 * right / made) / (self.acceptance[1] + 2)
-
-    def guess(self, length):
-        return self.seq[self.pos:self.pos + length] if length else []
 
 
 class Engine:
     """Samples many conversations at once from one model. Any thread may call chat, generate and submit.
+
+    All happens in `step`, again and again: waiting requests get rows, their prompts are computed, and one pass gives
+    every row its next tokens.
 
     rows: conversations in the cache, which is also the largest batch. A finished row keeps its keys and values: a
     prompt that begins with the same tokens reuses them. context: tokens of one conversation. draft: guess tokens from
@@ -499,10 +255,8 @@ class Engine:
         self.fixed_shapes = fixed_shapes
         self.graphs = {}        # {shape: DecodeGraph}, kept while weights are changed in place
         self.pool = torch.cuda.graph_pool_handle() if fixed_shapes and self.device.type == "cuda" else None
-        dtype = getattr(model, "compute_dtype", None) or weight.dtype       # of what is computed and cached
-        is_large = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
-        packs = dtype is torch.bfloat16 or (dtype is torch.float32 and is_large)        # see cpu_linear
-        self.packs = self.device.type == "cpu" and weight.dtype is dtype and packs
+        dtype = model.compute_dtype or weight.dtype       # of what is computed and cached
+        self.packs = weight.dtype is dtype and cpu_linear.pays(model)
         # A small model takes one OpenMP thread, as in support.distributed.row_threads.
         is_small = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_BELOW
         self.num_threads = 1 if is_small else torch.get_num_threads()
@@ -622,11 +376,10 @@ class Engine:
         has its own random number, with a draft and without: so the tokens are those of plain decoding."""
         # 1. New requests get rows, and their prompts come into the cache.
         self.schedule()
-        # 2. One pass over each row's last token and its draft; in a graph without drafts, several passes.
+        # 2. One pass over each row's last token and its draft.
         drafts = self.propose_drafts()
-        passes, graph = self.decode_graph(drafts)
-        replies = self.forward(drafts, passes, graph)
-        self.passes += passes
+        replies = self.forward(drafts)
+        self.passes += 1
         self.drafted_tokens += sum(map(len, drafts))
         # 3. Each row takes its tokens up to the first that ends the reply or differs from the draft.
         finished = []
@@ -639,8 +392,7 @@ class Engine:
                 if completion or (i < len(draft) and token != draft[i]):
                     break
             self.sampled_tokens += i + 1
-            if draft:
-                self.accepted_tokens += i
+            self.accepted_tokens += i
             if completion:
                 finished.append((row, request.future, completion))
         # 4. Finished rows are parked, and only then handed over, so that who waits for a reply finds its row free.
@@ -650,49 +402,38 @@ class Engine:
             future.set_result(completion)
 
     def propose_drafts(self):
-        """Returns for each active row the tokens to try after its last. Where each guess is right with probability p,
-        the j-th adds p^j tokens. It pays if its cost would give fewer otherwise. All that pay raise that rate, so the
-        lengths are found again with it."""
-        B = len(self.active)
+        """Returns for each active row the tokens to try after its last."""
         if not self.draft:
-            return [[]] * B
-        cost = TOKEN_COST[self.device.type]
+            return [[]] * len(self.active)
         probs = [request.lookup.accept_prob() for request in self.active]
-        rate = B / (1 + cost * B)
-        for _ in range(3):
-            least = max(cost * rate, 1e-9)
-            lengths = [int(min(LONGEST_DRAFT, math.log(least) / math.log(p))) if p > least else 0 for p in probs]
-            tokens = B + sum(p * (1 - p ** k) / (1 - p) for p, k in zip(probs, lengths) if k)
-            rate = max(rate, tokens / (1 + cost * (B + sum(lengths))))
+        lengths = draft_lengths(probs, TOKEN_COST[self.device.type])
         left = [request.max_new_tokens - len(request.tokens) - 1 for request in self.active]
         return [request.lookup.guess(min(k, most)) for request, k, most in zip(self.active, lengths, left)]
 
     def decode_graph(self, drafts):
-        """Returns (passes, graph) for the active rows, (1, None) where no graph fits."""
+        """Returns the DecodeGraph for the active rows, or None where the pass is run as it stands."""
         B = min(round_up(len(drafts)), self.rows)
         T = round_up(1 + max(map(len, drafts)))
         if not self.fixed_shapes or B * T > GRAPH_TOKENS:
-            return 1, None
-        passes = 1
-        if T == 1:
-            passes = min(CHECK_EVERY, max(request.max_new_tokens - len(request.tokens) for request in self.active))
+            return None
         longest = max(self.lengths[:len(drafts)])
-        S = min(max(SHORTEST_SIGHT, round_up(longest + T + passes)), self.cache.padding + 1)
+        S = min(max(SHORTEST_SIGHT, round_up(longest + T)), self.cache.padding + 1)
         shape = B, T, S
         if shape not in self.graphs:
             self.graphs[shape] = DecodeGraph(self.model, self.tokenizer.size, self.cache, *shape, self.pool)
-        return passes, self.graphs[shape]
+        return self.graphs[shape]
 
-    def forward(self, drafts, passes, graph):
-        """Returns for each active row [(token, logp)] after its last token and each of its draft, or of each pass."""
-        counts = [max(passes, 1 + len(draft)) for draft in drafts]
-        newest = [request.tokens[-1] if request.tokens else request.prompt[-1] for request in self.active]
+    def forward(self, drafts):
+        """Returns for each active row [(token, logp)] after its last token and each of its draft."""
+        counts = [1 + len(draft) for draft in drafts]
+        newest = [(request.tokens or request.prompt)[-1] for request in self.active]
         tokens = [[token, *draft] for token, draft in zip(newest, drafts)]         # no pass has seen them yet
         starts = self.lengths[:len(tokens)]
         temperature = [request.temperature for request in self.active]
         uniform = [request.uniform[len(request.tokens):][:count] for request, count in zip(self.active, counts)]
+        graph = self.decode_graph(drafts)
         if graph:
-            return graph.run(passes, tokens, starts, temperature, uniform)
+            return graph.run(tokens, starts, temperature, uniform)
         batch = ForwardBatch(self.cache, range(len(tokens)), starts, counts)
         arrays = np.concatenate(tokens)[None], np.repeat(temperature, counts).astype(float), np.concatenate(uniform)
         inputs = [torch.from_numpy(array).to(self.device) for array in arrays]
@@ -733,7 +474,7 @@ class Engine:
             ready = row
 
     def assign_row(self, request, row, source, reused):
-        """Makes `row` begin with the `reused` tokens of the row `source` that are the request's first."""
+        """Makes `row` begin with the request's first `reused` tokens, which the row `source` holds."""
         # 1. Take over a parked source that holds this conversation's last turn, or another reply to its prompt. Else
         #    copy what is shared, best to an empty row.
         P = len(request.prompt) - 1
@@ -769,17 +510,15 @@ class Engine:
                 self.lengths[row] += count
 
     def append_token(self, request, token, logp):
-        """Adds a sampled token to its reply. Returns the Completion where that ends it."""
+        """Adds a sampled token to its reply. Returns the Completion where that ends it, and else None."""
         request.tokens.append(token)
         request.logps.append(logp)
         if request.lookup:
             request.lookup.add(token)
         ended = token in self.tokenizer.eos
-        cut = None
-        if not ended:
-            piece = self.tokenizer.bytes[token]
-            request.text += piece
-            cut = find_stop(request.text, request.stop, len(piece))
+        piece = b"" if ended else self.tokenizer.bytes[token]
+        request.text += piece
+        cut = find_stop(request.text, request.stop, len(piece))
         stopped = ended or cut is not None
         if not stopped and len(request.tokens) < request.max_new_tokens:
             return None
@@ -792,8 +531,7 @@ class Engine:
         request = self.active[row]
         last = len(self.active) - 1
         P = len(request.prompt) - 1
-        sampled = [request.prompt[-1], *request.tokens[:-1]]        # no pass has seen the last token
-        self.tokens[row, P:self.lengths[row]] = sampled[:self.lengths[row] - P]
+        self.tokens[row, P:self.lengths[row]] = [request.prompt[-1], *request.tokens[:-1]]  # the last was never fed
         self.swap_rows(row, last)
         self.active[row] = self.active[last]
         self.active.pop()
@@ -812,11 +550,8 @@ def round_up(n):
     return 1 << (n - 1).bit_length()
 
 
-LARGE_BYTES = 2**26         # of weights, beyond what a processor's cache holds
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
-LONGEST_DRAFT = 32          # tokens of one row
-TOKEN_COST = {"cpu": 0.1, "cuda": 0.004}    # of one more in a pass, whose own is 1; constant, as runs can be repeated
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -826,7 +561,8 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
          key=None, timeout_s=600.0):
     """Returns the Engine or Endpoint that a --model value names (Settings.model). ValueError: it cannot be loaded.
 
-    device, dtype, kernels: as in support.cli.ModelSettings. key, timeout_s: of a server, see Endpoint.
+    device, dtype, kernels: as in support.cli.ModelSettings. key, timeout_s: of a server, see Endpoint. The others: of
+    an engine, see Engine; graphs are its fixed_shapes, captured on CUDA.
     """
     if is_server(spec):
         return Endpoint(spec, key, timeout_s)
@@ -837,25 +573,17 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
     if graphs and device != "cuda":
         raise ValueError(f"CUDA graphs need a CUDA device, found {device!r}; leave them off there")
     use_kernels(kernels, device)
-    folder = find_folder(spec) if spec != "tiny" else None
-    config = Config.from_pretrained(folder) if folder else Config.preset("tiny")
-    torch_dtype = compute_type(dtype, torch.device(device), config) if dtype == "auto" else getattr(torch, dtype)
-    if folder:
+    if spec == "tiny":
+        config = Config.preset("tiny")
+        tokenizer = Tokenizer.of_bytes()
+        model = Qwen2.from_scratch(config, dtype=compute_type(dtype, torch.device(device), config), device=device)
+    else:
+        folder = find_folder(spec)
+        config = Config.from_pretrained(folder)
         tokenizer = Tokenizer.from_pretrained(folder)
         tokenizer.check_fits(config, spec)
-        model = Qwen2.from_pretrained(folder, torch_dtype, device)
-    else:
-        tokenizer = Tokenizer.of_bytes()
-        model = Qwen2.from_scratch(config, dtype=torch_dtype, device=device)
+        model = Qwen2.from_pretrained(folder, compute_type(dtype, torch.device(device), config), device)
     return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec), fixed_shapes=graphs)
-
-
-def small_files(model):
-    """Returns a folder with the small files of the model that --model names, or None."""
-    try:
-        return None if model in ("", "tiny") else find_folder(model, ("*.json",))
-    except ValueError:      # there is no such model; who loads it says so
-        return None
 
 
 @dataclass(kw_only=True)

@@ -44,6 +44,7 @@ from support.pretrained import find_folder, hash_checkpoint
 from support.prompts import MEDIUM_AGENT
 from support.records import AGENT, AGENT_FORMAT, end_reason, read_record, trajectory_path
 from support.storage import ResultCache
+from support.tokenizer import Tokenizer
 
 
 SMALL = {**MEDIUM_AGENT, "num": 4, "steps": 9, "max_row_tokens": 2048, "batch": 16, "warmup": 4, "save_every": 20}
@@ -407,15 +408,15 @@ def starting_point(cfg):
     """Returns (folder, tokenizer, Config) of the model that is fine-tuned; folder is None where it is drawn."""
     if cfg.model != "tiny":
         folder = find_folder(cfg.model)
-        tokenizer = sample.Tokenizer.from_pretrained(folder)
+        tokenizer = Tokenizer.from_pretrained(folder)
         config = Config.from_pretrained(folder)
         tokenizer.check_fits(config, cfg.model)
         return folder, tokenizer, config
     config = Config.preset("tiny")
     if cfg.prompt_format == "full":
-        return None, sample.Tokenizer.of_bytes(), config
+        return None, Tokenizer.of_bytes(), config
     rank0_broadcast(lambda: miniature.make_tokenizer(cfg))
-    tokenizer = sample.Tokenizer.from_pretrained(cfg.out)
+    tokenizer = Tokenizer.from_pretrained(cfg.out)
     return None, tokenizer, replace(config, vocab_size=tokenizer.size)
 
 

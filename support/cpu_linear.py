@@ -16,10 +16,19 @@ import torch
 
 from model import Linear
 
+LARGE_BYTES = 2**26                 # of weights, beyond what a processor's cache holds
 FEW_ROWS = range(1, 65)             # beyond, F.linear is as fast
 FEW_ROWS_BLOCKED = range(4, 65)     # below, F.linear is faster than the blocked copy
 ANY_ROWS = range(sys.maxsize)
 FP16_EXPONENT = 15                  # of the largest power of two in fp16
+
+
+def pays(model):
+    """Returns whether a model decodes faster when packed: on a CPU, in bf16, or in fp32 where it is large."""
+    weight = model.lm_head.weight
+    is_large = sum(p.nbytes for p in model.parameters()) > LARGE_BYTES
+    return weight.device.type == "cpu" and (
+        weight.dtype is torch.bfloat16 or weight.dtype is torch.float32 and is_large)
 
 
 def pack(model):

@@ -13,9 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import CPU_LOGITS, GPU_LOGITS, IGNORE, Config, Qwen2, as_trees, load_tensors, write_checkpoint
+from model import CPU_LOGITS, GPU_LOGITS, IGNORE, Config, Qwen2, as_trees
 from support.cli import RunError, flag_of
 from support.files import folder_lock, shorten, sync
+from support.pretrained import load_tensors, write_checkpoint
 from support.sandbox import SLOTS
 
 RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory

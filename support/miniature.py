@@ -9,12 +9,12 @@ import tokenizers
 
 import tasks
 from env import MAX_LINES, NOTHING
-from sample import Tokenizer, byte_alphabet
 from support.conversations import Conversation, read_conversations
 from support.files import shorten
 from support.prompts import short_prompt, shown_script
 from support.scripts import (
     InvalidAction, change_number, changes, constants, inverse, set_constant, untried, without_comments)
+from support.tokenizer import Tokenizer, byte_alphabet
 
 SHORT_ACTIONS = ("Set Constant", "Set Constant Again", "Set Constant Inversely", "Undo Edit Script", "Execute Script")
 SCRIPTED_ACTIONS = {        # of the scripted expert

@@ -87,6 +87,14 @@ def find_folder(path, files=("*.json", "*.jinja", "*.safetensors", "merges.txt")
         raise ValueError(f"no folder {str(path)!r} here, and the hub did not give it: {error}") from None
 
 
+def small_files(model):
+    """Returns a folder with the small files of the model that --model names, or None."""
+    try:
+        return None if model in ("", "tiny") else find_folder(model, ("*.json",))
+    except ValueError:      # there is no such model; who loads it says so
+        return None
+
+
 def hash_checkpoint(folder):
     """Returns a shortened sha256 of the weights, the config and the tokenizer in a folder."""
     hashes = {}

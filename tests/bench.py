@@ -41,8 +41,10 @@ from sample import load     # sets how threads wait, so it comes before torch
 import torch
 
 import model
-from model import IGNORE, Config, LinearLogProb, find_folder, rotary
+from model import IGNORE, Config, LinearLogProb, rotary
 from support import cpu_linear, distributed
+from support.pretrained import find_folder
+from support.tokenizer import Tokenizer
 
 try:
     import transformers
@@ -630,11 +632,10 @@ def busy(s):
     """Seconds of an iteration's passes of the miniature, and of sampling 64 replies: 8 actions in each of 32 states,
     without their scripts. Alone, and beside a program that keeps one core busy."""
     import rl
-    import sample
     cfg = rl.Settings(advantage="rloo", samples=8, epochs=2, minibatches=4, max_row_tokens=704,
                       max_batch=64, context=256, max_new_tokens=64)
     trainer = rl.PPOTrainer(cfg, Config.preset("tiny"), None, 259, torch.device("cpu"))
-    engine = rl.make_engine(cfg, trainer.actor, sample.Tokenizer.of_bytes())
+    engine = rl.make_engine(cfg, trainer.actor, Tokenizer.of_bytes())
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(250, (116,), generator=g).tolist() for _ in range(32)]
     replies = [[torch.randint(250, (26,), generator=g).tolist() for _ in range(8)] for _ in prompts]

@@ -21,6 +21,7 @@ import sample
 import sft
 from model import Config, Qwen2
 from support import distributed
+from support.tokenizer import Tokenizer
 
 
 @dataclass
@@ -198,7 +199,7 @@ def settings_of(scale, **more):
 
 def sampler(scale, left):
     """Log-probs of what an engine samples, in each way that it can, against the trainer's for the same tokens."""
-    tokenizer = sample.Tokenizer.of_bytes()
+    tokenizer = Tokenizer.of_bytes()
     cfg = settings_of(scale)
     trainer = rl.PPOTrainer(cfg, scale.small, None, tokenizer.size, scale.device)
     scale_weights(trainer.actor)
@@ -302,7 +303,7 @@ def whole_run(scale, left):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         Qwen2.from_scratch(scale.small).save_pretrained(folder / "model")
-        sample.Tokenizer.of_bytes().save(folder / "model")
+        Tokenizer.of_bytes().save(folder / "model")
         texts = [[{"role": "user", "content": f"{i} and {i}?"}, {"role": "assistant", "content": f"It is {2 * i}."}]
                  for i in range(20)]
         (folder / "own.jsonl").write_text("\n".join(json.dumps({"messages": text}) for text in texts))
@@ -327,7 +328,7 @@ def decode(scale, left):
     """Decoding at the 7B's shape with random weights: milliseconds a pass, and the share of what it would take to read
     weights and cache once."""
     net = Qwen2.from_scratch(scale.large, dtype=torch.bfloat16, device=scale.device).requires_grad_(False)
-    tokenizer = sample.Tokenizer.of_bytes()
+    tokenizer = Tokenizer.of_bytes()
     tokenizer.eos = set()
     rate = bench.read_bandwidth(scale.device, scale.reads)
     token_bytes = 4 * scale.large.num_hidden_layers * scale.large.num_key_value_heads * scale.large.head_dim

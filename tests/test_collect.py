@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import env
-import sample
 import sft
 import tasks
 from common import act, add_task
 from support import cli, endpoint, files, ideas, miniature, storage
 from support.records import AGENT, read_trajectory, replay
+from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -139,7 +139,7 @@ class Expert:
     """Stands for an Engine. Writes new ideas whenever it is asked for some, and follows `replies` otherwise."""
     context = 100_000
     name = "expert"
-    tokenizer = sample.Tokenizer.of_bytes()
+    tokenizer = Tokenizer.of_bytes()
 
     def __init__(self, replies=(), fail_after=None):
         self.replies = replies
@@ -533,7 +533,7 @@ def test_what_cannot_be_read_at_all_is_refused(name, content, words, tmp_path):
 
 def test_ids_in_a_users_file_are_not_obeyed(tmp_path):
     """What is learned is the text, whatever ids stand beside it."""
-    t = sample.Tokenizer.of_bytes()
+    t = Tokenizer.of_bytes()
     path = tmp_path / "own.jsonl"
     user = {"role": "user", "content": "u"}
     robot = {"role": "assistant", "content": "a"}

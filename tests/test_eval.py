@@ -25,6 +25,7 @@ from model import Config, Qwen2
 from test_execute import parent, processes, wait_until
 from support import cli, endpoint, files, records, tables
 from support.sandbox import OWNER
+from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 MINIATURE = "* Miniature data are made up from a seed: scores on them do not compare with published ones."
@@ -711,7 +712,7 @@ def test_only_what_was_checked_is_written_on(tmp_path):
     first = tmp_path / "first"
     own = tmp_path / "own.jsonl"
     Qwen2.from_scratch(Config.preset("tiny")).save_pretrained(first)
-    sample.Tokenizer.of_bytes().save(first)
+    Tokenizer.of_bytes().save(first)
     (first / "agent.json").write_text(json.dumps({"steps": 5, "sandbox": "off", "context": 99}))
     line = {"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "Yes."}]}
     own.write_text(f"{json.dumps(line)}\n" * 3)

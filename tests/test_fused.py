@@ -16,6 +16,7 @@ import fused
 import model
 import sample
 from model import Config, LinearLogProb, Qwen2
+from support.tokenizer import Tokenizer
 
 ODD = Config(vocab_size=301, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=2, tie_word_embeddings=False)
@@ -183,7 +184,7 @@ def test_a_frame_with_kernels_samples_what_plain_passes_sample():
     net = Qwen2.from_scratch(config, seed=2, device=DEVICE).requires_grad_(False)
     replies = []
     for name in ("torch", "triton"):
-        engine = sample.Engine(net, sample.Tokenizer.of_bytes(), rows=2, context=64, draft=False,
+        engine = sample.Engine(net, Tokenizer.of_bytes(), rows=2, context=64, draft=False,
                                fixed_shapes=name == "triton")
         model.use_kernels(name, DEVICE)
         try:

@@ -15,7 +15,7 @@ import model
 import sample
 from model import IGNORE, Config, Linear, LinearLogProb, Qwen2
 from support.pretrained import find_folder, hash_checkpoint
-from sample import Tokenizer
+from support.tokenizer import Tokenizer
 from support import cpu_linear
 
 ODD = Config(vocab_size=301, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
@@ -145,7 +145,7 @@ DAMAGES = {
     "no heads": (lambda f: edit_config(f, num_attention_heads=0), ["num_attention_heads must be", "above 0"]),
     "key heads": (lambda f: edit_config(f, num_key_value_heads=4),
                   ["config.json: num_attention_heads 6 must be a multiple of num_key_value_heads 4"]),
-    "layers for ever": (lambda f: edit_config(f, num_hidden_layers=10**12), ["num_hidden_layers must be", "1,024"]),
+    "layers for ever": (lambda f: edit_config(f, num_hidden_layers=10**12), ["num_hidden_layers must be", "at most 16,777,216"]),
     "no float": (lambda f: edit_config(f, rope_theta=10**400), ["rope_theta must be of type float"]),
     "odd rope": (lambda f: edit_config(f, rope_scaling=[1]), ["scaled rotary"]),
     "odd index": (lambda f: (f / "model.safetensors.index.json").write_text("[1]"),

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import rl                                                        # noqa: E402
 from model import Config, Qwen2                                 # noqa: E402
-from sample import Tokenizer                                    # noqa: E402
+from support.tokenizer import Tokenizer                         # noqa: E402
 from support.distributed import export_model, init_distributed  # noqa: E402
 
 import torch                                                    # noqa: E402

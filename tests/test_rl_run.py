@@ -24,6 +24,7 @@ from support import endpoint, records, sandbox
 from test_collect import add_toys
 from test_collect import settings as collecting
 from support import cli, distributed, files, miniature, pool, storage
+from support.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS = ['Thought: a\nAction: Replace In Script\nAction Input: {"script_name": "train.py", "find": ',
@@ -37,9 +38,9 @@ SHAPE = Config(vocab_size=280, hidden_size=48, intermediate_size=88, num_hidden_
 
 def save_model(folder, prompts):
     """Writes a model that answers those prompts with REPLIES, or close to it, and its tokenizer."""
-    bpe = sample.Tokenizer.of_bytes().bpe
+    bpe = Tokenizer.of_bytes().bpe
     bpe.add_tokens([*HEADS, *EDITS, '"train.py"}', "no action"])
-    tokenizer = sample.Tokenizer(bpe)
+    tokenizer = Tokenizer(bpe)
     model = Qwen2.from_scratch(SHAPE)
     texts = [tokenizer.conversation([*prompt, {"role": "assistant", "content": reply}])
              for prompt in prompts for reply in REPLIES]
@@ -89,7 +90,7 @@ class Scripted:
         self.context = context
         self.asked = []
         self.sampled_tokens = 0
-        self.tokenizer = tokenizer or sample.Tokenizer.of_bytes()
+        self.tokenizer = tokenizer or Tokenizer.of_bytes()
 
     def generate(self, prompts, n=1, seed=0, on_completion=None, **options):
         self.asked.append(prompts)
@@ -127,7 +128,7 @@ def copied(folder, tmp_path):
 
 
 def engine_of(folder, rows=8):
-    tokenizer = sample.Tokenizer.from_pretrained(folder / "model")
+    tokenizer = Tokenizer.from_pretrained(folder / "model")
     return sample.Engine(Qwen2.from_pretrained(folder / "model").requires_grad_(False), tokenizer, rows, 1000)
 
 
@@ -201,7 +202,7 @@ def test_learnable_states_are_those_whose_rewards_varied(made):
 
 def refused(folder, match, **more):
     with pytest.raises(ValueError, match=match):
-        pool.load_pool(settings(folder, **more), sample.Tokenizer.of_bytes(), lambda line: None)
+        pool.load_pool(settings(folder, **more), Tokenizer.of_bytes(), lambda line: None)
 
 
 def edit_head(path, **more):
@@ -226,7 +227,7 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
     (folder / "folder.jsonl").mkdir()
     (folder / "toy-a-1.jsonl").write_text("{}\n")
     said = []
-    found = pool.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
+    found = pool.load_pool(settings(made, trajectories=str(folder)), Tokenizer.of_bytes(), said.append)
     num = sum(len(records.read_trajectory(folder / f"{name}.jsonl")[1]) for name in ("toy-a-0", "toy-b-0", "toy-b-1"))
     for part in (f"{num} states of 2 tasks; left out: 3, such as", "toy-a-1.jsonl"):
         assert part in said[0]
@@ -253,7 +254,7 @@ def test_the_policy_is_the_coder_of_a_pool_that_was_collected_with_one(made, tmp
 def test_ids_of_another_tokenizer_are_not_used(made, tmp_path):
     """The recorded ids stand in the prompt where the tokenizer is the same, else the text is encoded."""
     folder = copied(made, tmp_path)
-    tokenizer = sample.Tokenizer.of_bytes()
+    tokenizer = Tokenizer.of_bytes()
     path = folder / "toy-a-0.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1]["messages"][0]["tokens"] = [7, 7, 7]
@@ -272,7 +273,7 @@ def test_a_missing_blob_is_named_at_the_start_and_in_the_middle(made, tmp_path):
     sha = next(iter(later.snapshot.values()))
     lost = {name for name, state in rollout.states.items() if sha in state.snapshot.values()}
     (folder / "blobs" / sha[:2] / sha).unlink()
-    found = pool.load_pool(settings(made, trajectories=str(folder)), sample.Tokenizer.of_bytes(), said.append)
+    found = pool.load_pool(settings(made, trajectories=str(folder)), Tokenizer.of_bytes(), said.append)
     assert {name for states in found.values() for name in states} == set(rollout.states) - lost
     assert f"left out: {len(lost)}, such as" in said[0] and f"{min(lost)}: the blob {sha} is missing in" in said[0]
     # the rollout that began before ends with the name of the blob

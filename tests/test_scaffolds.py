@@ -16,7 +16,7 @@ import env
 import eval as evaluation
 import tasks
 from common import add_task
-from sample import Tokenizer
+from support.tokenizer import Tokenizer
 from support import aide, cli, conversations, endpoint, mlagentbench, pool, records, storage
 from test_eval import ROOT, STARTER, Scripted, file_of, play, settings, task, text_of    # noqa: F401
 from test_report import drawn, needs_node

@@ -14,7 +14,7 @@ import eval as evaluation
 import sft
 import tasks
 from model import Config, Qwen2
-from sample import Tokenizer
+from support.tokenizer import Tokenizer
 from support.miniature import train_tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
 from support import cli, miniature, prompts, records, scripts, storage

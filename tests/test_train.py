@@ -14,7 +14,7 @@ import torch
 
 import sft
 from model import Config, Qwen2
-from sample import Tokenizer
+from support.tokenizer import Tokenizer
 from support import distributed, files
 
 SMALL = Config(vocab_size=267, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
