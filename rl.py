@@ -11,7 +11,6 @@ import math, random, sys, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -27,13 +26,12 @@ import sample
 import tasks
 from env import LEARNED_SEEDS, MEDIUM_AGENT, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
 from model import Config, Linear, Qwen2, at_targets, use_kernels
-from reward import KINDS
-from support import cli
+from support import cli, logs
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    add_gradients, append_lines, build_model, compute_type, epoch_order, export_model, flops_of, format_plan,
-    full_tensor, joined, load_state, map_rows, num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory,
-    preset_for, rank0_broadcast, rank_and_size, row_threads, save_state, shape_of, trim_memory)
+    add_gradients, build_model, compute_type, epoch_order, export_model, format_plan, full_tensor, joined, load_state,
+    map_rows, num_parameters, optimizer_step, packed_rows, preset_for, rank0_broadcast, rank_and_size, row_threads,
+    save_state, shape_of)
 from support.files import begin_log
 from support.pool import hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
@@ -635,7 +633,7 @@ def iterate(cfg, worker, trainer, iteration):
                     for ref, old in zip(trainer.logprobs(trainer.reference, examples), logp_old)]
     values = trainer.values(examples) if trainer.critic else None
     stats["logprobs_s"] = time.monotonic() - began
-    stats |= action_stats(cfg, transitions, logp_old, logp_ref, logp_diff)
+    stats |= logs.action_stats(cfg, transitions, group_rewards(transitions), logp_old, logp_ref, logp_diff)
 
     # 4. Advantages. The critic's head begins at zero, so a few steps of the critic alone come first.
     rewards = token_rewards(learned, logp_old, logp_ref, cfg.kl)
@@ -713,7 +711,7 @@ def train(cfg, rank, world_size, device):
     if rank == 0:
         for name in ("log.jsonl", "samples.jsonl"):
             begin_log(Path(cfg.out, name), state)
-    peak = peak_flops(device, trainer.actor.compute_dtype, trainer.threads)
+    peak = logs.peak_flops(device, trainer.actor.compute_dtype, trainer.threads)
     # Counted in forward passes. Log-probs of the sampler itself take none.
     passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)
     passes -= worker.samples_from(trainer.actor)
@@ -724,7 +722,7 @@ def train(cfg, rank, world_size, device):
         start = time.monotonic()
         try:
             transitions, stats = iterate(cfg, worker, trainer, iteration)
-            trim_memory()
+            logs.trim_memory()
             seconds = time.monotonic() - start
             if cfg.validate_every and (iteration + 1) % cfg.validate_every == 0:
                 stats["validation_reward"] = worker.validate()
@@ -734,13 +732,13 @@ def train(cfg, rank, world_size, device):
         update_s = seconds - stats["sample_s"] - stats["execute_s"] - stats["logprobs_s"]
         examples = [transition.example for transition in transitions]
         rows = packed_rows(examples, range(len(examples)), 0, 1, cfg.max_row_tokens)
-        flops = flops_of(config, rows) / 3 * passes / world_size
+        flops = logs.flops_of(config, rows) / 3 * passes / world_size
         compute_s = stats["logprobs_s"] + update_s
         stats |= {"iteration": iteration + 1, "update_s": update_s, "seconds": seconds,
                   "elapsed_s": time.monotonic() - began, "mfu": flops / compute_s / peak if peak else None,
-                  "peak_gib": peak_memory(device) / 2**30}
+                  "peak_gib": logs.peak_memory(device) / 2**30}
         if rank == 0:
-            report(cfg, stats, transitions)
+            logs.log_iteration(cfg, stats, transitions)
         if cfg.export_every and (iteration + 1) % cfg.export_every == 0:    # before the checkpoint, so none is missed
             export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", f"{iteration + 1:06d}"))
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
@@ -759,52 +757,6 @@ def export_agent(actor, tokenizer, source, out):
     export_model(actor, tokenizer, out)
     if rank_and_size()[0] == 0 and (agent := read_agent(source)):
         write_agent(out, agent)
-
-
-# -- Statistics: what log.jsonl says of an iteration
-
-def action_stats(cfg, transitions, logp_old, logp_ref, logp_diff):
-    """Returns {name: number} about an iteration's actions. The log-probs are those of the actions learned from. To log
-    something else, add a line such as "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step
-    tells what a step has."""
-    steps = [transition.step for transition in transitions]
-    rewards = torch.tensor([step["reward"] for step in steps])
-    kinds = Counter(step["kind"] for step in steps)
-    edits = [step["reward"] for step in steps if step["outcome"] and step["action"] != "Execute Script"]
-    logp_old = torch.cat(logp_old)
-    by_task = {}
-    for transition in transitions:
-        by_task.setdefault(transition.state.rpartition("-")[0], []).append(transition.reward)
-    stats = {
-        "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
-        "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
-        **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(steps) for kind in KINDS},
-        "reward_of_tasks": {task: fmean(rewards_of_task) for task, rewards_of_task in sorted(by_task.items())},
-        "valid": fmean(step["valid"] for step in steps),
-        "reward_edits": sum(edits) / len(edits) if edits else None,
-        "zero_variance_groups": fmean(len(set(rewards)) == 1 for rewards in group_rewards(transitions).values()),
-        "truncated": fmean(len(transition.tokens) >= cfg.max_new_tokens for transition in transitions),
-        "action_tokens": fmean(len(transition.tokens) for transition in transitions),
-        "logp_diff_mean": logp_diff.mean().item(), "logp_diff_max": logp_diff.max().item()}
-    if logp_ref:
-        diff = (torch.cat(logp_ref) - logp_old).clamp(-10, 10)
-        stats |= {"kl": -diff.mean().item(), "kl_k3": (diff.exp() - 1 - diff).mean().item()}
-    return stats
-
-
-def report(cfg, stats, transitions):
-    """Writes an iteration's statistics to log.jsonl and its actions to samples.jsonl, and prints a line."""
-    append_lines(Path(cfg.out, "log.jsonl"), [stats])
-    append_lines(Path(cfg.out, "samples.jsonl"), [
-        {"iteration": stats["iteration"], "state": transition.state, "reply": transition.step["reply"],
-         "kind": transition.step["kind"], "reward": transition.reward, "advantage": transition.advantage}
-        for transition in transitions])
-    names = ("reward", "reward_edits", "valid", "kl", "entropy", "clip_fraction", "explained_variance", "logp_diff_max")
-    numbers = [f"{name} {stats[name]:.3g}" for name in names if stats.get(name) is not None]
-    left = timedelta(seconds=int(stats["seconds"] * (cfg.iterations - stats["iteration"])))
-    seconds = " + ".join(f"{stats[name]:.1f}" for name in ("sample_s", "execute_s", "logprobs_s", "update_s"))
-    print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{seconds} s", f"ETA {left}", sep="  ",
-          flush=True)
 
 
 # -- As a program

@@ -16,7 +16,6 @@ import hashlib, math, os, random, time
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -31,13 +30,13 @@ from env import (
     AGENT_FORMAT, LEARNED_SEEDS, MEDIUM_AGENT, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent,
     read_record, write_agent)
 from model import Config, use_kernels
-from support import cli, endpoint, miniature
+from support import cli, endpoint, logs, miniature
 from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main
 from support.conversations import named, read_conversations
 from support.distributed import (
-    add_gradients, append_lines, apply_device, batch_indices, build_model, check_same, compute_type, export_model,
-    flops_of, format_plan, init_distributed, joined, load_state, map_rows, num_parameters, optimizer_step, packed_rows,
-    peak_flops, peak_memory, preset_for, rank0_broadcast, row_threads, save_state, shape_of, trim_memory)
+    add_gradients, apply_device, batch_indices, build_model, check_same, compute_type, export_model, format_plan,
+    init_distributed, joined, load_state, map_rows, num_parameters, optimizer_step, packed_rows, preset_for,
+    rank0_broadcast, row_threads, save_state, shape_of)
 from support.files import FLAG, TEXT, VALUE, begin_log, folder_lock, hash_json, parse_json, read_bytes, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -333,7 +332,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         begin_log(Path(cfg.out, "log.jsonl"), state)
     threads = row_threads(config, device)
     valid_rows = packed_rows(valid, range(len(valid)), rank, world_size, cfg.max_row_tokens)
-    peak = peak_flops(device, model.compute_dtype, threads)
+    peak = logs.peak_flops(device, model.compute_dtype, threads)
     began = time.monotonic()
 
     for step in range(first, num_updates):
@@ -346,7 +345,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         # 2. Forward and backward.
         num_targets = sum(sum(examples[i][1]) for i in batch)
         loss_part = nll_gradients(model, rows, num_targets, world_size, device, tokenizer.size, threads)
-        totals = torch.tensor([0, flops_of(config, rows)], dtype=torch.float64, device=device)
+        totals = torch.tensor([0, logs.flops_of(config, rows)], dtype=torch.float64, device=device)
         totals[0] += loss_part
         if world_size > 1:
             dist.all_reduce(totals)
@@ -362,7 +361,7 @@ def train(cfg, examples, valid, tokenizer, config, folder):
                            f"The checkpoints in {cfg.out} are from before") from None
 
         if threads is None:     # a small model would spend a fifth of its time on getting the pages back
-            trim_memory()
+            logs.trim_memory()
         seconds = time.monotonic() - start
 
         # 4. The log, with a validation where a checkpoint follows.
@@ -370,14 +369,14 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         loss, flops = totals.tolist()
         figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
                    "mfu": flops / world_size / seconds / peak if peak else None,
-                   "peak_gib": peak_memory(device) / 2**30, "seconds": seconds}
+                   "peak_gib": logs.peak_memory(device) / 2**30, "seconds": seconds}
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
             figures["valid_loss"], figures["valid_accuracy"] = validate(
                 model, valid_rows, world_size, device, tokenizer.size, threads)
         if rank == 0:
             left_s = (time.monotonic() - began) / (step + 1 - first) * (num_updates - step - 1)
-            log_step(cfg, figures, num_updates, left_s)
+            logs.log_step(cfg, figures, num_updates, left_s)
 
         # 5. The checkpoint.
         if is_saved:
@@ -392,15 +391,6 @@ def hash_examples(*lists):
         for part in (len(examples), *examples):
             sha.update(repr(part).encode())
     return sha.hexdigest()[:16]
-
-
-def log_step(cfg, figures, num_updates, left_s):
-    """Writes the figures of a step to log.jsonl, and about a hundred times in a run prints them."""
-    append_lines(Path(cfg.out, "log.jsonl"), [figures])
-    if "valid_loss" in figures or figures["step"] % max(1, num_updates // 100) == 0:
-        texts = [f"{name} {value:.4g}" for name, value in figures.items() if name != "step" and value is not None]
-        print(f"step {figures['step']}/{num_updates}  {'  '.join(texts)}  ETA {timedelta(seconds=int(left_s))}",
-              flush=True)
 
 
 def starting_point(cfg):

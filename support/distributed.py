@@ -1,5 +1,5 @@
 """Processes, sharding, packed batches, checkpoints and memory: what sft.py and rl.py share to train a model."""
-import contextlib, ctypes, json, math, os, re, resource, shutil, timeit
+import contextlib, math, os, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import CPU_LOGITS, GPU_LOGITS, IGNORE, Config, Qwen2, as_trees, load_tensors, write_checkpoint
+from model import CPU_LOGITS, GPU_LOGITS, IGNORE, Config, Qwen2, load_tensors, write_checkpoint
 from support.cli import RunError, flag_of
 from support.files import folder_lock, shorten, sync
 from support.sandbox import SLOTS
@@ -435,51 +435,7 @@ def load_state(cfg, names, model, optimizer, origin):
     return state
 
 
-# -- Logs, time and memory
-
-def append_lines(path, values):
-    with open(path, "a") as file:
-        file.writelines(json.dumps(value) + "\n" for value in values)
-
-
-def peak_memory(device):
-    """Returns the most bytes that the GPU has held, or the resident set of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def trim_memory():
-    """Gives freed memory back to the system. The C library keeps it in pieces of odd sizes, more with every step whose
-    rows have other lengths: 15 GiB instead of 12 after 34 updates of a 0.5B."""
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_flops(device, dtype, threads=None):
-    """Returns the operations a second of a device: the vendor's of a known GPU, None of another; measured on a CPU, of
-    all of `threads` (of row_threads) where they compute rows."""
-    if device.type == "cuda":
-        vendor = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # dense bfloat16
-        name = torch.cuda.get_device_name(device)
-        return next((flops for key, flops in vendor.items() if key in name), None)
-    x = torch.randn(1024, 1024, dtype=dtype)
-    seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
-    return 2 * 1024**3 / seconds * (SLOTS.cpus if threads else 1)
-
-
-def flops_of(config, rows):
-    """Returns the operations of a training step over packed rows: 6 a token for each weight, and 12 for each pair of
-    tokens that attend, unit of width and layer (PaLM, arXiv 2204.02311, appendix B)."""
-    block, table, _, _ = num_parameters(config)
-    num_tokens = sum(len(row.tokens) for row in rows)
-    num_targets = sum(target != IGNORE for row in rows for target in row.targets)
-    pairs = 0
-    for row in rows:
-        for prefix, branches in as_trees(row.lengths):
-            pairs += prefix * prefix / 2 + sum(length * (prefix + length / 2) for length in branches)
-    return (6 * num_tokens * block * config.num_hidden_layers + 6 * num_targets * table
-            + 12 * pairs * config.hidden_size * config.num_hidden_layers)
-
+# -- Sizes, and the memory that they take
 
 def num_parameters(config):
     """Returns the weights of (a block, the embedding, the head, which is 0 where it is the embedding, the model)."""

@@ -42,7 +42,7 @@ import torch
 
 import model
 from model import IGNORE, Config, LinearLogProb, find_folder, rotary
-from support import cpu_linear, distributed
+from support import cpu_linear, distributed, logs
 
 try:
     import transformers
@@ -459,7 +459,7 @@ def fine_tuning(s):
     figures |= {f"{name} tokens/s": tokens.numel() / t for name, t in seconds.items()}
     if transformers:
         figures["ratio"] = seconds["transformers"] / seconds["ours"]
-    share = distributed.flops_of(config, [row]) / seconds["ours"] / distributed.peak_flops(device, torch.float32)
+    share = logs.flops_of(config, [row]) / seconds["ours"] / logs.peak_flops(device, torch.float32)
     yield figures | {"share of measured fp32 products": share}
     memory = {way: in_new_process(f"head_memory({way!r})") for way in ("ours", "plain")}
     yield {"log-probs of": "1024 x 151936", **{f"{way} MiB": size / 2**20 for way, size in memory.items()},
