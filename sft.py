@@ -14,7 +14,7 @@ ideas/TASK.json and manifest.json. A killed run goes on with the same command; a
 """
 import hashlib, math, os, random, time
 from array import array
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,18 +30,18 @@ from env import (
     AGENT_FORMAT, LEARNED_SEEDS, MEDIUM_AGENT, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent,
     read_record, write_agent)
 from model import Config, use_kernels
-from support import cli, endpoint, logs, miniature
-from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main
+from support import cli, collection, endpoint, logs, miniature
+from support.cli import RunError, exit_status, refuse_torchrun, run_main
 from support.conversations import named, read_conversations
 from support.distributed import (
-    add_gradients, apply_device, batch_indices, build_model, check_same, compute_type, export_model, format_plan,
+    add_gradients, apply_device, batch_indices, build_model, compute_type, export_model, format_plan,
     init_distributed, joined, load_state, map_rows, num_parameters, optimizer_step, packed_rows, preset_for,
     rank0_broadcast, row_threads, save_state, shape_of)
-from support.files import FLAG, TEXT, VALUE, begin_log, folder_lock, hash_json, parse_json, read_bytes, write_atomic
+from support.files import begin_log, folder_lock, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import find_folder, hash_checkpoint
-from support.records import AGENT, end_reason, trajectory_path
+from support.records import end_reason, trajectory_path
 from support.storage import ResultCache
 
 
@@ -99,14 +99,6 @@ class Settings(AgentSettings):
 
 # -- Collecting
 
-SAME = ("expert", "coder", *AGENT, "ideas", "max_new_tokens", "temperature", "context", "threads", "gpu", "sandbox",
-        "seed")     # what trajectories of a folder agree in
-IDEA_FORM = {"title": TEXT, "instruction": TEXT, "edits?": [{"find": TEXT, "replace": TEXT}]}
-MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {"data": TEXT, "miniature": FLAG, "ideas?": [IDEA_FORM]}},
-            "complete?": FLAG}
-COUNTS = ("trajectories", "steps", "valid", "rose")     # rose: trajectories whose last score is better than the first
-
-
 def collect(cfg, load=sample.load):
     """Collects cfg.num trajectories of each task of cfg.task and returns what manifest.json then holds."""
     tasks.refuse_held_out_names(tasks.names(cfg.task))
@@ -122,7 +114,7 @@ def collect(cfg, load=sample.load):
         for task, info in prepared:
             tasks.refuse_held_out(task.id, info["sha256"], held_out)
             infos[task.id].append(info)
-        manifest = open_manifest(cfg, infos)
+        manifest = collection.open_manifest(cfg, infos)
         jobs = [(tasks.load(id), trajectory_path(folder, id, k), k) for k in range(cfg.num) for id in infos]
         records = {path: read_record(path) for _, path, _ in jobs}
         jobs = [(task, path, k) for task, path, k in jobs if not end_reason(records[path])]
@@ -148,37 +140,10 @@ def collect(cfg, load=sample.load):
                 for task, path, k in jobs]
         run_parallel(jobs, partial(collect_one, expert, cache, progress), PARALLEL, progress)
         for id, entry in manifest["tasks"].items():
-            entry["counts"] = count_trajectories(folder, tasks.load(id))
+            entry["counts"] = collection.count_trajectories(folder, tasks.load(id))
         manifest["complete"] = True
         write_atomic(folder / "manifest.json", manifest)
         return manifest
-
-
-def read_manifest(folder):
-    """Returns what manifest.json in a folder of trajectories holds; None: there is no such file or folder."""
-    path = Path(folder, "manifest.json")
-    raw = read_bytes(path) if path.parent.is_dir() else None
-    return parse_json(raw, MANIFEST, path) if raw else None
-
-
-def open_manifest(cfg, infos):
-    """Returns what manifest.json of the folder holds, with an entry for each task. ValueError: the folder is of other
-    settings, another expert or other data."""
-    settings = {flag_of(name): getattr(cfg, name) for name in SAME}
-    settings |= {flag_of(name): list(getattr(cfg, name)) for name in ("actions", "fields")}      # as JSON has them
-    if Path(cfg.expert).is_dir():       # a model that was trained anew in the same folder is another model
-        settings["--expert of sha256"] = hash_checkpoint(cfg.expert)
-    manifest = read_manifest(cfg.trajectories) or {"settings": settings, "tasks": {}}
-    check_same(manifest["settings"], settings, cfg.trajectories, "--trajectories")
-    for id in infos:
-        hashes = [info["sha256"] for info in infos[id]]
-        entry = {"data": hash_json(hashes)[:16], "miniature": infos[id][0]["miniature"]}
-        if id not in manifest["tasks"] and files_of(cfg.trajectories, id):
-            raise ValueError(f"manifest.json does not tell of {id}, of which {cfg.trajectories} has trajectories; "
-                             "delete them, or give another --trajectories")
-        manifest["tasks"].setdefault(id, entry)
-        check_same(manifest["tasks"][id], entry, f"{cfg.trajectories}, {id},", "--trajectories")
-    return manifest
 
 
 def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
@@ -195,33 +160,6 @@ def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
               "tokenizer": tokenizer and tokenizer.fingerprint()}
     coder = expert if cfg.coder == "expert" else None
     play_trajectory(cfg, task, k, path, policy, coder, cfg.trajectories, cache, progress, header, info.get("seed", 0))
-
-
-def files_of(folder, id):
-    """Returns the files of a task's trajectories, not those of one whose id begins alike."""
-    return [path for path in Path(folder).glob(f"{id}-*.jsonl") if path.stem.rpartition("-")[0] == id]
-
-
-def count_trajectories(folder, task):
-    """Returns the counts of a task's finished trajectories."""
-    counts = Counter(dict.fromkeys(COUNTS, 0))
-    for path in files_of(folder, task.id):
-        records = read_record(path)
-        if end_reason(records):
-            scores = [line["m_after"] for line in records if "m_after" in line]
-            steps = [line for line in records if line["type"] == "step"]
-            counts.update(trajectories=1, steps=len(steps), valid=sum(step["valid"] for step in steps),
-                          rose=int(task.better(scores[-1], scores[0])))
-    return dict(counts)
-
-
-def report(manifest):
-    """Returns the counts of a manifest as text."""
-    rows = [("task", "data", *COUNTS)]
-    for id, entry in manifest["tasks"].items():
-        data = "miniature" if entry["miniature"] else "real"
-        rows.append((id, data, *(str(entry["counts"][name]) for name in COUNTS)))
-    return format_table(rows)
 
 
 # -- The data set. An example is (ids, loss_mask): token ids, and for each of them whether it is learned.
@@ -409,30 +347,13 @@ def starting_point(cfg):
     return None, tokenizer, replace(config, vocab_size=tokenizer.size)
 
 
-def collected_format(cfg):
-    """Returns {setting: value} of how the agent of the trajectories acted, but for its number of steps. ValueError:
-    their prompts are of another form than --prompt-format."""
-    manifest = read_manifest(cfg.trajectories)
-    settings = manifest["settings"] if manifest else {}
-    found = settings.get("--prompt-format", cfg.prompt_format)
-    if found != cfg.prompt_format:
-        raise ValueError(f"{cfg.trajectories} was collected with --prompt-format {found}, found "
-                         f"{cfg.prompt_format} here; give the same, or other --trajectories")
-    learned = {}
-    for name in (AGENT_FORMAT.keys() & AGENT) - {"steps"}:
-        value = settings.get(flag_of(name))
-        if value is not None:
-            learned[name] = tuple(value) if isinstance(value, list) else value      # as a program's settings have it
-    return learned
-
-
 def fine_tune(cfg):
     """Trains cfg.model on cfg.trajectories and writes cfg.out."""
     with joined(cfg, "sft.py") as (rank, world_size, device):
         log = print if rank == 0 else lambda line: None
         if cfg.preset:
             rank0_broadcast(partial(collect_first, cfg))
-        learned = collected_format(cfg)
+        learned = collection.collected_format(cfg)
         cfg = replace(cfg, **learned)       # whatever was typed here: imagined states are of the same form
         folder, tokenizer, config = starting_point(cfg)
         examples, valid = build_dataset(cfg, tokenizer, log)
@@ -455,14 +376,6 @@ def fine_tune(cfg):
 
 # -- The command
 
-def is_collected(path):
-    """Returns whether there is something to train on: a file, or a folder whose collection was not broken off."""
-    manifest = read_manifest(path)
-    if manifest is None:
-        return path.is_file() or any(path.glob("*.jsonl"))
-    return manifest.get("complete", False)
-
-
 def collect_first(cfg):
     """Collects for a preset: the miniature what is lacking, the others only where nothing was collected before, perhaps
     by another expert."""
@@ -471,9 +384,9 @@ def collect_first(cfg):
                          "is trained on the file: --model DIR, or --model tiny")
     if Path(cfg.out).resolve() == Path(cfg.trajectories).resolve():
         raise ValueError(f"--out and --trajectories are both {cfg.out}; give two folders")
-    if cfg.preset == "tiny" or not is_collected(Path(cfg.trajectories)):
+    if cfg.preset == "tiny" or not collection.is_collected(Path(cfg.trajectories)):
         print(f"1. Collecting: an expert edits and runs the starters of --task {cfg.task}.")
-        print(report(collect(cfg)))
+        print(collection.report(collect(cfg)))
         print(f"\n2. Training {cfg.model} on what it did.", flush=True)
     elif Path(cfg.trajectories).is_dir():
         print(f"{cfg.trajectories} is trained on as it is; --collect with --num or --task adds to it", flush=True)
@@ -486,7 +399,7 @@ def run(cfg):
     if cfg.collect:
         apply_device(cfg.device)
         refuse_torchrun("collecting")
-        print("\n" + report(collect(cfg)))
+        print("\n" + collection.report(collect(cfg)))
         print(f"Written to {cfg.trajectories}: manifest.json, trajectories, blobs")
     else:
         fine_tune(cfg)

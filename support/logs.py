@@ -1,5 +1,5 @@
-"""What the logs of training say (docs/logs.md): a step of sft.py, an iteration of rl.py and its actions, and the time, the
-memory and the operations that these take."""
+"""What the logs of training say (docs/logs.md): a step of sft.py, an iteration of rl.py and its actions, and what these
+take of time, memory and operations."""
 import ctypes, json, resource, timeit
 from collections import Counter
 from datetime import timedelta

@@ -816,7 +816,8 @@ def test_a_group_update_leaves_out_states_whose_actions_all_earned_the_same():
 def test_every_setting_is_read(name):
     """Outside the class and its checks, in the script or in what it hands its settings to: as s.NAME, or quoted."""
     read = ""
-    for path in [f"{name}.py", "env.py", *(f"support/{each}.py" for each in ("cli", "distributed", "logs", "miniature"))]:
+    beside = ("cli", "collection", "distributed", "logs", "miniature")
+    for path in [f"{name}.py", "env.py", *(f"support/{each}.py" for each in beside)]:
         source = (HERE.parent / path).read_text().splitlines()
         nodes = ast.parse("\n".join(source)).body
         cls = next((node for node in nodes if getattr(node, "name", "") == "Settings"), None)

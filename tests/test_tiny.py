@@ -17,7 +17,7 @@ from model import Config, Qwen2
 from sample import Tokenizer
 from support.miniature import train_tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
-from support import cli, miniature, storage
+from support import cli, collection, miniature, storage
 from support.records import restore_record
 
 
@@ -418,15 +418,15 @@ def test_a_recipe_collects_first_where_nothing_was_collected(toys, tmp_path, cap
     flags = ["--preset=7b", "--model=tiny", f"--data={toys / 'data'}", f"--trajectories={tmp_path / 'pool'}", "--num=1",
              "--updates=1", "--batch=1", "--max-row-tokens=500", "--task=toy-a", "--seed=3"]
     folder = tmp_path / "pool"
-    assert not sft.is_collected(folder)
+    assert not collection.is_collected(folder)
     for out, collects in (("first", True), ("second", False)):
         assert sft.main([*flags, f"--out={tmp_path / out}"]) == 2
         captured = capsys.readouterr()
         assert ("1. Collecting" in captured.out) == collects and "too few to train on" in captured.err
-        assert sft.is_collected(folder)
+        assert collection.is_collected(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
-    assert not sft.is_collected(folder)
+    assert not collection.is_collected(folder)
 
 
 @pytest.mark.parametrize("torchrun, cuda, flags, preset, said", [
