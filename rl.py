@@ -24,14 +24,13 @@ from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
-from env import LEARNED_SEEDS, MEDIUM_AGENT, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
+from env import LEARNED_SEEDS, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
 from model import Config, Linear, Qwen2, at_targets, use_kernels
-from support import cli, logs
+from support import cli, logs, recipes
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
     add_gradients, build_model, compute_type, epoch_order, export_model, format_plan, full_tensor, joined, load_state,
-    map_rows, num_parameters, optimizer_step, packed_rows, preset_for, rank0_broadcast, rank_and_size, row_threads,
-    save_state, shape_of)
+    map_rows, optimizer_step, packed_rows, rank0_broadcast, rank_and_size, row_threads, save_state)
 from support.files import begin_log
 from support.pool import hash_inputs, load_pool, sample_states
 from support.pretrained import find_folder
@@ -48,15 +47,6 @@ MAX_LOGP_DIFF = 1e-3        # ... within this
 ROUNDING = 1e-5             # log-probs of the same weights, computed in another order, differ by less
 EPS = 1e-4                  # is added to a standard deviation that is divided by
 VALIDATION_STATES = 16      # that --validate-every looks at
-
-SMALL = dict(advantage="rloo", states=8, samples=8, minibatches=2, lr=3e-6, kl=0.02, max_row_tokens=2048, max_batch=16,
-             save_every=5, context=MEDIUM_AGENT["context"], max_new_tokens=MEDIUM_AGENT["max_new_tokens"])
-RECIPES = {                 # --preset: what differs from the defaults, which are those of 7B
-    "tiny": dict(advantage="rloo", iterations=40, states=32, samples=8, epochs=4, minibatches=2, lr=2e-4, kl=0.1,
-                 max_row_tokens=704, max_batch=64),
-    "0.5b": SMALL,
-    "1.5b": {**SMALL, "lr": 2e-6, "max_batch": 8},
-    "7b": {}}
 
 
 @dataclass
@@ -761,23 +751,6 @@ def export_agent(actor, tokenizer, source, out):
 
 # -- As a program
 
-def fill(values):
-    """Returns what holds where nothing was typed (see cli.parse): the model's agent.json and the recipe of its size."""
-    model = values["model"]
-    if values["preset"]:
-        cli.preset(values["preset"], RECIPES)       # refuses another name
-    if model == Settings.model and not Path(model, "config.json").exists():     # nor is it asked of the hub
-        raise ValueError(f"there is no {model} to go on from; make it with: python sft.py, or give another --model")
-    folder = model if values["plan"] else find_folder(model, ("*.json",))      # --plan takes a size alone, such as 7b
-    agent = read_agent(folder)
-    num = num_parameters(shape_of(str(folder)))[-1]
-    fitting = preset_for(num)
-    preset = values["preset"] or fitting
-    source = f"{model} has {num:,} weights, which --preset {fitting} is for"
-    source = f"--preset {preset}; {source}" if values["preset"] else f"{source}; another may be typed"
-    return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RECIPES[preset]})]
-
-
 def run(cfg):
     if cfg.plan:
         print(format_plan(cfg, cfg.has_critic, reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context))
@@ -787,7 +760,7 @@ def run(cfg):
 
 
 def main(argv=None):
-    cfg = cli.parse(Settings, argv, fill)
+    cfg = cli.parse(Settings, argv, recipes.fill_rl)
     return exit_status("rl.py", partial(run, cfg), cfg.out)
 
 

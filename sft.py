@@ -27,16 +27,15 @@ import torch.distributed as dist
 import sample
 import tasks
 from env import (
-    AGENT_FORMAT, LEARNED_SEEDS, MEDIUM_AGENT, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent,
-    read_record, write_agent)
+    AGENT_FORMAT, LEARNED_SEEDS, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record,
+    write_agent)
 from model import Config, use_kernels
-from support import cli, collection, endpoint, logs, miniature
+from support import cli, collection, endpoint, logs, miniature, recipes
 from support.cli import RunError, exit_status, refuse_torchrun, run_main
 from support.conversations import named, read_conversations
 from support.distributed import (
-    add_gradients, apply_device, batch_indices, build_model, compute_type, export_model, format_plan,
-    init_distributed, joined, load_state, map_rows, num_parameters, optimizer_step, packed_rows, preset_for,
-    rank0_broadcast, row_threads, save_state, shape_of)
+    add_gradients, apply_device, batch_indices, build_model, compute_type, export_model, format_plan, init_distributed,
+    joined, load_state, map_rows, optimizer_step, packed_rows, rank0_broadcast, row_threads, save_state)
 from support.files import begin_log, folder_lock, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
@@ -44,14 +43,7 @@ from support.pretrained import find_folder, hash_checkpoint
 from support.records import end_reason, trajectory_path
 from support.storage import ResultCache
 
-
-SMALL = {**MEDIUM_AGENT, "num": 4, "steps": 9, "max_row_tokens": 2048, "batch": 16, "warmup": 4, "save_every": 20}
-RECIPES = {     # --preset: what differs from the defaults, which are the paper's figures
-    "tiny": miniature.TINY,
-    "0.5b": {"model": "Qwen/Qwen2.5-Coder-0.5B-Instruct", **SMALL},
-    "1.5b": {"model": "Qwen/Qwen2.5-Coder-1.5B-Instruct", **SMALL, "lr": 1e-5},
-    "7b": {"model": "Qwen/Qwen2.5-7B"}}
-PARALLEL = 8            # trajectories that are collected at the same time
+PARALLEL = 8                # trajectories that are collected at the same time
 VALIDATION_SHARE = 0.05     # of the examples
 
 
@@ -405,35 +397,8 @@ def run(cfg):
         fine_tune(cfg)
 
 
-def fill(values):
-    """For cli.parse: the preset, typed or chosen by the model's size or by how the program was started."""
-    if values["preset"]:
-        return [cli.preset(values["preset"], RECIPES)]
-    model = values["model"]
-    if values["collect"] or model and Path(values["trajectories"]).is_file():
-        return []
-    if model:
-        if not values["plan"] and model != "tiny":
-            model = find_folder(model, ("*.json",))
-        num = num_parameters(shape_of(str(model)))[-1]
-        preset = preset_for(num)
-        if preset not in ("0.5b", "1.5b"):      # the others are typed, or follow how the program was started
-            return []
-        why = f"{values['model']} has {num:,} weights, which --preset {preset} is for"
-    elif "TORCHELASTIC_RUN_ID" not in os.environ:       # torchrun has not started it
-        preset = "tiny"
-        why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun sft.py, or --preset 7b)"
-    elif values["device"] != "cpu" and torch.cuda.is_available():
-        preset = "7b"
-        why = "the paper's run, as torchrun started it and there is CUDA (for the miniature: python sft.py)"
-    else:
-        preset = "tiny"
-        why = "the paper in miniature on all processes, as there is no CUDA here (for Qwen2.5-7B: --preset 7b)"
-    return [(why, {"preset": preset, **RECIPES[preset]})]
-
-
 def main(argv=None):
-    cfg = cli.parse(Settings, argv, fill)
+    cfg = cli.parse(Settings, argv, recipes.fill_sft)
     folder = cfg.out
     if cfg.collect or cfg.preset:
         folder = f"{cfg.trajectories} and {cfg.out}"

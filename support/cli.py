@@ -180,13 +180,6 @@ def _as_flags(values):
     return ", ".join(words)
 
 
-def preset(name, recipes):
-    """Returns the source that `fill` gives for --preset NAME. recipes: {name: settings}."""
-    if name not in recipes:
-        raise ValueError(f"there is no --preset {name}; there is {', '.join(recipes)}")
-    return f"--preset {name}", recipes[name]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Output
 

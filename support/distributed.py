@@ -20,7 +20,6 @@ from support.sandbox import SLOTS
 
 RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
 ATTENTION_TOKENS = 65_000   # of a text whose attention takes as many operations as the rest of the 7B
-PRESETS_BELOW = {"tiny": 50e6, "0.5b": 1e9, "1.5b": 4e9, "7b": math.inf}    # weights of the models that each is for
 PROCESS_BYTES = 1 << 30     # of a process besides weights and activations: libraries, texts, allocator
 SMALL_BELOW = 50e6          # weights; the products of a smaller model are too small for several threads
 
@@ -507,6 +506,3 @@ def format_plan(cfg, critic=False, **more):
         f"On CPUs alone: {ram / 2**30:.1f} GiB of RAM, which {fits} in 24 GB"])
 
 
-def preset_for(num_weights):
-    """Returns the name of the preset for a model of so many weights."""
-    return next(name for name, below in PRESETS_BELOW.items() if num_weights < below)

@@ -24,7 +24,7 @@ from support.distributed import export_model, init_distributed  # noqa: E402
 
 import torch                                                    # noqa: E402
 from torch.distributed.tensor import DTensor                    # noqa: E402
-from support import cli, distributed
+from support import cli, distributed, recipes
 
 WIDTHS = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
 CPU = torch.device("cpu")
@@ -782,7 +782,7 @@ def test_settings_at_their_limits_are_taken():
 
 
 def test_a_preset_holds_where_no_flag_says_otherwise():
-    s = cli.parse(rl.Settings, ["--plan", "--model", "tiny", "--preset", "7b", "--kl", "0.5"], rl.fill)
+    s = cli.parse(rl.Settings, ["--plan", "--model", "tiny", "--preset", "7b", "--kl", "0.5"], recipes.fill_rl)
     assert (s.lr, s.critic_lr, s.max_batch, s.kl) == (1e-6, 1e-5, 8, 0.5)
 
 
@@ -816,7 +816,7 @@ def test_a_group_update_leaves_out_states_whose_actions_all_earned_the_same():
 def test_every_setting_is_read(name):
     """Outside the class and its checks, in the script or in what it hands its settings to: as s.NAME, or quoted."""
     read = ""
-    beside = ("cli", "collection", "distributed", "logs", "miniature")
+    beside = ("cli", "collection", "distributed", "logs", "miniature", "recipes")
     for path in [f"{name}.py", "env.py", *(f"support/{each}.py" for each in beside)]:
         source = (HERE.parent / path).read_text().splitlines()
         nodes = ast.parse("\n".join(source)).body

@@ -17,7 +17,7 @@ from model import Config, Qwen2
 from sample import Tokenizer
 from support.miniature import train_tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
-from support import cli, collection, miniature, storage
+from support import cli, collection, miniature, recipes, storage
 from support.records import restore_record
 
 
@@ -442,7 +442,7 @@ def test_the_command_says_what_it_runs_and_why(torchrun, cuda, flags, preset, sa
     if torchrun:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    cfg = cli.parse(sft.Settings, flags, sft.fill)
+    cfg = cli.parse(sft.Settings, flags, recipes.fill_sft)
     lines = capsys.readouterr().err.splitlines()
     assert cfg.preset == preset and any(re.match(said, line) for line in lines[:2])
     assert cfg.model == ("Qwen/Qwen2.5-7B" if preset == "7b" else "tiny")

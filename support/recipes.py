@@ -1,0 +1,84 @@
+"""Settings that hold where nothing was typed: --preset, and which one fits a model; for sft.py and rl.py."""
+import math, os
+from pathlib import Path
+
+import torch
+
+from env import MEDIUM_AGENT, read_agent
+from support import miniature
+from support.distributed import num_parameters, shape_of
+from support.pretrained import find_folder
+
+PRESETS_BELOW = {"tiny": 50e6, "0.5b": 1e9, "1.5b": 4e9, "7b": math.inf}    # weights of the models that each is for
+SFT_SMALL = {**MEDIUM_AGENT, "num": 4, "steps": 9, "max_row_tokens": 2048, "batch": 16, "warmup": 4, "save_every": 20}
+SFT = {     # --preset: what differs from the defaults, which are the paper's figures
+    "tiny": miniature.TINY,
+    "0.5b": {"model": "Qwen/Qwen2.5-Coder-0.5B-Instruct", **SFT_SMALL},
+    "1.5b": {"model": "Qwen/Qwen2.5-Coder-1.5B-Instruct", **SFT_SMALL, "lr": 1e-5},
+    "7b": {"model": "Qwen/Qwen2.5-7B"}}
+
+RL_SMALL = dict(advantage="rloo", states=8, samples=8, minibatches=2, lr=3e-6, kl=0.02, max_row_tokens=2048,
+                max_batch=16, save_every=5, context=MEDIUM_AGENT["context"],
+                max_new_tokens=MEDIUM_AGENT["max_new_tokens"])
+RL = {      # --preset: what differs from the defaults, which are those of 7B
+    "tiny": dict(advantage="rloo", iterations=40, states=32, samples=8, epochs=4, minibatches=2, lr=2e-4, kl=0.1,
+                 max_row_tokens=704, max_batch=64),
+    "0.5b": RL_SMALL,
+    "1.5b": {**RL_SMALL, "lr": 2e-6, "max_batch": 8},
+    "7b": {}}
+
+
+def preset_for(num_weights):
+    """Returns the name of the preset for a model of so many weights."""
+    return next(name for name, below in PRESETS_BELOW.items() if num_weights < below)
+
+
+def preset_source(name, recipes):
+    """Returns the source that `fill` gives for --preset NAME. recipes: {name: settings}."""
+    if name not in recipes:
+        raise ValueError(f"there is no --preset {name}; there is {', '.join(recipes)}")
+    return f"--preset {name}", recipes[name]
+
+
+def fill_sft(values):
+    """For cli.parse: the preset, typed or chosen by the model's size or by how the program was started."""
+    if values["preset"]:
+        return [preset_source(values["preset"], SFT)]
+    model = values["model"]
+    if values["collect"] or model and Path(values["trajectories"]).is_file():
+        return []
+    if model:
+        if not values["plan"] and model != "tiny":
+            model = find_folder(model, ("*.json",))
+        num = num_parameters(shape_of(str(model)))[-1]
+        preset = preset_for(num)
+        if preset not in ("0.5b", "1.5b"):      # the others are typed, or follow how the program was started
+            return []
+        why = f"{values['model']} has {num:,} weights, which --preset {preset} is for"
+    elif "TORCHELASTIC_RUN_ID" not in os.environ:       # torchrun has not started it
+        preset = "tiny"
+        why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun sft.py, or --preset 7b)"
+    elif values["device"] != "cpu" and torch.cuda.is_available():
+        preset = "7b"
+        why = "the paper's run, as torchrun started it and there is CUDA (for the miniature: python sft.py)"
+    else:
+        preset = "tiny"
+        why = "the paper in miniature on all processes, as there is no CUDA here (for Qwen2.5-7B: --preset 7b)"
+    return [(why, {"preset": preset, **SFT[preset]})]
+
+
+def fill_rl(values):
+    """Returns what holds where nothing was typed (see cli.parse): the model's agent.json and the recipe of its size."""
+    model = values["model"]
+    if values["preset"]:
+        preset_source(values["preset"], RL)       # refuses another name
+    if model == "runs/sft" and not Path(model, "config.json").exists():     # nor is it asked of the hub
+        raise ValueError(f"there is no {model} to go on from; make it with: python sft.py, or give another --model")
+    folder = model if values["plan"] else find_folder(model, ("*.json",))      # --plan takes a size alone, such as 7b
+    agent = read_agent(folder)
+    num = num_parameters(shape_of(str(folder)))[-1]
+    fitting = preset_for(num)
+    preset = values["preset"] or fitting
+    source = f"{model} has {num:,} weights, which --preset {fitting} is for"
+    source = f"--preset {preset}; {source}" if values["preset"] else f"{source}; another may be typed"
+    return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RL[preset]})]
