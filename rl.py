@@ -29,10 +29,10 @@ from model import Config, Linear, Qwen2, at_targets, use_kernels
 from support import cli, logs, recipes
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    add_gradients, build_model, compute_type, epoch_order, export_model, format_plan, full_tensor, joined, load_state,
-    map_rows, optimizer_step, packed_rows, rank0_broadcast, rank_and_size, row_threads, save_state)
+    add_gradients, build_model, compute_type, copy_weights, epoch_order, export_model, format_plan, gather, joined,
+    load_state, map_rows, optimizer_step, packed_rows, rank0_broadcast, rank_and_size, row_threads, save_state)
 from support.files import begin_log
-from support.pool import hash_inputs, load_pool, sample_states
+from support.pool import hash_inputs, hold_back, load_pool, sample_states
 from support.pretrained import find_folder
 from support.records import AGENT, restore_record
 from support.sandbox import SLOTS, protection
@@ -46,7 +46,6 @@ CHECK_EVERY = 8             # of so many states one is checked: the log-probs of
 MAX_LOGP_DIFF = 1e-3        # ... within this
 ROUNDING = 1e-5             # log-probs of the same weights, computed in another order, differ by less
 EPS = 1e-4                  # is added to a standard deviation that is divided by
-VALIDATION_STATES = 16      # that --validate-every looks at
 
 
 @dataclass
@@ -148,7 +147,9 @@ class RolloutWorker:
         self.pool = pool
         self.states = {name: state for states in pool.values() for name, state in states.items()}
         self.chances = {}       # name of a state -> its chance to be sampled; 0: it does not fit the context
-        self.held_back = self.hold_back()       # names of the states that validate
+        self.held_back = []     # names of the states that validate
+        if cfg.validate_every:
+            self.pool, self.held_back = hold_back(pool)
         self.cache = ResultCache(Path(cfg.trajectories, "cache"))
         self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if cfg.rollout == "step" else cfg.states * cfg.samples)
         self.options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, stop=("\nObservation:",))
@@ -169,25 +170,6 @@ class RolloutWorker:
         if not from_start:
             restore_record(env, state.head, state.steps[:state.index])
         return env, self.engine.tokenizer.chat(env.prompt())
-
-    def hold_back(self):
-        """Takes a trajectory of each task out of the pool, and returns the names of some of their states."""
-        if not self.cfg.validate_every:
-            return []
-        rng = random.Random("validation")
-        names = []
-        for task, states in sorted(self.pool.items()):
-            files = sorted({state.file for state in states.values()})
-            if len(files) > 1:
-                file = rng.choice(files)
-                trained = {name: state for name, state in states.items() if state.file != file}
-                seen = {state.contents for state in trained.values()}       # trajectories of a task begin alike
-                names += [name for name, state in states.items() if state.file == file and state.contents not in seen]
-                self.pool = {**self.pool, task: trained}
-        if not names:
-            raise ValueError("--validate-every holds back a trajectory of each task that has two, and there is none; "
-                             "collect more, or leave it out")
-        return rng.sample(names, min(VALIDATION_STATES, len(names)))
 
     def validate(self):
         """Returns the mean reward of actions in the states held back."""
@@ -306,22 +288,6 @@ def make_engine(cfg, actor, tokenizer):
         model = Qwen2.uninitialized(actor.config, actor.compute_dtype, device).requires_grad_(False)
         copy_weights(actor, model)
     return sample.Engine(model, tokenizer, cfg.max_batch, cfg.context, name=cfg.model)
-
-
-@torch.no_grad()
-def copy_weights(actor, model):
-    copies = dict(model.named_parameters())
-    for name, p in actor.named_parameters():
-        copies[name].copy_(full_tensor(p))
-
-
-def gather(values):
-    """Returns the lists of all processes joined."""
-    if not dist.is_initialized():
-        return values
-    lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, values)
-    return sum(lists, [])
 
 
 def group_rewards(transitions):

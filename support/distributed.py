@@ -87,6 +87,15 @@ def rank0_broadcast(work):
     return result
 
 
+def gather(values):
+    """Returns the lists of all processes joined."""
+    if not dist.is_initialized():
+        return values
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, values)
+    return sum(lists, [])
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()
@@ -157,6 +166,14 @@ def local_rows(x):
 def full_tensor(x):
     """Returns a tensor whole; where it is sharded, every process must call this."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def copy_weights(model, copy):
+    """Copies a model's weights to one that is not sharded. Every process must call this."""
+    copies = dict(copy.named_parameters())
+    for name, p in model.named_parameters():
+        copies[name].copy_(full_tensor(p))
 
 
 def export_model(model, tokenizer, folder):
