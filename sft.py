@@ -12,7 +12,7 @@ the model learns to have the idea itself. Held-out tasks are refused, by name an
 The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), blobs/ (the files of every state),
 ideas/TASK.json and manifest.json. A killed run goes on with the same command; a larger --num or another --task adds.
 """
-import hashlib, math, os, random, time
+import math, random, time
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -29,17 +29,17 @@ import tasks
 from env import (
     AGENT_FORMAT, LEARNED_SEEDS, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record,
     write_agent)
-from model import Config, use_kernels
+from model import use_kernels
 from support import cli, collection, endpoint, logs, miniature, recipes
 from support.cli import RunError, exit_status, refuse_torchrun, run_main
-from support.conversations import named, read_conversations
+from support.conversations import hash_examples, hold_back, named, read_conversations
 from support.distributed import (
     add_gradients, apply_device, batch_indices, build_model, compute_type, export_model, format_plan, init_distributed,
     joined, load_state, map_rows, optimizer_step, packed_rows, rank0_broadcast, row_threads, save_state)
 from support.files import begin_log, folder_lock, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
-from support.pretrained import find_folder, hash_checkpoint
+from support.pretrained import hash_checkpoint
 from support.records import end_reason, trajectory_path
 from support.storage import ResultCache
 
@@ -190,24 +190,6 @@ def build_dataset(cfg, tokenizer, log=print):
     return train, valid
 
 
-def hold_back(origins, share, seed):
-    """Returns the indices of about that share of the examples, at least one: all of some origins, as neighbouring
-    states of a trajectory are nearly alike. origins: that of each example."""
-    if len(set(origins)) == 1:
-        origins = range(len(origins))
-    wanted = max(1, round(share * len(origins)))
-    groups = defaultdict(list)
-    for i, origin in enumerate(origins):
-        groups[origin].append(i)
-    groups = list(groups.values())
-    chosen = []
-    for g in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
-        if chosen and len(chosen) + len(groups[g]) - wanted >= wanted - len(chosen):
-            break
-        chosen += groups[g]
-    return set(chosen)
-
-
 # -- Training
 
 SCHEDULE = ("batch", "max_row_tokens", "lr", "warmup", "beta2", "dtype", "kernels", "seed")   # of a run that goes on
@@ -314,31 +296,6 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     export_model(model, tokenizer, cfg.out)
 
 
-def hash_examples(*lists):
-    """Returns the sha256, shortened, of lists of examples."""
-    sha = hashlib.sha256()
-    for examples in lists:
-        for part in (len(examples), *examples):
-            sha.update(repr(part).encode())
-    return sha.hexdigest()[:16]
-
-
-def starting_point(cfg):
-    """Returns (folder, tokenizer, Config) of the model that is fine-tuned; folder is None where it is drawn."""
-    if cfg.model != "tiny":
-        folder = find_folder(cfg.model)
-        tokenizer = sample.Tokenizer.from_pretrained(folder)
-        config = Config.from_pretrained(folder)
-        tokenizer.check_fits(config, cfg.model)
-        return folder, tokenizer, config
-    config = Config.preset("tiny")
-    if cfg.prompt_format == "full":
-        return None, sample.Tokenizer.of_bytes(), config
-    rank0_broadcast(lambda: miniature.make_tokenizer(cfg))
-    tokenizer = sample.Tokenizer.from_pretrained(cfg.out)
-    return None, tokenizer, replace(config, vocab_size=tokenizer.size)
-
-
 def fine_tune(cfg):
     """Trains cfg.model on cfg.trajectories and writes cfg.out."""
     with joined(cfg, "sft.py") as (rank, world_size, device):
@@ -347,7 +304,7 @@ def fine_tune(cfg):
             rank0_broadcast(partial(collect_first, cfg))
         learned = collection.collected_format(cfg)
         cfg = replace(cfg, **learned)       # whatever was typed here: imagined states are of the same form
-        folder, tokenizer, config = starting_point(cfg)
+        folder, tokenizer, config = miniature.starting_point(cfg)
         examples, valid = build_dataset(cfg, tokenizer, log)
         num_tokens = sum(len(ids) for ids, _ in examples)
         log(f"{cfg.model}: training on {len(examples)} conversations of {num_tokens:,} tokens; {len(valid)} to "

@@ -1,6 +1,7 @@
 """What only the laptop demonstration needs, whose model has a million weights: settings, an expert and a random loop
 without a model, states that were made up, and a tokenizer of its own."""
 import difflib, json, random, string
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -11,9 +12,12 @@ import tasks
 from env import (
     MAX_LINES, NOTHING, InvalidAction, change_number, changes, constants, inverse, set_constant, short_prompt,
     shown_script, untried, without_comments)
+from model import Config
 from sample import Tokenizer, byte_alphabet
 from support.conversations import Conversation, read_conversations
+from support.distributed import rank0_broadcast
 from support.files import shorten
+from support.pretrained import find_folder
 
 SHORT_ACTIONS = ("Set Constant", "Set Constant Again", "Set Constant Inversely", "Undo Edit Script", "Execute Script")
 SCRIPTED_ACTIONS = {        # of the scripted expert
@@ -432,3 +436,19 @@ def train_tokenizer(texts, size):
         initial_alphabet=byte_alphabet(), show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     return Tokenizer(bpe, system=None)
+
+
+def starting_point(cfg):
+    """Returns (folder, tokenizer, Config) of the model that is fine-tuned; folder is None where it is drawn."""
+    if cfg.model != "tiny":
+        folder = find_folder(cfg.model)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        config = Config.from_pretrained(folder)
+        tokenizer.check_fits(config, cfg.model)
+        return folder, tokenizer, config
+    config = Config.preset("tiny")
+    if cfg.prompt_format == "full":
+        return None, Tokenizer.of_bytes(), config
+    rank0_broadcast(lambda: make_tokenizer(cfg))
+    tokenizer = Tokenizer.from_pretrained(cfg.out)
+    return None, tokenizer, replace(config, vocab_size=tokenizer.size)

@@ -363,8 +363,9 @@ def test_agent_json_says_what_was_learned_and_what_was_typed(prompt_format, own,
                  "fields": ["Thought", "Action", "Action Input"], "show_scores": False}
     (tmp_path / "manifest.json").write_text(json.dumps({"tasks": {}, "complete": True, "settings": {
         **{cli.flag_of(name): value for name, value in collected.items()}, "--steps": 9, "--context": 999}}))
-    for name, value in (("starting_point", (None, None, None)), ("build_dataset", ([], [])), ("train", None)):
-        monkeypatch.setattr(sft, name, lambda *args, value=value: value)
+    for module, name, value in ((miniature, "starting_point", (None, None, None)), (sft, "build_dataset", ([], [])),
+                                (sft, "train", None)):
+        monkeypatch.setattr(module, name, lambda *args, value=value: value)
     typed = {"context": 500, "max_new_tokens": 50, "steps": 12}
     sft.fine_tune(sft.Settings(model="tiny", prompt_format=prompt_format, trajectories=str(tmp_path),
                                out=str(tmp_path / "out"), **typed))
