@@ -31,7 +31,6 @@ from support.cli import RunError, exit_status, run_main
 from support.distributed import (
     add_gradients, build_model, compute_type, copy_weights, epoch_order, export_model, format_plan, gather, joined,
     load_state, map_rows, optimizer_step, packed_rows, rank0_broadcast, rank_and_size, row_threads, save_state)
-from support.files import begin_log
 from support.pool import hash_inputs, hold_back, load_pool, sample_states
 from support.pretrained import find_folder
 from support.records import AGENT, restore_record
@@ -654,27 +653,16 @@ def train(cfg, rank, world_size, device):
               **rank0_broadcast(lambda: hash_inputs(cfg, folder, pool))}
     state = load_state(cfg, sorted(vars(cfg).keys() - FREE), trainer.models, trainer.optimizer, origin)
     worker = RolloutWorker(cfg, make_engine(cfg, trainer.actor, tokenizer), pool)
-    first = 0
     if state:
-        first = state["step"]
         worker.chances = state["chances"]
-        if first >= cfg.iterations:
-            cli.announce(f"{cfg.out} is already trained, for {first} iterations; to begin anew give another --out")
-        else:
-            cli.announce(f"{cfg.out}: going on after iteration {first}")
+    log = logs.Log(cfg, "iteration", cfg.iterations, state, trainer.actor, trainer.threads, ["samples.jsonl"])
 
-    # 3. The iterations.
-    if rank == 0:
-        for name in ("log.jsonl", "samples.jsonl"):
-            begin_log(Path(cfg.out, name), state)
-    peak = logs.peak_flops(device, trainer.actor.compute_dtype, trainer.threads)
-    # Counted in forward passes. Log-probs of the sampler itself take none.
+    # 3. The iterations. Operations are counted in forward passes; log-probs of the sampler itself take none.
     passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)
     passes -= worker.samples_from(trainer.actor)
-    began = time.monotonic()
-    if cfg.export_every and first == 0:
+    if cfg.export_every and log.first == 0:
         export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", "000000"))
-    for iteration in range(first, cfg.iterations):
+    for iteration in range(log.first, cfg.iterations):
         start = time.monotonic()
         try:
             transitions, stats = iterate(cfg, worker, trainer, iteration)
@@ -688,13 +676,12 @@ def train(cfg, rank, world_size, device):
         update_s = seconds - stats["sample_s"] - stats["execute_s"] - stats["logprobs_s"]
         examples = [transition.example for transition in transitions]
         rows = packed_rows(examples, range(len(examples)), 0, 1, cfg.max_row_tokens)
-        flops = logs.flops_of(config, rows) / 3 * passes / world_size
-        compute_s = stats["logprobs_s"] + update_s
+        flops = logs.flops_of(config, rows) / 3 * passes
         stats |= {"iteration": iteration + 1, "update_s": update_s, "seconds": seconds,
-                  "elapsed_s": time.monotonic() - began, "mfu": flops / compute_s / peak if peak else None,
-                  "peak_gib": logs.peak_memory(device) / 2**30}
+                  "elapsed_s": time.monotonic() - log.began, **log.work(flops, stats["logprobs_s"] + update_s)}
+        log.write(stats, logs.SHOWN)
         if rank == 0:
-            logs.log_iteration(cfg, stats, transitions)
+            logs.write_samples(cfg, iteration + 1, transitions)
         if cfg.export_every and (iteration + 1) % cfg.export_every == 0:    # before the checkpoint, so none is missed
             export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", f"{iteration + 1:06d}"))
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:

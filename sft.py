@@ -36,7 +36,7 @@ from support.conversations import hash_examples, hold_back, named, read_conversa
 from support.distributed import (
     add_gradients, apply_device, batch_indices, build_model, compute_type, export_model, format_plan, init_distributed,
     joined, load_state, map_rows, optimizer_step, packed_rows, rank0_broadcast, row_threads, save_state)
-from support.files import begin_log, folder_lock, write_atomic
+from support.files import folder_lock, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
 from support.pretrained import hash_checkpoint
@@ -237,17 +237,11 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     origin |= rank0_broadcast(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
                                        "texts of sha256": hash_examples(examples, valid)})
     state = load_state(cfg, SCHEDULE, model, optimizer, origin)
-    first = state["step"] if state else 0
-    if first >= num_updates and rank == 0:
-        print(f"{cfg.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
-    if rank == 0:
-        begin_log(Path(cfg.out, "log.jsonl"), state)
     threads = row_threads(config, device)
     valid_rows = packed_rows(valid, range(len(valid)), rank, world_size, cfg.max_row_tokens)
-    peak = logs.peak_flops(device, model.compute_dtype, threads)
-    began = time.monotonic()
+    log = logs.Log(cfg, "step", num_updates, state, model, threads)
 
-    for step in range(first, num_updates):
+    for step in range(log.first, num_updates):
         start = time.monotonic()
 
         # 1. The examples of this step, and of them the packed rows of this process.
@@ -280,15 +274,12 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         num_tokens = sum(len(examples[i][0]) - 1 for i in batch)
         loss, flops = totals.tolist()
         figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
-                   "mfu": flops / world_size / seconds / peak if peak else None,
-                   "peak_gib": logs.peak_memory(device) / 2**30, "seconds": seconds}
+                   **log.work(flops, seconds), "seconds": seconds}
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
             figures["valid_loss"], figures["valid_accuracy"] = validate(
                 model, valid_rows, world_size, device, tokenizer.size, threads)
-        if rank == 0:
-            left_s = (time.monotonic() - began) / (step + 1 - first) * (num_updates - step - 1)
-            logs.log_step(cfg, figures, num_updates, left_s)
+        log.write(figures)
 
         # 5. The checkpoint.
         if is_saved:

@@ -1,6 +1,6 @@
 """What the logs of training say (docs/logs.md): a step of sft.py, an iteration of rl.py and its actions, and what these
 take of time, memory and operations."""
-import ctypes, json, resource, timeit
+import ctypes, json, resource, time, timeit
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -10,22 +10,60 @@ import torch
 
 from model import IGNORE, as_trees
 from reward import KINDS
-from support.distributed import num_parameters
+from support.distributed import num_parameters, rank_and_size
+from support.files import begin_log
 from support.sandbox import SLOTS
+
+
+# The figures of an iteration of rl.py that are printed.
+SHOWN = ("reward", "reward_edits", "valid", "kl", "entropy", "clip_fraction", "explained_variance", "logp_diff_max",
+         "sample_s", "execute_s", "logprobs_s", "update_s")
+
+
+class Log:
+    """The log.jsonl of a run, which is begun, or goes on from a state (see load_state) until step `last`. unit: what a
+    step is called. model: which is trained. threads: of row_threads."""
+
+    def __init__(self, cfg, unit, last, state, model, threads, others=()):
+        """others: names of more files of JSON lines that go on with it."""
+        self.out = cfg.out
+        self.unit = unit
+        self.last = last
+        self.first = state["step"] if state else 0
+        self.is_writer = rank_and_size()[0] == 0
+        if self.is_writer:
+            if self.first >= last:
+                print(f"{cfg.out} is already trained, for {self.first} {unit}s; to begin anew give another --out")
+            elif state:
+                print(f"{cfg.out}: going on after {unit} {self.first}", flush=True)
+            for name in ("log.jsonl", *others):
+                begin_log(Path(cfg.out, name), state)
+        self.device = next(model.parameters()).device
+        self.peak = peak_flops(self.device, model.compute_dtype, threads)
+        self.began = time.monotonic()
+
+    def work(self, flops, seconds):
+        """Returns the share of the peak that these operations, of all processes, have reached, and the memory."""
+        mfu = flops / rank_and_size()[1] / seconds / self.peak if self.peak else None
+        return {"mfu": mfu, "peak_gib": peak_memory(self.device) / 2**30}
+
+    def write(self, figures, shown=None):
+        """Appends the figures of a step, and about a hundred times in a run prints them, or those that are `shown`."""
+        if not self.is_writer:
+            return
+        append_lines(Path(self.out, "log.jsonl"), [figures])
+        step = figures[self.unit]
+        if "valid_loss" in figures or step % max(1, self.last // 100) == 0:
+            left_s = (time.monotonic() - self.began) / (step - self.first) * (self.last - step)
+            texts = [f"{name} {figures[name]:.4g}" for name in shown or figures
+                     if name != self.unit and figures.get(name) is not None]
+            print(f"{self.unit} {step}/{self.last}", *texts, f"ETA {timedelta(seconds=int(left_s))}", sep="  ",
+                  flush=True)
 
 
 def append_lines(path, values):
     with open(path, "a") as file:
         file.writelines(json.dumps(value) + "\n" for value in values)
-
-
-def log_step(cfg, figures, num_updates, left_s):
-    """Writes the figures of a step to log.jsonl, and about a hundred times in a run prints them."""
-    append_lines(Path(cfg.out, "log.jsonl"), [figures])
-    if "valid_loss" in figures or figures["step"] % max(1, num_updates // 100) == 0:
-        texts = [f"{name} {value:.4g}" for name, value in figures.items() if name != "step" and value is not None]
-        print(f"step {figures['step']}/{num_updates}  {'  '.join(texts)}  ETA {timedelta(seconds=int(left_s))}",
-              flush=True)
 
 
 def action_stats(cfg, transitions, rewards_of_groups, logp_old, logp_ref, logp_diff):
@@ -57,19 +95,12 @@ def action_stats(cfg, transitions, rewards_of_groups, logp_old, logp_ref, logp_d
     return stats
 
 
-def log_iteration(cfg, stats, transitions):
-    """Writes an iteration's statistics to log.jsonl and its actions to samples.jsonl, and prints a line."""
-    append_lines(Path(cfg.out, "log.jsonl"), [stats])
+def write_samples(cfg, iteration, transitions):
+    """Appends the actions of an iteration to samples.jsonl."""
     append_lines(Path(cfg.out, "samples.jsonl"), [
-        {"iteration": stats["iteration"], "state": transition.state, "reply": transition.step["reply"],
+        {"iteration": iteration, "state": transition.state, "reply": transition.step["reply"],
          "kind": transition.step["kind"], "reward": transition.reward, "advantage": transition.advantage}
         for transition in transitions])
-    names = ("reward", "reward_edits", "valid", "kl", "entropy", "clip_fraction", "explained_variance", "logp_diff_max")
-    numbers = [f"{name} {stats[name]:.3g}" for name in names if stats.get(name) is not None]
-    left = timedelta(seconds=int(stats["seconds"] * (cfg.iterations - stats["iteration"])))
-    seconds = " + ".join(f"{stats[name]:.1f}" for name in ("sample_s", "execute_s", "logprobs_s", "update_s"))
-    print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{seconds} s", f"ETA {left}", sep="  ",
-          flush=True)
 
 
 def peak_memory(device):
