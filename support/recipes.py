@@ -28,33 +28,36 @@ RL = {      # --preset: what differs from the defaults, which are those of 7B
     "7b": {}}
 
 
-def preset_for(num_weights):
-    """Returns the name of the preset for a model of so many weights."""
-    return next(name for name, below in PRESETS_BELOW.items() if num_weights < below)
+def check_preset(name):
+    if name and name not in PRESETS_BELOW:
+        raise ValueError(f"there is no --preset {name}; there is {', '.join(PRESETS_BELOW)}")
 
 
-def preset_source(name, recipes):
-    """Returns the source that `fill` gives for --preset NAME. recipes: {name: settings}."""
-    if name not in recipes:
-        raise ValueError(f"there is no --preset {name}; there is {', '.join(recipes)}")
-    return f"--preset {name}", recipes[name]
+def folder_of(values):
+    """Returns the folder with the config of --model; for --plan --model itself, which may be a size alone, as 7b."""
+    model = values["model"]
+    return model if values["plan"] else find_folder(model, ("*.json",))
+
+
+def fitting_preset(model, folder):
+    """Returns the preset for a model's number of weights, and a sentence that says so."""
+    num = num_parameters(shape_of(str(folder)))[-1]
+    preset = next(name for name, below in PRESETS_BELOW.items() if num < below)
+    return preset, f"{model} has {num:,} weights, which --preset {preset} is for"
 
 
 def fill_sft(values):
     """For cli.parse: the preset, typed or chosen by the model's size or by how the program was started."""
+    check_preset(values["preset"])
     if values["preset"]:
-        return [preset_source(values["preset"], SFT)]
-    model = values["model"]
-    if values["collect"] or model and Path(values["trajectories"]).is_file():
+        return [(f"--preset {values['preset']}", SFT[values["preset"]])]
+    is_file = Path(values["trajectories"]).is_file()        # of one's own, which is not cut to a preset's lengths
+    if values["collect"] or values["model"] == "tiny" or values["model"] and is_file:
         return []
-    if model:
-        if not values["plan"] and model != "tiny":
-            model = find_folder(model, ("*.json",))
-        num = num_parameters(shape_of(str(model)))[-1]
-        preset = preset_for(num)
+    if values["model"]:
+        preset, why = fitting_preset(values["model"], folder_of(values))
         if preset not in ("0.5b", "1.5b"):      # the others are typed, or follow how the program was started
             return []
-        why = f"{values['model']} has {num:,} weights, which --preset {preset} is for"
     elif "TORCHELASTIC_RUN_ID" not in os.environ:       # torchrun has not started it
         preset = "tiny"
         why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun sft.py, or --preset 7b)"
@@ -70,15 +73,12 @@ def fill_sft(values):
 def fill_rl(values):
     """Returns what holds where nothing was typed (see cli.parse): the model's agent.json and the recipe of its size."""
     model = values["model"]
-    if values["preset"]:
-        preset_source(values["preset"], RL)       # refuses another name
+    preset = values["preset"]
+    check_preset(preset)
     if model == "runs/sft" and not Path(model, "config.json").exists():     # nor is it asked of the hub
         raise ValueError(f"there is no {model} to go on from; make it with: python sft.py, or give another --model")
-    folder = model if values["plan"] else find_folder(model, ("*.json",))      # --plan takes a size alone, such as 7b
-    agent = read_agent(folder)
-    num = num_parameters(shape_of(str(folder)))[-1]
-    fitting = preset_for(num)
-    preset = values["preset"] or fitting
-    source = f"{model} has {num:,} weights, which --preset {fitting} is for"
-    source = f"--preset {preset}; {source}" if values["preset"] else f"{source}; another may be typed"
-    return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RL[preset]})]
+    folder = folder_of(values)
+    fitting, why = fitting_preset(model, folder)
+    source = f"--preset {preset}; {why}" if preset else f"{why}; another may be typed"
+    preset = preset or fitting
+    return [(f"{model}/agent.json", read_agent(folder)), (source, {"preset": preset, **RL[preset]})]
