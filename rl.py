@@ -85,12 +85,8 @@ class Settings(cli.TaskSettings):
                           dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches",
                            "temperature", "max_batch", "max_row_tokens", "save_every", "gpus")
-        for name in ("validate_every", "export_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{cli.flag_of(name)} must be at least 0, found {getattr(self, name)}")
-        for name in ("lr", "critic_lr", "clip_low", "clip_high", "kl", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{cli.flag_of(name)} must be from 0 to 1, found {getattr(self, name)}")
+        cli.check_range(self, math.inf, "validate_every", "export_every")
+        cli.check_range(self, 1, "lr", "critic_lr", "clip_low", "clip_high", "kl", "lam")
         if self.context <= self.max_new_tokens:
             raise ValueError(f"--context must be above --max-new-tokens {self.max_new_tokens}, found {self.context}")
         if self.minibatches > self.states:

@@ -80,9 +80,7 @@ class Settings(AgentSettings):
         if not self.collect:        # an expert may compute in float64
             cli.check_choices(self, dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "gpus", "epochs", "updates", "batch", "max_row_tokens", "lr", "save_every", "num")
-        for name in ("warmup", "ideas", "temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must be at least 0, found {getattr(self, name)}")
+        cli.check_range(self, math.inf, "warmup", "ideas", "temperature")
         if endpoint.is_server(self.expert):
             endpoint.address(self.expert)
         if self.model and not self.preset and (self.collect or self.expert != "scripted"):

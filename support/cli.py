@@ -79,6 +79,15 @@ def check_positive(cfg, *names):
             raise ValueError(f"{flag_of(name)} must be above 0, found {value}")
 
 
+def check_range(cfg, most, *names):
+    """Raises ValueError for a setting that is not a finite number from 0 to `most`."""
+    expected = "at least 0" if most == math.inf else f"from 0 to {most}"
+    for name in names:
+        value = getattr(cfg, name)
+        if not 0 <= value <= most or value == math.inf:
+            raise ValueError(f"{flag_of(name)} must be {expected}, found {value}")
+
+
 def parse(cls, argv=None, fill=None):
     """Returns an instance of the dataclass `cls`, filled from argv, by default the program's command line.
 
