@@ -169,8 +169,7 @@ class RolloutWorker:
     def validate(self):
         """Returns the mean reward of actions in the states held back."""
         self.held_back = [name for name in self.held_back if self.fits(name)]
-        futures = self.submit_actions(self.own_starts(self.held_back), "validation")
-        transitions = gather([future.result() for future in futures])
+        transitions = results_of(self.submit_actions(self.own_starts(self.held_back), "validation"))
         self.engine.refresh()       # else the next iteration would sample otherwise than after a resume
         return fmean(transition.reward for transition in transitions) if transitions else None
 
@@ -198,7 +197,7 @@ class RolloutWorker:
     def run(self, names, iteration):
         """Returns the Transitions of all processes, in the order of the states `names`, and statistics of the work.
         RunError: the weights are not finite."""
-        before = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
+        before = self.counts()
         began = time.monotonic()
         starts = self.own_starts(names)
         if self.cfg.rollout == "episode":
@@ -207,27 +206,20 @@ class RolloutWorker:
         else:
             futures = self.submit_actions(starts, iteration)
         sampled = time.monotonic()
-        own = [future.result() for future in futures]
-        if self.cfg.rollout == "episode":
-            own = [transition for episode in own for transition in episode]
-        transitions = gather(own)
+        transitions = results_of(futures)
         executed = time.monotonic()
         if not self.cfg.has_critic:     # prefer states whose actions earned different rewards
             rewards = group_rewards(transitions)
             for transition in transitions:
                 self.chances[transition.state] = 0.1 + 2 * pstdev(rewards[transition.group])
-        after = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
-        counts = sum(gather([after - before]), Counter())
-        return transitions, {
-            "left_out": sum(chance == 0 for chance in self.chances.values()), "runs": counts["runs"],
-            "sampled_tokens": counts["sampled_tokens"],
-            "cache_hits": counts["hits"] / max(1, counts["hits"] + counts["runs"]),
-            "sample_s": sampled - began, "execute_s": executed - sampled,
-            "sampled_tokens_s": counts["sampled_tokens"] / (executed - began)}
+        counts = sum(gather([self.counts() - before]), Counter())
+        return transitions, logs.rollout_stats(counts, self.chances, sampled - began, executed - sampled)
+
+    def counts(self):
+        return Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
 
     def submit_actions(self, starts, iteration):
-        """Samples actions in these states, has each carried out at once, and returns the futures of the Transitions in
-        order."""
+        """Samples actions in these states, has each carried out at once, and returns the futures in order."""
         futures = {}
 
         def on_reply(i, j, reply):
@@ -240,8 +232,9 @@ class RolloutWorker:
         return [futures[key] for key in sorted(futures)]
 
     def execute_action(self, name, group, number, reply):
+        """Returns [the Transition] of an action in a state."""
         env, prompt = self.begin(name)
-        return self.act(env, prompt, reply, name, group, number)
+        return [self.act(env, prompt, reply, name, group, number)]
 
     def act(self, env, prompt, reply, name, group, number):
         """Carries an action out and returns its Transition."""
@@ -283,6 +276,11 @@ def make_engine(cfg, actor, tokenizer):
         model = Qwen2.uninitialized(actor.config, actor.compute_dtype, device).requires_grad_(False)
         copy_weights(actor, model)
     return sample.Engine(model, tokenizer, cfg.max_batch, cfg.context, name=cfg.model)
+
+
+def results_of(futures):
+    """Returns the Transitions of all processes. futures: of lists of Transitions, of this process."""
+    return gather([transition for future in futures for transition in future.result()])
 
 
 def group_rewards(transitions):

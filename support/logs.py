@@ -66,6 +66,16 @@ def append_lines(path, values):
         file.writelines(json.dumps(value) + "\n" for value in values)
 
 
+def rollout_stats(counts, chances, sample_s, execute_s):
+    """Returns {name: number} about the work of a rollout. counts: of runs, hits of the cache and sampled tokens, of
+    all processes. chances: of the states, see RolloutWorker."""
+    return {"left_out": sum(chance == 0 for chance in chances.values()), "runs": counts["runs"],
+            "sampled_tokens": counts["sampled_tokens"],
+            "cache_hits": counts["hits"] / max(1, counts["hits"] + counts["runs"]),
+            "sample_s": sample_s, "execute_s": execute_s,
+            "sampled_tokens_s": counts["sampled_tokens"] / (sample_s + execute_s)}
+
+
 def action_stats(cfg, transitions, rewards_of_groups, logp_old, logp_ref, logp_diff):
     """Returns {name: number} about an iteration's actions. The log-probs are those of the actions learned from. To log
     something else, add a line such as "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step
