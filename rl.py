@@ -651,11 +651,18 @@ def train(cfg, rank, world_size, device):
         worker.chances = state["chances"]
     log = logs.Log(cfg, "iteration", cfg.iterations, state, trainer.actor, trainer.threads, ["samples.jsonl"])
 
+    agent = read_agent(folder)
+
+    def export(out):
+        export_model(trainer.actor, tokenizer, out)
+        if rank == 0 and agent:
+            write_agent(out, agent)
+
     # 3. The iterations. Operations are counted in forward passes; log-probs of the sampler itself take none.
     passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)
     passes -= worker.samples_from(trainer.actor)
     if cfg.export_every and log.first == 0:
-        export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", "000000"))
+        export(Path(cfg.out, "exports", "000000"))
     for iteration in range(log.first, cfg.iterations):
         start = time.monotonic()
         try:
@@ -677,23 +684,16 @@ def train(cfg, rank, world_size, device):
         if rank == 0:
             logs.write_samples(cfg, iteration + 1, transitions)
         if cfg.export_every and (iteration + 1) % cfg.export_every == 0:    # before the checkpoint, so none is missed
-            export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", f"{iteration + 1:06d}"))
+            export(Path(cfg.out, "exports", f"{iteration + 1:06d}"))
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
             save_state(cfg, iteration + 1, trainer.models, trainer.optimizer, origin, chances=worker.chances)
 
     # 4. The actor as a Hugging Face folder.
-    export_agent(trainer.actor, tokenizer, folder, cfg.out)
+    export(cfg.out)
     if rank == 0:
         print(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
         if cfg.preset == "tiny":
             print("\nNext: python eval.py")
-
-
-def export_agent(actor, tokenizer, source, out):
-    """Writes the actor as a Hugging Face folder, with agent.json of `source`. Every process must call this."""
-    export_model(actor, tokenizer, out)
-    if rank_and_size()[0] == 0 and (agent := read_agent(source)):
-        write_agent(out, agent)
 
 
 # -- As a program
