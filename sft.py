@@ -26,9 +26,7 @@ import torch.distributed as dist
 
 import sample
 import tasks
-from env import (
-    AGENT_FORMAT, LEARNED_SEEDS, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, read_record,
-    write_agent)
+from env import LEARNED_SEEDS, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_record, write_agent
 from model import use_kernels
 from support import cli, collection, endpoint, logs, miniature, recipes
 from support.cli import RunError, exit_status, refuse_torchrun, run_main
@@ -299,12 +297,7 @@ def fine_tune(cfg):
         log(f"{cfg.model}: training on {len(examples)} conversations of {num_tokens:,} tokens; {len(valid)} to "
             f"validate; {world_size} processes, {device}")
         train(cfg, examples, valid, tokenizer, config, folder)
-        agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
-        if cfg.prompt_format != "full":
-            agent = {name: getattr(cfg, name) for name in AGENT_FORMAT}
-        elif learned and agent.get("prompt_format") != "full":      # its lengths are of other prompts
-            agent = {}
-        agent |= learned
+        agent = collection.agent_of(cfg, learned, folder)       # eval.py and rl.py read it
         if rank == 0 and agent:
             write_agent(cfg.out, agent)
         log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")

@@ -3,7 +3,7 @@ from collections import Counter
 from pathlib import Path
 
 import tasks
-from env import AGENT_FORMAT, read_record
+from env import AGENT_FORMAT, read_agent, read_record
 from support.cli import flag_of, format_table
 from support.distributed import check_same
 from support.files import FLAG, TEXT, VALUE, hash_json, parse_json, read_bytes
@@ -87,6 +87,17 @@ def collected_format(cfg):
         if value is not None:
             learned[name] = tuple(value) if isinstance(value, list) else value      # as a program's settings have it
     return learned
+
+
+def agent_of(cfg, learned, folder):
+    """Returns how the agent of a fine-tuned model acts, for its agent.json. learned: see collected_format. folder: of the
+    model that training began with, or None."""
+    agent = read_agent(folder) if folder else {}
+    if cfg.prompt_format != "full":
+        agent = {name: getattr(cfg, name) for name in AGENT_FORMAT}
+    elif learned and agent.get("prompt_format") != "full":      # its lengths are of other prompts
+        agent = {}
+    return agent | learned
 
 
 def is_collected(path):
