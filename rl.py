@@ -442,6 +442,7 @@ class PPOTrainer:
         self.num_token_ids = num_token_ids
         self.device = device
         self.threads = row_threads(config, device)
+        self.flops = 0      # operations of this process, for the log
         build = partial(build_model, config, folder, device, cfg.seed, compute=compute_type(cfg.dtype, device, config),
                         kernels=cfg.kernels)
         self.actor = build()
@@ -473,6 +474,7 @@ class PPOTrainer:
     def per_token(self, examples, forward, indices=None):
         """Returns forward(inputs) per token, of the examples `indices`, by default all."""
         rows = self.packed_rows(examples, range(len(examples)) if indices is None else indices)
+        self.flops += logs.flops_of(self.actor.config, rows) / 3       # forward alone
         outputs = map_rows(lambda row: forward(row.inputs(self.device)).float().cpu(), rows, self.threads)
         results = []
         for row, output in zip(rows, outputs):
@@ -511,7 +513,9 @@ class PPOTrainer:
                 loss, statistics = loss_of(row, num_tokens)
                 return loss * rank_and_size()[1], statistics.detach()       # gradients are averaged over processes
 
-            sums = sums + add_gradients(model, self.packed_rows(examples, batch), scaled_loss, self.threads).double()
+            rows = self.packed_rows(examples, batch)
+            self.flops += logs.flops_of(self.actor.config, rows)
+            sums = sums + add_gradients(model, rows, scaled_loss, self.threads).double()
             norms.append(optimizer_step(model, self.optimizer))
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -658,9 +662,7 @@ def train(cfg, rank, world_size, device):
         if rank == 0 and agent:
             write_agent(out, agent)
 
-    # 3. The iterations. Operations are counted in forward passes; log-probs of the sampler itself take none.
-    passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)
-    passes -= worker.samples_from(trainer.actor)
+    # 3. The iterations.
     if cfg.export_every and log.first == 0:
         export(Path(cfg.out, "exports", "000000"))
     for iteration in range(log.first, cfg.iterations):
@@ -675,14 +677,11 @@ def train(cfg, rank, world_size, device):
             raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}. The checkpoints in {cfg.out} are from "
                            "before") from None
         update_s = seconds - stats["sample_s"] - stats["execute_s"] - stats["logprobs_s"]
-        examples = [transition.example for transition in transitions]
-        rows = packed_rows(examples, range(len(examples)), 0, 1, cfg.max_row_tokens)
-        flops = logs.flops_of(config, rows) / 3 * passes
         stats |= {"iteration": iteration + 1, "update_s": update_s, "seconds": seconds,
-                  "elapsed_s": time.monotonic() - log.began, **log.work(flops, stats["logprobs_s"] + update_s)}
+                  "elapsed_s": time.monotonic() - log.began, **log.work(trainer.flops, stats["logprobs_s"] + update_s)}
+        trainer.flops = 0
         log.write(stats, logs.SHOWN)
-        if rank == 0:
-            logs.write_samples(cfg, iteration + 1, transitions)
+        log.write_samples(iteration + 1, transitions)
         if cfg.export_every and (iteration + 1) % cfg.export_every == 0:    # before the checkpoint, so none is missed
             export(Path(cfg.out, "exports", f"{iteration + 1:06d}"))
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:

@@ -247,10 +247,9 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         # 2. Forward and backward.
         num_targets = sum(sum(examples[i][1]) for i in batch)
         loss_part = nll_gradients(model, rows, num_targets, world_size, device, tokenizer.size, threads)
-        totals = torch.tensor([0, logs.flops_of(config, rows)], dtype=torch.float64, device=device)
-        totals[0] += loss_part
+        loss = loss_part.double()
         if world_size > 1:
-            dist.all_reduce(totals)
+            dist.all_reduce(loss)
 
         # 3. The update.
         lr = cosine(step, num_updates, cfg.lr) * min(1.0, (step + 1) / (cfg.warmup or 1))
@@ -268,9 +267,8 @@ def train(cfg, examples, valid, tokenizer, config, folder):
 
         # 4. The log, with a validation where a checkpoint follows.
         num_tokens = sum(len(examples[i][0]) - 1 for i in batch)
-        loss, flops = totals.tolist()
-        figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
-                   **log.work(flops, seconds), "seconds": seconds}
+        figures = {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
+                   **log.work(logs.flops_of(config, rows), seconds), "seconds": seconds}
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
             figures["valid_loss"], figures["valid_accuracy"] = validate(

@@ -90,8 +90,8 @@ def collected_format(cfg):
 
 
 def agent_of(cfg, learned, folder):
-    """Returns how the agent of a fine-tuned model acts, for its agent.json. learned: see collected_format. folder: of the
-    model that training began with, or None."""
+    """Returns how the agent of a fine-tuned model acts, for its agent.json. learned: see collected_format. folder: of
+    the model that training began with, or None."""
     agent = read_agent(folder) if folder else {}
     if cfg.prompt_format != "full":
         agent = {name: getattr(cfg, name) for name in AGENT_FORMAT}

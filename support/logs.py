@@ -43,8 +43,8 @@ class Log:
         self.began = time.monotonic()
 
     def work(self, flops, seconds):
-        """Returns the share of the peak that these operations, of all processes, have reached, and the memory."""
-        mfu = flops / rank_and_size()[1] / seconds / self.peak if self.peak else None
+        """Returns the share of the peak that these operations of this process have reached, and its memory."""
+        mfu = flops / seconds / self.peak if self.peak else None
         return {"mfu": mfu, "peak_gib": peak_memory(self.device) / 2**30}
 
     def write(self, figures, shown=None):
@@ -59,6 +59,14 @@ class Log:
                      if name != self.unit and figures.get(name) is not None]
             print(f"{self.unit} {step}/{self.last}", *texts, f"ETA {timedelta(seconds=int(left_s))}", sep="  ",
                   flush=True)
+
+    def write_samples(self, iteration, transitions):
+        """Appends the actions of an iteration to samples.jsonl."""
+        if self.is_writer:
+            append_lines(Path(self.out, "samples.jsonl"), [
+                {"iteration": iteration, "state": transition.state, "reply": transition.step["reply"],
+                 "kind": transition.step["kind"], "reward": transition.reward, "advantage": transition.advantage}
+                for transition in transitions])
 
 
 def append_lines(path, values):
@@ -103,14 +111,6 @@ def action_stats(cfg, transitions, rewards_of_groups, logp_old, logp_ref, logp_d
         diff = (torch.cat(logp_ref) - logp_old).clamp(-10, 10)
         stats |= {"kl": -diff.mean().item(), "kl_k3": (diff.exp() - 1 - diff).mean().item()}
     return stats
-
-
-def write_samples(cfg, iteration, transitions):
-    """Appends the actions of an iteration to samples.jsonl."""
-    append_lines(Path(cfg.out, "samples.jsonl"), [
-        {"iteration": iteration, "state": transition.state, "reply": transition.step["reply"],
-         "kind": transition.step["kind"], "reward": transition.reward, "advantage": transition.advantage}
-        for transition in transitions])
 
 
 def peak_memory(device):
