@@ -20,13 +20,12 @@ import support  # noqa: F401  before torch
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
 import sample
 import tasks
 from env import LEARNED_SEEDS, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
 from model import Config, Linear, Qwen2, at_targets, use_kernels
-from support import cli, logs, recipes
+from support import cli, logs, recipes, sampling
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
     add_gradients, build_model, compute_type, copy_weights, epoch_order, export_model, format_plan, gather, joined,
@@ -41,8 +40,6 @@ DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (a
 VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
 TIS_CAP = 2.0               # cap of a token's weight pi_old / pi_sampler (arXiv 2510.26788)
 WARM_UP_STEPS = 4           # of the critic alone, before the first update: its head begins at zero
-CHECK_EVERY = 8             # of so many states one is checked: the log-probs of sampler and trainer must agree ...
-MAX_LOGP_DIFF = 1e-3        # ... within this
 ROUNDING = 1e-5             # log-probs of the same weights, computed in another order, differ by less
 EPS = 1e-4                  # is added to a standard deviation that is divided by
 
@@ -266,16 +263,6 @@ class RolloutWorker:
         if not self.samples_from(actor):
             copy_weights(actor, self.engine.model)
         self.engine.refresh()
-
-
-def make_engine(cfg, actor, tokenizer):
-    """Returns an Engine of the actor, or of a copy where it is sharded or does not compute in its weights' dtype."""
-    model = actor
-    if any(isinstance(p, DTensor) or p.dtype is not actor.compute_dtype for p in actor.parameters()):
-        device = next(actor.parameters()).device
-        model = Qwen2.uninitialized(actor.config, actor.compute_dtype, device).requires_grad_(False)
-        copy_weights(actor, model)
-    return sample.Engine(model, tokenizer, cfg.max_batch, cfg.context, name=cfg.model)
 
 
 def results_of(futures):
@@ -579,7 +566,7 @@ def iterate(cfg, worker, trainer, iteration):
 
     # 3. Log-probs of the actor before the update and of the reference; the critic's values.
     began = time.monotonic()
-    logp_old, logp_diff = old_logprobs(worker, trainer, learned, examples, logp_sampler, iteration)
+    logp_old, logp_diff = sampling.old_logprobs(worker, trainer, learned, examples, logp_sampler, iteration)
     logp_ref = None
     if trainer.reference:       # a difference within rounding is none: where all rewards are equal it would be whitened
         logp_ref = [torch.where((ref - old).abs() < ROUNDING, old, ref)
@@ -615,23 +602,6 @@ def iterate(cfg, worker, trainer, iteration):
     return transitions, stats
 
 
-def old_logprobs(worker, trainer, transitions, examples, logp_sampler, iteration):
-    """Returns the actor's log-probs of the examples before the update, per token, and how far those of the sampler are
-    from the trainer's, (N,). Where the sampler is the actor itself, its log-probs are the old ones, and a share of the
-    states is checked. RunError: they differ."""
-    if not worker.samples_from(trainer.actor):
-        logp_old = trainer.logprobs(trainer.actor, examples)
-        return logp_old, (torch.cat(logp_old) - torch.cat(logp_sampler)).abs()
-    checked = [i for i, transition in enumerate(transitions) if (transition.group - iteration) % CHECK_EVERY == 0]
-    checked = checked or range(len(examples))
-    logp = trainer.logprobs(trainer.actor, examples, checked)
-    diff = (torch.cat(logp) - torch.cat([logp_sampler[i] for i in checked])).abs()
-    if not diff.max() < MAX_LOGP_DIFF:
-        raise RunError(f"log-probs of the sampler and of the trainer differ by {diff.max():.2g}, though their weights "
-                       "are the same")
-    return logp_sampler, diff
-
-
 def train(cfg, rank, world_size, device):
     # 1. What is trained, and on what.
     tasks.refuse_held_out_names(tasks.names(cfg.task))
@@ -650,7 +620,7 @@ def train(cfg, rank, world_size, device):
     origin = {"products in": f"{trainer.actor.compute_dtype} on {device.type}".removeprefix("torch."),
               **rank0_broadcast(lambda: hash_inputs(cfg, folder, pool))}
     state = load_state(cfg, sorted(vars(cfg).keys() - FREE), trainer.models, trainer.optimizer, origin)
-    worker = RolloutWorker(cfg, make_engine(cfg, trainer.actor, tokenizer), pool)
+    worker = RolloutWorker(cfg, sampling.make_engine(cfg, trainer.actor, tokenizer), pool)
     if state:
         worker.chances = state["chances"]
     log = logs.Log(cfg, "iteration", cfg.iterations, state, trainer.actor, trainer.threads, ["samples.jsonl"])

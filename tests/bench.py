@@ -42,7 +42,7 @@ import torch
 
 import model
 from model import IGNORE, Config, LinearLogProb, find_folder, rotary
-from support import cpu_linear, distributed, logs
+from support import cpu_linear, distributed, logs, sampling
 
 try:
     import transformers
@@ -634,7 +634,7 @@ def busy(s):
     cfg = rl.Settings(advantage="rloo", samples=8, epochs=2, minibatches=4, max_row_tokens=704,
                       max_batch=64, context=256, max_new_tokens=64)
     trainer = rl.PPOTrainer(cfg, Config.preset("tiny"), None, 259, torch.device("cpu"))
-    engine = rl.make_engine(cfg, trainer.actor, sample.Tokenizer.of_bytes())
+    engine = sampling.make_engine(cfg, trainer.actor, sample.Tokenizer.of_bytes())
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(250, (116,), generator=g).tolist() for _ in range(32)]
     replies = [[torch.randint(250, (26,), generator=g).tolist() for _ in range(8)] for _ in prompts]

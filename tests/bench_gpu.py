@@ -20,7 +20,7 @@ import rl
 import sample
 import sft
 from model import Config, Qwen2
-from support import distributed, logs
+from support import distributed, logs, sampling
 
 
 @dataclass
@@ -202,7 +202,7 @@ def sampler(scale, left):
     cfg = settings_of(scale)
     trainer = rl.PPOTrainer(cfg, scale.small, None, tokenizer.size, scale.device)
     scale_weights(trainer.actor)
-    net = rl.make_engine(cfg, trainer.actor, tokenizer).model
+    net = sampling.make_engine(cfg, trainer.actor, tokenizer).model
     prompts = [[i, *range(5, 25), i, 9] for i in range(6)]
     def compare(kernels, draft, fixed_shapes, name):
         model.use_kernels(kernels, scale.device)
