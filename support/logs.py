@@ -49,11 +49,9 @@ class Log:
 
     def write(self, figures, shown=None):
         """Appends the figures of a step, and about a hundred times in a run prints them, or those that are `shown`."""
-        if not self.is_writer:
-            return
-        append_lines(Path(self.out, "log.jsonl"), [figures])
+        self.append("log.jsonl", [figures])
         step = figures[self.unit]
-        if "valid_loss" in figures or step % max(1, self.last // 100) == 0:
+        if self.is_writer and ("valid_loss" in figures or step % max(1, self.last // 100) == 0):
             left_s = (time.monotonic() - self.began) / (step - self.first) * (self.last - step)
             texts = [f"{name} {figures[name]:.4g}" for name in shown or figures
                      if name != self.unit and figures.get(name) is not None]
@@ -62,16 +60,15 @@ class Log:
 
     def write_samples(self, iteration, transitions):
         """Appends the actions of an iteration to samples.jsonl."""
+        self.append("samples.jsonl", [
+            {"iteration": iteration, "state": transition.state, "reply": transition.step["reply"],
+             "kind": transition.step["kind"], "reward": transition.reward, "advantage": transition.advantage}
+            for transition in transitions])
+
+    def append(self, name, lines):
         if self.is_writer:
-            append_lines(Path(self.out, "samples.jsonl"), [
-                {"iteration": iteration, "state": transition.state, "reply": transition.step["reply"],
-                 "kind": transition.step["kind"], "reward": transition.reward, "advantage": transition.advantage}
-                for transition in transitions])
-
-
-def append_lines(path, values):
-    with open(path, "a") as file:
-        file.writelines(json.dumps(value) + "\n" for value in values)
+            with open(Path(self.out, name), "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def rollout_stats(counts, chances, sample_s, execute_s):
