@@ -15,8 +15,7 @@ class ContextFull(ValueError):
     """The prompt and the reply asked for do not fit the model's context."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
+# -- Settings
 
 @dataclass
 class ModelSettings:
@@ -189,8 +188,7 @@ def _as_flags(values):
     return ", ".join(words)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
+# -- Output
 
 def announce(text):
     """Says something on the error stream; under torchrun the first process does."""
@@ -210,8 +208,7 @@ def format_table(rows):
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A program from start to end
+# -- A program from start to end
 
 def exit_status(program, work, folder):
     """Runs work() and returns the exit status: 0 done, 1 failed or interrupted, 2 bad settings. folder: where all that

@@ -34,8 +34,7 @@ TINY = {                # settings of the whole demonstration
     "warmup": 20, "save_every": 500}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The scripted expert, and the random loop: generators of replies, which are sent the record of each step
+# -- The scripted expert, and the random loop: generators of replies, which are sent the record of each step
 
 START = {"index": -1, "observation": "Nothing has been done.", **NOTHING}     # in place of the record of a last step
 RUN = "Execute Script", {"script_name": "train.py"}
@@ -316,8 +315,7 @@ def policy_of(replies, task):
     return reply
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Imagined states: what the expert does depends on the prompt alone, so its rules can be learned without any run
+# -- Imagined states: what the expert does depends on the prompt alone, so its rules can be learned without any run
 
 NUM_IMAGINED = 3000
 LAST = ("a run", "a better score", "a worse score", "an undo", "nothing")       # what has just been seen
@@ -406,8 +404,7 @@ def imagined_conversations(cfg):
     return conversations
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer
+# -- The tokenizer
 
 # A digit is always a token of its own, and a word is the same tokens after any punctuation.
 WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
