@@ -557,10 +557,10 @@ def iterate(cfg, worker, trainer, iteration):
     # 2. Rollout: actions in each state, carried out, graded and rewarded while the engine samples on. Without a critic,
     # states whose actions all earned the same teach nothing but to stay with the reference.
     transitions, stats = worker.run(names, iteration)
+    rewards_of_groups = group_rewards(transitions)
     learned = transitions
     if not cfg.has_critic and not cfg.kl:
-        rewards = group_rewards(transitions)
-        learned = [t for t in transitions if len(set(rewards[t.group])) > 1] or transitions
+        learned = [t for t in transitions if len(set(rewards_of_groups[t.group])) > 1] or transitions
     examples = [transition.example for transition in learned]
     logp_sampler = [torch.tensor(transition.logp_sampler) for transition in learned]
 
@@ -573,7 +573,7 @@ def iterate(cfg, worker, trainer, iteration):
                     for ref, old in zip(trainer.logprobs(trainer.reference, examples), logp_old)]
     values = trainer.values(examples) if trainer.critic else None
     stats["logprobs_s"] = time.monotonic() - began
-    stats |= logs.action_stats(cfg, transitions, group_rewards(transitions), logp_old, logp_ref, logp_diff)
+    stats |= logs.action_stats(cfg, transitions, rewards_of_groups, logp_old, logp_ref, logp_diff)
 
     # 4. Advantages. The critic's head begins at zero, so a few steps of the critic alone come first.
     rewards = token_rewards(learned, logp_old, logp_ref, cfg.kl)

@@ -311,8 +311,6 @@ def collect_first(cfg):
     if cfg.preset == "tiny" and Path(cfg.trajectories).is_file():
         raise ValueError(f"{cfg.trajectories} is a file of conversations, and the miniature collects its own; say what "
                          "is trained on the file: --model DIR, or --model tiny")
-    if Path(cfg.out).resolve() == Path(cfg.trajectories).resolve():
-        raise ValueError(f"--out and --trajectories are both {cfg.out}; give two folders")
     if cfg.preset == "tiny" or not collection.is_collected(Path(cfg.trajectories)):
         print(f"1. Collecting: an expert edits and runs the starters of --task {cfg.task}.")
         print(collection.report(collect(cfg)))
