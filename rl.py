@@ -11,7 +11,6 @@ import math, random, sys, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -21,23 +20,17 @@ import support  # noqa: F401  before torch
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
-import sample
 import tasks
 from model import Config, Linear, Qwen2, at_targets, use_kernels
-from reward import KINDS
-from support import cli
+from support import cli, logs, recipes, sampling
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
-    add_gradients, append_lines, build_model, compute_type, epoch_order, export_model, flops_of, format_plan,
-    full_tensor, joined, load_state, map_rows, num_parameters, optimizer_step, packed_rows, peak_flops, peak_memory,
-    preset_for, rank0_broadcast, rank_and_size, row_threads, save_state, shape_of, trim_memory)
-from support.files import begin_log
+    add_gradients, build_model, compute_type, copy_weights, epoch_order, export_model, format_plan, gather, joined,
+    load_state, map_rows, optimizer_step, packed_rows, rank0_broadcast, rank_and_size, row_threads, save_state)
 from support.play import LEARNED_SEEDS, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
-from support.pool import hash_inputs, load_pool, sample_states
+from support.pool import hash_inputs, hold_back, load_pool, sample_states
 from support.pretrained import find_folder
-from support.prompts import MEDIUM_AGENT
 from support.records import AGENT, restore_record
 from support.sandbox import SLOTS, protection
 from support.storage import ResultCache
@@ -47,20 +40,8 @@ DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (a
 VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
 TIS_CAP = 2.0               # cap of a token's weight pi_old / pi_sampler (arXiv 2510.26788)
 WARM_UP_STEPS = 4           # of the critic alone, before the first update: its head begins at zero
-CHECK_EVERY = 8             # of so many states one is checked: the log-probs of sampler and trainer must agree ...
-MAX_LOGP_DIFF = 1e-3        # ... within this
 ROUNDING = 1e-5             # log-probs of the same weights, computed in another order, differ by less
 EPS = 1e-4                  # is added to a standard deviation that is divided by
-VALIDATION_STATES = 16      # that --validate-every looks at
-
-SMALL = dict(advantage="rloo", states=8, samples=8, minibatches=2, lr=3e-6, kl=0.02, max_row_tokens=2048, max_batch=16,
-             save_every=5, context=MEDIUM_AGENT["context"], max_new_tokens=MEDIUM_AGENT["max_new_tokens"])
-RECIPES = {                 # --preset: what differs from the defaults, which are those of 7B
-    "tiny": dict(advantage="rloo", iterations=40, states=32, samples=8, epochs=4, minibatches=2, lr=2e-4, kl=0.1,
-                 max_row_tokens=704, max_batch=64),
-    "0.5b": SMALL,
-    "1.5b": {**SMALL, "lr": 2e-6, "max_batch": 8},
-    "7b": {}}
 
 
 @dataclass
@@ -101,12 +82,8 @@ class Settings(cli.TaskSettings):
                           dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "iterations", "states", "samples", "steps", "epochs", "minibatches",
                            "temperature", "max_batch", "max_row_tokens", "save_every", "gpus")
-        for name in ("validate_every", "export_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{cli.flag_of(name)} must be at least 0, found {getattr(self, name)}")
-        for name in ("lr", "critic_lr", "clip_low", "clip_high", "kl", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{cli.flag_of(name)} must be from 0 to 1, found {getattr(self, name)}")
+        cli.check_range(self, math.inf, "validate_every", "export_every")
+        cli.check_range(self, 1, "lr", "critic_lr", "clip_low", "clip_high", "kl", "lam")
         if self.context <= self.max_new_tokens:
             raise ValueError(f"--context must be above --max-new-tokens {self.max_new_tokens}, found {self.context}")
         if self.minibatches > self.states:
@@ -162,7 +139,9 @@ class RolloutWorker:
         self.pool = pool
         self.states = {name: state for states in pool.values() for name, state in states.items()}
         self.chances = {}       # name of a state -> its chance to be sampled; 0: it does not fit the context
-        self.held_back = self.hold_back()       # names of the states that validate
+        self.held_back = []     # names of the states that validate
+        if cfg.validate_every:
+            self.pool, self.held_back = hold_back(pool)
         self.cache = ResultCache(Path(cfg.trajectories, "cache"))
         self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if cfg.rollout == "step" else cfg.states * cfg.samples)
         self.options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, stop=("\nObservation:",))
@@ -184,30 +163,10 @@ class RolloutWorker:
             restore_record(env, state.head, state.steps[:state.index])
         return env, self.engine.tokenizer.chat(env.prompt())
 
-    def hold_back(self):
-        """Takes a trajectory of each task out of the pool, and returns the names of some of their states."""
-        if not self.cfg.validate_every:
-            return []
-        rng = random.Random("validation")
-        names = []
-        for task, states in sorted(self.pool.items()):
-            files = sorted({state.file for state in states.values()})
-            if len(files) > 1:
-                file = rng.choice(files)
-                trained = {name: state for name, state in states.items() if state.file != file}
-                seen = {state.contents for state in trained.values()}       # trajectories of a task begin alike
-                names += [name for name, state in states.items() if state.file == file and state.contents not in seen]
-                self.pool = {**self.pool, task: trained}
-        if not names:
-            raise ValueError("--validate-every holds back a trajectory of each task that has two, and there is none; "
-                             "collect more, or leave it out")
-        return rng.sample(names, min(VALIDATION_STATES, len(names)))
-
     def validate(self):
         """Returns the mean reward of actions in the states held back."""
         self.held_back = [name for name in self.held_back if self.fits(name)]
-        futures = self.submit_actions(self.own_starts(self.held_back), "validation")
-        transitions = gather([future.result() for future in futures])
+        transitions = results_of(self.submit_actions(self.own_starts(self.held_back), "validation"))
         self.engine.refresh()       # else the next iteration would sample otherwise than after a resume
         return fmean(transition.reward for transition in transitions) if transitions else None
 
@@ -235,7 +194,7 @@ class RolloutWorker:
     def run(self, names, iteration):
         """Returns the Transitions of all processes, in the order of the states `names`, and statistics of the work.
         RunError: the weights are not finite."""
-        before = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
+        before = self.counts()
         began = time.monotonic()
         starts = self.own_starts(names)
         if self.cfg.rollout == "episode":
@@ -244,27 +203,20 @@ class RolloutWorker:
         else:
             futures = self.submit_actions(starts, iteration)
         sampled = time.monotonic()
-        own = [future.result() for future in futures]
-        if self.cfg.rollout == "episode":
-            own = [transition for episode in own for transition in episode]
-        transitions = gather(own)
+        transitions = results_of(futures)
         executed = time.monotonic()
         if not self.cfg.has_critic:     # prefer states whose actions earned different rewards
             rewards = group_rewards(transitions)
             for transition in transitions:
                 self.chances[transition.state] = 0.1 + 2 * pstdev(rewards[transition.group])
-        after = Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
-        counts = sum(gather([after - before]), Counter())
-        return transitions, {
-            "left_out": sum(chance == 0 for chance in self.chances.values()), "runs": counts["runs"],
-            "sampled_tokens": counts["sampled_tokens"],
-            "cache_hits": counts["hits"] / max(1, counts["hits"] + counts["runs"]),
-            "sample_s": sampled - began, "execute_s": executed - sampled,
-            "sampled_tokens_s": counts["sampled_tokens"] / (executed - began)}
+        counts = sum(gather([self.counts() - before]), Counter())
+        return transitions, logs.rollout_stats(counts, self.chances, sampled - began, executed - sampled)
+
+    def counts(self):
+        return Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
 
     def submit_actions(self, starts, iteration):
-        """Samples actions in these states, has each carried out at once, and returns the futures of the Transitions in
-        order."""
+        """Samples actions in these states, has each carried out at once, and returns the futures in order."""
         futures = {}
 
         def on_reply(i, j, reply):
@@ -277,8 +229,9 @@ class RolloutWorker:
         return [futures[key] for key in sorted(futures)]
 
     def execute_action(self, name, group, number, reply):
+        """Returns [the Transition] of an action in a state."""
         env, prompt = self.begin(name)
-        return self.act(env, prompt, reply, name, group, number)
+        return [self.act(env, prompt, reply, name, group, number)]
 
     def act(self, env, prompt, reply, name, group, number):
         """Carries an action out and returns its Transition."""
@@ -312,30 +265,9 @@ class RolloutWorker:
         self.engine.refresh()
 
 
-def make_engine(cfg, actor, tokenizer):
-    """Returns an Engine of the actor, or of a copy where it is sharded or does not compute in its weights' dtype."""
-    model = actor
-    if any(isinstance(p, DTensor) or p.dtype is not actor.compute_dtype for p in actor.parameters()):
-        device = next(actor.parameters()).device
-        model = Qwen2.uninitialized(actor.config, actor.compute_dtype, device).requires_grad_(False)
-        copy_weights(actor, model)
-    return sample.Engine(model, tokenizer, cfg.max_batch, cfg.context, name=cfg.model)
-
-
-@torch.no_grad()
-def copy_weights(actor, model):
-    copies = dict(model.named_parameters())
-    for name, p in actor.named_parameters():
-        copies[name].copy_(full_tensor(p))
-
-
-def gather(values):
-    """Returns the lists of all processes joined."""
-    if not dist.is_initialized():
-        return values
-    lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, values)
-    return sum(lists, [])
+def results_of(futures):
+    """Returns the Transitions of all processes. futures: of lists of Transitions, of this process."""
+    return gather([transition for future in futures for transition in future.result()])
 
 
 def group_rewards(transitions):
@@ -497,6 +429,7 @@ class PPOTrainer:
         self.num_token_ids = num_token_ids
         self.device = device
         self.threads = row_threads(config, device)
+        self.flops = 0      # operations of this process, for the log
         build = partial(build_model, config, folder, device, cfg.seed, compute=compute_type(cfg.dtype, device, config),
                         kernels=cfg.kernels)
         self.actor = build()
@@ -528,6 +461,7 @@ class PPOTrainer:
     def per_token(self, examples, forward, indices=None):
         """Returns forward(inputs) per token, of the examples `indices`, by default all."""
         rows = self.packed_rows(examples, range(len(examples)) if indices is None else indices)
+        self.flops += logs.flops_of(self.actor.config, rows) / 3       # forward alone
         outputs = map_rows(lambda row: forward(row.inputs(self.device)).float().cpu(), rows, self.threads)
         results = []
         for row, output in zip(rows, outputs):
@@ -566,7 +500,9 @@ class PPOTrainer:
                 loss, statistics = loss_of(row, num_tokens)
                 return loss * rank_and_size()[1], statistics.detach()       # gradients are averaged over processes
 
-            sums = sums + add_gradients(model, self.packed_rows(examples, batch), scaled_loss, self.threads).double()
+            rows = self.packed_rows(examples, batch)
+            self.flops += logs.flops_of(self.actor.config, rows)
+            sums = sums + add_gradients(model, rows, scaled_loss, self.threads).double()
             norms.append(optimizer_step(model, self.optimizer))
         if dist.is_initialized():
             dist.all_reduce(sums)
@@ -621,23 +557,23 @@ def iterate(cfg, worker, trainer, iteration):
     # 2. Rollout: actions in each state, carried out, graded and rewarded while the engine samples on. Without a critic,
     # states whose actions all earned the same teach nothing but to stay with the reference.
     transitions, stats = worker.run(names, iteration)
+    rewards_of_groups = group_rewards(transitions)
     learned = transitions
     if not cfg.has_critic and not cfg.kl:
-        rewards = group_rewards(transitions)
-        learned = [t for t in transitions if len(set(rewards[t.group])) > 1] or transitions
+        learned = [t for t in transitions if len(set(rewards_of_groups[t.group])) > 1] or transitions
     examples = [transition.example for transition in learned]
     logp_sampler = [torch.tensor(transition.logp_sampler) for transition in learned]
 
     # 3. Log-probs of the actor before the update and of the reference; the critic's values.
     began = time.monotonic()
-    logp_old, logp_diff = old_logprobs(worker, trainer, learned, examples, logp_sampler, iteration)
+    logp_old, logp_diff = sampling.old_logprobs(worker, trainer, learned, examples, logp_sampler, iteration)
     logp_ref = None
     if trainer.reference:       # a difference within rounding is none: where all rewards are equal it would be whitened
         logp_ref = [torch.where((ref - old).abs() < ROUNDING, old, ref)
                     for ref, old in zip(trainer.logprobs(trainer.reference, examples), logp_old)]
     values = trainer.values(examples) if trainer.critic else None
     stats["logprobs_s"] = time.monotonic() - began
-    stats |= action_stats(cfg, transitions, logp_old, logp_ref, logp_diff)
+    stats |= logs.action_stats(cfg, transitions, rewards_of_groups, logp_old, logp_ref, logp_diff)
 
     # 4. Advantages. The critic's head begins at zero, so a few steps of the critic alone come first.
     rewards = token_rewards(learned, logp_old, logp_ref, cfg.kl)
@@ -666,23 +602,6 @@ def iterate(cfg, worker, trainer, iteration):
     return transitions, stats
 
 
-def old_logprobs(worker, trainer, transitions, examples, logp_sampler, iteration):
-    """Returns the actor's log-probs of the examples before the update, per token, and how far those of the sampler are
-    from the trainer's, (N,). Where the sampler is the actor itself, its log-probs are the old ones, and a share of the
-    states is checked. RunError: they differ."""
-    if not worker.samples_from(trainer.actor):
-        logp_old = trainer.logprobs(trainer.actor, examples)
-        return logp_old, (torch.cat(logp_old) - torch.cat(logp_sampler)).abs()
-    checked = [i for i, transition in enumerate(transitions) if (transition.group - iteration) % CHECK_EVERY == 0]
-    checked = checked or range(len(examples))
-    logp = trainer.logprobs(trainer.actor, examples, checked)
-    diff = (torch.cat(logp) - torch.cat([logp_sampler[i] for i in checked])).abs()
-    if not diff.max() < MAX_LOGP_DIFF:
-        raise RunError(f"log-probs of the sampler and of the trainer differ by {diff.max():.2g}, though their weights "
-                       "are the same")
-    return logp_sampler, diff
-
-
 def train(cfg, rank, world_size, device):
     # 1. What is trained, and on what.
     tasks.refuse_held_out_names(tasks.names(cfg.task))
@@ -701,32 +620,26 @@ def train(cfg, rank, world_size, device):
     origin = {"products in": f"{trainer.actor.compute_dtype} on {device.type}".removeprefix("torch."),
               **rank0_broadcast(lambda: hash_inputs(cfg, folder, pool))}
     state = load_state(cfg, sorted(vars(cfg).keys() - FREE), trainer.models, trainer.optimizer, origin)
-    worker = RolloutWorker(cfg, make_engine(cfg, trainer.actor, tokenizer), pool)
-    first = 0
+    worker = RolloutWorker(cfg, sampling.make_engine(cfg, trainer.actor, tokenizer), pool)
     if state:
-        first = state["step"]
         worker.chances = state["chances"]
-        if first >= cfg.iterations:
-            cli.announce(f"{cfg.out} is already trained, for {first} iterations; to begin anew give another --out")
-        else:
-            cli.announce(f"{cfg.out}: going on after iteration {first}")
+    log = logs.Log(cfg, "iteration", cfg.iterations, state, trainer.actor, trainer.threads, ["samples.jsonl"])
+
+    agent = read_agent(folder)
+
+    def export(out):
+        export_model(trainer.actor, tokenizer, out)
+        if rank == 0 and agent:
+            write_agent(out, agent)
 
     # 3. The iterations.
-    if rank == 0:
-        for name in ("log.jsonl", "samples.jsonl"):
-            begin_log(Path(cfg.out, name), state)
-    peak = peak_flops(device, trainer.actor.compute_dtype, trainer.threads)
-    # Counted in forward passes. Log-probs of the sampler itself take none.
-    passes = (3 * cfg.epochs + 1) * len(trainer.models) + bool(trainer.reference)
-    passes -= worker.samples_from(trainer.actor)
-    began = time.monotonic()
-    if cfg.export_every and first == 0:
-        export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", "000000"))
-    for iteration in range(first, cfg.iterations):
+    if cfg.export_every and log.first == 0:
+        export(Path(cfg.out, "exports", "000000"))
+    for iteration in range(log.first, cfg.iterations):
         start = time.monotonic()
         try:
             transitions, stats = iterate(cfg, worker, trainer, iteration)
-            trim_memory()
+            logs.trim_memory()
             seconds = time.monotonic() - start
             if cfg.validate_every and (iteration + 1) % cfg.validate_every == 0:
                 stats["validation_reward"] = worker.validate()
@@ -734,99 +647,25 @@ def train(cfg, rank, world_size, device):
             raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}. The checkpoints in {cfg.out} are from "
                            "before") from None
         update_s = seconds - stats["sample_s"] - stats["execute_s"] - stats["logprobs_s"]
-        examples = [transition.example for transition in transitions]
-        rows = packed_rows(examples, range(len(examples)), 0, 1, cfg.max_row_tokens)
-        flops = flops_of(config, rows) / 3 * passes / world_size
-        compute_s = stats["logprobs_s"] + update_s
         stats |= {"iteration": iteration + 1, "update_s": update_s, "seconds": seconds,
-                  "elapsed_s": time.monotonic() - began, "mfu": flops / compute_s / peak if peak else None,
-                  "peak_gib": peak_memory(device) / 2**30}
-        if rank == 0:
-            report(cfg, stats, transitions)
+                  "elapsed_s": time.monotonic() - log.began, **log.work(trainer.flops, stats["logprobs_s"] + update_s)}
+        trainer.flops = 0
+        log.write(stats, logs.SHOWN)
+        log.write_samples(iteration + 1, transitions)
         if cfg.export_every and (iteration + 1) % cfg.export_every == 0:    # before the checkpoint, so none is missed
-            export_agent(trainer.actor, tokenizer, folder, Path(cfg.out, "exports", f"{iteration + 1:06d}"))
+            export(Path(cfg.out, "exports", f"{iteration + 1:06d}"))
         if (iteration + 1) % cfg.save_every == 0 or iteration + 1 == cfg.iterations:
             save_state(cfg, iteration + 1, trainer.models, trainer.optimizer, origin, chances=worker.chances)
 
     # 4. The actor as a Hugging Face folder.
-    export_agent(trainer.actor, tokenizer, folder, cfg.out)
+    export(cfg.out)
     if rank == 0:
         print(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
         if cfg.preset == "tiny":
             print("\nNext: python eval.py")
 
 
-def export_agent(actor, tokenizer, source, out):
-    """Writes the actor as a Hugging Face folder, with agent.json of `source`. Every process must call this."""
-    export_model(actor, tokenizer, out)
-    if rank_and_size()[0] == 0 and (agent := read_agent(source)):
-        write_agent(out, agent)
-
-
-# -- Statistics: what log.jsonl says of an iteration
-
-def action_stats(cfg, transitions, logp_old, logp_ref, logp_diff):
-    """Returns {name: number} about an iteration's actions. The log-probs are those of the actions learned from. To log
-    something else, add a line such as "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step
-    tells what a step has."""
-    steps = [transition.step for transition in transitions]
-    rewards = torch.tensor([step["reward"] for step in steps])
-    kinds = Counter(step["kind"] for step in steps)
-    edits = [step["reward"] for step in steps if step["outcome"] and step["action"] != "Execute Script"]
-    logp_old = torch.cat(logp_old)
-    by_task = {}
-    for transition in transitions:
-        by_task.setdefault(transition.state.rpartition("-")[0], []).append(transition.reward)
-    stats = {
-        "reward": rewards.mean().item(), "reward_std": rewards.std(correction=0).item(),
-        "reward_min": rewards.min().item(), "reward_max": rewards.max().item(),
-        **{f"share_{kind.replace(' ', '_')}": kinds[kind] / len(steps) for kind in KINDS},
-        "reward_of_tasks": {task: fmean(rewards_of_task) for task, rewards_of_task in sorted(by_task.items())},
-        "valid": fmean(step["valid"] for step in steps),
-        "reward_edits": sum(edits) / len(edits) if edits else None,
-        "zero_variance_groups": fmean(len(set(rewards)) == 1 for rewards in group_rewards(transitions).values()),
-        "truncated": fmean(len(transition.tokens) >= cfg.max_new_tokens for transition in transitions),
-        "action_tokens": fmean(len(transition.tokens) for transition in transitions),
-        "logp_diff_mean": logp_diff.mean().item(), "logp_diff_max": logp_diff.max().item()}
-    if logp_ref:
-        diff = (torch.cat(logp_ref) - logp_old).clamp(-10, 10)
-        stats |= {"kl": -diff.mean().item(), "kl_k3": (diff.exp() - 1 - diff).mean().item()}
-    return stats
-
-
-def report(cfg, stats, transitions):
-    """Writes an iteration's statistics to log.jsonl and its actions to samples.jsonl, and prints a line."""
-    append_lines(Path(cfg.out, "log.jsonl"), [stats])
-    append_lines(Path(cfg.out, "samples.jsonl"), [
-        {"iteration": stats["iteration"], "state": transition.state, "reply": transition.step["reply"],
-         "kind": transition.step["kind"], "reward": transition.reward, "advantage": transition.advantage}
-        for transition in transitions])
-    names = ("reward", "reward_edits", "valid", "kl", "entropy", "clip_fraction", "explained_variance", "logp_diff_max")
-    numbers = [f"{name} {stats[name]:.3g}" for name in names if stats.get(name) is not None]
-    left = timedelta(seconds=int(stats["seconds"] * (cfg.iterations - stats["iteration"])))
-    seconds = " + ".join(f"{stats[name]:.1f}" for name in ("sample_s", "execute_s", "logprobs_s", "update_s"))
-    print(f"iteration {stats['iteration']}/{cfg.iterations}", *numbers, f"{seconds} s", f"ETA {left}", sep="  ",
-          flush=True)
-
-
 # -- As a program
-
-def fill(values):
-    """Returns what holds where nothing was typed (see cli.parse): the model's agent.json and the recipe of its size."""
-    model = values["model"]
-    if values["preset"]:
-        cli.preset(values["preset"], RECIPES)       # refuses another name
-    if model == Settings.model and not Path(model, "config.json").exists():     # nor is it asked of the hub
-        raise ValueError(f"there is no {model} to go on from; make it with: python sft.py, or give another --model")
-    folder = model if values["plan"] else find_folder(model, ("*.json",))      # --plan takes a size alone, such as 7b
-    agent = read_agent(folder)
-    num = num_parameters(shape_of(str(folder)))[-1]
-    fitting = preset_for(num)
-    preset = values["preset"] or fitting
-    source = f"{model} has {num:,} weights, which --preset {fitting} is for"
-    source = f"--preset {preset}; {source}" if values["preset"] else f"{source}; another may be typed"
-    return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RECIPES[preset]})]
-
 
 def run(cfg):
     if cfg.plan:
@@ -837,7 +676,7 @@ def run(cfg):
 
 
 def main(argv=None):
-    cfg = cli.parse(Settings, argv, fill)
+    cfg = cli.parse(Settings, argv, recipes.fill_rl)
     return exit_status("rl.py", partial(run, cfg), cfg.out)
 
 

@@ -12,11 +12,10 @@ the model learns to have the idea itself. Held-out tasks are refused, by name an
 The folder --trajectories receives TASK-K.jsonl (a header, then a line a step), blobs/ (the files of every state),
 ideas/TASK.json and manifest.json. A killed run goes on with the same command; a larger --num or another --task adds.
 """
-import hashlib, math, os, random, time
+import math, random, time
 from array import array
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -27,33 +26,22 @@ import torch.distributed as dist
 
 import sample
 import tasks
-from model import Config, use_kernels
-from support import cli, endpoint, miniature
-from support.cli import RunError, exit_status, flag_of, format_table, refuse_torchrun, run_main
-from support.conversations import named, read_conversations
+from model import use_kernels
+from support import cli, collection, endpoint, logs, miniature, recipes
+from support.cli import RunError, exit_status, refuse_torchrun, run_main
+from support.conversations import hash_examples, hold_back, named, read_conversations
 from support.distributed import (
-    add_gradients, append_lines, apply_device, batch_indices, build_model, check_same, compute_type, export_model,
-    flops_of, format_plan, init_distributed, joined, load_state, map_rows, num_parameters, optimizer_step, packed_rows,
-    peak_flops, peak_memory, preset_for, rank0_broadcast, row_threads, save_state, shape_of, trim_memory)
-from support.files import FLAG, TEXT, VALUE, begin_log, folder_lock, hash_json, parse_json, read_bytes, write_atomic
+    add_gradients, apply_device, batch_indices, build_model, compute_type, export_model, format_plan, init_distributed,
+    joined, load_state, map_rows, optimizer_step, packed_rows, rank0_broadcast, row_threads, save_state)
+from support.files import folder_lock, write_atomic
 from support.ideas import choose_ideas
 from support.parallel import Progress, run_parallel
-from support.play import (
-    LEARNED_SEEDS, AgentSettings, model_policy, play_trajectory, prepare_tasks, read_agent, write_agent)
-from support.pretrained import find_folder, hash_checkpoint
-from support.prompts import MEDIUM_AGENT
-from support.records import AGENT, AGENT_FORMAT, end_reason, read_record, trajectory_path
+from support.play import LEARNED_SEEDS, AgentSettings, model_policy, play_trajectory, prepare_tasks, write_agent
+from support.pretrained import hash_checkpoint
+from support.records import end_reason, read_record, trajectory_path
 from support.storage import ResultCache
-from support.tokenizer import Tokenizer
 
-
-SMALL = {**MEDIUM_AGENT, "num": 4, "steps": 9, "max_row_tokens": 2048, "batch": 16, "warmup": 4, "save_every": 20}
-RECIPES = {     # --preset: what differs from the defaults, which are the paper's figures
-    "tiny": miniature.TINY,
-    "0.5b": {"model": "Qwen/Qwen2.5-Coder-0.5B-Instruct", **SMALL},
-    "1.5b": {"model": "Qwen/Qwen2.5-Coder-1.5B-Instruct", **SMALL, "lr": 1e-5},
-    "7b": {"model": "Qwen/Qwen2.5-7B"}}
-PARALLEL = 8            # trajectories that are collected at the same time
+PARALLEL = 8                # trajectories that are collected at the same time
 VALIDATION_SHARE = 0.05     # of the examples
 
 
@@ -90,9 +78,7 @@ class Settings(AgentSettings):
         if not self.collect:        # an expert may compute in float64
             cli.check_choices(self, dtype=("auto", "float32", "bfloat16"))
         cli.check_positive(self, "gpus", "epochs", "updates", "batch", "max_row_tokens", "lr", "save_every", "num")
-        for name in ("warmup", "ideas", "temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must be at least 0, found {getattr(self, name)}")
+        cli.check_range(self, math.inf, "warmup", "ideas", "temperature")
         if endpoint.is_server(self.expert):
             endpoint.address(self.expert)
         if self.model and not self.preset and (self.collect or self.expert != "scripted"):
@@ -100,14 +86,6 @@ class Settings(AgentSettings):
 
 
 # -- Collecting
-
-SAME = ("expert", "coder", *AGENT, "ideas", "max_new_tokens", "temperature", "context", "threads", "gpu", "sandbox",
-        "seed")     # what trajectories of a folder agree in
-IDEA_FORM = {"title": TEXT, "instruction": TEXT, "edits?": [{"find": TEXT, "replace": TEXT}]}
-MANIFEST = {"settings": {str: VALUE}, "tasks": {str: {"data": TEXT, "miniature": FLAG, "ideas?": [IDEA_FORM]}},
-            "complete?": FLAG}
-COUNTS = ("trajectories", "steps", "valid", "rose")     # rose: trajectories whose last score is better than the first
-
 
 def collect(cfg, load=sample.load):
     """Collects cfg.num trajectories of each task of cfg.task and returns what manifest.json then holds."""
@@ -124,7 +102,7 @@ def collect(cfg, load=sample.load):
         for task, info in prepared:
             tasks.refuse_held_out(task.id, info["sha256"], held_out)
             infos[task.id].append(info)
-        manifest = open_manifest(cfg, infos)
+        manifest = collection.open_manifest(cfg, infos)
         jobs = [(tasks.load(id), trajectory_path(folder, id, k), k) for k in range(cfg.num) for id in infos]
         records = {path: read_record(path) for _, path, _ in jobs}
         jobs = [(task, path, k) for task, path, k in jobs if not end_reason(records[path])]
@@ -150,37 +128,10 @@ def collect(cfg, load=sample.load):
                 for task, path, k in jobs]
         run_parallel(jobs, partial(collect_one, expert, cache, progress), PARALLEL, progress)
         for id, entry in manifest["tasks"].items():
-            entry["counts"] = count_trajectories(folder, tasks.load(id))
+            entry["counts"] = collection.count_trajectories(folder, tasks.load(id))
         manifest["complete"] = True
         write_atomic(folder / "manifest.json", manifest)
         return manifest
-
-
-def read_manifest(folder):
-    """Returns what manifest.json in a folder of trajectories holds; None: there is no such file or folder."""
-    path = Path(folder, "manifest.json")
-    raw = read_bytes(path) if path.parent.is_dir() else None
-    return parse_json(raw, MANIFEST, path) if raw else None
-
-
-def open_manifest(cfg, infos):
-    """Returns what manifest.json of the folder holds, with an entry for each task. ValueError: the folder is of other
-    settings, another expert or other data."""
-    settings = {flag_of(name): getattr(cfg, name) for name in SAME}
-    settings |= {flag_of(name): list(getattr(cfg, name)) for name in ("actions", "fields")}      # as JSON has them
-    if Path(cfg.expert).is_dir():       # a model that was trained anew in the same folder is another model
-        settings["--expert of sha256"] = hash_checkpoint(cfg.expert)
-    manifest = read_manifest(cfg.trajectories) or {"settings": settings, "tasks": {}}
-    check_same(manifest["settings"], settings, cfg.trajectories, "--trajectories")
-    for id in infos:
-        hashes = [info["sha256"] for info in infos[id]]
-        entry = {"data": hash_json(hashes)[:16], "miniature": infos[id][0]["miniature"]}
-        if id not in manifest["tasks"] and files_of(cfg.trajectories, id):
-            raise ValueError(f"manifest.json does not tell of {id}, of which {cfg.trajectories} has trajectories; "
-                             "delete them, or give another --trajectories")
-        manifest["tasks"].setdefault(id, entry)
-        check_same(manifest["tasks"][id], entry, f"{cfg.trajectories}, {id},", "--trajectories")
-    return manifest
 
 
 def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
@@ -197,33 +148,6 @@ def collect_one(expert, cache, progress, cfg, task, path, k, ideas, info):
               "tokenizer": tokenizer and tokenizer.fingerprint()}
     coder = expert if cfg.coder == "expert" else None
     play_trajectory(cfg, task, k, path, policy, coder, cfg.trajectories, cache, progress, header, info.get("seed", 0))
-
-
-def files_of(folder, id):
-    """Returns the files of a task's trajectories, not those of one whose id begins alike."""
-    return [path for path in Path(folder).glob(f"{id}-*.jsonl") if path.stem.rpartition("-")[0] == id]
-
-
-def count_trajectories(folder, task):
-    """Returns the counts of a task's finished trajectories."""
-    counts = Counter(dict.fromkeys(COUNTS, 0))
-    for path in files_of(folder, task.id):
-        records = read_record(path)
-        if end_reason(records):
-            scores = [line["m_after"] for line in records if "m_after" in line]
-            steps = [line for line in records if line["type"] == "step"]
-            counts.update(trajectories=1, steps=len(steps), valid=sum(step["valid"] for step in steps),
-                          rose=int(task.better(scores[-1], scores[0])))
-    return dict(counts)
-
-
-def report(manifest):
-    """Returns the counts of a manifest as text."""
-    rows = [("task", "data", *COUNTS)]
-    for id, entry in manifest["tasks"].items():
-        data = "miniature" if entry["miniature"] else "real"
-        rows.append((id, data, *(str(entry["counts"][name]) for name in COUNTS)))
-    return format_table(rows)
 
 
 # -- The data set. An example is (ids, loss_mask): token ids, and for each of them whether it is learned.
@@ -260,24 +184,6 @@ def build_dataset(cfg, tokenizer, log=print):
             ids, loss_mask = tokenizer.conversation(conversation.messages, {conversation.assistant_turns[-1]})
             train.append((array("i", ids), bytes(loss_mask)))
     return train, valid
-
-
-def hold_back(origins, share, seed):
-    """Returns the indices of about that share of the examples, at least one: all of some origins, as neighbouring
-    states of a trajectory are nearly alike. origins: that of each example."""
-    if len(set(origins)) == 1:
-        origins = range(len(origins))
-    wanted = max(1, round(share * len(origins)))
-    groups = defaultdict(list)
-    for i, origin in enumerate(origins):
-        groups[origin].append(i)
-    groups = list(groups.values())
-    chosen = []
-    for g in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
-        if chosen and len(chosen) + len(groups[g]) - wanted >= wanted - len(chosen):
-            break
-        chosen += groups[g]
-    return set(chosen)
 
 
 # -- Training
@@ -327,17 +233,11 @@ def train(cfg, examples, valid, tokenizer, config, folder):
     origin |= rank0_broadcast(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
                                        "texts of sha256": hash_examples(examples, valid)})
     state = load_state(cfg, SCHEDULE, model, optimizer, origin)
-    first = state["step"] if state else 0
-    if first >= num_updates and rank == 0:
-        print(f"{cfg.out} is already trained, for {first} steps; to begin anew give another --out, or delete it")
-    if rank == 0:
-        begin_log(Path(cfg.out, "log.jsonl"), state)
     threads = row_threads(config, device)
     valid_rows = packed_rows(valid, range(len(valid)), rank, world_size, cfg.max_row_tokens)
-    peak = peak_flops(device, model.compute_dtype, threads)
-    began = time.monotonic()
+    log = logs.Log(cfg, "step", num_updates, state, model, threads)
 
-    for step in range(first, num_updates):
+    for step in range(log.first, num_updates):
         start = time.monotonic()
 
         # 1. The examples of this step, and of them the packed rows of this process.
@@ -347,10 +247,9 @@ def train(cfg, examples, valid, tokenizer, config, folder):
         # 2. Forward and backward.
         num_targets = sum(sum(examples[i][1]) for i in batch)
         loss_part = nll_gradients(model, rows, num_targets, world_size, device, tokenizer.size, threads)
-        totals = torch.tensor([0, flops_of(config, rows)], dtype=torch.float64, device=device)
-        totals[0] += loss_part
+        loss = loss_part.double()
         if world_size > 1:
-            dist.all_reduce(totals)
+            dist.all_reduce(loss)
 
         # 3. The update.
         lr = cosine(step, num_updates, cfg.lr) * min(1.0, (step + 1) / (cfg.warmup or 1))
@@ -363,78 +262,23 @@ def train(cfg, examples, valid, tokenizer, config, folder):
                            f"The checkpoints in {cfg.out} are from before") from None
 
         if threads is None:     # a small model would spend a fifth of its time on getting the pages back
-            trim_memory()
+            logs.trim_memory()
         seconds = time.monotonic() - start
 
         # 4. The log, with a validation where a checkpoint follows.
         num_tokens = sum(len(examples[i][0]) - 1 for i in batch)
-        loss, flops = totals.tolist()
-        figures = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
-                   "mfu": flops / world_size / seconds / peak if peak else None,
-                   "peak_gib": peak_memory(device) / 2**30, "seconds": seconds}
+        figures = {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": lr, "tokens_s": num_tokens / seconds,
+                   **log.work(logs.flops_of(config, rows), seconds), "seconds": seconds}
         is_saved = step + 1 == num_updates or (step + 1) % cfg.save_every == 0
         if is_saved:
             figures["valid_loss"], figures["valid_accuracy"] = validate(
                 model, valid_rows, world_size, device, tokenizer.size, threads)
-        if rank == 0:
-            left_s = (time.monotonic() - began) / (step + 1 - first) * (num_updates - step - 1)
-            log_step(cfg, figures, num_updates, left_s)
+        log.write(figures)
 
         # 5. The checkpoint.
         if is_saved:
             save_state(cfg, step + 1, model, optimizer, origin)
     export_model(model, tokenizer, cfg.out)
-
-
-def hash_examples(*lists):
-    """Returns the sha256, shortened, of lists of examples."""
-    sha = hashlib.sha256()
-    for examples in lists:
-        for part in (len(examples), *examples):
-            sha.update(repr(part).encode())
-    return sha.hexdigest()[:16]
-
-
-def log_step(cfg, figures, num_updates, left_s):
-    """Writes the figures of a step to log.jsonl, and about a hundred times in a run prints them."""
-    append_lines(Path(cfg.out, "log.jsonl"), [figures])
-    if "valid_loss" in figures or figures["step"] % max(1, num_updates // 100) == 0:
-        texts = [f"{name} {value:.4g}" for name, value in figures.items() if name != "step" and value is not None]
-        print(f"step {figures['step']}/{num_updates}  {'  '.join(texts)}  ETA {timedelta(seconds=int(left_s))}",
-              flush=True)
-
-
-def starting_point(cfg):
-    """Returns (folder, tokenizer, Config) of the model that is fine-tuned; folder is None where it is drawn."""
-    if cfg.model != "tiny":
-        folder = find_folder(cfg.model)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        config = Config.from_pretrained(folder)
-        tokenizer.check_fits(config, cfg.model)
-        return folder, tokenizer, config
-    config = Config.preset("tiny")
-    if cfg.prompt_format == "full":
-        return None, Tokenizer.of_bytes(), config
-    rank0_broadcast(lambda: miniature.make_tokenizer(cfg))
-    tokenizer = Tokenizer.from_pretrained(cfg.out)
-    return None, tokenizer, replace(config, vocab_size=tokenizer.size)
-
-
-def collected_format(cfg):
-    """Returns {setting: value} of how the agent of the trajectories acted, but for its number of steps. ValueError:
-    their prompts are of another form than --prompt-format."""
-    manifest = read_manifest(cfg.trajectories)
-    settings = manifest["settings"] if manifest else {}
-    found = settings.get("--prompt-format", cfg.prompt_format)
-    if found != cfg.prompt_format:
-        raise ValueError(f"{cfg.trajectories} was collected with --prompt-format {found}, found "
-                         f"{cfg.prompt_format} here; give the same, or other --trajectories")
-    learned = {}
-    for name in (AGENT_FORMAT.keys() & AGENT) - {"steps"}:
-        value = settings.get(flag_of(name))
-        if value is not None:
-            learned[name] = tuple(value) if isinstance(value, list) else value      # as a program's settings have it
-    return learned
 
 
 def fine_tune(cfg):
@@ -443,20 +287,15 @@ def fine_tune(cfg):
         log = print if rank == 0 else lambda line: None
         if cfg.preset:
             rank0_broadcast(partial(collect_first, cfg))
-        learned = collected_format(cfg)
+        learned = collection.collected_format(cfg)
         cfg = replace(cfg, **learned)       # whatever was typed here: imagined states are of the same form
-        folder, tokenizer, config = starting_point(cfg)
+        folder, tokenizer, config = miniature.starting_point(cfg)
         examples, valid = build_dataset(cfg, tokenizer, log)
         num_tokens = sum(len(ids) for ids, _ in examples)
         log(f"{cfg.model}: training on {len(examples)} conversations of {num_tokens:,} tokens; {len(valid)} to "
             f"validate; {world_size} processes, {device}")
         train(cfg, examples, valid, tokenizer, config, folder)
-        agent = read_agent(folder) if folder else {}        # eval.py and rl.py read it
-        if cfg.prompt_format != "full":
-            agent = {name: getattr(cfg, name) for name in AGENT_FORMAT}
-        elif learned and agent.get("prompt_format") != "full":      # its lengths are of other prompts
-            agent = {}
-        agent |= learned
+        agent = collection.agent_of(cfg, learned, folder)       # eval.py and rl.py read it
         if rank == 0 and agent:
             write_agent(cfg.out, agent)
         log(f"Written to {cfg.out}: the model, log.jsonl, checkpoints")
@@ -466,25 +305,15 @@ def fine_tune(cfg):
 
 # -- The command
 
-def is_collected(path):
-    """Returns whether there is something to train on: a file, or a folder whose collection was not broken off."""
-    manifest = read_manifest(path)
-    if manifest is None:
-        return path.is_file() or any(path.glob("*.jsonl"))
-    return manifest.get("complete", False)
-
-
 def collect_first(cfg):
     """Collects for a preset: the miniature what is lacking, the others only where nothing was collected before, perhaps
     by another expert."""
     if cfg.preset == "tiny" and Path(cfg.trajectories).is_file():
         raise ValueError(f"{cfg.trajectories} is a file of conversations, and the miniature collects its own; say what "
                          "is trained on the file: --model DIR, or --model tiny")
-    if Path(cfg.out).resolve() == Path(cfg.trajectories).resolve():
-        raise ValueError(f"--out and --trajectories are both {cfg.out}; give two folders")
-    if cfg.preset == "tiny" or not is_collected(Path(cfg.trajectories)):
+    if cfg.preset == "tiny" or not collection.is_collected(Path(cfg.trajectories)):
         print(f"1. Collecting: an expert edits and runs the starters of --task {cfg.task}.")
-        print(report(collect(cfg)))
+        print(collection.report(collect(cfg)))
         print(f"\n2. Training {cfg.model} on what it did.", flush=True)
     elif Path(cfg.trajectories).is_dir():
         print(f"{cfg.trajectories} is trained on as it is; --collect with --num or --task adds to it", flush=True)
@@ -497,41 +326,14 @@ def run(cfg):
     if cfg.collect:
         apply_device(cfg.device)
         refuse_torchrun("collecting")
-        print("\n" + report(collect(cfg)))
+        print("\n" + collection.report(collect(cfg)))
         print(f"Written to {cfg.trajectories}: manifest.json, trajectories, blobs")
     else:
         fine_tune(cfg)
 
 
-def fill(values):
-    """For cli.parse: the preset, typed or chosen by the model's size or by how the program was started."""
-    if values["preset"]:
-        return [cli.preset(values["preset"], RECIPES)]
-    model = values["model"]
-    if values["collect"] or model and Path(values["trajectories"]).is_file():
-        return []
-    if model:
-        if not values["plan"] and model != "tiny":
-            model = find_folder(model, ("*.json",))
-        num = num_parameters(shape_of(str(model)))[-1]
-        preset = preset_for(num)
-        if preset not in ("0.5b", "1.5b"):      # the others are typed, or follow how the program was started
-            return []
-        why = f"{values['model']} has {num:,} weights, which --preset {preset} is for"
-    elif "TORCHELASTIC_RUN_ID" not in os.environ:       # torchrun has not started it
-        preset = "tiny"
-        why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun sft.py, or --preset 7b)"
-    elif values["device"] != "cpu" and torch.cuda.is_available():
-        preset = "7b"
-        why = "the paper's run, as torchrun started it and there is CUDA (for the miniature: python sft.py)"
-    else:
-        preset = "tiny"
-        why = "the paper in miniature on all processes, as there is no CUDA here (for Qwen2.5-7B: --preset 7b)"
-    return [(why, {"preset": preset, **RECIPES[preset]})]
-
-
 def main(argv=None):
-    cfg = cli.parse(Settings, argv, fill)
+    cfg = cli.parse(Settings, argv, recipes.fill_sft)
     folder = cfg.out
     if cfg.collect or cfg.preset:
         folder = f"{cfg.trajectories} and {cfg.out}"

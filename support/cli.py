@@ -15,8 +15,7 @@ class ContextFull(ValueError):
     """The prompt and the reply asked for do not fit the model's context."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
+# -- Settings
 
 @dataclass
 class ModelSettings:
@@ -77,6 +76,15 @@ def check_positive(cfg, *names):
         value = getattr(cfg, name)
         if value is not None and not 0 < value < math.inf:      # nor NaN
             raise ValueError(f"{flag_of(name)} must be above 0, found {value}")
+
+
+def check_range(cfg, most, *names):
+    """Raises ValueError for a setting that is not a finite number from 0 to `most`."""
+    expected = "at least 0" if most == math.inf else f"from 0 to {most}"
+    for name in names:
+        value = getattr(cfg, name)
+        if not 0 <= value <= most or value == math.inf:
+            raise ValueError(f"{flag_of(name)} must be {expected}, found {value}")
 
 
 def parse(cls, argv=None, fill=None):
@@ -180,15 +188,7 @@ def _as_flags(values):
     return ", ".join(words)
 
 
-def preset(name, recipes):
-    """Returns the source that `fill` gives for --preset NAME. recipes: {name: settings}."""
-    if name not in recipes:
-        raise ValueError(f"there is no --preset {name}; there is {', '.join(recipes)}")
-    return f"--preset {name}", recipes[name]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
+# -- Output
 
 def announce(text):
     """Says something on the error stream; under torchrun the first process does."""
@@ -208,8 +208,7 @@ def format_table(rows):
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A program from start to end
+# -- A program from start to end
 
 def exit_status(program, work, folder):
     """Runs work() and returns the exit status: 0 done, 1 failed or interrupted, 2 bad settings. folder: where all that

@@ -1,9 +1,11 @@
 """Conversations to learn from: trajectories that an expert has played, and files of a user."""
-import json, re
+import hashlib, json, re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch
 
 import tasks
 from env import SCAFFOLDS, recorded_prompt
@@ -175,3 +177,30 @@ def refuse_held_out_prompts(conversation):
         match = re.match(r"Task: (\S+)\n", message["content"]) if message["role"] == "user" else None
         if match and match[1] in tasks.names("held-out"):
             raise ValueError(f"{conversation.source} is about {match[1]}, which is held out: it may not be trained on")
+
+
+def hold_back(origins, share, seed):
+    """Returns the indices of about that share of the examples, at least one: all of some origins, as neighbouring
+    states of a trajectory are nearly alike. origins: that of each example."""
+    if len(set(origins)) == 1:
+        origins = range(len(origins))
+    wanted = max(1, round(share * len(origins)))
+    groups = defaultdict(list)
+    for i, origin in enumerate(origins):
+        groups[origin].append(i)
+    groups = list(groups.values())
+    chosen = []
+    for g in torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist():
+        if chosen and len(chosen) + len(groups[g]) - wanted >= wanted - len(chosen):
+            break
+        chosen += groups[g]
+    return set(chosen)
+
+
+def hash_examples(*lists):
+    """Returns the sha256, shortened, of lists of examples."""
+    sha = hashlib.sha256()
+    for examples in lists:
+        for part in (len(examples), *examples):
+            sha.update(repr(part).encode())
+    return sha.hexdigest()[:16]

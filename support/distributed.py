@@ -1,5 +1,5 @@
 """Processes, sharding, packed batches, checkpoints and memory: what sft.py and rl.py share to train a model."""
-import contextlib, ctypes, json, math, os, re, resource, shutil, timeit
+import contextlib, math, os, re, shutil
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from model import CPU_LOGITS, GPU_LOGITS, IGNORE, Config, Qwen2, as_trees
+from model import CPU_LOGITS, GPU_LOGITS, IGNORE, Config, Qwen2
 from support.cli import RunError, flag_of
 from support.files import folder_lock, shorten, sync
 from support.pretrained import load_tensors, write_checkpoint
@@ -21,7 +21,6 @@ from support.sandbox import SLOTS
 
 RECOMPUTE_ABOVE = 100e6     # weights; larger models compute activations again in backward, which saves memory
 ATTENTION_TOKENS = 65_000   # of a text whose attention takes as many operations as the rest of the 7B
-PRESETS_BELOW = {"tiny": 50e6, "0.5b": 1e9, "1.5b": 4e9, "7b": math.inf}    # weights of the models that each is for
 PROCESS_BYTES = 1 << 30     # of a process besides weights and activations: libraries, texts, allocator
 SMALL_BELOW = 50e6          # weights; the products of a smaller model are too small for several threads
 
@@ -87,6 +86,15 @@ def rank0_broadcast(work):
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def gather(values):
+    """Returns the lists of all processes joined."""
+    if not dist.is_initialized():
+        return values
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, values)
+    return sum(lists, [])
 
 
 def barrier():
@@ -159,6 +167,14 @@ def local_rows(x):
 def full_tensor(x):
     """Returns a tensor whole; where it is sharded, every process must call this."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def copy_weights(model, copy):
+    """Copies a model's weights to one that is not sharded. Every process must call this."""
+    copies = dict(copy.named_parameters())
+    for name, p in model.named_parameters():
+        copies[name].copy_(full_tensor(p))
 
 
 def export_model(model, tokenizer, folder):
@@ -436,51 +452,7 @@ def load_state(cfg, names, model, optimizer, origin):
     return state
 
 
-# -- Logs, time and memory
-
-def append_lines(path, values):
-    with open(path, "a") as file:
-        file.writelines(json.dumps(value) + "\n" for value in values)
-
-
-def peak_memory(device):
-    """Returns the most bytes that the GPU has held, or the resident set of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def trim_memory():
-    """Gives freed memory back to the system. The C library keeps it in pieces of odd sizes, more with every step whose
-    rows have other lengths: 15 GiB instead of 12 after 34 updates of a 0.5B."""
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_flops(device, dtype, threads=None):
-    """Returns the operations a second of a device: the vendor's of a known GPU, None of another; measured on a CPU, of
-    all of `threads` (of row_threads) where they compute rows."""
-    if device.type == "cuda":
-        vendor = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # dense bfloat16
-        name = torch.cuda.get_device_name(device)
-        return next((flops for key, flops in vendor.items() if key in name), None)
-    x = torch.randn(1024, 1024, dtype=dtype)
-    seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
-    return 2 * 1024**3 / seconds * (SLOTS.cpus if threads else 1)
-
-
-def flops_of(config, rows):
-    """Returns the operations of a training step over packed rows: 6 a token for each weight, and 12 for each pair of
-    tokens that attend, unit of width and layer (PaLM, arXiv 2204.02311, appendix B)."""
-    block, table, _, _ = num_parameters(config)
-    num_tokens = sum(len(row.tokens) for row in rows)
-    num_targets = sum(target != IGNORE for row in rows for target in row.targets)
-    pairs = 0
-    for row in rows:
-        for prefix, branches in as_trees(row.lengths):
-            pairs += prefix * prefix / 2 + sum(length * (prefix + length / 2) for length in branches)
-    return (6 * num_tokens * block * config.num_hidden_layers + 6 * num_targets * table
-            + 12 * pairs * config.hidden_size * config.num_hidden_layers)
-
+# -- Sizes, and the memory that they take
 
 def num_parameters(config):
     """Returns the weights of (a block, the embedding, the head, which is 0 where it is the embedding, the model)."""
@@ -552,6 +524,3 @@ def format_plan(cfg, critic=False, **more):
         f"On CPUs alone: {ram / 2**30:.1f} GiB of RAM, which {fits} in 24 GB"])
 
 
-def preset_for(num_weights):
-    """Returns the name of the preset for a model of so many weights."""
-    return next(name for name, below in PRESETS_BELOW.items() if num_weights < below)

@@ -1,6 +1,7 @@
 """What only the laptop demonstration needs, whose model has a million weights: settings, an expert and a random loop
 without a model, states that were made up, and a tokenizer of its own."""
 import difflib, json, random, string
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -9,8 +10,11 @@ import tokenizers
 
 import tasks
 from env import MAX_LINES, NOTHING
+from model import Config
 from support.conversations import Conversation, read_conversations
+from support.distributed import rank0_broadcast
 from support.files import shorten
+from support.pretrained import find_folder
 from support.prompts import short_prompt, shown_script
 from support.scripts import (
     InvalidAction, change_number, changes, constants, inverse, set_constant, untried, without_comments)
@@ -31,8 +35,7 @@ TINY = {                # settings of the whole demonstration
     "warmup": 20, "save_every": 500}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The scripted expert, and the random loop: generators of replies, which are sent the record of each step
+# -- The scripted expert, and the random loop: generators of replies, which are sent the record of each step
 
 START = {"index": -1, "observation": "Nothing has been done.", **NOTHING}     # in place of the record of a last step
 RUN = "Execute Script", {"script_name": "train.py"}
@@ -313,8 +316,7 @@ def policy_of(replies, task):
     return reply
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Imagined states: what the expert does depends on the prompt alone, so its rules can be learned without any run
+# -- Imagined states: what the expert does depends on the prompt alone, so its rules can be learned without any run
 
 NUM_IMAGINED = 3000
 LAST = ("a run", "a better score", "a worse score", "an undo", "nothing")       # what has just been seen
@@ -403,8 +405,7 @@ def imagined_conversations(cfg):
     return conversations
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer
+# -- The tokenizer
 
 # A digit is always a token of its own, and a word is the same tokens after any punctuation.
 WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -433,3 +434,19 @@ def train_tokenizer(texts, size):
         initial_alphabet=byte_alphabet(), show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     return Tokenizer(bpe, system=None)
+
+
+def starting_point(cfg):
+    """Returns (folder, tokenizer, Config) of the model that is fine-tuned; folder is None where it is drawn."""
+    if cfg.model != "tiny":
+        folder = find_folder(cfg.model)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        config = Config.from_pretrained(folder)
+        tokenizer.check_fits(config, cfg.model)
+        return folder, tokenizer, config
+    config = Config.preset("tiny")
+    if cfg.prompt_format == "full":
+        return None, Tokenizer.of_bytes(), config
+    rank0_broadcast(lambda: make_tokenizer(cfg))
+    tokenizer = Tokenizer.from_pretrained(cfg.out)
+    return None, tokenizer, replace(config, vocab_size=tokenizer.size)

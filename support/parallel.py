@@ -57,8 +57,18 @@ def run_parallel(jobs, work, parallel, progress=None):
     """Returns [work(*job) for each job], so many at a time. The first error stops all, also a Progress, and is
     raised."""
     failed = threading.Event()
+
+    def run(job):
+        if failed.is_set():     # else this thread might begin another job before the main thread hears of the error
+            return None
+        try:
+            return work(*job)
+        except BaseException:
+            failed.set()
+            raise
+
     threads = ThreadPoolExecutor(parallel)
-    futures = [threads.submit(run_job, work, job, failed) for job in jobs]
+    futures = [threads.submit(run, job) for job in jobs]
     try:
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
             future.result()
@@ -67,14 +77,3 @@ def run_parallel(jobs, work, parallel, progress=None):
             progress.close()
         threads.shutdown(wait=False, cancel_futures=True)
     return [future.result() for future in futures]
-
-
-def run_job(work, job, failed):
-    """Does a job, unless another has failed: its thread must not begin the next one before the main thread hears."""
-    if failed.is_set():
-        return None
-    try:
-        return work(*job)
-    except BaseException:
-        failed.set()
-        raise

@@ -1,4 +1,5 @@
 """The pool of states that rl.py plays in: every prefix of every recorded trajectory."""
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support.storage import Blobs, MissingBlob, check_state
 
 
 UNSEEN = 0.3    # chance of a state that was not sampled yet; rl.py gives from 0.1 to 1.1 to one that was
+VALIDATION_STATES = 16      # that --validate-every looks at
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,24 @@ def load_pool(cfg, tokenizer, log=print):
                          f"--trajectories {cfg.trajectories}. {summary}")
     log(summary)
     return pool
+
+
+def hold_back(pool):
+    """Returns the pool without a trajectory of each task, and the names of some of their states."""
+    rng = random.Random("validation")
+    names = []
+    for task, states in sorted(pool.items()):
+        files = sorted({state.file for state in states.values()})
+        if len(files) > 1:
+            file = rng.choice(files)
+            trained = {name: state for name, state in states.items() if state.file != file}
+            seen = {state.contents for state in trained.values()}       # trajectories of a task begin alike
+            names += [name for name, state in states.items() if state.file == file and state.contents not in seen]
+            pool = {**pool, task: trained}
+    if not names:
+        raise ValueError("--validate-every holds back a trajectory of each task that has two, and there is none; "
+                         "collect more, or leave it out")
+    return pool, rng.sample(names, min(VALIDATION_STATES, len(names)))
 
 
 def sample_states(pool, num, rng, chances, fits):

@@ -42,7 +42,7 @@ import torch
 
 import model
 from model import IGNORE, Config, LinearLogProb, rotary
-from support import cpu_linear, distributed
+from support import cpu_linear, distributed, logs, sampling
 from support.pretrained import find_folder
 from support.tokenizer import Tokenizer
 
@@ -461,7 +461,7 @@ def fine_tuning(s):
     figures |= {f"{name} tokens/s": tokens.numel() / t for name, t in seconds.items()}
     if transformers:
         figures["ratio"] = seconds["transformers"] / seconds["ours"]
-    share = distributed.flops_of(config, [row]) / seconds["ours"] / distributed.peak_flops(device, torch.float32)
+    share = logs.flops_of(config, [row]) / seconds["ours"] / logs.peak_flops(device, torch.float32)
     yield figures | {"share of measured fp32 products": share}
     memory = {way: in_new_process(f"head_memory({way!r})") for way in ("ours", "plain")}
     yield {"log-probs of": "1024 x 151936", **{f"{way} MiB": size / 2**20 for way, size in memory.items()},
@@ -635,7 +635,7 @@ def busy(s):
     cfg = rl.Settings(advantage="rloo", samples=8, epochs=2, minibatches=4, max_row_tokens=704,
                       max_batch=64, context=256, max_new_tokens=64)
     trainer = rl.PPOTrainer(cfg, Config.preset("tiny"), None, 259, torch.device("cpu"))
-    engine = rl.make_engine(cfg, trainer.actor, Tokenizer.of_bytes())
+    engine = sampling.make_engine(cfg, trainer.actor, Tokenizer.of_bytes())
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(250, (116,), generator=g).tolist() for _ in range(32)]
     replies = [[torch.randint(250, (26,), generator=g).tolist() for _ in range(8)] for _ in prompts]

@@ -20,7 +20,7 @@ import rl
 import sample
 import sft
 from model import Config, Qwen2
-from support import distributed
+from support import distributed, logs, sampling
 from support.tokenizer import Tokenizer
 
 
@@ -168,7 +168,7 @@ def attention(scale, left):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             run(1)
-            figures["GiB"] = (distributed.peak_memory(scale.device) - before) / 2**30
+            figures["GiB"] = (logs.peak_memory(scale.device) - before) / 2**30
             ok = ok and figures["GiB"] < 4
         yield {"check": f"attention over {T:,} tokens, {dtype}", "ok": ok, **figures}
 
@@ -203,7 +203,7 @@ def sampler(scale, left):
     cfg = settings_of(scale)
     trainer = rl.PPOTrainer(cfg, scale.small, None, tokenizer.size, scale.device)
     scale_weights(trainer.actor)
-    net = rl.make_engine(cfg, trainer.actor, tokenizer).model
+    net = sampling.make_engine(cfg, trainer.actor, tokenizer).model
     prompts = [[i, *range(5, 25), i, 9] for i in range(6)]
     def compare(kernels, draft, fixed_shapes, name):
         model.use_kernels(kernels, scale.device)
@@ -378,7 +378,7 @@ def train(scale, left, compiled=False):
     """An SFT step at the 7B's width: tokens/s, MFU, and the peak of memory against --plan."""
     net = trained_model(scale)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-6, weight_decay=0, fused=True)
-    peak = distributed.peak_flops(scale.device, torch.bfloat16)
+    peak = logs.peak_flops(scale.device, torch.bfloat16)
     num_ids = scale.trained.vocab_size
     rows = []
     for length in scale.packed:
@@ -410,10 +410,10 @@ def train(scale, left, compiled=False):
             torch.cuda.reset_peak_memory_stats()
         seconds = scale.seconds(step)
         figures |= {"tokens/s": num_tokens / seconds,
-                    "MFU": distributed.flops_of(scale.trained, [row]) / seconds / peak}
+                    "MFU": logs.flops_of(scale.trained, [row]) / seconds / peak}
         if scale.on_gpu:
             plan = sum(distributed.plan_memory(scale.trained, num_tokens, 1).values())
-            found = distributed.peak_memory(scale.device)
+            found = logs.peak_memory(scale.device)
             figures |= {"peak GiB": found / 2**30, "planned GiB": plan / 2**30}
             ok = ok and found < 1.1 * plan
         name = "compiled" if compiled else "eager"
@@ -444,7 +444,7 @@ def shared(scale, left):
         seconds[way] = scale.seconds(step)
         figures |= {f"{way} tokens": results[way][1], f"{way} s": seconds[way]}
         if scale.on_gpu:
-            figures[f"{way} GiB"] = (distributed.peak_memory(scale.device) - before) / 2**30
+            figures[f"{way} GiB"] = (logs.peak_memory(scale.device) - before) / 2**30
     (logp, _) = results["shared"]
     (expected, _) = results["packed"]
     gap = (logp - expected).abs().max().item()

@@ -19,7 +19,7 @@ import env
 import sft
 import tasks
 from common import act, add_task
-from support import cli, endpoint, files, ideas, miniature, storage
+from support import cli, collection, endpoint, files, ideas, miniature, storage
 from support.records import AGENT, read_trajectory, replay
 from support.tokenizer import Tokenizer
 
@@ -354,7 +354,8 @@ def test_a_task_whose_name_begins_another_ones_has_trajectories_of_its_own(toys)
     for id, num in (("toy-b", 2), ("toy", 1)):
         manifest = sft.collect(settings(toys, task=id, num=num, steps=3))
     assert {id: one["counts"]["trajectories"] for id, one in manifest["tasks"].items()} == {"toy-b": 2, "toy": 1}
-    found = {id: sorted(path.name for path in sft.files_of(toys / "out", id)) for id in ("toy", "toy-b", "toy-a")}
+    found = {id: sorted(path.name for path in collection.files_of(toys / "out", id))
+             for id in ("toy", "toy-b", "toy-a")}
     assert found == {"toy": ["toy-0.jsonl"], "toy-b": ["toy-b-0.jsonl", "toy-b-1.jsonl"], "toy-a": []}
 
 

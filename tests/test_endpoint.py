@@ -16,7 +16,7 @@ import sft
 import tasks
 from common import add_task, quiet
 from sample import Endpoint
-from support import cli, endpoint
+from support import cli, endpoint, recipes
 from support.endpoint import EndpointError
 from support.pretrained import find_folder
 from test_execute import wait_until
@@ -498,7 +498,7 @@ def test_which_key_a_server_gets(monkeypatch):
                                   "http://a:secret-key/v1#m", "http://[secret-key/v1#m"])
 @pytest.mark.parametrize("cls, flag, fill", [
     (evaluation.Settings, "--model", evaluation.fill), (evaluation.Settings, "--coder", evaluation.fill),
-    (sft.Settings, "--expert", sft.fill), (sample.Settings, "--model", None)])
+    (sft.Settings, "--expert", recipes.fill_sft), (sample.Settings, "--model", None)])
 def test_a_key_in_an_address_is_refused_before_it_is_written_anywhere(spec, cls, flag, fill, capsys):
     prompt = ["--prompt=hi"] if cls is sample.Settings else []
     with pytest.raises(SystemExit) as end:
@@ -507,9 +507,9 @@ def test_a_key_in_an_address_is_refused_before_it_is_written_anywhere(spec, cls,
     assert end.value.code == 2 and "http://host:port/v1#model-name" in said and "secret-key" not in said
 
 
-@pytest.mark.parametrize("fill", [sft.fill, rl.fill])
+@pytest.mark.parametrize("fill", [recipes.fill_sft, recipes.fill_rl])
 def test_what_is_trained_is_no_server(fill, capsys):
-    cls = sft.Settings if fill is sft.fill else rl.Settings
+    cls = sft.Settings if fill is recipes.fill_sft else rl.Settings
     with pytest.raises((SystemExit, ValueError)) as end:
         find_folder(cli.parse(cls, ["--model=http://user:secret-key@host/v1#m"], fill).model)
     assert "secret-key" not in str(end.value) and "a server's model has no weights" in (

@@ -9,7 +9,7 @@ import torch
 import rl
 import sft
 from model import Config
-from support import miniature
+from support import miniature, recipes
 from support.cli import parse
 
 
@@ -127,13 +127,13 @@ def test_what_fills_may_be_refused(capsys):
 
 
 def test_the_miniature_fills_what_is_not_typed():
-    s = parse(sft.Settings, ["--lr=2e-5", "--no-plan", "--epochs", "2"], sft.fill)
+    s = parse(sft.Settings, ["--lr=2e-5", "--no-plan", "--epochs", "2"], recipes.fill_sft)
     tiny = miniature.TINY
     assert (s.lr, s.plan, s.epochs) == (2e-5, False, 2)
     assert (s.num, s.steps, s.preset) == (tiny["num"], tiny["steps"], "tiny")
-    assert parse(sft.Settings, ["--preset=tiny", "--epochs=2"], sft.fill) == replace(s, lr=tiny["lr"])
-    assert parse(sft.Settings, ["--model=tiny"], sft.fill) == sft.Settings(model="tiny")
-    assert parse(sft.Settings, ["--preset=7b", "--epochs=3"], sft.fill).epochs == 3
+    assert parse(sft.Settings, ["--preset=tiny", "--epochs=2"], recipes.fill_sft) == replace(s, lr=tiny["lr"])
+    assert parse(sft.Settings, ["--model=tiny"], recipes.fill_sft) == sft.Settings(model="tiny")
+    assert parse(sft.Settings, ["--preset=7b", "--epochs=3"], recipes.fill_sft).epochs == 3
 
 
 @pytest.fixture(scope="module")
@@ -148,38 +148,38 @@ def models(tmp_path_factory):
 
 def test_the_recipe_of_rl_follows_the_model(models, capsys):
     small, large = (["--model", str(models / name)] for name in ("small", "large"))
-    s = parse(rl.Settings, large, rl.fill)
+    s = parse(rl.Settings, large, recipes.fill_rl)
     assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (1e-6, 1e-3, 16384, "gae", "7b")
     said = capsys.readouterr().err
     assert "7,615,616,512 weights, which --preset 7b is for; another may be typed: --preset 7b" in said
-    s = parse(rl.Settings, small, rl.fill)
+    s = parse(rl.Settings, small, recipes.fill_rl)
     assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (2e-4, 0.1, 704, "rloo", "tiny")
     assert "weights, which --preset tiny is for; another may be typed: --preset tiny" in capsys.readouterr().err
-    s = parse(rl.Settings, [*large, "--preset=tiny"], rl.fill)
+    s = parse(rl.Settings, [*large, "--preset=tiny"], recipes.fill_rl)
     assert (s.lr, s.kl, s.preset) == (2e-4, 0.1, "tiny")
     said = capsys.readouterr().err
     assert "--preset tiny; " in said and "weights, which --preset 7b is for: --advantage rloo" in said
-    s = parse(rl.Settings, [*small, "--preset=7b"], rl.fill)
+    s = parse(rl.Settings, [*small, "--preset=7b"], recipes.fill_rl)
     assert (s.lr, s.advantage, s.max_batch) == (1e-6, "gae", 8)
-    s = parse(rl.Settings, [*small, "--lr=1e-6", "--samples=4"], rl.fill)
+    s = parse(rl.Settings, [*small, "--lr=1e-6", "--samples=4"], recipes.fill_rl)
     assert (s.lr, s.samples, s.minibatches) == (1e-6, 4, 2)
     # of a plan, without files
     for model, name in (("7b", "7b"), ("Qwen/Qwen2.5-0.5B", "0.5b"), ("3b", "1.5b"), ("tiny", "tiny")):
-        assert parse(rl.Settings, ["--plan", "--model", model], rl.fill).preset == name
+        assert parse(rl.Settings, ["--plan", "--model", model], recipes.fill_rl).preset == name
 
 
 def test_a_small_published_model_gets_the_preset_of_its_size(models, tmp_path, capsys):
     for name, preset in (("half", "0.5b"), ("three", "1.5b")):
         model = f"--model={models / name}"
-        s = parse(sft.Settings, [model, f"--trajectories={tmp_path / 'none'}", "--num=2"], sft.fill)
+        s = parse(sft.Settings, [model, f"--trajectories={tmp_path / 'none'}", "--num=2"], recipes.fill_sft)
         assert (s.preset, s.prompt_format, s.num, s.model) == (preset, "medium", 2, str(models / name))
         assert f"weights, which --preset {preset} is for" in capsys.readouterr().err
-        assert parse(rl.Settings, [model], rl.fill).preset == preset
-    large = parse(sft.Settings, [f"--model={models / 'large'}"], sft.fill)
+        assert parse(rl.Settings, [model], recipes.fill_rl).preset == preset
+    large = parse(sft.Settings, [f"--model={models / 'large'}"], recipes.fill_sft)
     assert large == sft.Settings(model=str(models / "large"))
     own = tmp_path / "own.jsonl"        # a file of one's own is not cut to the length of medium prompts
     own.write_text("{}")
-    s = parse(sft.Settings, [f"--model={models / 'half'}", f"--trajectories={own}"], sft.fill)
+    s = parse(sft.Settings, [f"--model={models / 'half'}", f"--trajectories={own}"], recipes.fill_sft)
     assert s.max_row_tokens == 15000
 
 
@@ -197,16 +197,16 @@ def test_plans_say_what_fits_without_a_gpu(size, words, capsys):
 def test_an_agent_json_cannot_choose_the_recipe(models, capsys):
     """A large model that says it acts as the miniature does is trained as a large one all the same."""
     (models / "large" / "agent.json").write_text('{"prompt": "short", "steps": 5, "preset": "tiny", "lr": 1.0}')
-    s = parse(rl.Settings, ["--model", str(models / "large")], rl.fill)
+    s = parse(rl.Settings, ["--model", str(models / "large")], recipes.fill_rl)
     assert (s.preset, s.lr, s.steps) == ("7b", 1e-6, 5)
     (models / "large" / "agent.json").unlink()
 
 
 @pytest.mark.parametrize("cls, fill, argv, words", [
-    (sft.Settings, sft.fill, ["--collect", "--model=tiny"], "--expert acts with --collect"),
-    (sft.Settings, sft.fill, ["--expert=tiny", "--model=tiny"], "--expert acts with --collect"),
-    (rl.Settings, rl.fill, ["--preset=8b"], "there is no --preset 8b; there is tiny, 0.5b, 1.5b, 7b"),
-    (sft.Settings, sft.fill, ["--preset=8b"], "there is no --preset 8b; there is tiny, 0.5b, 1.5b, 7b")])
+    (sft.Settings, recipes.fill_sft, ["--collect", "--model=tiny"], "--expert acts with --collect"),
+    (sft.Settings, recipes.fill_sft, ["--expert=tiny", "--model=tiny"], "--expert acts with --collect"),
+    (rl.Settings, recipes.fill_rl, ["--preset=8b"], "there is no --preset 8b; there is tiny, 0.5b, 1.5b, 7b"),
+    (sft.Settings, recipes.fill_sft, ["--preset=8b"], "there is no --preset 8b; there is tiny, 0.5b, 1.5b, 7b")])
 def test_flags_that_contradict_each_other_are_refused(cls, fill, argv, words, capsys):
     with pytest.raises(SystemExit) as end:
         parse(cls, argv, fill)

@@ -24,7 +24,7 @@ from support.distributed import export_model, init_distributed  # noqa: E402
 
 import torch                                                    # noqa: E402
 from torch.distributed.tensor import DTensor                    # noqa: E402
-from support import cli, distributed
+from support import cli, distributed, recipes, sampling
 
 WIDTHS = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
 CPU = torch.device("cpu")
@@ -614,7 +614,7 @@ def gap(trainer, engine, seed=0):
 
 def gaps_after_updates(trainer):
     """Of two rounds of sampling and learning, with the weights brought to the sampler in between; last without."""
-    engine = rl.make_engine(trainer.cfg, trainer.actor, Tokenizer.of_bytes())
+    engine = sampling.make_engine(trainer.cfg, trainer.actor, Tokenizer.of_bytes())
     found = []
     for iteration in range(2):
         each, samples = gap(trainer, engine, iteration)
@@ -639,7 +639,7 @@ def test_sampler_and_trainer_agree_before_and_after_updates(method):
 def test_the_first_step_on_fresh_samples_has_ratio_1(method):
     """Nothing is clipped, and there is no divergence from the reference yet; after that step there is some."""
     trainer = trainer_of(SMALL, SIZE, **SAMPLING, **METHODS[method])
-    engine = rl.make_engine(trainer.cfg, trainer.actor, Tokenizer.of_bytes())
+    engine = sampling.make_engine(trainer.cfg, trainer.actor, Tokenizer.of_bytes())
     first = learn(trainer, gap(trainer, engine)[1], 0, engine)
     assert first["ratio_max"] == pytest.approx(1, abs=1e-5) and first["clip_fraction"] == 0
     assert first["kl"] == pytest.approx(0, abs=1e-5) and first["kl_k3"] == pytest.approx(0, abs=1e-9)
@@ -734,7 +734,7 @@ def find_best(seed, iterations=100, **method):
     expected reward before and after. The divergence in the reward keeps it from settling on a good reply too early."""
     settings = dict(lr=5e-3, critic_lr=5e-3, epochs=4, kl=0.03, max_new_tokens=3, max_batch=64, context=16, seed=seed)
     trainer = trainer_of(TEN, DIGITS.size, **settings, **method)
-    engine = rl.make_engine(trainer.cfg, trainer.actor, DIGITS)
+    engine = sampling.make_engine(trainer.cfg, trainer.actor, DIGITS)
     before = expected_worth(trainer.actor)
     for iteration in range(iterations):
         groups = engine.generate(QUESTIONS, n=32, max_new_tokens=3, seed=1000 * (100 * seed + iteration))
@@ -782,7 +782,7 @@ def test_settings_at_their_limits_are_taken():
 
 
 def test_a_preset_holds_where_no_flag_says_otherwise():
-    s = cli.parse(rl.Settings, ["--plan", "--model", "tiny", "--preset", "7b", "--kl", "0.5"], rl.fill)
+    s = cli.parse(rl.Settings, ["--plan", "--model", "tiny", "--preset", "7b", "--kl", "0.5"], recipes.fill_rl)
     assert (s.lr, s.critic_lr, s.max_batch, s.kl) == (1e-6, 1e-5, 8, 0.5)
 
 
@@ -816,8 +816,8 @@ def test_a_group_update_leaves_out_states_whose_actions_all_earned_the_same():
 def test_every_setting_is_read(name):
     """Outside the class and its checks, in the script or in what it hands its settings to: as s.NAME, or quoted."""
     read = ""
-    modules = [f"support/{each}.py" for each in ("cli", "distributed", "miniature", "play")]
-    for path in [f"{name}.py", "env.py", *modules]:
+    beside = ("cli", "collection", "distributed", "logs", "miniature", "play", "recipes")
+    for path in [f"{name}.py", "env.py", *(f"support/{each}.py" for each in beside)]:
         source = (HERE.parent / path).read_text().splitlines()
         nodes = ast.parse("\n".join(source)).body
         cls = next((node for node in nodes if getattr(node, "name", "") == "Settings"), None)

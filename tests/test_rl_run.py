@@ -245,9 +245,9 @@ def test_the_policy_is_the_coder_of_a_pool_that_was_collected_with_one(made, tmp
     engine = Scripted(edit)
     engine.chat = lambda messages, **options: engine.reply("```python\n" + "VALUE = 9\n```")
     rollout = playing(made, engine, trajectories=str(folder))
-    step = rollout.execute_action("toy-a-1, step 0", 0, 0, engine.reply(edit)).step
+    step = rollout.execute_action("toy-a-1, step 0", 0, 0, engine.reply(edit))[0].step
     assert step["valid"] and step["kind"] != "invalid" and step["coder"]
-    step = rollout.execute_action("toy-a-0, step 0", 0, 0, engine.reply(edit)).step
+    step = rollout.execute_action("toy-a-0, step 0", 0, 0, engine.reply(edit))[0].step
     assert not step["valid"] and not step["coder"]
 
 

@@ -9,7 +9,7 @@ import model as architecture
 import rl
 import test_rl
 from model import Config, Qwen2
-from support import distributed
+from support import distributed, sampling
 from support.distributed import pack_trees, packed_rows
 
 SHAPE = Config(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -264,14 +264,14 @@ def test_log_probs_of_the_sampler_stand_for_the_old_ones():
     for iteration, checked in ((0, [0, 1, 16, 17]), (3, [6, 7])):
         worker.is_actor = True
         sampled = [values + (1e-4 if i in checked else 1.0) for i, values in enumerate(logp)]
-        old, diff = rl.old_logprobs(worker, trainer, transitions, examples, sampled, iteration)
+        old, diff = sampling.old_logprobs(worker, trainer, transitions, examples, sampled, iteration)
         assert old is sampled and len(diff) == sum(len(logp[i]) for i in checked)
         assert diff.tolist() == pytest.approx([1e-4] * len(diff), rel=0.1)
         worker.is_actor = False
-        old, diff = rl.old_logprobs(worker, trainer, transitions, examples, sampled, iteration)
+        old, diff = sampling.old_logprobs(worker, trainer, transitions, examples, sampled, iteration)
         assert all(map(torch.allclose, old, logp)) and diff.max() == pytest.approx(1.0, rel=1e-4)
         worker.is_actor = True
         for wrong in (0.01, torch.nan):
             sampled[checked[-1]] = logp[checked[-1]] + wrong
-            with pytest.raises(rl.RunError, match="log-probs of the sampler and of the trainer differ by"):
-                rl.old_logprobs(worker, trainer, transitions, examples, sampled, iteration)
+            with pytest.raises(sampling.RunError, match="log-probs of the sampler and of the trainer differ by"):
+                sampling.old_logprobs(worker, trainer, transitions, examples, sampled, iteration)

@@ -15,7 +15,8 @@ import eval as evaluation
 import sft
 import tasks
 from docs import real_run
-from support import cli, conversations, endpoint, miniature, play, prompts, records, scripts, states, storage, tables
+from support import (
+    cli, collection, conversations, endpoint, miniature, play, prompts, records, scripts, states, storage, tables)
 from support.cli import RunError
 from test_collect import IDEAS, add_toys, drive, idea, settings, toys  # noqa: F401  (a fixture)
 
@@ -241,8 +242,8 @@ def test_recorded_medium_prompts_are_those_that_were_shown(toys):
 def test_trajectories_of_another_form_are_not_trained_on(toys):
     cfg = collect_medium(toys, num=1)
     with pytest.raises(ValueError, match="collected with --prompt-format medium, found full here"):
-        sft.collected_format(replace(cfg, prompt_format="full"))
-    assert sft.collected_format(cfg)["prompt_format"] == "medium"
+        collection.collected_format(replace(cfg, prompt_format="full"))
+    assert collection.collected_format(cfg)["prompt_format"] == "medium"
 
 
 # ---- recorded states

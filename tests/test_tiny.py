@@ -17,7 +17,7 @@ from model import Config, Qwen2
 from support.tokenizer import Tokenizer
 from support.miniature import train_tokenizer
 from test_collect import STARTER, settings, toys, whole  # noqa: F401  (fixtures)
-from support import cli, miniature, prompts, records, scripts, storage
+from support import cli, collection, miniature, prompts, recipes, records, scripts, storage
 from support.records import restore_record
 
 
@@ -363,8 +363,9 @@ def test_agent_json_says_what_was_learned_and_what_was_typed(prompt_format, own,
                  "fields": ["Thought", "Action", "Action Input"], "show_scores": False}
     (tmp_path / "manifest.json").write_text(json.dumps({"tasks": {}, "complete": True, "settings": {
         **{cli.flag_of(name): value for name, value in collected.items()}, "--steps": 9, "--context": 999}}))
-    for name, value in (("starting_point", (None, None, None)), ("build_dataset", ([], [])), ("train", None)):
-        monkeypatch.setattr(sft, name, lambda *args, value=value: value)
+    for module, name, value in ((miniature, "starting_point", (None, None, None)), (sft, "build_dataset", ([], [])),
+                                (sft, "train", None)):
+        monkeypatch.setattr(module, name, lambda *args, value=value: value)
     typed = {"context": 500, "max_new_tokens": 50, "steps": 12}
     sft.fine_tune(sft.Settings(model="tiny", prompt_format=prompt_format, trajectories=str(tmp_path),
                                out=str(tmp_path / "out"), **typed))
@@ -418,15 +419,15 @@ def test_a_recipe_collects_first_where_nothing_was_collected(toys, tmp_path, cap
     flags = ["--preset=7b", "--model=tiny", f"--data={toys / 'data'}", f"--trajectories={tmp_path / 'pool'}", "--num=1",
              "--updates=1", "--batch=1", "--max-row-tokens=500", "--task=toy-a", "--seed=3"]
     folder = tmp_path / "pool"
-    assert not sft.is_collected(folder)
+    assert not collection.is_collected(folder)
     for out, collects in (("first", True), ("second", False)):
         assert sft.main([*flags, f"--out={tmp_path / out}"]) == 2
         captured = capsys.readouterr()
         assert ("1. Collecting" in captured.out) == collects and "too few to train on" in captured.err
-        assert sft.is_collected(folder)
+        assert collection.is_collected(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
-    assert not sft.is_collected(folder)
+    assert not collection.is_collected(folder)
 
 
 @pytest.mark.parametrize("torchrun, cuda, flags, preset, said", [
@@ -442,7 +443,7 @@ def test_the_command_says_what_it_runs_and_why(torchrun, cuda, flags, preset, sa
     if torchrun:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    cfg = cli.parse(sft.Settings, flags, sft.fill)
+    cfg = cli.parse(sft.Settings, flags, recipes.fill_sft)
     lines = capsys.readouterr().err.splitlines()
     assert cfg.preset == preset and any(re.match(said, line) for line in lines[:2])
     assert cfg.model == ("Qwen/Qwen2.5-7B" if preset == "7b" else "tiny")

@@ -16,6 +16,7 @@ import sft
 from model import Config, Qwen2
 from support.tokenizer import Tokenizer
 from support import distributed, files
+from support.conversations import hold_back
 
 SMALL = Config(vocab_size=267, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
                num_key_value_heads=2, max_position_embeddings=512)
@@ -513,13 +514,13 @@ def test_who_validates_is_drawn_by_trajectory():
     The steps of a trajectory alone are parted."""
     for size, num, held in ((9, 10, 9), (1, 100, 5), (8, 40, 16), (7, 2, 7)):
         origins = [f"trajectory {i // size}" for i in range(size * num)]
-        found = [sft.hold_back(origins, 0.05, seed) for seed in range(4)]
+        found = [hold_back(origins, 0.05, seed) for seed in range(4)]
         assert all(len(each) == held for each in found) and (num == 2 or len(set(map(frozenset, found))) > 1)
         for each in found:
             assert not {origins[i] for i in each} & {one for i, one in enumerate(origins) if i not in each}
-    assert len(sft.hold_back(["a"] * 40, 0.05, 0)) == 2 and sft.hold_back([], 0.05, 0) == set()
+    assert len(hold_back(["a"] * 40, 0.05, 0)) == 2 and hold_back([], 0.05, 0) == set()
     several = [*"aaabbc"]
-    assert all(sft.hold_back(several, 0.01, seed) in ({0, 1, 2}, {3, 4}, {5}) for seed in range(9))
+    assert all(hold_back(several, 0.01, seed) in ({0, 1, 2}, {3, 4}, {5}) for seed in range(9))
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path, capsys):
