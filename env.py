@@ -63,7 +63,7 @@ WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no 
 # ---- Prompts
 
 class Action(NamedTuple):
-    args: dict                  # argument -> an explanation of it
+    args: dict                  # argument -> an explanation of it; a text, also a number if its name is in NUMBERED
     text: str
     needs_coder: bool = False
     example: str = ""           # a whole reply
@@ -116,6 +116,8 @@ Action Input: {"script_name": "train.py"}"""),
         "ends the work. Use it once, when there is nothing left to improve."),
 }
 DEFAULT_ACTIONS = tuple(ACTIONS)
+LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Script")     # change no script
+UNDOES = ("Undo Edit Script", "Set Constant Inversely")     # take an edit back
 EXPLAIN = {
     "Reflection": "what the last observation means; for an error, its cause",
     "Research Plan and Status": "the whole plan, what is done, and the results that observations confirmed",
@@ -625,7 +627,8 @@ class Env:
         lines = scripts.difference(before, after)
         return "\n".join([f"{path} is saved. The difference:", *lines, *self._score_edit(step)])
 
-    # Actions. Each takes the Step and the arguments, and returns the observation.
+    # Actions. Each takes the Step and the arguments, and returns the observation; an edit returns that of _edit, which
+    # scores it and lets it be undone.
 
     def _list_files(self, step, dir_path):
         contents = self._contents(self._path(dir_path))

@@ -83,8 +83,8 @@ def rollout_stats(counts, chances, sample_s, execute_s):
 
 def action_stats(cfg, transitions, rewards_of_groups, logp_old, logp_ref, logp_diff):
     """Returns {name: number} about an iteration's actions. The log-probs are those of the actions learned from. To log
-    something else, add a line such as "undo": fmean(step["action"] == "Undo Edit Script" for step in steps). env.Step
-    tells what a step has."""
+    something else, add a line such as "undo": fmean(step["valid"] and step["action"] in UNDOES for step in steps).
+    env.Step tells what a step has (an invalid one may have an action, too), env.UNDOES what takes an edit back."""
     steps = [transition.step for transition in transitions]
     rewards = torch.tensor([step["reward"] for step in steps])
     kinds = Counter(step["kind"] for step in steps)

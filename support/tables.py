@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 
+from env import LOOKS, UNDOES
 from reward import best_of
 from support.cli import format_table
 from support.disclosure import FINAL, count_work, notes, warnings
@@ -12,7 +13,6 @@ from support.records import end_reason, steps_of
 RANDOM = "random-edits"         # as --model: constants changed at random, kept where the printed score is better
 NUM_BOOTSTRAP = 10_000
 UNDO = "Undo Edit Script"
-LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Script")     # change no script
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def count_habits(steps, direction, best):
         best = best_of(direction, before, printed)
         if printed is None or printed != best:
             counts["worse"] += 1
-            counts["taken_back"] += following["valid"] and following["action"] in (UNDO, "Set Constant Inversely")
+            counts["taken_back"] += following["valid"] and following["action"] in UNDOES
         elif before is not None and best != before and changed_constant(step):
             counts["better"] += 1
             counts["continued"] += changed_constant(following) == changed_constant(step)

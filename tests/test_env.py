@@ -8,7 +8,7 @@ import pytest
 
 import env as env_module
 import tasks
-from env import ACTIONS, FIELDS, Env, parse, printed_metric, shorten, system_prompt
+from env import ACTIONS, FIELDS, LOOKS, Env, parse, printed_metric, shorten, system_prompt
 from reward import KINDS
 from support import parallel, prompts, records, sandbox, scripts, storage
 from support.endpoint import Completion
@@ -238,14 +238,12 @@ def test_garbage_never_raises(make):
     "a/" * 200 + "b", "", ".", "absent.py"])
 def test_no_action_reads_outside(make, path):
     env = make(coder=lambda messages: pytest.fail("the coder was asked about a file that must not be read"))
-    for action, args in {"Inspect Script Lines": dict(script_name=path, start_line_number="1", end_line_number="9"),
-                         "Understand File": dict(file_name=path, things_to_look_for="x"),
-                         "Copy File": dict(source=path, destination="copy"),
-                         "Execute Script": dict(script_name=path),
-                         "Edit Script (AI)": dict(script_name=path, edit_instruction="x", save_name="copy"),
-                         "Replace In Script": dict(script_name=path, find="a", replace="b")}.items():
+    for action, (args, *_) in ACTIONS.items():
+        read = {"script_name", "file_name", "source"} & args.keys()
+        if not read:
+            continue
         before = env.snapshot()
-        step = do(env, action, **args)
+        step = do(env, action, **{name: path if name in read else "1" for name in args})
         assert (step.valid, step.kind) == (False, "invalid") and env.snapshot() == before, action
         assert "secret" not in step.observation and "root:" not in step.observation
 
@@ -258,11 +256,11 @@ def test_no_action_writes_outside_or_to_data(make, task, tmp_path, path):
     env.files["folder/file.py"] = env.files["train.py"]
     before = env.snapshot()
     public = sorted((str(p), p.stat().st_mtime_ns) for p in (tmp_path / "data").rglob("*"))
-    for action, args in {"Copy File": dict(source="train.py", destination=path),
-                         "Edit Script (AI)": dict(script_name="train.py", edit_instruction="x", save_name=path),
-                         "Replace In Script": dict(script_name=path, find="a", replace="b"),
-                         "Undo Edit Script": dict(script_name=path)}.items():
-        step = do(env, action, **args)
+    for action, (args, *_) in ACTIONS.items():
+        written = {"destination", "save_name"} & args.keys() or {"script_name", "file_name"} & args.keys()
+        if action in LOOKS or not written:
+            continue
+        step = do(env, action, **{name: path if name in written else "train.py" for name in args})
         assert (step.valid, step.kind) == (False, "invalid") and env.snapshot() == before, action
     assert public == sorted((str(p), p.stat().st_mtime_ns) for p in (tmp_path / "data").rglob("*"))
 
