@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import tasks
-from model import Config, Linear, Qwen2, at_targets, use_kernels
+from model import Linear, Qwen2, at_targets, use_kernels
 from support import cli, logs, recipes, sampling
 from support.cli import RunError, exit_status, run_main
 from support.distributed import (
@@ -30,11 +30,10 @@ from support.distributed import (
     load_state, map_rows, optimizer_step, packed_rows, rank0_broadcast, rank_and_size, row_threads, save_state)
 from support.play import LEARNED_SEEDS, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
 from support.pool import hash_inputs, hold_back, load_pool, sample_states
-from support.pretrained import find_folder
 from support.records import AGENT, restore_record
 from support.sandbox import SLOTS, protection
 from support.storage import ResultCache
-from support.tokenizer import Tokenizer
+from support.tokenizer import open_checkpoint
 
 DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (arXiv 1912.09729)
 VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
@@ -360,9 +359,10 @@ def grpo(transitions, rewards, values, lam):
     return adv
 
 
-# To try another advantage, add a function here; its name is then a value of --advantage. It receives the Transitions,
-# the rewards of their tokens (see token_rewards), the critic's values (or None) and --lam, and returns the advantages
-# of the tokens, a list of (N_i,). Only gae has a critic (Settings.has_critic).
+# To try another advantage, write a function and enter it here; its key is then a value of --advantage. It receives the
+# Transitions, the rewards of their tokens (see token_rewards), the critic's values (or None) and --lam, and returns the
+# advantages of the tokens, a list of (N_i,), which train the actor as they are. Only gae has a critic
+# (Settings.has_critic): its advantages plus the values are what the critic learns, and they are whitened for the actor.
 ADVANTAGES = {"gae": gae_of_episodes, "rloo": rloo, "grpo": grpo}
 
 
@@ -605,10 +605,7 @@ def iterate(cfg, worker, trainer, iteration):
 def train(cfg, rank, world_size, device):
     # 1. What is trained, and on what.
     tasks.refuse_held_out_names(tasks.names(cfg.task))
-    folder = find_folder(cfg.model)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    config = Config.from_pretrained(folder)
-    tokenizer.check_fits(config, cfg.model)
+    folder, config, tokenizer = open_checkpoint(cfg.model)
     rank0_broadcast(lambda: len(prepare_tasks(cfg, LEARNED_SEEDS)))        # a Task itself cannot be sent
     if cfg.sandbox == "on":
         protection()        # here, before many threads ask at once

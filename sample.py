@@ -30,8 +30,7 @@ from support.cli import ContextFull, ModelSettings, RunError, parse
 from support.distributed import SMALL_BELOW, compute_type
 from support.drafts import TOKEN_COST, PromptLookup, draft_lengths
 from support.endpoint import Completion, Endpoint, address, find_stop, is_server
-from support.pretrained import find_folder
-from support.tokenizer import Tokenizer
+from support.tokenizer import Tokenizer, open_checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -578,10 +577,7 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
         tokenizer = Tokenizer.of_bytes()
         model = Qwen2.from_scratch(config, dtype=compute_type(dtype, torch.device(device), config), device=device)
     else:
-        folder = find_folder(spec)
-        config = Config.from_pretrained(folder)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        tokenizer.check_fits(config, spec)
+        folder, config, tokenizer = open_checkpoint(spec)
         model = Qwen2.from_pretrained(folder, compute_type(dtype, torch.device(device), config), device)
     return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec), fixed_shapes=graphs)
 

@@ -283,13 +283,15 @@ def train(cfg, examples, valid, tokenizer, config, folder):
 
 def fine_tune(cfg):
     """Trains cfg.model on cfg.trajectories and writes cfg.out."""
+    if Path(cfg.out).resolve() == Path(cfg.trajectories).resolve():
+        raise ValueError(f"--out and --trajectories are both {cfg.out}; give two folders")
     with joined(cfg, "sft.py") as (rank, world_size, device):
         log = print if rank == 0 else lambda line: None
         if cfg.preset:
             rank0_broadcast(partial(collect_first, cfg))
         learned = collection.collected_format(cfg)
         cfg = replace(cfg, **learned)       # whatever was typed here: imagined states are of the same form
-        folder, tokenizer, config = miniature.starting_point(cfg)
+        folder, config, tokenizer = miniature.starting_point(cfg)
         examples, valid = build_dataset(cfg, tokenizer, log)
         num_tokens = sum(len(ids) for ids, _ in examples)
         log(f"{cfg.model}: training on {len(examples)} conversations of {num_tokens:,} tokens; {len(valid)} to "

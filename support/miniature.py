@@ -14,11 +14,10 @@ from model import Config
 from support.conversations import Conversation, read_conversations
 from support.distributed import rank0_broadcast
 from support.files import shorten
-from support.pretrained import find_folder
 from support.prompts import short_prompt, shown_script
 from support.scripts import (
     InvalidAction, change_number, changes, constants, inverse, set_constant, untried, without_comments)
-from support.tokenizer import Tokenizer, byte_alphabet
+from support.tokenizer import Tokenizer, byte_alphabet, open_checkpoint
 
 SHORT_ACTIONS = ("Set Constant", "Set Constant Again", "Set Constant Inversely", "Undo Edit Script", "Execute Script")
 SCRIPTED_ACTIONS = {        # of the scripted expert
@@ -437,16 +436,12 @@ def train_tokenizer(texts, size):
 
 
 def starting_point(cfg):
-    """Returns (folder, tokenizer, Config) of the model that is fine-tuned; folder is None where it is drawn."""
+    """Returns (folder, Config, Tokenizer) of the model that is fine-tuned; folder is None where it is drawn."""
     if cfg.model != "tiny":
-        folder = find_folder(cfg.model)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        config = Config.from_pretrained(folder)
-        tokenizer.check_fits(config, cfg.model)
-        return folder, tokenizer, config
+        return open_checkpoint(cfg.model)
     config = Config.preset("tiny")
     if cfg.prompt_format == "full":
-        return None, Tokenizer.of_bytes(), config
+        return None, config, Tokenizer.of_bytes()
     rank0_broadcast(lambda: make_tokenizer(cfg))
     tokenizer = Tokenizer.from_pretrained(cfg.out)
-    return None, tokenizer, replace(config, vocab_size=tokenizer.size)
+    return None, replace(config, vocab_size=tokenizer.size), tokenizer

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import tokenizers
 
+from model import Config
 from support.files import sync, write_atomic
-from support.pretrained import read_json
+from support.pretrained import find_folder, read_json
 
 # What transformers and vLLM read of Qwen's chat format.
 CHAT_TEMPLATE = (r"{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -168,6 +169,15 @@ class Tokenizer:
             ids += [self.turn, *header, *reply, self.end, *newline]
             loss_mask += [False] * (1 + len(header)) + [learned] * (len(reply) + 1) + [False] * len(newline)
         return ids, loss_mask
+
+
+def open_checkpoint(spec):
+    """Returns (folder, Config, Tokenizer) of a checkpoint, a folder or an id of the hub."""
+    folder = find_folder(spec)
+    config = Config.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.check_fits(config, spec)
+    return folder, config, tokenizer
 
 
 def byte_alphabet():
