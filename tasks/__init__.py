@@ -304,8 +304,10 @@ def run_starter(task, home, python=sys.executable, script=None):
         result = sandbox.execute(task.entry, folder, timeout_s=task.time_limit_s, python=python, sandbox="off",
                                  memory_bytes=task.memory_limit_bytes)
         if result.outcome != "ok":
-            raise RuntimeError(f"{name}: {result.outcome}. {result.detail}\n{result.stderr[-2000:]}\nIf {python} lacks "
-                               "a module, install what the scripts use: pip install -r tasks/requirements.txt")
+            hint = ""
+            if "No module named" in result.stderr:
+                hint = f"\nInstall what the scripts use for {python}: pip install -r tasks/requirements.txt"
+            raise RuntimeError(f"{name}: {result.outcome}. {result.detail}\n{result.stderr[-2000:]}{hint}")
         try:
             return _finite(score_file(task, home, Path(folder) / "submission.csv")), result.cpu_s, result.stdout
         except InvalidSubmission as error:

@@ -76,7 +76,8 @@ def split_positions(n, fraction, seed=0):
 
 
 def split_rows(rows, published):
-    """The data frames (train, test) of a shuffled split of `rows`; published: see share_of_test."""
+    """The data frames (train, test) of a shuffled split of `rows`; published: see share_of_test. For real data of
+    fewer than FEW_ROWS rows use split_positions."""
     train, test = split_positions(len(rows), share_of_test(published, len(rows)))
     return rows.iloc[train], rows.iloc[test]
 

@@ -497,7 +497,7 @@ def wrong_folders(id, raw, folder):
                         ("cut", lambda data: data[:len(data) // 2])):
         kept = {".jpg", ".png", ".xyz"}
         if name == "cut":
-            kept |= {".csv", ".txt"}                        # half a table is a table
+            kept |= {".csv", ".txt", ".tsv", ".data"}       # half a table is a table
         shutil.copytree(raw, folder / name, copy_function=os.link)      # so what is spoilt is written anew
         spoilt = [path for path in folder.joinpath(name).rglob("*") if path.is_file() and path.suffix not in kept]
         for path in spoilt:
