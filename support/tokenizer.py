@@ -68,6 +68,8 @@ class Tokenizer:
             folder / "generation_config.json", folder / "tokenizer_config.json"))
         eos = generation.get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(token, int) for token in eos):
+            raise ValueError(f"{folder}/generation_config.json: eos_token_id must be numbers, found {str(eos):.80}")
         template = str(config.get("chat_template") or "")
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
