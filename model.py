@@ -31,7 +31,8 @@ from support.pretrained import SHARD_BYTES, find_folder, load_tensors, read_json
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 IGNORE = -100               # the target of a token that has none
-MAX_SIZE = 2**24            # the largest number that a config.json may hold
+MAX_LAYERS = 2**10          # what a config.json may ask for, so that no file starts an endless build
+MAX_SIZE = 2**24
 CPU_LOGITS = 2**24          # logits that the log-probs hold at a time: 64 MiB in fp32
 GPU_LOGITS = 2**27          # 512 MiB
 CHUNK_STEP = 256            # a chunk's width is a multiple of this: tensor cores are slow at odd widths
@@ -82,17 +83,22 @@ class Config:
         config = cls(**{field.name: raw.get(field.name) for field in fields(cls)})
         for field in fields(cls):
             value = getattr(config, field.name)
+            largest = MAX_LAYERS if field.name == "num_hidden_layers" else MAX_SIZE
             if field.type is bool:
                 valid = isinstance(value, bool)
                 expected = "true or false"
             else:
-                valid = type(value) in (int, field.type) and 0 < value <= MAX_SIZE
-                expected = f"of type {field.type.__name__}, above 0 and at most {MAX_SIZE:,}"
+                valid = type(value) in (int, field.type) and 0 < value <= largest
+                expected = f"of type {field.type.__name__}, above 0 and at most {largest:,}"
             if not valid:
                 raise ValueError(f"{path}: {field.name} must be {expected}")
         if config.num_attention_heads % config.num_key_value_heads:
             raise ValueError(f"{path}: num_attention_heads {config.num_attention_heads} must be a multiple of "
                              f"num_key_value_heads {config.num_key_value_heads}")
+        head_dim = raw.get("head_dim") or config.head_dim
+        if config.num_attention_heads * head_dim != config.hidden_size:
+            raise ValueError(f"{path}: hidden_size {config.hidden_size} must be num_attention_heads "
+                             f"{config.num_attention_heads} times the head width {head_dim}")
         return config
 
     def save(self, folder, dtype):

@@ -145,7 +145,7 @@ DAMAGES = {
     "no heads": (lambda f: edit_config(f, num_attention_heads=0), ["num_attention_heads must be", "above 0"]),
     "key heads": (lambda f: edit_config(f, num_key_value_heads=4),
                   ["config.json: num_attention_heads 6 must be a multiple of num_key_value_heads 4"]),
-    "layers for ever": (lambda f: edit_config(f, num_hidden_layers=10**12), ["num_hidden_layers must be", "at most 16,777,216"]),
+    "layers for ever": (lambda f: edit_config(f, num_hidden_layers=10**12), ["num_hidden_layers must be", "1,024"]),
     "no float": (lambda f: edit_config(f, rope_theta=10**400), ["rope_theta must be of type float"]),
     "odd rope": (lambda f: edit_config(f, rope_scaling=[1]), ["scaled rotary"]),
     "odd index": (lambda f: (f / "model.safetensors.index.json").write_text("[1]"),
