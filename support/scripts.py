@@ -1,6 +1,6 @@
 """The text of a script: its numbered constants and what may be tried with them, its code without comments, and the
 difference of two."""
-import ast, contextlib, difflib, io, re, tokenize
+import contextlib, difflib, io, math, re, tokenize
 
 from support.files import shorten
 
@@ -67,10 +67,14 @@ def change_number(name, before, value):
 def without_comments(script):
     """Returns the text of a script without comments, docstrings and empty lines."""
     lines = script.splitlines()
-    for node in ast.walk(ast.parse(script)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            lines[node.lineno - 1:node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
-    for token in tokenize.generate_tokens(io.StringIO(script).readline):
+    begins = True       # a statement
+    tokens = list(tokenize.generate_tokens(io.StringIO(script).readline))
+    code = [token for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
+    for token, after in zip(code, code[1:]):
+        if begins and token.type == tokenize.STRING and after.type == tokenize.NEWLINE:
+            lines[token.start[0] - 1:token.end[0]] = [""] * (token.end[0] - token.start[0] + 1)
+        begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    for token in tokens:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
@@ -79,7 +83,8 @@ def without_comments(script):
 
 def changes(script):
     """Returns [(number of a constant, value)] of what prompts for small models offer: each constant times each of the
-    FACTORS, but not a share (a number between 0 and 1) times what would make it 1 or more."""
+    FACTORS (0.0 by one of the NUMBERS) where that changes it, but not a share (a number between 0 and 1) times what
+    would make it 1 or more."""
     found = []
     for number, (name, text, *_) in enumerate(constants(script), 1):
         is_zero = float(text) == 0 and "." in text
@@ -112,3 +117,13 @@ def difference(before, after):
     if len(before) + len(after) > MAX_DIFF:     # difflib takes quadratic time
         return [f"(too long to be shown: {len(before):,} lines before, {len(after):,} after)"]
     return list(difflib.unified_diff(before, after, lineterm="", n=2))[2:]
+
+
+def printed_metric(stdout, metric=""):
+    """Returns the last number of the last line that mentions "validation" or the metric's name, or None."""
+    for line in reversed(stdout.splitlines()):
+        if "validation" in line.lower() or metric and metric.lower() in line.lower():
+            numbers = re.findall(r"(?<![\w.])[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,4})?(?!\w)", line[-1000:])
+            if numbers and math.isfinite(value := float(numbers[-1])):
+                return value
+    return None

@@ -50,6 +50,11 @@ def load(path):
 '''
 
 
+def test_code_on_the_line_of_a_string_stays():
+    for text in ('class Odd(Exception): "doc"\n', 'x = 1; "doc"\n', 'def f():\n    """doc"""; return 1\n'):
+        assert scripts.without_comments(text) == text
+
+
 def test_a_script_without_comments():
     assert scripts.without_comments(SCRIPT) == (
         'import os\nRATE = 0.5\ndef load(path):\n    text = """kept # here"""\n    return text + "# and here"\n')
@@ -465,6 +470,19 @@ def test_trajectories_that_are_not_comparable_are_refused(rl, tmp_path):
         (folder / "results.json").write_text(json.dumps(entries))
     assert "0.200  0.200" in real_run.compare_agents(tmp_path, ["sft", "other"])
     with pytest.raises(ValueError, match="rl/held-out-trajectories.*(is not complete|other settings)"):
+        real_run.compare_agents(tmp_path, ["sft", "rl"])
+
+
+def test_a_starter_alone_has_closed_no_gap_and_without_results_nothing_is_complete(tmp_path):
+    for name in ("sft", "rl"):
+        write_measured(tmp_path / name / "held-out", {"a": (0.4, 1, 0)})
+        folder = tmp_path / name / "held-out-trajectories"
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps({"settings": UNDER, "complete": True, "tasks": {"a": {}}}))
+    lines = real_run.compare_agents(tmp_path, ["sft", "rl"]).splitlines()
+    assert lines[2].split()[-6:] == ["0", "-", "-", "-", "-", "-"]
+    (folder / "results.json").unlink()      # broken off before the first
+    with pytest.raises(ValueError, match="rl/held-out-trajectories/results.json is not complete"):
         real_run.compare_agents(tmp_path, ["sft", "rl"])
 
 
