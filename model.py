@@ -10,7 +10,7 @@ checkpoints.
 Letters in shapes: B rows, T tokens in a row, N tokens with a target, S cached positions, V vocabulary, L layers,
 C model width, F feed-forward width, H query heads, K key/value heads, D head width.
 """
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -24,15 +24,12 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from support.files import write_atomic
-from support.pretrained import SHARD_BYTES, find_folder, load_tensors, read_json, write_checkpoint
+from support.pretrained import SHARD_BYTES, check_config, find_folder, load_tensors, read_json, write_checkpoint
 
 # cuDNN makes a plan for every new shape of an attention, which takes 40 to 400 ms, and shapes change at each pass.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 IGNORE = -100               # the target of a token that has none
-MAX_LAYERS = 2**10          # what a config.json may ask for, so that no file starts an endless build
-MAX_SIZE = 2**24
 CPU_LOGITS = 2**24          # logits that the log-probs hold at a time: 64 MiB in fp32
 GPU_LOGITS = 2**27          # 512 MiB
 CHUNK_STEP = 256            # a chunk's width is a multiple of this: tensor cores are slow at odd widths
@@ -81,36 +78,8 @@ class Config:
         raw.setdefault("rope_theta", rope.get("rope_theta", 1e6))       # newer files nest it
 
         config = cls(**{field.name: raw.get(field.name) for field in fields(cls)})
-        for field in fields(cls):
-            value = getattr(config, field.name)
-            largest = MAX_LAYERS if field.name == "num_hidden_layers" else MAX_SIZE
-            if field.type is bool:
-                valid = isinstance(value, bool)
-                expected = "true or false"
-            else:
-                valid = type(value) in (int, field.type) and 0 < value <= largest
-                expected = f"of type {field.type.__name__}, above 0 and at most {largest:,}"
-            if not valid:
-                raise ValueError(f"{path}: {field.name} must be {expected}")
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise ValueError(f"{path}: num_attention_heads {config.num_attention_heads} must be a multiple of "
-                             f"num_key_value_heads {config.num_key_value_heads}")
-        head_dim = raw.get("head_dim") or config.head_dim
-        if config.num_attention_heads * head_dim != config.hidden_size:
-            raise ValueError(f"{path}: hidden_size {config.hidden_size} must be num_attention_heads "
-                             f"{config.num_attention_heads} times the head width {head_dim}")
+        check_config(config, raw.get("head_dim"), path)
         return config
-
-    def save(self, folder, dtype):
-        """Writes config.json as transformers and vLLM expect it."""
-        values = {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "hidden_act": "silu",
-            "use_sliding_window": False,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-        }
-        write_atomic(Path(folder) / "config.json", {**values, **asdict(self)})
 
 
 PRESETS = {     # V, C, F, L, H, K

@@ -3,6 +3,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -11,8 +12,32 @@ from safetensors.torch import save_file
 
 from support.files import parse_json, sync, write_atomic
 
+MAX_LAYERS = 2**10          # what a config.json may ask for, so that no file starts an endless build
+MAX_SIZE = 2**24
 SHARD_BYTES = 5 * 10**9     # of the largest file of weights
 HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def check_config(config, head_dim, path):
+    """Raises ValueError where a Config read from a file is of no model. head_dim: that of the file, or None."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        largest = MAX_LAYERS if field.name == "num_hidden_layers" else MAX_SIZE
+        if field.type is bool:
+            valid = isinstance(value, bool)
+            expected = "true or false"
+        else:
+            valid = type(value) in (int, field.type) and 0 < value <= largest
+            expected = f"of type {field.type.__name__}, above 0 and at most {largest:,}"
+        if not valid:
+            raise ValueError(f"{path}: {field.name} must be {expected}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(f"{path}: num_attention_heads {config.num_attention_heads} must be a multiple of "
+                         f"num_key_value_heads {config.num_key_value_heads}")
+    head_dim = head_dim or config.head_dim
+    if config.num_attention_heads * head_dim != config.hidden_size:
+        raise ValueError(f"{path}: hidden_size {config.hidden_size} must be num_attention_heads "
+                         f"{config.num_attention_heads} times the head width {head_dim}")
 
 
 def read_json(path):
@@ -51,10 +76,22 @@ def write_checkpoint(folder, config, tensors, dtype, max_shard_bytes=SHARD_BYTES
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         write_atomic(folder / "model.safetensors.index.json", index)
     sync(folder)
-    config.save(folder, dtype)
+    write_config(config, folder, dtype)
     for path in folder.glob("model*.safetensors"):      # which safetensors makes for their owner alone
         shutil.copymode(folder / "config.json", path)
     sync(folder)
+
+
+def write_config(config, folder, dtype):
+    """Writes config.json as transformers and vLLM expect it."""
+    values = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    write_atomic(Path(folder) / "config.json", {**values, **asdict(config)})
 
 
 def split_shards(tensors, dtype, max_shard_bytes):

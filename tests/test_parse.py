@@ -11,6 +11,7 @@ import sft
 from model import Config
 from support import miniature, recipes
 from support.cli import parse
+from support.pretrained import write_config
 
 
 @dataclass
@@ -142,7 +143,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name, size in (("small", "tiny"), ("half", "0.5b"), ("three", "3b"), ("large", "7b")):
         (folder / name).mkdir()
-        Config.preset(size).save(folder / name, torch.float32)
+        write_config(Config.preset(size), folder / name, torch.float32)
     return folder
 
 
