@@ -10,7 +10,7 @@ import torch
 
 from model import IGNORE, as_trees
 from reward import KINDS
-from support.distributed import num_parameters, rank_and_size
+from support.distributed import gather, num_parameters, rank_and_size
 from support.files import begin_log
 from support.sandbox import SLOTS
 
@@ -43,15 +43,18 @@ class Log:
         self.began = time.monotonic()
 
     def work(self, flops, seconds):
-        """Returns the share of the peak that these operations of this process have reached, and its memory."""
+        """Returns the share of the peak that these operations have reached, the mean over processes, and the memory of
+        this one. flops: of this process. Every process must call this."""
+        flops = sum(gather([flops])) / rank_and_size()[1]
         mfu = flops / seconds / self.peak if self.peak else None
         return {"mfu": mfu, "peak_gib": peak_memory(self.device) / 2**30}
 
     def write(self, figures, shown=None):
-        """Appends the figures of a step, and about a hundred times in a run prints them, or those that are `shown`."""
+        """Appends the figures of a step and prints them: those that are `shown`, every time; without it all of them,
+        about a hundred times in a run."""
         self.append("log.jsonl", [figures])
         step = figures[self.unit]
-        if self.is_writer and ("valid_loss" in figures or step % max(1, self.last // 100) == 0):
+        if self.is_writer and (shown or "valid_loss" in figures or step % max(1, self.last // 100) == 0):
             left_s = (time.monotonic() - self.began) / (step - self.first) * (self.last - step)
             texts = [f"{name} {figures[name]:.4g}" for name in shown or figures
                      if name != self.unit and figures.get(name) is not None]
@@ -84,7 +87,8 @@ def rollout_stats(counts, chances, sample_s, execute_s):
 def action_stats(cfg, transitions, rewards_of_groups, logp_old, logp_ref, logp_diff):
     """Returns {name: number} about an iteration's actions. The log-probs are those of the actions learned from. To log
     something else, add a line such as "undo": fmean(step["valid"] and step["action"] in UNDOES for step in steps).
-    env.Step tells what a step has (an invalid one may have an action, too), env.UNDOES what takes an edit back."""
+    env.Step tells what a step has (an invalid one may have an action, too); `from env import UNDOES` what takes an edit
+    back."""
     steps = [transition.step for transition in transitions]
     rewards = torch.tensor([step["reward"] for step in steps])
     kinds = Counter(step["kind"] for step in steps)
