@@ -9,13 +9,13 @@ support/play.py plays so with a model, records every step, and goes on after an 
 
     python env.py replay FILE                         # runs a trajectory of eval.py or sft.py again, prints differences
 
-A state is the chat messages and the workspace: a dict {path: sha256} over a store of blobs (support/storage.py). It
-becomes a folder only while a script runs. So a recorded state comes back exactly, and no `..`, link or daemon reaches
-the workspace.
+A state is the chat messages, what a Step records of scores and tries, and the workspace: a dict {path: sha256} over a
+store of blobs (support/storage.py). It becomes a folder only while a script runs. So a recorded state comes back
+exactly, and no `..`, link or daemon reaches the workspace.
 
 After every edit the entry script runs in a copy of the workspace, and its submission is graded here, against answers
 that the script cannot reach (support/sandbox.py). The agent never sees that score; it is told what the run printed
-(--no-show-scores: not even that), which is not believed.
+(--no-show-scores: not even that), on which no reward rests.
 
 An action is an entry in ACTIONS and a method of Env: `_list_files` for "List Files".
 """
@@ -57,7 +57,7 @@ MAX_SCRIPT = 1 << 20                    # bytes that an action may edit
 MAX_CODER = 20_000                      # characters that Understand File shows to the coder
 WHOLE_SCRIPT = "Answer with the whole changed script in one ```python block."   # ends a question for a script
 CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder refused
-WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so much wall time is allowed
+WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so many times that by the clock
 
 
 # ---- Prompts
@@ -116,7 +116,8 @@ Action Input: {"script_name": "train.py"}"""),
         "ends the work. Use it once, when there is nothing left to improve."),
 }
 DEFAULT_ACTIONS = tuple(ACTIONS)
-LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Script")     # change no script
+# They change no script, and the work goes on: support/tables.py: count_habits passes over them.
+LOOKS = ("List Files", "Inspect Script Lines", "Understand File", "Execute Script")
 UNDOES = ("Undo Edit Script", "Set Constant Inversely")     # take an edit back
 EXPLAIN = {
     "Reflection": "what the last observation means; for an error, its cause",
@@ -157,7 +158,7 @@ PROBLEM = """Task: {task.id}
 The workspace holds {task.entry} (the script to improve) and data/ (read-only). The metric is {task.metric}; \
 {better} is better. You have {steps} steps and {minutes:.0f} minutes; one run of a script may take \
 {limit:.0f} s."""
-NOTHING = {     # what is seen at the start, see Step
+NOTHING = {     # Env.seen, of which small models' prompts consist, at the start
     "news": "nothing", "change": {}, "best_printed": None, "best_script": None, "tried": [], "tries": []}
 
 
@@ -268,16 +269,6 @@ def script_text(blobs, sha):
     return read_start(blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace") if sha else ""
 
 
-def printed_metric(stdout, metric=""):
-    """Returns the last number of the last line that mentions "validation" or the metric's name, or None."""
-    for line in reversed(stdout.splitlines()):
-        if "validation" in line.lower() or metric and metric.lower() in line.lower():
-            numbers = re.findall(r"(?<![\w.])[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,4})?(?!\w)", line[-1000:])
-            if numbers and math.isfinite(value := float(numbers[-1])):
-                return value
-    return None
-
-
 # ---- The environment
 
 class Run(NamedTuple):
@@ -331,7 +322,7 @@ class Env:
     task: a Task or its id. data: the folder of prepared data. out: where `blobs/` is kept; many Envs may share it.
     actions: those that need a coder are left out without one. seconds: to wait for a free slot does not count. coder:
     callable(messages) -> str for the (AI) actions; its ValueError (a text that does not fit) goes to the agent. cache:
-    a ResultCache (default: one in out). The rest: see AgentSettings and cli.ScriptSettings.
+    a ResultCache (default: one in out). The rest: see support/play.py: AgentSettings, cli.ScriptSettings.
     """
     stop = ("\nObservation:",)      # texts that end a reply
     # A subclass with more tries has is_readable(reply): where that is False another reply is asked for, up to so many,
@@ -437,7 +428,7 @@ class Env:
         self.act(step, parse_error)
         self.index += 1
 
-        # 2. The score and the reward. A run of another script says nothing about the last edit.
+        # 2. The score and the reward. Only edits that were scored move these; Execute Script is none.
         if step.kind == "scored" and step.score is not None:
             self.m_before = step.score
             self.m_top = best_of(self.task.direction, self.m_top, step.score)
@@ -495,7 +486,7 @@ class Env:
             step.observation = step.detail
 
     def complete_observation(self, step):
-        """Returns the observation of a step with what is left, and not too long."""
+        """Returns the observation of a step with the steps and time that are left, cut to MAX_OBSERVATION."""
         text = shorten(step.observation, MAX_OBSERVATION)
         if not self.ended:
             text += f"\n[{self.steps_left} steps and {step.seconds_left / 60:.0f} min left]"
@@ -515,7 +506,7 @@ class Env:
     def remember_news(self, step):
         """Puts what a step has brought into what short and medium prompts tell."""
         name = step.action
-        if name.startswith("Set Constant") and self.seen["change"]:     # else the disk was full
+        if name.startswith("Set Constant") and self.seen["change"]:     # it is empty where the disk was full
             name = self.describe_change()
         outcome = " ".join((step.news or step.observation.partition("\n")[0]).split()).rstrip(".")[:prompts.SHORT_NEWS]
         self.seen["news"] = f"{outcome}, after {name[:prompts.SHORT_NEWS]}"
@@ -594,7 +585,7 @@ class Env:
         return text, size
 
     def _write(self, path, content):
-        """Puts bytes, or the file at a path, into the workspace, and keeps what was there."""
+        """Puts bytes, or the file at a path, into the workspace, and keeps what was there below .undo/."""
         sha = self.blobs.put(content)
         after = without_undo(self.files) | {path: sha}
         if not fits(after, self.blobs):
@@ -627,8 +618,8 @@ class Env:
         lines = scripts.difference(before, after)
         return "\n".join([f"{path} is saved. The difference:", *lines, *self._score_edit(step)])
 
-    # Actions. Each takes the Step and the arguments, and returns the observation; an edit returns that of _edit, which
-    # scores it and lets it be undone.
+    # Actions. Each takes the Step and the arguments, and returns the observation: a new edit of a text that of _edit,
+    # which scores it and lets it be undone. InvalidAction refuses an action; nothing may have changed before it.
 
     def _list_files(self, step, dir_path):
         contents = self._contents(self._path(dir_path))
@@ -777,7 +768,7 @@ class Env:
         result, _, files = self._run_in_step(step, path)
         if files is not None:
             self.files = files | {name: self.files[name] for _, name in self._replaced()}
-        if step.kind == "scored":
+        if step.kind == "scored":       # a run alone earns 0.5, whatever it scores
             step.kind = "not an edit"
         return self._describe_run(path, result)
 
@@ -808,7 +799,7 @@ class Env:
     def _score_edit(self, step):
         """Scores the workspace after an edit. Returns the lines that tell the agent of it."""
         entry = self.task.entry
-        self.seen["change"] = {}
+        self.seen["change"] = {}        # _set_constant puts it back
         if entry in self.files:
             self._run_in_step(step, entry)
         else:       # a script has removed it
@@ -828,7 +819,7 @@ class Env:
         step.detail = run.result.detail
         step.kind = OUTCOMES[run.result.outcome][0]
         step.score = run.score
-        step.printed = printed_metric(run.result.stdout, self.task.metric)
+        step.printed = scripts.printed_metric(run.result.stdout, self.task.metric)
         step.script_seconds = run.result.seconds
         step.sandbox = run.result.sandbox
         if script == self.task.entry and (self.show_scores or step.action == "Execute Script"):
@@ -939,7 +930,7 @@ class Env:
 
 def comes_again(result):
     """Returns whether the same script on the same files would end like this again."""
-    if result.limit:    # not wall time, nor processor time with slow first imports
+    if result.limit:    # not of wall time, nor of processor time while the imports were slow
         return result.limit in ("memory", "processes") or result.limit == "cpu" and result.warm
     # a signal may be the kernel's, for lack of memory
     return result.exit_code >= 0 and result.outcome != "disk full"
@@ -951,5 +942,5 @@ def stamps_of(folder):
     return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
-if __name__ == "__main__":       # its replay stands on this file
+if __name__ == "__main__":       # replay is in support/records.py, which stands on this file
     cli.run_main(lambda: importlib.import_module("support.records").main(sys.argv[1:]))

@@ -1,15 +1,18 @@
 """Runs the agent on tasks and prints what it scored: the means, what it learned, and the layout of the paper's Table 1.
 
-    python eval.py                                                   # what sft.py and rl.py made, on all miniatures
+    python eval.py                                                   # what sft.py and rl.py made, on all tasks
     python eval.py --task leaf-classification                        # no model, no data: the starter on the miniature
     python eval.py --task leaf-classification --model DIR --raw RAW  # 8 trajectories of 15 steps on the real data
     python eval.py --task held-out --model http://host:8000/v1#name  # all of them, through an OpenAI-compatible server
-    python eval.py --states FILE --model DIR --samples 8             # single actions in recorded states
+    python eval.py --states FILE --record-states 4                   # records states, once
+    python eval.py --states FILE --model DIR --samples 8             # single actions in them
     python eval.py --exports runs/rl,runs/episode                    # gain during training: rl.py --export-every
     python eval.py --compare runs/a,runs/b --reference runs/b        # runs nothing: draws what was run before
 
 --out receives results.json (settings, versions, every score), trajectories/TASK-K.jsonl (a line a step, which
 `python env.py replay FILE` runs again), blobs/ (the files of every step) and report.html, a page of scores and steps.
+Of several agents each has results.json and trajectories/ in a folder of its own there. --states leaves states.json and
+actions.jsonl instead.
 Ctrl-C keeps what is done; the same command goes on from there.
 """
 import functools, json, math, random, re
@@ -20,7 +23,7 @@ from pathlib import Path
 import support  # noqa: F401  before torch
 
 import sample
-from env import SCAFFOLDS, Env, printed_metric
+from env import SCAFFOLDS, Env
 from support import aide, cli, endpoint, miniature, mlagentbench, tables
 from support.cli import RunError, check_choices, check_positive, exit_status, refuse_torchrun, run_main
 from support.disclosure import FINAL, disclose
@@ -32,14 +35,16 @@ from support.parallel import Progress, run_parallel
 from support.records import end_reason, read_record, trajectory_files, trajectory_path
 from support.report import find_exports, read_exports, read_results, write_report
 from support.sandbox import SLOTS
+from support.scripts import printed_metric
 from support.states import format_states, measure_states, record_states
 from support.storage import ResultCache
 
 MADE = {"fine-tuned": "runs/sft", "after RL": "runs/rl"}     # name in the tables -> where sft.py and rl.py leave it
 # float64, so that a reply does not depend on which replies are sampled beside it, as rounding would have it
-MINIATURE = {"temperature": 1.0, "dtype": "float64", "trajectories": 3}
+MINIATURE = {       # settings of a run without --task and --model
+    "temperature": 1.0, "dtype": "float64", "trajectories": 3}
 TOKENS_TOGETHER = 8 * 16_384    # of the conversations that one model holds at the same time
-DEFAULTS = {"aide": aide.DEFAULTS, "mlagentbench": mlagentbench.DEFAULTS}      # settings of a scaffold
+DEFAULTS = {"aide": aide.DEFAULTS, "mlagentbench": mlagentbench.DEFAULTS}      # before agent.json
 PACKAGES = ("torch", "tokenizers", "numpy", "pandas", "scikit-learn")
 NO_MODEL = """
 No --model was given, so only the starter scripts ran. To run an agent, add --model with a folder, a model of the
@@ -48,8 +53,8 @@ Hugging Face hub (Qwen/Qwen2.5-0.5B-Instruct), or any OpenAI-compatible server (
 
 @dataclass
 class Settings(AgentSettings):
-    task: str = ""  # a task's id, held-in, held-out, paper (those of Table 1) or all; empty: leaf-classification, or
-        # without --model too the paper in miniature: what sft.py and rl.py have made, on all tasks
+    task: str = ""  # a task's id, held-in, held-out, paper (those of Table 1) or all; empty: leaf-classification; with
+        # --states or --exports all; without --model too the paper in miniature: what sft.py and rl.py have made, on all
     model: str = ""  # a folder, a hub id, tiny (random weights), http://host:port/v1#name, or random-edits: no model,
         # constants changed at random and changed back where the score is no better; empty: starters alone
     coder: str = "model"  # who carries out the (AI) actions: model (the same one), none, or another, as in --model
@@ -105,10 +110,11 @@ class Settings(AgentSettings):
 
 def run_identity(cfg, infos):
     """Returns all that the trajectories depend on, {name: value}. A run is continued only under the same."""
-    # where, how many, how they are counted, and how long one waits for them
-    elsewhere = ("out", "data", "raw", "final", "trajectories", "exports", "compare", "reference", "reply_seconds",
-                 "states", "samples", "record_states")
-    identity = {name: value for name, value in json.loads(json.dumps(asdict(cfg))).items() if name not in elsewhere}
+    # What may differ when a run goes on: where things lie, how many trajectories, how they are counted, how long a
+    # reply is waited for, and what other commands alone read.
+    free = ("out", "data", "raw", "final", "trajectories", "exports", "compare", "reference", "reply_seconds",
+            "states", "samples", "record_states")
+    identity = {name: value for name, value in json.loads(json.dumps(asdict(cfg))).items() if name not in free}
     for task, info in infos:
         kind = "miniature" if info["miniature"] else "real"
         identity[f"data of {task.id}"] = f"{kind} {hash_json([info['sha256'], info['m_init']])[:12]}"
@@ -119,7 +125,8 @@ def run_identity(cfg, infos):
 
 
 def starter_result(cfg, task, info, home, cache):
-    """Runs the starter of a task, and returns what results.json says of the task before an agent plays."""
+    """Runs the starter of a task, whose submission is a candidate too, and returns what results.json says of the task
+    before an agent plays. home: the folder of blobs/ and cache/."""
     score, run = make_env(cfg, task, home, cache).score()
     if score is None:
         raise RunError(f"the starter of {task.id}: {run.outcome}. {run.detail}\n{run.stderr}")
@@ -130,7 +137,8 @@ def starter_result(cfg, task, info, home, cache):
 
 
 def load_models(cfg, num_rows, load=sample.load):
-    """Returns the model that acts, and the one for the (AI) actions or None. num_rows: conversations at a time."""
+    """Returns the model that acts, and the one for the (AI) actions or None. num_rows: conversations at a time.
+    load: a function like sample.load."""
     options = {"dtype": cfg.dtype, "device": cfg.device, "kernels": cfg.kernels, "context": cfg.context,
                "rows": num_rows, "timeout_s": cfg.reply_seconds}
     policy = load(cfg.model, **options)
@@ -239,7 +247,7 @@ def agents_made(cfg):
 
 
 def agents_exported(cfg):
-    """Returns {name: settings} of all exports, and under each name what it took to train."""
+    """Returns {name: settings} of all exports, and {name: what it took to train}, see read_exports."""
     agents = {}
     taken = {}
     for run in cfg.exports:
@@ -252,7 +260,7 @@ def agents_exported(cfg):
 
 
 def fill(values):
-    """For cli.parse: returns the settings that hold where none was typed."""
+    """For cli.parse: returns [(source, settings)] that hold where none was typed; of two sources the first counts."""
     if values["compare"]:
         return []
     model = values["model"]
@@ -260,14 +268,14 @@ def fill(values):
         folder = small_files(model) if model != tables.RANDOM else None
         agent = read_agent(folder) if folder else {}
         if values["states"]:
-            length = {name: agent[name] for name in agent.keys() & {"max_new_tokens"}}      # a state has the rest
+            length = {name: agent[name] for name in agent.keys() & {"max_new_tokens"}}      # a state says the rest
             return [("--states", {"task": "all"}), (f"{model}/agent.json", length)]
         return [(f"--scaffold {values['scaffold']}", DEFAULTS.get(values["scaffold"], {})),
                 (f"{model}/agent.json", agent), ("no --task", {"task": "leaf-classification"})]
     folders = [find_exports(run)[0] for run in values["exports"]] or MADE.values()
     agents = {f"{folder}/agent.json": read_agent(folder) for folder in folders}
     formats = [agent for agent in agents.values() if agent]
-    if formats[1:] != formats[:-1]:
+    if formats[1:] != formats[:-1]:     # they are not all the same
         raise ValueError(f"{' and '.join(agents)} differ, so one is of an older run. Train them anew, or evaluate each "
                          "with --model and --task")
     return [("the paper in miniature", {} if values["task"] else MINIATURE), *agents.items()]

@@ -37,7 +37,7 @@ from support.tokenizer import open_checkpoint
 
 DUAL_CLIP = 3.0             # the loss of a bad action grows up to this ratio (arXiv 1912.09729)
 VALUE_CLIP = 0.2            # a value may move this far from value_old within an iteration
-TIS_CAP = 2.0               # cap of a token's weight pi_old / pi_sampler (arXiv 2510.26788)
+TIS_CAP = 2.0               # truncated importance sampling: cap of a token's pi_old / pi_sampler (arXiv 2510.26788)
 WARM_UP_STEPS = 4           # of the critic alone, before the first update: its head begins at zero
 ROUNDING = 1e-5             # log-probs of the same weights, computed in another order, differ by less
 EPS = 1e-4                  # is added to a standard deviation that is divided by
@@ -96,7 +96,7 @@ class Settings(cli.TaskSettings):
         return self.advantage == "gae"
 
 
-# Settings that may change when a run is continued. The kind of device may not, see train().
+# Settings that may change when a run is continued; with others it is refused. The kind of device may not, see train().
 FREE = {"preset", "model", "trajectories", "out", "iterations", "max_batch", "data", "raw", "python", "gpu", "device",
         "save_every", "export_every", "plan", "gpus"}
 
@@ -137,7 +137,7 @@ class RolloutWorker:
         self.engine = engine
         self.pool = pool
         self.states = {name: state for states in pool.values() for name, state in states.items()}
-        self.chances = {}       # name of a state -> its chance to be sampled; 0: it does not fit the context
+        self.chances = {}       # name of a state -> its relative chance to be sampled; 0: it does not fit the context
         self.held_back = []     # names of the states that validate
         if cfg.validate_every:
             self.pool, self.held_back = hold_back(pool)
@@ -152,7 +152,7 @@ class RolloutWorker:
         """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the prompt's token
         ids there. MissingBlob: a file of the state is gone."""
         state = self.states[name]
-        recorded = {key: state.head[key] for key in AGENT}
+        recorded = {key: state.head[key] for key in AGENT}     # how its agent acted: actions, form of prompt, steps ...
         from_start = self.cfg.rollout == "episode" and name not in self.held_back
         if from_start:
             recorded["steps"] = self.cfg.steps
@@ -163,14 +163,15 @@ class RolloutWorker:
         return env, self.engine.tokenizer.chat(env.prompt())
 
     def validate(self):
-        """Returns the mean reward of actions in the states held back."""
+        """Returns the mean reward of --samples actions in each state held back, of the same random numbers every time;
+        None: no state fits."""
         self.held_back = [name for name in self.held_back if self.fits(name)]
         transitions = results_of(self.submit_actions(self.own_starts(self.held_back), "validation"))
         self.engine.refresh()       # else the next iteration would sample otherwise than after a resume
         return fmean(transition.reward for transition in transitions) if transitions else None
 
     def own_starts(self, names):
-        """Returns this process's share of the states, [(number, name)]."""
+        """Returns this process's share of the states, [(number among those of all processes, name)]."""
         rank, world_size = rank_and_size()
         per_rank = math.ceil(len(names) / world_size)
         return list(enumerate(names))[rank * per_rank:(rank + 1) * per_rank]
@@ -215,7 +216,8 @@ class RolloutWorker:
         return Counter(self.cache.counts, sampled_tokens=self.engine.sampled_tokens)
 
     def submit_actions(self, starts, iteration):
-        """Samples actions in these states, has each carried out at once, and returns the futures in order."""
+        """Samples actions in these states, has each carried out at once, and returns in order the futures of
+        lists of Transitions."""
         futures = {}
 
         def on_reply(i, j, reply):
@@ -294,7 +296,8 @@ def gae(rewards, values, gamma=1.0, lam=1.0):
     """Returns the advantages of one episode's tokens, (N,), from their rewards and values, (N,).
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1} (arXiv 1506.02438, equations 11 and 16).
-    The value behind the last token is 0: an action is an episode of its own, and trajectories are told the steps left.
+    The value behind the last token is 0: nothing is cut off there. A single action is an episode of its own, and the
+    prompts of a trajectory tell the steps left.
     """
     adv = []
     next_adv = 0.0
@@ -344,7 +347,7 @@ def less_baseline(token_reward, own, baseline):
 
 def rloo(transitions, rewards, values, lam):
     """The return to go less the mean return of the group's others (leave-one-out, arXiv 2402.14740). Returns hold the
-    divergence, as there: a baseline without it would push down whatever was sampled."""
+    divergence, as there, and so does the baseline: else each sampled action would look worse than it."""
     adv = []
     for token_reward, (own, group) in zip(rewards, group_returns(transitions, rewards)):
         adv.append(less_baseline(token_reward, own, (sum(group) - own) / max(1, len(group) - 1)))
@@ -382,7 +385,8 @@ def policy_loss(logp, logp_old, adv, clip_low, clip_high):
     """Returns the loss of each token, (N,), and whether the ratio's clip decided it, (N,).
 
     With r = exp(logp - logp_old): -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and where A < 0 at most
-    -DUAL_CLIP A (arXiv 1707.06347, equation 7; arXiv 1912.09729, equation 5). exp must not overflow.
+    -DUAL_CLIP A (arXiv 1707.06347, equation 7; arXiv 1912.09729, equation 5). The logarithm of r is held
+    within 10, so that exp does not overflow.
     """
     ratio = (logp - logp_old).clamp(-10, 10).exp()
     plain = ratio * adv
@@ -429,12 +433,13 @@ class PPOTrainer:
         self.num_token_ids = num_token_ids
         self.device = device
         self.threads = row_threads(config, device)
-        self.flops = 0      # operations of this process, for the log
+        self.flops = 0      # operations of this process since the last line of the log
         build = partial(build_model, config, folder, device, cfg.seed, compute=compute_type(cfg.dtype, device, config),
                         kernels=cfg.kernels)
         self.actor = build()
         self.reference = build().requires_grad_(False) if cfg.kl else None
         self.critic = build(make=Critic) if cfg.has_critic else None
+        # What a checkpoint holds; the reference is made again from --model.
         self.models = nn.ModuleDict({"actor": self.actor})
         groups = [{"params": list(self.actor.parameters()), "lr": cfg.lr}]
         if self.critic:
@@ -549,8 +554,8 @@ class PPOTrainer:
 # -- The loop
 
 def iterate(cfg, worker, trainer, iteration):
-    """One iteration of PPO. Returns the Transitions and statistics. RunError: nothing can be played, or something is
-    not finite."""
+    """One iteration of PPO. Returns the Transitions and statistics. RunError: nothing can be played, something is
+    not finite, or sampler and trainer do not agree."""
     # 1. States of the pool, the tasks in turn; the same on all processes.
     names = worker.sample_states(iteration)
 
@@ -568,7 +573,7 @@ def iterate(cfg, worker, trainer, iteration):
     began = time.monotonic()
     logp_old, logp_diff = sampling.old_logprobs(worker, trainer, learned, examples, logp_sampler, iteration)
     logp_ref = None
-    if trainer.reference:       # a difference within rounding is none: where all rewards are equal it would be whitened
+    if trainer.reference:       # rounding is no difference: whiten would make it large where all rewards are equal
         logp_ref = [torch.where((ref - old).abs() < ROUNDING, old, ref)
                     for ref, old in zip(trainer.logprobs(trainer.reference, examples), logp_old)]
     values = trainer.values(examples) if trainer.critic else None
@@ -603,17 +608,19 @@ def iterate(cfg, worker, trainer, iteration):
 
 
 def train(cfg, rank, world_size, device):
+    """Trains cfg.model up to cfg.iterations, from the newest checkpoint in cfg.out on. Every process runs this."""
     # 1. What is trained, and on what.
     tasks.refuse_held_out_names(tasks.names(cfg.task))
     folder, config, tokenizer = open_checkpoint(cfg.model)
     rank0_broadcast(lambda: len(prepare_tasks(cfg, LEARNED_SEEDS)))        # a Task itself cannot be sent
     if cfg.sandbox == "on":
-        protection()        # here, before many threads ask at once
+        protection()        # tries the sandbox, before many threads ask at once
     pool = load_pool(cfg, tokenizer, cli.announce)
     use_kernels(cfg.kernels, device)
     trainer = PPOTrainer(cfg, config, folder, tokenizer.size, device)
 
     # 2. Where a run was stopped, it goes on.
+    # What must be as it was, besides the settings.
     origin = {"products in": f"{trainer.actor.compute_dtype} on {device.type}".removeprefix("torch."),
               **rank0_broadcast(lambda: hash_inputs(cfg, folder, pool))}
     state = load_state(cfg, sorted(vars(cfg).keys() - FREE), trainer.models, trainer.optimizer, origin)

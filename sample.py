@@ -146,7 +146,7 @@ class DecodeGraph(ForwardBatch):
         self.result.copy_(torch.stack((sampled.double(), logps.double())))
 
     def run(self, tokens, starts, temperature, uniform):
-        """Returns [(token, logp)] after each row's tokens, of which there may be fewer than T, as of the rows than B.
+        """Returns for each row [(token, logp)], one after each of its tokens. Rows may be fewer than B, tokens than T.
         tokens: a list for each row, which goes on after its first `starts` positions."""
         B, T, _ = self.shape
         positions = [range(start, start + len(new)) for start, new in zip(starts, tokens)]

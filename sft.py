@@ -63,8 +63,8 @@ class Settings(AgentSettings):
     updates: int | None = None  # optimizer steps; none: as many as the epochs take
     batch: int = 64  # conversations of one update, over all processes
     max_row_tokens: int = 15000  # tokens of a conversation, which is cut there, and of a packed row
-    lr: float = 2e-5  # peak learning rate; it falls along half a cosine ...
-    warmup: int = 0  # ... after it has risen for so many updates
+    lr: float = 2e-5  # peak learning rate; it falls along half a cosine from the first update on
+    warmup: int = 0  # updates over which it rises, besides
     beta2: float = 0.999  # of AdamW
     save_every: int = 50  # updates between checkpoints, at which the model is validated
     num: int = 8  # trajectories per task
@@ -283,8 +283,6 @@ def train(cfg, examples, valid, tokenizer, config, folder):
 
 def fine_tune(cfg):
     """Trains cfg.model on cfg.trajectories and writes cfg.out."""
-    if Path(cfg.out).resolve() == Path(cfg.trajectories).resolve():
-        raise ValueError(f"--out and --trajectories are both {cfg.out}; give two folders")
     with joined(cfg, "sft.py") as (rank, world_size, device):
         log = print if rank == 0 else lambda line: None
         if cfg.preset:
@@ -313,6 +311,8 @@ def collect_first(cfg):
     if cfg.preset == "tiny" and Path(cfg.trajectories).is_file():
         raise ValueError(f"{cfg.trajectories} is a file of conversations, and the miniature collects its own; say what "
                          "is trained on the file: --model DIR, or --model tiny")
+    if Path(cfg.out).resolve() == Path(cfg.trajectories).resolve():
+        raise ValueError(f"--out and --trajectories are both {cfg.out}; give two folders")
     if cfg.preset == "tiny" or not collection.is_collected(Path(cfg.trajectories)):
         print(f"1. Collecting: an expert edits and runs the starters of --task {cfg.task}.")
         print(collection.report(collect(cfg)))

@@ -50,7 +50,9 @@ def read_complete(path):
 
 
 def mean_gap(entry):
-    gap, _ = entry["figures"]["best-validation"]["gap"]
+    """Returns the mean share of the gap that trajectories closed on a task; None where there is no gap, or where the
+    starter alone was run."""
+    gap = entry["figures"]["best-validation"]["gap"][0] if "figures" in entry else None
     return None if gap is None else gap / 100
 
 
@@ -71,7 +73,8 @@ def measures_of(folder):
             measure = measures.setdefault(f"{split}, {name}", {})
             if Path(folder, part).is_dir():
                 results = read_complete(Path(folder, part, file))
-                measure |= {id: figure(entry) for id, entry in results["tasks"].items()}
+                figures = {id: figure(entry) for id, entry in results["tasks"].items()}
+                measure |= {id: value for id, value in figures.items() if value is not None}
                 under[part] = {name: value for name, value in results["settings"].items()
                                if name in SHARED or name.startswith("data of ")}
     if not any(measures.values()):

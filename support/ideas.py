@@ -94,7 +94,8 @@ def choose_ideas(cfg, task, expert):
     else:
         candidates = ask_ideas(cfg, task, expert)
     if not candidates:
-        raise ValueError(f"{task.id} has no ideas.json; write one (tasks/README.md), let an expert write ideas: "
-                         "--expert MODEL --ideas 100, or try its constants alone: --prompt-format short")
+        constants = ", or try its constants alone: --prompt-format short" if expert is None else ""
+        raise ValueError(f"{task.id} has no ideas.json; write one (tasks/README.md), or let an expert write ideas: "
+                         f"--expert MODEL --ideas 100{constants}")
     vectors = tfidf_vectors([f"{idea['title']}. {idea['instruction']}" for idea in candidates])
     return [candidates[i] for i in farthest(vectors, NUM_IDEAS)]

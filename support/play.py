@@ -1,4 +1,5 @@
-"""Playing with a policy: settings of an agent, its tasks, and a trajectory from the last recorded step to its end."""
+"""What eval.py, sft.py and rl.py share: the settings of an agent and its agent.json, preparing tasks, and playing a
+trajectory, from its last recorded step on if there is one."""
 import sys, time, zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from support.sandbox import SLOTS
 LEARNED_SEEDS = (1, 2, 3)   # of the miniatures that are learned from; what is reported is measured on seed 0
 CODER_TOKENS = 4096     # tokens that a reply of the coder may have: it writes whole scripts
 CODE_END = "\n```\n"    # the line that ends a script in a reply
-MAX_NO_REPLIES = 3      # in a row, after which a trajectory is over
+MAX_NO_REPLIES = 3      # steps in a row without a text from the server, after which a trajectory is over
 
 
 # ---- Settings of an agent
@@ -49,7 +50,8 @@ class AgentSettings(cli.TaskSettings):
 
 
 def read_agent(folder):
-    """Returns {name: value} of the settings in agent.json, {} where there is none. ValueError: an entry is not of its
+    """Returns {name: value} of the settings in agent.json, which lies beside a model's weights and says how it was
+    trained to act (records.AGENT_FORMAT); {} where there is none. ValueError: an entry is not of its
     form. Others are ignored, which is announced."""
     path = Path(folder, "agent.json")
     raw = read_bytes(path, 1 << 16)
@@ -70,7 +72,7 @@ def write_agent(folder, agent):
 # ---- One trajectory
 
 def make_env(cfg, task, out, cache, data_seed=0, make=Env, **options):
-    """Returns the Env of a task by a program's settings. data_seed: of its miniature. make: the class."""
+    """Returns the Env of a task by a program's settings. data_seed: of its miniature. make: the Env of a scaffold."""
     return make(task, tasks.seeded(cfg.data, data_seed), out=out, python=cfg.python, gpu=cfg.gpu or None,
                threads=cfg.threads, sandbox=cfg.sandbox, cache=cache, **options)
 
@@ -83,7 +85,7 @@ def ask_coder_model(model, messages, max_new_tokens=CODER_TOKENS, **options):
     if stop and completion.finish == "stop" and not completion.no_reply:
         if "```" in completion.text:
             completion.text += CODE_END
-        else:       # a bare ``` that opens the block has ended it
+        else:       # a bare ``` that opened the block has ended it: asked once more, without a stop
             first = completion
             completion = model.chat(messages, max_new_tokens=max_new_tokens, **options)
             completion.prompt_tokens += first.prompt_tokens
@@ -92,7 +94,7 @@ def ask_coder_model(model, messages, max_new_tokens=CODER_TOKENS, **options):
 
 
 def model_policy(cfg, model, hint=""):
-    """Returns a policy for play_trajectory. hint: a text that is told, and not recorded."""
+    """Returns a policy for play_trajectory. hint: the ideas that an expert is told; they are not recorded."""
     tokenizer = getattr(model, "tokenizer", None)       # a server keeps its own
 
     def reply(env, lines, seed):
@@ -170,7 +172,7 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
     # 2. State -> prompt -> reply -> step -> record.
     while not (env.done or run.stop.is_set()):
         last = [line.get("no_reply") for line in lines[-MAX_NO_REPLIES:]]
-        if all(last):       # the header, which has no such entry, is one of fewer
+        if all(last):       # with fewer steps the header is among these lines, and has no such entry
             run.write(path, {"type": "end", "ended": "no reply", "detail": last[-1]})
             return
         try:
@@ -190,9 +192,9 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
 # ---- Tasks
 
 def prepare_tasks(cfg, seeds=(0,)):
-    """Prepares the tasks of cfg.task on first use, and returns [(task, the contents of its task.json)]: of a task whose
-    data are miniatures one for each of the seeds. ValueError: raw files are missing. RunError: a starter does not
-    run."""
+    """Prepares the tasks of cfg.task on first use, and returns [(task, the contents of its task.json)], one of a task,
+    and where its data are miniatures one for each of the seeds. ValueError: raw files are missing. RunError: a starter
+    does not run."""
     ids = tasks.names(cfg.task)
     jobs = []
     for id in ids:
@@ -207,6 +209,7 @@ def prepare_tasks(cfg, seeds=(0,)):
 
 
 def prepare_task(cfg, id, raw, seed):
+    """Prepares a task and returns (task, its task.json). raw: the publisher's folder of this task, or empty."""
     task = tasks.load(id)
     data = tasks.seeded(cfg.data, seed)
     if raw and not Path(raw).is_dir():

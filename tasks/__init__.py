@@ -305,7 +305,7 @@ def run_starter(task, home, python=sys.executable, script=None):
                                  memory_bytes=task.memory_limit_bytes)
         if result.outcome != "ok":
             hint = ""
-            if "No module named" in result.stderr:
+            if "No module named" in result.stderr or "ImportError" in result.stderr:
                 hint = f"\nInstall what the scripts use for {python}: pip install -r tasks/requirements.txt"
             raise RuntimeError(f"{name}: {result.outcome}. {result.detail}\n{result.stderr[-2000:]}{hint}")
         try:

@@ -8,11 +8,12 @@ import pytest
 
 import env as env_module
 import tasks
-from env import ACTIONS, FIELDS, LOOKS, Env, parse, printed_metric, shorten, system_prompt
+from env import ACTIONS, FIELDS, LOOKS, Env, parse, shorten, system_prompt
 from reward import KINDS
 from support import parallel, prompts, records, sandbox, scripts, storage
 from support.endpoint import Completion
 from support.play import AgentSettings, ask_coder_model, play_trajectory
+from support.scripts import printed_metric
 from support.records import header, record
 from test_execute import becomes_empty
 

@@ -635,3 +635,8 @@ def test_the_cosine_by_hand():
 def test_a_setting_that_cannot_train_is_refused(name, value):
     with pytest.raises(ValueError, match="must be above 0"):
         sft.Settings(**{name: value})
+
+
+def test_one_folder_for_trajectories_and_model_is_refused(tmp_path, capsys):
+    assert sft.main(["--preset=tiny", f"--trajectories={tmp_path}", f"--out={tmp_path}"]) == 2
+    assert "give two folders" in capsys.readouterr().err
