@@ -79,7 +79,8 @@ def fill_rl(values):
     if model == "runs/sft" and not Path(model, "config.json").exists():     # nor is it asked of the hub
         raise ValueError(f"there is no {model} to go on from; make it with: python sft.py, or give another --model")
     folder = folder_of(values)
+    agent = read_agent(folder)
     fitting, why = fitting_preset(model, folder)
     source = f"--preset {preset}; {why}" if preset else f"{why}; another may be typed"
     preset = preset or fitting
-    return [(f"{model}/agent.json", read_agent(folder)), (source, {"preset": preset, **RL[preset]})]
+    return [(f"{model}/agent.json", agent), (source, {"preset": preset, **RL[preset]})]
