@@ -26,11 +26,11 @@ from typing import NamedTuple
 
 import tasks
 from reward import best_of, reward
-from support import cli, prompts, scripts, storage
+from support import cli, prompts, scripts, storage, workspace
 from support.files import is_text, shorten
-from support.sandbox import NO_SPACE, SLOTS, Result, discard, describe, execute, protection
+from support.sandbox import NO_SPACE, SLOTS, Result, comes_again, describe, discard, execute, protection
 from support.scripts import InvalidAction
-from support.storage import UNDO, Blobs, ResultCache, check_state, fits, without_undo
+from support.storage import Blobs, ResultCache, check_state, without_undo
 
 OUTCOMES = {  # how a run can end -> the kind of reward (reward.KINDS), and the advice after the output
     "ok": ("scored", ""),  # exit code 0 and, where it is graded, a valid submission
@@ -52,8 +52,6 @@ OUTPUT_ROOM = MAX_OBSERVATION - 1_000   # of a file or an output inside an obser
 NUMBERED = ("start_line_number", "end_line_number", "constant", "value")    # arguments that may be numbers
 MAX_LINES = 200                         # of one Inspect Script Lines
 MAX_LISTED = 100                        # names of one List Files
-MAX_READ = 10 << 20                     # bytes that an action looks at
-MAX_SCRIPT = 1 << 20                    # bytes that an action may edit
 MAX_CODER = 20_000                      # characters that Understand File shows to the coder
 WHOLE_SCRIPT = "Answer with the whole changed script in one ```python block."   # ends a question for a script
 CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder refused
@@ -178,7 +176,7 @@ def system_prompt(actions=DEFAULT_ACTIONS, fields=FIELDS, show_scores=True):
 def recorded_prompt(agent, task, seen, snapshot, blobs, steps_left):
     """Returns the short or the medium prompt of a state. agent: {setting: value}."""
     sha = snapshot.get(task.entry)
-    about = task, seen, script_text(blobs, sha), sha == seen["best_script"], steps_left
+    about = task, seen, workspace.script_text(blobs, sha), sha == seen["best_script"], steps_left
     if agent["prompt_format"] == "short":
         return prompts.short_prompt(*about)
     actions = {name: ACTIONS[name].args for name in agent["actions"]}
@@ -259,16 +257,6 @@ def plain(text):
     return text.encode("utf-8", "replace").decode()
 
 
-def read_start(path, limit):
-    with open(path, "rb") as file:
-        return file.read(limit)
-
-
-def script_text(blobs, sha):
-    """Returns the text of a script of the workspace; "" where there is none."""
-    return read_start(blobs.path(sha), MAX_SCRIPT).decode("utf-8", "replace") if sha else ""
-
-
 # ---- The environment
 
 class Run(NamedTuple):
@@ -316,7 +304,7 @@ class Step:
     ended: str = ""                 # why the trajectory is over: "final answer", "steps", "time"; "" if it goes on
 
 
-class Env:
+class Env(workspace.Workspace):
     """One trajectory on one task. The scaffolds of other papers are subclasses.
 
     task: a Task or its id. data: the folder of prepared data. out: where `blobs/` is kept; many Envs may share it.
@@ -529,88 +517,19 @@ class Env:
             following = scripts.inverse(change)
         text = " ".join(f"Set Constant {change['constant']} {change['value']}".split())
         if following:
-            offered = scripts.untried(script_text(self.blobs, best), self.seen["tried"])
+            offered = scripts.untried(workspace.script_text(self.blobs, best), self.seen["tried"])
             if (int(following["constant"]), following["value"]) in offered:
                 text += f", {word} is untried"
         return text
-
-    # Files. "data/..." are the public ones, which are only read.
-
-    def _path(self, text, write=False):
-        """Returns the normalised path, "" for the workspace. InvalidAction: it leads out of the workspace, or with
-        write it is read-only or cannot be a file there."""
-        shown = shorten(repr(text), 80)
-        text = text.strip()
-        path = "/".join(part for part in text.split("/") if part not in ("", "."))
-        if text.startswith(("/", "~")) or path and not storage.is_path(path):
-            raise InvalidAction(f"{shown} is no usable name; name files relative to the workspace, such as "
-                                f"{self.task.entry}.")
-        if f"{path}/".startswith(UNDO) or write and self._public(path):
-            raise InvalidAction(f"{shown} is read-only.")
-        if write and (not path or text.endswith("/") or any(
-                name.startswith(f"{path}/") or path.startswith(f"{name}/") for name in self.files)):
-            raise InvalidAction(f"{shown} cannot be written: it is a folder, or below a file.")
-        return path
-
-    def _public(self, path):
-        """Returns the real path of "data" or "data/...", None for other paths. Links are followed inside data only."""
-        if path.split("/")[0] != "data":
-            return None
-        real = (self.public / path[5:]).resolve()
-        if not real.is_relative_to(self.public):
-            raise InvalidAction(f"{path} leads outside the data folder.")
-        return real
-
-    def _file(self, path):
-        """Returns where the contents of a file are."""
-        public = self._public(path)
-        if public and public.is_file():
-            return public
-        if path in self.files:
-            return self.blobs.path(self.files[path])
-        names = sorted(without_undo(self.files))
-        raise InvalidAction(f"There is no file {path or '.'}; the workspace holds {', '.join(names[:20])}, data/.")
-
-    def _text(self, path, edit=False):
-        """Returns (text of the first MAX_READ bytes, size in bytes) of a file. InvalidAction: it is binary, or with
-        edit it could not be written back as it is."""
-        file = self._file(path)
-        size = file.stat().st_size
-        content = read_start(file, MAX_READ)
-        text = content.decode("utf-8", "replace")
-        if b"\0" in content[:8192] or text.count("\ufffd") > len(text) // 10:
-            raise InvalidAction(f"{path} is a binary file of {size:,} bytes; read it in a script.")
-        if edit and (size > MAX_SCRIPT or text.encode() != content):
-            raise InvalidAction(f"{path} cannot be edited: it must be UTF-8 text of at most {MAX_SCRIPT:,} bytes.")
-        return text, size
-
-    def _write(self, path, content):
-        """Puts bytes, or the file at a path, into the workspace, and keeps what was there below .undo/."""
-        sha = self.blobs.put(content)
-        after = without_undo(self.files) | {path: sha}
-        if not fits(after, self.blobs):
-            raise InvalidAction(f"The workspace is full: it may hold {storage.MAX_FILES:,} files and "
-                                f"{storage.MAX_BYTES >> 20:,} MiB.")
-        if path in self.files:
-            number = max((number for number, _ in self._replaced()), default=0) + 1
-            self.files[f"{UNDO}{number}/{path}"] = self.files[path]
-        self.files[path] = sha
-
-    def _replaced(self):
-        """Returns [(number of an edit, path under .undo/)] in order."""
-        return sorted((int(name.split("/")[1]), name) for name in self.files if name.startswith(UNDO))
-
-    def _versions(self, path):
-        """Returns the paths under .undo/ of what edits of this file have replaced, in order."""
-        return [name for _, name in self._replaced() if name.split("/", 2)[2] == path]
 
     def _edit(self, step, path, before, after):
         """Makes an edit and scores it; returns its observation."""
         if before == after:
             return f"{path} is as it was: the edit changes nothing."
         content = after.encode()
-        if len(content) > MAX_SCRIPT:
-            raise InvalidAction(f"{path} would have {len(content):,} bytes; a script may have {MAX_SCRIPT:,}.")
+        if len(content) > workspace.MAX_SCRIPT:
+            raise InvalidAction(f"{path} would have {len(content):,} bytes; a script may have "
+                                f"{workspace.MAX_SCRIPT:,}.")
         self._write(path, content)
         return self._score_saved(step, path, before, after)
 
@@ -630,29 +549,11 @@ class Env:
             lines.append(f"... and {len(contents) - MAX_LISTED:,} more")
         return "\n".join(lines)
 
-    def _contents(self, path):
-        """Returns {name in a folder, with "/" if it is one too: where its contents are}."""
-        prefix = path + "/" if path else ""
-        public = self._public(path)
-        contents = {}
-        if public and public.is_dir():
-            for entry in public.iterdir():
-                contents[entry.name + ("/" if entry.is_dir() else "")] = entry
-        for name, sha in without_undo(self.files).items():
-            if name.startswith(prefix):
-                first, slash, _ = name[len(prefix):].partition("/")
-                contents[first + slash] = self.blobs.path(sha)
-        if not path:
-            contents["data/"] = self.public
-        if not contents:
-            raise InvalidAction(f"There is no folder {path}.")
-        return contents
-
     def _inspect_script_lines(self, step, script_name, start_line_number, end_line_number):
         path = self._path(script_name)
         text, size = self._text(path)
         lines = text.splitlines()
-        known = path if size <= MAX_READ else f"the first {MAX_READ >> 20} MiB of {path}"
+        known = path if size <= workspace.MAX_READ else f"the first {workspace.MAX_READ >> 20} MiB of {path}"
         first = int(start_line_number)
         last = int(end_line_number)
         if not 1 <= first <= min(last, max(1, len(lines))):
@@ -688,9 +589,10 @@ class Env:
             answer = self.coder([{"role": "user", "content": question}])
         except ValueError as error:
             raise InvalidAction(CANNOT_TAKE + shorten(plain(str(error)), 200)) from error
-        step.coder.append(plain(answer[:MAX_SCRIPT + 1]))
-        if len(answer) > MAX_SCRIPT:
-            raise InvalidAction(f"The helper's answer is longer than {MAX_SCRIPT:,} characters; ask for less.")
+        step.coder.append(plain(answer[:workspace.MAX_SCRIPT + 1]))
+        if len(answer) > workspace.MAX_SCRIPT:
+            raise InvalidAction(f"The helper's answer is longer than {workspace.MAX_SCRIPT:,} characters; ask for "
+                                "less.")
         return step.coder[-1]
 
     def _replace_in_script(self, step, script_name, find, replace):
@@ -747,9 +649,9 @@ class Env:
         names = self._versions(path)
         if not names:
             raise InvalidAction(f"There is no edit of {path} to undo.")
-        before = script_text(self.blobs, self.files.get(path))
+        before = workspace.script_text(self.blobs, self.files.get(path))
         self.files[path] = self.files.pop(names[-1])
-        return self._score_saved(step, path, before, script_text(self.blobs, self.files[path]))
+        return self._score_saved(step, path, before, workspace.script_text(self.blobs, self.files[path]))
 
     def _copy_file(self, step, source, destination):
         origin = self._path(source)
@@ -890,13 +792,13 @@ class Env:
             folder = Path(tempfile.mkdtemp(prefix="ml-agent-run-")).resolve()       # as the script sees it
             try:
                 # 1. The script runs in a folder of its own.
-                stamps = stamps_of(self.public)
+                stamps = storage.stamps_of(self.public)
                 storage.build_folder(folder, before, self.blobs, self.public)
                 result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=gpu,
                                  cpu_s=self.allowed_s * self.threads,
                                  memory_bytes=self.task.memory_limit_bytes, threads=self.threads,
                                  sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"])
-                if stamps_of(self.public) != stamps:
+                if storage.stamps_of(self.public) != stamps:
                     raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
                                        f"python -m tasks prepare {self.task.id} --force")
                 outcome = result.outcome
@@ -926,20 +828,6 @@ class Env:
             return "ok", "", tasks.grade(self.task.id, submission, data=self.data)
         except tasks.InvalidSubmission as error:
             return "invalid submission", f"submission.csv is not valid: {error}", None
-
-
-def comes_again(result):
-    """Returns whether the same script on the same files would end like this again."""
-    if result.limit:    # not of wall time, nor of processor time while the imports were slow
-        return result.limit in ("memory", "processes") or result.limit == "cpu" and result.warm
-    # a signal may be the kernel's, for lack of memory
-    return result.exit_code >= 0 and result.outcome != "disk full"
-
-
-def stamps_of(folder):
-    """Returns names, sizes and times of a folder's entries, to see that a script has written to shared data."""
-    states = [(path.name, path.lstat()) for path in folder.iterdir()]
-    return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
 
 
 if __name__ == "__main__":       # replay is in support/records.py, which stands on this file

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import env
-from env import plain, read_start, script_text
+from env import plain
 from reward import best_of
 from support.files import is_number, shorten
 from support.prompts import better_word
 from support.sandbox import describe
 from support.scripts import InvalidAction, difference
+from support.workspace import read_start, script_text
 
 SEARCHES = {        # name -> num_drafts, debug_prob, max_debug_depth
     "aide": (5, 0.5, 3),

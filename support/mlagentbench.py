@@ -20,9 +20,11 @@ the last executed script. What differs from snap-stanford/MLAgentBench:
 import contextlib, json, re
 
 import env
-from env import EXPLAIN, read_args, script_text
+from env import EXPLAIN, read_args
+from support import workspace
 from support.files import shorten
 from support.scripts import InvalidAction
+from support.workspace import script_text
 
 WINDOW = 3          # steps that the prompt shows
 BLOCK = 10_000      # characters of a text that the coder reads at a time
@@ -253,7 +255,9 @@ class Env(env.Env):
             raise InvalidAction(f"At most {MAX_LINES} lines can be shown.")
         text, size = self._text(self._path(script_name))
         lines = text.split("\n")
-        known = "the file" if size <= env.MAX_READ else f"what is read of the file, its first {env.MAX_READ >> 20} MiB,"
+        known = "the file"
+        if size > workspace.MAX_READ:
+            known = f"what is read of the file, its first {workspace.MAX_READ >> 20} MiB,"
         shown = "\n".join(lines[max(first - 1, 0):last])
         return f"Here are the lines ({known} ends at line {len(lines)}):\n\n{shown}"
 

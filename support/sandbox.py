@@ -459,6 +459,14 @@ def _kill_marked(mark):
         time.sleep(0.01)
 
 
+def comes_again(result):
+    """Returns whether the same script on the same files would end like this again."""
+    if result.limit:    # not of wall time, nor of processor time while the imports were slow
+        return result.limit in ("memory", "processes") or result.limit == "cpu" and result.warm
+    # a signal may be the kernel's, for lack of memory
+    return result.exit_code >= 0 and result.outcome != "disk full"
+
+
 def discard(folder):
     """Deletes a folder as remove does; what takes longer than a moment goes on in a thread."""
     thread = threading.Thread(target=remove, args=[folder])

@@ -15,7 +15,7 @@ from statistics import fmean
 import pandas
 
 import tasks
-from env import NOTHING, script_text
+from env import NOTHING
 from support import miniature, tables
 from support.cli import ContextFull, RunError, announce
 from support.distributed import check_same
@@ -31,6 +31,7 @@ from support.records import (
 from support.sandbox import SLOTS
 from support.scripts import untried
 from support.storage import UNDO, Blobs, ResultCache
+from support.workspace import script_text
 
 STATES_SEED = 4         # of the miniatures; training has LEARNED_SEEDS, and whole trajectories are played on 0
 RECORDED = 2            # trajectories of a task that its states are drawn from

@@ -75,6 +75,12 @@ def build_folder(folder, snapshot, blobs, public):
         (folder / "data" / name).symlink_to(public / name)
 
 
+def stamps_of(folder):
+    """Returns names, sizes and times of a folder's entries, to see that a script has written to shared data."""
+    states = [(path.name, path.lstat()) for path in folder.iterdir()]
+    return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
 def collect_folder(folder, blobs):
     """Stores the regular files that a script has left, and returns them as a snapshot; None if they are too many or too
     large. Links, pipes, files that cannot be read, and files without a usable name are left out."""

@@ -10,7 +10,7 @@ import env as env_module
 import tasks
 from env import ACTIONS, FIELDS, LOOKS, Env, parse, shorten, system_prompt
 from reward import KINDS
-from support import parallel, prompts, records, sandbox, scripts, storage
+from support import parallel, prompts, records, sandbox, scripts, storage, workspace
 from support.endpoint import Completion
 from support.play import AgentSettings, ask_coder_model, play_trajectory
 from support.scripts import printed_metric
@@ -345,7 +345,7 @@ def test_a_long_file_is_shown_in_whole_lines(make):
 
 
 def test_of_a_file_that_is_not_read_whole_the_observation_says_so(make, monkeypatch):
-    monkeypatch.setattr(env_module, "MAX_READ", 1 << 20)
+    monkeypatch.setattr(workspace, "MAX_READ", 1 << 20)
     env = make()
     put(env, whole="x\n" * (1 << 19), big="x\n" * ((1 << 19) + 1))
     assert show(env, "whole.py", 1, 1).observation.startswith("Lines 1 to 1 of 524,288 of whole.py:\nx\n")
@@ -1580,10 +1580,10 @@ def test_a_workspace_cannot_grow_without_end(make, monkeypatch):
 
 def test_an_edit_makes_no_script_too_large_for_the_next(make, monkeypatch):
     env = make(coder=lambda messages: f"```\n{'x' * 990}\n```")
-    monkeypatch.setattr(env_module, "MAX_SCRIPT", 990)
+    monkeypatch.setattr(workspace, "MAX_SCRIPT", 990)
     step = do(env, "Edit Script (AI)", script_name="train.py", edit_instruction="x", save_name="train.py")
     assert (step.valid, step.kind) == (False, "invalid") and "longer" in step.error
-    monkeypatch.setattr(env_module, "MAX_SCRIPT", len(STARTER) + 3)
+    monkeypatch.setattr(workspace, "MAX_SCRIPT", len(STARTER) + 3)
     assert edit(env, "rows:", "rows:xyz").valid
     assert "a script may have" in edit(env, "rows:", "rows:!").error and env.index == 3
 
@@ -1591,7 +1591,7 @@ def test_an_edit_makes_no_script_too_large_for_the_next(make, monkeypatch):
 def test_a_script_that_is_too_large_to_be_edited_is_run(make, monkeypatch):
     env = make(steps=99)
     put(env, big="x = 1\n" * 1000)
-    monkeypatch.setattr(env_module, "MAX_SCRIPT", 5000)
+    monkeypatch.setattr(workspace, "MAX_SCRIPT", 5000)
     assert run(env, "big.py").outcome == "ok"
     step = do(env, "Copy File", source="big.py", destination="train.py")
     assert (step.kind, step.outcome, step.reward) == ("failed", "no submission", 0.0)
@@ -1623,7 +1623,7 @@ def test_a_coder_may_answer_anything(make, answer, kind):
         step = do(env, action, **args)
         assert step.kind == kind or action == "Understand File"
         line = json.dumps([record(step), env.messages], ensure_ascii=False).encode()
-        assert len(line) < 8 * env_module.MAX_SCRIPT
+        assert len(line) < 8 * workspace.MAX_SCRIPT
         records.check_record(json.loads(line)[0], False)
 
 

@@ -17,7 +17,7 @@ import eval as evaluation
 import tasks
 from common import add_task
 from support.tokenizer import Tokenizer
-from support import aide, cli, conversations, endpoint, mlagentbench, pool, records, storage
+from support import aide, cli, conversations, endpoint, mlagentbench, pool, records, storage, workspace
 from test_eval import ROOT, STARTER, Scripted, file_of, play, settings, task, text_of    # noqa: F401
 from test_report import drawn, needs_node
 
@@ -648,7 +648,7 @@ def test_a_script_that_leaves_too_much_is_told_so(tmp_path, task, monkeypatch):
 
 
 def test_of_a_file_that_is_not_read_whole_the_lines_say_so(loop_env, monkeypatch):
-    monkeypatch.setattr(env, "MAX_READ", 1 << 20)
+    monkeypatch.setattr(workspace, "MAX_READ", 1 << 20)
     for size, words in ((1 << 20, "the file"), ((1 << 20) + 2, "what is read of the file, its first 1 MiB,")):
         loop_env.files["big.py"] = loop_env.blobs.put(b"x\n" * (size // 2))
         source = '{"script_name": "big.py", "start_line_number": "1", "end_line_number": "1"}'
