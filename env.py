@@ -58,7 +58,7 @@ CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step
 WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so many times that by the clock
 
 
-# ---- Prompts
+# -- Prompts
 
 class Action(NamedTuple):
     args: dict                  # argument -> an explanation of it; a text, also a number if its name is in NUMBERED
@@ -183,7 +183,7 @@ def recorded_prompt(agent, task, seen, snapshot, blobs, steps_left):
     return prompts.medium_prompt(*about, actions, {name: EXPLAIN[name] for name in agent["fields"]})
 
 
-# ---- Reading a reply, and what a script has printed
+# -- Reading a reply, and what a script has printed
 
 def parse(reply, fields=FIELDS, actions=DEFAULT_ACTIONS):
     """Reads any reply, in linear time. Returns (values, action, args, error): the texts of the entries, the name and
@@ -257,7 +257,7 @@ def plain(text):
     return text.encode("utf-8", "replace").decode()
 
 
-# ---- The environment
+# -- The environment
 
 class Run(NamedTuple):
     """How a script ended, the graded score of its submission, and the files that it left (None: as before)."""
@@ -351,9 +351,8 @@ class Env(workspace.Workspace):
         starter = {self.task.entry: self.blobs.put(starter)}
         problem = PROBLEM.format(task=self.task, limit=self.time_limit_s, problem=self.task.problem.strip(),
                                  steps=self.steps, minutes=self.seconds / 60, better=prompts.better_word(self.task))
-        self.restore(starter, [{"role": "system", "content": system_prompt(self.actions, self.fields,
-                                                                          self.show_scores)},
-                               {"role": "user", "content": problem}])
+        rules = system_prompt(self.actions, self.fields, self.show_scores)
+        self.restore(starter, [{"role": "system", "content": rules}, {"role": "user", "content": problem}])
         return self.messages
 
     def snapshot(self):

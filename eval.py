@@ -105,8 +105,7 @@ class Settings(AgentSettings):
                 raise ValueError(f"--compare: {folder} holds no results.json, log.jsonl or trajectories")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The evaluation
+# -- The evaluation
 
 def run_identity(cfg, infos):
     """Returns all that the trajectories depend on, {name: value}. A run is continued only under the same."""
@@ -228,8 +227,7 @@ def evaluate(cfg, agents=None, load=sample.load, exports=None):
             write_report(Path(cfg.out, "report.html"), folders, trained, exports=exports)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
+# -- The command
 
 def agents_made(cfg):
     """Returns {name: settings} of random edits and of what sft.py and rl.py have made, for all miniatures."""

@@ -23,8 +23,7 @@ def row_launch(width):
     return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# RMSNorm, alone and after an addition
+# -- RMSNorm, alone and after an addition
 
 @triton.jit
 def _norm(x, y, weight, total, out, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
@@ -102,8 +101,7 @@ def add_norm(x, y, weight, eps):
     return _AddNorm.apply(x, y, weight, eps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rotary positions, queries and keys in one launch
+# -- Rotary positions, queries and keys in one launch
 
 @triton.jit
 def _rotate(x, out, c, s, start, heads, i, D, HEADS: tl.constexpr):
@@ -157,8 +155,7 @@ def rope(q, k, cos, sin):
     return _Rope.apply(q, k, cos, sin)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# SwiGLU
+# -- SwiGLU
 
 @triton.jit
 def _swiglu(gate, up, out, size, BLOCK: tl.constexpr):
@@ -203,8 +200,7 @@ def swiglu(gate, up):
     return _SwiGLU.apply(gate, up)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Log-probs: what follows the product with a chunk of the vocabulary
+# -- Log-probs: what follows the product with a chunk of the vocabulary
 
 @triton.jit
 def _logprob_stats(logits, targets, row_max, sum_exp, sum_z_exp, target_logit, chunk, scale, BLOCK: tl.constexpr):
@@ -265,8 +261,7 @@ def logprob_backward(logits, targets, temperature, lse, entropy, d_logp, d_entro
     return logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention over a cache
+# -- Attention over a cache
 
 @triton.jit
 def _dot(a, b, WIDE: tl.constexpr):

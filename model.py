@@ -36,8 +36,7 @@ CHUNK_STEP = 256            # a chunk's width is a multiple of this: tensor core
 NO_LOGIT = -1e9             # of ids that do not exist; infinity times a probability of 0 would be NaN
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
+# -- Configuration
 
 @dataclass
 class Config:
@@ -93,8 +92,7 @@ PRESETS = {     # V, C, F, L, H, K
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operations that fused.py also has, in Triton, with the same names, arguments and results
+# -- Operations that fused.py also has, in Triton, with the same names, arguments and results
 
 def norm(x, weight, eps):
     """Returns the RMSNorm of x (..., C)."""
@@ -197,8 +195,7 @@ def use_kernels(name, device):
     vars(KERNELS).update(functions)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers
+# -- Layers
 
 class Linear(nn.Linear):
     """y = x W^T + b, in x's dtype."""

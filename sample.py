@@ -33,8 +33,7 @@ from support.endpoint import Completion, Endpoint, address, find_stop, is_server
 from support.tokenizer import Tokenizer, open_checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Key/value cache
+# -- Key/value cache
 
 class KVCache:
     """Keys and values of R conversations: two tensors (L, R, K, S_max, D), allocated as one. S_max is the next
@@ -179,8 +178,7 @@ FEW_SHAPES = ("cuda",)
 SIGHT_STEP = 64
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling a token
+# -- Sampling a token
 
 def next_tokens(model, batch, num_ids, tokens, temperature, uniform):
     """Returns what is sampled after each of the batch's tokens (1, N), and its log-probs, both (N,)."""
@@ -207,8 +205,7 @@ def sample_tokens(logits, temperature, uniform):
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Engine
+# -- Engine
 
 @dataclass
 class Request:
@@ -553,8 +550,7 @@ PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a lon
 FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading what --model names, and the command line
+# -- Loading what --model names, and the command line
 
 def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torch", graphs=False,
          key=None, timeout_s=600.0):

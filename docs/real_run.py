@@ -28,8 +28,7 @@ SHARED = (STATES_HASH, "samples", "steps", "temperature", "seed", "scaffold", "m
 NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing agents
+# -- Comparing agents
 
 def sign_flip_p(differences):
     """Returns the two-sided p of an exact permutation test: the share of all choices of signs of the differences under
@@ -111,8 +110,7 @@ def compare_agents(folder, names):
     return format_table(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The gate
+# -- The gate
 
 LEAST_VALID = 0.5       # share of actions, and ...
 LEAST_SPREAD = 0.05     # ... standard deviation of the rewards in a state, that RL can learn from
@@ -130,8 +128,7 @@ def gate(folder):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The plan
+# -- The plan
 
 PROMPT_TOKENS = 800     # of a medium prompt with tries
 ACTION_TOKENS = 70

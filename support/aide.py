@@ -34,8 +34,7 @@ TRIES = 3               # of the coder and of the reviewer
 MAX_PREVIEW = 6_000     # characters
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The search
+# -- The search
 
 @dataclass
 class Node:
@@ -79,8 +78,7 @@ def choose(nodes, direction, rng, search):
     return "Draft" if best is None else "Improve", best
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts and replies
+# -- Prompts and replies
 
 BEGIN = "Introduction", "Task description"
 CODE = "Response format", "Solution sketch", "Implementation"
@@ -171,8 +169,7 @@ def read_review(reply):
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the data look like
+# -- What the data look like
 
 LOCK = threading.Lock()     # a large table is read once, not by every trajectory at the same time
 
@@ -228,8 +225,7 @@ def describe_column(name, column):
     return f"- {name}: {text}{blank}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The scaffold
+# -- The scaffold
 
 class Env(env.Env):
     """One trajectory. search: as SEARCHES. draws: a text that seeds the choices, so that a trajectory that goes on

@@ -7,8 +7,7 @@ import contextlib, fcntl, hashlib, json, os, stat, sys, uuid
 from pathlib import Path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Forms of values from JSON
+# -- Forms of values from JSON
 
 def is_text(value):
     """Returns whether a value is a text that can be written: it has no half of a surrogate pair."""
@@ -77,8 +76,7 @@ def check_form(value, form, where):
                     raise ValueError(f"{where}: {name!r} is missing")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading and writing
+# -- Reading and writing
 
 def read_bytes(path, most=1 << 28):
     """Returns the content of a file, None where there is none. ValueError: it is no ordinary file, or larger."""

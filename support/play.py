@@ -20,7 +20,7 @@ CODE_END = "\n```\n"    # the line that ends a script in a reply
 MAX_NO_REPLIES = 3      # steps in a row without a text from the server, after which a trajectory is over
 
 
-# ---- Settings of an agent
+# -- Settings of an agent
 
 @dataclass
 class AgentSettings(cli.TaskSettings):
@@ -69,7 +69,7 @@ def write_agent(folder, agent):
     write_atomic(Path(folder, "agent.json"), agent)
 
 
-# ---- One trajectory
+# -- One trajectory
 
 def make_env(cfg, task, out, cache, data_seed=0, make=Env, **options):
     """Returns the Env of a task by a program's settings. data_seed: of its miniature. make: the Env of a scaffold."""
@@ -189,7 +189,7 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         run.write(path, lines[-1])
 
 
-# ---- Tasks
+# -- Tasks
 
 def prepare_tasks(cfg, seeds=(0,)):
     """Prepares the tasks of cfg.task on first use, and returns [(task, the contents of its task.json)], one of a task,

@@ -21,7 +21,7 @@ COMPARED = ("fields", "action", "args", "valid", "error", "observation", "kind",
 AGENT = ("actions", "fields", "prompt_format", "show_scores", "steps", "seconds")   # what an Env takes from a record
 
 
-# ---- Forms
+# -- Forms
 
 def is_message(value):
     if type(value) is not dict or not {"role", "content"} <= set(value) <= {"role", "content", "tokens"}:
@@ -80,7 +80,7 @@ FORMS = {       # type of a record -> its form
     "end": {"ended": ("a reason", lambda value: TEXT[1](value) and value != "")}}
 
 
-# ---- Records
+# -- Records
 
 def header(env, **entries):
     """Returns the first line, to be written right after reset()."""
@@ -181,7 +181,7 @@ def trajectory_files(folder):
     return [path for *_, path in sorted(numbered, key=lambda entry: (entry[0], int(entry[1]), entry[2]))]
 
 
-# ---- Replay
+# -- Replay
 
 def env_of(scaffold):
     """Returns the Env of a scaffold, None for ours; those of other papers stand on env.py."""

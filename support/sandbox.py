@@ -222,8 +222,7 @@ def _environment(program, threads, serial, gpu=None, private="/nonexistent"):
                 PYTHONUTF8="1", JOBLIB_MULTIPROCESSING="0" if serial else "1", **dict.fromkeys(counts, str(threads)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What holds on this machine
+# -- What holds on this machine
 
 PROBE = """import ctypes, os, socket
 def tries(name, action):
@@ -326,8 +325,7 @@ SLOTS = Slots(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_W
               int(os.environ.get("LOCAL_RANK", 0)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The processes that stand between us and a script
+# -- The processes that stand between us and a script
 
 _servers = {}       # key of a _Server -> it, or None where one run alone has asked for it
 _lock = threading.Lock()    # stop keeps it, so that no thread starts or records anything any more

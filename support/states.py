@@ -44,8 +44,7 @@ STATE = {
 RESULTS = {"settings": {}, "complete": FLAG, "tasks": {}}      # of our own files
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A file of states
+# -- A file of states
 
 def record_states(cfg):
     """Plays the scripted expert on the tasks of cfg.task and writes cfg.record_states states of each to cfg.states.
@@ -127,8 +126,7 @@ def read_states(cfg):
     return states
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Actions in them
+# -- Actions in them
 
 def measure_states(cfg, load):
     """Samples cfg.samples actions in each state of cfg.states, as far as they are not in actions.jsonl of cfg.out, and

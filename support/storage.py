@@ -15,7 +15,7 @@ HASH = re.compile("[0-9a-f]{64}")
 UNDO_PATH = re.compile(r"\.undo/[1-9][0-9]{0,8}/(.+)")
 
 
-# ---- Snapshots
+# -- Snapshots
 
 def is_path(text):
     """Returns whether a text is a normalised path below a folder that does not begin like an option of a program."""
@@ -134,7 +134,7 @@ def open_regular(path, parent=None):
     return open(descriptor, "rb")
 
 
-# ---- Blobs
+# -- Blobs
 
 class MissingBlob(ValueError):
     """A recorded state cannot be restored."""
@@ -181,7 +181,7 @@ def is_sound(path, inode, size, time_of_change):
         return hashlib.file_digest(file, "sha256").hexdigest() == path.name
 
 
-# ---- Results of scripts
+# -- Results of scripts
 
 class ResultCache:
     """Results of runs by a key, as JSON in <folder>/<aa>/<key>. What is no JSON counts as absent. Many processes may

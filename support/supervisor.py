@@ -31,8 +31,7 @@ import weakref
 from collections import namedtuple
 from types import SimpleNamespace
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names of the kernel's numbers
+# -- Names of the kernel's numbers
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 SECCOMP_MODE_FILTER = 2
@@ -47,8 +46,7 @@ LANDLOCK_MAKE_CHAR, LANDLOCK_MAKE_BLOCK, LANDLOCK_TRUNCATE, LANDLOCK_IOCTL_DEV =
 SOCKET_BYTES, PIPE_BYTES, MAX_FILES = 212_992, 65_536, 1024     # the most that one holds; files that a process opens
 PF_EXITING = 4
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The filter (seccomp). {where it holds: system calls that are refused}, each call with its numbers on x86_64 and on
+# -- The filter (seccomp). {where it holds: system calls that are refused}, each call with its numbers on x86_64 and on
 # aarch64 (-: there is none), or the one of both. Not listed is what needs a capability, such as to mount, and what
 # needs an object that only a refused call makes.
 
@@ -183,8 +181,7 @@ def filter_program(layers, gpu):
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Small tools
+# -- Small tools
 
 libc = ctypes.CDLL(None, use_errno=True)
 START_S = 10    # see patiently
@@ -234,8 +231,7 @@ def patiently(start, *args, **options):
         time.sleep(0.1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The script's side, from the fork on
+# -- The script's side, from the fork on
 
 PROC = [f"/proc/{name}" for name in ("cpuinfo", "meminfo", "stat", "loadavg", "version", "filesystems", "devices",
                                      "driver", "sys/vm", "sys/kernel/osrelease")]       # tells of no process
@@ -412,8 +408,7 @@ def run_script(job):
         sys.exit(1)     # the interpreter ends an interrupted one by the signal
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The supervisor's side
+# -- The supervisor's side
 
 Process = namedtuple("Process", "parent group threads cpu_s resident folder")
 
@@ -668,8 +663,7 @@ def end_all(run, status, boxed):
             time.sleep(0.001)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
+# -- The program
 
 def supervise(warm):
     """Reads a job from the socket 0, does it, and writes the report. Returns the job in a warm script's process."""

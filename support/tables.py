@@ -15,8 +15,7 @@ NUM_BOOTSTRAP = 10_000
 UNDO = "Undo Edit Script"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a trajectory scored, and what it shows of learning
+# -- What a trajectory scored, and what it shows of learning
 
 def summarize_trajectory(lines, direction, starter, printed):
     """Returns what results.json says of a trajectory, from its record: its score by each rule, its best score, which an
@@ -76,8 +75,7 @@ def changed_constant(step):
     return changes[0][1], float(changes[1][2]) > float(changes[0][2])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
+# -- Statistics
 
 def gain(score, result):
     """Returns the gain of a score p over the starter's b, sign * (p - b) / |b| in per cent; None where b is 0."""
@@ -165,8 +163,7 @@ def played_result(records, result):
     return {"trajectories": played, "figures": figures, "work": count_work(steps)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables: lists of rows {column: text}, for the screen and for the page
+# -- The tables: lists of rows {column: text}, for the screen and for the page
 
 def format_number(x):
     if x is None:

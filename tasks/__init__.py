@@ -99,7 +99,7 @@ def table_1(*scores):
     return dict(zip(TABLE_1, scores, strict=True))
 
 
-# ---- The registry
+# -- The registry
 
 def load(id):
     """The task with this id, the name of a folder that was found. ValueError with the nearest ids where there is none,
@@ -138,7 +138,7 @@ def names(which="all"):
     return [task.id for task in registered if which in ("all", task.split) or (which == "paper" and task.published)]
 
 
-# ---- Held-out tasks: nothing of them may be trained on
+# -- Held-out tasks: nothing of them may be trained on
 
 def held_out_hashes(data):
     """{sha256: id} of the files of all held-out tasks that are prepared in the folder `data`, of every seed. Sample
@@ -171,7 +171,7 @@ def refuse_held_out_names(ids):
                          f"held-in tasks are: {', '.join(names('held-in'))}")
 
 
-# ---- Ideas
+# -- Ideas
 
 IDEA = {"title": TEXT, "kind": one_of(*IDEA_KINDS), "instruction": TEXT,
         "edits": [{"find": ("a text of some length", lambda value: is_text(value) and value), "replace": TEXT}]}
@@ -198,7 +198,7 @@ def apply(script, idea):
     return script
 
 
-# ---- Preparation
+# -- Preparation
 
 def seeded(data, seed):
     """The folder below `data` for miniatures of this seed; `data` itself, where real data lie too, for seed 0."""
@@ -314,7 +314,7 @@ def run_starter(task, home, python=sys.executable, script=None):
             raise RuntimeError(f"{name} writes a submission that is not valid. {error}") from None
 
 
-# ---- What is prepared
+# -- What is prepared
 
 FACTS = {"miniature": FLAG, "variant": TEXT, "code": TEXT, "m_init": NUMBER, "m_best": NUMBER, "sha256": {str: TEXT}}
 
@@ -359,7 +359,7 @@ def hash_code(task):
     return hash_files(task.folder / "task.py", task.folder / task.entry)
 
 
-# ---- Grading
+# -- Grading
 
 def grade(id, path, data="data"):
     """The score of the submission file at path by the prepared task's answers. InvalidSubmission, with the reason in

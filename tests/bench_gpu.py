@@ -91,8 +91,7 @@ def example_of(num, limit, seed=0):
     return random_tokens(num + 1, limit, seed), [i > 0.7 * num for i in range(num + 1)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks
+# -- Checks
 
 def machine(scale, left):
     """The device, and its two ceilings: products of random bf16 matrices, and reads of its memory."""
@@ -321,8 +320,7 @@ def whole_run(scale, left):
     yield {"check": "sft.py runs, and goes on where it was", "ok": ok, "status": status, "gap of losses": gap}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measurements
+# -- Measurements
 
 def decode(scale, left):
     """Decoding at the 7B's shape with random weights: milliseconds a pass, and the share of what it would take to read

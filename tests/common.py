@@ -47,7 +47,7 @@ def refused(id, data, frame):
     return str(error.value)
 
 
-# ---- tasks that run in a moment
+# -- tasks that run in a moment
 
 # The answers are all ANSWER, so a script that predicts VALUE scores |VALUE - ANSWER|; it prints nearly the same.
 TASK = '''

@@ -93,7 +93,7 @@ def whole(tmp_path_factory):
         yield folder, manifest
 
 
-# ---- ideas
+# -- ideas
 
 @pytest.mark.parametrize("n, k", [(7, 3), (7, 4), (5, 5), (3, 6), (1, 2)])
 def test_farthest_points_against_brute_force(n, k):
@@ -201,7 +201,7 @@ def test_an_expert_without_ideas_is_an_error(toys):
     assert len(ideas.ask_ideas(s, task, Expert())) == 105
 
 
-# ---- the scripted expert
+# -- the scripted expert
 
 def test_scripted_trajectories_are_real(whole):
     folder, manifest = whole
@@ -289,7 +289,7 @@ def test_an_idea_that_does_not_fit_is_not_tried_and_an_edit_that_changes_nothing
     assert miniature.apply_idea("VALUE = 3 VALUE = 3 ", IDEAS[0]) == "VALUE = 3 VALUE = 3 "
 
 
-# ---- nothing lost, nothing doubled
+# -- nothing lost, nothing doubled
 
 @pytest.mark.parametrize("seed", range(3))
 def test_cut_off_at_any_byte_the_same_set_is_collected(seed, whole, tmp_path, monkeypatch):
@@ -370,7 +370,7 @@ def test_real_data_have_no_seeds(toys):
     assert not list((toys / "data").glob("seed-*"))
 
 
-# ---- a model as the expert
+# -- a model as the expert
 
 REPLIES = [act("Replace In Script", script_name="train.py", find="VALUE = 3 ", replace="VALUE = 9 "),
            act("Undo Edit Script", script_name="no.py"), act("Final Answer", final_answer="done")]
@@ -435,7 +435,7 @@ def test_ids_of_a_stop_string_are_neither_kept_nor_learned(toys):
     assert "\nObservation:" not in prompt.split("<|im_start|>assistant", 1)[1]
 
 
-# ---- held-out tasks
+# -- held-out tasks
 
 def test_held_out_tasks_are_refused_by_name(toys):
     for name in ("toy-out", "all"):
@@ -470,7 +470,7 @@ def test_held_out_trajectories_are_refused_when_read(whole, tmp_path, monkeypatc
         sft.read_conversations(own, data=folder / "data")
 
 
-# ---- reading
+# -- reading
 
 def read(path, **more):
     said = []

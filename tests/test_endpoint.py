@@ -137,7 +137,7 @@ def test_an_empty_reply_is_a_reply(serve):
     assert serve((200, {}, good(""))).endpoint().chat(ASK).text == ""
 
 
-# ---- what a model thinks, and replies that are none
+# -- what a model thinks, and replies that are none
 
 REPLY = "Action: x\nAction Input: {}"
 
@@ -202,7 +202,7 @@ def test_a_stop_string_that_a_server_finds_in_a_thought_is_sent_no_more(thought,
     assert capsys.readouterr().err.count("stop is left out from now on") == is_remembered
 
 
-# ---- parameters that a server refuses
+# -- parameters that a server refuses
 
 class Choosy:
     """Answers 400 to each of its parameters, as OpenAI does, and then replies."""
@@ -277,7 +277,7 @@ def test_an_answer_that_names_all_parameters_changes_none(serve):
     assert client.changed == {} and client.chat(ASK).refused == ()
 
 
-# ---- one conversation, or the server
+# -- one conversation, or the server
 
 def only_long(status, text):
     """Answers the short question, and nothing else."""
@@ -339,7 +339,7 @@ def test_a_long_reply_is_cut(serve):
     assert reply.text == "yes" and len(reply.thought) < endpoint.MAX_THOUGHT + 100
 
 
-# ---- servers that fail
+# -- servers that fail
 
 def cut_short(handler):  # promises more than it sends
     handler.send_response(200)

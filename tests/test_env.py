@@ -104,7 +104,7 @@ def text_of(env, path):
     return env.blobs.path(env.files[path]).read_text()
 
 
-# -------------------------------------------------------------------------------------------------------------- replies
+# -- replies
 
 GOOD = say("Inspect Script Lines", script_name="train.py", start_line_number=1, end_line_number="9")
 
@@ -231,7 +231,7 @@ def test_garbage_never_raises(make):
     assert refused >= {None, "List Files", "Replace In Script", "Edit Script (AI)"}
 
 
-# ---------------------------------------------------------------------------------------------------------------- paths
+# -- paths
 
 @pytest.mark.parametrize("path", [
     "/etc/passwd", "../private/answers.csv", "data/../../private/answers.csv", "a/../../x", "~/x", "..",
@@ -314,7 +314,7 @@ def test_script_that_changes_public_data_stops_us(make, tmp_path):
         run(env, "spoil.py")
 
 
-# -------------------------------------------------------------------------------------------------------------- actions
+# -- actions
 
 def test_list_and_inspect(make):
     env = make()
@@ -874,7 +874,7 @@ def test_an_action_is_an_entry_and_a_method(make, monkeypatch):
     records.check_record(json.loads(json.dumps(record(step))), first=False)
 
 
-# ------------------------------------------------------------------------------------------------------- the trajectory
+# -- the trajectory
 
 def test_prompt_names_every_tool_and_argument():
     prompt = system_prompt()
@@ -1023,7 +1023,7 @@ def test_clip_keeps_head_and_tail():
     assert shorten("a" * 10 + "b" * 90, 20) == "a" * 10 + " ... 80 characters cut ... " + "b" * 10
 
 
-# --------------------------------------------------------------------------------------------------------------- replay
+# -- replay
 
 @pytest.fixture
 def recorded(make, tmp_path):
@@ -1091,7 +1091,7 @@ def test_the_forms_name_all_that_is_written(make):
     assert {name for name in forms["header"] if not name.endswith("?")} == set(header(make())) - {"type"}
 
 
-# ------------------------------------------------------------------------------------------- nothing is had for nothing
+# -- nothing is had for nothing
 
 def test_a_run_changes_no_score_that_an_edit_is_compared_with(make):
     env = make()
@@ -1141,7 +1141,7 @@ def test_a_restored_state_has_the_best_score_it_had(make):
     assert other.m_top == 0.5
 
 
-# ----------------------------------------------------------------------------------------------- what comes from others
+# -- what comes from others
 
 SHA = "0" * 64
 BAD_PATHS = ["../x", "a/../../x", "/etc/x", "./x", "a//b", "a/", "", ".", "data", "data/x", ".undo", ".undo/x",
@@ -1324,7 +1324,7 @@ def test_a_line_break_of_unicode_in_a_text_ends_no_line(some_lines, tmp_path):
     assert records.read_trajectory(tmp_path / "x")[1][0]["observation"] == "a\u2028b\x85c"
 
 
-# ---- replay
+# -- replay
 
 @pytest.mark.parametrize("change", [
     dict(sandbox="off", python="PROGRAM", gpu="0", threads=64, data="/nowhere"), dict(sandbox="none")])
@@ -1385,7 +1385,7 @@ def test_an_error_of_the_coder_is_replayed(make, tmp_path, capsys):
     assert "1 steps replayed, 0 differences" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------ what scripts and coders may leave
+# -- what scripts and coders may leave
 
 def deep(folder, num=1200):
     here = os.open(folder, os.O_RDONLY)
@@ -1646,7 +1646,7 @@ def test_undo_of_what_cannot_be_shown(make):
         assert step.valid and step.kind == "scored" and env.files["x.bin"] == expected
 
 
-# ---- in linear time: with quadratic work each of these would take minutes
+# -- in linear time: with quadratic work each of these would take minutes
 
 BLANKS = " " * 500_000
 LONG = [BLANKS, "A = 1" + BLANKS + "\n", ("A = 1" + " " * 50_000 + "x\n") * 10, "A = 1\n" + "\n" * 500_000,
@@ -1708,7 +1708,7 @@ def test_every_kind_of_attack_leaves_a_step_and_nothing_else(tmp_path):
     assert wrong == [] and set(rows) == set(soak.NAMES) and len(soak.NAMES) > 90
 
 
-# ------------------------------------------------------------------------------------------------------ jobs in threads
+# -- jobs in threads
 
 def test_the_line_of_progress(tmp_path):
     begun = {tmp_path / "a": [], tmp_path / "b": [{"type": "header"}, {"type": "step", "ended": ""}]}

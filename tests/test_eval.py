@@ -111,7 +111,7 @@ def masked(out):
     return mask(json.loads(Path(out, "results.json").read_text()))
 
 
-# ---- the tables
+# -- the tables
 
 def test_scores_by_hand(tmp_path, task):
     found = play(settings(tmp_path), Scripted())["tasks"]["tiny-task"]
@@ -333,7 +333,7 @@ def test_published_figures_stand_below_real_data_only(tmp_path, task):
     assert "iniature" not in text and "iniature" not in json.dumps(results["settings"])
 
 
-# ---- nothing is lost
+# -- nothing is lost
 
 @pytest.fixture
 def whole(tmp_path, task, _found=[]):
@@ -452,7 +452,7 @@ def test_a_second_process_on_the_same_folder_is_refused(tmp_path, task):
             play(s, Scripted())
 
 
-# ---- what sft.py and rl.py have made
+# -- what sft.py and rl.py have made
 
 @pytest.fixture
 def made(tmp_path, task, monkeypatch):
@@ -612,7 +612,7 @@ def test_in_float64_a_reply_does_not_depend_on_what_is_sampled_beside_it():
         assert (alone.tokens, alone.logps) == (together[i][0].tokens, together[i][0].logps)
 
 
-# ---- what a model's folder says
+# -- what a model's folder says
 
 AGENT = {"prompt_format": "short", "actions": ["Execute Script", "Final Answer"], "fields": ["Action", "Action Input"],
          "context": 640, "max_new_tokens": 96, "steps": 5}
@@ -747,7 +747,7 @@ def test_a_record_cannot_give_itself_more_time(tmp_path, task):
     assert all(line["seconds_left"] <= 1000 for line in records.read_record(file_of(s, 0))[3:])
 
 
-# ---- ends and errors
+# -- ends and errors
 
 def test_a_conversation_that_outgrows_the_context_ends_and_keeps_its_score(tmp_path, task):
     s = settings(tmp_path, trajectories=1)
@@ -802,7 +802,7 @@ def test_the_coder_is_asked_with_its_own_seed(tmp_path, task):
     assert asked == [zlib.crc32(b"0 tiny-task 0 0 coder")]
 
 
-# ---- the command
+# -- the command
 
 class Speaker(BaseHTTPRequestHandler):
     """An OpenAI-compatible server that answers with SCRIPTS[0]; `server.hold_at` replies are given before it hangs. At

@@ -101,7 +101,7 @@ def test_help_shows_comments_and_defaults(capsys):
         assert piece in text, piece
 
 
-# ---- what holds where nothing was typed
+# -- what holds where nothing was typed
 
 def test_what_is_typed_comes_before_what_fills_and_what_fills_first_before_the_rest(capsys):
     asked = []

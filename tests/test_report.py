@@ -125,7 +125,7 @@ def compare(tmp_path, *folders):
     return evaluation.compare(settings(tmp_path, "new", model="", task="", compare=tuple(map(str, folders))))
 
 
-# ---- what it shows
+# -- what it shows
 
 @needs_node
 def test_the_table_and_the_steps_are_there(path):
@@ -256,7 +256,7 @@ def test_an_interrupted_run_shows_what_was_done(tmp_path, task, monkeypatch):
     assert not any("not complete" in text for text in shown(path)["warnings"])
 
 
-# ---- side by side, and training
+# -- side by side, and training
 
 @needs_node
 def test_runs_side_by_side(run, tmp_path, capsys):
@@ -402,7 +402,7 @@ def test_numbers_are_written_as_in_the_text():
     assert [tables.format_number(x) for x in (0.5, 29166.08, None)] == ["0.5000", "29166.1", "-"]
 
 
-# ---- the same bytes, and nothing that an agent writes gets out of its place
+# -- the same bytes, and nothing that an agent writes gets out of its place
 
 def test_a_stored_evaluation_gives_the_same_bytes(run, tmp_path):
     path = Path(run.out, "report.html")
@@ -572,7 +572,7 @@ def test_nothing_is_loaded_from_anywhere(path):
     assert "noscript" in text
 
 
-# ---- in a browser
+# -- in a browser
 
 def opened(path, at="", *flags):
     """(the page after its script has run, what the browser's console said)."""

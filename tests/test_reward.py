@@ -100,7 +100,7 @@ def test_mistakes_of_the_caller_are_named(call, word):
         reward(**call)
 
 
-# ---- below the best score so far
+# -- below the best score so far
 
 @pytest.mark.parametrize("before, after, top, direction, expected", [
     # gap 0.4, alpha 8, so s(m) = 1 / (1 + e^(-20 (m - top))), worked out by hand

@@ -143,7 +143,7 @@ def assert_close(found, expected, tolerance=1e-6, floor=1e-6):
         assert (found[name] - value).norm() <= tolerance * max(value.norm(), floor), name
 
 
-# ---- five tokens: everything the policy can do is counted through
+# -- five tokens: everything the policy can do is counted through
 
 FIVE = Config(vocab_size=7, hidden_size=16, intermediate_size=24, num_hidden_layers=1, **WIDTHS)   # two rows to spare
 PROMPTS = [[0, 3, 1], [2, 0, 0, 1, 3]]
@@ -255,7 +255,7 @@ def test_a_step_on_divergence_alone_lowers_it(kl):
     assert before > 0.01 and (divergence() < 0.99 * before if kl > 0 else divergence() > 1.01 * before)
 
 
-# ---- advantages
+# -- advantages
 
 def test_gae_by_hand():
     """deltas 0.5 * 0.25 - 0.5 = -0.375, 0.5 * 0.75 - 0.25 = 0.125, 1 - 0.75 = 0.25; each advantage is the delta and a
@@ -357,7 +357,7 @@ def test_importance_by_hand():
     assert torch.allclose(torch.cat(rl.importance_weights(old, sampled, 4.0)), torch.tensor([1.25, 0.5, 3.0]))
 
 
-# ---- the losses
+# -- the losses
 
 CLIPS = 0.2, 0.3         # lower and upper; and 3 for bad actions
 
@@ -397,7 +397,7 @@ def test_a_value_that_has_moved_far_has_no_gradient(value, target, loss, slope):
     assert found.item() == pytest.approx(loss) and x.grad.item() == pytest.approx(slope)
 
 
-# ---- an update
+# -- an update
 
 SMALL = Config(vocab_size=267, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
                num_key_value_heads=2, max_position_embeddings=512)
@@ -560,7 +560,7 @@ def test_the_warm_up_comes_first_and_once(monkeypatch):
         assert of_actor == [False] * num + [True], (iteration, steps)
 
 
-# ---- however the work is divided
+# -- however the work is divided
 
 def steps_of(method, device=CPU, reverse=False, **settings):
     """(gradients of each step, figures) of one iteration: the warm-up and two passes over the same actions."""
@@ -707,7 +707,7 @@ def test_an_exported_actor_is_an_ordinary_folder(tmp_path):
         assert torch.allclose(other(tokens).logits, expected, atol=1e-5)
 
 
-# ---- a planted best reply
+# -- a planted best reply
 
 TEN = Config(vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=1, **WIDTHS)
 DIGITS = tokenizer_of("0123456789")
@@ -762,7 +762,7 @@ def test_values_of_whole_trajectories_may_move_as_far_as_their_returns_are_large
     assert limits == pytest.approx([0.2, 1.4])
 
 
-# ---- settings
+# -- settings
 
 @pytest.mark.parametrize("bad", [
     {"rollout": "steps"}, {"advantage": "best"}, {"sandbox": "maybe"}, {"dtype": "float64"}, {"iterations": 0},
@@ -831,7 +831,7 @@ def test_every_setting_is_read(name):
     assert not [field for field in fields if not re.search(rf'{holder}{field}\b|"{field}"', read)]
 
 
-# ---- as a program
+# -- as a program
 
 def main():
     print("Ten replies to each of two questions; the best is worth 1, the others 0 to 0.45, what is no such reply 0.\n"

@@ -25,7 +25,7 @@ ORIGINAL = json.loads((Path(__file__).parent / "aide_nodes.json").read_text())
 assert sum(len(world["steps"]) for world in ORIGINAL["worlds"]) == 480      # all that was recorded
 
 
-# ---- the search
+# -- the search
 
 @pytest.mark.parametrize("world", ORIGINAL["worlds"])
 def test_the_search_is_that_of_the_original_node_by_node(world):
@@ -42,7 +42,7 @@ def test_the_search_is_that_of_the_original_node_by_node(world):
         assert (node.buggy, aide.best_node(nodes, direction)) == (buggy, best)
 
 
-# ---- plan, script and verdict
+# -- plan, script and verdict
 
 @pytest.mark.parametrize("reply, plan, script", [
     ("A plan.\n```python\nx = 1\n```\nmore", "A plan.", "x = 1\n"),
@@ -68,7 +68,7 @@ def test_the_verdict_of_a_reviewer(reply, verdict):
     assert (found and tuple(found[name] for name in ("is_bug", "summary", "metric"))) == verdict
 
 
-# ---- AIDE in the environment
+# -- AIDE in the environment
 
 def solution(value, printed=None, extra=""):
     """A reply whose script predicts a value where all answers are 10, and prints another."""
@@ -441,7 +441,7 @@ def test_runs_of_different_scaffolds_stand_side_by_side(tree, tmp_path, task):
     assert "Scaffold: aide" in path.read_text() and "Scaffold: ml-agent" in path.read_text()
 
 
-# ---- MLAgentBench's loop
+# -- MLAgentBench's loop
 
 HEAD = "Reflection: none\nResearch Plan and Status: **1. edit**\nFact Check: none\nThought: do it\n"
 EDIT = {"script_name": "train.py", "edit_instruction": "Set it.", "save_name": "train.py"}

@@ -34,7 +34,7 @@ def world(toys):
     return env.Env("toy-a", toys / "data", out=toys / "hand", steps=8, **agent)
 
 
-# ---- medium prompts
+# -- medium prompts
 
 SCRIPT = '''"""About this."""
 import os
@@ -135,7 +135,7 @@ def test_another_name_is_no_constant(world, name, word):
     assert not step.valid and word in step.error
 
 
-# ---- the expert
+# -- the expert
 
 def test_an_idea_becomes_actions_that_give_the_same_script():
     """For every idea of every task; applied to the whole starter, it gives the same lines."""
@@ -251,7 +251,7 @@ def test_trajectories_of_another_form_are_not_trained_on(toys):
     assert collection.collected_format(cfg)["prompt_format"] == "medium"
 
 
-# ---- recorded states
+# -- recorded states
 
 class Copying:
     """A model that sets VALUE to its number of the call in the state, and counts its calls."""
@@ -401,7 +401,7 @@ def test_a_file_of_states_is_checked(recorded, change, word, tmp_path):
         measure(state_settings(recorded, "checked", states=str(path)), Copying())
 
 
-# ---- the comparison
+# -- the comparison
 
 def test_the_sign_flip_test_by_hand():
     """1, 2, 3: of 8 choices of signs two have a sum of 6 or -6. 1, -1, 4: of the sums 4, 6, -4, 2, -2, 4, -6, -4 six

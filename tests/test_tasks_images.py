@@ -81,7 +81,7 @@ def test_starters_have_four_settings_that_a_factor_can_change_and_miniatures_300
     assert len(pd.read_csv(data / id / "private" / tasks.load(id).answers)) >= 300
 
 
-# ----------------------------------------------------------------------------------------------- splits of photographs
+# -- splits of photographs
 
 def test_cactus_split(tmp_path):
     rng = np.random.default_rng(0)
@@ -185,7 +185,7 @@ def test_a_missing_picture_is_named(tmp_path):
         sides(WHALE, tmp_path / "raw", tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------- grading photographs
+# -- grading photographs
 
 LABELS = {
     CACTUS: {"id": ["a.jpg", "b.jpg", "c.jpg"], "has_cactus": ["0", "1", "1"]},
@@ -220,7 +220,7 @@ def test_refusals(id, change, reason):
     refused(id, LABELS[id], {**LABELS[id], **change}, reason)
 
 
-# --------------------------------------------------------------------------------------------------------- cifar-10
+# -- cifar-10
 
 def python2_pickle(batch):
     """A dict of lists, text and an array of bytes as Python 2 and its numpy pickled it: text and bytes are one kind."""
@@ -364,7 +364,7 @@ def test_cifar_real_archive_matches_plain_unpickling(tmp_path):
     assert pd.read_csv(private / "test.csv").drop(columns="id").to_numpy().argmax(1).tolist() == batches[5]["labels"]
 
 
-# ------------------------------------------------------------------------------------------------------- ogbn-arxiv
+# -- ogbn-arxiv
 
 ARXIV_FILES = {     # nine papers; the index files are not in the order of the nodes
     "raw/edge.csv.gz": "0,1\n8,2\n", "raw/node-feat.csv.gz": "".join(f"{i}.5,-{i}\n" for i in range(9)),
@@ -418,7 +418,7 @@ def test_arxiv_scores_whole_classes_by_position():
     refused(ARXIV, answers, {"0": ["4", "39", "0.5", "7"]}, "whole")
 
 
-# ---------------------------------------------------------------------------------------------------------- statoil
+# -- statoil
 
 def radar_records(n=11):
     return [{"id": f"{i * 2654435761 % 2 ** 32:08x}", "band_1": [-27.878360999999998 - i, -1e-05] * 3,
@@ -512,7 +512,7 @@ def test_statoil_is_graded_by_log_loss():
     refused(STATOIL, answers, {"id": answers["id"], "is_iceberg": ["1", "0", "1.01"]}, "from 0 to 1")
 
 
-# -------------------------------------------------------------------------------------------------- dirty documents
+# -- dirty documents
 
 def write_pages(raw, numbers, shape=(2, 3)):
     """train.zip and train_cleaned.zip with pages of random grays; {number: clean page}."""

@@ -33,7 +33,7 @@ def short(whole):
         yield folder, s
 
 
-# ---- short prompts
+# -- short prompts
 
 def test_a_short_prompt_by_hand(short):
     """All but the score, which test_env.py works out."""
@@ -89,7 +89,7 @@ def test_a_short_prompt_shows_so_many_constants_at_most():
     assert shown == [f"{i} NAME_{i:03} = {i}" for i in range(1, prompts.SHORT_CONSTANTS + 1)]
 
 
-# ---- the scripted expert with short prompts, and the random loop
+# -- the scripted expert with short prompts, and the random loop
 
 def test_what_is_tried_with_a_scripts_numbers():
     script = "SEED = 3\nSIDE = 4   # pixels\nRATE = 0.5\nSHIFT = 0\nDROPOUT = 0.0\nLEAF = 1\n"
@@ -185,7 +185,7 @@ def test_without_shown_scores_the_expert_runs_what_it_has_changed(short):
     assert not re.search("Inversely(, Execute Script)?, Set Constant Inversely", ", ".join(names))
 
 
-# ---- tokenizer
+# -- tokenizer
 
 @pytest.mark.parametrize("is_to_go_on", [True, False])
 def test_a_tokenizer_is_made_anew_unless_a_run_goes_on_with_it(is_to_go_on, short, tokenizer, tmp_path, monkeypatch):
@@ -251,7 +251,7 @@ def test_transformers_opens_what_was_saved(tokenizer, tmp_path):
             assert torch.allclose(other(torch.tensor([ids])).logits, model(torch.tensor([ids])), atol=2e-5)
 
 
-# ---- imagined states
+# -- imagined states
 
 class Chosen:
     """In place of a random generator: chooses these, then whatever comes first."""
@@ -351,7 +351,7 @@ def test_states_are_imagined_only_with_the_scores_that_their_prompts_show(short,
     assert num == [40 + 7, 40]
 
 
-# ---- the command
+# -- the command
 
 @pytest.mark.parametrize("prompt_format, own", [
     ("short", {"context", "max_new_tokens", "steps"}), ("medium", {"context", "max_new_tokens", "steps"}),
