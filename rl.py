@@ -28,6 +28,7 @@ from support.cli import RunError, exit_status, run_main
 from support.distributed import (
     add_gradients, build_model, compute_type, copy_weights, epoch_order, export_model, format_plan, gather, joined,
     load_state, map_rows, optimizer_step, packed_rows, rank0_broadcast, rank_and_size, row_threads, save_state)
+from support.miniature import Disguised
 from support.play import LEARNED_SEEDS, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
 from support.pool import hash_inputs, hold_back, load_pool, sample_states
 from support.records import AGENT, restore_record
@@ -148,9 +149,9 @@ class RolloutWorker:
     def ask_coder(self, messages):
         return ask_coder_model(self.engine, messages).text
 
-    def begin(self, name):
+    def begin(self, name, disguise=None):
         """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the prompt's token
-        ids there. MissingBlob: a file of the state is gone."""
+        ids there. disguise: a seed; short prompts are so in training. MissingBlob: a file of the state is gone."""
         state = self.states[name]
         recorded = {key: state.head[key] for key in AGENT}     # how its agent acted: actions, form of prompt, steps ...
         from_start = self.cfg.rollout == "episode" and name not in self.held_back
@@ -160,6 +161,8 @@ class RolloutWorker:
                        coder=self.ask_coder, **recorded)
         if not from_start:
             restore_record(env, state.head, state.steps[:state.index])
+        if disguise and env.prompt_format == "short":
+            env = Disguised(env, disguise)
         return env, self.engine.tokenizer.chat(env.prompt())
 
     def validate(self):
@@ -219,19 +222,24 @@ class RolloutWorker:
         """Samples actions in these states, has each carried out at once, and returns in order the futures of
         lists of Transitions."""
         futures = {}
+        disguises = [self.disguise(group, iteration) for group, _ in starts]
 
         def on_reply(i, j, reply):
             group, name = starts[i]
-            futures[i, j] = self.threads.submit(self.execute_action, name, group, j, reply)
+            futures[i, j] = self.threads.submit(self.execute_action, name, group, j, reply, disguises[i])
         if starts:
             seed = zlib.crc32(f"{self.cfg.seed} {iteration}".encode()) + starts[0][0] * self.cfg.samples
-            self.engine.generate([self.begin(name)[1] for _, name in starts], n=self.cfg.samples, seed=seed,
-                                 on_completion=on_reply, **self.options)
+            prompts = [self.begin(name, disguise)[1] for (_, name), disguise in zip(starts, disguises)]
+            self.engine.generate(prompts, n=self.cfg.samples, seed=seed, on_completion=on_reply, **self.options)
         return [futures[key] for key in sorted(futures)]
 
-    def execute_action(self, name, group, number, reply):
-        """Returns [the Transition] of an action in a state."""
-        env, prompt = self.begin(name)
+    def disguise(self, group, iteration):
+        """Returns the seed of a state's disguise; None in validation, which measures the policy as it is used."""
+        return None if iteration == "validation" else f"{self.cfg.seed} {iteration} {group}"
+
+    def execute_action(self, name, group, number, reply, disguise=None):
+        """Returns [the Transition] of an action in a state. disguise: see begin."""
+        env, prompt = self.begin(name, disguise)
         return [self.act(env, prompt, reply, name, group, number)]
 
     def act(self, env, prompt, reply, name, group, number):
@@ -247,7 +255,7 @@ class RolloutWorker:
     def play_episode(self, name, group, number, iteration):
         """Returns the Transitions of a trajectory from the start; it ends where it outgrows the context."""
         transitions = []
-        env, prompt = self.begin(name)
+        env, prompt = self.begin(name, self.disguise(group, iteration))
         while not env.done and len(prompt) + self.cfg.max_new_tokens <= self.engine.context:
             seed = zlib.crc32(f"{self.cfg.seed} {iteration} {group} {number} {env.index}".encode())
             reply = self.engine.submit(prompt, seed=seed, **self.options).result()

@@ -1,6 +1,6 @@
 """What only the laptop demonstration needs, whose model has a million weights: settings, an expert and a random loop
 without a model, states that were made up, and a tokenizer of its own."""
-import difflib, json, random, string
+import difflib, functools, json, random, re, string
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -383,25 +383,84 @@ def imagine(metric, direction, script, last, rng):
     return Imagined(prompt, script, before, change, tried, actions)
 
 
+@functools.cache
+def held_in_words():
+    """Returns the metrics of held-in tasks, and the words that the names of their constants consist of."""
+    held_in = [tasks.load(id) for id in tasks.names("held-in")]
+    words = {word for task in held_in for name, *_ in constants(task.starter) for word in name.split("_")}
+    return [task.metric for task in held_in], sorted(words)
+
+
+def made_up_name(rng, num_parts):
+    """Returns a name of a constant: with equal chances words of held-in ones, or letters that spell nothing."""
+    parts = rng.sample(held_in_words()[1], num_parts)
+    if rng.random() < 0.5:
+        parts = ["".join(rng.choices(string.ascii_uppercase, k=rng.randint(1, 9))) for _ in parts]
+    return "_".join(parts)
+
+
 def imagined_conversations(cfg):
     """Returns [Conversation] of NUM_IMAGINED states in scripts that do not exist, and what the expert does there. Half
     of their constants are named with words of held-in ones, the others with letters that spell nothing."""
     rng = random.Random(cfg.seed)
-    held_in = [tasks.load(id) for id in tasks.names("held-in")]
-    words = sorted({word for task in held_in for name, *_ in constants(task.starter) for word in name.split("_")})
     conversations = []
     for i in range(NUM_IMAGINED):
         lines = []
         for _ in range(rng.randint(3, 6)):
-            parts = rng.sample(words, rng.randint(1, 2))
-            if rng.random() < 0.5:
-                parts = ["".join(rng.choices(string.ascii_uppercase, k=rng.randint(1, 9))) for _ in parts]
-            lines.append(f"{'_'.join(parts)} = {rng.choice(rng.choice((WHOLE, BROKEN)))}")
-        state = imagine(rng.choice(held_in).metric, rng.choice(("up", "down")), "\n".join(lines), rng.choice(LAST), rng)
+            name = made_up_name(rng, rng.randint(1, 2))
+            lines.append(f"{name} = {rng.choice(rng.choice((WHOLE, BROKEN)))}")
+        metric = rng.choice(held_in_words()[0])
+        state = imagine(metric, rng.choice(("up", "down")), "\n".join(lines), rng.choice(LAST), rng)
         reply = reply_of(cfg, START, "", *rng.choice(state.actions))
         messages = [*state.prompt, {"role": "assistant", "content": reply}]
         conversations.append(Conversation(messages, [len(state.prompt)], f"imagined state {i}", f"imagined state {i}"))
     return conversations
+
+
+# -- Disguised states: RL with a policy that cannot know the task learns what holds on all of them
+
+CONSTANT_LINE = re.compile(r"^(\d+) (\w+) (= .*)$", re.MULTILINE)
+
+
+class Disguised:
+    """An Env with short prompts in disguise: another metric, other names of the constants and, as they are in the order
+    of their names, other numbers. A trajectory keeps its disguise."""
+
+    def __init__(self, env, seed):
+        self.env = env
+        self.seed = seed
+        self.numbers = {}       # number in the prompt -> number in the script
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+    def prompt(self):
+        """Returns the messages that the policy sees."""
+        rng = random.Random(self.seed)
+        content = self.env.prompt()[-1]["content"]
+        lines = list(CONSTANT_LINE.finditer(content))
+
+        # 1. Names and numbers.
+        names = set()
+        while len(names) < len(lines):
+            names.add(made_up_name(rng, 1))
+        shuffled = rng.sample(lines, len(lines))
+        self.numbers = {str(new): line[1] for new, line in enumerate(shuffled, 1)}
+        shown = {old: new for new, old in self.numbers.items()}
+        constant_lines = [f"{shown[line[1]]} {name} {line[3]}" for line, name in zip(shuffled, sorted(names))]
+
+        # 2. The text with them, in which the last action may name a number, too.
+        if lines:
+            content = content[:lines[0].start()] + "\n".join(constant_lines) + content[lines[-1].end():]
+        content = re.sub(r"(?<=Set Constant )\d+", lambda match: shown.get(match[0], match[0]), content)
+        metric = rng.choice(held_in_words()[0])
+        return [{"role": "user", "content": metric + content[content.index(", "):]}]
+
+    def step(self, reply, tokens=None):
+        """Carries out a reply to the last prompt. Its tokens do not spell what the Env reads, and stand in no record."""
+        meant = lambda match: match[1] + self.numbers.get(match[2], match[2])
+        reply = re.sub(r'("constant": *"?)(\d+)', meant, reply)
+        return self.env.step(reply)
 
 
 # -- The tokenizer

@@ -365,6 +365,25 @@ def test_ids_and_log_probs_are_those_that_were_sampled(made):
     assert one.example == (one.prompt + reply.tokens, [False] * len(one.prompt) + [True] * 10)
 
 
+def test_training_is_in_disguise_and_validation_is_not(made):
+    """All actions of a state see the same prompt, which is another in the next iteration; each is trained on as it was
+    sampled. What validates is shown as it is used."""
+    engine = Scripted()
+    rollout = playing(made, engine, states=3, samples=2, validate_every=1)
+    names = rollout.sample_states(0)
+    plain = [rollout.begin(name)[1] for name in names]
+    seen = []
+    for iteration in (1, 2, 1):
+        transitions = rollout.run(names, iteration)[0]
+        prompts = engine.asked.pop()
+        assert [one.prompt for one in transitions] == [prompt for prompt in prompts for _ in range(2)]
+        seen.append(prompts)
+    assert seen[0] == seen[2]
+    assert all(len({*map(tuple, prompts)}) == 3 for prompts in zip(plain, *seen[:2]))
+    rollout.validate()
+    assert engine.asked.pop() == [rollout.begin(name)[1] for name in rollout.held_back]
+
+
 def test_ids_of_a_stop_string_are_learned_from_but_not_in_the_next_prompt(made):
     """Of a trajectory whose replies were each ended by an invented observation."""
     engine = Scripted()

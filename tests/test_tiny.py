@@ -60,6 +60,34 @@ def test_a_short_prompt_by_hand(short):
     assert world.prompt()[0]["content"] == prompt(4, *rest)
 
 
+def test_a_state_in_disguise_shows_the_same_and_does_what_is_meant(short):
+    """The toy task's three constants under other names and numbers; what the policy says of a number reaches the
+    constant that was shown with it, and the news speak of it by the number that was shown."""
+    folder, s = short
+    agent = {name: getattr(s, name) for name in records.AGENT}
+    form = re.compile(r"(.+), lower is better, (\d) steps left\nBest: (.+)\n((?:\d .+\n)+)Last: (.+)")
+    shown = set()
+    miniature.held_in_words.cache_clear()       # of other tasks
+    for seed in range(12):
+        world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "disguised", **agent)
+        disguised = miniature.Disguised(world, seed)
+        metric, _, _, lines, news = form.fullmatch(disguised.prompt()[0]["content"]).groups()
+        numbers, names, values = zip(*(line.split(" ", 2) for line in lines.splitlines()))
+        assert numbers == ("1", "2", "3") and list(names) == sorted(names) and names != ("GAIN", "SHIFT", "VALUE")
+        assert sorted(values) == ["= 0 *2 /2 *5 /5", "= 1 *2 *5", "= 3 *2 /2 *5 /5"] and news == "nothing"
+        assert metric in {tasks.load(id).metric for id in tasks.names("held-in")}
+        number = numbers[values.index("= 3 *2 /2 *5 /5")]       # VALUE, which is the third in the script
+        shown.add((metric, number, names))
+
+        step = disguised.step(f'Action: Set Constant\nAction Input: {{"constant": "{number}", "value": "*2"}}')
+        assert step.valid and step.args == {"constant": "3", "value": "*2"} and step.printed == 4
+        metric_now, left, best, lines, news = form.fullmatch(disguised.prompt()[0]["content"]).groups()
+        assert (metric_now, left, best) == (metric, "7", "4, by this script")
+        assert lines.splitlines()[int(number) - 1] == f"{number} {names[int(number) - 1]} = 6 *2 /2 *5 /5"
+        assert news == f"4, after Set Constant {number} *2, again is untried"
+    assert {number for _, number, _ in shown} == {"1", "2", "3"} and len({names for *_, names in shown}) == 12
+
+
 def test_every_prompt_can_be_made_again_from_the_record(short):
     """By restoring the state, and by reading for training: both give what the policy was shown."""
     folder, s = short
