@@ -65,7 +65,7 @@ class Settings(cli.TaskSettings):
     critic_lr: float = 1e-5  # of the critic
     clip_low: float = 0.2  # the ratio of new to old probability counts from 1 - this ...
     clip_high: float = 0.2  # ... to 1 + this
-    kl: float = 1e-3  # weight of the divergence from the reference, in the reward
+    kl: float = 1e-3  # weight of the divergence from the reference: with gae in the reward, else in the loss
     lam: float = 1.0  # lambda of GAE
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
     max_batch: int = 8  # actions sampled at the same time, on each process
@@ -330,8 +330,8 @@ def gae_of_episodes(transitions, rewards, values, lam):
 
 
 def group_returns(transitions, rewards):
-    """Returns for each action its return (what it and the later ones of its trajectory earned, less divergence), and
-    those of all trajectories of its group from that step on, 0 of one that has ended before."""
+    """Returns for each action its return (what it and the later ones of its trajectory earned), and those of all
+    trajectories of its group from that step on, 0 of one that has ended before."""
     groups = {}         # group -> trajectory -> what each of its actions earned
     for transition, token_reward in zip(transitions, rewards):
         episodes = groups.setdefault(transition.group, {})
@@ -347,26 +347,20 @@ def group_returns(transitions, rewards):
     return returns
 
 
-def less_baseline(token_reward, own, baseline):
-    """Returns the return to go from each token of an action, less the baseline. own: the action's return."""
-    later = own - token_reward.sum().item()
-    return gae(token_reward, torch.full_like(token_reward, baseline - later))
-
-
 def rloo(transitions, rewards, values, lam):
-    """The return to go less the mean return of the group's others (leave-one-out, arXiv 2402.14740). Returns hold the
-    divergence, as there, and so does the baseline: else each sampled action would look worse than it."""
+    """The return less the mean return of the group's others (leave-one-out, arXiv 2402.14740)."""
     adv = []
     for token_reward, (own, group) in zip(rewards, group_returns(transitions, rewards)):
-        adv.append(less_baseline(token_reward, own, (sum(group) - own) / max(1, len(group) - 1)))
+        baseline = (sum(group) - own) / max(1, len(group) - 1)
+        adv.append(torch.full_like(token_reward, own - baseline))
     return adv
 
 
 def grpo(transitions, rewards, values, lam):
-    """The return to go less the mean return of the group, over its standard deviation (arXiv 2402.03300)."""
+    """The return less the mean return of the group, over its standard deviation (arXiv 2402.03300)."""
     adv = []
     for token_reward, (own, group) in zip(rewards, group_returns(transitions, rewards)):
-        adv.append(less_baseline(token_reward, own, fmean(group)) / (pstdev(group) + EPS))
+        adv.append(torch.full_like(token_reward, (own - fmean(group)) / (pstdev(group) + EPS)))
     return adv
 
 
@@ -402,6 +396,12 @@ def policy_loss(logp, logp_old, adv, clip_low, clip_high):
     gain = torch.minimum(plain, clipped)
     gain = torch.where(adv < 0, torch.maximum(gain, DUAL_CLIP * adv), gain)
     return -gain, clipped < plain
+
+
+def divergence(logp, logp_ref):
+    """Returns half the squared difference of the log-probs at each token, (N,). Its mean gradient over the policy's own
+    tokens is that of KL(policy || reference) (k2 in joschu.net/blog/kl-approx.html; arXiv 2510.01555)."""
+    return 0.5 * (logp - logp_ref) ** 2
 
 
 def value_loss(value, value_old, ret, max_change):
@@ -521,8 +521,9 @@ class PPOTrainer:
             dist.all_reduce(sums)
         return (sums / len(batches)).tolist(), torch.stack(norms).mean().item()
 
-    def update_actor(self, examples, logp_old, adv, is_weight, batches):
-        """Updates the actor by PPO's objective and returns statistics. logp_old, adv, is_weight: per token."""
+    def update_actor(self, examples, logp_old, adv, is_weight, batches, logp_ref=None):
+        """Updates the actor by PPO's objective and returns statistics. logp_old, adv, is_weight: per token, and
+        logp_ref, where the divergence is in the loss."""
         ratios = []
 
         def loss_of(row, num_tokens):
@@ -530,9 +531,13 @@ class PPOTrainer:
             row_logp_old = self.cat(logp_old, row)
             loss, clipped = policy_loss(logp, row_logp_old, self.cat(adv, row), self.cfg.clip_low, self.cfg.clip_high)
             loss = (self.cat(is_weight, row) * loss).sum() / num_tokens
+            whole_loss = loss
+            if logp_ref:
+                kl = divergence(logp, self.cat(logp_ref, row)).sum() / num_tokens
+                whole_loss = loss + self.cfg.kl * kl
             log_ratio = torch.cat([logp.detach() - row_logp_old, logp.new_zeros(1)])        # also of an empty row
             ratios.append(log_ratio.exp().max())
-            return loss, torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]) / num_tokens
+            return whole_loss, torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]) / num_tokens
 
         (loss, entropy, clip_fraction), grad_norm = self.update(self.actor, examples, batches, loss_of)
         ratio_max = torch.stack(ratios).max()
@@ -588,8 +593,9 @@ def iterate(cfg, worker, trainer, iteration):
     stats["logprobs_s"] = time.monotonic() - began
     stats |= logs.action_stats(cfg, transitions, rewards_of_groups, logp_old, logp_ref, logp_diff)
 
-    # 4. Advantages. The critic's head begins at zero, so a few steps of the critic alone come first.
-    rewards = token_rewards(learned, logp_old, logp_ref, cfg.kl)
+    # 4. Advantages. The critic's head begins at zero, so a few steps of the critic alone come first. A group of equal
+    # actions has no advantages, so where groups are compared a reward could not bring them back to the reference.
+    rewards = token_rewards(learned, logp_old, logp_ref if trainer.critic else None, cfg.kl)
     adv = ADVANTAGES[cfg.advantage](learned, rewards, values, cfg.lam)
     if trainer.critic and iteration == 0:
         ret = [a + value for a, value in zip(adv, values)]
@@ -608,7 +614,7 @@ def iterate(cfg, worker, trainer, iteration):
     for transition, token_adv in zip(learned, adv):
         transition.advantage = token_adv.mean().item()
     is_weight = importance_weights(logp_old, logp_sampler)
-    stats |= trainer.update_actor(examples, logp_old, adv, is_weight, batches)
+    stats |= trainer.update_actor(examples, logp_old, adv, is_weight, batches, None if trainer.critic else logp_ref)
 
     # 6. The sampler gets the new weights.
     worker.refresh(trainer.actor)

@@ -5,6 +5,7 @@ the work is divided. As a program it looks for a planted best reply with each ki
 """
 import ast
 import functools
+import math
 import re
 import sys
 import time
@@ -255,6 +256,41 @@ def test_a_step_on_divergence_alone_lowers_it(kl):
     assert before > 0.01 and (divergence() < 0.99 * before if kl > 0 else divergence() > 1.01 * before)
 
 
+def test_divergence_by_hand():
+    """Half the squares of 0, ln 2 and -2 ln 2."""
+    logp = -math.log(2) * torch.tensor([1.0, 1.0, 3.0])
+    logp_ref = -math.log(2) * torch.tensor([1.0, 2.0, 1.0])
+    expected = [0, 0.5 * math.log(2) ** 2, 2 * math.log(2) ** 2]
+    assert rl.divergence(logp, logp_ref).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo"])
+def test_where_groups_are_compared_the_loss_holds_the_divergence(advantage):
+    """All actions earned the same, so their advantages are 0; the gradient is that of --kl times the estimate, by
+    plain autograd. A policy on which a whole group agrees is so brought back to the reference, too."""
+    trainer = trainer_of(FIVE, 5, spread=0.2, advantage=advantage, kl=0.7)
+    samples = [sample_of(one.prompt, one.tokens, 0.5, group=one.group, episode_id=one.episode_id)
+               for one in all_actions()]
+    ratios = [logp_of(trainer.actor, one, 5) - logp_of(trainer.reference, one, 5).detach() for one in samples]
+    exact = gradient_of(trainer.actor, 0.7 * sum((ratio ** 2).sum() / 2 for ratio in ratios) / sum(map(len, ratios)))
+    plain = Plain(trainer)
+    figures = learn(trainer, samples)
+    assert_close(plain.steps[0], exact, 1e-4)
+    assert figures["kl_k3"] > 0.001 and abs(figures["policy_loss"]) < 1e-6
+
+
+def test_the_mean_gradient_of_the_divergence_is_that_of_the_exact_one():
+    """Over single tokens, each with its probability."""
+    trainer = trainer_of(FIVE, 5, spread=0.2)
+    tokens = [sample_of(prompt, [token], 0.0) for prompt in PROMPTS for token in range(5)]
+    logp = torch.cat([logp_of(trainer.actor, one, 5) for one in tokens])
+    logp_ref = torch.cat([logp_of(trainer.reference, one, 5) for one in tokens]).detach()
+    exact = gradient_of(trainer.actor, (logp.exp() * (logp - logp_ref)).sum())
+    logp = torch.cat([logp_of(trainer.actor, one, 5) for one in tokens])
+    found = gradient_of(trainer.actor, (logp.detach().exp() * rl.divergence(logp, logp_ref)).sum())
+    assert_close(found, exact, 1e-5)
+
+
 # -- advantages
 
 def test_gae_by_hand():
@@ -264,25 +300,21 @@ def test_gae_by_hand():
     assert advantages.tolist() == [-0.328125, 0.1875, 0.25]
 
 
-# Two states: actions of rewards 1, 0.5 and 0 in the one, 0.25 and 0.75 in the other; the first has two tokens, and the
-# divergence takes 0.125 from each.
+# Two states: actions of rewards 1, 0.5 and 0 in the one, 0.25 and 0.75 in the other; the first has two tokens.
 GROUPS = [(1.0, 2, 0), (0.5, 1, 0), (0.0, 1, 0), (0.25, 1, 1), (0.75, 1, 1)]      # reward, tokens, group
 
 
 def by_hand(advantage):
     samples = [sample_of([0], [1] * n, reward, group=group, episode_id=i)
                for i, (reward, n, group) in enumerate(GROUPS)]
-    logp_old = [torch.zeros(n) for _, n, _ in GROUPS]
-    logp_ref = [torch.full((2,), -0.25), *logp_old[1:]]
-    rewards = rl.token_rewards(samples, logp_old, logp_ref, kl=0.5)
-    assert rewards[0].tolist() == [-0.125, 0.875] and [r.tolist() for r in rewards[1:]] == [[0.5], [0], [0.25], [0.75]]
+    rewards = rl.token_rewards(samples, [torch.zeros(n) for _, n, _ in GROUPS], None, 0.0)
+    assert [r.tolist() for r in rewards] == [[0, 1], [0.5], [0], [0.25], [0.75]]
     return [a.tolist() for a in rl.ADVANTAGES[advantage](samples, rewards, None, 1.0)]
 
 
 def test_rloo_by_hand():
-    """The returns are 0.75, 0.5 and 0, and 0.25 and 0.75. The baselines are the means of the others: 0.25, 0.375 and
-    0.625 in the first state, 0.75 and 0.25 in the second."""
-    assert by_hand("rloo") == [[0.5, 0.625], [0.125], [-0.625], [-0.5], [0.5]]
+    """The baselines are the means of the others: 0.25, 0.5 and 0.75 in the first state, 0.75 and 0.25 in the second."""
+    assert by_hand("rloo") == [[0.75, 0.75], [0], [-0.75], [-0.5], [0.5]]
 
 
 def test_trajectories_are_compared_from_the_same_step_on():
@@ -297,11 +329,10 @@ def test_trajectories_are_compared_from_the_same_step_on():
 
 
 def test_grpo_by_hand():
-    """The baselines are the mean returns, 5/12 and 0.5; the variances are 0.09722 = 7/72 and 1/16."""
-    first = (7 / 72) ** 0.5 + 1e-4
+    """The baselines are the mean returns, both 0.5; the variances are 1/6 and 1/16."""
+    first = (1 / 6) ** 0.5 + 1e-4
     second = 0.25 + 1e-4
-    plain = [[4 / 12 / first, 5.5 / 12 / first], [1 / 12 / first], [-5 / 12 / first], [-0.25 / second],
-             [0.25 / second]]
+    plain = [[0.5 / first, 0.5 / first], [0], [-0.5 / first], [-0.25 / second], [0.25 / second]]
     for adv, expected_adv in zip(by_hand("grpo"), plain):
         assert adv == pytest.approx(expected_adv)
 
