@@ -146,9 +146,6 @@ class RolloutWorker:
         self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if cfg.rollout == "step" else cfg.states * cfg.samples)
         self.options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, stop=("\nObservation:",))
 
-    def ask_coder(self, messages):
-        return ask_coder_model(self.engine, messages).text
-
     def begin(self, name, disguise=None):
         """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the prompt's token
         ids there. disguise: a seed; short prompts are so in training. MissingBlob: a file of the state is gone."""
@@ -158,7 +155,7 @@ class RolloutWorker:
         if from_start:
             recorded["steps"] = self.cfg.steps
         env = make_env(self.cfg, state.head["task"], self.cfg.trajectories, self.cache, state.head["data_seed"],
-                       coder=self.ask_coder, **recorded)
+                       coder=lambda messages: ask_coder_model(self.engine, messages).text, **recorded)
         if not from_start:
             restore_record(env, state.head, state.steps[:state.index])
         if disguise and env.prompt_format == "short":
@@ -531,13 +528,12 @@ class PPOTrainer:
             row_logp_old = self.cat(logp_old, row)
             loss, clipped = policy_loss(logp, row_logp_old, self.cat(adv, row), self.cfg.clip_low, self.cfg.clip_high)
             loss = (self.cat(is_weight, row) * loss).sum() / num_tokens
-            whole_loss = loss
+            kl = 0.0
             if logp_ref:
                 kl = divergence(logp, self.cat(logp_ref, row)).sum() / num_tokens
-                whole_loss = loss + self.cfg.kl * kl
             log_ratio = torch.cat([logp.detach() - row_logp_old, logp.new_zeros(1)])        # also of an empty row
             ratios.append(log_ratio.exp().max())
-            return whole_loss, torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]) / num_tokens
+            return loss + self.cfg.kl * kl, torch.stack([loss * num_tokens, entropy.sum(), clipped.sum()]) / num_tokens
 
         (loss, entropy, clip_fraction), grad_norm = self.update(self.actor, examples, batches, loss_of)
         ratio_max = torch.stack(ratios).max()
@@ -633,8 +629,7 @@ def train(cfg, rank, world_size, device):
     use_kernels(cfg.kernels, device)
     trainer = PPOTrainer(cfg, config, folder, tokenizer.size, device)
 
-    # 2. Where a run was stopped, it goes on.
-    # What must be as it was, besides the settings.
+    # 2. Where a run was stopped, it goes on. origin: what must be as it was, besides the settings.
     origin = {"products in": f"{trainer.actor.compute_dtype} on {device.type}".removeprefix("torch."),
               **rank0_broadcast(lambda: hash_inputs(cfg, folder, pool))}
     state = load_state(cfg, sorted(vars(cfg).keys() - FREE), trainer.models, trainer.optimizer, origin)
@@ -642,7 +637,6 @@ def train(cfg, rank, world_size, device):
     if state:
         worker.chances = state["chances"]
     log = logs.Log(cfg, "iteration", cfg.iterations, state, trainer.actor, trainer.threads, ["samples.jsonl"])
-
     agent = read_agent(folder)
 
     def export(out):
