@@ -457,10 +457,11 @@ class Disguised:
         return [{"role": "user", "content": metric + content[content.index(", "):]}]
 
     def step(self, reply, tokens=None):
-        """Carries out a reply to the last prompt. Its tokens do not spell what the Env reads, and stand in no record."""
-        meant = lambda match: match[1] + self.numbers.get(match[2], match[2])
-        reply = re.sub(r'("constant": *"?)(\d+)', meant, reply)
-        return self.env.step(reply)
+        """Carries out a reply to the last prompt and returns the Step. The tokens are left out: they spell the number
+        that was shown, and the Env reads the script's."""
+        def with_own_number(match):
+            return match[1] + self.numbers.get(match[2], match[2])
+        return self.env.step(re.sub(r'("constant": *"?)(\d+)', with_own_number, reply))
 
 
 # -- The tokenizer
