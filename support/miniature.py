@@ -429,7 +429,9 @@ class Disguised:
     def __init__(self, env, seed):
         self.env = env
         self.seed = seed
-        self.numbers = {}       # number in the prompt -> number in the script
+        self.numbers = {}       # number or name in the prompt -> number in the script
+        self.read_plain = env.read
+        env.read = self.read
 
     def __getattr__(self, name):
         return getattr(self.env, name)
@@ -447,6 +449,7 @@ class Disguised:
         shuffled = rng.sample(lines, len(lines))
         self.numbers = {str(new): line[1] for new, line in enumerate(shuffled, 1)}
         shown = {old: new for new, old in self.numbers.items()}
+        self.numbers |= {name: line[1] for line, name in zip(shuffled, sorted(names))}
         constant_lines = [f"{shown[line[1]]} {name} {line[3]}" for line, name in zip(shuffled, sorted(names))]
 
         # 2. The text with them, in which the last action may name a number, too.
@@ -456,12 +459,13 @@ class Disguised:
         metric = rng.choice(held_in_words()[0])
         return [{"role": "user", "content": metric + content[content.index(", "):]}]
 
-    def step(self, reply, tokens=None):
-        """Carries out a reply to the last prompt and returns the Step. The tokens are left out: they spell the number
-        that was shown, and the Env reads the script's."""
-        def with_own_number(match):
-            return match[1] + self.numbers.get(match[2], match[2])
-        return self.env.step(re.sub(r'("constant": *"?)(\d+)', with_own_number, reply))
+    def read(self, reply):
+        """Returns what Env.read does of a reply to the last prompt, with the script's number of a constant."""
+        values, action, args, error = self.read_plain(reply)
+        if "constant" in args:
+            shown = str(args["constant"]).strip().lstrip("0")
+            args["constant"] = self.numbers.get(shown, args["constant"])
+        return values, action, args, error
 
 
 # -- The tokenizer

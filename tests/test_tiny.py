@@ -78,12 +78,17 @@ def test_a_state_in_disguise_shows_the_same_and_does_what_is_meant(short):
         assert metric in {tasks.load(id).metric for id in tasks.names("held-in")}
         number = numbers[values.index("= 3 *2 /2 *5 /5")]       # VALUE, which is the third in the script
         shown.add((metric, number, names))
+        name = names[int(number) - 1]
 
-        step = disguised.step(f'Action: Set Constant\nAction Input: {{"constant": "{number}", "value": "*2"}}')
+        written = (f'"constant": "{number}"', f'"constant" :\n {number}', f'"constant": " 0{number}"',
+                   f'"constant": "{name}"')[seed % 4]
+        reply = f'Action: Set Constant\nAction Input: {{{written}, "value": "*2"}}'
+        step = disguised.step(reply)
         assert step.valid and step.args == {"constant": "3", "value": "*2"} and step.printed == 4
+        assert step.reply == reply
         metric_now, left, best, lines, news = form.fullmatch(disguised.prompt()[0]["content"]).groups()
         assert (metric_now, left, best) == (metric, "7", "4, by this script")
-        assert lines.splitlines()[int(number) - 1] == f"{number} {names[int(number) - 1]} = 6 *2 /2 *5 /5"
+        assert lines.splitlines()[int(number) - 1] == f"{number} {name} = 6 *2 /2 *5 /5"
         assert news == f"4, after Set Constant {number} *2, again is untried"
     assert {number for _, number, _ in shown} == {"1", "2", "3"} and len({names for *_, names in shown}) == 12
 
