@@ -7,7 +7,7 @@
 Each step of a whole trajectory runs a training script, which is slow. So the states come from expert trajectories, and
 only the action is new. `iterate` is one iteration. A killed run continues exactly with the same command.
 """
-import math, random, sys, time, zlib
+import math, random, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -176,20 +176,21 @@ class RolloutWorker:
         per_rank = math.ceil(len(names) / world_size)
         return list(enumerate(names))[rank * per_rank:(rank + 1) * per_rank]
 
-    def fits(self, name):
+    def fits(self, name, disguise=None):
         """Returns whether prompt and action fit the context; if not, the state is not drawn again."""
-        num = len(self.begin(name)[1]) + self.cfg.max_new_tokens
+        num = len(self.begin(name, disguise)[1]) + self.cfg.max_new_tokens
         if num <= self.engine.context:
             return True
         self.chances[name] = 0.0
-        print(f"left out: {name}: prompt and action take {num} tokens, and --context is {self.engine.context}",
-              file=sys.stderr)
+        cli.announce(f"left out: {name}: prompt and action take {num} tokens, and --context is {self.engine.context}")
         return False
 
     def sample_states(self, iteration):
         """Returns the names of an iteration's states, of all processes."""
+        def fits(name, group):
+            return self.fits(name, self.disguise(group, iteration))
         rng = random.Random(f"{self.cfg.seed} {iteration}")
-        return rank0_broadcast(partial(sample_states, self.pool, self.cfg.states, rng, self.chances, self.fits))
+        return rank0_broadcast(partial(sample_states, self.pool, self.cfg.states, rng, self.chances, fits))
 
     def run(self, names, iteration):
         """Returns the Transitions of all processes, in the order of the states `names`, and statistics of the work.
@@ -219,14 +220,13 @@ class RolloutWorker:
         """Samples actions in these states, has each carried out at once, and returns in order the futures of
         lists of Transitions."""
         futures = {}
-        disguises = [self.disguise(group, iteration) for group, _ in starts]
 
         def on_reply(i, j, reply):
             group, name = starts[i]
-            futures[i, j] = self.threads.submit(self.execute_action, name, group, j, reply, disguises[i])
+            futures[i, j] = self.threads.submit(self.execute_action, name, group, j, reply, iteration)
         if starts:
             seed = zlib.crc32(f"{self.cfg.seed} {iteration}".encode()) + starts[0][0] * self.cfg.samples
-            prompts = [self.begin(name, disguise)[1] for (_, name), disguise in zip(starts, disguises)]
+            prompts = [self.begin(name, self.disguise(group, iteration))[1] for group, name in starts]
             self.engine.generate(prompts, n=self.cfg.samples, seed=seed, on_completion=on_reply, **self.options)
         return [futures[key] for key in sorted(futures)]
 
@@ -234,9 +234,9 @@ class RolloutWorker:
         """Returns the seed of a state's disguise; None in validation, which measures the policy as it is used."""
         return None if iteration == "validation" else f"{self.cfg.seed} {iteration} {group}"
 
-    def execute_action(self, name, group, number, reply, disguise=None):
-        """Returns [the Transition] of an action in a state. disguise: see begin."""
-        env, prompt = self.begin(name, disguise)
+    def execute_action(self, name, group, number, reply, iteration):
+        """Returns [the Transition] of an action in a state."""
+        env, prompt = self.begin(name, self.disguise(group, iteration))
         return [self.act(env, prompt, reply, name, group, number)]
 
     def act(self, env, prompt, reply, name, group, number):

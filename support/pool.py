@@ -12,7 +12,7 @@ from support.pretrained import hash_checkpoint
 from support.storage import Blobs, MissingBlob, check_state
 
 
-UNSEEN = 0.3    # chance of a state that was not sampled yet; rl.py gives from 0.1 to 1.1 to one that was
+UNSEEN = 0.3    # chance of a state that was not sampled yet; rl.py gives one that was 0.1 to 1.1, more to whole trajectories
 VALIDATION_STATES = 16      # that --validate-every looks at
 
 
@@ -105,8 +105,8 @@ def hold_back(pool):
 
 def sample_states(pool, num, rng, chances, fits):
     """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
-    chances: {name: relative chance}, UNSEEN where there is none. fits(name) returns False where it sets the chance to
-    0. RunError: no state has a chance any more."""
+    chances: {name: relative chance}, UNSEEN where there is none. fits(name, its place in what is returned) returns False
+    where it sets the chance to 0. RunError: no state has a chance any more."""
     names = []
     turn = []
     while len(names) < num:
@@ -116,7 +116,7 @@ def sample_states(pool, num, rng, chances, fits):
         turn = [task for task in turn if task in live] or rng.sample(live, len(live))
         states = list(pool[turn[-1]])
         name = rng.choices(states, [chances.get(name, UNSEEN) for name in states])[0]
-        if fits(name):
+        if fits(name, len(names)):
             names.append(name)
             turn.pop()
     return names

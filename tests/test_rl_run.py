@@ -161,7 +161,7 @@ def test_every_state_is_that_of_the_recorded_run(made):
 def test_draws_are_balanced_over_tasks_and_weighted_within():
     found = {"one": {"a": "A"}, "two": {"b": "B", "c": "C"}, "many": {str(i): i for i in range(50)}}
     rng = random.Random(0)
-    draw = lambda num, chances: pool.sample_states(found, num, rng, chances, lambda state: True)
+    draw = lambda num, chances: pool.sample_states(found, num, rng, chances, lambda state, group: True)
     names = draw(3 * 400, {"b": 3 * pool.UNSEEN})
     count = lambda some: sum(name in some for name in names)
     assert count("a") == count("bc") == 400 and len(set(names)) > 48
@@ -177,7 +177,7 @@ def test_a_state_that_cannot_be_used_gives_way_to_another_of_its_task():
     found = {"one": {"a": "A", "b": "B"}, "two": {"c": "C"}}
     weights = {}
 
-    def usable(name):
+    def usable(name, group):
         if name == "a":
             weights[name] = 0.0
         return name != "a"
@@ -245,9 +245,9 @@ def test_the_policy_is_the_coder_of_a_pool_that_was_collected_with_one(made, tmp
     engine = Scripted(edit)
     engine.chat = lambda messages, **options: engine.reply("```python\n" + "VALUE = 9\n```")
     rollout = playing(made, engine, trajectories=str(folder))
-    step = rollout.execute_action("toy-a-1, step 0", 0, 0, engine.reply(edit))[0].step
+    step = rollout.execute_action("toy-a-1, step 0", 0, 0, engine.reply(edit), 0)[0].step
     assert step["valid"] and step["kind"] != "invalid" and step["coder"]
-    step = rollout.execute_action("toy-a-0, step 0", 0, 0, engine.reply(edit))[0].step
+    step = rollout.execute_action("toy-a-0, step 0", 0, 0, engine.reply(edit), 0)[0].step
     assert not step["valid"] and not step["coder"]
 
 
@@ -382,6 +382,19 @@ def test_training_is_in_disguise_and_validation_is_not(made):
     assert all(len({*map(tuple, prompts)}) == 3 for prompts in zip(plain, *seen[:2]))
     rollout.validate()
     assert engine.asked.pop() == [rollout.begin(name)[1] for name in rollout.held_back]
+
+
+def test_a_state_whose_disguise_outgrows_the_context_is_left_out(made, capsys):
+    """All plain prompts just fit; what is drawn fits in its disguise, too."""
+    engine = Scripted()
+    rollout = playing(made, engine, states=3)
+    length = lambda *state: len(rollout.begin(*state)[1])
+    engine.context = max(length(name) for name in rollout.states) + rollout.cfg.max_new_tokens
+    for iteration in range(8):
+        for group, name in enumerate(rollout.sample_states(iteration)):
+            assert length(name, rollout.disguise(group, iteration)) + rollout.cfg.max_new_tokens <= engine.context
+    left_out = [name for name, chance in rollout.chances.items() if chance == 0]
+    assert 0 < len(left_out) == capsys.readouterr().err.count("left out: ")
 
 
 def test_ids_of_a_stop_string_are_learned_from_but_not_in_the_next_prompt(made):
