@@ -78,8 +78,10 @@ def make_env(cfg, task, out, cache, data_seed=0, make=Env, **options):
 
 
 def ask_coder_model(model, messages, max_new_tokens=CODER_TOKENS, **options):
-    """Returns the Completion of the model that carries out the (AI) actions. Of a whole script it ends with the block,
-    without the text after it; other replies may hold several blocks."""
+    """Returns the Completion of the model that carries out the (AI) actions; it may take half of the context. Of a
+    whole script it ends with the block, without the text after it; other replies may hold several blocks."""
+    if model.context:       # else it is a server's
+        max_new_tokens = min(max_new_tokens, model.context // 2)
     stop = CODE_END if messages[-1]["content"].endswith(WHOLE_SCRIPT) else ()
     completion = model.chat(messages, max_new_tokens=max_new_tokens, stop=stop, **options)
     if stop and completion.finish == "stop" and not completion.no_reply:
@@ -142,8 +144,6 @@ def play_trajectory(cfg, task, k, path, reply, coder, out, cache, run, about, da
         counts["coder_replies"] += 1
         # The model that acts may think here as long as for a reply.
         limit = max(CODER_TOKENS, cfg.max_new_tokens) if cfg.coder in ("model", "expert") else CODER_TOKENS
-        if coder.context:       # else it is a server's
-            limit = min(limit, coder.context // 2)
         completion = timed(ask_coder_model, coder, messages, limit, seed=seed, temperature=cfg.temperature,
                            top_p=cfg.top_p)
         counts["coder_tokens"] += completion.num_tokens or len(completion.tokens)

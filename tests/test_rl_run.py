@@ -237,16 +237,22 @@ def test_what_must_not_be_trained_on_is_refused(made, tmp_path):
 
 
 def test_the_policy_is_the_coder_of_a_pool_that_was_collected_with_one(made, tmp_path):
-    """Its states offer the (AI) actions, and one is carried out; where none had a coder they are not known."""
+    """Its states offer the (AI) actions, and one is carried out, in half of the context; where none had a coder they
+    are not known."""
     folder = copied(made, tmp_path)
     edit_head(folder / "toy-a-1.jsonl", actions=env.DEFAULT_ACTIONS, fields=miniature.SHORT_FIELDS)
     edit = ('Action: Edit Script (AI)\nAction Input: {"script_name": "train.py", "edit_instruction": "x", '
             '"save_name": "train.py"}')
     engine = Scripted(edit)
-    engine.chat = lambda messages, **options: engine.reply("```python\n" + "VALUE = 9\n```")
+    limits = []
+
+    def chat(messages, max_new_tokens, **options):
+        limits.append(max_new_tokens)
+        return engine.reply("```python\nVALUE = 9\n```")
+    engine.chat = chat
     rollout = playing(made, engine, trajectories=str(folder))
     step = rollout.execute_action("toy-a-1, step 0", 0, 0, engine.reply(edit), 0)[0].step
-    assert step["valid"] and step["kind"] != "invalid" and step["coder"]
+    assert step["valid"] and step["kind"] != "invalid" and step["coder"] and limits == [500]
     step = rollout.execute_action("toy-a-0, step 0", 0, 0, engine.reply(edit), 0)[0].step
     assert not step["valid"] and not step["coder"]
 
@@ -283,15 +289,16 @@ def test_a_missing_blob_is_named_at_the_start_and_in_the_middle(made, tmp_path):
 
 
 def test_a_prompt_that_is_too_long_is_left_out_and_said(made, capsys):
-    rollout = playing(made)
-    lengths = {name: len(rollout.begin(name)[1]) for name in rollout.states}
-    limit = sorted(lengths.values())[12] + 8
-    rollout = playing(made, Scripted(context=limit), states=40)
-    names = rollout.sample_states(0)
-    too_long = {name for name, length in lengths.items() if length + 8 > limit}
-    assert len(names) == 40 and 0 < len(too_long) < 12 and not too_long & set(names)
-    out = {name for name, weight in rollout.chances.items() if weight == 0}
-    assert out and out <= too_long and capsys.readouterr().err.count(f"--context is {limit}") == len(out)
+    """The prompt as it is shown, in disguise: here all plain ones just fit."""
+    engine = Scripted()
+    rollout = playing(made, engine, states=3)
+    length = lambda *state: len(rollout.begin(*state)[1]) + 8
+    engine.context = max(length(name) for name in rollout.states)
+    for iteration in range(8):
+        for group, name in enumerate(rollout.sample_states(iteration)):
+            assert length(name, rollout.disguise(group, iteration)) <= engine.context
+    left_out = [name for name, chance in rollout.chances.items() if chance == 0]
+    assert 0 < len(left_out) == capsys.readouterr().err.count(f"--context is {engine.context}")
     with pytest.raises(cli.RunError, match="no state of the pool"):
         playing(made, Scripted(context=20)).sample_states(0)
 
@@ -382,19 +389,6 @@ def test_training_is_in_disguise_and_validation_is_not(made):
     assert all(len({*map(tuple, prompts)}) == 3 for prompts in zip(plain, *seen[:2]))
     rollout.validate()
     assert engine.asked.pop() == [rollout.begin(name)[1] for name in rollout.held_back]
-
-
-def test_a_state_whose_disguise_outgrows_the_context_is_left_out(made, capsys):
-    """All plain prompts just fit; what is drawn fits in its disguise, too."""
-    engine = Scripted()
-    rollout = playing(made, engine, states=3)
-    length = lambda *state: len(rollout.begin(*state)[1])
-    engine.context = max(length(name) for name in rollout.states) + rollout.cfg.max_new_tokens
-    for iteration in range(8):
-        for group, name in enumerate(rollout.sample_states(iteration)):
-            assert length(name, rollout.disguise(group, iteration)) + rollout.cfg.max_new_tokens <= engine.context
-    left_out = [name for name, chance in rollout.chances.items() if chance == 0]
-    assert 0 < len(left_out) == capsys.readouterr().err.count("left out: ")
 
 
 def test_ids_of_a_stop_string_are_learned_from_but_not_in_the_next_prompt(made):
