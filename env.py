@@ -744,8 +744,7 @@ class Env(workspace.Workspace):
         return f"{step.printed:.5g}, {comparison} {best:.5g}"
 
     def _cached_run(self, script, timeout_s):
-        """Returns the Run of a script in a copy of the workspace. The entry script starts without an old
-        submission.csv."""
+        """Returns the Run of a script in a copy of the workspace; the entry starts without a submission.csv."""
         before = without_undo(self.files)
         if script == self.task.entry:
             before.pop("submission.csv", None)

@@ -218,13 +218,16 @@ def evaluate(cfg, agents=None, load=sample.load, exports=None):
     folders = {name: agent.out for name, agent in agents.items()}
     trained = cfg.exports or ([] if cfg.task else list(MADE.values()))
     with folder_lock(cfg.out, "eval.py"):
-        if exports and trajectory_files(cfg.out):
-            raise ValueError(f"{cfg.out} holds an evaluation, whose report.html the series would replace; give another "
-                             "--out")
+        if exports and (trajectory_files(cfg.out) or any(Path(cfg.out).glob("*/results.json"))):
+            raise ValueError(f"{cfg.out} holds an evaluation, whose report.html would be replaced; give another --out")
         try:
             return [{"name": name, "results": evaluate_agent(agent, cfg.out, load)} for name, agent in agents.items()]
+        except ValueError:      # what is there may be another model's, and so is the report
+            folders = {}
+            raise
         finally:
-            write_report(Path(cfg.out, "report.html"), folders, trained, exports=exports)
+            if folders:
+                write_report(Path(cfg.out, "report.html"), folders, trained, exports=exports)
 
 
 # -- The command

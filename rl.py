@@ -89,8 +89,7 @@ class Settings(cli.TaskSettings):
         if self.minibatches > self.states:
             raise ValueError(f"--minibatches must be at most --states {self.states}, found {self.minibatches}")
         if not self.has_critic and self.samples < 2:
-            raise ValueError(f"--advantage {self.advantage} compares actions: it needs --samples of at least 2, found "
-                             f"{self.samples}")
+            raise ValueError(f"--advantage {self.advantage} needs --samples of at least 2, found {self.samples}")
 
     @property
     def has_critic(self):
@@ -544,8 +543,7 @@ class PPOTrainer:
                 "ratio_max": ratio_max.item(), "grad_norm": grad_norm}
 
     def update_critic(self, examples, ret, value_old, batches, max_change=math.inf):
-        """Brings the critic's values to the returns and returns statistics. ret, value_old: per token. max_change: see
-        value_loss."""
+        """Brings the critic's values to the returns and returns statistics. max_change: see value_loss."""
         def loss_of(row, num_tokens):
             value = self.critic(*row.inputs(self.device))
             row_value_old = self.cat(value_old, row)

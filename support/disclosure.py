@@ -30,10 +30,10 @@ def disclose(records, model, coder):
     """Returns what results.json says of a run under "disclosure": counts of steps. records: the lines of each
     trajectory. model, coder: as asked for; what a server says that it is takes their place."""
     steps = steps_of(chain(*records))
-    layers = Counter(step["sandbox"] for step in steps if step["outcome"] is not None)
+    layers = Counter(step["sandbox"] for step in steps if step["sandbox"])      # "": the disk was full before any run
     labels = LABELS[2]
     if layers:
-        labels = LABELS[1] if layers.keys() & {"off", ""} else LABELS[0]
+        labels = LABELS[1] if "off" in layers else LABELS[0]
     asked = model if coder == "model" else coder
     return {
         "labels": labels, "sandbox": layers, "graded": GRADED, "replies": len(steps),

@@ -11,6 +11,7 @@ import tokenizers
 import tasks
 from env import MAX_LINES, NOTHING
 from model import Config
+from support.cli import RunError
 from support.conversations import Conversation, read_conversations
 from support.distributed import rank0_broadcast
 from support.files import shorten
@@ -307,8 +308,8 @@ def policy_of(replies, task):
         nonlocal next_reply, num_seen
         for line in lines[num_seen:]:
             if line["reply"] != next_reply:
-                raise ValueError(f"a trajectory of {task.id} was collected by another version of the scripted expert; "
-                                 "give another --trajectories")
+                raise RunError(f"a trajectory of {task.id} was begun by another version of the scripted agent; play it "
+                               "in another folder")
             next_reply = replies.send(line)
         num_seen = len(lines)
         return next_reply, None, {}

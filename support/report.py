@@ -98,6 +98,8 @@ def read_run(folder, name):
             continue
         task, _, k = path.stem.rpartition("-")
         about = results["tasks"].get(task, {})
+        if results.get("complete") and int(k) not in {each["k"] for each in about.get("trajectories", ())}:
+            continue        # of an earlier, longer run: no table counts it
         direction = about.get("direction") or tasks.load(task).direction
         starter = lines[0]["m_init"]
         score = tables.summarize_trajectory(lines, direction, starter, about.get("printed"))[results["final"]]

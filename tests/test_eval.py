@@ -23,7 +23,7 @@ import tasks
 from common import act, add_task
 from model import Config, Qwen2
 from test_execute import parent, processes, wait_until
-from support import cli, endpoint, files, records, tables
+from support import cli, disclosure, endpoint, files, records, report, tables
 from support.sandbox import OWNER
 from support.tokenizer import Tokenizer
 
@@ -407,6 +407,14 @@ def test_what_is_disclosed_is_of_the_trajectories_in_the_table(tmp_path, task):
         assert len(results["tasks"]["tiny-task"]["trajectories"]) == num
         found = results["disclosure"]
         assert found["replies"] == found["models"]["scripted"] == replies and found["tokens"]["written"] == 3 * replies
+        assert len(report.read_run(tmp_path / "out", "scripted")["trajectories"]) == num      # and what the page draws
+
+
+def test_an_edit_for_which_the_disk_was_full_says_nothing_of_the_sandbox():
+    ran = {"type": "step", "outcome": "ok", "sandbox": "namespaces+landlock+seccomp"}
+    full = {"type": "step", "outcome": "disk full", "sandbox": ""}
+    labels = lambda *steps: disclosure.disclose([steps], "model", "none")["labels"]
+    assert labels(ran, full) == labels(ran) != labels(ran, {**ran, "sandbox": "off"}) != labels(full)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -414,10 +422,11 @@ def test_what_is_disclosed_is_of_the_trajectories_in_the_table(tmp_path, task):
     ({"model": "other"}, "model scripted (now other)"), ({"seed": 1}, "seed 0 (now 1)")])
 def test_other_settings_in_the_same_folder_are_refused(change, words, tmp_path, task):
     play(settings(tmp_path), Scripted())
-    before = Path(tmp_path, "out", "results.json").read_text()
+    texts = lambda: [Path(tmp_path, "out", name).read_text() for name in ("results.json", "report.html")]
+    before = texts()
     with pytest.raises(ValueError, match=re.escape(words)):
         play(settings(tmp_path, **change), Scripted())
-    assert Path(tmp_path, "out", "results.json").read_text() == before
+    assert texts() == before
 
 
 def test_other_data_or_weights_under_the_same_name_are_refused(tmp_path, task):
@@ -496,6 +505,12 @@ def test_random_edits_need_no_model_and_take_back_what_is_no_better(tmp_path, ta
     assert again["tasks"]["tiny-task"]["trajectories"] == found         # the same seed
     other = play(settings(tmp_path, "other", model=tables.RANDOM, steps=8, seed=1), None)
     assert other["tasks"]["tiny-task"]["trajectories"] != found
+    file = file_of(settings(tmp_path, "again"), 0)
+    lines = file.read_text().splitlines(keepends=True)[:3]      # of a loop that acted otherwise, and was interrupted
+    lines[1] = json.dumps({**json.loads(lines[1]), "reply": "another"}) + "\n"
+    file.write_text("".join(lines))
+    with pytest.raises(cli.RunError, match="begun by another version of the scripted agent"):
+        play(settings(tmp_path, "again", model=tables.RANDOM, steps=8), None)
 
 
 def test_what_is_typed_holds_for_the_agents_that_were_made(made):
@@ -587,9 +602,10 @@ def test_exports_that_make_no_series_are_one_sentence(argv, words, exported, cap
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_a_series_does_not_replace_an_evaluation(exported, capsys):
-    """Its report belongs to the trajectories beside it."""
-    for name in ("trajectories/tiny-task-0.jsonl", "report.html"):
+@pytest.mark.parametrize("held", ["trajectories/tiny-task-0.jsonl", "random-edits/results.json"])
+def test_a_series_does_not_replace_an_evaluation(held, exported, capsys):
+    """Its report belongs to the trajectories beside it, or to those of the agents."""
+    for name in (held, "report.html"):
         files.write_atomic(Path("runs/held", name), {})
     assert evaluation.main(["--exports", "runs/rl", "--out", "runs/held", "--trajectories=1"]) == 2
     assert "runs/held holds an evaluation" in capsys.readouterr().err
