@@ -7,7 +7,7 @@ from support.distributed import check_same
 from support.files import FLAG, TEXT, VALUE, hash_json, parse_json, read_bytes
 from support.play import read_agent
 from support.pretrained import hash_checkpoint
-from support.records import AGENT, AGENT_FORMAT, end_reason, read_record
+from support.records import AGENT, AGENT_FORMAT, end_reason, read_record, steps_of
 
 SAME = ("expert", "coder", *AGENT, "ideas", "max_new_tokens", "temperature", "context", "threads", "gpu", "sandbox",
         "seed")     # what trajectories of a folder agree in
@@ -56,7 +56,7 @@ def count_trajectories(folder, task):
         records = read_record(path)
         if end_reason(records):
             scores = [line["m_after"] for line in records if "m_after" in line]
-            steps = [line for line in records if line["type"] == "step"]
+            steps = steps_of(records)
             counts.update(trajectories=1, steps=len(steps), valid=sum(step["valid"] for step in steps),
                           rose=int(task.better(scores[-1], scores[0])))
     return dict(counts)

@@ -10,7 +10,7 @@ import torch
 import tasks
 from env import SCAFFOLDS, recorded_prompt
 from support.files import TEXT, parse_json, shorten
-from support.records import end_reason, read_records
+from support.records import end_reason, read_records, steps_of
 from support.storage import Blobs, MissingBlob
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
@@ -142,7 +142,7 @@ def read_trajectory(file, held_out, tokenizer_id):
     if not end_reason(lines):
         raise InvalidConversation("not finished: collect again to go on with it")
     head = lines[0]
-    steps = [line for line in lines if line["type"] == "step"]
+    steps = steps_of(lines)
     folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
     blobs = Blobs(folder / "blobs")
     try:

@@ -9,6 +9,7 @@ from support.cli import RunError
 from support.conversations import InvalidConversation, read_learnable
 from support.files import hash_json, refuse_links_out
 from support.pretrained import hash_checkpoint
+from support.records import steps_of
 from support.storage import Blobs, MissingBlob, check_state
 
 
@@ -58,7 +59,7 @@ def load_pool(cfg, tokenizer, log=print):
         except InvalidConversation as error:
             left_out.append(f"{file}: {error}")
             continue
-        steps = [line for line in lines if line["type"] == "step"]
+        steps = steps_of(lines)
         task = head["task"]
         if task not in tasks.names(cfg.task):
             continue

@@ -10,8 +10,8 @@ from env import CANNOT_TAKE, DEFAULT_ACTIONS, FIELDS, OUTCOMES, PROMPTS, SCAFFOL
 from reward import KINDS, best_of
 from support import cli
 from support.files import (
-    COUNT, FLAG, TEXT, WORD, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten, some_of,
-    up_to)
+    COUNT, FLAG, NUMBER, TEXT, WORD, check_form, is_number, maybe, one_of, read_json_lines, refuse_links_out, shorten,
+    some_of, up_to)
 from support.sandbox import SandboxUnavailable
 from support.storage import ResultCache, check_snapshot
 
@@ -43,7 +43,6 @@ POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
 TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,99}", value)
 MESSAGE = "a message: role, content, and at most tokens", is_message
 FILES = "files", lambda value: True     # see check_snapshot
-PRINTED = "a number or null", lambda value: value is None or type(value) in (int, float)     # NaN is only shown
 NODE = {        # what a scaffold that searches says of a step, see support/aide.py
     "parent?": maybe(COUNT), "best?": maybe(COUNT), "metric?": maybe(FINITE), "buggy?": FLAG,
     "review?": one_of("model", "script"), "is_printed?": FLAG}
@@ -76,7 +75,7 @@ FORMS = {       # type of a record -> its form
         "scaffold?": one_of(*SCAFFOLDS), "search?": [FINITE], "draws?": TEXT},
     "step": {each.name: FORM_OF_TYPE[each.type] for each in dataclasses.fields(Step) if each.name != "node"} | {
         "change": LAST_CHANGE, "tried": [CHANGE], "kind": one_of(*KINDS), "outcome": maybe(one_of(*OUTCOMES)),
-        "printed": PRINTED, "messages": [MESSAGE], "snapshot": FILES, "node?": NODE, **ANSWER},
+        "printed": maybe(NUMBER), "messages": [MESSAGE], "snapshot": FILES, "node?": NODE, **ANSWER},
     "end": {"ended": ("a reason", lambda value: TEXT[1](value) and value != "")}}
 
 

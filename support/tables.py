@@ -12,7 +12,6 @@ from support.records import end_reason, steps_of
 
 RANDOM = "random-edits"         # as --model: constants changed at random, kept where the printed score is better
 NUM_BOOTSTRAP = 10_000
-UNDO = "Undo Edit Script"
 
 
 # -- What a trajectory scored, and what it shows of learning
@@ -51,7 +50,7 @@ def count_habits(steps, direction, best):
     counts = dict.fromkeys(("worse", "taken_back", "better", "continued"), 0)
     steps = [step for step in steps if step["action"] not in LOOKS and not step.get("node")]
     for step, following in zip(steps, steps[1:]):
-        if not step["valid"] or step["outcome"] is None or step["action"] == UNDO:
+        if not step["valid"] or step["outcome"] is None or step["action"] == "Undo Edit Script":
             continue
         printed = step["printed"] if step["score"] is not None else None
         before = best
