@@ -71,7 +71,7 @@ class Settings(cli.TaskSettings):
     max_batch: int = 8  # actions sampled at the same time, on each process
     max_row_tokens: int = 16384  # tokens of a packed row in training, if no single example has more
     save_every: int = 10  # iterations between checkpoints
-    export_every: int = 0  # iterations between copies of the actor in exports/ in --out, the first before any; 0: none
+    export_every: int = 0  # iterations between copies of the actor in exports/ in --out, 000000 if it begins so; 0: none
     validate_every: int = 0  # iterations between two looks at fixed states that are never trained on; 0: none
     plan: bool = False  # print memory per GPU by part for these settings, and end; --model may then be a size: 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
@@ -615,7 +615,7 @@ def iterate(cfg, worker, trainer, iteration):
     return transitions, stats
 
 
-def train(cfg, rank, world_size, device):
+def train(cfg, rank, device):
     """Trains cfg.model up to cfg.iterations, from the newest checkpoint in cfg.out on. Every process runs this."""
     # 1. What is trained, and on what.
     tasks.refuse_held_out_names(tasks.names(cfg.task))
@@ -634,7 +634,7 @@ def train(cfg, rank, world_size, device):
     worker = RolloutWorker(cfg, sampling.make_engine(cfg, trainer.actor, tokenizer), pool)
     if state:
         worker.chances = state["chances"]
-    log = logs.Log(cfg, "iteration", cfg.iterations, state, trainer.actor, trainer.threads, ["samples.jsonl"])
+    log = logs.Log(cfg, "iteration", cfg.iterations, state, trainer.actor, trainer.threads)
     agent = read_agent(folder)
 
     def export(out):
@@ -681,8 +681,8 @@ def run(cfg):
     if cfg.plan:
         print(format_plan(cfg, cfg.has_critic, reference=cfg.kl > 0, sampled_tokens=cfg.max_batch * cfg.context))
         return
-    with joined(cfg, "rl.py") as (rank, world_size, device):
-        train(cfg, rank, world_size, device)
+    with joined(cfg, "rl.py") as (rank, _, device):
+        train(cfg, rank, device)
 
 
 def main(argv=None):

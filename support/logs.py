@@ -1,6 +1,6 @@
 """What the logs of training say (docs/logs.md): a step of sft.py, an iteration of rl.py and its actions, and what these
 take of time, memory and operations."""
-import ctypes, json, resource, time, timeit
+import ctypes, json, resource, shutil, time, timeit
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +24,7 @@ class Log:
     """The log.jsonl of a run, which is begun, or goes on from a state (see load_state) until step `last`. unit: what a
     step is called. model: which is trained. threads: of row_threads."""
 
-    def __init__(self, cfg, unit, last, state, model, threads, others=()):
-        """others: names of more files of JSON lines that go on with it."""
+    def __init__(self, cfg, unit, last, state, model, threads):
         self.out = cfg.out
         self.unit = unit
         self.last = last
@@ -36,8 +35,11 @@ class Log:
                 print(f"{cfg.out} is already trained, for {self.first} {unit}s; to begin anew give another --out")
             elif state:
                 print(f"{cfg.out}: going on after {unit} {self.first}", flush=True)
-            for name in ("log.jsonl", *others):
+            for name in ("log.jsonl", "samples.jsonl"):
                 begin_log(Path(cfg.out, name), state)
+            for folder in Path(cfg.out, "exports").glob("[0-9]" * 6):
+                if not state or int(folder.name) > self.first:      # of iterations that come anew
+                    shutil.rmtree(folder)
         self.device = next(model.parameters()).device
         self.peak = peak_flops(self.device, model.compute_dtype, threads)
         self.began = time.monotonic()

@@ -685,7 +685,7 @@ def rl_updates(s):
                                      critic_lr=1e-3, iterations=2 + s.repeats, save_every=99, **more)
             r.model = r.model if s.model == "tiny" else s.model
             Path(r.out).mkdir()
-            rl.train(r, 0, 1, torch.device("cpu"))
+            rl.train(r, 0, torch.device("cpu"))
             lines = [json.loads(line) for line in Path(r.out, "log.jsonl").read_text().splitlines()]
             median = lambda name: statistics.median(line[name] for line in lines[1:-1])
             names = ("seconds", "sample_s", "execute_s", "logprobs_s", "update_s", "cache_hits")

@@ -753,10 +753,13 @@ def test_a_killed_process_ends_the_others_with_a_message(made, run):
 
 
 def test_the_policy_is_kept_between_iterations(made, run):
-    """Before the first and after every second, also where a run goes on under another --export-every; the last is the
-    model that is trained."""
+    """Before the first and after every second, also where a run goes on under another --export-every, and none of an
+    iteration that comes anew or of a run that left no checkpoint; the last is the model that is trained."""
     out = made / "exported"
-    for flags in ({"iterations": 2, "export-every": 1}, {"iterations": 5, "export-every": 2}):
+    begun = {"iterations": 2, "export-every": 1}
+    goes_on = {"iterations": 5, "export-every": 2}
+    for flags, stale in ((begun, "000005"), (goes_on, "000003")):
+        (out / "exports" / stale).mkdir(parents=True)
         code, said = run("--advantage", "rloo", "--minibatches", "2", out=out, **flags)
         assert code == 0, said
     folders = sorted((out / "exports").iterdir())
