@@ -232,8 +232,12 @@ def prepare(id, raw=None, data="data", variant=None, force=False, seed=0, log=pr
             return home
         shutil.rmtree(part, ignore_errors=True)     # of a process that was killed
         try:
-            _build(task, part, raw, {"variant": task.variants[0], **wanted}, log, python)
+            kept = info(id, home.parent)["variant"] if (home / "task.json").is_file() else None
+            first = kept if kept in task.variants else task.variants[0]
+            _build(task, part, raw, {"variant": first, **wanted}, log, python)
             (home / "task.json").unlink(missing_ok=True)    # first: a folder without it counts as not prepared
+            if home.is_symlink():       # what it leads to stays there
+                home.unlink()
             shutil.rmtree(home, ignore_errors=True)
             part.rename(home)
         finally:
@@ -247,10 +251,15 @@ def _may_stay(home, wanted, force, log):
         return False
     facts = info(home.name, home.parent)
     is_wanted = not force and all(facts.get(name) == value for name, value in wanted.items())
-    if not facts["miniature"] and (is_wanted or wanted["miniature"]):
-        log(f"{home.name}: keeping the real data in {home}; give --raw and --force to prepare them again")
-        return True
-    return is_wanted
+    is_kept = not facts["miniature"] and (is_wanted or wanted["miniature"])
+    if is_kept:
+        stale = "" if facts["code"] == wanted["code"] else ", which another task.py or starter has prepared"
+        log(f"{home.name}: keeping the real data in {home}{stale}; give --raw and --force to prepare them again")
+    if is_kept or is_wanted:
+        answers = f"private/{load(home.name).answers}"
+        if not (home / answers).exists() or hash_path(home / answers) != facts["sha256"].get(answers):
+            raise ValueError(f"{home / answers} is not what was prepared. Delete {home} and prepare the task again.")
+    return is_kept or is_wanted
 
 
 def _build(task, part, raw, facts, log, python):
@@ -383,6 +392,10 @@ def _finite(score):
 
 def read_answers(task, home):
     """The answers of the task prepared in home as a table; of columns only the key and the targets."""
-    table = read_table(home / "private" / task.answers)
+    path = home / "private" / task.answers
+    try:
+        table = read_table(path)
+    except InvalidSubmission as error:      # no fault of who is graded
+        raise RuntimeError(f"{path} is damaged: {error}") from None
     columns = task.targets or table
     return {name: table[name] for name in table if name == task.key or name in columns}

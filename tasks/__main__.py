@@ -102,7 +102,7 @@ def run_check(args, ids):
         try:
             tasks.prepare(id, data=args.data, log=lambda line: None, python=args.python)
             figures, faults = (check_ideas if args.ideas else check)(id, args.data, args.python)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             failures.append(f"{id}: {error}")
             continue
         rows.append({"task": id, "data": prepared(id, args.data), **figures, "failures": len(faults)})

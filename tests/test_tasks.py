@@ -398,10 +398,46 @@ def test_real_data_replace_a_miniature_and_are_kept(toy, toy_raw, tmp_path):
     assert not tasks.info("toy", data)["miniature"]
     tasks.prepare("toy", raw=toy_raw, data=data, log=quiet)
     assert tasks.info("toy", data)["variant"] == "last"             # no variant asked for: what is there may stay
+    tasks.prepare("toy", raw=toy_raw, data=data, force=True, log=quiet)
+    assert tasks.info("toy", data)["variant"] == "last"
     tasks.prepare("toy", raw=toy_raw, data=data, variant="first", log=quiet)
     assert tasks.info("toy", data)["variant"] == "first"
     with pytest.raises(ValueError, match="no variant 'middle'; it has first, last"):
         tasks.prepare("toy", raw=toy_raw, data=data, variant="middle")
+
+
+def test_real_data_of_an_older_starter_are_said_to_be(toy, toy_raw, tmp_path):
+    tasks.prepare("toy", raw=toy_raw, data=tmp_path, log=quiet)
+    (toy / "train.py").write_text(TOY_STARTER.replace("/ len(rows)", "/ len(rows) + 9"))
+    said = []
+    tasks.prepare("toy", data=tmp_path, log=said.append)
+    assert "which another task.py or starter has prepared" in said[0]
+
+
+@pytest.mark.parametrize("keep", [-1, 0])
+def test_damaged_answers_are_no_fault_of_a_submission(toy, tmp_path, keep):
+    """Of lines of the file: the last is lost, or all."""
+    home = tasks.prepare("toy", data=tmp_path, log=quiet)
+    answers = home / "private" / tasks.load("toy").answers
+    rewrite = answers.read_text().splitlines(keepends=True)[:keep]
+    answers.chmod(0o644)
+    answers.write_text("".join(rewrite))
+    with pytest.raises(ValueError, match=f"{answers.name} is not what was prepared. Delete .*toy and prepare"):
+        tasks.prepare("toy", data=tmp_path, log=quiet)
+    if not rewrite:
+        with pytest.raises(RuntimeError, match=f"{answers.name} is damaged"):
+            tasks.read_answers(tasks.load("toy"), home)
+    assert tasks.prepare("toy", data=tmp_path, force=True, log=quiet) == tasks.prepare("toy", data=tmp_path, log=quiet)
+
+
+def test_a_prepared_folder_may_be_a_link(toy, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    home = tasks.prepare("toy", data=tmp_path / "data", log=quiet)
+    home.rename(elsewhere)
+    home.symlink_to(elsewhere)
+    assert tasks.prepare("toy", data=tmp_path / "data", log=quiet) == home
+    tasks.prepare("toy", data=tmp_path / "data", force=True, log=quiet)
+    assert not home.is_symlink() and (home / "task.json").is_file() and (elsewhere / "public").is_dir()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -1061,6 +1097,13 @@ def test_check_on_the_command_line_fails_when_something_is_wrong(toy, tmp_path, 
     (home / "task.json").write_text(json.dumps({**facts, "m_init": 0.25}))
     assert main(["check", "toy", "--data", str(tmp_path / "data")]) == 1
     assert "task.json records 0.25" in capsys.readouterr().out
+
+
+def test_check_goes_on_after_a_task_that_has_lost_a_file(toy, tmp_path, capsys):
+    home = tasks.prepare("toy", data=tmp_path, log=quiet)
+    (home / "public" / tasks.load("toy").sample).unlink()
+    assert main(["check", "toy", "toy", "--data", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.count("toy: [Errno 2] No such file") == 2
 
 
 def test_a_stale_miniature_is_made_anew_and_stale_data_are_reported(toy, tmp_path, capsys):
