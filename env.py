@@ -384,12 +384,12 @@ class Env(workspace.Workspace):
     @property
     def time_limit_s(self):
         """Seconds of an ordinary core that one run of a script may take, as the agent is told."""
-        return min(self.task.time_limit_s, tasks.MINIATURE_S if self.info.get("miniature") else math.inf)
+        return min(self.task.time_limit_s, tasks.MINIATURE_S if self.info["miniature"] else math.inf)
 
     @property
     def allowed_s(self):
         """The same in seconds of this machine: more on a slow one, by what the starter of a miniature took here."""
-        seconds = self.info.get("starter_seconds", 0) if self.info.get("miniature") else 0
+        seconds = self.info.get("starter_seconds", 0) if self.info["miniature"] else 0
         return self.time_limit_s * max(1, seconds / tasks.STARTER_S)
 
     @property
@@ -756,7 +756,7 @@ class Env(workspace.Workspace):
             self.cache.count("hits" if run else "runs")
             if not run:
                 run = self._run(script, before, timeout_s)
-                if comes_again(run.result):
+                if comes_again(run.result, self.gpu):
                     entry = {"result": dataclasses.asdict(run.result), "score": run.score, "after": run.files}
                     self.cache.put(key, entry)
             return run

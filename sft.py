@@ -127,9 +127,7 @@ def collect(cfg, load=sample.load):
         jobs = [(cfg, task, path, k, manifest["tasks"][task.id]["ideas"], infos[task.id][k % len(infos[task.id])])
                 for task, path, k in jobs]
         run_parallel(jobs, partial(collect_one, expert, cache, progress), PARALLEL, progress)
-        for id, entry in manifest["tasks"].items():
-            entry["counts"] = collection.count_trajectories(folder, tasks.load(id))
-        manifest["complete"] = True
+        collection.count_trajectories(manifest, folder)
         write_atomic(folder / "manifest.json", manifest)
         return manifest
 

@@ -2,6 +2,7 @@
 from collections import Counter
 from pathlib import Path
 
+import tasks
 from support.cli import flag_of, format_table
 from support.distributed import check_same
 from support.files import FLAG, TEXT, VALUE, hash_json, parse_json, read_bytes
@@ -49,17 +50,21 @@ def files_of(folder, id):
     return [path for path in Path(folder).glob(f"{id}-*.jsonl") if path.stem.rpartition("-")[0] == id]
 
 
-def count_trajectories(folder, task):
-    """Returns the counts of a task's finished trajectories."""
-    counts = Counter(dict.fromkeys(COUNTS, 0))
-    for path in files_of(folder, task.id):
-        records = read_record(path)
-        if end_reason(records):
+def count_trajectories(manifest, folder):
+    """Writes into a manifest the counts of each task's finished trajectories, and whether all that were begun are."""
+    manifest["complete"] = True
+    for id, entry in manifest["tasks"].items():
+        counts = Counter(dict.fromkeys(COUNTS, 0))
+        for path in files_of(folder, id):
+            records = read_record(path)
+            if not end_reason(records):
+                manifest["complete"] = False
+                continue
             scores = [line["m_after"] for line in records if "m_after" in line]
             steps = steps_of(records)
             counts.update(trajectories=1, steps=len(steps), valid=sum(step["valid"] for step in steps),
-                          rose=int(task.better(scores[-1], scores[0])))
-    return dict(counts)
+                          rose=int(tasks.load(id).better(scores[-1], scores[0])))
+        entry["counts"] = dict(counts)
 
 
 def report(manifest):

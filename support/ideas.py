@@ -8,7 +8,7 @@ from sklearn.metrics.pairwise import linear_kernel
 
 import tasks
 from support.cli import RunError
-from support.files import TEXT, parse_json, read_bytes, shorten, write_atomic
+from support.files import COUNT, TEXT, parse_json, read_bytes, shorten, write_atomic
 from support.prompts import better_word
 
 NUM_IDEAS = 10          # of a task, those that differ most
@@ -40,10 +40,12 @@ def parse_ideas(text):
 
 def ask_ideas(cfg, task, expert):
     """Returns ideas that the expert writes for a task: cfg.ideas or more, fewer where it repeats itself. Its answers
-    are kept in ideas/TASK.json and not asked for again. RunError: none of them can be read."""
+    are kept in ideas/TASK.json and it is not asked for them again. RunError: none of them can be read."""
     path = Path(cfg.trajectories, "ideas", f"{task.id}.json")
     raw = read_bytes(path)
-    answers = parse_json(raw, {"answers": [TEXT]}, path)["answers"] if raw else []
+    asked = {"expert": cfg.expert, "seed": cfg.seed}
+    kept = parse_json(raw, {"expert": TEXT, "seed": COUNT, "answers": [TEXT]}, path) if raw else {}
+    answers = kept["answers"] if asked.items() <= kept.items() else []
     most = 3 * math.ceil(cfg.ideas / ASKED_AT_ONCE) + len(ASKED_ABOUT)
     ideas = parse_ideas("\n".join(answers))
     while len(ideas) < cfg.ideas and len(answers) < most:
@@ -55,7 +57,7 @@ def ask_ideas(cfg, task, expert):
         answer = expert.chat([{"role": "user", "content": question}], temperature=1.0,
                              max_new_tokens=max(1024, cfg.max_new_tokens), seed=seed)
         answers.append(answer.text)
-        write_atomic(path, {"answers": answers})
+        write_atomic(path, {**asked, "answers": answers})
         ideas = parse_ideas("\n".join(answers))
     if not ideas:
         path.unlink(missing_ok=True)        # so that it is asked again

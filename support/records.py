@@ -86,7 +86,7 @@ def header(env, **entries):
     settings = {name: getattr(env, name) for name in (*AGENT, *env.own, "python", "gpu", "threads", "sandbox")}
     return {"type": "header", "task": env.task.id, "data": str(env.data), "data_seed": env.info.get("seed", 0),
             **settings, "m_init": env.info["m_init"], "m_best": env.info["m_best"],
-            "miniature": bool(env.info.get("miniature")),
+            "miniature": env.info["miniature"],
             "m_after": env.m_before, "seconds_left": env.seconds, **env.seen, "snapshot": env.snapshot(),
             "messages": list(env.messages), **entries}
 

@@ -457,8 +457,10 @@ def _kill_marked(mark):
         time.sleep(0.01)
 
 
-def comes_again(result):
+def comes_again(result, gpu):
     """Returns whether the same script on the same files would end like this again."""
+    if gpu and result.outcome == "out of memory":   # which another process may have had
+        return False
     if result.limit:    # not of wall time, nor of processor time while the imports were slow
         return result.limit in ("memory", "processes") or result.limit == "cpu" and result.warm
     # a signal may be the kernel's, for lack of memory

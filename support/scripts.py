@@ -69,16 +69,20 @@ def without_comments(script):
     lines = script.splitlines()
     begins = True       # a statement
     tokens = list(tokenize.generate_tokens(io.StringIO(script).readline))
+    inside = {row for token in tokens for row in range(token.start[0], token.end[0])}     # a text goes on after these
     code = [token for token in tokens if token.type not in (tokenize.COMMENT, tokenize.NL)]
-    for token, after in zip(code, code[1:]):
-        if begins and token.type == tokenize.STRING and after.type == tokenize.NEWLINE:
+    for token, after, then in zip(code, code[1:], code[2:]):
+        is_text = begins and token.type == tokenize.STRING and after.type == tokenize.NEWLINE
+        if is_text and then.type != tokenize.DEDENT:        # else it may be all that a class has
             lines[token.start[0] - 1:token.end[0]] = [""] * (token.end[0] - token.start[0] + 1)
+            inside.difference_update(range(token.start[0], token.end[0]))
         begins = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     for token in tokens:
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
-    return "".join(f"{line.rstrip()}\n" for line in lines if line.strip())
+    return "".join(f"{line if row in inside else line.rstrip()}\n" for row, line in enumerate(lines, 1)
+                   if line.strip() or row in inside)
 
 
 def changes(script):

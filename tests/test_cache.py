@@ -35,6 +35,12 @@ def test_only_an_end_that_comes_again_is_kept(make, monkeypatch, outcome, code, 
     assert trajectory.cache.counts["runs"] == runs
 
 
+def test_that_a_gpu_had_no_memory_is_not_kept():
+    """Another process may have had it."""
+    ended = sandbox.Result("out of memory", 1, "", "", 1.0, 1, "off", "It ended.", warm=True)
+    assert sandbox.comes_again(ended, None) and not sandbox.comes_again(ended, "0")
+
+
 @pytest.mark.parametrize("keep", [0, 10, 65, 200, -1])
 def test_half_an_entry_is_none(make, keep):
     trajectory = make()

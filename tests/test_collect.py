@@ -177,6 +177,9 @@ def test_a_hundred_ideas_are_asked_for_in_several_prompts_and_never_twice(toys):
     assert len(set(prompts)) == 3 and all("VALUE = 3" in prompt and "known already" in prompt for prompt in prompts)
     again = Expert()
     assert ideas.ask_ideas(s, task, again) == found and again.asked == 0
+    for change in ({"expert": "other"}, {"expert": "other", "seed": 1}):        # whose ideas those are not
+        other = Expert()
+        assert len(ideas.ask_ideas(replace(s, **change), task, other)) == 105 and other.asked == 7
 
 
 @pytest.mark.parametrize("typed, asked_for", [(512, 1024), (1024, 1024), (6000, 6000)])
@@ -306,6 +309,19 @@ def test_cut_off_at_any_byte_the_same_set_is_collected(seed, whole, tmp_path, mo
     monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
     sft.collect(replace(settings(folder), trajectories=str(out)))
     assert records(out) == records(folder / "out")
+
+
+def test_a_collection_is_complete_when_all_that_was_begun_has_ended(whole, tmp_path, monkeypatch):
+    """Also if it was broken off and less is asked for now."""
+    folder, _ = whole
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    file = max(out.glob("*.jsonl"))
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    monkeypatch.setattr(tasks, "FOLDERS", [folder / "tasks"])
+    for num, is_complete in ((1, False), (4, True)):
+        assert sft.collect(replace(settings(folder), trajectories=str(out), num=num))["complete"] == is_complete
+        assert collection.is_collected(out) == is_complete
 
 
 def test_killed_and_run_again_the_same_set_is_collected(whole, tmp_path, monkeypatch):

@@ -55,6 +55,13 @@ def test_code_on_the_line_of_a_string_stays():
         assert scripts.without_comments(text) == text
 
 
+def test_a_text_keeps_its_empty_lines_and_a_class_its_only_statement():
+    for text in ('class Stop(Exception):\n    """Ends it."""\nx = 1\n', 'def f():\n    "doc"\n',
+                 'x = """a \n\n    # b\n"""\n'):
+        assert scripts.without_comments(text) == text
+    assert scripts.without_comments('def f():\n    """a\n\n    b"""\n\n    return 1\n') == "def f():\n    return 1\n"
+
+
 def test_a_script_without_comments():
     assert scripts.without_comments(SCRIPT) == (
         'import os\nRATE = 0.5\ndef load(path):\n    text = """kept # here"""\n    return text + "# and here"\n')
