@@ -151,7 +151,7 @@ def build_model(config, folder, device, seed=0, recompute=None, compute=None, ma
         for name in [name for name in parts if name.startswith("score.")]:
             parts.pop(name)[0].zero_()
         if folder:
-            load_tensors(folder, parts, unused=() if hasattr(model, "lm_head") else ("lm_head.weight",))
+            load_tensors(folder, parts)
         else:
             drawn = dict(Qwen2.from_scratch(config, seed).named_parameters())
             for name, (rows, first, _) in parts.items():

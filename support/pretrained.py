@@ -163,18 +163,18 @@ def read_headers(folder):
     return headers
 
 
-def load_tensors(folder, parameters, slice_bytes=32 * 2**20, unused=()):
+def load_tensors(folder, parameters, slice_bytes=32 * 2**20):
     """Fills parameters from the checkpoint in `folder`, a slice of rows at a time.
 
     parameters: {name: (tensor, first, shape)}; the tensor receives the rows from `first` on of one of this shape.
-    unused: names in the checkpoint that need no parameter. ValueError: missing, unexpected and mis-shaped tensors,
-    before anything is copied.
+    A head in the checkpoint that no parameter takes is left out: of a tied model, or where a critic has another.
+    ValueError: missing, unexpected and mis-shaped tensors, before anything is copied.
     """
     headers = read_headers(folder)
     shared = sorted(parameters.keys() & headers.keys())
     faults = {
         "missing": sorted(parameters.keys() - headers.keys()),
-        "unexpected": sorted(headers.keys() - parameters.keys() - set(unused)),
+        "unexpected": sorted(headers.keys() - parameters.keys() - {"lm_head.weight"}),
         "of another shape": [f"{name} (expected {parameters[name][2]}, found {headers[name][1]})"
                              for name in shared if parameters[name][2] != headers[name][1]],
     }

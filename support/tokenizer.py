@@ -47,10 +47,12 @@ class Tokenizer:
         try:
             for text, i in bpe.get_vocab(with_added_tokens=True).items():
                 self.bytes[i] = text.encode() if i in added else bytes(byte_of[char] for char in text)
-            added[self.turn], added[self.end]
+            is_special = added[self.turn].special and added[self.end].special       # else a text could end a turn
         except KeyError:
+            is_special = False
+        if not is_special:
             raise ValueError(f"expected the tokenizer of a Qwen2.5 checkpoint: one of bytes, with {self.TURN} and "
-                             f"{self.END}") from None
+                             f"{self.END} as special tokens")
         self.size = max(self.bytes) + 1
         self.eos = {*eos, self.end}
         self.control = {i for i, token in added.items() if token.special} | self.eos | {self.turn}
@@ -64,12 +66,12 @@ class Tokenizer:
         except Exception as error:      # the library raises bare Exception for a missing and for every malformed file
             raise ValueError(f"{folder / 'tokenizer.json'} cannot be read ({error}); copy it from the checkpoint that "
                              "the model came from") from None
-        generation, config = (read_json(path) if path.is_file() else {} for path in (
-            folder / "generation_config.json", folder / "tokenizer_config.json"))
-        eos = generation.get("eos_token_id") or []
+        generation, model, config = (read_json(folder / name) if (folder / name).is_file() else {} for name in (
+            "generation_config.json", "config.json", "tokenizer_config.json"))
+        eos = generation.get("eos_token_id") or model.get("eos_token_id") or []
         eos = eos if isinstance(eos, list) else [eos]
         if not all(isinstance(token, int) for token in eos):
-            raise ValueError(f"{folder}/generation_config.json: eos_token_id must be numbers, found {str(eos):.80}")
+            raise ValueError(f"{folder}: eos_token_id must be numbers, found {str(eos):.80}")
         template = str(config.get("chat_template") or "")
         if not template and (folder / "chat_template.jinja").is_file():     # where newer tools put it
             template = (folder / "chat_template.jinja").read_text()
@@ -106,6 +108,8 @@ class Tokenizer:
             for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
                 if (self.folder / name).is_file():
                     (folder / name).write_bytes((self.folder / name).read_bytes())
+            if not (self.folder / "generation_config.json").is_file():
+                write_atomic(folder / "generation_config.json", {"eos_token_id": sorted(self.eos)})
         part = folder / "tokenizer.part"        # a run that is killed here leaves a whole tokenizer.json or none
         self.bpe.save(str(part))
         sync(part)

@@ -121,6 +121,16 @@ def edit_config(folder, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def test_a_head_beside_tied_weights_is_left_out(tmp_path):
+    """As some tools write it; the config says that the embedding is the head."""
+    model = Qwen2.from_scratch(Config(**{**vars(ODD), "tie_word_embeddings": True}), seed=3)
+    model.save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBED].clone()}))
+    again = Qwen2.from_pretrained(tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
 K = "model.layers.1.self_attn.k_proj.bias"
 EMBED = "model.embed_tokens.weight"
 DAMAGES = {
