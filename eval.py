@@ -95,8 +95,7 @@ class Settings(AgentSettings):
         if self.scaffold == "mlagentbench" and (self.coder == "none" or not tools.keys() >= {*self.actions}):
             raise ValueError(f"--scaffold mlagentbench needs a --coder, and --actions among {', '.join(tools)}")
         if self.compare and (self.model or self.task) or self.exports and (self.model or self.compare or self.states):
-            raise ValueError("--compare takes no --model and no --task; --exports takes no --model, --compare or "
-                             "--states")
+            raise ValueError("--compare takes no --model or --task; --exports takes no --model, --compare or --states")
         if self.reference and self.reference not in self.compare:
             raise ValueError(f"--reference must be one of --compare, found {self.reference}")
         for folder in self.compare:

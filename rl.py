@@ -71,7 +71,7 @@ class Settings(cli.TaskSettings):
     max_batch: int = 8  # actions sampled at the same time, on each process
     max_row_tokens: int = 16384  # tokens of a packed row in training, if no single example has more
     save_every: int = 10  # iterations between checkpoints
-    export_every: int = 0  # iterations between copies of the actor in exports/ in --out, 000000 if it begins so; 0: none
+    export_every: int = 0  # iterations between copies of the actor in exports/ of --out, 000000 at the start; 0: none
     validate_every: int = 0  # iterations between two looks at fixed states that are never trained on; 0: none
     plan: bool = False  # print memory per GPU by part for these settings, and end; --model may then be a size: 7b
     gpus: int = 8  # that --plan plans for; torchrun --nproc_per_node decides how many there really are
@@ -654,8 +654,7 @@ def train(cfg, rank, device):
             if cfg.validate_every and (iteration + 1) % cfg.validate_every == 0:
                 stats["validation_reward"] = worker.validate()
         except RunError as error:
-            raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}. The checkpoints in {cfg.out} are from "
-                           "before") from None
+            raise RunError(f"iteration {iteration + 1}, rank {rank}: {error}; checkpoints are in {cfg.out}") from None
         update_s = seconds - stats["sample_s"] - stats["execute_s"] - stats["logprobs_s"]
         stats |= {"iteration": iteration + 1, "update_s": update_s, "seconds": seconds,
                   "elapsed_s": time.monotonic() - log.began, **log.work(trainer.flops, stats["logprobs_s"] + update_s)}

@@ -30,6 +30,7 @@ from support.cli import ContextFull, ModelSettings, RunError, parse
 from support.distributed import SMALL_BELOW, compute_type
 from support.drafts import TOKEN_COST, PromptLookup, draft_lengths
 from support.endpoint import Completion, Endpoint, address, find_stop, is_server
+from support.files import is_text
 from support.tokenizer import Tokenizer, open_checkpoint
 
 
@@ -231,9 +232,8 @@ class Engine:
     every row its next tokens.
 
     rows: conversations in the cache, which is also the largest batch. A finished row keeps its keys and values: a
-    prompt that begins with the same tokens reuses them. context: tokens of one conversation. draft: guess tokens from
-    the text so far, and check several in one pass. fixed_shapes: decode by DecodeGraph. Neither changes what is
-    sampled.
+    prompt that begins with the same tokens reuses them. context: tokens of one conversation. draft: check several
+    tokens, guessed from the text, in one pass. fixed_shapes: decode by DecodeGraph. Neither changes what is sampled.
 
     The first chat or submit starts a thread that runs the model from then on. Until then generate runs it in the
     caller's thread, which on a CPU is a quarter faster for a large model: it has one pool of OpenMP threads, not two.
@@ -327,7 +327,7 @@ class Engine:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if ids and isinstance(ids[0], dict):
             ids = self.tokenizer.chat(ids)
-        if not (ids and max_new_tokens >= 1 and temperature >= 0 and top_p == 1):
+        if not (ids and max_new_tokens >= 1 and (temperature == 0 or temperature > 1e-30) and top_p == 1):
             raise ValueError("expected a prompt, max_new_tokens >= 1, temperature >= 0, and a top_p of 1, as training "
                              f"has; found {len(ids)} prompt tokens, {max_new_tokens}, {temperature} and {top_p}")
         if len(ids) + max_new_tokens > self.context:
@@ -335,8 +335,10 @@ class Engine:
                               f"{self.context}; shorten the prompt, or give the engine a larger context")
         stop = [stop] if isinstance(stop, str) else stop
         uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return Request(np.array(ids), max_new_tokens, temperature, [text.encode() for text in stop if text],
-                       uniform.numpy())
+        request = Request(np.array(ids), max_new_tokens, temperature, [text.encode() for text in stop if text],
+                          uniform.numpy())
+        request.future.set_running_or_notify_cancel()       # one that was cancelled could not be given its reply
+        return request
 
     # -- what runs the model
 
@@ -589,6 +591,8 @@ class Settings(ModelSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if not is_text(self.prompt):
+            raise ValueError("--prompt must be valid UTF-8")
         if is_server(self.model):
             address(self.model)     # refuses a key in it before it is printed
 
@@ -596,9 +600,12 @@ class Settings(ModelSettings):
 def main(cfg):
     policy = load(cfg.model, cfg.dtype, cfg.device, rows=1, kernels=cfg.kernels, graphs=cfg.graphs)
     messages = [{"role": "user", "content": cfg.prompt}]
-    reply = policy.chat(messages, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed)
+    options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed)
+    is_engine = isinstance(policy, Engine)
+    # An engine runs in this thread: that is faster, and Ctrl-C ends it.
+    reply = policy.generate([messages], **options)[0][0] if is_engine else policy.chat(messages, **options)
     print(reply.text or reply.no_reply)
-    if isinstance(policy, Engine):
+    if is_engine:
         print(f"{reply.prompt_tokens} prompt tokens, {len(reply.tokens)} sampled in {policy.passes} passes and "
               f"{reply.seconds:.1f} s", file=sys.stderr)
 

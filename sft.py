@@ -113,8 +113,7 @@ def collect(cfg, load=sample.load):
             expert = load(cfg.expert, dtype=cfg.dtype, device=cfg.device, rows=min(PARALLEL, len(jobs)),
                           context=cfg.context, timeout_s=cfg.reply_seconds)
             if expert.context and cfg.max_new_tokens >= expert.context:
-                raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in a context of "
-                                 f"{expert.context}")
+                raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in --context {expert.context}")
         lacking = [id for id in infos if "ideas" not in manifest["tasks"][id]]
         chosen = run_parallel([(cfg, tasks.load(id), expert) for id in lacking], choose_ideas, PARALLEL)
         for id, ideas in zip(lacking, chosen):
@@ -304,8 +303,7 @@ def fine_tune(cfg):
 # -- The command
 
 def collect_first(cfg):
-    """Collects for a preset: the miniature what is lacking, the others only where nothing was collected before, perhaps
-    by another expert."""
+    """Collects for a preset: the miniature what is lacking, the others where nothing was collected, by any expert."""
     if cfg.preset == "tiny" and Path(cfg.trajectories).is_file():
         raise ValueError(f"{cfg.trajectories} is a file of conversations, and the miniature collects its own; say what "
                          "is trained on the file: --model DIR, or --model tiny")

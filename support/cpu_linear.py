@@ -34,8 +34,8 @@ def pays(model):
 def pack(model):
     """Gives each Linear of a model its fast product, or gives it anew after the weights have changed.
 
-    A weight in fp32 is copied: to fp16 where that is exact but for a power of two, as it is for a published bf16
-    checkpoint, and otherwise to oneDNN's blocked layout; sums stay in fp32. A weight in bf16 needs no copy.
+    A weight in fp32 is copied: to fp16 where that is exact but for a power of two, as it mostly is for a published
+    bf16 checkpoint, and otherwise to oneDNN's blocked layout; sums stay in fp32. A weight in bf16 needs no copy.
     """
     for layer in model.modules():
         if isinstance(layer, Linear):

@@ -41,8 +41,9 @@ class Progress:
     def count(self, num_new):
         self.bar.total = self.total()
         postfix = f"{len(self.over)}/{len(self.steps)} trajectories"
-        if self.num_tokens:     # not every server tells them
-            postfix += f", {self.num_tokens / self.bar.format_dict['elapsed']:.1f} tokens/s"
+        elapsed = self.bar.format_dict["elapsed"]       # 0 under TQDM_DISABLE
+        if self.num_tokens and elapsed:     # not every server tells them
+            postfix += f", {self.num_tokens / elapsed:.1f} tokens/s"
         self.bar.set_postfix_str(postfix, refresh=False)
         self.bar.update(num_new)
 

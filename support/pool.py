@@ -13,7 +13,7 @@ from support.records import steps_of
 from support.storage import Blobs, MissingBlob, check_state
 
 
-UNSEEN = 0.3    # chance of a state that was not sampled yet; rl.py gives one that was 0.1 to 1.1, more to whole trajectories
+UNSEEN = 0.3    # chance of a state that was not sampled yet; rl.py gives 0.1 to 1.1, more to whole trajectories
 VALIDATION_STATES = 16      # that --validate-every looks at
 
 
@@ -106,8 +106,8 @@ def hold_back(pool):
 
 def sample_states(pool, num, rng, chances, fits):
     """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
-    chances: {name: relative chance}, UNSEEN where there is none. fits(name, its place in what is returned) returns False
-    where it sets the chance to 0. RunError: no state has a chance any more."""
+    chances: {name: relative chance}, UNSEEN where there is none. fits(name, its place in the list) returns False where
+    it sets the chance to 0. RunError: no state has a chance any more."""
     names = []
     turn = []
     while len(names) < num:

@@ -71,7 +71,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     """Runs `python script` in the folder `cwd` and returns its Result. When it returns, also by an exception, nothing
     that the script started is alive. Many threads may call it at once.
 
-    timeout_s: wall seconds. cpu_s: processor time of all its processes, those that have ended too, and IMPORT_S more for
+    timeout_s: wall seconds. cpu_s: processor time of all its processes, those that ended too, and IMPORT_S more for
     the libraries of a cold script; None: any.
     memory_bytes: of all its processes, with /dev/shm, pipes and sockets; without a GPU each address space is limited
     to 4 GiB more, so that a huge allocation fails inside the script. processes: at once; of threads four times as many.
@@ -119,6 +119,9 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     serial = bool(layers) and "namespaces" not in layers        # no /dev/shm and so no semaphores
     with open(os.path.join(cwd, script), "rb") as file:
         text = file.read(1 << 20)
+    # A file named like a module comes before one that was imported: supervisor.become_script starts the script anew.
+    stems = {name.partition(".")[0] for name in os.listdir(os.path.dirname(os.path.join(cwd, script)))}
+    warm = warm and stems.isdisjoint(sys.stdlib_module_names)
     server = _warm_server(program, text, threads, serial) if warm else None
     if cpu_s and not server and libraries_of(text):
         cpu_s += IMPORT_S

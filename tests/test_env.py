@@ -1726,6 +1726,14 @@ def test_the_line_of_progress(tmp_path):
     assert len((tmp_path / "a").read_text().splitlines()) == 3
 
 
+def test_progress_may_be_switched_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    code = ("from pathlib import Path; from support.parallel import Progress; import sys; file = Path(sys.argv[1]); "
+            "Progress({file: []}, 3).write(file, {'type': 'step', 'tokens': 5})")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True, cwd=Path(__file__).parents[1])
+    assert json.loads((tmp_path / "a").read_text())["tokens"] == 5
+
+
 def test_the_first_error_stops_all():
     begun = []
 

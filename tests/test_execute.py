@@ -768,7 +768,7 @@ def test_modules_beside_a_warm_script_come_first_as_cold(tmp_path):
     (tmp_path / "lib" / "a.py").write_text("import numpy, csv\nprint(csv.NAME)")
     for warm in (False, True):
         result = execute("lib/a.py", tmp_path, timeout_s=600, memory_bytes=1 << 30, warm=warm)
-        assert result.stdout == "ours\n" and result.warm == warm
+        assert result.stdout == "ours\n" and not result.warm       # it was started anew
 
 
 def test_random_numbers_of_warm_scripts_are_their_own(tmp_path):

@@ -3,6 +3,7 @@ import collections
 import hashlib
 import json
 import os
+import re
 import threading
 
 import pytest
@@ -150,9 +151,21 @@ def test_a_tokenizer_that_is_not_of_bytes_or_has_huge_ids_is_one_clear_error(tmp
         (tmp_path / "tokenizer.json").write_text(json.dumps(told))
         with pytest.raises(ValueError, match=said):
             load(str(tmp_path))
-    (tmp_path / "tokenizer.json").write_text(original.replace("<|im_end|>", "<|end|>"))
-    with pytest.raises(ValueError, match=r"with <\|im_start\|> and <\|im_end\|>"):
-        load(str(tmp_path))
+    for damaged in (original.replace("<|im_end|>", "<|end|>"), re.sub('"special": ?true', '"special":false', original)):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"with <\|im_start\|> and <\|im_end\|> as special tokens"):
+            load(str(tmp_path))
+
+
+def test_ids_that_end_a_reply_are_in_the_config_of_a_model_where_no_other_file_has_them(tmp_path):
+    Tokenizer.of_bytes().save(tmp_path / "given")
+    (tmp_path / "given/generation_config.json").unlink()
+    (tmp_path / "given/config.json").write_text('{"eos_token_id": 256}')
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "given")
+    assert tokenizer.eos == {256, tokenizer.end}
+    tokenizer.save(tmp_path / "made")
+    made = json.loads((tmp_path / "made/generation_config.json").read_text())
+    assert made == {"eos_token_id": [256, tokenizer.end]}
 
 
 def test_a_tokenizer_file_that_asks_to_cut_or_pad_texts_does_neither(tmp_path):
@@ -742,11 +755,23 @@ def test_generate_and_chat_may_run_at_the_same_time(model):
     assert [g[0].tokens for g in tokens] == expected and got == [expected[1]]
 
 
+def test_a_reply_that_nobody_waits_for_any_more_harms_no_other(model):
+    engine = engine_of(model)
+    one, two = (engine.submit([1, 2], max_new_tokens=num, temperature=1.0) for num in (5, 40))
+    one.cancel()
+    assert len(two.result(600).tokens) <= 40 and len(engine.submit([3], max_new_tokens=4).result(600).tokens) <= 4
+
+
+def test_a_prompt_that_is_no_text_is_refused():
+    with pytest.raises(ValueError, match="--prompt must be valid UTF-8"):
+        sample.Settings(prompt="\udcff")
+
+
 def test_bad_requests_are_refused(model):
     engine = engine_of(model)
     with pytest.raises(ContextFull, match="250 prompt tokens and 7 new ones exceed the context of 256"):
         engine.submit([1] * 250, max_new_tokens=7)
-    for options in ({"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0.9}):
+    for options in ({"max_new_tokens": 0}, {"temperature": -1}, {"temperature": 1e-42}, {"top_p": 0.9}):
         with pytest.raises(ValueError, match="expected a prompt"):
             engine.submit([1], **options)
     with pytest.raises(ValueError, match="expected a prompt"):
