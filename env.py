@@ -590,7 +590,7 @@ class Env(workspace.Workspace):
             raise InvalidAction(CANNOT_TAKE + shorten(plain(str(error)), 200)) from error
         step.coder.append(plain(answer[:workspace.MAX_SCRIPT + 1]))
         if len(answer) > workspace.MAX_SCRIPT:
-            raise InvalidAction(f"The helper's answer has over {workspace.MAX_SCRIPT:,} characters; ask for less.")
+            raise InvalidAction(f"The helper's answer is longer than {workspace.MAX_SCRIPT} characters; ask for less.")
         return step.coder[-1]
 
     def _replace_in_script(self, step, script_name, find, replace):
