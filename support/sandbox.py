@@ -78,7 +78,8 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     sandbox: "on" uses every layer that holds here, "off" none, names as in Result.sandbox those. readable: what it may
     read beside the interpreter and the system's libraries; it may write to cwd and to its TMPDIR. hidden: what it must
     not reach. output_bytes: kept of each stream. file_bytes: the largest file. threads: for OpenMP and BLAS. gpu: value
-    of CUDA_VISIBLE_DEVICES; None hides all. warm: it may be forked from a process that has its libraries.
+    of CUDA_VISIBLE_DEVICES; None hides all. warm: it may be forked from a process that has its libraries; "wait": it is,
+    unless there can be none.
 
     ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
     not on Linux, or the script could not be started. OSError: no space is left. SandboxUnavailable: see protection.
@@ -121,8 +122,8 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
         text = file.read(1 << 20)
     # A file named like a module comes before one that was imported: supervisor.become_script starts the script anew.
     stems = {name.partition(".")[0] for name in os.listdir(os.path.dirname(os.path.join(cwd, script)))}
-    warm = warm and stems.isdisjoint(sys.stdlib_module_names)
-    server = _warm_server(program, text, threads, serial) if warm else None
+    warm = warm if stems.isdisjoint(sys.stdlib_module_names) else False
+    server = _warm_server(program, text, threads, serial, warm == "wait") if warm else None
     if cpu_s and not server and libraries_of(text):
         cpu_s += IMPORT_S
     job = dict(
@@ -369,18 +370,22 @@ def libraries_of(text):
     return next((libraries for mention, libraries in WARM.items() if re.search(mention, text)), None)
 
 
-def _warm_server(program, text, threads, serial):
-    """The server that has what a script of that text imports, if it is up."""
+def _warm_server(program, text, threads, serial, wait):
+    """The server that has what a script of that text imports, if it is up. wait: until it is, if it can be."""
     libraries = libraries_of(text)
     if libraries is None:
         return None
     key = program, libraries, threads, serial
-    with _lock:
-        if key not in _servers:
-            _servers[key] = None        # one run alone is over before the libraries are imported
-            return None
-        server = _servers[key] = _servers[key] or _Server(key)
-        return server if server.is_up() else None
+    while True:
+        with _lock:
+            if key not in _servers and not wait:
+                _servers[key] = None        # one run alone is over before the libraries are imported
+                return None
+            server = _servers[key] = _servers.get(key) or _Server(key)
+            is_up = server.is_up()
+        if is_up or not wait or is_up is False:
+            return server if is_up else None
+        time.sleep(0.02)
 
 
 def _run(job, server=None):

@@ -33,8 +33,8 @@ from tasks.submission import InvalidSubmission, matched, numbers, paired, read_s
 # What an idea may be about: the closed set of "kind" in ideas.json.
 IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentation", "ensembling", "calibration",
               "validation")
-MINIATURE_S = 6             # seconds of processor time of one script on a miniature, where ...
-STARTER_S = 2               # ... the slowest starter takes so many: more on a slower machine, see env.Env.allowed_s
+MINIATURE_S = 3             # seconds of processor time of one script on a miniature, where ...
+STARTER_S = 1               # ... the slowest starter takes so many: more on a slower machine, see env.Env.allowed_s
 TABLE_1 = "Qwen-7B-Instruct", "Qwen-32B-Instruct", "GPT-4o-mini", "GPT-4o", "DeepSeek-R1", "ML-Agent"     # of the paper
 FOLDERS = [Path(__file__).parent, *map(Path, filter(None, os.environ.get("ML_AGENT_TASKS", "").split(":")))]
 GRADING = threading.Lock()  # one submission is graded at a time: tables of text can take much memory
@@ -311,7 +311,7 @@ def run_starter(task, home, python=sys.executable, script=None):
         (Path(folder) / task.entry).write_text(script or task.starter)
         (Path(folder) / "data").symlink_to((home / "public").resolve())
         result = sandbox.execute(task.entry, folder, timeout_s=task.time_limit_s, python=python, sandbox="off",
-                                 memory_bytes=task.memory_limit_bytes)
+                                 memory_bytes=task.memory_limit_bytes, warm="wait")
         if result.outcome != "ok":
             hint = ""
             if "No module named" in result.stderr or "ImportError" in result.stderr:

@@ -65,13 +65,8 @@ def sandbox(request, monkeypatch):
 
 def warm_up(text, python=None, threads=1, serial=False):
     """Starts the warm process for scripts of that text and waits until it is up; False if it does not work."""
-    libraries = next(libraries for mention, libraries in executor.WARM.items() if re.search(mention, text))
-    key = executor.describe(python or sys.executable)[0], libraries, threads, serial
-    with executor._lock:
-        server = executor._servers[key] = executor._servers.get(key) or executor._Server(key)
-    while server.is_up() is None:
-        time.sleep(0.02)
-    return server.up
+    program = executor.describe(python or sys.executable)[0]
+    return executor._warm_server(program, text, threads, serial, True) is not None
 
 
 def alter_supervisor(monkeypatch, folder, code):
@@ -930,6 +925,8 @@ def test_the_second_script_starts_the_warm_process(tmp_path, monkeypatch):
     assert not run(tmp_path, "pass").warm       # nothing to gain
     for server in executor._servers.values():
         server.requests.close()
+    executor._servers.clear()
+    assert run(tmp_path, "# numpy", warm="wait").warm
 
 
 @pytest.mark.parametrize("code, why", [("import os; os._exit(0)", "has ended"), ("raise RuntimeError", "has ended"),

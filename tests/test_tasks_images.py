@@ -420,7 +420,7 @@ def test_arxiv_scores_whole_classes_by_position():
 
 # -- statoil
 
-def radar_records(n=11):
+def radar_records(n=1000):      # of fewer a miniature holds back a larger share
     return [{"id": f"{i * 2654435761 % 2 ** 32:08x}", "band_1": [-27.878360999999998 - i, -1e-05] * 3,
              "band_2": [i / 7] * 6, "inc_angle": "na" if i % 4 == 1 else 30 + i / 3, "is_iceberg": i % 2}
             for i in range(n)]
@@ -433,7 +433,7 @@ def is_radar_split(public, private):
         {name: record[name] for name in ("id", "band_1", "band_2", "inc_angle")} for record in test]
     ids = [record["id"] for record in test]
     assert table(private / "test.csv") == {"id": ids, "is_iceberg": [str(record["is_iceberg"]) for record in test]}
-    assert table(public / "sample_submission.csv") == {"id": ids, "is_iceberg": ["0.5"] * 3}
+    assert table(public / "sample_submission.csv") == {"id": ids, "is_iceberg": ["0.5"] * len(ids)}
     assert sorted(path.name for path in public.parent.iterdir() if path.is_dir()) == ["private", "public", "raw"]
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from tasks import (
-    MissingRaw, Task, copy_raw_folder, jpeg, log_loss, paired, raw_files, split_positions, write_csv, write_zip)
+    MissingRaw, Task, copy_raw_folder, jpeg, log_loss, paired, raw_files, share_of_test, split_positions, write_csv,
+    write_zip)
 
 
 def prepare(raw, public, private, variant):
@@ -20,7 +21,8 @@ def prepare(raw, public, private, variant):
     names = sorted({path[-1] for path in paths})
     if not names:
         raise MissingRaw(f"Pictures such as cat.0.jpg are in no folder train of {raw}, neither loose nor inside a zip.")
-    train, test = ([names[i] for i in side] for side in split_positions(len(names), 0.1))
+    sides = split_positions(len(names), share_of_test(0.1, len(names)))
+    train, test = ([names[i] for i in side] for side in sides)
     counts, places = {"cat": 0, "dog": 0}, {}
     for name in train:
         kind = "dog" if "dog" in name else "cat"
@@ -39,10 +41,10 @@ def score(answers, submission):
 
 
 def miniature(raw, seed):
-    """1500 cats, 1500 dogs and 20 unlabelled pictures. Cats have whiskers and pointed ears that stand, dogs have a long
+    """375 cats, 375 dogs and 20 unlabelled pictures. Cats have whiskers and pointed ears that stand, dogs have a long
     snout and round ears that hang."""
     rng = np.random.default_rng(seed)
-    names = [f"train/{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(1500)]
+    names = [f"train/{kind}.{i}.jpg" for kind in ("cat", "dog") for i in range(375)]
     names += [f"test/{i}.jpg" for i in range(1, 21)]
     is_dog = [name.startswith("train/dog") or (name.startswith("test/") and rng.random() < 0.5) for name in names]
     images = {name: jpeg(_picture(rng, dog), step=16, size=8192) for name, dog in zip(names, is_dog)}
@@ -91,6 +93,6 @@ TASK = Task(
     miniature=miniature, score=score, answers="answers.csv",
     kaggle="train.zip", size="850 MB",
     m_best=0.03302,
-    m_best_miniature=0.0081,   # batch-normalised network on grey pictures and their edges, 8 epochs, mirrored at random
+    m_best_miniature=0.007,    # batch-normalised network of 16 channels on grey pictures and edges, 40 epochs, mirrored
     gold=0.03882,
 )

@@ -13,11 +13,11 @@ except ImportError:
     raise SystemExit("This script reads JPEG files with pillow, which is not installed: pip install pillow")
 
 SEED = 0
-SIDE = 24               # the pictures are scaled to SIDE x SIDE pixels
+SIDE = 16               # the pictures are scaled to SIDE x SIDE pixels
 VALID_FRACTION = 0.2    # share of the training pictures held back to measure the log loss
 CHANNELS = 8            # of the first layer; each further layer has twice as many
-EPOCHS = 3              # passes over the training pictures
-BATCH_SIZE = 32
+EPOCHS = 6              # passes over the training pictures
+BATCH_SIZE = 16
 LEARNING_RATE = 0.003
 
 torch.manual_seed(SEED)

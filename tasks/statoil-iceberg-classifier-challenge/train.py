@@ -1,5 +1,4 @@
 """Trains a classifier of radar images on a few statistics of each band and writes submission.csv."""
-import json
 
 import numpy as np
 import pandas as pd
@@ -18,12 +17,9 @@ CENTRE = 75             # side of the part in the middle that is looked at, in p
 
 def load(path):
     """Images, float32 (rows, 2, 75, 75); angles, NaN where not known (rows,); and a table of the other fields."""
-    with open(path) as stream:
-        records = json.load(stream)
-    images = np.empty((len(records), 2, 75, 75), np.float32)
-    for i, record in enumerate(records):
-        images[i] = np.reshape([record.pop("band_1"), record.pop("band_2")], (2, 75, 75))
-    table = pd.DataFrame(records)
+    table = pd.read_json(path, dtype=False)
+    bands = [np.stack(table.pop(name)).astype(np.float32) for name in ("band_1", "band_2")]
+    images = np.stack(bands, 1).reshape(-1, 2, 75, 75)
     angles = pd.to_numeric(table.pop("inc_angle"), errors="coerce").to_numpy()
     return images, angles, table
 
