@@ -113,6 +113,7 @@ class Transition:
     tokens: list        # token ids of the action, with the end of turn
     logp_sampler: list  # their log-probs when they were sampled
     step: dict          # env.Step as a dict
+    luck: list          # positions of the tokens that have no advantage, see miniature.Disguised
     advantage: float | None = None      # the mean over its tokens; None where it is not learned from
 
     @property
@@ -145,9 +146,9 @@ class RolloutWorker:
         self.threads = ThreadPoolExecutor(SLOTS.cpus + 2 if cfg.rollout == "step" else cfg.states * cfg.samples)
         self.options = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, stop=("\nObservation:",))
 
-    def begin(self, name, disguise=None):
+    def begin(self, name, group=None, iteration="validation"):
         """Returns an Env in a state, or with --rollout episode at the start of its trajectory, and the prompt's token
-        ids there. disguise: a seed; short prompts are so in training. MissingBlob: a file of the state is gone."""
+        ids there. MissingBlob: a file of the state is gone."""
         state = self.states[name]
         recorded = {key: state.head[key] for key in AGENT}     # how its agent acted: actions, form of prompt, steps ...
         from_start = self.cfg.rollout == "episode" and name not in self.held_back
@@ -157,8 +158,8 @@ class RolloutWorker:
                        coder=lambda messages: ask_coder_model(self.engine, messages).text, **recorded)
         if not from_start:
             restore_record(env, state.head, state.steps[:state.index])
-        if disguise and env.prompt_format == "short":
-            env = Disguised(env, disguise)
+        if iteration != "validation" and env.prompt_format == "short":      # it measures the policy as it is used
+            env = Disguised(env, f"{self.cfg.seed} {iteration} {group}")
         return env, self.engine.tokenizer.chat(env.prompt())
 
     def validate(self):
@@ -175,9 +176,9 @@ class RolloutWorker:
         per_rank = math.ceil(len(names) / world_size)
         return list(enumerate(names))[rank * per_rank:(rank + 1) * per_rank]
 
-    def fits(self, name, disguise=None):
+    def fits(self, name, *which):
         """Returns whether prompt and action fit the context; if not, the state is not drawn again."""
-        num = len(self.begin(name, disguise)[1]) + self.cfg.max_new_tokens
+        num = len(self.begin(name, *which)[1]) + self.cfg.max_new_tokens
         if num <= self.engine.context:
             return True
         self.chances[name] = 0.0
@@ -187,7 +188,7 @@ class RolloutWorker:
     def sample_states(self, iteration):
         """Returns the names of an iteration's states, of all processes."""
         def fits(name, group):
-            return self.fits(name, self.disguise(group, iteration))
+            return self.fits(name, group, iteration)
         rng = random.Random(f"{self.cfg.seed} {iteration}")
         return rank0_broadcast(partial(sample_states, self.pool, self.cfg.states, rng, self.chances, fits))
 
@@ -225,17 +226,13 @@ class RolloutWorker:
             futures[i, j] = self.threads.submit(self.execute_action, name, group, j, reply, iteration)
         if starts:
             seed = zlib.crc32(f"{self.cfg.seed} {iteration}".encode()) + starts[0][0] * self.cfg.samples
-            prompts = [self.begin(name, self.disguise(group, iteration))[1] for group, name in starts]
+            prompts = [self.begin(name, group, iteration)[1] for group, name in starts]
             self.engine.generate(prompts, n=self.cfg.samples, seed=seed, on_completion=on_reply, **self.options)
         return [futures[key] for key in sorted(futures)]
 
-    def disguise(self, group, iteration):
-        """Returns the seed of a state's disguise; None in validation, which measures the policy as it is used."""
-        return None if iteration == "validation" else f"{self.cfg.seed} {iteration} {group}"
-
     def execute_action(self, name, group, number, reply, iteration):
         """Returns [the Transition] of an action in a state."""
-        env, prompt = self.begin(name, self.disguise(group, iteration))
+        env, prompt = self.begin(name, group, iteration)
         return [self.act(env, prompt, reply, name, group, number)]
 
     def act(self, env, prompt, reply, name, group, number):
@@ -246,12 +243,14 @@ class RolloutWorker:
             error.add_note(f"It happened in the state {name}.")
             raise
         episode_id = group * self.cfg.samples + number
-        return Transition(name, group, episode_id, prompt, reply.tokens, reply.logps, step)
+        pieces = [self.engine.tokenizer.bytes[token] for token in reply.tokens]
+        luck = env.luck(pieces) if isinstance(env, Disguised) else []
+        return Transition(name, group, episode_id, prompt, reply.tokens, reply.logps, step, luck)
 
     def play_episode(self, name, group, number, iteration):
         """Returns the Transitions of a trajectory from the start; it ends where it outgrows the context."""
         transitions = []
-        env, prompt = self.begin(name, self.disguise(group, iteration))
+        env, prompt = self.begin(name, group, iteration)
         while not env.done and len(prompt) + self.cfg.max_new_tokens <= self.engine.context:
             seed = zlib.crc32(f"{self.cfg.seed} {iteration} {group} {number} {env.index}".encode())
             reply = self.engine.submit(prompt, seed=seed, **self.options).result()
@@ -606,6 +605,7 @@ def iterate(cfg, worker, trainer, iteration):
         max_change = VALUE_CLIP * (cfg.steps if cfg.rollout == "episode" else 1)
         stats |= trainer.update_critic(examples, ret, values, batches, max_change)
     for transition, token_adv in zip(learned, adv):
+        token_adv[transition.luck] = 0.0
         transition.advantage = token_adv.mean().item()
     is_weight = importance_weights(logp_old, logp_sampler)
     stats |= trainer.update_actor(examples, logp_old, adv, is_weight, batches, None if trainer.critic else logp_ref)

@@ -460,6 +460,12 @@ class Disguised:
         metric = rng.choice(held_in_words()[0])
         return [{"role": "user", "content": metric + content[content.index(", "):]}]
 
+    @staticmethod
+    def luck(pieces):
+        """Returns the positions of those tokens of a reply, given as bytes, that name a constant. Which constant has a
+        number was drawn, so from what an action earned a policy would learn to prefer some numbers by chance."""
+        return [i for i in range(len(pieces)) if b"".join(pieces[:i]).endswith(b'"constant": "')]
+
     def read(self, reply):
         """Returns what Env.read does of a reply to the last prompt, with the script's number of a constant."""
         values, action, args, error = self.read_plain(reply)

@@ -78,8 +78,8 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     sandbox: "on" uses every layer that holds here, "off" none, names as in Result.sandbox those. readable: what it may
     read beside the interpreter and the system's libraries; it may write to cwd and to its TMPDIR. hidden: what it must
     not reach. output_bytes: kept of each stream. file_bytes: the largest file. threads: for OpenMP and BLAS. gpu: value
-    of CUDA_VISIBLE_DEVICES; None hides all. warm: it may be forked from a process that has its libraries; "wait": it is,
-    unless there can be none.
+    of CUDA_VISIBLE_DEVICES; None hides all. warm: it may be forked from a process that has its libraries; "wait": that
+    is waited for.
 
     ValueError: no such script, folder or interpreter, or something hidden lies where the script may read. RuntimeError:
     not on Linux, or the script could not be started. OSError: no space is left. SandboxUnavailable: see protection.

@@ -124,7 +124,7 @@ class Plain:
 def sample_of(prompt, tokens, reward, logps=(), group=0, episode_id=0, **step):
     step = {"reward": reward, "kind": "scored", "outcome": "ok", "action": "Execute Script", "valid": True} | step
     return rl.Transition("toy-0, step 0", group, episode_id, list(prompt), list(tokens),
-                         list(logps) or [0.0] * len(tokens), step)
+                         list(logps) or [0.0] * len(tokens), step, [])
 
 
 def logits_of(model, one, size, temperature=1.0):

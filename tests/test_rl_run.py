@@ -296,7 +296,7 @@ def test_a_prompt_that_is_too_long_is_left_out_and_said(made, capsys):
     engine.context = max(length(name) for name in rollout.states)
     for iteration in range(8):
         for group, name in enumerate(rollout.sample_states(iteration)):
-            assert length(name, rollout.disguise(group, iteration)) <= engine.context
+            assert length(name, group, iteration) <= engine.context
     left_out = [name for name, chance in rollout.chances.items() if chance == 0]
     assert 0 < len(left_out) == capsys.readouterr().err.count(f"--context is {engine.context}")
     with pytest.raises(cli.RunError, match="no state of the pool"):

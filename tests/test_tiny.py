@@ -91,6 +91,9 @@ def test_a_state_in_disguise_shows_the_same_and_does_what_is_meant(short):
         assert lines.splitlines()[int(number) - 1] == f"{number} {name} = 6 *2 /2 *5 /5"
         assert news == f"4, after Set Constant {number} *2, again is untried"
     assert {number for _, number, _ in shown} == {"1", "2", "3"} and len({names for *_, names in shown}) == 12
+    pieces = [piece.encode() for piece in ("Action: Set Constant\nAction Input: {", '"', 'constant', '": "', "2", '", "',
+                                           "value", '": "', "*", "2", '"}')]
+    assert disguised.luck(pieces) == [4] and disguised.luck(pieces[:4]) == disguised.luck([b"Action: Undo"]) == []
 
 
 def test_every_prompt_can_be_made_again_from_the_record(short):
