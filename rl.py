@@ -177,7 +177,7 @@ class RolloutWorker:
         return list(enumerate(names))[rank * per_rank:(rank + 1) * per_rank]
 
     def fits(self, name, *which):
-        """Returns whether prompt and action fit the context; if not, the state is not drawn again."""
+        """Returns whether prompt and action fit the context; else the state is not drawn again. which: as in begin."""
         num = len(self.begin(name, *which)[1]) + self.cfg.max_new_tokens
         if num <= self.engine.context:
             return True
