@@ -158,7 +158,7 @@ class RolloutWorker:
                        coder=lambda messages: ask_coder_model(self.engine, messages).text, **recorded)
         if not from_start:
             restore_record(env, state.head, state.steps[:state.index])
-        if iteration != "validation" and env.prompt_format == "short":      # it measures the policy as it is used
+        if iteration != "validation" and env.prompt_format == "short":      # validation shows a policy as it is used
             env = Disguised(env, f"{self.cfg.seed} {iteration} {group}")
         return env, self.engine.tokenizer.chat(env.prompt())
 

@@ -122,7 +122,8 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
         text = file.read(1 << 20)
     # A file named like a module comes before one that was imported: supervisor.become_script starts the script anew.
     stems = {name.partition(".")[0] for name in os.listdir(os.path.dirname(os.path.join(cwd, script)))}
-    warm = warm if stems.isdisjoint(sys.stdlib_module_names) else False
+    if not stems.isdisjoint(sys.stdlib_module_names):
+        warm = False
     server = _warm_server(program, text, threads, serial, warm == "wait") if warm else None
     if cpu_s and not server and libraries_of(text):
         cpu_s += IMPORT_S
@@ -383,7 +384,7 @@ def _warm_server(program, text, threads, serial, wait):
                 return None
             server = _servers[key] = _servers.get(key) or _Server(key)
             is_up = server.is_up()
-        if is_up or not wait or is_up is False:
+        if is_up is not None or not wait:
             return server if is_up else None
         time.sleep(0.02)
 
