@@ -404,8 +404,26 @@ def run_script(job):
     job = main = None
     ctypes.pythonapi.fopen.restype = ctypes.c_void_p
     file = ctypes.c_void_p(ctypes.pythonapi.fopen(path, b"rb"))
-    if ctypes.pythonapi.PyRun_SimpleFileExFlags(file, path, 1, None) and sys.last_type is not KeyboardInterrupt:
+    if ctypes.pythonapi.PyRun_SimpleFileExFlags(file, path, 1, None) == 0:
+        if sys.stdout is sys.__stdout__ and sys.stderr is sys.__stderr__:       # else the end may fail to write
+            sys.last_object = LastObject()
+    elif sys.last_type is not KeyboardInterrupt:
         sys.exit(1)     # the interpreter ends an interrupted one by the signal
+
+
+class LastObject:
+    """What a script that has come to its end keeps in `sys`, which the interpreter takes apart last. It ends the process
+    there: what the interpreter still does would touch, and so copy, every name that forks share (40 ms)."""
+
+    def __init__(self):
+        self.streams = [stream for stream in (sys.stdout, sys.stderr) if not stream.closed]
+        self.libc = libc        # the names of this file are gone at the end
+
+    def __del__(self):
+        for stream in self.streams:
+            stream.flush()
+        self.libc.fcloseall()
+        self.libc._exit(0)
 
 
 # -- The supervisor's side
