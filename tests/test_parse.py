@@ -154,10 +154,10 @@ def test_the_recipe_of_rl_follows_the_model(models, capsys):
     said = capsys.readouterr().err
     assert "7,615,616,512 weights, which --preset 7b is for; another may be typed: --preset 7b" in said
     s = parse(rl.Settings, small, recipes.fill_rl)
-    assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (2e-4, 0.05, 704, "rloo", "tiny")
+    assert (s.lr, s.kl, s.max_row_tokens, s.advantage, s.preset) == (4e-4, 0.05, 704, "rloo", "tiny")
     assert "weights, which --preset tiny is for; another may be typed: --preset tiny" in capsys.readouterr().err
     s = parse(rl.Settings, [*large, "--preset=tiny"], recipes.fill_rl)
-    assert (s.lr, s.kl, s.preset) == (2e-4, 0.05, "tiny")
+    assert (s.lr, s.kl, s.preset) == (4e-4, 0.05, "tiny")
     said = capsys.readouterr().err
     assert "--preset tiny; " in said and "weights, which --preset 7b is for: --advantage rloo" in said
     s = parse(rl.Settings, [*small, "--preset=7b"], recipes.fill_rl)
