@@ -33,8 +33,8 @@ from tasks.submission import InvalidSubmission, matched, numbers, paired, read_s
 # What an idea may be about: the closed set of "kind" in ideas.json.
 IDEA_KINDS = ("features", "model", "regularisation", "optimisation", "augmentation", "ensembling", "calibration",
               "validation")
-MINIATURE_S = 3             # seconds of processor time of one script on a miniature, where ...
-STARTER_S = 1               # ... the slowest starter takes so many: more on a slower machine, see env.Env.allowed_s
+MINIATURE_S = 1.5           # seconds of processor time of one script on a miniature, where ...
+STARTER_S = 0.5             # ... the slowest starter takes so many: more on a slower machine, see env.Env.allowed_s
 TABLE_1 = "Qwen-7B-Instruct", "Qwen-32B-Instruct", "GPT-4o-mini", "GPT-4o", "DeepSeek-R1", "ML-Agent"     # of the paper
 FOLDERS = [Path(__file__).parent, *map(Path, filter(None, os.environ.get("ML_AGENT_TASKS", "").split(":")))]
 GRADING = threading.Lock()  # one submission is graded at a time: tables of text can take much memory

@@ -122,7 +122,7 @@ def _text(value):
 
 
 def miniature(raw, seed):
-    """5 x 100 images to train on and 300 to test on. A class is one of five shapes in a cold or a warm colour."""
+    """5 x 60 images to train on and 300 to test on. A class is one of five shapes in a cold or a warm colour."""
     rng = np.random.default_rng(seed)
     with tarfile.open(raw / ARCHIVE, "w:gz", compresslevel=1) as archive:
         def add(name, batch):
@@ -130,12 +130,12 @@ def miniature(raw, seed):
             member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
-        for i, (name, rows) in enumerate([*((name, 100) for name in TRAIN), ("test_batch", 300)]):
+        for i, (name, rows) in enumerate([*((name, 60) for name in TRAIN), ("test_batch", 300)]):
             labels = rng.permutation(np.arange(rows) % len(CLASSES))
             data = np.stack([_picture(rng, k).transpose(2, 0, 1).ravel() for k in labels])
             add(name, {b"batch_label": f"batch {i + 1} of 6".encode(), b"labels": labels.tolist(), b"data": data,
                        b"filenames": [f"{CLASSES[k]}_{j:04d}.png".encode() for j, k in enumerate(labels)]})
-        add("batches.meta", {b"num_cases_per_batch": 100, b"num_vis": 3 * SIDE * SIDE,
+        add("batches.meta", {b"num_cases_per_batch": 60, b"num_vis": 3 * SIDE * SIDE,
                              b"label_names": [name.encode() for name in CLASSES]})
 
 
@@ -160,7 +160,7 @@ TASK = Task(
     prepare=prepare, miniature=miniature, score=score,
     download="cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html", size="170 MB",
     m_best=0.995, m_best_source="vision transformer ViT-H/14, arXiv 2010.11929",
-    m_best_miniature=0.98,    # three convolutions with batch normalisation, ten epochs of one-cycle AdamW, all images
+    m_best_miniature=0.933,    # three convolutions with batch normalisation, ten epochs of one-cycle AdamW, all images
     published=table_1((0.5219, 0.6155), (0.5912, 0.7605), (0.5396, 0.6382),
                       (0.6170, 0.8083), (0.6639, 0.8034), (0.6888, 0.8145)),
 )

@@ -17,8 +17,8 @@ SIDE = 16               # the pictures are scaled to SIDE x SIDE pixels
 VALID_FRACTION = 0.2    # share of the training pictures held back to measure the log loss
 CHANNELS = 8            # of the first layer; each further layer has twice as many
 EPOCHS = 6              # passes over the training pictures
-BATCH_SIZE = 16
-LEARNING_RATE = 0.003
+BATCH_SIZE = 32
+LEARNING_RATE = 0.005
 
 torch.manual_seed(SEED)
 torch.set_num_threads(1)                        # sums in one order, whatever the machine

@@ -7,7 +7,7 @@ from sklearn.model_selection import train_test_split
 SEED = 1
 VALID_FRACTION = 0.25   # share of the training rows held back to measure the error
 NUM_FEATURES = 25       # the first so many of FEATURES are used
-NUM_TREES = 100
+NUM_TREES = 50
 MIN_LEAF = 1            # houses in a leaf at least
 MAX_FEATURES = 1.0      # share of the features that a split chooses from
 POWER = 1.0             # the trees learn the price raised to this power

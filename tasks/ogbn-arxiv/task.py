@@ -53,7 +53,9 @@ def miniature(raw, seed):
     for node in range(num_nodes):
         like = np.where(label == label[node], 1.5 / (label == label[node]).mean(), 1.0 / (label != label[node]).mean())
         weight = like * (year <= year[node]) * (np.arange(num_nodes) != node)
-        edges += [(node, cited) for cited in np.sort(rng.choice(num_nodes, 4, replace=False, p=weight / weight.sum()))]
+        with np.errstate(divide="ignore"):      # the four first arrivals, each at the rate of its weight
+            first = np.argpartition(rng.exponential(size=num_nodes) / weight, 4)[:4]
+        edges += [(node, cited) for cited in np.sort(first)]
     order = {"train": year < 2018, "valid": year == 2018, "test": year == 2019}
     home = raw / "ogbn_arxiv"
     files = {"raw/edge": edges, "raw/node-feat": feature.round(6), "raw/node-label": label, "raw/node_year": year,
@@ -64,7 +66,7 @@ def miniature(raw, seed):
         pd.DataFrame(table).to_csv(text, index=False, header=False, lineterminator="\n")
         path = home / f"{name}.csv.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+        path.write_bytes(gzip.compress(text.getvalue().encode(), compresslevel=1, mtime=0))
 
 
 TASK = Task(
@@ -74,5 +76,5 @@ TASK = Task(
     known_signal="nodes lie in the order of their ids in the Microsoft Academic Graph, which may go with the subject",
     download="arxiv.zip of the Open Graph Benchmark (data set ogbn-arxiv), packed or unpacked", size="80 MB",
     m_best=0.7803, m_best_source="language models and RevGAT (SimTeG), arXiv 2308.02565",
-    m_best_miniature=0.89,    # network of 128 units on features averaged over neighbours, learning rate 0.01
+    m_best_miniature=0.8875,  # network of 128 units on features averaged over neighbours, learning rate 0.003
 )

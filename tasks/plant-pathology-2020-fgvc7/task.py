@@ -57,7 +57,7 @@ def miniature(raw, seed):
     write_tables(raw, frame[:num_labelled], frame[num_labelled:], **dict.fromkeys(TARGETS, 0.25))
 
 
-def _picture(rng, rust, scab, height=64, width=96):
+def _picture(rng, rust, scab, height=48, width=72):
     """uint8 (height, width, 3)."""
     y, x = (np.mgrid[:height, :width] + 0.5) / height               # 0 to 1 down, 0 to 1.5 across
     pixels = np.array([88, 112, 62]) + rng.normal(0, 12, 3) + np.zeros((height, width, 1))
@@ -77,12 +77,13 @@ def _picture(rng, rust, scab, height=64, width=96):
         radius, angle = 0.75 * np.sqrt(rng.random()), rng.uniform(0, 2 * np.pi)
         dy, dx = across - radius * breadth * np.sin(angle), along - radius * length * np.cos(angle)
         if i < num_spots:
-            distance = np.hypot(dy, dx) / rng.uniform(0.018, 0.035)
+            distance = np.sqrt(dy ** 2 + dx ** 2) / rng.uniform(0.018, 0.035)
             surface = _paint(surface, np.clip(2.2 - distance, 0, 0.7), [176, 160, 52])
             surface = _paint(surface, np.clip(1.6 - distance, 0, 0.9), [186, 92, 30])
         else:
-            distance = np.hypot(dy * rng.uniform(0.6, 1.4), dx * rng.uniform(0.6, 1.4)) / rng.uniform(0.05, 0.1)
-            surface = _paint(surface, rng.uniform(0.35, 0.6) * np.exp(-distance ** 2), [58, 52, 30])
+            square = (dy * rng.uniform(0.6, 1.4)) ** 2 + (dx * rng.uniform(0.6, 1.4)) ** 2
+            cover = np.exp(-square / rng.uniform(0.05, 0.1) ** 2)
+            surface = _paint(surface, rng.uniform(0.35, 0.6) * cover, [58, 52, 30])
     pixels = _paint(pixels, np.clip(inside * 30, 0, 1), surface)
     light = rng.uniform(0.75, 1.25) * (1 + rng.normal(0, 0.12) * (y - 0.5) + rng.normal(0, 0.12) * (x - 0.75))
     return np.clip(pixels * light[..., None] + rng.normal(0, 5, pixels.shape), 0, 255).astype(np.uint8)
@@ -98,6 +99,6 @@ TASK = Task(
     miniature=miniature, score=score,
     kaggle="train.csv and images", size="800 MB",
     m_best=0.98445,
-    m_best_miniature=0.914,    # 200 deep trees of a random forest on histograms of colour and relative brightness
+    m_best_miniature=0.92,    # 200 deep trees of a random forest on histograms of colour and relative brightness
     gold=0.97836,
 )

@@ -92,7 +92,7 @@ def _whale(rng):
     return outline, marks
 
 
-def _picture(rng, outline, marks, height=48, width=96):
+def _picture(rng, outline, marks, height=32, width=64):
     """uint8 (height, width, 3)."""
     y, x = (np.mgrid[:height, :width] + 0.5) / height - [[[0.5]], [[1.0]]]          # -0.5 to 0.5 down, -1 to 1 across
     sea = np.array([84, 112, 128]) * rng.uniform(0.7, 1.3) + rng.normal(0, 8, 3)
@@ -122,7 +122,7 @@ TASK = Task(
     prepare=prepare, miniature=miniature, score=score,
     kaggle="train.csv and train.zip", size="700 MB",
     m_best=0.78563,
-    m_best_miniature=0.599,    # discriminant directions of shifted copies at 24 x 12 pixels, the best fit of all shifts
+    m_best_miniature=0.525,    # discriminant directions of grey pictures of one contrast at 16 x 8 pixels
     published=table_1((0.1304, 0.2276), (0.1268, 0.2019), (0.1198, 0.1421),
                       (0.1417, 0.2185), (0.1551, 0.2456), (0.2009, 0.2524)),
     gold=0.56236,
