@@ -15,8 +15,7 @@ from support.cli import ContextFull, RunError, announce
 from support.files import shorten
 
 PARAMETERS = "max_tokens", "seed", "top_p", "stop", "temperature"   # that a server may refuse, the dearest last
-SUCCESSIVE = "successive messages"      # of one role, as between which an unreadable reply was dropped
-INSTEAD = {"max_tokens": "max_completion_tokens", SUCCESSIVE: "one message"}
+INSTEAD = {"max_tokens": "max_completion_tokens"}       # what is sent in place of one, before it is left out
 TOO_LONG = r"context.{0,12}(length|window|size)|too long|too many tokens"       # said of a conversation
 QUESTION = [{"role": "user", "content": "Answer with the word yes."}]
 ONLY_THOUGHT = "The model thought and wrote nothing."
@@ -65,8 +64,7 @@ def address(spec):
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         parts = None
-    if not (parts and is_server(url) and parts.hostname and name and url.isprintable() and " " not in url) or (
-            "@" in parts.netloc or parts.query):
+    if not (parts and is_server(url) and parts.hostname and name) or "@" in parts.netloc or parts.query:
         raise ValueError("expected an endpoint like http://host:port/v1#model-name, without a password or a query; a "
                          "key belongs in OPENAI_API_KEY")
     url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
@@ -98,13 +96,12 @@ class Endpoint:
     """A server that speaks /v1/chat/completions, at "http://host:port/v1#model-name". Threads may share it.
 
     key: the environment variable that holds the server's key, which is sent to that host alone and stands in no
-    message. timeout_s: for one reply.
+    message. timeout_s: that it may be silent.
     """
     context = None              # in tokens; only the server knows
     retries = 5                 # of a request that a server failed to answer
     busy_retries = 12           # of one that it had no time for, which takes six minutes
     backoff_s = 1.0             # the first pause; each is twice as long as the one before
-    max_bytes = 16 * 2**20      # of one answer
 
     def __init__(self, spec, key=None, timeout_s=600.0):
         _, self.url, self.name = address(spec)
@@ -118,15 +115,18 @@ class Endpoint:
         self._opener = urllib.request.build_opener(AnyStatus)
 
     def chat(self, messages, *, max_new_tokens=1024, temperature=1.0, top_p=1.0, stop=(), seed=0):
-        """Returns a Completion without tokens and logps. messages: [{"role", "content"}].
+        """Returns a Completion without tokens and logps. messages: [{"role", "content"}]; several of one role in a row,
+        as where an unreadable reply was dropped between them, are sent as one, because some servers want turns.
 
         What a model thinks is cut off before stop strings are looked for. no_reply says why a text is empty, also where
         the server answers other conversations alone. Raises ContextFull where the server says so, and EndpointError
         where it answers nothing.
         """
         stop = [stop] if isinstance(stop, str) else [text for text in stop if text]
-        body = {"model": self.name, "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
-                "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        turns = [{"role": role, "content": "\n\n".join(message["content"] for message in group)}
+                 for role, group in itertools.groupby(messages, lambda message: message["role"])]
+        body = {"model": self.name, "messages": turns, "max_tokens": max_new_tokens, "temperature": temperature,
+                "top_p": top_p, "seed": seed}
         if stop:
             body["stop"] = stop
         start = time.perf_counter()
@@ -160,39 +160,31 @@ class Endpoint:
                 time.sleep(max(pause, min(error.pause_s, self.timeout_s)))
 
     def _ask(self, body):
-        # 1. An answer that complains of no parameter.
+        """Returns the Completion of a request, made again for each parameter that the server does not take."""
         changed = dict(self.changed)
         while True:
             sent = {changed.get(name, name): value for name, value in body.items()}
             sent.pop(None, None)
-            if SUCCESSIVE in changed:
-                sent["messages"] = join_successive(body["messages"])
             status, retry_after, said = self._post(json.dumps(sent).encode())
-            if status in (400, 413, 422) and re.search(TOO_LONG, said[:4096], re.I):
+            completion = self._read(said) if status == 200 else None
+            if completion:      # a thought alone may have ended at a stop string in it
+                name = "stop" if completion.no_reply == ONLY_THOUGHT and "stop" in sent else None
+            elif status in (400, 413, 422) and re.search(TOO_LONG, said[:4096], re.I):
                 raise ContextFull(f"{self.url} answered {status}: {self._excerpt(said)}; the conversation is longer "
                                   f"than {self.name!r} takes")
-            name = refused_parameter(status, said, changed, sent)
+            else:
+                name = refused_parameter(status, said, changed, sent)
             if not name:
                 break
             changed[name] = None if name in changed else INSTEAD.get(name)
-        if status != 200:
+        if not completion:
             raise self._failure(status, retry_after, said)
-        completion = self._read(said)
-        # 2. A thought alone may have ended at a stop string in it. Then the whole thought shows one.
-        if completion.no_reply == ONLY_THOUGHT and "stop" in sent:
-            first = completion
-            completion = self._ask({name: value for name, value in body.items() if name != "stop"})
-            for count in ("num_tokens", "prompt_tokens", "cached_tokens"):
-                setattr(completion, count, getattr(first, count) + getattr(completion, count))
-            if find_stop(completion.thought, sent["stop"], len(completion.thought)) is None:
-                return completion
-            changed["stop"] = None
-        # 3. What was learned of the server.
+        became = {name: f"sent as {new}" if new else "left out" for name, new in sorted(changed.items())}
         with self._lock:
             for name in changed.keys() - self.changed.keys():
-                announce(f"{self.url}: {name} is {describe_change(changed[name])} from now on")
+                announce(f"{self.url}: {name} is {became[name]} from now on")
             self.changed |= changed
-        completion.refused = tuple(f"{name}: {describe_change(new)}" for name, new in sorted(changed.items()))
+        completion.refused = tuple(f"{name}: {text}" for name, text in became.items())
         return completion
 
     def _failure(self, status, retry_after, said):
@@ -239,14 +231,9 @@ class Endpoint:
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json", "User-Agent": "ml-agent"})
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
-        raw = bytearray()
-        deadline = time.monotonic() + self.timeout_s        # the socket's own limit is for each piece of an answer
         try:
             with self._opener.open(request, timeout=self.timeout_s) as response:
-                while part := response.read1(65536):
-                    raw += part
-                    if len(raw) > self.max_bytes or time.monotonic() > deadline:
-                        raise TimeoutError(f"not complete in time, or more than {self.max_bytes} bytes")
+                raw = response.read()
         except (OSError, ValueError, http.client.HTTPException) as error:       # ValueError: no host has such a name
             is_slow = isinstance(getattr(error, "reason", error), TimeoutError)
             raise EndpointError(f"{self.url} gave no answer ({self._excerpt(str(error))}; the limit is "
@@ -284,22 +271,11 @@ def missing_text(choice, message, has_thought):
 
 
 def refused_parameter(status, said, changed, sent):
-    """Returns the one of PARAMETERS, or SUCCESSIVE, that an answer complains of, or None."""
+    """Returns the one of PARAMETERS that an answer complains of, or None."""
     if status not in (400, 422):
         return None
-    if SUCCESSIVE not in changed and re.search("alternat|successive|consecutive", said[:4096]):
-        return SUCCESSIVE
     return next((name for name in PARAMETERS if (now := changed.get(name, name)) in sent
                  and re.search(rf"\b{now}\b", said[:4096])), None)
-
-
-def join_successive(messages):
-    groups = itertools.groupby(messages, lambda message: message["role"])
-    return [{"role": role, "content": "\n\n".join(each["content"] for each in group)} for role, group in groups]
-
-
-def describe_change(new_name):
-    return f"sent as {new_name}" if new_name else "left out"
 
 
 def find_stop(text, stops, num_new):

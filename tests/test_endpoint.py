@@ -180,9 +180,9 @@ def test_a_text_in_parts_is_joined(serve):
     assert (reply.text, reply.no_reply) == ("Action: x", "")
 
 
-@pytest.mark.parametrize("thought, is_remembered", [("I say\nObservation: then yes", True), ("I say so", False)])
-def test_a_stop_string_that_a_server_finds_in_a_thought_is_sent_no_more(thought, is_remembered, serve, capsys):
-    """But only where the whole thought has one: by chance the model may write nothing once, and something then."""
+def test_a_stop_string_that_a_server_finds_in_a_thought_is_sent_no_more(serve, capsys):
+    thought = "I say\nObservation: then yes"
+
     def think(handler):
         cut = "stop" in handler.body
         message = {"content": None if cut else "yes\nObservation: no", "reasoning_content": "I say" if cut else thought}
@@ -195,11 +195,9 @@ def test_a_stop_string_that_a_server_finds_in_a_thought_is_sent_no_more(thought,
     endpoint = server.endpoint()
     for _ in range(2):
         reply = endpoint.chat(ASK, stop="\nObservation:")
-        refused = ("stop: left out",) if is_remembered else ()
-        assert (reply.text, reply.thought, reply.refused) == ("yes", thought, refused)
-    expected = [True, False, False] if is_remembered else [True, False, True, False]
-    assert [("stop" in body) for *_, body in server.seen] == expected
-    assert capsys.readouterr().err.count("stop is left out from now on") == is_remembered
+        assert (reply.text, reply.thought, reply.refused) == ("yes", thought, ("stop: left out",))
+    assert [("stop" in body) for *_, body in server.seen] == [True, False, False]
+    assert capsys.readouterr().err.count("stop is left out from now on") == 1
 
 
 # -- parameters that a server refuses
@@ -256,16 +254,12 @@ def test_of_two_parameters_that_do_not_go_together_temperature_stays(serve):
     assert server.seen[1][-1]["temperature"] == 0.5
 
 
-def test_messages_of_one_role_are_joined_where_a_server_wants_turns(serve):
-    refused = (400, {}, '{"message": "Conversation roles must alternate user/assistant/user/assistant/..."}')
-    server = serve(refused, OK)
+def test_messages_of_one_role_are_joined_as_some_servers_want_turns(serve):
+    server = serve(OK)
     talk = [{"role": role, "content": content} for role, content in (
         ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("user", "d"), ("user", "e"))]
-    client = server.endpoint()
-    for _ in range(2):
-        assert client.chat(talk).refused == ("successive messages: sent as one message",)
-    expected = [*talk[:3], {"role": "user", "content": "c\n\nd\n\ne"}]
-    assert [body["messages"] for *_, body in server.seen] == [talk, expected, expected]
+    assert server.endpoint().chat(talk).refused == ()
+    assert server.seen[0][-1]["messages"] == [*talk[:3], {"role": "user", "content": "c\n\nd\n\ne"}]
 
 
 def test_an_answer_that_names_all_parameters_changes_none(serve):
@@ -292,11 +286,10 @@ def only_long(status, text):
 
 
 @pytest.mark.parametrize("status, text, num_asked", [
-    (400, "the content was flagged", 1), (403, "moderation", 1), (500, "tokenizer error", 4), (200, "{}", 4),
-    (200, "x" * 300_000, 1)])
+    (400, "the content was flagged", 1), (403, "moderation", 1), (500, "tokenizer error", 4), (200, "{}", 4)])
 def test_what_a_server_cannot_answer_is_no_reply_where_it_answers_others(status, text, num_asked, serve):
     server = serve(only_long(status, text))
-    reply = server.endpoint(max_bytes=100_000).chat(ASK)
+    reply = server.endpoint().chat(ASK)
     assert reply.text == "" and server.spec.partition("#")[0] in reply.no_reply
     assert len(server.seen) == num_asked + 1
 
@@ -576,28 +569,6 @@ def test_a_server_that_is_slow(serve):
     done.set()
     # the second is the question whether it answers anything
     assert wait_until(lambda: len(server.seen) >= 2) and len(server.seen) == 2
-
-
-def test_a_server_that_drips(serve):
-    def drip(handler):      # always alive, never done
-        handler.send_response(200)
-        handler.end_headers()
-        try:
-            for _ in range(100):
-                handler.wfile.write(b" ")
-                time.sleep(0.05)
-        except OSError:
-            pass
-
-    with pytest.raises(EndpointError, match="not complete in time.*the limit is 1.5 s"):
-        serve(drip).endpoint(timeout_s=1.5, retries=0).chat(ASK)
-
-
-def test_a_flood_is_cut_off(serve):
-    server = serve((200, {}, "x" * 300_000))
-    with pytest.raises(EndpointError, match="more than 100000 bytes"):
-        server.endpoint(max_bytes=100_000).chat(ASK)
-    assert len(server.seen) == 2
 
 
 def test_many_threads_share_one_endpoint(serve):
