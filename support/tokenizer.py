@@ -1,6 +1,7 @@
 """The byte-level BPE tokenizer of a Qwen2.5 checkpoint, and the chat format."""
 import codecs
 import hashlib
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import tokenizers
 
 from model import Config
-from support.files import sync, write_atomic
+from support.files import write_atomic
 from support.pretrained import find_folder, read_json
 
 # What transformers and vLLM read of Qwen's chat format.
@@ -104,16 +105,13 @@ class Tokenizer:
                         "clean_up_tokenization_spaces": False, "chat_template": system + CHAT_TEMPLATE}
             write_atomic(folder / "generation_config.json", {"eos_token_id": self.end})
             write_atomic(folder / "tokenizer_config.json", settings)
-        elif self.folder.resolve() != folder.resolve():
+        else:
             for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
                 if (self.folder / name).is_file():
-                    (folder / name).write_bytes((self.folder / name).read_bytes())
+                    write_atomic(folder / name, (self.folder / name).read_bytes())
             if not (self.folder / "generation_config.json").is_file():
                 write_atomic(folder / "generation_config.json", {"eos_token_id": sorted(self.eos)})
-        part = folder / "tokenizer.part"        # a run that is killed here leaves a whole tokenizer.json or none
-        self.bpe.save(str(part))
-        sync(part)
-        part.replace(folder / "tokenizer.json")
+        write_atomic(folder / "tokenizer.json", json.loads(self.bpe.to_str()))
 
     def fingerprint(self):
         """Returns 16 hex digits that tell tokenizers apart."""
