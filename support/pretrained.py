@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.files import parse_json, sync, write_atomic
+from support.files import FLAG, check_form, is_number, parse_json, sync, up_to, write_atomic
 
 MAX_LAYERS = 2**10          # what a config.json may ask for, so that no file starts an endless build
 MAX_SIZE = 2**24
@@ -20,17 +20,9 @@ HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 
 def check_config(config, head_dim, path):
     """Raises ValueError where a Config read from a file is of no model. head_dim: that of the file, or None."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        largest = MAX_LAYERS if field.name == "num_hidden_layers" else MAX_SIZE
-        if field.type is bool:
-            valid = isinstance(value, bool)
-            expected = "true or false"
-        else:
-            valid = type(value) in (int, field.type) and 0 < value <= largest
-            expected = f"of type {field.type.__name__}, above 0 and at most {largest:,}"
-        if not valid:
-            raise ValueError(f"{path}: {field.name} must be {expected}")
+    forms = {bool: FLAG, int: up_to(MAX_SIZE), float: ("a number above 0", lambda value: is_number(value) and value > 0)}
+    form = {field.name: forms[field.type] for field in fields(config)}
+    check_form(vars(config), form | {"num_hidden_layers": up_to(MAX_LAYERS)}, path)
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(f"{path}: num_attention_heads {config.num_attention_heads} must be a multiple of "
                          f"num_key_value_heads {config.num_key_value_heads}")
