@@ -23,12 +23,8 @@ AGENT = ("actions", "fields", "prompt_format", "show_scores", "steps", "seconds"
 
 # -- Forms
 
-def is_message(value):
-    if type(value) is not dict or not {"role", "content"} <= set(value) <= {"role", "content", "tokens"}:
-        return False
-    tokens = value.get("tokens", [])
-    return (value["role"] in ("system", "user", "assistant") and TEXT[1](value["content"])
-            and type(tokens) is list and all(type(token) is int and 0 <= token < 1 << 31 for token in tokens))
+def is_tokens(value):
+    return type(value) is list and all(type(token) is int and 0 <= token < 1 << 31 for token in value)
 
 
 def is_change(value):
@@ -41,7 +37,7 @@ LAST_CHANGE = "the arguments of Set Constant or {}", lambda value: value == {} o
 FINITE = "a finite number", is_number
 POSITIVE = "a number above 0", lambda value: is_number(value) and value > 0
 TASK_ID = "the id of a task", lambda value: isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,99}", value)
-MESSAGE = "a message: role, content, and at most tokens", is_message
+MESSAGE = {"role": one_of("system", "user", "assistant"), "content": TEXT, "tokens?": ("token ids", is_tokens)}
 FILES = "files", lambda value: True     # see check_snapshot
 NODE = {        # what a scaffold that searches says of a step, see support/aide.py
     "parent?": maybe(COUNT), "best?": maybe(COUNT), "metric?": maybe(FINITE), "buggy?": FLAG,

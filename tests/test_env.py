@@ -1253,7 +1253,6 @@ STEP_ERRORS = [("index", "1"), ("reply", 5), ("reply", None), ("coder", "x"), ("
                ("observation", ["x"]), ("printed", "1")]
 BOTH_ERRORS = [("messages", {}), ("messages", ["x"]), ("messages", [{"role": "user"}]),
                ("messages", [{"role": "root", "content": "x"}]), ("messages", [{"role": "user", "content": None}]),
-               ("messages", [{"role": "user", "content": "x", "name": "y"}]),
                ("messages", [{"role": "user", "content": "\ud800"}]),
                ("messages", [{"role": "user", "content": "x", "tokens": [1.5]}]),
                ("messages", [{"role": "user", "content": "x", "tokens": [-1]}]),
