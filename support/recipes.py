@@ -59,15 +59,13 @@ def fill_sft(values):
         preset, why = fitting_preset(values["model"], folder_of(values))
         if preset not in ("0.5b", "1.5b"):      # the others are typed, or follow how the program was started
             return []
-    elif "TORCHELASTIC_RUN_ID" not in os.environ:       # torchrun has not started it
-        preset = "tiny"
-        why = "the paper in miniature, as torchrun did not start it (for Qwen2.5-7B: torchrun sft.py, or --preset 7b)"
-    elif values["device"] != "cpu" and torch.cuda.is_available():
+    # torchrun sets the variable
+    elif "TORCHELASTIC_RUN_ID" in os.environ and values["device"] != "cpu" and torch.cuda.is_available():
         preset = "7b"
         why = "the paper's run, as torchrun started it and there is CUDA (for the miniature: python sft.py)"
     else:
         preset = "tiny"
-        why = "the paper in miniature on all processes, as there is no CUDA here (for Qwen2.5-7B: --preset 7b)"
+        why = "the paper in miniature (for Qwen2.5-7B: torchrun sft.py with CUDA, or --preset 7b)"
     return [(why, {"preset": preset, **SFT[preset]})]
 
 

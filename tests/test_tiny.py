@@ -467,12 +467,11 @@ def test_a_recipe_collects_first_where_nothing_was_collected(toys, tmp_path, cap
 
 
 @pytest.mark.parametrize("torchrun, cuda, flags, preset, said", [
-    (False, False, [], "tiny", "the paper in miniature, as torchrun did not start it .for Qwen2.5-7B: torchrun"),
-    (False, True, [], "tiny", "the paper in miniature, as torchrun did not start it"),
-    (True, False, [], "tiny",
-     "the paper in miniature on all processes, as there is no CUDA here .for Qwen2.5-7B: --preset"),
+    (False, False, [], "tiny", "the paper in miniature .for Qwen2.5-7B: torchrun sft.py with CUDA, or --preset"),
+    (False, True, [], "tiny", "the paper in miniature"),
+    (True, False, [], "tiny", "the paper in miniature"),
     (True, True, [], "7b", "the paper's run, as .* there is CUDA .for the miniature: python sft.py.: .*7b"),
-    (True, True, ["--device=cpu"], "tiny", "the paper in miniature on all processes"),
+    (True, True, ["--device=cpu"], "tiny", "the paper in miniature"),
     (True, True, ["--model=tiny"], "", "typed: --model tiny")])
 def test_the_command_says_what_it_runs_and_why(torchrun, cuda, flags, preset, said, monkeypatch, capsys):
     """By how it was started and whether there is CUDA; what was typed holds."""
