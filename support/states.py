@@ -7,7 +7,7 @@ step-wise RL optimises.
 States are of the scripted expert on miniatures of STATES_SEED, on which nothing is trained, or of held-out tasks' real
 data. A line of a file of states holds all that it takes to restore one.
 """
-import json, random, threading, zlib
+import json, random, shutil, threading, zlib
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -26,8 +26,7 @@ from support.parallel import Progress, run_parallel
 from support.play import (
     LEARNED_SEEDS, make_env, model_policy, play_trajectory, prepare_task, prepare_tasks)
 from support.pretrained import hash_checkpoint
-from support.records import (
-    AGENT, FINITE, FORMS, MESSAGE, TASK_ID, end_reason, read_record, state_after, trajectory_path)
+from support.records import AGENT, FINITE, FORMS, MESSAGE, TASK_ID, read_record, state_after, trajectory_path
 from support.sandbox import SLOTS
 from support.scripts import untried
 from support.storage import UNDO, Blobs, ResultCache
@@ -48,25 +47,22 @@ RESULTS = {"settings": {}, "complete": FLAG, "tasks": {}}      # of our own file
 
 def record_states(cfg):
     """Plays the scripted expert on the tasks of cfg.task and writes cfg.record_states states of each to cfg.states.
-    ValueError: that file is there, training learns from a task's data, or other settings were recorded in cfg.out."""
+    ValueError: that file is there, or training learns from a task's data."""
     if Path(cfg.states).exists():
         raise ValueError(f"{cfg.states} is there already; states are recorded once")
     with folder_lock(cfg.out, "eval.py"):
-        # 1. Trajectories of the expert, as far as they are not there.
+        # 1. Trajectories of the expert. After a run that was broken off they begin anew, with its results of scripts.
         infos = prepare_tasks(cfg, (STATES_SEED,))
-        identity = {name: getattr(cfg, name) for name in ("seed", *AGENT)}
         for task, info in infos:
             refuse_learned(task, info)
-            identity[f"data of {task.id}"] = hash_json(info["sha256"])[:16]
-        begin(Path(cfg.out, "recorded.json"), json.loads(json.dumps(identity)))
         folder = Path(cfg.out, "expert")        # in no evaluation's way
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         jobs = [(task, k, trajectory_path(folder, task.id, k), info.get("seed", 0))
                 for task, info in infos for k in range(RECORDED)]
-        records = {path: read_record(path) for _, _, path, _ in jobs}
-        progress = Progress(records, cfg.steps)
+        progress = Progress({path: [] for _, _, path, _ in jobs}, cfg.steps)
         play = partial(play_expert, cfg, ResultCache(Path(cfg.out, "cache")), progress)
-        run_parallel([job for job in jobs if not end_reason(records[job[2]])], play, SLOTS.cpus, progress)
+        run_parallel(jobs, play, SLOTS.cpus, progress)
 
         # 2. States in them.
         lines = []
@@ -80,14 +76,6 @@ def record_states(cfg):
                 lines.append(describe_state(cfg, task, info, records[0], records[1:index + 1]))
     write_atomic(Path(cfg.states), "".join(json.dumps(line) + "\n" for line in lines).encode())
     announce(f"Written to {cfg.states}: {len(lines)} states of {len(infos)} tasks")
-
-
-def begin(path, identity):
-    """Writes what a run hangs on to its results. ValueError: those of a run with others are there."""
-    raw = read_bytes(path)
-    if raw:
-        check_same(parse_json(raw, RESULTS, path)["settings"], identity, path.parent)
-    write_atomic(path, {"settings": identity, "complete": False, "tasks": {}})
 
 
 def play_expert(cfg, cache, progress, task, k, path, seed):
@@ -142,7 +130,9 @@ def measure_states(cfg, load):
             identity["--model of sha256"] = hash_checkpoint(cfg.model)
         prepare_data(cfg, states)
         path = Path(cfg.out, "states.json")
-        begin(path, identity)
+        if raw := read_bytes(path):
+            check_same(parse_json(raw, RESULTS, path)["settings"], identity, cfg.out)
+        write_atomic(path, {"settings": identity, "complete": False, "tasks": {}})
         actions_file = Path(cfg.out, "actions.jsonl")
         actions = read_json_lines(actions_file, {}, mend=True)
 
