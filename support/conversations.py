@@ -53,6 +53,8 @@ def read_conversations(path, data="data", tokenizer=None, log=print):
             conversations += read()
         except InvalidConversation as error:
             left_out[str(error)].append(source)
+        except MissingBlob:     # of a script that a prompt shows
+            left_out["a missing blob"].append(source)
     for conversation in conversations:
         refuse_held_out_prompts(conversation)
     num_turns = sum(len(conversation.assistant_turns) for conversation in conversations)
@@ -145,11 +147,6 @@ def read_trajectory(file, held_out, tokenizer_id):
     steps = steps_of(lines)
     folder = next((parent for parent in file.resolve().parents if (parent / "blobs").is_dir()), file.parent)
     blobs = Blobs(folder / "blobs")
-    try:
-        for sha in {sha for line in (head, *steps) for sha in line["snapshot"].values()}:
-            blobs.path(sha)
-    except MissingBlob:
-        raise InvalidConversation("a missing blob") from None
 
     is_full = head["prompt_format"] == "full"
     is_miniature = head["miniature"]

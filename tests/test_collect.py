@@ -571,20 +571,18 @@ def test_bad_trajectories_are_named_and_counted(whole, tmp_path, monkeypatch):
     files[1].write_text("".join(lines[1][:-1]))                                             # its end is missing
     files[2].write_text("{" + "".join(lines[2]))                                            # a broken header
     files[3].write_text(lines[3][0] + '{"type": "step", "reply": "x"}\n')
-    last = json.loads(lines[4][-1])
-    files[4].write_text("".join(lines[4][:-1]) + json.dumps({**last, "snapshot": {"train.py": "f" * 64}}) + "\n")
-    files[5].write_text(lines[5][0] + json.dumps({"type": "end", "ended": "context full"}) + "\n")
-    files[6].write_text("".join(lines[6]).replace('"train.py": "', '"../train.py": "', 1))
+    files[4].write_text(lines[4][0] + json.dumps({"type": "end", "ended": "context full"}) + "\n")
+    files[5].write_text("".join(lines[5]).replace('"train.py": "', '"../train.py": "', 1))
     found, left_out, said = read(out)
-    assert [Path(one.source).name for one in found] == [file.name for file in files[7:]]
+    assert [Path(one.source).name for one in found] == [file.name for file in files[6:]]
     reasons = {Path(source).name: why for why, where in left_out.items() for source in where}
-    for file, reason in zip(files[:7], (
+    for file, reason in zip(files[:6], (
             "line 3 is not JSON", "not finished: collect again to go on with it", "line 1 is not JSON",
-            "line 2 is no record of a trajectory: its entries: 'index' is missing", "a missing blob",
+            "line 2 is no record of a trajectory: its entries: 'index' is missing",
             "no turn of the assistant", "line 1 is no record of a trajectory: a snapshot has '../train.py'")):
         assert reason in reasons.pop(file.name)
     assert not reasons
-    assert all(f"{file.name}" in said for file in files[:7])
+    assert all(f"{file.name}" in said for file in files[:6])
 
 
 def test_the_command(whole, capsys, monkeypatch):

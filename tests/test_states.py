@@ -3,6 +3,7 @@ The tasks run in a moment, so every score is known beforehand."""
 import itertools
 import json
 import re
+import shutil
 import threading
 from dataclasses import replace
 from functools import partial
@@ -249,6 +250,9 @@ def test_recorded_medium_prompts_are_those_that_were_shown(toys):
         if step["kind"] != "failed":
             shown.append(prompt)
     assert [talk.messages[:-1] for talk in found] == shown
+    shutil.rmtree(toys / "medium" / "blobs")        # with the scripts that the prompts show
+    with pytest.raises(ValueError, match="left out, a missing blob: 1 "):
+        conversations.read_conversations(toys / "medium", toys / "data", log=lambda line: None)
 
 
 def test_trajectories_of_another_form_are_not_trained_on(toys):
