@@ -212,9 +212,6 @@ def prepare_task(cfg, id, raw, seed):
     """Prepares a task and returns (task, its task.json). raw: the publisher's folder of this task, or empty."""
     task = tasks.load(id)
     data = tasks.seeded(cfg.data, seed)
-    if raw and not Path(raw).is_dir():
-        raise ValueError(f"there is no folder {raw}. It should hold {task.download} ({task.size}); for several tasks "
-                         "--raw holds a folder for each task id")
     try:
         tasks.prepare(id, raw or None, data, seed=seed, python=cfg.python,
                       log=lambda line: print(line, file=sys.stderr))
