@@ -263,8 +263,6 @@ def split_thought(text):
 def missing_text(choice, message, has_thought):
     if message.get("refusal"):
         return f"The model refused: {ascii(str(message['refusal'])[:200])}"
-    if message.get("tool_calls") or message.get("function_call"):
-        return "The model called a tool of the server instead of writing a reply."
     if choice.get("finish_reason") == "length":
         return "The model wrote no reply before its tokens were used up (max_new_tokens)."
     return ONLY_THOUGHT if has_thought else f"The reply was empty ({ascii(choice.get('finish_reason')):.40})."

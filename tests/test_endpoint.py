@@ -164,7 +164,7 @@ def test_a_thought_that_the_server_has_cut_off_is_kept(name, serve):
     ({"content": None, "reasoning_content": "hm"}, "length", "before its tokens were used up"),
     ({"content": "<think>hm"}, "length", "before its tokens were used up"),
     ({"content": None, "refusal": "I may not."}, "stop", "The model refused: 'I may not.'"),
-    ({"content": None, "tool_calls": [{"function": {"name": "f"}}]}, "tool_calls", "called a tool"),
+    ({"content": None, "tool_calls": [{"function": {"name": "f"}}]}, "tool_calls", "reply was empty ('tool_calls')"),
     ({"content": ""}, "content_filter", "content_filter"), ({"content": " \n"}, "stop", "reply was empty"),
     ({"content": [{"type": "thinking", "thinking": []}]}, "stop", "reply was empty"), ({}, None, "reply was empty")])
 def test_an_answer_without_text_is_a_reply_that_says_why(message, finish, words, serve):
