@@ -120,28 +120,22 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     serial = bool(layers) and "namespaces" not in layers        # no /dev/shm and so no semaphores
     with open(os.path.join(cwd, script), "rb") as file:
         text = file.read(1 << 20)
-    # A file named like a module comes before one that was imported: supervisor.become_script starts the script anew.
-    stems = {name.partition(".")[0] for name in os.listdir(os.path.dirname(os.path.join(cwd, script)))}
-    if not stems.isdisjoint(sys.stdlib_module_names):
-        warm = False
     server = _warm_server(program, text, threads, serial, warm == "wait") if warm else None
-    if cpu_s and not server and libraries_of(text):
-        cpu_s += IMPORT_S
     job = dict(
         # a name that starts with "-" is no option of the interpreter
         command=[program, f"./{script}" if script.startswith("-") else script],
         cwd=cwd, env=_environment(program, threads, serial, gpu, private), base=base, root=os.path.join(base, "root"),
         shown=sorted(shown.items()),    # a folder before what is in it
         layers=layers, gpu=gpu, mark=uuid.uuid4().int >> 67, timeout_s=float(timeout_s),
-        cpu_s=cpu_s, memory_bytes=int(memory_bytes), address_bytes=0 if gpu else int(memory_bytes) + 4 * GIB,
-        output_bytes=output_bytes, file_bytes=file_bytes, processes=processes)
+        cpu_s=cpu_s, import_s=IMPORT_S if libraries_of(text) else 0, memory_bytes=int(memory_bytes),
+        address_bytes=0 if gpu else int(memory_bytes) + 4 * GIB, output_bytes=output_bytes, file_bytes=file_bytes,
+        processes=processes)
     started = time.monotonic()
-    report, warm = _run(job, server)
+    report = _run(job, server)
     # 4. What came of it
     layers = "+".join(layers) or "off"
     if report is None:
-        return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.",
-                      warm=warm)
+        return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.")
     limit = report["limit"]
     limits = {"wall": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
               "cpu": ("timeout", f"It used more than its limit of {cpu_s or 0:.3g} s of processor time."),
@@ -152,7 +146,7 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     stderr = _last_states(report["stderr"])
     outcome, detail = limits[limit] if limit else _outcome(report["exit_code"], report["oom"], stderr)
     return Result(outcome, report["exit_code"], stdout, stderr, report["seconds"], report["peak_bytes"], layers, detail,
-                  warm=warm, limit=limit, cpu_s=report["cpu_s"])
+                  warm=report["warm"], limit=limit, cpu_s=report["cpu_s"])
 
 
 @functools.cache
@@ -390,9 +384,11 @@ def _warm_server(program, text, threads, serial, wait):
 
 
 def _run(job, server=None):
-    """Has a job done by a supervisor, forked from a server or started; returns (its report, None if the script has
-    killed or stopped it; whether the script was warm)."""
-    started = report = process = None
+    """Has a job done by a supervisor, forked from a server or started; returns its report, None if the script has
+    killed or stopped it."""
+    started = None
+    report = None
+    process = None
     connection, theirs = socket.socketpair()
     with _lock:     # stop ends it, or comes before
         _running.add(connection)
@@ -437,7 +433,7 @@ def _run(job, server=None):
         raise OSError(report["errno"], report["error"])
     if report and "error" in report:
         raise RuntimeError(report["error"])
-    return report, server is not None
+    return report
 
 
 def stop():

@@ -31,20 +31,19 @@ import weakref
 from collections import namedtuple
 from types import SimpleNamespace
 
-# -- Names of the kernel's numbers
-
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
-SECCOMP_MODE_FILTER = 2
-CLONE_FILES, CLONE_THREAD = 1 << 10, 1 << 16
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 27, 1 << 28, 1 << 29, 1 << 30
-MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 1 << 12, 1 << 14, 1 << 18
-MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, AT_RECURSIVE = 1, 2, 0x8000
-LANDLOCK_GET_VERSION = LANDLOCK_PATH_BENEATH = 1
-LANDLOCK_TCP = LANDLOCK_SIGNALS_AND_ABSTRACT_SOCKETS = 3
-LANDLOCK_EXECUTE, LANDLOCK_WRITE_FILE, LANDLOCK_READ_FILE, LANDLOCK_READ_DIR = 1, 2, 4, 8
-LANDLOCK_MAKE_CHAR, LANDLOCK_MAKE_BLOCK, LANDLOCK_TRUNCATE, LANDLOCK_IOCTL_DEV = 1 << 6, 1 << 11, 1 << 14, 1 << 15
-SOCKET_BYTES, PIPE_BYTES, MAX_FILES = 212_992, 65_536, 1024     # the most that one holds; files that a process opens
-PF_EXITING = 4
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+MS_NOSUID_NODEV = 2 | 4
+MS_NOEXEC = 8
+MS_BIND_REC = 1 << 12 | 1 << 14
+READ_ONLY = 1           # MOUNT_ATTR_RDONLY
+NO_SETUID = 2           # MOUNT_ATTR_NOSUID
+SOCKET_BYTES = 212_992  # the most that one holds
+PIPE_BYTES = 65_536
+MAX_FILES = 1024        # that a process opens
 
 # -- The filter (seccomp). {where it holds: system calls that are refused}, each call with its numbers on x86_64 and on
 # aarch64 (-: there is none), or the one of both. Not listed is what needs a capability, such as to mount, and what
@@ -95,7 +94,7 @@ ARGUMENTS = {
         ("prlimit64", 1, "is", resource.RLIMIT_RTTIME),     # the mark of a run
         ("setrlimit", 0, "is", resource.RLIMIT_RTTIME),
         ("close_range", 2, "has", 2),       # CLOSE_RANGE_UNSHARE: a thread's own files, where nobody looks for sockets
-        ("clone", 0, CLONE_FILES | CLONE_THREAD, CLONE_THREAD)],
+        ("clone", 0, 0x10400, 0x10000)],    # CLONE_THREAD without CLONE_FILES: the same
     "any layer": [
         ("prlimit64", 0, "is not", 0),      # limits of another process
         ("socket", 0, "is not", socket.AF_UNIX),
@@ -107,7 +106,7 @@ ARGUMENTS = {
         ("fcntl", 1, "is", 1036),
         ("fcntl", 1, "is", 1038),
         ("mmap", 3, "has", 0x40000),        # MAP_HUGETLB is not counted as resident
-        ("clone", 0, "has", CLONE_NEWUSER)],
+        ("clone", 0, "has", 0x10000000)],   # CLONE_NEWUSER
     "no GPU": [
         ("mmap", 3, "has", 0x21)],          # MAP_SHARED_ANONYMOUS may be kept unmapped
     "landlock alone": [
@@ -275,9 +274,8 @@ def become_script(job, run):
     elif not job.layers:
         with contextlib.suppress(OSError):      # so that a script that kills us cannot take off its mark first
             put_up_filter(job)
-    # 4. Its program. A module beside the script comes before one that was imported already
-    beside = os.listdir(os.path.dirname(os.path.abspath(job.command[1])))
-    if not job.warm or any(name.partition(".")[0] in sys.modules for name in beside):
+    # 4. Its program
+    if not job.warm:
         for name in (signal.SIGPIPE, signal.SIGXFSZ):       # Python ignores them; a new program expects the default
             signal.signal(name, signal.SIG_DFL)
         os.execve(job.command[0], job.command, job.env)
@@ -297,28 +295,28 @@ def rename(job):
 def build_root(job):
     """Makes the file tree and enters it."""
     root = job.root
-    call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)
-    call("mount", "tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
+    call("mount", None, "/", None, 1 << 14 | 1 << 18, None)     # MS_REC | MS_PRIVATE
+    call("mount", "tmpfs", root, "tmpfs", MS_NOSUID_NODEV, "mode=755,size=1m")
     for path, _ in job.shown:
         show(path, root)
     os.makedirs(f"{root}/proc", exist_ok=True)
     try:
-        call("mount", "proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
+        call("mount", "proc", f"{root}/proc", "proc", MS_NOSUID_NODEV | MS_NOEXEC, None)
     except OSError:     # inside a container whose own /proc is masked
         for path in PROC:
             show(path, root)
     for path in MASKED:
         with contextlib.suppress(OSError):
-            call("mount", "/dev/null", root + path, None, MS_BIND | MS_REC, None)
+            call("mount", "/dev/null", root + path, None, MS_BIND_REC, None)
     with contextlib.suppress(OSError):      # for root too; from Linux 6.14 on, each world has its own
         write(f"{root}/proc/sys/kernel/pid_max", str(max(400, 4 * job.processes)))
     os.makedirs(f"{root}/dev/shm", exist_ok=True)
-    protect(root, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0)
-    call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV,
+    protect(root, READ_ONLY | NO_SETUID, 0)
+    call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID_NODEV,
          f"mode=1777,size={job.memory_bytes // 2},nr_inodes={job.memory_bytes >> 14}")      # an empty file takes 1 KiB
     for path, right in job.shown:
         if right == "write":
-            protect(root + path, 0, MOUNT_ATTR_RDONLY)
+            protect(root + path, 0, READ_ONLY)
     os.chroot(root)     # this also forbids namespaces below this one
 
 
@@ -328,12 +326,12 @@ def show(path, root):
     os.makedirs(target if os.path.isdir(path) else os.path.dirname(target), exist_ok=True)
     if not os.path.exists(target):
         write(target, "")
-    call("mount", path, target, None, MS_BIND | MS_REC, None)
+    call("mount", path, target, None, MS_BIND_REC, None)
 
 
 def protect(target, add, clear):
-    """Sets and clears attributes of a mount and of all below it."""
-    call("mount_setattr", 0, target, AT_RECURSIVE, (ctypes.c_uint64 * 4)(add, clear), 32)
+    """Sets and clears attributes of a mount and of all below it (AT_RECURSIVE)."""
+    call("mount_setattr", 0, target, 0x8000, (ctypes.c_uint64 * 4)(add, clear), 32)
 
 
 def be_first(script, ended):
@@ -349,15 +347,17 @@ def be_first(script, ended):
 
 
 def restrict_files(job):
-    version = call("landlock_create_ruleset", None, 0, LANDLOCK_GET_VERSION)
+    version = call("landlock_create_ruleset", None, 0, 1)
     if version < 3:     # it does not keep anyone from emptying a file
         raise OSError(errno.EOPNOTSUPP, "this kernel's Landlock does not know truncation; it is too old (Linux 6.2)")
     every = (1 << (15 if version < 5 else 16)) - 1
-    of_devices = LANDLOCK_READ_FILE | LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE | LANDLOCK_IOCTL_DEV
-    rights = {"read": LANDLOCK_EXECUTE | LANDLOCK_READ_FILE | LANDLOCK_READ_DIR,
-              "write": every & ~(LANDLOCK_MAKE_CHAR | LANDLOCK_MAKE_BLOCK),
-              "device": of_devices | LANDLOCK_READ_DIR}
-    handled = (ctypes.c_uint64 * 3)(every, LANDLOCK_TCP, LANDLOCK_SIGNALS_AND_ABSTRACT_SOCKETS)
+    execute = 1
+    read_folder = 8
+    use_file = 2 | 4 | 1 << 14 | 1 << 15        # write, read, truncate, ioctl
+    make_device = 1 << 6 | 1 << 11
+    rights = {"read": execute | 4 | read_folder, "write": every & ~make_device, "device": use_file | read_folder}
+    # all of files; of the network, TCP; nothing outside by an abstract socket or a signal
+    handled = (ctypes.c_uint64 * 3)(every, 3, 3)
     size = 8 if version < 4 else 16 if version < 6 else 24
     rules = call("landlock_create_ruleset", handled, size, 0)
     rest = {"/proc": "read", "/dev/shm": "write"}       # of its own world
@@ -367,16 +367,16 @@ def restrict_files(job):
         if os.path.exists(path):
             allowed = rights[right] & every
             if not os.path.isdir(path):
-                allowed &= of_devices | LANDLOCK_EXECUTE
+                allowed &= use_file | execute
             file = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            call("landlock_add_rule", rules, LANDLOCK_PATH_BENEATH, struct.pack("=QI", allowed, file), 0)
+            call("landlock_add_rule", rules, 1, struct.pack("=QI", allowed, file), 0)       # what lies beneath a path
     call("landlock_restrict_self", rules, 0)
 
 
 def put_up_filter(job):
     program = ctypes.create_string_buffer(filter_program(job.layers, job.gpu))
     rules = (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(program))
-    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, rules)
+    prctl(PR_SET_SECCOMP, 2, rules)     # SECCOMP_MODE_FILTER
 
 
 def run_script(job):
@@ -401,7 +401,7 @@ def run_script(job):
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"].ORIGINAL_DIR = job.cwd
         sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
-    job = main = None
+    del job, main
     ctypes.pythonapi.fopen.restype = ctypes.c_void_p
     file = ctypes.c_void_p(ctypes.pythonapi.fopen(path, b"rb"))
     if ctypes.pythonapi.PyRun_SimpleFileExFlags(file, path, 1, None) == 0:
@@ -437,7 +437,8 @@ class Stream:
     def __init__(self, pipe, size):
         self.pipe = pipe
         self.half = size // 2
-        self.head = self.tail = b""
+        self.head = b""
+        self.tail = b""
         self.seen = 0
 
     def read(self):
@@ -469,8 +470,8 @@ def start(job):
     if job.boxed:
         user = os.geteuid()
         group = os.getegid()
-        # the last one is for children
-        call("unshare", CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID)
+        # CLONE_NEWNS, IPC, USER, PID, which is for children, NET
+        call("unshare", 1 << 17 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 30)
         write("/proc/self/setgroups", "deny")
         write("/proc/self/uid_map", f"{user} {user} 1")
         write("/proc/self/gid_map", f"{group} {group} 1")
@@ -551,7 +552,7 @@ def watch(job, run):
     stdout, stderr = (stream.text() for stream in run.streams.values())
     peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
     return dict(exit_code=os.waitstatus_to_exitcode(status), limit=limit, seconds=seconds, peak_bytes=peak,
-                cpu_s=cpu_seconds(run, {}), oom=oom_kills() > kills, stdout=stdout, stderr=stderr)
+                cpu_s=cpu_seconds(run, {}), oom=oom_kills() > kills, stdout=stdout, stderr=stderr, warm=job.warm)
 
 
 def exceeded(job, run):
@@ -628,7 +629,7 @@ def held_bytes(processes):
                     links.add(os.readlink(f"{folder}/{name}"))
         except PermissionError:     # it hides them, or has ended unwaited for: then it has none
             with contextlib.suppress(OSError):
-                if not int(stat_of(process.folder)[6]) & PF_EXITING:
+                if not int(stat_of(process.folder)[6]) & 4:     # PF_EXITING
                     hidden += MAX_FILES * SOCKET_BYTES
         except OSError:             # it has ended
             pass
@@ -639,7 +640,8 @@ def held_bytes(processes):
 def counted_once(processes):
     """(bytes of the processes' own memory, bytes of files in memory that they have mapped), shared pages counted once.
     Resident bytes where the kernel does not tell."""
-    private = mapped = 0
+    private = 0
+    mapped = 0
     for process in processes.values():
         try:
             with open(f"{process.folder}/smaps_rollup", "rb") as file:
@@ -689,7 +691,7 @@ def supervise(warm):
         line = file.readline()
     if not line:        # our parent is gone already
         os._exit(0)
-    job = SimpleNamespace(**json.loads(line), warm=warm)
+    job = SimpleNamespace(**json.loads(line))
     job.boxed = "namespaces" in job.layers
     # a limit that means nothing here, which all that we start inherits (sandbox._kill_marked)
     resource.setrlimit(resource.RLIMIT_RTTIME, (job.mark, job.mark))
@@ -697,6 +699,11 @@ def supervise(warm):
         os.write(0, b"+")
         for folder in (job.base, job.root, job.env["TMPDIR"]):
             os.mkdir(folder, 0o700)
+        # a module beside the script comes before one that was imported already
+        beside = os.listdir(os.path.dirname(os.path.join(job.cwd, job.command[1])))
+        job.warm = warm and not any(name.partition(".")[0] in sys.modules for name in beside)
+        if job.cpu_s and not job.warm:
+            job.cpu_s += job.import_s
         run = start(job)
         if run is None:
             return job
