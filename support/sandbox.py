@@ -28,6 +28,7 @@ SUPERVISOR = supervisor.__file__
 LAYERS = ("namespaces", "landlock")     # each is enough to hide the answers
 FILTER = "seccomp"                      # goes with either, for what they leave open
 GIB = 1 << 30
+INHERITED = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}     # CUDA may need it
 GRACE_S = 30        # for so long after its limits a supervisor is waited for
 
 # what a warm server imports, by what a script's text mentions; torch.optim imports the last one when it is used
@@ -136,28 +137,21 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     layers = "+".join(layers) or "off"
     if report is None:
         return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.")
-    limit = report["limit"]
     limits = {"wall": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
               "cpu": ("timeout", f"It used more than its limit of {cpu_s or 0:.3g} s of processor time."),
               "memory": ("out of memory", f"It used more than its limit of {memory_bytes / GIB:.2f} GiB."),
               "processes": ("too many processes",
                             f"It had more than {processes} processes, or {4 * processes} threads.")}
-    stdout = _last_states(report["stdout"])
-    stderr = _last_states(report["stderr"])
-    outcome, detail = limits[limit] if limit else _outcome(report["exit_code"], report["oom"], stderr)
-    return Result(outcome, report["exit_code"], stdout, stderr, report["seconds"], report["peak_bytes"], layers, detail,
-                  warm=report["warm"], limit=limit, cpu_s=report["cpu_s"])
+    oom = report.pop("oom")
+    limit = report["limit"]
+    outcome, detail = limits[limit] if limit else _outcome(report["exit_code"], oom, report["stderr"])
+    return Result(outcome=outcome, sandbox=layers, detail=detail, **report)
 
 
 @functools.cache
 def _warn_of_off():
     print("sandbox off: scripts run as this user, with its files, the answers and the network in reach",
           file=sys.stderr)
-
-
-def _last_states(text):
-    """Of a line that was written over, as progress bars do, a terminal shows the last state."""
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
 
 
 def _outcome(exit_code, oom, stderr):
@@ -195,7 +189,7 @@ def describe(python):
     """(executable, all it needs to read, versions of itself and of its packages) of an interpreter."""
     try:
         done = subprocess.run([shutil.which(python) or python, "-c", ABOUT_PYTHON],
-                              env={"PYTHONNOUSERSITE": "1", **_inherited()}, cwd="/", capture_output=True, text=True,
+                              env={"PYTHONNOUSERSITE": "1", **INHERITED}, cwd="/", capture_output=True, text=True,
                               check=True, timeout=60)
         program, folders, versions = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -203,19 +197,14 @@ def describe(python):
         raise ValueError(f"python must be an interpreter that can be run; {python!r} cannot: {said[-300:]}") from None
     folders = [folder for folder in folders if folder not in ("/usr", "/usr/local")]    # LIBRARIES has what it needs
     folders += [os.path.realpath(folder) for folder in folders] + [os.path.dirname(os.path.realpath(program))]
-    libraries = filter(os.path.isabs, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
+    libraries = filter(os.path.isabs, INHERITED.get("LD_LIBRARY_PATH", "").split(":"))
     return program, (*folders, *libraries, *LIBRARIES), versions
-
-
-def _inherited():
-    """What some interpreters and CUDA set-ups need."""
-    return {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
 
 
 def _environment(program, threads, serial, gpu=None, private="/nonexistent"):
     """The environment variables of a script. serial: joblib is to use one process."""
     counts = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
-    return dict(**_inherited(), PATH=f"{os.path.dirname(program)}:/usr/local/bin:/usr/bin:/bin", HOME=private,
+    return dict(**INHERITED, PATH=f"{os.path.dirname(program)}:/usr/local/bin:/usr/bin:/bin", HOME=private,
                 TMPDIR=private, USER="agent", LANG="C.UTF-8", MPLBACKEND="Agg", CUDA_VISIBLE_DEVICES=gpu or "",
                 PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1", PYTHONNOUSERSITE="1", PYTHONHASHSEED="0",
                 PYTHONUTF8="1", JOBLIB_MULTIPROCESSING="0" if serial else "1", **dict.fromkeys(counts, str(threads)))
@@ -400,7 +389,7 @@ def _run(job, server=None):
                     socket.send_fds(server.requests, [b"run"], [theirs.fileno()])
             else:
                 process = patiently(subprocess.Popen, [sys.executable, "-I", "-S", SUPERVISOR], stdin=theirs,
-                                    stdout=subprocess.DEVNULL, cwd="/", env=_inherited(), start_new_session=True)
+                                    stdout=subprocess.DEVNULL, cwd="/", env=INHERITED, start_new_session=True)
         connection.settimeout(job["timeout_s"] + GRACE_S)
         with contextlib.suppress(OSError, ValueError):
             connection.sendall(json.dumps(job).encode() + b"\n")

@@ -451,9 +451,11 @@ class Stream:
         return bool(chunk)
 
     def text(self):
+        """Of a line that was written over, as progress bars do, this has the last state, as a terminal shows it."""
         cut = self.seen - len(self.head) - len(self.tail)
         mark = b"\n... %d bytes of output cut ...\n" % cut if cut else b""
-        return (self.head + mark + self.tail).decode("utf-8", "replace")
+        lines = (self.head + mark + self.tail).decode("utf-8", "replace").split("\n")
+        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
 
 
 def start(job):
