@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ import torch
 import sft
 from model import Config, Qwen2
 from support.tokenizer import Tokenizer
-from support import distributed, files
+from support import distributed, files, logs
 from support.conversations import hold_back
+from support.sandbox import Slots
 
 SMALL = Config(vocab_size=267, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=6,
                num_key_value_heads=2, max_position_embeddings=512)
@@ -279,6 +281,20 @@ def test_a_plan_counts_each_model_of_reinforcement_learning():
     alone = distributed.plan_memory(Config.preset("7b"), 16384, 8)
     assert set(alone) == {"actor", "gathered", "activations", "backward"}
     assert all(alone[name] == parts[name] for name in alone)
+
+
+def test_the_peak_of_a_cpu_is_that_of_the_fastest_product_on_each_core(measured_peak, monkeypatch):
+    """2 * 1024^3 operations; where processes compute rows in threads, on all cores at once."""
+    products = []
+
+    def repeat(product, number, repeat):
+        products.append(product())
+        return [3.0, 2.0, 4.0]
+    monkeypatch.setattr(logs.timeit, "repeat", repeat)
+    monkeypatch.setattr(logs, "SLOTS", Slots(6))
+    for threads, flops in ((None, 2**30), (ThreadPoolExecutor(1), 6 * 2**30)):
+        assert measured_peak(torch.device("cpu"), torch.float32, threads) == flops
+    assert [product.shape for product in products] == 2 * [(1024, 1024)]
 
 
 # -- whole runs
