@@ -202,12 +202,18 @@ def test_a_process_of_several_joins_the_others_unless_it_has(monkeypatch):
 # -- the plan
 
 PEAK = """
-import re, sys, torch
+import os, re, sys, torch
 import sft
 from model import Config
 from support import distributed
-config, length, recompute, compute = eval(sys.argv[1])
 torch.set_num_threads(1)
+for each in sys.argv[1:]:
+    config, length, recompute, compute = eval(each)
+    if (child := os.fork()) == 0:
+        break
+    os.waitpid(child, 0)
+else:
+    sys.exit()
 now = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 def steps(config, length):
     model = distributed.build_model(config, None, torch.device("cpu"), recompute=recompute,
@@ -230,22 +236,26 @@ print(now("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
-@pytest.mark.parametrize("shape, length, recompute, compute", [
+PLANNED = [     # shape, tokens of a row, whether activations are computed again, type of the products
     (dict(hidden_size=256, intermediate_size=768), 2048, False, "float32"),
     (dict(vocab_size=20000, hidden_size=448, intermediate_size=2432, num_attention_heads=7, num_key_value_heads=1,
-          num_hidden_layers=1), 256, True, "bfloat16")])
-def test_planned_memory_is_what_training_takes(shape, length, recompute, compute):
+          num_hidden_layers=1), 256, True, "bfloat16")]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from /proc")
+def test_planned_memory_is_what_training_takes():
     """A small model with long rows, where activations are nearly all, and a layer half as wide as the 0.5B's
-    with a large vocabulary, where weights are: within 15 % of how far the resident set grows, in a process of its own.
-    glibc is told to give back what is freed at once, since it is tensors that are planned."""
-    config = Config(**shape)
-    out = subprocess.run([sys.executable, "-c", PEAK, repr((config, length, recompute, compute))],
+    with a large vocabulary, where weights are: within 15 % of how far the resident set grows, each in a process of its
+    own. glibc is told to give back what is freed at once, since it is tensors that are planned."""
+    cases = [(Config(**shape), *more) for shape, *more in PLANNED]
+    out = subprocess.run([sys.executable, "-c", PEAK, *map(repr, cases)],
                          check=True, capture_output=True, text=True, env={
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "MALLOC_MMAP_THRESHOLD_": "1000000",
-        "MALLOC_TRIM_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"})
-    parts = distributed.plan_memory(config, length, 1, getattr(torch, compute), recompute)
-    assert sum(parts.values()) == pytest.approx(int(out.stdout), rel=0.15), parts
+        "MALLOC_TRIM_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}).stdout.split()
+    assert len(out) == len(cases)
+    for (config, length, recompute, compute), grown in zip(cases, out):
+        parts = distributed.plan_memory(config, length, 1, getattr(torch, compute), recompute)
+        assert sum(parts.values()) == pytest.approx(int(grown), rel=0.15), (compute, parts)
 
 
 def test_a_plan_needs_neither_gpu_nor_weights(capsys, tmp_path):
