@@ -1,5 +1,6 @@
 """Lets `pytest` from the root import the top-level modules, and keeps torch from fighting over two cores."""
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -26,6 +27,34 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 RUN = ["home-data-for-ml-course", "spaceship-titanic", "leaf-classification"]    # tasks whose starters are run once
+SHARE = os.environ.get("ML_AGENT_SHARE")    # a folder; the runs of pytest that were given the same divide the files
+
+
+def part_of(item):
+    """What is not divided: a file, or those that need `data`, which takes long to draw."""
+    return "data" if item.path.name.startswith(("test_sandbox", "test_tasks")) else item.path.stem
+
+
+@functools.cache
+def is_ours(part):
+    """Whether this run of pytest is the first that comes to a part."""
+    try:
+        Path(SHARE, part).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def pytest_collection_modifyitems(items):
+    """The longest part comes first, so that the runs end together."""
+    if SHARE:
+        items.sort(key=lambda item: part_of(item) != "data")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """What another run has begun is passed over; True: nothing more is to be done with it."""
+    return True if SHARE and not is_ours(part_of(item)) else None
 
 
 @pytest.fixture(scope="session", autouse=True)
