@@ -422,10 +422,10 @@ def test_a_real_checkpoint_copies_a_script_in_fewer_passes():
     ask = [{"role": "user", "content": f"```python\n{script}```\nSet EPOCHS to 7. Answer with the whole script."}]
     story = [{"role": "user", "content": "Write a story about a fox."}]
     engine = load(os.environ["MLAGENT_MODEL"], "float32", "cpu", rows=2, context=256)
-    drafted = [g[0].tokens for g in engine.generate([ask, story], max_new_tokens=40, temperature=0)]
+    drafted = [g[0].tokens for g in engine.generate([ask, story], max_new_tokens=24, temperature=0)]
     assert engine.accepted_tokens > 5
     engine.draft = False
-    assert [g[0].tokens for g in engine.generate([ask, story], max_new_tokens=40, temperature=0)] == drafted
+    assert [g[0].tokens for g in engine.generate([ask, story], max_new_tokens=24, temperature=0)] == drafted
 
 
 def test_what_was_drafted_in_vain_is_not_reused(model, eager):
