@@ -314,7 +314,7 @@ TEXTS = ["The capital of France is", "def fibonacci(n):\n    if n < 2:\n        
 
 def test_real_checkpoint_has_the_logits_and_greedy_tokens_of_transformers(real, peer, tmp_path):
     """Logits of three prompts of 50 to 500 tokens within 1e-3, 32 greedy tokens of two of them identical, and a folder
-    that we save has the same logits there. Their greedy tokens are ours if after each of ours theirs is the next one."""
+    that we save has the same logits there. Their greedy tokens are ours if after each token theirs is our next one."""
     from sample import Engine
     model = Qwen2.from_pretrained(real)
     tokenizer = Tokenizer.from_pretrained(real)
