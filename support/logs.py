@@ -136,9 +136,9 @@ def peak_flops(device, dtype, threads=None):
         vendor = {"H100": 989e12, "H200": 989e12, "A100": 312e12}       # dense bfloat16
         name = torch.cuda.get_device_name(device)
         return next((flops for key, flops in vendor.items() if key in name), None)
-    x = torch.randn(1024, 1024, dtype=dtype)
-    seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=5))
-    return 2 * 1024**3 / seconds * (SLOTS.cpus if threads else 1)
+    x = torch.randn(512, 512, dtype=dtype)      # no larger: a CPU without units for bfloat16 takes 0.3 s
+    seconds = min(timeit.repeat(lambda: x @ x, number=1, repeat=4))
+    return 2 * 512**3 / seconds * (SLOTS.cpus if threads else 1)
 
 
 def flops_of(config, rows):

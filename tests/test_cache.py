@@ -67,7 +67,7 @@ def test_an_entry_whose_files_are_gone_is_none(make):
 def test_what_a_run_depends_on_is_in_its_key(make, task, monkeypatch):
     trajectory = make()
     keys = {trajectory._key("train.py", {"train.py": "1"})}
-    for change in (lambda: setattr(task, "time_limit_s", 2.0), lambda: setattr(task, "memory_limit_bytes", 2 << 30),
+    for change in (lambda: setattr(task, "time_limit_s", 0.5), lambda: setattr(task, "memory_limit_bytes", 2 << 30),
                    lambda: setattr(trajectory, "threads", 2), lambda: setattr(trajectory, "gpu", "0"),
                    lambda: setattr(trajectory, "sandbox", "off"),
                    lambda: trajectory.info.update(sha256={"public/train.csv": "2"}),
