@@ -155,7 +155,7 @@ PROBLEM = """Task: {task.id}
 
 The workspace holds {task.entry} (the script to improve) and data/ (read-only). The metric is {task.metric}; \
 {better} is better. You have {steps} steps and {minutes:.0f} minutes; one run of a script may take \
-{limit:.0f} s."""
+{limit:g} s."""
 NOTHING = {     # Env.seen, of which small models' prompts consist, at the start
     "news": "nothing", "change": {}, "best_printed": None, "best_script": None, "tried": [], "tries": []}
 

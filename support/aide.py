@@ -108,7 +108,7 @@ SKETCHES = {
 RULES = """\
 - The script implements the sketch and **prints the metric on validation data that are held out from training**.
 - It is one file, complete, and runs as it is; no part is left out.
-- One run must end within {limit:.0f} s. After this one {steps} steps and {minutes:.0f} min are left.
+- One run must end within {limit:g} s. After this one {steps} steps and {minutes:.0f} min are left.
 - The data are ready in `data/`, which is read-only. Do not propose exploratory data analysis.
 - **The script must write the predictions for the test data to `submission.csv` in the current folder**, in the form \
 that the task asks for. Only that file is graded. Every script starts in an empty folder.
@@ -284,8 +284,8 @@ class Env(env.Env):
         self.shown = build_prompt(self.operator, self.task, self.parent_script, output, {
             "Memory": "\n\n---\n\n".join(memory), "Data overview": data,
             "Installed packages": f"Among others: {names}. Nothing can be installed or downloaded.",
-            "Implementation": RULES.format(limit=min(self.time_limit_s, max(1, left_s)), steps=self.steps_left - 1,
-                                           minutes=left_s / 60)})
+            "Implementation": RULES.format(limit=min(self.time_limit_s, max(1, round(left_s))),
+                                           steps=self.steps_left - 1, minutes=left_s / 60)})
         return self.shown
 
     def read(self, reply):
@@ -335,7 +335,7 @@ class Env(env.Env):
         self.files = {entry: self.blobs.put(script.encode())}
         result = self._run_in_step(step, entry).result
         parts = [text for text in (result.stdout.strip(), result.stderr.strip()) if text]
-        parts.append(f"Execution time: {result.seconds:.1f} s (limit: {self.time_limit_s:.0f} s).")
+        parts.append(f"Execution time: {result.seconds:.1f} s (limit: {self.time_limit_s:g} s).")
         if step.outcome not in ("ok", "error"):     # of an error the output tells
             parts.append(result.detail)
         output = shorten("\n".join(parts), env.MAX_OBSERVATION)
