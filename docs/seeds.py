@@ -2,7 +2,10 @@
 
     for seed in 1 2 3 4 5; do
         mkdir -p runs/seed-$seed
-        (cd runs/seed-$seed && for program in sft rl eval; do python ../../$program.py --seed $seed; done)
+        (cd runs/seed-$seed
+         python ../../sft.py --seed $seed
+         python ../../rl.py --seed $seed
+         python ../../eval.py --seed $seed --trajectories 10)
     done
     python docs/seeds.py runs/seed-*/runs/eval
 
