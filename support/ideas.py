@@ -3,8 +3,6 @@ import math, re, zlib
 from pathlib import Path
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics.pairwise import linear_kernel
 
 import tasks
 from support.cli import RunError
@@ -69,6 +67,7 @@ def ask_ideas(cfg, task, expert):
 
 def tfidf_vectors(texts):
     """Returns a sparse matrix with a row of length 1 for each text."""
+    from sklearn.feature_extraction.text import TfidfVectorizer     # takes a second, which most programs save
     return TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts)
 
 
@@ -76,6 +75,7 @@ def farthest(vectors, k):
     """Returns the indices of k rows far apart, k at least 2: the two most distant, then again and again the row whose
     nearest chosen one is farthest (Gonzalez 1985). Ties go to the first row. vectors: (N, C), rows of length 1, sparse
     or not."""
+    from sklearn.metrics.pairwise import linear_kernel
     distance = np.sqrt(np.maximum(2 - 2 * linear_kernel(vectors), 0))       # |a - b|^2 = 2 - 2ab
     distance[distance < 1e-7] = 0                           # what rounding leaves of equal rows must not choose
     chosen = list(dict.fromkeys(np.unravel_index(distance.argmax(), distance.shape)))     # rows all equal: only 0

@@ -31,7 +31,7 @@ VOCABULARY = 512        # ids of its tokenizer
 TINY = {                # settings of the whole demonstration
     "model": "tiny",
     "prompt_format": "short", "actions": SHORT_ACTIONS, "fields": SHORT_FIELDS, "context": 320, "max_new_tokens": 64,
-    "num": 3, "steps": AGENT_STEPS, "max_row_tokens": 512, "batch": 8, "lr": 1.5e-3, "beta2": 0.95,
+    "num": 3, "steps": AGENT_STEPS, "max_row_tokens": 1024, "batch": 8, "lr": 1.5e-3, "beta2": 0.95,
     "warmup": 20, "save_every": 500}
 
 

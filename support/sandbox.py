@@ -33,7 +33,7 @@ GRACE_S = 30        # for so long after its limits a supervisor is waited for
 
 # what a warm server imports, by what a script's text mentions; torch.optim imports the last one when it is used
 TABLES = ("numpy", "pandas", "scipy.sparse", "sklearn.ensemble", "sklearn.linear_model", "sklearn.neural_network",
-          "sklearn.model_selection", "sklearn.pipeline", "sklearn.feature_extraction.text")
+          "sklearn.model_selection", "sklearn.pipeline", "sklearn.feature_extraction.text", "PIL.JpegImagePlugin")
 IMPORT_S = 10       # processor time that libraries may take, which a warm script has imported already
 WARM = {rb"\btorch": (*TABLES, "torch", "torch._dynamo"), rb"\b(numpy|pandas|scipy|sklearn)\b": TABLES}
 
