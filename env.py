@@ -28,7 +28,7 @@ import tasks
 from reward import best_of, reward
 from support import cli, prompts, scripts, storage, workspace
 from support.files import is_text, shorten
-from support.sandbox import NO_SPACE, SLOTS, Result, comes_again, describe, discard, execute, protection
+from support.sandbox import IMPORT_S, NO_SPACE, SLOTS, Result, comes_again, describe, discard, execute, protection
 from support.scripts import InvalidAction
 from support.storage import Blobs, ResultCache, check_state, without_undo
 
@@ -55,7 +55,7 @@ MAX_LISTED = 100                        # names of one List Files
 MAX_CODER = 20_000                      # characters that Understand File shows to the coder
 WHOLE_SCRIPT = "Answer with the whole changed script in one ```python block."   # ends a question for a script
 CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder refused
-WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; so many times that by the clock
+WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; by the clock so many times that
 
 
 # -- Prompts
@@ -693,7 +693,7 @@ class Env(workspace.Workspace):
 
     def score(self):
         """Runs the entry script in a copy of the workspace. Returns (graded score or None, Result)."""
-        result, score, _ = self._cached_run(self.task.entry, WALL_FACTOR * self.allowed_s)
+        result, score, _ = self._cached_run(self.task.entry, WALL_FACTOR * (self.allowed_s + IMPORT_S))
         return score, result
 
     def _score_edit(self, step):
@@ -714,7 +714,7 @@ class Env(workspace.Workspace):
     def _run_in_step(self, step, script):
         """Runs a script in the time that is left, with the results in the step; returns the Run."""
         time_left = self.deadline - time.monotonic()
-        run = self._cached_run(script, max(0.0, min(WALL_FACTOR * self.allowed_s, time_left)))
+        run = self._cached_run(script, max(0.0, min(WALL_FACTOR * (self.allowed_s + IMPORT_S), time_left)))
         step.outcome = run.result.outcome
         step.detail = run.result.detail
         step.kind = OUTCOMES[run.result.outcome][0]

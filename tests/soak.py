@@ -214,6 +214,8 @@ def made(home, limit, memory):
     """A function that makes an Env on a tiny task, with files of its own below `home`."""
     add_task(home / "tasks", "soak", 10, "held-in", STARTER)
     folders = tasks.FOLDERS
+    import_s = env_module.IMPORT_S
+    env_module.IMPORT_S = 0         # the scripts import nothing that is slow
     tempfile.tempdir = str(home / "tmp")
     tasks.FOLDERS = [home / "tasks"]
     (home / "tmp").mkdir()
@@ -228,6 +230,7 @@ def made(home, limit, memory):
         yield make
     finally:
         tasks.FOLDERS = folders
+        env_module.IMPORT_S = import_s
         tempfile.tempdir = None
 
 
