@@ -31,16 +31,47 @@ import weakref
 from collections import namedtuple
 from types import SimpleNamespace
 
+# -- Names of the kernel's numbers
+
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
-MS_NOSUID_NODEV = 2 | 4
+SECCOMP_MODE_FILTER = 2
+PF_EXITING = 4
+
+CLONE_FILES = 1 << 10
+CLONE_THREAD = 1 << 16
+CLONE_NEWNS = 1 << 17
+CLONE_NEWIPC = 1 << 27
+CLONE_NEWUSER = 1 << 28
+CLONE_NEWPID = 1 << 29
+CLONE_NEWNET = 1 << 30
+
+MS_NOSUID = 2
+MS_NODEV = 4
 MS_NOEXEC = 8
-MS_BIND_REC = 1 << 12 | 1 << 14
-READ_ONLY = 1           # MOUNT_ATTR_RDONLY
-NO_SETUID = 2           # MOUNT_ATTR_NOSUID
+MS_BIND = 1 << 12
+MS_REC = 1 << 14
+MS_PRIVATE = 1 << 18
+MOUNT_ATTR_RDONLY = 1
+MOUNT_ATTR_NOSUID = 2
+AT_RECURSIVE = 0x8000
+
+LANDLOCK_GET_VERSION = 1
+LANDLOCK_PATH_BENEATH = 1
+LANDLOCK_TCP = 3
+LANDLOCK_SIGNALS_AND_ABSTRACT_SOCKETS = 3
+LANDLOCK_EXECUTE = 1
+LANDLOCK_WRITE_FILE = 2
+LANDLOCK_READ_FILE = 4
+LANDLOCK_READ_DIR = 8
+LANDLOCK_MAKE_CHAR = 1 << 6
+LANDLOCK_MAKE_BLOCK = 1 << 11
+LANDLOCK_TRUNCATE = 1 << 14
+LANDLOCK_IOCTL_DEV = 1 << 15
+
 SOCKET_BYTES = 212_992  # the most that one holds
 PIPE_BYTES = 65_536
 MAX_FILES = 1024        # that a process opens
@@ -94,7 +125,7 @@ ARGUMENTS = {
         ("prlimit64", 1, "is", resource.RLIMIT_RTTIME),     # the mark of a run
         ("setrlimit", 0, "is", resource.RLIMIT_RTTIME),
         ("close_range", 2, "has", 2),       # CLOSE_RANGE_UNSHARE: a thread's own files, where nobody looks for sockets
-        ("clone", 0, 0x10400, 0x10000)],    # CLONE_THREAD without CLONE_FILES: the same
+        ("clone", 0, CLONE_FILES | CLONE_THREAD, CLONE_THREAD)],
     "any layer": [
         ("prlimit64", 0, "is not", 0),      # limits of another process
         ("socket", 0, "is not", socket.AF_UNIX),
@@ -106,7 +137,7 @@ ARGUMENTS = {
         ("fcntl", 1, "is", 1036),
         ("fcntl", 1, "is", 1038),
         ("mmap", 3, "has", 0x40000),        # MAP_HUGETLB is not counted as resident
-        ("clone", 0, "has", 0x10000000)],   # CLONE_NEWUSER
+        ("clone", 0, "has", CLONE_NEWUSER)],
     "no GPU": [
         ("mmap", 3, "has", 0x21)],          # MAP_SHARED_ANONYMOUS may be kept unmapped
     "landlock alone": [
@@ -295,28 +326,28 @@ def rename(job):
 def build_root(job):
     """Makes the file tree and enters it."""
     root = job.root
-    call("mount", None, "/", None, 1 << 14 | 1 << 18, None)     # MS_REC | MS_PRIVATE
-    call("mount", "tmpfs", root, "tmpfs", MS_NOSUID_NODEV, "mode=755,size=1m")
+    call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)
+    call("mount", "tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
     for path, _ in job.shown:
         show(path, root)
     os.makedirs(f"{root}/proc", exist_ok=True)
     try:
-        call("mount", "proc", f"{root}/proc", "proc", MS_NOSUID_NODEV | MS_NOEXEC, None)
+        call("mount", "proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
     except OSError:     # inside a container whose own /proc is masked
         for path in PROC:
             show(path, root)
     for path in MASKED:
         with contextlib.suppress(OSError):
-            call("mount", "/dev/null", root + path, None, MS_BIND_REC, None)
+            call("mount", "/dev/null", root + path, None, MS_BIND | MS_REC, None)
     with contextlib.suppress(OSError):      # for root too; from Linux 6.14 on, each world has its own
         write(f"{root}/proc/sys/kernel/pid_max", str(max(400, 4 * job.processes)))
     os.makedirs(f"{root}/dev/shm", exist_ok=True)
-    protect(root, READ_ONLY | NO_SETUID, 0)
-    call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID_NODEV,
+    protect(root, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0)
+    call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV,
          f"mode=1777,size={job.memory_bytes // 2},nr_inodes={job.memory_bytes >> 14}")      # an empty file takes 1 KiB
     for path, right in job.shown:
         if right == "write":
-            protect(root + path, 0, READ_ONLY)
+            protect(root + path, 0, MOUNT_ATTR_RDONLY)
     os.chroot(root)     # this also forbids namespaces below this one
 
 
@@ -326,12 +357,12 @@ def show(path, root):
     os.makedirs(target if os.path.isdir(path) else os.path.dirname(target), exist_ok=True)
     if not os.path.exists(target):
         write(target, "")
-    call("mount", path, target, None, MS_BIND_REC, None)
+    call("mount", path, target, None, MS_BIND | MS_REC, None)
 
 
 def protect(target, add, clear):
-    """Sets and clears attributes of a mount and of all below it (AT_RECURSIVE)."""
-    call("mount_setattr", 0, target, 0x8000, (ctypes.c_uint64 * 4)(add, clear), 32)
+    """Sets and clears attributes of a mount and of all below it."""
+    call("mount_setattr", 0, target, AT_RECURSIVE, (ctypes.c_uint64 * 4)(add, clear), 32)
 
 
 def be_first(script, ended):
@@ -347,17 +378,15 @@ def be_first(script, ended):
 
 
 def restrict_files(job):
-    version = call("landlock_create_ruleset", None, 0, 1)
+    version = call("landlock_create_ruleset", None, 0, LANDLOCK_GET_VERSION)
     if version < 3:     # it does not keep anyone from emptying a file
         raise OSError(errno.EOPNOTSUPP, "this kernel's Landlock does not know truncation; it is too old (Linux 6.2)")
     every = (1 << (15 if version < 5 else 16)) - 1
-    execute = 1
-    read_folder = 8
-    use_file = 2 | 4 | 1 << 14 | 1 << 15        # write, read, truncate, ioctl
-    make_device = 1 << 6 | 1 << 11
-    rights = {"read": execute | 4 | read_folder, "write": every & ~make_device, "device": use_file | read_folder}
-    # all of files; of the network, TCP; nothing outside by an abstract socket or a signal
-    handled = (ctypes.c_uint64 * 3)(every, 3, 3)
+    of_devices = LANDLOCK_READ_FILE | LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE | LANDLOCK_IOCTL_DEV
+    rights = {"read": LANDLOCK_EXECUTE | LANDLOCK_READ_FILE | LANDLOCK_READ_DIR,
+              "write": every & ~(LANDLOCK_MAKE_CHAR | LANDLOCK_MAKE_BLOCK),
+              "device": of_devices | LANDLOCK_READ_DIR}
+    handled = (ctypes.c_uint64 * 3)(every, LANDLOCK_TCP, LANDLOCK_SIGNALS_AND_ABSTRACT_SOCKETS)
     size = 8 if version < 4 else 16 if version < 6 else 24
     rules = call("landlock_create_ruleset", handled, size, 0)
     rest = {"/proc": "read", "/dev/shm": "write"}       # of its own world
@@ -367,16 +396,16 @@ def restrict_files(job):
         if os.path.exists(path):
             allowed = rights[right] & every
             if not os.path.isdir(path):
-                allowed &= use_file | execute
+                allowed &= of_devices | LANDLOCK_EXECUTE
             file = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            call("landlock_add_rule", rules, 1, struct.pack("=QI", allowed, file), 0)       # what lies beneath a path
+            call("landlock_add_rule", rules, LANDLOCK_PATH_BENEATH, struct.pack("=QI", allowed, file), 0)
     call("landlock_restrict_self", rules, 0)
 
 
 def put_up_filter(job):
     program = ctypes.create_string_buffer(filter_program(job.layers, job.gpu))
     rules = (ctypes.c_uint64 * 2)(len(program) // 8, ctypes.addressof(program))
-    prctl(PR_SET_SECCOMP, 2, rules)     # SECCOMP_MODE_FILTER
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, rules)
 
 
 def run_script(job):
@@ -405,18 +434,19 @@ def run_script(job):
     ctypes.pythonapi.fopen.restype = ctypes.c_void_p
     file = ctypes.c_void_p(ctypes.pythonapi.fopen(path, b"rb"))
     if ctypes.pythonapi.PyRun_SimpleFileExFlags(file, path, 1, None) == 0:
-        if sys.stdout is sys.__stdout__ and sys.stderr is sys.__stderr__:       # else the end may fail to write
-            sys.last_object = LastObject()
+        streams = [vars(sys).get(name) for name in ("stdout", "stderr")]
+        if streams == [sys.__stdout__, sys.__stderr__] and None not in streams:     # else the end may fail to write
+            sys.last_object = LastObject(streams)
     elif sys.last_type is not KeyboardInterrupt:
         sys.exit(1)     # the interpreter ends an interrupted one by the signal
 
 
 class LastObject:
-    """What a script that has come to its end keeps in `sys`, which the interpreter takes apart last. It ends the process
-    there: what the interpreter still does would touch, and so copy, every name that forks share (40 ms)."""
+    """What a script that has come to its end keeps in `sys`, which the interpreter takes apart last. It ends the
+    process there: what is left to do would touch, and so copy, every name that forks share (25 to 50 ms)."""
 
-    def __init__(self):
-        self.streams = [stream for stream in (sys.stdout, sys.stderr) if not stream.closed]
+    def __init__(self, streams):
+        self.streams = [stream for stream in streams if not stream.closed]
         self.libc = libc        # the names of this file are gone at the end
 
     def __del__(self):
@@ -472,8 +502,8 @@ def start(job):
     if job.boxed:
         user = os.geteuid()
         group = os.getegid()
-        # CLONE_NEWNS, IPC, USER, PID, which is for children, NET
-        call("unshare", 1 << 17 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 30)
+        # the last one is for children
+        call("unshare", CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWPID)
         write("/proc/self/setgroups", "deny")
         write("/proc/self/uid_map", f"{user} {user} 1")
         write("/proc/self/gid_map", f"{group} {group} 1")
@@ -631,7 +661,7 @@ def held_bytes(processes):
                     links.add(os.readlink(f"{folder}/{name}"))
         except PermissionError:     # it hides them, or has ended unwaited for: then it has none
             with contextlib.suppress(OSError):
-                if not int(stat_of(process.folder)[6]) & 4:     # PF_EXITING
+                if not int(stat_of(process.folder)[6]) & PF_EXITING:
                     hidden += MAX_FILES * SOCKET_BYTES
         except OSError:             # it has ended
             pass

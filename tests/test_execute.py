@@ -699,6 +699,7 @@ LIKE_COLD = {   # every text mentions numpy, so that a warm process takes it
     """,
     "full disk at the end": "import sys, numpy\nsys.stdout = open('/dev/full', 'w')\nprint(1)",
     "closed output": "import sys, numpy\nsys.stdout.close()",
+    "no output": "import sys, numpy\ndel sys.stdout",
     "daemon thread": "import threading, time, numpy\n"
                      "threading.Thread(target=time.sleep, args=(99,), daemon=True).start()",
     "output of its own": "# numpy\nimport sys\nsys.stdout = open('log', 'w')\nprint('numpy')",
