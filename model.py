@@ -20,11 +20,13 @@ import support  # noqa: F401  before torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from support.pretrained import SHARD_BYTES, check_config, find_folder, load_tensors, read_json, write_checkpoint
+
+if torch.cuda.is_available():       # it brings the compiler, which takes two seconds to import
+    from torch.nn.attention.varlen import varlen_attn
 
 # cuDNN makes a plan for every new shape of an attention, which takes 40 to 400 ms, and shapes change at each pass.
 torch.backends.cuda.enable_cudnn_sdp(False)
