@@ -407,7 +407,7 @@ def imagined_conversations(cfg):
     conversations = []
     for i in range(NUM_IMAGINED):
         lines = []
-        for _ in range(rng.randint(3, 6)):
+        for _ in range(rng.randint(1, 6)):
             name = made_up_name(rng, rng.randint(1, 2))
             lines.append(f"{name} = {rng.choice(rng.choice((WHOLE, BROKEN)))}")
         metric = rng.choice(held_in_words()[0])
@@ -420,17 +420,19 @@ def imagined_conversations(cfg):
 
 # -- Disguised states: RL with a policy that cannot know the task learns what holds on all of them
 
-CONSTANT_LINE = re.compile(r"^(\d+) (\w+) (= .*)$", re.MULTILINE)
+CONSTANT_LINE = re.compile(r"^(\d+) (\w+)( = \S+(.*))$", re.MULTILINE)   # number, name, value with what is untried
 
 
 class Disguised:
-    """An Env with short prompts in disguise: another metric, other names of the constants and, as they are in the order
-    of their names, other numbers. A trajectory keeps its disguise."""
+    """An Env with short prompts in disguise: another metric, and one of the constants alone, with another name and as
+    number 1. So the actions of a state differ in how they change it: what they earn tells nothing of a task's constants,
+    and few scripts are run. A trajectory keeps the names."""
 
     def __init__(self, env, seed):
         self.env = env
         self.seed = seed
-        self.numbers = {}       # number or name in the prompt -> number in the script
+        self.name = None        # that the constant has in the prompt
+        self.number = None      # that it has in the script
         self.read_plain = env.read
         env.read = self.read
 
@@ -439,39 +441,32 @@ class Disguised:
 
     def prompt(self):
         """Returns the messages that the policy sees."""
-        rng = random.Random(self.seed)
         content = self.env.prompt()[-1]["content"]
         lines = list(CONSTANT_LINE.finditer(content))
-
-        # 1. Names and numbers.
-        names = set()
-        while len(names) < len(lines):
-            names.add(made_up_name(rng, 1))
-        shuffled = rng.sample(lines, len(lines))
-        self.numbers = {str(new): line[1] for new, line in enumerate(shuffled, 1)}
-        shown = {old: new for new, old in self.numbers.items()}
-        self.numbers |= {name: line[1] for line, name in zip(shuffled, sorted(names))}
-        constant_lines = [f"{shown[line[1]]} {name} {line[3]}" for line, name in zip(shuffled, sorted(names))]
-
-        # 2. The text with them, in which the last action may name a number, too.
         if lines:
-            content = content[:lines[0].start()] + "\n".join(constant_lines) + content[lines[-1].end():]
-        content = re.sub(r"(?<=Set Constant )\d+", lambda match: shown.get(match[0], match[0]), content)
-        metric = rng.choice(held_in_words()[0])
+            # 1. A constant with something untried: that of the last change, or any.
+            last = re.search(r"Set Constant (\d+)", content)
+            offered = [line for line in lines if line[4]] or lines
+            changed = [line for line in offered if last and line[1] == last[1]]
+            line = random.Random(f"{self.seed} {self.env.index}").choice(changed or offered)
+            self.number = line[1]
+            self.name = made_up_name(random.Random(f"{self.seed} {self.number}"), 1)
+
+            # 2. Its line in place of all, and its number where the last action is told.
+            content = f"{content[:lines[0].start()]}1 {self.name}{line[3]}{content[lines[-1].end():]}"
+            content = re.sub(rf"(?<=Set Constant ){self.number}\b", "1", content)
+        metric = random.Random(self.seed).choice(held_in_words()[0])
         return [{"role": "user", "content": metric + content[content.index(", "):]}]
 
-    @staticmethod
-    def luck(pieces):
-        """Returns the positions of those tokens of a reply, given as bytes, that name a constant. Which constant has a
-        number was drawn, so from what an action earned a policy would learn to prefer some numbers by chance."""
-        return [i for i in range(len(pieces)) if b"".join(pieces[:i]).endswith(b'"constant": "')]
-
     def read(self, reply):
-        """Returns what Env.read does of a reply to the last prompt, with the script's number of a constant."""
+        """Returns what Env.read does of a reply to the last prompt, with the script's number of the constant."""
         values, action, args, error = self.read_plain(reply)
-        if "constant" in args:
-            shown = str(args["constant"]).strip().lstrip("0")
-            args["constant"] = self.numbers.get(shown, args["constant"])
+        if not error and self.number and "constant" in args:
+            named = args["constant"].strip().lstrip("0")
+            if named in ("1", self.name):
+                args["constant"] = self.number
+            else:
+                error = f"There is no constant {shorten(named, 60)}; there is 1 {self.name}."
         return values, action, args, error
 
 
