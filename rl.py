@@ -30,7 +30,7 @@ from support.distributed import (
     load_state, map_rows, optimizer_step, packed_rows, rank0_broadcast, rank_and_size, row_threads, save_state)
 from support.miniature import Disguised
 from support.play import LEARNED_SEEDS, ask_coder_model, make_env, prepare_tasks, read_agent, write_agent
-from support.pool import hash_inputs, hold_back, load_pool, sample_states
+from support.pool import BASE_CHANCE, hash_inputs, hold_back, load_pool, sample_states
 from support.records import AGENT, restore_record
 from support.sandbox import SLOTS, protection
 from support.storage import ResultCache
@@ -208,7 +208,7 @@ class RolloutWorker:
         if not self.cfg.has_critic:     # prefer states whose actions earned different rewards
             rewards = group_rewards(transitions)
             for transition in transitions:
-                self.chances[transition.state] = 0.1 + 2 * pstdev(rewards[transition.group])
+                self.chances[transition.state] = BASE_CHANCE + 2 * pstdev(rewards[transition.group])
         counts = sum(gather([self.counts() - before]), Counter())
         return transitions, logs.rollout_stats(counts, self.chances, sampled - began, executed - sampled)
 

@@ -13,7 +13,8 @@ from support.records import steps_of
 from support.storage import Blobs, MissingBlob, check_state
 
 
-UNSEEN = 0.3    # chance of a state that was not sampled yet; rl.py gives 0.1 to 1.1, more to whole trajectories
+BASE_CHANCE = 0.3   # of a state that was not sampled yet, or whose actions all earned the same: a policy that is not
+                    # shown a state for an iteration may lose it there, such as a first reply. rl.py adds up to 1 to it
 VALIDATION_STATES = 16      # that --validate-every looks at
 
 
@@ -106,17 +107,17 @@ def hold_back(pool):
 
 def sample_states(pool, num, rng, chances, fits):
     """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
-    chances: {name: relative chance}, UNSEEN where there is none. fits(name, its place in the list) returns False where
+    chances: {name: relative chance}, BASE_CHANCE where there is none. fits(name, its place in the list) returns False where
     it sets the chance to 0. RunError: no state has a chance any more."""
     names = []
     turn = []
     while len(names) < num:
-        live = [task for task in sorted(pool) if any(chances.get(name, UNSEEN) for name in pool[task])]
+        live = [task for task in sorted(pool) if any(chances.get(name, BASE_CHANCE) for name in pool[task])]
         if not live:
             raise RunError("no state of the pool can be played any more; the reasons stand above")
         turn = [task for task in turn if task in live] or rng.sample(live, len(live))
         states = list(pool[turn[-1]])
-        name = rng.choices(states, [chances.get(name, UNSEEN) for name in states])[0]
+        name = rng.choices(states, [chances.get(name, BASE_CHANCE) for name in states])[0]
         if fits(name, len(names)):
             names.append(name)
             turn.pop()

@@ -22,7 +22,7 @@ RL_SMALL = dict(advantage="rloo", states=8, samples=8, minibatches=2, lr=3e-6, k
                 max_batch=16, save_every=5, context=MEDIUM_AGENT["context"],
                 max_new_tokens=MEDIUM_AGENT["max_new_tokens"])
 RL = {      # --preset: what differs from the defaults, which are those of 7B
-    "tiny": dict(advantage="rloo", iterations=10, states=32, samples=8, epochs=2, minibatches=2, lr=4e-4, kl=0.05,
+    "tiny": dict(advantage="rloo", iterations=12, states=32, samples=8, epochs=2, minibatches=2, lr=4e-4, kl=0.05,
                  max_row_tokens=704, max_batch=64),
     "0.5b": RL_SMALL,
     "1.5b": {**RL_SMALL, "lr": 2e-6, "max_batch": 8},

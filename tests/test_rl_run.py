@@ -162,7 +162,7 @@ def test_draws_are_balanced_over_tasks_and_weighted_within():
     found = {"one": {"a": "A"}, "two": {"b": "B", "c": "C"}, "many": {str(i): i for i in range(50)}}
     rng = random.Random(0)
     draw = lambda num, chances: pool.sample_states(found, num, rng, chances, lambda state, group: True)
-    names = draw(3 * 400, {"b": 3 * pool.UNSEEN})
+    names = draw(3 * 400, {"b": 3 * pool.BASE_CHANCE})
     count = lambda some: sum(name in some for name in names)
     assert count("a") == count("bc") == 400 and len(set(names)) > 48
     assert 270 < count("b") < 330                               # 3 of 4: 300, and its standard deviation is 8.7
@@ -195,7 +195,7 @@ def test_learnable_states_are_those_whose_rewards_varied(made):
     rollout = playing(made, engine, advantage="rloo", states=2)
     samples = rolled_out(rollout)
     assert [one.reward for one in samples] == [0.5, 0.0, 0.0, 0.0]
-    assert rollout.chances == {samples[0].state: pytest.approx(0.1 + 2 * 0.25), samples[2].state: 0.1}
+    assert rollout.chances == {samples[0].state: pytest.approx(0.3 + 2 * 0.25), samples[2].state: 0.3}
     rollout = playing(made, engine, states=2)
     assert rolled_out(rollout) and rollout.chances == {}
 
