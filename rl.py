@@ -113,6 +113,7 @@ class Transition:
     tokens: list        # token ids of the action, with the end of turn
     logp_sampler: list  # their log-probs when they were sampled
     step: dict          # env.Step as a dict
+    luck: list          # positions of the tokens that have no advantage, see miniature.Disguised
     advantage: float | None = None      # the mean over its tokens; None where it is not learned from
 
     @property
@@ -242,7 +243,9 @@ class RolloutWorker:
             error.add_note(f"It happened in the state {name}.")
             raise
         episode_id = group * self.cfg.samples + number
-        return Transition(name, group, episode_id, prompt, reply.tokens, reply.logps, step)
+        pieces = [self.engine.tokenizer.bytes[token] for token in reply.tokens]
+        luck = env.luck(pieces) if isinstance(env, Disguised) else []
+        return Transition(name, group, episode_id, prompt, reply.tokens, reply.logps, step, luck)
 
     def play_episode(self, name, group, number, iteration):
         """Returns the Transitions of a trajectory from the start; it ends where it outgrows the context."""
@@ -602,6 +605,7 @@ def iterate(cfg, worker, trainer, iteration):
         max_change = VALUE_CLIP * (cfg.steps if cfg.rollout == "episode" else 1)
         stats |= trainer.update_critic(examples, ret, values, batches, max_change)
     for transition, token_adv in zip(learned, adv):
+        token_adv[transition.luck] = 0.0
         transition.advantage = token_adv.mean().item()
     is_weight = importance_weights(logp_old, logp_sampler)
     stats |= trainer.update_actor(examples, logp_old, adv, is_weight, batches, None if trainer.critic else logp_ref)

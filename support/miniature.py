@@ -425,14 +425,13 @@ CONSTANT_LINE = re.compile(r"^(\d+) (\w+)( = \S+(.*))$", re.MULTILINE)   # numbe
 
 class Disguised:
     """An Env with short prompts in disguise: another metric, and one of the constants alone, with another name and as
-    number 1. So the actions of a state differ in how they change it: what they earn tells nothing of a task's constants,
-    and few scripts are run. A trajectory keeps the names."""
+    number 1; any number means it. So the actions of a state differ in how they change it: what they earn tells nothing
+    of a task's constants, and few scripts are run. A trajectory keeps the names."""
 
     def __init__(self, env, seed):
         self.env = env
         self.seed = seed
-        self.name = None        # that the constant has in the prompt
-        self.number = None      # that it has in the script
+        self.number = None      # that the constant has in the script
         self.read_plain = env.read
         env.read = self.read
 
@@ -450,23 +449,25 @@ class Disguised:
             changed = [line for line in offered if last and line[1] == last[1]]
             line = random.Random(f"{self.seed} {self.env.index}").choice(changed or offered)
             self.number = line[1]
-            self.name = made_up_name(random.Random(f"{self.seed} {self.number}"), 1)
+            name = made_up_name(random.Random(f"{self.seed} {self.number}"), 1)
 
             # 2. Its line in place of all, and its number where the last action is told.
-            content = f"{content[:lines[0].start()]}1 {self.name}{line[3]}{content[lines[-1].end():]}"
+            content = f"{content[:lines[0].start()]}1 {name}{line[3]}{content[lines[-1].end():]}"
             content = re.sub(rf"(?<=Set Constant ){self.number}\b", "1", content)
         metric = random.Random(self.seed).choice(held_in_words()[0])
         return [{"role": "user", "content": metric + content[content.index(", "):]}]
 
+    @staticmethod
+    def luck(pieces):
+        """Returns the positions of those tokens of a reply, given as bytes, that name the constant. They are not judged,
+        so they have no advantage: else a policy comes to prefer number 1, also where there are others."""
+        return [i for i in range(len(pieces)) if b"".join(pieces[:i]).endswith(b'"constant": "')]
+
     def read(self, reply):
         """Returns what Env.read does of a reply to the last prompt, with the script's number of the constant."""
         values, action, args, error = self.read_plain(reply)
-        if not error and self.number and "constant" in args:
-            named = args["constant"].strip().lstrip("0")
-            if named in ("1", self.name):
-                args["constant"] = self.number
-            else:
-                error = f"There is no constant {shorten(named, 60)}; there is 1 {self.name}."
+        if self.number and "constant" in args:
+            args["constant"] = self.number
         return values, action, args, error
 
 
