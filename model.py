@@ -27,7 +27,6 @@ from support.pretrained import SHARD_BYTES, check_config, find_folder, load_tens
 
 if torch.cuda.is_available():       # it brings the compiler, which takes two seconds to import
     from torch.nn.attention.varlen import varlen_attn
-
 # cuDNN makes a plan for every new shape of an attention, which takes 40 to 400 ms, and shapes change at each pass.
 torch.backends.cuda.enable_cudnn_sdp(False)
 

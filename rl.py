@@ -242,10 +242,9 @@ class RolloutWorker:
         except Exception as error:
             error.add_note(f"It happened in the state {name}.")
             raise
-        episode_id = group * self.cfg.samples + number
         pieces = [self.engine.tokenizer.bytes[token] for token in reply.tokens]
         luck = env.luck(pieces) if isinstance(env, Disguised) else []
-        return Transition(name, group, episode_id, prompt, reply.tokens, reply.logps, step, luck)
+        return Transition(name, group, group * self.cfg.samples + number, prompt, reply.tokens, reply.logps, step, luck)
 
     def play_episode(self, name, group, number, iteration):
         """Returns the Transitions of a trajectory from the start; it ends where it outgrows the context."""

@@ -266,7 +266,7 @@ def transitions_of(config, prefix, branches, num_states):
             step = {"reward": reward, "kind": "scored", "outcome": "ok", "action": "Execute Script", "valid": True}
             tokens = random_tokens(length, config.vocab_size, len(found))
             logps = (-5.0 + torch.randn(length, generator=generator) / 2).tolist()
-            found.append(rl.Transition(f"state {state}", state, len(found), prompt, tokens, logps, step))
+            found.append(rl.Transition(f"state {state}", state, len(found), prompt, tokens, logps, step, []))
     return found
 
 

@@ -474,6 +474,26 @@ def test_only_what_the_policy_chose_has_a_gradient():
         assert (kept[name].grad[0].abs().sum(-1) > 0).tolist() == expected, name
 
 
+def test_a_token_of_luck_has_no_advantage():
+    """The others of its action keep theirs, and the divergence counts it still."""
+    trainer = trainer_of(SMALL, SIZE, spread=0.1, advantage="rloo", kl=0.1)
+    samples = some_samples(4)
+    for one in samples:
+        one.luck = [0]
+    plain, _ = estimate(trainer, samples, [torch.zeros(len(one.tokens)) for one in samples], None, None)
+    given = []
+
+    def update(examples, logp_old, adv, is_weight, batches, logp_ref):
+        given.extend([adv, logp_ref])
+        return {}
+    trainer.update_actor = update
+    learn(trainer, samples)
+    adv, logp_ref = given
+    for one, before, after, ref in zip(samples, plain, adv, logp_ref):
+        assert before[0] != 0 == after[0] and torch.equal(before[1:], after[1:])
+        assert len(ref) == len(one.tokens)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_an_update_and_its_figures_equal_a_plain_loop(method):
     """Sample by sample and token by token, from whole logits, with ratios far from 1."""

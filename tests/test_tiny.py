@@ -61,9 +61,8 @@ def test_a_short_prompt_by_hand(short):
 
 
 def test_a_state_in_disguise_shows_one_constant_and_does_what_is_meant(short):
-    """One of the toy task's three, as number 1 and under another name; what the policy says of it reaches the constant,
-    what it says of others is refused, and the news speak of number 1 too. The next steps show others, or that of the
-    last change."""
+    """One of the toy task's three, as number 1 and under another name. Whatever number the policy names reaches it, and
+    has no part in the advantage; the news speak of number 1 too."""
     folder, s = short
     agent = {name: getattr(s, name) for name in records.AGENT}
     form = re.compile(r"(.+), lower is better, (\d) steps left\nBest: (.+)\n1 (\w+) (.+)\nLast: (.+)")
@@ -73,26 +72,24 @@ def test_a_state_in_disguise_shows_one_constant_and_does_what_is_meant(short):
     for seed in range(16):
         world = env.Env("toy-a", folder / "data" / "seed-1", out=folder / "disguised", **agent)
         disguised = miniature.Disguised(world, seed)
-        metric, _, _, name, value, news = form.fullmatch(disguised.prompt()[0]["content"]).groups()
-        assert news == "nothing"
-        assert metric in {tasks.load(id).metric for id in tasks.names("held-in")}
         assert disguised.prompt() == disguised.prompt()
-        shown.add((metric, values[value], name))
-
-        refused = disguised.step('Action: Set Constant\nAction Input: {"constant": "2", "value": "*2"}')
-        assert not refused.valid and refused.error == f"There is no constant 2; there is 1 {name}."
-        name, value = form.fullmatch(disguised.prompt()[0]["content"]).group(4, 5)
+        metric, _, _, name, value, news = form.fullmatch(disguised.prompt()[0]["content"]).groups()
+        assert metric in {tasks.load(id).metric for id in tasks.names("held-in")} and news == "nothing"
         number = values[value]
-        written = ('"constant": "1"', '"constant" :\n 1', '"constant": " 01"', f'"constant": "{name}"')[seed % 4]
-        reply = f'Action: Set Constant\nAction Input: {{{written}, "value": "*2"}}'
+        shown.add((metric, number, name))
+
+        reply = f'Action: Set Constant\nAction Input: {{"constant": "{1 + seed % 6}", "value": "*2"}}'
         step = disguised.step(reply)
         assert step.valid and step.args == {"constant": number, "value": "*2"} and step.reply == reply
         metric_now, left, best, name_now, value, news = form.fullmatch(disguised.prompt()[0]["content"]).groups()
-        assert (metric_now, left, name_now) == (metric, "6", name) and "after Set Constant 1 *2" in news
+        assert (metric_now, left, name_now) == (metric, "7", name) and "after Set Constant 1 *2" in news
         if number == "3":
             assert step.printed == 4 and best == "4, by this script" and value == "= 6 *2 /2 *5 /5"
             assert news == "4, after Set Constant 1 *2, again is untried"
     assert {number for _, number, _ in shown} == {"1", "2", "3"} and len({name for *_, name in shown}) > 12
+    pieces = [piece.encode() for piece in ("Action: Set Constant\nAction Input: {", '"', 'constant', '": "', "2", '", "',
+                                           "value", '": "', "*", "2", '"}')]
+    assert disguised.luck(pieces) == [4] and disguised.luck(pieces[:4]) == disguised.luck([b"Action: Undo"]) == []
 
 
 def test_every_prompt_can_be_made_again_from_the_record(short):
