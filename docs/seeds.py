@@ -1,11 +1,11 @@
 """The table of docs/miniature.md: several seeds of `python sft.py && python rl.py && python eval.py`, pooled.
 
-    for seed in 1 2 3 4 5; do
+    for seed in 6 7 8 9 10; do
         mkdir -p runs/seed-$seed
         (cd runs/seed-$seed
          python ../../sft.py --seed $seed
          python ../../rl.py --seed $seed
-         python ../../eval.py --seed $seed --trajectories 10)
+         python ../../eval.py --seed $seed --trajectories 20)
     done
     python docs/seeds.py runs/seed-*/runs/eval
 
