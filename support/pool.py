@@ -107,8 +107,8 @@ def hold_back(pool):
 
 def sample_states(pool, num, rng, chances, fits):
     """Returns the names of `num` States: the tasks in turn, in random order, and of each a state drawn by its chance.
-    chances: {name: relative chance}, BASE_CHANCE where there is none. fits(name, its place in the list) returns False where
-    it sets the chance to 0. RunError: no state has a chance any more."""
+    chances: {name: relative chance}, BASE_CHANCE where there is none. fits(name, its place in the list) returns False
+    where it sets the chance to 0. RunError: no state has a chance any more."""
     names = []
     turn = []
     while len(names) < num:
