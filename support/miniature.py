@@ -459,8 +459,8 @@ class Disguised:
 
     @staticmethod
     def luck(pieces):
-        """Returns the positions of those tokens of a reply, given as bytes, that name the constant. They are not judged,
-        so they have no advantage: else a policy comes to prefer number 1, also where there are others."""
+        """Returns the positions of those tokens of a reply, given as bytes, that name the constant. They have no
+        advantage, as any number means it: else a policy comes to prefer number 1, also where there are others."""
         return [i for i in range(len(pieces)) if b"".join(pieces[:i]).endswith(b'"constant": "')]
 
     def read(self, reply):
