@@ -104,7 +104,8 @@ def parse(cls, argv=None, fill=None):
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     if unknown:
         flag = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(flag, map(flag_of, defaults), n=3, cutoff=0.7)
+        known = list(map(flag_of, defaults))
+        near = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, cutoff=0.7)
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
         parser.error(f"there is no {flag}; {hint}")
     values = vars(typed)
@@ -128,6 +129,7 @@ def _parser(cls):
     help_texts = _comments(cls)
     types = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__, allow_abbrev=False,
+                                     usage="%(prog)s [--SETTING VALUE ...]; --help lists the settings",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
         kind = types[field.name]

@@ -65,6 +65,7 @@ def test_the_command_line_is_read_from_sys_argv(monkeypatch):
 def test_unknown_flag_lists_near_ones(capsys):
     said = fails(["--task", "leaf", "--max-new-token", "3"], capsys)
     assert "there is no --max-new-token" in said and "did you mean --max-new-tokens" in said
+    assert said.count("\n") == 2        # how it is used, and what is wrong
     assert "see --help" in fails(["--task", "leaf", "--zzzzqq"], capsys)
     assert "there is no stray" in fails(["--task", "leaf", "stray"], capsys)
     assert "did you mean --max-new-tokens" in fails(["--task", "leaf", "--max_new_tokens=9"], capsys)
