@@ -29,6 +29,7 @@ LAYERS = ("namespaces", "landlock")     # each is enough to hide the answers
 FILTER = "seccomp"                      # goes with either, for what they leave open
 GIB = 1 << 30
 INHERITED = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}     # CUDA may need it
+WALL_FACTOR = 4     # see wall_limit
 GRACE_S = 30        # for so long after its limits a supervisor is waited for
 
 # what a warm server imports, by what a script's text mentions; torch.optim imports the last one when it is used
@@ -136,7 +137,8 @@ def execute(script, cwd, *, timeout_s, memory_bytes, cpu_s=None, python=None, sa
     # 4. What came of it
     layers = "+".join(layers) or "off"
     if report is None:
-        return Result("killed", -9, "", "", time.monotonic() - started, 0, layers, "It attacked its supervisor.")
+        return Result("killed", -9, "", "", time.monotonic() - started, 0, layers,
+                      "Its supervisor is gone: the script attacked it, or the machine ended it.")
     limits = {"wall": ("timeout", f"It ran longer than its limit of {timeout_s:.3g} s."),
               "cpu": ("timeout", f"It used more than its limit of {cpu_s or 0:.3g} s of processor time."),
               "memory": ("out of memory", f"It used more than its limit of {memory_bytes / GIB:.2f} GiB."),
@@ -347,6 +349,11 @@ class _Server:
                     print(f"scripts of {self.key[0]} start cold, each imports its libraries anew: {answer}",
                           file=sys.stderr)
         return self.up
+
+
+def wall_limit(cpu_s):
+    """Returns the limit by the clock that goes with one of processor time, so that no busy machine ends a script."""
+    return WALL_FACTOR * (cpu_s + IMPORT_S)
 
 
 def libraries_of(text):

@@ -26,8 +26,8 @@ from support import sandbox
 from support.files import FLAG, NUMBER, TEXT, is_text, one_of, parse_json
 from tasks.metrics import accuracy, auc, log_loss, mae, map5, mcrmse, pearson, qwk, rmse, rmsle
 from tasks.raw import (
-    MissingRaw, copy_raw, copy_raw_folder, jpeg, misspelt, raw_csv, raw_files, readable, share_of_test, split_positions,
-    split_rows, write_csv, write_tables, write_zip)
+    MissingRaw, copy_raw, copy_raw_folder, jpeg, misspelt, raw_csv, raw_files, readable, settle, share_of_test,
+    split_positions, split_rows, write_csv, write_tables, write_zip)
 from tasks.submission import InvalidSubmission, matched, numbers, paired, read_submission, read_table, show
 
 # What an idea may be about: the closed set of "kind" in ideas.json.
@@ -250,10 +250,13 @@ def _may_stay(home, wanted, force, log):
     if not (home / "task.json").is_file():
         return False
     facts = info(home.name, home.parent)
+    if wanted["miniature"] and not facts["miniature"] and wanted.get("variant", facts["variant"]) != facts["variant"]:
+        raise ValueError(f"{home} holds real data of the variant {facts['variant']}; to prepare {wanted['variant']} "
+                         "give their publisher's files (--raw)")
     is_wanted = not force and all(facts.get(name) == value for name, value in wanted.items())
     is_kept = not facts["miniature"] and (is_wanted or wanted["miniature"])
     if is_kept:
-        stale = "" if facts["code"] == wanted["code"] else ", which another task.py or starter has prepared"
+        stale = "" if facts["code"] == wanted["code"] else ", which another version of the code has prepared"
         log(f"{home.name}: keeping the real data in {home}{stale}; give --raw and --force to prepare them again")
     if is_kept or is_wanted:
         answers = f"private/{load(home.name).answers}"
@@ -285,9 +288,7 @@ def _build(task, part, raw, facts, log, python):
                 raise
             raise MissingRaw(f"The files are not the publisher's: {error} ({type(error).__name__}). Get "
                              f"{task.download} ({task.size}) and put it there as it comes.") from error
-    for path in public.rglob("*"):
-        if path.is_file():
-            path.chmod(0o444)               # scripts see this very folder, so a slip must not write into it
+    settle(public)
 
     # 2. The starter's score.
     log(f"{task.id}: running the starter once")
@@ -310,8 +311,9 @@ def run_starter(task, home, python=sys.executable, script=None):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / task.entry).write_text(script or task.starter)
         (Path(folder) / "data").symlink_to((home / "public").resolve())
-        result = sandbox.execute(task.entry, folder, timeout_s=task.time_limit_s, python=python, sandbox="off",
-                                 memory_bytes=task.memory_limit_bytes, warm="wait")
+        result = sandbox.execute(task.entry, folder, cpu_s=task.time_limit_s, python=python,
+                                 timeout_s=sandbox.wall_limit(task.time_limit_s), warm="wait",
+                                 memory_bytes=task.memory_limit_bytes, sandbox="off")
         if result.outcome != "ok":
             hint = ""
             if "No module named" in result.stderr or "ImportError" in result.stderr:
@@ -365,7 +367,7 @@ def hash_path(path):
 
 def hash_code(task):
     """The hash of the code that prepares the task: what is prepared by another is stale."""
-    return hash_files(task.folder / "task.py", task.folder / task.entry)
+    return hash_files(task.folder / "task.py", task.folder / task.entry, Path(__file__).with_name("raw.py"))
 
 
 # -- Grading

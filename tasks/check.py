@@ -77,7 +77,7 @@ def changed_files(case):
         if not (case.home / name).exists() or tasks.hash_path(case.home / name) != sha:
             yield f"{name} is not what was prepared."
     if case.facts["code"] != tasks.hash_code(case.task):
-        yield f"It was prepared by an older task.py or {case.task.entry}; prepare it again."
+        yield "It was prepared by another version of the code; prepare it again."
 
 
 def changed_starter(case):
@@ -167,12 +167,14 @@ def shared_rows(case):
 
 
 def signals(case):
-    """The position in the test file and the order of the ids do not go with the target."""
+    """The position in the test file, the order of the ids, and places and times of the files named after them do not go
+    with the target."""
     if case.task.known_signal:
         return
     orders = {"position in the test file": range(case.num_rows)}
     if case.task.key:
         orders["id"] = case.gold[case.task.key]
+    orders |= file_orders(case)
     columns = pd.DataFrame({name: _numbers_or_texts(case.gold[name]) for name in case.targets})
     ranks = pd.get_dummies(columns).rank()      # a class becomes a column of its own
     for name, values in orders.items():
@@ -181,6 +183,17 @@ def signals(case):
         sigmas = math.atanh(min(strongest, 0.999999)) * math.sqrt(max(case.num_rows - 3, 0))
         if sigmas > SIGMAS:
             yield f"The {name} tells of the target: their rank correlation is {strongest:.2f}."
+
+
+def file_orders(case):
+    """{what: its values in the order of the answers} of the test's files, where there is one for each id."""
+    paths = case.home.joinpath("public").rglob("*")
+    facts = {name: path.stat() for path in paths for name in (path.name, path.stem)}
+    ids = case.gold.get(case.task.key, ())
+    if not ids or not facts.keys() >= set(ids):
+        return {}
+    entries = {"st_ino": "place on the disk", "st_mtime_ns": "time", "st_ctime_ns": "time of change"}
+    return {f"files' {what}": [getattr(facts[id], entry) for id in ids] for entry, what in entries.items()}
 
 
 def _numbers_or_texts(values):

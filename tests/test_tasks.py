@@ -404,6 +404,18 @@ def test_real_data_replace_a_miniature_and_are_kept(toy, toy_raw, tmp_path):
     assert tasks.info("toy", data)["variant"] == "first"
     with pytest.raises(ValueError, match="no variant 'middle'; it has first, last"):
         tasks.prepare("toy", raw=toy_raw, data=data, variant="middle")
+    assert tasks.prepare("toy", data=data, variant="first", log=quiet) == data / "toy"
+    with pytest.raises(ValueError, match="holds real data of the variant first; to prepare last give"):
+        tasks.prepare("toy", data=data, variant="last", log=quiet)
+
+
+def test_when_a_public_file_was_written_tells_nothing(data):
+    """The publisher's archive of these pictures holds all cats, then all dogs."""
+    public = data / "dogs-vs-cats-redux-kernels-edition" / "public"
+    files = [path for path in sorted(public.rglob("*")) if path.is_file()]
+    assert len(files) > 700 and {path.stat().st_mtime_ns for path in files} == {10**18}
+    changes = [path.stat().st_ctime_ns for path in files]
+    assert changes == sorted(changes)
 
 
 def test_real_data_of_an_older_starter_are_said_to_be(toy, toy_raw, tmp_path):
@@ -411,7 +423,7 @@ def test_real_data_of_an_older_starter_are_said_to_be(toy, toy_raw, tmp_path):
     (toy / "train.py").write_text(TOY_STARTER.replace("/ len(rows)", "/ len(rows) + 9"))
     said = []
     tasks.prepare("toy", data=tmp_path, log=said.append)
-    assert "which another task.py or starter has prepared" in said[0]
+    assert "which another version of the code has prepared" in said[0]
 
 
 @pytest.mark.parametrize("keep", [-1, 0])
@@ -1000,6 +1012,13 @@ def sort_by_target(home):
         rewrite(home / name, lambda frame: frame.iloc[order])
 
 
+def write_by_target(home):
+    answers = pd.read_csv(home / "private" / "test.csv").sort_values("y")
+    for time, id in enumerate(answers["id"]):
+        (home / "public" / f"{id}.txt").write_text("")
+        os.utime(home / "public" / f"{id}.txt", (time, time))
+
+
 def good_sample(home):
     answers = pd.read_csv(home / "private" / "test.csv")
     rewrite(home / "public" / "sample_submission.csv", lambda frame: frame.assign(y=answers["y"]))
@@ -1013,6 +1032,7 @@ def lose_the_training_rows(home):
     (leak_a_row, "1 rows are in train and in test"), (show_the_target, "has the target's column"),
     (renumber_by_target, "The id tells of the target"),
     (sort_by_target, "The position in the test file tells of the target"),
+    (write_by_target, "The files' time tells of the target"),
     (good_sample, "sample submission scores 0, no worse"), (lose_the_training_rows, "train.py of toy: error")])
 def test_check_finds_what_is_wrong_with_the_data(toy, tmp_path, harm, found):
     home = tasks.prepare("toy", data=tmp_path / "data", log=quiet)
