@@ -28,7 +28,7 @@ import tasks
 from reward import best_of, reward
 from support import cli, prompts, scripts, storage, workspace
 from support.files import is_text, shorten
-from support.sandbox import IMPORT_S, NO_SPACE, SLOTS, Result, comes_again, describe, discard, execute, protection
+from support.sandbox import NO_SPACE, SLOTS, Result, comes_again, describe, discard, execute, protection, wall_limit
 from support.scripts import InvalidAction
 from support.storage import Blobs, ResultCache, check_state, without_undo
 
@@ -55,7 +55,6 @@ MAX_LISTED = 100                        # names of one List Files
 MAX_CODER = 20_000                      # characters that Understand File shows to the coder
 WHOLE_SCRIPT = "Answer with the whole changed script in one ```python block."   # ends a question for a script
 CANNOT_TAKE = "The helper cannot take this: "       # begins the error of a step whose question the coder refused
-WALL_FACTOR = 4     # limits are processor time, so that a busy machine ends no script; by the clock so many times that
 
 
 # -- Prompts
@@ -624,8 +623,8 @@ class Env(workspace.Workspace):
         return observation
 
     def _set_constant_again(self, step):
-        if not self.seen["change"]:
-            raise InvalidAction("The last edit was no Set Constant.")
+        if not scripts.inverse(self.seen["change"]):
+            raise InvalidAction("The last edit was no Set Constant by a factor.")
         return self._set_constant(step, **self.seen["change"])
 
     def _set_constant_inversely(self, step):
@@ -657,8 +656,9 @@ class Env(workspace.Workspace):
         file = self._file(origin)
         if file.stat().st_size > storage.MAX_BYTES // 2:
             raise InvalidAction(f"{origin} is too large to be copied; scripts can read it where it is.")
+        is_edit = target == self.task.entry or target in self.files     # the script may import what it replaces
         self._write(target, file)
-        score_lines = self._score_edit(step) if target == self.task.entry else []
+        score_lines = self._score_edit(step) if is_edit else []
         return "\n".join([f"{origin} is copied to {target}.", *score_lines])
 
     def _execute_script(self, step, script_name):
@@ -693,7 +693,7 @@ class Env(workspace.Workspace):
 
     def score(self):
         """Runs the entry script in a copy of the workspace. Returns (graded score or None, Result)."""
-        result, score, _ = self._cached_run(self.task.entry, WALL_FACTOR * (self.allowed_s + IMPORT_S))
+        result, score, _ = self._cached_run(self.task.entry, wall_limit(self.allowed_s))
         return score, result
 
     def _score_edit(self, step):
@@ -714,7 +714,7 @@ class Env(workspace.Workspace):
     def _run_in_step(self, step, script):
         """Runs a script in the time that is left, with the results in the step; returns the Run."""
         time_left = self.deadline - time.monotonic()
-        run = self._cached_run(script, max(0.0, min(WALL_FACTOR * (self.allowed_s + IMPORT_S), time_left)))
+        run = self._cached_run(script, max(0.0, min(wall_limit(self.allowed_s), time_left)))
         step.outcome = run.result.outcome
         step.detail = run.result.detail
         step.kind = OUTCOMES[run.result.outcome][0]
@@ -783,35 +783,37 @@ class Env(workspace.Workspace):
         """Runs a script on the files `before` and grades its submission."""
         score = None
         files = None
-        waiting = time.monotonic()
-        with SLOTS.take(self.threads, self.gpu) as gpu:
-            self.deadline += time.monotonic() - waiting
-            folder = Path(tempfile.mkdtemp(prefix="ml-agent-run-")).resolve()       # as the script sees it
-            try:
-                # 1. The script runs in a folder of its own.
-                stamps = storage.stamps_of(self.public)
-                storage.build_folder(folder, before, self.blobs, self.public)
-                result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=gpu,
+        folder = Path(tempfile.mkdtemp(prefix="ml-agent-run-")).resolve()       # as the script sees it
+        try:
+            # 1. The script runs in a folder of its own. To wait for a core, and for the grader, takes none of its time.
+            stamps = storage.stamps_of(self.public)
+            storage.build_folder(folder, before, self.blobs, self.public)
+            waiting = time.monotonic()
+            with SLOTS.take(self.threads, self.gpu) as gpu:
+                self.deadline += time.monotonic() - waiting
+                result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=gpu, warm="wait",
                                  cpu_s=self.allowed_s * self.threads,
                                  memory_bytes=self.task.memory_limit_bytes, threads=self.threads,
                                  sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"])
-                if storage.stamps_of(self.public) != stamps:
-                    raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
-                                       f"python -m tasks prepare {self.task.id} --force")
-                outcome = result.outcome
-                detail = result.detail
-                # 2. The files that it left are stored.
-                if outcome in ("ok", "error"):
-                    files = storage.collect_folder(folder, self.blobs)
-                    if files is None:
-                        outcome = "disk full"
-                        detail = f"It left more than {storage.MAX_FILES} files or {storage.MAX_BYTES >> 20} MiB."
-                # 3. A submission is graded; of another script than the entry script only a new one.
-                if outcome == "ok" and (
-                        script == self.task.entry or files.get("submission.csv") != before.get("submission.csv")):
-                    outcome, detail, score = self._grade(folder / "submission.csv")
-            finally:
-                discard(folder)
+            waiting = time.monotonic()
+            if storage.stamps_of(self.public) != stamps:
+                raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
+                                   f"python -m tasks prepare {self.task.id} --force")
+            outcome = result.outcome
+            detail = result.detail
+            # 2. The files that it left are stored.
+            if outcome in ("ok", "error"):
+                files = storage.collect_folder(folder, self.blobs)
+                if files is None:
+                    outcome = "disk full"
+                    detail = f"It left more than {storage.MAX_FILES} files or {storage.MAX_BYTES >> 20} MiB."
+            # 3. A submission is graded; of another script than the entry script only a new one.
+            if outcome == "ok" and (
+                    script == self.task.entry or files.get("submission.csv") != before.get("submission.csv")):
+                outcome, detail, score = self._grade(folder / "submission.csv")
+            self.deadline += time.monotonic() - waiting
+        finally:
+            discard(folder)
         texts = {"stdout": result.stdout, "stderr": result.stderr, "detail": detail}
         for name, text in texts.items():    # without the random name of the folder
             texts[name] = text.replace(f"{folder}/", "").replace(str(folder), ".")

@@ -124,10 +124,13 @@ def difference(before, after):
 
 
 def printed_metric(stdout, metric=""):
-    """Returns the last number of the last line that mentions "validation" or the metric's name, or None."""
+    """Returns the last number of the last line that mentions "validation" or the metric's name and has one besides that
+    name, as "MAP@5" does; None where there is no such line, or the number is not finite."""
+    number = r"(?<![\w.])[-+]?(?:nan|inf(?:inity)?|(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?)(?!\w)"
     for line in reversed(stdout.splitlines()):
-        if "validation" in line.lower() or metric and metric.lower() in line.lower():
-            numbers = re.findall(r"(?<![\w.])[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,4})?(?!\w)", line[-1000:])
-            if numbers and math.isfinite(value := float(numbers[-1])):
-                return value
+        rest = re.sub(re.escape(metric), " ", line, flags=re.IGNORECASE) if metric else line
+        if "validation" in line.lower() or rest != line:
+            if numbers := re.findall(number, rest[-1000:], re.IGNORECASE):
+                value = float(numbers[-1])
+                return value if math.isfinite(value) else None
     return None

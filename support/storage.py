@@ -76,7 +76,8 @@ def build_folder(folder, snapshot, blobs, public):
 
 
 def stamps_of(folder):
-    """Returns names, sizes and times of a folder's entries, to see that a script has written to shared data."""
+    """Returns names, sizes and times of a folder's entries, to see that a script has written to shared data. What lies
+    in its folders, often thousands of pictures, is not looked at."""
     states = [(path.name, path.lstat()) for path in folder.iterdir()]
     return sorted((name, state.st_size, state.st_mtime_ns) for name, state in states)
 

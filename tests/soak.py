@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import env as env_module  # noqa: E402
 import tasks  # noqa: E402
 from common import act, add_task  # noqa: E402
-from env import ACTIONS, WALL_FACTOR, Env
+from env import ACTIONS, Env
 from reward import KINDS as REWARD_KINDS  # noqa: E402
 from support import sandbox
 from support.storage import check_snapshot
@@ -214,14 +214,14 @@ def made(home, limit, memory):
     """A function that makes an Env on a tiny task, with files of its own below `home`."""
     add_task(home / "tasks", "soak", 10, "held-in", STARTER)
     folders = tasks.FOLDERS
-    import_s = env_module.IMPORT_S
-    env_module.IMPORT_S = 0         # the scripts import nothing that is slow
+    import_s = sandbox.IMPORT_S
+    sandbox.IMPORT_S = 0         # the scripts import nothing that is slow
     tempfile.tempdir = str(home / "tmp")
     tasks.FOLDERS = [home / "tasks"]
     (home / "tmp").mkdir()
     try:
         tasks.prepare("soak", data=home / "data", log=lambda line: None)
-        task = dataclasses.replace(tasks.load("soak"), time_limit_s=limit / WALL_FACTOR, memory_limit_bytes=memory)
+        task = dataclasses.replace(tasks.load("soak"), time_limit_s=limit / sandbox.WALL_FACTOR, memory_limit_bytes=memory)
 
         def make(**options):
             world = Env(task, home / "data", out=home / "out", **options, coder=lambda messages: answer(world))
@@ -230,7 +230,7 @@ def made(home, limit, memory):
         yield make
     finally:
         tasks.FOLDERS = folders
-        env_module.IMPORT_S = import_s
+        sandbox.IMPORT_S = import_s
         tempfile.tempdir = None
 
 

@@ -685,6 +685,18 @@ def test_copy(make):
     step = do(env, "Copy File", source="better.py", destination="train.py")
     assert (step.kind, step.score) == ("scored", 0.8) and env.m_before == 0.8
     assert undo(env).score == 0.5
+    put(env, train=STARTER.replace("0.50", "0.60"), helper="")
+    step = do(env, "Copy File", source="better.py", destination="helper.py")       # which train.py might import
+    assert (step.kind, step.score) == ("scored", 0.6)
+
+
+def test_a_constant_set_below_zero_is_not_set_again(make):
+    """It is no longer among those that have a number, so its number is the next one's."""
+    env = make()
+    put(env, train="ALPHA = 1\nBETA = 2\nGAMMA = 3\n" + STARTER)
+    assert do(env, "Set Constant", constant=2, value="-5").valid
+    step = do(env, "Set Constant Again")
+    assert "no Set Constant by a factor" in step.error and "GAMMA = 3\n" in text_of(env, "train.py")
 
 
 def test_execute_grades_the_submission_and_keeps_the_files(make):
@@ -1014,9 +1026,15 @@ def test_four_trajectories_in_threads(make):
     ("validation log loss: 0.0812", 0.0812), ("Validation accuracy 90.5 %", 90.5), ("accuracy = 1e-3.", 1e-3),
     ("epoch 1 validation 0.3\nepoch 2 validation 0.2\nsaved 7 files", 0.2), ("loss 0.4", None), ("", None),
     ("validation: nan", None), ("validation score of fold3x", None), ("validation -.5", -0.5),
-    ("validation 1e999", None)])
+    ("validation 1e999", None), ("validation accuracy: 0.3\nvalidation accuracy: inf", None),
+    ("fold 3 validation: NaN", None)])
 def test_printed_metric(text, value):
     assert printed_metric(text, "accuracy") == value
+
+
+def test_a_number_in_the_name_of_a_metric_is_no_score():
+    assert printed_metric("validation 0.4123 map@5", "MAP@5") == 0.4123
+    assert printed_metric("validation MAP@5: nan", "MAP@5") is printed_metric("Validation MAP@5:\n0.41", "MAP@5") is None
 
 
 def test_clip_keeps_head_and_tail():
