@@ -25,8 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from support.pretrained import SHARD_BYTES, check_config, find_folder, load_tensors, read_json, write_checkpoint
 
-if torch.cuda.is_available():       # it brings the compiler, which takes two seconds to import
-    from torch.nn.attention.varlen import varlen_attn
 # cuDNN makes a plan for every new shape of an attention, which takes 40 to 400 ms, and shapes change at each pass.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -377,12 +375,14 @@ def causal_attention(q, k, v, **options):
 
 def has_varlen(tokens, dtype):
     """Returns whether varlen_attention can serve a pass of tokens (B, T), computed in this dtype."""
-    return tokens.is_cuda and len(tokens) == 1 and dtype is torch.bfloat16
+    is_served = tokens.is_cuda and len(tokens) == 1 and dtype is torch.bfloat16
+    return is_served and torch.cuda.get_device_capability(tokens.device) >= (8, 0)      # Ampere
 
 
 def varlen_attention(q, k, v, layout):
     """Returns what packed_attention does in one call for all texts and branches, a branch's queries being the last of
     its text."""
+    from torch.nn.attention.varlen import varlen_attn       # it brings the compiler, which takes two seconds to import
     k, v = (x[0].index_select(0, layout.key_index) for x in (k, v))
     y = varlen_attn(q[0], k, v, layout.query_ends, layout.key_ends, layout.max_queries, layout.max_keys,
                     window_size=(-1, 0), enable_gqa=True)       # causal, aligned at the end

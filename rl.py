@@ -420,9 +420,9 @@ class Critic(Qwen2):
         """It has no output head."""
 
     def forward(self, tokens, lengths=None, targets=None):
-        """tokens (B, T) int64, as for Qwen2 -> the values at the N targets, (N,) fp32."""
-        hidden, _ = at_targets(self.hidden_states(tokens, lengths=lengths), targets)
-        return hidden.float() @ self.score.weight[0].float() + self.score.bias.float()
+        """tokens (B, T) int64, as for Qwen2 -> the values at the N targets, (N,) fp32. The head is rounded as FSDP would."""
+        x, _ = at_targets(self.hidden_states(tokens, lengths=lengths), targets)
+        return x.float() @ self.score.weight[0].to(x.dtype).float() + self.score.bias.to(x.dtype).float()
 
 
 class PPOTrainer:
@@ -457,17 +457,14 @@ class PPOTrainer:
                                  temperature=self.cfg.temperature)
         return logp, entropy
 
-    def packed_rows(self, examples, indices):
-        """Returns this process's share of the examples `indices`, packed."""
-        return packed_rows(examples, indices, *rank_and_size(), self.cfg.max_row_tokens)
-
     def cat(self, values, row):
         """Returns the per-token values of a row's examples as one tensor on the device."""
         return torch.cat([torch.zeros(0), *(values[i] for i in row.examples)]).to(self.device)
 
     def per_token(self, examples, forward, indices=None):
         """Returns forward(inputs) per token, of the examples `indices`, by default all."""
-        rows = self.packed_rows(examples, range(len(examples)) if indices is None else indices)
+        indices = range(len(examples)) if indices is None else indices
+        rows = packed_rows(examples, indices, *rank_and_size(), self.cfg.max_row_tokens)
         self.flops += logs.flops_of(self.actor.config, rows) / 3       # forward alone
         outputs = map_rows(lambda row: forward(row.inputs(self.device)).float().cpu(), rows, self.threads)
         results = []
@@ -507,7 +504,7 @@ class PPOTrainer:
                 loss, statistics = loss_of(row, num_tokens)
                 return loss * rank_and_size()[1], statistics.detach()       # gradients are averaged over processes
 
-            rows = self.packed_rows(examples, batch)
+            rows = packed_rows(examples, batch, *rank_and_size(), self.cfg.max_row_tokens)
             self.flops += logs.flops_of(self.actor.config, rows)
             sums = sums + add_gradients(model, rows, scaled_loss, self.threads).double()
             norms.append(optimizer_step(model, self.optimizer))

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 
 from model import KERNELS, Config, Qwen2, use_kernels
 from support import cpu_linear
-from support.cli import ContextFull, ModelSettings, RunError, parse
-from support.distributed import SMALL_BELOW, compute_type
+from support.cli import ContextFull, ModelSettings, RunError, announce, parse
+from support.distributed import SMALL_BELOW, choose_device, compute_type
 from support.drafts import TOKEN_COST, PromptLookup, draft_lengths
 from support.endpoint import Completion, Endpoint, address, find_stop, is_server
 from support.files import is_text
@@ -246,6 +246,8 @@ class Engine:
         self.name = name
         self.rows = rows
         self.context = min(context, model.config.max_position_embeddings)
+        if self.context < context:
+            announce(f"{name} is made for {self.context} tokens, so its context is that, and not {context}")
         self.device = weight.device
         self.draft = draft
         self.fixed_shapes = fixed_shapes
@@ -345,7 +347,9 @@ class Engine:
     def _serve(self):
         while True:
             with self.wake:
-                self.wake.wait_for(lambda: self.active or self.waiting)
+                if not self.wake.wait_for(lambda: self.active or self.waiting, IDLE_S):
+                    self.thread = None      # else an engine that nobody uses any more would keep its memory
+                    return
             self._advance()
 
     def _advance(self):
@@ -548,6 +552,7 @@ def round_up(n):
     return 1 << (n - 1).bit_length()
 
 
+IDLE_S = 10                 # after which the thread of an engine ends
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
 
@@ -563,20 +568,17 @@ def load(spec, dtype="auto", device="auto", rows=8, context=16384, kernels="torc
     """
     if is_server(spec):
         return Endpoint(spec, key, timeout_s)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no GPU that torch can use")
-    if graphs and device != "cuda":
-        raise ValueError(f"CUDA graphs need a CUDA device, found {device!r}; leave them off there")
+    device = choose_device(device)
+    if graphs and device.type != "cuda":
+        raise ValueError(f"CUDA graphs need a CUDA device, found {device.type!r}; leave them off there")
     use_kernels(kernels, device)
     if spec == "tiny":
         config = Config.preset("tiny")
         tokenizer = Tokenizer.of_bytes()
-        model = Qwen2.from_scratch(config, dtype=compute_type(dtype, torch.device(device), config), device=device)
+        model = Qwen2.from_scratch(config, dtype=compute_type(dtype, device, config), device=device)
     else:
         folder, config, tokenizer = open_checkpoint(spec)
-        model = Qwen2.from_pretrained(folder, compute_type(dtype, torch.device(device), config), device)
+        model = Qwen2.from_pretrained(folder, compute_type(dtype, device, config), device)
     return Engine(model.requires_grad_(False), tokenizer, rows, context, name=str(spec), fixed_shapes=graphs)
 
 

@@ -31,7 +31,7 @@ from support import cli, collection, endpoint, logs, miniature, recipes
 from support.cli import RunError, exit_status, refuse_torchrun, run_main
 from support.conversations import hash_examples, hold_back, named, read_conversations
 from support.distributed import (
-    add_gradients, apply_device, batch_indices, build_model, compute_type, export_model, format_plan, init_distributed,
+    add_gradients, batch_indices, build_model, compute_type, export_model, format_plan, init_distributed,
     joined, load_state, map_rows, optimizer_step, packed_rows, rank0_broadcast, row_threads, save_state)
 from support.files import folder_lock, write_atomic
 from support.ideas import choose_ideas
@@ -111,7 +111,7 @@ def collect(cfg, load=sample.load):
         expert = None
         if jobs and cfg.expert != "scripted":
             expert = load(cfg.expert, dtype=cfg.dtype, device=cfg.device, rows=min(PARALLEL, len(jobs)),
-                          context=cfg.context, timeout_s=cfg.reply_seconds)
+                          context=cfg.context, timeout_s=cfg.reply_seconds, kernels=cfg.kernels)
             if expert.context and cfg.max_new_tokens >= expert.context:
                 raise ValueError(f"--max-new-tokens {cfg.max_new_tokens} leaves no room in --context {expert.context}")
         lacking = [id for id in infos if "ideas" not in manifest["tasks"][id]]
@@ -220,13 +220,14 @@ def validate(model, rows, world_size, device, num_ids, threads=None):
 def train(cfg, examples, valid, tokenizer, config, folder):
     """Fine-tunes on examples and writes cfg.out; goes on from the newest checkpoint there. folder: of the model that it
     begins with, None for random weights."""
-    rank, world_size, device = init_distributed()
+    rank, world_size, device = init_distributed(cfg.device)
     use_kernels(cfg.kernels, device)
     model = build_model(config, folder, device, cfg.seed, compute=compute_type(cfg.dtype, device, config),
                         kernels=cfg.kernels)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=0, fused=True)
     num_updates = cfg.updates or math.ceil(cfg.epochs * len(examples) / cfg.batch)
-    origin = {"optimizer steps": num_updates, "products in": str(model.compute_dtype).removeprefix("torch.")}
+    products = f"{model.compute_dtype} on {device.type}".removeprefix("torch.")
+    origin = {"optimizer steps": num_updates, "products in": products}
     origin |= rank0_broadcast(lambda: {"--model of sha256": hash_checkpoint(folder) if folder else "none",
                                        "texts of sha256": hash_examples(examples, valid)})
     state = load_state(cfg, SCHEDULE, model, optimizer, origin)
@@ -322,7 +323,6 @@ def run(cfg):
         print(format_plan(cfg))
         return
     if cfg.collect:
-        apply_device(cfg.device)
         refuse_torchrun("collecting")
         print("\n" + collection.report(collect(cfg)))
         print(f"Written to {cfg.trajectories}: manifest.json, trajectories, blobs")

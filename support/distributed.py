@@ -26,25 +26,26 @@ SMALL_BELOW = 50e6          # weights; the products of a smaller model are too s
 
 # -- Processes
 
-def apply_device(name):
-    """Makes --device hold: cpu hides all GPUs, before anything looks for one. ValueError: cuda, and there is none."""
-    if name == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif name == "cuda" and not torch.cuda.is_available():
+def choose_device(name):
+    """Returns the torch.device that --device names; auto is cuda where there is one. ValueError: cuda, and there is
+    none."""
+    is_cuda = name != "cpu" and torch.cuda.is_available()
+    if name == "cuda" and not is_cuda:
         raise ValueError("--device cuda: there is no GPU that torch can use")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if is_cuda else torch.device("cpu")
 
 
-def init_distributed():
-    """Returns (rank, world size, device) of this process, which joins the others that torchrun has started."""
+def init_distributed(name="auto"):
+    """Returns (rank, world size, device) of this process, which joins the others that torchrun has started. name: of
+    --device."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = choose_device(name)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        # A script may run for half an hour while others wait.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=3))
+        # The first process may collect for hours while others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return rank, world_size, device
 
 
@@ -56,9 +57,10 @@ def rank_and_size():
 @contextlib.contextmanager
 def joined(cfg, program):
     """Yields (rank, world size, device) of one of a run's processes, which hold cfg.out together. Raises RunError in
-    place of what torch raises where another of them has ended."""
-    apply_device(cfg.device)
-    rank, world_size, device = init_distributed()
+    place of what torch raises where another of them has ended. ValueError: cfg.out is the folder of the model."""
+    if cfg.model and Path(cfg.model).resolve() == Path(cfg.out).resolve():
+        raise ValueError(f"--model and --out are both {cfg.out}, so the model would be overwritten; give two folders")
+    rank, world_size, device = init_distributed(cfg.device)
     try:
         with contextlib.ExitStack() as stack:
             rank0_broadcast(lambda: stack.enter_context(folder_lock(cfg.out, program)))
@@ -107,6 +109,8 @@ def barrier():
 def compute_type(dtype, device, config=None):
     """Returns the torch.dtype that --dtype names: auto is bfloat16 where the hardware multiplies it, but float32 on a
     CPU for a small model, whose products are too small to gain."""
+    if dtype == "auto" and device.type == "cuda" and torch.cuda.is_available():     # for --plan there need be none
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if dtype == "auto" and device.type == "cpu":
         can = torch.cpu.get_capabilities()
         is_small = num_parameters(config)[-1] < SMALL_BELOW
@@ -120,14 +124,17 @@ def build_model(config, folder, device, seed=0, recompute=None, compute=None, ma
     Each process reads its own rows of the checkpoint in `folder`; None: the weights are drawn from the seed. compute:
     dtype of products and activations, by default that of --dtype auto. recompute: backward computes the activations
     of each block again, by default in a large model. make: the class; a critic's head, `score`, begins at zero.
+    ValueError: kernels "compiled" in another dtype than bfloat16, where attention has other shapes.
     """
     # 1. Made on the meta device, without memory. The units of FSDP are the blocks, and the rest.
     with torch.device("meta"):
         model = make(config)
     model.compute_dtype = compute or compute_type("auto", device, config)
+    if kernels == "compiled" and model.compute_dtype is not torch.bfloat16:
+        raise ValueError(f"--kernels compiled needs products in bfloat16; found {model.compute_dtype}")
     for block in model.model.layers:
         block.recompute = num_parameters(config)[-1] > RECOMPUTE_ABOVE if recompute is None else recompute
-        if kernels == "compiled" and model.compute_dtype is torch.bfloat16:     # others have attention of other shapes
+        if kernels == "compiled":
             block.compile()
     rank, world_size = rank_and_size()
     if world_size > 1:

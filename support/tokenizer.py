@@ -99,18 +99,20 @@ class Tokenizer:
         """Writes the tokenizer's files beside a saved model."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        generation = {}
         if not self.folder:
             system = "" if self.system is None else SYSTEM_TEMPLATE.replace("SYSTEM", self.system)
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.END, "pad_token": self.TEXT_END,
                         "clean_up_tokenization_spaces": False, "chat_template": system + CHAT_TEMPLATE}
-            write_atomic(folder / "generation_config.json", {"eos_token_id": self.end})
             write_atomic(folder / "tokenizer_config.json", settings)
         else:
-            for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+            if (self.folder / "generation_config.json").is_file():
+                generation = read_json(self.folder / "generation_config.json")
+            for name in ("tokenizer_config.json", "chat_template.jinja"):
                 if (self.folder / name).is_file():
                     write_atomic(folder / name, (self.folder / name).read_bytes())
-            if not (self.folder / "generation_config.json").is_file():
-                write_atomic(folder / "generation_config.json", {"eos_token_id": sorted(self.eos)})
+        # a base model's names <|endoftext|> alone, and a turn ends with <|im_end|>
+        write_atomic(folder / "generation_config.json", generation | {"eos_token_id": sorted(self.eos)})
         write_atomic(folder / "tokenizer.json", json.loads(self.bpe.to_str()))
 
     def fingerprint(self):

@@ -1,10 +1,12 @@
 """Tokenizer, sampling distribution and engine: against hand calculations, plain loops and the full forward pass."""
 import collections
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import threading
+import weakref
 
 import pytest
 import torch
@@ -166,6 +168,17 @@ def test_ids_that_end_a_reply_are_in_the_config_of_a_model_where_no_other_file_h
     tokenizer.save(tmp_path / "made")
     made = json.loads((tmp_path / "made/generation_config.json").read_text())
     assert made == {"eos_token_id": [256, tokenizer.end]}
+
+
+def test_a_model_made_from_a_base_model_ends_its_turns_elsewhere_too(tmp_path):
+    """The base model's file names <|endoftext|> alone; vLLM and transformers read ours."""
+    Tokenizer.of_bytes().save(tmp_path / "base")
+    (tmp_path / "base/config.json").write_text("{}")
+    (tmp_path / "base/generation_config.json").write_text('{"eos_token_id": 256, "max_new_tokens": 2048}')
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.save(tmp_path / "made")
+    made = json.loads((tmp_path / "made/generation_config.json").read_text())
+    assert made == {"eos_token_id": [256, tokenizer.end], "max_new_tokens": 2048}
 
 
 def test_a_tokenizer_file_that_asks_to_cut_or_pad_texts_does_neither(tmp_path):
@@ -789,6 +802,29 @@ def test_a_failing_model_is_reported_to_every_waiter_and_the_engine_lives_on():
             future.result(600)
     engine.model.fail = False
     assert engine.submit([0], max_new_tokens=9, temperature=0).result(600).text == "ok"
+
+
+def test_an_engine_that_nobody_uses_is_freed(monkeypatch):
+    """Its thread ends after a while without requests, and comes back with the next one."""
+    monkeypatch.setattr(sample, "IDLE_S", 0.05)
+    t = Tokenizer.of_bytes()
+    engine = Engine(Scripted("ok", t), t, rows=2, context=64)
+    for _ in range(2):
+        assert engine.submit([0], max_new_tokens=9, temperature=0).result(600).text == "ok"
+        thread = engine.thread
+        if thread:
+            thread.join(600)
+        assert engine.thread is None
+    assert engine.generate([[0]], max_new_tokens=9, temperature=0)[0][0].text == "ok"
+    seen = weakref.ref(engine)
+    del engine, thread
+    assert seen() is None
+
+
+def test_a_context_longer_than_the_model_was_made_for_is_said_to_be_cut(capsys):
+    short = Qwen2.from_scratch(dataclasses.replace(SMALL, max_position_embeddings=128)).requires_grad_(False)
+    assert Engine(short, Tokenizer.of_bytes(), rows=1, context=256, name="some/model").context == 128
+    assert "some/model is made for 128 tokens, so its context is that, and not 256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("packs", [True, False])

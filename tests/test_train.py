@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,35 @@ def test_a_process_of_several_joins_the_others_unless_it_has(monkeypatch):
     assert distributed.init_distributed() == (3, 4, torch.device("cpu")) and joined == [("gloo",)]
     monkeypatch.setattr(sft.dist, "is_initialized", lambda: True)
     assert distributed.init_distributed()[:2] == (3, 4) and len(joined) == 1
+
+
+def test_device_cpu_is_the_cpu_also_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed.init_distributed("cpu") == (0, 1, torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert distributed.choose_device("auto") == distributed.choose_device("cuda") == torch.device("cuda", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda: there is no GPU"):
+        distributed.init_distributed("cuda")
+
+
+def test_a_model_is_not_overwritten_by_what_is_made_of_it(tmp_path):
+    cfg = SimpleNamespace(model=str(tmp_path), out=f"{tmp_path}/../{tmp_path.name}", device="cpu")
+    with pytest.raises(ValueError, match="--model and --out are both .* would be overwritten; give two folders"):
+        with distributed.joined(cfg, "rl.py"):
+            pass
+
+
+@pytest.mark.parametrize("has_units, name", [(True, "bfloat16"), (False, "float32")])
+def test_products_are_in_bfloat16_where_the_gpu_has_units_for_it(monkeypatch, has_units, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_units)
+    assert distributed.compute_type("auto", torch.device("cuda")) is getattr(torch, name)
+
+
+def test_compiled_blocks_take_bfloat16_alone():
+    with pytest.raises(ValueError, match="--kernels compiled needs products in bfloat16; found torch.float32"):
+        distributed.build_model(SMALL, None, torch.device("cpu"), kernels="compiled", compute=torch.float32)
 
 
 # -- the plan
