@@ -461,12 +461,17 @@ class Disguised:
     def luck(pieces):
         """Returns the positions of those tokens of a reply, given as bytes, that name the constant. They have no
         advantage, as any number means it: else a policy comes to prefer number 1, also where there are others."""
-        return [i for i in range(len(pieces)) if b"".join(pieces[:i]).endswith(b'"constant": "')]
+        positions = []
+        for i in range(len(pieces)):
+            _, opening, name = b"".join(pieces[:i]).rpartition(b'"constant": "')
+            if opening and b'"' not in name:
+                positions.append(i)
+        return positions
 
     def read(self, reply):
         """Returns what Env.read does of a reply to the last prompt, with the script's number of the constant."""
         values, action, args, error = self.read_plain(reply)
-        if self.number and "constant" in args:
+        if self.number and re.fullmatch(r"\s*[0-9]{1,9}\s*", args.get("constant", "")):
             args["constant"] = self.number
         return values, action, args, error
 

@@ -89,7 +89,11 @@ def test_a_state_in_disguise_shows_one_constant_and_does_what_is_meant(short):
     assert {number for _, number, _ in shown} == {"1", "2", "3"} and len({name for *_, name in shown}) > 12
     pieces = [piece.encode() for piece in ("Action: Set Constant\nAction Input: {", '"', 'constant', '": "', "2", '", "',
                                            "value", '": "', "*", "2", '"}')]
-    assert disguised.luck(pieces) == [4] and disguised.luck(pieces[:4]) == disguised.luck([b"Action: Undo"]) == []
+    assert disguised.luck(pieces) == [4, 5]         # also whether the number goes on
+    assert disguised.luck(pieces[:4]) == disguised.luck([b"Action: Undo"]) == []
+    assert disguised.luck([*pieces[:5], b"0", *pieces[5:]]) == [4, 5, 6]
+    reply = 'Action: Set Constant\nAction Input: {"constant": "banana", "value": "/2"}'
+    assert "no constant banana" in disguised.step(reply).error
 
 
 def test_every_prompt_can_be_made_again_from_the_record(short):
@@ -279,7 +283,7 @@ def test_transformers_opens_what_was_saved(tokenizer, tmp_path):
         if own is tokenizer:
             model.save_pretrained(tmp_path)
             other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-            assert other.generation_config.eos_token_id == own.end
+            assert other.generation_config.eos_token_id == [own.end]
             assert torch.allclose(other(torch.tensor([ids])).logits, model(torch.tensor([ids])), atol=2e-5)
 
 
