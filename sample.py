@@ -8,12 +8,7 @@
 
 The letters B, T, N, K, D, S, V, L are those of model.py; R is the number of rows of the cache.
 """
-import itertools
-import math
-import queue
-import sys
-import threading
-import time
+import itertools, math, queue, sys, threading, time
 from collections import Counter, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
