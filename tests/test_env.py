@@ -464,7 +464,7 @@ def test_a_change_is_made_again_also_after_restore(make):
     """The last factor once more; a number is there already; after another edit there is nothing to repeat."""
     env = make(prompt_format="short", steps=20)
     other = make(prompt_format="short", steps=20)
-    nothing = "The last edit was no Set Constant."
+    nothing = "The last edit was no Set Constant by a factor."
     assert do(env, "Set Constant Again").error == nothing
     assert do(env, "Set Constant", constant=1, value="*1.2").score == 0.6
     assert do(env, "Set Constant Again").score == 0.72
