@@ -20,7 +20,8 @@ COUNTS = {
     **dict.fromkeys(("models", "coders", "refused", "tokens", "sandbox"), {str: COUNT})}
 FORM = {"labels": one_of(*LABELS), "graded": TEXT, **COUNTS}
 MINIATURE_WARNING = "* Miniature data are made up from a seed: scores on them do not compare with published ones."
-NOTE = """In brackets: intervals of 95 %, by bootstrap of the tasks and of the trajectories of each. Over random: the
+NOTE = """In brackets: intervals of 95 %, percentiles of a bootstrap of the tasks and of the trajectories of each,
+which are somewhat narrow where there are few; one task with fewer than five trajectories has none. Over random: the
 difference to random edits on the same tasks. Largest task: its share of the mean gap closed. A trajectory without a
 valid submission has failed and counts at the starter's score. (oracle) is no result: the average of the best graded
 step of each trajectory, which no agent can know. (paper): Table 1 of the paper, average and best of 8 trajectories."""

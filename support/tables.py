@@ -12,6 +12,7 @@ from support.records import end_reason, steps_of
 
 RANDOM = "random-edits"         # as --model: constants changed at random, kept where the printed score is better
 NUM_BOOTSTRAP = 10_000
+LEAST = 5       # trajectories of a task alone: the bootstrap of fewer finds their least and their largest value
 
 
 # -- What a trajectory scored, and what it shows of learning
@@ -126,9 +127,10 @@ def bootstrap(groups):
 
 
 def mean_and_interval(groups):
-    """Returns (mean, [low, high]) of bootstrap's groups: the interval of 95 %, or None of one value alone."""
+    """Returns (mean, [low, high]) of bootstrap's groups: the interval of 95 %, or None of one task with fewer than LEAST
+    trajectories."""
     mean = float(np.mean([np.mean(own) - sum(map(np.mean, other)) for own, *other in groups]))
-    if len(groups) == 1 and len(groups[0][0]) == 1:
+    if len(groups) == 1 and min(map(len, groups[0])) < LEAST:
         return mean, None
     return mean, np.quantile(bootstrap(groups), [0.025, 0.975]).tolist()
 
@@ -284,7 +286,7 @@ def build_series(runs, exports):
 
 def build_ratios(runs, reference):
     """Returns the layout of Figure 3: a row for each task that all runs have, with each gain over that of the run named
-    `reference`, "-" where its interval is not above 0; the last row counts the tasks on which a run gained more than
+    `reference`, "-" where that has no interval above 0; the last row counts the tasks on which a run gained more than
     every other. ValueError: there is no such run of an agent."""
     names = [run["name"] for run in runs]
     if reference not in names:
@@ -326,7 +328,7 @@ def build_tables(runs, reference=""):
     tables = {"Mean gain over the starter, and mean share of the gap to the best known score that was closed, in %":
               build_means(runs), "What the agents do": build_habits(runs), "Task by task": build_table(runs)}
     if reference:
-        title = f"Gain divided by that of {reference} (-: its interval is not above 0)"
+        title = f"Gain divided by that of {reference} (-: that has no interval, or none above 0)"
         tables[title] = build_ratios(runs, reference)
     found = []
     for title, rows in tables.items():
