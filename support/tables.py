@@ -160,7 +160,7 @@ def played_result(records, result):
             steps += steps_of(lines)
     if not played:
         return {}
-    figures = {rule: task_figures(result | {"trajectories": played}, rule) for rule in (*FINAL, "oracle")}
+    figures = {rule: task_figures(result | {"trajectories": played}, rule) for rule in FINAL}
     return {"trajectories": played, "figures": figures, "work": count_work(steps)}
 
 
@@ -194,9 +194,10 @@ def format_result(result, rule):
             "std. error": format_number(figures["standard_error"])}
     for name in FIGURES:
         row[f"{name} %"] = format_mean(*figures[name])
-    row[f"{other_rule(rule)} gain"] = format_mean(task_figures(result, other_rule(rule))["gain"][0])
+    gains = [gain(score, result) for score in final_scores(result, other_rule(rule))]
+    row[f"{other_rule(rule)} gain"] = format_mean(None if None in gains else np.mean(gains))
     row["failed"] = f"{figures['failed']}/{len(result['trajectories'])}"
-    row["(oracle)"] = format_number(task_figures(result, "oracle")["average"])
+    row["(oracle)"] = format_number(np.mean(final_scores(result, "oracle")))
     return row
 
 
