@@ -298,8 +298,6 @@ class Env(env.Env):
         return step.observation
 
     def step(self, reply, tokens=None):
-        if self.done:
-            return super().step(reply)
         # 1. What the node is compared with: the node it is made from, and the best so far.
         m_init = self.info["m_init"]
         scores = [node.line["score"] for node in self.nodes]
@@ -349,9 +347,11 @@ class Env(env.Env):
         question = build_prompt("Review", self.task, script, output)[0]["content"]
         review = None
         judge = "model"
-        with contextlib.suppress(InvalidAction):        # too long for it
-            while review is None and self.coder and len(step.coder) < TRIES:
+        for _ in range(TRIES if self.coder else 0):
+            with contextlib.suppress(InvalidAction):        # it gave no reply, or one that is too long
                 review = read_review(self._ask_coder(step, question))
+            if review:
+                break
         if review is None:
             judge = "script"
             review = {"is_bug": False, "summary": "", "metric": step.printed}

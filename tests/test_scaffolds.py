@@ -116,7 +116,8 @@ class Model:
             if index == self.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             text = self.replies[index]
-        return endpoint.Completion(text, [1, 2, 3], [0.0] * 3, "stop", 100, 50, 0.01)
+        return endpoint.Completion(text, [1, 2, 3], [0.0] * 3, "stop", 100, 50, 0.01,
+                                   no_reply="" if text else "The reply was empty.")
 
 
 def aide_settings(tmp_path, out="out", **more):
@@ -284,6 +285,17 @@ def test_a_verdict_or_none(review, coder, num_reviews, node, tmp_path, task):
     assert {name: step["node"][name] for name in node} == node
     assert len(step["coder"]) == num_reviews
     assert records.replay(file_of(cfg, 0), data=cfg.data) == 0
+
+
+def test_an_empty_reply_of_the_reviewer_is_one_of_three_tries(tmp_path, task):
+    """A step's replies: none and a verdict; none, one without a verdict, and none."""
+    replies = iter(["", '{"is_bug": false, "metric": 0.125}', "", "I have no idea.", ""])
+    cfg = aide_settings(tmp_path, steps=2)
+    play(cfg, Model([solution(9)] * 2, lambda output: next(replies)))
+    first, second = steps_of(cfg)
+    assert (first["node"]["review"], first["node"]["metric"], len(first["coder"])) == ("model", 0.125, 1)
+    assert (second["node"]["review"], second["node"]["metric"], len(second["coder"])) == ("script", 0.5, 1)
+    assert next(replies, None) is None and records.replay(file_of(cfg, 0), data=cfg.data) == 0
 
 
 def test_the_first_look_at_the_data_costs_no_time(tmp_path, task, monkeypatch):
