@@ -23,7 +23,7 @@ import env
 from env import EXPLAIN, read_args
 from support import workspace
 from support.files import shorten
-from support.scripts import InvalidAction
+from support.scripts import InvalidAction, difference
 from support.workspace import script_text
 
 WINDOW = 3          # steps that the prompt shows
@@ -271,7 +271,13 @@ class Env(env.Env):
         path = self._path(script_name, write=True)
         if path not in self.files:
             self._write(path, b"")
-        return super()._edit_script_ai(step, script_name, edit_instruction, save_name)
+        source = script_text(self.blobs, self.files[path])
+        observation = super()._edit_script_ai(step, script_name, edit_instruction, save_name)
+        target = self._path(save_name)
+        if target == path or not observation.startswith(f"{target} is "):       # the coder returned no script
+            return observation
+        lines = difference(source, script_text(self.blobs, self.files[target]))
+        return "\n".join([f"{target} is saved. The difference to {path}:", *lines])
 
     def _score_edit(self, step):
         return []       # an edit runs nothing

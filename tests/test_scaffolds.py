@@ -636,6 +636,15 @@ def test_an_edit_runs_nothing_and_the_last_executed_script_counts(tmp_path, task
     assert "Scaffold: mlagentbench" in text_of(results)
 
 
+def test_an_edit_shows_the_difference_to_the_script_that_it_started_from(tmp_path, task):
+    """Three times into another file: a new one, the same again, and a reply without a script."""
+    edit = said("Edit Script (AI)", json.dumps(EDIT | {"save_name": "new.py"}))
+    cfg, model, steps = loop(tmp_path, [edit] * 3 + [FINAL], [NEW_SCRIPT, NEW_SCRIPT, "No ```."])
+    lines = ["new.py is saved. The difference to train.py:", "@@ -1,3 +1,3 @@", "-VALUE = 3", "+VALUE = 8"]
+    assert [step["observation"].splitlines()[:4] for step in steps[:2]] == [lines] * 2
+    assert steps[2]["observation"].startswith("The helper returned no whole script")
+
+
 def test_an_argument_of_a_wrong_type_is_an_error_and_its_record_can_be_read(tmp_path, task):
     wrong = [said("List Files", f'{{"dir_path": {value}}}') for value in ('["."]', "7", "null", '{"a": "b"}')]
     lines = '{"script_name": "train.py", "start_line_number": "first", "end_line_number": "9"}'
