@@ -181,8 +181,9 @@ class Endpoint:
             raise self._failure(status, retry_after, said)
         became = {name: f"sent as {new}" if new else "left out" for name, new in sorted(changed.items())}
         with self._lock:
-            for name in changed.keys() - self.changed.keys():
-                announce(f"{self.url}: {name} is {became[name]} from now on")
+            for name, new in changed.items():
+                if self.changed.get(name, name) != new:
+                    announce(f"{self.url}: {name} is {became[name]} from now on")
             self.changed |= changed
         completion.refused = tuple(f"{name}: {text}" for name, text in became.items())
         return completion

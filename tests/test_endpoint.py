@@ -240,6 +240,16 @@ def test_a_parameter_that_is_refused_is_renamed_or_left_out_once(name, serve, ca
     assert capsys.readouterr().err.count(f"{name} is {became} from now on") == 1
 
 
+def test_each_change_of_a_parameter_is_announced(serve, capsys):
+    """It is sent under another name, and a later request without it."""
+    refused = (400, {}, '{"error": "max_completion_tokens is not supported"}')
+    client = serve((400, {}, '{"error": "max_tokens is not supported"}'), OK, refused, OK, OK).endpoint()
+    for _ in range(3):
+        client.chat(ASK)
+    assert re.findall("max_tokens is (.*)", capsys.readouterr().err) == [
+        "sent as max_completion_tokens from now on", "left out from now on"]
+
+
 def test_all_parameters_may_be_refused(serve):
     server = serve(Choosy(*endpoint.PARAMETERS, "max_completion_tokens", status=422))
     reply = server.endpoint().chat(ASK, stop="END")
