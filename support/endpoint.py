@@ -179,6 +179,8 @@ class Endpoint:
             changed[name] = None if name in changed else INSTEAD.get(name)
         if not completion:
             raise self._failure(status, retry_after, said)
+        if completion.no_reply == ONLY_THOUGHT and "stop" not in self.changed:
+            changed.pop("stop", None)       # there was no text without it either
         became = {name: f"sent as {new}" if new else "left out" for name, new in sorted(changed.items())}
         with self._lock:
             for name, new in changed.items():

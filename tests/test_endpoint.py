@@ -200,6 +200,16 @@ def test_a_stop_string_that_a_server_finds_in_a_thought_is_sent_no_more(serve, c
     assert capsys.readouterr().err.count("stop is left out from now on") == 1
 
 
+def test_a_model_that_writes_nothing_without_a_stop_string_either_is_sent_it_again(serve, capsys):
+    thought = (200, {}, good(choices=[{"message": {"content": "<think>hm</think>"}, "finish_reason": "stop"}]))
+    server = serve(thought, thought, OK)
+    client = server.endpoint()
+    replies = [client.chat(ASK, stop="END") for _ in range(2)]
+    assert [(reply.no_reply, reply.refused) for reply in replies] == [(endpoint.ONLY_THOUGHT, ()), ("", ())]
+    assert [("stop" in body) for *_, body in server.seen] == [True, False, True]
+    assert "from now on" not in capsys.readouterr().err
+
+
 # -- parameters that a server refuses
 
 class Choosy:
