@@ -24,7 +24,8 @@ from support.sandbox import SLOTS
 from support.states import RESULTS, STATES_HASH
 
 # Settings that agents which are compared share, beside the data of each task.
-SHARED = (STATES_HASH, "samples", "steps", "temperature", "seed", "scaffold", "max_new_tokens", "sandbox")
+SHARED = (STATES_HASH, "samples", "steps", "temperature", "seed", "scaffold", "max_new_tokens", "sandbox", "python",
+          "gpu", "threads")
 NUM_COMPARISONS = 3     # that a p of a secondary measure is corrected for
 
 

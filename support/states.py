@@ -124,7 +124,8 @@ def measure_states(cfg, load):
         # 1. What is measured, and what of it is done.
         states = read_states(cfg)
         identity = {name: getattr(cfg, name) for name in ("task", "model", "samples", "temperature", "seed", "dtype",
-                                                          "max_new_tokens", "sandbox")}
+                                                          "max_new_tokens", "sandbox", "python", "gpu",
+                                                          "threads")}
         identity[STATES_HASH] = hash_json([state for _, state in states])[:16]
         if Path(cfg.model).is_dir():
             identity["--model of sha256"] = hash_checkpoint(cfg.model)

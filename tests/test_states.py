@@ -386,8 +386,9 @@ def test_means_by_hand_and_a_run_that_was_broken_off_goes_on(recorded):
     ran = [line["reward"] for line in own if line["kind"] == "scored"]
     assert entry["reward_ran"] == pytest.approx(sum(ran) / len(ran))
     assert measure(cfg, None) == results        # nothing is left to do
-    with pytest.raises(ValueError, match="samples"):
-        measure(replace(cfg, samples=5), Copying())
+    for change in ({"samples": 5}, {"python": "/bin/python3"}, {"gpu": "0"}, {"threads": 2}):
+        with pytest.raises(ValueError, match=f"is of a run with {next(iter(change))}"):
+            measure(replace(cfg, **change), Copying())
 
 
 def test_random_edits_are_measured_without_a_model(recorded):
@@ -445,7 +446,7 @@ def test_the_gate(tmp_path, valid, spread, status, capsys):
 
 
 @pytest.mark.parametrize("rl", [{"complete": False}, {"states of sha256": "b"}, {"samples": 4}, {"max_new_tokens": 64},
-                                {"sandbox": "off"}])
+                                {"sandbox": "off"}, {"python": "/bin/python3"}, {"gpu": "0"}, {"threads": 2}])
 def test_agents_that_are_not_comparable_are_refused(rl, tmp_path):
     """A measure that was broken off, one in other states, or one of fewer, shorter or less guarded actions in each."""
     rewards = {"a": (0.4, 1, 0.1)}
