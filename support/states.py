@@ -216,8 +216,10 @@ def summarize_actions(states, actions):
 
 
 def format_states(results):
-    """Returns the table of states.json, with means over the tasks of each split."""
+    """Returns the table of states.json, with means over the tasks of each split, and what to compare them with."""
     table = pandas.DataFrame.from_dict(results["tasks"], orient="index").astype({"reward_ran": float})
     means = table.groupby("split").mean()
     means.index = [f"mean, {split}" for split in means.index]
-    return pandas.concat([table, means]).to_string(float_format="{:.3f}".format, na_rep="-")
+    text = pandas.concat([table, means]).to_string(float_format="{:.3f}".format, na_rep="-")
+    return (f"{text}\n\nA valid action that changes nothing earns 0.5; measure --model {tables.RANDOM} for what chance "
+            "earns.")

@@ -394,6 +394,7 @@ def test_means_by_hand_and_a_run_that_was_broken_off_goes_on(recorded):
 def test_random_edits_are_measured_without_a_model(recorded):
     results = measure(state_settings(recorded, "random", model=tables.RANDOM, samples=2), None)
     assert all(entry["valid"] == 1 for entry in results["tasks"].values())
+    assert "changes nothing earns 0.5; measure --model random-edits" in states.format_states(results).splitlines()[-1]
 
 
 @pytest.mark.parametrize("change, word", [
