@@ -73,7 +73,7 @@ class Elements(HTMLParser):
 
     def points(self, figure, **attributes):
         """Of each line or box of a figure the coordinates."""
-        return [[float(number) for number in re.findall(r"[-\d.]+", path.attributes["d"])]
+        return [[float(number) for number in re.findall(r"[-\d.]+", path.attributes["d"].removesuffix("h0"))]
                 for path in self.all("path", figure, **attributes)]
 
 
@@ -332,6 +332,17 @@ def test_training_logs_are_drawn(tmp_path):
                for i in range(5)]
     assert heights[2] == heights[3] and [(heights[2] - height) / (heights[2] - heights[0]) for height in heights] == (
         pytest.approx([1, 0.5, 0, 0, 0.5], abs=2e-3))
+
+
+@needs_node
+def test_a_line_of_one_point_is_a_dot(tmp_path):
+    """A path of no length is drawn where its ends are round."""
+    (tmp_path / "log.jsonl").write_text('{"iteration": 1, "reward": 0.5}\n')
+    path = compare(tmp_path, tmp_path)
+    page = drawn(path)
+    line, = page.all("path", page.figures()["", "mean reward"], class_="line c0")
+    assert re.fullmatch(r"M[\d.]+ [\d.]+h0", line.attributes["d"])
+    assert re.search(r"\.line \{.*stroke-linecap: round", path.read_text())
 
 
 @needs_node
