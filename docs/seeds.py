@@ -25,8 +25,9 @@ AGENTS = {"random edits": "random-edits", "fine-tuned": "sft", "after RL": "rl"}
 PAIRS = [("fine-tuned", "random edits"), ("after RL", "random edits"), ("after RL", "fine-tuned")]
 
 
-def pooled(folders, agent):
-    """Returns {task: what results.json says of it, with the trajectories of all folders, in order}."""
+def pooled(folders, agent, data):
+    """Returns {task: what results.json says of it, with the trajectories of all folders, in order}. data: {task: what
+    is the same wherever it was played}, which the first folder fills."""
     found = {}
     nums = set()        # of trajectories of a task in a folder
     for folder in folders:
@@ -34,6 +35,10 @@ def pooled(folders, agent):
         if not results or not results["complete"]:
             sys.exit(f"{folder}/{AGENTS[agent]} is not complete; run its eval.py again")
         for task, result in results["tasks"].items():
+            own = [result[name] for name in ("starter", "m_best", "miniature")]
+            if data.setdefault(task, own) != own:
+                sys.exit(f"{folder}/{AGENTS[agent]}: {task} has other data than in the folders before (starter, best "
+                         f"known score, miniature: {own}, not {data[task]}); such runs cannot be pooled")
             found.setdefault(task, result | {"trajectories": []})["trajectories"] += result["trajectories"]
             nums.add(len(result["trajectories"]))
     if len(nums) > 1:
@@ -48,7 +53,8 @@ def shown(groups):
 def main(folders):
     if not folders:
         sys.exit(__doc__)
-    pools = {agent: pooled(folders, agent) for agent in AGENTS}
+    data = {}
+    pools = {agent: pooled(folders, agent, data) for agent in AGENTS}
     for split in ("held-in", "held-out"):
         own = {agent: [result for result in pool.values() if result["split"] == split] for agent, pool in pools.items()}
         for name, figure in FIGURES.items():

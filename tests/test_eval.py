@@ -168,9 +168,9 @@ def test_how_it_is_counted_may_change_afterwards_without_playing_again(tmp_path,
 
 def result(scores, starter, m_best, direction="down", split="held-out", last=None):
     """What results.json says of a task."""
-    trajectories = [{"best-validation": score, "last-valid": score if last is None else last, "oracle": score,
+    trajectories = [{"k": k, "best-validation": score, "last-valid": score if last is None else last, "oracle": score,
                      "ended": "steps", "steps": 1, "valid": 1, "worse": 0, "taken_back": 0, "better": 0, "continued": 0}
-                    for score in scores]
+                    for k, score in enumerate(scores)]
     return {"metric": "MAE", "direction": direction, "split": split, "starter": starter, "printed": 0.5, "seconds": 1.0,
             "m_best": m_best, "miniature": True, "published": {}, "trajectories": trajectories}
 

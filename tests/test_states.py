@@ -15,11 +15,13 @@ import env
 import eval as evaluation
 import sft
 import tasks
-from docs import real_run
+from docs import real_run, seeds
 from support import (
     cli, collection, conversations, endpoint, miniature, play, prompts, records, scripts, states, storage, tables)
 from support.cli import RunError
+from support.files import write_atomic
 from test_collect import IDEAS, add_toys, drive, idea, settings, toys  # noqa: F401  (a fixture)
+from test_eval import result, run_of
 
 MEDIUM = {name: value for name, value in prompts.MEDIUM_AGENT.items() if name != "context"}
 
@@ -409,6 +411,27 @@ def test_a_file_of_states_is_checked(recorded, change, word, tmp_path):
 
 
 # -- the comparison
+
+@pytest.mark.parametrize("place", ["second/sft", "first/rl"])
+@pytest.mark.parametrize("change", [{"starter": 8}, {"m_best": 1}, {"miniature": False}])
+def test_seeds_or_agents_on_other_data_are_not_pooled(place, change, tmp_path, capsys):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        for agent in seeds.AGENTS.values():
+            played = {"a": result([5.0], 10, 0, split="held-in"), "b": result([5.0], 10, 0)}
+            results = run_of("x", **played)["results"] | {"complete": True, "versions": {}}
+            results["settings"]["steps"] = 9
+            write_atomic(folder / agent / "results.json", results)
+    seeds.main(folders)
+    assert capsys.readouterr().out.count("+50.0") > 9
+    path = tmp_path / place / "results.json"
+    results = json.loads(path.read_text())
+    results["tasks"]["b"] |= change
+    write_atomic(path, results)
+    with pytest.raises(SystemExit, match=f"{place}: b has other data"):
+        seeds.main(folders)
+
+
 
 def test_the_sign_flip_test_by_hand():
     """1, 2, 3: of 8 choices of signs two have a sum of 6 or -6. 1, -1, 4: of the sums 4, 6, -4, 2, -2, 4, -6, -4 six
