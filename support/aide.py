@@ -10,6 +10,8 @@ reported score. Every request is a new prompt. The search is that of WecoAI's ai
 - A missing or invalid submission makes a node buggy, and its output says why.
 - Every script starts in a new workspace and in the sandbox: nothing is installed, downloaded, or left to later nodes.
 - The output is stdout, then stderr. The prompts tell the steps and the time that are left, as in MLE-bench's fork.
+- The overview of the data has the sizes of files, not their numbers of lines, and values instead of shares for
+  booleans; where it is too long each table's part is cut in its middle.
 - Each prompt is one user message. Scripts are not formatted.
 """
 import contextlib, functools, json, os, random, re, sys, threading, time, zlib

@@ -14,6 +14,7 @@ the last executed script. What differs from snap-stanford/MLAgentBench:
 - A difference has two lines around each change. Lists of files are sorted by the bytes of their names.
 - A script has the task's limits; its output says which one it has passed.
 - The last valid submission counts, also where a later script has spoiled it.
+- Understand File and summaries are asked for at the agent's temperature, not at 0.01.
 - Of a long text the coder reads the first 100,000 characters. Long observations without a coder lose their middle.
 - An argument of a wrong type is an error that stays in the history. A reply of more than 50,000 characters is not read.
 """
@@ -27,8 +28,8 @@ from support.scripts import InvalidAction, difference
 from support.workspace import script_text
 
 WINDOW = 3          # steps that the prompt shows
-BLOCK = 10_000      # characters of a text that the coder reads at a time
-MAX_BLOCKS = 10     # that it reads of a text
+BLOCK = 10_000      # characters of a text, in whole lines, that the coder reads at a time
+MAX_TEXT = 10 * BLOCK       # that it reads of a text
 MAX_LINES = 100     # of one Inspect Script Lines
 FILE = "a valid file name, relative to the current folder"
 TOOLS = {       # tool -> (what it is for, {argument: what it is}, what comes back)
@@ -236,9 +237,11 @@ class Env(env.Env):
     def read_in_blocks(self, step, text, question):
         """Returns what the coder says of a text, and of what it has said of each block if there are several."""
         answers = []
-        for start in range(0, max(1, min(len(text), MAX_BLOCKS * BLOCK)), BLOCK):
-            block = f"From character {start + 1}:\n```\n{text[start:start + BLOCK]}\n```"
-            answers.append(self._ask_coder(step, f"{question}\n\n{block}"))
+        text = text[:MAX_TEXT]
+        for block in re.finditer(rf"(?s).{{1,{BLOCK - 1}}}(?:\n|\Z)|.{{{BLOCK}}}|\A\Z", text):     # or of a longer line
+            first, last = (text.count("\n", 0, end) + 1 for end in (block.start(), block.end() - 1))
+            lines = f"Lines {first} to {last}:\n```\n{block[0]}\n```"
+            answers.append(self._ask_coder(step, f"{question}\n\n{lines}"))
         if len(answers) == 1:
             return answers[0]
         return self._ask_coder(step, "\n\n".join([question, "Make one answer of these, for its segments:", *answers]))

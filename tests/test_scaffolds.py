@@ -693,9 +693,24 @@ def test_a_long_observation_is_summarised_by_the_coder(tmp_path, task):
     long = 'print("a" * 15_000)\n' + STARTER
     edit = said("Edit Script (AI)", json.dumps(EDIT))
     cfg, model, steps = loop(tmp_path, [edit, EXECUTE, FINAL],
-                             [f"```python\n{long}```\n", "first part", "second part", "It printed a lot."])
+                             [f"```python\n{long}```\n", "head", "first part", "second part", "It printed a lot."])
     assert steps[1]["observation"] == "It printed a lot." and "It printed a lot." in model.prompts[2]
     assert "first part" in model.questions[-1] and "second part" in model.questions[-1]
+
+
+@pytest.mark.parametrize("text, blocks", [
+    ("", [(1, 1, "")]), ("\n", [(1, 1, "\n")]), ("abc\ndefg", [(1, 1, "abc\n"), (2, 2, "defg")]),
+    ("ab\ncd\n" + "e" * 20 + "\nf\n", [(1, 2, "ab\ncd\n"), (3, 3, "e" * 8), (3, 3, "e" * 8), (3, 4, "eeee\nf\n")]),
+    ("ab\n" * 99, [(1, 2, "ab\nab\n"), (3, 4, "ab\nab\n"), (5, 6, "ab\nab\n"), (7, 7, "ab\n")])])
+def test_the_coder_reads_whole_lines_and_is_told_their_numbers(text, blocks, loop_env, monkeypatch):
+    """Blocks of at most 8 characters; of the last text 21 characters are read."""
+    monkeypatch.setattr(mlagentbench, "BLOCK", 8)
+    monkeypatch.setattr(mlagentbench, "MAX_TEXT", 21 if text.startswith("ab\nab") else 99)
+    asked = []
+    loop_env.coder = lambda messages: asked.append(messages[0]["content"]) or "a report"
+    loop_env.read_in_blocks(env.Step(0, ""), text, "What is it?")
+    found = re.findall("Lines ([0-9]+) to ([0-9]+):\n```\n(.*?)\n```", "".join(asked), re.S)
+    assert [(int(first), int(last), block) for first, last, block in found] == blocks
 
 
 def test_the_prompt_has_the_parts_of_the_original(tmp_path, task):
