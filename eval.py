@@ -81,21 +81,25 @@ class Settings(AgentSettings):
         check_positive(self, "trajectories", "samples")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature must be at least 0, found {self.temperature}")
+        if self.compare and (self.model or self.task or self.states):
+            raise ValueError("--compare takes no --model, --task or --states")
+        if self.exports and (self.model or self.compare or self.states):
+            raise ValueError("--exports takes no --model, --compare or --states")
         if self.record_states < 0 or self.record_states and not self.states:
             raise ValueError("--record-states must be at least 0, and needs --states FILE to write to")
         if self.states and (self.scaffold != "ml-agent" or self.coder not in ("model", "none")
-                            or not (self.model or self.record_states)):
-            raise ValueError("--states needs --model or --record-states, takes no --coder, and measures actions of the "
-                             f"scaffold ml-agent alone, found {self.scaffold} and --coder {self.coder}")
+                            or bool(self.model) == bool(self.record_states)):
+            raise ValueError("--states needs either --model or --record-states, takes no --coder, and measures actions "
+                             f"of the scaffold ml-agent alone, found {self.scaffold} and --coder {self.coder}")
         for spec in filter(endpoint.is_server, (self.model, self.coder)):
             endpoint.address(spec)
-        if self.scaffold != "ml-agent" and self.model in ("", tables.RANDOM):
-            raise ValueError(f"--scaffold {self.scaffold} needs a --model to ask")
+        if self.scaffold != "ml-agent" and self.model in ("", tables.RANDOM) and not self.exports:
+            raise ValueError(f"--scaffold {self.scaffold} needs a --model to ask, or --exports")
+        if self.search != "aide" and self.scaffold != "aide":
+            raise ValueError(f"--search {self.search} is for --scaffold aide alone, found {self.scaffold}")
         tools = mlagentbench.TOOLS
         if self.scaffold == "mlagentbench" and (self.coder == "none" or not tools.keys() >= {*self.actions}):
             raise ValueError(f"--scaffold mlagentbench needs a --coder, and --actions among {', '.join(tools)}")
-        if self.compare and (self.model or self.task) or self.exports and (self.model or self.compare or self.states):
-            raise ValueError("--compare takes no --model or --task; --exports takes no --model, --compare or --states")
         if self.reference and self.reference not in self.compare:
             raise ValueError(f"--reference must be one of --compare, found {self.reference}")
         for folder in self.compare:
@@ -264,21 +268,20 @@ def fill(values):
     if values["compare"]:
         return []
     model = values["model"]
+    scaffold = f"--scaffold {values['scaffold']}", DEFAULTS.get(values["scaffold"], {})
     if values["states"] or not values["exports"] and (values["task"] or model):
         folder = small_files(model) if model != tables.RANDOM else None
         agent = read_agent(folder) if folder else {}
         if values["states"]:
             length = {name: agent[name] for name in agent.keys() & {"max_new_tokens"}}      # a state says the rest
             return [("--states", {"task": "all"}), (f"{model}/agent.json", length)]
-        return [(f"--scaffold {values['scaffold']}", DEFAULTS.get(values["scaffold"], {})),
-                (f"{model}/agent.json", agent), ("no --task", {"task": "leaf-classification"})]
+        return [scaffold, (f"{model}/agent.json", agent), ("no --task", {"task": "leaf-classification"})]
     folders = [find_exports(run)[0] for run in values["exports"]] or MADE.values()
     agents = {f"{folder}/agent.json": read_agent(folder) for folder in folders}
-    formats = [agent for agent in agents.values() if agent]
-    if formats[1:] != formats[:-1]:     # they are not all the same
+    if len({str(agent) for agent in agents.values() if agent}) > 1:
         raise ValueError(f"{' and '.join(agents)} differ, so one is of an older run. Train them anew, or evaluate each "
                          "with --model and --task")
-    return [("the paper in miniature", {} if values["task"] else MINIATURE), *agents.items()]
+    return [scaffold, ("the paper in miniature", {} if values["task"] else MINIATURE), *agents.items()]
 
 
 def main(argv=None):

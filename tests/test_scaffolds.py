@@ -18,7 +18,8 @@ import tasks
 from common import add_task
 from support.tokenizer import Tokenizer
 from support import aide, cli, conversations, endpoint, mlagentbench, pool, records, storage, workspace
-from test_eval import ROOT, STARTER, Scripted, file_of, play, settings, task, text_of    # noqa: F401
+from test_eval import (
+    ROOT, STARTER, Scripted, exported, file_of, made, play, settings, task, text_of)    # noqa: F401
 from test_report import drawn, needs_node
 
 ORIGINAL = json.loads((Path(__file__).parent / "aide_nodes.json").read_text())
@@ -360,6 +361,7 @@ def test_it_is_neither_trained_on_nor_a_start_of_training(tmp_path, task):
 
 def test_settings_that_do_not_go_together(capsys):
     for flags, words in [(["--scaffold", "aide"], "needs a --model"), (["--search", "mle", "--model", "x"], "must be"),
+                         (["--search", "mle-bench", "--model", "x"], "is for --scaffold aide alone, found ml-agent"),
                          (["--scaffold", "tree", "--model", "x"], "must be")]:
         with pytest.raises(SystemExit):
             cli.parse(evaluation.Settings, flags, evaluation.fill)
@@ -367,6 +369,15 @@ def test_settings_that_do_not_go_together(capsys):
     flags = ["--scaffold", "aide", "--model", "x", "--temperature", "0.1"]
     cfg = cli.parse(evaluation.Settings, flags, evaluation.fill)
     assert (cfg.temperature, cfg.max_new_tokens, cfg.search) == (0.1, 4096, "aide")
+
+
+def test_exports_are_evaluated_with_a_scaffold(exported):
+    flags = ["--exports", "runs/rl", "--scaffold", "aide", "--steps", "1", "--trajectories", "1"]
+    cfg = cli.parse(evaluation.Settings, flags, evaluation.fill)
+    assert (cfg.temperature, cfg.max_new_tokens, cfg.context) == (0.5, 4096, 16_384)
+    agents, taken = evaluation.agents_exported(cfg)
+    runs = evaluation.evaluate(cfg, agents, load=lambda spec, **options: Model([solution(9)]), exports=taken)
+    assert [run["results"]["tasks"]["tiny-task"]["work"]["nodes"] for run in runs] == [1, 1, 1]
 
 
 def test_the_preview_of_the_data_by_hand(tmp_path):

@@ -286,7 +286,8 @@ class Copying:
 
 def state_settings(toys, out="measured", **more):
     return evaluation.Settings(**{"task": "all", "data": str(toys / "data"), "out": str(toys / out), "steps": 6,
-                                  "states": str(toys / "states.jsonl"), "model": "none", **MEDIUM, **more})
+                                  "states": str(toys / "states.jsonl"),
+                                  "model": "" if "record_states" in more else "none", **MEDIUM, **more})
 
 
 def measure(cfg, model):
@@ -317,6 +318,10 @@ def test_states_are_recorded_once_and_of_data_that_nothing_is_trained_on(recorde
         states.record_states(state_settings(recorded, "recorded", record_states=3))
     with pytest.raises(ValueError, match="ml-agent alone, found aide"):
         evaluation.Settings(states="states.jsonl", model="tiny", scaffold="aide")
+    with pytest.raises(ValueError, match="either --model or --record-states"):
+        state_settings(recorded, record_states=3, model="tiny")
+    with pytest.raises(ValueError, match="--compare takes no --model, --task or --states"):
+        evaluation.Settings(compare=("runs/a",), states="states.jsonl", record_states=3)
 
 
 def test_recording_that_was_killed_begins_anew_and_gives_the_same(recorded):
