@@ -1,6 +1,6 @@
 """The table of docs/miniature.md: several seeds of `python sft.py && python rl.py && python eval.py`, pooled.
 
-    for seed in 6 7 8 9 10; do
+    for seed in 11 12 13 14 15; do
         mkdir -p runs/seed-$seed
         (cd runs/seed-$seed
          python ../../sft.py --seed $seed
