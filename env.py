@@ -785,20 +785,18 @@ class Env(workspace.Workspace):
         files = None
         folder = Path(tempfile.mkdtemp(prefix="ml-agent-run-")).resolve()       # as the script sees it
         try:
-            # 1. The script runs in a folder of its own. To wait for a core, and for the grader, takes none of its time.
-            stamps = storage.stamps_of(self.public)
-            storage.build_folder(folder, before, self.blobs, self.public)
-            waiting = time.monotonic()
+            # 1. The script runs in a folder of its own. All else, such as to wait for a core, does not count.
+            started = time.monotonic()
             with SLOTS.take(self.threads, self.gpu) as gpu:
-                self.deadline += time.monotonic() - waiting
+                stamps = storage.stamps_of(self.public)
+                storage.build_folder(folder, before, self.blobs, self.public)
                 result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=gpu, warm="wait",
                                  cpu_s=self.allowed_s * self.threads,
                                  memory_bytes=self.task.memory_limit_bytes, threads=self.threads,
                                  sandbox=self.sandbox, readable=[self.public], hidden=[self.public.parent / "private"])
-            waiting = time.monotonic()
-            if storage.stamps_of(self.public) != stamps:
-                raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
-                                   f"python -m tasks prepare {self.task.id} --force")
+                if storage.stamps_of(self.public) != stamps:
+                    raise RuntimeError(f"{script} has changed the public data in {self.public}; prepare them again: "
+                                       f"python -m tasks prepare {self.task.id} --force")
             outcome = result.outcome
             detail = result.detail
             # 2. The files that it left are stored.
@@ -811,7 +809,7 @@ class Env(workspace.Workspace):
             if outcome == "ok" and (
                     script == self.task.entry or files.get("submission.csv") != before.get("submission.csv")):
                 outcome, detail, score = self._grade(folder / "submission.csv")
-            self.deadline += time.monotonic() - waiting
+            self.deadline += time.monotonic() - started - result.seconds
         finally:
             discard(folder)
         texts = {"stdout": result.stdout, "stderr": result.stderr, "detail": detail}

@@ -420,7 +420,7 @@ class Critic(Qwen2):
         """It has no output head."""
 
     def forward(self, tokens, lengths=None, targets=None):
-        """tokens (B, T) int64, as for Qwen2 -> the values at the N targets, (N,) fp32. The head is rounded as FSDP would."""
+        """tokens (B, T) int64, as for Qwen2 -> the values at the N targets, (N,) fp32; rounded as under FSDP."""
         x, _ = at_targets(self.hidden_states(tokens, lengths=lengths), targets)
         return x.float() @ self.score.weight[0].to(x.dtype).float() + self.score.bias.to(x.dtype).float()
 

@@ -230,7 +230,7 @@ class Engine:
     prompt that begins with the same tokens reuses them. context: tokens of one conversation. draft: check several
     tokens, guessed from the text, in one pass. fixed_shapes: decode by DecodeGraph. Neither changes what is sampled.
 
-    The first chat or submit starts a thread that runs the model from then on. Until then generate runs it in the
+    chat and submit have a thread that runs the model, until nobody asks for IDLE_S. Without it generate runs it in the
     caller's thread, which on a CPU is a quarter faster for a large model: it has one pool of OpenMP threads, not two.
     """
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import env
 from env import plain
 from reward import best_of
+from support.cli import ContextFull
 from support.files import is_number, shorten
 from support.prompts import better_word
 from support.sandbox import describe
@@ -350,8 +351,11 @@ class Env(env.Env):
         review = None
         judge = "model"
         for _ in range(TRIES if self.coder else 0):
-            with contextlib.suppress(InvalidAction):        # it gave no reply, or one that is too long
+            try:
                 review = read_review(self._ask_coder(step, question))
+            except InvalidAction as error:      # no reply, or one that is too long
+                if isinstance(error.__cause__, ContextFull):
+                    break
             if review:
                 break
         if review is None:

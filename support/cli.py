@@ -105,7 +105,8 @@ def parse(cls, argv=None, fill=None):
     if unknown:
         flag = unknown[0].partition("=")[0]
         known = list(map(flag_of, defaults))
-        near = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, cutoff=0.7)
+        near = [name for name in known if name.startswith(flag)] if len(flag) > 2 else []
+        near = near or difflib.get_close_matches(flag, known, cutoff=0.7)
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
         parser.error(f"there is no {flag}; {hint}")
     values = vars(typed)

@@ -109,13 +109,13 @@ def barrier():
 def compute_type(dtype, device, config=None):
     """Returns the torch.dtype that --dtype names: auto is bfloat16 where the hardware multiplies it, but float32 on a
     CPU for a small model, whose products are too small to gain."""
-    if dtype == "auto" and device.type == "cuda" and torch.cuda.is_available():     # for --plan there need be none
+    if dtype == "auto" and device.type == "cuda":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if dtype == "auto" and device.type == "cpu":
+    elif dtype == "auto":
         can = torch.cpu.get_capabilities()
         is_small = num_parameters(config)[-1] < SMALL_BELOW
         dtype = "float32" if is_small or not (can.get("avx512_bf16") or can.get("amx_bf16")) else "bfloat16"
-    return getattr(torch, "bfloat16" if dtype == "auto" else dtype)
+    return getattr(torch, dtype)
 
 
 def build_model(config, folder, device, seed=0, recompute=None, compute=None, make=Qwen2, kernels="torch"):
@@ -520,7 +520,7 @@ def format_plan(cfg, critic=False, **more):
     config = shape_of(cfg.model)
     total = num_parameters(config)[-1]
     memory = partial(plan_memory, config, cfg.max_row_tokens, recompute=total > RECOMPUTE_ABOVE, critic=critic, **more)
-    parts = memory(cfg.gpus, compute_type(cfg.dtype, torch.device("cuda")))
+    parts = memory(cfg.gpus, getattr(torch, "bfloat16" if cfg.dtype == "auto" else cfg.dtype))
     lines = [f"  {name:<14} {size / 2**30:8.2f}" for name, size in [*parts.items(), ("total", sum(parts.values()))]]
     num_trained = total * (1 + critic)
     ram = sum(memory(1, torch.float32, max_logits=CPU_LOGITS).values()) + PROCESS_BYTES

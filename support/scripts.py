@@ -124,13 +124,15 @@ def difference(before, after):
 
 
 def printed_metric(stdout, metric=""):
-    """Returns the last number of the last line that mentions "validation" or the metric's name and has one besides that
-    name, as "MAP@5" does; None where there is no such line, or the number is not finite."""
-    number = r"(?<![\w.])[-+]?(?:nan|inf(?:inity)?|(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?)(?!\w)"
+    """Returns the last finite number of the last line that mentions "validation" or the metric's name and has a number
+    besides that name, as "MAP@5" has: of those behind the last mention, or of all where none is there."""
+    number = r"(?<![\w.])[-+]?(?:nan|inf(?:inity)?|(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,4})?)(?!\w|\.\d)"
+    mention = f"validation|{re.escape(metric)}" if metric else "validation"
     for line in reversed(stdout.splitlines()):
-        rest = re.sub(re.escape(metric), " ", line, flags=re.IGNORECASE) if metric else line
-        if "validation" in line.lower() or rest != line:
-            if numbers := re.findall(number, rest[-1000:], re.IGNORECASE):
-                value = float(numbers[-1])
-                return value if math.isfinite(value) else None
+        parts = re.split(mention, line, flags=re.IGNORECASE)
+        behind = re.findall(number, parts[-1][-1000:], re.IGNORECASE)
+        found = behind or re.findall(number, " ".join(parts)[-1000:], re.IGNORECASE)
+        if len(parts) > 1 and found:
+            finite = [value for value in map(float, found) if math.isfinite(value)]
+            return finite[-1] if finite else None
     return None

@@ -12,7 +12,7 @@ from support.records import end_reason, steps_of
 
 RANDOM = "random-edits"         # as --model: constants changed at random, kept where the printed score is better
 NUM_BOOTSTRAP = 10_000
-LEAST = 5       # trajectories of a task alone: the bootstrap of fewer finds their least and their largest value
+LEAST = 5       # trajectories of a task alone: the bootstrap of fewer is far too narrow
 
 
 # -- What a trajectory scored, and what it shows of learning
@@ -127,8 +127,8 @@ def bootstrap(groups):
 
 
 def mean_and_interval(groups):
-    """Returns (mean, [low, high]) of bootstrap's groups: the interval of 95 %, or None of one task with fewer than LEAST
-    trajectories."""
+    """Returns (mean, [low, high]) of bootstrap's groups: the interval of 95 %, or None of one task with fewer than
+    LEAST trajectories."""
     mean = float(np.mean([np.mean(own) - sum(map(np.mean, other)) for own, *other in groups]))
     if len(groups) == 1 and min(map(len, groups[0])) < LEAST:
         return mean, None

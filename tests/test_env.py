@@ -1027,7 +1027,8 @@ def test_four_trajectories_in_threads(make):
     ("epoch 1 validation 0.3\nepoch 2 validation 0.2\nsaved 7 files", 0.2), ("loss 0.4", None), ("", None),
     ("validation: nan", None), ("validation score of fold3x", None), ("validation -.5", -0.5),
     ("validation 1e999", None), ("validation accuracy: 0.3\nvalidation accuracy: inf", None),
-    ("fold 3 validation: NaN", None)])
+    ("fold 3 validation: NaN", None), ("validation accuracy: 0.91 (12.5s)", 0.91),
+    ("validation 0.91, best so far: inf", 0.91), ("accuracy 0.8 in validation", 0.8)])
 def test_printed_metric(text, value):
     assert printed_metric(text, "accuracy") == value
 
