@@ -210,6 +210,16 @@ def test_a_model_that_writes_nothing_without_a_stop_string_either_is_sent_it_aga
     assert "from now on" not in capsys.readouterr().err
 
 
+def test_a_refusal_of_stop_strings_is_kept_where_the_model_then_only_thinks(serve):
+    refused = (400, {}, '{"error": "stop is not supported"}')
+    thought = (200, {}, good(choices=[{"message": {"content": "<think>hm</think>"}, "finish_reason": "stop"}]))
+    server = serve(refused, thought, OK)
+    client = server.endpoint()
+    for _ in range(2):
+        assert client.chat(ASK, stop="END").refused == ("stop: left out",)
+    assert [("stop" in body) for *_, body in server.seen] == [True, False, False]
+
+
 # -- parameters that a server refuses
 
 class Choosy:

@@ -299,6 +299,17 @@ def test_an_empty_reply_of_the_reviewer_is_one_of_three_tries(tmp_path, task):
     assert next(replies, None) is None and records.replay(file_of(cfg, 0), data=cfg.data) == 0
 
 
+def test_a_reviewer_is_not_asked_again_what_is_too_long_for_it(tmp_path, task):
+    asked = []
+
+    def too_long(output):
+        asked.append(output)
+        raise cli.ContextFull("the conversation is longer than it takes")
+    cfg = aide_settings(tmp_path, steps=1)
+    play(cfg, Model([solution(9)], too_long))
+    assert len(asked) == 1 and steps_of(cfg)[0]["node"]["review"] == "script"
+
+
 def test_the_first_look_at_the_data_costs_no_time(tmp_path, task, monkeypatch):
     cfg = aide_settings(tmp_path)
     tasks.prepare("tiny-task", data=cfg.data, log=lambda line: None)
