@@ -601,9 +601,11 @@ def exceeded(job, run):
         facts = os.statvfs(f"{job.root}/dev/shm")
         shared = (facts.f_blocks - facts.f_bfree) * facts.f_frsize
     used = held + shared + sum(process.resident for process in processes.values())
-    if used > job.memory_bytes:     # to tell takes milliseconds a process
-        private, mapped = counted_once(processes)
-        used = held + private + max(shared, mapped)
+    for _ in range(2):      # what is shared just while it is counted, as at a fork, counts more than once
+        if used > job.memory_bytes:     # to tell takes milliseconds a process
+            private, mapped = counted_once(processes)
+            used = held + private + max(shared, mapped)
+            processes = descendants()
     if used > job.memory_bytes:
         return "memory", used
     if job.cpu_s and cpu_s > job.cpu_s:
