@@ -230,8 +230,8 @@ class Engine:
     prompt that begins with the same tokens reuses them. context: tokens of one conversation. draft: check several
     tokens, guessed from the text, in one pass. fixed_shapes: decode by DecodeGraph. Neither changes what is sampled.
 
-    chat and submit have a thread that runs the model, until nobody asks for IDLE_S. Without it generate runs it in the
-    caller's thread, which on a CPU is a quarter faster for a large model: it has one pool of OpenMP threads, not two.
+    For chat and submit a thread runs the model, and ends when nobody has asked for IDLE_S. While there is none,
+    generate runs it in the caller's: a quarter faster for a large model on a CPU, with one pool of OpenMP threads.
     """
 
     def __init__(self, model, tokenizer, rows=8, context=16384, name="engine", draft=True, fixed_shapes=False):
@@ -242,7 +242,7 @@ class Engine:
         self.rows = rows
         self.context = min(context, model.config.max_position_embeddings)
         if self.context < context:
-            announce(f"{name} is made for {self.context} tokens, so its context is that, and not {context}")
+            announce(f"{name} is made for {self.context} tokens, not for a context of {context}, which is cut")
         self.device = weight.device
         self.draft = draft
         self.fixed_shapes = fixed_shapes
@@ -547,7 +547,7 @@ def round_up(n):
     return 1 << (n - 1).bit_length()
 
 
-IDLE_S = 10                 # after which the thread of an engine ends
+IDLE_S = 10                 # seconds without a request, after which the thread of an engine ends
 PREFILL_TOKENS = 512        # of prompts in one pass: bounds the memory of a long prompt's activations and mask
 FEW_TOKENS = 16             # a prefix that is so much longer is not worth a wait or a copy
 

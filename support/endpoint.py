@@ -162,7 +162,7 @@ class Endpoint:
     def _ask(self, body):
         """Returns the Completion of a request, made again for each parameter that the server does not take."""
         changed = dict(self.changed)
-        is_trial = False        # without stop strings
+        tried_without_stop = False
         while True:
             sent = {changed.get(name, name): value for name, value in body.items()}
             sent.pop(None, None)
@@ -170,7 +170,7 @@ class Endpoint:
             completion = self._read(said) if status == 200 else None
             if completion:      # a thought alone may have ended at a stop string in it
                 name = "stop" if completion.no_reply == ONLY_THOUGHT and "stop" in sent else None
-                is_trial = is_trial or name == "stop"
+                tried_without_stop = tried_without_stop or name == "stop"
             elif status in (400, 413, 422) and re.search(TOO_LONG, said[:4096], re.I):
                 raise ContextFull(f"{self.url} answered {status}: {self._excerpt(said)}; the conversation is longer "
                                   f"than {self.name!r} takes")
@@ -181,7 +181,7 @@ class Endpoint:
             changed[name] = None if name in changed else INSTEAD.get(name)
         if not completion:
             raise self._failure(status, retry_after, said)
-        if completion.no_reply == ONLY_THOUGHT and is_trial:    # there was no text without them either
+        if completion.no_reply == ONLY_THOUGHT and tried_without_stop:     # there was no text without them either
             del changed["stop"]
         became = {name: f"sent as {new}" if new else "left out" for name, new in sorted(changed.items())}
         with self._lock:

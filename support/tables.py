@@ -12,7 +12,7 @@ from support.records import end_reason, steps_of
 
 RANDOM = "random-edits"         # as --model: constants changed at random, kept where the printed score is better
 NUM_BOOTSTRAP = 10_000
-LEAST = 5       # trajectories of a task alone: the bootstrap of fewer is far too narrow
+MIN_TRAJECTORIES = 5            # of a task alone: the bootstrap of fewer is far too narrow
 
 
 # -- What a trajectory scored, and what it shows of learning
@@ -128,9 +128,9 @@ def bootstrap(groups):
 
 def mean_and_interval(groups):
     """Returns (mean, [low, high]) of bootstrap's groups: the interval of 95 %, or None of one task with fewer than
-    LEAST trajectories."""
+    MIN_TRAJECTORIES trajectories."""
     mean = float(np.mean([np.mean(own) - sum(map(np.mean, other)) for own, *other in groups]))
-    if len(groups) == 1 and min(map(len, groups[0])) < LEAST:
+    if len(groups) == 1 and min(map(len, groups[0])) < MIN_TRAJECTORIES:
         return mean, None
     return mean, np.quantile(bootstrap(groups), [0.025, 0.975]).tolist()
 

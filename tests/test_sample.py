@@ -824,7 +824,7 @@ def test_an_engine_that_nobody_uses_is_freed(monkeypatch):
 def test_a_context_longer_than_the_model_was_made_for_is_said_to_be_cut(capsys):
     short = Qwen2.from_scratch(dataclasses.replace(SMALL, max_position_embeddings=128)).requires_grad_(False)
     assert Engine(short, Tokenizer.of_bytes(), rows=1, context=256, name="some/model").context == 128
-    assert "some/model is made for 128 tokens, so its context is that, and not 256" in capsys.readouterr().err
+    assert "some/model is made for 128 tokens, not for a context of 256, which is cut" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("packs", [True, False])
