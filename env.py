@@ -783,12 +783,13 @@ class Env(workspace.Workspace):
         """Runs a script on the files `before` and grades its submission."""
         score = None
         files = None
-        folder = Path(tempfile.mkdtemp(prefix="ml-agent-run-")).resolve()       # as the script sees it
+        folder = Path(tempfile.gettempdir(), f"ml-agent-run-{os.urandom(8).hex()}").resolve()   # as the script sees it
         try:
             # 1. The script runs in a folder of its own. All else, such as to wait for a core, does not count.
             started = time.monotonic()
             with SLOTS.take(self.threads, self.gpu) as gpu:
                 stamps = storage.stamps_of(self.public)
+                folder.mkdir(0o700)
                 storage.build_folder(folder, before, self.blobs, self.public)
                 result = execute(script, folder, python=self.python, timeout_s=timeout_s, gpu=gpu, warm="wait",
                                  cpu_s=self.allowed_s * self.threads,
